@@ -166,7 +166,7 @@ def test_what_does_not_belong_together_is_refused(
         Guard(bare)
     with pytest.raises(UsageError, match="give a list of images"):
         Guard(predictor)(b"one image")
-    with pytest.raises(UsageError, match=r"a picture of Pillow\. Got int at place 0"):
+    with pytest.raises(UsageError, match=r"a picture of Pillow\. Got int at index 0"):
         Guard(predictor)([7])  # type: ignore[list-item]
 
 

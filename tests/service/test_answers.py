@@ -246,7 +246,7 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     record(10, 30)  # while the first ones are being written
     may_write.set()
     journal._saving.result()
-    assert "no room. Until the monitor's state can be saved" in caplog.text
+    assert "no room. Until the state of the monitor can be saved" in caplog.text
     assert not state.exists()
     record(30, 40)
     journal._saving.result()
@@ -508,7 +508,7 @@ def test_what_does_not_verify_is_not_served(predictors: tuple[Path, Path], tmp_p
     with pytest.raises(DataError, match=r"risk\.json"), hosted(edited, tmp_path / "s"):
         pass
     with (
-        pytest.raises(UsageError, match="answers already"),
+        pytest.raises(UsageError, match="are the same predictor"),
         hosted(predictors[0], tmp_path / "t", second=predictors[0]),
     ):
         pass
@@ -767,9 +767,9 @@ def test_the_page_says_what_is_guaranteed_in_every_state(
         "nothing": ("none", "Nothing is guaranteed: no threshold was certified"),
         "holds": (
             "holds",
-            "The guarantee holds, as far as what was answered shows. Guaranteed: the rule accepts",
+            "The guarantee holds: the answers so far show nothing against it. Guaranteed: the",
         ),
-        "void": ("void", "The guarantee is void: what comes in is not like the calibration"),
+        "void": ("void", "The guarantee is void: the images differ from the calibration data"),
     }
     for name, (state, words) in expected.items():
         folder = tmp_path / name if state == "none" else predictors[0]

@@ -235,7 +235,7 @@ def test_rows_that_a_lost_log_of_sqlite_held_are_missed(
     (killed / "rows.sqlite-wal").unlink()
     again = Journal(killed, predictors[0])
     assert again.status.rows == 0
-    assert "60 rows were noted, and 0 follow" in caplog.text
+    assert "60 rows were noted, and 0 rows are intact" in caplog.text
 
 
 @pytest.mark.parametrize(

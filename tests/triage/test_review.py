@@ -482,7 +482,7 @@ def test_a_port_that_is_taken_is_one_sentence(half: Path, tmp_path: Path) -> Non
         )
     assert done.returncode == 2
     assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in done.stderr
-    assert "Give another --port, or none" in done.stderr
+    assert "Give another --port, or leave --port out" in done.stderr
     assert "open this address" not in done.stderr
 
 

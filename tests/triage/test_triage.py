@@ -128,7 +128,7 @@ def test_the_page_says_how_many_labels_are_of_one_scene(tmp_path: Path) -> None:
     new_scenes = set(scenes[is_calibration]) - set(scenes[~is_calibration])
     assert n_counted - n_repeated <= len(new_scenes)
     assert n_counted <= is_calibration.sum()
-    assert "With one label a scene they show nothing: for photos of new scenes" in said
+    assert "With one label for each scene the labels show nothing: rely on this for photos" in said
     assert said in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -680,7 +680,8 @@ def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
     embedding = dataclasses.replace(job.embedding, names=("cat", word))
     job = dataclasses.replace(job, embedding=embedding)
     with pytest.raises(
-        UsageError, match="is one of the classes, and as a label says that a photo has none"
+        UsageError,
+        match="is one of the classes, and as a label it says that a photo is of no class",
     ):
         triage_photos(job, tmp_path / "out")
 

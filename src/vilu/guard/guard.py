@@ -1,4 +1,4 @@
-"""Images in, decisions out: a predictor with its model behind one call."""
+"""Answers about images, with decisions: a predictor and its model behind one call."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from vilu.store.pipeline import END, Decoded, Decoder, Encoder
 from vilu.validation import checked, require_at_least
 
 RUNNERS_UP: Final = 2
-"""Answers that are named beside the first."""
+"""Maximum number of runners-up of an answer."""
 
 RunnersUp = tuple[tuple[str, float], ...]
-"""Names with their zero-shot probabilities."""
+"""Names of classes with their probabilities, the most likely first."""
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image
-"""A path, encoded bytes, or a picture of Pillow."""
+"""A path, the bytes of an encoded image, or a Pillow image."""
 
 PNG_MODES: Final = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
-"""Modes of pictures that PNG holds as they are."""
+"""Modes of Pillow images that PNG stores without conversion."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,18 @@ class Answer:
     """The answer for one image.
 
     Attributes:
-        key: Its path, or its place among the images as text.
-        label: The answer that is judged; None where the image could not be read.
-        failure_probability: How likely that is wrong; of a predictor whose scores are no
-            probabilities, and which is not calibrated, None.
-        uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
-        decision: "accept" or "review"; None where the predictor carries no rule.
-        reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is
-            wrong with the image: "truncated", "bomb", "read_error", ...); None where it is.
-        runners_up: The next answers with their probabilities, the most likely first. These are
-            zero-shot, or of the predictor's posterior where its own answer is judged.
-        zero_shot: The zero-shot answer where it is another one; else None.
+        key: Path of the image, or its index among the images as text.
+        label: The answer that is judged; None if the image could not be read.
+        failure_probability: Probability that the answer is wrong. None if the scores of the
+            predictor are no probabilities and it is not calibrated.
+        uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
+        decision: "accept" or "review"; None if the predictor has no rule.
+        reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
+            the fault of the image ("truncated", "bomb", "read_error", ...); None if it is accepted.
+        runners_up: The next most likely answers with their probabilities, the most likely first.
+            The probabilities are zero-shot, or of the predictor's posterior if the predictor's own
+            answer is judged.
+        zero_shot: The zero-shot answer if it differs from ``label``; else None.
 
     Examples:
         >>> import vilu
@@ -91,7 +92,7 @@ class Answer:
 
 
 class Arrived(EmbeddingSource):
-    """Embeddings of images that have just been read, against the candidates of a predictor."""
+    """Embeddings of new images, with the candidates of a predictor."""
 
     def __init__(
         self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]
@@ -109,54 +110,58 @@ class Arrived(EmbeddingSource):
         self.target = torch.full((len(self.image),), UNKNOWN)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows."""
+        """(B, D) embeddings of rows."""
         return self.image[index]
 
 
 @dataclass(frozen=True)
 class ImageModel:
-    """What makes embeddings of images, as the store had them that the predictor was fitted on."""
+    """A model with decoder and encoder, which embed images as ``vilu embed`` does."""
 
     backbone: Backbone
-    widths: dict[str, int]  # of each array of embeddings
+    widths: dict[str, int]  # number of columns of every array of embeddings
     encoder: Encoder
     decoder: Decoder
 
 
 class Guard:
-    """Answers for images with the probability that they are wrong, and whether to accept them.
+    """Answers about images, each with the probability that it is wrong and a decision.
 
-    The folder holds a predictor and what its answers are chosen from, as ``vilu triage`` and ``vilu
-    calibrate`` leave it. The model is the one that the predictor was fitted on: weights,
-    preprocessing and prompts are compared by their fingerprints. Images are decoded in threads and
-    embedded in batches, in memory that does not grow with their number; their numbers are those of
-    ``vilu embed`` and ``vilu score``, but for the order of sums in batches of another size. A bad
-    image is an answer with a reason. Where a rule judges whole batches (``--method selection``)
-    there is no decision about one image, so that is refused. Any number of threads may ask one
-    guard at once.
+    - The folder holds a predictor and its candidate classes, as ``vilu triage`` and ``vilu
+      calibrate`` write it.
+    - The model must be the one that the predictor was fitted on. Fingerprints of weights,
+      preprocessing and prompts are compared.
+    - Images are decoded in threads and embedded in batches. The memory does not grow with the
+      number of images.
+    - The scores are those of ``vilu embed`` and ``vilu score``, except for rounding: the order of
+      sums depends on the batch size.
+    - A bad image gets an answer without a label, with a reason.
+    - A rule that judges whole batches (``--method selection``) cannot decide about one image, so it
+      is refused.
+    - Any number of threads may use one guard at once.
 
     Attributes:
-        folder: Where the predictor lies.
-        predictor: What gives the scores.
-        calibration: What decides about them; None where the predictor is not calibrated.
-        vocabulary: What answers are chosen from.
-        arrays: Names of the arrays of embeddings that the predictor looks at.
+        folder: Folder of the predictor.
+        predictor: Gives the scores.
+        calibration: Gives the decisions; None if the predictor is not calibrated.
+        vocabulary: The candidate classes that answers are chosen from.
+        arrays: Names of the arrays of embeddings that the predictor uses.
 
     Args:
-        predictor: The folder.
+        predictor: Folder of the predictor.
         models: Folder with a sub-folder for each named backbone, in place of the model hub.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        batch_size: Images per forward pass.
-        workers: Decoding threads; by default one per core.
-        limits: What an image may be.
-        backbone: A model that is loaded already, or one by another name or path with the same
-            weights.
-        vectors_only: Load no model: the guard answers for embeddings alone (``answer``).
+        batch_size: Number of images per forward pass.
+        workers: Number of decoding threads; by default one per core.
+        limits: Limits on the size of an image.
+        backbone: A loaded model with the same weights, in place of the model that the folder names.
+        vectors_only: Load no model: the guard answers about embeddings only (``answer``).
 
     Raises:
-        DataError: If the folder holds no predictor, or not its candidates.
-        UsageError: If its rule needs all images at once, or it looks at several views of an image.
-        ProvenanceError: If the model is another than the predictor's.
+        DataError: If the folder holds no predictor or no candidates.
+        UsageError: If the rule needs all images at once, or if the predictor uses several views of
+            an image.
+        ProvenanceError: If the model is not the predictor's.
         MissingModelError: If the model is not on this machine.
 
     Examples:
@@ -165,21 +170,19 @@ class Guard:
         >>> from vilu.backbones.base import DualEncoder
         >>> from vilu.predictors.persistence.vocabulary import Vocabulary
         >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
-        >>> model = (
-        ...     DualEncoder(  # a model of your own: it compares the mean colour with three colours
-        ...         space,
-        ...         torch.device("cpu"),
-        ...         transform=lambda image: (
-        ...             torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
-        ...         ),
-        ...         image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
-        ...         text_tower=lambda texts: torch.eye(3),
-        ...         truncates=lambda texts: [False] * len(texts),
-        ...     )
+        >>> model = DualEncoder(  # your own model: it compares the mean colour with three colours
+        ...     space,
+        ...     torch.device("cpu"),
+        ...     transform=lambda image: (
+        ...         torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
+        ...     ),
+        ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
+        ...     text_tower=lambda texts: torch.eye(3),
+        ...     truncates=lambda texts: [False] * len(texts),
         ... )
         >>> with (
         ...     tempfile.TemporaryDirectory() as folder
-        ... ):  # `vilu triage` and `vilu calibrate` leave such a one
+        ... ):  # `vilu triage` and `vilu calibrate` write such a folder
         ...     _ = vilu.MCM().save(folder)
         ...     Vocabulary(("red", "green", "blue"), torch.eye(3), space, "float32", {}).save(
         ...         pathlib.Path(folder)
@@ -187,8 +190,8 @@ class Guard:
         ...     guard = vilu.Guard(folder, backbone=model, workers=1)
         ...     answers = guard([Image.new("RGB", (8, 8), colour) for colour in ("red", "yellow")])
         >>> [
-        ...     (one.label, round(one.failure_probability, 2)) for one in answers
-        ... ]  # yellow is red as much as green
+        ...     (answer.label, round(answer.failure_probability, 2)) for answer in answers
+        ... ]  # yellow is as near to red as to green
         [('red', 0.0), ('red', 0.5)]
         >>> next(guard.stream([b"no image"])).reason
         'unidentified'
@@ -196,7 +199,7 @@ class Guard:
         ['blue']
     """
 
-    # `transformers.pipeline` asks for it
+    # `transformers.pipeline` reads this attribute of a model.
     config: ClassVar[SimpleNamespace] = SimpleNamespace(_commit_hash=None)
 
     @checked
@@ -237,33 +240,34 @@ class Guard:
             self._model = self._open(backbone, limits)
 
     def _require_vectors(self) -> tuple[str, ...]:
-        """Names of the arrays that the predictor looks at.
+        """Names of the arrays that the predictor uses.
 
         Raises:
             ProvenanceError: If calibration, predictor and candidates do not belong together.
-            UsageError: If it looks at an array that no image alone gives.
+            UsageError: If the predictor uses an array that cannot be made from one image.
         """
         if self.calibration is not None:
-            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)}
-            self.calibration.require_match(self.predictor, Arrived(self.vocabulary, nothing, []))
+            no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
+            empty_source = Arrived(self.vocabulary, {IMAGE: no_rows}, keys=[])
+            self.calibration.require_match(self.predictor, empty_source)
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(
                 self.vocabulary.space,
                 name=f"the predictor in {self.folder}",
                 other_name="its candidates",
             )
-        looked_at = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
-        wanted = looked_at & OF_ROWS
+        used = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
+        wanted = used & OF_ROWS
         not_of_one_image = sorted(wanted - {FEATURES})
         if not_of_one_image:
             raise UsageError(
-                f"this {self.predictor.name} looks at {', '.join(not_of_one_image)}, which no "
-                "image alone gives. Embed and score with `vilu embed` and `vilu score`."
+                f"this {self.predictor.name} uses {', '.join(not_of_one_image)}, which cannot be "
+                "made from one image. Embed and score with `vilu embed` and `vilu score`."
             )
         return (IMAGE, *sorted(wanted))
 
     def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
-        """The model that the predictor was fitted on."""
+        """Load the model that the predictor was fitted on."""
         space = self.vocabulary.space
         if space.backbone is None:
             raise ProvenanceError(
@@ -277,7 +281,7 @@ class Guard:
         return BackboneSpec(space.backbone, device, precision, folder).load()
 
     def _open(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
-        """A model that makes the embeddings which the predictor looks at."""
+        """An image model that makes the arrays which the predictor uses."""
         self.require_same_model(backbone)
         all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
         widths = {name: all_widths[name] for name in self.arrays}
@@ -293,18 +297,18 @@ class Guard:
         return ImageModel(backbone, widths, encoder, decoder)
 
     def require_same_model(self, backbone: Backbone) -> None:
-        """Refuse another model than that of the embeddings that the predictor was fitted on."""
+        """Raise ProvenanceError if a model is not the one that the predictor was fitted on."""
         self.vocabulary.space.require_match(
             backbone.space, name=str(self.folder), other_name=f"the model {backbone.space.backbone}"
         )
 
     @property
     def model(self) -> ImageModel:
-        """What makes embeddings; UsageError where the guard was opened for vectors alone."""
+        """The model with decoder and encoder; UsageError for a guard of vectors only."""
         if self._model is None:
             raise UsageError(
                 f"this guard of {self.folder} was opened with vectors_only, so it has no model "
-                "that reads images. Open it without."
+                "that reads images. Open it without vectors_only."
             )
         return self._model
 
@@ -314,16 +318,16 @@ class Guard:
         return self.model.backbone
 
     def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
-        """The answers for some images, in their order."""
+        """Answers about images, in the order of the images."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UsageError("give a list of images, also of a single one: guard([image]).")
         return list(self.stream(images))
 
     def columns(self, images: Iterable[ImageLike]) -> dict[str, list[Any]]:
-        """The answers as columns, as ``datasets.Dataset.map`` takes them.
+        """Answers about images as columns, in the form that ``datasets.Dataset.map`` takes.
 
-        ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds what
-        ``Answer`` has, but its key.
+        ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds a column for
+        every attribute of ``Answer`` except ``key``.
         """
         answers = self(images)
         columns = {}
@@ -333,17 +337,17 @@ class Guard:
         return columns
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
-        """The same for any number of images, one answer after another, as batches are done."""
-        records = ((place, record_of(place, image)) for place, image in enumerate(images))
-        ahead = self.batch_size + self.workers  # images that are decoded before they are needed
-        with in_threads(self.model.decoder, records, self.workers, ahead) as decoded:
+        """Answers about any number of images, in their order, yielded batch by batch."""
+        records = ((index, record_of(index, image)) for index, image in enumerate(images))
+        n_ahead = self.batch_size + self.workers  # images that are decoded before they are needed
+        with in_threads(self.model.decoder, records, self.workers, n_ahead) as decoded:
             batch = list(islice(decoded, self.batch_size))
             while batch:
                 yield from self._answer_batch(batch)
                 batch = list(islice(decoded, self.batch_size))
 
     def _answer_batch(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
-        """The answers for decoded images, in the order of their places."""
+        """Answers about decoded images, in the order of the images."""
         content = self.embed(batch)
         answers: dict[int, Answer] = {}
         for error in content.errors:
@@ -356,19 +360,19 @@ class Guard:
         return [answers[position] for position in sorted(answers)]
 
     def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
-        """What the model makes of decoded images, bad ones apart."""
+        """Embed decoded images; bad images are listed apart from the rows."""
         return self.model.encoder.part(iter([*batch, END]))
 
     @torch_defaults()
     def answer(
         self, arrays: Mapping[str, Tensor], keys: Sequence[str]
     ) -> tuple[list[Answer], Outcomes]:
-        """Answers about embeddings that are there already, and the scores in columns.
+        """Answers about rows that are embedded already, and their scores as outcomes.
 
         Args:
-            arrays: By the names in ``arrays``: embeddings (B, D), and what else the predictor looks
-                at.
-            keys: B names.
+            arrays: The arrays that the attribute ``arrays`` names: embeddings (B, D), and for some
+                predictors features (B, F).
+            keys: B names of the rows.
 
         Examples:
             >>> import pathlib, tempfile, torch, vilu
@@ -400,14 +404,14 @@ class Guard:
         return answers, outcomes
 
     def _runners_up(self, batch: Batch) -> list[RunnersUp]:
-        """Of a batch, after the answers that are judged."""
+        """Runners-up of the judged answers of a batch."""
         if self.predictor.answer != "adapted":
             return runners_up_of(batch, self.vocabulary.names)
         judged = self.predictor.judged(batch)
         return runners_up_of(judged, self.vocabulary.names, self.predictor.log_posterior)
 
     def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
-        """The answer of one row of the scores."""
+        """The answer about one row of the outcomes."""
         key = _at(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
@@ -424,22 +428,29 @@ class Guard:
         if outcomes.zero_shot is not None:
             zero_shot = self.vocabulary.names[int(outcomes.zero_shot[row])]
         return Answer(
-            key,
-            label,
-            probability,
-            uncertainty,
-            _at(outcomes.decision, row),
-            _at(outcomes.decision_reason, row),
-            runners_up,
+            key=key,
+            label=label,
+            failure_probability=probability,
+            uncertainty=uncertainty,
+            decision=_at(outcomes.decision, row),
+            reason=_at(outcomes.decision_reason, row),
+            runners_up=runners_up,
             zero_shot=None if zero_shot == label else zero_shot,
         )
 
     def refused(self, key: str, reason: str | None) -> Answer:
-        """The answer for an image without a score."""
+        """The answer about an image without a score."""
         decision: str | None = None
         if self.calibration is not None and self.calibration.has_rule:
             decision = REVIEW
-        return Answer(key, None, None, None, decision, reason)
+        return Answer(
+            key=key,
+            label=None,
+            failure_probability=None,
+            uncertainty=None,
+            decision=decision,
+            reason=reason,
+        )
 
     def __repr__(self) -> str:
         rule = "no rule"
@@ -449,12 +460,12 @@ class Guard:
 
 
 def _at(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """The text of a row; None without a column."""
+    """The text of a row; None if there is no column of texts."""
     return None if texts is None else texts[row]
 
 
 def arrays_of(content: PartRows) -> dict[str, Tensor]:
-    """The embeddings of images, and what else was kept of them, each as one array."""
+    """The arrays of embedded images by name; the blocks of every array are joined."""
     return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
 
 
@@ -463,9 +474,9 @@ def runners_up_of(
     names: Sequence[str],
     posterior_of: Callable[[Batch], Tensor] = log_posterior,
 ) -> list[RunnersUp]:
-    """Per row the next answers after the one that is judged, with their probabilities.
+    """The runners-up of every row: the most likely answers except the judged one.
 
-    ``posterior_of`` gives (B, K) log probabilities of a batch, by default zero-shot ones.
+    ``posterior_of`` gives (B, K) log probabilities of a batch, by default the zero-shot ones.
     """
     n_rows = len(batch.index)
     n_classes = len(batch.text)
@@ -474,34 +485,35 @@ def runners_up_of(
     with torch.no_grad():
         posterior = posterior_of(batch).exp()
     answer = batch.prediction.to(posterior.device)[:, None]
+    # -1 is below every probability, so the judged answer is never among the top k.
     without_answer = posterior.scatter(1, answer, -1.0)
     nearest = without_answer.topk(min(RUNNERS_UP, n_classes - 1), dim=1)
     runners_up: list[RunnersUp] = []
-    for places, probabilities in zip(
+    for indices, probabilities in zip(
         nearest.indices.tolist(), nearest.values.tolist(), strict=True
     ):
-        labels = [names[place] for place in places]
+        labels = [names[index] for index in indices]
         runners_up.append(tuple(zip(labels, probabilities, strict=True)))
     return runners_up
 
 
-def record_of(place: int, image: ImageLike) -> ImageRecord:
-    """An image as data sets give it; its key is its path, or its place."""
+def record_of(index: int, image: ImageLike) -> ImageRecord:
+    """The record of an image; its key is its path, or its index among the images."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         return ImageRecord(str(path), None, lambda: read_file(path))
     if isinstance(image, bytes):
-        return ImageRecord(str(place), None, lambda: image)
+        return ImageRecord(str(index), None, lambda: image)
     if isinstance(image, Image.Image):
-        return ImageRecord(str(place), None, lambda: _encoded(image))
+        return ImageRecord(str(index), None, lambda: _encoded(image))
     raise UsageError(
         f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
-        f"place {place}."
+        f"index {index}."
     )
 
 
 def _encoded(image: Image.Image) -> bytes:
-    """A picture as a file, so that it goes the way of all images and is judged as they are."""
+    """The bytes of a Pillow image as PNG, so that it is decoded and checked like all images."""
     if image.mode not in PNG_MODES:
         image = image.convert("RGB")
     content = io.BytesIO()

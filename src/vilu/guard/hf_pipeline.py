@@ -16,11 +16,11 @@ TASK: Final = "zero-shot-image-classification-selective"
 """Name of the pipeline."""
 
 Entries = list[dict[str, Any]]
-"""The answer for one image: a list with one entry."""
+"""The entries of one image: a list with one entry, the model's answer."""
 
 
 def register() -> None:
-    """Make ``TASK`` known to ``transformers.pipeline``: it does not know it before.
+    """Register ``TASK`` with ``transformers.pipeline``, which cannot make the pipeline before.
 
     Example::
 
@@ -37,29 +37,36 @@ def register() -> None:
 
 
 class SelectivePipeline:
-    """A guard's answers in the shape of the task "zero-shot-image-classification".
+    """A guard's answers in the format of the task "zero-shot-image-classification".
 
-    An image gives a list with one entry, the model's answer; a list of images gives a list of
-    these, and any other iterable, as a data set, an iterator over them in bounded memory. An entry
-    has ``label``, ``score`` (how likely the label is right, 1 - ``failure_probability``),
-    ``failure_probability``, ``decision`` and ``reason`` as in ``vilu.Answer``, and ``runners_up``:
-    the next answers, each with ``label`` and its zero-shot probability as ``score``. What is not
-    known is None: a bad image has a reason and no label.
+    - One image gives a list with one entry, the model's answer.
+    - A list of images gives a list of such lists.
+    - Any other iterable, such as a data set, gives an iterator over such lists, in bounded memory.
 
-    It is no ``transformers.Pipeline``: that moves a network and its processors about, which a guard
-    keeps together.
+    An entry is a dictionary with these keys:
+
+    - ``label``, ``failure_probability``, ``decision``, ``reason`` and ``zero_shot``: as in
+      ``vilu.Answer``.
+    - ``score``: the probability that the label is right, 1 - ``failure_probability``.
+    - ``runners_up``: the next most likely answers, each with ``label`` and its probability as
+      ``score``.
+
+    Values that are not known are None: a bad image has a reason and no label.
+
+    This class is no ``transformers.Pipeline``, since that class moves a network and its processors
+    between devices. The guard holds the network and its preprocessing.
 
     Args:
-        model: The guard, which knows classes, prompts, device and batch size.
+        model: The guard; it defines classes, prompts, device and batch size.
         task: Name of the task.
-        settings: What ``transformers.pipeline`` adds: a ``dtype`` of "auto", and nothing else.
+        settings: Only ``dtype="auto"``, which ``transformers.pipeline`` adds, is allowed.
 
     Raises:
-        UsageError: If ``model`` is no guard, there are other settings, or an image is no path,
-            bytes or Pillow picture.
+        UsageError: If ``model`` is no guard, if there are other settings, or if an image is no
+            path, bytes or Pillow image.
     """
 
-    # ``transformers.pipeline`` would load these beside the model
+    # Without these ``transformers.pipeline`` would load processors beside the model.
     _load_feature_extractor = False
     _load_image_processor = False
     _load_processor = False
@@ -74,14 +81,14 @@ class SelectivePipeline:
             )
         self.model = model
         self.task = task
-        if settings.get("dtype") == "auto":  # transformers adds it
+        if settings.get("dtype") == "auto":  # added by transformers
             settings.pop("dtype")
         _refuse(settings)
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], **settings: object
     ) -> Entries | list[Entries] | Iterator[Entries]:
-        """The entries of one image, or of each of many."""
+        """The entries of one image, or of every image of a list or iterable."""
         _refuse(settings)
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             (answer,) = self.model([images])
@@ -93,16 +100,18 @@ class SelectivePipeline:
 
 
 def _refuse(settings: Iterable[str]) -> None:
+    """Raise UsageError if there are any settings."""
     names = sorted(settings)
     if names:
         raise UsageError(
             f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the "
-            "predictor, and all else is set where the guard is made, as in vilu.Guard(folder, "
-            "device='cpu', batch_size=32)."
+            "predictor, and all other settings are made where the guard is made, as in "
+            "vilu.Guard(folder, device='cpu', batch_size=32)."
         )
 
 
 def _entries(answer: Answer) -> Entries:
+    """The entries of one image."""
     score: float | None = None
     if answer.failure_probability is not None:
         score = 1 - answer.failure_probability

@@ -1,4 +1,4 @@
-"""Pixels to decisions as one ONNX file: image tower, classes, predictor and rule."""
+"""Exports image tower, classes, predictor and rule as one ONNX file, from pixels to decisions."""
 
 from __future__ import annotations
 
@@ -35,17 +35,30 @@ from vilu.predictors.persistence.onnx import (
 from vilu.predictors.plus.ood import NEGATIVES
 
 PIXELS = "pixels"
+"""Name of the input."""
+
 EMBEDDINGS = "image"
-"""What the head calls them."""
+"""Name of the embeddings: an output here, an input of a graph that scores embeddings."""
 
 ACCEPT = "accept"
+"""Name of the output with the decisions."""
+
 ALONE = "Without --with-backbone the head alone is exported; it takes embeddings."
+"""Advice of errors about the image tower."""
+
 BATCHES = (1, 2, 7)
-"""Numbers of random pictures that an export is tried with."""
+"""Sizes of the batches of random pictures that an export is tested with."""
 
 
 class ImageGraph(nn.Module):
-    """Pixels (N, 3, H, W) to the answers of a guard; ``outputs`` names what it gives."""
+    """The graph from pixels (N, 3, H, W) to the answers of a guard.
+
+    Attributes:
+        arrays: Names of the arrays that the image tower makes: embeddings, and for some predictors
+            features.
+        limits: (2, K) floor and threshold of every answer (``limits_of``); None without a rule.
+        outputs: Names of the outputs of ``forward``, in order.
+    """
 
     def __init__(self, guard: Guard) -> None:
         super().__init__()
@@ -68,9 +81,9 @@ class ImageGraph(nn.Module):
             self.outputs = (*SAID, ACCEPT, *self.arrays)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Embeddings (N, D), and features (N, F) where the score looks at them.
+        """Embeddings (N, D), and features (N, F) if the score uses them.
 
-        They are rounded as a store rounds them.
+        They are rounded to the number format of the store.
         """
         arrays: tuple[Tensor, ...]
         if FEATURES in self.arrays:
@@ -80,7 +93,7 @@ class ImageGraph(nn.Module):
         return tuple(array.to(self.dtype).float() for array in arrays)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Uncertainty, answer, whether it is accepted where there is a rule, and ``embed``."""
+        """Uncertainty (N,), answer (N,), with a rule is_accepted (N,), and the arrays."""
         arrays = self.embed(pixels)
         uncertainty, answer = self.score(**self.inputs(arrays))
         if self.limits is None:
@@ -91,7 +104,7 @@ class ImageGraph(nn.Module):
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
-        """The inputs of the score, by name."""
+        """The inputs of the score by name: the arrays, the text embeddings, and the words."""
         trial = {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
         if self.words is not None:
             trial[NEGATIVES] = self.words
@@ -99,7 +112,7 @@ class ImageGraph(nn.Module):
 
 
 def rule_of(guard: Guard) -> Rule | None:
-    """What decides which answers are accepted; None without a rule."""
+    """The rule that decides which answers are accepted; None without a rule."""
     if guard.calibration is None:
         return None
     return guard.calibration.rule
@@ -119,7 +132,7 @@ def limits_of(guard: Guard) -> Tensor | None:
 
 
 def fingerprint_of(folder: str | Path) -> str:
-    """Digest of what the file of a folder is made from: predictor, rule and classes."""
+    """Digest of the inputs of an export: predictor, rule and classes of a folder."""
     return inputs_of(Path(folder), Path(folder) / VOCABULARY, graph=PIXELS)
 
 
@@ -132,32 +145,40 @@ def export_image_graph(
 ) -> float:
     """Write backbone, classes, predictor and rule of a folder as one ONNX file.
 
-    Input is ``pixels`` (N, 3, H, W) float32, N >= 1 open, as the backbone's ``preprocess`` makes
-    them of an image: decoding, resizing and scaling stay outside. Outputs are ``uncertainty`` (N,)
-    float64; ``prediction`` (N,) int64, a place in the classes, which the metadata name
-    (``vilu.classes``, JSON); ``accept`` (N,) bool where the folder has a rule; ``image`` (N, D)
-    float32, the embeddings, of unit norm and rounded as ``vilu.Guard`` rounds them; and
-    ``features`` (N, F) where the predictor looks at them.
+    The input is ``pixels`` (N, 3, H, W) float32 for any N >= 1: images after the backbone's
+    ``preprocess``. Decoding, resizing and scaling are not in the file.
 
-    onnxruntime runs the file on random pictures, and it is written only where embeddings are
-    torch's but for one step of their number format, uncertainties and answers are the predictor's
-    of these embeddings, as near as ``export_onnx`` demands, and decisions are the rule's.
+    Outputs:
+
+    - ``uncertainty`` (N,) float64.
+    - ``prediction`` (N,) int64, an index into the classes. The metadata list the classes
+      (``vilu.classes``, JSON).
+    - ``accept`` (N,) bool, if the folder has a rule.
+    - ``image`` (N, D) float32, embeddings of unit norm, rounded as ``vilu.Guard`` rounds them.
+    - ``features`` (N, F), if the predictor uses them.
+
+    The file is tested before it is written: onnxruntime runs it on random pictures.
+
+    1. Embeddings may differ from torch's by one step of their number format.
+    2. Uncertainties and answers must be the predictor's for these embeddings, with the tolerance of
+       ``export_onnx``.
+    3. Decisions must be the rule's.
 
     Args:
-        folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` leave it.
-        path: The file; another export that lies there is replaced, and no other file.
-        models: As of ``vilu.Guard``.
-        backbone: As of ``vilu.Guard``; on the CPU.
+        folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` write it.
+        path: The file; it may replace only an earlier export.
+        models: As in ``vilu.Guard``.
+        backbone: As in ``vilu.Guard``; on the CPU.
 
     Returns:
-        The largest difference between uncertainties of the file and of torch, from the pixels on.
+        The largest difference between an uncertainty of the file and of torch for the same pixels.
 
     Raises:
-        NotExportable: If the predictor has no graph, the image tower cannot be written as ONNX or
-            runs in bfloat16, or there is one class alone.
-        UsageError: If ``path`` holds something else, the rule needs more than an image and its
-            answer, or the predictor looks at several views.
-        DataError: If the file gives something else than torch.
+        NotExportable: If the predictor has no graph, if the image tower cannot be written as ONNX
+            or runs in bfloat16, or if there is only one class.
+        UsageError: If ``path`` holds another kind of file, if the rule needs more than an image and
+            its answer, or if the predictor uses several views of an image.
+        DataError: If the file gives other results than torch.
 
     Example::
 
@@ -166,13 +187,14 @@ def export_image_graph(
         pixels = backbone.preprocess(PIL.Image.open("photo.jpg"))[None].numpy()
         accept, answer = session.run(["accept", "prediction"], {"pixels": pixels})
     """
-    for module in ("onnx", "onnxscript"):  # torch imports them
+    for module in ("onnx", "onnxscript"):  # the export of torch needs both
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
     guard = Guard(folder, models=models, device="cpu", backbone=backbone)
     _require_graph(guard)
     graph = ImageGraph(guard).eval()
-    # torch first: a tower may be loaded on its first use, which must not be in the export
+    # Run torch before the export: a tower may be loaded on its first use, and the export must not
+    # record the loading.
     trials = []
     for n in BATCHES:
         pixels = _pictures(n, guard.backbone)
@@ -191,23 +213,22 @@ def export_image_graph(
 
 
 def _require_graph(guard: Guard) -> None:
-    """Refuse a guard whose answers other runtimes would not give."""
+    """Raise NotExportable if another runtime could not give the answers of the guard."""
     space = guard.backbone.space
     if space.precision == "bf16":
         raise NotExportable(
-            f"the image tower of {space.backbone} runs in bfloat16, and other runtimes round "
-            f"otherwise. Embed with --precision fp32. {ALONE}"
+            f"the image tower of {space.backbone} runs in bfloat16, which other runtimes round "
+            f"differently. Embed with --precision fp32. {ALONE}"
         )
     if len(guard.vocabulary.text) < 2:
-        raise NotExportable(
-            "with one class there is no other answer, so nothing to decide. Give more classes."
-        )
+        raise NotExportable("with only one class there is nothing to decide. Give more classes.")
 
 
 def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
-    """The metadata of the head's file, after what the head does not know.
+    """The metadata of the file: entries of the whole graph, then those of the predictor alone.
 
-    Those of the head come last: ``vilu.artifacts.paths`` looks for them near the end of a file.
+    The entries of the predictor are last, since ``vilu.artifacts.paths`` looks for them near the
+    end of a file.
     """
     space = guard.vocabulary.space
     decision = ""
@@ -226,8 +247,8 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
     """(n, 3, H, W) pixels of random pictures, from large patches to fine grain."""
     random = np.random.default_rng(n)
     pictures = []
-    for place in range(n):
-        side = 2 ** (1 + place % 7)
+    for index in range(n):
+        side = 2 ** (1 + index % 7)
         grain = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
         picture = grain.resize((256, 256), Image.Resampling.BICUBIC)
         pictures.append(backbone.preprocess(picture))
@@ -237,9 +258,16 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
 def _check(
     guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]
 ) -> float:
-    """The largest difference of a file's uncertainties from torch's.
+    """Run a file on the trials; the largest difference of its uncertainties from torch's.
 
-    DataError where it says something else.
+    Args:
+        guard: The guard that was exported.
+        graph: Its graph in torch.
+        content: The file.
+        trials: Pixels, and the arrays that torch made of them.
+
+    Raises:
+        DataError: If the file gives other results than torch.
     """
     run = runner(content)
     step = torch.finfo(graph.dtype).eps
@@ -253,9 +281,10 @@ def _check(
         for name, array, expected in zip(graph.arrays, arrays, by_torch, strict=True):
             _require_near(name, array, expected, step)
         if rule is not None:
-            names = [guard.vocabulary.names[place] for place in answer.tolist()]
+            names = [guard.vocabulary.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
-        # the head alone is judged on the file's own embeddings, the whole graph on torch's
+        # Two comparisons: here the head alone, on the embeddings of the file; below the whole
+        # graph, against the uncertainties of torch's embeddings.
         answered.append((graph.inputs(arrays), uncertainty, answer))
         expected_uncertainty, _, is_clear = reference(guard.predictor, graph.inputs(by_torch))
         differences = np.abs(uncertainty - expected_uncertainty)[is_clear]
@@ -265,10 +294,10 @@ def _check(
 
 
 def _require_near(name: str, array: Tensor, expected: Tensor, step: float) -> None:
-    """Refuse embeddings that are not torch's.
+    """Raise DataError if embeddings are too far from torch's.
 
-    They may differ by a step of their number format, and by the order of sums, which counts in
-    proportion to the largest number of a row.
+    They may differ by one step of their number format, and by the rounding of sums, which is
+    proportional to the largest number of a row.
     """
     gap = (array - expected).abs()
     size = expected.abs()
@@ -276,11 +305,12 @@ def _require_near(name: str, array: Tensor, expected: Tensor, step: float) -> No
     is_near = gap <= step * size + ROUNDING * largest
     if not bool(is_near.all()):
         raise DataError(
-            f"the exported tower gives other {name} rows, by {float(gap.max()):.2g}. Nothing was "
-            "written."
+            f"the {name} rows of the exported tower differ from torch's by {float(gap.max()):.2g}. "
+            "Nothing was written."
         )
 
 
 def _require_same_decisions(accepted: np.ndarray, expected: np.ndarray) -> None:
+    """Raise DataError if the decisions of the file are not the rule's."""
     if not np.array_equal(accepted, expected):
-        raise DataError("the exported graph decides otherwise than the rule. Nothing was written.")
+        raise DataError("the exported graph does not decide as the rule does. Nothing was written.")

@@ -1,4 +1,4 @@
-"""The routes: what a client may ask, what it gets, and how it learns of mistakes."""
+"""The routes of the service, and the refusals that its clients get."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vilu.service.bodies import (
     read_images,
     read_json,
 )
-from vilu.service.limits import PROBLEM, ClientLimits, Gate, Places, Refused, problem
+from vilu.service.limits import PROBLEM, ClientLimits, Gate, ImageSlots, Refused, problem
 from vilu.service.measures import Measures
 
 if TYPE_CHECKING:
@@ -43,37 +43,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DESCRIPTION: Final = (
-    "Images in, decisions out: what the model answers, how likely that is wrong, and whether to "
-    "accept it."
+    "Answers about images: the answer of the model, the probability that it is wrong, and whether "
+    "to accept it."
 )
 LOST: Final = (
     "the journal was removed or replaced while the service ran, so no row can be kept and nothing "
     "is answered. Stop the service, restore the journal, and start again."
 )
+"""Detail of a refusal while the file of a journal is lost."""
+
 NOT_WRITTEN: Final = (
     "the rows could not be written to the journal, so nothing is answered; the log of the service "
     "says why. The same request may be repeated."
 )
+"""Detail of a refusal after a journal could not be written."""
 
 Route = Callable[..., Any]
 Responses = dict[int | str, dict[str, Any]]
-"""What OpenAPI says of answers, by their status."""
+"""OpenAPI's descriptions of the answers of a route, by status."""
 
 
 class Service:
-    """The application: it listens at once, and answers as soon as there is an engine.
+    """The application; it answers about images as soon as ``start`` has given it an engine.
 
     Args:
-        limits: What clients may do.
-        keep: Folder for the images that are answered; None: no image is kept.
+        limits: Limits for clients.
+        keep: Folder for the answered images; None: no image is kept.
     """
 
     def __init__(self, limits: ClientLimits, keep: Path | None = None) -> None:
         self.limits = limits
         self.keep = None if keep is None else make_folder(keep)
         self.engine: Engine | None = None
-        self.places = Places(limits.queue)
-        self.measures = Measures(self.places, lambda: self.engine)
+        self.slots = ImageSlots(limits.queue)
+        self.measures = Measures(self.slots, lambda: self.engine)
         self.api = FastAPI(
             title="vilu",
             version=metadata.version("vilu"),
@@ -86,14 +89,14 @@ class Service:
         self.gate = Gate(
             self.api,
             limits,
-            lambda: self.places.left,
+            lambda: self.slots.left,
             self.measures.count_request,
             frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
         )
 
     @property
     def ready(self) -> Engine:
-        """The engine; 503 while it loads."""
+        """The engine; Refused (503) while it is loading."""
         if self.engine is None:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
@@ -103,7 +106,7 @@ class Service:
         return self.engine
 
     def start(self, engine: Engine) -> None:
-        """Answer from now on."""
+        """Answer with this engine from now on."""
         engine.on_batch = self.measures.batch.observe
         self.engine = engine
 
@@ -157,7 +160,7 @@ class Service:
         )
 
     def _add_refusals(self) -> None:
-        """What a client gets for each kind of exception."""
+        """Register the answer to every kind of exception."""
         self.api.add_exception_handler(Refused, _refused)
         self.api.add_exception_handler(HTTPException, _no_such_route)
         self.api.add_exception_handler(ClientDisconnect, _disconnected)
@@ -165,19 +168,19 @@ class Service:
         self.api.add_exception_handler(Exception, _fault)
 
     async def answers(self, request: Request) -> Response:
-        """Answer for images: what the model answers, and whether to accept it.
+        """Answer about images, with decisions.
 
-        Each answer has the probability that it is wrong.
+        Every answer has the probability that it is wrong, and whether to accept it.
         """
         engine = self.ready
         images = await read_images(request)
         self._require_at_most(len(images), "images")
-        with self.places.hold(len(images)):
+        with self.slots.hold(len(images)):
             awaited = engine.images(request.state.request_id, images)
             return await self._replies(request, awaited, images)
 
     async def scores(self, request: Request) -> Response:
-        """The same for embeddings of the model that the predictor was fitted on."""
+        """Answer about embeddings of the model that the predictor was fitted on."""
         engine = self.ready
         body = await read_json(request, EmbeddingsIn)
         self._require_at_most(len(body.embeddings), "embeddings")
@@ -185,7 +188,7 @@ class Service:
             arrays = await asyncio.to_thread(engine.checked, body.embeddings, body.features)
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
-        with self.places.hold(len(body.embeddings)):
+        with self.slots.hold(len(body.embeddings)):
             awaited = engine.rows(request.state.request_id, arrays)
             return await self._replies(request, awaited)
 
@@ -195,9 +198,9 @@ class Service:
         awaited: Sequence[Future[Judgement]],
         images: Sequence[bytes] = (),
     ) -> Response:
-        """The answers of a request, once its rows are in the journal.
+        """Wait for the judgements of a request, write its rows to the journals, and answer.
 
-        A request that was given up by then leaves no row.
+        If the client has disconnected before the rows are written, no row is written.
         """
         judgements = await self._judgements(awaited)
         if await request.is_disconnected():
@@ -207,7 +210,7 @@ class Service:
         replies = await asyncio.wrap_future(self.ready.record(judgements))
         request.scope["state"]["images"] = len(replies)
         self.measures.count_answers(reply.answer for reply in replies)
-        guarantee = replies[0].guarantee  # the same of all: they were written together
+        guarantee = replies[0].guarantee  # the same for all replies: they were written together
         body = AnswersOut(
             request_id=request.state.request_id,
             guarantee=guarantee,
@@ -218,13 +221,14 @@ class Service:
         )
 
     async def _judgements(self, awaited: Sequence[Future[Judgement]]) -> list[Judgement]:
-        """The judgements of a request; 503 where they take too long."""
+        """The judgements of a request; Refused (503) if they take too long."""
         try:
             async with asyncio.timeout(self.limits.answer):
-                # a fault of one image is raised below, when all are done
+                # With return_exceptions, gather waits for all images. An exception of one image is
+                # raised by result() in the next line.
                 await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
                 return [judgement.result() for judgement in awaited]
-        except TimeoutError:  # it has cancelled those that nobody waits for any more
+        except TimeoutError:  # the timeout has cancelled the unfinished judgements
             detail = (
                 f"there was no answer within {self.limits.answer:g} seconds. The same request "
                 "may be repeated."
@@ -232,10 +236,7 @@ class Service:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "1"}) from None
 
     async def labels(self, request: Request) -> Response:
-        """Take late labels of rows that were answered, for the audit of the guarantee.
-
-        Each counts once.
-        """
+        """Take labels of answered rows, for the audit of the guarantee; a row is counted once."""
         engine = self.ready
         body = await read_json(request, LabelsIn)
         self._require_at_most(len(body.labels), "labels")
@@ -262,7 +263,7 @@ class Service:
         return _json({"audited": audited})
 
     async def monitor(self) -> Response:
-        """Whether the guarantee still holds for what was answered, and by what evidence."""
+        """State of every guarantee, and the evidence of its monitor."""
         statuses = await asyncio.to_thread(self.ready.journals.statuses)
         monitors = await self._described_predictors()
         for monitor in monitors:
@@ -273,13 +274,14 @@ class Service:
         return _json({"monitors": monitors})
 
     async def predictors(self) -> Response:
-        """Which predictors judge, and which of them answers."""
+        """The predictors of the service, and which of them answers."""
         return _json({"predictors": await self._described_predictors()})
 
     async def switch(self, request: Request) -> Response:
-        """Have another predictor answer.
+        """Let another predictor answer.
 
-        Its own guarantee goes with it; that of the one before goes on being watched.
+        The answers then have the guarantee of this predictor. The monitor of the previous predictor
+        continues to run.
         """
         engine = self.ready
         choice = await read_json(request, ChoiceIn)
@@ -292,7 +294,7 @@ class Service:
         return _json({"before": by_name[before.answering], "now": by_name[choice.answers]})
 
     async def _described_predictors(self) -> list[dict[str, Any]]:
-        """Every predictor with its guarantee, for clients."""
+        """Descriptions of all predictors with their guarantees, for clients."""
         engine = self.ready
         state = await asyncio.to_thread(engine.journals.state)
         described = []
@@ -312,11 +314,11 @@ class Service:
         return described
 
     async def alive(self) -> Response:
-        """Whether the process listens."""
+        """Show that the process listens."""
         return _json({"alive": True})
 
     async def is_ready(self) -> Response:
-        """Whether the model is loaded and has answered about a picture, and rows can be kept."""
+        """Whether the model is loaded and tested, and rows can be written to the journal."""
         engine = self.ready
         state = await asyncio.to_thread(engine.journals.state)
         if state.has_lost_journal:
@@ -324,12 +326,12 @@ class Service:
         return _json({"ready": True, "answers": engine.served[state.answering].fingerprint})
 
     async def metrics(self) -> Response:
-        """For Prometheus."""
+        """The metrics in Prometheus' text format."""
         content, kind = await asyncio.to_thread(self.measures.exposed)
         return Response(content, media_type=kind)
 
     async def _cannot_write(self, _: Request, error: Exception) -> Response:
-        """Rows that are not in the journal are not answered; only the log names the file."""
+        """The refusal after rows could not be written; only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
         state = await asyncio.to_thread(self.ready.journals.state)
         detail = LOST if state.has_lost_journal else NOT_WRITTEN
@@ -364,7 +366,7 @@ def _out(reply: Reply) -> AnswerOut:
 
 
 def _keep_images(folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]) -> None:
-    """Write images, named by their rows, but for those that cannot be decoded."""
+    """Write images to files that are named by their rows; undecodable images are left out."""
     for content, judgement in zip(images, judgements, strict=True):
         if judgement.scores:
             suffix = (sniff(content) or "bin").lower()
@@ -380,24 +382,25 @@ def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None 
 
 
 async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)  # noqa: S101 - what it is registered for
+    """The answer to a refused request."""
+    assert isinstance(error, Refused)  # noqa: S101 - the handler is registered for this type
     return _problem(error.status, error.detail, error.headers)
 
 
 async def _no_such_route(_: Request, error: Exception) -> Response:
-    """No such path, no such method."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
-    detail = f"{error.detail}. /docs tells what there is."
+    """The answer to a request for an unknown path or with an unknown method."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - the handler is registered for this type
+    detail = f"{error.detail}. The paths are listed at /docs."
     return _problem(HTTPStatus(error.status_code), detail, error.headers)
 
 
 async def _disconnected(_: Request, _error: Exception) -> Response:
-    """Nobody gets this answer; the log has a line of the request."""
+    """The answer after the client has disconnected: it is not received, but logged."""
     return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
 
 
 async def _fault(_: Request, error: Exception) -> Response:
-    """A fault of ours: the log has it, the client does not."""
+    """The answer after an unexpected exception; only the log shows the exception."""
     logger.error("a request failed", exc_info=error)
     return _problem(
         HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed at this request; its log says why."

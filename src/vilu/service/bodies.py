@@ -1,4 +1,4 @@
-"""The bodies of requests and answers: what they hold, and how they are read."""
+"""The models of the bodies of requests and answers, and the reading of requests."""
 
 from __future__ import annotations
 
@@ -45,40 +45,43 @@ class EmbeddingsIn(BaseModel):
     ]
     features: Annotated[
         list[list[FiniteFloat]] | None,
-        Field(description="(B, F), for predictors that look at what comes before."),
+        Field(description="(B, F) image features, for predictors that use them."),
     ] = None
 
 
 class LabelsIn(BaseModel):
-    """What rows that were answered really show: a random sample of the accepted ones, or of all."""
+    """True labels of answered rows: of a random sample of the accepted rows, or of all rows."""
 
     model_config = CLOSED
     labels: Annotated[
         dict[str, str],
         Field(
-            min_length=1, description='Row of an answer to the name of its class, or "(outside)".'
+            min_length=1,
+            description='Name of the class, or "(outside)", by the row of the answer.',
         ),
     ]
 
 
 class ChoiceIn(BaseModel):
-    """The predictor that is to answer."""
+    """The choice of the predictor that answers from now on."""
 
     model_config = CLOSED
-    answers: Annotated[str, Field(description='"first" or "second".')]
+    answers: Annotated[
+        str, Field(description='Name of the predictor that answers: "first" or "second".')
+    ]
 
 
 class RunnerUpOut(BaseModel):
-    """An answer after the first."""
+    """A runner-up: one of the most likely other answers."""
 
     label: str
     probability: float
 
 
 class AnswerOut(BaseModel):
-    """The answer for one image; see ``vilu.Answer``."""
+    """The answer about one image; see ``vilu.Answer``."""
 
-    row: Annotated[str, Field(description="What it is known by to /v1/labels.")]
+    row: Annotated[str, Field(description="Id of the row, for /v1/labels.")]
     label: str | None
     failure_probability: float | None
     uncertainty: float | None
@@ -86,17 +89,17 @@ class AnswerOut(BaseModel):
     reason: str | None
     runners_up: list[RunnerUpOut]
     zero_shot: Annotated[
-        str | None, Field(description="The zero-shot answer, where it is another one.")
+        str | None, Field(description="The zero-shot answer if it differs from the label.")
     ]
     predictor: Annotated[str, Field(description="Fingerprint of the predictor that answered.")]
 
 
 class AnswersOut(BaseModel):
-    """The answers of one request, in its order."""
+    """The answers of one request, in the order of its images or rows."""
 
     request_id: str
     guarantee: Annotated[
-        str, Field(description='"holds", "void", or "none" where nothing was guaranteed.')
+        str, Field(description='"holds", "void", or "none" if the predictor has no guarantee.')
     ]
     answers: list[AnswerOut]
 
@@ -107,7 +110,7 @@ def content_type(request: Request) -> str:
 
 
 async def read_json(request: Request, kind: type[Body]) -> Body:
-    """The JSON body; 415 or 422 says what was found."""
+    """Read a JSON body; Refused (415) for another content type, Refused (422) if it is invalid."""
     stated = content_type(request)
     if stated != JSON:
         expected = JSON
@@ -127,29 +130,29 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
 
 
 async def read_images(request: Request) -> list[bytes]:
-    """The encoded images of a form, or of JSON."""
+    """Read the encoded images of a form or of a JSON body."""
     if content_type(request) == FORM:
         return await _read_form(request)
     body = await read_json(request, ImagesIn)
     images = []
-    for place, text in enumerate(body.images):
+    for index, text in enumerate(body.images):
         try:
             images.append(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
             raise Refused(
-                HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{place} is no base64 ({error})."
+                HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{index} is no base64 ({error})."
             ) from None
     return images
 
 
 class InMemory(MultiPartParser):
-    """Uploads never reach the disk: the bound on the body is the bound on their memory."""
+    """A parser that keeps uploads in memory; the limit on the body limits their memory."""
 
-    spool_max_size = 2**40
+    spool_max_size = 2**40  # larger than any body, so that no upload is written to disk
 
     def close(self, files: Sequence[UploadFile]) -> bool:
-        """Close every file that was begun; returns whether the form has all of them."""
-        # a file whose part never ended is in no form
+        """Close all files of the parser; returns whether the form was complete."""
+        # ``files`` lacks a file whose part of the form never ended.
         begun = self._files_to_close_on_error
         for file in begun:
             file.close()
@@ -157,7 +160,7 @@ class InMemory(MultiPartParser):
 
 
 async def _read_form(request: Request) -> list[bytes]:
-    """The files of a form, whatever their fields are called."""
+    """Read the files of a form; the names of the fields do not matter."""
     parser = InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100)
     files: list[UploadFile] = []
     try:
@@ -179,7 +182,7 @@ async def _read_form(request: Request) -> list[bytes]:
     return contents
 
 
-# What OpenAPI says of them.
+# The description of requests and answers in OpenAPI.
 
 IMAGE_FILES: Final = {
     "type": "object",
@@ -188,11 +191,14 @@ IMAGE_FILES: Final = {
         "images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
     },
 }
-"""Schema of a form."""
+"""Schema of a form with images."""
 
 
 def described_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """A body that we read ourselves: a model without models in it, or for images a form, too."""
+    """OpenAPI's description of a body that a route reads itself: JSON, for images also a form.
+
+    ``kind`` must not contain other models.
+    """
     content = {JSON: {"schema": kind.model_json_schema()}}
     if kind is ImagesIn:
         content = {FORM: {"schema": IMAGE_FILES}, **content}
@@ -202,24 +208,24 @@ def described_body(kind: type[BaseModel]) -> dict[str, Any]:
 def described_answers(
     *, takes_body: bool, answer: type[BaseModel] | None = None
 ) -> dict[int | str, dict[str, Any]]:
-    """The answer, and all refusals."""
+    """OpenAPI's description of the answer of a route, and of all refusals."""
     refusals = {
-        401: "no key",
-        403: "a page of another site",
-        421: "an unknown host",
-        503: "loading, too slow, or without a journal",
+        401: "no valid key",
+        403: "a request from a page of another site",
+        421: "a host name that is not allowed",
+        503: "the model is loading, the answer took too long, or no row can be written",
     }
     if takes_body:
         refusals |= {
-            400: "a form that cannot be read",
+            400: "the form cannot be read",
             408: "the body came too slowly",
-            409: "nothing to audit",
-            413: "too large",
-            415: "another kind of body",
-            422: "the body says something else",
-            429: "no room",
+            409: "there is no guarantee to audit",
+            413: "the body is too large, or has too many images or rows",
+            415: "the body has another content type",
+            422: "the content of the body is not valid",
+            429: "too many images are in progress",
         }
-    success: dict[str, Any] = {"description": "what was asked for"}
+    success: dict[str, Any] = {"description": "the answer"}
     if answer is not None:
         success["model"] = answer
     problem = {"type": "object", "required": ["type", "title", "status", "detail"]}

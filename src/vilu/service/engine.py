@@ -1,4 +1,4 @@
-"""From images of many requests to batches of the model, and back to each request."""
+"""Collects the images of many requests in batches of the model, and answers every request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer for one image, the predictor that gave it, and the state of its guarantee."""
+    """The answer about one image or row.
+
+    Attributes:
+        row: Id of the row.
+        answer: The answer.
+        predictor: Fingerprint of the predictor that answered.
+        guarantee: State of the guarantee of this predictor.
+    """
 
     row: str
     answer: Answer
@@ -42,16 +49,23 @@ class Reply:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What every predictor says of one image, by its name; no scores where it cannot be read."""
+    """The answers of all predictors about one image or row.
+
+    Attributes:
+        row: Id of the row.
+        answers: Answers by the name of the predictor.
+        scores: Index of the answer, and uncertainty, by the name of the predictor; empty if the
+            image cannot be read.
+    """
 
     row: str
     answers: Mapping[str, Answer]
-    scores: Mapping[str, tuple[int, float]]  # answer and uncertainty
+    scores: Mapping[str, tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Unwritten:
-    """The judgements of one request, which wait for the journal."""
+    """The judgements of one request that are not in the journals yet."""
 
     judgements: Sequence[Judgement]
     replies: Future[list[Reply]]
@@ -59,7 +73,7 @@ class Unwritten:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A decoded image that waits for the model."""
+    """A decoded image that the model has not embedded yet."""
 
     row: str
     position: int  # among all images of this service
@@ -78,7 +92,7 @@ class Served:
         self.guarantee_text = None if calibration is None else calibration.guarantee_text
 
     def in_words(self, state: GuaranteeState) -> str:
-        """What there is to rely on in this state, for people."""
+        """The state of the guarantee, and the guarantee itself, as a text for people."""
         if self.rule is None:
             return "Nothing is guaranteed: this predictor has no rule that accepts answers."
         if state == "none":
@@ -86,9 +100,9 @@ class Served:
                 "Nothing is guaranteed: no threshold was certified, so the rule accepts no answer."
             )
         states = {
-            "holds": "The guarantee holds, as far as what was answered shows.",
-            "void": "The guarantee is void: what comes in is not like the calibration, "
-            "or labels show too many errors.",
+            "holds": "The guarantee holds: the answers so far show nothing against it.",
+            "void": "The guarantee is void: the images differ from the calibration data, or the "
+            "labels show too many errors.",
         }
         return f"{states[state]} Guaranteed: the rule {self.guarantee_text}."
 
@@ -96,20 +110,21 @@ class Served:
 class Engine:
     """One model, one or two predictors, and the images that wait for them.
 
-    Images are decoded by threads as they come. One thread alone runs the model: over all that is
-    decoded by then, at most ``guard.batch_size`` images at a time, so batches grow with the load
-    and nobody waits for one to fill. A row goes to the journal when all of its request is judged,
-    so that none is counted whose answer was given up; requests that are judged by then are written
-    together.
+    1. A pool of threads decodes images when they arrive.
+    2. One thread runs the model. It takes all images that are decoded so far, at most
+       ``guard.batch_size``. So batches grow with the load, and no image waits for a batch to fill.
+    3. Another thread writes rows to the journals. The rows of a request are written once all of
+       them are judged, so a request that was given up leaves no rows. Requests that are ready at
+       the same time are written together.
 
     Args:
         guard: The model with the first predictor.
-        journals: Of every predictor; they say which one answers, too.
-        second: Folder of a predictor that judges the same embeddings.
+        journals: Journals of all predictors; they also hold which predictor answers.
+        second: Folder of a second predictor, which judges the same embeddings.
 
     Raises:
-        UsageError: If the second predictor asks the model for something else.
-        ProvenanceError: If it was fitted on another model.
+        UsageError: If the second predictor needs other arrays or another number format.
+        ProvenanceError: If the second predictor was fitted on another model.
     """
 
     def __init__(self, guard: Guard, journals: Journals, second: Path | None = None) -> None:
@@ -120,16 +135,16 @@ class Engine:
             self.served[NAMES[1]] = Served(self._beside(second))
         self.on_batch: Callable[[int], None] | None = None
         self._positions = count()
-        self._lock = threading.Lock()  # over the three below
+        self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten
         self._waiting: deque[Waiting] = deque()
-        self._is_scheduled = False  # whether the model's thread is about to take what waits
+        self._is_scheduled = False  # whether a run of the model is submitted or in progress
         self._unwritten: deque[Unwritten] = deque()
         self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
         self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
     def _beside(self, folder: Path) -> Guard:
-        """A predictor that looks at what the model of the first one makes."""
+        """Open a second predictor, which must use the arrays that the first one uses."""
         first = self.guard
         second = Guard(folder, vectors_only=True)
         second.require_same_model(first.backbone)
@@ -139,34 +154,35 @@ class Engine:
             return second
         raise UsageError(
             f"{folder} needs {', '.join(second.arrays)} of an image as {second.vocabulary.dtype}, "
-            f"the first predictor {', '.join(first.arrays)} as {first.vocabulary.dtype}. Serve it "
-            "by itself."
+            f"the first predictor {', '.join(first.arrays)} as {first.vocabulary.dtype}. Serve "
+            f"{folder} by itself."
         )
 
     def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
-        """Judgements to come, one per image, in their order."""
+        """Submit the images of a request; futures of their judgements, in the same order."""
         judgements = []
-        for place, content in enumerate(images):
+        for index, content in enumerate(images):
             judgement: Future[Judgement] = Future()
             judgements.append(judgement)
-            self._decoders.submit(self._decode, request, place, content, judgement)
+            self._decoders.submit(self._decode, request, index, content, judgement)
         return judgements
 
     def checked(
         self, embeddings: list[list[float]], features: list[list[float]] | None
     ) -> dict[str, Tensor]:
-        """Rows as the model would give them, by the names of the arrays.
+        """Check the rows of a client, and convert them to arrays as the model makes them.
 
-        They are of unit norm, and in the number format of the store.
+        Returns:
+            The arrays by name, in the number format of the store; embeddings have unit norm.
 
         Raises:
-            DataError: If there are too few rows, or they are of another width or without direction.
+            DataError: If an array has the wrong shape, or an embedding has no direction.
         """
-        asked = {IMAGE: embeddings, FEATURES: features or []}
+        given = {IMAGE: embeddings, FEATURES: features or []}
         dtype = getattr(torch, self.guard.vocabulary.dtype)
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
-            rows = asked[name]
+            rows = given[name]
             _require_shape(name, rows, len(embeddings), width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
@@ -175,39 +191,39 @@ class Engine:
         return arrays
 
     def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Judgement]]:
-        """Judgements to come, one per row of embeddings (B, D)."""
+        """Submit rows of embeddings (B, D); B futures of their judgements, in the same order."""
         contents = torch.cat([*arrays.values()], dim=1).numpy()
-        ids = [row_id(request, place, row.tobytes()) for place, row in enumerate(contents)]
+        ids = [row_id(request, index, row.tobytes()) for index, row in enumerate(contents)]
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
         self._model.submit(self._settle, judgements, lambda: self._judged(arrays, ids))
         return judgements
 
     def _decode(
-        self, request: str, place: int, content: bytes, judgement: Future[Judgement]
+        self, request: str, index: int, content: bytes, judgement: Future[Judgement]
     ) -> None:
-        """Decode an image, and have a batch run if none is about to."""
-        if judgement.cancelled():  # nobody waits any more
+        """Decode an image, and schedule a run of the model."""
+        if judgement.cancelled():  # the request was given up
             return
         position = next(self._positions)
         try:
-            row = row_id(request, place, hashlib.sha256(content).digest())
+            row = row_id(request, index, hashlib.sha256(content).digest())
             item = self.guard.model.decoder((position, record_of(position, content)))
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+        except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             judgement.set_exception(error)
             return
-        assert item is not None  # noqa: S101 - which END alone becomes
+        assert item is not None  # noqa: S101 - only END gives None
         with self._lock:
             self._waiting.append(Waiting(row, position, item, judgement))
             self._schedule()
 
     def _schedule(self) -> None:
-        """Have the model's thread take what waits, unless it is about to; with the lock held."""
+        """Submit a run of the model unless one is scheduled. The caller must hold the lock."""
         if not self._is_scheduled:
             self._is_scheduled = True
             self._model.submit(self._run_batch)
 
     def _run_batch(self) -> None:
-        """Run the model over what waits, and come again if more does."""
+        """Run the model on a batch of waiting images; schedule another run if more are waiting."""
         with self._lock:
             n = min(len(self._waiting), self.guard.batch_size)
             batch = [self._waiting.popleft() for _ in range(n)]
@@ -224,14 +240,16 @@ class Engine:
     def _settle(
         self, judgements: Sequence[Future[Judgement]], judge: Callable[[], Sequence[Judgement]]
     ) -> None:
-        """Judge, unless nobody waits any more, and hand the results to those who still wait."""
+        """Call ``judge`` and set its results, or its exception, in the ``judgements``.
+
+        If all judgements are cancelled, ``judge`` is not called.
+        """
         awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
         if not any(awaited):
             return
         try:
             results = judge()
-        # not swallowed: an exception ends with its thread unless it is handed over; every request
-        # raises it
+        # The exception would be lost in this thread. So every judgement raises it in its request.
         except BaseException as error:
             logger.exception("%d rows failed", len(judgements))
             for judgement, is_awaited in zip(judgements, awaited, strict=True):
@@ -243,7 +261,7 @@ class Engine:
                 judgement.set_result(result)
 
     def _judge_images(self, batch: Sequence[Waiting]) -> list[Judgement]:
-        """What every predictor says of decoded images; without scores of those that are bad."""
+        """Judgements about decoded images, in their order; bad images have no scores."""
         content = self.guard.embed([waiting.item for waiting in batch])
         ids = {waiting.position: waiting.row for waiting in batch}
         judgements: dict[int, Judgement] = {}
@@ -255,27 +273,30 @@ class Engine:
             judgements[error.position] = Judgement(row, answers, {})
         positions = [row.position for row in content.rows]
         if positions:
-            good = [ids[position] for position in positions]
-            judged = self._judged(arrays_of(content), good)
+            good_ids = [ids[position] for position in positions]
+            judged = self._judged(arrays_of(content), good_ids)
             judgements.update(zip(positions, judged, strict=True))
         return [judgements[waiting.position] for waiting in batch]
 
     def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
-        """What every predictor says of rows of embeddings."""
+        """Judgements about rows of embeddings by all predictors."""
         answers: dict[str, list[Answer]] = {}
         scores: dict[str, list[tuple[int, float]]] = {}
         for name, served in self.served.items():
             answers[name], outcomes = served.guard.answer(arrays, ids)
             scores[name] = _scores(outcomes)
         judgements = []
-        for place, row in enumerate(ids):
-            answers_of_row = {name: answers[name][place] for name in self.served}
-            scores_of_row = {name: scores[name][place] for name in self.served}
+        for index, row in enumerate(ids):
+            answers_of_row = {name: answers[name][index] for name in self.served}
+            scores_of_row = {name: scores[name][index] for name in self.served}
             judgements.append(Judgement(row, answers_of_row, scores_of_row))
         return judgements
 
     def record(self, judgements: Sequence[Judgement]) -> Future[list[Reply]]:
-        """Replies to come, as soon as the rows of a request are in every journal."""
+        """Submit the judgements of a request to the journals.
+
+        The returned future has the replies once all rows of the request are written.
+        """
         request = Unwritten(judgements, Future())
         with self._lock:
             self._unwritten.append(request)
@@ -283,7 +304,10 @@ class Engine:
         return request.replies
 
     def _write(self) -> None:
-        """Write the rows of all requests that wait; none where an earlier turn has done so."""
+        """Write the rows of all unwritten requests, and set their replies.
+
+        This is called once for every request. An earlier call may have written the request already.
+        """
         with self._lock:
             waiting = list(self._unwritten)
             self._unwritten.clear()
@@ -297,7 +321,7 @@ class Engine:
             judgements += request.judgements
         try:
             state = self._recorded(judgements)
-        # not swallowed: as in ``_settle``
+        # As in ``_settle``, every request raises the exception.
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
             for request in requests:
@@ -308,7 +332,7 @@ class Engine:
             request.replies.set_result(replies)
 
     def _recorded(self, judgements: Sequence[Judgement]) -> ServiceState:
-        """Write rows, but for images that cannot be read; the state after it."""
+        """Write the rows that have scores to the journals; the state of the service afterwards."""
         scored = [judgement for judgement in judgements if judgement.scores]
         ids = [judgement.row for judgement in scored]
         scores: dict[str, Scores] = {}
@@ -319,7 +343,7 @@ class Engine:
         return self.journals.record(ids, scores)
 
     def _reply(self, state: ServiceState, judgement: Judgement) -> Reply:
-        """The answer of the predictor that answers now."""
+        """The reply with the answer of the predictor that answers in this state."""
         name = state.answering
         return Reply(
             judgement.row,
@@ -329,7 +353,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Answer what waits."""
+        """Finish all submitted work, then end the threads."""
         self._decoders.shutdown(wait=True)
         while self._is_scheduled:
             self._model.submit(lambda: None).result()
@@ -338,7 +362,7 @@ class Engine:
 
 
 def _require_shape(name: str, rows: list[list[float]], n: int, width: int) -> None:
-    """Refuse what is not n rows of so many numbers."""
+    """Raise DataError if ``rows`` are not n rows of ``width`` numbers."""
     lengths = {len(row) for row in rows}
     if len(rows) == n and lengths == {width}:
         return
@@ -349,7 +373,7 @@ def _require_shape(name: str, rows: list[list[float]], n: int, width: int) -> No
 
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
-    """Embeddings (B, D) scaled to unit norm; DataError where one has no direction."""
+    """Embeddings (B, D) scaled to unit norm; DataError if an embedding has no direction."""
     scaled, status, _ = normalised(embeddings)
     bad = np.flatnonzero(status != VALID)
     if bad.size:
@@ -359,7 +383,7 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
 
 
 def _scores(outcomes: Outcomes) -> list[tuple[int, float]]:
-    """Answer and uncertainty of every row."""
+    """Index of the answer, and uncertainty, of every row."""
     answers = [UNKNOWN] * len(outcomes)
     if outcomes.prediction is not None:
         answers = outcomes.prediction.tolist()

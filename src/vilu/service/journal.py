@@ -1,6 +1,6 @@
-"""The rows that a predictor has answered, on the disk before their answers are sent.
+"""The journal of a predictor: every answered row is on disk before its answer is sent.
 
-The monitor takes in each row once.
+The monitor takes in every row once.
 """
 
 from __future__ import annotations
@@ -30,21 +30,29 @@ logger = logging.getLogger(__name__)
 
 STATE = "monitor.parquet"
 SAVE_EVERY: Final = 20_000
-"""Rows after which the monitor's state is saved. After a kill a start reads about so many again."""
+"""Number of rows after which the state of the monitor is saved.
+
+After a kill, the next start reads at most about this many rows again.
+"""
 
 
 class Journal:
     """The file of the rows that one calibrated predictor has answered, and its monitor.
 
-    A row is written, and the disk has it, before anybody gets its answer; a row that is there
-    already is left as it is. The monitor takes in rows and labels from the file alone, each in the
-    order in which they came. So after any death it has each of them once, and comes to the same
-    verdict. Damaged files are set aside when the journal is opened, with a warning.
+    - A row is on disk before its answer is sent. A row that is in the file already is not changed.
+    - The monitor takes in rows and labels only from the file, in the order in which they came. So
+      after a crash it takes in every row and label once, and comes to the same verdict.
+    - Damaged files are set aside with a warning when the journal is opened.
+
+    Args:
+        folder: Folder of the journal.
+        predictor: Folder of the predictor.
+        false_alarm: Probability that the monitor ever raises an alarm without cause.
 
     Raises:
-        InfeasibleError: If nothing is guaranteed of the predictor.
-        ProvenanceError: If another version of vilu wrote the journal, or its state is of another
-            monitor.
+        InfeasibleError: If the predictor has no guarantee.
+        ProvenanceError: If another version of vilu wrote the journal, or if the saved state is of
+            another monitor.
         StorageError: If the file cannot be written.
     """
 
@@ -60,44 +68,45 @@ class Journal:
         self._last_seen = self.monitor.rows  # number of the last row that the monitor took in
         self._last_saved = self.monitor.rows
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of rows and labels that the saved state has already
+            # These rows and labels may be in the saved state already; no warning is needed.
+            warnings.simplefilter("ignore")
             self._take_in_rows()
             self._take_in_labels(after=0)
         self.status = self.monitor.status
 
     @property
     def guarantee(self) -> GuaranteeState:
-        """Whether the rows that were answered still bear out what the rule guarantees."""
+        """State of the guarantee: "void" after an alarm of the monitor, else "holds"."""
         return "void" if self.status.alarm else "holds"
 
     def record(
         self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]
     ) -> None:
-        """Write rows that are new, and let the monitor take them in.
+        """Write new rows, and let the monitor take them in.
 
-        A row without a score (uncertainty NaN) is left out.
+        Rows without a score (uncertainty NaN) are left out.
         """
-        scored = [place for place, value in enumerate(uncertainty) if math.isfinite(value)]
+        scored = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
         with self._lock:
             self._rows.add(
-                [ids[place] for place in scored],
-                [answers[place] for place in scored],
-                [uncertainty[place] for place in scored],
+                [ids[index] for index in scored],
+                [answers[index] for index in scored],
+                [uncertainty[index] for index in scored],
             )
             self._take_in_rows()
             self._update_status()
 
     def label(self, labels: Mapping[str, str]) -> tuple[int, list[str]]:
-        """Note what rows really show, each once.
+        """Write the labels of rows; a row keeps its first label.
 
         Args:
-            labels: The names of classes, or "(outside)", by the ids of rows.
+            labels: Names of classes, or "(outside)", by the id of the row.
 
         Returns:
-            How many labels were new, and the ids of which no row is known.
+            The number of new labels, and the ids that are of no row.
 
         Raises:
-            DataError: If a label is no class and not "(outside)".
+            DataError: If a label is neither a class nor "(outside)".
         """
         codes = self._codes_of(labels)
         unknown: list[str] = []
@@ -116,23 +125,23 @@ class Journal:
         return len(new_labels), unknown
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
-        """The places of the labels among the classes; ``OUTSIDE`` for none of them."""
+        """Class index of every label, by the id of the row; ``OUTSIDE`` for "(outside)"."""
         class_names = self.monitor.calibration.class_names or ()
-        codes = {name: place for place, name in enumerate(class_names)}
+        codes = {name: index for index, name in enumerate(class_names)}
         codes[OUTSIDE_NAME] = OUTSIDE
-        strange = sorted(set(labels.values()) - codes.keys())
-        if strange:
-            shown = f"{', '.join(strange[:5])!r:.200}"
-            raise DataError(f"{len(strange)} labels are no class and not {OUTSIDE_NAME}: {shown}.")
+        unknown = sorted(set(labels.values()) - codes.keys())
+        if unknown:
+            shown = f"{', '.join(unknown[:5])!r:.200}"
+            raise DataError(f"{len(unknown)} labels are no class and not {OUTSIDE_NAME}: {shown}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file of rows was removed or replaced; no row can be written then."""
+        """Whether the file of rows was removed or replaced, so that no row can be written."""
         return self._rows.is_lost
 
     def close(self) -> None:
-        """Save the monitor, and close the file."""
+        """Save the monitor, and close the file of rows."""
         with self._lock:
             self._writer.shutdown()
             self.monitor.save(self.folder / STATE)
@@ -140,39 +149,42 @@ class Journal:
             self._saving.result()
 
     def _update_status(self) -> None:
-        """Ask the monitor for its status; save its state when the verdict changes, or it is due."""
+        """Update the status; save the monitor if its verdict has changed or a save is due."""
         verdict_before = self.status.verdict
         self.status = self.monitor.status
         n_unsaved = self.monitor.rows - self._last_saved
         is_due = n_unsaved >= SAVE_EVERY and self._saving.done()
-        # an alarm is saved with the row that raised it: a start that read the labels again after
-        # all rows would say that the last row raised it
+        # A new verdict is saved at once. Otherwise a restart would read all rows first and all
+        # labels after them, and the alarm would be reported at the wrong row.
         has_new_verdict = self.status.verdict != verdict_before
         if is_due or has_new_verdict:
             self._save_beside()
 
     def _save_beside(self) -> None:
-        """Have a thread save a copy of the monitor, while rows are answered."""
+        """Save a copy of the monitor in another thread, so that answers do not wait for it."""
         self._last_saved = self.monitor.rows
         calibration = self.monitor.calibration
-        # the calibration never changes: the copy shares it. To copy takes a hundredth of the time
-        # to write
+        # The copy shares the calibration, which never changes: deepcopy takes an object that its
+        # second argument lists as copied already.
         snapshot = copy.deepcopy(self.monitor, {id(calibration): calibration})
-        before = self._saving
+        previous = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        before.result()  # a fault that is not the disk's is raised here, once, not lost
+        # Raises the exception of the previous save, if any; ``_save`` only handles storage errors.
+        previous.result()
 
     def _save(self, monitor: Monitor) -> None:
-        """Write a state; where the disk is full, answers go on: their rows are in the file."""
+        """Write the state of the monitor; a failed save is logged, since the rows are on disk."""
         try:
             monitor.save(self.folder / STATE)
         except ViLUError as error:
             logger.warning(
-                "%s Until the monitor's state can be saved, a start reads more rows again.", error
+                "%s Until the state of the monitor can be saved, a restart has to read more rows "
+                "again.",
+                error,
             )
 
     def _resumed(self, new_monitor: Callable[[], Monitor]) -> Monitor:
-        """A monitor that goes on from its saved state; a damaged state is set aside."""
+        """A monitor in its saved state, or a new one; a damaged state is set aside."""
         path = self.folder / STATE
         monitor = new_monitor()
         if not path.exists():
@@ -181,18 +193,18 @@ class Journal:
             return monitor.resume(path)
         except DataError as error:
             (aside,) = set_aside(self.folder, (STATE,))
-            logger.warning("%s It is set aside as %s, and every row is read again.", error, aside)
-        return new_monitor()  # the first one may have taken in half of the state
+            logger.warning("%s It is set aside as %s, and all rows are read again.", error, aside)
+        return new_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_sizes(self) -> None:
-        """Number rows on from what the monitor has seen; warn where the file has fewer."""
+        """Number new rows after those that the monitor has seen; warn if the file has fewer."""
         n_seen = self.monitor.rows
         n_stored = self._rows.ends.n
         self._rows.number_above(n_seen)
         if n_seen > n_stored:
             logger.warning(
-                "%s has seen %s rows, and %s beside it ends at row %s. The monitor goes on from "
-                "what it has seen; rows that are missing can get no label.",
+                "%s has seen %s rows, and %s beside it ends at row %s. The monitor goes on after "
+                "the rows that it has seen. Missing rows can get no label.",
                 self.folder / STATE,
                 f"{n_seen:,}",
                 ROWS,
@@ -200,7 +212,7 @@ class Journal:
             )
 
     def _take_in_rows(self) -> None:
-        """Let the monitor take in the rows after the last one that it saw."""
+        """Let the monitor take in the rows of the file that it has not seen."""
         rows = self._rows.rows_after(self._last_seen)
         while rows:
             self.monitor.update(self._outcomes(rows), in_order=True)
@@ -208,7 +220,7 @@ class Journal:
             rows = self._rows.rows_after(self._last_seen)
 
     def _take_in_labels(self, *, after: int) -> None:
-        """Let the monitor take in the labels after one, in the order in which they came."""
+        """Let the monitor take in the labels after number ``after``, in the order of arrival."""
         if self.monitor.audited is None:
             return
         rows = self._rows.labels_after(after)
@@ -219,7 +231,7 @@ class Journal:
     def _outcomes(
         self, rows: Sequence[AnsweredRow | AuditedRow], labels: Sequence[int] | None = None
     ) -> Outcomes:
-        """Rows as the monitor takes them in; without labels nothing is known of their failures."""
+        """Outcomes of rows for the monitor; without ``labels`` the failures are ``UNKNOWN``."""
         n = len(rows)
         answer = np.array([row.answer for row in rows], dtype=np.int64)
         label = np.full(n, UNKNOWN, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The journals of a service as all who judge see them: in this process, or behind an actor."""
+"""The interface of the journals of a service, which are in this process or in a Ray actor."""
 
 from __future__ import annotations
 
@@ -10,23 +10,35 @@ from typing import Final, Literal, Protocol
 from vilu.calibration.monitor.status import Status
 
 NAMES: Final = ("first", "second")
-"""The predictors of a service: the one that it was started with, and the one beside it."""
+"""Names of the predictors of a service: the main predictor, and the optional second one."""
 
 Scores = tuple[list[int], list[float]]
-"""Answers and uncertainties of some rows."""
+"""Indices of the answers, and uncertainties, of some rows."""
 
 GuaranteeState = Literal["holds", "void", "none"]
-"""Of a guarantee: no alarm so far, an alarm was raised, or nothing was guaranteed."""
+"""State of a guarantee: "holds" before any alarm, "void" after one, "none" without guarantee."""
 
 
-def row_id(request: str, place: int, content: bytes) -> str:
-    """The id of a row: the same request sent again, with the same image, is the same row."""
-    return hashlib.blake2b(f"{request}\n{place}\n".encode() + content, digest_size=16).hexdigest()
+def row_id(request: str, index: int, content: bytes) -> str:
+    """The id of a row of a request; a repeated request with the same images gives the same ids.
+
+    Args:
+        request: Id of the request.
+        index: Index of the image in the request.
+        content: Digest or bytes of the image or row.
+    """
+    return hashlib.blake2b(f"{request}\n{index}\n".encode() + content, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class ServiceState:
-    """Which predictor answers, the state of every guarantee, and whether a journal was lost."""
+    """State of a service.
+
+    Attributes:
+        answering: Name of the predictor that answers.
+        guarantees: State of every guarantee, by the name of the predictor.
+        has_lost_journal: Whether the file of a journal was removed or replaced.
+    """
 
     answering: str
     guarantees: dict[str, GuaranteeState]
@@ -37,19 +49,19 @@ class Journals(Protocol):
     """The journals of all predictors of a service, by the names of the predictors."""
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
-        """Write what the predictors answered for some rows; the state after it."""
+        """Write rows with the answers of all predictors; the state of the service afterwards."""
 
     def state(self) -> ServiceState:
-        """The state now."""
+        """The present state of the service."""
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """Note what rows really show."""
+        """Write labels; by predictor the number of new labels, and the ids that are of no row."""
 
     def statuses(self) -> dict[str, Status]:
-        """What the monitors say."""
+        """The status of every monitor, by the name of the predictor."""
 
     def switch(self, name: str) -> ServiceState:
-        """Have another predictor answer."""
+        """Let another predictor answer from now on; the state of the service afterwards."""
 
     def close(self) -> None:
         """Save the monitors."""

@@ -1,4 +1,4 @@
-"""What a client may do: which host it asks, with what key, how much it sends, and how slowly."""
+"""Limits for clients: host names, keys, sizes of requests, and time."""
 
 from __future__ import annotations
 
@@ -27,34 +27,41 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
+"""Host names of this machine for itself."""
+
 OPEN: Final = frozenset({"/", "/healthz", "/readyz"})
-"""What needs no key; "/" is the page, which asks for one."""
+"""Paths that need no key; "/" is the page, which asks the user for the key."""
 
 PROBLEM: Final = "application/problem+json"
+"""Content type of a refusal (RFC 9457)."""
+
 REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
+"""Form of an id that a client may give its request."""
+
 DRAINED: Final = 2**20
 """Bytes of a refused body that are read and thrown away before the connection is closed."""
 
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
+"""Content security policy of answers that are no page."""
 
 WORK: Final = frozenset({"/v1/answers", "/v1/scores"})
-"""Paths whose requests take places for images."""
+"""Paths of requests with images or rows, which count towards the queue (``ImageSlots``)."""
 
 access = logging.getLogger("vilu.access")
 
 
 @dataclass(frozen=True)
 class ClientLimits:
-    """What a client may do.
+    """Limits for clients.
 
     Attributes:
-        hosts: Names that may stand in the Host header, without a port.
-        keys: SHA-256 of the keys of which a client must have one; empty: none is needed.
-        queue: Images that are under way at a time; beyond, 429.
-        body: Bytes of a request.
-        images: Images, rows or labels of a request.
-        upload: Seconds in which a request must be there.
-        answer: Seconds after which it is given up.
+        hosts: Allowed names in the Host header, without a port.
+        keys: SHA-256 hashes of the keys; a client must send one of the keys. Empty: no key needed.
+        queue: Maximum number of images in progress; further requests get 429.
+        body: Maximum length of the body of a request, in bytes.
+        images: Maximum number of images, rows or labels of a request.
+        upload: Seconds in which the body of a request must arrive.
+        answer: Seconds after which a request without an answer is given up.
     """
 
     hosts: frozenset[str] = frozenset(LOOPBACK)
@@ -67,7 +74,7 @@ class ClientLimits:
 
 
 def log_access() -> None:
-    """Write a JSON line a request to stderr; it holds nothing that can steer a terminal."""
+    """Log every request as a JSON line to stderr; JSON escapes terminal control characters."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     access.handlers[:] = [handler]
@@ -75,21 +82,22 @@ def log_access() -> None:
 
 
 def read_keys(path: Path) -> frozenset[bytes]:
-    """The hashes of the keys in a file, one a line.
+    """Hashes of the keys in a file, which has one key on every line.
 
     Raises:
-        UsageError: If there is none, or one is short.
+        UsageError: If there is no key, or if a key is too short.
     """
     keys = read_bounded(path, "Give a file of keys", UsageError, 2**20).split()
     if not keys or min(map(len, keys)) < 16:
         raise UsageError(
-            f"{path} must hold one key a line, of at least 16 characters. Found {len(keys)} keys."
+            f"{path} must hold one key on every line, each of at least 16 characters. Found "
+            f"{len(keys)} keys."
         )
     return frozenset(hashlib.sha256(key).digest() for key in keys)
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a mistake of ours
-    """A request that gets a problem for an answer."""
+class Refused(Exception):  # noqa: N818 - an answer to the client, not an error of the service
+    """A request is refused: the client gets a problem document (RFC 9457) as the answer."""
 
     def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
         super().__init__(detail)
@@ -99,7 +107,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not a mistake of ours
 
 
 def problem(status: HTTPStatus, detail: str) -> bytes:
-    """The body that says so (RFC 9457)."""
+    """The body of a refusal: a problem document (RFC 9457)."""
     return json.dumps(
         {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
     ).encode()
@@ -107,26 +115,26 @@ def problem(status: HTTPStatus, detail: str) -> bytes:
 
 @dataclass
 class Gate:
-    """Lets a request in, or refuses it before its body is read; counts and logs every answer.
+    """Admits a request or refuses it before its body is read; counts and logs every answer.
 
     Attributes:
-        app: The application behind it.
-        limits: What a client may do.
-        places_left: How many more images fit in.
-        on_answered: Gets the path, the status and the seconds of a request.
-        paths: Paths that the application has; all others are counted as one.
-        is_closing: Whether this is to be the last request of its connection.
+        app: The application that gets the admitted requests.
+        limits: Limits for clients.
+        slots_left: Returns the number of images that may still be taken in.
+        on_answered: Called with the path, the status and the seconds of every answered request.
+        paths: Paths of the application; all other paths are counted together as "other".
+        is_closing: Returns whether connections are to be closed after the present request.
     """
 
     app: App
     limits: ClientLimits
-    places_left: Callable[[], int]
+    slots_left: Callable[[], int]
     on_answered: Callable[[str, int, float], None]
     paths: frozenset[str]
     is_closing: Callable[[], bool] = lambda: False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -147,27 +155,26 @@ class Gate:
             self._log(scope, answer.status, time.perf_counter() - began)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Raise what speaks against the request, from its head alone."""
+        """Raise Refused if the head of a request already breaks a limit."""
         self._require_host(headers)
         if self.limits.keys and scope["path"] not in OPEN:
             self._require_key(headers)
         if scope["method"] == "POST":
             self._require_size(headers)
-            if scope["path"] in WORK and self.places_left() < 1:
+            if scope["path"] in WORK and self.slots_left() < 1:
                 raise full()
 
     def _require_host(self, headers: dict[bytes, bytes]) -> None:
-        """Refuse other names of this service, and pages of other sites.
+        """Refuse requests to host names that are not allowed, and requests of other sites' pages.
 
-        A page of another site can have its name lead to this address (DNS rebinding), but it cannot
-        change these headers, which the browser sends.
+        Another site can let its host name lead to this address (DNS rebinding). But its page cannot
+        change the Host and Origin headers, which the browser sets.
         """
         host = _host(headers.get(b"host", b"").decode("latin-1"))
         if host not in self.limits.hosts:
             raise Refused(
                 HTTPStatus.MISDIRECTED_REQUEST,
-                "this service does not go by the name in the Host header. Allow the name with "
-                "--allow-host.",
+                "the name in the Host header is not allowed. Allow the name with --allow-host.",
             )
         origin = headers.get(b"origin")
         if origin is None:
@@ -179,7 +186,7 @@ class Gate:
     def _require_key(self, headers: dict[bytes, bytes]) -> None:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # all are compared, each in constant time, so that the time tells nothing of the keys
+        # Every key is compared, and in constant time, so that the duration reveals no key.
         matches = [hmac.compare_digest(digest, known) for known in self.limits.keys]
         is_bearer = scheme.lower() == b"bearer"
         if is_bearer and any(matches):
@@ -200,22 +207,26 @@ class Gate:
             )
 
     async def _refuse(self, refused: Refused, receive: Receive, send: Send) -> None:
-        """Say no at once, then read some of the body before the connection is closed.
+        """Send a refusal, then read some of the body before the connection is closed.
 
-        A connection that is closed while the client sends would lose the answer.
+        If the connection were closed while the client still sends, the client would not get the
+        refusal.
         """
         body = problem(refused.status, refused.detail)
         headers = {"content-type": PROBLEM, "content-length": str(len(body)), **refused.headers}
         pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": int(refused.status), "headers": pairs})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        with suppress(TimeoutError):  # the client has its answer
+        with suppress(TimeoutError):  # the refusal is sent already
             async with asyncio.timeout(self.limits.upload):
                 await _drain(receive)
         await send({"type": "http.response.body", "body": b""})
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        """Count a request, and write its line; of an unknown path nothing that the client chose."""
+        """Count and log a request.
+
+        Path and method are logged only for known paths, so that no text of the client is logged.
+        """
         path = "other"
         method = ""
         if scope["path"] in self.paths:
@@ -235,7 +246,7 @@ class Gate:
 
 @dataclass
 class _Answer:
-    """Sends the answer to a request with our headers, and notes its status."""
+    """Sends the answer to a request with the headers of the service, and notes its status."""
 
     send: Send
     request_id: str
@@ -248,7 +259,7 @@ class _Answer:
         return self.status > 0
 
     async def __call__(self, message: Message) -> None:
-        """Send a message of the answer; those of its own headers that it has stay."""
+        """Send a message of the answer; headers that the answer has already are not changed."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             present = {name.lower() for name, _ in message["headers"]}
@@ -274,17 +285,17 @@ class _Answer:
 
 @dataclass
 class _Body:
-    """Receives the body of a request, and refuses it where it is too long or too slow."""
+    """Receives the body of a request; raises Refused if it is too long or comes too slowly."""
 
     receive: Receive
     limits: ClientLimits
-    deadline: float  # by the clock of the loop
+    deadline: float  # on the clock of the event loop
     n_read: int = 0
     is_whole: bool = False
 
     async def __call__(self) -> Message:
-        """The next message of the client."""
-        if self.is_whole:  # the next message is the end of the connection, which has no deadline
+        """Receive the next message of the client."""
+        if self.is_whole:  # the next message is the disconnect, which has no deadline
             return await self.receive()
         try:
             async with asyncio.timeout_at(self.deadline):
@@ -292,7 +303,7 @@ class _Body:
         except TimeoutError:
             raise Refused(
                 HTTPStatus.REQUEST_TIMEOUT,
-                f"the body was not there after {self.limits.upload:g} seconds.",
+                f"the body was not complete after {self.limits.upload:g} seconds.",
             ) from None
         self.n_read += len(message.get("body", b""))
         self.is_whole = not message.get("more_body", False)
@@ -316,32 +327,36 @@ async def _drain(receive: Receive) -> None:
 
 
 def full() -> Refused:
-    """No place is left."""
+    """The refusal of a request while the queue is full."""
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
-        "more images are under way than the service takes at a time. Repeat the request after a "
-        "second.",
+        "the service has too many images in progress. Repeat the request after a second.",
         **{"Retry-After": "1"},
     )
 
 
 @dataclass
-class Places:
-    """Places for images that are under way: so many at a time."""
+class ImageSlots:
+    """Counts the images in progress.
 
-    most: int
+    Attributes:
+        limit: Maximum number of images in progress.
+        taken: Number of images in progress.
+    """
+
+    limit: int
     taken: int = field(default=0, init=False)
 
     @property
     def left(self) -> int:
-        """How many more may come in."""
-        return self.most - self.taken
+        """Number of images that may still be taken in."""
+        return self.limit - self.taken
 
     @contextmanager
     def hold(self, n: int) -> Iterator[None]:
-        """A block that has places for n images; 429 where they are not free.
+        """A block during which n more images are in progress; Refused (429) if they are too many.
 
-        A request that is larger than all places is let in when it comes alone.
+        A request with more than ``limit`` images is admitted if no other image is in progress.
         """
         if self.taken and n > self.left:
             raise full()
@@ -353,7 +368,7 @@ class Places:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The id that the client gave; a new one where it gave none, or one of another form."""
+    """The id that the client gave the request; a new id if it gave none or an invalid one."""
     request_id = headers.get(b"x-request-id", b"").decode("latin-1")
     if REQUEST_ID.fullmatch(request_id):
         return request_id
@@ -361,5 +376,5 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
 
 
 def _host(value: str) -> str:
-    """A name without its port, in lower case."""
+    """A host name without its port, in lower case."""
     return re.sub(r":\d{1,5}$", "", value.strip().lower())

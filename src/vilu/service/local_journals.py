@@ -1,4 +1,4 @@
-"""The journals of a service in this process, and which of its predictors answers."""
+"""The journals of a service in this process, and the choice of the predictor that answers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from vilu.service.journal import Journal
 from vilu.service.journals import NAMES, GuaranteeState, Scores, ServiceState
 
 SERVING: Final = "serving.json"
+"""Name of the file of ``AnsweringPredictor``."""
 
 
 class AnsweringPredictor(Document):
-    """``serving.json``: which of the predictors answers."""
+    """The file ``serving.json``: the predictor that answers."""
 
     again = "Serve with a new --state"
     fault = DataError
 
     kind: str = "serving"
-    answers: str  # its fingerprint
+    answers: str  # fingerprint of the predictor
 
 
 class LocalJournals:
-    """The journals of predictors by name; a predictor without a guarantee has none.
+    """The journals of the predictors of a service; a predictor without a guarantee has no journal.
 
     Args:
-        folder: What is kept through restarts: a folder for each journal, and ``serving.json``.
+        folder: Folder that is kept between restarts: it holds a folder for every journal, and
+            ``serving.json``.
         predictors: Folders of the predictors by name.
 
     Raises:
-        UsageError: If a predictor is there twice, or the one that is to answer is not there.
-        DataError: If a rule does not verify, or what is kept is damaged.
+        UsageError: If two names are the same predictor, or if the predictor that answered before
+            is not among them.
+        DataError: If a rule cannot be verified, or if a file in ``folder`` is damaged.
     """
 
     def __init__(self, folder: Path, predictors: Mapping[str, Path]) -> None:
@@ -51,12 +54,12 @@ class LocalJournals:
             calibration = Calibration.find(predictor)
             if calibration is None or calibration.guarantee is None:
                 continue
-            # a guarantee belongs to its calibration: a new one begins a new journal
+            # Every calibration has its own guarantee, so a new calibration begins a new journal.
             journal_name = f"{self.fingerprints[name]}-{calibration.fingerprint[:16]}"
             self._journals[name] = Journal(folder / journal_name, predictor)
 
     def _last_answering(self) -> str:
-        """The name of the predictor that answered before the last stop; at first ``NAMES[0]``."""
+        """Name of the predictor that answered before the last stop; ``NAMES[0]`` at first."""
         path = self.folder / SERVING
         if not path.is_file():
             return NAMES[0]
@@ -65,15 +68,15 @@ class LocalJournals:
             if fingerprint == wanted:
                 return name
         raise UsageError(
-            f"{path} says that the predictor {wanted} answers, and this service has "
-            f"{', '.join(self.fingerprints.values())}. Start with that predictor too, or remove "
-            f"{path} to have the first one answer."
+            f"{path} says that the predictor {wanted} answers, but this service has "
+            f"{', '.join(self.fingerprints.values())}. Start with {wanted} too, or remove {path} "
+            "so that the first predictor answers."
         )
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
-        """Write what the predictors answered for some rows; the state after it.
+        """Write rows with the answers of all predictors; the state of the service afterwards.
 
-        The disk has the rows when this returns, so nobody gets an answer before.
+        The rows are on disk when this returns. Answers are sent only after that.
         """
         for name, journal in self._journals.items():
             answers, uncertainty = scores[name]
@@ -81,7 +84,7 @@ class LocalJournals:
         return self.state()
 
     def state(self) -> ServiceState:
-        """The state now."""
+        """The present state of the service."""
         guarantees: dict[str, GuaranteeState] = dict.fromkeys(self.fingerprints, "none")
         has_lost_journal = False
         for name, journal in self._journals.items():
@@ -90,7 +93,7 @@ class LocalJournals:
         return ServiceState(self._answering, guarantees, has_lost_journal)
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """Per predictor how many labels are new, and the ids that it knows no row of.
+        """Write labels; by predictor the number of new labels, and the ids that are of no row.
 
         Raises:
             DataError: As ``Journal.label``.
@@ -98,37 +101,36 @@ class LocalJournals:
         return {name: journal.label(labels) for name, journal in self._journals.items()}
 
     def statuses(self) -> dict[str, Status]:
-        """What the monitors say."""
+        """The status of every monitor, by the name of the predictor."""
         return {name: journal.status for name, journal in self._journals.items()}
 
     def switch(self, name: str) -> ServiceState:
-        """From now on the predictor of this name answers.
+        """Let the predictor with this name answer from now on; the state afterwards.
 
         Raises:
-            UsageError: If there is none.
+            UsageError: If there is no predictor with this name.
         """
         if name not in self.fingerprints:
             raise UsageError(
-                f"there is no predictor {name!r:.40}; there is {' and '.join(self.fingerprints)}."
+                f"there is no predictor {name!r:.40}. The predictors are "
+                f"{' and '.join(self.fingerprints)}."
             )
-        with self._lock:  # so that the file names who answers, whoever switches at the same time
+        with self._lock:  # concurrent switches must not leave another name in the file
             choice = AnsweringPredictor(answers=self.fingerprints[name])
             choice.write(self.folder / SERVING)
             self._answering = name
         return self.state()
 
     def close(self) -> None:
-        """Save the monitors."""
+        """Save the monitors, and close the journals."""
         for journal in self._journals.values():
             journal.close()
 
 
 def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
-    """The fingerprints by name; UsageError where two are one predictor."""
+    """Fingerprints by the name of the predictor; UsageError if two are the same predictor."""
     fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
     if len(set(fingerprints.values())) < len(predictors):
         folders = " and ".join(map(str, predictors.values()))
-        raise UsageError(
-            f"{folders} are one predictor, which answers already. Give another one to --second."
-        )
+        raise UsageError(f"{folders} are the same predictor. Give another predictor to --second.")
     return fingerprints

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: requests, batches, answers, and the state of every guarantee."""
+"""Prometheus metrics of requests, batches, answers, and the state of every guarantee."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from prometheus_client.registry import Collector
 
 from vilu.calibration.monitor.status import Status
 from vilu.service.journals import Journals, ServiceState
-from vilu.service.limits import Places
+from vilu.service.limits import ImageSlots
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the buckets of the time to answer, in seconds."""
+
 SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Upper bounds of the buckets of the batch size, in images."""
 
 
 class Answered(Protocol):
@@ -22,11 +25,11 @@ class Answered(Protocol):
 
     @property
     def decision(self) -> str | None:
-        """Accept or review."""
+        """The decision, "accept" or "review"; None without a rule."""
 
     @property
     def reason(self) -> str | None:
-        """Why it is not accepted."""
+        """Why the answer is not accepted; None if it is."""
 
 
 class Identified(Protocol):
@@ -36,11 +39,11 @@ class Identified(Protocol):
 
 
 class Measured(Protocol):
-    """What is read of an engine when somebody asks."""
+    """The part of an engine that the gauges read."""
 
     @property
     def journals(self) -> Journals:
-        """They know the guarantees."""
+        """The journals, which hold the states of the guarantees."""
 
     @property
     def served(self) -> Mapping[str, Identified]:
@@ -48,11 +51,11 @@ class Measured(Protocol):
 
 
 class Measures:
-    """Counters of one service, in a registry of their own."""
+    """The metrics of one service, in a separate Prometheus registry."""
 
-    def __init__(self, places: Places, engine: Callable[[], Measured | None]) -> None:
+    def __init__(self, slots: ImageSlots, engine: Callable[[], Measured | None]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(places, engine))
+        self.registry.register(_Gauges(slots, engine))
         self._requests = Counter(
             "vilu_requests",
             "Requests, by path and status.",
@@ -77,38 +80,40 @@ class Measures:
         )
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
-        """Count a request, and the time that it took."""
+        """Count a request, and note the seconds that it took."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
     def count_answers(self, answers: Iterable[Answered]) -> None:
-        """Count what was decided."""
+        """Count answers by decision and reason."""
         for answer in answers:
             self._answers.labels(answer.decision or "none", answer.reason or "none").inc()
 
     def exposed(self) -> tuple[bytes, str]:
-        """The text, and its content type."""
+        """The metrics in Prometheus' text format, and the content type of this text."""
         return exposition.generate_latest(self.registry), exposition.CONTENT_TYPE_LATEST
 
 
 class _Gauges(Collector):
-    """Gauges that are read when somebody asks for them."""
+    """Gauges whose values are read from the engine at every request for the metrics."""
 
-    def __init__(self, places: Places, engine: Callable[[], Measured | None]) -> None:
-        self.places = places
+    def __init__(self, slots: ImageSlots, engine: Callable[[], Measured | None]) -> None:
+        self.slots = slots
         self.engine = engine
 
     def describe(self) -> list[Metric]:
-        """Nothing in advance: what there is depends on the predictors."""
+        """No metric in advance, since the metrics depend on the predictors."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Images under way, and of every predictor its guarantee, the evidence, and the audit."""
+        """Images in progress, and for every predictor its guarantee, evidence and audit."""
         yield GaugeMetricFamily(
-            "vilu_images_under_way", "Images that wait for their answers.", self.places.taken
+            "vilu_images_under_way", "Images that wait for an answer.", self.slots.taken
         )
         yield GaugeMetricFamily(
-            "vilu_images_under_way_limit", "More are sent away with 429.", self.places.most
+            "vilu_images_under_way_limit",
+            "Maximum number of waiting images; further requests get 429.",
+            self.slots.limit,
         )
         engine = self.engine()
         if engine is None:
@@ -123,15 +128,15 @@ class _Gauges(Collector):
 
 
 def _ready(*, is_ready: bool) -> Metric:
-    description = "1 while the model is loaded and rows can be kept."
+    description = "1 while the model is loaded and rows can be written to the journal."
     return GaugeMetricFamily("vilu_ready", description, float(is_ready))
 
 
 def _guarantees(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterator[Metric]:
-    """Which predictor answers, and the state of every guarantee."""
-    answers = _gauge("answers_now", "1 of the predictor that answers.")
-    holds = _gauge("guarantee_holds", "1 where it holds.")
-    void = _gauge("guarantee_void", "1 where it is void.")
+    """Gauges for the predictor that answers, and for the state of every guarantee."""
+    answers = _gauge("answers_now", "1 for the predictor that answers, else 0.")
+    holds = _gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
+    void = _gauge("guarantee_void", "1 if the guarantee is void, else 0.")
     for name, fingerprint in fingerprints.items():
         guarantee = state.guarantees[name]
         answers.add_metric([fingerprint], float(name == state.answering))
@@ -142,21 +147,24 @@ def _guarantees(state: ServiceState, fingerprints: Mapping[str, str]) -> Iterato
 
 EVIDENCE: Final = {
     "log_wealth": (
-        "Log of the odds against the guarantee; the alarm is at minus the log of the level."
+        "Log of the evidence against the guarantee; the alarm is at minus the log of the level."
     ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }
+"""Descriptions of the gauges of every test of a monitor, by the attribute of the test."""
+
 AUDIT: Final = {
-    "n": "Accepted answers whose labels have arrived.",
-    "wrong": "How many of them are wrong.",
+    "n": "Number of accepted answers whose labels have arrived.",
+    "wrong": "Number of accepted answers whose labels show that they are wrong.",
     "lower": "Lower bound of the error rate of accepted answers.",
     "upper": "Upper bound of the error rate of accepted answers.",
-    "guarantee": "Error rate of accepted answers that is guaranteed at most.",
+    "guarantee": "Guaranteed maximum of the error rate of accepted answers.",
 }
+"""Descriptions of the gauges of the audit, by the attribute of the audit."""
 
 
 def _evidence(statuses: Mapping[str, Status]) -> Iterator[Metric]:
-    """What the monitors say, by the fingerprints of the predictors."""
+    """Gauges of the monitors; ``statuses`` are by the fingerprint of the predictor."""
     rows = _gauge("monitor_rows", "Rows that the monitor has seen.")
     for fingerprint, status in statuses.items():
         rows.add_metric([fingerprint], float(status.rows))
@@ -176,5 +184,5 @@ def _evidence(statuses: Mapping[str, Status]) -> Iterator[Metric]:
 
 
 def _gauge(name: str, description: str, *labels: str) -> GaugeMetricFamily:
-    """A gauge without values; each is to name the predictor, then what ``labels`` say."""
+    """A gauge without values; its labels are "predictor", then ``labels``."""
     return GaugeMetricFamily(f"vilu_{name}", description, labels=["predictor", *labels])

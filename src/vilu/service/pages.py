@@ -1,4 +1,4 @@
-"""The pages of the service: one to drop a photo on, and its documentation."""
+"""The pages of the service: the page on which a user drops a photo, and the documentation."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ DOCS_POLICY: Final = "; ".join(
 )
 
 DOCS_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
-"""Files of Swagger UI, and their types."""
+"""Content types of the files of Swagger UI."""
 
 
 async def page() -> Response:
-    """The page to drop a photo on."""
+    """The page on which a user drops a photo."""
     content, policy = page_of("vilu.service", "page", "blob:")
     return _html(content, policy)
 
 
 async def docs() -> Response:
-    """Swagger UI from this machine: nothing is loaded from elsewhere."""
+    """The documentation in Swagger UI; all its files come from this service."""
     return _html(DOCS, DOCS_POLICY)
 
 
 async def docs_file(name: str) -> Response:
-    """A file of Swagger UI; 404 for any other."""
+    """A file of Swagger UI; 404 for any other name."""
     if name not in DOCS_FILES:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     content = resources.files("fastapi_offline").joinpath("static", name).read_bytes()

@@ -1,4 +1,4 @@
-"""The same application on many machines, by Ray Serve: replicas of the model, shared journals."""
+"""The service on many machines with Ray Serve: replicas of the model, and shared journals."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
 
 NAME: Final = "vilu"
-"""Of the application."""
+"""Name of the application in Ray Serve."""
 
 DRAIN: Final = 60.0
-"""Seconds that a replica has for requests that are under way when it has to stop."""
+"""Seconds for finishing the requests in progress when a replica has to stop."""
 
 HEALTH: Final = 5.0
-"""Seconds between two looks whether a replica lives, and the patience of each."""
+"""Seconds between two health checks of a replica, and time limit of a check in seconds."""
 
 
 class RemoteJournals:
-    """``LocalJournals`` that live in an actor.
+    """Calls the methods of ``LocalJournals`` in a Ray actor.
 
-    A row that is sent twice, as after the actor's death, is one row.
+    After a failure of the actor Ray may repeat a call. A row that is written twice is stored once.
     """
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
         self._actor = actor
 
-    def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - by the method
+    def _call(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - depends on method
         ray = import_extra("ray", "serve-ray")
         try:
             return ray.get(getattr(self._actor, method).remote(*arguments))
@@ -75,22 +75,28 @@ class RemoteJournals:
 
 
 def replicas_of(text: str) -> tuple[int, int]:
-    """Least and most replicas: "2", or "1:8"."""
+    """Minimum and maximum number of replicas, from a text such as "2" or "1:8"."""
     first, _, second = text.partition(":")
-    with suppress(ValueError):  # no number is refused below, as are numbers that cannot be
+    with suppress(ValueError):  # a text that is no number raises the error below
         least = int(first)
         most = int(second or first)
         if 1 <= least <= most:
             return least, most
     raise UsageError(
-        f"--replicas is a number, or the least and the most, as 1:8. Got {text!r:.40} instead."
+        f"--replicas is a number, or a minimum and a maximum such as 1:8. Got {text!r:.40} instead."
     )
 
 
 def begin(
     setup: Setup, host: str, port: int, replicas: tuple[int, int]
 ) -> tuple[str, RemoteJournals]:
-    """Have Ray serve it, in the cluster that this process is connected to.
+    """Start the service in the Ray cluster that this process is connected to.
+
+    Args:
+        setup: Settings of the service.
+        host: The address.
+        port: The port.
+        replicas: Minimum and maximum number of replicas.
 
     Returns:
         The URL, and the journals that all replicas share.
@@ -101,7 +107,7 @@ def begin(
     modules = plugins()
 
     def build() -> Gate:
-        """In a replica, a process of its own: the application with a model of its own."""
+        """Build the application; every replica, a separate process, does this with a model."""
         for module in modules:
             load_plugin(module)
         keep_freed_memory()
@@ -124,19 +130,19 @@ def begin(
 
 
 def _journals_in_actor(setup: Setup) -> RemoteJournals:
-    """Journals in an actor, which have verified what they hold."""
+    """Start an actor with the journals, and verify them."""
     ray = import_extra("ray", "serve-ray")
-    # where the state lies on a disk that all machines share, the actor comes back on another
-    # machine after the death of its own; one call at a time, as the journals expect it
+    # Ray restarts the actor after a failure, also on another machine if the state folder is on a
+    # shared disk. The journals need one call at a time (max_concurrency).
     options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
     actor = options(LocalJournals).remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
-    journals.state()  # raises what speaks against a predictor
+    journals.state()  # raises the error of the actor if its journals could not be opened
     return journals
 
 
 def _size(replicas: tuple[int, int]) -> dict[str, Any]:
-    """The options of a deployment that has so many replicas."""
+    """Options of a deployment for a minimum and a maximum number of replicas."""
     least, most = replicas
     if least == most:
         return {"num_replicas": least}
@@ -146,21 +152,22 @@ def _size(replicas: tuple[int, int]) -> dict[str, Any]:
 def serve_ray(
     setup: Setup, host: str, port: int, replicas: tuple[int, int], announce: Callable[[str], None]
 ) -> None:
-    """Serve until a signal comes, then drain the replicas and save.
+    """Serve until a signal; then drain the replicas, and save.
 
-    A cluster that is there is used (``RAY_ADDRESS``); else this machine is one.
+    The cluster at ``RAY_ADDRESS`` is used; without it a cluster is started on this machine.
 
     Args:
-        setup: What is served.
+        setup: Settings of the service.
         host: The address.
-        port: Its port.
-        replicas: Least and most.
-        announce: Gets the URL as soon as all replicas answer, then "ready".
+        port: The port.
+        replicas: Minimum and maximum number of replicas.
+        announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
-        UsageError: If no port is given: Ray does not say which free one it took.
-        BusyError: If another process serves with this state.
-        ViLUError: What speaks against a predictor.
+        UsageError: If the port is 0, since Ray does not report which free port it took.
+        BusyError: If another process serves with the same state folder.
+        ViLUError: If the rule of a predictor cannot be verified, or if the model is not the
+            predictor's.
     """
     ray = import_extra("ray", "serve-ray")
     serve = import_extra("ray.serve", "serve-ray")
@@ -184,14 +191,14 @@ def serve_ray(
         finally:
             serve.shutdown()
             ray.shutdown()
-    # raised here, since Ray puts in signal handlers of its own
+    # Raised here and not in a signal handler, since Ray replaces the signal handlers.
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 
 def _wait_for_signal() -> int:
-    """Wait until a signal asks to stop; its number."""
+    """Wait for SIGTERM or SIGINT; the number of the signal."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def note(number: int, _: object) -> None:

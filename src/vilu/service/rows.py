@@ -1,9 +1,14 @@
-"""The file of the rows that were answered, and of their labels; damage is found when it is opened.
+"""The file of answered rows and their labels; damage is found when the file is opened.
 
-Rows and labels are only ever added. Each holds a digest of itself and of the one before, so an edit
-or a deletion breaks the chain. The first digest is that of the monitor, so rows of another monitor
-do not fit. A small file beside notes where the chains end, so that rows are missed at the end, too.
-Whoever may write both files can forge them.
+- Rows and labels are only added, never changed.
+- Rows are a chain, and labels are another: a digest is computed from the content of the row and the
+  digest of the previous row. So an edit or a deletion breaks the chain.
+- The first digest is computed from the fingerprint of the monitor, so rows of another monitor do
+  not fit.
+- A small second file notes the last row and the last label, so that missing rows at the end are
+  found too.
+
+This does not protect against a person who can write both files.
 """
 
 from __future__ import annotations
@@ -30,15 +35,19 @@ from vilu.errors import StorageError
 logger = logging.getLogger(__name__)
 
 ROWS = "rows.sqlite"
+"""Name of the file of rows and labels."""
+
 ENDS = "rows.ends"
+"""Name of the file that notes the last row and the last label."""
+
 WAL: Final = f"{ROWS}-wal"
-"""Rows that SQLite has not put into the file yet."""
+"""Name of SQLite's write-ahead log: rows that are not in the main file yet."""
 
 BLOCK: Final = 50_000
-"""Rows that are read together."""
+"""Maximum number of rows that are read at a time."""
 
 PATIENCE: Final = 30.0
-"""Seconds that another process may hold the file."""
+"""Seconds to wait for a file that another process has locked."""
 
 TABLES: Final = f"""
 BEGIN IMMEDIATE;
@@ -58,10 +67,10 @@ CREATE TABLE IF NOT EXISTS labels (
 ) STRICT;
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
-"""  # n and came: the order in which rows and labels came; evidence rests on it
+"""  # n numbers the rows, and came numbers the labels, in the order of their arrival
 
 DIGEST: Final = 16
-"""Bytes of a digest."""
+"""Length of a digest in bytes."""
 
 ENDS_LINE: Final = re.compile(rb"(\d{20}) ([0-9a-f]{32}) (\d{20}) ([0-9a-f]{32})\n")
 ROW_NUMBERS = struct.Struct("<qdqd")
@@ -79,20 +88,20 @@ NO_DAMAGE: Final = {
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
-"""Errors of SQLite that say nothing of the content of the file."""
+"""SQLite errors that do not mean that the content of the file is damaged."""
 
 
 class AnsweredRow(NamedTuple):
-    """What the monitor takes in of a row."""
+    """The part of a row that the monitor takes in."""
 
-    n: int  # number of the row
+    n: int  # number of the row, in the order of arrival
     id: str
     answer: int
     uncertainty: float
 
 
 class AuditedRow(NamedTuple):
-    """The same of a row that has a label, with the label."""
+    """The part of a labelled row that the monitor takes in, with the label."""
 
     n: int
     id: str
@@ -105,12 +114,19 @@ StoredRow = tuple[int, bytes, float, int, float, bytes]
 """Number, id, time, answer, uncertainty, digest."""
 
 StoredLabel = tuple[int, int, int, bytes]
-"""Place among the labels, number of the row, label, digest."""
+"""Number of the label, number of its row, label, digest."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Number and digest of the last row, place and digest of the last label."""
+    """The ends of both chains.
+
+    Attributes:
+        n: Number of the last row.
+        row: Digest of the last row.
+        came: Number of the last label.
+        label: Digest of the last label.
+    """
 
     n: int
     row: bytes
@@ -118,13 +134,13 @@ class Ends:
     label: bytes
 
     def line(self) -> bytes:
-        """The line of ``rows.ends``; always of one length, so that one write replaces it."""
+        """The line of ``rows.ends``; its length is constant, so that one write replaces it."""
         text = f"{self.n:020d} {self.row.hex()} {self.came:020d} {self.label.hex()}\n"
         return text.encode()
 
     @classmethod
     def parse(cls, line: bytes) -> Ends | None:
-        """The ends of a line; None where it is damaged."""
+        """The ends that a line of ``rows.ends`` holds; None if the line is damaged."""
         match = ENDS_LINE.fullmatch(line)
         if match is None:
             return None
@@ -134,17 +150,17 @@ class Ends:
 
 
 class RowFile:
-    """The file, open for one thread at a time.
+    """The open file of rows and labels; only one thread may use it at a time.
 
-    When it is opened, rows and labels that do not follow from those before are set aside, with a
-    warning.
+    When the file is opened, its chains are checked. If a chain is broken, the file is set aside
+    with a warning, and a new file gets the rows and labels before the break.
 
     Args:
-        folder: Where it lies, or is to lie.
-        monitor: Fingerprint of the monitor whose rows these are.
+        folder: Folder of the file; the file may be new.
+        monitor: Fingerprint of the monitor of these rows.
 
     Raises:
-        ProvenanceError: If another version of vilu wrote it.
+        ProvenanceError: If another version of vilu wrote the file.
         StorageError: If the file system refuses.
     """
 
@@ -155,7 +171,8 @@ class RowFile:
         self._nothing = Ends(0, first, 0, first)
         self.ends = self._verified()
         self._last = self.ends.n
-        with or_refuse(f"write {self._ends_path}"):  # before the first row: rows need their ends
+        # The file of ends must exist before the first row: rows without it are taken for damaged.
+        with or_refuse(f"write {self._ends_path}"):
             self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         self._note_ends()
         os.fsync(self._ends_file)
@@ -169,22 +186,22 @@ class RowFile:
         self._identities = {path: _identity(path) for path in paths}
 
     def number_above(self, n: int) -> None:
-        """Give the next row a number above n, the rows that a monitor has seen.
+        """Give the next rows numbers above n, the number of rows that the monitor has seen.
 
-        Some of them may be lost from the file; their numbers are not given again.
+        The file may have lost some of these rows. Their numbers are not used again.
         """
         self._last = max(self._last, n)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the file was removed or replaced while open, so that writing keeps nothing."""
+        """Whether the file was removed or replaced while it was open; then no row can be kept."""
         return any(_identity(path) != file for path, file in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
-        """Write the rows whose ids are not there yet; the disk has them afterwards.
+        """Write the rows whose ids are not in the file yet; they are on disk when this returns.
 
         Raises:
-            StorageError: If they cannot be written, or the file is not in its place any more.
+            StorageError: If the rows cannot be written, or the file was removed or replaced.
         """
         self._require_in_place()
         ends = self.ends
@@ -203,14 +220,18 @@ class RowFile:
         self._end_at(ends)
 
     def add_labels(self, labels: Mapping[int, int]) -> None:
-        """Write labels by the numbers of rows that have none yet. StorageError as ``add``."""
+        """Write labels, by the numbers of their rows, which must have no label yet.
+
+        Raises:
+            StorageError: As ``add``.
+        """
         self._require_in_place()
         with self._sqlite_errors(), self._transaction():
             ends = _insert_labels(self._table, labels.items(), self.ends)
         self._end_at(ends)
 
     def number(self, key: str) -> int | None:
-        """The number of the row with this id."""
+        """The number of the row with this id; None if there is none."""
         with self._sqlite_errors():
             row = self._table.execute("SELECT n FROM rows WHERE id = ?", (key,)).fetchone()
         return None if row is None else int(row[0])
@@ -222,13 +243,13 @@ class RowFile:
         return row is not None
 
     def rows_after(self, n: int) -> list[AnsweredRow]:
-        """Rows above a number, the first ``BLOCK`` of them."""
+        """The first ``BLOCK`` rows whose number is above n."""
         query = "SELECT n, id, answer, uncertainty FROM rows WHERE n > ? ORDER BY n LIMIT ?"
         with self._sqlite_errors():
             return [AnsweredRow(*row) for row in self._table.execute(query, (n, BLOCK))]
 
     def labels_after(self, came: int) -> list[AuditedRow]:
-        """Rows whose labels came after a place among the labels, in the order of the labels."""
+        """Rows of the labels whose number is above ``came``, in the order of the labels."""
         query = (
             "SELECT n, id, answer, uncertainty, label FROM labels JOIN rows USING (n) "
             "WHERE came > ? ORDER BY came"
@@ -250,36 +271,39 @@ class RowFile:
             )
 
     def _end_at(self, ends: Ends) -> None:
-        """Note where the chains end; the disk has their rows and labels by now."""
+        """Note the new ends of the chains; their rows and labels must be on disk already."""
         self._require_in_place()
         self.ends = ends
         self._last = max(self._last, ends.n)
         self._note_ends()
 
     def _note_ends(self) -> None:
-        """Write the line in one call, which no kill cuts in two; a power cut may lose it."""
+        """Write the line of the ends in one call, which a kill cannot interrupt half-way.
+
+        A power cut may lose the line.
+        """
         with or_refuse(f"write {self._ends_path}"):
             os.pwrite(self._ends_file, self.ends.line(), 0)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._table:  # commits, or rolls back what an exception ends
+        with self._table:  # commits at the end; rolls back after an exception
             self._table.execute("BEGIN IMMEDIATE")
             yield
 
     @contextmanager
     def _sqlite_errors(self) -> Iterator[None]:
-        """A block in which errors of SQLite become a ``StorageError``."""
+        """A block in which an error of SQLite becomes a ``StorageError``."""
         try:
             yield
         except sqlite3.DatabaseError as error:
             advice = ""
             if _is_damage(error):
-                advice = " It is damaged. Start again: what follows in it stays."
+                advice = " It is damaged. Start again: all rows before the damage are kept."
             raise StorageError(f"cannot use {self.path}: {error}.{advice}") from error
 
     def _verified(self) -> Ends:
-        """Where the chains end, after files that do not hold what was noted are set aside."""
+        """The ends of the chains; damaged files are set aside and repaired first."""
         noted = self._noted_ends()
         if not self.path.exists():
             is_new = noted is None or noted == self._nothing
@@ -287,18 +311,18 @@ class RowFile:
         self._require_version()
         ends, is_whole = self._survey(noted or self._nothing)
         if noted is None and ends != self._nothing:
-            is_whole = False  # rows are there, and the note of their end is missing or damaged
+            is_whole = False  # there are rows, but the file of ends is missing or damaged
         return ends if is_whole else self._repaired(noted)
 
     def _noted_ends(self) -> Ends | None:
-        """The ends that ``rows.ends`` notes; None where it is missing or damaged."""
+        """The ends in the file ``rows.ends``; None if it is missing or damaged."""
         with or_refuse(f"read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
             return Ends.parse(self._ends_path.read_bytes())
 
     def _require_version(self) -> None:
-        """Refuse tables of another version of vilu; damage is found later."""
+        """Raise ProvenanceError for tables of another version of vilu; damage is found later."""
         version = 0
         has_tables = False
         with self._until_damage(), closing(_opened_to_read(self.path)) as table:
@@ -308,7 +332,12 @@ class RowFile:
             require_schema(self.path, {SCHEMA: version}, "Serve with a new --state")
 
     def _survey(self, noted: Ends) -> tuple[Ends, bool]:
-        """Where the chains that follow end, and whether all that was noted or is there follows."""
+        """Walk along the chains.
+
+        Returns:
+            The last row and label before a break, and whether the file is whole: no chain is
+            broken, and both have the ends that were ``noted``.
+        """
         last_row = 0
         row_digest = self._nothing.row
         n_rows = 0
@@ -319,7 +348,7 @@ class RowFile:
         has_noted_label = noted.came == 0
         is_sound = False
         with self._until_damage(), closing(_opened_to_read(self.path)) as table:
-            if not _schema_of(table):  # vilu was killed before it made the tables
+            if not _schema_of(table):  # vilu was killed before it had created the tables
                 return self._nothing, noted == self._nothing
             for last_row, *_, row_digest in _rows_that_follow(table, self._nothing.row):
                 n_rows += 1
@@ -335,7 +364,7 @@ class RowFile:
 
     @contextmanager
     def _until_damage(self) -> Iterator[None]:
-        """A block that ends where the file is damaged; what the disk refuses is an error."""
+        """A block that ends silently at damage of the file; other errors become StorageError."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -343,7 +372,7 @@ class RowFile:
                 raise StorageError(f"cannot use {self.path}: {error}.") from error
 
     def _repaired(self, noted: Ends | None) -> Ends:
-        """Copy what follows into a new file; what there was is set aside for it."""
+        """Set the old files aside, and replace them by a copy of the unbroken chains."""
         new = self.path.with_name(f"{ROWS}.new")
         with or_refuse(f"write {new}"):
             new.unlink(missing_ok=True)
@@ -353,9 +382,8 @@ class RowFile:
             new.replace(self.path)
         expected = "an unknown number of" if noted is None else f"{noted.n:,}"
         logger.warning(
-            "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s follow "
-            "one another from the first on. Those stay, with %s labels. What there was is set "
-            "aside as %s.",
+            "%s is damaged or has lost rows (of %s, %s and %s): %s rows were noted, and %s rows "
+            "are intact. Those are kept, with %s labels. The old files are set aside as %s.",
             self.path,
             ROWS,
             WAL,
@@ -368,7 +396,7 @@ class RowFile:
         return ends
 
     def _copied_to(self, new: Path) -> tuple[Ends, int]:
-        """Where the chains of the copy end, and how many rows it has."""
+        """Copy the unbroken chains to a new file; the ends of the copy, and its number of rows."""
         ends = self._nothing
         n_rows = 0
         with self._sqlite_errors(), closing(sqlite3.connect(new, isolation_level=None)) as target:
@@ -391,7 +419,7 @@ class RowFile:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename the files that are there, so that nothing is lost; their new names."""
+    """Rename the files that exist, so that nothing is lost; their new names."""
     present = [name for name in names if (folder / name).exists()]
     renamed: list[str] = []
     for number in count(1):
@@ -407,7 +435,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
 def _insert_labels(
     table: sqlite3.Connection, labels: Iterable[tuple[int, int]], ends: Ends
 ) -> Ends:
-    """Add labels, by the numbers of their rows, to a chain; where it ends then."""
+    """Add labels, as pairs of row number and label, to the chain; the new ends."""
     for n, label in labels:
         came = ends.came + 1
         digest = _label_digest(ends.label, came, n, label)
@@ -429,9 +457,9 @@ def _label_digest(before: bytes, came: int, n: int, label: int) -> bytes:
 
 
 def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredRow]:
-    """Rows in their order, up to the first that does not follow from the one before."""
+    """The rows in order, up to the first whose digest does not fit the previous row."""
     query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
-    with suppress(struct.error, TypeError):  # values of other types, which only damage leaves
+    with suppress(struct.error, TypeError):  # values of a wrong type: the file is damaged here
         for row in table.execute(query):
             n, key, when, answer, uncertainty, digest = row
             if digest != _row_digest(before, n, key, when, answer, uncertainty):
@@ -441,7 +469,7 @@ def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[Stor
 
 
 def _labels_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredLabel]:
-    """The same of labels."""
+    """The labels in order, up to the first whose digest does not fit the previous label."""
     with suppress(struct.error, TypeError):
         for label in table.execute("SELECT came, n, label, digest FROM labels ORDER BY came"):
             came, n, value, digest = label
@@ -452,7 +480,7 @@ def _labels_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[St
 
 
 def _is_sound(table: sqlite3.Connection) -> bool:
-    """Whether the tables are ours, and their indices agree with them."""
+    """Whether the tables have our schema, and SQLite's integrity check finds no fault."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
         ours.executescript(TABLES)
         if _schema_of(table) != _schema_of(ours):
@@ -462,7 +490,7 @@ def _is_sound(table: sqlite3.Connection) -> bool:
 
 
 def _schema_of(table: sqlite3.Connection) -> list[str]:
-    """What tables, indices and triggers there are, in words of SQL."""
+    """The SQL text of all tables, indices and triggers, ordered by name."""
     query = "SELECT coalesce(sql, name) FROM sqlite_schema ORDER BY name"
     return [text for (text,) in table.execute(query)]
 
@@ -475,19 +503,19 @@ def _sizes(table: sqlite3.Connection) -> tuple[int, int]:
 
 
 def _opened_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing, so that a damaged file stays as it is."""
+    """A read-only connection, so that a damaged file is not changed."""
     address = f"file:{quote(str(path.absolute()))}?mode=ro"
     return sqlite3.connect(address, uri=True, timeout=PATIENCE, isolation_level=None)
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether an error is about the content; the first eight bits of the code are of its kind."""
+    """Whether an error means damaged content; the low eight bits of its code are its kind."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     return code & 0xFF not in NO_DAMAGE
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode; None where there is no file."""
+    """Device and inode of a file; None if there is no file."""
     try:
         facts = path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The process: it listens at once, loads the model beside, and answers all before it stops."""
+"""The server process: it listens, loads the model meanwhile, and drains requests at a stop."""
 
 from __future__ import annotations
 
@@ -20,32 +20,39 @@ from vilu.service.limits import PROBLEM, problem
 from vilu.service.setup import Setup, load_engine
 
 HEAD: Final = 16 * 2**10
-"""Bytes of the head of a request."""
+"""Maximum length of the head of a request, in bytes."""
 
 IDLE: Final = 10
-"""Seconds that a connection may stay without a whole head of a request."""
+"""Seconds after which a connection without a complete head of a request is closed."""
 
 STOP: Final = 60
-"""Seconds for the requests that are under way when the service has to stop."""
+"""Seconds for finishing the requests in progress when the service has to stop."""
 
 
 class Patient(H11Protocol):
-    """HTTP/1.1 whose heads must be whole within ``IDLE`` seconds; mistakes are problems."""
+    """HTTP/1.1 with a time limit on heads of requests, and with problem documents as errors.
+
+    The head of a request must be complete within ``IDLE`` seconds.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a request."""
-        super().connection_made(cast("asyncio.Transport", transport))  # of a socket it is one
+        """Begin to wait for the head of a request."""
+        # The transport of a socket is always an asyncio.Transport.
+        super().connection_made(cast("asyncio.Transport", transport))
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Wait on if the head is not there yet; a whole request has limits of its own."""
+        """Process data; keep the deadline until the head is complete.
+
+        The body of a request has another limit (``ClientLimits.upload``).
+        """
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Cancel the deadline."""
         super().connection_lost(exc)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -62,12 +69,12 @@ class Patient(H11Protocol):
             self._deadline = self.loop.call_later(IDLE, self.transport.close)
 
     def on_response_complete(self) -> None:
-        """Wait for the next head."""
+        """Wait for the head of the next request."""
         super().on_response_complete()
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP with a problem, as all mistakes; nothing of it is logged."""
+        """Answer invalid HTTP with a problem document; its content is not logged."""
         body = problem(HTTPStatus.BAD_REQUEST, msg)
         head = (
             "HTTP/1.1 400 Bad Request\r\n"
@@ -81,7 +88,7 @@ class Patient(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn with a call as soon as it listens."""
+    """A uvicorn server that calls ``on_listening`` as soon as it listens."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -95,23 +102,24 @@ class Server(uvicorn.Server):
 
 
 class Hosted:
-    """A service on an address of this machine.
+    """A service at an address of this machine.
 
     Args:
-        setup: What is served.
+        setup: Settings of the service.
         host: The address.
-        port: Its port; 0 for a free one.
-        announce: Gets the URL as soon as the service listens, then "ready".
+        port: The port; 0 for a free port.
+        announce: Called with the URL as soon as the service listens, and with "ready" as soon as
+            the model is loaded.
 
     Raises:
-        UsageError: If the address cannot be had.
+        UsageError: If the address or the port cannot be used.
     """
 
     def __init__(self, setup: Setup, host: str, port: int, announce: Callable[[str], None]) -> None:
         self.setup = setup
         self.announce = announce
         self.service = Service(setup.limits, setup.keep)
-        self.fault: BaseException | None = None  # why the engine could not be loaded
+        self.fault: BaseException | None = None  # raised while the engine was loaded
         self.socket = _bound(host, port)
         config = uvicorn.Config(
             self.service.gate,
@@ -129,12 +137,12 @@ class Hosted:
         self.service.gate.is_closing = lambda: self.server.should_exit
 
     def run(self) -> None:
-        """Serve until a signal comes or ``stop``, then answer what was taken on, and save.
+        """Serve until a signal or ``stop``; then finish the admitted requests, and save.
 
         Raises:
-            BusyError: If another process serves with this state.
-            ViLUError: What speaks against the predictor: its rule does not verify, its model is
-                another.
+            BusyError: If another process serves with the same state folder.
+            ViLUError: If the rule of a predictor cannot be verified, or if the model is not the
+                predictor's.
         """
         with ExitStack() as stack:
             stack.enter_context(self.socket)
@@ -154,11 +162,11 @@ class Hosted:
             raise self.fault
 
     def stop(self) -> None:
-        """End, from another thread."""
+        """Stop serving; may be called from another thread."""
         self.server.should_exit = True
 
     def _load(self) -> None:
-        """Load the engine; an error ends the service, and is raised there."""
+        """Load the engine; an exception stops the service, and ``run`` raises it."""
         try:
             engine = load_engine(self.setup)
         except BaseException as error:  # noqa: BLE001 - ``run`` raises it
@@ -170,7 +178,7 @@ class Hosted:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens; UsageError where it cannot."""
+    """A socket that is bound to an address and a port; UsageError if they cannot be used."""
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6

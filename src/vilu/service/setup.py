@@ -1,4 +1,4 @@
-"""What is served, and the engine that is made of it."""
+"""The settings of a service, and the loading of its engine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is served, and how.
+    """Settings of a service.
 
     Attributes:
         predictor: Folder of the predictor that answers at first.
-        second: Folder of one that judges beside it.
-        state: Folder that is kept through restarts.
-        limits: What clients may do.
-        keep: Folder for the images that were answered.
-        models, device, batch_size, workers: As of ``Guard``.
+        second: Folder of a second predictor, which judges the same images; None without one.
+        state: Folder of the journals, which is kept between restarts.
+        limits: Limits for clients.
+        keep: Folder for the answered images; None: no image is kept.
+        models, device, batch_size, workers: As in ``Guard``.
     """
 
     predictor: Path
@@ -43,7 +43,7 @@ class Setup:
 
     @property
     def predictors(self) -> dict[str, Path]:
-        """The folders by name."""
+        """Folders of the predictors, by the name of the predictor."""
         folders = {"first": self.predictor}
         if self.second is not None:
             folders["second"] = self.second
@@ -51,21 +51,22 @@ class Setup:
 
 
 def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
-    """The engine of a service, which has answered about a picture of ours.
+    """Load the engine of a service, and test it with a grey picture.
 
     Args:
-        setup: What is served.
-        journals: Those that replicas share; None: the engine has its own.
+        setup: Settings of the service.
+        journals: Journals that replicas share; None: the engine gets its own journals.
 
     Raises:
-        ViLUError: If a rule does not verify, or the model is another than the predictor's.
+        ViLUError: If a rule cannot be verified, or if the model is not the predictor's.
     """
-    # late: these imports take seconds, in which the service answers already that it is alive
+    # Imported here since these imports take seconds. Meanwhile /healthz answers already.
     from vilu.guard.guard import Guard
     from vilu.service.engine import Engine
     from vilu.service.local_journals import LocalJournals
 
-    if journals is None:  # before the model, so that a rule that does not verify is known at once
+    if journals is None:
+        # Before the model: an invalid rule is reported without waiting for the model to load.
         journals = LocalJournals(setup.state, setup.predictors)
     guard = Guard(
         setup.predictor,

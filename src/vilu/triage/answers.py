@@ -1,4 +1,4 @@
-"""What is answered about every photo, and the tables that people read and fill in."""
+"""The answers about all photos, and the tables that people read and fill in."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vilu.triage.photos import Photos
 from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET
 
 LABELLED: Final = "labelled"
-"""The decision about a photo whose label is known."""
+"""Decision about a photo whose label is known."""
 
 NO_GUARANTEE: Final = "no_guarantee"
-"""Why nothing is accepted while the predictor has no rule."""
+"""Reason of every decision while the predictor has no rule; no answer is accepted then."""
 
 
 def answers_of(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> list[Answer]:
-    """One for every photo that was listed: scored, labelled or unreadable."""
+    """The answers about all photos, unreadable ones included, in the order of their paths."""
     runners_up = all_runners_up(photos)
     answers = []
     for row, path in enumerate(photos.ids):
@@ -42,7 +42,7 @@ def answers_of(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) ->
 
 
 def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answer:
-    """The answer of a row whose label is not known."""
+    """The answer about a row whose label is not known."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     probabilities = failure_probabilities(outcomes)
     if np.isnan(probabilities[row]) or outcomes.prediction is None:
@@ -66,23 +66,38 @@ def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answe
 
 
 def failure_probabilities(outcomes: Outcomes) -> np.ndarray:
-    """(N,) the calibrated ones; without a calibration the scores, as far as they are."""
+    """(N,) calibrated probabilities of failure; without a calibration the uncertainties."""
     if outcomes.failure_probability is None:
         return outcomes.uncertainty
     return outcomes.failure_probability
 
 
 def _labelled(path: str, label: str) -> Answer:
-    """The label is the answer, whatever the model says."""
-    return Answer(path, label, None, None, LABELLED, None)
+    """The answer about a labelled photo: the label, not the model's answer."""
+    return Answer(
+        key=path,
+        label=label,
+        failure_probability=None,
+        uncertainty=None,
+        decision=LABELLED,
+        reason=None,
+    )
 
 
 def _unanswered(path: str, reason: str | None) -> Answer:
-    return Answer(path, None, None, None, REVIEW, reason)
+    """The answer about a photo without a score."""
+    return Answer(
+        key=path,
+        label=None,
+        failure_probability=None,
+        uncertainty=None,
+        decision=REVIEW,
+        reason=reason,
+    )
 
 
 def all_runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
-    """Per row the next answers; none of rows that cannot be scored."""
+    """The runners-up of every row; empty for rows that cannot be scored."""
     runners_up: list[RunnersUp] = [()] * len(photos)
     names = photos.class_names or ()
     for batch in photos.batches(SCORING_BATCH):
@@ -92,7 +107,7 @@ def all_runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """How many photos have which decision; those that cannot be read are not counted as review."""
+    """Numbers of photos by decision; unreadable photos do not count as "review"."""
     counts = dict.fromkeys(("accepted", "labelled", "outside", "unreadable", "review"), 0)
     for answer in answers:
         counts["accepted"] += answer.decision == ACCEPT
@@ -104,7 +119,7 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
-    """``decisions.csv`` for people; ``decisions.parquet`` as ``vilu score`` writes it."""
+    """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does."""
     runners_up: list[str | None] = []
     for answer in answers:
         runners_up.append(answer.runners_up[0][0] if answer.runners_up else None)
@@ -119,10 +134,13 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
 
 
 def write_next(path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer]) -> None:
-    """Photos that are asked for, with an empty column to fill in; ``answers`` by path."""
+    """Write the table of the photos to label, with an empty column for the labels.
+
+    ``answers`` are by path.
+    """
     of_asked = [answers.get(entry.path, _unanswered(entry.path, None)) for entry in asked]
     columns = {
-        **columns_of(asked, ("path", "label")),  # none of which has a label
+        **columns_of(asked, ("path", "label")),  # all labels are None: the column to fill in
         **_answer_columns(of_asked),
         **columns_of(asked, ("stream", "probability", "predictor", "asked")),
     }
@@ -136,6 +154,6 @@ def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
 
 
 def _class_texts(names: Sequence[str | None]) -> pa.Array:
-    """Class names as tables for people have them; ``labels.name_of`` gives the names back."""
+    """Class names as tables write them; ``labels.name_of`` gives the names back."""
     texts = [None if name is None else portable_name(name) for name in names]
     return pa.array(texts, pa.string())

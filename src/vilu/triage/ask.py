@@ -1,4 +1,4 @@
-"""What to label next of a store, and the guarantee that these labels show, without a folder."""
+"""Rows of a store to label next, and the guarantee that their labels show; no triage folder."""
 
 from __future__ import annotations
 
@@ -46,26 +46,27 @@ from vilu.validation import checked
 CONFIDENCE: Final = 0.95
 
 Draws = dict[str, tuple[Ints, Trial]]
-"""Of every group of answers its calibration rows, and the thresholds that are tested on them."""
+"""Calibration rows of every group of answers, and the trial with the thresholds to test on them."""
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """What a predictor is called in tables of what it asked for."""
+    """Name of a predictor in the tables of the labels that it asked for."""
     sums = {name: str(values.sum().item()) for name, values in predictor.state().items()}
     return digest(sums)[:16]
 
 
 @dataclass(frozen=True)
 class StoreDraws:
-    """A store with its labels, scored by a predictor, and its calibration rows group by group.
+    """A labelled store that a predictor has scored, with the calibration rows of every group.
 
     Attributes:
         predictor: Fingerprint of the predictor.
-        photos: The rows.
-        book: Their labels.
-        outcomes: Of all rows.
+        photos: The rows of the store.
+        book: The labels of the rows.
+        outcomes: The scores of all rows.
         split: Which rows are for fits, and which for the guarantee.
-        draws: Of all answers, or by class of the answer (small ones together); from scores alone.
+        draws: One draw for all answers, or one for each class of answers and one for all small
+            classes together. They are planned from the scores alone, without labels.
     """
 
     predictor: str
@@ -86,10 +87,17 @@ class StoreDraws:
         *,
         per_class: bool,
     ) -> StoreDraws:
-        """Of a store and tables that were asked for.
+        """Label and score a store, and plan its draws.
 
-        Rows that the predictor was fitted on are no calibration rows. Where it does not know all of
-        them, more than a few such rows are refused.
+        Rows that the predictor was fitted on are no calibration rows (``_unseen``).
+
+        Args:
+            store: The rows.
+            predictor: Scores the rows.
+            files: Tables of labels, such as ``vilu next`` wrote.
+            seed: Seed of the split into rows for fits and calibration rows.
+            max_risk: Error rate that the guarantee is to stay below.
+            per_class: Whether every class of answers gets a draw.
         """
         photos, book = label_store(store, files)
         facts = {"is_probability": predictor.is_probability}
@@ -103,11 +111,16 @@ class StoreDraws:
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
         return cls(fingerprint_of(predictor), photos, book, outcomes, split, draws)
 
-    def lacking_first(self, n: int, asked: Mask, max_risk: float) -> list[Ints]:
-        """The next ``n`` rows to ask for, draw by draw, each in its random order.
+    def next_calibration_rows(self, n: int, asked: Mask, max_risk: float) -> list[Ints]:
+        """At most ``n`` calibration rows to ask for: an array for every draw, in random order.
 
-        The next one goes to the draw that has the fewest. Draws without hope come later, those with
-        a guarantee last.
+        Draws that lack a guarantee and are likely to get one come first, then unlikely ones, then
+        draws that have a guarantee. Among equals the draw with the fewest asked rows comes first.
+
+        Args:
+            n: Number of rows, of all draws together.
+            asked: (N,) which rows were asked for before.
+            max_risk: Error rate that the guarantee is to stay below.
         """
         all_progress = self.progress(max_risk, 1 - CONFIDENCE)
         queue = []
@@ -118,14 +131,16 @@ class StoreDraws:
             n_asked = len(below_limit) - len(waiting)
             is_certified = all_progress[group].certified is not None
             for n_more, row in enumerate(waiting[:n].tolist()):
-                queue.append((is_certified, not trial.likely, n_asked + n_more, group, row))
+                # Sorted in ascending order, so that False comes before True.
+                priority = (is_certified, not trial.likely, n_asked + n_more)
+                queue.append((priority, group, row))
         chosen: dict[str, list[int]] = {group: [] for group in self.draws}
-        for *_, group, row in sorted(queue)[:n]:
+        for _, group, row in sorted(queue)[:n]:
             chosen[group].append(row)
         return [np.array(rows, np.int64) for rows in chosen.values()]
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
-        """How far the guarantee of each draw is; they share the level."""
+        """How far the guarantee of each draw is; all draws have equal shares of ``delta``."""
         predictor_of = {entry.path: entry.predictor for entry in self.book if _is_drawn(entry)}
         is_own = np.array(
             [predictor_of.get(p) == self.predictor for p in self.photos.ids], np.bool_
@@ -148,22 +163,23 @@ class StoreDraws:
         return all_progress
 
     def require_labels(self, all_progress: Mapping[str, GuaranteeProgress]) -> None:
-        """Refuse to look while labels are missing that were asked for."""
+        """Raise DataError if labels that were asked for are missing."""
         missing = []
         for progress in all_progress.values():
             missing += [self.photos.ids[row] for row in progress.missing.tolist()]
         if missing:
             raise DataError(
-                f"{len(missing)} of the labels that were asked for are missing, the first that of "
-                f"{missing[0]}. The guarantee rests on all of them: fill them in, or write "
-                f"{SKIPPED} where nobody can say."
+                f"{len(missing)} of the labels that were asked for are missing, first the label of "
+                f"{missing[0]}. The guarantee rests on all labels that were asked for. Fill them "
+                f"in, or write {SKIPPED} where nobody can name the picture."
             )
 
 
 def _unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
-    """(N,) rows that the predictor was not fitted on.
+    """(N,) which rows the predictor was not fitted on.
 
-    A fit may be too large to know all of its rows. Then more than a few known ones are refused.
+    A predictor records only a sample of the rows of a large fit. Then DataError is raised if more
+    than 1 % of the rows are in this sample.
     """
     seen = predictor.seen(photos)
     if seen.whole:
@@ -177,7 +193,7 @@ def _is_drawn(entry: Entry) -> bool:
 
 
 def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bool) -> Draws:
-    """The draws among the calibration rows (M,), each with its share of the level."""
+    """Plan the draws among the calibration rows (M,); all draws have equal shares of the level."""
     if not len(rows):
         return {}
     delta = 1 - CONFIDENCE
@@ -205,11 +221,23 @@ def next_of_store(
     *,
     per_class: bool = False,
 ) -> tuple[list[Entry], dict[str, Answer]]:
-    """What to label next of a store: photos to fit on, then as many for the guarantee.
+    """Choose ``n`` rows of a store to label next: half to fit on, half for the guarantee.
 
-    Returns what is asked for, and the answers by path. ``files`` are what was asked for before.
-    Rows that the predictor was fitted on count for no guarantee. ``per_class``: for a guarantee
-    about every class of answers, first of those that lack labels.
+    If there are fewer rows for the guarantee, more rows to fit on are chosen. Rows that the
+    predictor was fitted on are not chosen for the guarantee.
+
+    Args:
+        store: The rows.
+        predictor: Scores the rows.
+        files: Tables of labels that were asked for before.
+        n: Number of rows.
+        max_risk: Error rate that the guarantee is to stay below.
+        seed: Seed of the split, and of the choice of rows to fit on.
+        per_class: Whether the guarantee is about every class of answers. Then classes that lack
+            labels come first.
+
+    Returns:
+        Entries of the chosen rows, first those to fit on, and the answers by path.
     """
     store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
     paths = store_draws.photos.ids
@@ -219,7 +247,7 @@ def next_of_store(
     asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
     free = np.flatnonzero(split.for_fit & ~asked)
     calibration_rows: list[int] = []
-    for drawn in store_draws.lacking_first(n // 2, asked, max_risk):
+    for drawn in store_draws.next_calibration_rows(n // 2, asked, max_risk):
         probability = (split.position[drawn].max(initial=-1) + 1) / POSITIONS
         drawn_paths = [paths[row] for row in drawn]
         book.ask(drawn_paths, "calibration", predictor=name, probability=float(probability))
@@ -246,34 +274,34 @@ def calibrate_by_labels(
     per_class: bool = False,
     overwrite: bool = False,
 ) -> Calibration:
-    """A guarantee from the labels that `vilu next` asked for, to be looked at whenever one likes.
+    """Calibrate a predictor by the labels that `vilu next` asked for; valid after every label.
 
-    Counted are labels of the draw up to the last position that was asked for with this predictor,
-    all of them, and those of rows picked at random ("given"). Of predictors for which labels were
-    asked before, each has its share of the level (``level_of``). So all such tables are to be
-    given.
+    Two kinds of labels count: all labels of a draw up to the last position that was asked for with
+    this predictor, and labels of rows that were picked at random ("given"). Every predictor that
+    labels were asked for has a share of the level (``level_of``). So ``files`` must hold the tables
+    of all these predictors.
 
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another goal.
-        DataError: If labels that were asked for are missing, or a fit on these rows was too large
-            to know them all.
-        InfeasibleError: If nothing is certified yet; nothing is written then. But a guarantee that
-            is there, and rests on labels which have changed, is gone.
+        DataError: If labels that were asked for are missing, or if the predictor has recorded only
+            a sample of its fit and more than 1 % of these rows are in it.
+        InfeasibleError: If nothing is certified yet. Then no calibration is written. A calibration
+            that rests on labels which have changed is removed.
     """
-    # what is there is looked at by one process at a time
+    # One process at a time compares the calibration in the folder with the new one.
     with locked(folder, "calibrating", who="calibration"):
         predictor = load(folder)
         predictor.calibrator_ = None
         if not predictor.is_probability:
             raise UsageError(
-                "labels for a guarantee are asked for by a probability of failure; "
+                "labels for a guarantee are chosen by a probability of failure; "
                 f"{predictor.name} has none."
             )
         store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
         if not store_draws.draws:
             raise DataError(
-                f"the predictor in {folder} has seen all rows of {store.path} that could show a "
-                "guarantee of it."
+                f"the predictor in {folder} has seen all rows of {store.path} that could count for "
+                "its guarantee."
             )
         groups = set(store_draws.draws)
         before = None
@@ -291,7 +319,7 @@ def calibrate_by_labels(
 def _rule_before(
     folder: Path, calibration: Calibration, max_risk: float, confidence: float, groups: set[str]
 ) -> Rule | None:
-    """The rule that a predictor has; one for another goal is not replaced."""
+    """The rule of a calibration; UsageError if it is for another goal, so it is not replaced."""
     rule = calibration.rule
     if rule is None:
         return None
@@ -314,10 +342,13 @@ def _keep_better(
     *,
     max_risk: float,
 ) -> Calibration:
-    """Keep the rule, or the one before where that accepts no less: it is certified for ever."""
+    """Write the new rule, or keep the rule before if it accepts at least as many rows.
+
+    The rule before may be kept, because a rule that was certified once stays certified.
+    """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
-        # of one that nobody could name, too
+        # Here rows whose picture nobody could name are failures.
         outcomes.failure[progress.rows] = progress.outcomes.failure
     if before is not None and not _take_back_if_changed(folder, outcomes):
         names = group_names(outcomes)
@@ -325,7 +356,7 @@ def _keep_better(
         if n_before >= rule.accept(outcomes.uncertainty, names).sum():
             return Calibration.load(folder)
     if not rule.feasible:
-        _take_back_if_changed(folder, outcomes)  # with overwrite; else it was looked at above
+        _take_back_if_changed(folder, outcomes)  # with overwrite the check above was left out
         reasons = []
         for group, threshold in rule.thresholds.items():
             reasons.append(f"{group}: {threshold.why}".removeprefix(": "))
@@ -340,10 +371,13 @@ def _keep_better(
 
 
 def _take_back_if_changed(folder: Path, outcomes: Outcomes) -> bool:
-    """Take back a guarantee from such labels that rests on rows whose failure has changed."""
+    """Remove a calibration by labels if the failure of one of its rows has changed.
+
+    Returns whether it was removed.
+    """
     calibration = Calibration.find(folder)
     if calibration is None or calibration.target.method != "anytime":
-        return False  # another one may be of the rows of another store
+        return False  # the rows of another method may be of another store
     rows = calibration.rows
     now = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
     changed = set()

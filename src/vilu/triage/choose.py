@@ -1,14 +1,14 @@
-"""What to label next: photos to fit on and, apart from them, photos for the guarantee.
+"""Which photos to label next: photos to fit on and, apart from them, photos for the guarantee.
 
-*To fit on*: doubtful and different from one another. k-means on the embeddings, every photo
-weighted by its uncertainty, and of each of k clusters the photo next to its centre (Prabhu et al.,
-Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV 2021, with our
-probability of failure for the entropy).
+*Photos to fit on* are uncertain and differ from one another. k-means clusters the embeddings, each
+photo weighted by its uncertainty; the photo nearest to the centre of each cluster is chosen.
+Source: Prabhu et al., Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV
+2021; we use the probability of failure in place of their entropy.
 
-*For the guarantee*: a draw from what may be accepted, u <= limit. Given acceptance the labels are
-independent, so every threshold up to the limit can be tested on them, and none is spent on photos
-that would be left for review anyway. The limit is chosen from scores alone: the laxest one at which
-so many labels are expected to show the risk.
+*Photos for the guarantee* are drawn at random from the photos with an uncertainty of at most a
+limit. So their labels are independent draws, and every threshold up to the limit can be tested on
+them. Photos above the limit would be reviewed anyway and need no label. The limit is chosen from
+scores alone: the largest limit at which n labels are expected to show the risk.
 """
 
 from __future__ import annotations
@@ -24,19 +24,28 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 
 POOL: Final = 20_000
-"""Photos that are looked at: of more, half of so many are the most doubtful, half a random part."""
+"""Maximum number of photos that are clustered.
+
+Of more photos, half of the pool are the most uncertain, and half are random others.
+"""
 
 ITERATIONS: Final = 20
+"""Maximum number of iterations of k-means."""
 
 LEAST_SHARE: Final = 1 / 8
+"""Smallest share of the photos that a limit includes."""
+
 LEAST_PHOTOS: Final = 100
-"""So large a share of the photos, and at least so many, lie below any limit: the most trusted."""
+"""Smallest number of photos that a limit includes, or all photos if there are fewer."""
 
 
 def choose_to_fit(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int
 ) -> Ints:
-    """At most ``n`` of the ``rows`` (M,), by the uncertainties (N,) of all; most doubtful first."""
+    """Choose at most ``n`` of the ``rows`` (M,) to fit on.
+
+    ``uncertainty`` (N,) is of all rows of the source. The most uncertain rows come first.
+    """
     from sklearn.cluster import KMeans
 
     rows = _pool(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
@@ -71,10 +80,19 @@ def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
 
 
 def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
-    """The laxest u up to which ``n`` labels are expected to show the risk.
+    """Choose the limit of a draw from the probabilities of failure alone.
 
-    By the probabilities of failure (N,) alone. And whether there is one; if not, an eighth of the
-    photos (at least 100) lies below the limit.
+    It is the largest limit up to which ``n`` labels are expected to show the risk. It always
+    includes at least an eighth of the photos and at least 100 photos.
+
+    Args:
+        uncertainty: (N,) probabilities of failure; rows with NaN are left out.
+        n: Number of labels.
+        max_risk: Error rate that is to be shown.
+        delta: Level of the test.
+
+    Returns:
+        The limit, and whether the labels are expected to show the risk there.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
@@ -82,7 +100,7 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
     evidence = log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk)
     expected_to_show = np.flatnonzero(evidence >= -math.log(delta))
-    least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
-    least = min(least, len(ordered)) - 1
-    last = int(expected_to_show[-1]) if len(expected_to_show) else -1
-    return float(ordered[max(last, least)]), last >= least
+    n_least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
+    least_index = min(n_least, len(ordered)) - 1
+    last_index = int(expected_to_show[-1]) if len(expected_to_show) else -1
+    return float(ordered[max(last_index, least_index)]), last_index >= least_index

@@ -1,4 +1,4 @@
-"""Which predictor labels are asked for: the present one, or one that is fitted anew."""
+"""Decides whether a triage tests its present predictor or fits a new one."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ ZERO_SHOT: Final = "vilu_zero"
 FROM_LABELS: Final = "vilu_plus"
 
 LEAST_TO_FIT: Final = 10
-"""Labels of classes that a predictor is fitted on at least."""
+"""Fewest labels that are a class, not "none of the classes", for a fit on labels."""
 
 GROWN_AFTER_A_LOOK: Final = 1.5
-"""A predictor of which labels were looked at is fitted anew with so many times as many labels."""
+"""Factor by which the number of labels must grow before a predictor is replaced by a new fit."""
 
 GROWN_FOR_A_CANDIDATE: Final = 1.25
-"""A candidate is looked for with so many times as many labels as the last time."""
+"""Factor by which the number of labels must grow since the last candidate before the next one."""
 
 GROWN_ANYHOW: Final = 3
-"""So many times as many labels are worth a candidate, whatever it thinks of itself."""
+"""Growth of the number of labels at which a candidate is tested even if it is not likely."""
 
 logger = logging.getLogger(__name__)
 
 
 class FitCase(Enum):
-    """Whether a predictor is fitted anew, and why.
+    """Whether a new predictor is fitted, and why.
 
-    One with a guarantee goes on deciding: a candidate is tested beside it, and takes its place as
-    soon as it is certified to accept more.
+    A present predictor with a guarantee goes on deciding while a candidate is tested. The candidate
+    replaces it as soon as it is certified to accept more photos.
     """
 
     UP_TO_DATE = "go on: the method is the same, and there is little more to learn from"
@@ -48,7 +48,7 @@ class FitCase(Enum):
 
     @property
     def goes_on(self) -> bool:
-        """Whether nothing is fitted."""
+        """Whether the present predictor is kept and nothing is fitted."""
         return self in {FitCase.UP_TO_DATE, FitCase.NOTHING_TO_COMPARE}
 
 
@@ -64,12 +64,12 @@ def fit_case(
     """The case that a triage is in.
 
     Args:
-        state: Of the last run.
-        method: That ``n_labels`` are enough for (``method_for``).
-        n_labels: Labels that a predictor may be fitted on.
-        is_saved: Whether the predictor that labels are asked for is there.
-        is_guaranteed: Whether a guarantee of the present predictor is in force.
-        has_calibration_photos: Whether there are photos of the calibration side.
+        state: State after the last run.
+        method: The method for this number of labels (``method_for``).
+        n_labels: Number of labels that a predictor may be fitted on.
+        is_saved: Whether the file of the tested predictor exists.
+        is_guaranteed: Whether the present predictor has a guarantee in force.
+        has_calibration_photos: Whether any photo is of the calibration side.
     """
     is_same_method = state.method == method and is_saved
     needs_no_labels = method == ZERO_SHOT
@@ -83,7 +83,7 @@ def fit_case(
 
 
 def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
-    """Whether there are so many more labels that a fit may be worth it."""
+    """Whether there are enough new labels for a new fit."""
     n_fit = _n_fit(state.tested_trial)
     looks_for_a_candidate = is_guaranteed and state.candidate is None
     if looks_for_a_candidate:
@@ -93,10 +93,10 @@ def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
-    """Whether a candidate is tested: it is likely to accept more, or fitted on far more labels.
+    """Whether to test a candidate: it is likely to accept more, or has far more labels.
 
-    Likely by its own probabilities: no label was looked at, so a candidate that is not tested costs
-    nothing of the level.
+    Likely means by its own probabilities. They are computed without calibration labels, so a
+    candidate that is not tested uses none of the level.
     """
     has_far_more_labels = n_labels >= GROWN_ANYHOW * max(_n_fit(state.tested_trial), 1)
     return candidate.likely or has_far_more_labels
@@ -107,13 +107,13 @@ def _n_fit(trial: Trial | None) -> int:
 
 
 def method_for(photos: Photos, fit_rows: Ints) -> str:
-    """The method that the labels of these rows are enough for."""
-    n_of_classes = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
-    return FROM_LABELS if n_of_classes >= LEAST_TO_FIT else ZERO_SHOT
+    """The method to fit: ``FROM_LABELS`` if enough of the rows have a class, else ``ZERO_SHOT``."""
+    n_with_class = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
+    return FROM_LABELS if n_with_class >= LEAST_TO_FIT else ZERO_SHOT
 
 
 def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
-    """A new predictor: on the labels of these rows, or without labels on all photos."""
+    """Fit a new predictor on the labels of ``fit_rows``, or without labels on all photos."""
     predictor: FailurePredictor
     if method == FROM_LABELS:
         predictor = build(find_method(method), {"seed": seed})

@@ -1,4 +1,4 @@
-"""What labels show of a predictor: which of them count, and up to which threshold it may accept."""
+"""Which labels count for a predictor's guarantee, and up to which threshold it may accept."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from vilu.triage.photos import Photos
 from vilu.triage.trial import Trial
 
 POSITIONS: Final = 2**63
-"""Positions in the random order."""
+"""Number of possible positions in the random order."""
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class PhotoSplit:
-    """Of every photo: its side, its position in the random order, and what is known of its label.
+    """Side, position in the random order, and state of the label of every photo.
 
     Attributes:
-        usable: (N,) which photos can be used at all.
-        is_calibration: (N,) which are of the calibration side; the others are of the fit side.
-        position: (N,) in the random order.
-        labelled: (N,) which have a label: a class, or one that is outside.
-        answered: (N,) which have a label or were skipped.
-        skipped: (N,) which were skipped.
-        unasked: (N,) which have a label that came unasked.
+        usable: (N,) bool, which photos may be used in fits or for a guarantee.
+        is_calibration: (N,) bool, True on the calibration side, False on the fit side.
+        position: (N,) int64 position in the random order.
+        labelled: (N,) bool, which photos have a label: a class, or "none of the classes".
+        answered: (N,) bool, which photos have a label or were skipped.
+        skipped: (N,) bool, which photos were skipped, since nobody could name them.
+        unasked: (N,) bool, which photos are random picks whose answer was given unasked.
     """
 
     usable: Mask
@@ -58,10 +58,10 @@ class PhotoSplit:
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> PhotoSplit:
-        """Of photos whose labels were set; of equal pictures the first one counts.
+        """Split photos whose labels were set; of equal pictures only the first is usable.
 
-        One that has changed since its label was given may have changed sides with that, so it never
-        counts as a calibration photo.
+        If the picture of a photo has changed since its label was given, the photo may have been on
+        the fit side before. So such a photo is never used as a calibration photo.
         """
         pictures = photos.pictures
         is_calibration, hashes = side_of(pictures, seed)
@@ -81,10 +81,12 @@ class PhotoSplit:
                 skipped[row] = entry.label == SKIPPED
                 unasked[row] = entry.stream == "given"
                 has_changed[row] = entry.is_of_another(pictures[row])
+        # Shifted by one bit, a hash below 2^64 fits into int64 and is below ``POSITIONS``.
+        position = (hashes >> np.uint64(1)).astype(np.int64)
         return cls(
             usable=usable & is_first & ~(is_calibration & has_changed),
             is_calibration=is_calibration,
-            position=(hashes >> np.uint64(1)).astype(np.int64),
+            position=position,
             labelled=answered & ~skipped,
             answered=answered,
             skipped=skipped,
@@ -93,24 +95,25 @@ class PhotoSplit:
 
     @property
     def for_calibration(self) -> Mask:
-        """(N,) photos whose labels may count for a guarantee."""
+        """(N,) which photos may count for a guarantee."""
         return self.usable & self.is_calibration
 
     @property
     def for_fit(self) -> Mask:
-        """(N,) photos on whose labels a predictor may be fitted."""
+        """(N,) which photos a predictor may be fitted on once they have labels."""
         return self.usable & ~self.is_calibration
 
     @property
     def fit_rows(self) -> Ints:
-        """(M,) rows that a predictor may be fitted on now."""
+        """(M,) labelled rows that a predictor may be fitted on."""
         return np.flatnonzero(self.for_fit & self.labelled)
 
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
-    """(M,) which rows are nearly like no known row, and like no row before them."""
-    both = np.concatenate([known, rows])
-    is_first: Mask = near_copies(photos, both) == np.arange(len(both))
+    """(M,) which ``rows`` are near copies of no ``known`` row and of no earlier row."""
+    known_and_rows = np.concatenate([known, rows])
+    first_copy = near_copies(photos, known_and_rows)
+    is_first: Mask = first_copy == np.arange(len(known_and_rows))
     return is_first[len(known) :]
 
 
@@ -119,12 +122,12 @@ class GuaranteeProgress:
     """How far a guarantee is.
 
     Attributes:
-        looks: Thresholds, risk and level.
-        rows: Photos whose labels count.
-        outcomes: Of these photos; one that nobody could name counts as answered wrong.
-        missing: Photos whose labels are lacking before anything more can be said, in their order.
-        certified: Index of the threshold that is certified; None where none is.
-        more: About how many more labels would certify something; None where none would.
+        looks: The test: thresholds, risk and level.
+        rows: (M,) rows of the photos whose labels count.
+        outcomes: Outcomes of these photos. A photo that nobody could name counts as a failure.
+        missing: Rows of the photos that were asked for and have no label, in the random order.
+        certified: Index of the laxest certified threshold; None if none is certified.
+        more: About how many more labels would certify a threshold; None if no number would.
     """
 
     looks: Looks
@@ -136,7 +139,7 @@ class GuaranteeProgress:
 
     @property
     def threshold(self) -> float:
-        """What is certified; -inf where nothing is."""
+        """The certified threshold; -inf if none is certified."""
         if self.certified is None:
             return -math.inf
         return float(self.looks.grid[self.certified])
@@ -145,7 +148,7 @@ class GuaranteeProgress:
 def rule_of(
     all_progress: Mapping[str, GuaranteeProgress], max_risk: float, confidence: float
 ) -> Rule:
-    """The guarantee of all answers, or of each class of answers, or what it lacks."""
+    """The rule for all answers, or for each class of answers; infeasible if none is certified."""
     groups = {}
     for group, progress in all_progress.items():
         groups[group] = (progress.looks, progress.outcomes)
@@ -162,16 +165,18 @@ def progress_of(
     up_to: int,
     n_before: int,
 ) -> GuaranteeProgress:
-    """What the labels up to a position in the order show, as soon as all of them are there.
+    """What the labels of all photos before a position in the random order show.
+
+    While one of these labels is missing, no label counts.
 
     Args:
-        trial: Of the predictor that is tested.
-        outcomes: Of all photos, by that predictor.
-        split: Which labels there are.
+        trial: Plan of the tested predictor.
+        outcomes: Outcomes of all photos, by the tested predictor.
+        split: Side, position and state of the label of every photo.
         max_risk: The error rate that is to be shown.
         delta: The level of all predictors together.
         up_to: The position.
-        n_before: How many predictors were tested before it.
+        n_before: Number of predictors that were tested before.
     """
     below_limit = split.for_calibration & (outcomes.uncertainty <= trial.limit)
     drawn = below_limit & (split.position < up_to)
@@ -205,8 +210,9 @@ def keep_guarantee(
     rule: Rule,
     dataset: str,
 ) -> Calibration:
-    """Leave a rule beside the predictor, with its labelled ``rows``, as ``vilu calibrate`` does."""
-    # it is a probability as it is; labels below the limit alone would bend it
+    """Write a rule and its labelled ``rows`` beside the predictor, as ``vilu calibrate`` does."""
+    # The identity: the score is a probability already. A calibrator that is fitted on labels up to
+    # the limit alone would be biased.
     predictor.calibrator_ = Logistic(
         form="temperature",
         weights=(1.0,),

@@ -1,4 +1,4 @@
-"""Labels that are probably wrong: cleanlab's Datalab on a posterior that has not seen them."""
+"""Finds labels that are probably wrong, by cleanlab's Datalab on held-out posteriors."""
 
 from __future__ import annotations
 
@@ -34,20 +34,22 @@ from vilu.report.page.gallery import find_pictures
 from vilu.validation import checked
 
 FOLDS: Final = 5
+"""Number of folds of the cross-fitting."""
+
 SHOWN: Final = 8
-"""Pictures in a row of the contact sheet."""
+"""Maximum number of pictures in a row of the contact sheet."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Labelled rows, the most suspicious first.
+    """Labelled rows, ordered by rising quality of the label.
 
     Attributes:
-        keys: Their names.
-        label: What they are labelled.
-        suggested: What the posterior makes most likely.
+        keys: N names of the rows.
+        label: N labels.
+        suggested: N classes that the posterior makes most likely.
         quality: (N,) cleanlab's label score in [0, 1]: the lower, the more likely the label is
             wrong.
         is_error: (N,) which labels cleanlab takes for wrong.
@@ -60,7 +62,7 @@ class LabelErrors:
     is_error: NDArray[np.bool_]
 
     def save(self, path: Path) -> None:
-        """Write a CSV or Parquet table, in place of such a table and of no other file."""
+        """Write a CSV or Parquet table; it may replace only an earlier table of label errors."""
         claim_file(path, "label errors", overwrite=True)
         text = {"path": self.keys, "label": self.label, "suggested": self.suggested}
         columns = {name: pa.array(values, pa.string()) for name, values in text.items()}
@@ -73,19 +75,18 @@ class LabelErrors:
 def find_label_errors(
     source: EmbeddingSource, predictor: FailurePredictor | None = None, *, seed: int = 0
 ) -> LabelErrors:
-    """The labels of a source in the order of how little they fit, by cleanlab's confident learning.
+    """Order the labels of a source by cleanlab's confident learning, the least likely label first.
 
-    The posterior of a row comes from a predictor that has not seen its label: the given one, which
-    must not be fitted on these rows, or ``vilu_plus`` fitted on the other four fifths of them. The
-    fifths are of pictures: near copies (``near_copies``) are in one of them.
-    Classes of which no row has a label are left out of it: nobody can say how often they are taken
-    for another.
+    The posterior of a row is held-out: it comes from a predictor that was not fitted on its label.
+    This is the given ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near
+    copies of a picture (``near_copies``) are in the same fold. Classes without a labelled row are
+    left out of the posterior, since their error rates cannot be estimated.
 
     Args:
-        source: Rows with labels; those of none of the classes are left out.
-        predictor: Whose posterior is taken; by default cross-fitted. A few rows that it was fitted
-            on are left out.
-        seed: Of the folds and the fits.
+        source: Rows with labels; rows whose label is none of the classes are left out.
+        predictor: Gives the posterior. Rows that it was fitted on are left out with a warning; if
+            they are more than 1 % of the rows, DataError is raised. None: cross-fit ``vilu_plus``.
+        seed: Seed of the folds and the fits.
 
     Raises:
         DataError: If fewer than two classes have labels, or ``predictor`` was fitted on these rows.
@@ -101,13 +102,13 @@ def find_label_errors(
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
     if predictor is not None:
-        # one that was fitted on these very labels is refused, a few of them are left out
+        # Raises DataError if the predictor was fitted on many of these rows; drops a few.
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
     present = np.unique(target)
     if len(present) < 2:
         raise DataError(
-            "labels of two classes at least are needed to tell wrong ones. These have "
+            "finding wrong labels needs labels of at least two classes. These rows have labels of "
             f"{len(present)}."
         )
     if predictor is None:
@@ -119,7 +120,7 @@ def find_label_errors(
     lab = datalab(
         data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0
     )
-    # in this process: cleanlab forks otherwise, and a fork of a process with threads may hang
+    # One job, so that cleanlab does not fork: a fork of a process with threads may hang.
     in_one_process = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
     lab.find_issues(pred_probs=of_present, issue_types={"label": in_one_process})
     issues = lab.get_issues("label")
@@ -127,7 +128,7 @@ def find_label_errors(
     order = np.argsort(quality, kind="stable")
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
     suggested = present[of_present.argmax(axis=1)]
-    keys = TakenIds(source.ids, torch.from_numpy(rows[order]))  # a store reads them part by part
+    keys = TakenIds(source.ids, torch.from_numpy(rows[order]))  # read from a store block by block
     return LabelErrors(
         keys=list(keys),
         label=[names[i] for i in target[order].tolist()],
@@ -138,7 +139,7 @@ def find_label_errors(
 
 
 def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """(N, K) posterior of rows by predictors fitted on other rows, and on no near copy of them."""
+    """(N, K) held-out posterior: each row's predictor saw neither the row nor near copies of it."""
     fold = _folds(source, rows, seed)
     posterior = np.empty((len(rows), source.n_candidates))
     with track("fit without a fifth of the labels", FOLDS, "fits") as task:
@@ -153,18 +154,18 @@ def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -
 
 
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """(N,) fold of every row; near copies share one, since a copy would tell the label."""
-    first = near_copies(source, rows)
-    _, picture = np.unique(first, return_inverse=True)
+    """(N,) fold of every row; near copies share a fold, since a copy would reveal the label."""
+    first_copy = near_copies(source, rows)
+    _, picture = np.unique(first_copy, return_inverse=True)
     n_pictures = int(picture.max()) + 1
     if n_pictures < 2:
         raise DataError(
             f"all {len(rows)} labelled rows are near copies of one picture (cosine of at least "
-            f"{NEAR_COPY}), so no label can be judged by others. Give labels of other pictures."
+            f"{NEAR_COPY}), so no label can be compared with others. Give labels of other pictures."
         )
     if n_pictures < len(rows):
         logger.info(
-            "%d labelled rows are %d pictures and their near copies, which are judged together",
+            "%d labelled rows are %d pictures and their near copies; near copies share a fold",
             len(rows),
             n_pictures,
         )
@@ -175,20 +176,21 @@ def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArr
 def posterior_of(
     predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
 ) -> Floats:
-    """(N, K) the predictor's posterior, or the zero-shot one where it has none."""
+    """(N, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
     batches = source.batches(
         SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
     )
-    own = predictor.log_posterior if predictor.has_posterior else log_posterior
+    log_posterior_of = predictor.log_posterior if predictor.has_posterior else log_posterior
     parts = [np.empty((0, source.n_candidates))]
     with torch.no_grad():
         for batch in batches:
-            parts.append(own(batch.to(predictor.device_)).exp().numpy(force=True))
+            log_p = log_posterior_of(batch.to(predictor.device_))
+            parts.append(log_p.exp().numpy(force=True))
     return np.concatenate(parts)
 
 
 def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None:
-    """Pictures of the labels that fit best, and of those that fit least, each with both names.
+    """Draw the pictures with the best and the worst labels, with label and suggested class.
 
     Raises:
         DataError: If the images are not those of the labels.
@@ -202,12 +204,12 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
 
 
 def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> dict[int, Photo]:
-    """Pictures of rows, as far as they can be read, in the order of the rows."""
+    """Pictures of the rows, in the order of the rows; unreadable pictures are left out."""
     row_of = {errors.keys[row]: row for row in rows}
     photos = {}
     for record in find_pictures(images, row_of):
         row = row_of[record.key]
-        with suppress(BadImage):  # it is left out of the sheet
+        with suppress(BadImage):
             photos[row] = Photo(
                 read_image(record).image,
                 errors.suggested[row],

@@ -1,4 +1,4 @@
-"""Labels as files: a CSV of paths and labels, or scores with their failures."""
+"""Writes labels to files: a CSV of paths and labels, or scores with the failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vilu.triage.labels import SKIPPED, name_of
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
-    """Photos with their labels and streams."""
+    """Columns of a table of photos with their labels and streams, in the order of the paths."""
     names = sorted(labels)
     columns = {
         "path": names,
@@ -35,14 +35,20 @@ def write_labels(
     scores: Path | None = None,
     streams: Mapping[str, str] | None = None,
 ) -> int:
-    """Labels as a CSV; with ``scores`` as those scores with their failures.
+    """Write labels as a CSV, or as scores with failures for ``vilu monitor --late-labels``.
 
-    The latter is for ``vilu monitor --late-labels``. Returns how many labels that is.
+    Args:
+        labels: Labels by path.
+        output: The file.
+        scores: Scores whose labelled rows are written; None for a CSV.
+        streams: Streams of the labels by path, for the CSV.
+
+    Returns:
+        The number of labels that were written.
 
     Raises:
-        UsageError: If the output is of another kind, or is there already, but for a CSV of the same
-            labels.
-        DataError: If no label is of a row of the scores, or one is no class of theirs.
+        UsageError: If the output has another suffix, or exists and is no CSV of the same labels.
+        DataError: If no label is of a row of the scores, or if a label is no class of the scores.
     """
     if scores is None:
         require_suffix(output, ".csv")
@@ -58,12 +64,12 @@ def write_labels(
 
 
 def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
-    """The rows of scores that have a label, with their failures."""
+    """The labelled rows of scores, with targets and failures."""
     outcomes = Outcomes.load(scores)
     if outcomes.ids is None or outcomes.class_names is None or outcomes.prediction is None:
         raise DataError(
-            f"{scores} does not say which images and classes it is of, so labels cannot be put to "
-            "it."
+            f"{scores} does not name its images and classes, so labels cannot be matched with its "
+            "rows."
         )
     known = set(outcomes.ids)
     by_key: dict[str, str] = {}
@@ -87,8 +93,8 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
         targets.append(target_of[answer])
     if not rows:
         raise DataError(
-            f"none of the {len(labels)} labels is of a row of {scores}. Its keys are such as "
-            f"{outcomes.ids[0]!r}."
+            f"none of the {len(labels)} labels is of a row of {scores}. The key of its first row "
+            f"is {outcomes.ids[0]!r}."
         )
     target = np.array(targets)
     failure = (np.array(outcomes.prediction)[rows] != target).astype(np.int64)
@@ -96,22 +102,22 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
 
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
-    """Add a label, if it is one; DataError where the photo has another one."""
+    """Add a label unless it is None; DataError if the photo has a different label already."""
     if label is not None and labels.setdefault(path, label) != label:
         raise DataError(f"{source}: {path!r} has the labels {labels[path]!r} and {label!r}.")
 
 
 def require_suffix(output: Path, suffix: str) -> None:
-    """Refuse a file of another kind."""
+    """Raise UsageError if the name of a file does not end in ``suffix``."""
     if output.suffix.lower() != suffix:
-        raise UsageError(f"these tasks go to a file that ends in {suffix}. Got {output} instead.")
+        raise UsageError(f"the output must be a file that ends in {suffix}. Got {output} instead.")
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet, or that holds the same already.
+    """Write a file; an existing file must have the same content.
 
     Raises:
-        UsageError: If another file is there: it may be somebody's work.
+        UsageError: If a file with other content exists, since it may be somebody's work.
     """
     with or_refuse(f"read {path}"):
         if path.exists() and (not path.is_file() or path.read_bytes() != bytes(content)):

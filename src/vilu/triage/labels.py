@@ -1,16 +1,22 @@
-"""The book of labels: what was asked and answered of every photo, and what a guarantee may rest on.
+"""The book of labels: what was asked and answered about every photo, and which labels count.
 
-A photo is on one of two sides for ever, by the hash of its picture. Predictors are fitted on labels
-of the fit side. Labels of the calibration side show what is guaranteed. No predictor ever sees a
-label of the calibration side, whoever asked for it and why.
+The hash of its picture puts every photo on one of two sides for good:
 
-The same hash puts the photos of the calibration side into one random order. Of those that a rule
-may accept, the labels of all up to a position in that order count. The position is fixed before
-they are asked for, so they are an independent draw, whatever the rule, in which doubt had no say. A
-label from further on counts for nothing. One that is missing holds everything up. A photo that is
-skipped counts as answered wrong. Labels that came unasked count as well: the user says that they
-were picked at random ("given"). So a label of a photo that was chosen for being doubtful never
-counts for a guarantee, unless the draw has met that photo as well.
+- Predictors are fitted on labels of the fit side.
+- Guarantees rest on labels of the calibration side. No predictor is ever fitted on them.
+
+The same hash puts the photos of the calibration side into one random order. These labels count for
+a guarantee:
+
+1. A position in the order is fixed before labels are asked for.
+2. Labels are asked for of all photos before this position that the rule may accept. They count once
+   all of them have come. They are an independent draw, since no photo was chosen for its
+   uncertainty.
+3. A skipped photo, which nobody can name, counts as a wrong answer.
+4. Labels that came unasked count too if the user says that their photos were picked at random
+   ("given").
+5. No other label counts. So the label of a photo that was chosen for its uncertainty counts only if
+   the photo is also in the draw.
 """
 
 from __future__ import annotations
@@ -37,25 +43,27 @@ STREAMS: Final = get_args(Stream)
 SKIPPED: Final = NO_NAME
 
 KEYS: Final = ("path", "file", "filename", "image", "key")
-"""Columns of a file of labels that may name the photo."""
+"""Columns that may name the photo in a file of labels; the first that is present is used."""
 
 SHOWN: Final = 3
-"""Paths that a message names."""
+"""Maximum number of paths that a message names."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One photo that was asked about, or has a label.
+    """A photo whose label was asked for or given.
 
     Attributes:
-        path: Of the photo, as tables have it.
-        label: None where it was asked for and nobody has answered.
-        stream: Why it was asked for; "given" if it was not.
-        probability: With which the draw takes a photo of the calibration side; else NaN.
-        predictor: Fingerprint of the predictor that it was asked for.
-        asked: When, in seconds since 1970; 0 if it was not.
-        answered: When the label came; 0 without one.
-        picture: Digest of the picture that the label is of; empty where a book of 0.1.0 noted none.
+        path: Path of the photo, as tables write it.
+        label: The label; None if it was asked for and has not come.
+        stream: Why the label was asked for ("fit" or "calibration"), or "given" for the label of a
+            random pick that came unasked.
+        probability: Probability that the draw takes a photo of the calibration side; NaN for labels
+            that are not of the draw.
+        predictor: Fingerprint of the predictor that the label was asked for.
+        asked: Time of the request in seconds since 1970; 0 for a label that came unasked.
+        answered: Time of the label in seconds since 1970; 0 without a label.
+        picture: Digest of the picture that was labelled; empty in books of version 0.1.0.
     """
 
     path: str
@@ -68,7 +76,7 @@ class Entry:
     picture: str = ""
 
     def is_of_another(self, picture: bytes) -> bool:
-        """Whether the label was given to another picture than this, which has its path now."""
+        """Whether the label is of another picture than ``picture``, which now has this path."""
         return self.picture not in {"", picture.hex()}
 
 
@@ -88,11 +96,11 @@ NUMBERS: Final = {
     "asked": pa.int64(),
     "answered": pa.int64(),
 }
-"""Columns of tables of photos that hold no text."""
+"""Types of the columns that hold numbers; all other columns of photo tables hold text."""
 
 
 def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
-    """Attributes of rows as the columns of a table; NaN is an empty cell."""
+    """Columns of a table from the attributes ``names`` of rows; NaN becomes an empty cell."""
     columns = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
@@ -102,7 +110,7 @@ def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Arr
 
 @dataclass
 class LabelBook:
-    """All that was asked and answered, by the path of the photo; kept in a sealed table.
+    """All labels that were asked for or given, by the path of the photo.
 
     Examples:
         >>> from vilu.triage.labels import LabelBook
@@ -126,7 +134,7 @@ class LabelBook:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Path to label, of those that have one."""
+        """Label by path; photos without a label and skipped photos are left out."""
         labels = {}
         for entry in self:
             if entry.label is not None and entry.label != SKIPPED:
@@ -136,15 +144,15 @@ class LabelBook:
     def ask(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
-        """Note what is asked for, of photos that have no label yet."""
+        """Note requests for the labels of photos that have no label yet."""
         now = int(time.time())
         for path in paths:
             self.entries[path] = Entry(path, None, stream, probability, predictor, now)
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels, with the ``streams`` of those that were not asked for here.
+        """Note labels; ``streams`` are used for labels that this book has not asked for.
 
-        Returns how many are new, or differ from those before.
+        Returns the number of labels that are new or have changed.
         """
         now = int(time.time())
         n_changed = 0
@@ -158,9 +166,9 @@ class LabelBook:
         return n_changed
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note of which pictures, by path, the new labels and skips are.
+        """Note the digests of the pictures of new labels; ``pictures`` are digests by path.
 
-        Returns how many labels are of another picture than the path has now.
+        Returns the number of paths that had another picture when they were labelled.
         """
         n_of_another = 0
         for path, picture in pictures.items():
@@ -174,7 +182,7 @@ class LabelBook:
         return n_of_another
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
-        """Ask no more for some of what is waiting."""
+        """Withdraw the waiting requests for which ``which`` is true."""
         kept_entries = {}
         for path, entry in self.entries.items():
             if entry.label is not None or not which(entry):
@@ -182,7 +190,12 @@ class LabelBook:
         self.entries = kept_entries
 
     def rename(self, former: Callable[[str], str], paths: Iterable[str]) -> None:
-        """Give entries of photos whose paths 0.1.0 wrote in another way the names of today."""
+        """Rename entries whose paths version 0.1.0 wrote differently.
+
+        Args:
+            former: Gives the text that version 0.1.0 wrote for a path.
+            paths: The paths of all photos, as tables write them now.
+        """
         present = set(paths)
         for path in present - self.entries.keys():
             before = former(path)
@@ -190,24 +203,24 @@ class LabelBook:
                 self.entries[path] = replace(self.entries.pop(before), path=path)
 
     def waiting(self) -> list[Entry]:
-        """What was asked and has no answer."""
+        """Entries whose label was asked for and has not come."""
         return [entry for entry in self if entry.label is None]
 
     def save(self, path: Path) -> None:
-        """Write the table."""
+        """Write the book as a table."""
         write_table(path, columns_of(list(self), COLUMNS), {"kind": "labels"})
 
     @classmethod
     def load(cls, path: Path) -> LabelBook:
-        """Read it back; empty where there is none yet.
+        """Read a book; an empty book if there is no file.
 
         Raises:
-            DataError: If it is damaged, or no book.
+            DataError: If the file is damaged or is no book of labels.
         """
         if not path.exists():
             return cls()
         table, metadata = read_table(path, ())
-        # a book of the first 0.1.0 has no column "picture"
+        # Early books of version 0.1.0 have no column "picture".
         has_columns = {*table.column_names, "picture"} == set(COLUMNS)
         if metadata.get("kind") != "labels" or not has_columns:
             raise DataError(
@@ -217,22 +230,31 @@ class LabelBook:
         for row in table.to_pylist():
             facts = {name: value for name, value in row.items() if value is not None}
             facts.setdefault("label", None)
-            if facts["stream"] == "promise":  # as 0.1.0 wrote it
+            if facts["stream"] == "promise":  # name of the stream in version 0.1.0
                 facts["stream"] = "calibration"
             entries[row["path"]] = Entry(**facts)
         return cls(entries)
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
-    """Stream of a label that came unasked: a random pick, unless its file says otherwise."""
+    """Stream of a label that came unasked: "given" (a random pick) unless its file names another.
+
+    Any other stream becomes "fit": this book has not drawn the photo.
+    """
     return "given" if streams.get(path, "given") == "given" else "fit"
 
 
 def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """(N,) bool, whether a picture is of the calibration side; (N,) uint64, its random position.
+    """Side and random position of pictures, from the SHA-256 hash of the seed and their digests.
 
-    Both from SHA-256 of the seed and the picture's digest: equal pictures are on one side, whatever
-    they are called.
+    Equal pictures are on the same side, whatever their file names.
+
+    Args:
+        pictures: N digests of pictures.
+        seed: Another seed gives other sides and another order.
+
+    Returns:
+        (N,) bool, True on the calibration side, and (N,) uint64 positions in the random order.
     """
     hashes = [hashlib.sha256(b"vilu.side:%d:" % seed + picture).digest() for picture in pictures]
     positions = np.frombuffer(b"".join(digest[:8] for digest in hashes), "<u8")
@@ -241,14 +263,14 @@ def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], ND
 
 
 def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Labels of a CSV or TSV file, by the name that it gives the photo, and its streams.
+    """Read labels and streams from a file, both by the name that the file gives the photo.
 
-    A row without a label is left out: it was asked for and has no answer yet. The book of another
-    triage, a Parquet file, is read as well; what its draw has met was chosen here.
+    The file is a CSV or TSV table, or the book of another triage (Parquet). A row without a label
+    was asked for and not answered yet; it is left out.
 
     Raises:
-        DataError: If it is no such file, or names a photo twice with two labels.
-        StorageError: If it cannot be read.
+        DataError: If the file is no table of labels, or gives a photo two different labels.
+        StorageError: If the file cannot be read.
     """
     if path.suffix.lower() == ".parquet":
         return _labels_of_book(path)
@@ -259,7 +281,8 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             f"{path} must have the columns path (or {', '.join(KEYS[1:])}) and label. It has "
             f"{', '.join(columns) or 'none'}."
         )
-    is_ours = "stream" in columns  # there " a.jpg" and "a.jpg" are two photos
+    # In our own tables " a.jpg" and "a.jpg" are two photos, so names are not stripped.
+    is_ours = "stream" in columns
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for row in rows:
@@ -279,7 +302,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _labels_of_book(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The labels of a book and their streams."""
+    """Labels and streams of a book, by path."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for entry in LabelBook.load(path):
@@ -290,7 +313,7 @@ def _labels_of_book(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 class PhotoNames:
-    """The photos of a folder, found by what a file of labels calls them."""
+    """Finds photos of a folder by the names that a file of labels gives them."""
 
     def __init__(self, photos: Sequence[str], root: Path) -> None:
         self.photos = photos
@@ -301,13 +324,20 @@ class PhotoNames:
             self.by_name.setdefault(photo.rpartition("/")[2], []).append(photo)
 
     def find(self, name: str) -> str | None:
-        """The photo of a path below the folder, a full path, or a name that only one photo has."""
+        """The photo with a name; None if there is none.
+
+        The name is a path relative to the folder, a full path, or a file name.
+
+        Raises:
+            UsageError: If several photos have this file name.
+        """
         plain = name.removeprefix("./")
         photo = text_among(plain, self.paths)
         if photo is not None:
             return photo
         path = Path(name)
-        for root in (self.root.absolute(), self.root.resolve()):  # a link, and where it leads
+        # The folder may be a link, and the path may start with the link or with its target.
+        for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
                 return text_among(path.relative_to(root).as_posix(), self.paths)
         same_name = self.by_name.get(text_among(plain, self.by_name) or "", [])
@@ -321,21 +351,24 @@ class PhotoNames:
         return same_name[0]
 
     def warn_of_backslash(self, name: str, source: Path) -> None:
-        """Say so where a name is the text of one photo and the file name of another."""
+        """Warn if a name can mean two photos: the text of one is the file name of the other.
+
+        Tables write some backslashes of file names as escapes (``portable_name``).
+        """
         literal = portable_name(name)
         if literal != name and {name, literal} <= self.paths:
             say_once(
                 f"{source}: {name!r} is taken for the photo with this text in decisions.csv. The "
-                f"photo with a backslash in its name is {literal!r} there"
+                f"photo whose file name has this backslash is {literal!r} in decisions.csv"
             )
 
     def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
-        """Say which names of a file are no photo; DataError where none of them is one."""
+        """Warn of names in the file ``source`` that are no photo; DataError if none is a photo."""
         if not missing:
             return
         if none_matches:
             raise DataError(
-                f"{source} names no photo of {self.root}. The first that is not there: "
+                f"{source} names no photo of {self.root}. The first name without a photo: "
                 f"{missing[0]!r}.{nearest(missing[0], self.photos)} Paths are relative to the "
                 "folder of photos."
             )
@@ -349,10 +382,11 @@ class PhotoNames:
 def match_photos(
     labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
 ) -> dict[str, str]:
-    """Photos by their names in the file ``source`` of labels; ``PhotoNames.find`` says how.
+    """Path of the photo by its name in the file ``source`` of labels (``PhotoNames.find``).
 
     Raises:
-        DataError: If none of them is a photo of the folder, or two with two labels are one photo.
+        DataError: If no name is a photo of the folder, or if two names with different labels are
+            the same photo.
     """
     names = PhotoNames(photos, root)
     matches: dict[str, str] = {}
@@ -375,7 +409,11 @@ def match_photos(
 
 
 def name_of(label: str, names: Collection[str]) -> str | None:
-    """The name that a label in a table means: itself, or the one with this text in tables."""
+    """The name in ``names`` that a label from a table means; None if there is none.
+
+    Tables write some characters of a name differently (``portable_name``). So the label may be a
+    name itself, or the text that tables write for a name.
+    """
     name = path_of(label)
     for candidate in (label, name):
         if candidate in names:
@@ -386,10 +424,16 @@ def name_of(label: str, names: Collection[str]) -> str | None:
 def require_names(
     labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path
 ) -> dict[str, str]:
-    """The labels by the names of their classes.
+    """Labels by path, with the text of each label replaced by the name that it means.
+
+    Args:
+        labels: Label by path, as tables write it.
+        names: Names of the classes.
+        outside: Labels that mean "none of the classes".
+        source: File of the labels, for the error.
 
     Raises:
-        DataError: If one is no class, none of those that are outside, and no skipped photo.
+        DataError: If a label is no class, not in ``outside`` and not "(skip)".
     """
     known = {*names, *outside, SKIPPED}
     by_path: dict[str, str] = {}
@@ -408,11 +452,11 @@ def require_names(
 def _no_class(
     label: str, labels: Mapping[str, str], n_classes: int, known: Collection[str], source: Path
 ) -> DataError:
-    """The error about a label that is no class."""
+    """The error for a label that is no class."""
     paths = [path for path in labels if labels[path] == label]
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return DataError(
         f"{source}: {label!r} (of {paths[0]}{more}) is none of the {n_classes} classes."
-        f"{nearest(label, known)} If it is none of them on purpose, say --outside {label!r}; a "
-        f"photo that nobody can name has the label {SKIPPED}."
+        f"{nearest(label, known)} If the label means none of the classes, give --outside "
+        f"{label!r}. Give the label {SKIPPED} to a photo that nobody can name."
     )

@@ -1,4 +1,4 @@
-"""The whole job on a folder of photos, and the page and the sentences that it leaves for people."""
+"""The whole triage of a folder of photos, with its report page and its summary for people."""
 
 from __future__ import annotations
 
@@ -31,24 +31,30 @@ from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
 PHOTOS_SHOWN: Final = 24
-"""Photos in a section of the page."""
+"""Maximum number of photos in a section of the page."""
 
 LEVELS_SHOWN: Final = 20
-"""Thresholds in the table of the page."""
+"""Maximum number of thresholds in the table of the page."""
 
-FEW_OF_SCENES: Final = 0.05
-"""Where a larger share of the labels is of scenes that have another label, the page says so."""
+FEW_REPEATED: Final = 0.05
+"""Largest share of near copies among the labels that the page does not mention."""
 
 RISKS: Final = np.arange(1, 1000) / 1000
-
+"""Error rates that ``least_risk`` tries, ascending."""
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
-"""Files of labels, with their labels and streams by the names that they give the photos."""
+"""Labels and streams of every file of labels, both by the name that the file gives the photo."""
 
 
 @dataclass(frozen=True)
 class TriageSummary:
-    """What a run has to say: how many photos are what, and how far the guarantee is."""
+    """The summary of a run for people.
+
+    Attributes:
+        counts: How many photos were accepted, are to be reviewed, and so on.
+        guarantee: What is guaranteed, or what the guarantee lacks.
+        n_asked: Number of photos whose labels are asked for.
+    """
 
     counts: str
     guarantee: str
@@ -65,37 +71,37 @@ def triage_photos(
     sort: Literal["link", "move"] | None = None,
     overwrite: bool = False,
 ) -> TriageSummary:
-    """Do the whole job, or what of it is new, into a folder.
+    """Run a triage in a folder; a later run only does what is new.
 
     Args:
-        settings: What is asked for.
-        output: New, empty, or the folder of an earlier run with the same settings.
+        settings: The settings of the triage.
+        output: The folder of the triage: new, empty, or of an earlier run with the same settings.
         labels: Files of labels (``labels.read_labels``).
-        sort: Also sort the photos, or links to them.
-        overwrite: Begin anew, whatever was there, labels included; photos that were moved stay
-            where they are.
+        sort: "link": also make sorted links to the photos. "move": also move and sort the photos.
+        overwrite: Begin anew: remove the results and labels of earlier runs. Photos that were moved
+            stay where they are.
 
     Raises:
-        UsageError: If a setting cannot be, or is another than in earlier runs; or if
-            ``next_labels.csv`` holds answers that are not given, which would be lost.
+        UsageError: If a setting is not allowed or differs from the earlier runs, or if
+            ``next_labels.csv`` holds answers that were not given to this run and would be lost.
         DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
         BusyError: If another process works in the folder.
-        StorageError: If the file system refuses; run again, what is done stays done.
+        StorageError: If the file system refuses. A repeated run goes on where this one ended.
     """
     check_settings(settings)
-    find_template(PAGE)  # what the page needs is missed before anything slow
+    find_template(PAGE)  # fails before the slow steps if the page cannot be written
     files = {}
     for file in labels:
         by_name, streams = read_labels(file)
         names = require_names(by_name, settings.embedding.names, settings.of_no_class, file)
         files[file] = (names, streams)
-    open_state(output, settings, overwrite=overwrite)  # refuses before anything slow, too
+    open_state(output, settings, overwrite=overwrite)  # fails early on other settings, too
     listing = list_folder(settings.photos, output)
     by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
         _require_answers(output, files, by_path)
     with locked(make_folder(output), "sorting into", who="triage"):
-        # the state is read again, since another run may have ended meanwhile
+        # run_triage reads the state again: another run may have ended before the lock was taken.
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
         answers = answers_of(result.photos, result.outcomes, result.book.labels)
         write_decisions(output, result.outcomes, answers)
@@ -107,27 +113,27 @@ def triage_photos(
 
 
 def check_settings(settings: TriageSettings) -> None:
-    """Refuse what cannot be, before anything slow."""
+    """Raise UsageError if a setting is not allowed, before the slow steps."""
     require_between("max_risk", settings.max_risk)
     require_between("confidence", settings.confidence)
     names = settings.embedding.names
     if len(set(names)) < 2:
         raise UsageError(
-            f"there must be two classes at least to choose from. Got {len(names)}: "
+            f"there must be at least two classes to choose from. Got {len(names)}: "
             f"{', '.join(names)}."
         )
-    both = sorted({*settings.of_no_class, SKIPPED} & {*names})
-    if both:
+    ambiguous = sorted({*settings.of_no_class, SKIPPED} & {*names})
+    if ambiguous:
         raise UsageError(
-            f"{both[0]!r} is one of the classes, and as a label says that a photo has none. "
-            "Rename one."
+            f"{ambiguous[0]!r} is one of the classes, and as a label it says that a photo is of "
+            "no class. Rename the class, or the label."
         )
 
 
 def _labels_by_path(
     files: LabelFiles, listing: PhotoFolder
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The labels of all files, and their streams, by the path of the photo."""
+    """Labels and streams of all files, by the path of the photo."""
     by_path: dict[str, str] = {}
     streams: dict[str, str] = {}
     for file, (labels, streams_of_file) in files.items():
@@ -140,7 +146,13 @@ def _labels_by_path(
 
 
 def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) -> None:
-    """Refuse to ask anew over answers that were filled in, and neither given now nor before."""
+    """Refuse to overwrite ``next_labels.csv`` if it holds answers that no run was given.
+
+    Args:
+        output: The folder of the triage.
+        files: The files of labels of this run.
+        by_path: Paths of the photos in these files.
+    """
     if not (output / NEXT).is_file():
         return
     names = set(by_path)
@@ -151,15 +163,15 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
     lost = filled_in.keys() - names - in_book
     if lost:
         raise UsageError(
-            f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about "
-            f"{min(lost)!r}, and would be lost. Give them: --labels {output / NEXT}."
+            f"{output / NEXT} holds {len(lost)} answers that were not given to a run, such as the "
+            f"answer about {min(lost)!r}. They would be lost. Give them: --labels {output / NEXT}."
         )
 
 
 def summary_of(
     result: TriageResult, answers: Sequence[Answer], settings: TriageSettings
 ) -> TriageSummary:
-    """What a run has to say."""
+    """The summary of a run for people."""
     counts = count_answers(answers)
     parts = [f"{counts['accepted']:,} accepted", f"{counts['review']:,} to review"]
     for name in ("labelled", "unreadable"):
@@ -175,16 +187,17 @@ def summary_of(
 
 @dataclass(frozen=True)
 class Level:
-    """What labels say of one threshold.
+    """What the labels show about one threshold: a row of the table of the page.
 
     Attributes:
-        coverage: Share of the photos without a label that it accepts.
-        threshold: The uncertainty.
-        accepted: Labels of photos that it accepts.
-        wrong: How many of these were answered wrong.
-        bound: The least risk that is certified there, by itself; None without labels.
-        expected: Mean probability of failure of the photos that it accepts.
-        certified: Whether the guarantee in force covers it.
+        coverage: Share of the unlabelled photos that the threshold accepts.
+        threshold: Largest uncertainty that is accepted.
+        accepted: Number of counted labels whose photo the threshold accepts.
+        wrong: Number of these photos whose answer is wrong.
+        bound: Least error rate that the labels show if only this threshold is tested; None if they
+            show none.
+        expected: Mean probability of failure of the unlabelled photos that the threshold accepts.
+        certified: Whether the guarantee in force covers this threshold.
     """
 
     coverage: float
@@ -199,12 +212,15 @@ class Level:
 def levels_of(
     uncertainty: Floats, progress: GuaranteeProgress | None, in_force: float | None
 ) -> list[Level]:
-    """Some thresholds of the grid; without one, those of equal parts of the photos.
+    """Levels for the table of the page.
+
+    The thresholds are spread over the grid of the test. Without a test they are the deciles of the
+    uncertainties.
 
     Args:
-        uncertainty: (N,) of the photos without a label.
-        progress: Of the predictor that gives it.
-        in_force: Threshold of its guarantee, where it has one.
+        uncertainty: (N,) uncertainties of the photos without a label.
+        progress: How far the guarantee of the predictor is; None without a test.
+        in_force: Threshold of the predictor's guarantee; None without a guarantee.
     """
     if not len(uncertainty):
         return []
@@ -220,8 +236,8 @@ def levels_of(
     levels = []
     for index in np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int)):
         threshold = float(grid[index])
-        # what is guaranteed of all up to the threshold in force need not be so of the most
-        # trusted alone
+        # The guarantee is about all photos up to the threshold in force. The photos up to a lower
+        # threshold may have a higher error rate, so that threshold needs evidence of its own.
         is_shown = bool(evidence[index] >= -math.log(delta)) or threshold == in_force
         is_within = in_force is not None and threshold <= in_force
         level = Level(
@@ -238,7 +254,7 @@ def levels_of(
 
 
 def _unlabelled_level(uncertainty: Floats, threshold: float, in_force: float | None) -> Level:
-    """A threshold of which no label says anything now."""
+    """The level of a threshold for which no labels are counted."""
     return Level(
         coverage=float((uncertainty <= threshold).mean()),
         threshold=threshold,
@@ -256,7 +272,10 @@ def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
 
 
 def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
-    """The least risk, in steps of 0.001, that labels show at one threshold, whenever one looks."""
+    """The least error rate in ``RISKS`` that labels show at one threshold; None if they show none.
+
+    The evidence is valid after every label. ``delta`` is the level.
+    """
     if not accepted:
         return None
     evidence = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS])
@@ -265,7 +284,7 @@ def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
 
 
 def _levels(result: TriageResult) -> list[Level]:
-    """The levels of the predictor that labels are asked for."""
+    """The levels of the tested predictor, for which labels are asked."""
     labels = result.book.labels
     has_no_label = np.array([path not in labels for path in result.photos.ids], dtype=np.bool_)
     uncertainty = result.tested_outcomes.uncertainty
@@ -277,7 +296,7 @@ def _levels(result: TriageResult) -> list[Level]:
 
 
 def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
-    """How far the guarantee is, in a sentence or two."""
+    """What is guaranteed, or what the guarantee lacks, as a text for people."""
     goal = (
         f"at most {percent(settings.max_risk, 1)} wrong among the accepted, with "
         f"{exactly(settings.confidence)} confidence"
@@ -285,13 +304,14 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
     if result.rule is not None:
         return (
             f"Guaranteed: {goal}, at whatever moment one looks. {result.rule.n_wrong} of "
-            f"{result.rule.n_accepted} labels up to the threshold are wrong. The guarantee is "
-            f"about photos like these, drawn as these were.{scenes_in_words(result)}"
+            f"{result.rule.n_accepted} labelled answers up to the threshold are wrong. The "
+            "guarantee is about photos that are drawn in the same way as these."
+            f"{scenes_in_words(result)}"
         )
     if result.progress is None:
         return (
             f"Nothing is guaranteed ({goal}): there are {len(result.book.labels)} labels. The "
-            "photos are ranked by what the model alone makes likely."
+            "photos are ranked without labels, by the model alone."
         )
     return f"Not guaranteed yet ({goal}): {_lacking_in_words(result.progress)}"
 
@@ -300,30 +320,33 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     if len(progress.missing):
         return (
             f"{len(progress.missing):,} of the labels that were asked for are missing. The "
-            "guarantee rests on all of them; a photo that nobody can name has the label "
-            f"{SKIPPED}."
+            "guarantee rests on all labels that were asked for. Give the label "
+            f"{SKIPPED} to a photo that nobody can name."
         )
     wrong, accepted = progress.looks.counts(
         progress.outcomes.uncertainty, progress.outcomes.failure
     )
     last = progress.looks.last
-    counts = f"{int(wrong[last])} of {int(accepted[last])} labels that count are wrong."
+    counts = f"{int(wrong[last])} of {int(accepted[last])} labelled answers that count are wrong."
     if progress.more is None:
         return (
-            f"{counts} With so many wrong ones more labels of the calibration side would not "
-            "help: give more labels to fit on."
+            f"{counts} With so many wrong answers no number of further calibration labels would "
+            "be enough: give more labels to fit on."
         )
-    return f"{counts} About {progress.more:,} more would do, if errors go on as so far."
+    return f"{counts} About {progress.more:,} more labels are needed at the present error rate."
 
 
 def scenes_in_words(result: TriageResult) -> str:
-    """What is shown of new scenes, where many of the labels are of photos that are nearly alike."""
+    """What the labels show about new scenes; "" if few labelled photos are near copies of others.
+
+    Near copies count once: only the first photo of every scene is tested.
+    """
     progress = result.progress
     is_first = result.is_first_of_scene
     if progress is None or result.rule is None or is_first is None:
         return ""
     n_repeated = int((~is_first).sum())
-    if n_repeated <= FEW_OF_SCENES * len(is_first):
+    if n_repeated <= FEW_REPEATED * len(is_first):
         return ""
     certified = progress.looks.certified(
         progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
@@ -334,11 +357,11 @@ def scenes_in_words(result: TriageResult) -> str:
         threshold = float(progress.looks.grid[certified])
         share = float((result.tested_outcomes.uncertainty <= threshold).mean())
         is_the_same = threshold >= (result.rule.threshold or 0.0)
-        shown = "the same" if is_the_same else f"it for {share:.0%} of the photos"
+        shown = "the same" if is_the_same else f"the guarantee for {share:.0%} of the photos"
     return (
         f" But {n_repeated:,} of the {len(is_first):,} labels that count are of photos nearly like "
-        "another one with a label, as in bursts and films. With one label a scene they show "
-        f"{shown}: for photos of new scenes rely on that."
+        "another labelled photo, as in bursts and films. With one label for each scene the labels "
+        f"show {shown}: rely on this for photos of new scenes."
     )
 
 
@@ -349,7 +372,7 @@ def write_page(
     answers: Sequence[Answer],
     settings: TriageSettings,
 ) -> None:
-    """``report.html``: what was decided, what is guaranteed, and photos worth a look."""
+    """Write ``report.html``: decisions, guarantee, and the photos that people should look at."""
     sections = _sections(answers, {entry.path for entry in result.asked})
     pictures = _pictures(listing, result, sections)
     page = render(
@@ -373,7 +396,7 @@ def write_page(
 
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
-    """The photos that are worth a look, under their headings."""
+    """The answers about photos that people should look at, by the heading of the section."""
     doubtful_first = sorted(answers, key=lambda answer: -(answer.failure_probability or 0.0))
     to_label = [answer for answer in answers if answer.key in asked]
     accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
@@ -391,7 +414,7 @@ def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, li
 def _pictures(
     listing: PhotoFolder, result: TriageResult, sections: Mapping[str, Sequence[Answer]]
 ) -> dict[str, object]:
-    """Thumbnails of the photos in the sections, by path; unreadable ones have none."""
+    """Thumbnails of the photos in the sections, by path; unreadable photos have none."""
     row_of = {path: row for row, path in enumerate(result.photos.ids)}
     paths = set()
     for answers in sections.values():

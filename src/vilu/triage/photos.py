@@ -1,4 +1,4 @@
-"""The photos of a folder, embedded once each: what is new or has changed becomes a new store."""
+"""The photos of a folder, each embedded once: new and changed photos get a new store."""
 
 from __future__ import annotations
 
@@ -30,32 +30,38 @@ from vilu.store.job import BackboneSpec
 from vilu.store.reader import EmbeddingStore
 
 FOLDER: Final = "embeddings"
-"""Name of the folder of stores."""
+"""Name of the folder that holds the stores."""
 
 MAX_ERROR_RATE: Final = 1.0
-"""Share of bad photos of one store: folders hold what they hold, and every bad photo is named."""
+"""Largest share of bad photos in one store.
+
+Bad photos never stop a run: the result names every one of them.
+"""
 
 logger = logging.getLogger(__name__)
 
 Version = tuple[int, int]
-"""Size and time of modification of a file; another one is another photo."""
+"""Size in bytes and modification time in nanoseconds of a file; they change with the photo."""
+
+NO_VERSION: Final[Version] = (-1, -1)
+"""Version of a file whose status cannot be read; no real file has it."""
 
 
 def version_of(status: os.stat_result | OSError) -> Version:
-    """Version of a listed file; of one that cannot be looked at, none that ever was."""
+    """Version of a listed file; ``NO_VERSION`` if its status could not be read."""
     if isinstance(status, OSError):
-        return (-1, -1)
+        return NO_VERSION
     return (status.st_size, status.st_mtime_ns)
 
 
 def versions_of(photos: Sequence[Listed]) -> dict[str, Version]:
-    """Version of every listed photo, by path as tables have it."""
+    """Version of every listed photo, by the path that tables use for the photo."""
     return {portable_name(path): version_of(status) for path, status in photos}
 
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """How photos are embedded, and against which classes."""
+    """How photos are embedded, and between which classes the model chooses."""
 
     backbone: BackboneSpec
     names: tuple[str, ...]
@@ -67,7 +73,13 @@ class EmbeddingSettings:
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """A folder of photos as it was listed, and where those lie that were moved out of it."""
+    """The listed photos of a folder, with the photos that were moved out of it.
+
+    Attributes:
+        root: The folder.
+        listing: Path and status of every photo.
+        moved: Present location of every photo that was moved, by its path in the folder.
+    """
 
     root: Path
     listing: Sequence[Listed]
@@ -75,11 +87,11 @@ class PhotoFolder:
 
     @cached_property
     def paths(self) -> list[str]:
-        """The paths of all photos, as tables have them."""
+        """The paths of all photos, as tables write them."""
         return [portable_name(path) for path, _ in self.listing]
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
-        """The photos of these paths, as a data set."""
+        """The photos with these paths, as a data set with the class ``names``."""
         chosen = [listed for listed in self.listing if portable_name(listed[0]) in paths]
         return PhotoFiles(self.root, chosen, names, self.moved)
 
@@ -89,9 +101,9 @@ class _StoredPhotos:
     """What the stores of a folder hold.
 
     Attributes:
-        done: Version of every photo that was embedded, or found to be bad.
-        unread: Photos that could not be read.
-        begun: Number of the store that was interrupted; None where none was.
+        done: Version of every photo that was embedded or found to be bad, by path.
+        unread: Paths of photos that could not be read.
+        begun: Number of the store whose embedding was interrupted; None if there is none.
     """
 
     done: dict[str, Version]
@@ -101,27 +113,30 @@ class _StoredPhotos:
 
 @dataclass
 class PhotoStores:
-    """The numbered stores of a folder of photos, each with the list of its files."""
+    """The numbered stores of a folder of photos.
+
+    Beside every store is the list of its photos, which is written before the store.
+    """
 
     root: Path
 
     def numbers(self) -> list[int]:
-        """Those that were begun."""
+        """Numbers of all stores that were begun, ascending."""
         return sorted(int(path.stem) for path in self.root.glob("*.parquet") if path.stem.isdigit())
 
     def _list(self, number: int) -> Path:
         return self.root / f"{number:03}.parquet"
 
     def store(self, number: int) -> Path:
-        """Its folder."""
+        """Folder of a store."""
         return self.root / f"{number:03}"
 
     def is_complete(self, number: int) -> bool:
-        """Whether all of its photos were embedded."""
+        """Whether the embedding of a store was finished."""
         return (self.store(number) / MANIFEST).is_file()
 
     def listed(self, number: int) -> dict[str, Version]:
-        """The files of a store."""
+        """Versions of the photos of a store, by path."""
         table, metadata = read_table(self._list(number), ())
         if metadata.get("kind") != "photos":
             raise DataError(
@@ -131,7 +146,10 @@ class PhotoStores:
         return {path: (size, time) for path, size, time in zip(*columns, strict=True)}
 
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
-        """Embed new photos, and those that can be read now but could not; returns how many."""
+        """Embed new and changed photos, and photos that have become readable.
+
+        An interrupted store is finished first. Returns the number of photos in the new store.
+        """
         now = versions_of(photos.listing)
         stored = self._stored(now)
         done = stored.done
@@ -151,7 +169,7 @@ class PhotoStores:
         return len(new)
 
     def _stored(self, now: Mapping[str, Version]) -> _StoredPhotos:
-        """What the stores hold; one that was begun with photos that are others now is removed."""
+        """What the stores hold; an interrupted store is removed if its photos have changed."""
         done: dict[str, Version] = {}
         unread: set[str] = set()
         begun = None
@@ -162,19 +180,19 @@ class PhotoStores:
                 unread -= listed.keys()
                 unread |= self._unread(number)
             elif all(now.get(path) == version for path, version in listed.items()):
-                begun = number  # interrupted: it goes on, with the same photos
+                begun = number  # its photos are unchanged, so it can be continued
             else:
                 self._remove(number)
         return _StoredPhotos(done, unread, begun)
 
     def _unread(self, number: int) -> set[str]:
-        """Photos of a store that could not be read."""
+        """Paths of the photos of a store that could not be read."""
         bad = EmbeddingStore(self.store(number)).bad_images()
         return {path for path, kind in bad if kind == "read_error"}
 
     @staticmethod
     def _readable_again(photos: PhotoFolder, unread: Collection[str]) -> list[str]:
-        """Which of the photos that could not be read can be read now."""
+        """Paths of the ``unread`` photos that can be read now."""
         files = photos.files_of(unread)
         readable = []
         for record in files.records(0, len(files)):
@@ -184,7 +202,7 @@ class PhotoStores:
         return readable
 
     def _write_list(self, number: int, versions: Mapping[str, Version]) -> None:
-        """Begin a store: the list of its files."""
+        """Begin a store: write the list of its photos."""
         make_folder(self.root)
         sizes = [size for size, _ in versions.values()]
         times = [time for _, time in versions.values()]
@@ -205,7 +223,7 @@ class PhotoStores:
         model = settings.backbone.load()
         complete = next((store for store in self.numbers() if self.is_complete(store)), None)
         if complete is not None:
-            # a store of another model, once made, would be in the way of all later runs
+            # A store of another model would make every later run fail, so it must not be written.
             store = self.store(complete)
             EmbeddingStore(store).space.require_match(
                 model.space, name=str(store), other_name="the model of this run"
@@ -224,7 +242,8 @@ class PhotoStores:
 
     def _remove(self, number: int) -> None:
         logger.info(
-            "%s was begun with photos that have changed: it is begun anew", self.store(number)
+            "%s was begun with photos that have changed since, so it is removed",
+            self.store(number),
         )
         with or_refuse(f"remove {self.store(number)}"):
             if self.store(number).exists():
@@ -232,7 +251,7 @@ class PhotoStores:
             self._list(number).unlink()
 
     def open(self, photos: Sequence[Listed]) -> Photos:
-        """All photos that are there now, from the stores that have them."""
+        """The listed photos, each from the newest store that holds its present version."""
         now = versions_of(photos)
         numbers = self.numbers()
         newest: dict[str, int] = {}
@@ -253,13 +272,13 @@ class PhotoStores:
 
 
 class Photos(EmbeddingSource):
-    """Rows of several stores of one model and the same classes, as one source.
+    """Rows of several stores, joined in one source; the stores share the model and the classes.
 
-    Labels are set later (``label``).
+    All rows begin without a label. ``label`` sets the labels.
 
     Attributes:
-        bad: Path of every photo that has no embedding, and why.
-        pictures: Per row the digest of the picture.
+        bad: Why a photo has no embedding, by the path of the photo.
+        pictures: (N,) digest of the picture of every row.
     """
 
     def __init__(
@@ -284,16 +303,16 @@ class Photos(EmbeddingSource):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) usable or not, as the stores say."""
+        """(N,) status of every row, from its store: whether the row is usable."""
         return np.concatenate([store.status[rows.numpy()] for store, rows in self._parts])
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """As the stores: pictures, and paths."""
+        """What rows are recognised by: the same as in the stores."""
         return self.first.identified_by
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """As every source's."""
+        """(N,) or (M,) identities of all rows or of ``rows`` (M,), gathered from the stores."""
         if rows is None:
             rows = np.arange(len(self))
         identities = np.empty(len(rows), np.uint64)
@@ -303,11 +322,11 @@ class Photos(EmbeddingSource):
 
     @property
     def pictures(self) -> list[bytes]:
-        """(N,) what the pictures are recognised by."""
+        """(N,) digest of the picture of every row."""
         return [value.tobytes() for value in self.identities(self.identified_by[0])]
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 rows, gathered from the stores."""
+        """(B, D) float32 embeddings of rows, gathered from the stores."""
         image = torch.empty(len(index), self.space.embed_dim, dtype=torch.float32)
         for part, positions, inside in self._split(index.numpy()):
             rows = self._parts[part][0].image_rows(torch.from_numpy(inside))
@@ -315,21 +334,30 @@ class Photos(EmbeddingSource):
         return image
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """A column of the classes or of the model; photos carry none of their own."""
+        """A column of the classes or of the model; photos have no columns of their own."""
         return self.first.column(name, index)
 
     def _split(
         self, rows: NDArray[np.int64]
     ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """Number of a part, the positions of its rows among ``rows`` (M,), and its own rows."""
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        for part in np.unique(owner).tolist():
-            positions = np.flatnonzero(owner == part)
+        """Split ``rows`` (M,) by store.
+
+        Yields the number of a store, the indices in ``rows`` of the rows that are in this store,
+        and the numbers of these rows in the store.
+        """
+        part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        for part in np.unique(part_of_row).tolist():
+            positions = np.flatnonzero(part_of_row == part)
             inside = rows[positions] - self._starts[part]
             yield part, positions, self._parts[part][1].numpy()[inside]
 
     def label(self, labels: Mapping[str, str], outside: Sequence[str]) -> None:
-        """Set what is known of the photos, by path: a class, one that is outside, or nothing."""
+        """Set the labels of all photos.
+
+        Args:
+            labels: Label by path; a photo that is missing here has no label.
+            outside: Labels that mean "none of the classes".
+        """
         candidate_of = self.candidates_by_name()
         for row, path in enumerate(self.ids):
             label = labels.get(path)
@@ -341,7 +369,7 @@ class Photos(EmbeddingSource):
                 self.target[row] = candidate_of[label]
 
     def candidates_by_name(self) -> dict[str, int]:
-        """Candidate of every class that was given; classes of one text are one candidate."""
+        """Index of the candidate of every class; classes with equal text share a candidate."""
         names = self.first.manifest.names
         merged = self.first.candidate_of
         if merged is None:

@@ -1,4 +1,4 @@
-"""Photos for people to look at: which ones, in which order, and with which names to choose from."""
+"""Photos for people to label: which photos, in which order, and the names to choose from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from vilu.triage.answers import failure_probabilities
 from vilu.triage.state import DECISIONS_CSV, NEXT, STATE, TriageState
 
 CHOSEN: Final = "fit"
-"""Stream of a photo that no draw has asked for: no guarantee may rest on its label."""
+"""Stream of a photo that no draw has asked for; its label counts for no guarantee."""
 
 DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", "runner_up")
 NEXT_COLUMNS: Final = ("path", "stream")
-"""Columns of a triage's tables that are looked at."""
+"""Columns that the tables of a triage must have, ``decisions.csv`` and ``next_labels.csv``."""
 
 Which = Literal["asked", "review", "all"]
 
@@ -35,12 +35,12 @@ class ReviewTask:
     """One photo to look at.
 
     Attributes:
-        path: Of the photo, as tables have it.
-        answer: The model's, as tables have it.
-        failure_probability: How likely that is wrong.
-        runner_up: The next answer.
-        stream: Why it was asked for. A photo that people look at for any other reason was chosen,
-            so its label may be used in a fit alone.
+        path: Path of the photo, as tables write it.
+        answer: The model's answer, as tables write it; None without an answer.
+        failure_probability: Probability that the answer is wrong; None if it is not known.
+        runner_up: The second most likely answer.
+        stream: Why the label was asked for. Labels of photos that were not asked for may be used
+            in fits only, so they have the stream ``CHOSEN``.
     """
 
     path: str
@@ -55,10 +55,10 @@ class Review:
     """Photos to look at, the names to choose from, and where the photos are.
 
     Attributes:
-        tasks: In the order in which to look at them.
-        names: Classes as tables have them, and after them what else a label may be.
-        photos: Folder that the paths are relative to; None where it is not known.
-        model: What gave the answers.
+        tasks: The photos, in the order in which to look at them.
+        names: Class names as tables write them, then the labels for "none of the classes".
+        photos: Folder that the paths are relative to; None if it is not known.
+        model: Name of the model or method that gave the answers.
     """
 
     tasks: list[ReviewTask]
@@ -68,12 +68,21 @@ class Review:
 
 
 def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
-    """The photos of a triage that are asked for, or to be reviewed; or rows of scores.
+    """Open the photos of a triage, or the rows of scores, for people to look at.
 
-    Rows of scores come with the most doubtful first.
+    Photos whose labels are asked for come first, in the order of the requests. Then come the
+    others, ordered by falling probability of failure. Rows of scores are ordered by falling
+    uncertainty.
+
+    Args:
+        source: The folder of a triage, or a file of scores.
+        which: "asked": photos whose labels are asked for. "review": photos that are to be
+            reviewed. "all": all photos. For scores, "asked" and "review" both mean all rows that
+            are not accepted.
+        n: Maximum number of photos; None for all.
 
     Raises:
-        DataError: If the source is neither, or its scores do not say which images they are of.
+        DataError: If the source is neither, or if the scores do not name their images and classes.
     """
     if (source / STATE).is_file():
         review = _of_triage(source, which)
@@ -92,18 +101,17 @@ def _of_triage(folder: Path, which: Which) -> Review:
         if _is_wanted(row, streams, which):
             tasks.append(_task(row, streams.get(row["path"], CHOSEN)))
     position = {path: index for index, path in enumerate(streams)}
-    # those that are asked for in their order, then the most doubtful
-    tasks.sort(
-        key=lambda task: (
-            position.get(task.path, len(position)),
-            -(task.failure_probability or 0.0),
-        )
-    )
+
+    def rank(task: ReviewTask) -> tuple[int, float]:
+        """Ascending: photos that were asked for, in their order; then the most doubtful first."""
+        return position.get(task.path, len(position)), -(task.failure_probability or 0.0)
+
+    tasks.sort(key=rank)
     return Review(tasks, _names(state.settings), Path(state.photos), "vilu triage")
 
 
 def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
-    """The classes of a triage, and its labels for none of them."""
+    """The classes of a triage, then its labels for "none of the classes"."""
     outside = [name for name in _texts(settings, "outside") if name != OUTSIDE_NAME]
     names = (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
     return tuple(portable_name(name) for name in names)
@@ -115,7 +123,7 @@ def _texts(settings: Mapping[str, object], name: str) -> list[str]:
 
 
 def _read_written(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
-    """The rows of a table that a triage has written; DataError where it is damaged."""
+    """Read the rows of a table that a triage has written; DataError if the table is damaged."""
     columns, rows = csv_rows(path)
     again = "Run `vilu triage` again, which writes it."
     missing = [name for name in wanted if name not in columns]
@@ -133,7 +141,7 @@ def _read_written(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
 
 
 def _is_probability(cell: str) -> bool:
-    """Whether a cell is empty, or a number from 0 to 1."""
+    """Whether a cell is empty or a number from 0 to 1."""
     if not cell:
         return True
     try:
@@ -169,9 +177,10 @@ def _of_scores(path: Path, which: Which) -> Review:
             "wrote."
         )
     names = [portable_name(str(name)) for name in outcomes.class_names]
-    known = np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty)
+    # Rows without a score come first: people have to look at them.
+    doubt = np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty)
     tasks = []
-    for row in np.argsort(-known, kind="stable").tolist():
+    for row in np.argsort(-doubt, kind="stable").tolist():
         is_accepted = outcomes.decision is not None and outcomes.decision[row] == ACCEPT
         if which == "all" or not is_accepted:
             index = int(outcomes.prediction[row])
@@ -181,7 +190,7 @@ def _of_scores(path: Path, which: Which) -> Review:
 
 
 def _probability(outcomes: Outcomes, row: int) -> float | None:
-    """How likely an answer is wrong, where the scores are probabilities or calibrated."""
+    """Probability that an answer is wrong; None if the scores are neither that nor calibrated."""
     is_known = outcomes.is_probability or outcomes.failure_probability is not None
     probability = float(failure_probabilities(outcomes)[row])
     return probability if is_known and math.isfinite(probability) else None

@@ -1,8 +1,10 @@
-"""Tasks for the tools in which people label photos, and finished tasks back as labels.
+"""Writes tasks for labelling tools, and reads the labels of finished tasks.
 
-Formats as the tools define them: Label Studio's tasks with predictions (JSON) and its labelling
-configuration (XML); FiftyOne's data set on disk (``metadata.json`` and ``samples.json``); a CSV for
-everything else.
+The formats are those that the tools define:
+
+- Label Studio: tasks with predictions (JSON), and a labelling configuration (XML).
+- FiftyOne: a data set on disk (``metadata.json`` and ``samples.json``).
+- Other tools: a CSV.
 """
 
 from __future__ import annotations
@@ -28,34 +30,41 @@ from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
 from vilu.triage.review import CHOSEN, Review, ReviewTask
 
 CHOICE: Final = "label"
+"""Name of a person's choice in a labelling configuration of Label Studio."""
+
 IMAGE: Final = "image"
-"""Names of the two parts of a labelling configuration; a person's choice goes to the first."""
+"""Name of the image in a labelling configuration of Label Studio."""
 
 MODEL_FIELD: Final = "vilu"
+"""Field of a FiftyOne sample with the model's answer."""
+
 TRUTH_FIELD: Final = "ground_truth"
-"""Fields of a FiftyOne sample: the model's answer, and a person's."""
+"""Field of a FiftyOne sample with a person's label."""
 
 FIFTYONE_VERSION: Final = "1.9.0"
-"""Version whose documents are written; newer ones migrate them."""
+"""FiftyOne version whose format is written; newer versions migrate it."""
 
 DATABASE_LIMIT: Final = 256 * 2**20
-"""Bytes of a file of finished tasks at most."""
+"""Maximum size of a file of finished tasks, in bytes."""
 
 Tool = Literal["label-studio", "fiftyone", "csv"]
 
 Labels = tuple[dict[str, str], dict[str, str]]
-"""Labels by path, and their streams where those are known."""
+"""Labels by path, and streams by path for the labels whose stream is known."""
 
 
 def write_review(review: Review, tool: Tool, output: Path, *, prefix: str = "") -> list[Path]:
-    """Write the tasks for a tool; the files that were written.
+    """Write the tasks for a labelling tool.
 
     Args:
-        review: What to look at.
-        tool: For whom.
-        output: File, .json or .csv; for FiftyOne a folder.
-        prefix: What stands before the path of a photo for Label Studio, such as
-            "/data/local-files/?d=photos/".
+        review: Photos to look at.
+        tool: The labelling tool.
+        output: The file, .json or .csv; for FiftyOne a folder.
+        prefix: For Label Studio: text before the path of a photo in the address of its image, such
+            as "/data/local-files/?d=photos/".
+
+    Returns:
+        The files that were written.
     """
     if tool == "label-studio":
         return _write_label_studio(review, output, prefix)
@@ -94,7 +103,7 @@ def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, A
 
 
 def _confidence(task: ReviewTask) -> float | None:
-    """How likely the answer is right."""
+    """Probability that the answer is right; None if it is not known."""
     return None if task.failure_probability is None else 1 - task.failure_probability
 
 
@@ -133,7 +142,7 @@ FIELDS: Final = {
     "decision": ("StringField", None, "decision"),
     "path": ("StringField", None, "path"),
 }
-"""Fields of a sample: their type, what is embedded in them, and their name in the database."""
+"""Type, class of the embedded document, and name in the database of every field of a sample."""
 
 
 def _write_fiftyone(review: Review, output: Path) -> list[Path]:
@@ -191,7 +200,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
 
 
 def _text_of_path(portable: str) -> str:
-    """The path of the file, or where that is no UTF-8, which JSON has to be, its text."""
+    """The path of a file, or its portable text if the path is no UTF-8, which JSON requires."""
     path = path_of(portable)
     try:
         path.encode()
@@ -200,20 +209,20 @@ def _text_of_path(portable: str) -> str:
     return path
 
 
-def _object_id(of: str) -> dict[str, str]:
-    """An identifier as MongoDB's extended JSON has it; the same of the same."""
-    content = of.encode(errors="surrogatepass")
+def _object_id(text: str) -> dict[str, str]:
+    """An identifier in MongoDB's extended JSON; equal texts have equal identifiers."""
+    content = text.encode(errors="surrogatepass")
     return {"$oid": hashlib.blake2b(content, digest_size=12).hexdigest()}
 
 
 def read_done(path: Path) -> Labels:
-    """Labels of finished tasks by path, and their streams where those are known.
+    """Read the labels of finished tasks and their streams, by path.
 
-    Of an export of Label Studio, a FiftyOne data set on disk, or a CSV. A task that was skipped has
-    the label "(skip)"; one that nobody has looked at is left out.
+    ``path`` is an export of Label Studio, a FiftyOne data set on disk, or a CSV. A skipped task has
+    the label "(skip)". Tasks without an answer are left out.
 
     Raises:
-        DataError: If it is none of these, or a photo has two labels.
+        DataError: If the file is none of these, or if a photo has two labels.
     """
     if path.is_dir():
         return _of_samples(_read_json(path / "samples.json"), path)
@@ -229,7 +238,7 @@ def read_done(path: Path) -> Labels:
     return _of_tasks(content, path)
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever is in the file
+def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
     with or_refuse(f"read {path}"):
         if path.stat().st_size > DATABASE_LIMIT:
             raise DataError(
@@ -243,7 +252,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever is in the file
 
 
 def _of_tasks(tasks: list[Any], source: Path) -> Labels:
-    """The labels of Label Studio's tasks."""
+    """Labels and streams of Label Studio's tasks, by path."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for task in tasks:
@@ -259,7 +268,7 @@ def _of_tasks(tasks: list[Any], source: Path) -> Labels:
 
 
 def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
-    """The path of a task, or what the address of its image says of it."""
+    """The path of the photo of a task; without a path, it is read from the address of the image."""
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
@@ -271,8 +280,8 @@ def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
 
 
 def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | None:
-    """The label of a task; None where there is none."""
-    if "annotations" not in task:  # JSON-MIN
+    """The label of a task; None without a label."""
+    if "annotations" not in task:  # an export as JSON-MIN
         return _only_choice(task.get(CHOICE), path, source)
     annotations = [entry for entry in task["annotations"] if isinstance(entry, dict)]
     if not annotations:
@@ -298,8 +307,8 @@ def _only_choice(chosen: object, path: str, source: Path) -> str | None:
     return names[0]
 
 
-def _of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - whatever was in the file
-    """The labels of FiftyOne's samples."""
+def _of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - any content
+    """Labels and streams of FiftyOne's samples, by path."""
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
         raise DataError(f"{source} is no FiftyOne data set: samples.json holds no samples.")

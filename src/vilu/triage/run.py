@@ -1,8 +1,8 @@
-"""A run of triage: from a folder, its book of labels, its settings and its state to the next state.
+"""The steps of a triage run: each takes the state of the folder and returns the next state.
 
-``advance`` holds the steps. Each takes the state and returns the next one, which it has written to
-``triage.json`` by then, after the files that the state speaks of. So a run that is killed between
-two steps goes on at the second, and one that is killed inside a step does it again.
+``advance`` calls the steps in order. A step first writes its files, then writes the next state to
+``triage.json``, then returns this state. So a run that was killed between two steps continues with
+the second step, and a run that was killed inside a step repeats this step.
 """
 
 from __future__ import annotations
@@ -59,32 +59,29 @@ from vilu.triage.state import (
 from vilu.triage.trial import PLANNED, Trial
 
 LEAST_BEFORE_DRAW: Final = 50
-"""Labels of the fit side that come before the first photos of the calibration side are drawn."""
+"""Number of fit-side labels that are needed before the first calibration photos are drawn."""
 
 FURTHER: Final = 8
-"""Where all thresholds up to the limit are certified, it moves on by so many."""
+"""Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
 
 CALIBRATION_PART: Final = 3
-"""With a guarantee, every third label that is asked for is of the calibration side.
-
-These labels are drawn from what may be accepted, so each is worth more than one to fit on.
-"""
+"""With a guarantee, every third label that is asked for is of the calibration side."""
 
 WORTH_MORE: Final = 1.1
-"""A candidate is to accept so many times as many photos as the predictor with a guarantee."""
+"""A candidate's limit includes this many times as many photos as the guarantee accepts."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TriageRun:
-    """What the steps of one run work on.
+    """The input of the steps of one run.
 
     Attributes:
         root: The folder of the triage.
-        settings: What is asked for.
+        settings: The settings of the run.
         photos: The embedded photos, with the labels of the book.
-        book: What was asked and answered.
+        book: All labels that were asked for or given.
         split: Which photos are for fits, and which for a guarantee.
     """
 
@@ -96,22 +93,22 @@ class TriageRun:
 
     @property
     def present(self) -> Path:
-        """Folder of the predictor that decides."""
+        """Folder of the present predictor, which decides."""
         return self.root / PREDICTOR_FOLDER
 
     @property
     def candidate(self) -> Path:
-        """Folder of a predictor that is tested beside it."""
+        """Folder of a candidate, which is tested while the present predictor decides."""
         return self.root / CANDIDATE_FOLDER
 
     def tested_folder(self, state: TriageState) -> Path:
-        """Folder of the predictor that labels are asked for."""
+        """Folder of the tested predictor: the candidate if there is any, else the present one."""
         return self.present if state.candidate is None else self.candidate
 
     def score(
         self, predictor: FailurePredictor, calibration: Calibration | None = None
     ) -> Outcomes:
-        """Of all photos, by a predictor, and decided where it is calibrated."""
+        """Score all photos with a predictor; with a calibration the outcomes have decisions."""
         facts = {
             "method": predictor.label,
             "dataset": self.settings.photos.name,
@@ -122,29 +119,30 @@ class TriageRun:
         return score_rows(predictor, self.photos, facts, calibration=calibration)
 
     def write(self, state: TriageState) -> TriageState:
-        """Write the state; returns it."""
+        """Write the state to the folder, and return it."""
         state.write(self.root / STATE)
         return state
 
 
 @dataclass(frozen=True)
 class TriageResult:
-    """What a run shows.
+    """The result of a run.
 
     Attributes:
         photos: The embedded photos.
-        outcomes: Of all photos, with decisions.
-        predictor: The one that decides.
-        rule: Its guarantee, where one was certified, now or before.
-        progress: How far the guarantee of the tested predictor is; None where it needs no labels.
-        tested_outcomes: Of all photos, by the predictor that labels are asked for.
-        has_candidate: Whether that is another one than decides.
-        is_first_of_scene: (M,) which counted photos are nearly like no other photo with a label
-            before them.
-        asked: Photos whose labels are asked for.
-        book: What was asked and answered.
-        n_fit: Labels that the predictor was fitted on.
-        n_new: Photos that were embedded in this run.
+        outcomes: Outcomes of all photos by the present predictor, with decisions.
+        predictor: The present predictor, which decides.
+        rule: The guarantee of the present predictor; None if nothing is certified.
+        progress: How far the guarantee of the tested predictor is; None if the predictor needs no
+            labels, or if there is no calibration photo.
+        tested_outcomes: Outcomes of all photos by the tested predictor.
+        has_candidate: Whether the tested predictor is a candidate, not the present predictor.
+        is_first_of_scene: (M,) which photos that count for the guarantee are near copies of no
+            photo to fit on and of no earlier photo; None without ``progress``.
+        asked: Entries of the photos whose labels are asked for.
+        book: All labels that were asked for or given.
+        n_fit: Number of labels that the present predictor was fitted on.
+        n_new: Number of photos that were embedded in this run.
     """
 
     photos: Photos
@@ -170,7 +168,7 @@ def run_triage(
     *,
     overwrite: bool = False,
 ) -> TriageResult:
-    """One run: embed what is new, note the labels, and advance."""
+    """Run a triage once: embed new photos, note the labels, and take all steps (``advance``)."""
     state = begin(root, settings, overwrite=overwrite)
     stores = PhotoStores(root / FOLDER)
     n_new = stores.update(listing, settings.embedding)
@@ -182,7 +180,7 @@ def run_triage(
 
 
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """The state from which a run goes on; with ``overwrite`` all that was made is removed."""
+    """The state from which a run goes on; ``overwrite`` removes all files of earlier runs."""
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
         for name in MADE:
@@ -211,10 +209,11 @@ def note_labels(
     labels: Mapping[str, str],
     streams: Mapping[str, str],
 ) -> LabelBook:
-    """The book with the new labels; a guarantee is gone if a label that it rests on changed."""
+    """Add the new labels to the book; remove a guarantee if one of its labels has changed."""
     book = LabelBook.load(root / BOOK)
     book.rename(former_text, paths)
-    # before the book is saved, so that no kill leaves a guarantee whose labels have changed
+    # The guarantee is removed before the book is saved. So a run that is killed here never leaves
+    # a guarantee whose labels have changed.
     take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
     n_changed = book.answer(labels, streams)
     if n_changed:
@@ -231,7 +230,7 @@ def note_labels(
 
 
 def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
-    """Photos whose label is replaced by another one."""
+    """Paths of the photos whose label in the book is replaced by a different label."""
     paths = set()
     for path, label in labels.items():
         entry = book.entries.get(path)
@@ -243,7 +242,7 @@ def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
 def advance(
     root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
 ) -> tuple[TriageState, TriageResult]:
-    """All steps of a run after its photos were embedded: the next state, and what it shows."""
+    """Take all steps of a run after its photos were embedded; the next state, and the result."""
     photos.label(book.labels, settings.of_no_class)
     run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
     state, predictor = choose_predictor(run, state)
@@ -280,7 +279,7 @@ def _result(
 
 
 def rule_in_force(folder: Path) -> Rule | None:
-    """The guarantee of the predictor in a folder, if it has one."""
+    """The guarantee of the predictor in a folder; None without a feasible rule."""
     calibration = Calibration.find(folder)
     if calibration is None or calibration.rule is None:
         return None
@@ -289,11 +288,11 @@ def rule_in_force(folder: Path) -> Rule | None:
     return None
 
 
-# The first step: the predictor that labels are asked for.
+# The first step: choose the tested predictor, which labels are asked for.
 
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
-    """The predictor that labels are asked for, fitted anew where its case says so (``FitCase``)."""
+    """The tested predictor; ``FitCase`` decides whether a new one is fitted."""
     fit_rows = run.split.fit_rows
     method = method_for(run.photos, fit_rows)
     case = fit_case(
@@ -308,7 +307,7 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
         return state, _load_uncalibrated(run.tested_folder(state))
     predictor = fit(method, run.photos, fit_rows, run.settings.seed)
     if case is FitCase.NO_GUARANTEE:
-        return run.write(_let_decide(run, state, predictor, None)), predictor
+        return run.write(_let_decide(run, state, predictor, trial=None)), predictor
     return _test_beside(run, state, predictor)
 
 
@@ -321,7 +320,7 @@ def _load_uncalibrated(folder: Path) -> FailurePredictor:
 def _let_decide(
     run: TriageRun, state: TriageState, predictor: FailurePredictor, trial: Trial | None
 ) -> TriageState:
-    """From now on this predictor decides."""
+    """Save a predictor as the present one, which decides; the state is not written yet."""
     predictor.save(run.present)
     Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
     return state.model_copy(update={"method": predictor.name, "trial": trial, "candidate": None})
@@ -330,7 +329,7 @@ def _let_decide(
 def _test_beside(
     run: TriageRun, state: TriageState, predictor: FailurePredictor
 ) -> tuple[TriageState, FailurePredictor]:
-    """Test a new predictor beside the one with a guarantee, if it is worth it."""
+    """Make a new predictor the candidate, if testing it is worth its labels."""
     n_labels = len(run.split.fit_rows)
     scores = run.score(predictor).uncertainty
     least_share = min(WORTH_MORE * share_accepted(run), 1.0)
@@ -346,7 +345,7 @@ def _test_beside(
 def plan_trial(
     run: TriageRun, state: TriageState, scores: Floats, *, least_share: float = 0.0
 ) -> Trial:
-    """The trial of a predictor that is to accept at least a share of the photos, if anything."""
+    """Plan the trial of a predictor; ``least_share`` is the smallest share it may accept."""
     settings = run.settings
     for_calibration = run.split.for_calibration
     n_answered = int((for_calibration & run.split.answered).sum())
@@ -369,13 +368,16 @@ def share_accepted(run: TriageRun) -> float:
     return float((uncertainty[run.split.for_calibration] <= rule.threshold).mean())
 
 
-# The second step: what the labels show.
+# The second step: count the labels for the guarantee.
 
 
 def count_labels(
     run: TriageRun, state: TriageState, tested: Outcomes
 ) -> tuple[TriageState, GuaranteeProgress]:
-    """What all labels that were asked for show; while some are missing, those before them."""
+    """Count the labels for the guarantee.
+
+    If a label that was asked for is missing, only the labels of the last complete count are used.
+    """
     trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
     progress = _progress(run, state, trial, tested, up_to=state.asked_up_to)
     if len(progress.missing):
@@ -384,7 +386,7 @@ def count_labels(
         progress = dataclasses.replace(progress, missing=missing)
     else:
         state = state.model_copy(update={"counted_up_to": state.asked_up_to})
-    # with fewer labels than could certify anything a look is none
+    # Too few labels to certify anything use none of the level, so this test is not counted yet.
     is_first_look = not trial.attempt and progress.looks.can_certify(progress.outcomes.uncertainty)
     if is_first_look:
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
@@ -406,7 +408,7 @@ def _progress(
     )
 
 
-# The third step: what was certified is kept.
+# The third step: keep what was certified.
 
 
 def keep_certified(
@@ -416,7 +418,7 @@ def keep_certified(
     tested: Outcomes,
     progress: GuaranteeProgress,
 ) -> TriageState:
-    """Keep what was certified; a candidate takes over where it is certified to accept more."""
+    """Write a better guarantee; a candidate replaces the present predictor if it accepts more."""
     if state.candidate is not None:
         share = float((tested.uncertainty[run.split.for_calibration] <= progress.threshold).mean())
         share_before = share_accepted(run)
@@ -428,7 +430,8 @@ def keep_certified(
             100 * share_before,
         )
         state = _let_decide(run, state, predictor, state.candidate)
-        state = run.write(state)  # before the folder that the old state names goes
+        # The old state names the folder of the candidate, so the new state is written first.
+        state = run.write(state)
         shutil.rmtree(run.candidate)
     if _accepts_more(progress, rule_in_force(run.present)):
         settings = run.settings
@@ -447,7 +450,7 @@ def keep_certified(
 
 
 def _accepts_more(progress: GuaranteeProgress, rule: Rule | None) -> bool:
-    """Whether a rule is replaced: what was certified once is certified for ever."""
+    """Whether the progress certifies more than the rule; a certified rule stays certified."""
     if not len(progress.rows):
         return False
     if rule is None:
@@ -455,13 +458,13 @@ def _accepts_more(progress: GuaranteeProgress, rule: Rule | None) -> bool:
     return progress.threshold > (rule.threshold or 0.0)
 
 
-# The last step: which labels are asked for.
+# The last step: ask for labels.
 
 
 def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
-    """Ask for what is missing; if nothing is, for new labels of both sides."""
+    """Ask for the missing labels of the draw; if none is missing, for new labels of both sides."""
     predictor = str(read_description(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
     missing: list[str] = []
     drawn: list[str] = []
@@ -484,7 +487,7 @@ def ask_for_labels(
 def _draw(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
 ) -> tuple[TriageState, list[str]]:
-    """The next photos of the calibration side, and the state of which they are part."""
+    """Draw the next calibration photos; the state after the draw, and the paths of the photos."""
     n_drawn = n_to_draw(
         state,
         run.settings.n_next,
@@ -506,16 +509,16 @@ def _paths(run: TriageRun, rows: Ints) -> list[str]:
 
 
 def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
-    """Ask no more for what another predictor asked for.
+    """Withdraw the requests of other predictors.
 
-    While labels are missing and nothing is guaranteed, ask for those alone.
+    While labels are ``missing`` and nothing is guaranteed, withdraw all requests but these.
     """
-    everything_waits = bool(missing) and rule_in_force(run.present) is None
+    only_missing = bool(missing) and rule_in_force(run.present) is None
 
     def is_forgotten(entry: Entry) -> bool:
         if entry.path in missing:
             return False
-        return everything_waits or entry.predictor != predictor
+        return only_missing or entry.predictor != predictor
 
     run.book.forget(is_forgotten)
 
@@ -530,15 +533,16 @@ def n_to_draw(
 ) -> int:
     """How many of the next ``n`` labels are of the calibration side.
 
-    All of them until something is guaranteed, if that is likely and there are enough labels to fit
-    on. With a guarantee every third.
+    - With a guarantee: one of three.
+    - Without a guarantee: all, if a guarantee is likely and there are enough labels to fit on.
+    - Otherwise: none.
 
     Args:
-        state: Of the triage.
-        n: Labels that are asked for.
-        is_guaranteed: Whether something is guaranteed.
-        n_fit_labels: Labels of the fit side.
-        can_be_shown: Whether more labels of this kind would show something.
+        state: State of the triage.
+        n: Number of labels that are asked for.
+        is_guaranteed: Whether a guarantee is in force.
+        n_fit_labels: Number of labels of the fit side.
+        can_be_shown: Whether some number of further calibration labels would certify a threshold.
     """
     if state.trial is None:
         return 0
@@ -551,7 +555,7 @@ def n_to_draw(
 
 
 def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
-    """The trial; where all up to its limit is certified, with a limit a little further on."""
+    """The trial; if its last threshold is certified, with a limit that is ``FURTHER`` up."""
     last = progress.looks.last
     if progress.certified != last:
         return trial
@@ -562,9 +566,10 @@ def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
 def next_of_draw(
     split: PhotoSplit, uncertainty: Floats, limit: float, n: int, asked_up_to: int
 ) -> Ints:
-    """The next photos below a limit in the random order.
+    """Rows of the next photos up to a limit, in the random order.
 
-    Those before the position that was reached come first, all of them: the limit has moved.
+    After the limit has moved up, there are such photos before the position ``asked_up_to``. Then
+    all of these are returned, and no others. Otherwise the next ``n`` photos are returned.
     """
     is_open = split.for_calibration & (uncertainty <= limit) & ~split.answered
     rows = np.flatnonzero(is_open)
@@ -580,7 +585,7 @@ def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
 
 
 def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:
-    """Ask for labels of the fit side."""
+    """Ask for ``n`` labels of the fit side."""
     if n <= 0:
         return
     asked = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)

@@ -1,6 +1,6 @@
-"""A page on which one person labels photos with the keyboard.
+"""A web page on which one person labels photos with the keyboard.
 
-An answer is on the disk before the next photo is shown.
+Every answer is saved before the next photo is shown.
 """
 
 from __future__ import annotations
@@ -33,25 +33,28 @@ from vilu.triage.review import Review
 
 LOOPBACK: Final = "127.0.0.1"
 SIDE: Final = 1600
-"""Longest side of a photo as it is shown, in pixels."""
+"""Longest side of a photo on the page, in pixels."""
 
 MAX_BODY: Final = 10_000
-"""Bytes of an answer at most."""
+"""Maximum length of the body of an answer, in bytes."""
 
 
 @dataclass
 class ReviewSession:
-    """Photos, the answers so far, and where they are kept.
+    """The photos to label, the answers so far, and the file of the answers.
 
     Args:
-        review: What to look at; its folder of photos must be known.
-        output: CSV of labels; a file that is there is continued.
+        review: Photos to look at; their folder must be known.
+        output: CSV of labels; an existing file is continued.
 
     Attributes:
-        written: What the file held when it was read or written last; None where there was none.
+        answers: Labels by the path of the photo.
+        streams: Streams by the path of the photo, as the file had them.
+        written: Content of the file when it was last read or written; None if there was no file.
+        lock: Held while an answer is saved.
 
     Raises:
-        UsageError: If there is nothing to look at, or the folder of photos is not known.
+        UsageError: If there is no photo to look at, or the folder of the photos is not known.
         DataError: If the file of labels cannot be read, or is of other photos.
     """
 
@@ -65,8 +68,8 @@ class ReviewSession:
     def __post_init__(self) -> None:
         if self.review.photos is None:
             raise UsageError(
-                "to show photos the folder is needed that their paths are relative to. Give "
-                "--photos DIR."
+                "the folder of the photos is not known, so they cannot be shown. Give --photos "
+                "DIR: the folder that their paths are relative to."
             )
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
@@ -79,11 +82,11 @@ class ReviewSession:
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
     def answer(self, index: object, label: object) -> None:
-        """Set the label of a photo, or take it back (None), and keep all of them.
+        """Set the label of a photo, or remove it (None), and save all labels.
 
         Raises:
             DataError: If there is no such photo or label.
-            BusyError: If another program has changed the file meanwhile; it stays as it is.
+            BusyError: If another program has changed the file. Then nothing is written.
             StorageError: If the file cannot be written.
         """
         if type(index) is not int or not 0 <= index < len(self.review.tasks):
@@ -101,13 +104,13 @@ class ReviewSession:
             self.answers = answers
 
     def _save(self, answers: dict[str, str]) -> None:
-        """Write answers, unless the file holds what was not written here."""
+        """Write answers; BusyError if the file holds what another program has written."""
         if self._on_disk() not in {None, self.written}:
             raise BusyError(
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        streams = dict(self.streams)  # also of photos that are not shown now
+        streams = dict(self.streams)  # the file may also hold photos that are not shown now
         for task in self.review.tasks:
             streams[task.path] = task.stream
         content = csv_bytes(label_columns(answers, streams))
@@ -115,16 +118,16 @@ class ReviewSession:
         self.written = content
 
     def _on_disk(self) -> bytes | None:
-        """What the file holds; None where there is none."""
+        """Present content of the file; None if there is no file."""
         with or_refuse(f"read {self.output}"):
             return self.output.read_bytes() if self.output.exists() else None
 
     def picture(self, index: int) -> bytes:
-        """A photo as WebP, decoded with all that is done against hostile files.
+        """A photo as WebP, decoded with the same protection against hostile files as elsewhere.
 
         Raises:
-            BadImage: If it is no picture that can be decoded.
-            OSError: If it cannot be read.
+            BadImage: If the file is no picture that can be decoded.
+            OSError: If the file cannot be read.
         """
         path = path_of(self.review.tasks[index].path)
         image = decode_image(self.bounds.read(path)).image
@@ -134,7 +137,7 @@ class ReviewSession:
         return content.getvalue()
 
     def tasks(self) -> dict[str, Any]:
-        """What the page shows."""
+        """The data of the page: the names to choose from and the photos, ready for JSON."""
         tasks = []
         for task in self.review.tasks:
             facts = {
@@ -149,9 +152,12 @@ class ReviewSession:
 
 
 def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:
-    """Serve the page on this machine alone until interrupted.
+    """Serve the page on this machine only, until an interrupt.
 
-    ``ready`` gets its address, which holds a key.
+    Args:
+        session: The photos and the answers.
+        port: The port; 0 for a free port.
+        ready: Called with the address of the page, which includes a secret key.
 
     Raises:
         UsageError: If the port is taken.
@@ -167,7 +173,7 @@ def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], Non
     except OSError as error:
         raise UsageError(
             f"cannot listen at {LOOPBACK}, port {port}: {error.strerror}. Give another --port, or "
-            "none: then a free one is taken."
+            "leave --port out to use a free port."
         ) from error
     with server:
         ready(f"http://{LOOPBACK}:{server.server_port}/?key={key}")
@@ -176,18 +182,21 @@ def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], Non
 
 
 class PageServer(ThreadingHTTPServer):
-    """One thread per connection, none of which keeps the command from ending."""
+    """A server with a thread for each connection; the threads end with the command."""
 
     daemon_threads = True
 
     def handle_error(self, request: socket | tuple[bytes, socket], client_address: object) -> None:
-        """A browser that goes away in the middle is no error of ours."""
+        """Report an error, except when the browser has closed the connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """Answers to the page; to nobody without the key, and to no other name of this machine."""
+    """Handles the requests of the page.
+
+    Requests without the key are refused, and requests to other host names of this machine.
+    """
 
     page_session: ReviewSession
     token: str
@@ -195,7 +204,7 @@ class PageHandler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        """The page, its tasks, a photo."""
+        """Send the page, the data of its tasks, or a photo."""
         if not self._allowed():
             return
         kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
@@ -215,7 +224,7 @@ class PageHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def do_POST(self) -> None:
-        """An answer: {"index": 3, "label": "cat"}; null takes it back."""
+        """Take an answer such as {"index": 3, "label": "cat"}; the label null removes the label."""
         if not self._allowed():
             return
         length = self.headers.get("Content-Length", "")
@@ -242,7 +251,7 @@ class PageHandler(BaseHTTPRequestHandler):
         key = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
         port = self.connection.getsockname()[1]
         host = self.headers.get("Host", "")
-        # a page of elsewhere may point its own name at this machine
+        # DNS rebinding: another site may let its own host name lead to this machine.
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
@@ -290,4 +299,4 @@ class PageHandler(BaseHTTPRequestHandler):
         )
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Nothing: the terminal is for what the command says."""
+        """Log nothing: the terminal shows only the messages of the command."""

@@ -1,4 +1,4 @@
-"""The photos of a folder, wherever they lie by now, and sorted by what was decided about them."""
+"""Lists the photos of a folder, moved ones included, and sorts them by their decisions."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ from vilu.triage.photos import PhotoFolder
 from vilu.triage.state import MOVED, SORTED, TriageSettings
 
 NOT_IN_A_NAME: Final = re.compile(r"[^\w .()+-]")
-"""What no folder's name should hold."""
+"""Characters that are replaced by "_" in the name of a folder."""
 
 LONGEST_NAME: Final = 255
-"""Bytes that file systems take of a name."""
+"""Maximum length of a file name in bytes, on common file systems."""
 
 HASH_DIGITS: Final = 16
-"""Digits of a hash in front of a name that is cut, or that another photo has."""
+"""Number of hexadecimal digits of the hash in front of a name (``hashed_name``)."""
 
 
 def list_folder(photos: Path, root: Path) -> PhotoFolder:
-    """The photos that are there, but for those below ``root``, with those that were moved there.
+    """List the photos in ``photos``, and the photos that earlier runs moved into ``root``.
+
+    Files of the triage folder ``root`` are left out if it is inside ``photos``.
 
     Raises:
-        DataError: If there is no photo, or a new one has the name of one that was moved.
+        DataError: If there is no photo, or if a new photo has the name of a photo that was moved.
     """
     moved = moved_photos(root)
     listing = list(list_photos(photos, least=0 if moved else 1))
@@ -48,7 +50,7 @@ def list_folder(photos: Path, root: Path) -> PhotoFolder:
         name = both[0]
         raise DataError(
             f"{name!r} was moved to {moved[name]} and is in {photos} again. Rename the new photo; "
-            "if they are one and the same, remove the one that was moved."
+            "if both files are the same photo, remove the moved file."
         )
     for name, target in moved.items():
         listing.append((path_of(name), target.stat()))
@@ -56,7 +58,7 @@ def list_folder(photos: Path, root: Path) -> PhotoFolder:
 
 
 def _without_output(listing: list[Listed], photos: Path, root: Path) -> list[Listed]:
-    """Without what the folder of the triage itself holds."""
+    """The listing without the files in the triage folder ``root``."""
     if not root.is_relative_to(photos):
         return listing
     below = f"{root.relative_to(photos).as_posix()}/"
@@ -64,7 +66,10 @@ def _without_output(listing: list[Listed], photos: Path, root: Path) -> list[Lis
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
-    """Where photos are that were moved, by their path in the folder of photos; links are none."""
+    """Present location of every moved photo, by its path in the folder of photos.
+
+    Photos that are not there any more, or were replaced by a link, are left out.
+    """
     if not (root / MOVED).exists():
         return {}
     table, _ = read_table(root / MOVED, ())
@@ -83,12 +88,20 @@ def sort_photos(
     settings: TriageSettings,
     how: str,
 ) -> None:
-    """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
+    """Sort photos into ``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
-    A photo that is moved is noted with its new path before it goes, after the path where it is, so
-    that later runs find it. Nothing is ever overwritten, and of what lies in ``sorted`` only links
-    are removed. Where another file has the path that a photo is to get, the photo stays where it
-    is, and so does one that is a link itself.
+    - The new path of a photo is noted before the photo is moved. So later runs find the photo, even
+      if this run is killed in between.
+    - No file is overwritten. If the new path of a photo is taken, the photo stays where it is.
+    - Links in ``sorted`` are removed first; no other file is removed.
+    - A photo that is itself a link is not moved.
+
+    Args:
+        root: The folder of the triage.
+        listing: The photos.
+        answers: The answers for the photos.
+        settings: The settings of the triage.
+        how: "link" or "move".
     """
     home = root / SORTED
     sources = _sources(listing)
@@ -107,7 +120,7 @@ def sort_photos(
 
 
 def _sources(listing: PhotoFolder) -> dict[str, Path]:
-    """Where every photo is, by its path as tables have it."""
+    """Present location of every photo, by its path as tables write it."""
     sources = {}
     for path, _ in listing.listing:
         name = portable_name(path)
@@ -116,12 +129,12 @@ def _sources(listing: PhotoFolder) -> dict[str, Path]:
 
 
 def _targets(home: Path, answers: Sequence[Answer], settings: TriageSettings) -> dict[str, Path]:
-    """Where every photo is to go."""
-    times = Counter(flat_name(answer.key) for answer in answers)
+    """New path of every photo below ``home``."""
+    n_photos_of = Counter(flat_name(answer.key) for answer in answers)
     targets = {}
     for answer in answers:
         name = flat_name(answer.key)
-        if times[name] > 1:
+        if n_photos_of[name] > 1:
             name = hashed_name(answer.key)
         targets[answer.key] = home / folder_of(answer, settings.of_no_class) / name
     return targets
@@ -138,7 +151,7 @@ def folder_of(answer: Answer, of_no_class: Collection[str]) -> str:
 
 
 def flat_name(path: str) -> str:
-    """Name of a photo where all lie in one folder."""
+    """File name of a photo in a folder without sub-folders; "/" becomes "__"."""
     name = path.replace("/", "__")
     if len(name.encode()) <= LONGEST_NAME:
         return name
@@ -146,10 +159,15 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """The same with a hash before it, which tells apart ``a/b.jpg``, ``a__b.jpg`` and cut names."""
+    """The same name after a hash of the path, cut from the left to the longest allowed name.
+
+    The hash makes names different that would be equal: of ``a/b.jpg`` and ``a__b.jpg``, and of long
+    names with the same end.
+    """
     start = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
     content = path.replace("/", "__").encode()
-    return start + content[len(start) - LONGEST_NAME :].decode(errors="ignore")
+    n_kept = LONGEST_NAME - len(start)
+    return start + content[-n_kept:].decode(errors="ignore")
 
 
 def _remove_links(home: Path) -> None:
@@ -160,7 +178,7 @@ def _remove_links(home: Path) -> None:
 
 def _link(source: Path, target: Path) -> None:
     make_folder(target.parent)
-    # a link that leads to itself is no error of realpath, but of Path.resolve
+    # Path.resolve raises an error for a link to itself; os.path.realpath does not.
     real = os.path.realpath(source)
     target.symlink_to(os.path.relpath(real, target.parent.resolve()))
 
@@ -172,7 +190,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    """To another disk: no kill leaves half of a photo, and its time is that of the source."""
+    """Copy a photo to another disk, with its time; a killed process leaves no partial file."""
     with atomic_write(target) as copy:
         copy.write(Path(source).read_bytes())
         copy.flush()

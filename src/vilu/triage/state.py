@@ -1,4 +1,4 @@
-"""What a triage was asked for, how far it is, and the names of the files that hold it."""
+"""Settings and state of a triage, and the names of the files in its folder."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ MADE: Final = (
     NEXT,
     REPORT,
 )
-"""What can be made again; photos that were moved cannot."""
+"""Files and folders that ``--overwrite`` removes; moved photos and their table are kept."""
 
 
 @dataclass(frozen=True)
 class TriageSettings:
-    """What is asked for.
+    """Settings of a triage.
 
     Attributes:
         photos: The folder of photos.
-        embedding: Model, classes, prompts and words.
-        outside: Labels that mean "none of the classes", beside "(outside)".
+        embedding: Model, classes, prompts and negative words.
+        outside: Labels that mean "none of the classes", besides "(outside)".
         max_risk: Largest error rate among accepted answers, in (0, 1).
-        confidence: With which it is guaranteed, in (0, 1).
-        n_next: How many labels are asked for.
-        seed: Of the split, the fit and the choice.
+        confidence: Confidence of the guarantee of ``max_risk``, in (0, 1).
+        n_next: Number of labels that are asked for at a time.
+        seed: Seed of the split, of the fits and of the choice of photos to label.
     """
 
     photos: Path
@@ -69,12 +69,12 @@ class TriageSettings:
 
     @property
     def delta(self) -> float:
-        """How often the guarantee may be false."""
+        """Level: largest probability that the guarantee is false."""
         return 1 - self.confidence
 
     @property
     def fixed(self) -> dict[str, object]:
-        """What may not change from run to run: a guarantee is stated before anybody looks."""
+        """Settings that may not change between runs, since labels were counted under them."""
         backbone = self.embedding.backbone
         templates = self.embedding.templates
         return {
@@ -91,21 +91,24 @@ class TriageSettings:
 
 
 class TriageState(Document):
-    """``triage.json``: what was asked for, the present predictor, and what its guarantee rests on.
+    """The file ``triage.json``: fixed settings, tests of the predictors, and progress of the draw.
 
     Attributes:
-        settings: What may not change from run to run (``TriageSettings.fixed``).
-        photos: The folder of photos, when they were last looked at.
-        method: Of the present predictor; empty before the first fit.
-        trial: Of the present predictor; None where it learns from no labels.
-        candidate: Trial of a predictor that is tested beside one with a guarantee.
-        n_tested: Predictors of which labels could certify something.
-        n_fit_of_last_candidate: Labels that the last candidate was fitted on, tested or not.
-        asked_up_to: All photos up to this position in the random order were asked for.
-        counted_up_to: Up to this position all labels were there when they were last looked at.
+        settings: Settings that may not change between runs (``TriageSettings.fixed``).
+        photos: The folder of photos in the last run.
+        method: Method of the present predictor; empty before the first fit.
+        trial: Test of the present predictor; None before its first test or if it needs no labels.
+        candidate: Test of the candidate; None without a candidate.
+        n_tested: Number of predictors that had enough labels to be certified.
+        n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
+            was tested or not.
+        asked_up_to: Labels were asked for of all photos before this position in the random order.
+        counted_up_to: All labels before this position had come when they were last counted.
     """
 
-    again = "Run `vilu triage` into a new folder with --labels labels.parquet of this one"
+    again = (
+        "Run `vilu triage` into a new folder, with --labels and the labels.parquet of this folder"
+    )
     fault = DataError
 
     kind: Literal["triage"] = "triage"
@@ -121,18 +124,22 @@ class TriageState(Document):
 
     @property
     def tested_trial(self) -> Trial | None:
-        """Of the predictor that labels are asked for: the candidate, where there is one."""
+        """The trial of the candidate; without a candidate the trial of the present predictor."""
         return self.trial if self.candidate is None else self.candidate
 
     def with_trial(self, trial: Trial) -> TriageState:
-        """The state with another trial of the predictor that labels are asked for."""
+        """The state with another trial of the tested predictor."""
         if self.candidate is None:
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
 
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """The state in a folder, or a new one; refuses another folder, and one of other settings."""
+    """The state in a folder, or a new state.
+
+    Raises:
+        UsageError: If the folder holds a triage with other settings, or other files.
+    """
     state = None
     if (root / STATE).is_file() and not overwrite:
         state = read_document(root / STATE, TriageState)
@@ -156,7 +163,7 @@ def _require_same_settings(
             changes.append(f"{name} {before.get(name)!r}, now {value!r}")
     if changes:
         raise UsageError(
-            f"{root} was begun with other settings: {'; '.join(changes)}. A guarantee is stated "
-            "before its labels are looked at, and is about one question. Give a new folder, or "
-            "--overwrite to begin anew, labels included."
+            f"{root} was begun with other settings: {'; '.join(changes)}. The settings of a "
+            "guarantee are fixed before its labels are looked at. Give a new folder, or "
+            "--overwrite to begin anew, which removes the labels too."
         )

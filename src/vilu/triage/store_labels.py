@@ -1,4 +1,4 @@
-"""Labels of a store's rows, from the tables that people fill in."""
+"""Labels of the rows of a store, from the store itself and from tables that people fill in."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ from vilu.triage.photos import Photos
 
 
 def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, LabelBook]:
-    """A store with its own labels and those of tables: of ``vilu next``, or plain path and label.
+    """Label the rows of a store by the store's own labels and by tables.
+
+    A table is one that ``vilu next`` wrote, or has plain columns of paths and labels.
+
+    Returns:
+        The rows of the store with their labels, and the book of these labels.
 
     Raises:
-        DataError: If a table names no row, or a label is no class.
+        DataError: If a table names no row of the store, or a label is no class.
     """
     photos = Photos([(store, np.arange(len(store)))], {})
     book = LabelBook()
@@ -48,7 +53,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
 
 
 def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
-    """The labels that a store was made with."""
+    """The labels that a store was made with, by path."""
     names = store.class_names
     if names is None:
         names = tuple(str(index) for index in range(store.n_candidates))
@@ -60,7 +65,7 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
 
 
 def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """What a table of ``vilu next`` asked for, of these rows; of another kind of table nothing."""
+    """Entries of a table of ``vilu next`` for the rows ``keys``; empty for any other table."""
     columns, rows = csv_rows(path)
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
@@ -75,7 +80,7 @@ def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
 
 
 def _add_asked(book: LabelBook, asked: dict[str, Entry]) -> None:
-    """Note what was asked for; an empty cell takes no label back."""
+    """Note entries of ``vilu next``; an entry without a label keeps the label before."""
     for path, entry in asked.items():
         before = book.entries.get(path)
         if entry.label is None and before is not None:
@@ -85,7 +90,7 @@ def _add_asked(book: LabelBook, asked: dict[str, Entry]) -> None:
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Note plain labels."""
+    """Note the labels of a plain table of paths and labels."""
     labels, streams = read_labels(file)
     path_of_name = match_photos(labels, paths, root, file)
     by_path = {}
@@ -98,28 +103,28 @@ def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -
 
 
 def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The rows whose labels are of random picks.
+    """The labelled rows that were picked at random.
 
-    Rows that were chosen to fit on, or skipped, are left out.
+    Rows that were chosen to fit on and skipped rows are left out.
 
     Raises:
-        UsageError: If labels were drawn for a guarantee, which are of what could be accepted alone.
+        UsageError: If some labels were drawn by ``vilu next`` for a guarantee. Such labels are not
+            a random sample of all rows, only of rows that could be accepted.
         DataError: As ``label_store``, or if no row is left.
     """
     photos, book = label_store(store, files)
     if any(entry.stream == "calibration" for entry in book):
         raise UsageError(
-            "these labels hold some that `vilu next` drew from what could be accepted, of which "
-            "`--method anytime` makes a guarantee. The other methods take rows that were picked "
-            "at random from all."
+            "these labels hold some that `vilu next` drew from what could be accepted. Calibrate "
+            "by them with `--method anytime`. The other methods need rows that were picked at "
+            "random from all rows."
         )
     chosen = {entry.path for entry in book if entry.stream == "fit"}
     wanted = book.labels.keys() - chosen
     rows = [row for row, path in enumerate(photos.ids) if path in wanted]
     if not rows:
         raise DataError(
-            f"no label is of a row that was picked at random: all {len(chosen)} were asked for to "
-            "fit on."
+            f"no labelled row was picked at random: all {len(chosen)} rows were chosen to fit on."
         )
     n_skipped = sum(entry.label == SKIPPED and entry.stream == "given" for entry in book)
     if n_skipped:

@@ -1,4 +1,4 @@
-"""What is fixed of a predictor before its labels are looked at."""
+"""The plan of a predictor's test, fixed before the labels of the test are looked at."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from vilu.metrics.counts import Floats
 from vilu.triage.choose import choose_limit
 
 PLANNED: Final = 200
-"""Calibration labels for which the limit is chosen: so many show a risk of 1 % to be below 5 %."""
+"""Number of calibration labels that a limit is chosen for.
+
+With 200 labels an error rate of 1 % is shown to be below 5 %.
+"""
 
 
 class Trial(Model):
-    """A predictor that is tested: the thresholds that it may get, and how far its labels reach.
+    """The test of a predictor: the thresholds that it may get, and which labels count.
 
     Attributes:
-        n_fit: Labels that it was fitted on.
+        n_fit: Number of labels that the predictor was fitted on.
         grid: Thresholds, ascending.
-        limit: Only labels of photos up to this uncertainty count for it.
-        likely: Whether its own probabilities let one hope for a guarantee there.
-        attempt: Its number among those of which labels could certify something; 0: not yet.
+        limit: Only labels of photos up to this uncertainty count.
+        likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
+        attempt: Number of the predictor (1, 2, ...) among the predictors that had enough labels to
+            be certified; 0 if it has not had enough labels yet.
     """
 
     n_fit: int = Field(ge=0)
@@ -44,14 +48,20 @@ class Trial(Model):
         *,
         least_share: float = 0.0,
     ) -> Trial:
-        """A new one, from the scores (M,) of calibration photos and how many labels they may get.
+        """Plan a trial from scores alone.
 
-        At least the share ``least_share`` of the photos lies below the limit.
+        Args:
+            n_fit: Number of labels that the predictor was fitted on.
+            scores: (M,) uncertainties of the calibration photos.
+            n_labels: Number of calibration labels that are expected.
+            max_risk: Error rate that is to be shown.
+            delta: Level of the test.
+            least_share: Smallest share of the photos whose uncertainty may be up to the limit.
         """
         limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, delta)
-        lowest = float(np.quantile(scores, least_share, method="higher"))
-        if limit < lowest:
-            limit = lowest
+        least_limit = float(np.quantile(scores, least_share, method="higher"))
+        if limit < least_limit:
+            limit = least_limit
             likely = False
         grid = tuple(grid_of(scores, limit).tolist())
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely)

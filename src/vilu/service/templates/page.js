@@ -3,35 +3,35 @@ const by = (id) => document.getElementById(id);
 const percent = (p) => (p === null ? "not known" : (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %");
 const reasons = {
   above_threshold: "It is less certain than what was guaranteed.",
-  below_floor: "It is less certain than what was guaranteed.",
-  outside: "The picture rather shows none of the classes.",
-  not_certified: "Nothing was guaranteed for answers of this kind.",
+  below_floor: "Answers that seem as certain as this one are too often wrong.",
+  outside: "The picture probably shows none of the classes.",
+  not_certified: "No threshold was certified for this answer.",
 };
-let turn = 0;
+let turn = 0;  // number of the latest photo: an older reply is not shown
 
 const headers = () => (by("key").value ? { Authorization: "Bearer " + by("key").value } : {});
 
 async function ask(path, options) {
   const reply = await fetch(path, { ...options, headers: headers() });
-  const told = await reply.json();
+  const content = await reply.json();
   by("key-row").hidden = reply.status !== 401 && !by("key").value;
-  if (!reply.ok) throw new Error(told.detail);
-  return told;
+  if (!reply.ok) throw new Error(content.detail);
+  return content;
 }
 
-function show(one) {
+function show(answer) {
   by("answer").hidden = false;
-  by("decision").className = one.decision || "";
-  by("decision").textContent = { accept: "Accept", review: "Have a person look" }[one.decision] || "No rule: decide by the probability";
-  by("label").textContent = one.label === null ? "none" : one.label;
-  by("probability").textContent = percent(one.failure_probability);
-  by("meter").value = one.failure_probability || 0;
-  by("meter").hidden = one.failure_probability === null;
-  by("reason").textContent = one.label === null ? "The picture cannot be read: " + one.reason : reasons[one.reason] || "";
+  by("decision").className = answer.decision || "";
+  by("decision").textContent = { accept: "Accept", review: "Have a person look" }[answer.decision] || "No rule: decide by the probability";
+  by("label").textContent = answer.label === null ? "none" : answer.label;
+  by("probability").textContent = percent(answer.failure_probability);
+  by("meter").value = answer.failure_probability || 0;
+  by("meter").hidden = answer.failure_probability === null;
+  by("reason").textContent = answer.label === null ? "The picture cannot be read: " + answer.reason : reasons[answer.reason] || "";
   by("others").replaceChildren(
-    ...one.runners_up.map((other) => {
+    ...answer.runners_up.map((runnerUp) => {
       const row = document.createElement("tr");
-      for (const text of [other.label, percent(other.probability)]) {
+      for (const text of [runnerUp.label, percent(runnerUp.probability)]) {
         row.appendChild(document.createElement("td")).textContent = text;
       }
       return row;
@@ -40,7 +40,7 @@ function show(one) {
 }
 
 async function send(file) {
-  const mine = ++turn;
+  const ownTurn = ++turn;
   by("error").textContent = "";
   by("answer").hidden = true;
   const photo = by("photo");
@@ -52,20 +52,20 @@ async function send(file) {
   const form = new FormData();
   form.append("images", file);
   try {
-    const told = await ask("/v1/answers", { method: "POST", body: form });
-    if (mine !== turn) return;
-    show(told.answers[0]);
+    const content = await ask("/v1/answers", { method: "POST", body: form });
+    if (ownTurn !== turn) return;
+    show(content.answers[0]);
     about();
   } catch (error) {
-    if (mine === turn) by("error").textContent = error.message;
+    if (ownTurn === turn) by("error").textContent = error.message;
   }
   by("hint").textContent = "Drop another photo here, paste one, or choose one (click, or the space bar).";
 }
 
 async function about() {
   try {
-    const told = await ask("/v1/predictors", {});
-    const now = told.predictors.find((one) => one.answers);
+    const content = await ask("/v1/predictors", {});
+    const now = content.predictors.find((predictor) => predictor.answers);
     by("guarantee").className = now.guarantee;
     by("guarantee").textContent = now.in_words;
   } catch (error) {

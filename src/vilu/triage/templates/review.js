@@ -34,7 +34,7 @@ const showClasses = () => {
 
 const show = () => {
   const task = state.tasks[state.index];
-  const answered = state.tasks.filter((one) => one.label !== null).length;
+  const answered = state.tasks.filter(({ label }) => label !== null).length;
   at("progress").textContent = `${answered} of ${state.tasks.length} answered; photo ${state.index + 1}`;
   at("bar").value = answered / state.tasks.length;
   at("done").hidden = answered < state.tasks.length;
@@ -74,8 +74,8 @@ const forward = () => {
   go(next === undefined ? state.index : next);
 };
 
-// One answer at a time: the next photo is shown when the answer is on the disk, and until then no key counts, since it
-// would be for a photo that nobody has seen.
+// One action at a time. The next photo is shown once the answer is saved. Until then keys are ignored, since the user has
+// not seen the next photo yet.
 let busy = false;
 const inTurn = async (work) => {
   if (busy) return;
@@ -83,7 +83,7 @@ const inTurn = async (work) => {
   try {
     await work();
   } catch (error) {
-    at("error").textContent = `Not kept: ${error.message}`;
+    at("error").textContent = `Not saved: ${error.message}`;
   } finally {
     busy = false;
   }
@@ -148,6 +148,6 @@ document.addEventListener("keydown", (event) => {
 
 ask("tasks").then((found) => {
   Object.assign(state, found);
-  const first = state.tasks.findIndex((one) => one.label === null);
+  const first = state.tasks.findIndex(({ label }) => label === null);
   go(first < 0 ? 0 : first);
 }).catch((error) => { at("error").textContent = error.message; });
