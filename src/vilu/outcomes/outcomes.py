@@ -449,9 +449,9 @@ class Outcomes:
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     outcomes.save(f"{folder}/scores.csv")
             ...     print(pathlib.Path(folder, "scores.csv").read_text())
-            row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name
-            0,"a.jpg",2,,,,0.1,0,,"mine"
-            1,"b.jpg",0,,,,0.9,,,"mine"
+            row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name,answer
+            0,"a.jpg",2,,,,0.1,0,,"mine","zero_shot"
+            1,"b.jpg",0,,,,0.9,,,"mine","zero_shot"
             <BLANKLINE>
         """
         claim_file(path, "scores", overwrite=True)

@@ -336,7 +336,7 @@ class ResultTable:
             UsageError: If the suffix is not ``.json``, ``.parquet`` or ``.csv``.
             StorageError: If the file cannot be opened.
             DataError: If the file is no table of results.
-            ProvenanceError: If a newer version of vilu wrote the file.
+            ProvenanceError: If a version of vilu with another schema wrote the file.
 
         Examples:
             >>> import tempfile, vilu
