@@ -50,7 +50,7 @@ class Calibration(Document):
         predictor: Hash of the predictor, its weights and its probabilities; it does not depend on
             the version of vilu that loads it.
         n_candidates: Number of candidates of the calibration rows; None for pools.
-        classes: Hash of the class names; None without names.
+        classes: Hash of the class names; None without class names.
         texts: Sketch of the candidates' texts; None for pools.
         pool_size: Number of pairs in a pool; None for classes.
         source: Fingerprint of the calibration data.
@@ -148,14 +148,14 @@ class Calibration(Document):
         if calibration.predictor != fingerprint:
             raise ProvenanceError(
                 f"{path} was made for the predictor {calibration.predictor}, and {folder} holds "
-                f"{fingerprint}: its thresholds say nothing here. {RECALIBRATE}, or remove the "
+                f"{fingerprint}: its thresholds are not valid here. {RECALIBRATE}, or remove the "
                 "file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
         wrong = calibration._contradiction()
         if wrong is not None:
             raise DataError(
-                f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}."
+                f"{path} is damaged: {wrong}, which does not follow from {ROWS}. {RECALIBRATE}."
             )
         return calibration
 
@@ -231,7 +231,7 @@ class Calibration(Document):
         if difference is not None:
             raise ProvenanceError(
                 f"the predictor was calibrated on rows with {_in_words(expected)}, and these have "
-                f"{difference}: its thresholds say nothing of them. {RECALIBRATE} on rows like "
+                f"{difference}: its thresholds are not valid for them. {RECALIBRATE} on rows like "
                 f"these, or remove {RISK}."
             )
 
@@ -291,7 +291,7 @@ class Calibration(Document):
         if self.n != n:
             return f"it counts {self.n} calibration rows"
         if max(self.near_copies, default=-1) >= len(self.rows):
-            return "it leaves out rows that are not there"
+            return "it leaves out rows that do not exist"
         has_rule = self.rule is not None
         if self.target.has_rule != has_rule:
             return "its rule is not what was asked for"
@@ -317,7 +317,7 @@ class Calibration(Document):
         draws = self.draws or {}
         max_risk = self.target.max_risk or 0.0
         if sum(draw.delta for draw in draws.values()) > 1 - self.target.confidence + ROUNDING:
-            raise DataError("its levels are more than the confidence leaves")
+            raise DataError("its levels add up to more than 1 - confidence")
         groups: dict[str, tuple[Looks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
         group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)

@@ -302,7 +302,7 @@ class Rule(Model):
         share = ""
         shares = ""
         if self.reweighted:
-            rows += ", whose shares are others"
+            rows += ", which have other shares"
             share = " of the calibration rows"
             shares = f" {in_words(self.outside_share, self.class_shares)}"
         if self.counted is not None:
@@ -490,8 +490,8 @@ def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
     )
     if more is not None:
         why = (
-            f"about {more:,} more labels of the calibration side are needed, if errors go on as so "
-            "far"
+            f"about {more:,} more labels of the calibration side are needed, if the error rates "
+            "stay the same"
         )
     return Threshold.nothing(len(rows), why)
 
@@ -529,7 +529,7 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     )
     if n_seen > MAX_SHARED * n_comparable:
         raise DataError(
-            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be told. "
+            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be compared. "
             f"{LEARNED_FROM} {remedy}."
         )
     warn_caller(f"{overlap}. {LEARNED_FROM} {remedy}.")
@@ -705,15 +705,15 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
         return why, fewest
     if target.method == "crc":
         if n < fewest:
-            why = f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes"
+            why = f"a mean risk of {max_risk:.2%} needs at least {fewest} rows, and there are {n}"
             return why, fewest
         wrong = int(counts.accepted_wrong[0])
         return f"{wrong} of the most trusted answers, equal in score, are wrong", None
     if n < fewest:
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
-            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are "
-            f"{n:,} rows, of which the {right:,} most trusted are right"
+            f"a risk of {max_risk:.2%} needs {fewest:,} accepted answers without a wrong one, but "
+            f"there are {n:,} rows, of which the {right:,} most trusted are right"
         )
         return why, fewest
     return _why_not_enough(counts, max_risk, delta), None
@@ -734,7 +734,7 @@ def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
     needed = accepted_needed(wrong, max_risk, delta)
     if needed is not None and needed > accepted:
         return (
-            f"{most_trusted}, and with so many wrong {max_risk:.2%} takes at least {needed:,} "
-            "accepted answers"
+            f"{most_trusted}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
+            f"least {needed:,} accepted answers"
         )
-    return f"{most_trusted}, which would do if this were the only threshold that is tried"
+    return f"{most_trusted}, which would be enough if only this threshold were tested"

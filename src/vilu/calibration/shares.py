@@ -324,8 +324,8 @@ def why_nothing(strata: Strata, max_risk: float, delta: float) -> str:
         )
     words = []
     for name, n, needed in lacking[:SHOWN]:
-        fewest = "more than can be" if needed is None else f"{needed:,} at least"
-        words.append(f"{name} has {n:,} and needs {fewest}")
+        enough = "no number is enough" if needed is None else f"needs {needed:,} at least"
+        words.append(f"{name} has {n:,} and {enough}")
     more = ""
     if len(lacking) > SHOWN:
         more = f" and {len(lacking) - SHOWN} more"
