@@ -33,7 +33,7 @@ class LookedAt(Model):
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH)
     targets: tuple[str, ...]
 
-    def are(self, hashes: tuple[int, ...]) -> bool:
+    def is_same_set(self, hashes: tuple[int, ...]) -> bool:
         """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
         # The 64 smallest hashes of the union are a random sample of the union. The share of them
         # that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
@@ -69,7 +69,7 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
     entries = []
     targets: tuple[str, ...] = (wanted,)
     for rows in before.rows:
-        if not rows.are(hashes):
+        if not rows.is_same_set(hashes):
             entries.append(rows)
             continue
         # Recorded sets that overlap with these rows become one set with all their targets. If they

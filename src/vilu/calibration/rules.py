@@ -405,7 +405,7 @@ def rule_of(
     wrong: tuple[float, ...] = ()
     n = len(rows)
     if target.method == "selection":
-        n, wrong = _to_select_by(rows, target)
+        n, wrong = _rows_for_selection(rows, target)
     elif target.states_shares:
         thresholds = {ALL: _for_shares(rows, target)}
     else:
@@ -429,7 +429,7 @@ def rule_of(
     )
 
 
-def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
+def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
     """Number of calibration rows for p-values, and uncertainties of the wrong ones, ascending.
 
     At most a million rows are used.
@@ -607,7 +607,7 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
     """
 
     def fewest(delta: float) -> int:
-        return _fewest(target, delta)
+        return _rows_needed(target, delta)
 
     delta = 1 - target.confidence
     members = members_of(names, len(rows), delta, fewest)
@@ -638,11 +638,11 @@ def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | N
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
     if 0 < n_accepted < (target.min_coverage - ROUNDING) * n:
-        return _too_little(n_accepted / n, target.min_coverage)
+        return _coverage_too_small(n_accepted / n, target.min_coverage)
     return None
 
 
-def _too_little(coverage: float, asked: float) -> str:
+def _coverage_too_small(coverage: float, asked: float) -> str:
     return (
         f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked "
         "for"
@@ -665,7 +665,7 @@ def _for_shares(rows: Outcomes, target: Target) -> Threshold:
     accepted = (rows.uncertainty > floor) & (rows.uncertainty <= limit)
     coverage = float(strata.weight[accepted].sum()) / len(rows)
     if target.min_coverage is not None and coverage < target.min_coverage - ROUNDING:
-        return Threshold.nothing(len(rows), _too_little(coverage, target.min_coverage))
+        return Threshold.nothing(len(rows), _coverage_too_small(coverage, target.min_coverage))
     return best
 
 
@@ -681,7 +681,7 @@ def _best(counts: TieCounts, target: Target, delta: float) -> Threshold:
     return Threshold.nothing(int(counts.n), why, n_needed)
 
 
-def _fewest(target: Target, delta: float) -> int:
+def _rows_needed(target: Target, delta: float) -> int:
     """Smallest number of rows of a group with which anything can be guaranteed at level delta."""
     if target.max_risk is None:
         if target.min_coverage in {None, 1.0}:
@@ -697,7 +697,7 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
     """Why no threshold is certified, and the number of rows that is needed if there are fewer."""
     n = int(counts.n)
     max_risk = target.max_risk
-    fewest = _fewest(target, delta)
+    fewest = _rows_needed(target, delta)
     if max_risk is None:
         why = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
         if target.min_coverage == 1:

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Threshold, first_enough, percent
+from vilu.calibration.thresholds import (
+    FLOOR_SHARE,
+    FLOORS,
+    NO_FLOOR,
+    Threshold,
+    first_enough,
+    percent,
+)
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
@@ -247,7 +254,7 @@ def weighted_learn_then_test(
     for floor, level in _levels(counts.accepted, len(order), delta):
         evidence_above = evidence[:, floor + 1 :]
         accepted_below = 0.0
-        if floor >= 0:
+        if floor != NO_FLOOR:
             evidence_above = evidence_above - evidence[:, floor : floor + 1]
             accepted_below = float(accepted[floor])
         certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
@@ -264,8 +271,8 @@ def weighted_learn_then_test(
 
 
 def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Index of every floor, with the level of the thresholds above it; index -1: no floor."""
-    levels = [(-1, main_level(delta))]
+    """Index of every floor, and ``NO_FLOOR``, with the level of the thresholds above it."""
+    levels = [(NO_FLOOR, main_level(delta))]
     for share in FLOORS:
         floor = int(np.searchsorted(accepted, math.ceil(n * share)))
         levels.append((floor, delta * FLOOR_SHARE))

@@ -157,6 +157,9 @@ Among fewer rows, one or two wrong answers among the most trusted may be chance.
 take a part of delta, and with few rows all of delta is needed.
 """
 
+NO_FLOOR = -1
+"""Index of the floor if there is none: the scores above a floor start at the next index, here 0."""
+
 BLOCK = 2**14
 """Number of p-values that are computed at once."""
 
@@ -188,13 +191,13 @@ class Threshold(Model):
     floor: float | None = None
 
     @classmethod
-    def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = -1) -> Self:
+    def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = NO_FLOOR) -> Self:
         """Accept the distinct scores with index floor + 1 to ``index``, both included.
 
-        ``floor`` is the index of the largest distinct score below the interval; -1: no floor.
+        ``floor`` is the index of the largest distinct score below the interval, or ``NO_FLOOR``.
         """
         inside = slice(floor + 1, index + 1)
-        floor_score = float(counts.value[floor]) if floor >= 0 else None
+        floor_score = None if floor == NO_FLOOR else float(counts.value[floor])
         return cls(
             threshold=float(counts.value[index]),
             n=int(counts.n),
@@ -299,7 +302,7 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     # delta (union bound). With all of delta for each, the guarantee would be broken too often.
     main_level = delta * (1 - FLOOR_SHARE * len(floors))
     best = _fallback_procedure(
-        counts, floor=-1, starts=STARTS, whole=WHOLE, max_risk=max_risk, delta=main_level
+        counts, floor=NO_FLOOR, starts=STARTS, whole=WHOLE, max_risk=max_risk, delta=main_level
     )
     for floor in floors:
         above_floor = _fallback_procedure(
@@ -336,7 +339,7 @@ def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
 
 def _count_above_floor(cumulated: Ints, floor: int) -> Ints:
     """Cumulated counts of the rows above a floor, for each score above the floor."""
-    if floor < 0:
+    if floor == NO_FLOOR:
         return cumulated
     count: Ints = cumulated[floor + 1 :] - cumulated[floor]
     return count
@@ -353,7 +356,7 @@ def _fallback_procedure(
 ) -> Threshold | None:
     """The laxest threshold above a floor that Wiens' fallback procedure certifies.
 
-    ``floor`` is an index of ``counts``, -1 without a floor.
+    ``floor`` is an index of ``counts``, or ``NO_FLOOR``.
     """
     accepted = _count_above_floor(counts.accepted, floor)
     wrong = _count_above_floor(counts.accepted_wrong, floor)
