@@ -177,5 +177,5 @@ def test_stated_shares_are_kept_and_ood_images_named(tmp_path: Path) -> None:
     edited = json.loads((tmp_path / "risk.json").read_text())
     edited["rule"]["outside_share"] = 0.6
     write_json(tmp_path / "risk.json", edited)
-    with pytest.raises(DataError, match="does not bear out"):
+    with pytest.raises(DataError, match="does not follow from"):
         Calibration.load(tmp_path)

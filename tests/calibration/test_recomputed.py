@@ -76,7 +76,7 @@ def test_an_edit_with_a_right_digest_is_refused(name: str, tmp_path: Path) -> No
     record = json.loads(path.read_text())
     EDITS[name](record)
     write_json(path, record)
-    with pytest.raises(DataError, match=r"risk\.json is damaged: .* does not bear out"):
+    with pytest.raises(DataError, match=r"risk\.json is damaged: .* does not follow from"):
         vilu.Calibration.load(tmp_path)
 
 

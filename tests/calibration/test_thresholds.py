@@ -301,9 +301,8 @@ def test_too_few_rows_say_how_many_must_be_accepted_and_right() -> None:
     """
     told, needed = why([(1, 0)] * 40 + [(0, 1)] * 140, 0.01)
     assert told == (
-        "1.00% takes 300 accepted answers, none of them wrong, and there are 180 rows, "
-        "of which the 40 most trusted "
-        "are right"
+        "a risk of 1.00% needs 300 accepted answers without a wrong one, but there are 180 rows, "
+        "of which the 40 most trusted are right"
     )
     assert needed == 300
     assert why([(0, 1)] * 180, 0.01) == (told.replace("the 40", "the 0"), 300)
@@ -325,23 +324,23 @@ def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
     told, needed = why([(89, 1), *[(0, 1)] * 100], 0.05)
     assert (
         told
-        == "of the 90 most trusted answers 1 is wrong, and with so many wrong 5.00% takes at least "
-        "93 accepted answers"
+        == "of the 90 most trusted answers 1 is wrong, and with so many wrong answers a risk of "
+        "5.00% needs at least 93 accepted answers"
     )
     assert needed is None
     # 60 right ones would do at level 0.05; with 1,000 rows it is divided among three thresholds to
     # begin with
     told, needed = why([(60, 0), *[(0, 1)] * 940], 0.05)
     assert (
-        told == "of the 60 most trusted answers 0 are wrong, which would do if this were the only "
-        "threshold that is tried"
+        told == "of the 60 most trusted answers 0 are wrong, which would be enough if only this "
+        "threshold were tested"
     )
     assert needed is None
 
 
 def test_a_mean_of_few_rows() -> None:
     told, needed = why([(1, 0)] * 10, 0.05, "crc")
-    assert (told, needed) == ("10 rows are fewer than the 19 that a mean of 5.00% takes", 19)
+    assert (told, needed) == ("a mean risk of 5.00% needs at least 19 rows, and there are 10", 19)
     assert (
         vilu.calibrate(
             Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05, method="crc"

@@ -134,7 +134,7 @@ def test_a_record_that_leaves_out_other_rows_is_damaged(tmp_path: Path) -> None:
     record = calibrate_predictor(tmp_path, files(200, 2, noise=0.003), Target(max_risk=0.2))
     for places in (record.near_copies[1:], (*record.near_copies, 4000)):
         record.model_copy(update={"near_copies": places}).write(tmp_path / "risk.json")
-        with pytest.raises(DataError, match=r"calibration\.parquet does not bear out"):
+        with pytest.raises(DataError, match=r"does not follow from calibration\.parquet"):
             Calibration.load(tmp_path)
 
 

@@ -81,7 +81,7 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     before = {path.name: path.read_bytes() for path in predictor.iterdir()}
     done = run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, code=4)
     assert (
-        "0.10% takes 2,996 accepted answers, none of them wrong, and there are 120 rows"
+        "0.10% needs 2,996 accepted answers without a wrong one, but there are 120 rows"
         in done.stderr
     )
     assert "At least 2,996 calibration rows are needed" in done.stderr
@@ -319,7 +319,7 @@ def test_an_edited_rule_is_refused_by_all_who_use_it(
     write_json(predictor / "risk.json", record)
     for user in users[:4]:
         assert (
-            "which calibration.parquet does not bear out. Run `vilu calibrate` again"
+            "which does not follow from calibration.parquet. Run `vilu calibrate` again"
             in run(*user, code=3).stderr
         )
     assert not any((tmp_path / name).exists() for name in ("x.parquet", "x.html", "hub", "pulled"))

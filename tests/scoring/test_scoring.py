@@ -153,7 +153,7 @@ def test_a_guarantee_is_none_for_the_same_names_in_other_prompts(
         class_names=test.class_names,
     )
     with pytest.raises(
-        ProvenanceError, match="the same names in other prompts: its thresholds say nothing of them"
+        ProvenanceError, match="the same names in other prompts: its thresholds are not valid"
     ):
         vilu.score(predictor, prompts, calibration=calibration)
 

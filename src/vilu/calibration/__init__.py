@@ -1,1 +1,1 @@
-"""From scores and labels to a probability, a rule with a guarantee, and whether it still holds."""
+"""Probabilities of failure, rules with a guarantee, and monitors of a guarantee."""

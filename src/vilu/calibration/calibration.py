@@ -1,4 +1,4 @@
-"""``risk.json``: what labelled rows showed of a predictor, and what that was made from."""
+"""``risk.json``: rule, probabilities and label sets of a predictor, and the data behind them."""
 
 from __future__ import annotations
 
@@ -35,39 +35,41 @@ from vilu.predictors.persistence.description import RECALIBRATE, fit_fingerprint
 from vilu.predictors.persistence.files import RISK, ROWS
 
 ROUNDING = 1e-9
-"""Bounds are compared up to this: another SciPy may round them otherwise."""
+"""Relative tolerance when bounds are compared: SciPy versions may round them differently."""
 
 
 class Calibration(Document):
-    """What labelled rows showed of a predictor: rule, probabilities, label sets, and their origin.
+    """Calibration of a predictor on labelled rows: rule, probabilities, label sets, and origin.
 
-    ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` leave one in the folder of
-    the predictor, as ``risk.json``, beside the calibration rows. It decides about scores.
+    ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write it into the folder of
+    the predictor as ``risk.json``, beside the calibration rows. Its rule decides which answers are
+    accepted.
 
     Attributes:
-        vilu: Version that made it.
-        predictor: Hash of the predictor, its weights and its probabilities; not of the vilu that
-            loads it.
-        n_candidates: Number of candidates that the rows had; None for pools.
-        classes: Hash of their names; None where they have none.
+        vilu: Version of vilu that made the calibration.
+        predictor: Hash of the predictor, its weights and its probabilities; it does not depend on
+            the version of vilu that loads it.
+        n_candidates: Number of candidates of the calibration rows; None for pools.
+        classes: Hash of the class names; None without class names.
         texts: Sketch of the candidates' texts; None for pools.
-        pool_size: Pairs of a pool; None for classes.
+        pool_size: Number of pairs in a pool; None for classes.
         source: Fingerprint of the calibration data.
-        dataset: Their name.
-        split: Name of their part.
-        n: Calibration rows with an uncertainty and a known failure.
+        dataset: Name of the calibration data.
+        split: Name of their split.
+        n: Number of calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
-        guarantee_text: What the rule guarantees, in words.
-        target: What was asked for.
-        rule: Accepts, or leaves for review; None where only probabilities were calibrated.
-        probability: From scores to probabilities of failure.
-        label_sets: Sets of labels; None without.
-        draws: Per group what was fixed before labels that came one after another were looked at.
-        inputs: Digest of everything that it was made from; None where labels were asked for one
+        guarantee_text: Text of the guarantee.
+        target: The target that was asked for.
+        rule: Accepts answers or leaves them for review; None if only probabilities were calibrated.
+        probability: Calibrator that turns scores into probabilities of failure.
+        label_sets: Label sets; None without label sets.
+        draws: For every group the settings that were fixed before its first label was seen, if
+            labels arrived one after another; else None.
+        inputs: Digest of everything that the calibration was made from; None if labels arrived one
             after another.
-        near_copies: Places of calibration rows that the rule leaves out, as they are near copies of
-            others.
-        looks: For so many targets these rows were looked at; None: for this one alone.
+        near_copies: Indices of calibration rows that the rule leaves out, because they are near
+            copies of other rows.
+        looks: Number of targets that were tried on these rows; None: only this target.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
@@ -97,7 +99,7 @@ class Calibration(Document):
     split: str | None
     n: int = Field(ge=0)
     rows_sha256: str
-    # the key of every risk.json since 0.2.0, which are read for ever
+    # all later versions read this key, so it must not be renamed
     guarantee_text: str | None
     target: Target
     rule: Rule | None
@@ -112,7 +114,7 @@ class Calibration(Document):
     _rows: Outcomes = PrivateAttr()
 
     def __eq__(self, other: object) -> bool:
-        """Whether two say the same; of the rows they have the hash."""
+        """Whether two calibrations are equal; their rows are compared by hash."""
         if not isinstance(other, Calibration):
             return False
         return vars(self) == vars(other)
@@ -122,11 +124,12 @@ class Calibration(Document):
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """The calibration in a predictor's folder, if it is of it and its rows lead to it.
+        """The calibration in a predictor's folder, checked against the predictor and the rows.
 
         Raises:
-            DataError: If there is none, or it is damaged, or its rows do not lead to it.
-            ProvenanceError: If it was made for another predictor, or by another schema.
+            DataError: If there is no calibration, if it is damaged, or if its rule does not follow
+                from its rows.
+            ProvenanceError: If it was made for another predictor, or with another schema.
 
         Examples:
             >>> import tempfile, vilu
@@ -145,20 +148,20 @@ class Calibration(Document):
         if calibration.predictor != fingerprint:
             raise ProvenanceError(
                 f"{path} was made for the predictor {calibration.predictor}, and {folder} holds "
-                f"{fingerprint}: its thresholds say nothing here. {RECALIBRATE}, or remove the "
+                f"{fingerprint}: its thresholds are not valid here. {RECALIBRATE}, or remove the "
                 "file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
         wrong = calibration._contradiction()
         if wrong is not None:
             raise DataError(
-                f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}."
+                f"{path} is damaged: {wrong}, which does not follow from {ROWS}. {RECALIBRATE}."
             )
         return calibration
 
     @classmethod
     def find(cls, folder: str | Path) -> Self | None:
-        """As ``load``; None where the predictor in the folder is not calibrated.
+        """The calibration as ``load`` gives it; None if the predictor is not calibrated.
 
         Examples:
             >>> import tempfile, vilu
@@ -178,33 +181,34 @@ class Calibration(Document):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the guarantee, its predictor and its data; scores and monitors carry it.
+        """Hash of the guarantee, its predictor and its data; saved with scores and monitors.
 
-        Not of the version of vilu, nor of the bytes of the rows' file, in which pyarrow's stands.
+        It depends neither on the version of vilu nor on the bytes of the file of rows, which
+        contains the version of pyarrow.
         """
         return identity(self.model_dump(mode="json"), "rows_sha256")
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:
-        """What is guaranteed of accepted answers, else of label sets; None where nothing is."""
+        """The rule, or else the label sets; None if nothing is guaranteed."""
         rule = self.label_sets if self.rule is None else self.rule
         return rule if has_guarantee(rule) else None
 
     @property
     def has_rule(self) -> bool:
-        """Whether it decides what is accepted."""
+        """Whether the calibration decides which answers are accepted."""
         return self.rule is not None
 
     @property
     def needs_batch(self) -> bool:
-        """Whether its rule judges all rows of a batch together."""
+        """Whether the rule judges all rows of a batch together."""
         return self.rule is not None and self.rule.needs_batch
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse another predictor, and rows with other candidates: for them nothing is guaranteed.
+        """Refuse another predictor and other candidates, for which nothing is guaranteed.
 
         Raises:
-            ProvenanceError: If either is another one.
+            ProvenanceError: If the predictor or the candidates are not those of the calibration.
         """
         if predictor.calibrator_ != self.probability:
             raise ProvenanceError(
@@ -227,7 +231,7 @@ class Calibration(Document):
         if difference is not None:
             raise ProvenanceError(
                 f"the predictor was calibrated on rows with {_in_words(expected)}, and these have "
-                f"{difference}: its thresholds say nothing of them. {RECALIBRATE} on rows like "
+                f"{difference}: its thresholds are not valid for them. {RECALIBRATE} on rows like "
                 f"these, or remove {RISK}."
             )
 
@@ -238,20 +242,21 @@ class Calibration(Document):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch; None without sets, or without uncertainty (one candidate)."""
+        """The label sets of a batch; None without label sets, or if there is only one candidate."""
         if self.label_sets is None or len(batch.text) < 2:
             return None
         return named_sets(self.label_sets.of(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
-        """The outcomes with a decision of every row, and why it is not accepted.
+        """The outcomes with a decision for every row, and the reason if it is not accepted.
 
-        Without a rule they stay as they are.
+        Without a rule the outcomes are returned unchanged.
 
         Args:
-            outcomes: Scores (N,) of the predictor.
-            ood: (N,) rows that are rather of none of the classes than answered wrongly: what is not
-                accepted of them for its uncertainty has the reason "outside".
+            outcomes: Scores of N rows by the predictor.
+            ood: Mask (N,) of the rows that are more probably out of distribution than answered
+                wrongly. If the uncertainty of such a row is above the threshold, the reason is
+                "outside".
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -274,19 +279,19 @@ class Calibration(Document):
                 if reasons[row] == ABOVE:
                     reasons[row] = OUTSIDE_REASON
         decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
-        # a row without an uncertainty was not judged: its reason is why it has none
+        # a row without an uncertainty is not judged, and keeps the reason why it has none
         for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
             decisions[row] = REVIEW
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
-        """What it says that its rows and its target do not lead to; None where they do."""
+        """What does not follow from the rows and the target; None if everything does."""
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
         if max(self.near_copies, default=-1) >= len(self.rows):
-            return "it leaves out rows that are not there"
+            return "it leaves out rows that do not exist"
         has_rule = self.rule is not None
         if self.target.has_rule != has_rule:
             return "its rule is not what was asked for"
@@ -299,7 +304,7 @@ class Calibration(Document):
         return _difference(self.rule, rule)
 
     def _recomputed(self) -> Rule:
-        """The rule that the rows which it is made from and the target lead to."""
+        """The rule, computed again from the calibration rows and the target."""
         counts = np.ones(len(self.rows), np.bool_)
         counts[list(self.near_copies)] = False
         rows = self.rows.take(counts)
@@ -308,11 +313,11 @@ class Calibration(Document):
         return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
 
     def _recomputed_from_draws(self, rows: Outcomes) -> Rule:
-        """That of labels which came one after another."""
+        """The rule of labels that arrived one after another, computed again."""
         draws = self.draws or {}
         max_risk = self.target.max_risk or 0.0
         if sum(draw.delta for draw in draws.values()) > 1 - self.target.confidence + ROUNDING:
-            raise DataError("its levels are more than the confidence leaves")
+            raise DataError("its levels add up to more than 1 - confidence")
         groups: dict[str, tuple[Looks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
         group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
@@ -322,10 +327,7 @@ class Calibration(Document):
 
 
 def _difference(rule: Rule, recomputed: Rule) -> str | None:
-    """What a rule says otherwise than the one that was computed again.
-
-    None where they are the same.
-    """
+    """First difference between a rule and the rule that was computed again; None if they agree."""
     if rule.thresholds.keys() != recomputed.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
     for name, threshold in rule.thresholds.items():
@@ -341,7 +343,7 @@ def _difference(rule: Rule, recomputed: Rule) -> str | None:
 
 
 def _same(threshold: Threshold, recomputed: Threshold) -> bool:
-    """Whether both accept the same, with the same bound; in whatever words."""
+    """Whether both thresholds accept the same and have equal bounds; texts are not compared."""
     words = {"why", "risk_bound"}
     if threshold.model_dump(exclude=words) != recomputed.model_dump(exclude=words):
         return False
@@ -351,7 +353,7 @@ def _same(threshold: Threshold, recomputed: Threshold) -> bool:
 
 
 def _problem(data: EmbeddingSource) -> dict[str, Any]:
-    """What a guarantee depends on beside the rows: how many candidates there are, and which."""
+    """Number of candidates, hash of the class names, and pool size: a guarantee depends on them."""
     classes = None
     if data.class_names is not None:
         classes = digest(list(data.class_names))
@@ -368,7 +370,7 @@ def _in_words(problem: dict[str, Any]) -> str:
 def save_calibration(
     folder: Path, rows: Outcomes, data: EmbeddingSource, **fields: object
 ) -> Calibration:
-    """Write the calibration rows of ``data``, and last the calibration with their hash."""
+    """Write the calibration rows of ``data``, and then the calibration with their hash."""
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
     facts = {
@@ -385,7 +387,7 @@ def save_calibration(
 
 
 def _read_rows(folder: Path, sha256: str) -> Outcomes:
-    """The calibration rows in a folder; DataError if they are missing, or others than these."""
+    """The calibration rows in a folder; DataError if they are missing or have another hash."""
     path = folder / ROWS
     if not path.is_file():
         raise DataError(f"{path} is missing. {RECALIBRATE}.")
@@ -395,7 +397,7 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
 
 
 def has_guarantee(rule: Rule | LabelSets | None) -> bool:
-    """Whether a rule guarantees anything: one that accepts nothing does not."""
+    """Whether a rule guarantees anything; a rule that accepts nothing does not."""
     if rule is None:
         return False
     if isinstance(rule, LabelSets):

@@ -1,4 +1,4 @@
-"""Calibration rows that are near copies of fitted rows: how many, and when that is too many."""
+"""Estimate of how many calibration rows are near copies of rows of the fit, and its limit."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from vilu.predictors.contract.seen import MAX_SHARED
 from vilu.predictors.persistence.fit_sample import FitSample
 
 SAME: Final = 0.995
-"""Cosine from which on a row counts as a copy of a fitted one: a picture that was saved anew, or
-scaled. Between random halves of five sets 0 to 0.24 % of the rows have so near a neighbour by real
-CLIP.
+"""Smallest cosine at which a row counts as a copy of a fitted row, such as a picture saved again.
+
+Between random halves of five data sets, 0 to 0.24 % of the rows have such a neighbour (CLIP).
 """
 
 DELTA: Final = 0.05
-"""Level of the bounds of a number of copies."""
+"""Level of each bound of the number of copies."""
 
 CHANCE: Final = 0.001
-"""Level at which calibration rows have more copies than the fitted rows among themselves."""
+"""Level of the lower bound that is compared with the copies of fitted rows among themselves."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Copies:
-    """How many of some rows are copies of fitted rows, of which a share is known.
+    """Number of rows that are copies of fitted rows, seen in a sample of the fitted rows.
 
-    A copy of one fitted row is seen with the probability f that this row is in the sample, so of K
-    copies k ~ Bin(K, f) are seen.
+    The sample holds every fitted row with probability f. A copy is seen only if its fitted row is
+    in the sample. So k ~ Bin(K, f) of K copies are seen.
     """
 
-    n_seen: int  # k
-    n: int  # rows that were looked at
-    share: float  # f
+    n_seen: int  # k, number of copies that are seen
+    n: int  # number of rows that were compared
+    share: float  # f, share of the fitted rows in the sample
 
     @property
     def estimate(self) -> float:
@@ -54,8 +54,8 @@ class Copies:
     @property
     def most(self) -> int:
         """Largest K with P[Bin(K, f) <= k] >= 5 %."""
-        # The fitted row of each copy is in the sample or not, by chance: without the tail a lucky
-        # sample that holds few of them would pass many copies.
+        # It is chance how many of the copied rows are in the sample. With k / f alone, a sample
+        # with few of them would hide many copies.
         numbers = np.arange(self.n_seen, self.n + 1)
         likely = self._at_most(self.n_seen, numbers) >= DELTA
         return int(numbers[likely][-1])
@@ -70,15 +70,15 @@ class Copies:
         return int(numbers[likely][0])
 
     def _at_most(self, n_seen: int, numbers: Ints) -> Floats:
-        """P[Bin(K, f) <= k] for every K."""
-        # Binomial: each copied row is in the sample with the probability f. Drawn without
-        # replacement the count varies a little less, so these bounds err on the safe side.
+        """Probability P[Bin(K, f) <= k] for every K in ``numbers``."""
+        # The sample is drawn without replacement, so the number varies a little less than a
+        # binomial one. The bounds are therefore conservative.
         if n_seen < 0:
             return np.zeros(len(numbers))
         return tail(np.full(len(numbers), n_seen), numbers, self.share)
 
     def in_words(self, cosine: float) -> str:
-        """How many, with the bound where it is no count."""
+        """Text on the number of copies, with a bound if the sample is not the whole fit."""
         if self.share == 1:
             return (
                 f"{self.n_seen} of {self.n} calibration rows have a cosine of at least {cosine} "
@@ -93,11 +93,11 @@ class Copies:
 
 
 def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints) -> None:
-    """Look for near copies of fitted rows among calibration rows (M,); warn, and refuse too many.
+    """Search for near copies of fitted rows among calibration rows (M,), and warn of them.
 
     Raises:
-        DataError: If more than 1 % of the rows are copies (cosine 0.995), and the fitted rows have
-            fewer among themselves.
+        DataError: If more than 1 % of the calibration rows are copies (cosine 0.995), and copies
+            are rarer among the fitted rows themselves.
     """
     sample = predictor.sample_
     if sample is None:
@@ -133,12 +133,12 @@ def _copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
 
 def _too_many(copies: Copies, sample: FitSample) -> bool:
     """Whether more than 1 % are copies, and clearly more than among the fitted rows themselves."""
-    # By the lower bound, not by the estimate: in a sample of 1 % one copy that is seen is an
-    # estimate of a hundred, and would refuse sets that have hardly any.
+    # The lower bound is used, not the estimate. With a sample of 1 % of the fitted rows, a single
+    # copy gives an estimate of 100 copies, and data with hardly any copies would be refused.
     if copies.least <= MAX_SHARED * copies.n:
         return False
-    # Sets with copies among themselves (films, products) have as many between halves: new rows are
-    # then copies of fitted ones, too, and the measure holds for them.
+    # In some data (frames of films, photos of products) many rows are copies of each other. Then
+    # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
     within = _copies(sample.nearest_within(), SAME, sample)
     if not within.n_seen:
         return True

@@ -1,12 +1,13 @@
-"""Split-conformal label sets: in place of one answer the few that hold the right one.
+"""Split-conformal label sets: several candidates per row, among which is the right one.
 
-The sets are built on a posterior that knows of failures: with f the probability of failure of the
-answer a and p the predictor's own posterior over the candidates, or else the zero-shot one,
+The sets are built on a posterior q that includes the probability of failure. Let f be the
+probability that the answer a is wrong, and p the predictor's own posterior over the candidates, or
+the zero-shot posterior if the predictor has none. Then
 
-    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for the other candidates,
+    q_a = 1 - f,    q_j = f p_j / (1 - p_a) for the other candidates.
 
-so that a trusted answer stands alone, and beside a doubted one are more, in the order of p.
-Shapes: B rows, K candidates.
+So the set of a trusted answer holds only this answer. The set of a doubtful answer holds more
+candidates, in the order of p. Shapes: B rows, K candidates.
 """
 
 from __future__ import annotations
@@ -32,74 +33,79 @@ from vilu.validation import require_between
 
 
 class LabelSets(Model):
-    """Sets that hold the right label with probability at least 1 - max_miss.
+    """Label sets that hold the right label with probability at least 1 - max_miss.
 
-    The probability is over the draw of calibration rows and new row, for pictures of the classes.
-    A picture of none of them has no right label, so no set can hold it: such calibration rows are
-    left out, with a warning, and about such pictures nothing is guaranteed.
+    The probability is over the draw of the calibration rows and of a new row that shows one of the
+    classes. A picture of none of the classes has no right label, so nothing is guaranteed for it.
+    Calibration rows with such pictures are left out, with a warning.
 
-    With n calibration scores s_i = s(x_i, y_i) of the true labels, the set of x is {j: s(x, j) <=
-    c}, c the ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on
-    average. "aps": s = the mass of all candidates more probable than j, whose coverage is more even
-    over easy and hard rows. Ties only make sets larger. A set can be empty under "lac" (nothing is
-    probable enough), never under "aps". f is taken as it was before ``calibrate``: the rows that
-    set the limit must not have shaped the score.
+    Let s_i = s(x_i, y_i) be the scores of the true labels of n calibration rows. The set of x is
 
-    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets, whose
-    last label is here always in and not by chance, so that a set is a function of the row. The
-    posterior q is ours.
+        {j: s(x, j) <= c},    c the ceil((n + 1)(1 - max_miss))-th smallest s_i.
+
+    - "lac": s(x, j) = 1 - q_j. These are the smallest sets on average. A set can be empty if no
+      candidate is probable enough.
+    - "aps": s(x, j) = the probability of all candidates more probable than j. The coverage differs
+      less between easy and hard rows. A set is never empty.
+
+    Ties can only make sets larger. f is the probability of failure before ``calibrate``, because
+    the rows that determine c must not have changed the score.
+
+    Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. There
+    the last label of a set is included at random; here it is always included, so that a set depends
+    on the row alone. The posterior q is ours.
     """
 
     method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
     limit: float = Field(ge=0, le=2)  # c, in [0, 1]
-    n: int = Field(ge=1)  # calibration rows
-    mean_size: float = Field(ge=0)  # mean size of their sets
-    empirical_miss: float = Field(ge=0, le=1)  # share of their sets without the right label
+    n: int = Field(ge=1)  # number of calibration rows
+    mean_size: float = Field(ge=0)  # mean size of the sets of the calibration rows
+    empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label
 
     def of(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
-        """(B, K) bool, the sets of a batch with uncertainties (B,) of the predictor."""
+        """Mask (B, K) of the candidates in the sets of a batch with uncertainties (B,)."""
         return nonconformity(predictor, batch, uncertainty, self.method) <= self.limit
 
 
 def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
-    """(B, K) float64 q of the module's docstring, on the CPU.
+    """Posterior q (B, K) of the module's docstring, float64 on the CPU.
 
-    With two candidates q = (1 - f, f).
+    With two candidates, q is 1 - f for the answer and f for the other candidate.
     """
     answer = batch.prediction.cpu()[:, None]
     f = failure_probability.double()[:, None]
-    # p_j / (1 - p_a) is a softmax without the answer. As a quotient it would be 0 / 0 where p_a
-    # rounds to 1, which it does for the answers that are trusted most.
-    rest = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
-    return (f * rest).scatter(1, answer, 1 - f)
+    # p_j / (1 - p_a) is a softmax over the candidates without the answer. Computed as a quotient it
+    # would be 0 / 0 where p_a rounds to 1, which happens for the most trusted answers.
+    other_posterior = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
+    return (f * other_posterior).scatter(1, answer, 1 - f)
 
 
 def nonconformity(
     predictor: FailurePredictor, batch: Batch, uncertainty: Floats, method: SetMethod
 ) -> Tensor:
-    """(B, K) float64 s(x, j) of every candidate."""
+    """Scores s(x, j) (B, K) of all candidates, float64."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
-    own = predictor.log_posterior if predictor.has_posterior else log_posterior
+    log_p_of = predictor.log_posterior if predictor.has_posterior else log_posterior
     with torch.no_grad():
-        q = failure_aware_posterior(batch, own(batch).cpu(), f)
+        q = failure_aware_posterior(batch, log_p_of(batch).cpu(), f)
     if method == "lac":
         return 1 - q
-    ordered, place = q.sort(dim=1, descending=True, stable=True)
-    before = ordered.cumsum(dim=1) - ordered
-    # Equal candidates share the mass before the first of them. By their places one of them would
-    # be in the set and its equal not, and the score would depend on the order of the classes.
-    first = torch.searchsorted(-ordered, -ordered)
-    return torch.empty_like(q).scatter_(1, place, before.gather(1, first))
+    q_sorted, candidate = q.sort(dim=1, descending=True, stable=True)
+    mass_before = q_sorted.cumsum(dim=1) - q_sorted
+    # Candidates with equal q all get the mass before the first of them. Otherwise their scores
+    # would depend on the order of the classes.
+    first_of_ties = torch.searchsorted(-q_sorted, -q_sorted)
+    return torch.empty_like(q).scatter_(1, candidate, mass_before.gather(1, first_of_ties))
 
 
 def fit_label_sets(
     predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: SetMethod
 ) -> LabelSets:
-    """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
+    """Label sets from the calibration rows that were not used in the predictor's ``fit``."""
     check_label_sets(predictor, data, max_miss)
-    # Rows of the fit have better scores than new ones: with them the limit would be too small, and
-    # sets of new rows would miss more often than max_miss.
+    # Rows of the fit have better scores than new rows. With them the limit would be too small, and
+    # sets of new rows would miss the right label more often than max_miss.
     data = data.without(~predictor.unseen(data, "calibration"))
     n_ood = int(data.outside.sum())
     if n_ood:
@@ -114,9 +120,9 @@ def fit_label_sets(
     scores = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
-    # n + 1 and not n: the new row is equally likely at each of n + 1 ranks among the calibration
-    # rows, so the quantile of n alone would miss more often than max_miss (Vovk et al. 2005).
-    # Rounded first, as 0.9 * 10 may be a little more than 9.
+    # n + 1, because the new row has each of n + 1 ranks among the calibration rows with equal
+    # probability. With n the sets would miss more often than max_miss (Vovk et al. 2005). Rounded
+    # to nine decimals first, because 0.9 * 10 may be a little more than 9 in float64.
     rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))
     if rank > len(scores):
         raise InfeasibleError(
@@ -138,7 +144,7 @@ def fit_label_sets(
 
 
 def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_miss: float) -> None:
-    """Refuse what no sets can be made of."""
+    """Refuse targets, data and predictors for which label sets cannot be made."""
     require_between("max_miss", max_miss)
     if data.pool_size is not None:
         raise UsageError(
@@ -151,7 +157,7 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
 def _labelled(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the rows with a label: s(x, j) (B, K), and their targets (B,)."""
+    """Yield scores s(x, j) (B, K) and true labels (B,) of the labelled rows, batch by batch."""
     for batch, uncertainty in predictor.scored(data):
         known = batch.target.cpu() != UNKNOWN
         scores = nonconformity(predictor, batch, uncertainty, method)
@@ -159,7 +165,7 @@ def _labelled(
 
 
 def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
-    """Sets (B, K) as JSON lists of names, in the order of the candidates."""
+    """Label sets (B, K) as JSON lists of class names, in the order of the candidates."""
     names = class_names
     if names is None:
         names = [str(j) for j in range(members.shape[1])]

@@ -1,4 +1,4 @@
-"""``looks.json``: for which targets a predictor was calibrated on the same rows."""
+"""``looks.json``: the targets for which a predictor was calibrated on the same rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 
 SKETCH: Final = 64
-"""Smallest hashes that rows are recognised by."""
+"""Number of smallest hashes that are saved of a set of rows, to recognise the set later."""
 
 SAME_ROWS: Final = 0.5
-"""Rows are the same where they have at least this share of all of them together in common."""
+"""Two sets A and B of rows are taken for the same if |A and B| / |A or B| is at least this."""
 
 ORDINALS: Final = (
     *("first", "second", "third", "fourth", "fifth"),
@@ -28,23 +28,24 @@ ORDINALS: Final = (
 
 
 class LookedAt(Model):
-    """Rows that were looked at, and the digests of the targets, the earliest first."""
+    """Smallest hashes of a set of rows, and digests of the targets tried on it, earliest first."""
 
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH)
     targets: tuple[str, ...]
 
-    def are(self, hashes: tuple[int, ...]) -> bool:
-        """Whether half of them or more are these: from the smallest hashes of both together."""
-        # The smallest hashes of both sets are a random sample of their union, so the share that is
-        # common estimates |A and B| / |A or B| (Broder 1997). Of sets that differ in size, all kept
-        # hashes of both would count too few: those of the smaller set reach further.
-        together = sorted({*self.hashes, *hashes})[:SKETCH]
-        common = set(self.hashes) & set(hashes) & set(together)
-        return len(common) >= SAME_ROWS * len(together)
+    def is_same_set(self, hashes: tuple[int, ...]) -> bool:
+        """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
+        # The 64 smallest hashes of the union are a random sample of the union. The share of them
+        # that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
+        # both sets would be no such sample: if one set is smaller, its saved hashes are larger
+        # numbers than those of the other set.
+        union = sorted({*self.hashes, *hashes})[:SKETCH]
+        common = set(self.hashes) & set(hashes) & set(union)
+        return len(common) >= SAME_ROWS * len(union)
 
 
 class LookRecord(Document):
-    """All calibrations of one fit, those that ended without a guarantee, too."""
+    """Record of all calibrations of one fit, including those that ended without a guarantee."""
 
     again = "Remove it, which forgets the earlier looks, and run `vilu calibrate` again"
     fault = DataError
@@ -55,9 +56,9 @@ class LookRecord(Document):
 
 
 def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Note that rows, by the identities (N,) of their pictures, are looked at for a target.
+    """Record that rows, given by the identities (N,) of their pictures, are tried for a target.
 
-    Returns how many targets these rows have been looked at for so far, this one included.
+    Returns the number of targets that these rows have been tried for, including this target.
     """
     smallest = np.unique(picture[picture >= 0])[:SKETCH]
     if not len(smallest):
@@ -68,11 +69,12 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
     entries = []
     targets: tuple[str, ...] = (wanted,)
     for rows in before.rows:
-        if not rows.are(hashes):
+        if not rows.is_same_set(hashes):
             entries.append(rows)
             continue
-        # Sets that overlap with these rows are one from now on. Counted apart, a few new rows would
-        # begin the count anew, and the best of many targets would pass for the first.
+        # Recorded sets that overlap with these rows become one set with all their targets. If they
+        # were counted separately, a few new rows would reset the count, and the best of many
+        # targets would be reported as the first.
         new = [name for name in targets if name not in rows.targets]
         targets = (*rows.targets, *new)
     after = (*entries, LookedAt(hashes=hashes, targets=targets))
@@ -81,18 +83,18 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
 
 
 def _load(folder: Path) -> LookRecord:
-    """What was noted of the fit that lies there."""
+    """The record of the fit in this folder, empty if there is none."""
     weights = read_description(folder / PREDICTOR)["weights_sha256"]
     if (folder / LOOKS).exists():
         looks = read_document(folder / LOOKS, LookRecord)
-        # another fit has other scores, of which the looks at this one have shown nothing
+        # Another fit has other scores, so its looks do not count.
         if looks.weights_sha256 == weights:
             return looks
     return LookRecord(weights_sha256=weights)
 
 
 def in_words(n_looks: int) -> str:
-    """How many targets were tried, and what that means; nothing of the first."""
+    """Text on the number of targets that were tried, and what it means; "" for the first target."""
     if n_looks == 1:
         return ""
     which = f"look number {n_looks}"

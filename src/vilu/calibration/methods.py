@@ -1,14 +1,14 @@
-"""Names of the methods that make a rule or label sets: of Python, the command line and messages."""
+"""Names of the methods for rules and label sets, in Python, on the command line and in messages."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 RowsMethod = Literal["ltt", "crc", "selection"]
-"""Methods whose calibration rows are all there before anybody looks."""
+"""Methods that need all labels of the calibration rows before the first test."""
 
 Method = Literal[RowsMethod, "anytime"]
-"""All methods of a rule; "anytime" is for labels one after another."""
+"""All methods for a rule; "anytime" is for labels that arrive one after another."""
 
 SetMethod = Literal["lac", "aps"]
-"""Methods of label sets (``vilu.calibration.label_sets``)."""
+"""Methods for label sets (``vilu.calibration.label_sets``)."""

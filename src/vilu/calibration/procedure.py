@@ -1,4 +1,4 @@
-"""From a fitted predictor and rows that it has not seen to a rule with a stated risk."""
+"""Calibration of a saved predictor on labelled rows that were not used in its fit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from vilu.scoring.score import predictor_fingerprint, score_fresh, source_finger
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-SHOWN = 3  # groups of which a message says why nothing is accepted
+SHOWN = 3  # largest number of groups whose reasons a message lists
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +52,25 @@ def calibrate_predictor(
 ) -> Calibration:
     """Calibrate a saved predictor on labelled rows, as ``vilu calibrate`` does.
 
-    The result is left in the folder of the predictor.
+    The result is written into the folder of the predictor:
 
-    ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows,
-    ``risk.json`` the rule and what it was made from; that comes last, so that a crash leaves a
-    folder with the old rule, which is then refused, or without a rule. Where the target is out of
-    reach nothing is written. Without ``overwrite`` a calibration of the same rows and target that
-    is there stays as it is, and one of others is refused.
+    1. ``predictor.json``: the calibrator of probabilities.
+    2. ``calibration.parquet``: the calibration rows.
+    3. ``risk.json``: the rule and its origin. It is written last. After a crash the folder
+       therefore has no rule, or the old rule, which is refused when it is loaded.
+
+    If the target cannot be reached, no calibration is written. Without ``overwrite``, an existing
+    calibration with the same rows and target is kept, and any other one is refused.
 
     Warns:
-        UserWarning: If some rows were used to fit; they are left out.
+        UserWarning: If some rows were used in the fit; they are left out.
 
     Raises:
-        DataError: If more than 1 % of the rows were used to fit, or are near copies of such rows.
-        InfeasibleError: If the target is out of reach; the message says what is missing.
-        UsageError: If the target cannot be, or without ``overwrite`` another calibration is there.
+        DataError: If more than 1 % of the rows were used in the fit, or are near copies of such
+            rows.
+        InfeasibleError: If the target cannot be reached; the message says what is missing.
+        UsageError: If the target is not possible, or if another calibration exists and
+            ``overwrite`` is False.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
@@ -79,14 +83,14 @@ def calibrate_predictor(
         >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
         (0, 200, 'temperature')
     """
-    check_target(target, load(folder), data)  # what is refused leaves no lock behind
+    check_target(target, load(folder), data)  # before the lock file is made, which would remain
     claim(folder, same=True)
     with locked(Path(folder), "calibrating", who="calibration"):
         return _calibrate(Path(folder), data, target, (dataset, split), overwrite=overwrite)
 
 
 def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-    """Refuse what cannot be guaranteed of a predictor and its rows, before anything is computed."""
+    """Refuse a target that is not possible for a predictor and its rows."""
     if target.has_rule:
         target.check_rule(grouped=target.per_class)
     elif target.per_class or target.method != "ltt":
@@ -166,11 +170,11 @@ def _inputs(
     target: Target,
     names: tuple[str | None, str | None],
 ) -> str:
-    """Digest of everything that a calibration is made from."""
+    """Digest of predictor, data, names and target, from which a calibration is made."""
     source = source_fingerprint(data)
     asked = dataclasses.asdict(target)
     made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
-    if not isinstance(data, EmbeddingStore):  # only a store has a hash of all its rows
+    if not isinstance(data, EmbeddingStore):  # the fingerprint of other sources is of a sample
         made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
     return digest(made_from)
 
@@ -178,13 +182,21 @@ def _inputs(
 def _rule_of_units(
     target: Target, rows: Outcomes, data: EmbeddingSource, places: Ints
 ) -> tuple[Rule | None, Ints, Ints]:
-    """The rule of calibration rows (N,) at ``places`` (N,) of a source; which of them (M,) count.
+    """The rule of N calibration rows, where pictures count once.
 
-    And the places among these M of copies of others, which the rule leaves out.
+    Rows of one picture count once. Near copies are counted and reported with a warning. If some
+    pictures differ by noise only (``ALIKE``), a second rule is made from one picture of each group
+    of copies. The rule that accepts less is returned.
 
-    Those of one picture count once. Near copies are counted and named in a warning. Where some
-    pictures are copies of others but for noise (``ALIKE``) there is a second rule, of one of them
-    each, and the rule that accepts less is taken. Rows that nobody has labelled stay.
+    Args:
+        target: The target.
+        rows: N calibration rows.
+        data: The source of the rows.
+        places: Indices (N,) of the rows in the source.
+
+    Returns:
+        The rule; indices (M,) of the rows to save, which are one row per picture and all rows
+        without a label; and indices, among these M, of the copies that the rule leaves out.
     """
     labelled = evaluable(rows)
     chosen, counted = count_once(rows, labelled)
@@ -193,29 +205,33 @@ def _rule_of_units(
     is_first = _first_of_near_copies(data, places[chosen])
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
-        differs = first_of_scenes(data, places[chosen], ALIKE)
-        # Copies but for noise are one draw: counted all, they make the bound too sharp; counted
-        # once, the first of them may by luck be right. The rule that accepts less is safe in both.
-        of_different = _certified(rows.take(chosen[differs]), target)
-        if _accepts_less(of_different, rule, rows.take(chosen)):
-            rule = of_different
-            left_out = chosen[~differs]
+        is_different = first_of_scenes(data, places[chosen], ALIKE)
+        # Pictures that differ by noise only are one draw. If all of them count, the bound is too
+        # small. If one counts, its answer may be right by chance. So both rules are made, and the
+        # rule that accepts less is used.
+        rule_without_copies = _certified(rows.take(chosen[is_different]), target)
+        if _accepts_less(rule_without_copies, rule, rows.take(chosen)):
+            rule = rule_without_copies
+            left_out = chosen[~is_different]
     if rule is not None:
         rule = rule.model_copy(update={"counted": counted})
-    counts = ~labelled
-    counts[chosen] = True
-    counting = np.flatnonzero(counts)
-    return rule, counting, np.flatnonzero(np.isin(counting, left_out))
+    is_saved = ~labelled
+    is_saved[chosen] = True
+    saved = np.flatnonzero(is_saved)
+    return rule, saved, np.flatnonzero(np.isin(saved, left_out))
 
 
 def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.bool_]:
-    """(M,) pictures that are near copies of none before them; all where they are too many."""
+    """Mask (M,) of the pictures that are no near copy of an earlier one.
+
+    If there are too many pictures to compare, a warning is logged and the mask is True everywhere.
+    """
     n_pictures = len(pictures)
     if n_pictures <= MOST_COMPARED:
         return first_of_scenes(data, pictures, NEAR_COPY)
     logger.warning(
-        "near copies are looked for among at most %s pictures, and these are %s: where some are "
-        "near copies of others, the guarantee is too sharp",
+        "near copies are searched among at most %s pictures, and these are %s. If some of them are "
+        "near copies of others, the guarantee is too optimistic",
         f"{MOST_COMPARED:,}",
         f"{n_pictures:,}",
     )
@@ -223,14 +239,14 @@ def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.b
 
 
 def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> CountedRows:
-    """The numbers with that of scenes, in a warning too."""
+    """The numbers of files and pictures with the number of scenes; logged as a warning."""
     n_pictures = len(is_first)
     n_files = n_pictures if counted is None else counted.files
     n_scenes = int(is_first.sum())
     counted = CountedRows(files=n_files, pictures=n_pictures, scenes=n_scenes)
     logger.warning(
         "near copies among the calibration rows (cosine at least %s): %s. Answers about them are "
-        "not independent: the guarantee is sharper than the rows allow",
+        "not independent: the guarantee is more optimistic than the rows allow",
         NEAR_COPY,
         counted,
     )
@@ -238,9 +254,9 @@ def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> C
 
 
 def _certified(rows: Outcomes, target: Target) -> Rule | None:
-    """The rule that calibration rows support, if one is asked for.
+    """The rule of calibration rows; None if the target asks for no rule.
 
-    InfeasibleError if it accepts nothing.
+    Raises an InfeasibleError if the rule accepts nothing.
     """
     if not target.has_rule:
         return None
@@ -251,7 +267,7 @@ def _certified(rows: Outcomes, target: Target) -> Rule | None:
 
 
 def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> bool:
-    """Whether a rule accepts fewer of some pictures than another one."""
+    """Whether a rule accepts fewer of these pictures than the rule ``than``."""
     if rule is None or than is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
@@ -275,14 +291,15 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,
 ) -> Calibration:
-    """Write a calibrated predictor, the rows of ``data`` that were used, and last the result.
+    """Write a calibrated predictor, the calibration rows of ``data``, and then the calibration.
 
-    ``names`` are those of the data set and of its split.
+    ``names`` are the names of the data set and of its split. ``dtype`` is the type in which a store
+    keeps embeddings; None if the data are no store.
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+    # ``vilu.Guard`` needs the vocabulary to score new images
     if dtype is not None:
         Vocabulary.of(data, dtype).save(folder)
     guarantee = None
@@ -308,9 +325,9 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 
 
 def take_back(folder: Path, changed: set[str]) -> bool:
-    """Whether a guarantee rests on labels, by the keys of their rows, that are others now.
+    """Remove a calibration if labels of its rows, given by their keys, have changed.
 
-    It is gone then.
+    Returns whether it was removed.
     """
     calibration = Calibration.find(folder) if changed else None
     if calibration is None:
@@ -327,9 +344,10 @@ def take_back(folder: Path, changed: set[str]) -> bool:
 
 
 def _made_before(folder: Path, inputs: str) -> Calibration | None:
-    """What the same inputs made of a predictor before; refuses what others made.
+    """The existing calibration if it was made from the same inputs; None if there is none.
 
-    What cannot be used is in no way.
+    A calibration from other inputs is refused. A calibration that cannot be loaded is ignored, with
+    a warning.
     """
     try:
         calibration = Calibration.find(folder)
@@ -349,7 +367,7 @@ def _made_before(folder: Path, inputs: str) -> Calibration | None:
 
 
 def _infeasible(rule: Rule) -> str:
-    """Why nothing can be accepted, and what it would take."""
+    """Message that says why nothing can be accepted, and what is missing."""
     reasons = []
     for name, threshold in list(rule.thresholds.items())[:SHOWN]:
         of = f"{name}: " if name else ""

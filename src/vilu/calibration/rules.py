@@ -1,4 +1,4 @@
-"""From scores on calibration rows to a rule that decides, with its guarantee."""
+"""Rules that accept answers or leave them for review, made from scores of calibration rows."""
 
 from __future__ import annotations
 
@@ -47,37 +47,37 @@ ALL = ""
 """Name of the group of all rows."""
 
 OTHER = "(other)"
-"""Name of the group of what has too few calibration rows for a group of its own."""
+"""Name of the group of all rows whose own group has too few calibration rows."""
 
 ROUNDING = 1e-9
-"""Shares of rows are compared up to this: 55 are not less than 0.55 * 100."""
+"""Tolerance when shares of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
 
 
 class Rule(Model):
-    """Accepts an answer, or leaves it for review: by a threshold, or by a whole batch.
+    """Accepts an answer or leaves it for review.
 
-    There is one threshold for all rows, or one per group, and above it perhaps a floor. Only the
-    method "selection" has none: it judges all rows of a batch together (``needs_batch``,
+    A rule has one threshold for all rows or one per group, and may have floors. Only a rule of the
+    method "selection" has no threshold: it judges all rows of a batch together (``needs_batch``,
     ``vilu.calibration.selection``).
 
     Attributes:
-        method: "ltt", "crc", "selection", or "anytime" (``vilu.calibration.anytime``): looked at
-            again and again.
-        max_risk: The target; None where a coverage was asked for alone.
-        min_coverage: Least coverage asked for; None for any.
-        confidence: 1 - delta; with several groups the guarantees hold for all of them together with
-            it.
+        method: "ltt", "crc", "selection", or "anytime" (``vilu.calibration.anytime``), which may be
+            tested again after every label.
+        max_risk: The target; None if only a coverage was asked for.
+        min_coverage: Smallest coverage asked for; None: any coverage.
+        confidence: 1 - delta. The guarantees of all groups hold together with this confidence.
         grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
-        thresholds: Per group; one group "" without groups, none where whole batches are judged.
-        n: Calibration rows.
-        wrong: Uncertainties of the wrong calibration answers, ascending, where whole batches are
-            judged.
-        outside_share: Share of pictures of none of the classes up to which the guarantee holds;
-            None: that of the calibration rows.
-        class_shares: Shares of the classes, among the others, at which it holds; None: those of the
-            calibration rows.
-        counted: How many files and pictures the calibration rows are; None where every file shows
-            another picture, or nothing is known of pictures.
+        thresholds: Threshold of every group. Without groups there is one group ""; if whole batches
+            are judged, there is none.
+        n: Number of calibration rows.
+        wrong: Uncertainties of the wrong calibration answers, ascending; empty unless whole batches
+            are judged.
+        outside_share: Largest share of pictures of none of the classes for which the guarantee
+            holds; None: the share among the calibration rows.
+        class_shares: Share of each class, among the pictures of the classes, for which the
+            guarantee holds; None: the shares among the calibration rows.
+        counted: Numbers of files and pictures of the calibration rows; None if every file shows
+            another picture, or if it is not known which files show one picture.
 
     Examples:
         >>> import numpy as np, vilu
@@ -105,12 +105,12 @@ class Rule(Model):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether it judges all rows of a batch together."""
+        """Whether the rule judges all rows of a batch together."""
         return self.method == "selection"
 
     @property
     def reweighted(self) -> bool:
-        """Whether the guarantee is for stated shares, not for those of the calibration rows."""
+        """Whether the guarantee is for stated shares instead of those of the calibration rows."""
         return self.outside_share is not None or self.class_shares is not None
 
     @property
@@ -120,22 +120,22 @@ class Rule(Model):
 
     @property
     def n_accepted(self) -> int:
-        """Calibration rows that are accepted."""
+        """Number of calibration rows that are accepted."""
         return sum(threshold.n_accepted for threshold in self.thresholds.values())
 
     @property
     def n_wrong(self) -> int:
-        """Accepted calibration rows that are wrong."""
+        """Number of accepted calibration rows that are wrong."""
         return sum(threshold.n_wrong for threshold in self.thresholds.values())
 
     @property
     def coverage(self) -> float:
-        """Share of the calibration rows that is accepted."""
+        """Share of the calibration rows that are accepted."""
         return self.n_accepted / self.n
 
     @property
     def risk_bound(self) -> float | None:
-        """The bound that is guaranteed; with groups the largest of their bounds."""
+        """The guaranteed bound of the risk; with groups the largest bound of any group."""
         bounds = []
         for threshold in self.thresholds.values():
             if threshold.risk_bound is not None:
@@ -144,19 +144,19 @@ class Rule(Model):
 
     @property
     def threshold(self) -> float | None:
-        """Accept where the uncertainty is at most this; None: accept nothing.
+        """Accept where the uncertainty is at most this number; None: accept nothing.
 
         Raises:
-            UsageError: If every group has its own, or whole batches are judged.
+            UsageError: If there is one threshold per group, or if whole batches are judged.
         """
         return self._only("threshold").threshold
 
     @property
     def floor(self) -> float | None:
-        """Accept where the uncertainty is above this only; None: no answer is too trusted.
+        """Accept only where the uncertainty is above this number; None: no floor.
 
         Raises:
-            UsageError: If every group has its own, or whole batches are judged.
+            UsageError: If there is one floor per group, or if whole batches are judged.
         """
         return self._only("floor").floor
 
@@ -168,9 +168,9 @@ class Rule(Model):
         return self.thresholds[ALL]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
-        """(N,) floor and (N,) threshold of every row, both -inf where its group accepts nothing.
+        """Floors (N,) and thresholds (N,) of n rows; both are -inf where a group accepts nothing.
 
-        Groups without their own have those of "(other)".
+        Rows of a group without a threshold of its own have those of the group "(other)".
 
         Raises:
             UsageError: As ``accept``, or if whole batches are judged.
@@ -196,7 +196,7 @@ class Rule(Model):
         return ends[:, 0], ends[:, 1]
 
     def _group_of_each(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
-        """Names of the groups of n rows, as the thresholds are called."""
+        """Name of the group of every one of n rows, as in ``thresholds``."""
         if self.grouped_by is None:
             return [ALL] * n
         names = check_texts(groups, "groups")
@@ -210,15 +210,15 @@ class Rule(Model):
     def accept(
         self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
     ) -> NDArray[np.bool_]:
-        """(N,) whether each answer is accepted; one without an uncertainty (NaN) is not.
+        """Mask (N,) of the accepted answers; an answer without an uncertainty (NaN) is rejected.
 
         Args:
-            uncertainty: (N,) of the same predictor as the calibration rows; all of a batch, where
-                the rule judges whole batches.
-            groups: N names of groups, where the rule has them.
+            uncertainty: Uncertainties (N,) of the same predictor as the calibration rows. If the
+                rule judges whole batches, they must be of a whole batch.
+            groups: Names of the groups of the N rows; needed if the rule has groups.
 
         Raises:
-            UsageError: If groups are needed, and there is not one for every row.
+            UsageError: If the rule has groups and there is not one name for every row.
             DataError: If ``uncertainty`` is no vector of numbers, or ``groups`` no list of texts.
 
         Examples:
@@ -237,9 +237,9 @@ class Rule(Model):
         return (scores > floors) & (scores <= thresholds)
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
-        """(N,) conformal p-values of a batch; NaN without an uncertainty.
+        """Conformal p-values (N,) of a batch; NaN for rows without an uncertainty.
 
-        Only a rule that judges whole batches has them.
+        Only a rule that judges whole batches has p-values.
 
         Examples:
             >>> import numpy as np, vilu
@@ -255,11 +255,11 @@ class Rule(Model):
     def reasons(
         self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
     ) -> list[str | None]:
-        """Per row why it is not accepted, else None.
+        """Reason for every row why it is not accepted; None where it is accepted.
 
-        "above_threshold", "below_floor" (answers trusted as much are too often wrong),
-        "not_certified" (its group accepts nothing), or "not_selected" (of a batch). Errors are
-        those of ``accept``.
+        The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
+        wrong), "not_certified" (the group accepts nothing) and "not_selected" (from a batch).
+        Raises the errors of ``accept``.
         """
         scores = real_vector(uncertainty, "uncertainty")
         reasons = np.full(len(scores), None, dtype=object)
@@ -302,7 +302,7 @@ class Rule(Model):
         share = ""
         shares = ""
         if self.reweighted:
-            rows += ", whose shares are others"
+            rows += ", which have other shares"
             share = " of the calibration rows"
             shares = f" {in_words(self.outside_share, self.class_shares)}"
         if self.counted is not None:
@@ -329,42 +329,44 @@ def calibrate(
     outside_share: float | None = None,
     class_shares: Mapping[str, float] | None = None,
 ) -> Rule:
-    """A threshold below which the error rate of accepted answers is at most ``max_risk``.
+    """A rule whose accepted answers have an error rate of at most ``max_risk``.
 
-    "ltt" guarantees it with probability ``confidence`` over the draw of the calibration rows; "crc"
-    guarantees the mean of another risk, the share of *all* answers that is accepted and wrong. Rows
-    of one ``picture`` count once, as wrong where any of them is. Both need calibration rows that
-    are drawn as the later ones are and were not used to fit; nothing is guaranteed when the data
-    shift. A target that cannot be met is an answer: ``feasible`` is False, and the threshold says
-    what is missing.
+    "ltt" guarantees this with probability ``confidence`` over the draw of the calibration rows.
+    "crc" guarantees the mean of another risk: the share of *all* answers that are accepted and
+    wrong. Rows of one ``picture`` count once; the picture is wrong if any of its rows is wrong.
+
+    Calibration rows must be drawn like the later rows and must not have been used in the fit. After
+    a shift of the data nothing is guaranteed. If the target cannot be met, no error is raised:
+    ``feasible`` is False, and the threshold says what is missing.
 
     Args:
-        outcomes: Calibration rows; those without uncertainty or known failure are left out.
+        outcomes: Calibration rows; rows without uncertainty or known failure are left out.
         max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
         confidence: 1 - delta, in (0, 1).
-        min_coverage: Least share to accept, at the stated shares if there are such. With
-            ``max_risk``, a threshold that accepts less counts as infeasible; alone, the strictest
-            threshold that accepts so much, with the bound of its risk.
+        min_coverage: Smallest share to accept, at the stated shares if shares are stated. Together
+            with ``max_risk``, a threshold that accepts less is infeasible. Without ``max_risk``,
+            the strictest threshold with this coverage is taken, and its risk is bounded.
         method: "ltt" or "crc", see ``vilu.calibration.thresholds``; or "selection", which accepts
-            part of a batch such that E[share of wrong ones among the accepted] <= max_risk, see
-            ``vilu.calibration.selection``. The fourth method of a rule, "anytime", needs labels one
-            after another: ``vilu calibrate --method anytime`` makes it.
-        groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough
-            rows, the others together, as "(other)", with a group that is called so; delta is
-            divided among them, so that all guarantees hold at once. A least coverage alone is that
-            of every group.
-        outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it
-            is not that of the calibration rows; those that are ``outside`` there stand for them.
-            The guarantee holds for every smaller share of pictures like them, too. "ltt" alone,
-            without groups.
-        class_shares: Shares of the classes among all others, by name, to be expected: of every
-            class, 0 where it is.
+            part of a batch such that E[share of wrong answers among the accepted] <= max_risk, see
+            ``vilu.calibration.selection``. The method "anytime" needs labels that arrive one after
+            another; ``vilu calibrate --method anytime`` uses it.
+        groups: Names of the groups of the N rows, or "prediction" for the zero-shot answers. Every
+            group with enough rows has a threshold of its own. All other groups share one threshold,
+            "(other)"; so does a group of that name. delta is divided among the thresholds, so that
+            all guarantees hold at once. Without ``max_risk``, every group has ``min_coverage``.
+        outside_share: Expected share of pictures of none of the classes, in [0, 1), if it differs
+            from the share among the calibration rows. Calibration rows with ``outside`` represent
+            these pictures. The guarantee also holds for every smaller share of such pictures. For
+            "ltt" without groups only.
+        class_shares: Expected share of each class, by name, among the pictures of the classes. All
+            classes must be named, those with a share of 0, too. For "ltt" without groups only.
 
     Raises:
-        UsageError: If neither target is given or one is out of range.
-        DataError: If no row can be used, more than 1 % of the rows were used to fit the predictor
-            (as ``vilu.score`` has counted), or there is not one group per row.
-        InfeasibleError: If "selection" has fewer rows than can select anything.
+        UsageError: If neither ``max_risk`` nor ``min_coverage`` is given, or if an argument is out
+            of range.
+        DataError: If no row can be used, if more than 1 % of the rows were used to fit the
+            predictor (as counted by ``vilu.score``), or if there is not one group per row.
+        InfeasibleError: If "selection" has too few rows to select anything.
 
     Examples:
         >>> import numpy as np, vilu
@@ -396,17 +398,14 @@ def calibrate(
 def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
-    """The rule that calibration rows support for a target, in which nothing may be accepted.
-
-    As ``calibrate``.
-    """
+    """The rule for a target, as ``calibrate`` makes it; the rule may accept nothing."""
     keep, counted = count_once(outcomes, evaluable(outcomes))
     rows = outcomes.take(keep)
     thresholds: dict[str, Threshold] = {}
     wrong: tuple[float, ...] = ()
     n = len(rows)
     if target.method == "selection":
-        n, wrong = _to_select_by(rows, target)
+        n, wrong = _rows_for_selection(rows, target)
     elif target.states_shares:
         thresholds = {ALL: _for_shares(rows, target)}
     else:
@@ -430,10 +429,10 @@ def rule_of(
     )
 
 
-def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """How many rows batches are compared with, and the scores of the wrong ones, ascending.
+def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
+    """Number of calibration rows for p-values, and uncertainties of the wrong ones, ascending.
 
-    There are a million at most.
+    At most a million rows are used.
     """
     max_risk = target.max_risk or 0.0
     fewest = rows_for_mean(max_risk)
@@ -453,10 +452,10 @@ def _to_select_by(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...
 def rule_at_any_time(
     groups: Mapping[str, tuple[Looks, Outcomes]], max_risk: float, confidence: float
 ) -> Rule:
-    """The rule that labels support which came one after another, of every group by itself.
+    """The rule that labels certify which have arrived one after another, with every group's tests.
 
-    Of a group there are the thresholds that may be certified, and the rows whose labels count.
-    One group of all rows is called "".
+    ``groups`` holds for every group the tests of its thresholds, and its labelled rows. A single
+    group of all rows has the name "".
     """
     thresholds: dict[str, Threshold] = {}
     for name, (looks, rows) in groups.items():
@@ -472,7 +471,7 @@ def rule_at_any_time(
 
 
 def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
-    """The laxest threshold that labels certify so far, or what they lack."""
+    """The laxest threshold that the labels certify so far, or the reason why there is none."""
     at = looks.certified(rows.uncertainty, rows.failure)
     wrong, accepted = looks.counts(rows.uncertainty, rows.failure)
     if at is not None:
@@ -491,14 +490,17 @@ def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
     )
     if more is not None:
         why = (
-            f"about {more:,} more labels of the calibration side are needed, if errors go on as so "
-            "far"
+            f"about {more:,} more labels of the calibration side are needed, if the error rates "
+            "stay the same"
         )
     return Threshold.nothing(len(rows), why)
 
 
 def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
-    """(N,) rows that can be calibrated on; refuses to have none, and rows of the fit."""
+    """Mask (N,) of the rows that a calibration can use.
+
+    Raises a DataError if there is no such row, or if too many rows are of the fit.
+    """
     refuse_fitted(outcomes)
     keep = outcomes.evaluable
     if not keep.any():
@@ -510,7 +512,10 @@ def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
 
 
 def refuse_fitted(outcomes: Outcomes) -> None:
-    """Refuse outcomes of which more than 1 % are of rows of the predictor's fit; warn of fewer."""
+    """Refuse outcomes if more than 1 % of them are of rows of the predictor's fit.
+
+    If fewer are, there is a warning.
+    """
     provenance = outcomes.provenance
     n_seen = provenance.get("n_seen_in_fit")
     if not isinstance(n_seen, int) or n_seen == 0:
@@ -524,14 +529,14 @@ def refuse_fitted(outcomes: Outcomes) -> None:
     )
     if n_seen > MAX_SHARED * n_comparable:
         raise DataError(
-            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be told. "
+            f"{overlap}, more than {MAX_SHARED:.0%} of the {n_comparable} that can be compared. "
             f"{LEARNED_FROM} {remedy}."
         )
     warn_caller(f"{overlap}. {LEARNED_FROM} {remedy}.")
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
-    """N names of the groups "prediction": the zero-shot answers; "" where there is none."""
+    """Names of the N answers, for groups by "prediction"; "" where there is no answer."""
     if outcomes.prediction is None:
         raise DataError(
             "groups by prediction need outcomes that say what was answered. These do not."
@@ -549,7 +554,7 @@ def group_names(outcomes: Outcomes) -> list[str]:
 
 
 def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
-    """Group of every row that counts (M,)."""
+    """Name of the group of every row with an index in ``keep`` (M,)."""
     names: Sequence[str] | None
     if isinstance(groups, str):
         names = group_names(outcomes)
@@ -565,18 +570,22 @@ def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
 def members_of(
     names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]
 ) -> dict[str, Ints]:
-    """Rows of each group: as many groups of their own as have enough rows for their share of delta.
+    """Indices of the rows of each group with a threshold of its own, and of the group "(other)".
 
-    The largest come first, and the smaller ones are one group together. Only the sizes of the
-    groups decide.
+    The k largest groups have thresholds of their own. k is the largest number for which each of
+    them has enough rows for its share of delta. All smaller groups together are "(other)". Only the
+    sizes of groups are used, not their wrong answers.
+
+    ``fewest`` gives the smallest number of rows that a group needs at a level.
     """
     if names is None:
         return {ALL: np.arange(n)}
     sizes = Counter(names)
+    # from the largest group to the smallest, groups of equal size by name
     ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
     n_own = 0
     for n_groups in range(1, len(ranked) + 1):
-        # the smaller ones have a share, too, unless none is left over
+        # one more share is for "(other)", unless no group is left for it
         n_shares = min(n_groups + 1, len(ranked))
         smallest = ranked[n_groups - 1]
         if sizes[smallest] >= fewest(delta / n_shares):
@@ -594,20 +603,20 @@ def members_of(
 def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
     """The best threshold of every group.
 
-    None of them where together they accept less than was asked for.
+    If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
     """
 
     def fewest(delta: float) -> int:
-        return _fewest(target, delta)
+        return _rows_needed(target, delta)
 
     delta = 1 - target.confidence
     members = members_of(names, len(rows), delta, fewest)
-    # All groups are to hold at once: with all of delta each, one of them would break its guarantee
-    # far more often (union bound).
+    # The guarantees of all groups must hold together. With all of delta for each group, some group
+    # would break its guarantee far more often than with probability delta (union bound).
     level = delta / len(members)
     thresholds = {}
-    for name, places in members.items():
-        counts = tie_counts(rows.uncertainty[places], rows.failure[places])
+    for name, members_of_group in members.items():
+        counts = tie_counts(rows.uncertainty[members_of_group], rows.failure[members_of_group])
         thresholds[name] = _best(counts, target, level)
     why = _why_not_all(thresholds, target)
     if why is None:
@@ -618,10 +627,7 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
 
 
 def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
-    """Why the groups together fall short of the coverage that was asked for.
-
-    None where they do not.
-    """
+    """Why the groups together do not reach ``min_coverage``; None if they do."""
     if target.min_coverage is None:
         return None
     if target.max_risk is None:
@@ -632,11 +638,11 @@ def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | N
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
     if 0 < n_accepted < (target.min_coverage - ROUNDING) * n:
-        return _too_little(n_accepted / n, target.min_coverage)
+        return _coverage_too_small(n_accepted / n, target.min_coverage)
     return None
 
 
-def _too_little(coverage: float, asked: float) -> str:
+def _coverage_too_small(coverage: float, asked: float) -> str:
     return (
         f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked "
         "for"
@@ -644,7 +650,7 @@ def _too_little(coverage: float, asked: float) -> str:
 
 
 def _for_shares(rows: Outcomes, target: Target) -> Threshold:
-    """The best threshold for stated shares, or why there is none."""
+    """The best threshold for stated shares, or the reason why there is none."""
     strata = Strata(rows, target.outside_share, target.class_shares)
     max_risk = target.max_risk or 0.0
     delta = 1 - target.confidence
@@ -659,12 +665,12 @@ def _for_shares(rows: Outcomes, target: Target) -> Threshold:
     accepted = (rows.uncertainty > floor) & (rows.uncertainty <= limit)
     coverage = float(strata.weight[accepted].sum()) / len(rows)
     if target.min_coverage is not None and coverage < target.min_coverage - ROUNDING:
-        return Threshold.nothing(len(rows), _too_little(coverage, target.min_coverage))
+        return Threshold.nothing(len(rows), _coverage_too_small(coverage, target.min_coverage))
     return best
 
 
 def _best(counts: TieCounts, target: Target, delta: float) -> Threshold:
-    """The best threshold of a group at level delta, or why there is none."""
+    """The best threshold of a group at level delta, or the reason why there is none."""
     if target.max_risk is None:
         best = coverage_first(counts, target.min_coverage or 1.0, delta)
     else:
@@ -675,45 +681,46 @@ def _best(counts: TieCounts, target: Target, delta: float) -> Threshold:
     return Threshold.nothing(int(counts.n), why, n_needed)
 
 
-def _fewest(target: Target, delta: float) -> int:
-    """Fewest rows of a group for which anything can be guaranteed at level delta."""
+def _rows_needed(target: Target, delta: float) -> int:
+    """Smallest number of rows of a group with which anything can be guaranteed at level delta."""
     if target.max_risk is None:
         if target.min_coverage in {None, 1.0}:
             return 1
         return rows_for_coverage(target.min_coverage or 1.0, delta)
     if target.method == "crc":
         return rows_for_mean(target.max_risk)
-    return rows_without_error(target.max_risk, delta) + 1  # the row at the threshold is no trial
+    # one more row, because the row at the threshold is no trial of the test
+    return rows_without_error(target.max_risk, delta) + 1
 
 
 def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
-    """Why no threshold is certified, and the fewest calibration rows, where there are fewer."""
+    """Why no threshold is certified, and the number of rows that is needed if there are fewer."""
     n = int(counts.n)
     max_risk = target.max_risk
-    fewest = _fewest(target, delta)
+    fewest = _rows_needed(target, delta)
     if max_risk is None:
         why = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
         if target.min_coverage == 1:
-            return why, None  # no number of rows would
+            return why, None  # no number of rows would be enough
         return why, fewest
     if target.method == "crc":
         if n < fewest:
-            why = f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes"
+            why = f"a mean risk of {max_risk:.2%} needs at least {fewest} rows, and there are {n}"
             return why, fewest
         wrong = int(counts.accepted_wrong[0])
         return f"{wrong} of the most trusted answers, equal in score, are wrong", None
     if n < fewest:
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
-            f"{max_risk:.2%} takes {fewest:,} accepted answers, none of them wrong, and there are "
-            f"{n:,} rows, of which the {right:,} most trusted are right"
+            f"a risk of {max_risk:.2%} needs {fewest:,} accepted answers without a wrong one, but "
+            f"there are {n:,} rows, of which the {right:,} most trusted are right"
         )
         return why, fewest
     return _why_not_enough(counts, max_risk, delta), None
 
 
 def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
-    """Why no threshold is certified although there are rows enough for one."""
+    """Why no threshold is certified although there are enough rows."""
     best = int(np.argmin(tail(counts.accepted_wrong, counts.accepted, max_risk)))
     accepted = int(counts.accepted[best])
     wrong = int(counts.accepted_wrong[best])
@@ -727,7 +734,7 @@ def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
     needed = accepted_needed(wrong, max_risk, delta)
     if needed is not None and needed > accepted:
         return (
-            f"{most_trusted}, and with so many wrong {max_risk:.2%} takes at least {needed:,} "
-            "accepted answers"
+            f"{most_trusted}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
+            f"least {needed:,} accepted answers"
         )
-    return f"{most_trusted}, which would do if this were the only threshold that is tried"
+    return f"{most_trusted}, which would be enough if only this threshold were tested"

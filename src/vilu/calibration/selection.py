@@ -1,14 +1,19 @@
-"""Conformal selection: which answers of a batch to accept, so that few of them are wrong.
+"""Conformal selection: the answers of a batch that can be accepted with a bound on their errors.
 
-The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n), over all
-n calibration answers: how rarely an answer is wrong and trusted as much. Benjamini-Hochberg at the
-level of the risk over the batch then bounds the mean share of wrong answers among the accepted (0
-where none is), over draws of calibration rows and batch. The batch decides the threshold, so a
-row's decision depends on its neighbours, and rows must be judged together.
+The p-value of an answer with uncertainty u, from n calibration answers with uncertainties u_i, is
 
-Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with "the answer is
-wrong" for null and their clipped score. With 1 + #wrong for 1 + n (Bates et al. 2023) the bound is
-the level times the share of wrong answers, and less is accepted.
+    p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n).
+
+It is small if calibration answers that were trusted as much are rarely wrong. The procedure of
+Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as its level. It
+bounds the mean share of wrong answers among the accepted ones (0 if no answer is accepted). The
+mean is over draws of calibration rows and batch. The decision about a row depends on the other rows
+of its batch, so all rows of a batch must be judged together.
+
+Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
+hypothesis "the answer is wrong" and their clipped score. With 1 + #wrong in place of 1 + n (Bates
+et al. 2023) the bound is the level times the share of wrong answers, and fewer answers are
+accepted.
 """
 
 from __future__ import annotations
@@ -21,13 +26,17 @@ from numpy.typing import NDArray
 from vilu.metrics.counts import Floats, Ints
 
 MAX_ROWS = 10**6
-"""Rows of a calibration, whose scores stand in ``risk.json``; more would hardly move a p-value."""
+"""Largest number of calibration rows, whose scores are saved in ``risk.json``.
+
+More rows would hardly change a p-value.
+"""
 
 
 def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
-    """(N,) conformal p-values, NaN where there is no uncertainty.
+    """Conformal p-values (N,), NaN where there is no uncertainty.
 
-    ``wrong`` are the uncertainties of the wrong answers, ascending, among ``n`` calibration rows.
+    ``n`` is the number of calibration rows. ``wrong`` holds the uncertainties of the wrong answers
+    among them, ascending.
 
     Examples:
         >>> import numpy as np
@@ -35,26 +44,28 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
         >>> p_values(np.array([0.2, 0.3]), [0.3, 0.9], 4).tolist()
         [0.2, 0.4]
     """
-    # The new answer counts as one of the wrong ones: without the 1 the smallest p-value would be 0,
-    # and answers more trusted than all wrong ones would pass at every level.
+    # The new answer is counted as wrong: this is the 1 in the numerator. Without it, an answer more
+    # trusted than all wrong ones would have the p-value 0 and be accepted at every level.
     p: Floats = (1 + np.searchsorted(wrong, uncertainty, side="right")) / (1 + n)
     return np.where(np.isnan(uncertainty), np.nan, p)
 
 
 def selected(p: Floats, level: float) -> NDArray[np.bool_]:
-    """(N,) which answers Benjamini-Hochberg accepts.
+    """Mask (N,) of the answers that the procedure of Benjamini and Hochberg accepts.
 
-    One without a p-value is none, and does not count.
+    An answer without a p-value (NaN) is not accepted and not counted.
     """
     scored = np.isfinite(p)
     ordered = np.sort(p[scored])
     if not len(ordered):
         return scored
-    # Each p-value against the level itself would let a share of all wrong answers pass, which may
-    # be most of the few that are accepted: hence the steps of Benjamini and Hochberg (1995). They
-    # hold although all p-values share one calibration and so depend on one another (Jin & Candès).
+    # If every p-value were compared with the level itself, a fixed share of all wrong answers would
+    # be accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
+    # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
+    # p-values depend on the same calibration rows (Jin & Candès).
     steps = level * np.arange(1, len(ordered) + 1) / len(ordered)
-    # the last one that passes, even where a smaller one does not: the procedure steps up
+    # A step-up procedure: the largest p-value below its step sets the limit, even if a smaller
+    # p-value is above its own step.
     passed = np.flatnonzero(ordered <= steps)
     if not len(passed):
         return np.zeros_like(scored)
@@ -63,8 +74,9 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
 
 
 def drawn(n: int) -> Ints:
-    """Places of the rows of n that a rule is made from, the same every time."""
-    # At random: of rows that lie sorted by class the first million would know some classes alone.
-    # Raw numbers of PCG64 stay the same in every version of NumPy, those of a Generator may not.
+    """Indices of the rows, out of n, that a rule is made from; a fixed random sample."""
+    # A random sample, because rows may be sorted by class, and the first million would then hold
+    # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the
+    # methods of a Generator may change.
     stream = np.random.PCG64([MAX_ROWS, n]).random_raw(n)
     return np.argsort(stream)[:MAX_ROWS]

@@ -1,4 +1,4 @@
-"""Guarantees for a population of stated shares: of out-of-distribution images, or of classes."""
+"""Guarantees for stated shares of out-of-distribution images, or for stated shares of classes."""
 
 from __future__ import annotations
 
@@ -11,35 +11,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.thresholds import FLOOR_SHARE, FLOORS, Threshold, first_enough, percent
+from vilu.calibration.thresholds import (
+    FLOOR_SHARE,
+    FLOORS,
+    NO_FLOOR,
+    Threshold,
+    first_enough,
+    percent,
+)
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 OUTSIDE_NAME: Final = "(outside)"
-"""Name of the stratum of the out-of-distribution rows: those of none of the classes."""
+"""Name of the stratum of the out-of-distribution rows, which belong to none of the classes."""
 
 INSIDE_NAME: Final = "(inside)"
-"""Name of the stratum of the rows of the classes, where no shares of classes are stated."""
+"""Name of the stratum of all other rows, if no shares of classes are stated."""
 
 BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
-"""Bets, as shares of the largest that leaves something of the wealth after the worst row."""
+"""Bets, as shares of the limit that a bet must stay below.
+
+A bet at the limit loses all wealth at one wrong row of the largest weight.
+"""
 
 SHOWN: Final = 3
-"""Strata of which a message says how many rows they lack."""
+"""Largest number of strata whose missing rows a message lists."""
 
 SUM_TOLERANCE: Final = 1e-3
-"""By which stated shares may miss 1, as rounded numbers do; they are divided by their sum."""
+"""Largest difference between the sum of stated shares and 1, which rounding may cause.
+
+The shares are divided by their sum.
+"""
 
 
 def read_shares(path: str | Path) -> dict[str, float]:
     """Shares of classes from a CSV file with the columns ``class`` and ``share``.
 
     Raises:
-        DataError: If it is no CSV in UTF-8, has other columns, a class twice, or a share that is no
-            number.
-        StorageError: If it cannot be read.
+        DataError: If the file is no CSV in UTF-8, lacks one of the columns, names a class twice, or
+            has a share that is not a number.
+        StorageError: If the file cannot be read.
     """
     columns, rows = csv_rows(Path(path))
     if not {"class", "share"} <= set(columns):
@@ -61,7 +74,7 @@ def read_shares(path: str | Path) -> dict[str, float]:
 
 
 def check_shares(outside_share: float | None, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse shares that cannot be."""
+    """Refuse shares that are out of range, and shares of classes that do not add up to 1."""
     if outside_share is not None:
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
@@ -79,7 +92,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that leave out a class of the rows: a share of 0 is to be stated."""
+    """Refuse stated shares that leave out a class of the rows; a share of 0 must be stated, too."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -93,23 +106,23 @@ def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None
 
 
 class Strata:
-    """Calibration rows in strata of stated shares.
+    """Calibration rows, divided into strata with stated shares.
 
     Args:
         rows: N rows with an uncertainty and a known failure.
-        outside_share: Share of out-of-distribution images to be expected; None: none is stated.
-        class_shares: Share of each class among the rows within the classes; None: those of the
-            calibration rows.
+        outside_share: Expected share of out-of-distribution images; None: not stated.
+        class_shares: Expected share of each class among the rows that belong to a class; None: the
+            shares among the calibration rows.
 
     Attributes:
-        names: Of the S strata.
-        share: (S,) stated share of each.
-        stratum: (N,) position of every row's stratum.
-        n: (S,) rows of each.
+        names: Names of the S strata.
+        share: Stated share (S,) of every stratum.
+        stratum: Index (N,) of the stratum of every row.
+        n: Number (S,) of rows in every stratum.
 
     Raises:
-        UsageError: If a class is not one of the rows', or there are out-of-distribution rows and
-            their share is not stated.
+        UsageError: If a share is stated for a class that the rows do not have, or if there are
+            out-of-distribution rows and their share is not stated.
         DataError: If shares of classes are stated and the class of a row is not known.
     """
 
@@ -131,7 +144,8 @@ class Strata:
         total = sum(share_inside.values())
         shares = []
         for share in share_inside.values():
-            # rounded shares add up to nearly 1; left so, they would state another share of the rest
+            # Rounded shares may not add up to exactly 1. Without the division by their sum, the
+            # shares of all strata together would not add up to 1.
             shares.append((1 - ood_share) * share / total)
         self.names = [*share_inside, OUTSIDE_NAME]
         self.share = np.array([*shares, ood_share])
@@ -140,17 +154,20 @@ class Strata:
 
     @property
     def weight(self) -> Floats:
-        """(N,) weight v = share n / n_s of every row.
+        """Weight (N,) of every row: v = N share_s / n_s for a row of stratum s.
 
-        Their mean is 1 where every stratum with a share has rows.
+        The mean weight is 1 if every stratum with a share above 0 has rows.
         """
-        # A stratum without rows has a share that no weight can stand for: the mean is below 1, and
-        # the bound would be of another population. ``lacking`` names it before any threshold.
+        # If a stratum has a share but no rows, the mean weight is below 1, and a bound would hold
+        # for another population. Callers check ``lacking`` before they look for a threshold.
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 
     def lacking(self, max_risk: float, delta: float) -> list[tuple[str, int, int | None]]:
-        """Strata with too few rows for any guarantee: name, rows, and the fewest that it takes."""
+        """Strata with too few rows for any guarantee: name, number of rows, smallest number needed.
+
+        The smallest number is None if no number of rows is enough.
+        """
         level = main_level(delta)
         lacking: list[tuple[str, int, int | None]] = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
@@ -163,9 +180,9 @@ class Strata:
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
-    """Stated share of every class, 0 where none is, and (N,) position of each row's class.
+    """Stated share of every class, 0 if not stated; index (N,) of the class of every row.
 
-    Outside rows are at 0.
+    The index of out-of-distribution rows is 0.
     """
     if rows.class_names is None or rows.target is None:
         raise DataError(
@@ -190,37 +207,44 @@ def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[s
 
 
 def main_level(delta: float) -> float:
-    """Level of the thresholds without a floor; the floors have the rest (union bound)."""
+    """Level of the thresholds without a floor: what the floors leave of delta (union bound)."""
     return delta * (1 - FLOOR_SHARE * len(FLOORS))
 
 
 def weighted_learn_then_test(
     uncertainty: Floats, wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
 ) -> Threshold | None:
-    """The certified interval of scores that accepts most of the reweighted rows.
+    """The certified interval of scores that accepts the largest weight of rows.
 
-    Row i has Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk), whose mean over rows is positive where
-    the reweighted error rate R(t) is above max_risk. For a fixed bet b in [0, 1 / ((1 - max_risk)
-    max v)]
+    **One threshold.** Let v_i be the weight of row i, and
+
+        Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk).
+
+    The mean of Z_i(t) is positive where the reweighted error rate R(t) is above max_risk. For a
+    fixed bet b in [0, 1 / ((1 - max_risk) max v)] the evidence against R(t) >= max_risk is
 
         E(t) = prod_i (1 - b Z_i(t)),
-        E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk,
+        E[E(t)] <= exp(-b sum_i E[Z_i(t)]) <= 1    where R(t) >= max_risk.
 
-    and so is the mean over eight bets: P[E(t) >= 1 / delta] <= delta (Markov). All t are looked at
-    together, and the laxest is taken: with compensation exp(b sum E[Z_i(t)]), which is at least 1
-    wherever R(t) >= max_risk, E is a martingale in t where the numbers of rows are Poisson's, so
-    that sup E over all such t keeps the bound, too (Ville). For fixed numbers every single t is
-    proved, and all of them together are simulated (``benchmarks.shares``): what is certified
-    wrongly stays below delta, since the product is conservative. As in ``learn_then_test``
-    thresholds above floors have 0.01 of delta each. Takes no stratum's bound by itself, hence no
-    union over strata.
+    The same holds for the mean of E(t) over eight bets, which is used here. So for every such t,
+    P[E(t) >= 1 / delta] <= delta (Markov's inequality).
+
+    **All thresholds.** The laxest t with E(t) >= 1 / delta is taken. If the numbers of rows in the
+    strata were Poisson variables, E(t) exp(b sum_i E[Z_i(t)]) would be a martingale in t. The
+    second factor is at least 1 where R(t) >= max_risk. So the bound would hold for the supremum of
+    E over all such t (Ville's inequality). For fixed numbers of rows there is a proof for every
+    single t only. The supremum is simulated in ``benchmarks.shares``: the product is conservative,
+    and the share of wrong certificates stays below delta.
+
+    As in ``learn_then_test``, thresholds above a floor take 0.01 of delta for each floor. The test
+    pools all strata, so delta is not divided among them.
 
     Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas,
     Estimating means of bounded random variables by betting (2023), for the product.
     """
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    # A threshold cannot part rows of one score: evidence within a tie belongs to no threshold.
+    # No threshold separates rows with equal scores. So sums are read at the last row of each score.
     last = counts.accepted - 1
     accepted = np.cumsum(weight[order])[last]
     evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
@@ -230,14 +254,14 @@ def weighted_learn_then_test(
     for floor, level in _levels(counts.accepted, len(order), delta):
         evidence_above = evidence[:, floor + 1 :]
         accepted_below = 0.0
-        if floor >= 0:
+        if floor != NO_FLOOR:
             evidence_above = evidence_above - evidence[:, floor : floor + 1]
             accepted_below = float(accepted[floor])
         certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
         if not len(certified):
             continue
-        # The laxest of all, whatever fails before it: the bound is of the supremum over t, so no
-        # order of tests has to be kept, and no level to be divided among them.
+        # The laxest certified threshold is taken, even if a stricter one is not certified. The
+        # bound holds for the supremum over all thresholds, so their order does not matter.
         index = floor + 1 + int(certified[-1])
         share_accepted = float(accepted[index]) - accepted_below
         if share_accepted > most_accepted:
@@ -247,8 +271,8 @@ def weighted_learn_then_test(
 
 
 def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Positions of the floors, -1 without one, and the level of the thresholds above each."""
-    levels = [(-1, main_level(delta))]
+    """Index of every floor, and ``NO_FLOOR``, with the level of the thresholds above it."""
+    levels = [(NO_FLOOR, main_level(delta))]
     for share in FLOORS:
         floor = int(np.searchsorted(accepted, math.ceil(n * share)))
         levels.append((floor, delta * FLOOR_SHARE))
@@ -258,34 +282,33 @@ def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
 def cumulated_evidence(
     wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
 ) -> Floats:
-    """(B, N) log of the product over the first rows, for each bet.
+    """Log (B, N) of the product over the first 1, 2, ... N rows, for each of B bets.
 
-    ``largest``: weight of all rows.
+    ``largest`` is the largest weight of any row.
     """
-    # A wrong row of the largest weight must leave something: a bet that can lose all of the wealth
-    # has a negative factor at times, and Markov's inequality needs E >= 0.
+    # The bets are so small that every factor is positive, even for a wrong row of the largest
+    # weight. Markov's inequality needs E >= 0.
     bets = np.array(BETS)[:, None] / ((1 - max_risk) * largest)
     return np.log1p(-bets * weight * (wrong - max_risk)).cumsum(axis=1)
 
 
-@np.errstate(under="ignore")  # what is small beside the others is 0
+@np.errstate(under="ignore")  # a term far smaller than the others is rounded to 0
 def log_mean(evidence: Floats) -> Floats:
-    """(G,) log of the mean over bets (B, G)."""
-    # The mean keeps E[E(t)] <= 1, the largest of the bets does not.
+    """Log (G,) of the mean evidence over B bets, from log evidence (B, G)."""
+    # For the mean over bets E[E(t)] <= 1 holds. For the maximum over bets it does not.
     log_e: Floats = np.logaddexp.reduce(evidence, axis=0) - math.log(len(BETS))
     return log_e
 
 
 def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool) -> int | None:
-    """So many rows a stratum of this share needs at least.
+    """Smallest number of rows that a stratum with this share needs; None if no number is enough.
 
-    That is with rows without end in all other strata, and every answer right.
-
-    ``all_wrong``: whether none of its rows can be right, so that at best none of them is accepted.
+    This is the best case: the other strata have infinitely many rows, and every answer is right.
+    ``all_wrong``: all rows of the stratum are wrong, so that at best none of them is accepted.
     """
     bets = np.array(BETS)
-    # The best case: endless rows in the other strata have weights near 0, so their product tends to
-    # exp(-b sum Z). For every real number of them it is smaller, so fewer rows never do.
+    # With infinitely many rows in the other strata their weights tend to 0 and their product tends
+    # to exp(-b sum Z). With finitely many rows the product is smaller, so more rows are needed.
     others_gain = bets * max_risk / (1 - max_risk) * (1 - share) / share
     own_gain = np.zeros(len(bets))
     if not all_wrong:
@@ -299,7 +322,7 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
 
 
 def why_nothing(strata: Strata, max_risk: float, delta: float) -> str:
-    """Which strata lack how many rows; else that the scores do not single enough out."""
+    """Why nothing is certified: too few rows in some strata, or scores that separate too little."""
     lacking = strata.lacking(max_risk, delta)
     if not lacking:
         return (
@@ -308,8 +331,8 @@ def why_nothing(strata: Strata, max_risk: float, delta: float) -> str:
         )
     words = []
     for name, n, needed in lacking[:SHOWN]:
-        fewest = "more than can be" if needed is None else f"{needed:,} at least"
-        words.append(f"{name} has {n:,} and needs {fewest}")
+        enough = "no number is enough" if needed is None else f"needs {needed:,} at least"
+        words.append(f"{name} has {n:,} and {enough}")
     more = ""
     if len(lacking) > SHOWN:
         more = f" and {len(lacking) - SHOWN} more"
@@ -317,11 +340,11 @@ def why_nothing(strata: Strata, max_risk: float, delta: float) -> str:
 
 
 def in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
-    """For which shares a guarantee holds."""
+    """Text that says for which shares a guarantee holds."""
     words = []
     if outside_share is not None:
-        most = percent(outside_share, 1, math.floor)
-        words.append(f"for up to {most} of out-of-distribution images like those shown")
+        largest_share = percent(outside_share, 1, math.floor)
+        words.append(f"for up to {largest_share} of out-of-distribution images like those shown")
     if class_shares is not None:
         words.append(f"at the stated shares of {len(class_shares)} classes")
     return " and ".join(words)

@@ -1,4 +1,4 @@
-"""What is asked of a calibration, and whether it can be."""
+"""The target of a calibration, and checks of what is asked for."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from vilu.validation import checked_fields, require_between
 @checked_fields
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is asked of a calibration.
+    """Target of a calibration: the guarantees that are asked for.
 
     Attributes:
-        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a
-            coverage.
-        min_coverage: Least share to accept; None for any.
+        max_risk: Largest error rate among accepted answers. None: no bound is asked for. Without
+            ``min_coverage`` too, only probabilities are calibrated.
+        min_coverage: Smallest share of answers to accept; None: any share.
         confidence: 1 - delta.
-        method: "ltt", "crc" or "selection", as of ``vilu.calibrate``; "anytime" of labels that
+        method: "ltt", "crc" or "selection", as in ``vilu.calibrate``; "anytime" for labels that
             ``vilu next`` and ``vilu triage`` ask for.
-        per_class: A threshold for every predicted class with enough rows.
-        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None for none.
+        per_class: Whether every predicted class with enough rows has a threshold of its own.
+        label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None: no label sets.
         max_miss: Largest share of label sets without the right label.
-        outside_share: Share of pictures of none of the classes to be expected; None: as among the
+        outside_share: Expected share of pictures of none of the classes; None: the share among the
             calibration rows.
-        class_shares: Shares of the classes among the others to be expected, by name; None: as
-            there.
+        class_shares: Expected share of each class, by name, among the pictures of the classes;
+            None: the shares among the calibration rows.
 
     Examples:
         >>> import vilu
@@ -54,16 +54,16 @@ class Target:
 
     @property
     def has_rule(self) -> bool:
-        """Whether more is asked for than probabilities and label sets."""
+        """Whether a rule is asked for, not only probabilities or label sets."""
         return self.max_risk is not None or self.min_coverage is not None
 
     @property
     def states_shares(self) -> bool:
-        """Whether the guarantee is to hold for stated shares, not for those of the rows."""
+        """Whether the guarantee must hold for stated shares instead of those of the rows."""
         return self.outside_share is not None or self.class_shares is not None
 
     def check_rule(self, *, grouped: bool) -> None:
-        """Refuse what no rule can guarantee; ``grouped``: of several groups."""
+        """Refuse a target that no rule can guarantee; ``grouped``: one threshold per group."""
         if not self.has_rule:
             raise UsageError("what is to be guaranteed? Give max_risk, min_coverage or both.")
         if self.max_risk is not None:
@@ -87,7 +87,7 @@ class Target:
         self.check_shares(grouped=grouped)
 
     def check_shares(self, *, grouped: bool) -> None:
-        """Refuse shares that cannot be, or with which nothing can be guaranteed."""
+        """Refuse impossible shares, and shares together with options that do not support them."""
         check_shares(self.outside_share, self.class_shares)
         if not self.states_shares:
             return

@@ -18,19 +18,22 @@ from vilu.metrics.counts import Floats, Ints, TieCounts
 MAX_ROWS = 2**40
 
 Starts = tuple[tuple[float, float], ...]
+"""For every sequence: share of the rows at which it starts, and share of the level."""
 
 
 def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
-    """(...) P[Bin(m, risk) <= k]: the p-value of "the error rate is above ``risk``".
+    """P-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
 
-    1 where nothing is accepted.
+    k = ``wrong``, m = ``accepted``. The p-value is 1 where nothing is accepted.
     """
-    from scipy import special  # half a second to import, which those who only score are spared
+    # imported here, because the import takes half a second and scoring does not need SciPy
+    from scipy import special
 
-    # the regularised incomplete beta function is the tail, and takes whole arrays
+    # The tail is a regularised incomplete beta function, which SciPy computes for whole arrays. It
+    # is exact. The normal approximation is too small where errors are rare, as they are here.
     has_right = wrong < accepted
-    # Exact, not normal: with few errors, where guarantees are made, the normal tail is too small.
-    # Its arguments must be above 0: where no answer is right 1 stands in, and the tail is 1.
+    # Both arguments of the function must be above 0. Where no answer is right, both are set to 1
+    # and the result is replaced by 1.
     right = np.where(has_right, accepted - wrong, 1)
     not_right = np.where(has_right, wrong + 1, 1)
     p = special.betainc(right, not_right, 1 - risk)
@@ -38,20 +41,20 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
 
 
 def upper_bound(wrong: float, accepted: float, delta: float) -> float:
-    """Clopper-Pearson bound b, P[Bin(m, b) <= k] = delta.
+    """Upper Clopper-Pearson bound b of an error rate: P[Bin(m, b) <= k] = delta.
 
-    The error rate is below it with confidence 1 - delta.
+    k = ``wrong``, m = ``accepted``. The error rate is below b with confidence 1 - delta.
     """
     from scipy import special
 
     if wrong >= accepted:
         return 1.0
-    # Exact at every m, as the normal approximation is not: with no error among m that bound is 0.
+    # The bound is exact at every m. A normal approximation would be 0 where no answer is wrong.
     return float(special.betaincinv(wrong + 1, accepted - wrong, 1 - delta))
 
 
 def lower_bound(hits: float, n: float, delta: float) -> float:
-    """Clopper-Pearson bound from below, P[Bin(n, b) >= k] = delta."""
+    """Lower Clopper-Pearson bound b of a rate: P[Bin(n, b) >= k] = delta, with k = ``hits``."""
     from scipy import special
 
     if not hits:
@@ -60,45 +63,51 @@ def lower_bound(hits: float, n: float, delta: float) -> float:
 
 
 def percent(share: float, decimals: int = 2, rounded: Callable[[float], int] = math.ceil) -> str:
-    """A bound in per cent, never rounded to the side that would guarantee more.
+    """Text of a bound in per cent, never rounded in the direction that would guarantee more.
 
-    A small one has more decimals.
+    An upper bound is rounded up (``math.ceil``), a lower bound down (``math.floor``). A small share
+    is shown with more than ``decimals`` decimals.
     """
     if share > 0:
         decimals_shown = 1 - math.floor(math.log10(100 * share))
         decimals = max(decimals, decimals_shown)
     unit = 10 ** (decimals + 2)
-    # to six digits first: 0.07 * 10,000 is a little more than 700, and would be 7.01 %
+    # Rounded to six decimals first: 0.07 * 10,000 is a little more than 700 in float64, and
+    # rounding up alone would give 7.01 %.
     return f"{rounded(round(share * unit, 6)) / unit:.{decimals}%}"
 
 
 def exactly(confidence: float) -> str:
-    """A confidence in per cent: 99.9 % is not 100 %."""
+    """Text of a confidence in per cent with all its decimals: 99.9 % is not shown as 100 %."""
     return f"{100 * confidence:.10g}%"
 
 
 def rows_without_error(risk: float, delta: float) -> int:
-    """Smallest m with (1 - risk)^m <= delta: so many answers, all right, certify the risk."""
+    """Smallest m with (1 - risk)^m <= delta: m answers that are all right certify the risk."""
     if risk >= 1:
         return 1
-    # the tolerance: log(0.1) / log(0.9 ** k) must not be rounded past a whole number
+    # Without the tolerance 1e-9, a quotient that is a whole number could come out a little larger
+    # in float64 and be rounded up to the next whole number.
     return max(math.ceil(math.log(delta) / math.log1p(-risk) - 1e-9), 1)
 
 
 def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
-    """Smallest m with P[Bin(m, risk) <= wrong] <= delta: of m answers ``wrong`` may be wrong."""
+    """Smallest m with P[Bin(m, risk) <= wrong] <= delta; None where m is above 2^40.
+
+    So many accepted answers certify the risk although ``wrong`` of them are wrong.
+    """
 
     def is_enough(m: int) -> bool:
         return bool(tail(np.asarray(wrong), np.asarray(m), risk) <= delta)
 
-    # with ``wrong`` fixed the tail falls as m grows, so one bisection finds the first m
+    # For a fixed number of wrong answers the tail falls as m grows, so bisection is possible.
     return first_enough(is_enough, max(rows_without_error(risk, delta), wrong + 1))
 
 
 def first_enough(is_enough: Callable[[int], bool], high: int) -> int | None:
-    """By doubling ``high`` and bisection an m that is enough while m - 1 is not.
+    """A number m that is enough while m - 1 is not, by doubling ``high`` and by bisection.
 
-    None where it is above 2^40.
+    None where m is above 2^40.
     """
     while not is_enough(high):
         high *= 2
@@ -115,50 +124,61 @@ def first_enough(is_enough: Callable[[int], bool], high: int) -> int | None:
 
 
 STARTS = ((1 / 16, 0.3), (1 / 4, 0.7))
-"""Where fixed sequences begin, as shares of the rows, and their shares of the level.
+"""Share of the rows at which each sequence starts, and its share of the level.
 
-That is of the level that ``WHOLE`` leaves.
+The level is what remains of delta after the sequence that starts at all rows (``WHOLE``).
 """
 
 WHOLE = 1 / 4
-"""At most this share of the level is for all rows at once."""
+"""Largest share of delta for the sequence that starts at all rows."""
 
 NEAR = 2 / 3
-"""A sequence that cannot begin before this share of the next one's rows begins with the next."""
+"""Two sequences are merged if the first must start later than at this share of the second's rows.
+
+The merged sequence starts where the second one would, with the levels of both.
+"""
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-"""Shares of the most trusted rows that may be left for review.
+"""Shares of the rows, always the most trusted ones, that a floor leaves for review.
 
-That is done where because of them no answer could be accepted.
+A floor helps where so many of these rows are wrong that no threshold without a floor is certified.
 """
 
 FLOOR_SHARE = 0.01
-"""Share of delta of each floor."""
+"""Share of delta that each floor takes."""
 
 FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
-"""As ``STARTS``, of the rows above a floor."""
+"""As ``STARTS``, for the rows above a floor."""
 
 FLOOR_ROWS = 500
-"""Fewer rows have no floors: a mistake or two on top may be bad luck, and delta is scarce."""
+"""Number of rows from which on floors are tried.
+
+Among fewer rows, one or two wrong answers among the most trusted may be chance. Floors would also
+take a part of delta, and with few rows all of delta is needed.
+"""
+
+NO_FLOOR = -1
+"""Index of the floor if there is none: the scores above a floor start at the next index, here 0."""
 
 BLOCK = 2**14
-"""P-values that are computed together."""
+"""Number of p-values that are computed at once."""
 
 
 class Threshold(Model):
-    """What is accepted, uncertainties above a floor up to a threshold, and the evidence for it.
+    """Accepted interval of uncertainties, floor < u <= threshold, and the evidence for it.
 
     Attributes:
-        threshold: Accept where the uncertainty is at most this; None: accept nothing.
-        n: Calibration rows.
-        n_accepted: How many of them are accepted.
-        n_wrong: How many of those are wrong.
-        risk_bound: The bound that is guaranteed; None where nothing is accepted.
-        why: Why nothing is accepted.
-        n_needed: So many calibration rows are needed at least, where there are fewer; else None.
-            How many would be enough depends on how many of them are accepted and right.
-        floor: Review where the uncertainty is at most this, too: too many of the most trusted
-            answers are wrong. None: no answer is too trusted.
+        threshold: Accept where the uncertainty is at most this number; None: accept nothing.
+        n: Number of calibration rows.
+        n_accepted: Number of calibration rows that are accepted.
+        n_wrong: Number of accepted calibration rows that are wrong.
+        risk_bound: The guaranteed bound of the risk; None where nothing is accepted.
+        why: Why nothing is accepted; None where something is.
+        n_needed: Smallest number of calibration rows with which anything could be certified, if
+            ``n`` is smaller; else None. How many rows suffice depends on how many of them are
+            accepted and right.
+        floor: Review where the uncertainty is at most this number, because too many of the most
+            trusted answers are wrong; None: no floor.
     """
 
     threshold: float | None
@@ -171,22 +191,25 @@ class Threshold(Model):
     floor: float | None = None
 
     @classmethod
-    def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = -1) -> Self:
-        """Accept the scores after position ``floor`` up to ``index``, of the distinct ones."""
+    def at(cls, counts: TieCounts, index: int, risk_bound: float, floor: int = NO_FLOOR) -> Self:
+        """Accept the distinct scores with index floor + 1 to ``index``, both included.
+
+        ``floor`` is the index of the largest distinct score below the interval, or ``NO_FLOOR``.
+        """
         inside = slice(floor + 1, index + 1)
-        above = float(counts.value[floor]) if floor >= 0 else None
+        floor_score = None if floor == NO_FLOOR else float(counts.value[floor])
         return cls(
             threshold=float(counts.value[index]),
             n=int(counts.n),
             n_accepted=int(counts.size[inside].sum()),
             n_wrong=int(counts.wrong[inside].sum()),
             risk_bound=risk_bound,
-            floor=above,
+            floor=floor_score,
         )
 
     @classmethod
     def nothing(cls, n: int, why: str, n_needed: int | None = None) -> Self:
-        """Accept none of n rows."""
+        """The threshold that accepts none of n rows."""
         return cls(
             threshold=None,
             n=n,
@@ -199,16 +222,16 @@ class Threshold(Model):
 
     @property
     def coverage(self) -> float:
-        """Share of the calibration rows that is accepted."""
+        """Share of the calibration rows that are accepted."""
         if not self.n:
             return 0.0
         return self.n_accepted / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Accepted are uncertainties above the first number up to the second.
+        """Numbers (a, b): uncertainties u with a < u <= b are accepted.
 
-        Both -inf where nothing is.
+        Both numbers are -inf where nothing is accepted.
         """
         if self.threshold is None:
             return -math.inf, -math.inf
@@ -226,115 +249,153 @@ class Threshold(Model):
 
 
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:
-    """The certified interval of scores that accepts most: P[its risk <= max_risk] >= 1 - delta.
+    """The certified interval of scores that accepts most rows: P[risk <= max_risk] >= 1 - delta.
 
-    H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict
-    to lax every t is tested at the same level until one is not rejected; R need not be monotone. A
-    sequence has to begin where enough is accepted for a rejection to be possible, and one unlucky
-    wrong answer near the beginning ends it; so there are three beginnings, near 1/16 and 1/4 of the
-    rows and at all of them, and a sequence that reaches the next one's beginning hands its level on
-    (the fallback procedure). Binomial tails have steps, and no level is left between two: a
-    sequence begins where one more wrong answer has just become admissible, and all rows take the
-    largest level below 1/4 that their tail has, with a wrong answer at least. Few rows have one
-    sequence, with all of delta.
+    **Test of one threshold.** k_t of the m_t rows with a score of at most t are wrong. The
+    hypothesis H_t, R(t) > max_risk, is rejected at level a where
 
-    All of them fail where the most trusted answers hold many wrong ones. So from 500 rows on the
-    same is done with what lies above a floor l (the error rate of l < u <= t is above max_risk), at
-    1/32, 1/16, 1/8 and 1/4 of the rows, with 0.01 of delta each, where the rows above it are enough
-    to begin.
+        P[Bin(m_t, max_risk) <= k_t] <= a.
 
-    Why it holds, for scores without ties: places are ranks, so the scores alone decide on them. The
-    ranges of t where R(t) > max_risk begin and end at R(t) = max_risk; so given how many rows lie
-    in each, Bin(m, max_risk) of the m rows before a range are wrong, and these numbers say in which
-    range a sequence meets its first true H_t, and its level there, which bounds the probability to
-    reject the last H_t before the range, as the sequence must. Where it begins in a range, the row
-    at t is no random one: of the m - 1 others, given t, Bin(m - 1, max_risk) are wrong, or more. So
-    there these alone are tested, and to go on all m as well; what they show by themselves ends
-    before t, for t may be a score that many rows have, all of them wrong. A level that was handed
-    on has met none, so the levels that meet one add up to delta at most. Given a floor, the rows
-    above it are independent draws; floors share delta. Scores with ties are simulated in the tests.
-    Other places were tried: ``benchmarks/thresholds.py``.
+    **Fixed sequences.** Thresholds are tested from strict to lax, all at the same level, until one
+    H_t is not rejected. R need not be monotone. A sequence must start where enough rows are
+    accepted for a rejection to be possible. One unlucky wrong answer near its start ends it.
+    Therefore there are three sequences. They start near 1/16 of the rows, near 1/4 of the rows,
+    and at all rows. A sequence that reaches the start of the next sequence adds its level to that
+    of the next sequence (fallback procedure of Wiens). If there are few rows, one sequence has all
+    of delta.
+
+    **Exact starts.** A binomial tail has steps, and level between two steps would be wasted. So a
+    sequence starts at a number of rows at which one more wrong answer has just become admissible.
+    The sequence at all rows takes the largest value of its tail that is at most delta / 4. It is
+    left out if it would admit no wrong answer.
+
+    **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 500 rows
+    or more, intervals l < u <= t above a floor l are tested in the same way. Floors lie at 1/32,
+    1/16, 1/8 and 1/4 of the rows. Each takes 0.01 of delta. A floor is left out if the rows above
+    it are too few for a rejection.
+
+    **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
+
+    1. All starts are ranks of scores, so they do not depend on which answers are wrong.
+    2. Call an interval of t where R(t) > max_risk a bad range. R(t) = max_risk at both of its ends.
+    3. Condition on the number of rows in every range. Then Bin(m, max_risk) of the m rows before a
+       bad range are wrong. The numbers of rows also determine in which bad range a sequence meets
+       its first true H_t, and at which level.
+    4. To enter this range, the sequence must reject the last H_t before the range. By step 3 the
+       probability of this rejection is at most the level.
+    5. If the sequence starts inside a bad range, its first threshold t is the score of a row chosen
+       by rank, and this row is no random draw. Given t, the number of wrong answers among the other
+       m - 1 rows is at least Bin(m - 1, max_risk) in distribution. So these m - 1 rows are tested
+       first, and then all m rows. If only the first test rejects, the threshold just before t is
+       certified, because t may be a score that many rows share, all of them wrong.
+    6. A level is passed on only if the sequence has met no true H_t. So the levels at which true
+       hypotheses are met add up to at most delta.
+    7. Given a floor, the rows above it are independent draws. The floors share delta (union bound).
+
+    Other starts and floors are compared in ``benchmarks/thresholds.py``.
 
     Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni
     procedure (2003).
     """
     floors = _floors(counts.accepted, max_risk, delta)
-    # The one that accepts most is picked after all were tested, so they share delta (union bound):
-    # with all of delta for each, the pick would break its guarantee too often.
+    # The interval that accepts most is chosen after all intervals were tested. So the tests share
+    # delta (union bound). With all of delta for each, the guarantee would be broken too often.
     main_level = delta * (1 - FLOOR_SHARE * len(floors))
-    best = _fallback(counts, -1, STARTS, WHOLE, max_risk, main_level)
+    best = _fallback_procedure(
+        counts, floor=NO_FLOOR, starts=STARTS, whole=WHOLE, max_risk=max_risk, delta=main_level
+    )
     for floor in floors:
-        above = _fallback(counts, floor, FLOOR_STARTS, 0.0, max_risk, delta * FLOOR_SHARE)
-        if above is None:
+        above_floor = _fallback_procedure(
+            counts,
+            floor=floor,
+            starts=FLOOR_STARTS,
+            whole=0.0,
+            max_risk=max_risk,
+            delta=delta * FLOOR_SHARE,
+        )
+        if above_floor is None:
             continue
-        if best is None or above.n_accepted > best.n_accepted:
-            best = above
+        if best is None or above_floor.n_accepted > best.n_accepted:
+            best = above_floor
     return best
 
 
 def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
-    """Positions of the floors above which a sequence can begin where it is to."""
+    """Indices of the floors with enough rows above them for a rejection at the first start."""
     n = int(accepted[-1])
     if n < FLOOR_ROWS:
         return []
-    at, share = FLOOR_STARTS[0]
-    rows = rows_without_error(max_risk, delta * FLOOR_SHARE * share) + 1
+    start_share, level_share = FLOOR_STARTS[0]
+    n_needed = rows_without_error(max_risk, delta * FLOOR_SHARE * level_share) + 1
     floors = []
-    # Places are ranks of scores. A floor that failures had chosen would take the wrong answers
-    # below it away by choice, and the rows above it would be no independent draws.
+    # Floors are chosen by rank. If the wrong answers decided where a floor lies, the rows above it
+    # would not be independent draws.
     for floor_share in FLOORS:
         rank = math.ceil(n * floor_share)
-        if (n - rank) * at >= rows:
+        if (n - rank) * start_share >= n_needed:
             floors.append(int(np.searchsorted(accepted, rank)))
     return floors
 
 
-def _above(cumulated: Ints, floor: int) -> Ints:
-    """Sums up to each score above a floor."""
-    if floor < 0:
+def _count_above_floor(cumulated: Ints, floor: int) -> Ints:
+    """Cumulated counts of the rows above a floor, for each score above the floor."""
+    if floor == NO_FLOOR:
         return cumulated
-    above: Ints = cumulated[floor + 1 :] - cumulated[floor]
-    return above
+    count: Ints = cumulated[floor + 1 :] - cumulated[floor]
+    return count
 
 
-def _fallback(
-    counts: TieCounts, floor: int, starts: Starts, whole: float, max_risk: float, delta: float
+def _fallback_procedure(
+    counts: TieCounts,
+    *,
+    floor: int,
+    starts: Starts,
+    whole: float,
+    max_risk: float,
+    delta: float,
 ) -> Threshold | None:
-    """The laxest t above a floor that the sequences certify."""
-    accepted = _above(counts.accepted, floor)
-    wrong = _above(counts.accepted_wrong, floor)
+    """The laxest threshold above a floor that Wiens' fallback procedure certifies.
+
+    ``floor`` is an index of ``counts``, or ``NO_FLOOR``.
+    """
+    accepted = _count_above_floor(counts.accepted, floor)
+    wrong = _count_above_floor(counts.accepted_wrong, floor)
     is_all_wrong = counts.size == counts.wrong
-    levels = _levels(accepted, starts, whole, max_risk, delta)
+    levels = _level_at_start(accepted, starts, whole, max_risk, delta)
     carried = 0.0
     laxest = None
-    for begin, end in pairwise([*sorted(levels), len(accepted)]):
-        level = carried + levels[begin]
-        # The row at the first t sets its place, so it is no random draw: with it as a trial the
-        # binomial law would not hold. It is wrong if all rows of its score are.
-        wrong_of_others = wrong[begin] - is_all_wrong[floor + 1 + begin]
-        first_kept = begin
-        if tail(wrong_of_others, accepted[begin] - 1, max_risk) <= level:
-            first_kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
-            # Where all m rows do not reject H_t, what the others show ends before t: that score may
-            # be one of many rows, all of them wrong.
-            laxest = first_kept - 1
-        # The next one gets the level only if no hypothesis was kept: a kept one may be true, and
-        # then the level was at risk already (Wiens 2003).
-        carried = level if first_kept == end else 0.0
+    for start, end in pairwise([*sorted(levels), len(accepted)]):
+        level = carried + levels[start]
+        # The row at the first threshold determines where the sequence starts. So it is no random
+        # draw, and the binomial law holds for the other rows only. The row is taken for right,
+        # unless all rows with its score are wrong.
+        wrong_of_others = wrong[start] - is_all_wrong[floor + 1 + start]
+        first_not_rejected = start
+        if tail(wrong_of_others, accepted[start] - 1, max_risk) <= level:
+            first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
+            # If all rows together do not reject H_t at the start, the threshold before t is
+            # certified: t itself may be a score that many rows share, all of them wrong.
+            laxest = first_not_rejected - 1
+        # The level is carried on only if all hypotheses were rejected. A hypothesis that is not
+        # rejected may be true, and then its test has used up the level (Wiens 2003).
+        carried = level if first_not_rejected == end else 0.0
     if laxest is None:
         return None
     return Threshold.at(counts, floor + 1 + laxest, max_risk, floor)
 
 
-def _levels(
+def _level_at_start(
     accepted: Ints, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> dict[int, float]:
-    """Position at which each sequence begins, and its level; with ties the nearest one."""
+    """Level of each sequence, by the index in ``accepted`` at which the sequence starts.
+
+    With ties, the index whose number of accepted rows is nearest to the best start.
+    """
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
     for beginning in beginnings(n, starts, whole, max_risk, delta):
-        # By numbers of rows, never by failures: a beginning where the answers happen to be right
-        # would be a choice among many tests, and its own test allows for one.
+        # Starts depend on numbers of rows only. A start chosen where the answers happen to be right
+        # would be a choice among many tests, but the level allows for one test.
         index = int(np.searchsorted(accepted, beginning.best))
         if index:
             n_before = accepted[index - 1]
@@ -346,25 +407,27 @@ def _levels(
     return levels
 
 
-def _first_kept(
-    wrong: Ints, accepted: Ints, max_risk: float, level: float, begin: int, end: int
+def _first_not_rejected(
+    wrong: Ints, accepted: Ints, max_risk: float, level: float, start: int, end: int
 ) -> int:
-    """First position from ``begin`` on whose hypothesis is not rejected; ``end`` where all are."""
-    # The sequence ends there, even if later ones would be rejected: to jump over a true H_t
-    # would test the next one with a level that is spent.
-    for start in range(begin, end, BLOCK):
-        block = slice(start, min(start + BLOCK, end))
+    """First index from ``start`` on whose hypothesis is not rejected; ``end`` if all are rejected.
+
+    A sequence stops at this index even if later hypotheses could be rejected. If the hypothesis at
+    this index is true, its test has used up the level.
+    """
+    for block_start in range(start, end, BLOCK):
+        block = slice(block_start, min(block_start + BLOCK, end))
         not_rejected = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
         if len(not_rejected):
-            return start + int(not_rejected[0])
+            return block_start + int(not_rejected[0])
     return end
 
 
 class Beginning(NamedTuple):
-    """Where a fixed sequence begins."""
+    """Start of a fixed sequence, as the number of rows accepted there."""
 
-    fewest: int  # rows accepted there, at least
-    best: int  # rows where one more wrong answer has just become admissible; without ties so many
+    fewest: int  # smallest number of rows at which a rejection is possible
+    best: int  # number of rows at which one more wrong answer has just become admissible
     level: float
 
 
@@ -372,43 +435,46 @@ class Beginning(NamedTuple):
 def beginnings(
     n: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> tuple[Beginning, ...]:
-    """Where the sequences of n rows begin, those of ``starts`` after the one of all rows.
+    """Starts of the sequences of n rows: the one at all rows, then those of ``starts``.
 
-    None where no rejection is possible. Each has one row more than its test, since the last row is
-    not a random one.
+    Sequences that cannot reject anything are left out. Each start has one row more than its first
+    test has trials, because the last row is no random draw.
     """
     sequences: list[Beginning] = []
-    left = delta
+    level_left = delta
     wrong = admissible(n - 1, max_risk, whole * delta)
     if wrong > 0:
-        # Tails have steps: level between two of them would reject nothing, and is left to the rest.
+        # The tail has steps. Level above the step at ``wrong`` would not reject more, so it is left
+        # to the other sequences.
         level = float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
-        sequences.append(Beginning(n, n, level))
-        left = delta - level
+        sequences.append(Beginning(fewest=n, best=n, level=level))
+        level_left = delta - level
     carried = 0.0
     for (at, share), (next_at, next_share) in pairwise([*starts, (0.0, 0.0)]):
-        level = carried + left * share
-        place = math.ceil(n * at) - 1
-        fewest = rows_without_error(max_risk, level)
-        fewest_next = rows_without_error(max_risk, level + left * next_share)
-        next_rows = max(math.ceil(n * next_at), fewest_next + 1)
-        is_late = place < fewest and fewest + 1 > NEAR * next_rows
+        level = carried + level_left * share
+        trials_wanted = math.ceil(n * at) - 1
+        trials_needed = rows_without_error(max_risk, level)
+        trials_needed_next = rows_without_error(max_risk, level + level_left * next_share)
+        next_rows = max(math.ceil(n * next_at), trials_needed_next + 1)
+        is_late = trials_wanted < trials_needed and trials_needed + 1 > NEAR * next_rows
         if next_at > 0 and is_late:
-            # One sequence with both levels certifies more than two that begin at nearly one place.
+            # One sequence with the levels of both certifies more than two sequences that start
+            # close together.
             carried = level
             continue
-        least = max(place, fewest)
+        trials = max(trials_wanted, trials_needed)
         # Where one more wrong answer has just become admissible, the test uses nearly all of its
-        # level. With fewer rows it would lose what lies between two steps of the tail.
-        best = accepted_needed(admissible(least - 1, max_risk, level) + 1, max_risk, level)
+        # level. With fewer trials the level between two steps of the tail would be unused.
+        best = accepted_needed(admissible(trials - 1, max_risk, level) + 1, max_risk, level)
         carried = 0.0
-        if least < n:
-            sequences.append(Beginning(least + 1, min((best or least) + 1, n), level))
+        if trials < n:
+            best_rows = min((best or trials) + 1, n)
+            sequences.append(Beginning(fewest=trials + 1, best=best_rows, level=level))
     return tuple(sequences)
 
 
 def admissible(rows: int, max_risk: float, level: float) -> int:
-    """Largest k with P[Bin(rows, max_risk) <= k] <= level; -1 where there is none."""
+    """Largest k with P[Bin(rows, max_risk) <= k] <= level; -1 if there is no such k."""
 
     def tail_of(wrong: int) -> float:
         return float(tail(np.asarray(wrong), np.asarray(rows), max_risk))
@@ -419,34 +485,39 @@ def admissible(rows: int, max_risk: float, level: float) -> int:
 def conformal_risk_control(
     counts: TieCounts,
     max_risk: float,
-    delta: float,  # noqa: ARG001 - as of the other procedures
+    delta: float,  # noqa: ARG001 - unused: all procedures have the same parameters
 ) -> Threshold | None:
-    """The loosest t with (k_t + 1) / (n + 1) <= max_risk, a bound on a mean.
+    """The laxest t with (k_t + 1) / (n + 1) <= max_risk, which bounds a mean risk.
 
-    E[share of all answers that is accepted and wrong] <= max_risk. The joint risk is monotone in t,
-    as conformal risk control needs; the selective risk is not. The guarantee is about the mean over
-    calibration draws: there is no delta.
+    The guarantee is
+
+        E[share of all answers that are accepted and wrong] <= max_risk.
+
+    Conformal risk control needs a risk that is monotone in t. This share is monotone, but the error
+    rate among accepted answers is not. The mean is over draws of calibration rows, so there is no
+    delta.
 
     Source: Angelopoulos et al., Conformal Risk Control (2022), Eq. 4, with a loss of 0 or 1.
     """
-    # The new row counts as one more, accepted and wrong: with k / n, in which it has no part, the
-    # mean over draws would exceed max_risk by up to 1 / (n + 1).
-    joint = (counts.accepted_wrong + 1) / (counts.n + 1)
-    inside = int(np.count_nonzero(joint <= max_risk))
-    if not inside:
+    # The new row is counted as accepted and wrong. With k / n, which leaves out the new row, the
+    # mean over draws could exceed max_risk by up to 1 / (n + 1).
+    joint_risk = (counts.accepted_wrong + 1) / (counts.n + 1)
+    n_scores = int(np.count_nonzero(joint_risk <= max_risk))
+    if not n_scores:
         return None
-    return Threshold.at(counts, inside - 1, max_risk)
+    return Threshold.at(counts, n_scores - 1, max_risk)
 
 
 def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Threshold | None:
     """The strictest t that accepts at least ``min_coverage`` of all answers, with a bound on R(t).
 
-    Both hold together with probability >= 1 - delta, each with half of it. t is the first score
-    below which so many rows lie that the Clopper-Pearson bound of the acceptance rate from below
-    reaches the target. How many that is depends on n alone, so no wrong answer has a say in the
-    choice, and the bound of the risk at t is that of a single threshold (of scores without ties;
-    those are simulated in the tests). It counts the row at t as wrong if any is, but not as a
-    trial: given t, only the others are random.
+    Coverage and bound hold together with probability >= 1 - delta; each takes delta / 2.
+
+    t is the smallest score at which the lower Clopper-Pearson bound of the acceptance rate reaches
+    ``min_coverage``. Without ties this choice depends on n only and not on wrong answers. So the
+    risk at t is bounded by a test of a single threshold. (Scores with ties are simulated in the
+    tests.) The row at t is no trial, because only the other rows are random given t. All wrong
+    answers up to t are counted.
     """
     n = int(counts.n)
 
@@ -457,10 +528,10 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     if index == len(counts.accepted):
         return None
     wrong = int(counts.accepted_wrong[index])
-    # The row at t was chosen by its rank: as a trial it would make the bound too sharp.
+    # The row at t was chosen by rank. Counted as a trial, it would make the bound too small.
     trials = int(counts.accepted[index]) - 1
-    # Two statements, each with half of delta: with all of it each, one of them would be false too
-    # often (union bound).
+    # Coverage and risk take half of delta each. With all of delta for each, the probability that
+    # one of them is false could exceed delta (union bound).
     return Threshold.at(counts, index, upper_bound(min(wrong, trials), trials, delta / 2))
 
 
@@ -468,17 +539,18 @@ PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
     "ltt": learn_then_test,
     "crc": conformal_risk_control,
 }
-"""Thresholds for a maximal risk, by name."""
+"""Procedures that find a threshold for a maximal risk, by the name of their method."""
 
 
 def rows_for_mean(max_risk: float) -> int:
-    """Fewest n with 1 / (n + 1) <= max_risk."""
+    """Smallest number n of rows with 1 / (n + 1) <= max_risk."""
     return math.ceil(round(1 / max_risk, 9)) - 1
 
 
 def rows_for_coverage(min_coverage: float, delta: float) -> int:
-    """Fewest rows n with min_coverage^n <= delta / 2.
+    """Smallest number n of rows with min_coverage^n <= delta / 2.
 
-    With all of them accepted, so large a share of all answers is.
+    If all n rows are accepted, at least the share ``min_coverage`` of all answers is accepted, with
+    confidence 1 - delta / 2.
     """
     return math.ceil(math.log(delta / 2) / math.log(min_coverage) - 1e-9)

@@ -1,4 +1,4 @@
-"""What a calibration counts: pictures, each once, however many files show it."""
+"""Counting of calibration rows: every picture counts once, however many files show it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.seen import one_per_picture
 
 ALIKE: Final = 0.99
-"""Cosine from which on two pictures are one but for noise: they certify nothing by their number.
+"""Smallest cosine of two pictures that are taken for near copies, which differ by noise only.
 
-Two copies with noise of standard deviation 0.003 in each of 512 coordinates have about 0.995.
+Several near copies are no more evidence than one picture. Two copies with noise of standard
+deviation 0.003 in each of 512 coordinates have a cosine of about 0.995.
 """
 
 MOST_COMPARED: Final = 20_000
-"""Pictures among which near copies are looked for: 40 MB of vectors of width 512, ten seconds."""
+"""Largest number of pictures among which near copies are searched.
+
+With vectors of width 512 the search takes 40 MB and ten seconds.
+"""
 
 
 class CountedRows(Model):
-    """How many files, pictures and scenes calibration rows are, where these numbers differ."""
+    """Numbers of files, pictures and scenes among calibration rows, if these numbers differ."""
 
     files: int = Field(ge=1)
     pictures: int = Field(ge=1)
-    scenes: int | None = Field(default=None, ge=1)  # near copies count once; None: as many
+    # pictures where near copies count once; None: the same number as ``pictures``
+    scenes: int | None = Field(default=None, ge=1)
 
     def __str__(self) -> str:
         words = f"{self.files:,} files show {self.pictures:,} pictures"
@@ -42,22 +47,22 @@ class CountedRows(Model):
 
 
 def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
-    """Places (M,) of one ``keep`` (N,) row of every picture, and the numbers if they differ.
+    """Indices (M,) of one row per picture, and the numbers of files and pictures if they differ.
 
-    A picture with a wrong answer in any of its rows counts as answered wrong. With captions its
-    rows ask for different answers, so the first one counts as it is. A row whose picture is not
-    known is a picture of its own.
+    Only rows where ``keep`` (N,) is True are used. If any row of a picture has a wrong answer, a
+    wrong row is chosen. With captions the rows of a picture ask for different answers, so the first
+    row is chosen, right or wrong. A row whose picture is not known counts as a separate picture.
     """
     rows = np.flatnonzero(keep)
     if outcomes.picture is None:
         return rows, None
     failure = outcomes.failure[rows]
     if outcomes.provenance.get("pool_size") is not None:
-        # Captions of one image are different questions. To take the one that was answered wrongly
-        # would choose by failure, and the error rate of answers would be too high.
+        # Captions of one image are different questions. If a wrong row were preferred, the error
+        # rate would be too high.
         failure = np.zeros_like(failure)
-    # Rows of one picture are wrong together: m of them are one trial of the binomial law, and as m
-    # trials the bound would be too sharp.
+    # Rows of one picture tend to be wrong together, so they are one trial of the binomial law. If
+    # every row were counted as a trial, the bound would be too small.
     chosen = rows[one_per_picture(outcomes.picture[rows], failure)]
     if len(chosen) == len(rows):
         return rows, None
@@ -65,7 +70,8 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
 
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
-    """(M,) which of the rows are near copies of none before them, from a cosine on."""
-    # The first of each group by its place: one chosen by its failure would bias the error rate.
+    """Mask (M,) of the rows that are no near copy of an earlier row, at this smallest cosine."""
+    # The first row of each group is chosen, whether it is right or wrong. A choice that depends on
+    # failures would bias the error rate.
     first: NDArray[np.bool_] = near_copies(source, rows, cosine) == np.arange(len(rows))
     return first

@@ -1,1 +1,1 @@
-"""What was said, whether it was wrong, and every table of it."""
+"""Outcomes (answers and whether they are wrong), their evaluation, and tables of results."""

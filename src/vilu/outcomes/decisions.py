@@ -1,14 +1,13 @@
-"""What a decision is called, and why an answer is not accepted."""
+"""Names of decisions, and of reasons why an answer is not accepted."""
 
 from __future__ import annotations
 
 ACCEPT = "accept"
 REVIEW = "review"
-"""What a person or another model looks at, since it is not accepted."""
+"""Decision about an answer that is not accepted: a person or another model should review it."""
 
 ABOVE = "above_threshold"
-OUTSIDE_REASON = "outside"
-"""Why an answer is not accepted: its uncertainty.
+"""Reason of an answer that is not accepted: its uncertainty is above the threshold."""
 
-And where the picture is rather of none of the classes, that.
-"""
+OUTSIDE_REASON = "outside"
+"""The same, if the picture is more probably out of distribution than answered wrongly."""

@@ -1,4 +1,4 @@
-"""From outcomes to results: every metric with its interval, and the comparison of two methods."""
+"""Evaluation of outcomes: metrics with intervals, and the comparison of two methods."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
-MANY_REPEATS = 0.01  # share of rows whose picture another row shows: real data hold a few
-FEW = 30  # with fewer wrong (or right) answers an interval says little
-LISTED = 3  # sentences of a warning
+# share of rows that show the picture of another row, above which a warning is given
+MANY_REPEATS = 0.01
+FEW = 30  # with fewer wrong (or right) answers a warning is given, because intervals are wide
+LISTED = 3  # largest number of sentences in a warning
 
 
 @checked
@@ -42,29 +43,31 @@ def evaluate(
     """Metrics of one or several methods, over rows with both an uncertainty and a known failure.
 
     Args:
-        outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may
-            differ in method, data set, split and seed.
-        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS`` and those that
-            were added, of which those of a probability only where there is one: the calibrated
-            ``failure_probability``, or else an uncertainty that is a probability; and those of the
-            questions "within" and "outside" only where some rows are of none of the classes.
-        n_resamples: Bootstrap resamples; 0 for no intervals.
+        outcomes: One or several ``Outcomes`` or ``ScoreFolder``. They may differ in method, data
+            set, split and seed.
+        metrics: Names from ``vilu.metrics.METRICS``. By default these are ``DEFAULT_METRICS`` and
+            all metrics that were added. Metrics of probabilities are then computed only if there is
+            a calibrated ``failure_probability`` or an uncertainty that is a probability. Metrics of
+            the questions "within" and "outside" are then computed only if some rows belong to none
+            of the classes.
+        n_resamples: Number of bootstrap resamples; 0: no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
 
     Returns:
-        One row per outcomes and metric. A metric that is undefined is None with the reason.
+        One row per outcomes and metric. The value of an undefined metric is None, with the reason.
 
-    Where rows show one picture (``Outcomes.picture``) their number and that of the pictures are
-    told, and intervals are of the pictures: a set that stands twice has the interval of the set.
+    If several rows show one picture (``Outcomes.picture``), the numbers of rows and of pictures are
+    reported, and pictures are resampled in place of rows. So a data set that contains every row
+    twice has the same intervals as the data set itself.
 
     Warns:
-        UserWarning: If fewer than 30 answers are wrong, or right, or if more than 1 % of the rows
-            show the picture of another one.
+        UserWarning: If fewer than 30 answers are wrong, or fewer than 30 are right, or if more than
+            1 % of the rows show the picture of another row.
 
     Raises:
         DataError: If some outcomes have no row to evaluate.
-        UsageError: If a metric is unknown or a setting cannot be.
+        UsageError: If a metric is unknown, or if a setting is out of range.
 
     Examples:
         >>> import vilu
@@ -107,7 +110,7 @@ def evaluate(
 
 
 def _listed(sentences: list[str]) -> str:
-    """The first of them that differ, and how many more there are."""
+    """The first different sentences, and the number of further ones."""
     different = list(dict.fromkeys(sentences))
     listed = "; ".join(different[:LISTED])
     if len(different) <= LISTED:
@@ -116,7 +119,7 @@ def _listed(sentences: list[str]) -> str:
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
-    """Those asked for; where nobody asked for any, those that say something of these rows."""
+    """The metrics with these names; without names, all metrics that are meaningful for the rows."""
     if names is not None:
         return {name: get_metric(name) for name in names}
     metrics = {}
@@ -128,21 +131,21 @@ def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metr
 
 
 def _has_meaning(metric: Metric, tally: Tally) -> bool:
-    """Whether a metric that nobody asked for says something of these rows."""
+    """Whether a metric is meaningful for these rows, so that it is computed by default."""
     if metric.of_probability:
         return tally.probability is not None
     return metric.question == "failure" or tally.outside.n_failures > 0
 
 
 def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
-    """What was scored, once or several times."""
+    """The counts of one or several scored data."""
     if isinstance(outcomes, Tallied):
         return [outcomes.tally()]
     tallies = []
     for item in outcomes:
         if not isinstance(item, Tallied):
             unfit: object = item
-            if hasattr(outcomes, "shape"):  # an array is named as a whole
+            if hasattr(outcomes, "shape"):  # the message names an array, not its elements
                 unfit = outcomes
             raise UsageError(
                 "evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. "
@@ -154,25 +157,26 @@ def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric of two methods on the same rows, and the paired bootstrap of its difference.
+    """A metric of two methods on the same rows, and the paired bootstrap of the difference.
 
-    What is undefined is NaN.
+    Undefined numbers are NaN.
     """
 
     metric: str  # name of the metric
-    method_a: str | None  # name of one method
-    method_b: str | None  # name of the other
-    value_a: float  # its metric
-    value_b: float  # the other's
+    method_a: str | None  # name of method a
+    method_b: str | None  # name of method b
+    value_a: float  # the metric of method a
+    value_b: float  # the metric of method b
     difference: float  # ``value_a - value_b``
-    ci_low: float  # lower end of its interval
-    ci_high: float  # upper end
-    p_value: float  # two-sided, of no difference
+    ci_low: float  # lower end of the interval of the difference
+    ci_high: float  # upper end of the interval of the difference
+    p_value: float  # two-sided p-value of "there is no difference"
     n: int  # number of rows
-    n_failures: int  # how many of them are wrong; of the question "outside", of none of the classes
-    convention: str  # what was chosen where the literature differs
-    why: str | None = None  # why the metric is undefined, if it is
-    n_pictures: int | None = None  # how many pictures the rows show; None where as many as rows
+    # number of rows with a wrong answer; for the question "outside", rows of none of the classes
+    n_failures: int
+    convention: str  # convention of the metric, where the literature has several
+    why: str | None = None  # why the metric is undefined; None if it is defined
+    n_pictures: int | None = None  # number of pictures; None if every row shows another picture
 
     def __str__(self) -> str:
         metric = get_metric(self.metric)
@@ -194,7 +198,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Plain dictionary; None where undefined."""
+        """The comparison as a plain dictionary, with None for undefined numbers."""
         facts: dict[str, object] = asdict(self)
         for name, value in facts.items():
             if isinstance(value, float):
@@ -214,26 +218,26 @@ def compare(
 ) -> Comparison:
     """Difference of a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows that either method could not score are left out for both. Rows of one picture are resampled
-    together.
+    Rows that one of the methods could not score are left out for both methods. Rows of one picture
+    are resampled together.
 
-    Two methods may judge other answers to the same rows, such as the zero-shot and the adapted
-    ones. Then only metrics of decisions are compared: coverage at a risk, risk at a coverage and
-    AURC.
+    The two methods may judge different answers for the same rows, for example zero-shot and adapted
+    answers. Then only metrics of decisions can be compared: coverage at a risk, risk at a coverage
+    and AURC.
 
     Args:
-        a: Outcomes of one method.
-        b: Outcomes of the other, same rows.
-        metric: A name of ``vilu.metrics.METRICS``.
-        n_resamples: Bootstrap resamples.
+        a: Outcomes of method a.
+        b: Outcomes of method b on the same rows.
+        metric: A name from ``vilu.metrics.METRICS``.
+        n_resamples: Number of bootstrap resamples.
         confidence: Coverage of the interval, in (0, 1).
         seed: Seed of the resampling.
 
     Raises:
-        ProvenanceError: If the rows are not the same: other number, ids, or failures.
-        DataError: If no row is left, or the metric needs probabilities and one of the two has none.
-        UsageError: If the metric is unknown, a setting cannot be, or the answers are others and the
-            metric is of their ranking alone.
+        ProvenanceError: If the rows are not the same: their number, ids or failures differ.
+        DataError: If no row is left, or if the metric needs probabilities and a method has none.
+        UsageError: If the metric is unknown, if a setting is out of range, or if the methods judge
+            different answers and the metric measures their ranking only.
 
     Examples:
         >>> import vilu
@@ -301,7 +305,7 @@ def compare(
 
 
 def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
-    """Why a metric cannot compare two kinds of answers, and which can."""
+    """Message that a metric cannot compare two kinds of answers, with the metrics that can."""
     across = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
         f"{metric.title} says how well wrong answers are told from right ones. {_name(a)} judges "
@@ -311,9 +315,9 @@ def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 
 
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Numbers of the pictures of some rows, as either of two methods knows them.
+    """Number of the picture of every selected row, from the outcomes that have pictures.
 
-    None where no picture has two rows.
+    None if no picture has two rows.
     """
     for outcomes in (a, b):
         if outcomes.picture is not None:
@@ -326,7 +330,7 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
 def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
     """The outcomes with the probability of failure in place of the uncertainty.
 
-    It is the calibrated one where there is one.
+    The calibrated probability is used if there is one.
     """
     if outcomes.failure_probability is not None:
         return replace(outcomes, uncertainty=outcomes.failure_probability)
@@ -338,14 +342,14 @@ def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
 
 
 class Resampling(NamedTuple):
-    """How intervals are made: resamples (0: none), coverage, and the seed."""
+    """Settings of the intervals."""
 
-    n: int
-    confidence: float
+    n: int  # number of resamples; 0: no intervals
+    confidence: float  # coverage of the intervals
     seed: int
 
     def describe(self, kernel: Kernel, source: Scores) -> str:
-        """How the interval of a metric of these rows came about."""
+        """Text on how the interval of a metric of these rows is made."""
         percent = f"{100 * self.confidence:g} %"
         how = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
@@ -359,7 +363,7 @@ UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 
 def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[ResultRow]:
-    """A row per metric, in their order."""
+    """One row per metric, in the order of ``metrics``."""
     scores = tally.scores
     if not scores.n:
         raise DataError(
@@ -405,7 +409,10 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
 
 
 def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> dict[str, Interval]:
-    """Metrics that have rows to be of; those of the same rows share their resamples."""
+    """Metrics with intervals; metrics of the same rows share their resamples.
+
+    Metrics without rows are left out.
+    """
     sources: dict[int, Scores] = {}
     kernels: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():
@@ -429,7 +436,7 @@ def _why_undefined(metric: Metric, tally: Tally) -> str:
 def _measured(
     source: Scores, kernels: Mapping[str, Kernel], how: Resampling
 ) -> dict[str, Interval]:
-    """Metrics, with intervals unless one class is empty or no resample is wanted."""
+    """Metrics of the rows, with intervals if resamples are asked for and both classes have rows."""
     if how.n and 0 < source.n_failures < source.n:
         return intervals_of(
             source, kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
@@ -463,7 +470,7 @@ def _evaluable(
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes of other rows: other number, ids, or marks of none of the classes."""
+    """Refuse outcomes of different rows: their number, ids, or ``outside`` differ."""
     names = f"{_name(a)} and {_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
@@ -480,7 +487,7 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
 
 
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes of other answers: their failures differ."""
+    """Refuse outcomes of different answers, which is seen from different failures."""
     _require_equal(a, b, "failures", a.failure, b.failure)
 
 
@@ -497,7 +504,7 @@ def _require_equal(
 
 
 def _repeated(tally: Tally) -> list[str]:
-    """What to warn of: more than ``MANY_REPEATS`` of the rows show the picture of another one."""
+    """Warning if more than ``MANY_REPEATS`` of the rows show the picture of another row."""
     scores = tally.scores
     if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
         return []
@@ -505,7 +512,7 @@ def _repeated(tally: Tally) -> list[str]:
 
 
 def _scarce(tally: Tally) -> list[str]:
-    """What to warn of: fewer than ``FEW`` wrong, right or outside answers.
+    """Warnings if fewer than ``FEW`` answers are wrong, right, or of none of the classes.
 
     Answers for one picture count once.
     """
@@ -524,7 +531,7 @@ ASKED = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""What the positive rows of a question are."""
+"""Text for the positive rows of every question."""
 
 
 def _why(n: int, n_failures: int, question: Question) -> str:

@@ -1,4 +1,4 @@
-"""What was said, how uncertain it was, and whether it was wrong."""
+"""Outcomes: answers with their uncertainty, and whether they are wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(N,) bool, which rows are of none of the classes: they have no target (N,)."""
+    """Checked mask (N,) of the rows that belong to none of the classes.
+
+    Such rows must not have a target (N,).
+    """
     outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
     both = np.flatnonzero(outside & (target >= 0))
     if len(both):
@@ -41,7 +44,7 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
 def check_texts(
     values: Sequence[str | None] | None, name: str, *, optional: bool = False
 ) -> tuple[Any, ...] | None:
-    """Texts, each of which may be None where that is optional."""
+    """Checked texts as a tuple; with ``optional``, a text may be None."""
     if values is None:
         return None
     has_no_order = isinstance(values, str | Set | Mapping)
@@ -49,7 +52,7 @@ def check_texts(
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
     allowed = (str, NoneType) if optional else (str,)
-    if set(allowed).issuperset(map(type, texts)):  # a million of them in a moment
+    if set(allowed).issuperset(map(type, texts)):  # fast, also for a million texts
         return texts
     for row, text in enumerate(texts):
         if not isinstance(text, allowed):
@@ -58,7 +61,7 @@ def check_texts(
 
 
 def require_decisions(decisions: Sequence[str | None] | None) -> None:
-    """Refuse other decisions than those that a rule takes, as an older vilu wrote them."""
+    """Refuse decisions other than "accept" and "review", as older versions of vilu wrote them."""
     unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
     if unknown:
         first = min(unknown, key=str)
@@ -69,7 +72,7 @@ def require_decisions(decisions: Sequence[str | None] | None) -> None:
 
 
 def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
-    """Arrow int32 column, null where unknown."""
+    """Arrow int32 column (N,) of codes, null where a code is unknown."""
     import pyarrow as pa
 
     if codes is None:
@@ -78,7 +81,7 @@ def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
 
 
 def _texts(values: Sequence[str | None] | None, n: int) -> pa.Array:
-    """Arrow column of texts (N,), null where there is none."""
+    """Arrow column of texts (N,), null where there is no text."""
     import pyarrow as pa
 
     if values is None:
@@ -87,7 +90,7 @@ def _texts(values: Sequence[str | None] | None, n: int) -> pa.Array:
 
 
 def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
-    """Numbers (N,) in [0, 1], or NaN where there is none."""
+    """Checked probabilities (N,), in [0, 1] or NaN; None if there are none."""
     if values is None:
         return None
     numbers = real_vector(values, name)
@@ -97,8 +100,8 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
     return numbers
 
 
-def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - by its kind
-    """Whole numbers with -1 for null, numbers with NaN, or texts with None."""
+def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - depends on the kind
+    """Values of a column, with -1 (integers), NaN (floats) or None (texts) for null."""
     if kind == "string":
         return column.to_pylist()
     return column.fill_null(MISSING[kind]).to_numpy()
@@ -110,24 +113,24 @@ Scores = ScoredRows | Histogram
 
 @dataclass(frozen=True)
 class Tally:
-    """The rows of one method on one data set."""
+    """Counts of the rows of one method on one data set, from which metrics are computed."""
 
-    scores: Scores  # the rows that have both an uncertainty and a known failure
-    within: Scores  # those of them that are of the classes
-    outside: Scores  # all of them, the wrong ones being those of none of the classes
-    n_unlabelled: int  # rows with an uncertainty whose failure is unknown
-    n_unusable: int  # rows without an uncertainty
-    # the same rows with a probability of failure in place of the uncertainty: the calibrated one,
-    # or the uncertainty itself where that is one; None where there is none
+    scores: Scores  # evaluable rows: those with an uncertainty and a known failure
+    within: Scores  # evaluable rows that belong to one of the classes
+    outside: Scores  # all evaluable rows, but "wrong" means that a row is of none of the classes
+    n_unlabelled: int  # number of rows with an uncertainty whose failure is unknown
+    n_unusable: int  # number of rows without an uncertainty
+    # The evaluable rows with a probability of failure in place of the uncertainty. This is the
+    # calibrated probability, or else the uncertainty if it is a probability. None without both.
     probability: Scores | None
     method: str | None = None  # name of the predictor
     dataset: str | None = None  # name of the data set
-    split: str | None = None  # name of its part
+    split: str | None = None  # name of its split
     seed: int | None = None  # seed of the predictor
-    answer: str = "zero_shot"  # whose answers are judged
+    answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
 
     def asked(self, metric: Metric) -> Scores | None:
-        """The rows that a metric is of; None where it needs probabilities and there are none."""
+        """Rows from which a metric is computed; None if the needed probabilities are missing."""
         if metric.of_probability:
             return self.probability
         rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
@@ -135,16 +138,16 @@ class Tally:
 
 
 def facts_of(scores: object) -> dict[str, Any]:
-    """What tells these scores from others: ``FACTS``."""
+    """The fields in ``FACTS``, which identify scores."""
     return {name: getattr(scores, name) for name in FACTS}
 
 
 @runtime_checkable
 class Tallied(Protocol):
-    """What can be evaluated: ``Outcomes``, or a ``ScoreFolder``."""
+    """Scores that can be evaluated: ``Outcomes`` or a ``ScoreFolder``."""
 
     def tally(self) -> Tally:
-        """The counts."""
+        """The counts from which metrics are computed."""
 
 
 DECISION = ("decision", "decision_reason", "label_set")
@@ -162,16 +165,16 @@ OPTIONAL = {
     "zero_shot": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
-"""What need not be there, and the type of its column."""
+"""Types of the optional columns."""
 
 STORED_AS = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
-"""Names of columns in a table, where they are others."""
+"""Names of columns in a table, if they differ from the names of the fields."""
 
 MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
-"""What stands where there is nothing, by the type of the column."""
+"""Value for a missing entry, by the type of the column."""
 
 FACTS = ("method", "dataset", "split", "seed", "answer")
-"""What tells scores from others."""
+"""Names of the fields that identify scores."""
 
 KINDS = {
     "method": str | None,
@@ -186,47 +189,50 @@ KINDS = {
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """Uncertainty and failure of N answers; these two are enough by themselves.
+    """Uncertainty and failure of N answers, and optional further columns.
 
     Attributes:
-        uncertainty: (N,) float64, higher = more likely wrong; NaN only where ``reason`` says why.
-        failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is
-            unknown.
-        prediction: (N,) int64 answers that are judged, -1 where there is none.
-        target: (N,) int64 right answers, -1 where unknown or where there is none (``outside``);
-            given, -2 is outside.
-        outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong;
-            given, empty is none.
-        picture: (N,) int64 identity of the picture of every row, -1 where it is not known: rows of
-            one picture have one number. None where nothing is known of pictures.
-        ids: N row identifiers.
-        class_names: Names of the candidates, which predictions and targets count.
+        uncertainty: Uncertainty (N,) float64, higher = more likely wrong. It may be NaN only in
+            rows with a ``reason``.
+        failure: Failure (N,) int64: 1 = wrong answer, 0 = right answer, -1 = unknown.
+        prediction: Judged answers (N,) int64, -1 where there is no answer.
+        target: Right answers (N,) int64, -1 where unknown or where there is none (``outside``). As
+            an argument, -2 means outside.
+        outside: Mask (N,) of the rows that belong to none of the classes, so that any answer is
+            wrong. As an argument, an empty array means no row.
+        picture: Identities (N,) int64 of the pictures, -1 where not known. Rows that show one
+            picture have the same number. None if no picture is known.
+        ids: Identifiers of the N rows.
+        class_names: Names of the candidates; predictions and targets are indices of this list.
         method: Name of the predictor.
         dataset: Name of the data set.
-        split: Name of its part.
+        split: Name of its split.
         seed: Seed of the predictor.
-        answer: Whose answers they are: "zero_shot", "adapted" or "given".
-        zero_shot: (N,) int64 zero-shot answers, -1 where there is none; None where they are judged.
-        reason: Per row why it has no uncertainty ("nonfinite", "zero_norm", "k<2"), or None.
-        provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool
+        answer: Kind of the judged answers: "zero_shot", "adapted" or "given".
+        zero_shot: Zero-shot answers (N,) int64, -1 where there is none; None if these answers are
+            the judged ones.
+        reason: Reason for every row why it has no uncertainty ("nonfinite", "zero_norm", "k<2",
+            "short_pool"); None in rows with an uncertainty.
+        provenance: Origin of the scores as plain JSON (fingerprints, number of candidates, pool
             size, ...).
         is_probability: Whether the uncertainty is a probability of failure.
-        failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty;
-            None without.
-        decision: Per row "accept" or "review"; None without a rule.
-        decision_reason: Per row why it is not accepted ("above_threshold", "below_floor",
-            "outside", "not_certified", "not_selected", or its ``reason``), or None.
-        label_set: Per row a JSON list of the candidates that may be right, or None where there is
-            no uncertainty.
+        failure_probability: Calibrated probability of failure (N,) float64, NaN where the
+            uncertainty is NaN; None without a calibration.
+        decision: "accept" or "review" for every row; None without a rule.
+        decision_reason: Reason for every row why it is not accepted ("above_threshold",
+            "below_floor", "outside", "not_certified", "not_selected", or its ``reason``); None in
+            accepted rows.
+        label_set: Label set of every row, as a JSON list of the candidates in it; None in rows
+            without an uncertainty.
 
     Raises:
-        DataError: If lengths disagree or a value cannot be.
+        DataError: If columns have different lengths, or if a value is not possible.
 
     Examples:
         >>> import vilu
         >>> outcomes = vilu.Outcomes(
         ...     [0.1, 0.9, 0.4], [0, 1, -1]
-        ... )  # nobody has looked at the third answer
+        ... )  # it is not known whether the third answer is wrong
         >>> outcomes.evaluable.tolist()
         [True, True, False]
         >>> outcomes.take([1, 0]).uncertainty.tolist()
@@ -290,12 +296,13 @@ class Outcomes:
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
-        """Make a Boolean of the targets -2, and see that such answers are wrong."""
+        """Set ``outside`` from targets -2 and argument, and check that such answers are wrong."""
         target = self.target
         if target is None:
             target = np.full(len(self.uncertainty), UNKNOWN)
         outside: NDArray[np.bool_] = target == OUTSIDE
-        # where none is, their number says nothing: rows may have been replaced by fewer
+        # A mask without True is not checked. Its length may be wrong after ``dataclasses.replace``
+        # with fewer rows.
         if np.any(self.outside):
             outside |= check_outside(self.outside, target)
         bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
@@ -327,11 +334,11 @@ class Outcomes:
         if probability is not None and not np.array_equal(np.isnan(probability), missing):
             raise DataError("failure_probability must be there exactly where the uncertainty is.")
         if self.is_probability and len(values):
-            least = values.min()
-            most = values.max()
-            if least < 0 or most > 1:
+            smallest = values.min()
+            largest = values.max()
+            if smallest < 0 or largest > 1:
                 raise DataError(
-                    f"a probability must be in [0, 1]. Got {least:.6g} to {most:.6g} instead."
+                    f"a probability must be in [0, 1]. Got {smallest:.6g} to {largest:.6g} instead."
                 )
 
     def _check_labels(self) -> None:
@@ -349,15 +356,15 @@ class Outcomes:
 
     @property
     def evaluable(self) -> NDArray[np.bool_]:
-        """(N,) whether a row has both an uncertainty and a known failure."""
+        """Mask (N,) of the rows with both an uncertainty and a known failure."""
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
 
     def take(self, rows: ArrayLike) -> Self:
-        """Some rows, by their indices or by a mask (N,), in the order of the indices.
+        """The rows with these indices, in their order, or the rows in a mask (N,).
 
         Raises:
-            DataError: If there is no such row, or the mask is of another length.
+            DataError: If an index is out of range, or if the mask has another length.
 
         Examples:
             >>> import vilu
@@ -369,14 +376,14 @@ class Outcomes:
         """
         n = len(self)
         indices = np.asarray(rows)
-        if not indices.size:  # an empty list is of floats
+        if not indices.size:  # NumPy makes an array of floats from an empty list
             indices = indices.astype(np.int64)
         expected = f"rows must be a list of indices from 0 to {n - 1}, or {n} Booleans"
         try:
             chosen = np.arange(n)[indices]
         except IndexError as error:
             raise DataError(f"{expected}: {error}.") from error
-        if (indices < 0).any():  # -1 is what is not known, not the last row
+        if (indices < 0).any():  # -1 means "unknown" in vilu, not the last row
             raise DataError(f"{expected}. Got {indices.min()} instead.")
         taken: dict[str, Any] = {}
         for name in ("uncertainty", "failure", "outside", *OPTIONAL):
@@ -388,7 +395,7 @@ class Outcomes:
         return replace(self, **taken)
 
     def tally(self) -> Tally:
-        """What ``vilu.evaluate`` needs.
+        """The counts from which ``vilu.evaluate`` computes metrics.
 
         Examples:
             >>> import vilu
@@ -425,14 +432,14 @@ class Outcomes:
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
 
-        Other scores that lie there are replaced, and no other file. In a CSV, text that a
-        spreadsheet would run as a formula gets an apostrophe in front. ``inputs`` is the digest of
-        what the scores were made from (``vilu.artifacts.paths``).
+        An existing file is replaced only if it holds scores. In a CSV file, an apostrophe is put
+        before a text that a spreadsheet would run as a formula. ``inputs`` is the digest of what
+        the scores were made from (``vilu.artifacts.paths``).
 
         Raises:
-            UsageError: If the suffix is another, or something else than scores lies there.
+            UsageError: If the file has another suffix, or if an existing file holds no scores.
             DataError: If a text is not valid Unicode.
-            StorageError: If the file system refuses.
+            StorageError: If the file cannot be written.
 
         Examples:
             >>> import pathlib, tempfile, vilu
@@ -452,15 +459,15 @@ class Outcomes:
         write_table(path, columns, {**metadata, **inputs_entry(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-        """What ``save`` writes: the columns and the metadata.
+        """The columns and the metadata that ``save`` writes.
 
-        A column is null where it is not known; the label is -2 where ``outside``. There are row_id,
-        key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name and
-        answer. Where the outcomes have them, there are also zero_shot, zero_shot_name,
-        failure_probability, decision, decision_reason, label_set and picture_id.
+        Unknown values are null. The label is -2 in rows that are ``outside``. There are always the
+        columns row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason,
+        score_name and answer. The columns zero_shot, zero_shot_name, failure_probability, decision,
+        decision_reason, label_set and picture_id are there if the outcomes have them.
 
         Args:
-            row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
+            row_id: Indices (N,) of the rows in their data set; None: 0 to N-1.
 
         Examples:
             >>> import vilu
@@ -524,20 +531,20 @@ class Outcomes:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Self:
-        """Read what ``save`` wrote, or any table with the columns ``uncertainty`` and ``failure``.
+        """Read a file of ``save``, or any table with the columns ``uncertainty`` and ``failure``.
 
-        Parquet gives back exactly what was saved; a CSV only what its columns hold.
+        A Parquet file gives exactly the outcomes that were saved, a CSV file only its columns.
 
         Raises:
             UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
             StorageError: If the file cannot be opened.
-            DataError: If it is not such a table.
-            ProvenanceError: If a newer version of vilu wrote it.
+            DataError: If the file is no such table.
+            ProvenanceError: If a newer version of vilu wrote the file.
 
         Examples:
             >>> import numpy as np, tempfile, vilu
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     rows = [[0.1, 0], [0.9, 1]]  # of any other program
+            ...     rows = [[0.1, 0], [0.9, 1]]  # written by another program
             ...     np.savetxt(
             ...         f"{folder}/scores.csv",
             ...         rows,

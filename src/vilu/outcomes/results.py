@@ -1,4 +1,4 @@
-"""Results as tidy rows, and as tables for people."""
+"""Results of evaluations: one row per metric, and tables of methods by metrics."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ class ResultRow:
     """One metric of one method on one data set.
 
     Raises:
-        DataError: If a number is NaN or infinite (what is undefined is None), or a count has more
-            than 64 bits.
+        DataError: If a number is NaN or infinite (undefined numbers must be None), or if a count
+            has more than 64 bits.
     """
 
     method: str | None  # name of the predictor
     dataset: str | None  # name of the data set
-    split: str | None  # name of its part
+    split: str | None  # name of its split
     seed: int | None  # seed of the predictor
     metric: str  # name of the metric, as in ``vilu.metrics.METRICS``
-    value: float | None  # the metric, None where it is undefined
-    ci_low: float | None  # lower end of its interval, None where there is none
-    ci_high: float | None  # upper end
+    value: float | None  # value of the metric; None if it is undefined
+    ci_low: float | None  # lower end of the interval of the value; None without an interval
+    ci_high: float | None  # upper end of the interval; None without an interval
     n: int  # number of rows with an uncertainty and a known failure
-    n_failures: int  # how many of them are wrong
-    accuracy: float  # share of right answers of the frozen model
-    n_unlabelled: int  # rows left out because their failure is unknown
-    n_unusable: int  # rows left out because they have no uncertainty
-    convention: str  # what was chosen where the literature differs
-    interval: str | None = None  # how the interval was made, None where there is none
+    n_failures: int  # number of these rows whose answer is wrong
+    accuracy: float  # share of these rows whose answer is right
+    n_unlabelled: int  # number of rows left out because their failure is unknown
+    n_unusable: int  # number of rows left out because they have no uncertainty
+    convention: str  # convention of the metric, where the literature has several
+    interval: str | None = None  # how the interval was made; None without an interval
     why: str | None = None  # why ``value`` is None
-    n_outside: int = 0  # how many of the wrong ones are answers for pictures of none of the classes
-    n_pictures: int | None = None  # how many pictures the n rows show; None where as many as rows
-    answer: str = "zero_shot"  # whose answers are judged
+    n_outside: int = 0  # number of wrong answers for pictures of none of the classes
+    n_pictures: int | None = None  # number of pictures; None if every row shows another picture
+    answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
 
     def __post_init__(self) -> None:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
@@ -75,19 +75,22 @@ class ResultRow:
 
 
 ARROW = {"str": "string", "int": "int64", "float": "float64"}
-"""The type of a column, by that of the field."""
+"""Arrow type of a column, by the Python type of the field."""
 
 TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in fields(ResultRow)}
 COLUMNS = tuple(TYPES)
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 COUNTS = (*REQUIRED_COUNTS, "n_outside")
+
 SELDOM = ("n_outside", "n_pictures")
+"""Columns that are written only if some row has a value other than 0 or None."""
+
 REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows of results; prints as a table of methods by metrics, and ``+`` joins two.
+    """Rows of results. ``print`` shows a table of methods by metrics; ``+`` joins two tables.
 
     Examples:
         >>> import vilu
@@ -141,7 +144,7 @@ class ResultTable:
                     f"a result has no field {name!r}. There are: {', '.join(COLUMNS)}."
                 )
         for name, wanted in fields.items():
-            if not isinstance(wanted, str | Real | None):  # numpy's, too
+            if not isinstance(wanted, str | Real | None):  # NumPy numbers are ``Real``, too
                 raise UsageError(
                     f"{name} must be a text, a number or None. "
                     f"Got {describe_value(wanted)} instead."
@@ -153,10 +156,10 @@ class ResultTable:
 
     @checked
     def value(self, metric: str, **fields: object) -> float | None:
-        """The value of a metric in the one row that fits; None where it is undefined.
+        """The value of a metric in the only row with these fields; None if it is undefined.
 
         Raises:
-            UsageError: If no row fits, or several do.
+            UsageError: If no row has these fields, or if several rows have them.
 
         Examples:
             >>> import vilu
@@ -175,12 +178,12 @@ class ResultTable:
         return fitting.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
-        """One row per method, data set, split and metric: the mean over seeds.
+        """The means over seeds, one row per method, data set, split and metric.
 
-        How many seeds there are stands in ``interval``. The ends of the interval are the mean less
-        and plus the standard deviation over seeds. A mean is None where the value of one seed is.
-        What has one seed stays as it is; a row that is there twice counts once, also where the two
-        have other intervals.
+        The ends of the interval are the mean minus and plus the standard deviation over seeds; the
+        field ``interval`` says how many seeds there are. A mean is None if the value of any seed is
+        None. A row with a single seed is unchanged. Rows that differ in their intervals only count
+        once.
 
         Examples:
             >>> import vilu
@@ -202,7 +205,9 @@ class ResultTable:
         return ResultTable(tuple(means))
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries, with ``n_outside`` and ``n_pictures`` where one has them.
+        """The rows as plain dictionaries.
+
+        They have ``n_outside`` and ``n_pictures`` only if some row has a value for them.
 
         Examples:
             >>> import vilu
@@ -221,7 +226,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """The columns that are written: all but those that say nothing of any row."""
+        """The columns that are written: all columns but those of ``SELDOM`` without any value."""
         columns = list(COLUMNS)
         for name in SELDOM:
             if not any(getattr(row, name) for row in self.rows):
@@ -230,9 +235,10 @@ class ResultTable:
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
-        """Aligned text: methods as rows, metrics as columns.
+        """The results as aligned text, with methods as rows and metrics as columns.
 
-        Those are by default the main ones, or, where rows were made for a choice of metrics, all.
+        By default the main metrics are shown. If the results were made for a choice of metrics, all
+        of these are shown.
 
         Examples:
             >>> import vilu
@@ -286,14 +292,14 @@ class ResultTable:
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
-        """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
+        """Write ``.json``, ``.parquet`` or ``.csv`` atomically; undefined values are null.
 
-        Other results that lie there are replaced, and no other file. ``inputs`` is the digest of
-        what they were made from (``vilu.artifacts.paths``).
+        An existing file is replaced only if it holds results. ``inputs`` is the digest of what the
+        results were made from (``vilu.artifacts.paths``).
 
         Raises:
-            UsageError: If the suffix is another, or something else than results lies there.
-            StorageError: If the file system refuses.
+            UsageError: If the file has another suffix, or if an existing file holds no results.
+            StorageError: If the file cannot be written.
 
         Examples:
             >>> import json, pathlib, tempfile, vilu
@@ -308,7 +314,7 @@ class ResultTable:
         self.write(path, inputs)
 
     def write(self, path: str | Path, inputs: str | None = None) -> None:
-        """The same without a look at what lies there."""
+        """As ``save``, but any existing file is replaced."""
         import pyarrow as pa
 
         facts = {"kind": "results", **inputs_entry(inputs)}
@@ -324,13 +330,13 @@ class ResultTable:
     @classmethod
     @checked
     def load(cls, path: str | Path) -> Self:
-        """Read what ``save`` wrote.
+        """Read a file that ``save`` wrote.
 
         Raises:
-            UsageError: If the suffix is none of the three.
+            UsageError: If the suffix is not ``.json``, ``.parquet`` or ``.csv``.
             StorageError: If the file cannot be opened.
-            DataError: If it is not such a table.
-            ProvenanceError: If another version of vilu wrote it.
+            DataError: If the file is no table of results.
+            ProvenanceError: If a version of vilu with another schema wrote the file.
 
         Examples:
             >>> import tempfile, vilu
@@ -381,7 +387,7 @@ def _table_of_json(path: str | Path) -> pa.Table:
 
 
 def _mean(rows: Sequence[ResultRow]) -> ResultRow:
-    """The mean of several seeds; undefined where one of them is."""
+    """The mean over the rows of several seeds; undefined if any of them is undefined."""
     if len(rows) == 1:
         return rows[0]
     counts: dict[str, Any] = {}
@@ -415,7 +421,7 @@ def _mean(rows: Sequence[ResultRow]) -> ResultRow:
 
 
 def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
-    """Of all seeds; None where every seed has as many pictures as rows."""
+    """Mean number of pictures over seeds; None if every seed has as many pictures as rows."""
     if all(row.n_pictures is None for row in rows):
         return None
     return round(fmean(_n_pictures(row) for row in rows))
@@ -431,13 +437,14 @@ UNDEFINED = "undefined"
 
 
 Titled = tuple[str, list[list[str]]]
-"""The results on one data set: a title; and the heading, then a line of cells per method."""
+"""Table of the results on one data set: its title; its lines of cells, the heading first."""
 
 
 def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
-    """The metrics asked for, here or when the rows were made.
+    """Names of the metrics to show.
 
-    Of rows for which nobody asked for any, these are the metrics that are always wanted.
+    These are the metrics asked for here, or else when the rows were made. If no metrics were asked
+    for, these are the metrics with ``wanted="always"``.
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
@@ -448,7 +455,7 @@ def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence
 
 
 def _are_the_usual(present: set[str]) -> bool:
-    """Whether metrics are those that are computed where nobody asks for any."""
+    """Whether these metrics were computed by default, and not chosen by the user."""
     needed = set()
     for name in DEFAULT_METRICS:
         metric = METRICS[name]
@@ -483,14 +490,14 @@ def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
 
 
 def _metric(name: str) -> Metric:
-    """The metric; one that this version does not know is shown by its name."""
+    """The metric with this name; for an unknown name, a metric whose title is the name."""
     if name not in METRICS:
         return replace(METRICS["auroc"], title=printable(name))
     return METRICS[name]
 
 
 def name_of(method: str | None, answer: str) -> str:
-    """What scores are called: the method, and whose answers it judges if not the zero-shot ones."""
+    """Name of scores: the method, and the kind of the judged answers if they are not zero-shot."""
     name = method or "unnamed"
     if answer == "zero_shot":
         return name
@@ -525,19 +532,19 @@ def _title(rows: Sequence[ResultRow]) -> str:
 
 
 def _span(rows: Sequence[ResultRow], count: str) -> str:
-    """The values that a count has among the rows, in words; "0" where it is 0 in all of them."""
+    """Text of the values that a count has in the rows; "0" if it is 0 in all rows."""
     return span(getattr(row, count) for row in rows)
 
 
 def _pictures(rows: Sequence[ResultRow]) -> str:
-    """How many pictures they are for, where some answers are for one picture."""
+    """Text on the number of pictures; "" if every row shows another picture."""
     if all(row.n_pictures is None for row in rows):
         return ""
     return f" for {span(_n_pictures(row) for row in rows)} pictures"
 
 
 def _shares(rows: Sequence[ResultRow]) -> str:
-    """The two kinds of wrong answers, where there are two."""
+    """Text on the two kinds of wrong answers; "" if no row is of none of the classes."""
     if not any(row.n_outside for row in rows):
         return ""
     within = span(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
@@ -555,7 +562,7 @@ def _where(row: ResultRow) -> str:
 
 
 def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
-    """Unit, intervals, conventions, and the reasons for what is undefined, each once."""
+    """Notes on unit, intervals, conventions, and reasons of undefined values, each note once."""
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown]
@@ -569,7 +576,7 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
 
 
 def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
-    """How intervals were made, and of which methods where they were made in several ways."""
+    """Text on how intervals were made; with the methods if there are several kinds of intervals."""
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
@@ -585,7 +592,7 @@ def _is_own_interval(row: ResultRow) -> bool:
 
 
 def _own_interval(row: ResultRow) -> str:
-    """How an interval was made that is not made as those of other metrics."""
+    """Text on how the interval of a row was made, if its metric has its own kind of interval."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"
     return ""

@@ -1,1 +1,1 @@
-"""Predictor and embeddings to scores, in memory or part by part."""
+"""Scoring of embeddings by a predictor, in memory or part by part into a folder."""

@@ -1,4 +1,4 @@
-"""Predictor and embeddings to outcomes, in memory or part by part."""
+"""Scoring of embeddings by a predictor, in memory or part by part into a folder."""
 
 from __future__ import annotations
 
@@ -47,22 +47,25 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class CalibrationLike(Protocol):
-    """What scoring asks of a calibration: ``vilu.Calibration`` is one, which builds on scores."""
+    """The part of ``vilu.Calibration`` that scoring needs.
+
+    It is a protocol, because ``vilu.calibration`` imports this module.
+    """
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what is guaranteed; scores that it decides carry it."""
+        """Hash of the guarantee; saved with scores that the calibration decided."""
 
     @property
     def has_rule(self) -> bool:
-        """Whether it decides what is accepted."""
+        """Whether the calibration decides which answers are accepted."""
 
     @property
     def needs_batch(self) -> bool:
-        """Whether its rule judges all rows of a batch together."""
+        """Whether the rule judges all rows of a batch together."""
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse another predictor, or other candidates."""
+        """Refuse another predictor, and data with other candidates."""
 
     def sets_of(
         self,
@@ -71,14 +74,14 @@ class CalibrationLike(Protocol):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch, where there are some."""
+        """The label sets of a batch; None if the calibration has no label sets."""
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None) -> Outcomes:
-        """The outcomes with decisions."""
+        """The outcomes with a decision for every row."""
 
 
 def require_streaming(calibration: CalibrationLike | None) -> None:
-    """Refuse a rule that needs all rows at once."""
+    """Refuse a rule that judges all rows of a batch together."""
     if calibration is not None and calibration.needs_batch:
         raise UsageError(
             "conformal selection judges all rows of a batch together: there is no decision about "
@@ -97,23 +100,22 @@ def score(
     split: str | None = None,
     calibration: CalibrationLike | None = None,
 ) -> Outcomes:
-    """Uncertainty, answer and (where labels are known) failure of every row.
+    """Uncertainty, answer and, where labels are known, failure of every row.
 
-    Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or
-    "zero_norm" embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of
-    a calibrated predictor the probability of failure is there, too, and with its ``calibration``
-    (``vilu.Calibration.load`` of the folder that the predictor was loaded from) whether to accept
-    each answer.
+    Rows that cannot be scored are included, with the uncertainty NaN and a reason: "nonfinite" or
+    "zero_norm" (embedding), "k<2" (a single candidate), or "short_pool" (last pairs, too few for a
+    pool). If the predictor is calibrated, the outcomes also have probabilities of failure. With its
+    ``calibration`` (``vilu.Calibration.load`` of the predictor's folder) they also have decisions.
 
     Warns:
-        UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say
-        nothing.
+        UserWarning: If rows of ``data`` were used to fit the predictor, so that metrics on these
+            rows are meaningless.
 
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space, or have other candidates
-            than the rows of the ``calibration``, or that is of another predictor.
+        ProvenanceError: If the data come from another embedding space, if their candidates are not
+            those of the ``calibration``, or if the calibration is of another predictor.
 
     Examples:
         >>> import numpy as np, vilu
@@ -145,9 +147,9 @@ def score_fresh(
     dataset: str | None = None,
     split: str | None = None,
 ) -> Outcomes:
-    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen.
+    """As ``score``, for the rows in the mask ``fresh`` (N,), which were not used in the fit.
 
-    Captions keep the pools of all rows.
+    Pools of captions are the pools of all rows.
     """
     _check(predictor, data, None)
     facts = _facts(predictor, data, None, (dataset, split), n_seen_in_fit=0)
@@ -164,28 +166,34 @@ def score_rows(
     scored: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """The outcomes of some rows, in one pass over those of them that can be scored.
+    """The outcomes of some rows, in one pass over the rows that can be scored.
 
-    ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those
-    that get a score, in their order, by default all usable ones. ``facts`` is what the outcomes
-    record of their origin, ``task`` the bar.
+    Args:
+        predictor: The predictor.
+        source: The embeddings.
+        facts: Fields of the outcomes that describe their origin.
+        calibration: Decides about the scores; None: no decisions.
+        rows: Indices (M,) of the rows in the source, all different; None: all rows.
+        scored: Indices (S,) of the rows to score, in the order of scoring; None: all usable rows.
+        task: Progress bar to advance; None: a new one.
     """
-    places = np.arange(len(source)) if rows is None else rows
-    order = np.argsort(places, kind="stable")
-    columns = _Columns.of(source, places)
+    indices = np.arange(len(source)) if rows is None else rows
+    order = np.argsort(indices, kind="stable")
+    columns = _Columns.of(source, indices)
     n = len(source.usable_rows if scored is None else scored)
-    with track("score", n, "rows") if task is None else nullcontext(task) as shown:
+    with track("score", n, "rows") if task is None else nullcontext(task) as progress:
         for batch, scores in predictor.scored(source, scored):
-            at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
+            # positions in ``indices`` of the rows of the batch
+            at = order[np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)]
             columns.fill(at, batch, scores)
             if calibration is not None:
                 columns.ood[at] = _rather_ood(predictor, calibration, batch, scores)
                 sets = calibration.sets_of(predictor, batch, scores, source.class_names)
                 if sets is not None:
                     columns.fill_sets(at, sets)
-            shown.advance(len(at))
-    reasons = _reasons(source, places, columns.uncertainty, columns.alone)
-    # a part on disk has no reasons where all rows have a score
+            progress.advance(len(at))
+    reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
+    # a part on disk has no column of reasons if all its rows have a score
     has_reasons = rows is None or any(reasons)
     outcomes = Outcomes(
         uncertainty=columns.uncertainty,
@@ -193,10 +201,10 @@ def score_rows(
         prediction=columns.prediction,
         zero_shot=None if predictor.answer == "zero_shot" else columns.zero_shot,
         target=columns.target,
-        outside=source.outside.numpy()[places],
+        outside=source.outside.numpy()[indices],
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
-        picture=source.picture_identities(places),
+        picture=source.picture_identities(indices),
         reason=reasons if has_reasons else None,
         label_set=columns.label_set if any(columns.label_set) else None,
         **facts,
@@ -211,51 +219,54 @@ def score_rows(
 
 @dataclass
 class _Columns:
-    """What becomes known of rows (N,) while they are scored."""
+    """Columns of the outcomes of N rows, filled batch by batch."""
 
     uncertainty: Floats  # NaN where there is no score
     target: Ints
     prediction: Ints
     zero_shot: Ints
     failure: Ints
-    ood: NDArray[np.bool_]  # rather of no class than answered wrongly
-    alone: NDArray[np.bool_]  # with one candidate
+    ood: NDArray[np.bool_]  # more probably out of distribution than answered wrongly
+    has_one_candidate: NDArray[np.bool_]
     label_set: list[str | None]
 
     @classmethod
-    def of(cls, source: EmbeddingSource, places: Ints) -> _Columns:
-        """Those of rows that are not scored yet."""
-        n = len(places)
+    def of(cls, source: EmbeddingSource, indices: Ints) -> _Columns:
+        """Columns of the rows with these indices in the source, before any row is scored."""
+        n = len(indices)
         return cls(
             uncertainty=np.full(n, np.nan),
-            target=source.target.numpy()[places],
+            target=source.target.numpy()[indices],
             prediction=np.full(n, UNKNOWN),
             zero_shot=np.full(n, UNKNOWN),
             failure=np.full(n, UNKNOWN),
             ood=np.zeros(n, np.bool_),
-            alone=np.zeros(n, np.bool_),
+            has_one_candidate=np.zeros(n, np.bool_),
             label_set=[None] * n,
         )
 
     def fill(self, at: Ints, batch: Batch, scores: Floats) -> None:
-        """Take in the answers to a batch, whose rows (B,) are at these places."""
+        """Fill in the answers of a batch, whose rows are at these positions (B,) of the columns."""
         self.uncertainty[at] = scores
         self.target[at] = batch.target.numpy(force=True)
         self.prediction[at] = batch.prediction.numpy(force=True)
         self.zero_shot[at] = batch.zero_shot.prediction.numpy(force=True)
         self.failure[at] = batch.failure.numpy(force=True)
-        self.alone[at] = batch.text.shape[-2] < 2
+        self.has_one_candidate[at] = batch.text.shape[-2] < 2
 
     def fill_sets(self, at: Ints, sets: list[str]) -> None:
-        """Take in the label sets of a batch."""
-        for row, names in zip(at.tolist(), sets, strict=True):
-            self.label_set[row] = names
+        """Fill in the label sets of a batch, whose rows are at these positions of the columns."""
+        for row, label_set in zip(at.tolist(), sets, strict=True):
+            self.label_set[row] = label_set
 
 
 def _rather_ood(
     predictor: FailurePredictor, calibration: CalibrationLike, batch: Batch, uncertainty: Floats
 ) -> NDArray[np.bool_]:
-    """(B,) rows that are rather of no class than answered wrongly: P(outside) > P(failure) / 2."""
+    """Mask (B,) of the rows that are more probably out of distribution than answered wrongly.
+
+    P(failure) includes both cases, so the condition is P(outside) > P(failure) / 2.
+    """
     if calibration.has_rule and isinstance(predictor, SeesOutside):
         outside = predictor.outside_probability(batch)
         if outside is not None:
@@ -267,7 +278,10 @@ def _rather_ood(
 def _check(
     predictor: FailurePredictor, data: EmbeddingSource, calibration: CalibrationLike | None
 ) -> None:
-    """Refuse a set without rows, and what the calibration knows nothing of."""
+    """Refuse data without rows, and data that do not match the calibration.
+
+    Without a calibration, warn if a fitted predictor has other candidates than in its fit.
+    """
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
     if calibration is not None:
@@ -276,10 +290,10 @@ def _check(
     is_calibrated = predictor.calibrator_ is not None
     if is_calibrated or not predictor.needs_fit or not predictor.is_probability:
         return
-    known = predictor.notes_
-    here = candidates_of(data)
-    both_count = "n_candidates" in known and "n_candidates" in here
-    if both_count and not same_candidates(known, here):
+    fitted = predictor.notes_
+    present = candidates_of(data)
+    are_comparable = "n_candidates" in fitted and "n_candidates" in present
+    if are_comparable and not same_candidates(fitted, present):
         warn_caller(
             f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
             "these. Its uncertainties still rank the answers, but as probabilities of failure they "
@@ -294,7 +308,7 @@ def _facts(
     names: tuple[str | None, str | None],
     **more: object,
 ) -> dict[str, Any]:
-    """What made the scores, of the data set and split of these ``names``."""
+    """Fields of the outcomes that describe their origin; ``names`` of data set and split."""
     return {
         "method": predictor.label,
         "dataset": names[0],
@@ -314,7 +328,7 @@ def _facts(
 
 
 def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
-    """What binds decisions to their calibration; empty without."""
+    """Provenance of decisions: the hash of their calibration; empty without a calibration."""
     if calibration is None:
         return {}
     return {"risk": calibration.fingerprint}
@@ -326,38 +340,42 @@ def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
 
 
 def _reasons(
-    source: EmbeddingSource, rows: Ints, uncertainty: Floats, alone: NDArray[np.bool_]
+    source: EmbeddingSource, rows: Ints, uncertainty: Floats, has_one_candidate: NDArray[np.bool_]
 ) -> list[str | None]:
-    """Per row why it has no score, or None; ``alone`` are those with one candidate."""
+    """Reason for every row why it has no score, or None if it has a score."""
     missing = np.isnan(uncertainty)
     if not missing.any():
         return [None] * len(rows)
     if source.n_candidates < 2:
         return ["k<2"] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
-    for place in np.flatnonzero(missing).tolist():
-        code = int(source.status[rows[place]])
-        if alone[place]:
-            reasons[place] = "k<2"
+    for position in np.flatnonzero(missing).tolist():
+        code = int(source.status[rows[position]])
+        if has_one_candidate[position]:
+            reasons[position] = "k<2"
         elif code == VALID:
-            reasons[place] = "short_pool"
+            reasons[position] = "short_pool"
         else:
-            reasons[place] = STATUS[code]
+            reasons[position] = STATUS[code]
     return reasons
 
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
-    """Identifiers of rows, looked up in ascending ``order``: a store reads them part by part."""
+    """Identifiers of the rows with these indices.
+
+    ``order`` sorts the indices. Identifiers are looked up in ascending order, because a store reads
+    them part by part.
+    """
     if not len(rows):
         return []
     ascending = rows[order]
     first = int(ascending[0])
     last = int(ascending[-1])
-    follow_one_another = last - first + 1 == len(rows)
-    if not follow_one_another:
+    are_consecutive = last - first + 1 == len(rows)
+    if not are_consecutive:
         by_row = {row: source.ids[row] for row in ascending.tolist()}
         return [by_row[row] for row in rows.tolist()]
-    keys = list(source.ids[first : last + 1])  # as a rule the rows of a part follow one another
+    keys = list(source.ids[first : last + 1])  # one slice, as for most parts
     if np.array_equal(rows, ascending):
         return keys
     return [keys[row - first] for row in rows.tolist()]
@@ -378,23 +396,30 @@ def score_parts(
 ) -> ScoreFolder:
     """Score embeddings of any size into a folder.
 
-    The values are those of ``vilu.score`` on the same machine. A part is a Parquet file of the rows
-    (``Outcomes.load`` reads it; ``row_id`` is the place in the source), the counts from which the
-    whole is evaluated, and last a receipt, each written atomically. Run again after a kill it does
-    the missing parts, and the folder ends with the same bytes.
+    The values are equal to those of ``vilu.score`` on the same machine. Each part has three files,
+    each written atomically:
 
-    Rows are in the order of scoring, ``source.usable_rows``. Those that cannot be scored come after
-    them, in parts of their own, with the reasons that ``vilu.score`` gives.
+    1. the outcomes of its rows, in Parquet (``Outcomes.load`` reads them; ``row_id`` is the index
+       of the row in the source),
+    2. the counts from which the whole folder is evaluated,
+    3. a receipt, which is written last.
+
+    If a run is interrupted, the next run makes the missing parts. The files in the folder are then
+    the same as without an interruption.
+
+    Rows are in the order of scoring, ``source.usable_rows``. Rows that cannot be scored come after
+    them, in separate parts, with the same reasons as in ``vilu.score``.
 
     Args:
-        predictor: What scores.
-        source: What is scored.
-        folder: New, empty, or of the same run.
-        rows_per_part: Rows of a part, rounded to whole pools or batches: no value depends on it.
+        predictor: The predictor that scores.
+        source: The embeddings to score.
+        folder: A new or empty folder, or the folder of the same run.
+        rows_per_part: Number of rows in a part, rounded to whole pools or batches. No value depends
+            on it.
         dataset: Name of the data set.
-        split: Name of its part.
-        overwrite: Remove the scores of another run.
-        calibration: As of ``score``; by default there are probabilities alone.
+        split: Name of its split.
+        overwrite: Whether to remove the scores of another run.
+        calibration: As for ``score``; None: no decisions.
 
     Warns:
         UserWarning: If rows of ``source`` were used to fit the predictor.
@@ -402,12 +427,12 @@ def score_parts(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space, or the folder holds the
+        ProvenanceError: If the data come from another embedding space, or if the folder holds the
             scores of another run.
-        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the
-            rule needs all rows at once.
-        BusyError: If another process scores into it.
-        StorageError: If the file system refuses.
+        UsageError: If the folder holds other files, if ``rows_per_part`` is less than 1, or if the
+            rule judges all rows of a batch together.
+        BusyError: If another process is scoring into the folder.
+        StorageError: If the folder cannot be written.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
@@ -449,7 +474,7 @@ def _run_of(
     facts: dict[str, Any],
     rows_per_part: int,
 ) -> ScoreRun:
-    """What a folder of scores is of."""
+    """Description of a run of ``score_parts``: predictor, data and settings."""
     usable, _ = _in_order(source)
     return ScoreRun(
         predictor=predictor_fingerprint(predictor),
@@ -469,13 +494,13 @@ def _score_missing(
     facts: dict[str, Any],
     calibration: CalibrationLike | None,
 ) -> None:
-    """Score the parts that a folder lacks, and write each."""
+    """Score the missing parts of a folder and write them."""
     usable, left_out = _in_order(source)
     n_usable = len(usable)
     seen = predictor.seen(source).shared
     with track("score", sum(map(len, missing)), "rows") as task:
         for part in missing:
-            scored = usable[part.start : part.stop]  # all rows of the part, or none
+            scored = usable[part.start : part.stop]  # empty if none can be scored
             rows = scored.numpy()
             if not len(scored):
                 rows = left_out[part.start - n_usable : part.stop - n_usable]
@@ -493,7 +518,7 @@ def _score_missing(
 
 
 def _opened(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
-    """The scores in a complete folder; warns if rows of theirs were used to fit."""
+    """The scores in a complete folder; warns if some of their rows were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
     is_whole = all(sketch.whole for sketch in predictor.seen_.values())
@@ -502,16 +527,16 @@ def _opened(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFold
 
 
 def _whole(rows_per_part: int, pool_size: int | None) -> int:
-    """Rows of a part: whole pools, at least one, or more so that they fill whole batches."""
+    """Number of rows in a part, rounded down to whole pools, or up to whole batches of scoring."""
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
-    n_batches = -(-rows_per_part // SCORING_BATCH)  # rounded up, exactly
+    n_batches = -(-rows_per_part // SCORING_BATCH)  # integer division, rounded up
     return n_batches * SCORING_BATCH
 
 
 def _in_order(source: EmbeddingSource) -> tuple[Tensor, Ints]:
-    """Places of the rows that are scored, in the order of scoring, and of those that are not."""
+    """Indices of the rows to score, in the order of scoring, and of the rows without a score."""
     scored = source.usable_rows
     if source.pool_size:
         n_pools = len(scored) // source.pool_size
@@ -521,11 +546,11 @@ def _in_order(source: EmbeddingSource) -> tuple[Tensor, Ints]:
     return scored, np.flatnonzero(left_out)
 
 
-SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
+SAMPLED = 256  # number of rows whose embeddings are part of the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
-    """Hash of a predictor and its weights, whichever vilu made it."""
+    """Hash of a predictor and its weights, independent of the version of vilu."""
     tensors = predictor.state() | seen_tensors(predictor)
     weights = {}
     for name, tensor in tensors.items():
@@ -534,19 +559,19 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Hash of a source: the seal of a store, its shape, labels, order, and a sample of its rows.
+    """Hash of a source: its shape, labels, order and a sample of rows, and the seal of a store.
 
-    Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over
-    the usable ones, with the candidates of the first of them (of the first pool) and two
-    identifiers.
+    A hash of all embeddings would need a second pass over the data. The sample is 256 rows, evenly
+    spaced over the usable rows. The hash also includes the candidates of the first usable row or
+    pool, and the identifiers of the first and the last row of the sample.
     """
     rows = source.usable_rows
     stored = source.first if isinstance(source, TwoModels) else source
-    places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
-    sample = rows[torch.from_numpy(places)]
-    pool = rows[: source.pool_size or 1]
+    positions = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
+    sample = rows[torch.from_numpy(positions)]
+    first_pool = rows[: source.pool_size or 1]
     has_candidates = source.n_candidates > 0
-    whole = has_candidates and len(pool) >= (source.pool_size or 1)
+    is_whole_pool = has_candidates and len(first_pool) >= (source.pool_size or 1)
     facts: dict[str, Any] = {
         "content": None,
         "space": source.space.fingerprint,
@@ -573,6 +598,6 @@ def source_fingerprint(source: EmbeddingSource) -> str:
         facts["outside"] = tensor_hash(source.outside)
     if len(sample):
         facts["ids"] = [source.ids[int(sample[0])], source.ids[int(sample[-1])]]
-    if whole:
-        facts["texts"] = tensor_hash(source.candidates(pool).text)
+    if is_whole_pool:
+        facts["texts"] = tensor_hash(source.candidates(first_pool).text)
     return digest(facts)

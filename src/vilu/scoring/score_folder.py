@@ -1,4 +1,4 @@
-"""Scores of data of any size, in a folder: parts, receipts, manifest."""
+"""Folder of scores of data of any size: parts, receipts and a manifest."""
 
 from __future__ import annotations
 
@@ -31,37 +31,38 @@ AGAIN = "Run the same `vilu score` again"
 
 
 class ScoreDocument(Document):
-    """A file of the folder."""
+    """A JSON file of a folder of scores."""
 
     again = AGAIN
 
 
 class ScoreRun(ScoreDocument):
-    """Everything that decides what the folder holds; its hash is the fingerprint."""
+    """Everything that determines the content of a folder of scores."""
 
-    kind: Literal["scores"] = "scores"  # what this folder is
+    kind: Literal["scores"] = "scores"  # kind of the folder
     predictor: str  # fingerprint of the predictor and its weights
     source: str  # fingerprint of the embeddings
-    n_in: Count  # rows of the embeddings
-    # how many of them are usable (and fill pools); the others come after them, without a score
+    n_in: Count  # number of rows of the embeddings
+    # number of rows that are usable (and fill pools); all others come after them, without a score
     n_candidate: Count
-    rows_per_part: int = Field(ge=1)  # rows of a part: whole pools, or whole batches of scoring
+    # number of rows in a part: whole pools, or whole batches of scoring
+    rows_per_part: int = Field(ge=1)
     method: str | None  # name of the predictor
     dataset: str | None  # name of the data set
-    split: str | None  # name of its part
+    split: str | None  # name of its split
     seed: int | None  # seed of the predictor
-    answer: str  # whose answers are judged
+    answer: str  # kind of the answers that are judged, as in ``Outcomes``
     is_probability: bool  # whether the uncertainty is a probability of failure
     provenance: dict[str, Any]  # as in ``Outcomes``
 
     @property
     def fingerprint(self) -> str:
-        """Hash over every field."""
+        """Hash of all fields."""
         return digest(self.model_dump(mode="json"))
 
     @property
     def parts(self) -> list[ScorePart]:
-        """All parts: of the rows to score in their order, then of the rows without a score."""
+        """All parts: first the rows to score, in the order of scoring, then all other rows."""
         size = self.rows_per_part
         starts_scored = range(0, self.n_candidate, size)
         starts_unscored = range(self.n_candidate, self.n_in, size)
@@ -72,7 +73,7 @@ class ScoreRun(ScoreDocument):
         return parts
 
     def require_same(self, run: ScoreRun, path: Path) -> None:
-        """Refuse to mix two runs, naming both sides of what differs."""
+        """Refuse another run, with a message that names the fields that differ."""
         before = self.model_dump(mode="json")
         now = run.model_dump(mode="json")
         differences = []
@@ -87,7 +88,7 @@ class ScoreRun(ScoreDocument):
 
 
 class ScorePart(Model):
-    """Rows ``start`` ... ``stop - 1`` in the order of scoring."""
+    """Part with the rows ``start`` to ``stop - 1`` in the order of scoring."""
 
     number: Count
     start: Count
@@ -95,17 +96,17 @@ class ScorePart(Model):
 
     @property
     def scores(self) -> str:
-        """One row per row, as ``Outcomes.save`` writes it."""
+        """File of the outcomes of the rows, as ``Outcomes.save`` writes it."""
         return f"scores/scores_{self.number:05d}.parquet"
 
     @property
     def histogram(self) -> str:
-        """Correct and wrong answers per bin of the score."""
+        """File with the numbers of correct and wrong answers in every bin of the score."""
         return f"histograms/histogram_{self.number:05d}.parquet"
 
     @property
     def receipt(self) -> str:
-        """Written last."""
+        """File of the receipt, which is written last."""
         return f"receipts/{self.number:05d}.json"
 
     @property
@@ -118,18 +119,18 @@ class ScorePart(Model):
 
 
 class Counts(Model):
-    """What became of some rows."""
+    """Numbers of scored, wrong, unlabelled and unscored rows."""
 
-    n_in: Count  # rows
-    n_scored: Count  # how many of them have an uncertainty
-    n_failures: Count  # how many of those are wrong
-    n_unlabelled: Count  # for how many of those that is unknown
-    unscored: dict[str, Count]  # the other rows, by reason
-    n_seen: Count  # how many of the rows were used to fit the predictor
+    n_in: Count  # number of rows
+    n_scored: Count  # rows with an uncertainty
+    n_failures: Count  # scored rows whose answer is wrong
+    n_unlabelled: Count  # scored rows for which it is unknown whether the answer is wrong
+    unscored: dict[str, Count]  # rows without an uncertainty, by reason
+    n_seen: Count  # rows that were used to fit the predictor
 
     @property
     def n_unscored(self) -> int:
-        """Rows without an uncertainty."""
+        """Number of rows without an uncertainty."""
         return sum(self.unscored.values())
 
     @model_validator(mode="after")
@@ -144,7 +145,7 @@ class Counts(Model):
 
     @classmethod
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
-        """Those of some rows."""
+        """The counts of some rows, of which ``n_seen`` were used to fit the predictor."""
         scored = np.isfinite(outcomes.uncertainty)
         known = outcomes.evaluable
         unscored = Counter(reason for reason in outcomes.reason or () if reason)
@@ -159,7 +160,7 @@ class Counts(Model):
 
     @classmethod
     def total(cls, several: Iterable[Counts]) -> Counts:
-        """The sum."""
+        """The sum of several counts."""
         names = ("n_in", "n_scored", "n_failures", "n_unlabelled", "n_seen")
         sums = dict.fromkeys(names, 0)
         unscored = Counter[str]()
@@ -171,25 +172,25 @@ class Counts(Model):
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
-    """Holds the hashes of the files of a part; a part exists if and only if its receipt does."""
+    """Receipt of a part, with the hashes of its files. A part is complete if it has a receipt."""
 
-    fingerprint: str  # of the run
-    part: ScorePart  # which rows
-    counts: Counts  # what became of them
-    files: dict[str, FileInfo]  # size and hash of each file
+    fingerprint: str  # fingerprint of the run
+    part: ScorePart  # range of rows
+    counts: Counts  # counts of these rows
+    files: dict[str, FileInfo]  # size and hash of every file
 
 
 class ScoreManifest(ScoreDocument):
     """The seal of a complete folder."""
 
-    fingerprint: str  # of the run
+    fingerprint: str  # fingerprint of the run
     n_parts: Count  # number of parts
-    counts: Counts  # of all rows
+    counts: Counts  # counts of all rows
     content: str  # hash over the hashes of all files
 
     @classmethod
     def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:
-        """The seal of these parts."""
+        """The seal of the parts with these receipts."""
         counts = Counts.total(receipt.counts for receipt in receipts)
         return cls(
             fingerprint=run.fingerprint,
@@ -200,7 +201,7 @@ class ScoreManifest(ScoreDocument):
 
 
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
-    """What is to be done and done in a folder of scores."""
+    """Ledger of a folder of scores: which parts are done, and which are missing."""
 
     what = "folder of scores"
     command = "vilu score"
@@ -215,13 +216,13 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Its rows."""
+        """Rows of a part by its receipt, and as planned."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
-        """See that the folder, whose lock we hold, is of this run.
+        """Make sure that the folder is of this run, and remove unfinished files.
 
-        What a killed run left half-written is removed.
+        The caller must hold the lock of the folder. With ``overwrite`` another run is removed.
         """
         if (self.root / RUN).is_file():
             present = read_run(self.root)
@@ -232,7 +233,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         self.begin(self.run, self.folders)
 
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
-        """Write the outcomes of some rows of the source, of which so many were used to fit."""
+        """Write a part: the outcomes of rows of the source, ``n_seen`` of which are of the fit."""
         known = outcomes.evaluable
         ood = known & outcomes.outside
         histogram = Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])
@@ -250,7 +251,8 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
 
 def read_run(root: Path) -> ScoreRun:
-    """``run.json``, a name that other folders have, too."""
+    """The description of the run in a folder of scores."""
+    # other kinds of folders have a ``run.json``, too
     content = read_json(root / RUN, AGAIN, StorageError)
     if content.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
@@ -261,10 +263,10 @@ COLUMNS = ("bin", "correct", "wrong")
 
 
 def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
-    """A histogram as the content of a Parquet file: one row per occupied bin, ascending.
+    """Parquet content of a histogram, with one row per occupied bin, ascending.
 
-    Where some rows are of none of the classes, a column ``outside`` says how many of the wrong
-    answers are theirs.
+    ``ood`` is the histogram of the rows that belong to none of the classes. If there are such rows,
+    the column ``outside`` holds their number among the wrong answers of every bin.
     """
     columns = {
         "bin": pa.array(histogram.bins),
@@ -280,9 +282,9 @@ def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
 
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
-    """The counts of a part: of all its rows, and of those of none of the classes.
+    """Histograms of a part: of all its rows, and of the rows that belong to none of the classes.
 
-    They are checked against the receipt of the part.
+    The histograms are checked against the receipt of the part.
     """
     path = Vouched(root, [receipt])(receipt.part.histogram)
     table, metadata = read_table(path, ())
@@ -290,8 +292,8 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     wrong_ood = np.zeros_like(histogram.wrong)
     if "outside" in table.column_names:
         wrong_ood = table["outside"].to_numpy()
-    is_part = (wrong_ood >= 0) & (wrong_ood <= histogram.wrong)
-    if not is_part.all():
+    is_possible = (wrong_ood >= 0) & (wrong_ood <= histogram.wrong)
+    if not is_possible.all():
         raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
     counts = receipt.counts
     counted = (histogram.n, histogram.n_failures)
@@ -309,7 +311,7 @@ def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> H
         raise _damaged(path, f"its columns are {table.schema.names}")
     level = metadata.get("level")
     ends = metadata.get("ends")
-    # an empty histogram has no ends, and every other one has two
+    # an empty histogram has no ends, and any other histogram has two
     has_ends = ends is None if table.num_rows == 0 else _are_two_numbers(ends)
     if not isinstance(level, int) or not 0 <= level < 64 or not has_ends:
         raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
@@ -325,10 +327,7 @@ def _are_two_numbers(ends: object) -> bool:
 
 
 def _in_order(histogram: Histogram) -> bool:
-    """Whether the bins are such as a histogram has.
-
-    They ascend, none is empty, and the ends are in the outer ones.
-    """
+    """Whether the bins are ascending and not empty, and the ends lie in the first and last bin."""
     bins = histogram.bins
     if not len(bins):
         return True
@@ -347,23 +346,23 @@ def _damaged(path: Path, what: str) -> StorageError:
 
 
 EvaluableRows = tuple[Floats, Ints, NDArray[np.bool_], Ints | None]
-"""Uncertainty, failure, whether it is of none of the classes, and picture, where that is known."""
+"""Uncertainty, failure, mask of the rows of none of the classes, and picture (None: not known)."""
 
 COMPARED = 2**24
-"""Identities of pictures that are compared at a time, 128 MB."""
+"""Number of picture identities that are compared at once, in 128 MB."""
 
 
 class ScoreFolder(Reopened):
-    """What ``score_parts`` wrote; ``vilu.evaluate`` takes it like ``Outcomes``, whatever its size.
+    """Folder of scores that ``score_parts`` wrote; ``vilu.evaluate`` accepts it like ``Outcomes``.
 
-    Opening reads the documents and checks that every file is there with its size. The bytes of a
-    file are compared with its receipt when it is first read; ``verify`` reads all. Pickled, it is
-    its path, as a store is.
+    When a folder is opened, its documents are read, and the presence and size of every file are
+    checked. The bytes of a file are compared with its receipt when the file is first read;
+    ``verify`` compares all files. A pickled folder holds only its path.
 
     Raises:
         DataError: If the folder holds no scores, or is not complete.
-        StorageError: If a file is missing or damaged; the message names it.
-        ProvenanceError: If files do not belong together, or another schema wrote them.
+        StorageError: If a file is missing or damaged; the message names the file.
+        ProvenanceError: If files do not belong together, or were written with another schema.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
@@ -393,7 +392,7 @@ class ScoreFolder(Reopened):
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}."
             )
-        self.counts: Counts = manifest.counts  # what became of the rows
+        self.counts: Counts = manifest.counts
         self.seal = digest(manifest.model_dump(mode="json"))
 
     def __len__(self) -> int:
@@ -405,20 +404,20 @@ class ScoreFolder(Reopened):
 
     @property
     def histogram(self) -> Histogram:
-        """Correct and wrong answers per bin of the score.
+        """Histogram of correct and wrong answers over the score, of all evaluable rows.
 
-        They are of all rows that have a score and a known failure.
+        Evaluable rows have a score and a known failure.
         """
         return self._histograms[0]
 
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
-        """That, and the one of the rows of none of the classes alone."""
+        """``histogram``, and the histogram of the rows that belong to none of the classes."""
         ood = Histogram.empty()
 
         def parts() -> Iterator[Histogram]:
             nonlocal ood
-            # added up part by part: no more is in memory than two of each kind
+            # added part by part, so that at most two histograms of each kind are in memory
             for receipt in self._receipts:
                 histogram, histogram_ood = read_histogram(self.path, receipt)
                 ood = ood + histogram_ood
@@ -428,10 +427,10 @@ class ScoreFolder(Reopened):
         return total, ood
 
     def tally(self) -> Tally:
-        """What ``vilu.evaluate`` needs: histograms, or rows where some show one picture.
+        """The counts for ``vilu.evaluate``: histograms, or rows if some rows show one picture.
 
-        To know that, the identities of the pictures are read, at most ``COMPARED`` of them at a
-        time. Rows take about 33 bytes each.
+        To find such rows, the identities of the pictures are read, about ``COMPARED`` at a time. If
+        there are any, all rows are read, which takes about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
@@ -450,7 +449,7 @@ class ScoreFolder(Reopened):
         """Whether some rows with a score and a known failure show one picture."""
         n_passes = math.ceil(self.counts.n_scored / COMPARED)
         for number in range(n_passes):
-            # equal pictures have equal remainders, so they meet in one pass
+            # equal identities have equal remainders, so they are compared in the same pass
             pictures = [np.empty(0, np.int64)]
             for *_, picture in self._evaluable_parts():
                 if picture is not None:
@@ -460,7 +459,7 @@ class ScoreFolder(Reopened):
         return False
 
     def _tally_of_rows(self) -> Tally:
-        """The counts of rows (N,), which know their pictures."""
+        """The counts for ``vilu.evaluate`` from all evaluable rows with their pictures."""
         scores = []
         failures = []
         is_ood = []
@@ -485,7 +484,7 @@ class ScoreFolder(Reopened):
         )
 
     def _evaluable_parts(self) -> Iterator[EvaluableRows]:
-        """The rows of every part that have a score and a known failure."""
+        """Yield the rows with a score and a known failure, part by part."""
         files = Vouched(self.path, self._receipts)
         for receipt in self._receipts:
             path = files(receipt.part.scores)
@@ -495,11 +494,12 @@ class ScoreFolder(Reopened):
             yield part.uncertainty[known], part.failure[known], part.outside[known], picture
 
     def outcomes(self) -> Outcomes:
-        """Every row in memory, in the order of the data, as ``vilu.score`` gives them.
+        """All rows in memory, in the order of the data, as ``vilu.score`` returns them.
 
         Raises:
             StorageError: If a file is damaged.
-            DataError: If a file is not such a table, or its rows are not those of the data.
+            DataError: If a file is no table of outcomes, or if the parts do not hold every row of
+                the data once.
         """
         files = Vouched(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
@@ -532,9 +532,10 @@ class ScoreFolder(Reopened):
         )
 
     def verify(self) -> None:
-        """Read every byte, and compare it with what was written.
+        """Read all files and compare their hashes with the receipts.
 
-        StorageError names the file that is damaged.
+        Raises:
+            StorageError: If a file is damaged; the message names the file.
         """
         self._ledger.verify()
 
@@ -544,10 +545,10 @@ def _joined(
     name: str,
     kind: str,
     order: NDArray[np.int64],
-) -> Any:  # noqa: ANN401 - by its kind
-    """The values of an optional column in the order of the data; None where no part has it.
+) -> Any:  # noqa: ANN401 - the type depends on the kind of the column
+    """Values of an optional column, in the order of the data; None if no part has the column.
 
-    A part without it has missing values.
+    The rows of a part without the column have missing values.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):

@@ -1,1 +1,1 @@
-"""Does the guarantee still hold for the rows that come in."""
+"""Monitoring: tests whether a guarantee still holds for rows that arrive later."""

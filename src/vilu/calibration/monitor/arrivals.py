@@ -1,4 +1,4 @@
-"""Rows as they arrive at a monitor: whether they fit, came before, or lie sorted."""
+"""Checks of rows that arrive at a monitor: origin, repeated rows, and sorted rows."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 
 FEW_DISTINCT: Final = 16
-"""Fewer different uncertainties without identifiers could come again by chance.
+"""Smallest number of distinct uncertainties by which a batch without identifiers is recognised.
 
-They are not taken for a repetition.
+A batch with fewer distinct uncertainties could occur again by chance, so it is never taken for a
+repetition.
 """
 
 
 class Seen:
-    """Rows that were taken in, and their names, as 64-bit hashes in sorted runs of falling length.
+    """Rows that were added, and their names, as 64-bit hashes in sorted runs of decreasing length.
 
-    A hash takes 8 bytes. Of n rows one is mistaken for another, or for a name, with a probability
-    of n^2 / 2^64: at 10^8 rows, one in 2,000.
+    A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
+    about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
     """
 
     def __init__(self) -> None:
@@ -37,11 +38,11 @@ class Seen:
         return sum(map(len, self.runs))
 
     def hashes(self) -> Ints:
-        """All of them, in rising order."""
+        """All hashes, ascending."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *self.runs]))
 
     def add(self, hashes: Ints) -> None:
-        """Take hashes in; those that are there stay as they are."""
+        """Add hashes; hashes that are already there are ignored."""
         run = np.unique(hashes[~self._holds(hashes)])
         if not len(run):
             return
@@ -50,11 +51,10 @@ class Seen:
         self.runs.append(run)
 
     def new(self, outcomes: Outcomes, *, labels: bool = False) -> tuple[Ints, NDArray[np.bool_]]:
-        """Hashes to add, and (N,) which rows are not in here.
+        """Hashes of the rows of ``outcomes``, and a mask (N,) of the rows that are new.
 
-        Of rows without identifiers they are all or none.
-
-        ``labels``: whether failures belong to what is recognised of rows without identifiers.
+        Rows without identifiers are recognised as a whole batch: all are new, or none.
+        ``labels``: whether a batch without identifiers is also recognised by its failures.
         """
         if outcomes.ids is not None:
             return self._new_by_name(outcomes, outcomes.ids)
@@ -66,29 +66,30 @@ class Seen:
     def _new_by_name(
         self, outcomes: Outcomes, ids: Sequence[str]
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``new``, of rows that have identifiers."""
+        """As ``new``, for rows with identifiers."""
         numbers = _content(outcomes)
         hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
         _, first = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first)
-        names = hash_names(ids).view(np.int64)
-        known = self._holds(hashes)
-        is_mixed = known.any() and not known.all()
-        # A score that many rows have comes with the same name by chance, too, where the names of
-        # this batch come with other scores as well. Only scores of one row tell then.
-        if is_mixed and not np.array_equal(self._holds(names), known):
-            known &= ~_tied_by_chance(numbers, known)
-        return np.concatenate([hashes, names]), is_first & ~known
+        name_hashes = hash_names(ids).view(np.int64)
+        is_known = self._holds(hashes)
+        is_mixed = is_known.any() and not is_known.all()
+        # If some names of this batch were seen with other scores, names are used again for new
+        # rows. Then a score that many rows share may meet the same name by chance, and only scores
+        # that a single row has show a repetition.
+        if is_mixed and not np.array_equal(self._holds(name_hashes), is_known):
+            is_known &= ~_tied_by_chance(numbers, is_known)
+        return np.concatenate([hashes, name_hashes]), is_first & ~is_known
 
     def _new_as_a_whole(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``new``, of rows without identifiers: the batch came before as it is, or not."""
+        """As ``new``, for rows without identifiers: the whole batch is new, or none of it."""
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
-        # sorted, since the same rows in another order are the same batch
+        # sorted, because the same rows in another order are the same batch
         in_order = numbers[np.lexsort(numbers.T)]
-        whole = hash_of_each([np.ascontiguousarray(in_order).tobytes()]).view(np.int64)
-        return whole, np.full(n, not self._holds(whole).all())
+        batch_hash = hash_of_each([np.ascontiguousarray(in_order).tobytes()]).view(np.int64)
+        return batch_hash, np.full(n, not self._holds(batch_hash).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
         is_known = np.zeros(len(hashes), dtype=np.bool_)
@@ -99,7 +100,7 @@ class Seen:
 
 
 def _content(outcomes: Outcomes) -> Ints:
-    """(N, 2) what a row is recognised by beside its name: uncertainty, bit by bit, and answer."""
+    """Numbers (N, 2) by which rows are recognised: bits of the uncertainty, and answer."""
     answers = outcomes.prediction
     if answers is None:
         answers = np.full(len(outcomes), UNKNOWN)
@@ -107,7 +108,7 @@ def _content(outcomes: Outcomes) -> Ints:
 
 
 def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
-    """The name of each row, followed by its numbers (N, 2)."""
+    """Yield for each row its name and its two numbers, as bytes."""
     content = np.ascontiguousarray(numbers).tobytes()
     width = 2 * numbers.itemsize
     for row, name in enumerate(ids):
@@ -115,33 +116,31 @@ def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
         yield name.encode(errors="surrogatepass") + content[start : start + width]
 
 
-def _tied_by_chance(numbers: Ints, known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """(N,) rows whose score others have too, if rows with a score of their own are rarely known.
+def _tied_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Mask (N,) of the rows with tied scores, if these seem to be known only by chance.
 
-    That is a tenth as often as the tied ones.
+    This is so if rows with an untied score are known less than a tenth as often. Otherwise the mask
+    is False everywhere.
     """
     _, index, count = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
     is_tied = count[index.ravel()] > 1
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
-    n_known = np.bincount(is_tied, known, minlength=2)
-    share_alone, share_tied = n_known / n_rows
-    if 10 * share_alone >= share_tied:
-        return np.zeros(len(known), np.bool_)
+    n_known = np.bincount(is_tied, is_known, minlength=2)
+    share_untied, share_tied = n_known / n_rows
+    if 10 * share_untied >= share_tied:
+        return np.zeros(len(is_known), np.bool_)
     return is_tied
 
 
 def _is_numbered(ids: Sequence[str]) -> bool:
-    """Whether identifiers are but the numbers of the rows: the next batch has the same."""
+    """Whether identifiers are only the numbers of the rows, which every batch has."""
     if not len(ids) or not ids[0].isdigit():
         return False
     return set(ids) == {str(row) for row in range(len(ids))}
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse rows that lie sorted.
-
-    In what order exchangeable rows came has nothing to do with what they are.
-    """
+    """Refuse sorted rows: the order of exchangeable rows does not depend on their values."""
     scored = np.isfinite(outcomes.uncertainty)
     what = _sorted_by(outcomes, scored)
     if what is None:
@@ -149,13 +148,13 @@ def refuse_sorted(outcomes: Outcomes) -> None:
     raise DataError(
         f"these {len(outcomes)} rows lie sorted by their {what}. That is no order of arrival (a "
         "folder of classes has none), and would be taken for a shift. Give --shuffle (in Python: "
-        "take them in random order), or --in-order (in_order=True) where they did arrive so. None "
-        "of them was taken in."
+        "take them in random order), or --in-order (in_order=True) if they did arrive in this "
+        "order. None of them was taken in."
     )
 
 
 def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
-    """What the rows with an uncertainty (N,) lie sorted by; None where they do not."""
+    """What the scored rows (mask (N,)) are sorted by; None if they are not sorted."""
     if outcomes.target is not None:
         labels = outcomes.target[scored]
         if (labels != UNKNOWN).all() and in_blocks(labels):
@@ -168,9 +167,10 @@ def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
 
 
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Scores of new rows, of the same predictor and candidates.
+    """The scores of new rows, checked to be of the calibrated predictor and its candidates.
 
-    What a CSV leaves out is the calibration's.
+    Class names that are missing, as in a CSV file, are taken from the calibration. ``risk`` is the
+    hash of the calibration; None if it has no record.
     """
     for name in ("method", "class_names"):
         expected = getattr(calibration, name)
@@ -197,7 +197,7 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
             f"{n_known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
             "ones.",
         )
-    # before any row is left out: what remains of numbers looks like keys
+    # checked before rows are left out, because the remaining numbers would look like keys
     if outcomes.ids is not None and _is_numbered(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
@@ -206,20 +206,21 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
 
 
 def _differs(expected: object, present: object) -> bool:
-    """Whether both are known, and are not the same."""
+    """Whether both values are known and different."""
     if expected is None or present is None:
         return False
     return expected != present
 
 
 def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Rows with the key and the uncertainty of a calibration row.
+    """Number of rows with the same key and the same uncertainty as a calibration row.
 
-    A key alone may be of another data set.
+    The key alone could come from another data set.
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    # first by uncertainty: a batch of a service is small, and few calibration rows have its scores
+    # Compared by uncertainty first, which is fast: only few calibration rows have the uncertainties
+    # of a small batch.
     alike = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))
     known = {(calibration.ids[row], calibration.uncertainty[row]) for row in alike.tolist()}
     rows = zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True)

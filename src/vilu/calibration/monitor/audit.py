@@ -1,15 +1,19 @@
-"""The error rate of accepted answers whose labels have arrived, with bounds valid at any time.
+"""Anytime-valid bounds of the error rate among accepted answers that have been labelled.
 
-Wealth against "the error rate is at most r", whatever came before each answer:
+Let k of m answers be wrong. The wealth of bets against "the error rate is at most r" is
 
     M(r) = P[theta <= r] + integral over theta > r of (theta/r)^k ((1 - theta)/(1 - r))^(m - k),
-    theta ~ Beta(a, b)
+    theta ~ Beta(a, b).
 
-of k wrong answers among m: a mixture of bets on larger rates; what lies below r is not bet. P(M
-ever reaches 1/delta) is at most delta (Ville 1939), so one may look after every label. M falls in r
-below k/m and is at most 1 above, so the rates with M(r) < 1/delta are those above one number: the
-lower bound. Upper bounds are lower bounds of the rate of right answers (method of mixtures: Robbins
-1970; confidence sequences: Howard et al., Annals of Statistics 2021).
+This is a mixture of bets on all rates theta above r. The part of the wealth for rates below r is
+not bet. If the error rate of every answer, given the answers before it, is at most r, then the
+probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
+looked at after every label.
+
+As a function of r, M(r) falls below k/m, and is at most 1 above k/m. So M(r) < 1/delta for all
+rates above a single number, which is the lower bound of the error rate. The upper bound comes from
+the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970. Confidence
+sequences: Howard et al., Annals of Statistics 2021.)
 """
 
 from __future__ import annotations
@@ -31,12 +35,15 @@ Prior = tuple[float, float]
 
 
 def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
-    """(...) log M(rate) after ``wrong`` of ``n`` audited answers were wrong; ``rate`` in (0, 1)."""
+    """Log wealth (...), log M(rate), if ``wrong`` of ``n`` answers are wrong; ``rate`` in (0, 1).
+
+    ``prior`` holds the parameters a and b of the Beta distribution of theta.
+    """
     a, b = prior
     right = n - wrong
-    # Only theta above the rate is bet on: a bet on a smaller one gains on average where the true
-    # rate is below the rate, and M would reject "at most the rate" although it is true.
-    # There may be no mass on one side of the rate, and what is small beside the other rounds to 0.
+    # Only rates theta above ``rate`` are bet on. A bet on a smaller rate would gain on average if
+    # the true rate is small, and M would reject "at most ``rate``" although it is true.
+    # One of the two parts may be 0, and its logarithm -inf; this is no error.
     with np.errstate(divide="ignore", under="ignore"):
         above = np.log(special.betaincc(a + wrong, b + right, rate))
         below = np.log(special.betainc(a, b, rate))
@@ -47,29 +54,29 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
 
 
 def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """The rate is above it, at all times together, with confidence 1 - delta."""
+    """Lower bound of an error rate, valid at all times together with confidence 1 - delta."""
     if not wrong:
         return 0.0
 
     def excess(rate: float) -> float:
         return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
-    # M falls in the rate below k / n and is at most 1 above it, so it crosses 1 / delta once.
+    # M falls for rates below k / n and is at most 1 above k / n. So it crosses 1 / delta once.
     return float(optimize.brentq(excess, 1e-300, min(wrong / n, 1 - 2**-53), xtol=1e-14))
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Audited answers, and what they say of the guaranteed error rate."""
+    """Audited answers, compared with the guaranteed error rate."""
 
-    limit: float  # the error rate that is guaranteed not to be exceeded, in (0, 1)
-    delta: float  # of each bound
-    n: int = 0  # audited answers
-    wrong: int = 0  # how many of them are wrong
+    limit: float  # guaranteed largest error rate, in (0, 1)
+    delta: float  # 1 - confidence of each bound
+    n: int = 0  # number of audited answers
+    wrong: int = 0  # number of wrong ones among them
 
     @property
     def prior(self) -> Prior:
-        """Beta(1, 1/limit - 1): its mean is the limit, so rates like it get most of the bets."""
+        """Prior Beta(1, 1/limit - 1). Its mean is the limit, so most bets are on rates near it."""
         return 1.0, 1 / self.limit - 1
 
     @property
@@ -84,8 +91,9 @@ class Audit:
 
     @property
     def verdict(self) -> AuditVerdict:
-        """What the answers so far show."""
-        # the wealth at the limit says on which side of it the bounds are, and costs no search
+        """Verdict from the answers so far."""
+        # The wealth at the limit shows on which side of the limit the bounds are. This is faster
+        # than a search for the bounds.
         enough = -math.log(self.delta)
         wrong = np.asarray(self.wrong)
         n = np.asarray(self.n)
@@ -96,27 +104,29 @@ class Audit:
         return "not enough audited answers"
 
     def path(self, failure: Ints) -> Floats:
-        """(B,) log M(limit) after each of the next audited answers, 1 = wrong.
+        """Log wealth (B,), log M(limit), after each of the next B audited answers (1 = wrong).
 
-        The guarantee is broken where it reaches log(1/delta), which is where the lower bound passes
-        the limit.
+        Where it reaches log(1/delta), the lower bound reaches the limit, and the guarantee is
+        broken.
         """
         n = self.n + np.arange(1, len(failure) + 1)
         return log_wealth(self.wrong + np.cumsum(failure), n, self.limit, self.prior)
 
     def more(self, failure: Ints) -> Audit:
-        """With further audited answers (B,), 1 = wrong."""
+        """The audit with B more audited answers (1 = wrong)."""
         return replace(self, n=self.n + len(failure), wrong=self.wrong + int(failure.sum()))
 
     def n_needed(self) -> int | None:
-        """About how many more audited answers would tell, if errors go on at the rate so far.
+        """About how many more audited answers lead to a verdict, if the error rate stays the same.
 
-        Before the first one: if none is wrong. None where no number would tell.
+        Without audited answers so far, no answer is assumed to be wrong. None if no number of
+        answers is enough.
         """
         rate = self.wrong / self.n if self.n else 0.0
         if rate == self.limit:
             return None
-        # towards the limit, so that the number is not too small
+        # The number of wrong answers is rounded towards the limit, so that the estimate is not too
+        # small.
         rounded: Callable[[float], int] = math.ceil if rate < self.limit else math.floor
 
         def is_enough(n: int) -> bool:

@@ -1,7 +1,7 @@
-"""Conformal test martingales: p-values that are uniform while nothing changes, and bets on them.
+"""Conformal test martingales: bets against p-values that are uniform as long as nothing changes.
 
-They take rows in the order of arrival; ``grouped`` and ``rising`` tell rows that lie in another
-order.
+Rows must come in their order of arrival. ``grouped``, ``rising`` and ``in_blocks`` recognise rows
+that are sorted instead.
 """
 
 from __future__ import annotations
@@ -16,101 +16,114 @@ from scipy import signal, special
 from vilu.metrics.counts import Floats, Ints
 
 SHAPES: Final = tuple(1.3**power for power in (-2, -1, 0, 1, 2, 3))
-"""Of beta densities: both below 1 for more spread, both above 1 for less, unequal for a shift."""
+"""Parameters a and b of the beta densities that are bets.
+
+Both below 1: p-values near 0 and 1. Both above 1: p-values near the middle. Unequal: a shift.
+"""
 
 BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
 
 HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
-"""Cells of the bets that learn, and for how many p-values their uniform beginning counts."""
+"""For every histogram bet: number of cells, and weight of the uniform prior in p-values."""
 
-DECAY: Final = 1 - 1 / 400  # what is left of a learnt p-value one row later
+DECAY: Final = 1 - 1 / 400  # factor by which the weight of a p-value falls with every row
 
 SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS), len(HISTOGRAMS)])
-"""(K,) share of the wealth of every bet."""
+"""Share (K,) of the wealth of every bet: half for the beta densities, half for the histograms."""
 
-EVERY: Final = 50  # rows between two starts
-BLOCK: Final = 4096  # rows that are worked on at once
+EVERY: Final = 50  # number of rows between two starts
+BLOCK: Final = 4096  # number of rows that are processed at once
 EPS: Final = 2.0**-53
 
 
 def beta_bets(p: Floats) -> Floats:
-    """(B, K') log densities of ``BETAS`` at p-values in (0, 1)."""
+    """Log densities (B, K') of the K' beta bets at p-values (B,) in (0, 1)."""
     a, b = np.array(BETAS).T
     powers = (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None]
-    # normalised: only a density has mean 1 under uniform p-values, as a fair bet must
+    # A fair bet has mean 1 under uniform p-values. So it must be a normalised density.
     log_density: Floats = powers - special.betaln(a, b)
     return log_density
 
 
-@np.errstate(under="ignore")  # what is small beside the others is 0
+@np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
 def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
-    """A bet that learns: the density of the last few hundred p-values in m equal cells.
+    """Log densities of a histogram bet at p-values (B,), and its updated counts (m,).
 
-    It is drawn towards the uniform one, which counts for ``weight`` p-values:
+    The bet is a histogram of the last few hundred p-values in m equal cells, with a uniform prior
+    that weighs as much as ``weight`` p-values:
 
-        f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t),
+        f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t).
 
-    where N_t counts the p-values before t and keeps ``DECAY`` of every count from row to row
-    (plug-in martingale: Fedorova et al., ICML 2012). From p-values (B,) and N (m,) come log
-    densities (B,), each before its p-value is learnt from, and N after the last.
+    N_t counts the p-values before t. Its counts are multiplied by ``DECAY`` at every row. (Plug-in
+    martingale: Fedorova et al., ICML 2012.)
+
+    Args:
+        p: P-values (B,).
+        counts: N_t (m,) before the first of them.
+        weight: Weight of the uniform prior.
     """
     m = len(counts)
     row = np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
     is_in_cell = np.zeros((len(p), m))
     is_in_cell[row, cell] = 1
+    # a recursive filter computes N_{t+1} = DECAY N_t + is_in_cell for all rows at once
     after, _ = signal.lfilter([1.0], [1.0, -DECAY], is_in_cell, axis=0, zi=DECAY * counts[None])
-    # The density of a row knows the rows before it alone. One that had learnt from its own p-value
-    # would bet on what it has seen, and win while nothing changes.
+    # The density for a row depends only on the rows before it. If it also depended on the p-value
+    # of the row itself, the bet would win even when nothing changes.
     before = np.concatenate([counts[None], after[:-1]])
     density = m * (weight / m + before[row, cell]) / (weight + before.sum(axis=1))
     return np.log(density), after[-1]
 
 
 def asleep(start: Floats) -> Floats:
-    """(start + 2)^(-1/2): share of the wealth that sleeps on after start number 0, 1, 2 and so on.
+    """Share of the wealth that no bet uses yet after start number 0, 1, 2, ...
 
-    Before all it is 1.
+    The share is (start + 2)^(-1/2). Before the first start it is 1.
     """
     return 1 / np.sqrt(start + 2)
 
 
 @dataclass
 class Martingale:
-    """Wealth of all bets and all starts together.
+    """Total wealth of all bets from all starts.
 
-    Bet j that started at row s has wealth prod f_j over the rows from s on. With L_t the sum of log
-    f_j up to t, all starts of j together have exp(L_t) sum_s share_s exp(-L_{s-1}): two running
-    sums in place of a number per start.
+    Let bet j start at row s. Its wealth is the product of f_j over the rows from s on. Let L_t be
+    the sum of log f_j up to row t. Then the wealth of bet j from all starts together is
+
+        exp(L_t) sum_s share_s exp(-L_{s-1}).
+
+    So two running sums per bet are enough, and no number per start is saved.
     """
 
-    n: int = 0  # rows so far
+    n: int = 0  # number of rows so far
     growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))  # (K,) L_t
     # (K,) log sum_s share_s exp(-L_{s-1})
     started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
-    # of each of ``HISTOGRAMS`` what it has learnt
+    # counts N_t of every histogram bet
     counts: list[Floats] = field(
         default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS]
     )
 
     def update(self, p: Floats) -> Floats:
-        """(B,) log wealth after each of the next p-values.
+        """Log wealth (B,) after each of the next p-values (B,).
 
-        It does not depend on how they are divided into calls.
+        The result does not depend on how the p-values are divided into calls.
         """
         blocks = [self._update(p[start : start + BLOCK]) for start in range(0, len(p), BLOCK)]
         return np.concatenate(blocks) if blocks else np.empty(0)
 
-    @np.errstate(under="ignore")  # what is small beside the others is 0
+    @np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
     def _update(self, p: Floats) -> Floats:
-        p = np.clip(p, EPS, 1 - EPS)  # the ends have probability 0, but not in float64
+        p = np.clip(p, EPS, 1 - EPS)  # rounding can make a p-value exactly 0 or 1
         growth = np.cumsum(np.concatenate([self.growth[None], self._bets(p)]), axis=0)
         row = self.n + np.arange(len(p))
-        # Each start takes a share of the wealth that still sleeps. One start at row 0 alone would
-        # lose during a long calm, and a late shift would have to win all of that back first.
+        # Every start takes a share of the wealth that is not used yet. Bets that all start at row 0
+        # would lose wealth as long as nothing changes. After a late shift they would first have to
+        # win back these losses.
         start = (row // EVERY).astype(np.float64)
         share = np.where(start > 0, asleep(start - 1), 1.0) - asleep(start)
-        with np.errstate(divide="ignore"):  # where nothing starts
+        with np.errstate(divide="ignore"):  # log 0 = -inf at rows without a start
             new = np.log(np.where(row % EVERY == 0, share, 0.0))[:, None] - growth[:-1]
         started = np.logaddexp.accumulate(np.concatenate([self.started[None], new]), axis=0)
         self.n = self.n + len(p)
@@ -121,7 +134,7 @@ class Martingale:
         return wealth
 
     def _bets(self, p: Floats) -> Floats:
-        """(B, K) log densities of all bets."""
+        """Log densities (B, K) of all K bets at p-values (B,)."""
         bets = [beta_bets(p)]
         counts = []
         for before, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True):
@@ -134,7 +147,7 @@ class Martingale:
 
 @dataclass
 class SortedRun:
-    """Distinct values in rising order, and how many values are at most each."""
+    """Distinct values, ascending, and for each the number of values that are at most as large."""
 
     values: Floats
     up_to: Ints
@@ -144,28 +157,28 @@ class SortedRun:
 
     @property
     def n(self) -> int:
-        """Values, repeated ones as often as they came."""
+        """Number of values, where repeated values count as often as they occurred."""
         return int(self.up_to[-1])
 
     @classmethod
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
-        """The run of values, in any order, that came so often each."""
-        distinct, place = np.unique(values, return_inverse=True)
-        return cls(distinct, np.cumsum(np.bincount(place, counts)).astype(np.int64))
+        """The run of values in any order, of which each occurred ``counts`` times."""
+        distinct, index = np.unique(values, return_inverse=True)
+        return cls(distinct, np.cumsum(np.bincount(index, counts)).astype(np.int64))
 
     @classmethod
     def merged(cls, runs: Sequence[SortedRun]) -> SortedRun:
-        """The run of all their values."""
+        """One run with the values of all these runs."""
         values = np.concatenate([run.values for run in runs])
         counts = np.concatenate([run.counts() for run in runs])
         return cls.of(values, counts)
 
     def counts(self) -> Ints:
-        """How often each value came."""
+        """How often each distinct value occurred."""
         return np.diff(self.up_to, prepend=0)
 
     def compare(self, values: Floats) -> tuple[Ints, Ints]:
-        """Per value how many of the run are greater, and how many equal."""
+        """For each of these values, how many values of the run are greater, and how many equal."""
         padded = np.concatenate([[0], self.up_to])
         up_to = padded[np.searchsorted(self.values, values, "right")]
         below = padded[np.searchsorted(self.values, values, "left")]
@@ -174,27 +187,27 @@ class SortedRun:
 
 @dataclass
 class Reference:
-    """All values so far, in sorted runs of falling length.
+    """All values so far, in sorted runs of decreasing length.
 
-    A new one costs O(log^2 n), and repeats cost no memory.
+    Adding a value takes O(log^2 n) time. Repeated values take no memory.
     """
 
     runs: list[SortedRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: Floats, counts: Ints | None = None) -> Reference:
-        """What holds these values, each once or as often as ``counts`` says."""
+        """A reference with these values, each once or ``counts`` times."""
         reference = cls()
         reference.add(values, counts)
         return reference
 
     @property
     def n(self) -> int:
-        """Values so far."""
+        """Number of values so far."""
         return sum(run.n for run in self.runs)
 
     def add(self, values: Floats, counts: Ints | None = None) -> None:
-        """Take values in, each once or as often as ``counts`` says."""
+        """Add values, each once or ``counts`` times."""
         if not len(values):
             return
         if counts is None:
@@ -205,16 +218,16 @@ class Reference:
         self.runs.append(run)
 
     def table(self) -> tuple[Floats, Ints]:
-        """Distinct values in rising order, and how often each came."""
+        """Distinct values, ascending, and how often each occurred."""
         if not self.runs:
             return np.empty(0), np.empty(0, np.int64)
         every = SortedRun.merged(self.runs)
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """(B,) p-values of new values (B,), taken in in their order.
+        """P-values (B,) of new values (B,), which are added one after another.
 
-        ``uniform`` (B,) in [0, 1) breaks ties.
+        ``uniform`` (B,) are random numbers in [0, 1) that break ties.
         """
         greater, equal = earlier(values)
         for run in self.runs:
@@ -223,52 +236,58 @@ class Reference:
             equal = equal + same
         before = self.n + np.arange(len(values))
         self.add(values)
-        # Ties are broken at random, and the row is compared with itself, too: else p-values of
-        # tied scores are not uniform, and the bets win without any change (Vovk et al. 2005).
+        # Ties are broken at random, and each row is also compared with itself. Otherwise p-values
+        # of tied scores would not be uniform, and the bets would win although nothing changes
+        # (Vovk et al. 2005).
         return (greater + uniform * (equal + 1)) / (before + 1)
 
 
 def earlier(values: Floats) -> tuple[Ints, Ints]:
-    """Per value how many of those before it are greater, and how many equal, in O(B log^2 B).
+    """For each value, how many earlier values are greater, and how many equal, in O(B log^2 B).
 
-    Blocks of 1, 2, 4, ... values: those of every odd block are looked up among those of the block
-    before it.
+    For blocks of 1, 2, 4, ... values: the values of every odd block are compared with the values of
+    the block before it. Over all block sizes, every pair of values is compared once.
     """
     n = len(values)
     greater = np.zeros(n, np.int64)
     equal = np.zeros(n, np.int64)
     rank = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    place = np.arange(n)
+    index = np.arange(n)
     width = 1
     while width < n:
-        pair = place // (2 * width)
-        odd = (place // width) % 2 == 1
-        # one sorted array of all even blocks: the block is the leading part of the key
+        pair = index // (2 * width)
+        odd = (index // width) % 2 == 1
+        # The key sorts by pair of blocks, then by value. So one sorted array holds all even blocks,
+        # and one search compares every odd block with its even block.
         key = pair * n + rank
-        left = np.sort(key[~odd])
-        asked = key[odd]
-        up_to = np.searchsorted(left, asked, "right")
-        below = np.searchsorted(left, asked, "left")
-        # where an odd block has values, its even one is full
+        even_keys = np.sort(key[~odd])
+        odd_keys = key[odd]
+        up_to = np.searchsorted(even_keys, odd_keys, "right")
+        below = np.searchsorted(even_keys, odd_keys, "left")
+        # if an odd block has values, all even blocks up to its own are full
         greater[odd] += (pair[odd] + 1) * width - up_to
         equal[odd] += up_to - below
         width *= 2
     return greater, equal
 
 
-# that must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are
+# Number of shuffles, which must all have less order than the rows. For exchangeable rows this
+# happens with probability 1/1000, whatever their distribution.
 SHUFFLES: Final = 999
-# standard deviations of the shuffles by which, too; of normal sums three in 100,000 are
+# The order of the rows must also exceed the mean of the shuffles by so many standard deviations. A
+# normal variable does so with probability 3/100,000.
 CLEAR: Final = 4.0
-SAMPLED: Final = 4096  # rows of a half that are looked at, evenly spaced
-FEWEST: Final = 20  # rows below which no order is looked for
+SAMPLED: Final = 4096  # largest number of rows of a half that are compared, evenly spaced
+FEWEST: Final = 20  # with fewer rows no order is searched
 
 
 def grouped(codes: Ints) -> bool:
-    """Whether equal codes (N,) lie together, as in a folder of classes.
+    """Whether equal codes (N,) are neighbours, as in a list of files by class.
 
-    They do so in both halves a tenth as much as sorted ones. One change of the mix leaves a half
-    without an order, and a slow drift moves neighbours little: such rows may have arrived so.
+    In both halves of the rows, the excess of equal neighbours over shuffled rows must be at least a
+    tenth of that of sorted rows. So rows that may have arrived in this order are not taken for
+    sorted: after one change of the mix at least one half has no order, and a slow drift makes only
+    few neighbours equal.
     """
 
     def together(codes: Floats) -> float:
@@ -281,10 +300,10 @@ def grouped(codes: Ints) -> bool:
 
 
 def rising(values: Floats) -> bool:
-    """Whether values (N,) lie near their neighbours in rank, as sorted ones do.
+    """Whether neighbours among values (N,) have similar ranks, as in sorted values.
 
-    They do so by three quarters of what is possible. Two kinds of rows, one after the other, reach
-    a half of it.
+    In both halves, the excess over shuffled rows must be at least three quarters of that of sorted
+    rows. Two kinds of rows, one after the other, reach one half.
     """
 
     def near(rank: Floats) -> float:
@@ -298,9 +317,9 @@ def rising(values: Floats) -> bool:
 
 
 def in_blocks(codes: Ints) -> bool:
-    """Whether every code (N,) lies in one block, too rarely for exchangeable rows.
+    """Whether all rows with the same code (N,) lie in one block, and this cannot be chance.
 
-    To such rows it happens at most once in a million files.
+    Exchangeable rows have one block per code with a probability of less than 1e-6.
     """
     if not len(codes):
         return False
@@ -308,7 +327,7 @@ def in_blocks(codes: Ints) -> bool:
     n_blocks = 1 + np.count_nonzero(codes[1:] != codes[:-1])
     if n_blocks != len(sizes):
         return False
-    # of all N! orders K! n_1! ... n_K! have one block for each of the K codes
+    # out of N! orders, K! n_1! ... n_K! have one block for each of the K codes
     in_one_block = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
     return bool(in_one_block - special.gammaln(len(codes) + 1) < np.log(1e-6))
 
@@ -316,14 +335,24 @@ def in_blocks(codes: Ints) -> bool:
 def _in_order(
     values: Floats, order: Callable[[Floats], float], most: Callable[[Floats], float], least: float
 ) -> bool:
-    """Whether values have more order within their halves than every shuffle of them.
+    """Whether values are sorted within both halves of the rows.
 
-    And each half has a share ``least`` of the most that is possible. A shuffle leaves every value
-    in its half, so that a change between the halves is no order.
+    1. The values must have more order than every shuffle of them.
+    2. In each half, the excess of order over shuffles must be at least ``least`` of the largest
+       possible excess.
+
+    A shuffle moves values only within their half. So a difference between the halves is no order.
+
+    Args:
+        values: Values (N,) in the order of the rows.
+        order: Measure of order of the values of a half.
+        most: Largest value of this measure that the values of a half can have.
+        least: Smallest share of the largest possible excess.
     """
     if len(values) < FEWEST:
         return False
     rng = np.random.default_rng(0)
+    # every k-th value of each half, where k is the length of the half / SAMPLED, rounded up
     halves = [half[:: -(-len(half) // SAMPLED)] for half in np.array_split(values, 2)]
     present = np.array([order(half) for half in halves])
     shuffled = np.empty((SHUFFLES, 2))

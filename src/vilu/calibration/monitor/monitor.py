@@ -1,4 +1,4 @@
-"""Whether the guarantee still holds on the answers that come in."""
+"""Monitoring of a guarantee on the rows and labels that arrive after the calibration."""
 
 from __future__ import annotations
 
@@ -40,29 +40,31 @@ if TYPE_CHECKING:
 
 
 class Monitor:
-    """Watches whether new rows are still like those of a calibration, batch by batch.
+    """Tests, batch by batch, whether new rows are still like those of a calibration.
 
     Args:
-        calibration: The calibration rows; those without an uncertainty are left out.
-        rule: What ``calibrate`` gave, or label sets. Of one that judges whole batches, and of label
-            sets, there is nothing to audit.
-        groups: N names of groups of the calibration rows, for a rule that was given its groups.
-        false_alarm: Probability that any test ever raises an alarm without cause, in (0, 1).
-        seed: Of the random numbers that break ties, at least 0; to be fixed before the first row.
+        calibration: The calibration rows; rows without an uncertainty are left out.
+        rule: The rule that ``calibrate`` returned, or label sets. There is no audit for label sets
+            and for a rule that judges whole batches.
+        groups: Names of the groups of the N calibration rows; needed if the rule was made with a
+            list of groups.
+        false_alarm: Probability, in (0, 1), that any test ever raises a false alarm.
+        seed: Seed of the random numbers that break ties, at least 0. It must be chosen before the
+            first row is seen.
 
     Attributes:
-        rows: Rows monitored.
-        unscored: How many of them have no uncertainty; they are left out.
-        accepted: How many of them are accepted.
-        repeated: Rows and labels that were given again, and left out; by this object.
-        risk: Hash of the record of the calibration, which scores made with it carry; None without a
-            record.
+        rows: Number of rows monitored.
+        unscored: Number of these rows without an uncertainty; they are left out.
+        accepted: Number of these rows that are accepted.
+        repeated: Number of rows and labels that were given again to this object and left out.
+        risk: Hash of the record of the calibration, which is saved with scores that were made with
+            it; None without a record.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
         DataError: If no calibration row has an uncertainty.
-        InfeasibleError: Without a rule, and of one that accepts nothing: there is no guarantee to
-            watch.
+        InfeasibleError: If there is no guarantee to monitor: no rule, or a rule that accepts
+            nothing.
 
     Examples:
         >>> import numpy as np, vilu
@@ -114,21 +116,21 @@ class Monitor:
         if self.rule is not None and not self._is_partial:
             self._coverage = float(1 - columns["acceptance"].mean())
         if self.rule is not None and self.rule.reweighted:
-            # Rows at other shares than the calibration's are not drawn alike, although the
-            # guarantee holds for them: these tests would raise an alarm at every stated share.
+            # The stated shares differ from those of the calibration rows. So these tests would
+            # raise an alarm although the guarantee holds.
             columns = {}
         self._share_out(columns)
         self.fingerprint = self._fingerprint()
 
     def _share_out(self, columns: Mapping[TestName, Floats]) -> None:
-        """The tests of the columns, of the audit and of rates, each with its part of the level."""
+        """Make the tests of columns, audit and rates, each with a share of ``false_alarm``."""
         limit = self._limit()
         names: list[TestName] = list(columns)
         if limit is not None:
             names.append("audit")
         names += rates_of(self.rule, self.calibration, self.false_alarm)
-        # Each test may raise an alarm without cause: with the whole level for each, one of them
-        # would do so more often than was asked for (union bound).
+        # Every test can raise a false alarm. So the tests share the level: with the whole level for
+        # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
         parts = sum(PARTS[name] for name in names)
         tests: dict[TestName, Test] = {}
         for name in names:
@@ -146,11 +148,11 @@ class Monitor:
             self.audited = Audit(limit, tests["audit"].level)
 
     def _end_of_sample(self) -> float:
-        """Rows are compared with the calibration's below this uncertainty."""
+        """Upper limit of the uncertainties at which new rows are compared with calibration rows."""
         scores = self.calibration.uncertainty
         distinct = np.unique(scores[np.isfinite(scores)])
-        # Labels that were asked for one after another are a random sample up to a limit alone, and
-        # beyond it there are those that somebody chose: new rows are never like them.
+        # If labels arrived one after another, the labelled rows are a random sample only up to a
+        # limit. Rows beyond it were chosen by somebody, and new rows are not like them.
         if self._is_partial and len(distinct) > 1:
             return float(distinct[-1])
         return np.inf
@@ -158,13 +160,13 @@ class Monitor:
     @classmethod
     @checked
     def of_folder(cls, folder: str | Path, *, false_alarm: float = 0.05, seed: int = 0) -> Self:
-        """A monitor of the calibration that ``vilu calibrate`` left in the folder of a predictor.
+        """A monitor of the calibration that ``vilu calibrate`` wrote into a predictor's folder.
 
         Raises:
             InfeasibleError: If nothing is guaranteed of the predictor, so that there is no
-                guarantee to watch.
-            DataError: If the folder holds no predictor, or its calibration is damaged.
-            ProvenanceError: If a newer vilu wrote it.
+                guarantee to monitor.
+            DataError: If the folder holds no predictor, or if its calibration is damaged.
+            ProvenanceError: If a newer version of vilu wrote the calibration.
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -189,26 +191,27 @@ class Monitor:
     def update(
         self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False
     ) -> Status:
-        """Take in the next rows, in the order of their arrival.
+        """Monitor the next rows, in the order of their arrival.
 
-        Those whose failure is known are audited, too.
+        Rows whose failure is known are also audited.
 
         Args:
-            outcomes: Scores of the same predictor. Rows that were taken in before are left out, and
-                counted in ``repeated``: they are known by identifier, uncertainty and answer, or
-                without identifiers as a whole.
-            groups: N names of groups, for a rule that was given its groups.
-            in_order: Whether this is known to be the order of arrival; else rows that are sorted
-                are refused.
+            outcomes: Scores of the same predictor. Rows that were monitored before are left out and
+                counted in ``repeated``. They are recognised by identifier, uncertainty and answer.
+                Without identifiers the whole batch is recognised.
+            groups: Names of the groups of the N rows; needed if the rule was made with a list of
+                groups.
+            in_order: Whether the rows are known to be in the order of their arrival. If not, sorted
+                rows are refused.
 
         Warns:
-            UserWarning: If some of them are calibration rows, or were taken in before.
+            UserWarning: If some of the rows are calibration rows, or were monitored before.
 
         Raises:
-            ProvenanceError: If they are scores of another predictor or calibration, or their
-                candidates are others.
-            DataError: If the calibration rows have answers, and these do not, or the rows lie
-                sorted.
+            ProvenanceError: If the scores are of another predictor or calibration, or if the
+                candidates differ.
+            DataError: If the rows are sorted, or if they have no answers but the calibration rows
+                have.
             UsageError: If groups are needed and not given.
 
         Examples:
@@ -253,19 +256,19 @@ class Monitor:
     def audit(
         self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False
     ) -> Status:
-        """Take in labels that have arrived later, of rows that were monitored before.
+        """Audit labels that arrived later, of rows that were monitored before.
 
-        A label counts once: of a row that was audited before, known as in ``update``, it is left
-        out. In what order they lie means nothing: they are judged together, after the last of them;
-        or, where they came ``in_order``, each by itself.
+        A label counts once. Labels of rows that were audited before are left out; such rows are
+        recognised as in ``update``. The order of the labels has no meaning by default, so the test
+        looks at the evidence once, after the last label. With ``in_order`` it looks after every
+        label.
 
         Warns:
-            UserWarning: If some were given before.
+            UserWarning: If some labels were given before.
 
         Raises:
-            UsageError: If there is no guarantee to audit, or groups are needed and not given.
-            ProvenanceError: If they are scores of another predictor, or their candidates are
-                others.
+            UsageError: If there is no guarantee to audit, or if groups are needed and not given.
+            ProvenanceError: If the scores are of another predictor, or if the candidates differ.
 
         Examples:
             >>> import numpy as np, vilu
@@ -286,21 +289,22 @@ class Monitor:
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
-        # Labels that came together have no order. Judged one by one, a hard class that happens to
-        # lie first would raise an alarm that all of them together do not.
+        # Labels that arrived together have no order. If the evidence were looked at after every
+        # label, a difficult class that comes first could raise an alarm, although all labels
+        # together do not.
         judged = slice(0, None) if in_order else slice(-1, None)
         self._take_labels(outcomes, self._accepted(outcomes, groups), rows, judged)
         return self.status
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write what there is to go on from, as a ``.parquet`` file, atomically.
+        """Write the state, from which ``resume`` continues, atomically into a ``.parquet`` file.
 
-        Only a state is replaced.
+        An existing file is replaced only if it is the state of a monitor.
 
         Raises:
-            UsageError: If the file has another suffix, or something else than a state lies there.
-            StorageError: If the file system refuses.
+            UsageError: If the file has another suffix, or if an existing file is no such state.
+            StorageError: If the file cannot be written.
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -324,7 +328,7 @@ class Monitor:
             tables.append(
                 pa.table({"test": [name] * len(counts), "value": values, "count": counts})
             )
-        # so that the columns are there without a test, too
+        # so that the columns exist even if there is no test
         empty = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         tables.append(pa.table(empty))
         for kind, seen in ((ROWS_SEEN, self.monitored), (LABELS_SEEN, self.labelled)):
@@ -336,13 +340,14 @@ class Monitor:
 
     @checked
     def resume(self, path: str | Path) -> Self:
-        """Go on where a monitor of the same calibration stopped.
+        """Continue from a saved state of a monitor of the same calibration.
 
         Raises:
-            UsageError: If the file is not a ``.parquet`` file, or this monitor has seen rows.
-            StorageError: If it cannot be opened.
-            DataError: If it is no state, or a damaged one.
-            ProvenanceError: If it belongs to another calibration, level or seed.
+            UsageError: If the file is not a ``.parquet`` file, or if this monitor has already
+                monitored rows.
+            StorageError: If the file cannot be opened.
+            DataError: If the file is no state of a monitor, or if it is damaged.
+            ProvenanceError: If the state belongs to another calibration, level or seed.
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -386,7 +391,7 @@ class Monitor:
         return self
 
     def state(self) -> State:
-        """All but the calibration and the values that came.
+        """The state of the monitor without the calibration and without the monitored values.
 
         Examples:
             >>> import numpy as np, vilu
@@ -416,9 +421,9 @@ class Monitor:
         )
 
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
-        """Take over a state, with the values and counts of every test.
+        """Set this monitor to a state, with the values and counts of every test.
 
-        A ValueError says what does not fit.
+        Raises a ValueError if the state does not fit.
         """
         self._require_tests(state)
         tests = {test.name: test for test in state.tests}
@@ -444,7 +449,7 @@ class Monitor:
             self.audit_test = tests["audit"]
 
     def _require_tests(self, state: State) -> None:
-        """Refuse a state of other tests, or of counts that cannot be, as ``_restore`` does."""
+        """Raise a ValueError if a state has other tests or impossible counts."""
         levels = {test.name: test.level for test in self._tests()}
         levels_there = {test.name: test.level for test in state.tests}
         n, wrong = state.audited
@@ -461,7 +466,7 @@ class Monitor:
     def _remember(
         self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
     ) -> None:
-        """Take over which rows were taken in; a ValueError says what does not fit."""
+        """Add the hashes of monitored and labelled rows; a ValueError if their number is wrong."""
         n_monitored, n_labelled = state.remembered
         for seen, rows, n in (
             (self.monitored, monitored, n_monitored),
@@ -473,7 +478,7 @@ class Monitor:
 
     @property
     def status(self) -> Status:
-        """What there is to say now."""
+        """The current status."""
         tests = self._tests()
         audited = None if self.audited is None else Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
@@ -501,15 +506,16 @@ class Monitor:
         return [*watched, *audit, *self.rate_tests.values()]
 
     def _limit(self) -> float | None:
-        """The guaranteed error rate.
+        """The guaranteed largest error rate.
 
-        None where nothing is accepted, or where only a mean over calibrations is guaranteed.
+        None if nothing is accepted, or if only a mean over calibrations is guaranteed.
         """
         if self.rule is None or not self.rule.feasible:
             return None
         if self.rule.method == "crc":
-            # Half of the thresholds of conformal risk control are above their target by right, so
-            # a rate above it would be an alarm although the guarantee holds.
+            # Conformal risk control bounds the mean over calibrations. About half of all thresholds
+            # have a risk above the target, so an audit would raise alarms although the guarantee
+            # holds.
             return None
         limit = self.rule.max_risk
         if limit is None:
@@ -519,7 +525,7 @@ class Monitor:
         return limit
 
     def _accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
-        """(N,) whether each answer is accepted; none without a rule."""
+        """Mask (N,) of the accepted answers; False everywhere without a rule."""
         if self.rule is None:
             return np.zeros(len(outcomes), dtype=np.bool_)
         if self.rule.grouped_by == "prediction":
@@ -527,7 +533,7 @@ class Monitor:
         return self.rule.accept(outcomes.uncertainty, groups)
 
     def _columns(self, outcomes: Outcomes, accepted: NDArray[np.bool_]) -> dict[TestName, Floats]:
-        """What is watched: numbers of the rows that can be compared with the calibration's."""
+        """Monitored numbers of the rows that are compared with the calibration, by test."""
         watched = self._watched(outcomes)
         columns: dict[TestName, Floats] = {"scores": outcomes.uncertainty[watched]}
         if self.rule is not None:
@@ -543,12 +549,14 @@ class Monitor:
 
     @property
     def _is_partial(self) -> bool:
+        """Whether calibration rows are a random sample only up to some uncertainty."""
         return self.rule is not None and self.rule.method == "anytime"
 
     def _watched(self, outcomes: Outcomes) -> NDArray[np.bool_]:
-        """(N,) rows with an uncertainty.
+        """Mask (N,) of the rows that are compared with the calibration rows.
 
-        Of a partial calibration, below its largest, where the others are alike.
+        They have an uncertainty. If the calibration is partial, the uncertainty is also below the
+        largest one of the calibration rows.
         """
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
@@ -559,11 +567,15 @@ class Monitor:
         rows: Ints,
         judged: slice = slice(None),
     ) -> None:
+        """Audit the rows (N,) whose failure is known, except those that were audited before.
+
+        ``judged`` selects the labels after which the tests look at the evidence.
+        """
         if self.audited is None or self.audit_test is None:
             return
         counts = accepted
         if "outside" in self.rates:
-            # of the share of out-of-distribution images every labelled row tells
+            # every labelled row counts for the share of out-of-distribution images
             counts = np.ones(len(outcomes), dtype=np.bool_)
         known = np.flatnonzero((outcomes.failure != UNKNOWN) & counts)
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
@@ -585,9 +597,9 @@ class Monitor:
     def _take_rate(
         self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
     ) -> None:
-        """Count rows for a rate that is watched, if it is.
+        """Count rows for the rate of a test, if there is this test.
 
-        The evidence is judged after some of them.
+        ``judged`` selects the rows after which the test looks at the evidence.
         """
         if name not in self.rates:
             return
@@ -604,7 +616,7 @@ class Monitor:
         return Acceptance(calibration=self._coverage, since=since, n=n)
 
     def _fingerprint(self) -> str:
-        """Of everything that decides what the same rows lead to."""
+        """Digest of everything that the results of this monitor depend on, except new rows."""
         content = hashlib.sha256()
         for watch in self.watches.values():
             for column in watch.reference.table():
@@ -612,7 +624,7 @@ class Monitor:
         if not self.watches:
             content.update(self.calibration.uncertainty.tobytes())
         if self.rule is not None and self.rule.reweighted:
-            # the rates depend on which rows are in which stratum
+            # the audits of rates depend on the strata of the rows
             rows = self.calibration.take(self.calibration.evaluable)
             strata = Strata(rows, self.rule.outside_share, self.rule.class_shares)
             content.update(strata.stratum.tobytes())
@@ -621,11 +633,11 @@ class Monitor:
 
 
 def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
-    """The calibration of a predictor, and what it guarantees; refused where that is nothing."""
+    """The calibration of a predictor, and its guarantee; InfeasibleError if there is none."""
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:
-        read_description(folder / PREDICTOR)  # a folder without a predictor is another mistake
+        read_description(folder / PREDICTOR)  # another error is raised if there is no predictor
     elif calibration.guarantee is not None:
         return calibration, calibration.guarantee
     else:
@@ -636,7 +648,7 @@ def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     )
 
 
-# kinds of hashes in a state
+# the two kinds of hashes in a saved state, in its column "test"
 ROWS_SEEN = "rows seen"
 LABELS_SEEN = "labels seen"
 

@@ -1,6 +1,6 @@
-"""Rates that must not be exceeded while a guarantee for stated shares holds.
+"""Rates with an upper limit as long as a guarantee for stated shares holds.
 
-Each is watched by an ``Audit``, as the error rate of accepted answers is.
+Every rate is monitored by an ``Audit``, like the error rate of accepted answers.
 """
 
 from __future__ import annotations
@@ -17,55 +17,62 @@ from vilu.calibration.thresholds import percent, upper_bound
 from vilu.outcomes.outcomes import Outcomes
 
 LEAST: Final = 1e-3
-"""Least share of out-of-distribution images that is watched for, where a smaller one was stated."""
+"""Smallest limit of the share of out-of-distribution images, even if a smaller one was stated."""
 
 
 def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[TestName, Audit]:
-    """Rates that must not be exceeded while a guarantee for stated shares holds.
+    """Audits of the rates that are limited while a guarantee for stated shares holds.
 
-    There are none for other rules.
+    Rules without stated shares have no such rates.
 
-    - "outside": share of out-of-distribution images among labelled rows, at most the stated one.
-    - "review": share of rows that the rule leaves for review. With d_s the rate in stratum s,
-      out-of-distribution images at a share p' give (1 - p') d_in + p' d_out, which over all p' up
-      to the stated p is largest at an end. For every d_s stands its Clopper-Pearson bound from
-      above, of which all together take half of the level, and the bets the other half.
+    - "outside": the share of out-of-distribution images among labelled rows. The limit is the
+      stated share.
+    - "review": the share of rows that the rule leaves for review. Let d_in and d_out be this share
+      within the classes and among out-of-distribution images. If the share of out-of-distribution
+      images is p', the rate is
+
+          (1 - p') d_in + p' d_out.
+
+      The limit is the maximum over all p' from 0 to the stated share. It is computed with upper
+      Clopper-Pearson bounds of the rates in all strata. These bounds together take half of the
+      level, and the audit takes the other half.
     """
     if rule is None or not rule.reweighted or not rule.feasible:
         return {}
     rates: dict[TestName, Audit] = {}
     if rule.outside_share is not None:
-        rates["outside"] = Audit(max(rule.outside_share, LEAST), level)
-    most = _reviewed_at_most(rule, calibration.take(calibration.evaluable), level / 2)
-    if most < 1:
-        rates["review"] = Audit(most, level / 2)
+        rates["outside"] = Audit(limit=max(rule.outside_share, LEAST), delta=level)
+    review_limit = _reviewed_at_most(rule, calibration.take(calibration.evaluable), level / 2)
+    if review_limit < 1:
+        rates["review"] = Audit(limit=review_limit, delta=level / 2)
     return rates
 
 
 def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
-    """Bound from above of the share of rows that is left for review, at the stated shares."""
+    """Upper bound of the share of rows that are left for review, at the stated shares."""
     strata = Strata(rows, rule.outside_share, rule.class_shares)
     is_reviewed = ~rule.accept(rows.uncertainty)
     n_reviewed = np.bincount(strata.stratum[is_reviewed], minlength=len(strata.names))
-    # all bounds must hold at once, so they share delta (union bound)
+    # all bounds must hold together, so delta is divided among them (union bound)
     delta_of_stratum = delta / int(np.count_nonzero(strata.share))
     bounds = []
     for k, n in zip(n_reviewed.tolist(), strata.n.tolist(), strict=True):
         bounds.append(upper_bound(k, n, delta_of_stratum))
     ood_share = float(strata.share[-1])
     within = float(strata.share[:-1] @ np.array(bounds[:-1])) / (1 - ood_share)
-    # The true share may be any up to the stated one. The rate is linear in it, so one of the ends
-    # is the worst; with the stated share alone fewer of such images could raise an alarm.
+    # The true share may be any number from 0 to the stated share. The rate is linear in the share,
+    # so its maximum is at 0 or at the stated share. If only the stated share were used, a smaller
+    # share of such images could raise an alarm.
     return max(within, (1 - ood_share) * within + ood_share * bounds[-1])
 
 
 def ood_in_words(audit: Audit, stated: float) -> str:
-    """The share of out-of-distribution rows among labelled ones, with bounds valid at any time."""
+    """Text on the share of out-of-distribution rows among labelled rows, with anytime bounds."""
     lower = percent(audit.lower, 2, math.floor)
     upper = percent(audit.upper)
     confidence = percent(1 - audit.delta, 2, math.floor)
-    most = percent(stated, 2, math.floor)
+    largest_share = percent(stated, 2, math.floor)
     return (
         f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share {lower} to "
-        f"{upper}, each bound with confidence {confidence}; stated: at most {most})"
+        f"{upper}, each bound with confidence {confidence}; stated: at most {largest_share})"
     )

@@ -1,4 +1,4 @@
-"""What a monitor says: the verdict, the tests behind it, and what to do next."""
+"""Status of a monitor: the verdict, the tests behind it, and what to do next."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ RECALIBRATE = (
 class Test(Model):
     """One test of the calibration's guarantee."""
 
-    __test__ = False  # for pytest, which takes the name for its own
+    __test__ = False  # tells pytest that this is no test class
 
-    # "scores", "acceptance" and "answers" ask whether the rows are still like those of the
-    # calibration, "audit" whether accepted answers are wrong too often, "outside" and "review"
-    # whether the present shares are those that a guarantee was stated for
+    # "scores", "acceptance" and "answers" test whether the rows are still like those of the
+    # calibration. "audit" tests whether accepted answers are wrong too often. "outside" and
+    # "review" test whether the shares are still those for which the guarantee was stated.
     name: TestName
-    level: float = Field(gt=0, lt=1)  # probability of a false alarm, ever
-    log_wealth: float = 0.0  # evidence now; the alarm is at log(1/level)
+    level: float = Field(gt=0, lt=1)  # probability that a false alarm is ever raised
+    log_wealth: float = 0.0  # present evidence; the alarm is raised at log(1/level)
     peak: float = 0.0  # largest evidence so far
-    # row at which the alarm was raised, 0 = the first row monitored; None without
+    # row at which the alarm was raised, 0 = first row monitored; None: no alarm
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
-        """With the evidence after each of some further rows (B,)."""
+        """The test with the log wealth (B,) after each of B further rows with these numbers."""
         if not len(log_wealth):
             return self
         raised_at = self.raised_at
-        # The first crossing stays, whatever the wealth does later: Ville's inequality bounds the
-        # probability that it ever gets there, so an alarm needs no confirmation by later rows.
+        # The alarm stays, even if the evidence falls again. Ville's inequality bounds the
+        # probability that a false alarm is ever raised, so later rows need not confirm it.
         reached = np.flatnonzero(log_wealth >= -math.log(self.level))
         if raised_at is None and len(reached):
             raised_at = int(rows[reached[0]])
@@ -77,28 +77,27 @@ class Test(Model):
 class Acceptance(Model):
     """Shares of accepted answers."""
 
-    calibration: float  # of the calibration rows
-    since: float | None  # of the rows monitored; None before the first
-    n: int  # rows monitored that have an uncertainty
+    calibration: float  # share among the calibration rows
+    since: float | None  # share among the rows monitored; None before the first row
+    n: int  # number of rows monitored that have an uncertainty
 
 
 class Audited(Model):
-    """What the labels that have arrived say."""
+    """Result of the audit of labels that have arrived."""
 
-    n: int  # audited accepted answers
-    wrong: int  # how many of them are wrong
-    guarantee: float  # the error rate that is guaranteed not to be exceeded
-    # bound of the error rate from below, at all times together; ``confidence`` is of each bound
-    lower: float
-    upper: float  # the same from above
-    confidence: float  # 1 - delta
+    n: int  # number of audited accepted answers
+    wrong: int  # number of wrong ones among them
+    guarantee: float  # guaranteed largest error rate
+    lower: float  # lower bound of the error rate, valid at all times together
+    upper: float  # upper bound, valid at all times together
+    confidence: float  # 1 - delta, of each of the two bounds
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
-    # about how many more audited answers would tell; None where no number is known to
+    # about how many more audited answers lead to a verdict; None if no number of them is enough
     n_needed: int | None
 
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
-        """The bounds in numbers."""
+        """The result of an audit, with its bounds computed."""
         return cls(
             n=audit.n,
             wrong=audit.wrong,
@@ -127,23 +126,22 @@ class Status(Model):
     """The state of a guarantee after some rows."""
 
     verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
-    # first row at which an alarm was raised, 0 = the first row monitored; None without
+    # first row at which an alarm was raised, 0 = first row monitored; None: no alarm
     raised_at: int | None
-    reason: str  # why, in words
-    advice: str  # what to do next
-    rows: int  # rows monitored
-    unscored: int  # how many of them have no uncertainty; they are left out
-    # probability that any of the tests ever raises an alarm without cause is at most this
-    false_alarm: float
-    tests: tuple[Test, ...]  # each with its share of that
+    reason: str  # text of the reason for the verdict
+    advice: str  # text on what to do next
+    rows: int  # number of rows monitored
+    unscored: int  # number of these rows without an uncertainty; they are left out
+    false_alarm: float  # bound of the probability that any test ever raises a false alarm
+    tests: tuple[Test, ...]  # all tests, among which ``false_alarm`` is divided
     acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
-    audit: Audited | None  # what the labels say; None without a guarantee of single answers
-    # what they say of the share of out-of-distribution images; None where none was stated
+    audit: Audited | None  # result of the audit; None without a guarantee for single answers
+    # text on the labelled share of out-of-distribution images; None if no share was stated
     present: str | None = None
 
     @property
     def alarm(self) -> bool:
-        """Whether the guarantee should no longer be relied on."""
+        """Whether an alarm was raised, so that the guarantee should no longer be relied on."""
         return self.raised_at is not None
 
     def __str__(self) -> str:
@@ -166,7 +164,7 @@ class Status(Model):
 
 
 def _odds(log_wealth: float) -> str:
-    """Wealth as a number that can be read."""
+    """Text of the wealth, as a power of ten from 10^6 on."""
     if log_wealth < math.log(1e6):
         return f"{math.exp(log_wealth):,.3g}"
     return f"1e{log_wealth / math.log(10):.0f}"

@@ -1,4 +1,4 @@
-"""What a monitor keeps between rows: its tests with their evidence, and a document of them."""
+"""State of a monitor between batches: its tests with their evidence, and how they are saved."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ PARTS: Final[dict[TestName, int]] = {
     "outside": 1,
     "review": 1,
 }
-"""Parts of the probability of a false alarm; those of tests that do not run go to the others."""
+"""Relative shares of the tests in the probability of a false alarm.
+
+Only tests that are used count, so their shares add up to the whole probability.
+"""
 
 
 @dataclass
 class Watch:
-    """A test of whether one number per row stays exchangeable."""
+    """Test whether one number per row stays exchangeable."""
 
     test: Test
     reference: Reference
     martingale: Martingale = field(default_factory=Martingale)
 
     def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Take in the next values (B,), which are of these rows of the stream."""
+        """Test the next values (B,), which belong to rows with these numbers."""
         generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
-        # One draw a value, wherever a batch begins: else a user who feeds smaller batches would get
-        # other evidence, and could look for the division that suits.
+        # Every value has its own random number, however the values are divided into batches.
+        # Otherwise the evidence would depend on the division, and a user could choose a division
+        # with a convenient result.
         generator.advance(self.martingale.n)
         uniform = np.random.Generator(generator).random(len(values))
         p = self.reference.p_values(values, uniform)
@@ -46,7 +50,7 @@ class Watch:
     def resumed(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
-        """The same after n rows."""
+        """The test after n rows, with saved wealth, and saved values with their counts."""
         martingale = Martingale()
         if wealth is not None:
             martingale = wealth.martingale()
@@ -65,7 +69,7 @@ Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_leng
 
 
 class Wealth(Model):
-    """A martingale after its first row; see there."""
+    """Saved form of a ``Martingale`` that has at least one row."""
 
     n: Annotated[int, Field(ge=1)]
     growth: Bets
@@ -74,7 +78,7 @@ class Wealth(Model):
 
     @classmethod
     def of(cls, martingale: Martingale) -> Wealth | None:
-        """The numbers of a martingale; None before its first row."""
+        """The saved form of a martingale; None before its first row."""
         if not martingale.n:
             return None
         return cls(
@@ -85,7 +89,7 @@ class Wealth(Model):
         )
 
     def martingale(self) -> Martingale:
-        """The martingale that it was made of."""
+        """The martingale with these numbers."""
         counts = [np.array(cells) for cells in self.counts]
         return Martingale(self.n, np.array(self.growth), np.array(self.started), counts)
 
@@ -99,10 +103,7 @@ class Wealth(Model):
 
 
 class State(Model):
-    """All of a monitor but its calibration and the values that came.
-
-    ``audited``: answers, and wrong ones.
-    """
+    """State of a monitor without its calibration and without the monitored values."""
 
     kind: Literal["monitor"] = "monitor"
     fingerprint: str
@@ -111,6 +112,7 @@ class State(Model):
     accepted: Count
     tests: tuple[Test, ...]
     wealth: dict[str, Wealth | None]
-    audited: tuple[Count, Count]
-    remembered: tuple[Count, Count]  # hashes of rows, and of labels
-    counted: dict[str, tuple[Count, Count]]  # rows, and those that a rate is of
+    audited: tuple[Count, Count]  # numbers of audited answers, and of wrong ones among them
+    remembered: tuple[Count, Count]  # numbers of hashes of rows, and of labels
+    # for every rate: number of rows, and number of those among them that the rate counts
+    counted: dict[str, tuple[Count, Count]]
