@@ -241,6 +241,9 @@ def test_tables_name_the_answer_and_the_zero_shot_one(
     table = vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=0)
     assert table.to_dicts()[0]["answer"] == "adapted"
     assert "linear_probe (adapted)" in str(table)
+    zero = vilu.score(make("linear_probe").fit(train), test)
+    both = vilu.evaluate([outcomes, zero], metrics=["aurc"], n_resamples=0)
+    assert [row.answer for row in both.mean_over_seeds()] == ["adapted", "zero_shot"]
 
 
 def test_parts_of_scores_keep_the_answer(

@@ -178,7 +178,7 @@ class ResultTable:
         return fitting.rows[0].value
 
     def mean_over_seeds(self) -> ResultTable:
-        """The means over seeds, one row per method, data set, split and metric.
+        """The means over seeds, one row per method, kind of answer, data set, split and metric.
 
         The ends of the interval are the mean minus and plus the standard deviation over seeds; the
         field ``interval`` says how many seeds there are. A mean is None if the value of any seed is
@@ -198,7 +198,7 @@ class ResultTable:
         """
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
-            key = (row.method, row.dataset, row.split, row.metric, row.convention)
+            key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
             without_interval = replace(row, ci_low=None, ci_high=None, interval=None)
             groups.setdefault(key, {}).setdefault(without_interval, row)
         means = [_mean(list(seeds.values())) for seeds in groups.values()]
