@@ -1,6 +1,6 @@
-"""Arrays of an ``.npz`` file or a folder of ``.npy`` files, hostile until checked.
+"""Read arrays of an ``.npz`` file or a folder of ``.npy`` files, in blocks of rows.
 
-Rows of them are read by blocks.
+The files are not trusted: everything is checked before it is used.
 """
 
 from __future__ import annotations
@@ -31,25 +31,33 @@ UNREADABLE_NPZ = (
     EOFError,
     RuntimeError,
 )
-"""What reading a hostile zip raises, beside what its arrays do (RuntimeError: it is encrypted)."""
+"""Exceptions of reading a damaged zip file or its arrays (RuntimeError: it is encrypted)."""
 
-READ_BYTES = 2**24
+READ_BYTES = 2**24  # bytes read at a time
 
 SMALL_BYTES = 2**28
 MAX_PACKED = 100
-"""An array of more than ``SMALL_BYTES`` that is packed to less than 1 / ``MAX_PACKED`` is a bomb.
+"""Limits against zip bombs: an array may have ``SMALL_BYTES``, whatever its compressed size.
 
-Embeddings hardly pack.
+A larger array may have at most ``MAX_PACKED`` times its compressed size. Compression makes
+embeddings hardly smaller.
 """
 
-# codes that no text in UTF-8 has
+# range of codes that are no characters
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
-MAX_TEXT = 2**16  # characters of a name
+MAX_TEXT = 2**16  # maximum number of characters of a name
 
 
 class StoredArray:
-    """An array in a file, known by its header: only rows that are asked for are in memory."""
+    """An array in a file. Opening reads the header; rows are read when they are asked for.
+
+    Args:
+        place: File or member, for messages.
+        handle: The open file, at the beginning of the array.
+        n_bytes: Size of the file.
+        read_bytes: Bytes read at a time.
+    """
 
     def __init__(
         self, place: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
@@ -73,7 +81,7 @@ class StoredArray:
         self._require_content(n_bytes - self._start)
 
     def _require_content(self, n_there: int) -> None:
-        """Refuse a header that promises another number of bytes than follow it."""
+        """Raise DataError if the header states another size than the ``n_there`` bytes after it."""
         is_shape = min(self.shape, default=0) >= 0
         is_type = self.dtype.itemsize > 0
         if is_shape and is_type and self.n_bytes == n_there:
@@ -88,11 +96,11 @@ class StoredArray:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def require_rows(self) -> None:
-        """Refuse an array whose rows do not lie one after the other."""
+        """Raise DataError where the rows are not stored one after the other (C order)."""
         if self._by_columns and len(self.shape) > 1:
             raise DataError(
                 f"{self.place} is in Fortran order, so its rows cannot be read one by one. Save it "
@@ -100,24 +108,24 @@ class StoredArray:
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The entries start ... stop - 1 of an array in C order."""
-        n_row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        content = self._bytes(start * n_row, (stop - start) * n_row)
+        """Return the rows start ... stop - 1 of an array in C order."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        content = self._bytes(start * row_bytes, (stop - start) * row_bytes)
         return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """All entries of an array in C order, so many together as take ``read_bytes``."""
+        """Yield all rows of an array in C order, in blocks of about ``read_bytes``."""
         size = max(self.read_bytes * len(self) // max(self.n_bytes, 1), 1)
         for start in range(0, len(self), size):
             yield self.read(start, min(start + size, len(self)))
 
     def whole(self) -> NDArray[Any]:
-        """The array in memory, in either order."""
+        """Read and return the whole array, in C or Fortran order."""
         flat = np.frombuffer(self._bytes(0, self.n_bytes), self.dtype)
         return flat.reshape(self.shape, order="F" if self._by_columns else "C")
 
     def hash(self, advance: Callable[[int], object]) -> str:
-        """Hash of its type, shape and content; the bytes of a file in between do not matter."""
+        """Return a hash of type, shape and content; ``advance`` is called with the bytes read."""
         header = repr((self.dtype.str, self.shape, self._by_columns)).encode()
         content = blake2b(header, digest_size=16)
         for start in range(0, self.n_bytes, self.read_bytes):
@@ -125,14 +133,18 @@ class StoredArray:
             content.update(block)
             advance(len(block))
         with or_unreadable(self.place):
-            if self._handle.read(1):  # at the end of a member of a zip its checksum is compared
+            # reading to the end of a member of a zip file also verifies the checksum
+            if self._handle.read(1):
                 raise DataError(
                     f"{self.place} has more bytes than its header says. Write it again."
                 )
         return content.hexdigest()
 
     def _bytes(self, start: int, count: int) -> bytearray:
-        """So many bytes of the content; memory is taken as they come, whatever a header says."""
+        """Return ``count`` bytes of the content from ``start`` on.
+
+        Memory is allocated while reading, not for the size in the header, which may be wrong.
+        """
         content = bytearray()
         with or_unreadable(self.place):
             if self._handle.tell() != self._start + start:
@@ -148,28 +160,28 @@ class StoredArray:
 
 
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
-"""Shape, whether the entries lie column by column, and type."""
+"""Shape, whether the array is in Fortran order, and dtype."""
 
 READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""Of the headers of plain arrays, by version."""
+"""Functions that read the header of a ``.npy`` file, by version of the format."""
 
 
 def or_unreadable(place: str) -> AbstractContextManager[None]:
-    """A block in which what a damaged file raises becomes a ``DataError`` that names it."""
+    """Turn the exceptions of a damaged file in the block into a ``DataError`` with its name."""
     return or_damaged(
         place, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
     )
 
 
 class Arrays(ExitStack):
-    """The arrays of a file or a folder by their names there; files are open until it is left.
+    """The arrays of a file or a folder, by name. A context manager that closes the open files.
 
     Args:
         path: The file or folder.
-        read_bytes: Read together where all of an array is looked at.
+        read_bytes: Bytes read at a time.
     """
 
     def __init__(self, path: Path, *, read_bytes: int = READ_BYTES) -> None:
@@ -187,11 +199,11 @@ class Arrays(ExitStack):
 
     @property
     def names(self) -> list[str]:
-        """What there is."""
+        """The names of the arrays."""
         return list(self._members)
 
     def open(self, name: str) -> StoredArray:
-        """One of the arrays, of which the header is read and checked."""
+        """Open an array: its header is read and checked."""
         member = self._members[name]
         if isinstance(member, Path):
             return self._open_file(member, str(self.path / f"{name}.npy"))
@@ -211,25 +223,25 @@ class Arrays(ExitStack):
             return StoredArray(place, handle, member.file_size, self.read_bytes)
 
     def require_small(self, name: str) -> None:
-        """Refuse an array that is far too large for the bytes that it was packed into."""
+        """Raise DataError where an array is far larger than its compressed size: a zip bomb."""
         member = self._members[name]
         if isinstance(member, Path):
             return
         most = max(SMALL_BYTES, MAX_PACKED * member.compress_size)
         if member.file_size > most:
             raise DataError(
-                f"{self.path}, array {name!r}: {member.compress_size:,} bytes are said to hold "
-                f"{member.file_size:,}. No embeddings pack so well, so nothing of it is read."
+                f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes stand for "
+                f"{member.file_size:,}. Embeddings never compress so well, so it is not read."
             )
 
 
 def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """The ``.npy`` files of a folder by name."""
+    """Return the ``.npy`` files of a folder by name."""
     files: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
-        # a pipe or a device has no end
+        # reading a pipe or a device may never end
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path} is no file.")
         files[path.stem] = path
@@ -242,7 +254,7 @@ def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """The arrays of an ``.npz`` file by name."""
+    """Return the arrays of an ``.npz`` file by name."""
     if not path.is_file():
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
@@ -262,7 +274,7 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def texts_of(values: NDArray[Any], place: str) -> list[str]:
-    """Names as text, of an array of texts, of UTF-8 bytes or of whole numbers."""
+    """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts."""
     if values.dtype.kind not in "iuUS":
         raise DataError(
             f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
@@ -278,7 +290,10 @@ def texts_of(values: NDArray[Any], place: str) -> list[str]:
 
 
 def _require_characters(values: NDArray[Any], place: str) -> None:
-    """Refuse codes that are no characters: numpy makes strings of any, Python breaks on them."""
+    """Raise DataError where an array of texts holds codes that are not characters.
+
+    NumPy accepts any code, but Python's strings do not.
+    """
     code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)
     codes = np.frombuffer(values.tobytes(), code_type)
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)
