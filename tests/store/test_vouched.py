@@ -105,11 +105,11 @@ USED = [
 def test_a_flipped_bit_in_any_file_that_is_read(root, name):
     flip(root / name)
     with pytest.raises(
-        StorageError, match=rf"{name} is damaged: it does not hold the bytes that .* `vilu embed`"
+        StorageError, match=rf"{name} is damaged: its SHA-256 is not .* `vilu embed`"
     ):
         read_all(root)
     assert (
-        f"{root / name} is damaged: it does not hold the bytes"
+        f"{root / name} is damaged: its SHA-256 is not the one"
         in inspect(root, deep=True).problems[0]
     )
 

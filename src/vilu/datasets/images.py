@@ -190,7 +190,7 @@ GIF_BLOCKS: Final = frozenset({GIF_IMAGE, GIF_EXTENSION})
 
 def _count_gif_frames(data: bytes) -> int:
     frames = 0
-    # a GIF without its end ends with IndexError: the frames before count
+    # in a truncated GIF, IndexError ends the counting, and the frames so far are returned
     with suppress(IndexError):
         position = 13 + _colour_table_bytes(data[10])
         while frames < MAX_FRAMES and data[position] in GIF_BLOCKS:

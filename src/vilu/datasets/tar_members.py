@@ -51,8 +51,8 @@ class Member:
     is_file: bool  # whether it is a plain file: no link, no device, not sparse
 
 
-def members(file: BinaryIO, size: int, most: int = MAX_MEMBERS) -> Iterator[Member]:
-    """Yield the members of a tar file of ``size`` bytes in order, at most ``most``, no folders.
+def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterator[Member]:
+    """Yield the members of a tar file of ``size`` bytes in order, without folders.
 
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard": the file ends too early.
@@ -85,8 +85,10 @@ def members(file: BinaryIO, size: int, most: int = MAX_MEMBERS) -> Iterator[Memb
         if header.isdir():
             continue
         count += 1
-        if count > most:
-            raise BadImage("open", "bad_shard", f"more than {most} members. Write smaller shards")
+        if count > max_members:
+            raise BadImage(
+                "open", "bad_shard", f"more than {max_members} members. Write smaller shards"
+            )
         yield member
 
 

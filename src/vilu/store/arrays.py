@@ -53,29 +53,29 @@ class StoredArray:
     """An array in a file. Opening reads the header; rows are read when they are asked for.
 
     Args:
-        place: File or member, for messages.
+        where: File or member, for messages.
         handle: The open file, at the beginning of the array.
         n_bytes: Size of the file.
         read_bytes: Bytes read at a time.
     """
 
     def __init__(
-        self, place: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
+        self, where: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
     ) -> None:
-        self.place = place
+        self.where = where
         self.read_bytes = read_bytes
         self._handle = handle
-        with or_unreadable(place):
+        with or_unreadable(where):
             version = np.lib.format.read_magic(handle)
-            if version not in READERS:
+            if version not in HEADER_READERS:
                 raise DataError(
-                    f"{place} is of version {version} of the format .npy. Save it with numpy.save."
+                    f"{where} is of version {version} of the format .npy. Save it with numpy.save."
                 )
-            self.shape, self._by_columns, self.dtype = READERS[version](handle)
+            self.shape, self._by_columns, self.dtype = HEADER_READERS[version](handle)
             self._start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
-                f"{place} holds Python objects, which only pickle could read, and pickle runs what "
+                f"{where} holds Python objects, which only pickle could read, and pickle runs what "
                 "a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
             )
         self._require_content(n_bytes - self._start)
@@ -87,7 +87,7 @@ class StoredArray:
         if is_shape and is_type and self.n_bytes == n_there:
             return
         raise DataError(
-            f"{self.place} is damaged: its header says {self.dtype} of shape {self.shape}, and "
+            f"{self.where} is damaged: its header says {self.dtype} of shape {self.shape}, and "
             f"{n_there} bytes follow it. Write it again."
         )
 
@@ -103,7 +103,7 @@ class StoredArray:
         """Raise DataError where the rows are not stored one after the other (C order)."""
         if self._by_columns and len(self.shape) > 1:
             raise DataError(
-                f"{self.place} is in Fortran order, so its rows cannot be read one by one. Save it "
+                f"{self.where} is in Fortran order, so its rows cannot be read one by one. Save it "
                 "in C order, as numpy.save does of numpy.ascontiguousarray(array)."
             )
 
@@ -132,11 +132,11 @@ class StoredArray:
             block = self._bytes(start, min(self.read_bytes, self.n_bytes - start))
             content.update(block)
             advance(len(block))
-        with or_unreadable(self.place):
+        with or_unreadable(self.where):
             # reading to the end of a member of a zip file also verifies the checksum
             if self._handle.read(1):
                 raise DataError(
-                    f"{self.place} has more bytes than its header says. Write it again."
+                    f"{self.where} has more bytes than its header says. Write it again."
                 )
         return content.hexdigest()
 
@@ -146,14 +146,14 @@ class StoredArray:
         Memory is allocated while reading, not for the size in the header, which may be wrong.
         """
         content = bytearray()
-        with or_unreadable(self.place):
+        with or_unreadable(self.where):
             if self._handle.tell() != self._start + start:
                 self._handle.seek(self._start + start)
             while len(content) < count:
                 block = self._handle.read(min(self.read_bytes, count - len(content)))
                 if not block:
                     raise DataError(
-                        f"{self.place} ends after {start + len(content)} bytes. Write it again."
+                        f"{self.where} ends after {start + len(content)} bytes. Write it again."
                     )
                 content += block
         return content
@@ -162,17 +162,17 @@ class StoredArray:
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 """Shape, whether the array is in Fortran order, and dtype."""
 
-READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
+HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 """Functions that read the header of a ``.npy`` file, by version of the format."""
 
 
-def or_unreadable(place: str) -> AbstractContextManager[None]:
+def or_unreadable(where: str) -> AbstractContextManager[None]:
     """Turn the exceptions of a damaged file in the block into a ``DataError`` with its name."""
     return or_damaged(
-        place, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
+        where, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
     )
 
 
@@ -209,18 +209,18 @@ class Arrays(ExitStack):
             return self._open_file(member, str(self.path / f"{name}.npy"))
         return self._open_member(member, f"{self.path}, array {name!r}")
 
-    def _open_file(self, file: Path, place: str) -> StoredArray:
-        with or_unreadable(place):
+    def _open_file(self, file: Path, where: str) -> StoredArray:
+        with or_unreadable(where):
             handle = self.enter_context(file.open("rb"))
-            return StoredArray(place, handle, file.stat().st_size, self.read_bytes)
+            return StoredArray(where, handle, file.stat().st_size, self.read_bytes)
 
-    def _open_member(self, member: zipfile.ZipInfo, place: str) -> StoredArray:
+    def _open_member(self, member: zipfile.ZipInfo, where: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
         if self._zip is None or is_encrypted:
-            raise DataError(f"{place} is encrypted. Write it again without a password.")
-        with or_unreadable(place):
+            raise DataError(f"{where} is encrypted. Write it again without a password.")
+        with or_unreadable(where):
             handle = self.enter_context(self._zip.open(member))
-            return StoredArray(place, handle, member.file_size, self.read_bytes)
+            return StoredArray(where, handle, member.file_size, self.read_bytes)
 
     def require_small(self, name: str) -> None:
         """Raise DataError where an array is far larger than its compressed size: a zip bomb."""
@@ -273,23 +273,23 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
     return members
 
 
-def texts_of(values: NDArray[Any], place: str) -> list[str]:
+def texts_of(values: NDArray[Any], where: str) -> list[str]:
     """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts."""
     if values.dtype.kind not in "iuUS":
         raise DataError(
-            f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
+            f"{where} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
             "instead."
         )
     if values.dtype.kind == "U":
-        _require_characters(values, place)
+        _require_characters(values, where)
     texts: list[str] = []
-    with or_unreadable(place):
+    with or_unreadable(where):
         for value in values.tolist():
             texts.append(value.decode() if isinstance(value, bytes) else str(value))
     return texts
 
 
-def _require_characters(values: NDArray[Any], place: str) -> None:
+def _require_characters(values: NDArray[Any], where: str) -> None:
     """Raise DataError where an array of texts holds codes that are not characters.
 
     NumPy accepts any code, but Python's strings do not.
@@ -299,4 +299,4 @@ def _require_characters(values: NDArray[Any], place: str) -> None:
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)
     wrong = codes[(codes > sys.maxunicode) | is_surrogate]
     if len(wrong):
-        raise DataError(f"{place} must hold text: {wrong[0]:#x} is no character. Write it again.")
+        raise DataError(f"{where} must hold text: {wrong[0]:#x} is no character. Write it again.")

@@ -219,7 +219,7 @@ class SourceArrays:
             return float(flag)
         if stored.dtype.kind not in NUMBERS or np.prod(stored.shape) != 1:
             raise DataError(
-                f"{stored.place} must be one number. Got {stored.dtype} of shape {stored.shape} "
+                f"{stored.where} must be one number. Got {stored.dtype} of shape {stored.shape} "
                 "instead."
             )
         value = float(stored.whole().reshape(-1)[0])
@@ -270,7 +270,7 @@ class SourceArrays:
         ids = self.arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
-        return texts_of(ids.read(part.start, part.stop), ids.place)
+        return texts_of(ids.read(part.start, part.stop), ids.where)
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
@@ -315,7 +315,7 @@ def _read(
     for name in BY_ROW:
         if name in opened and len(opened[name]) != n_rows:
             raise DataError(
-                f"{opened[name].place} must have one entry per image row ({n_rows}). Got shape "
+                f"{opened[name].where} must have one entry per image row ({n_rows}). Got shape "
                 f"{opened[name].shape} instead."
             )
     _check_columns(opened, width)
@@ -325,8 +325,8 @@ def _read(
     text = require_usable(opened["text"].whole(), "text")[text_rows]
     if text.shape[1] != width:
         raise DataError(
-            f"image and text must share one width. Got {width} ({image.place}) and "
-            f"{text.shape[1]} ({opened['text'].place})."
+            f"image and text must share one width. Got {width} ({image.where}) and "
+            f"{text.shape[1]} ({opened['text'].where})."
         )
     first_same(text, classes)
     _check_ids(opened.get("ids"), n_rows)
@@ -335,10 +335,11 @@ def _read(
 
 
 def _require_matrix(image: StoredArray) -> None:
+    """Raise DataError where the images are not a matrix of numbers."""
     is_matrix = len(image.shape) == 2 and image.shape[1] >= 1
     if image.dtype.kind not in NUMBERS or not is_matrix:
         raise DataError(
-            f"{image.place} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape "
+            f"{image.where} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape "
             f"{image.shape}."
         )
 
@@ -399,12 +400,12 @@ def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
         is_sized = len(column.shape) == n_dims and all(sizes)
         if column.dtype.kind not in NUMBERS or not is_sized:
             raise DataError(
-                f"{column.place} must be {meaning}. Got {column.dtype} of shape {column.shape} "
+                f"{column.where} must be {meaning}. Got {column.dtype} of shape {column.shape} "
                 "instead."
             )
         if name == "views" and column.shape[-1] != width:
             raise DataError(
-                f"{column.place} must be of the width of the embeddings, {width}. Got "
+                f"{column.where} must be of the width of the embeddings, {width}. Got "
                 f"{column.shape[-1]}."
             )
 
@@ -419,14 +420,14 @@ def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tup
             "them (--key class_names=NAME), or give --classes FILE with one name per line."
         )
     _require_names(stored)
-    return tuple(texts_of(stored.whole(), stored.place))
+    return tuple(texts_of(stored.whole(), stored.where))
 
 
 def _require_names(stored: StoredArray) -> None:
     """Raise DataError where an array is not a vector of short texts."""
     if len(stored.shape) != 1 or stored.dtype.itemsize > 4 * MAX_TEXT:
         raise DataError(
-            f"{stored.place} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
+            f"{stored.where} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
             f"{stored.dtype} of shape {stored.shape} instead."
         )
 
@@ -438,7 +439,7 @@ def _check_ids(stored: StoredArray | None, n: int) -> None:
     _require_names(stored)
     parts = [np.empty(0, np.uint64)]
     for block in stored.blocks():
-        parts.append(hash_names(texts_of(block, stored.place)))
+        parts.append(hash_names(texts_of(block, stored.where)))
     hashes = np.concatenate(parts)
     # After sorting, equal hashes are neighbours. Their identifiers are compared, too, because
     # different identifiers can have the same hash.
@@ -449,13 +450,13 @@ def _check_ids(stored: StoredArray | None, n: int) -> None:
         name = _name_of_row(stored, first)
         if name == _name_of_row(stored, second):
             raise DataError(
-                f"{stored.place} must name each of the {n} rows once. Rows {first} and {second} "
+                f"{stored.where} must name each of the {n} rows once. Rows {first} and {second} "
                 f"are both {name!r:.80}. Rename them, or leave the identifiers out."
             )
 
 
 def _name_of_row(stored: StoredArray, row: int) -> str:
-    (name,) = texts_of(stored.read(row, row + 1), stored.place)
+    (name,) = texts_of(stored.read(row, row + 1), stored.where)
     return name
 
 
@@ -476,12 +477,12 @@ def _labels(stored: StoredArray | None, n: int) -> Targets:
         _require_names(stored)
     elif not is_vector or stored.dtype.kind not in WHOLE:
         raise DataError(
-            f"{stored.place} must hold one whole number per row (a row of text), or one name of a "
+            f"{stored.where} must hold one whole number per row (a row of text), or one name of a "
             f"class. Got {stored.dtype} of shape {stored.shape} instead."
         )
     parts: list[tuple[NDArray[Any], NDArray[np.int64]]] = []
     for block in stored.blocks():
-        targets = np.array(texts_of(block, stored.place), np.str_) if is_named else block
+        targets = np.array(texts_of(block, stored.where), np.str_) if is_named else block
         parts.append(np.unique(targets, return_inverse=True))
     if not parts:
         return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
@@ -502,7 +503,7 @@ def _classes(
     n_texts = len(text)
     if n_texts not in {len(names), len(inside)}:
         raise DataError(
-            f"there must be one class name per row of text ({n_texts}, {text.place}). Got "
+            f"there must be one class name per row of text ({n_texts}, {text.where}). Got "
             f"{len(names)} names instead."
         )
     if not inside:
@@ -574,11 +575,13 @@ def _codes_of_names(
 def _codes_of_numbers(
     values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return each whole number after a check; -1 if unknown, -2 if outside."""
-    is_other = np.array([str(value) not in labels_outside for value in values.tolist()], dtype=bool)
-    target, is_outside = check_targets(values[is_other], int(is_other.sum()), n_classes)
+    """Check labels that are whole numbers, and return them with -2 for labels outside."""
+    may_be_class = np.array(
+        [str(value) not in labels_outside for value in values.tolist()], dtype=bool
+    )
+    target, is_outside = check_targets(values[may_be_class], int(may_be_class.sum()), n_classes)
     codes = np.full(len(values), OUTSIDE, np.int64)
-    codes[is_other] = torch.where(is_outside, OUTSIDE, target).numpy()
+    codes[may_be_class] = torch.where(is_outside, OUTSIDE, target).numpy()
     return codes
 
 
@@ -615,9 +618,9 @@ def _describe(
         "imported": imported.model_dump(),
         **settings,
     }
-    # ``image.place`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
-    place = Path(content.image.place.partition(", array ")[0])
-    source = place.parent if place.suffix == ".npy" else place
+    # ``image.where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
+    path = Path(content.image.where.partition(", array ")[0])
+    source = path.parent if path.suffix == ".npy" else path
     return describe_run(described, source.name)
 
 

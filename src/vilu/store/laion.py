@@ -196,6 +196,7 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder, sorted; DataError if it is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
     with or_refuse(f"read {folder}"):
@@ -275,7 +276,7 @@ class LaionPairs(Reopened, MappedPairs):
             lambda name, number: _open(shards[number], name),
         )
         super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
-        self._all_unit = False  # whether all rows have unit norm; unknown before _row_status
+        self._all_unit = False  # _row_status sets it to True if all rows have unit norm
         self.ids = RowNumbers(len(rows)) if chosen is None else ChosenNumbers(chosen)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
@@ -284,6 +285,7 @@ class LaionPairs(Reopened, MappedPairs):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
+        """(N,) status of the rows; read in one pass over all files, with a warning about norms."""
         status = np.full(len(self._rows), VALID, dtype=np.uint8)
         norms_seen = _Norms()
         workers = default_workers()

@@ -128,8 +128,8 @@ class Ledger(ABC, Generic[P, R]):
 
         With ``overwrite``, a folder with files that no run writes is also refused.
         """
-        # ``is_new`` comes before the look at run.json. In the other order, another process could
-        # begin a run in between, and its files would count as foreign.
+        # First check whether the folder is empty, then for run.json. In the other order, another
+        # process could begin a run in between, and its files would count as foreign.
         is_new = not root.is_dir() or not entries(root)
         begun = is_new or cls.has_begun(root)
         if not begun and (root / RUN).is_file():
@@ -211,8 +211,7 @@ class Ledger(ABC, Generic[P, R]):
 
     def seal(self, manifest: Document) -> None:
         """Mark the folder as complete."""
-        # To be called after the last part: readers open a folder with a manifest without a check
-        # that all its parts exist.
+        # To be called after the last part, because a manifest states that all parts are done.
         manifest.write(self.root / MANIFEST)
 
     def unseal(self) -> None:
@@ -379,39 +378,39 @@ def write_hashed(path: Path, payload: bytes) -> FileInfo:
     return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
-def require_hash(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> None:
-    """Raise StorageError where a file has not the hash ``sha256``.
+def require_hash(path: Path, sha256: str, again: str, document: str = "its receipt") -> None:
+    """Raise StorageError where the SHA-256 of a file is not ``sha256``.
 
-    ``voucher`` is the document that states the hash, and ``again`` is the advice what to do, both
-    for the message.
+    For the message, ``document`` is the document that states the hash, and ``again`` is advice on
+    what to do.
     """
     if file_hash(path) != sha256:
         raise StorageError(
-            f"{path} is damaged: it does not hold the bytes that {voucher} vouches for. {again}."
+            f"{path} is damaged: its SHA-256 is not the one stated in {document}. {again}."
         )
 
 
 _verified: set[tuple[int | str, ...]] = set()
-_verifying = Lock()
+_lock = Lock()
 
 
 def _unlock_in_child() -> None:
     # A fork copies a held lock, but not the thread that holds it. In the child the lock would never
     # be released, so the child gets a new lock.
-    global _verifying  # noqa: PLW0603 - the lock belongs to the whole process
-    _verifying = Lock()
+    global _lock  # noqa: PLW0603 - the lock belongs to the whole process
+    _lock = Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def alone() -> Lock:
+def one_thread() -> Lock:
     """Return the lock for work that only one thread may do at a time; released after a fork."""
-    return _verifying
+    return _lock
 
 
-def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> Path:
+def require_hash_once(path: Path, sha256: str, again: str, document: str = "its receipt") -> Path:
     """Return the path of a file after ``require_hash``, which runs once per file and process.
 
     The file is read again only if its device, inode, size or times have changed. A change of the
@@ -422,9 +421,9 @@ def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its r
     # The inode identifies the file. The path does not: another file can have replaced it there.
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, sha256)
     # The lock is held while hashing, so that threads which open the same part read it only once.
-    with alone():
+    with one_thread():
         if key not in _verified:
-            require_hash(path, sha256, again, voucher)
+            require_hash(path, sha256, again, document)
             _verified.add(key)
     return path
 

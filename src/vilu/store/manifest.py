@@ -30,7 +30,7 @@ class StoreDocument(Document):
     again = "Run `vilu embed` (or `vilu import`) again"
 
 
-SMALLEST = 0.5  # smallest share of the area that a view shows
+MIN_AREA = 0.5  # smallest share of the area that a view shows
 
 
 class Views(Model):
@@ -56,7 +56,7 @@ class Views(Model):
 def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
     """Return a crop of an image, possibly mirrored, from four uniform numbers in [0, 1)."""
     # the share of the area is uniform, so the share of each side is the root of it
-    side = math.sqrt(SMALLEST + (1 - SMALLEST) * area)
+    side = math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
     width, height = (max(round(side * length), 1) for length in image.size)
     x = int(left * (image.width - width + 1))
     y = int(top * (image.height - height + 1))

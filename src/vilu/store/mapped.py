@@ -92,7 +92,7 @@ MAX_RESIDENT = 2**28  # maximum number of bytes of mapped files that stay in mem
 BLOCK_ROWS = 2**17
 GROUP_BLOCKS = 8  # number of blocks whose rows are shuffled together
 
-READERS = 2
+N_READERS = 2
 """Number of threads that read batches in advance, while another batch is used.
 
 Each thread computes on one core, since the work on a batch is too small for several cores.
@@ -185,7 +185,7 @@ class MappedSource(EmbeddingSource):
         if len(parts) < 2:
             yield from map(make, parts)
             return
-        with in_threads(make, parts, READERS, AHEAD) as results:
+        with in_threads(make, parts, N_READERS, AHEAD) as results:
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
+from vilu.store.ledger import FileInfo, Ledger, one_thread, require_hash_once, write_hashed
 from vilu.store.manifest import (
     CLASSES,
     IMAGE,
@@ -283,7 +283,7 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
     """
     # one thread at a time: two threads that read headers can fail in Python 3.11 (gh-106905, a bug
     # of ast.literal_eval)
-    with or_damaged(path, hint, UNREADABLE_NPY), alone():
+    with or_damaged(path, hint, UNREADABLE_NPY), one_thread():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
 

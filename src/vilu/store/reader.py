@@ -179,6 +179,7 @@ class Sealed(Reopened):
     def _hashes(
         self, by: Identity, number: int, rows: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
+        """Return (m,) hashes of what identifies the rows ``rows`` of part ``number``."""
         if by == "names":
             return hash_names(self.metadata("key", number).take(rows).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(rows).to_pylist()
@@ -199,6 +200,7 @@ def _map_part(
     name: str,
     number: int,
 ) -> NDArray[np.floating]:
+    """Map array ``name`` of part ``number`` into memory; ``find`` returns the path of a file."""
     shape = (int(starts[number + 1] - starts[number]), *ledger.run.arrays[name])
     return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
 
@@ -304,7 +306,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
         self.ids = self._sealed.keys() if self._sealed.named else ChosenNumbers(self._sealed.keys())
-        self._kept = self._merge_same()
+        self._kept_classes = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Return the (B, D) float32 image embeddings of the rows ``index``."""
@@ -317,10 +319,10 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         if name in self.manifest.arrays:
             return self._sealed.rows.take(name, index)
         values = self._class_column(name)
-        if self._kept is None or name not in TEXT_COLUMNS:
+        if self._kept_classes is None or name not in TEXT_COLUMNS:
             return values
         # classes with equal texts are merged
-        return values[self._kept]
+        return values[self._kept_classes]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
         """Yield the key of every image without a row, and the kind of its error ("truncated")."""
@@ -331,6 +333,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
+        """Return the labels of a part, -1 where unknown; StorageError if a label is no class."""
         labels: pa.Array = self._sealed.metadata("label", part.number)
         target = np.asarray(labels.fill_null(UNKNOWN), dtype=np.int64)
         if not len(target):
@@ -344,6 +347,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
+    """Return a column of the classes or of the model after a check of its numbers."""
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
     return check_columns({name: values}, 0, len(classes.names))[name]
 

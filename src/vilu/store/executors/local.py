@@ -49,6 +49,7 @@ class Worker:
             return _pack(error)
 
     def _begin(self) -> EmbedJob:
+        """Unpickle the job, and set plugins, threads and memory of the process."""
         order: Order = pickle.loads(self._payload)  # noqa: S301 - from our own driver
         for module in order.plugins:
             load_plugin(module)
@@ -129,9 +130,9 @@ def take_gpu(number: int) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-# processes that may die in one part before the run ends; a job gives a part up before
+# number of deaths in one part that ends the run; a job gives a part up after fewer (MAX_ATTEMPTS)
 MAX_DEATHS = 5
-# message of a worker that has started; _hear also returns it for a dead worker: no outcome
+# message of a worker that has started; _receive also returns it for a worker that has died
 READY = b""
 GRACE = 5.0  # seconds that a worker may take to end before it is killed
 
@@ -207,14 +208,14 @@ class _Pool:
     def receipts(self) -> Iterator[Receipt]:
         """Yield the receipts in the order in which they arrive."""
         while self.waiting or self._n_busy():
-            self._hire()
+            self._start_workers()
             self._assign()
             pipes = [worker.pipe for worker in self.workers.values()]
             for pipe in connection.wait(pipes):
                 worker = self.workers.get(pipe)
                 if worker is None:  # _assign found it dead in the meantime and removed it
                     continue
-                packed = self._hear(worker)
+                packed = self._receive(worker)
                 if packed != READY:
                     # now, because the caller may work on the receipt for a while
                     self._assign()
@@ -235,7 +236,7 @@ class _Pool:
         """Return the number of workers that are doing a part."""
         return sum(worker.part is not None for worker in self.workers.values())
 
-    def _hire(self) -> None:
+    def _start_workers(self) -> None:
         """Start workers until there are as many as parts in work or waiting, at most ``size``."""
         wanted = min(self.size, self._n_busy() + len(self.waiting))
         missing = max(0, wanted - len(self.workers))
@@ -248,7 +249,7 @@ class _Pool:
 
     def _assign(self) -> None:
         """Send waiting parts to idle workers."""
-        # a copy of the values: _bury removes a worker from the dictionary
+        # a copy of the values: _remove_dead removes a worker from the dictionary
         for worker in list(self.workers.values()):
             if not worker.ready or worker.part is not None:
                 continue
@@ -258,9 +259,9 @@ class _Pool:
             try:
                 worker.pipe.send(worker.part)
             except OSError:
-                self._bury(worker)
+                self._remove_dead(worker)
 
-    def _hear(self, worker: _Process) -> bytes:
+    def _receive(self, worker: _Process) -> bytes:
         """Return the outcome that a worker sends, or ``READY`` if it has just started or died."""
         try:
             packed = worker.pipe.recv_bytes()
@@ -269,13 +270,13 @@ class _Pool:
                 worker.pipe.send_bytes(self.payload)
                 worker.ready = True
         except (EOFError, OSError):
-            self._bury(worker)
+            self._remove_dead(worker)
             return READY
         if packed != READY:
             worker.part = None
         return packed
 
-    def _bury(self, worker: _Process) -> None:
+    def _remove_dead(self, worker: _Process) -> None:
         """Remove a dead worker and put its part back into the queue.
 
         Raises:
