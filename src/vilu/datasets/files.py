@@ -251,7 +251,7 @@ def path_of(text: str) -> str:
 def text_among(name: str, texts: Collection[str]) -> str | None:
     """Return which of ``texts`` a name in a user's table stands for; None where there is none.
 
-    The name may be such a text itself, or the path of which ``portable_name`` made the text.
+    The name may itself be in ``texts``, or be the path of which ``portable_name`` made the text.
     """
     if name in texts:
         return name

@@ -517,7 +517,7 @@ def read_caption(record: ImageRecord) -> str:
 
 
 def decode_caption(data: bytes | None) -> str:
-    r"""Return the text of a caption, without white space at its ends and a byte order mark.
+    r"""Return the text of a caption, without outer white space and without a byte order mark.
 
     There is no Unicode normalisation.
 

@@ -130,7 +130,7 @@ class KnownDataset:
             conventions of torchvision and CoOp.
         reader: Object that reads the files; in TOML a ``layout``.
         n_classes: Number of classes; None if there are captions.
-        marks: Patterns (glob). The folder of the data set has a file that matches one of them.
+        marks: Patterns (glob). The folder of the data set contains a match of at least one pattern.
         licence: Short name of the licence; "see the site" if it is not simple.
         n_bytes: Approximate size of the download in bytes; None if unknown.
         reference: Paper that describes the data set.
