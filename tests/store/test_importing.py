@@ -267,7 +267,7 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
             UsageError,
             "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo",
         ),
-        ({"logit_bias": None}, {}, UsageError, "do not say logit_bias"),
+        ({"logit_bias": None}, {}, UsageError, "have no logit_bias"),
         ({"logit_scale": np.ones(2)}, {}, DataError, "must be one number"),
         ({"logit_scale": np.float32(-3)}, {}, UsageError, "positive"),
         ({"image": None}, {}, DataError, "no array 'image'; it has '"),
