@@ -303,7 +303,7 @@ def test_where_that_keeps_nothing_lists_what_there_is(tmp_path):
             "test",
             r"vendor=twitter among those chosen so far; column 'vendor' has google, ''",
         ),
-        ({"image": "x"}, None, "pictures"),
+        ({"image": "x"}, None, "chosen by their images"),
     ):
         if message is None:
             assert len(open_dataset(source, where=where, split=split)) == 1

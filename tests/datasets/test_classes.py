@@ -69,7 +69,7 @@ def test_plain_names_are_matched_with_the_folders(tmp_path):
         ("n01\ta\nred_fx\tb\nant\tc\n", "does not have: 'red_fx'. Did you mean 'red_fox'"),
         (
             "n01\nred_fox\nant\nbee\n",
-            "does not have: 'bee'. Leave them out; or, .* make an empty sub-folder for each",
+            "does not have: 'bee'. Leave them out. .* make an empty sub-folder for each",
         ),
         ("n01\nant\n", "leaves out classes of the data: 'red_fox'"),
         ("n01\ta\n", "leaves out classes of the data: 'red_fox', 'ant'"),

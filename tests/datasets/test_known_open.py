@@ -156,9 +156,9 @@ def test_open_dataset_by_name(root: Path) -> None:
     assert by_name.source == f"{root / 'dtd/dtd'} (split_zhou_DescribableTextures.json of the user)"
     assert open_dataset(root, dataset="ucf101", raw_names=True).class_names[0] == "Apply_Eye_Makeup"
     for options, message in (
-        ({"raw_names": True}, "--raw-names is of a data set of the catalogue"),
-        ({"dataset": "dtd", "where": {"a": "b"}}, "--captions, --where and --root are of tables"),
-        ({"dataset": "dtd", "captions": True}, "--captions, --where and --root are of tables"),
+        ({"raw_names": True}, "--raw-names is for data sets of the catalogue"),
+        ({"dataset": "dtd", "where": {"a": "b"}}, "--captions, --where and --root are for tables"),
+        ({"dataset": "dtd", "captions": True}, "--captions, --where and --root are for tables"),
         ({"dataset": "oxford-pet"}, "no data set 'oxford-pet'. Did you mean 'oxford_pets'"),
         ({"dataset": "zzz"}, "There are: imagenet, cifar10"),
         ({"dataset": "dtd", "split": "val"}, r"has no split 'val'; it has test, train, validation"),
@@ -166,7 +166,7 @@ def test_open_dataset_by_name(root: Path) -> None:
             {"dataset": "food101", "split": "validation"},
             r"\(official split\) has no split 'validation'",
         ),
-        ({"dataset": "cc3m", "limit": 3}, "cannot be had of tar files"),
+        ({"dataset": "cc3m", "limit": 3}, "does not work for tar files"),
     ):
         with pytest.raises(UsageError, match=message):
             open_dataset(root, **options)

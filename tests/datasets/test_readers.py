@@ -190,7 +190,7 @@ def test_splits_share_one_class_table(tmp_path):
     )
     assert len(open_dataset(root, split="train+test")) == 4
     with pytest.raises(
-        UsageError, match=r"holds splits, not classes: test, train\. Say which: --split test"
+        UsageError, match=r"holds splits, not classes: test, train\. Choose with --split test"
     ):
         open_dataset(root)
     with pytest.raises(

@@ -248,7 +248,7 @@ def test_sparse_members_are_no_files_and_what_follows_is_found(tmp_path):
 
 
 def test_a_shard_of_too_many_members():
-    found = members(io.BytesIO(WHOLE), len(WHOLE), most=4)
+    found = members(io.BytesIO(WHOLE), len(WHOLE), max_members=4)
     names = [next(found).name for _ in range(4)]
     assert {name.split(".")[0] for name in names} == {*KEYS[:2]}
     with pytest.raises(BadImage, match="more than 4 members") as caught:

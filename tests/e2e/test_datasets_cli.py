@@ -89,6 +89,6 @@ def test_embedding_a_data_set_by_name(root: Path, tmp_path: Path) -> None:
         assert message in run(*embed, *options, code=2).stderr
     assert "Download SUN397.tar.gz" in run(*embed, "sun397", "-o", tmp_path / "x", code=3).stderr
     assert (
-        "--raw-names is of"
+        "--raw-names is for"
         in run("embed", root, "--raw-names", "-o", tmp_path / "x", code=2).stderr
     )

@@ -66,7 +66,7 @@ def test_arrays_to_results(tmp_path: Path) -> None:
 def test_what_it_says_when_the_scale_is_missing(tmp_path: Path) -> None:
     save(tmp_path / "a.npz", arrays(logit_scale=None))
     told = run("import", "a.npz", "-o", "store", code=2, cwd=tmp_path).stderr
-    assert "vilu: error: the arrays do not say logit_scale" in told
+    assert "vilu: error: the arrays have no logit_scale" in told
     assert "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --logit-bias 0" in told
     assert not (tmp_path / "store").exists()
 
@@ -74,7 +74,7 @@ def test_what_it_says_when_the_scale_is_missing(tmp_path: Path) -> None:
 def test_what_is_said_against_the_arrays_counts_and_is_told(tmp_path: Path) -> None:
     save(tmp_path / "a.npz", arrays(logit_scale=np.log(50)))
     told = run("import", "a.npz", "-o", "store", "--logit-scale", "50", cwd=tmp_path).stderr
-    assert "logit_scale is 50, as was said; the arrays say 3.91202" in told
+    assert "logit_scale is 50 as given; the 3.91202 in the arrays is ignored" in told
     assert vilu.EmbeddingStore(tmp_path / "store").space.logit_scale == 50
 
 
@@ -101,7 +101,7 @@ def test_other_names_and_classes_in_a_file(tmp_path: Path) -> None:
     assert run("-q", *line, cwd=tmp_path).stderr == ""
     assert "is complete: there is nothing to do" in run(*line, cwd=tmp_path).stderr
     told = run(*line[:-1], "e", code=2, cwd=tmp_path).stderr
-    assert "no class or label 'e' to be outside. Classes are 'a', 'b', 'c', 'd'" in told
+    assert "no class or label 'e' for --outside. Classes are 'a', 'b', 'c', 'd'" in told
     told = run(*line[:-2], code=6, cwd=tmp_path).stderr
     assert "outside was ['c'] and is now []" in told
     (tmp_path / "names.txt").write_text("a\tb\nc\td\n")

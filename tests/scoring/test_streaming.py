@@ -410,7 +410,7 @@ def flipped(name: str):
         (
             flipped("histograms/histogram_00001.parquet"),
             StorageError,
-            "is damaged: it does not hold the",
+            "is damaged: its SHA-256 is not",
         ),
     ],
 )

@@ -170,7 +170,7 @@ def test_several_templates_have_no_text_features(tmp_path, caplog):
     caplog.set_level(logging.INFO, "vilu")
     store = run(tmp_path / "s", extra={"features": True}, templates=("a {}.", "the {}."))
     assert store.columns == {"features", "image_projection", "text_projection"}
-    assert "no text_features: a class text is the mean over 2 templates" in caplog.text
+    assert "no text_features: a class text is a mean over 2 templates" in caplog.text
 
 
 def test_maps_that_are_not_linear(tmp_path, caplog):

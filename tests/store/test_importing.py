@@ -267,7 +267,7 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
             UsageError,
             "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo",
         ),
-        ({"logit_bias": None}, {}, UsageError, "do not say logit_bias"),
+        ({"logit_bias": None}, {}, UsageError, "have no logit_bias"),
         ({"logit_scale": np.ones(2)}, {}, DataError, "must be one number"),
         ({"logit_scale": np.float32(-3)}, {}, UsageError, "positive"),
         ({"image": None}, {}, DataError, "no array 'image'; it has '"),
@@ -277,7 +277,7 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
             {},
             {"keys": {"nothing": "text"}},
             UsageError,
-            "no array 'nothing' to be called otherwise",
+            "'nothing' is no array that is imported",
         ),
         ({"class_names": None}, {}, UsageError, "--classes FILE"),
         ({"class_names": np.array(NAMES[:3])}, {}, DataError, "one class name per row of text"),
@@ -323,7 +323,7 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
             {},
             {"outside": ["cow"]},
             UsageError,
-            "no class or label 'cow' to be outside. Classes are 'cat', 'dog'",
+            "no class or label 'cow' for --outside. Classes are 'cat', 'dog'",
         ),
         ({}, {"outside": ["2"]}, UsageError, "no class or label '2'"),
         ({}, {"outside": list(NAMES)}, UsageError, "At least one must be left"),
@@ -428,7 +428,7 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
             member.write(raw("(12500000, 6)"))
             for _ in range(300):
                 member.write(bytes(10**6))
-    with pytest.raises(DataError, match="No embeddings pack so well"):
+    with pytest.raises(DataError, match="Embeddings never compress so well"):
         import_arrays(tmp_path / "a.npz", tmp_path / "store")
 
 
@@ -437,7 +437,7 @@ def test_a_link_or_a_name_does_not_lead_elsewhere(tmp_path: Path) -> None:
     save(tmp_path / "other", arrays())
     with pytest.raises(DataError, match=r"no array '\.\./other/text'"):
         imported(tmp_path, arrays(), "folder", keys={"text": "../other/text"})
-    with pytest.raises(DataError, match=r"no array 'lables'.* say so: --key target=NAME"):
+    with pytest.raises(DataError, match=r"no array 'lables'.* give --key target=NAME"):
         imported(tmp_path, arrays(), "folder", keys={"target": "lables"})
 
 

@@ -386,7 +386,7 @@ def test_other_class_texts(root):
     content = bytearray((root / "text_emb/classes.npy").read_bytes())
     content[-1] ^= 1
     (root / "text_emb/classes.npy").write_bytes(content)
-    with pytest.raises(StorageError, match=r"classes.npy is damaged: .* classes.json vouches for"):
+    with pytest.raises(StorageError, match=r"classes.npy is damaged: .* stated in classes.json"):
         EmbeddingStore(root)
 
 

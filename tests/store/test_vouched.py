@@ -105,11 +105,11 @@ USED = [
 def test_a_flipped_bit_in_any_file_that_is_read(root, name):
     flip(root / name)
     with pytest.raises(
-        StorageError, match=rf"{name} is damaged: it does not hold the bytes that .* `vilu embed`"
+        StorageError, match=rf"{name} is damaged: its SHA-256 is not .* `vilu embed`"
     ):
         read_all(root)
     assert (
-        f"{root / name} is damaged: it does not hold the bytes"
+        f"{root / name} is damaged: its SHA-256 is not the one"
         in inspect(root, deep=True).problems[0]
     )
 
@@ -264,7 +264,7 @@ def test_threads_that_ask_at_once_read_it_once(root, hashed):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_process_that_was_forked_while_a_thread_hashed_goes_on(root):
-    with ledger._verifying:
+    with ledger._lock:
         child = os.fork()
         if not child:
             os._exit(0 if len(read_all(root)[0]) == N - 1 else 1)

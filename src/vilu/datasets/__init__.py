@@ -1,1 +1,1 @@
-"""What to embed: encoded images with their labels; the only package that knows files of images."""
+"""Data sets to embed: encoded images with labels or captions, in folders, tables and tar files."""

@@ -1,4 +1,4 @@
-"""The protocols of data sets, their splits, and parts of them."""
+"""Protocols of data sets, and the selection of splits, rows and images."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class ImageRecord:
     Attributes:
         key: Stable identifier, unique in the data set (relative POSIX path, or the ``key`` column,
             or row number).
-        label: Index into the data set's class names; None where unknown, -2 where it is none of
-            them.
+        label: Index into the data set's class names; None if unknown, -2 if the image is of none
+            of the classes.
         read: Returns the encoded bytes; may raise OSError or ``BadImage``. Called from a decoding
             thread.
-        caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None where
-            images have none.
-        position: In the data set; None where it follows from the order of the records.
-        content: Returns what the picture is recognised by, where that is not the encoded bytes.
+        caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None if the
+            data set has no captions.
+        position: Position in the data set; None if it follows from the order of the records.
+        content: Returns the bytes that identify the picture; None if these are the encoded bytes.
             Called after ``read``.
     """
 
@@ -52,16 +52,15 @@ class ImageRecord:
 
 @runtime_checkable
 class ImageDataset(Protocol):
-    """Images in a fixed order, addressable by position so that any part can be redone alone.
+    """Images in a fixed order. They are read by position, so that any part can be read separately.
 
     Attributes:
-        source: Where it came from, for people.
-        class_names: Names in label order (one table per data set, the same for all splits); None
-            when unlabelled.
-        captioned: Whether records have captions, which are then the candidates; such a set has no
-            class names.
-        fingerprint: Hash of the listing (keys, labels, sizes), so that a changed input is noticed
-            on resume.
+        source: Origin of the images, for people.
+        class_names: Class names in label order, the same for all splits; None if unlabelled.
+        captioned: Whether records have captions. The captions are then the candidates, and there
+            are no class names.
+        fingerprint: Hash of the listing (keys, labels, sizes). If it has changed, a run is not
+            resumed.
     """
 
     source: str
@@ -70,33 +69,33 @@ class ImageDataset(Protocol):
     fingerprint: str
 
     def __len__(self) -> int:
-        """Number of images, readable or not; of a ``ShardedDataset``, of shards."""
+        """Number of images, readable or not; for a ``ShardedDataset``, number of shards."""
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1, in order.
+        """Yield the images at positions start ... stop - 1, in order.
 
-        Of a ``ShardedDataset``: those in the shards start ... stop - 1.
+        A ``ShardedDataset`` yields the images in the shards start ... stop - 1.
         """
 
 
 SHARD: Final = 2**32
-"""Positions of each shard: an image's is the shard's number times this, plus its number there."""
+"""Number of positions per shard: position = number of shard * SHARD + index in the shard."""
 
 
 @runtime_checkable
 class ShardedDataset(ImageDataset, Protocol):
-    """Images in shards (tar files), whose number of images is unknown before they are read.
+    """Images in shards (tar files). The number of images is unknown before the shards are read.
 
-    A part of such a data set is some whole shards.
+    A part of such a data set consists of whole shards.
 
-    Every sample is a record with a ``position``: the number of its shard times 2^32 plus its number
-    there. A sample that cannot be used is a record whose ``read`` raises ``BadImage``, so that it
-    is counted and listed. ``fingerprint`` covers the names of the shards; their content is
-    ``shard_fingerprint``'s, part by part, so that a mended shard costs its own part only.
+    Every sample is a record with a ``position`` (see ``SHARD``). A sample that cannot be used is a
+    record whose ``read`` raises ``BadImage``, so that it is counted and listed. ``fingerprint``
+    covers only the names of the shards. Their sizes and times are in ``shard_fingerprint``, which
+    is stored per part, so that after a change of a shard only its part is done again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
-        """Hash of sizes and times of modification of shards start ... stop - 1."""
+        """Return a hash of sizes and times of modification of shards start ... stop - 1."""
 
 
 FINE, MISSING, ELSEWHERE, DENIED = range(4)
@@ -105,34 +104,39 @@ FAULTS: Final = {
     ELSEWHERE: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""Faults that a listing sees of files without reading them."""
+"""Faults of files that can be found without reading them, with the text of the message."""
 
 
 def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
-    """The fault of a file at a path whose status is this, or None, or this error."""
+    """Return the fault of a file, a key of ``FAULTS`` or ``FINE``.
+
+    Args:
+        status: The status of the file, the error of asking for it, or None if it is missing.
+        path: Returns the path; only called if the status does not decide.
+    """
     if status is None:
         return MISSING
     if isinstance(status, OutsideError):
         return ELSEWHERE
     if isinstance(status, OSError):
         return DENIED if status.errno == errno.EACCES else MISSING
-    if status.st_mode & stat.S_IROTH:  # everyone may read it: this saves a call for most files
+    if status.st_mode & stat.S_IROTH:  # everyone may read the file, so os.access is not needed
         return FINE
     return FINE if os.access(path(), os.R_OK) else DENIED
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Files of a listing that cannot be read, as far as the listing shows it."""
+    """Which of the N files of a listing cannot be read, as far as is known without reading them."""
 
-    kinds: NDArray[np.uint8]  # (N,) uint8
-    folder: Path  # where they are looked for
-    path: Callable[[int], str]  # position -> path as it is listed
-    # positions of those that are out of bounds -> where files must lie, and what to do
+    kinds: NDArray[np.uint8]  # (N,) uint8 fault of each file (``fault_of``)
+    folder: Path  # folder of the files
+    path: Callable[[int], str]  # function: position -> path as listed
+    # function: positions of files that are out of bounds -> sentence on where files must be
     rule: Callable[[NDArray[np.int64]], str]
 
     def of(self, positions: Sequence[int]) -> Faults:
-        """The faults at some positions."""
+        """Return the faults of the files at some positions."""
         chosen = np.asarray(positions, dtype=np.int64)
 
         def path_at(position: int) -> str:
@@ -144,9 +148,11 @@ class Faults:
         return Faults(self.kinds[chosen], self.folder, path_at, rule_of)
 
     def require(self, source: str, budget: float) -> None:
-        """DataError if more than a share cannot be read, a warning if fewer.
+        """Refuse a listing of which a larger share than ``budget`` cannot be read; else warn.
 
-        Where only rights are lacking it is a StorageError.
+        Raises:
+            StorageError: If the only fault is that permission is denied.
+            DataError: If there are other faults.
         """
         n_files = len(self.kinds)
         n_bad = int(np.count_nonzero(self.kinds))
@@ -167,12 +173,12 @@ class Faults:
         )
 
     def _summaries(self) -> list[str]:
-        """For each fault that occurs, the number of its files and the first of them."""
+        """Return for each fault that occurs a text with the number of files and the first file."""
         summaries = []
-        for kind, words in FAULTS.items():
+        for kind, message in FAULTS.items():
             positions = np.flatnonzero(self.kinds == kind)
             if len(positions):
-                fault = words.format(folder=self.folder)
+                fault = message.format(folder=self.folder)
                 first = self.path(int(positions[0]))
                 summaries.append(f"{len(positions):,} {fault} (the first: {first!r})")
         return summaries
@@ -181,7 +187,7 @@ class Faults:
 def require_files(images: ImageDataset, budget: float) -> None:
     """Refuse a listing of which a larger share than ``budget`` cannot be read.
 
-    This costs little, so it comes before anything slow.
+    Files are not read, so this is fast and is done before any slow work.
     """
     faults: Faults | None = getattr(images, "faults", None)
     if faults is not None:
@@ -189,10 +195,13 @@ def require_files(images: ImageDataset, budget: float) -> None:
 
 
 class Chosen:
-    """Some images of a data set, or its first shards; source, names and captions are the whole's.
+    """A data set of some images of another data set, or of its first shards.
 
-    ``positions`` ascend; of a ``ShardedDataset``, whose records carry their positions, they are the
-    first ones. ``mark`` is what sets them apart, for the fingerprint.
+    Args:
+        images: The other data set.
+        positions: Positions of the images, ascending. For a ``ShardedDataset`` 0, 1, ..., n - 1:
+            the numbers of the first n shards.
+        mark: What distinguishes this choice, for the fingerprint.
     """
 
     def __init__(
@@ -204,7 +213,7 @@ class Chosen:
         self.fingerprint = digest({"dataset": images.fingerprint, **mark})
         self._images = images
         self._positions = positions
-        if isinstance(images, ShardedDataset):  # with this attribute it is a ShardedDataset, too
+        if isinstance(images, ShardedDataset):  # this attribute makes it a ShardedDataset, too
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
 
@@ -212,7 +221,7 @@ class Chosen:
     def faults(self) -> Faults | None:
         """Faults of these images.
 
-        They are made when asked for: they hold functions, which cannot go to another process.
+        They are not stored in an attribute, because they hold functions, which cannot be pickled.
         """
         faults: Faults | None = getattr(self._images, "faults", None)
         if faults is None:
@@ -223,7 +232,7 @@ class Chosen:
         return len(self._positions)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1, read in one pass."""
+        """Yield the images at positions start ... stop - 1, read in one pass."""
         wanted = self._positions[start:stop]
         if not wanted:
             return
@@ -231,7 +240,7 @@ class Chosen:
         last = wanted[-1]
         records = self._images.records(first, last + 1)
         has_gap = last - first >= len(wanted)
-        if not has_gap:  # always so of shards, where a position has many records
+        if not has_gap:  # always the case for shards, where a position has many records
             yield from records
             return
         positions = set(wanted)
@@ -241,10 +250,12 @@ class Chosen:
 
 
 class WithOutside:
-    """A data set without some of its classes, whose images are of none of those that are left.
+    """A data set in which some classes are left out, and their images get the label -2 (outside).
 
-    ``outside`` names classes, as the data have them or as prompts do, or labels beyond the classes;
-    those that the data set takes for outside are its ``strays``.
+    Args:
+        images: The data set with all classes.
+        outside: Names of the classes to leave out (folder or prompt), or labels beyond the classes
+            (the ``strays`` of the data set).
 
     Raises:
         UsageError: If there is no such class or label, or no class would be left.
@@ -276,12 +287,12 @@ class WithOutside:
         self.outside = tuple(sorted(set(outside)))
         self._images = images
         self._new_labels = {old: new for new, old in enumerate(labels)}
-        if isinstance(images, ShardedDataset):  # with this attribute it is a ShardedDataset, too
+        if isinstance(images, ShardedDataset):  # this attribute makes it a ShardedDataset, too
             self.shard_fingerprint = images.shard_fingerprint
 
     @property
     def faults(self) -> Faults | None:
-        """Files that cannot be read, as far as the listing of all images shows it."""
+        """Which images cannot be read, as far as is known without reading them."""
         faults: Faults | None = getattr(self._images, "faults", None)
         return faults
 
@@ -289,7 +300,7 @@ class WithOutside:
         return len(self._images)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
+        """Yield the images at positions start ... stop - 1."""
         for record in self._images.records(start, stop):
             if record.label is None:
                 yield record
@@ -300,7 +311,7 @@ class WithOutside:
 def _require_known(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str], images: ImageDataset
 ) -> None:
-    """UsageError where a name of ``outside`` is neither a class nor a stray label of the images."""
+    """Raise UsageError where a name in ``outside`` is neither a class nor a stray of the images."""
     strays: frozenset[str] = getattr(images, "strays", frozenset())
     known = {*folders, *prompts, *strays}
     unknown = [name for name in outside if name not in known]
@@ -316,7 +327,7 @@ def _require_known(
 def _labels_inside(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
 ) -> list[int]:
-    """Labels of the classes that ``outside`` names neither as the data have them nor as prompts."""
+    """Return the labels of the classes whose folder and prompt name are not in ``outside``."""
     labels = []
     for label, names in enumerate(zip(folders, prompts, strict=True)):
         if set(outside).isdisjoint(names):
@@ -325,7 +336,7 @@ def _labels_inside(
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
-    """The names in ``split``, each once and each available."""
+    """Return the names in ``split``; UsageError if a name is repeated or not available."""
     names = tuple(name.strip() for name in split.split("+"))
     has_repeated = len(set(names)) < len(names)
     if "" in names or has_repeated:
@@ -346,29 +357,29 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
 CAPTIONS_OR_CLASSES: Final = (
     "captions take the place of classes. Give --captions or --classes, not both."
 )
-SHOWN: Final = 10  # values of a column that a message lists
+SHOWN: Final = 10  # maximum number of names or values that a message lists
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The options of opening a table, a folder or tars."""
+    """The options of opening a table, a folder or tar files."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all rows
-    classes: Path | None = None  # a classes file; None where the table names its classes itself
-    captions: bool = False  # whether captions are asked for even where there are labels
-    # only rows that hold these values, by column; values are compared as text
+    classes: Path | None = None  # a classes file; None if the table has the class names
+    captions: bool = False  # whether to use captions even if the table has labels
+    # conditions {column: value}: only rows with these values; values are compared as text
     where: Mapping[str, str] = field(default_factory=dict)
-    # folder that paths of images are relative to and stay below; None for the table's own
+    # folder that paths start from and must stay below; None for the folder of the table
     root: Path | None = None
-    # names of classes, or labels beyond them, whose images are of none of the classes
+    # classes to leave out, and labels beyond the classes: images of none of the classes
     outside: tuple[str, ...] = ()
 
     def bounds(self, table: Path) -> Bounds:
-        """Where the files of a table may be."""
+        """Return the folders in which the files of a table may be."""
         return Bounds(table.parent) if self.root is None else Bounds(self.root, home=table.parent)
 
     def columns(self, names: Sequence[str], source: str) -> list[str]:
-        """The columns of ``where``."""
+        """Return the columns of ``where``; raise an error if a column is missing or ambiguous."""
         for name in self.where:
             if name not in names:
                 raise UsageError(
@@ -382,13 +393,13 @@ class Selection:
         return list(self.where)
 
     def fingerprint(self) -> dict[str, object]:
-        """The part, beside the split, that decides which rows there are; empty for all rows."""
+        """Return the options besides the split that select rows; empty if none does."""
         if not self.where:
             return {}
         return {"where": sorted(self.where.items())}
 
     def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
-        """(N,) positions of the rows."""
+        """Return the (N,) positions in the table of the selected rows."""
         chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
             column = pa.array([], pa.string())
@@ -409,7 +420,7 @@ class Selection:
 
 
 def _no_row(source: str, name: str, value: str, cells: pa.Array, chosen: NDArray[np.bool_]) -> str:
-    """The message that none of the chosen rows has this value, and which values they have."""
+    """Return the message that no row selected so far has a value, with the values they have."""
     among = "" if chosen.all() else " among those chosen so far"
     values = pc.unique(cells.filter(pa.array(chosen)).drop_null())
     first = values.slice(0, SHOWN + 1).to_pylist()
@@ -418,7 +429,7 @@ def _no_row(source: str, name: str, value: str, cells: pa.Array, chosen: NDArray
 
 
 def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """The cells of a column as the UTF-8 bytes of their text; those of strings are not checked."""
+    """Return the cells of a column as bytes of UTF-8 text; strings are not checked to be UTF-8."""
     kind = column.type
     if pa.types.is_nested(kind):
         raise DataError(
@@ -432,13 +443,13 @@ def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether cells are bytes, in any of the three layouts."""
+    """Whether cells are bytes, in any of Arrow's three types of bytes."""
     checks = [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
     return any(check(kind) for check in checks)
 
 
 def _listed(names: Collection[str]) -> str:
-    """The first names, quoted where they would not be seen as they are."""
+    """Return the first names for a message, quoted where they have invisible characters."""
     if not names:
         return "nothing"
     shown = []

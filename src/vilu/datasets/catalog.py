@@ -1,4 +1,4 @@
-"""From a path to a data set: which reader fits, and what readers there are."""
+"""Open a data set by its path: find the reader that fits."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ DATASETS: Final[dict[str, str]] = {
         "image and .txt; with --classes image and .cls"
     ),
 }
-"""Sources that ``open_dataset`` accepts without a name, beside the layouts of ``LAYOUTS``.
+"""Kinds of sources that ``open_dataset`` accepts, in addition to the layouts in ``LAYOUTS``.
 
-``vilu.datasets.known`` has the sets with a name.
+``vilu.datasets.known`` has the data sets that are opened by name.
 """
 
 TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
@@ -66,27 +66,27 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     """Open images with the reader that fits, or a data set by its name.
 
     Args:
-        source: A folder, file or pattern of files laid out in one of the ways of ``DATASETS``; with
-            ``dataset`` the folder that holds all data sets, or that one.
-        split: Names of splits joined by ``+`` ("validation+test"); None for everything.
-        limit: Keep the first ``limit`` images of the fixed order (folders are sorted by class, so
-            this is no sample).
+        source: A folder, a file or a pattern of files, of a kind in ``DATASETS``. With ``dataset``,
+            the folder that holds all data sets, or the folder of this data set.
+        split: Names of splits joined by ``+`` ("validation+test"); None for all images.
+        limit: Use only the first ``limit`` images. They are no random sample, since folders are
+            sorted by class.
         classes: A classes file: one name per line, or ``folder<TAB>name``.
-        captions: Take the captions of a table that has labels too; where there are only captions
-            they are taken anyway.
-        where: Keep the rows of a table that hold these values, by column ({"vendor": "google"}).
+        captions: Use the captions of a table that also has labels. A table that has only captions
+            needs no option.
+        where: Use only the rows of a table with these values, by column ({"vendor": "google"}).
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
-        raw_names: With ``dataset``: leave class names as the data have them.
-        root: Folder that the paths in a table are relative to, in place of the table's own; paths
-            that are absolute or climb are fine where they end below it. Of a folder of images:
-            where links may lead, too.
-        outside: Names of classes (folders, labels, names for prompts), or numbers beyond the
-            classes, that are none of them: they are left out of ``class_names``, and their images
-            get the label -2 (``vilu.OUTSIDE``).
+        raw_names: With ``dataset``: use the class names as they are in the data.
+        root: Folder that the paths in a table start from, instead of the folder of the table.
+            Absolute paths and paths with ".." are then accepted if they end below it. For a folder
+            of images: a second folder that links may lead into.
+        outside: Classes (by folder, label or name for prompts) to leave out, or numbers of labels
+            beyond the classes. Images with these labels get the label -2 (``vilu.OUTSIDE``): they
+            are of none of the classes.
 
     Raises:
-        UsageError: If an argument does not fit; the message names what there is.
-        DataError: If nothing there can be read as images, or what there is contradicts itself.
+        UsageError: If an argument does not fit the source; the message names the alternatives.
+        DataError: If the source has no images that can be read, or is inconsistent.
         StorageError: If a folder cannot be listed.
 
     Examples:
@@ -105,8 +105,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     if dataset is None:
         if raw_names:
             raise UsageError(
-                "--raw-names is of a data set of the catalogue. "
-                "Name one with --dataset, or leave it out."
+                "--raw-names is for data sets of the catalogue. "
+                "Name one with --dataset, or leave --raw-names out."
             )
         _require_root(root)
         selection = Selection(split, classes, captions, dict(where or {}), root, tuple(outside))
@@ -115,7 +115,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         is_for_tables = captions or where or root
         if is_for_tables:
             raise UsageError(
-                f"--captions, --where and --root are of tables. {dataset} is none: leave them out."
+                f"--captions, --where and --root are for tables. {dataset} is no table: leave them "
+                "out."
             )
         images = open_known(
             dataset,
@@ -133,7 +134,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _require_root(root: Path | None) -> None:
-    """UsageError where --root is no folder."""
+    """Raise UsageError where ``root`` is given and is no folder."""
     if root is None:
         return
     with or_refuse("look at the folder of the images"):
@@ -142,11 +143,11 @@ def _require_root(root: Path | None) -> None:
 
 
 def _first(images: ImageDataset, limit: int) -> ImageDataset:
-    """The first images, at most ``limit``."""
+    """Return a data set of the first ``limit`` images."""
     require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
         raise UsageError(
-            "--limit cannot be had of tar files, whose images are not counted before. "
+            "--limit does not work for tar files, since their images are not counted in advance. "
             "Give fewer shards."
         )
     if limit >= len(images):
@@ -155,9 +156,9 @@ def _first(images: ImageDataset, limit: int) -> ImageDataset:
 
 
 def _open(source: Path | str, selection: Selection) -> ImageDataset:
-    """The images of a source: a table, tar files, or a folder of a layout or of images."""
+    """Open a source that is a table, tar files, a folder with a layout, or a folder of images."""
     path = Path(source)
-    # not by Path: a pattern can be longer than any name, which is an error to it
+    # not Path.is_file, which raises where a pattern is longer than a file name may be
     if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
@@ -192,17 +193,18 @@ def _refuse_where(source: Path | str, selection: Selection) -> None:
 
 def _refuse_root(source: Path | str, selection: Selection) -> None:
     if selection.root is not None:
-        raise UsageError(f"--root is of a table or a folder of images. {source} is none.")
+        raise UsageError(f"--root is for a table or a folder of images. {source} is neither.")
 
 
 def _refuse_captions(source: Path | str, selection: Selection) -> None:
     if selection.captions:
         raise UsageError(
-            f"{source} has no captions: tables and tar files have. Leave --captions out."
+            f"{source} has no captions: only tables and tar files can. Leave --captions out."
         )
 
 
 def _no_source(path: Path) -> UsageError | DataError:
+    """Return the error for a path that no reader fits."""
     expected = "a folder of images, a CSV or Parquet file, or tar files"
     if not path.exists():
         return UsageError(f"{path} does not exist. Expected {expected}.")
@@ -215,10 +217,11 @@ def _no_source(path: Path) -> UsageError | DataError:
 
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
+    """Open tar files; refuse options that do not fit, and files that may not be read."""
     if selection.split is not None:
         raise UsageError(
             f"{source} has no splits. "
-            f"Leave --split {selection.split} out and name the shards of one."
+            f"Leave --split {selection.split} out, and give the shards of one split."
         )
     if selection.captions and selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)

@@ -1,4 +1,4 @@
-"""The class table of a data set: the names in its files or labels, and the names in prompts."""
+"""The class table of a data set: names in its folders or labels, and names for prompts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vilu.errors import DataError, StorageError, UsageError, nearest
 class ClassTable:
     """K classes in label order."""
 
-    # raw names: class folders, label strings, or names in the file's own table
+    # names in the data: class folders, texts of labels, or names in the metadata of a table
     folders: tuple[str, ...]
-    # names for prompts. Classes of one name are one answer wherever their texts are compared
+    # names for prompts; classes with equal names have equal texts, and are merged by predictors
     names: tuple[str, ...]
-    # whether ``names`` were derived from ``folders`` by turning underscores into spaces
+    # whether ``names`` are ``folders`` with spaces in place of underscores
     cleaned: bool = False
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class ClassTable:
         _require_texts("class", self.folders)
         _require_texts("prompt", self.names)
         if self.folders == self.names:
-            return  # labels are numbers, which tell classes of one name apart
+            return  # labels are numbers, so classes may have equal names
         repeated = _repeated(Counter(self.folders))
         if repeated:
             raise DataError(
@@ -43,7 +43,7 @@ class ClassTable:
 
 
 def _require_texts(kind: str, names: Sequence[str]) -> None:
-    """Refuse names that are blank, or that UTF-8 cannot write."""
+    """Raise DataError where a name is blank, or cannot be encoded in UTF-8."""
     for number, name in enumerate(names):
         if not name.strip():
             raise DataError(f"{kind} names must not be blank. Class {number} (counting from 0) is.")
@@ -81,14 +81,25 @@ def class_table(
     names: Sequence[str] | None = None,
     outside: Collection[str] = (),
 ) -> ClassTable | None:
-    """The class table of a data set, from what the data says and what the user says.
+    """Return the class table of a data set, from names in the data and the user's classes file.
 
-    ``raw`` are the names in the data, in label order, ``names`` those of the prompts without a file
-    (by default ``raw`` with underscores turned into spaces). A classes file has one name per line,
-    or ``folder<TAB>name``. Its lines are in label order ``by_position`` (whole-number labels), else
-    matched with ``raw``; tabbed lines always are, except where there is no ``raw``: numbers there
-    are the labels ``by_position``, and of other names the lines are in label order. A file that is
-    matched may leave out classes that will be taken out (``WithOutside``).
+    All lines of a classes file are ``name``, or all are ``folder<TAB>name``. They are assigned to
+    labels as follows:
+
+    1. ``folder<TAB>name``: the folders are matched with ``raw``. Without ``raw``, the lines are in
+       label order; but if ``by_position`` is True and all folders are numbers, these are the
+       labels.
+    2. ``name``: with ``by_position`` or without ``raw``, the lines are in label order. Otherwise
+       the names are matched with ``raw``.
+
+    Args:
+        raw: Names in the data, in label order; None if the data have none.
+        file: A classes file; None if there is none.
+        by_position: Whether labels are whole numbers, which are then numbers of lines of the file.
+        names: Names for prompts if there is no file; by default ``raw`` with spaces in place of
+            underscores.
+        outside: Classes that will be left out (``WithOutside``). Lines for them may be missing in a
+            file that is matched with ``raw``.
     """
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))
@@ -107,13 +118,16 @@ def class_table(
         _require_same_order(raw, prompts, file)
         return ClassTable(tuple(raw), prompts)
     name_of = {clean_name(name): name for name in raw}
-    name_of |= {name: name for name in raw}  # a name as it is goes before a cleaned one
+    name_of |= {name: name for name in raw}  # an unchanged name has precedence over a cleaned one
     _match(raw, name_of, prompts, file, outside)
     return _default(raw)
 
 
 def _labels_of(keys: Sequence[str], file: Path) -> tuple[str, ...] | None:
-    """The labels 0, 1, ... in order where all keys are numbers, which must be these; else None."""
+    """Return the labels 0, 1, ... as texts if all keys are numbers; None otherwise.
+
+    DataError if the keys are numbers, but not each label once.
+    """
     if not all(key.isdecimal() for key in keys):
         return None
     labels = tuple(str(label) for label in range(len(keys)))
@@ -131,7 +145,10 @@ def _named_by_keys(
     file: Path,
     outside: Collection[str],
 ) -> ClassTable:
-    """The classes with the prompts of their lines; classes outside may have no line."""
+    """Return the table of the classes ``raw`` with the prompts of their lines.
+
+    A class in ``outside`` may have no line.
+    """
     _match(raw, {name: name for name in raw}, keys, file, outside)
     prompt_of = dict(zip(keys, prompts, strict=True))
     names = [prompt_of.get(name, clean_name(name)) for name in raw]
@@ -139,9 +156,9 @@ def _named_by_keys(
 
 
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Left and right columns of a classes file; the left one is None where lines are single names.
+    """Return the folders and names of a classes file; the folders are None if lines are names only.
 
-    A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are tolerated.
+    A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are accepted.
     """
     text = _read_text(file)
     rows = [line.split("\t") for line in re.split(r"\r\n?|\n", text.rstrip())]
@@ -165,7 +182,7 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
 
 
 def _read_text(file: Path) -> str:
-    """The text of a classes file, without its byte order mark."""
+    """Return the text of a classes file, without its byte order mark."""
     try:
         return read_file(file).decode("utf-8-sig")
     except PermissionError as error:
@@ -177,11 +194,12 @@ def _read_text(file: Path) -> str:
 
 
 def _default(raw: Sequence[str]) -> ClassTable:
+    """Return the class table without a classes file."""
     return ClassTable(tuple(raw), tuple(clean_name(name) for name in raw), cleaned=True)
 
 
 def clean_name(name: str) -> str:
-    """A name as prompts use it: spaces for underscores."""
+    """Return a name for prompts, with spaces in place of underscores."""
     return name.replace("_", " ")
 
 
@@ -192,9 +210,9 @@ def _match(
     file: Path,
     outside: Collection[str],
 ) -> None:
-    """Refuse a file that does not write each name of the data once; those outside may be missing.
+    """Raise DataError unless each name in the data is in the file once.
 
-    ``name_of`` is the class that a line of the file may mean.
+    Names in ``outside`` may be missing. ``name_of`` maps the lines that are accepted to names.
     """
     unknown = [line for line in lines if line not in name_of]
     if unknown:
@@ -203,9 +221,8 @@ def _match(
             hint = f"{hint[:-1]} for {unknown[0]!r}?"
         raise DataError(
             f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
-            "Leave them out; or, if they are classes without an image here, make an empty "
-            "sub-folder for each, or in a table make the labels numbers: lines of this file, "
-            "counted from 0."
+            "Leave them out. If they are classes without an image here, make an empty sub-folder "
+            "for each, or in a table use numbers as labels (lines of this file, from 0)."
         )
     counts = Counter(name_of[line] for line in lines)
     repeated = _repeated(counts)
@@ -219,12 +236,12 @@ def _match(
     if missing:
         raise DataError(
             f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each, or "
-            "say with --outside which are none of the classes."
+            "name them with --outside to count their images as outside of the classes."
         )
 
 
 def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:
-    """Refuse a file with fewer or more names than classes, or the same names in another order."""
+    """Raise DataError for a wrong number of names, or the names of the data in another order."""
     if len(raw) != len(names):
         raise DataError(
             f"{file} must have one name per class of the data ({len(raw)}). "
@@ -241,9 +258,9 @@ def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) ->
 
 
 def refuse_numbers(classes: ClassTable, source: str) -> None:
-    """Refuse numbers as names, other than those of their lines, where labels are numbers, too.
+    """Raise DataError where class names are numbers that differ from their labels.
 
-    A label could be either of the two.
+    Called if labels are numbers: a label could then be either a name or the number of a line.
     """
     names = classes.names
     if classes.folders != names or not all(map(str.isdecimal, names)):
@@ -258,10 +275,12 @@ def refuse_numbers(classes: ClassTable, source: str) -> None:
 
 
 def _is_text(name: str) -> bool:
+    """Whether a name has no surrogates, which stand for bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Return the first names for a message, and the number of the rest."""
     listed = ", ".join(map(repr, names[:5]))
     if len(names) > 5:
         return f"{listed} and {len(names) - 5} more"

@@ -1,4 +1,4 @@
-"""Files of images: folders of any size are listed, files read with a cap, listings hashed."""
+"""Image files: list folders of any size, read files up to a size limit, hash listings."""
 
 from __future__ import annotations
 
@@ -22,66 +22,74 @@ _PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif")
 _BITMAPS = (".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
 _UNSUPPORTED = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd")
 SUFFIXES = _PHOTOS + _BITMAPS + _UNSUPPORTED
-"""File name endings that mean an image.
+"""File name endings of images.
 
-An image that is not supported is listed, too, so that it is reported and not missed.
+Formats that cannot be decoded are included, so that such a file is reported and not skipped.
 """
 
 MISSING: Final = -1
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a regular file of at most ``MAX_FILE_BYTES``; else OSError.
+    """Return the bytes of a regular file.
 
-    A pipe would block.
+    Raises:
+        OSError: If the file is not regular or has more than ``MAX_FILE_BYTES``.
     """
-    status = os.stat(path)  # noqa: PTH116  a million calls: os.stat takes the string as it is
-    if not stat.S_ISREG(status.st_mode):
+    # os.stat is faster than Path.stat, and there may be a million calls
+    status = os.stat(path)  # noqa: PTH116
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait without end
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     if status.st_size > MAX_FILE_BYTES:
         reason = f"{status.st_size} bytes; at most {MAX_FILE_BYTES} are read"
         raise OSError(errno.EFBIG, reason, str(path))
-    with open(path, "rb") as file:  # noqa: PTH123  as above
+    with open(path, "rb") as file:  # noqa: PTH123  for speed
         return file.read(MAX_FILE_BYTES)
 
 
 def read_below(folder: Path, path: str) -> bytes:
-    """The bytes of a file below a folder."""
+    """Return the bytes of a file below a folder."""
     return read_file(resolve_below(folder, path))
 
 
 def status_below(folder: Path, path: str) -> os.stat_result | None:
-    """The status of a file below a folder; None where it is missing or out of bounds.
+    """Return the status of a file below a folder; None where it is missing or out of bounds.
 
-    Reading the file says again which of the two it is.
+    Reading the file raises the error that tells the two cases apart.
     """
     try:
-        return os.stat(resolve_below(folder, path))  # noqa: PTH116  called once per row
+        return os.stat(resolve_below(folder, path))  # noqa: PTH116  for speed
     except OSError:
         return None
 
 
 def resolve_below(folder: Path, path: str) -> str:
-    """The path of a file below a folder; OSError where it is absolute or climbs out."""
+    """Return the full path of a file below a folder.
+
+    Raises:
+        OutsideError: If ``path`` is absolute or contains "..".
+    """
     if not stays_below(path):
         raise OutsideError(
             errno.EACCES, "the path must be relative and stay below its folder", path
         )
-    return os.path.join(folder, path)  # noqa: PTH118  once per row
+    return os.path.join(folder, path)  # noqa: PTH118  for speed
 
 
 class OutsideError(OSError):
-    """A file lies where none of this data set may be."""
+    """A file is outside of the folders in which the files of its data set may be."""
 
 
 class Bounds:
-    """Where the files of a data set may be: nothing outside is read, whatever paths and links say.
+    """The folders in which the files of a data set may be; no file outside of them is read.
+
+    The real location of a file counts, after all links have been followed.
 
     Args:
-        folder: What paths are relative to, and stay below.
-        home: Where paths that are absolute or climb (``..``) count from; those that end below
-            ``folder`` are fine then. None: there may be none.
-        beside: Another folder that links may lead into.
+        folder: Folder that relative paths start from. Files must be below this folder.
+        home: Folder that paths with ".." start from. If it is set, absolute paths and paths with
+            ".." are accepted where they end below ``folder``. If it is None, they are refused.
+        beside: A second folder that links may lead into.
     """
 
     def __init__(
@@ -96,85 +104,93 @@ class Bounds:
             self._inside += (_real_prefix(beside),)
 
     def resolve(self, path: str) -> str:
-        """The path of a file; OutsideError where it, or a link on the way, leads out of bounds."""
+        """Return the full path of a file.
+
+        Raises:
+            OutsideError: If the path, or a link on it, leads out of bounds.
+        """
         full = self._full(path)
-        folder = os.path.dirname(full)  # noqa: PTH120  called once per row
+        folder = os.path.dirname(full)  # noqa: PTH120  for speed
         if not _lies_in(folder, self._inside) or self.leads_out(full):
             reason = f"the file must lie below {self._inside[-1]}, links included"
             raise OutsideError(errno.EACCES, reason, path)
         return full
 
     def _full(self, path: str) -> str:
-        """The path of a file from the folder; from home where it is absolute or climbs."""
+        """Return the full path: from ``home`` if absolute or with "..", else from ``folder``."""
         if self._home is None or stays_below(path):
             return resolve_below(self.folder, path)
         if not _can_be_path(path):
-            return resolve_below(self.folder, path)  # this refuses it
-        return os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  once per row
+            return resolve_below(self.folder, path)  # raises OutsideError
+        return os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  for speed
 
     def leads_out(self, full: str) -> bool:
-        """Whether a file is a link to one that is out of bounds."""
-        if not os.path.islink(full):  # noqa: PTH114  called once per row
+        """Whether a file is a link to a file out of bounds."""
+        if not os.path.islink(full):  # noqa: PTH114  for speed
             return False
         return not os.path.realpath(full).startswith(self._inside)
 
     def status(self, path: str) -> os.stat_result | OSError:
-        """The status of a file, or why it has none."""
+        """Return the status of a file, or the error of asking for it."""
         try:
-            return os.stat(self.resolve(path))  # noqa: PTH116  called once per row
+            return os.stat(self.resolve(path))  # noqa: PTH116  for speed
         except OSError as error:
             return error.with_traceback(None)
 
     def real(self, path: str) -> str:
-        """Where a path leads, in bounds or not."""
+        """Return the path with all links followed; it may be out of bounds."""
         start = self._home or self.folder
         without_nul = path.replace("\0", "")
-        return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  once per row
+        return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Return the bytes of a file."""
         return read_file(self.resolve(path))
 
 
 def _real_prefix(folder: str | Path) -> str:
-    """The real path of a folder with a slash: what lies in it, and nothing else, begins so."""
+    """Return the real path of a folder with a slash at its end.
+
+    Exactly the real paths of files in the folder begin with this text.
+    """
     return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118  a Path drops the slash
 
 
 @lru_cache(4096)
 def _lies_in(folder: str, inside: tuple[str, ...]) -> bool:
-    """Whether a folder is, or is below, one of the folders with these prefixes."""
+    """Whether a folder is one of the folders ``inside`` (``_real_prefix``), or below one."""
     return _real_prefix(folder).startswith(inside)
 
 
 def _can_be_path(path: str) -> bool:
-    """Whether a file can have this path: no system takes an empty one, or one with NUL in it."""
+    """Whether a file can have this path: no system accepts an empty path or one with NUL."""
     return bool(path) and "\0" not in path
 
 
 def stays_below(path: str) -> bool:
-    """Whether a path is relative and does not climb out, by the rules of POSIX and of Windows."""
+    """Whether a path is relative and without "..", by the rules of POSIX and of Windows."""
     if not _can_be_path(path):
         return False
-    parsed = PureWindowsPath(path)  # knows both separators, drives and shares
-    climbs = ".." in parsed.parts
-    return not parsed.anchor and not climbs
+    parsed = PureWindowsPath(path)  # parses both separators, drives and network shares
+    has_parent = ".." in parsed.parts
+    return not parsed.anchor and not has_parent
 
 
 _UNREADABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-"""Characters that a terminal obeys: controls, line ends, and marks of direction."""
+"""Characters that control a terminal: control characters, line ends, marks of text direction."""
 
 _ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 
 
 def portable_name(path: str) -> str:
-    r"""The path as text for tables and screens; no two paths have one text.
+    r"""Return a path as text for tables and screens; different paths have different texts.
 
-    Bytes that are not UTF-8, and those of characters that a terminal obeys, become ``\xNN``: a
-    backslash, x and two hexadecimal digits. A backslash that would look like the beginning of such
-    an escape becomes ``\x5c``. All else stays as it is. ``path_of`` gives the path back.
+    Two kinds of bytes become ``\xNN`` (a backslash, x and two hexadecimal digits): bytes that are
+    not UTF-8, and the bytes of characters that control a terminal. A backslash that would look
+    like the beginning of such an escape becomes ``\x5c``. The rest of the path is unchanged.
+    ``path_of`` is the inverse.
 
     Examples:
         >>> import os
@@ -197,23 +213,25 @@ def portable_name(path: str) -> str:
 def _encoded(path: str) -> bytes:
     try:
         return os.fsencode(path)
-    except UnicodeEncodeError:  # half a character, as JSON may hold: no file is called so
+    except UnicodeEncodeError:  # half a surrogate pair, possible in JSON but in no file name
         return path.encode("utf-8", "surrogatepass")
 
 
 def _escaped(match: re.Match[str]) -> str:
-    """The escapes of the bytes of a character."""
+    """Return the escapes of the UTF-8 bytes of a character."""
     return "".join(f"\\x{byte:02x}" for byte in match[0].encode())
 
 
 def _unescaped(match: re.Match[bytes]) -> bytes:
-    """The byte that an escape means."""
+    """Return the byte that an escape stands for."""
     digits = match[1].decode()
     return bytes.fromhex(digits)
 
 
 def path_of(text: str) -> str:
-    r"""The path that ``portable_name`` has made a text of; any other text is a path itself.
+    r"""Return the path that a text from ``portable_name`` stands for: the inverse of that function.
+
+    A text that ``portable_name`` cannot return is returned unchanged.
 
     Examples:
         >>> import os
@@ -231,7 +249,10 @@ def path_of(text: str) -> str:
 
 
 def text_among(name: str, texts: Collection[str]) -> str | None:
-    """The text that a name in somebody's table means: itself, or that of the path so called."""
+    """Return which of ``texts`` a name in a user's table stands for; None where there is none.
+
+    The name may itself be in ``texts``, or be the path of which ``portable_name`` made the text.
+    """
     if name in texts:
         return name
     text = portable_name(name)
@@ -241,15 +262,15 @@ def text_among(name: str, texts: Collection[str]) -> str | None:
 
 
 def former_text(text: str) -> str:
-    """What 0.1.0 made of the path of this text in a book of labels.
+    """Return how vilu 0.1.0 wrote, in a label book, the path that ``text`` stands for.
 
-    Two paths could have one such text.
+    This former text is not unique: two paths could have the same.
     """
     return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """Names of the real (not linked), visible folders in a folder, sorted by bytes."""
+    """Return the names of the sub-folders, sorted by bytes, without hidden and linked folders."""
     names = []
     for entry in _entries(folder):
         is_real_folder = entry.is_dir(follow_symlinks=False)
@@ -261,12 +282,12 @@ def subfolders(folder: str | Path) -> list[str]:
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Path below ``folder`` and status of every image file, in the byte order of the paths.
+    """Yield path below ``folder`` and status of every image file, in the byte order of the paths.
 
-    Each file costs one stat. Links to files are followed, links to folders never: no loop, and no
-    image listed twice. In place of the status stands the error of a link that leads to itself or
-    out of ``bounds``. What is passed over is counted in ``ignored`` under "hidden",
-    "linked_folder", "not_image" (by its suffix) or "not_a_file".
+    Each file costs one call of ``stat``. Links to files are followed. Links to folders are not, so
+    that the walk ends and no image is listed twice. Where a link leads to itself or out of
+    ``bounds``, the second value is the error instead of the status. Skipped entries are counted in
+    ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]
@@ -293,13 +314,13 @@ def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
     try:
         if not entry.is_file():
             return "not_a_file"
-    except OSError:  # it is listed, and its row says why it cannot be read
+    except OSError:  # the file is listed, and its error row says why it cannot be read
         return None
     return None
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file, or a link to one; a link that leads to itself is none."""
+    """Whether an entry is a file or a link to a file; False for a link that leads to itself."""
     try:
         return entry.is_file()
     except OSError:
@@ -307,7 +328,7 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link that leads to itself is none."""
+    """Whether an entry is a folder or a link to a folder; False for a link that leads to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -329,14 +350,17 @@ def _hidden(entry: os.DirEntry[str]) -> bool:
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder, in the order of a walk."""
+    """Return the entries of a folder in the order in which ``walk_images`` visits them."""
     hint = "Mend its permissions or leave it out."
     with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
-        return sorted(entries, key=_place_in_walk)
+        return sorted(entries, key=_sort_key)
 
 
-def _place_in_walk(entry: os.DirEntry[str]) -> bytes:
-    """Folders sort with their slash, so that a walk is in the byte order of whole paths."""
+def _sort_key(entry: os.DirEntry[str]) -> bytes:
+    """Return the name as bytes, for a folder with a slash: ascending in the order of whole paths.
+
+    Without the slash, "a/1.jpg" would come before "a b.jpg", although "/" is greater than " ".
+    """
     name = os.fsencode(entry.name)
     if entry.is_dir(follow_symlinks=False):
         return name + b"/"
@@ -344,10 +368,10 @@ def _place_in_walk(entry: os.DirEntry[str]) -> bytes:
 
 
 class ListingHash:
-    """Hash over keys, labels, sizes and times of modification, fed one file at a time.
+    """Hash of keys, labels, sizes and times of modification, updated one file at a time.
 
     Args:
-        context: What else decides the meaning of the listing (class folders, split).
+        context: Further texts that change the meaning of the listing (class folders, split).
     """
 
     def __init__(self, *context: str) -> None:
@@ -356,7 +380,7 @@ class ListingHash:
             self.add(text, MISSING, None)
 
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
-        """One file; without a status where it is missing."""
+        """Add one file; ``status`` is None or an error where the file cannot be found or read."""
         name = key.encode("utf-8", "surrogateescape")
         size = MISSING
         time = MISSING
@@ -366,7 +390,7 @@ class ListingHash:
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:
-        """Texts of files, in order; None where there is none."""
+        """Add the texts of files, in order; None for a file without a text."""
         for text in texts:
             if text is None:
                 self._hash.update(struct.pack("<q", MISSING))
@@ -374,5 +398,5 @@ class ListingHash:
                 self._hash.update(struct.pack("<q", len(text)) + text)
 
     def hexdigest(self) -> str:
-        """32 hexadecimal digits."""
+        """Return the hash as 32 hexadecimal digits."""
         return self._hash.hexdigest()

@@ -1,4 +1,4 @@
-"""Folders of images: one sub-folder per class, or flat and unlabelled."""
+"""Folders of images: with a sub-folder per class, or flat and without labels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OUT_OF_FOLDER = (
 class ListedFiles:
     """Files below a folder with their labels, in the order in which they are added.
 
-    Keys are their paths there.
+    The key of a file is its path below the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class ListedFiles:
 
     @property
     def faults(self) -> Faults:
-        """What cannot be read."""
+        """Which files cannot be read, as far as is known without reading them."""
         kinds = np.empty(0, np.uint8)
         if self._kinds:  # NumPy refuses an empty buffer
             kinds = np.frombuffer(self._kinds, dtype=np.uint8)
@@ -62,7 +62,7 @@ class ListedFiles:
         return len(self._paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
+        """Yield the images at positions start ... stop - 1."""
         for path, number in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
             label: int | None = number
             if number == UNKNOWN:
@@ -70,11 +70,13 @@ class ListedFiles:
             yield ImageRecord(portable_name(path), label, self._reader(path))
 
     def _reader(self, path: str) -> Callable[[], bytes]:
+        """Return a function that reads the file ``path``."""
         return partial(read_below, self._folder, path)
 
     def _add(
         self, path: str, label: int, status: os.stat_result | OSError | None, listing: ListingHash
     ) -> None:
+        """Add a file to the list and to the hash of the listing."""
         self._paths.append(path)
         self._labels.append(label)
         self._kinds.append(fault_of(status, partial(os.path.join, self._folder, path)))
@@ -82,22 +84,28 @@ class ListedFiles:
 
 
 def _rule(_rows: NDArray[np.int64]) -> str:
-    """Where files of a folder must lie, whichever rows break this."""
+    """Return the sentence on where files must be, which is the same for all rows."""
     return OUT_OF_FOLDER
 
 
 class FolderDataset(ListedFiles):
-    """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image`` alone.
+    """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image``.
 
-    Images alone have no labels.
+    Images directly in the folder, without class folders, have no labels. Labels are the indices of
+    the class folders of all splits, sorted by bytes. Images are in the byte order of their paths.
+    The listing needs one call of ``stat`` and about a hundred bytes per image.
 
-    Labels follow the class folders sorted by bytes, over all splits; images are in the byte order
-    of their paths. The listing costs one stat and about a hundred bytes per image.
+    Args:
+        root: The folder.
+        split: Names of split folders, joined by ``+``; None if there are no split folders.
+        classes: A classes file, whose names are matched with the class folders.
+        beside: A second folder that links to files may lead into, besides ``root``. Other links are
+            read errors.
+        outside: Classes that may be missing in the classes file.
 
-    ``split`` names split folders, joined by ``+``. The names of a classes file are matched with the
-    class folders, but for those of ``outside``. Links to files may lead into the folder or into
-    ``beside``; others are read errors. ``ignored`` counts files and folders passed over, by reason
-    (``files.walk_images``; "outside_class" lie beside the class folders).
+    Attributes:
+        ignored: Number of skipped files and folders by reason: the reasons of
+            ``files.walk_images``, and "outside_class" for images that are not in a class folder.
     """
 
     def __init__(
@@ -135,7 +143,7 @@ class FolderDataset(ListedFiles):
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
-        # the name as it was listed, whatever Windows would make of it
+        # the name exactly as listed, because names can have a special meaning on Windows
         full = os.path.join(self._folder, path)  # noqa: PTH118
         if self._bounds.leads_out(full):
             raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
@@ -144,11 +152,12 @@ class FolderDataset(ListedFiles):
     def _list_part(
         self, part: str, label_of: dict[str, int], listing: ListingHash, task: Task
     ) -> None:
+        """Add the images of a split folder ``part``; "" is the folder itself."""
         folder = self._folder / part
-        flat = not subfolders(folder)
+        is_flat = not subfolders(folder)
         for below, status in walk_images(folder, self.ignored, self._bounds):
             first, slash, _ = below.partition("/")
-            if not slash and not flat:
+            if not slash and not is_flat:
                 self.ignored["outside_class"] += 1
                 continue
             path = below
@@ -162,17 +171,17 @@ class FolderDataset(ListedFiles):
 
 
 Listed = tuple[str, os.stat_result | OSError]
-"""Path of an image below a folder, and its status, or why there is none."""
+"""Path of an image below a folder, and its status, or the error of asking for it."""
 
 
 def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
-    """All images below a folder, at any depth, in the byte order of their paths.
+    """Return all images below a folder, at any depth, in the byte order of their paths.
 
-    Names of folders mean nothing here.
+    Sub-folders are not interpreted as classes or splits.
 
     Raises:
-        UsageError: If it is no folder.
-        DataError: If there are fewer than ``least``.
+        UsageError: If ``root`` is no folder.
+        DataError: If there are fewer than ``least`` images.
         StorageError: If a folder cannot be listed.
     """
     if not root.is_dir():
@@ -190,15 +199,15 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
 
 
 def _refuse_empty(ignored: Counter[str], root: Path, expected: str) -> NoReturn:
-    """Refuse a folder without what was expected, with what lies there instead."""
+    """Raise DataError for a folder without images; the message names what is in it instead."""
     contents = _counted(ignored) or "nothing"
     raise DataError(f"no image in {root}. Found: {contents}. Expected {expected}.")
 
 
 def _warn_of_left_out(ignored: Counter[str], root: Path) -> None:
-    """Warn of what was passed over and may be missed."""
-    missed = ignored.keys() - {"hidden", "not_image"}
-    if not missed:
+    """Warn of skipped entries that the user may expect in the data set."""
+    unexpected = ignored.keys() - {"hidden", "not_image"}
+    if not unexpected:
         return
     remedy = "Put folders in place of links"
     if ignored["outside_class"]:
@@ -207,14 +216,19 @@ def _warn_of_left_out(ignored: Counter[str], root: Path) -> None:
 
 
 def _counted(ignored: Counter[str]) -> str:
-    """How many entries were passed over for each reason."""
+    """Return a text with the number of skipped entries for each reason."""
     return ", ".join(f"{count} {reason}" for reason, count in ignored.items())
 
 
 class PhotoFiles(ListedFiles):
-    """Some photos of a folder, none of which has a label.
+    """Some photos of a folder, without labels.
 
-    Those that lie ``elsewhere`` by now are read there: a place by the text of the path.
+    Args:
+        root: The folder.
+        photos: Paths of the photos below the folder, with their status.
+        names: Class names of the data set.
+        elsewhere: Present paths of photos that have been moved since, by ``portable_name`` of their
+            path below the folder.
     """
 
     def __init__(
@@ -236,14 +250,14 @@ class PhotoFiles(ListedFiles):
         self.fingerprint = listing.hexdigest()
 
     def _reader(self, path: str) -> Callable[[], bytes]:
-        place = self._elsewhere.get(portable_name(path))
-        if place is None:
+        moved_to = self._elsewhere.get(portable_name(path))
+        if moved_to is None:
             return partial(self._bounds.read, path)
-        return partial(read_file, place)
+        return partial(read_file, moved_to)
 
 
 def _class_folders(root: Path, siblings: Sequence[str]) -> list[str]:
-    """Names of the class folders of all splits, sorted by bytes."""
+    """Return the names of the class folders in all ``siblings``, sorted by bytes."""
     names: set[str] = set()
     for sibling in siblings:
         names.update(subfolders(root / sibling))
@@ -255,7 +269,7 @@ def _as_bytes(name: str) -> bytes:
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:
-    """The folders to list, and all those that share their classes; "" is the root itself."""
+    """Return the folders to list, and all folders with the same classes; "" is the root itself."""
     folders = subfolders(root)
     if split is None:
         _require_no_splits(root, folders)
@@ -265,12 +279,12 @@ def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequen
 
 
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
-    """Refuse a folder of splits of which none was chosen."""
+    """Raise UsageError where all sub-folders are splits, and ``split`` was not given."""
     if not folders or not SPLIT_FOLDERS.issuperset(folders):
         return
     options = f"--split {folders[0]}"
     if len(folders) > 1:
         options += f", or --split {'+'.join(folders)}"
     raise UsageError(
-        f"{root} holds splits, not classes: {', '.join(folders)}. Say which: {options}."
+        f"{root} holds splits, not classes: {', '.join(folders)}. Choose with {options}."
     )

@@ -1,4 +1,4 @@
-"""Encoded images and captions, hostile until decoded: formats, sizes, orientation, pixels, text."""
+"""Decode images and captions from untrusted bytes: format, size, orientation, pixels, text."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIENTATION: Final = 0x0112
-# type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
+# type codes BYTE, SHORT, LONG; the standard prescribes SHORT, but cameras also write the others
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I"}
 BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def orientation(block: bytes) -> int | None:
-    """The orientation of a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), 1 to 8, or None.
+    """Return the orientation in a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), 1 to 8, or None.
 
     Raises:
         ValueError: If the block is damaged.
@@ -58,29 +58,30 @@ def orientation(block: bytes) -> int | None:
         return None
     if not 0 <= value <= 8:
         raise ValueError(f"EXIF orientation must be 1 to 8. Got {value} instead.")
-    return value or None  # 0 is written for "unknown"
+    return value or None  # 0 means "unknown"
 
 
 def _orientation_tag(block: bytes) -> int | None:
-    """The number under the orientation tag of the first directory; None where it has none."""
+    """Return the value of the orientation tag in the first directory; None without this tag."""
     layout = _layout(block)
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
     begin = directory + struct.calcsize(layout.count_code)
-    # a hostile count may promise more entries than the block has room for
+    # the slice ends the loop at the end of the block, even if the stated count is larger
     for entry in range(begin, len(block), layout.entry_bytes)[:n_entries]:
         tag, kind = struct.unpack_from(layout.order + "HH", block, entry)
         if tag == ORIENTATION:
-            # tag and type take four bytes, then comes the number of values, as wide as an offset
+            # an entry is tag and type (four bytes), number of values (as wide as an offset), value
             value_at = entry + 4 + struct.calcsize(layout.offset_code)
             return layout.read(_INTEGERS[kind], block, value_at)
     return None
 
 
 def count_directories(data: bytes, limit: int) -> int:
-    """Number of pages of a TIFF file.
+    """Return the number of directories (pages) of a TIFF file.
 
-    Counting stops at ``limit``, at a loop, and where the chain leaves the file.
+    Counting stops at ``limit``, at a directory that was counted before, and where an offset is
+    outside of the file.
     """
     seen: set[int] = set()
     with suppress(struct.error, OverflowError):
@@ -89,7 +90,7 @@ def count_directories(data: bytes, limit: int) -> int:
         while directory and directory not in seen and len(seen) < limit:
             n_entries = layout.read(layout.count_code, data, directory)
             seen.add(directory)
-            # the offset of the next directory stands behind the entries of this one
+            # the offset of the next directory is behind the entries of this one
             first_entry = directory + struct.calcsize(layout.count_code)
             next_at = first_entry + n_entries * layout.entry_bytes
             directory = layout.read(layout.offset_code, data, next_at)
@@ -97,22 +98,22 @@ def count_directories(data: bytes, limit: int) -> int:
 
 
 class _Layout(NamedTuple):
-    """How numbers stand in a TIFF file, with codes of ``struct``."""
+    """Format of the numbers in a TIFF file; the codes are format characters of ``struct``."""
 
-    order: str  # byte order
-    count_code: str  # of the number of entries of a directory
-    offset_code: str  # of a place in the file
-    entry_bytes: int
-    first_offset: int  # where the place of the first directory stands
+    order: str  # code of the byte order
+    count_code: str  # code of the number of entries of a directory
+    offset_code: str  # code of an offset: a position in the file
+    entry_bytes: int  # size of an entry of a directory
+    first_offset: int  # position of the number that is the offset of the first directory
 
-    def read(self, code: str, block: bytes, place: int) -> int:
-        """The number of this code at a place."""
-        (number,) = struct.unpack_from(self.order + code, block, place)
+    def read(self, code: str, block: bytes, position: int) -> int:
+        """Return the number with this code at a position."""
+        (number,) = struct.unpack_from(self.order + code, block, position)
         return int(number)
 
 
 def _layout(block: bytes) -> _Layout:
-    """The layout of classic TIFF or, with a plus sign in its first bytes, of BigTIFF."""
+    """Return the layout of classic TIFF, or of BigTIFF if the first four bytes contain "+"."""
     order = BYTE_ORDER[block[:4]]
     if b"+" in block[:4]:
         return _Layout(order, count_code="Q", offset_code="Q", entry_bytes=20, first_offset=8)
@@ -120,10 +121,10 @@ def _layout(block: bytes) -> _Layout:
 
 
 class _JpegFile(JpegImagePlugin.JpegImageFile):
-    """A JPEG whose EXIF block is left alone on opening, where a damaged one would warn."""
+    """A JPEG file that is opened without its EXIF block, which would cause a warning if damaged."""
 
     def _read_dpi_from_exif(self) -> None:
-        """The resolution in print, which nothing here needs."""
+        """Do nothing: the print resolution is not needed."""
 
 
 OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
@@ -135,9 +136,9 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "PPM": PpmImagePlugin.PpmImageFile,
 }
-"""The formats that are decoded."""
+"""The formats that are decoded, and the class of Pillow that opens each."""
 
-MAX_FRAMES = 10_000  # counting stops here: a hostile file can hold millions of empty frames
+MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
 _TABLE = (
     resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
 )
@@ -145,13 +146,13 @@ _SIGNATURES = [
     (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"])
     for row in parse_csv(_TABLE.splitlines(), "image_signatures.csv")[1]
 ]
-"""Where in a file which bytes stand, by format."""
+"""Signatures of formats: position in the file, bytes at this position, and name of the format."""
 
 
 def sniff(data: bytes) -> str | None:
-    """Name of the format: a key of ``OPENERS``, or one that is not decoded.
+    """Return the name of the format of encoded bytes; None if they look like no image.
 
-    None if the data look like no image.
+    The name is a key of ``OPENERS``, or the name of a format that is not decoded.
     """
     for offset, magic, name in _SIGNATURES:
         if data.startswith(magic, offset):
@@ -162,7 +163,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def _looks_like_svg(data: bytes) -> bool:
-    """Whether the text begins with an SVG element; a heading of XML or a comment may precede it."""
+    """Whether the data begin with an SVG element, possibly after an XML declaration or comment."""
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith((b"<?xml", b"<!--")):
         return b"<svg" in head
@@ -170,10 +171,10 @@ def _looks_like_svg(data: bytes) -> bool:
 
 
 def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
-    """Number of frames, at most ``MAX_FRAMES``, without decoding any.
+    """Return the number of frames, at most ``MAX_FRAMES``, without decoding a frame.
 
-    GIF and TIFF are counted here: Pillow's count is quadratic in the frames of a TIFF and has no
-    limit.
+    Frames of GIF and TIFF are not counted by Pillow, which has no limit, and whose time is
+    quadratic in the number of frames of a TIFF.
     """
     if name == "GIF":
         return _count_gif_frames(data)
@@ -183,13 +184,14 @@ def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
 
 
 GIF_IMAGE: Final = 0x2C  # first byte of a frame
-GIF_EXTENSION: Final = 0x21  # first byte of a block that is no frame
+GIF_EXTENSION: Final = 0x21  # first byte of a block that is not a frame
 GIF_BLOCKS: Final = frozenset({GIF_IMAGE, GIF_EXTENSION})
 
 
 def _count_gif_frames(data: bytes) -> int:
     frames = 0
-    with suppress(IndexError):  # no trailer: what came before it counts
+    # in a truncated GIF, IndexError ends the counting, and the frames so far are returned
+    with suppress(IndexError):
         position = 13 + _colour_table_bytes(data[10])
         while frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
             if data[position] == GIF_IMAGE:
@@ -197,7 +199,7 @@ def _count_gif_frames(data: bytes) -> int:
                 position += 11 + _colour_table_bytes(data[position + 9])
             else:
                 position += 2
-            # the data follow in chunks, each behind its length; a length of zero ends them
+            # data follow in chunks: a byte with the length, then the data; length 0 ends the block
             while data[position]:
                 position += data[position] + 1
             position += 1
@@ -205,7 +207,7 @@ def _count_gif_frames(data: bytes) -> int:
 
 
 def _colour_table_bytes(flags: int) -> int:
-    """Bytes of the colour table that the flags of a GIF announce: 2^(n + 1) colours of three."""
+    """Return the size of a colour table: 2^(n + 1) colours of 3 bytes, n in the last 3 flags."""
     has_table = flags & 0x80
     if not has_table:
         return 0
@@ -214,23 +216,24 @@ def _colour_table_bytes(flags: int) -> int:
 
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
 MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
-"""The modes that are converted."""
+"""Pillow's pixel modes that are converted to RGB."""
 
 
 class ImageFlag(IntFlag):
-    """What was done to an image, or noticed; stored as a bit mask."""
+    """Conversions and defects of an image; stored as a bit mask."""
 
-    ANIMATED = 1  # more than one frame; the first was taken
+    ANIMATED = 1  # more than one frame; the first frame is used
     ALPHA = 2  # transparency composited on white
-    DEEP = 4  # more than 8 bits a channel, scaled down
-    STRETCHED = 8  # values of no known range: the lowest to black, the highest to white
-    BAD_EXIF = 16  # EXIF present and unreadable
+    DEEP = 4  # more than 8 bits per channel, scaled to 8
+    STRETCHED = 8  # values outside the usual range: the lowest became black, the highest white
+    BAD_EXIF = 16  # the EXIF block cannot be read
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them.
+    """Convert a loaded image, which must have one of ``MODES``, to RGB.
 
-    It raises what is in ``CORRUPT``.
+    Returns the RGB image, and flags for the conversion. Damaged images raise an exception of
+    ``CORRUPT``.
     """
     if image.mode in DEEP_MODES:
         gray, flags = _deep_to_gray(image)
@@ -244,25 +247,26 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 
 def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """8-bit grey of whole numbers 0 ... 65535 (value / 257, rounded) or of floats 0 ... 1.
+    """Convert 16-bit, 32-bit or float grey to 8 bits.
 
-    Other ranges are stretched. Pillow's own conversion saturates: nearly all of a 16-bit photo
-    turns white.
+    Whole numbers 0 ... 65535 are divided by 257 and rounded. Floats 0 ... 1 are multiplied by 255.
+    Other ranges are stretched. Pillow's conversion would clip: nearly all of a 16-bit photo would
+    become white.
     """
-    # before it is copied, a TIFF gives the size that it would have when turned
+    # the copy is needed because a TIFF with an orientation tag states the size after rotation
     values = np.asarray(image.copy())
     low = float(values.min())
     high = float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("pixel values that are not finite")
     black = 0.0
-    span = 65535.0
+    span = 65535.0  # white minus black
     if values.dtype.kind == "f":
         span = 1.0
     flags = ImageFlag.DEEP
     if low < 0 or high > span:
         black = low
-        span = high - low or 1.0  # an image of one value has no range
+        span = high - low or 1.0  # not 0, where all pixels have the same value
         flags |= ImageFlag.STRETCHED
     scaled = np.subtract(values, black, dtype=np.float64)
     scaled *= 255 / span
@@ -276,40 +280,41 @@ OfPicture = Literal[
 ]
 OfFile = Literal["too_large", "read_error", "not_a_file", "bad_path"]
 OfShard = Literal["truncated_shard", "bad_shard"]
-"""One record that stands for all that a shard has lost, however much that is."""
+"""Errors of a whole shard: one record stands for all images that the shard has lost."""
 OfSample = Literal["interleaved", "duplicate", "missing_image"]
 OfText = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
 Kind = OfPicture | OfFile | OfShard | OfSample | OfText
 
 CORRUPT: Final = (
-    OSError,  # data cut short, a codec's error, a header field that makes no sense
-    # how Pillow's parsers say "not this format after all", also in the middle of a file
-    SyntaxError,
+    OSError,  # truncated data, error of a codec, impossible header field
+    SyntaxError,  # the file is not of this format; Pillow's parsers raise this anywhere in a file
     # values out of range: tile outside the image, oversized text chunk, unknown conversion
     ValueError,
     EOFError,  # a header without a first frame
-    struct.error,  # a field that the file is too short for
-    zlib.error,  # compressed profiles and text
-    LookupError,  # IndexError, KeyError: tables indexed by what the file says
-    TypeError,  # a TIFF tag of another type or count than its meaning needs
-    AttributeError,  # the same, where a tag is taken for text
-    ArithmeticError,  # OverflowError, ZeroDivisionError: rationals and sizes of a hostile header
-    MemoryError,  # a codec asked for what the header promised
-    AssertionError,  # Pillow states its own expectations of a file in this way
-    Warning,  # raised under `-W error` only: Pillow warns of damaged TIFF tags
+    struct.error,  # the file is too short for a field
+    zlib.error,  # damaged compressed profile or text
+    LookupError,  # IndexError, KeyError: a value in the file is used as an index
+    TypeError,  # a TIFF tag with a wrong type or count
+    AttributeError,  # a TIFF tag with a wrong type, used as text
+    ArithmeticError,  # OverflowError, ZeroDivisionError: wrong rationals or sizes in a header
+    MemoryError,  # a codec allocates memory for the size in a header
+    AssertionError,  # Pillow checks some properties of a file with assertions
+    Warning,  # Pillow warns of damaged TIFF tags, which raises under `-W error`
 )
-"""What Pillow raises on damaged files.
+"""Exceptions of Pillow for damaged files.
 
-Of 200,000 mutated files all that failed did so with the first three or the last (Pillow 13); its
-source lets the others through in one version or another.
+In a test with 200,000 mutated files (Pillow 13), only the first three and the last were raised.
+According to its source code, some versions of Pillow can raise the others, too.
 """
 
 
-class BadImage(DataError):  # noqa: N818  the name of a kind of input, as the error table calls it
-    """An image that cannot be used; one row of the error table, never the end of a run.
+class BadImage(DataError):  # noqa: N818  named after the kind of input
+    """An image that cannot be used. It becomes a row of the error table and does not end a run.
 
-    It failed in a stage: "open" (bytes and header), "geometry" (size), "decode" (pixels), "text"
-    (caption, label). The kind says what was wrong, for counting.
+    Attributes:
+        stage: Where it failed: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
+            "text" (caption, label).
+        kind: Kind of error, for counting.
     """
 
     def __init__(self, stage: Stage, kind: Kind, message: str) -> None:
@@ -318,21 +323,21 @@ class BadImage(DataError):  # noqa: N818  the name of a kind of input, as the er
         self.kind: Kind = kind
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, Kind, str]]:
-        """For the way back from a worker process."""
+        """Make it picklable, to be sent from a worker process."""
         return BadImage, (self.stage, self.kind, str(self))
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is refused before any pixel is decoded.
+    """Limits of images, checked before pixels are decoded.
 
     Attributes:
-        max_pixels: Largest width x height; at most Pillow's own limit, so that this one always
-            speaks first.
-        min_side: Shortest side in pixels.
-        max_aspect: Largest ratio of the sides: resizing the short side of a 1 x 5000 picture of 99
-            bytes to 224 makes one of 1 GB.
-        max_bytes: Largest encoded size.
+        max_pixels: Maximum of width x height. It may not exceed Pillow's limit, so that this limit
+            always applies first.
+        min_side: Minimum length of the shorter side in pixels.
+        max_aspect: Maximum ratio of the sides. Without this limit, a file of 99 bytes with 1 x 5000
+            pixels, resized to a shorter side of 224, would take 1 GB.
+        max_bytes: Maximum encoded size in bytes.
     """
 
     max_pixels: int = 50_000_000
@@ -357,24 +362,24 @@ def _require_limit(name: str, limit: int, ceiling: int) -> None:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A picture and what is worth recording about its file."""
+    """A decoded image, and facts about its file."""
 
-    # RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's
-    # preprocessing doesn't)
+    # RGB pixels of the first frame, as stored; the EXIF orientation is not applied, as in CLIP's
+    # preprocessing
     image: Image.Image
     width: int  # width in the file
     height: int  # height in the file
     n_frames: int  # number of frames (counting stops at ``MAX_FRAMES``)
     # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
     exif_orientation: int | None
-    flags: ImageFlag  # what was done to the pixels, or noticed
+    flags: ImageFlag  # conversions and defects
 
 
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
 def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
-    """Read and decode one record."""
+    """Read and decode one record; BadImage where this fails."""
     try:
         data = record.read()
     except OSError as error:
@@ -388,16 +393,16 @@ def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> Dec
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
     """Decode the first frame of an encoded image to 8-bit RGB.
 
-    Thread-safe; warning filters are left alone.
+    Grey, palette, CMYK and YCbCr are converted. Transparency is composited on white. 16-bit grey is
+    divided by 257 (Pillow's conversion would clip it). 32-bit integers and floats outside their
+    usual range are stretched.
 
-    Grey, palette, CMYK and YCbCr are converted; transparency is composited on white; 16-bit grey is
-    divided by 257 (Pillow's own conversion saturates it); 32-bit integers and floats that fit no
-    known range are stretched.
+    This function is thread-safe and does not change warning filters.
 
     Raises:
         BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
-        UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` was switched on: half pictures would
-            pass for whole ones.
+        UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is on, with which truncated images
+            would not be noticed.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UsageError(
@@ -409,11 +414,11 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
     with file as opened:
         _require_geometry(*opened.size, limits)
         with _damage("decode", "damaged pixels"):
-            if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
+            if name == "TIFF":  # Pillow rotates the pixels of a TIFF by this tag on loading
                 opened.getexif().pop(ORIENTATION, None)
             opened.load()
         exif = opened.info.get("exif")
-        if name == "TIFF":  # the file is its own EXIF block
+        if name == "TIFF":  # an EXIF block has the format of TIFF, so the file is read like one
             exif = data
         exif_orientation, flags = _orientation(exif)
         n_frames = count_frames(name, data, opened)
@@ -429,6 +434,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
 
 
 def _require_format(data: bytes, limits: ImageLimits) -> str:
+    """Return the name of the format; BadImage if the data are empty, too large or not decoded."""
     if not data:
         raise BadImage("open", "empty", "the file has no bytes")
     if len(data) > limits.max_bytes:
@@ -437,9 +443,7 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
         )
     name = sniff(data)
     if name is None:
-        raise BadImage(
-            "open", "unidentified", f"no image: {len(data)} bytes of no format that is known"
-        )
+        raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of an unknown format")
     if name not in OPENERS:
         raise BadImage(
             "open",
@@ -451,7 +455,7 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
 
 @contextmanager
 def _damage(stage: Stage, what: str) -> Iterator[None]:
-    """What Pillow raises on a hostile file, as ``BadImage``."""
+    """Turn the exceptions of Pillow for a damaged file into ``BadImage``."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -465,6 +469,7 @@ def _damage(stage: Stage, what: str) -> Iterator[None]:
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
+    """Raise BadImage where the size breaks a limit."""
     if width * height > limits.max_pixels:
         raise BadImage(
             "geometry",
@@ -476,32 +481,33 @@ def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
         raise BadImage(
             "geometry",
             "bad_geometry",
-            f"{width} x {height} pixels; sides must be at least {limits.min_side} and of ratio "
-            f"{limits.max_aspect:g}",
+            f"{width} x {height} pixels; sides must be at least {limits.min_side}, and their "
+            f"ratio at most {limits.max_aspect:g}",
         )
 
 
 def _orientation(exif: object) -> tuple[int | None, ImageFlag]:
+    """Return the orientation in an EXIF block, and a flag if the block is damaged."""
     if not isinstance(exif, bytes):
         return None, ImageFlag(0)
     try:
         return orientation(exif), ImageFlag(0)
-    except ValueError:  # metadata never fails a picture; the flag tells
+    except ValueError:  # an image with damaged metadata is still used
         return None, ImageFlag.BAD_EXIF
 
 
 MAX_CAPTION_BYTES: Final = 2**20
-"""Longer captions are refused; the longest text that a model reads is a few hundred bytes."""
+"""Longer captions are refused. Models read at most a few hundred bytes."""
 
 INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
-"""Unicode categories of controls, marks without a shape, and blanks.
+"""Unicode categories of control characters, invisible marks, and blanks.
 
-Not Cn: signs newer than this Python's tables.
+Cn (unassigned) is not included, because it has the characters that this Python is too old for.
 """
 
 
 def read_caption(record: ImageRecord) -> str:
-    """The caption of a record."""
+    """Return the caption of a record; BadImage where it is missing or cannot be read."""
     if record.caption is None:
         return decode_caption(None)
     try:
@@ -511,14 +517,13 @@ def read_caption(record: ImageRecord) -> str:
 
 
 def decode_caption(data: bytes | None) -> str:
-    r"""Text of a caption without outer white space; else as written (no Unicode normalisation).
+    r"""Return the text of a caption, without outer white space and without a byte order mark.
 
-    A byte order mark at the beginning is no part of the text.
+    There is no Unicode normalisation.
 
     Raises:
         BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than
-            ``MAX_CAPTION_BYTES``), "bad_text" (not UTF-8) or "empty_text" (nothing in it can be
-            seen).
+            ``MAX_CAPTION_BYTES``), "bad_text" (not UTF-8) or "empty_text" (no visible character).
 
     Examples:
         >>> from vilu.datasets.images import decode_caption
@@ -547,9 +552,9 @@ def decode_caption(data: bytes | None) -> str:
 def caption_readers(
     captions: pa.Array | None, start: int, stop: int
 ) -> Iterator[Callable[[], str] | None]:
-    """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes.
+    """Yield ``ImageRecord.caption`` for the rows start ... stop - 1 of a column of bytes.
 
-    Without a column it is None for each row.
+    If there is no column, yield None for each row.
     """
     if captions is None:
         return repeat(None, max(stop - start, 0))

@@ -1,4 +1,4 @@
-"""Folders of images that are told by the files in them, such as CIFAR's."""
+"""Layouts of folders that are recognised by the files in them, such as CIFAR's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Opener = Callable[[Selection], ImageDataset]
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """One layout; ``find`` gives what opens a folder of it, or None where a folder is none."""
+    """A layout of folders."""
 
     name: str
     description: str  # for people
+    # function that returns the opener of a folder, or None if the folder has another layout
     find: Callable[[Path], Opener | None]
 
 
@@ -27,10 +28,10 @@ LAYOUTS: Final = Catalogue[FolderLayout]("layout of folders", "vilu.layouts")
 
 
 def find_opener(folder: Path) -> Opener | None:
-    """The opener of a folder that has one of the layouts; None where it has none.
+    """Return the opener of a folder that has one of the layouts; None if it has none of them.
 
     Raises:
-        DataError: If two layouts take it for theirs.
+        DataError: If the folder has two of the layouts.
     """
     openers: dict[str, Opener] = {}
     for name, layout in LAYOUTS.items():
@@ -39,12 +40,13 @@ def find_opener(folder: Path) -> Opener | None:
             openers[name] = opener
     if len(openers) > 1:
         raise DataError(
-            f"{folder} holds more than one data set: {', '.join(openers)}. Name the folder of one."
+            f"{folder} holds more than one data set: {', '.join(openers)}. Give a folder with one."
         )
     return next(iter(openers.values()), None)
 
 
 def _add(layout: object) -> bool:
+    """Add a layout to the catalogue; return False if the object is not a layout."""
     if not isinstance(layout, FolderLayout):
         return False
     if LAYOUTS.here.setdefault(layout.name, layout) is not layout:

@@ -1,4 +1,4 @@
-"""Tables of images: CSV and Parquet, with paths or bytes, labels or captions."""
+"""Tables of images (CSV, TSV, Parquet) with paths or bytes, and with labels or captions."""
 
 from __future__ import annotations
 
@@ -43,26 +43,29 @@ LABEL: Final = ("label", "class", "target")
 SPLIT: Final = ("split",)
 KEY: Final = ("key",)
 CAPTION: Final = ("caption", "text")
-CLASS_NAMES: Final = b"class_names"  # entry of a schema's metadata: names, comma-joined
+CLASS_NAMES: Final = b"class_names"  # key in the metadata of a schema: names joined by commas
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """The rows of a table that were asked for, in order."""
+    """The selected rows of a table, in order."""
 
     rows: NDArray[np.int64]  # (N,) int64 positions in the file
-    # (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes
+    # (N,) int32 labels, -1 if unknown, -2 if of none of the classes
     labels: NDArray[np.int32]
-    keys: pa.Array  # (N,) keys; the numbers of the rows where there is no key column
+    keys: pa.Array  # (N,) keys; the numbers of the rows if there is no key column
     classes: ClassTable | None  # class table of the whole file; None when unlabelled or captioned
-    # (N,) bytes of the captions, null where there is none; None where captions are not asked for
+    # (N,) bytes of the captions, null if a row has none; None if captions are not used
     captions: pa.Array | None
-    # labels beyond the classes that are said to be of none of them
+    # labels beyond the classes that the user names as outside
     strays: frozenset[str] = frozenset()
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """The column under the first alias that is there (case and outer blanks do not count)."""
+    """Return the column with the first alias that exists; case and outer blanks are ignored.
+
+    DataError if there are several columns with this alias.
+    """
     for alias in aliases:
         matching = [name for name in names if name.strip().lower() == alias]
         if len(matching) > 1:
@@ -75,7 +78,7 @@ def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
 def caption_column(
     names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection
 ) -> str | None:
-    """The column of captions: where they are asked for, or where there are no classes."""
+    """Return the column of captions if it is used: on request, or if there are no classes."""
     name = find_column(names, CAPTION)
     if not selection.captions:
         has_labels = find_column(names, LABEL) is not None
@@ -93,19 +96,22 @@ def caption_column(
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """The columns that ``table_rows`` reads, as far as they are there."""
+    """Return the existing columns that ``table_rows`` reads."""
     names = schema.names
     known = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
     known.append(caption_column(names, schema.metadata or {}, selection))
     present = [name for name in known if name is not None]
     present += selection.columns(names, source)
-    return list(dict.fromkeys(present))  # each once, in order
+    return list(dict.fromkeys(present))  # without repetitions, in order
 
 
 def table_rows(
     table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None
 ) -> TableRows:
-    """Check the columns of a whole table, then choose the rows."""
+    """Check the columns of a whole table, and return the selected rows.
+
+    ``default_key`` is the column of the keys if there is no key column; None for row numbers.
+    """
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions: pa.Array | None = None
     if caption is None:
@@ -113,7 +119,7 @@ def table_rows(
         listed = _labels(table, source, selection)
     else:
         captions = bytes_of(table[caption], f"{source}, column {caption!r}")
-        # captions are checked one by one as they are read: a bad one is the error of its row
+        # captions are checked when they are read, so that a bad caption is an error of one row
         table.drop_columns([caption]).validate(full=True)
         listed = _unlabelled(table)
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
@@ -128,7 +134,7 @@ def table_rows(
 
 
 class _Labels(NamedTuple):
-    """Of all rows of a table, as in ``TableRows``."""
+    """Labels of all rows of a table, classes and strays; the fields are as in ``TableRows``."""
 
     labels: NDArray[np.int32]
     classes: ClassTable | None
@@ -140,7 +146,11 @@ def _unlabelled(table: pa.Table) -> _Labels:
 
 
 def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
-    """The labels of all rows: names of classes, or numbers of names that are given elsewhere."""
+    """Return the labels of all rows and the classes.
+
+    The label column holds names of classes, or numbers. For numbers, the names come from the
+    metadata of the schema or from the classes file.
+    """
     name = find_column(table.column_names, LABEL)
     raw = _names_in_schema(table.schema, name, source)
     column = pa.nulls(len(table))
@@ -159,7 +169,7 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
         if not has_labels:
             return _unlabelled(table)
         raise DataError(
-            f"{source}: column {name!r} holds numbers, and nothing says which classes they mean. "
+            f"{source}: column {name!r} holds numbers, but the names of the classes are missing. "
             "Give the names in label order with --classes FILE, or store them in the schema "
             "metadata."
         )
@@ -177,7 +187,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _numbered(
     numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
 ) -> _Labels:
-    """Labels that are numbers; those beyond the classes must be named as outside."""
+    """Return labels that are numbers; DataError if a label beyond the classes is not in outside."""
     n_classes = len(classes.names)
     numbers, strays = _without_strays(numbers, n_classes, outside)
     _require_in_range(numbers, n_classes, source)
@@ -188,7 +198,10 @@ def _numbered(
 def _without_strays(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """The labels with -2 for strays, and the strays: beyond the classes, and named as outside."""
+    """Replace strays by -2, and return the labels and the strays.
+
+    Strays are labels beyond the classes that are in ``outside``.
+    """
     strays = []
     for label in pc.drop_null(pc.unique(numbers)).to_pylist():
         is_class = 0 <= label < n_classes
@@ -201,23 +214,24 @@ def _without_strays(
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
-    """Labels of strings: positions among the distinct ones, sorted."""
+    """Return a label for each string, and the distinct strings, sorted: label i is string i."""
     encoded = _known(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
-    order = sorted(range(len(names)), key=names.__getitem__)
+    order = sorted(range(len(names)), key=names.__getitem__)  # indices of the names, ascending
     rank = np.empty(len(names) + 1, dtype=np.int32)
     rank[order] = np.arange(len(names))
-    rank[-1] = UNKNOWN  # where the -1 of a missing label points
+    rank[-1] = UNKNOWN  # a missing label has index -1, so it reads this last entry
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return rank[indices], [names[i] for i in order]
 
 
 def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
+    """Convert labels to int64; DataError if they are not whole numbers."""
     kind = column.type
     is_floating = pa.types.is_floating(kind)
     if not (is_floating or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where}: labels must be whole numbers or strings. Found {kind}.")
-    if is_floating:  # whole numbers with gaps, as pandas writes them
+    if is_floating:  # pandas writes whole numbers with missing values as floats with NaN
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
     try:
         return column.cast(pa.int64())
@@ -228,19 +242,23 @@ def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
 
 
 def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
+    """Raise DataError for the first label that is not 0 to ``n_classes`` - 1, -2 or null."""
     beyond = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
     row = pc.index(pc.and_(beyond, pc.not_equal(numbers, OUTSIDE)), True).as_py()
     if row >= 0:
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has "
             f"{n_classes} names, so labels are 0 to {n_classes - 1}, -2 for none of the classes, "
-            "or null where unknown. Say with --outside which other numbers mean none of the "
-            "classes."
+            "or null where unknown. If other numbers mean none of the classes, give them with "
+            "--outside."
         )
 
 
 def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[str] | None:
-    """Class names in the metadata: ``class_names``, comma-joined, or Hugging Face's ClassLabel."""
+    """Return the class names in the metadata of a schema, or None.
+
+    They are ``class_names``, joined by commas, or in the ClassLabel of Hugging Face.
+    """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
         if CLASS_NAMES in metadata:
@@ -264,6 +282,7 @@ def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[
 
 
 def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
+    """Return the keys in a column; DataError if a key is missing or occurs twice."""
     keys = table[name].cast(pa.large_string()).combine_chunks()
     missing = pc.index(pc.is_null(keys), True).as_py()
     if missing >= 0:
@@ -274,13 +293,13 @@ def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
         counts = keys.value_counts()
         first = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
         raise DataError(
-            f"{source}: column {name!r} must tell rows apart. {first!r} occurs more than once."
+            f"{source}: column {name!r} must be unique. {first!r} occurs more than once."
         )
     return _as_names(keys)
 
 
 def _as_names(keys: pa.Array) -> pa.Array:
-    """Keys as the texts of names, as in a folder: no terminal obeys them, and no two are one."""
+    """Return the keys with escapes (``portable_name``) that make them safe for terminals."""
     odd = pc.match_substring_regex(keys, r"[^ -~]|\\x")
     if not pc.any(odd).as_py():
         return keys
@@ -289,12 +308,12 @@ def _as_names(keys: pa.Array) -> pa.Array:
 
 IMAGE: Final = "image"
 BATCH_ROWS: Final = 32  # rows in memory at a time
-# else a row group's column is read whole
+# options of ParquetFile with which a column of a row group is not read as a whole
 STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
-    """Whether there is a column ``image`` of bytes, or Hugging Face's struct of bytes and path."""
+    """Whether a column ``image`` has bytes, or structs of bytes and path (Hugging Face)."""
     if IMAGE not in schema.names:
         return False
     kind = schema.field(IMAGE).type
@@ -304,7 +323,7 @@ def is_image_column(schema: pa.Schema) -> bool:
 
 
 class _RowsOfTable:
-    """The rows of a table without what reads their images."""
+    """The rows of a table. Subclasses add the reading of the images."""
 
     def __init__(self, source: Path, listing: TableRows) -> None:
         self.source = str(source)
@@ -324,7 +343,7 @@ class _RowsOfTable:
     def _records(
         self, start: int, n: int, readers: Iterable[Callable[[], bytes]]
     ) -> Iterator[ImageRecord]:
-        """``n`` rows from ``start`` on, each with the next of ``readers``."""
+        """Yield the records of ``n`` rows from ``start`` on; ``readers`` has a reader per row."""
         rows = slice(start, start + n)
         captions = caption_readers(self._captions, start, start + n)
         listed = zip(self._keys[rows], self._labels[rows], readers, captions, strict=True)
@@ -338,16 +357,16 @@ class _RowsOfTable:
 class ParquetDataset(_RowsOfTable):
     """Images stored in a Parquet file.
 
-    ``records`` streams: memory holds two pages of the file (writers put up to about a thousand
-    images into one) and a batch of ``BATCH_ROWS`` images, whatever the size of file and row groups.
-    A part that begins where the last one ended goes on reading there; another one first reads past
-    the beginning of its row group.
+    ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
+    images, whatever the size of the file and its row groups. (A page has up to about a thousand
+    images.) If a call starts where the last call ended, the reading goes on there. Otherwise, the
+    row group is read from its beginning, and rows before ``start`` are skipped.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
         if IMAGE in selection.where:
             raise UsageError(
-                f"{source}: rows cannot be chosen by their pictures. Give --where another column."
+                f"{source}: rows cannot be chosen by their images. Give --where another column."
             )
         with pq.ParquetFile(source) as file:
             self._metadata = file.metadata
@@ -371,12 +390,12 @@ class ParquetDataset(_RowsOfTable):
         self._bounds = selection.bounds(source)
         self._rows = listing.rows
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-        # by the position to go on from, the cells that are still to be read
+        # the iterator of the last call of ``records`` (if any), by the position that it is at
         self._resume: dict[int, Iterator[pa.Scalar]] = {}
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
+        """Yield the images at positions start ... stop - 1."""
         n = len(self._labels[start:stop])
         images = self._resume.pop(start, None) or self._images(start)
         readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n))
@@ -384,11 +403,11 @@ class ParquetDataset(_RowsOfTable):
         self._resume = {start + n: images}
 
     def __getstate__(self) -> dict[str, object]:
-        """For worker processes: all but the open file."""
+        """Return the state to be pickled for worker processes: all but the open file."""
         return {**self.__dict__, "_resume": {}}
 
     def _images(self, first: int) -> Iterator[pa.Scalar]:
-        """The cells from position ``first`` to the end."""
+        """Yield the image cells of the rows from position ``first`` to the end."""
         rows = self._rows[first:]
         bounds_of_groups = pairwise(np.searchsorted(rows, self._starts))
         try:
@@ -401,7 +420,7 @@ class ParquetDataset(_RowsOfTable):
 
 
 def _cells(file: pq.ParquetFile, group: int, wanted: NDArray[np.int64]) -> Iterator[pa.Scalar]:
-    """The image cells of a row group at the positions ``wanted``, ascending."""
+    """Yield the image cells of a row group at the positions ``wanted`` (ascending)."""
     first = 0
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE]):
         begin, end = np.searchsorted(wanted, [first, first + len(batch)])
@@ -413,7 +432,7 @@ def _cells(file: pq.ParquetFile, group: int, wanted: NDArray[np.int64]) -> Itera
 
 
 def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
-    """The bytes in a cell, or those of the file that it names."""
+    """Return the bytes in a cell, or the bytes of the file whose path is in the cell."""
     value = cell.as_py()
     content: bytes | None = value
     path: str | None = None
@@ -428,12 +447,15 @@ def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
 
 
 def open_table(source: Path, selection: Selection) -> ImageDataset:
-    """A CSV (or TSV) or Parquet file with one image per row.
+    """Open a CSV, TSV or Parquet file with one image per row.
 
-    Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder, or
-    to ``selection.root``), or in Parquet ``image`` (encoded bytes, or Hugging Face's struct of
-    bytes and path); optionally ``label`` (or class, target) or ``caption`` (or text), ``split``,
-    ``key``, and any others to choose rows by.
+    The columns are:
+
+    - ``path`` (or file, filename, image_path, filepath): relative to the folder of the table, or to
+      ``selection.root``. In Parquet alternatively ``image``: encoded bytes, or Hugging Face's
+      struct of bytes and path.
+    - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and any
+      other columns, which can be used to select rows.
     """
     try:
         if source.suffix.lower() in {".csv", ".tsv"}:
@@ -456,12 +478,13 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
 
 class PathTable(_RowsOfTable):
-    """Images listed in a table by path.
+    """Images whose paths are listed in a table.
 
-    Paths are relative to the table's folder and stay below it; with ``selection.root`` they are
-    relative to that, and those that are absolute or climb (from the table's folder) may end below
-    it, too. Any other, also by a link, is a read error of its row. Keys are the ``key`` column,
-    else the paths. The listing costs two system calls per image.
+    Paths are relative to the folder of the table and must stay below it. With ``selection.root``,
+    paths are relative to this folder and must stay below it. Absolute paths, and paths with ".."
+    (from the folder of the table), are then accepted if they end below ``selection.root``. A row
+    whose file is elsewhere, also through a link, is a read error. Keys are the ``key`` column, or
+    the paths if there is none. The listing needs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -489,7 +512,7 @@ class PathTable(_RowsOfTable):
         self.fingerprint = hashed.hexdigest()
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
+        """Yield the images at positions start ... stop - 1."""
         paths = self._paths[start:stop]
         readers = (partial(self._bounds.read, path.as_py()) for path in paths)
         return self._records(start, len(paths), readers)
@@ -498,7 +521,7 @@ class PathTable(_RowsOfTable):
         return str(self._paths[row].as_py())
 
     def _rule(self, outside: NDArray[np.int64]) -> str:
-        """Where files must lie, and which folder would hold those that do not."""
+        """Return a sentence on where files must be, and a ``--root`` that holds these files."""
         files = [self._bounds.real(self._path(row)) for row in outside]
         common = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
         hint = ""
@@ -506,12 +529,14 @@ class PathTable(_RowsOfTable):
         if not is_root:
             hint = f" --root {shlex.quote(common)} holds these."
         return (
-            "Paths are relative to the table's folder, or to --root DIR, and none may lead out of "
-            "it, nor may links; with --root absolute paths below it are fine, too." + hint
+            "Paths are relative to the table's folder, or to --root DIR. Neither paths nor links "
+            "may lead out of this folder. With --root, absolute paths below it are accepted, too."
+            + hint
         )
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:
+    """Return the column of paths; DataError if there is none."""
     column = find_column(names, PATH)
     if column is None:
         raise DataError(
@@ -522,14 +547,17 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """The columns in use, as strings; captions are bytes, labels numbers where all of them are."""
+    """Read the columns in use as strings.
+
+    Captions are read as bytes. Labels become numbers if all labels are numbers.
+    """
     delimiter = ","
     if source.suffix.lower() == ".tsv":
         delimiter = "\t"
     names = csv_names(source, delimiter)
     schema = pa.schema([(name, pa.string()) for name in names])
     columns = [_path_column(source, names), *listing_columns(schema, selection, str(source))]
-    wanted = list(dict.fromkeys(columns))  # each once, in order
+    wanted = list(dict.fromkeys(columns))  # without repetitions, in order
     types = dict.fromkeys(wanted, pa.string())
     caption = caption_column(names, {}, selection)
     if caption is not None:
@@ -543,8 +571,10 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
 
 
 def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return labels as int64 if all are whole numbers or missing, else as text."""
     filled = _known(column)
-    for kind in (pa.int64(), pa.float64()):  # pandas writes whole numbers with gaps as 3.0
+    # float64, because pandas writes whole numbers as 3.0 if some are missing
+    for kind in (pa.int64(), pa.float64()):
         try:
             return filled.cast(kind).cast(pa.int64())
         except pa.ArrowInvalid:
@@ -553,7 +583,7 @@ def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _known(column: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - the same kind of array
-    """Labels without outer blanks; null where there is none, or nobody could name the picture."""
+    """Return labels without outer blanks; null if the label is empty or ``NO_NAME``."""
     text = pc.utf8_trim_whitespace(column)
     is_unknown = pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type))
     return pc.if_else(is_unknown, pa.scalar(None, text.type), text)

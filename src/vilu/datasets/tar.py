@@ -1,4 +1,4 @@
-"""Tars of samples (webdataset): images with captions or labels, shard by shard."""
+"""Tar files in webdataset's layout (shards): images with captions or labels."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ from vilu.errors import OUTSIDE, DataError, UsageError
 IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 CAPTION: Final = "txt"
 FAULTS: Final = {
-    "interleaved": "members of other samples stand between this one's. Sort the shard by name",
-    "duplicate": "two members have one name and extension. Write the shard again",
+    "interleaved": "members of other samples are between its members. Sort the shard by name",
+    "duplicate": "two members have the same name and extension. Write the shard again",
 }
 
 
 @dataclass(slots=True)
 class Sample:
-    """Members under one key, by extension; ``fault`` says how they stand wrongly in the shard."""
+    """The members with one key, by extension; ``fault`` is an error in their order, if any."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     fault: Literal["interleaved", "duplicate"] | None = None
 
     def image(self) -> Member:
-        """The member that holds the image."""
+        """Return the member that holds the image; BadImage where the sample has no usable image."""
         for member in self.members.values():
             if not stays_below(member.name):
                 raise BadImage(
                     "open",
                     "bad_path",
-                    f"{member.name!r}: a name must be relative and must not climb",
+                    f"{member.name!r}: a name must be relative and without '..'",
                 )
         if self.fault is not None:
             raise BadImage("open", self.fault, FAULTS[self.fault])
@@ -77,7 +77,7 @@ class Sample:
         return image
 
     def caption(self) -> Member:
-        """The member that holds the caption."""
+        """Return the member that holds the caption; BadImage where none is usable."""
         member = self.companion(CAPTION)
         if member is None:
             raise BadImage(
@@ -92,7 +92,7 @@ class Sample:
         return member
 
     def companion(self, extension: str) -> Member | None:
-        """The member with an extension, which is a plain file; None where there is none."""
+        """Return the member with an extension, or None; BadImage where it is not a plain file."""
         member = self.members.get(extension)
         if member is not None and not member.is_file:
             raise BadImage(
@@ -103,13 +103,13 @@ class Sample:
         return member
 
     def is_whole(self, companion: str) -> bool:
-        """Whether there is an image and its companion."""
+        """Whether the sample has an image and a member with the extension ``companion``."""
         if companion not in self.members:
             return False
         return not IMAGES.isdisjoint(self.members)
 
     def listed(self) -> str:
-        """The extensions, for messages."""
+        """Return the first extensions, for messages."""
         shown = [f".{name[:20]}" for name in list(self.members)[:5]]
         if len(self.members) > 5:
             shown.append("...")
@@ -117,9 +117,9 @@ class Sample:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension of a member by webdataset's rule.
+    """Return key and lower-case extension of a member, split by webdataset's rule.
 
-    None where it has no extension, or no name before it (hidden files).
+    None where the member has no extension, or no name before the extension (hidden files).
 
     Examples:
         >>> from vilu.datasets.tar import split_name
@@ -134,44 +134,50 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | None]:
-    """The samples of a shard, and what ended the list before its end mark."""
+    """Return the samples of a shard, and the error that ended the reading early (or None).
+
+    ``companion`` is the extension (caption or label) without which a sample is incomplete.
+    """
     by_key: dict[str, Sample] = {}
-    trouble = None
+    error_of_shard = None
     try:
         size = _size(path)
         with path.open("rb") as file:
             _group(members(file, size), by_key)
     except BadImage as error:
-        trouble = error
+        error_of_shard = error
     except OSError as error:
-        trouble = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
+        error_of_shard = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
     samples = list(by_key.values())
-    if trouble is None or not samples:
-        return samples, trouble
-    # the shard broke off: a sample that the break cut in two is part of the trouble
+    if error_of_shard is None or not samples:
+        return samples, error_of_shard
+    # the last sample may lack members that were behind the damage: then the error of the shard
+    # covers this sample, and it gets no record of its own
     last = samples[-1]
     is_cut = last.fault is None and not last.is_whole(companion)
     if is_cut:
         samples.pop()
-    return samples, trouble
+    return samples, error_of_shard
 
 
 def _size(path: Path) -> int:
+    """Return the size of a regular file in bytes; OSError where the file is not regular."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # a pipe would block
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait without end
         raise OSError(errno.EINVAL, "not a regular file")
     return status.st_size
 
 
 def _group(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
-    """Add the members of a shard to the samples of their keys, and note faults of their order."""
+    """Add the members of a shard to the samples of their keys, and mark errors in their order."""
     last = None
     for member in shard:
         parts = split_name(member.name)
         if parts is None:
             if stays_below(member.name):
-                continue  # it belongs to no sample
-            parts = (member.name, "")  # a name that leads out is never passed over
+                continue  # the member belongs to no sample
+            # a name that leads out of the folder is always reported, as a sample with a bad image
+            parts = (member.name, "")
         key, extension = parts
         sample = samples.setdefault(key, Sample(key))
         is_new = not sample.members
@@ -190,25 +196,33 @@ MAX_LABEL_BYTES: Final = 32
 class TarShards:
     """Images in tar files in webdataset's layout, with captions or with labels.
 
-    They have labels where a classes file is given.
+    The images have labels where a classes file is given, and captions otherwise.
 
-    Members whose names are alike up to the first dot of the base name are one sample: its image is
-    the first with an image's extension, its caption ``.txt``, its label ``.cls`` (a whole number;
-    without one it is unknown); others are not looked at. Keys are ``shard#key``, and of what is
-    wrong with a whole shard ``shard``. Nothing is opened before ``records``, nothing is ever
-    unpacked, and memory holds the member list of one shard.
+    A sample is all members whose names are equal up to the first dot of the base name. The image
+    of a sample is the first member with the extension of an image. The caption is ``.txt``. The
+    label is ``.cls``, a whole number; without this member the label is unknown. Other members are
+    ignored. The key of a record is ``shard#key``; the key of an error of a whole shard is
+    ``shard``. No tar file is opened before ``records`` is called, and none is unpacked. Memory
+    holds the member list of one shard at a time.
 
-    Every sample is a record. One that cannot be used raises ``BadImage`` on reading, of kind
-    "bad_path" (absolute or climbing out), "interleaved" (its members do not stand together; one
-    record for all of it), "duplicate" (an extension twice), "not_a_file" (link, device, sparse),
-    "missing_image", "missing_caption", "too_large", "bad_label"; and what ``decode_caption`` and
-    ``decode_image`` find. A shard that ends early or cannot be read (on) is one record more, of
-    kind "truncated_shard" or "bad_shard"; the sample at the break is part of it unless nothing of
-    that lacks.
+    Every sample is a record. A record that cannot be used raises ``BadImage`` on reading. Its kind
+    is one of these, or a kind of ``decode_caption`` or ``decode_image``:
 
-    A classes file is in label order, or says the labels. ``outside`` names classes, or labels
-    beyond them (``strays``: only reading the tars would tell whether they occur), of images of none
-    of the classes, as -2 always is.
+    - "bad_path": a name is absolute or contains "..".
+    - "interleaved": members of other samples are between the members of this sample. There is one
+      record for the whole sample.
+    - "duplicate": two members have the same extension.
+    - "not_a_file": a member is a link, a device or a sparse file.
+    - "missing_image", "missing_caption", "too_large", "bad_label".
+
+    A shard that ends early or cannot be read to its end gives one more record, of kind
+    "truncated_shard" or "bad_shard". An incomplete last sample before the damage is counted in
+    this record and has no record of its own.
+
+    The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
+    of classes, or labels beyond the classes. Images with these labels, and images with label -2,
+    belong to none of the classes. ``strays`` are the labels beyond the classes. Whether they occur
+    is not checked, since that would need a read of all tar files.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -242,7 +256,7 @@ class TarShards:
         return len(self.class_names or ())
 
     def _labels_beyond(self, outside: Sequence[str]) -> frozenset[str]:
-        """The names that are numbers, but of no class."""
+        """Return the texts in ``outside`` that are numbers but not the label of a class."""
         numbers = [name for name in outside if name.isdecimal()]
         return frozenset(name for name in numbers if int(name) >= self._n_classes)
 
@@ -250,29 +264,31 @@ class TarShards:
         return len(self._paths)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The samples of shards start ... stop - 1, each shard's own trouble after its samples."""
+        """Yield the samples of shards start ... stop - 1, and after a damaged shard its error."""
         companion = CAPTION if self.captioned else LABEL
         for number in range(len(self))[start:stop]:
-            samples, trouble = list_samples(self._paths[number], companion)
-            # positions leave room for any shard: a damaged one shifts no row of the next
+            samples, error_of_shard = list_samples(self._paths[number], companion)
+            # every shard has a fixed range of positions, so that samples lost from a damaged shard
+            # do not change the positions in later shards
             first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
-            if trouble is not None:
-                yield _bad(self._names[number], trouble, first + len(samples), self.captioned)
+            if error_of_shard is not None:
+                next_position = first + len(samples)
+                yield _bad(self._names[number], error_of_shard, next_position, self.captioned)
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
-        """Hash of names, sizes and times of modification of shards start ... stop - 1."""
+        """Return a hash of names, sizes and times of modification of shards start ... stop - 1."""
         listing = ListingHash()
         for name, path in zip(self._names[start:stop], self._paths[start:stop], strict=True):
             try:
                 listing.add(name, MISSING, path.stat())
-            except OSError:  # recorded as missing here, and as the shard's error when it is read
+            except OSError:  # hashed as missing; reading the shard reports the error
                 listing.add(name, MISSING, None)
         return listing.hexdigest()
 
     def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
-        """A sample as a record; of one that cannot be used, the record raises why on reading."""
+        """Return the record of a sample; if the sample is unusable, reading it raises BadImage."""
         path = self._paths[number]
         key = f"{self._names[number]}#{sample.key}"
         label = None
@@ -289,7 +305,7 @@ class TarShards:
         return ImageRecord(key, label, read, caption, position)
 
     def _label(self, path: Path, member: Member | None) -> int | None:
-        """The label in the member; None without one, -2 where it is outside of the classes."""
+        """Return the label in a member; None without a member, -2 for an image of no class."""
         if member is None:
             return None
         try:
@@ -311,7 +327,10 @@ class TarShards:
 
 
 def _shard_names(paths: Sequence[Path]) -> list[str]:
-    """Paths below the folder that all have in common; without the sign that ends them in keys."""
+    """Return the paths of the shards relative to their common folder, with "#" as "%23".
+
+    "#" separates the name of the shard from the rest of a key.
+    """
     common = os.path.commonpath({path.parent for path in paths})
     names = []
     for path in paths:
@@ -324,14 +343,15 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_at(path: Path, start: int, size: int) -> bytes:
-    """Bytes of a shard.
+    """Return ``size`` bytes of a shard from the position ``start`` on.
 
-    Opens it anew: threads share no position, and a record can be sent to another process.
+    The file is opened in every call. So threads do not share a file position, and a record can be
+    sent to another process.
     """
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
-    # the shard was listed before: half an image would be decoded as a damaged one of its own
+    # without this check, an image cut short now would be reported as a damaged image
     if len(data) < size:
         raise OSError(errno.EIO, "the shard became shorter while it was in use")
     return data
@@ -342,7 +362,7 @@ def _read_caption(path: Path, member: Member) -> str:
 
 
 def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
-    """A record that raises the error when it is read."""
+    """Return a record that raises a copy of the error when it is read."""
     refuse = partial(_refuse, error.stage, error.kind, str(error))
     caption = refuse if captioned else None
     return ImageRecord(key, None, refuse, caption, position)
@@ -367,15 +387,19 @@ MAX_SHARDS: Final = 1_000_000
 
 
 def find_shards(source: str | Path) -> list[Path] | None:
-    """The shards that a source names, in order; None where it is something else.
+    """Return the shards of a folder, tar file or pattern, in order; None for any other source.
 
-    A folder's are in the byte order of their names; a pattern's in the order of the shell, the last
-    braces fastest. URLs, compressed tars, and folders that hold something else to read as well, are
-    refused.
+    The shards of a folder are in the byte order of their names. The shards of a pattern are in the
+    order in which a shell expands braces: the last braces change fastest.
+
+    Raises:
+        UsageError: If the source is a URL, a pattern of files that do not exist, or a folder that
+            also holds images or sub-folders.
+        DataError: If the tar files are compressed.
     """
     text = os.fspath(source)
     path = Path(source)
-    # not Path.exists: it raises on a pattern that is longer than any name
+    # not Path.exists, which raises where a pattern is longer than a file name may be
     exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
         return _in_folder(path)
@@ -390,7 +414,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
 
 def _require_shards(paths: Sequence[Path], pattern: str) -> None:
-    """UsageError where a path of a pattern does not exist or is no tar."""
+    """Raise UsageError where a path of a pattern does not exist or has not the suffix of a tar."""
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UsageError(
@@ -403,9 +427,10 @@ def _require_shards(paths: Sequence[Path], pattern: str) -> None:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for.
+    """Return all names that a pattern stands for.
 
-    ``{a,b}`` is a list, ``{00..10}`` are numbers, as wide as written; braces cannot be nested.
+    ``{a,b}`` is a list of alternatives. ``{00..10}`` is a range of numbers, padded with zeros to
+    the width written. Braces cannot be nested.
 
     Examples:
         >>> from vilu.datasets.tar import expand_braces
@@ -417,7 +442,7 @@ def expand_braces(pattern: str) -> list[str]:
         raise UsageError(f"{pattern}: braces must match and cannot be nested.")
     choices = []
     for number, piece in enumerate(pieces):
-        is_in_braces = number % 2 == 1  # ``split`` puts them between the pieces outside
+        is_in_braces = number % 2 == 1  # ``split`` alternates: outside, inside, outside, ...
         choices.append(_alternatives(piece, pattern) if is_in_braces else [piece])
     if prod(map(len, choices)) > MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
@@ -425,6 +450,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _alternatives(inside: str, pattern: str) -> list[str]:
+    """Return the texts that the inside of one pair of braces stands for."""
     if "," in inside:
         return inside.split(",")
     match = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
@@ -447,7 +473,10 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[Path] | None:
-    """The shards of a folder; None where it holds something else to read."""
+    """Return the tar files of a folder; None where it has none, but may hold images.
+
+    UsageError where the folder has tar files and also images or sub-folders.
+    """
     names = _visible_files(folder)
     shards = sorted(_ending_in(SUFFIX, names), key=os.fsencode)
     compressed = _ending_in(COMPRESSED_SUFFIXES, names)
@@ -467,6 +496,7 @@ def _in_folder(folder: Path) -> list[Path] | None:
 
 
 def _visible_files(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that are not hidden."""
     hint = "Mend its permissions."
     with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
@@ -478,8 +508,9 @@ def _ending_in(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[st
 
 
 def _refuse_others(text: str, exists: bool) -> None:
-    """Refuse URLs, commands and compressed tars."""
-    if not exists and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):  # two letters: not a drive
+    """Refuse URLs, commands and compressed tar files."""
+    # at least two letters before the colon: one letter is a drive of Windows
+    if not exists and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
         raise UsageError(
             f"{text} is no file: nothing is downloaded and no command is run. Give files on a disk."
         )

@@ -1,6 +1,6 @@
-"""Members of a tar file, read so that damage is reported.
+"""Read the members of a tar file and report all damage.
 
-The standard library's reader stops silently at some kinds of damage.
+The reader of the standard library stops without an error at some kinds of damage.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
 BLOCK: Final = tarfile.BLOCKSIZE
-# larger extension headers are refused; honest ones hold a name and a few times
+# larger extension headers are refused; a normal one holds a name and a few times of modification
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
-MAX_MEMBERS: Final = 500_000  # the list of one shard is in memory: about 400 bytes a member
+MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
 FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
-"""Links, devices, folders: their size says nothing of what follows.
+"""Types without data: links, devices, folders. The size in their header does not count.
 
-Types that nobody knows are followed by data.
+A header of an unknown type is followed by as many bytes of data as it states.
 """
 PAX: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 EXTENSIONS: Final = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
@@ -35,25 +35,29 @@ COMPRESSED: Final = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }
-"""First bytes of what is often named like a tar, and the program that undoes it."""
+"""First bytes of compressed files, and the program that uncompresses them.
+
+Such files are often named like a tar file.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member that is whole."""
+    """A member of a tar file whose bytes are all in the file."""
 
-    name: str  # its name as text that UTF-8 can hold (``portable_name``)
-    start: int  # where its bytes begin in the file
-    size: int  # how many there are
+    name: str  # name of the member as UTF-8 text (``portable_name``)
+    start: int  # position in the tar file of the first byte of data
+    size: int  # number of bytes of data
     is_file: bool  # whether it is a plain file: no link, no device, not sparse
 
 
-def members(file: BinaryIO, size: int, most: int = MAX_MEMBERS) -> Iterator[Member]:
-    """The members of a tar file of ``size`` bytes in order, without folders; ``most`` at most.
+def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterator[Member]:
+    """Yield the members of a tar file of ``size`` bytes in order, without folders.
 
-    After the last whole member raises BadImage: "truncated_shard" where the file ends too early
-    (also where only the end mark is missing: nothing else tells that whole members are), else
-    "bad_shard".
+    Raises:
+        BadImage: After the last whole member. Kind "truncated_shard": the file ends too early.
+            A file without an end mark counts as truncated, because only the end mark shows that
+            no member is missing. Kind "bad_shard": any other damage.
     """
     position = 0
     count = 0
@@ -70,8 +74,8 @@ def members(file: BinaryIO, size: int, most: int = MAX_MEMBERS) -> Iterator[Memb
             position += _padded(header.size)
             continue
         member = _member(header, extended, position, begin)
-        extended = {}  # a name or size is of the next member alone, and must not reach a later one
-        # a link may state the size of its target, and no byte of that follows
+        extended = {}  # an extension header is valid for the next member only
+        # a link may state the size of its target, but no data follow its header
         length = 0 if header.type in NO_DATA else member.size
         if position + length > size:
             raise BadImage(
@@ -81,8 +85,10 @@ def members(file: BinaryIO, size: int, most: int = MAX_MEMBERS) -> Iterator[Memb
         if header.isdir():
             continue
         count += 1
-        if count > most:
-            raise BadImage("open", "bad_shard", f"more than {most} members. Write smaller shards")
+        if count > max_members:
+            raise BadImage(
+                "open", "bad_shard", f"more than {max_members} members. Write smaller shards"
+            )
         yield member
 
 
@@ -90,7 +96,7 @@ _AGAIN: Final = "members before the break are kept. Write or download it again"
 
 
 def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
-    """The header at a position; None at the end mark."""
+    """Return the header at a position; None at the end mark."""
     file.seek(position)
     block = file.read(BLOCK)
     is_first = position == 0
@@ -98,14 +104,16 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
         _refuse_compressed(block)
     is_end_mark = block == bytes(BLOCK)
     if is_end_mark:
-        if any(file.read(MAX_HEADER_BYTES)):  # what `cat` puts there, hardly any reader sees
+        # members behind the end mark (as after `cat a.tar b.tar`) are ignored by most readers
+        if any(file.read(MAX_HEADER_BYTES)):
             raise BadImage(
                 "open",
                 "bad_shard",
                 "more bytes follow the end mark. Join shards with `tar -A`, not `cat`",
             )
         return None
-    # a short first block is no truncated shard, unless it is empty: it is no tar file at all
+    # an empty file is a truncated shard, but a file shorter than a block is no tar file at all,
+    # which _parse_header reports
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK and may_be_truncated:
         raise BadImage(
@@ -115,7 +123,7 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
 
 
 def _refuse_compressed(block: bytes) -> None:
-    """BadImage where the first block of a shard is that of a compressed file."""
+    """Raise BadImage where a shard begins with the first bytes of a compressed file."""
     for magic, program in COMPRESSED.items():
         if block.startswith(magic):
             raise BadImage(
@@ -139,11 +147,14 @@ def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
 
 
 def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
-    """Where a member's data begins: behind its header, and the maps of an old GNU sparse file."""
+    """Return the position of a member's first byte of data.
+
+    The data begin behind the header and, in an old GNU sparse file, behind the blocks of its map.
+    """
     position = begin + BLOCK
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
-    # the size in the header leaves these blocks out: the next header would be sought too early
+    # the size in the header does not include the blocks of the sparse map, so they are skipped here
     flag = SPARSE_FLAG
     while _flag_of_block(file, position - BLOCK, flag):
         position += BLOCK
@@ -152,12 +163,13 @@ def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
 
 
 SPARSE_FLAG: Final = 482
-"""Place in a header of the byte that says whether a block of the sparse map follows."""
+"""Index in a header of the byte that says whether a block of the sparse map follows."""
 SPARSE_MAP_FLAG: Final = 504
-"""The same place in a block of the map."""
+"""Index of the same byte in a block of the sparse map."""
 
 
 def _flag_of_block(file: BinaryIO, position: int, flag: int) -> bool:
+    """Whether the byte at index ``flag`` of the block at ``position`` is not zero."""
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
@@ -166,7 +178,8 @@ def _flag_of_block(file: BinaryIO, position: int, flag: int) -> bool:
 
 
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
-    if length > MAX_HEADER_BYTES:  # a stated size of many GB would be read into memory
+    """Return the ``length`` bytes of an extension header in a file of ``size`` bytes."""
+    if length > MAX_HEADER_BYTES:  # damaged headers can state many GB, which would fill the memory
         raise BadImage(
             "open",
             "bad_shard",
@@ -179,13 +192,13 @@ def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
 
 
 def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: int) -> None:
-    """Note what an extension header says of the member behind it."""
+    """Add to ``extended`` what an extension header states about the next member."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         extended[b"path"] = body.partition(b"\0")[0]
     elif kind in PAX:
         extended |= _pax_fields(body, position)
     elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
-        # one size for all members would make each header behind the first be sought elsewhere
+        # a size for all members would give a wrong position for each header after the first
         raise BadImage(
             "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
         )
@@ -195,10 +208,10 @@ _PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
 
 
 def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
-    """The fields of a pax header that decide what the member is.
+    """Return the fields of a pax header that change name, size or type of the member.
 
-    The header is a series of records, each ``LENGTH KEY=VALUE`` and a line feed; LENGTH counts the
-    whole record.
+    The header is a series of records. A record is ``LENGTH KEY=VALUE`` and a line feed, where
+    LENGTH is the number of bytes of the whole record.
     """
     fields = {}
     begin = 0
@@ -207,8 +220,8 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
         if length is None:
             raise _damaged_header(position)
         end = begin + int(length[1])
-        # the length is the file's word: past the body, or short of its own digits, it would read
-        # other bytes as a field, or never move on
+        # a damaged file may state any length: the record must end behind its own digits, so that
+        # the loop ends, and within the header
         is_inside = length.end() < end <= len(body)
         if not is_inside or body[end - 1] != ord("\n"):
             raise _damaged_header(position)
@@ -228,7 +241,7 @@ def _damaged_header(position: int) -> BadImage:
 def _member(
     header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int
 ) -> Member:
-    """The member of a header, with the name and size that the extension headers give it."""
+    """Return the member of a header, with name and size from extension headers where they exist."""
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
     raw = extended.get(b"GNU.sparse.name", extended.get(b"path"))
     name = header.name if raw is None else raw.decode("utf-8", "surrogateescape")
@@ -248,4 +261,5 @@ def _member(
 
 
 def _padded(length: int) -> int:
+    """Return a number of bytes, rounded up to whole blocks."""
     return -(-length // BLOCK) * BLOCK

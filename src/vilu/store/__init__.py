@@ -1,1 +1,1 @@
-"""Embeddings on disk: a folder that says what made it, survives any kill, and is read mapped."""
+"""Embeddings on disk: a folder that records its inputs, can be resumed and is memory-mapped."""

@@ -1,6 +1,6 @@
-"""Arrays of an ``.npz`` file or a folder of ``.npy`` files, hostile until checked.
+"""Read arrays of an ``.npz`` file or a folder of ``.npy`` files, in blocks of rows.
 
-Rows of them are read by blocks.
+The files are not trusted: everything is checked before it is used.
 """
 
 from __future__ import annotations
@@ -31,55 +31,63 @@ UNREADABLE_NPZ = (
     EOFError,
     RuntimeError,
 )
-"""What reading a hostile zip raises, beside what its arrays do (RuntimeError: it is encrypted)."""
+"""Exceptions of reading a damaged zip file or its arrays (RuntimeError: it is encrypted)."""
 
-READ_BYTES = 2**24
+READ_BYTES = 2**24  # bytes read at a time
 
 SMALL_BYTES = 2**28
 MAX_PACKED = 100
-"""An array of more than ``SMALL_BYTES`` that is packed to less than 1 / ``MAX_PACKED`` is a bomb.
+"""Limits against zip bombs: an array may have ``SMALL_BYTES``, whatever its compressed size.
 
-Embeddings hardly pack.
+A larger array may have at most ``MAX_PACKED`` times its compressed size. Compression makes
+embeddings hardly smaller.
 """
 
-# codes that no text in UTF-8 has
+# range of codes that are no characters
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
-MAX_TEXT = 2**16  # characters of a name
+MAX_TEXT = 2**16  # maximum number of characters of a name
 
 
 class StoredArray:
-    """An array in a file, known by its header: only rows that are asked for are in memory."""
+    """An array in a file. Opening reads the header; rows are read when they are asked for.
+
+    Args:
+        where: File or member, for messages.
+        handle: The open file, at the beginning of the array.
+        n_bytes: Size of the file.
+        read_bytes: Bytes read at a time.
+    """
 
     def __init__(
-        self, place: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
+        self, where: str, handle: IO[bytes], n_bytes: int, read_bytes: int = READ_BYTES
     ) -> None:
-        self.place = place
+        self.where = where
         self.read_bytes = read_bytes
         self._handle = handle
-        with or_unreadable(place):
+        with or_unreadable(where):
             version = np.lib.format.read_magic(handle)
-            if version not in READERS:
+            if version not in HEADER_READERS:
                 raise DataError(
-                    f"{place} is of version {version} of the format .npy. Save it with numpy.save."
+                    f"{where} is of version {version} of the format .npy. Save it with numpy.save."
                 )
-            self.shape, self._by_columns, self.dtype = READERS[version](handle)
+            self.shape, self._by_columns, self.dtype = HEADER_READERS[version](handle)
             self._start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
-                f"{place} holds Python objects, which only pickle could read, and pickle runs what "
+                f"{where} holds Python objects, which only pickle could read, and pickle runs what "
                 "a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
             )
         self._require_content(n_bytes - self._start)
 
     def _require_content(self, n_there: int) -> None:
-        """Refuse a header that promises another number of bytes than follow it."""
+        """Raise DataError if the header states another size than the ``n_there`` bytes after it."""
         is_shape = min(self.shape, default=0) >= 0
         is_type = self.dtype.itemsize > 0
         if is_shape and is_type and self.n_bytes == n_there:
             return
         raise DataError(
-            f"{self.place} is damaged: its header says {self.dtype} of shape {self.shape}, and "
+            f"{self.where} is damaged: its header says {self.dtype} of shape {self.shape}, and "
             f"{n_there} bytes follow it. Write it again."
         )
 
@@ -88,88 +96,92 @@ class StoredArray:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def require_rows(self) -> None:
-        """Refuse an array whose rows do not lie one after the other."""
+        """Raise DataError where the rows are not stored one after the other (C order)."""
         if self._by_columns and len(self.shape) > 1:
             raise DataError(
-                f"{self.place} is in Fortran order, so its rows cannot be read one by one. Save it "
+                f"{self.where} is in Fortran order, so its rows cannot be read one by one. Save it "
                 "in C order, as numpy.save does of numpy.ascontiguousarray(array)."
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """The entries start ... stop - 1 of an array in C order."""
-        n_row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        content = self._bytes(start * n_row, (stop - start) * n_row)
+        """Return the rows start ... stop - 1 of an array in C order."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        content = self._bytes(start * row_bytes, (stop - start) * row_bytes)
         return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """All entries of an array in C order, so many together as take ``read_bytes``."""
+        """Yield all rows of an array in C order, in blocks of about ``read_bytes``."""
         size = max(self.read_bytes * len(self) // max(self.n_bytes, 1), 1)
         for start in range(0, len(self), size):
             yield self.read(start, min(start + size, len(self)))
 
     def whole(self) -> NDArray[Any]:
-        """The array in memory, in either order."""
+        """Read and return the whole array, in C or Fortran order."""
         flat = np.frombuffer(self._bytes(0, self.n_bytes), self.dtype)
         return flat.reshape(self.shape, order="F" if self._by_columns else "C")
 
     def hash(self, advance: Callable[[int], object]) -> str:
-        """Hash of its type, shape and content; the bytes of a file in between do not matter."""
+        """Return a hash of type, shape and content; ``advance`` is called with the bytes read."""
         header = repr((self.dtype.str, self.shape, self._by_columns)).encode()
         content = blake2b(header, digest_size=16)
         for start in range(0, self.n_bytes, self.read_bytes):
             block = self._bytes(start, min(self.read_bytes, self.n_bytes - start))
             content.update(block)
             advance(len(block))
-        with or_unreadable(self.place):
-            if self._handle.read(1):  # at the end of a member of a zip its checksum is compared
+        with or_unreadable(self.where):
+            # reading to the end of a member of a zip file also verifies the checksum
+            if self._handle.read(1):
                 raise DataError(
-                    f"{self.place} has more bytes than its header says. Write it again."
+                    f"{self.where} has more bytes than its header says. Write it again."
                 )
         return content.hexdigest()
 
     def _bytes(self, start: int, count: int) -> bytearray:
-        """So many bytes of the content; memory is taken as they come, whatever a header says."""
+        """Return ``count`` bytes of the content from ``start`` on.
+
+        Memory is allocated while reading, not for the size in the header, which may be wrong.
+        """
         content = bytearray()
-        with or_unreadable(self.place):
+        with or_unreadable(self.where):
             if self._handle.tell() != self._start + start:
                 self._handle.seek(self._start + start)
             while len(content) < count:
                 block = self._handle.read(min(self.read_bytes, count - len(content)))
                 if not block:
                     raise DataError(
-                        f"{self.place} ends after {start + len(content)} bytes. Write it again."
+                        f"{self.where} ends after {start + len(content)} bytes. Write it again."
                     )
                 content += block
         return content
 
 
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
-"""Shape, whether the entries lie column by column, and type."""
+"""Shape, whether the array is in Fortran order, and dtype."""
 
-READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
+HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-"""Of the headers of plain arrays, by version."""
+"""Functions that read the header of a ``.npy`` file, by version of the format."""
 
 
-def or_unreadable(place: str) -> AbstractContextManager[None]:
-    """A block in which what a damaged file raises becomes a ``DataError`` that names it."""
+def or_unreadable(where: str) -> AbstractContextManager[None]:
+    """Turn the exceptions of a damaged file in the block into a ``DataError`` with its name."""
     return or_damaged(
-        place, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
+        where, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
     )
 
 
 class Arrays(ExitStack):
-    """The arrays of a file or a folder by their names there; files are open until it is left.
+    """The arrays of a file or a folder, by name. A context manager that closes the open files.
 
     Args:
         path: The file or folder.
-        read_bytes: Read together where all of an array is looked at.
+        read_bytes: Bytes read at a time.
     """
 
     def __init__(self, path: Path, *, read_bytes: int = READ_BYTES) -> None:
@@ -187,49 +199,49 @@ class Arrays(ExitStack):
 
     @property
     def names(self) -> list[str]:
-        """What there is."""
+        """The names of the arrays."""
         return list(self._members)
 
     def open(self, name: str) -> StoredArray:
-        """One of the arrays, of which the header is read and checked."""
+        """Open an array: its header is read and checked."""
         member = self._members[name]
         if isinstance(member, Path):
             return self._open_file(member, str(self.path / f"{name}.npy"))
         return self._open_member(member, f"{self.path}, array {name!r}")
 
-    def _open_file(self, file: Path, place: str) -> StoredArray:
-        with or_unreadable(place):
+    def _open_file(self, file: Path, where: str) -> StoredArray:
+        with or_unreadable(where):
             handle = self.enter_context(file.open("rb"))
-            return StoredArray(place, handle, file.stat().st_size, self.read_bytes)
+            return StoredArray(where, handle, file.stat().st_size, self.read_bytes)
 
-    def _open_member(self, member: zipfile.ZipInfo, place: str) -> StoredArray:
+    def _open_member(self, member: zipfile.ZipInfo, where: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
         if self._zip is None or is_encrypted:
-            raise DataError(f"{place} is encrypted. Write it again without a password.")
-        with or_unreadable(place):
+            raise DataError(f"{where} is encrypted. Write it again without a password.")
+        with or_unreadable(where):
             handle = self.enter_context(self._zip.open(member))
-            return StoredArray(place, handle, member.file_size, self.read_bytes)
+            return StoredArray(where, handle, member.file_size, self.read_bytes)
 
     def require_small(self, name: str) -> None:
-        """Refuse an array that is far too large for the bytes that it was packed into."""
+        """Raise DataError where an array is far larger than its compressed size: a zip bomb."""
         member = self._members[name]
         if isinstance(member, Path):
             return
         most = max(SMALL_BYTES, MAX_PACKED * member.compress_size)
         if member.file_size > most:
             raise DataError(
-                f"{self.path}, array {name!r}: {member.compress_size:,} bytes are said to hold "
-                f"{member.file_size:,}. No embeddings pack so well, so nothing of it is read."
+                f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes stand for "
+                f"{member.file_size:,}. Embeddings never compress so well, so it is not read."
             )
 
 
 def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """The ``.npy`` files of a folder by name."""
+    """Return the ``.npy`` files of a folder by name."""
     files: dict[str, Path | zipfile.ZipInfo] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
-        # a pipe or a device has no end
+        # reading a pipe or a device may never end
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{path} is no file.")
         files[path.stem] = path
@@ -242,7 +254,7 @@ def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 
 def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
-    """The arrays of an ``.npz`` file by name."""
+    """Return the arrays of an ``.npz`` file by name."""
     if not path.is_file():
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
@@ -261,27 +273,30 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
     return members
 
 
-def texts_of(values: NDArray[Any], place: str) -> list[str]:
-    """Names as text, of an array of texts, of UTF-8 bytes or of whole numbers."""
+def texts_of(values: NDArray[Any], where: str) -> list[str]:
+    """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts."""
     if values.dtype.kind not in "iuUS":
         raise DataError(
-            f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
+            f"{where} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
             "instead."
         )
     if values.dtype.kind == "U":
-        _require_characters(values, place)
+        _require_characters(values, where)
     texts: list[str] = []
-    with or_unreadable(place):
+    with or_unreadable(where):
         for value in values.tolist():
             texts.append(value.decode() if isinstance(value, bytes) else str(value))
     return texts
 
 
-def _require_characters(values: NDArray[Any], place: str) -> None:
-    """Refuse codes that are no characters: numpy makes strings of any, Python breaks on them."""
+def _require_characters(values: NDArray[Any], where: str) -> None:
+    """Raise DataError where an array of texts holds codes that are not characters.
+
+    NumPy accepts any code, but Python's strings do not.
+    """
     code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)
     codes = np.frombuffer(values.tobytes(), code_type)
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)
     wrong = codes[(codes > sys.maxunicode) | is_surrogate]
     if len(wrong):
-        raise DataError(f"{place} must hold text: {wrong[0]:#x} is no character. Write it again.")
+        raise DataError(f"{where} must hold text: {wrong[0]:#x} is no character. Write it again.")

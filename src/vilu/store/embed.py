@@ -1,4 +1,4 @@
-"""Images to an embedding store."""
+"""Embed the images of a data set into a store."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_colum
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, checked_fields, require_at_least
 
-PART_IMAGES = 4096  # images per part, unless somebody says otherwise
-PART_SHARDS = 10  # shards per part, likewise
-OVERHEAD = 1.05  # of metadata and receipts over the vectors
+PART_IMAGES = 4096  # default number of images per part
+PART_SHARDS = 10  # default number of shards per part
+OVERHEAD = 1.05  # size of a store, with metadata and receipts, relative to its vectors
 
 PATIENCE = 600.0
-"""Seconds that a driver waits for another one, which may be embedding many classes' texts."""
+"""Seconds that a driver waits for the lock; its holder may be embedding the texts of classes."""
 
 SHARED_OVERWRITE = (
     "processes that share a store cannot replace it: each would undo the others' work. Remove it."
@@ -54,18 +54,19 @@ logger = logging.getLogger(__name__)
 @checked_fields
 @dataclass(frozen=True)
 class ExtraColumns:
-    """What a store holds beside the embeddings of the images and of the classes.
+    """What a store holds in addition to the embeddings of the images and of the classes.
 
     Attributes:
-        features: Whether to store the image tower's output before its last map, and where the last
-            maps of both towers are linear, the maps and (with a single template) what the text's
-            maps: the columns ``features``, ``image_projection``, ``text_projection`` and
-            ``text_features``.
-        views: How many augmented views of each image to embed, as the column ``views``.
-        seed: Of the views.
+        features: Whether to store the output of the image tower before its last map (column
+            ``features``). If the last maps of both towers are linear, the maps are stored, too
+            (columns ``image_projection`` and ``text_projection``). With a single template, the
+            input of the text tower's last map is also stored (column ``text_features``).
+        views: Number of augmented views of each image to embed, as the column ``views``.
+        seed: Seed of the views.
         prompts: Templates in which to embed every class, as the column ``prompts``.
-        negatives: Words to embed in the templates of the classes, as the column ``negatives``: what
-            images may show that are of none of the classes (``everyday_words`` are such).
+        negatives: Words for what images of none of the classes may show (``everyday_words`` is a
+            list of such words). They are embedded in the templates of the classes, as the column
+            ``negatives``.
 
     Examples:
         >>> import vilu
@@ -106,54 +107,53 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     executor: Executor | None = None,
     shared: bool = False,
 ) -> EmbeddingStore | CaptionStore | None:
-    """Embed all images of a data set, or those still missing of an earlier run of the same inputs.
+    """Embed all images of a data set, or the images that an earlier run has not embedded yet.
 
-    Where the images have captions, these are the candidates: the embedding of each is stored beside
-    its image's, and there are no classes.
+    If the images have captions, the captions are the candidates, and there are no classes. The
+    embedding of every caption is then stored together with the embedding of its image.
 
-    Kill it at any moment: finished parts stay, and the next run gives the bytes that an undisturbed
-    one would have given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings,
-    or those of ``part_size`` shards, each times one more than there are views. Progress is shown
-    through ``vilu.progress``.
+    The process can be killed at any moment. Finished parts stay, and after the next run the store
+    has the same bytes as after a run without interruption. With V views, memory is bounded by
+    (V + 1) ``batch_size`` images and the (V + 1) embeddings of each image of a part. Progress is
+    shown through ``vilu.progress``.
 
     Args:
         dataset: The images.
-        backbone: The model; by name where other processes are to load it.
+        backbone: The model; give its name (``BackboneSpec``) if other processes must load it.
         output: Folder of the store.
-        names: K names as they are to stand in the prompts, in the order of the labels; none for
-            captions.
+        names: K class names for the prompts, in label order; empty if images have captions.
         templates: Prompts with ``{}`` for the name; a class text is the mean over them. By default
-            "a photo of a {}."; none for captions.
-        columns: What to store beside the embeddings of images and classes; by default nothing.
+            "a photo of a {}."; empty if images have captions.
+        columns: What to store in addition to the embeddings; by default nothing.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
-        part_size: What a kill can cost: images per part (by default 4096), or for shards, shards
-            per part (10).
-        dtype: Number format of what is stored of the images; what is stored of classes and model is
+        part_size: Images per part (by default 4096), or shards per part (by default 10). A kill
+            loses at most the unfinished part.
+        dtype: Number format of the arrays of the images; the arrays of classes and model are
             float32.
-        limits: What an image may be.
-        max_error_rate: Largest share of images that may fail; above it the store is not sealed, and
-            nothing is lost.
-        allow_bad_shards: Seal the store although a shard is cut short or cannot be read (on), so
-            that nobody knows how many images are missing; a warning names it. Not allowed, that is
-            an error at the end, and nothing is lost.
-        on_error: "skip" sets bad images aside and counts them, "raise" stops at the first.
-        split: Name of the split, recorded.
-        overwrite: Replace the store that is there.
-        executor: Who does the parts; by default this process.
-        shared: Other processes, here or on other machines, call this with the same arguments at the
-            same time, and ``executor`` does the parts that are its own. The last one to end seals
-            the store. (Not shared, the store is locked from beginning to end, and parts that were
-            given up half-way count as not tried.)
+        limits: Limits of size and shape; other images are errors.
+        max_error_rate: Largest share of images that may fail. If more fail, the store is not
+            sealed, but all finished parts stay.
+        allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
+            to its end. The number of lost images is then unknown. If False, a bad shard is a
+            DataError at the end; all finished parts stay.
+        on_error: "skip" counts bad images as errors and goes on, "raise" stops at the first.
+        split: Name of the split, recorded in the store.
+        overwrite: Whether to replace a store in ``output``.
+        executor: Does the parts in other processes; by default this process does them.
+        shared: Whether other processes, here or on other machines, call this function with the same
+            arguments at the same time. Each process does the parts of its ``executor``, and the
+            process that ends last seals the store. If False, this process locks the store until
+            the end, and attempts of dead processes are not counted.
 
     Returns:
-        The store; None if it is shared and parts of other processes are still missing.
+        The store; None if it is shared and other processes have not finished their parts.
 
     Raises:
-        UsageError: If an argument cannot be, or ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs, which the message names.
+        UsageError: If an argument is invalid, or ``output`` holds something else than a store.
+        ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
-        StorageError: If the file system refuses; finished parts are intact.
+        StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process embeds into ``output``.
 
     Examples:
@@ -205,7 +205,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
-    """Width of the features and number of the views in the run; None for none."""
+    """Return the settings "features" (width) and "views" of the run; None where not stored."""
     settings: dict[str, object] = {"features": None, "views": None}
     if columns.features:
         settings["features"] = model.feature_dim
@@ -226,7 +226,7 @@ def _check_settings(batch_size: int, workers: int | None, max_error_rate: float)
 
 @dataclass(frozen=True)
 class Budget:
-    """What a store may lack: a share of its images, and what bad shards have lost."""
+    """The losses up to which a store is sealed."""
 
     error_rate: float  # largest share of images that may fail
     bad_shards: bool  # whether bad shards are accepted
@@ -235,7 +235,7 @@ class Budget:
 def _drive_alone(
     job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget, *, overwrite: bool
 ) -> None:
-    """Do what is missing and seal the store, under one lock from beginning to end."""
+    """Do the missing parts and seal the store, holding the lock from beginning to end."""
     with StoreLedger.claim(job.root):
         job = _begin_job(job, model, overwrite=overwrite)
         forget_attempts(job.root)
@@ -249,14 +249,14 @@ def _drive_alone(
 def _drive_shared(
     job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget
 ) -> bool:
-    """Do the parts of this process; whether it sealed the store, which only the last process does.
+    """Do the parts of this process; return True if it was the last process and sealed the store.
 
-    The lock is held at both ends and not in between: processes work at the same time, but only one
-    may begin the store, and only one may find that nothing is missing and seal it.
+    The lock is held only at the beginning and at the end. So processes work at the same time, but
+    only one process begins the store, and only one finds all parts done and seals it.
     """
     with StoreLedger.claim(job.root, PATIENCE):
         job = _begin_job(job, model, overwrite=False)
-        # not deep: many drivers would each read all of it
+        # not deep, since each of many drivers would read all parts
         missing, receipts = job.ledger.survey(deep=False)
         _prepare(job, missing)
     _work(job, executor, missing, receipts)
@@ -275,17 +275,17 @@ def _drive_shared(
 
 
 def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
-    """The job with the run that is in its folder, which may be an earlier one."""
+    """Begin or resume the store, and return the job with the run in its ``run.json``."""
     run = begin(job.root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite)
     return replace(job, run=run)
 
 
 def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
-    """Make a store ready for the parts that are missing, if any."""
+    """Prepare a store for the writing of missing parts, if there are any."""
     if not missing:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
-    # before the first part is written: a manifest must never vouch for parts in the making
+    # before the first part is written: a folder with a manifest must have all its parts
     job.ledger.unseal()
     require_room(job.root, job.run, missing)
 
@@ -293,7 +293,7 @@ def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
 def _work(
     job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]
 ) -> None:
-    """Do the missing parts, here or by an executor, and show the progress."""
+    """Do the missing parts, in this process or by an executor, and show the progress."""
     if done and missing:
         logger.info("%d of %d parts are there already", len(done), len(done) + len(missing))
     numbers = [part.number for part in missing]
@@ -317,7 +317,10 @@ def _check_candidates(
     templates: Sequence[str] | None,
     columns: ExtraColumns,
 ) -> dict[str, object]:
-    """Names, templates, prompts and negative words of the run."""
+    """Check names, templates, prompts and negative words, and return them as settings of the run.
+
+    All are empty for a data set with captions.
+    """
     settings = {
         "names": names,
         "templates": templates,
@@ -361,9 +364,9 @@ def describe(
     part_size: int | None = None,
     **settings: object,
 ) -> Run:
-    """The run over a data set with a model."""
+    """Return the run of a data set and a model."""
     if isinstance(dataset, ShardedDataset):
-        # only reading the shards tells how many images are in them
+        # the number of images is unknown before the shards are read
         sizes = {"n_in": 0, "shards": len(dataset)}
         usual_size = PART_SHARDS
     else:
@@ -383,7 +386,7 @@ def describe(
 
 
 def describe_run(described: Mapping[str, object], dataset: str) -> Run:
-    """The run with these inputs, of data of this name."""
+    """Return the run with these inputs; ``dataset`` is the name of the data for people."""
     try:
         inputs = Inputs.model_validate(described)
     except ValidationError as error:
@@ -397,11 +400,11 @@ def describe_run(described: Mapping[str, object], dataset: str) -> Run:
 
 
 Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
-"""(K, D) texts of the classes, and what else is kept of them and of the model."""
+"""(K, D) texts of the classes, and the columns of the classes and of the model."""
 
 
 def encode_classes(backbone: Backbone, run: Run) -> Classes:
-    """The texts and columns of a run's classes, by the model."""
+    """Compute the texts and columns of a run's classes with the model."""
     text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
     return text, class_columns(backbone, run)
 
@@ -409,10 +412,10 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
 def begin(
     root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
 ) -> Run:
-    """Go on with the run in the folder, or begin this one; class texts, if any, are there after.
+    """Resume the run in a folder or begin a new one, write missing class texts, return the run.
 
-    Nothing is written or removed before the prompts have been encoded: settings that the model
-    refuses leave no store behind, and the old one as it was.
+    Nothing is written or removed before ``make_classes`` has returned. So if the model refuses the
+    settings, no new store is left behind, and an old store is unchanged.
     """
     if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
@@ -431,8 +434,8 @@ def begin(
 
 
 def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
-    """Refuse to begin where the disk has less room than the vectors need, with 5 % for the rest."""
-    if run.shards:  # how many images are in them, nobody knows
+    """Raise StorageError if the disk has too little room for the vectors and 5 % for the rest."""
+    if run.shards:  # the number of images is unknown
         return
     n_rows = sum(map(len, missing))
     numbers_per_row = sum(map(math.prod, run.arrays.values()))
@@ -446,14 +449,16 @@ def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
         )
 
 
-BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that are of a whole shard
-NAMED = 5  # bad shards that a message names
+BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that concern a whole shard
+NAMED = 5  # maximum number of bad shards that a message names
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
-    """Write the manifest, if every part is there and little enough is lacking.
+    """Write the manifest if all parts are done and the losses are within the budget.
 
-    Otherwise everything is kept, and the message says what would seal it.
+    Raises:
+        DataError: If the losses exceed the budget. All parts are kept, and the message says how to
+            seal the store.
     """
     run = ledger.run
     receipts = ledger.receipts()
@@ -486,8 +491,8 @@ def _check_budget(
 ) -> None:
     """Refuse more losses than the budget allows; warn of bad shards and of a store without rows.
 
-    A bad shard is an error of its own kind and no image: how many images it has lost is unknown,
-    so no share can be had of it.
+    The error row of a bad shard stands for an unknown number of images. So it does not count in the
+    share of images that failed.
     """
     images = Counter({kind: count for kind, count in errors.items() if kind not in BAD_SHARD})
     n_images = n_ok + images.total()
@@ -507,7 +512,7 @@ def _check_budget(
 
 
 def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
-    """What is wrong with shards, in a sentence; empty where nothing is."""
+    """Return a sentence that names the bad shards; empty where there are none."""
     shards: list[str] = []
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
@@ -527,6 +532,7 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
 
 
 def _has_classes(root: Path, run: Run) -> bool:
+    """Whether the files of the classes exist and are not damaged."""
     if not (root / CLASSES).exists():
         return False
     try:
@@ -538,6 +544,7 @@ def _has_classes(root: Path, run: Run) -> bool:
 
 
 def _over_budget(root: Path, n_in: int, errors: Counter[str], max_error_rate: float) -> str:
+    """Return the message that too many images failed, with the rate that would be accepted."""
     n_error = errors.total()
     share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())

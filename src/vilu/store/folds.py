@@ -1,6 +1,6 @@
-"""Train, validation and test rows by their captions.
+"""Split rows into train, validation and test folds by their captions.
 
-One caption is in one fold, whatever the data set or the order.
+The fold of a caption depends only on the caption, not on the data set or the order of rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from vilu.store.unreadable import or_damaged
 
 Fold = Literal["train", "validation", "test"]
 
-# ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test
+# upper ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test
 TRAIN = 0.6
 VALIDATION = 0.7
 READ_ROWS = 2**16  # captions read at a time
 
 
 def fold_of(caption: str) -> Fold:
-    """Fold of a caption: the first 8 bytes of its BLAKE2b hash as u in [0, 1).
+    """Return the fold of a caption.
 
-    White space at the ends of the caption does not count.
+    The first 8 bytes of the BLAKE2b hash of the caption make a number u in [0, 1), which is
+    compared with the ends of the folds. White space at the ends of the caption is ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -49,7 +50,10 @@ def fold_of(caption: str) -> Fold:
 def rows_of_fold(
     files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
 ) -> NDArray[np.int64]:
-    """(M,) ascending numbers of the rows of a fold, in metadata files of so many rows each."""
+    """Return the (M,) ascending numbers of the rows of a fold.
+
+    ``files`` are metadata files with their numbers of rows, and ``n_rows`` is the sum of these.
+    """
     numbers = [np.empty(0, np.int64)]
     start = 0
     with track("Sorting captions into folds", n_rows, "rows") as task:
@@ -63,7 +67,10 @@ def rows_of_fold(
 
 
 def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
-    """The captions of a metadata file of so many rows, in blocks, from the first column there."""
+    """Yield the captions of a metadata file in blocks; its column is the first of ``names``.
+
+    StorageError if the file has not ``n_rows`` rows.
+    """
     again = "Restore the file, or embed the images again."
     n_read = 0
     with or_damaged(path, again), pq.ParquetFile(path) as file:
@@ -77,7 +84,7 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
 
 
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
-    """The first of these columns that a file has."""
+    """Return the first of the columns ``names`` that a file has."""
     present = [name for name in names if name in schema.names]
     if not present:
         raise UsageError(

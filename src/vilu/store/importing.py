@@ -1,4 +1,4 @@
-"""Arrays that somebody else made to an embedding store."""
+"""Import embeddings in ``.npz`` or ``.npy`` files, made by other programs, into a store."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger,
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-PART_ROWS = 16_384  # rows per part, unless somebody says otherwise
+PART_ROWS = 16_384  # default number of rows per part
 
 NAMES = ("image", "text", "target", "class_names", "ids", "logit_scale", "logit_bias", *COLUMNS)
-"""Of the arrays that are read."""
+"""Names of the arrays that are read."""
 
 OF_SPACE = frozenset({"logit_scale", "logit_bias"})  # arrays that are part of the embedding space
 BY_ROW = ("target", "ids", *IMAGE_COLUMNS)  # arrays with one entry per image row
-NUMBERS = "fiu"  # kinds of dtypes that are numbers
-WHOLE = "iu"
-TEXTS = "US"
+# kinds of NumPy's dtypes
+NUMBERS = "fiu"  # numbers
+WHOLE = "iu"  # whole numbers
+TEXTS = "US"  # texts and bytes
 MIB = 2**20
 
 logger = logging.getLogger(__name__)
@@ -75,48 +76,49 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     max_error_rate: float = 0.01,
     overwrite: bool = False,
 ) -> EmbeddingStore:
-    """Make a store of arrays, or what is still missing of an earlier run with the same inputs.
+    """Make a store from arrays, or resume an earlier run with the same inputs.
 
-    They are ``image`` (N, D), ``text`` (K, D), ``class_names`` (K,) and, where there are such,
-    ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and columns
-    (``vilu.embeddings.columns``) of these names. Targets are rows of ``text``, -1 where unknown and
-    -2 (``vilu.OUTSIDE``) of none of the classes; or names of classes, "" where unknown.
+    Required arrays are ``image`` (N, D), ``text`` (K, D) and ``class_names`` (K,). Optional arrays
+    are ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and the columns of
+    ``vilu.embeddings.columns``. Targets are either row numbers of ``text`` (-1 for unknown, -2
+    (``vilu.OUTSIDE``) for none of the classes), or names of classes ("" for unknown).
 
-    Rows are brought to unit norm, said once as a warning if they were not. Image rows that are not
-    finite or of norm zero are set aside and counted as bad images are. Every array is read twice,
-    once for the fingerprint of the store, and memory is bounded by one part of the rows, whatever
-    N. Nothing is unpickled. Kill it at any moment: finished parts stay, and the next run gives the
-    bytes that an undisturbed one would have given.
+    Rows are normalised to unit norm, with one warning if they were not. Image rows that are not
+    finite, or have norm zero, become errors. Every array is read twice: once for the fingerprint
+    of the store, once to write it. Memory is bounded by the rows of one part. Nothing is unpickled.
+    The process can be killed at any moment: finished parts stay, and the next run gives the same
+    bytes as a run without interruption.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files.
         output: Folder of the store.
         logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP); None to take it from the
             array of this name.
-        logit_bias: Added to every logit (0 but for SigLIP); None to take it from the array of this
-            name.
-        keys: What arrays are called in the source, by the names above, where they are called
-            otherwise.
-        class_names: K names, in place of the array.
-        outside: Names of classes, or values of ``target`` beyond them, that are none of the
-            classes: such rows become ``vilu.OUTSIDE``, and classes of such names are left out.
-        model: Name of the model that made the embeddings, where it is known; stores of other models
-            are not mixed.
-        origin: Where the arrays come from, recorded.
-        split: Name of the split, recorded.
-        dtype: Number format of what is stored of the rows; by default float16 where ``image`` is,
-            else float32.
-        part_size: Rows per part: what a kill can cost, and what is in memory.
-        max_error_rate: Largest share of rows that may be unusable; above it the store is not
-            sealed, and nothing lost.
-        overwrite: Replace the store that is there.
+        logit_bias: Added to every logit (0 except for SigLIP); None to take it from the array of
+            this name.
+        keys: Names of arrays in the source that differ from the names above: {name above: name in
+            the source}.
+        class_names: K names, instead of the array ``class_names``.
+        outside: Names of classes, or values of ``target`` beyond the classes, that are none of the
+            classes. Rows with these targets get the target ``vilu.OUTSIDE``, and these classes are
+            left out.
+        model: Name of the model that made the embeddings, if known; stores of different models
+            cannot be combined.
+        origin: Where the arrays come from, recorded in the store.
+        split: Name of the split, recorded in the store.
+        dtype: Number format of the stored rows; by default float16 if ``image`` is float16, else
+            float32.
+        part_size: Rows per part. One part is in memory, and a kill loses at most one part.
+        max_error_rate: Largest share of rows that may be unusable. If more are, the store is not
+            sealed, but all finished parts stay.
+        overwrite: Whether to replace a store in ``output``.
 
     Raises:
-        UsageError: If an argument cannot be, the scale or the bias is neither given nor in the
+        UsageError: If an argument is invalid, the scale or the bias is neither given nor in the
             source, or ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs, which the message names.
+        ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
         DataError: If an array is missing, damaged, of Python objects, or does not fit the others.
-        StorageError: If the file system refuses; finished parts are intact.
+        StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process writes to ``output``.
 
     Examples:
@@ -162,7 +164,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _require_shapes(content: SourceArrays, run: Run) -> None:
-    """Refuse columns of the classes or of the model that do not fit the classes."""
+    """Raise DataError where a column of the classes or of the model has a wrong shape."""
     for name, values in content.class_columns.items():
         shape = tuple(values.shape)
         if not has_shape(run, name, shape):
@@ -174,28 +176,28 @@ def _require_shapes(content: SourceArrays, run: Run) -> None:
 
 @dataclass
 class SourceArrays:
-    """What a source holds, checked: arrays of rows by their headers, all else read."""
+    """The checked content of a source. Of arrays with N rows, only the header has been read."""
 
-    arrays: dict[str, StoredArray]  # all that is used, by our names
-    target: NDArray[np.int64]  # (N,) int64 classes of the store, -1 where unknown, -2 of none
-    names: tuple[str, ...]  # of the K classes
+    arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``NAMES``
+    target: NDArray[np.int64]  # (N,) int64 class of each row, -1 if unknown, -2 if of no class
+    names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm texts
-    class_columns: dict[ClassColumn, Tensor]  # what else there is of the classes and of the model
-    outside: tuple[str, ...]  # names that are none of the classes
-    norms: Norms = field(default_factory=Norms)  # of the rows that were read
+    class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
+    outside: tuple[str, ...]  # names of classes and labels that are none of the classes
+    norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
 
     @property
     def image(self) -> StoredArray:
-        """(N, D) embeddings."""
+        """The (N, D) image embeddings."""
         return self.arrays["image"]
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the embeddings."""
         return self.image.shape[1]
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
-        """The columns of the images, with the shape of one row."""
+        """Return the columns of the images by name, with the shape of one row."""
         shapes: dict[ImageColumn, tuple[int, ...]] = {}
         for name in get_args(ImageColumn):
             if name in self.arrays:
@@ -203,12 +205,12 @@ class SourceArrays:
         return shapes
 
     def number(self, name: str, flag: float | None) -> float:
-        """The logit scale or bias: the user's ``flag`` counts, then what the source says."""
+        """Return logit scale or bias: ``flag`` if it is given, else the number in the source."""
         stored = self.arrays.get(name)
         if stored is None:
             if flag is None:
                 raise UsageError(
-                    f"the arrays do not say {name}, which makes a cosine a logit and cannot be "
+                    f"the arrays have no {name}, which makes a cosine a logit and cannot be "
                     f"guessed. Give --{name.replace('_', '-')}: OpenAI's CLIP has --logit-scale "
                     "100 --logit-bias 0; of other models the scale is the exponential of the "
                     "learned parameter, and only those of SigLIP's kind have a bias. Or save both "
@@ -217,18 +219,18 @@ class SourceArrays:
             return float(flag)
         if stored.dtype.kind not in NUMBERS or np.prod(stored.shape) != 1:
             raise DataError(
-                f"{stored.place} must be one number. Got {stored.dtype} of shape {stored.shape} "
+                f"{stored.where} must be one number. Got {stored.dtype} of shape {stored.shape} "
                 "instead."
             )
         value = float(stored.whole().reshape(-1)[0])
         if flag is None:
             return value
         if value != flag:
-            logger.warning("%s is %g, as was said; the arrays say %g", name, flag, value)
+            logger.warning("%s is %g as given; the %g in the arrays is ignored", name, flag, value)
         return float(flag)
 
     def fingerprint(self) -> str:
-        """Hash of all arrays but the scale and the bias, which are in the space."""
+        """Return a hash of all arrays except scale and bias, which are part of the space."""
         hashed = {name: array for name, array in self.arrays.items() if name not in OF_SPACE}
         n_bytes = sum(array.n_bytes for array in hashed.values())
         with track("Reading arrays", n_bytes / MIB, "MiB") as task:
@@ -239,7 +241,7 @@ class SourceArrays:
             return digest({name: array.hash(advance) for name, array in hashed.items()})
 
     def rows(self, part: Part) -> PartRows:
-        """What becomes of the rows of a part."""
+        """Read the rows of a part, and return usable rows and errors."""
         content = PartRows()
         status = np.full(len(part), VALID, np.uint8)
         blocks: dict[str, Tensor] = {}
@@ -264,11 +266,11 @@ class SourceArrays:
         return content
 
     def _keys(self, part: Part) -> list[str]:
-        """Identifiers of the rows of a part, or their numbers where they have none."""
+        """Return the identifiers of the rows of a part, or their numbers if there are none."""
         ids = self.arrays.get("ids")
         if ids is None:
             return [str(row) for row in range(part.start, part.stop)]
-        return texts_of(ids.read(part.start, part.stop), ids.place)
+        return texts_of(ids.read(part.start, part.stop), ids.where)
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
@@ -284,13 +286,16 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 
 
 def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Rows as they are stored, the worst status of each, and the norms before."""
+    """Return the rows to be stored, the status of each, and the norms before normalisation.
+
+    Of an image with several views, the status is the worst status of its views.
+    """
     rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=name not in ANY_NORM)
     if name in ANY_NORM:
         finite = torch.isfinite(rows).all(dim=1).numpy()
         status = np.where(finite, VALID, NONFINITE).astype(np.uint8)
         return rows, status, Norms()
-    # several views of one image are rows of their own here, and have one status together
+    # the views of an image are separate rows in ``rows``; the maximum over them is the worst status
     rows, status, norms = normalised(rows)
     worst = status.reshape(len(block), -1).max(axis=1, initial=VALID)
     return rows.view(block.shape), worst, norms
@@ -302,7 +307,7 @@ def _read(
     class_names: Sequence[str] | None,
     outside: tuple[str, ...],
 ) -> SourceArrays:
-    """What the source holds, with all that can be wrong but for the numbers of its rows checked."""
+    """Open the arrays of a source and check everything but the numbers in the image rows."""
     opened = _open(arrays, keys)
     image = opened["image"]
     _require_matrix(image)
@@ -310,7 +315,7 @@ def _read(
     for name in BY_ROW:
         if name in opened and len(opened[name]) != n_rows:
             raise DataError(
-                f"{opened[name].place} must have one entry per image row ({n_rows}). Got shape "
+                f"{opened[name].where} must have one entry per image row ({n_rows}). Got shape "
                 f"{opened[name].shape} instead."
             )
     _check_columns(opened, width)
@@ -320,8 +325,8 @@ def _read(
     text = require_usable(opened["text"].whole(), "text")[text_rows]
     if text.shape[1] != width:
         raise DataError(
-            f"image and text must share one width. Got {width} ({image.place}) and "
-            f"{text.shape[1]} ({opened['text'].place})."
+            f"image and text must share one width. Got {width} ({image.where}) and "
+            f"{text.shape[1]} ({opened['text'].where})."
         )
     first_same(text, classes)
     _check_ids(opened.get("ids"), n_rows)
@@ -330,20 +335,24 @@ def _read(
 
 
 def _require_matrix(image: StoredArray) -> None:
+    """Raise DataError where the images are not a matrix of numbers."""
     is_matrix = len(image.shape) == 2 and image.shape[1] >= 1
     if image.dtype.kind not in NUMBERS or not is_matrix:
         raise DataError(
-            f"{image.place} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape "
+            f"{image.where} must be a matrix (rows, width) of numbers. Got {image.dtype} of shape "
             f"{image.shape}."
         )
 
 
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
-    """The arrays that are there, by our names."""
+    """Open the arrays of a source, and return them by the names in ``NAMES``.
+
+    ``keys`` are the names of arrays in the source, where these differ.
+    """
     unknown = sorted(keys.keys() - set(NAMES))
     if unknown:
         raise UsageError(
-            f"there is no array {unknown[0]!r} to be called otherwise. Known: {', '.join(NAMES)}."
+            f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
         )
     called = {name: keys.get(name, name) for name in NAMES}
     _require_present(arrays, called, [called["image"], called["text"], *keys.values()])
@@ -351,11 +360,12 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     unused = sorted(set(arrays.names) - set(used.values()))
     if unused:
         logger.info(
-            "not imported: %s (those that are, by other names too: --key NAME=KEY)",
+            "not imported: %s (to import an array under another name: --key NAME=KEY)",
             ", ".join(unused),
         )
     for name, key in used.items():
-        if name not in {"target", "ids"}:  # which grow with the rows and nothing else
+        # one number or text per row can be packed well, so these two may be of any size
+        if name not in {"target", "ids"}:
             arrays.require_small(key)
     opened = {name: arrays.open(key) for name, key in used.items()}
     for name in ("image", "target", "ids", "class_names", *IMAGE_COLUMNS):
@@ -365,99 +375,100 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
 
 
 def _require_present(arrays: Arrays, called: Mapping[str, str], needed: Sequence[str]) -> None:
-    """Refuse a source that lacks one of the arrays ``needed``, by the names that it has there."""
+    """Raise DataError where a source lacks an array; ``needed`` are names in the source."""
     lacking = [key for key in needed if key not in arrays.names]
     if not lacking:
         return
     ours = next(name for name, key in called.items() if key == lacking[0])
     there = ", ".join(map(repr, arrays.names[:20])) or "none"
     raise DataError(
-        f"{arrays.path} has no array {lacking[0]!r}; it has {there}. If it is there by another "
-        f"name, say so: --key {ours}=NAME."
+        f"{arrays.path} has no array {lacking[0]!r}; it has {there}. If the array has another "
+        f"name there, give --key {ours}=NAME."
     )
 
 
 def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
-    """Refuse columns of another type or number of dimensions, or with no entries."""
+    """Raise DataError where texts or columns have a wrong type or shape, or no entries."""
     expected = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected.items():
         if name not in opened:
             continue
         column = opened[name]
         sizes = column.shape
-        if name in IMAGE_COLUMNS:  # there may be no rows
+        if name in IMAGE_COLUMNS:  # the number of rows may be 0
             sizes = column.shape[1:]
         is_sized = len(column.shape) == n_dims and all(sizes)
         if column.dtype.kind not in NUMBERS or not is_sized:
             raise DataError(
-                f"{column.place} must be {meaning}. Got {column.dtype} of shape {column.shape} "
+                f"{column.where} must be {meaning}. Got {column.dtype} of shape {column.shape} "
                 "instead."
             )
         if name == "views" and column.shape[-1] != width:
             raise DataError(
-                f"{column.place} must be of the width of the embeddings, {width}. Got "
+                f"{column.where} must be of the width of the embeddings, {width}. Got "
                 f"{column.shape[-1]}."
             )
 
 
 def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The user's names of the classes, or else the names in the source."""
+    """Return the class names: the user's ``names`` if given, else the names in the source."""
     if names is not None:
         return tuple(names)
     if stored is None:
         raise UsageError(
-            "the arrays do not say what the classes are called. Save class_names beside them, call "
-            "another array so (--key class_names=NAME), or give --classes FILE, one name a line."
+            "the arrays have no class names. Save an array class_names, name the array that has "
+            "them (--key class_names=NAME), or give --classes FILE with one name per line."
         )
     _require_names(stored)
-    return tuple(texts_of(stored.whole(), stored.place))
+    return tuple(texts_of(stored.whole(), stored.where))
 
 
 def _require_names(stored: StoredArray) -> None:
-    """Refuse an array that is no vector of short texts."""
+    """Raise DataError where an array is not a vector of short texts."""
     if len(stored.shape) != 1 or stored.dtype.itemsize > 4 * MAX_TEXT:
         raise DataError(
-            f"{stored.place} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
+            f"{stored.where} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
             f"{stored.dtype} of shape {stored.shape} instead."
         )
 
 
 def _check_ids(stored: StoredArray | None, n: int) -> None:
-    """Refuse identifiers that occur twice."""
+    """Raise DataError where an identifier occurs twice."""
     if stored is None:
         return
     _require_names(stored)
     parts = [np.empty(0, np.uint64)]
     for block in stored.blocks():
-        parts.append(hash_names(texts_of(block, stored.place)))
+        parts.append(hash_names(texts_of(block, stored.where)))
     hashes = np.concatenate(parts)
-    # equal identifiers have equal hashes, so they are neighbours; neighbours that differ collide
+    # After sorting, equal hashes are neighbours. Their identifiers are compared, too, because
+    # different identifiers can have the same hash.
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
-    for place in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
-        first, second = order[place : place + 2].tolist()
+    for i in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
+        first, second = order[i : i + 2].tolist()
         name = _name_of_row(stored, first)
         if name == _name_of_row(stored, second):
             raise DataError(
-                f"{stored.place} must name each of the {n} rows once. Rows {first} and {second} "
+                f"{stored.where} must name each of the {n} rows once. Rows {first} and {second} "
                 f"are both {name!r:.80}. Rename them, or leave the identifiers out."
             )
 
 
 def _name_of_row(stored: StoredArray, row: int) -> str:
-    (name,) = texts_of(stored.read(row, row + 1), stored.place)
+    (name,) = texts_of(stored.read(row, row + 1), stored.where)
     return name
 
 
 class Targets(NamedTuple):
-    """Targets as they are in the source: the whole numbers or names, and the index of each row."""
+    """Targets in the source: the distinct whole numbers or names, and one index per row."""
 
-    values: NDArray[Any]  # those that occur, sorted
-    value_of_row: NDArray[np.int64]  # (N,) indices among the values
+    values: NDArray[Any]  # distinct targets, sorted
+    value_of_row: NDArray[np.int64]  # (N,) indices into ``values``
 
 
 def _labels(stored: StoredArray | None, n: int) -> Targets:
-    """The targets, read block by block; without an array all of them are unknown."""
+    """Read the targets of ``n`` rows block by block; all are unknown if there is no array."""
     if stored is None:
         return Targets(np.full(min(n, 1), UNKNOWN, np.int64), np.zeros(n, np.int64))
     is_vector = len(stored.shape) == 1
@@ -466,16 +477,16 @@ def _labels(stored: StoredArray | None, n: int) -> Targets:
         _require_names(stored)
     elif not is_vector or stored.dtype.kind not in WHOLE:
         raise DataError(
-            f"{stored.place} must hold one whole number per row (a row of text), or one name of a "
+            f"{stored.where} must hold one whole number per row (a row of text), or one name of a "
             f"class. Got {stored.dtype} of shape {stored.shape} instead."
         )
     parts: list[tuple[NDArray[Any], NDArray[np.int64]]] = []
     for block in stored.blocks():
-        targets = np.array(texts_of(block, stored.place), np.str_) if is_named else block
+        targets = np.array(texts_of(block, stored.where), np.str_) if is_named else block
         parts.append(np.unique(targets, return_inverse=True))
     if not parts:
         return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
-    # indices among the values of a block become indices among the values of all
+    # replace indices into the values of a block by indices into the values of all blocks
     values = np.unique(np.concatenate([of_block for of_block, _ in parts]))
     indices = [np.searchsorted(values, of_block)[inverse] for of_block, inverse in parts]
     return Targets(values, np.concatenate([np.empty(0, np.int64), *indices]))
@@ -484,54 +495,57 @@ def _labels(stored: StoredArray | None, n: int) -> Targets:
 def _classes(
     labels: Targets, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """(N,) targets, (K,) rows of text that stay, and K names of classes."""
-    stay = [place for place, name in enumerate(names) if name not in outside]
+    """Return (N,) targets, (K,) row numbers in ``text`` of the classes, and K class names.
+
+    The classes are ``names`` without those in ``outside``.
+    """
+    inside = [i for i, name in enumerate(names) if name not in outside]
     n_texts = len(text)
-    if n_texts not in {len(names), len(stay)}:
+    if n_texts not in {len(names), len(inside)}:
         raise DataError(
-            f"there must be one class name per row of text ({n_texts}, {text.place}). Got "
+            f"there must be one class name per row of text ({n_texts}, {text.where}). Got "
             f"{len(names)} names instead."
         )
-    if not stay:
+    if not inside:
         raise UsageError(
             f"all of the {len(names)} classes would be outside. At least one must be left."
         )
-    # from indices among all names to indices among those that stay
-    position = np.full(len(names), OUTSIDE, np.int64)
-    position[stay] = np.arange(len(stay))
+    # new_label[i] is the label of name i in the store: its index in ``inside``, or OUTSIDE
+    new_label = np.full(len(names), OUTSIDE, np.int64)
+    new_label[inside] = np.arange(len(inside))
     target = _targets(labels, names, outside)
-    inside = target >= 0
-    target[inside] = position[target[inside]]
-    # texts of the classes outside are there, or were left out by whoever made the arrays
-    text_rows = torch.tensor(stay if n_texts == len(names) else range(n_texts))
-    classes = check_class_names([names[place] for place in stay], len(stay)) or ()
+    has_name = target >= 0
+    target[has_name] = new_label[target[has_name]]
+    # the array may have texts for all names, or only for the classes inside
+    text_rows = torch.tensor(inside if n_texts == len(names) else range(n_texts))
+    classes = check_class_names([names[i] for i in inside], len(inside)) or ()
     return target, text_rows, classes
 
 
 def _targets(
     labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """(N,) int64 indices of the names, -1 where unknown, -2 where a label is called outside."""
-    place_of: dict[str, int] = {}
-    for place, name in enumerate(names):
-        place_of.setdefault(name, place)
-    extra = [name for name in outside if name not in place_of]
-    _require_labels(labels, names, extra)
+    """Return (N,) int64 indices into ``names``, -1 if unknown, -2 if the target is outside."""
+    index_of: dict[str, int] = {}
+    for i, name in enumerate(names):
+        index_of.setdefault(name, i)
+    labels_outside = [name for name in outside if name not in index_of]
+    _require_labels(labels, names, labels_outside)
     if labels.values.dtype.kind == "U":
-        codes = _codes_of_names(labels.values.tolist(), place_of, extra)
+        codes = _codes_of_names(labels.values.tolist(), index_of, labels_outside)
     else:
-        codes = _codes_of_numbers(labels.values, len(names), extra)
+        codes = _codes_of_numbers(labels.values, len(names), labels_outside)
     return codes[labels.value_of_row]
 
 
-def _require_labels(labels: Targets, names: tuple[str, ...], extra: Sequence[str]) -> None:
-    """Refuse names to be outside that are neither classes nor labels."""
+def _require_labels(labels: Targets, names: tuple[str, ...], labels_outside: Sequence[str]) -> None:
+    """Raise UsageError where no row has one of the targets ``labels_outside``."""
     known = {"", *names}
     beyond: list[str] = []
     for value in labels.values.tolist():
         if value not in known and value not in range(len(names)):
             beyond.append(str(value))
-    unknown = [name for name in extra if name not in beyond]
+    unknown = [name for name in labels_outside if name not in beyond]
     if not unknown:
         return
     there = [repr(name) for name in names[:10]]
@@ -539,16 +553,16 @@ def _require_labels(labels: Targets, names: tuple[str, ...], extra: Sequence[str
         there.append("...")
     more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
     raise UsageError(
-        f"there is no class or label {unknown[0]!r} to be outside. Classes are "
+        f"there is no class or label {unknown[0]!r} for --outside. Classes are "
         f"{', '.join(there)}{more}."
     )
 
 
 def _codes_of_names(
-    values: Sequence[str], place_of: Mapping[str, int], extra: Sequence[str]
+    values: Sequence[str], index_of: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Places of labels that are names."""
-    known = {"": UNKNOWN, **place_of, **dict.fromkeys(extra, OUTSIDE)}
+    """Return the index of each name, -1 if unknown, -2 if outside."""
+    known = {"": UNKNOWN, **index_of, **dict.fromkeys(labels_outside, OUTSIDE)}
     for value in values:
         if value not in known:
             raise DataError(
@@ -559,20 +573,25 @@ def _codes_of_names(
 
 
 def _codes_of_numbers(
-    values: NDArray[Any], n_classes: int, extra: Sequence[str]
+    values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Places of labels that are whole numbers, which may be named as outside too."""
-    of_class = np.array([str(value) not in extra for value in values.tolist()], dtype=bool)
-    target, strange = check_targets(values[of_class], int(of_class.sum()), n_classes)
+    """Check labels that are whole numbers, and return them with -2 for labels outside."""
+    may_be_class = np.array(
+        [str(value) not in labels_outside for value in values.tolist()], dtype=bool
+    )
+    target, is_outside = check_targets(values[may_be_class], int(may_be_class.sum()), n_classes)
     codes = np.full(len(values), OUTSIDE, np.int64)
-    codes[of_class] = torch.where(strange, OUTSIDE, target).numpy()
+    codes[may_be_class] = torch.where(is_outside, OUTSIDE, target).numpy()
     return codes
 
 
 def _class_columns(
     opened: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
-    """The columns of classes and model: all finite, and of unit norm where they are to be."""
+    """Return the columns of classes and model after a check, for the classes ``text_rows``.
+
+    Columns that must have unit norm are normalised.
+    """
     n_texts = len(opened["text"])
     columns: dict[ClassColumn, Tensor] = {}
     for name in get_args(ClassColumn):
@@ -586,7 +605,7 @@ def _class_columns(
 def _describe(
     content: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
-    """The run over the arrays; they are read once for its fingerprint."""
+    """Return the run of a source; reads all arrays once for the fingerprint."""
     described: dict[str, object] = {
         "dataset_fingerprint": content.fingerprint(),
         "n_in": len(content.image),
@@ -599,21 +618,21 @@ def _describe(
         "imported": imported.model_dump(),
         **settings,
     }
-    # "FILE.npz, array 'image'", or "FOLDER/image.npy"
-    place = Path(content.image.place.partition(", array ")[0])
-    source = place.parent if place.suffix == ".npy" else place
+    # ``image.where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
+    path = Path(content.image.where.partition(", array ")[0])
+    source = path.parent if path.suffix == ".npy" else path
     return describe_run(described, source.name)
 
 
 def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool) -> None:
-    """Do what is missing and seal the store."""
+    """Write the missing parts and seal the store."""
     with StoreLedger.claim(root):
         classes = (content.text, content.class_columns)
         run = begin(root, run, lambda: classes, overwrite=overwrite)
         ledger = StoreLedger(root, run)
         missing, done = ledger.survey()
         if missing:
-            # before the first part is written: a manifest must never vouch for parts in the making
+            # before the first part is written: a folder with a manifest must have all its parts
             ledger.unseal()
             require_room(root, run, missing)
         else:
@@ -631,6 +650,7 @@ def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overw
 
 
 def _write_part(ledger: StoreLedger, part: Part, content: SourceArrays) -> Receipt:
+    """Write a part in the number format of the store, and return its receipt."""
     rows = content.rows(part)
     number_format = getattr(torch, ledger.run.dtype)
     for name, blocks in rows.arrays.items():

@@ -1,4 +1,4 @@
-"""What is in a store, and whether it is sound."""
+"""Describe a store, and check it for damage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vilu.store.parts import (
 )
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
-CHUNK = 8192  # rows looked at together
+CHUNK = 8192  # rows checked at a time
 
 
 @dataclass
@@ -40,26 +40,25 @@ class StoreReport:
     """Findings of ``inspect``."""
 
     store: str  # name of the folder
-    sealed: bool  # whether it is complete and within its error budget, so that it can be read
-    run: Run  # what it was made from
-    parts: int  # parts in all
-    deep: bool  # whether every byte was looked at
-    parts_done: int = 0  # parts that are there
-    n_in: int = 0  # images in the parts that are there
-    n_ok: int = 0  # rows
-    n_error: int = 0  # images that failed
-    errors: Counter[str] = field(default_factory=Counter)  # the same by kind
-    # rows of one of the classes ("inside"), of none ("outside"), and of unknown label
+    sealed: bool  # whether the store is complete and within its error budget, so that it can open
+    run: Run  # the run with its inputs
+    parts: int  # number of parts, done or not
+    deep: bool  # whether the contents of all files were checked
+    parts_done: int = 0  # number of parts that are done
+    n_in: int = 0  # images in these parts
+    n_ok: int = 0  # rows in these parts
+    n_error: int = 0  # failed images in these parts
+    errors: Counter[str] = field(default_factory=Counter)  # failed images by kind of error
+    # number of rows with a class ("inside"), of none of the classes ("outside"), or "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # what is kept beside the embeddings, with its shape: of one image, of all classes, or of the
-    # model
+    # the shape of each column: for one image, for all classes, or for the model
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    bytes: int = 0  # size of the parts on disk
-    # what is wrong, one sentence each; empty if nothing is
+    bytes: int = 0  # size on disk of the parts that are done
+    # what is damaged, one sentence each; empty if nothing is
     problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
-        """Count a part."""
+        """Add the counts of a part."""
         self.parts_done += 1
         self.n_in += receipt.n_in
         self.n_ok += receipt.n_ok
@@ -69,7 +68,7 @@ class StoreReport:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """A block in which what is wrong is a finding."""
+        """Add the error that ends the block, if any, to ``problems``."""
         try:
             yield
         except ViLUError as error:
@@ -138,16 +137,16 @@ class StoreReport:
         return text
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON."""
+        """Return the report as plain JSON values."""
         counts = {"errors": dict(self.errors), "labels": dict(self.labels)}
         return {**asdict(self), "run": self.run.model_dump(mode="json"), **counts}
 
 
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
-    """Describe a store, complete or not; what is wrong with it is reported, not raised.
+    """Describe a store, complete or not; damage is reported and not raised.
 
-    ``deep`` also reads every byte: hashes, norms, labels, keys, and that every image is a row or an
-    error.
+    ``deep`` reads all files and also checks hashes, norms, labels, keys, and that every image is
+    either a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
@@ -159,7 +158,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
         if name not in {IMAGE, CAPTION}:
             report.columns[name] = shape
     for part in ledger.parts:
-        # of a store under way, a part without a receipt is not wrong, but not done yet
+        # in a store that is not complete, a part without a receipt is not done yet
         if is_sealed or (root / part.receipt).exists():
             with report.noting():
                 _inspect_part(ledger, part, report)
@@ -174,7 +173,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
 
 
 def _open(root: Path, run: Run) -> None:
-    """Open a store, as those do who use it; what is wrong with it is raised."""
+    """Open a store as a user does, to raise what is wrong with it."""
     if run.captions:
         CaptionStore(root)
     else:
@@ -182,12 +181,12 @@ def _open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part to the report; the first thing wrong with its receipt is raised."""
+    """Add a part to the report; raises the first error in its receipt."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
         for name, info in receipt.files.items():
-            # each file by itself: one that is damaged says nothing about the rest
+            # every file is checked, even if another file is damaged
             with report.noting():
                 require_hash(ledger.root / name, info.sha256, receipt.again)
         report.problems += list(_part_problems(ledger, part, receipt))
@@ -196,6 +195,7 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
 
 
 def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:
+    """Return the numbers of rows inside, outside and of unknown label in a part."""
     schema = metadata_schema(ledger.run)
     labels = read_columns(ledger.root / part.metadata, schema, ["label"], receipt.n_ok)["label"]
     known = labels.drop_null().to_numpy()
@@ -204,14 +204,14 @@ def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str
 
 
 def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
-    """What is wrong with a part, a sentence each."""
+    """Yield a sentence for each error in the content of a part."""
     root = ledger.root
     run = ledger.run
     for name, shape in run.arrays.items():
         yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
     names = ["position", "key", "label"]
     if run.captions:
-        names.append("caption")  # reading it checks that it is text
+        names.append("caption")  # reading the column checks that it is text
     good = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
     where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
@@ -231,17 +231,19 @@ def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterato
 
 
 def _label_problems(labels: NDArray[np.int64], n_classes: int, where: str) -> Iterator[str]:
-    """Whether labels, of which unknown ones are absent, are beyond the classes."""
-    is_code = labels >= OUTSIDE
-    is_known = (labels != UNKNOWN) & is_code & (labels < n_classes)
-    if not is_known.all():
+    """Yield a sentence if a label is invalid.
+
+    Valid are 0 to ``n_classes`` - 1 and -2 (outside). Unknown labels are null, so -1 is invalid.
+    """
+    is_valid = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < n_classes)
+    if not is_valid.all():
         yield f"{where} has labels from {labels.min()} to {labels.max()} for {n_classes} classes."
 
 
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
-    """Blocks of an array with rows that are not as they should be, a sentence each."""
+    """Yield a sentence for each block with rows that are not finite or not of unit norm."""
     rows = map_rows(path, shape, dtype)
-    virtue = "finite" if name in ANY_NORM else "of unit norm"
+    expected = "finite" if name in ANY_NORM else "of unit norm"
     for start in range(0, len(rows), CHUNK):
         block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
         if name in ANY_NORM:
@@ -253,4 +255,4 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
         n_bad = int((~good_rows).sum())
         if n_bad:
             last = start + len(block) - 1
-            yield f"{path} has {n_bad} rows from {start} to {last} that are not {virtue}."
+            yield f"{path} has {n_bad} rows from {start} to {last} that are not {expected}."

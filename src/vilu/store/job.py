@@ -1,4 +1,4 @@
-"""One part of an embedding job, and its attempts."""
+"""Embed the parts of a store, count failed attempts, and give up parts that kill processes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ MESSAGE = (
 
 
 def attempts(root: Path, part: Part) -> int:
-    """How many processes have begun a part and neither ended it nor failed: dead, or at work."""
+    """Return how many processes left a mark on a part: they died in it, or are still at work.
+
+    A process that ends the part, or fails with an exception, removes its mark.
+    """
     path = root / part.attempts
     with or_refuse(f"read {path}"):
         try:
-            # a byte for each: appending one is atomic, so no count is lost between two processes
+            # a mark is one byte: appending it is atomic, so two processes lose no mark
             return path.stat().st_size
         except FileNotFoundError:
             return 0
 
 
 def forget_attempts(root: Path) -> None:
-    """Take away all marks: whoever drives a store alone begins anew."""
+    """Remove the marks of all parts. Only for a driver that no other process works beside."""
     folder = root / "attempts"
     with or_refuse(f"clean {folder}"):
         if not folder.is_dir():
@@ -53,50 +56,56 @@ def forget_attempts(root: Path) -> None:
 
 
 class Marks:
-    """The marks of this process, which are gone after the block, unless the process dies in it."""
+    """The marks that this process leaves on the parts that it has begun (``attempts``).
+
+    They are removed at the end of the ``with`` block. If the process dies in the block, they stay.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._left: set[Part] = set()
+        self._begun: set[Part] = set()
 
     def __enter__(self) -> Marks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # a mark too many costs a retry; the exception under way says more
+        # a mark that cannot be removed costs at most a retry, so its error must not hide the
+        # exception that ended the block
         with suppress(StorageError):
-            for part in tuple(self._left):
+            for part in tuple(self._begun):
                 self.end(part)
 
     def begin(self, part: Part) -> None:
-        """Leave one, before the part is touched: a process that is killed writes nothing after."""
+        """Leave a mark on a part, before the work on it begins."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as handle:
                 handle.write(b"x")
-        self._left.add(part)
+        self._begun.add(part)
 
     def end(self, part: Part) -> None:
-        """Take it away, and the marks of processes that died before this one came through."""
+        """Remove all marks on a part: of this process, and of processes that died in it before."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.unlink(missing_ok=True)
-        self._left.discard(part)
+        self._begun.discard(part)
 
 
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
-    """A part without rows: an error row of kind "crash" for every image, from the listing alone.
+    """Return the content of a part that is given up: error rows, and no embeddings.
 
-    Without ``listing``, which was tried already and killed the process, it is a row for every
-    position, or for every shard, of kind "bad_shard": how many images that costs is unknown.
+    With ``listing``, the images are listed, but not read. There is an error row of kind "crash" for
+    every image. Without ``listing`` (because a process died in it), or where listing fails, there
+    is an error row for every position; with shards, one of kind "bad_shard" for every shard, whose
+    number of images is then unknown.
     """
     if listing:
         try:
             keys = [(at, record.key) for at, record in place_records(run, part, dataset)]
             return _error_rows("crash", keys)
-        # these images have killed workers, so their listing may raise anything of a foreign reader;
-        # it is logged, every row is recorded as a crash, and the other parts go on
+        # These files have killed workers, and the reader may be a plugin, so listing them may raise
+        # any exception. It is logged, every row becomes an error, and the other parts go on.
         except Exception as error:  # noqa: BLE001
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
@@ -109,7 +118,7 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
 
 
 def _error_rows(kind: str, keys: Sequence[tuple[int, str]]) -> PartRows:
-    """An error row for every (position, key)."""
+    """Return an error row for every (position, key)."""
     rows = [ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in keys]
     return PartRows(errors=rows)
 
@@ -119,7 +128,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A model by name, for processes that load it themselves; each loads it once."""
+    """The name and options of a model, for worker processes; each process loads it once."""
 
     name: str
     device: str = "auto"
@@ -127,7 +136,7 @@ class BackboneSpec:
     models: Path | None = None
 
     def load(self) -> Backbone:
-        """The model; raises as ``load_backbone``."""
+        """Return the model; raises as ``load_backbone``."""
         return _load(self)
 
 
@@ -140,9 +149,10 @@ def _load(spec: BackboneSpec) -> Backbone:
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """All that a process needs to embed any part of a run (``embed`` says what it is made of).
+    """Everything that a process needs to embed any part of a run.
 
-    It can be pickled, if its data set and model can.
+    ``vilu.store.embed.embed`` documents the fields. A job can be pickled if its data set and its
+    model can.
     """
 
     root: Path
@@ -156,21 +166,24 @@ class EmbedJob:
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        """What is done and to be done."""
+        """The parts of the store: which are done, and which are to be done."""
         return StoreLedger(self.root, self.run, self.dataset)
 
     def process(self, part: int) -> Receipt:
-        """Embed a part and write it; if it is there already, nothing is computed.
+        """Embed a part, write it and return its receipt; a part that is done is not done again.
 
-        Its bytes depend on its own images, the model and the batch size alone, so any process may
-        do it, at any time, and more than once. A part in which ``MAX_ATTEMPTS`` processes died is
-        given up: its images become error rows.
+        The bytes of a part depend only on its images, the model and the batch size. So any process
+        may do the part, at any time, and more than once. A part in which ``MAX_ATTEMPTS`` processes
+        died is given up: its images become error rows.
         """
         (receipt,) = self.process_all([part])
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """``process`` of some parts, in order; decoding runs ahead over the ends of parts."""
+        """Do several parts as ``process``, in order, and yield their receipts.
+
+        The first images of a part are decoded while the part before it is still being embedded.
+        """
         if progress is None:
             progress = Silence()
         fresh: list[Part] = []  # parts to be embedded together, one after the other
@@ -187,7 +200,7 @@ class EmbedJob:
             if isinstance(outcome, Receipt):
                 receipt = outcome
             elif deaths < MAX_ATTEMPTS:
-                # alone: a death in it must not be laid at another part's door
+                # embedded separately: if the process dies again, no other part gets a mark for it
                 yield from self._embed([part], progress)
                 continue
             else:
@@ -197,7 +210,7 @@ class EmbedJob:
         yield from self._embed(fresh, progress)
 
     def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
-        """Embed parts that are missing, one after the other, and write each as it ends."""
+        """Embed parts one after the other, and yield the receipt of each when it is written."""
         if not parts:
             return
         backbone = self._load_backbone()
@@ -218,14 +231,15 @@ class EmbedJob:
                 content = encoder.part(outcomes)
                 source = sources[part.number]
                 receipt = self.ledger.write_rows(part, content, self.batch_size, source)
-                # after the receipt: a death in between leaves a mark on a part that is done, which
-                # nobody counts; before it, a part that kills at its end would be tried for ever
+                # After the receipt: if the process dies in between, the mark is on a part that is
+                # done, and is ignored. If the mark were removed before the receipt is written, a
+                # part that kills the process while writing would be tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
                 yield receipt
 
     def _load_backbone(self) -> Backbone:
-        """The model, which must be the one that the run was begun with."""
+        """Return the model; ProvenanceError if it is not the model that the run began with."""
         backbone = self.backbone
         if isinstance(backbone, BackboneSpec):
             backbone = backbone.load()
@@ -254,17 +268,22 @@ class EmbedJob:
     def _items(
         self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]
     ) -> Iterator[tuple[int, ImageRecord] | None]:
-        """The records of all parts, each part with ``END`` after it."""
+        """Yield the records of all parts with their positions, and ``END`` after each part.
+
+        Before the records of a part, a mark is left, and its fingerprint is put into ``sources``.
+        """
         for part in parts:
             marks.begin(part)
-            # before the part is read: a shard that changes meanwhile is then seen as changed
+            # before reading: then a shard that changes while it is read counts as changed later
             sources[part.number] = self.ledger.source(part)
             yield from place_records(self.run, part, self.dataset)
             yield END
 
     def _give_up(self, part: Part, deaths: int) -> Receipt:
-        """Write a part as errors; one mark more tells whether listing it kills the process too."""
+        """Write a part whose images are all errors."""
         with Marks(self.root) as marks:
+            # If listing the images kills this process, too, one more mark stays. The next process
+            # then sees more than MAX_ATTEMPTS marks, and does not list them.
             marks.begin(part)
             source = self.ledger.source(part)
             content = give_up(self.run, part, self.dataset, listing=deaths == MAX_ATTEMPTS)
@@ -282,14 +301,17 @@ class EmbedJob:
 
 
 class Executor(Protocol):
-    """Decides where and when the parts of a job are done; their content is the job's own matter.
+    """Decides where and when the parts of a job are done; the job decides what a part contains.
 
-    ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing
-    its process. So an executor may do a part twice, at the same time even, and has nothing to do
-    but to try again after a worker's death.
+    ``EmbedJob.process`` is deterministic and idempotent, and gives up a part that keeps killing
+    its process. So an executor may do a part twice, even at the same time. After the death of a
+    worker it only has to try the part again.
     """
 
     name: str
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipt of each part that it does, as soon as it is done, in any order."""
+        """Yield the receipt of each part as soon as the part is done, in any order.
+
+        An executor that shares the work with other processes does only its own parts.
+        """

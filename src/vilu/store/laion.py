@@ -1,4 +1,4 @@
-"""Shards of embeddings in the layout of LAION."""
+"""Image-caption embeddings in the layouts of LAION and clip-retrieval."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ from vilu.validation import checked
 FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
 """Folders of image and caption embeddings, as clip-retrieval and LAION name them."""
 
-FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))  # the same in one file each
+# pairs of image and caption files, where there is a single shard
+FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
 METADATA = "metadata"
 
 LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
     "or one of " + " and ".join(f"{image} + {text}" for image, text in FILES)
 )
-"""What is looked for, for messages."""
+"""The layouts that are accepted, for messages."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Files whose rows belong together."""
+    """Files whose rows belong together: row i of each file is about the same pair."""
 
     image: Path  # (n, D) image embeddings
     text: Path  # (n, D) caption embeddings
-    metadata: Path | None  # a row for each, if any
+    metadata: Path | None  # file with n rows of metadata, if any
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(n, D), from the headers of all files; ProvenanceError if rows or widths differ."""
+        """Shape (n, D), from the headers of all files; ProvenanceError if they disagree."""
         n_images, image_width = map_matrix(self.image).shape
         n_texts, text_width = map_matrix(self.text).shape
         counts = {self.image: n_images, self.text: n_texts}
@@ -78,7 +79,12 @@ class Shard:
 
 
 def map_matrix(path: Path) -> NDArray[np.floating]:
-    """The matrix in a ``.npy`` file, memory-mapped; float16 or float32 of any byte order."""
+    """Map the matrix in a ``.npy`` file into memory: float16 or float32, any byte order.
+
+    Raises:
+        DataError: If the file holds no such matrix, or one in Fortran order.
+        StorageError: If the file is damaged.
+    """
     rows, n_bytes = open_npy(path, "Fetch or write it again.")
     is_float = rows.dtype.kind == "f" and rows.dtype.itemsize in (2, 4)
     is_matrix = rows.ndim == 2 and rows.shape[1] > 0
@@ -100,7 +106,11 @@ def map_matrix(path: Path) -> NDArray[np.floating]:
 
 
 def find_shards(root: Path) -> list[Shard]:
-    """The shards of a folder, by number; DataError if there are none, or a partner is missing."""
+    """Return the shards of a folder in the order of their numbers.
+
+    Raises:
+        DataError: If there is no shard, or a file of a shard is missing.
+    """
     for image_name, text_name in FILES:
         image_file = root / image_name
         text_file = root / text_name
@@ -127,7 +137,7 @@ def find_shards(root: Path) -> list[Shard]:
 def _require_partners(
     home: Path, folders: Mapping[str, Mapping[int, Path]], numbers: Sequence[int]
 ) -> None:
-    """Refuse folders of which one lacks a number that another has."""
+    """Raise DataError where a folder has no file for one of the ``numbers``."""
     for folder, files in folders.items():
         missing = [number for number in numbers if number not in files]
         if not missing:
@@ -140,7 +150,10 @@ def _require_partners(
 
 
 def _home(root: Path) -> tuple[Path, tuple[str, str]]:
-    """The folder with a pair of folders of embeddings, and which pair: root, or its only split."""
+    """Return the folder that holds the folders of embeddings, and the names of these folders.
+
+    It is ``root``, or else the only sub-folder of ``root`` that has such folders.
+    """
     inside = _entries(root)
     homes: list[tuple[Path, tuple[str, str]]] = []
     for home in (root, *inside):
@@ -161,7 +174,7 @@ def _home(root: Path) -> tuple[Path, tuple[str, str]]:
 
 
 def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
-    """Files of a folder by the number at the end of their names, of any width."""
+    """Return the files of a folder by the number at the end of their names."""
     files: dict[int, Path] = {}
     for path in _entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
@@ -169,8 +182,8 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
         digits = re.search(r"[0-9]+$", path.stem)
         if digits is None or not path.is_file():
             raise DataError(
-                f"{path} must be a file with a number at the end of its name, which says its "
-                "partner."
+                f"{path} must be a file with a number at the end of its name, by which it is "
+                "matched with its partner."
             )
         number = int(digits[0])
         if number in files:
@@ -183,6 +196,7 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder, sorted; DataError if it is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
     with or_refuse(f"read {folder}"):
@@ -192,7 +206,7 @@ def _entries(folder: Path) -> list[Path]:
 CAPTIONS = ("caption", "TEXT")
 """Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
 
-# numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache
+# numbers per block when rows are checked; a block has 4 MiB in float32, which fits in the cache
 SCAN_CELLS = 2**20
 
 
@@ -201,27 +215,28 @@ class LaionPairs(Reopened, MappedPairs):
 
     Row i of an image file belongs to row i of its text file.
 
-    Three layouts, with numbers of any width, and a fourth of one shard::
+    There are four layouts. In the first three, the numbers may have any width; the fourth has one
+    shard::
 
         img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy [+ metadata/metadata_0000.parquet]
         images/img_emb_0.npy + texts/text_emb_0.npy [+ metadata/metadata_0.parquet]
         train/images/0.npy + train/texts/0.npy
         images.npy + texts.npy, or img_emb.npy + text_emb.npy
 
-    Opening reads headers only. Which rows are usable is known from one pass over all rows, made in
-    blocks when it is first asked for (about as long as reading the files) and kept in memory, one
-    byte a row: nothing is written into the folder. Rows that are not of unit norm are normalised
-    whenever they are read, and that pass says how many.
+    Opening reads headers only. To find the usable rows, all rows are read once in blocks, when the
+    usable rows are first asked for. This takes about as long as reading the files. The result is
+    kept in memory, one byte per row; nothing is written into the folder. Rows that are not of unit
+    norm are normalised whenever they are read, and the check warns how many there are.
 
-    Rows are recognised by their embeddings: keys of published metadata repeat from one data set to
-    the next. ``ids`` are their numbers over all shards.
+    Rows are identified by their embeddings, because different data sets use the same keys in their
+    metadata. ``ids`` are the numbers of the rows over all shards.
 
-    Nothing vouches for these files as receipts do for a store's: other numbers in them are not
-    seen. Pickled, it is its path, as a store is; a shard of another size or time of modification is
-    a change.
+    These files have no receipts, so changed numbers in them are not noticed. The object is pickled
+    as its path, like a store. A shard with another size or time of modification counts as changed.
 
-    Arguments are as of ``CaptionStore``; ``logit_scale`` multiplies the cosine (100 for OpenAI's
-    CLIP), ``logit_bias`` is added to every logit, and a fold takes metadata with captions.
+    Arguments are the same as of ``CaptionStore``. In addition, ``logit_scale`` multiplies the
+    cosine (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs
+    metadata with captions.
 
     Raises:
         DataError: If the folder has another layout, a file has no partner or does not hold a matrix
@@ -261,7 +276,7 @@ class LaionPairs(Reopened, MappedPairs):
             lambda name, number: _open(shards[number], name),
         )
         super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
-        self._all_unit = False  # until the pass over all rows says so
+        self._all_unit = False  # _row_status sets it to True if all rows have unit norm
         self.ids = RowNumbers(len(rows)) if chosen is None else ChosenNumbers(chosen)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
@@ -270,34 +285,38 @@ class LaionPairs(Reopened, MappedPairs):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
+        """(N,) status of the rows; read in one pass over all files, with a warning about norms."""
         status = np.full(len(self._rows), VALID, dtype=np.uint8)
-        off = _Norms()
+        norms_seen = _Norms()
         workers = default_workers()
         with (
             track("Checking embeddings", 2 * len(status), "rows") as task,
             in_threads(_check, self._blocks(), workers, 2 * workers) as results,
         ):
             for start, of_block, norms in results:
-                # a row is of an image and a caption: the first status that is not valid stands
+                # image and caption have one status together: the first one that is not VALID
                 rows = status[start : start + len(of_block)]
                 np.copyto(rows, of_block, where=rows == VALID)
-                off.add(norms[torch.from_numpy(of_block == VALID)])
+                norms_seen.add(norms[torch.from_numpy(of_block == VALID)])
                 task.advance(len(of_block))
-        self._all_unit = not off.n_off
-        if off.n_off:
+        self._all_unit = norms_seen.n_off == 0
+        if norms_seen.n_off:
             warn_caller(
-                f"{off.n_off} of {2 * len(status)} image and caption rows of {self.path} are not "
-                f"of unit norm (norms {off.low:.3g} to {off.high:.3g}); they are normalised when "
-                "they are read."
+                f"{norms_seen.n_off} of {2 * len(status)} image and caption rows of {self.path} "
+                f"are not of unit norm (norms {norms_seen.low:.3g} to {norms_seen.high:.3g}); they "
+                "are normalised when they are read."
             )
         return status if self._chosen is None else status[self._chosen.numpy()]
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """(number of the first row, (b, D) rows, not yet read) of every block of every file."""
+        """Yield the number of the first row and the (b, D) mapped rows of each block of each file.
+
+        The rows are read when the block is checked.
+        """
         size = max(SCAN_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
-                # a mapping of its own, whose pages go with it
+                # mapped anew, so that the pages read are released together with this array
                 part = self._rows.open_part(name, number)
                 for start in range(0, len(part), size):
                     yield first + start, part[start : start + size]
@@ -305,14 +324,14 @@ class LaionPairs(Reopened, MappedPairs):
 
 @dataclass
 class _Norms:
-    """Norms of rows: how many are not 1, and the range of all."""
+    """Statistics of norms: the number of norms that are not 1, the smallest and the largest."""
 
     n_off: int = 0
     low: float = np.inf
     high: float = 0.0
 
     def add(self, norms: Tensor) -> None:
-        """Count the norms of more rows."""
+        """Add the norms of more rows."""
         if not len(norms):
             return
         self.n_off += int(((norms - 1).abs() > NORM_TOLERANCE).sum())
@@ -321,7 +340,7 @@ class _Norms:
 
 
 def _common_width(shards: Sequence[Shard]) -> int:
-    """The width of all shards; ProvenanceError if they are of several."""
+    """Return the width of all shards; ProvenanceError if their widths differ."""
     first = shards[0]
     width = first.shape[1]
     for shard in shards:
@@ -334,15 +353,15 @@ def _common_width(shards: Sequence[Shard]) -> int:
 
 
 def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
-    """(number of the first row, (b,) status, (b,) norms) of a block."""
+    """Return the number of the first row, (b,) status and (b,) norms of a block."""
     first, rows = block
-    native = rows.astype(rows.dtype.newbyteorder("="))  # torch knows no other byte order
+    native = rows.astype(rows.dtype.newbyteorder("="))  # torch accepts only the native byte order
     status, norms = row_status(torch.from_numpy(native).float())
     return first, status, norms
 
 
 def _listing(root: Path, shards: list[Shard]) -> str:
-    """Hash of names, sizes and times of modification."""
+    """Return a hash of names, sizes and times of modification of all files."""
     listing = ListingHash()
     for shard in shards:
         for path in (shard.image, shard.text, shard.metadata):
@@ -354,6 +373,7 @@ def _listing(root: Path, shards: list[Shard]) -> str:
 
 
 def _open(shard: Shard, name: str) -> NDArray[np.floating]:
+    """Map the rows of array ``name`` ("image" or "text") of a shard into memory."""
     path = shard.image if name == "image" else shard.text
     rows = map_matrix(path)
     if rows.shape != shard.shape:
@@ -365,6 +385,7 @@ def _open(shard: Shard, name: str) -> NDArray[np.floating]:
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
+    """Return the (M,) ascending numbers of the rows of a fold, over all shards."""
     files = [(shard.metadata, shard.shape[0]) for shard in shards if shard.metadata is not None]
     if len(files) < len(shards):
         raise UsageError(

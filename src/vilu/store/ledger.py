@@ -1,9 +1,13 @@
-"""A folder that a run fills part by part: who may write, what is there, and what vouches for it.
+"""A folder that a run fills part by part, so that a run that was killed can be resumed.
 
-``run.json`` says what is made and comes first; the files of a part come before its receipt, so the
-part exists if and only if its receipt does and the sizes agree; ``manifest.json`` seals the whole
-and comes last. Every file is written atomically, so a kill at any moment costs no more than the
-part under way.
+The files are written in this order:
+
+1. ``run.json`` describes the run.
+2. For each part, its files, and then its receipt with their sizes and hashes. A part counts as
+   done only if its receipt exists and the sizes agree.
+3. ``manifest.json`` marks the folder as complete (sealed).
+
+Every file is written atomically. So if the process is killed, only the unfinished part is lost.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, Vi
 from vilu.progress import Silence, Task, track
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
-"""Names of the files that a run writes; those of marks (``Part.attempts``) are numbers alone."""
+"""Names of the files that a run writes. The files of ``Part.attempts`` have digits only."""
 
 RECEIPTS = "receipts"  # folder of the receipts
 ABSENT = "it is not there"
@@ -58,23 +62,27 @@ class FileInfo(Model):
 
 
 class AnyPart(Protocol):
-    """A share of the work, with the names of its files."""
+    """A part of the work, with the names of its files."""
 
     @property
     def number(self) -> int:
-        """From 0."""
+        """Number of the part, from 0."""
 
     @property
     def receipt(self) -> str:
-        """Written last."""
+        """Name of the receipt file, which is written after the other files."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What the receipt vouches for, in the order in which it is written."""
+        """Names of the files that the receipt lists, in the order in which they are written."""
 
 
 class AnyReceipt(Document):
-    """Vouches for the files of a part, by name; each kind places these two among its own fields."""
+    """Sizes and hashes of the files of a part.
+
+    Every subclass defines the fields ``fingerprint`` and ``files`` at the position that the JSON
+    file needs.
+    """
 
     if TYPE_CHECKING:
         fingerprint: str
@@ -86,14 +94,14 @@ R = TypeVar("R", bound=AnyReceipt)
 
 
 class Ledger(ABC, Generic[P, R]):
-    """What a run has to do in its folder, and what is done."""
+    """The parts of a run in its folder: which are done, and which are to be done."""
 
-    what: ClassVar[str]  # what the folder is, for messages
-    command: ClassVar[str]  # what makes it, for messages
-    doing: ClassVar[str]  # what a process does that holds its lock, for messages
-    kind: ClassVar[str | None] = None  # what its run.json calls it
+    what: ClassVar[str]  # name of this kind of folder, for messages
+    command: ClassVar[str]  # command that makes the folder, for messages
+    doing: ClassVar[str]  # what the process that holds the lock is doing, for messages
+    kind: ClassVar[str | None] = None  # value of "kind" in its run.json
     documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)
-    folders: ClassVar[tuple[str, ...]]  # its sub-folders, those that only some runs have included
+    folders: ClassVar[tuple[str, ...]]  # all sub-folders that a run can have
 
     def __init__(self, root: Path, fingerprint: str, parts: Sequence[P], kind: type[R]) -> None:
         self.root = root
@@ -104,24 +112,24 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     @contextmanager
     def claim(cls, root: Path, patience: float = 0.0) -> Iterator[None]:
-        """Make the folder and hold its lock; the system lets go of it when the process dies."""
-        # The place is checked before the folder is made: a refusal must leave nothing behind.
+        """Make the folder and hold its lock; the system releases the lock if the process dies."""
+        # The check comes first, so that a refusal does not leave a new folder behind.
         cls.check_place(root)
         with or_refuse(f"write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        # The lock is for what concerns the whole folder: two drivers could otherwise seal, unseal
-        # and clear it under each other's hands. Parts need none, every writer has the same bytes.
+        # The lock protects sealing, unsealing and clearing the whole folder against a second
+        # driver. Parts need no lock, since every process would write the same bytes.
         with locked(root, cls.doing, patience):
             yield
 
     @classmethod
     def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
-        """Refuse a folder with anything but a run of this kind.
+        """Refuse a folder that holds anything else than a run of this kind.
 
-        To be overwritten, it may hold nothing but the files of that run.
+        With ``overwrite``, a folder with files that no run writes is also refused.
         """
-        # Looked at before its run.json: another process may begin here just now, and its files
-        # would then be taken for somebody else's.
+        # First check whether the folder is empty, then for run.json. In the other order, another
+        # process could begin a run in between, and its files would count as foreign.
         is_new = not root.is_dir() or not entries(root)
         begun = is_new or cls.has_begun(root)
         if not begun and (root / RUN).is_file():
@@ -130,24 +138,25 @@ class Ledger(ABC, Generic[P, R]):
             )
         claim_folder(root, cls.what, lambda _: False, same=begun)
         if overwrite and root.is_dir():
-            # clear() removes whole sub-folders, so a user's own file in one would go with it
+            # clear() removes whole sub-folders, including any file that the user put there
             require_no_others(root, cls.what, cls._foreign_files(root))
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
-        """Whether a run of this kind has begun in a folder, as far as ``run.json`` tells."""
+        """Whether a folder has the ``run.json`` of a run of this kind, or a damaged one."""
         if not (root / RUN).is_file():
             return False
         try:
             content = parse_json(read_bounded(root / RUN, "Give another folder", DataError))
         except (ValueError, RecursionError):
-            # Whoever reads it next says what is wrong with it; "of another kind" would mislead.
+            # The next reader reports the damage. False would lead to the message that the run is
+            # of another kind.
             return True
         return content.get("kind") == cls.kind
 
     @classmethod
     def _foreign_files(cls, root: Path) -> Iterator[Path]:
-        """The files and folders in the folder that no run has written."""
+        """Yield the files and folders in ``root`` that no run writes."""
         run_folders = {RECEIPTS, *cls.folders}
         for path in entries(root):
             if path.name in run_folders and path.is_dir():
@@ -159,7 +168,7 @@ class Ledger(ABC, Generic[P, R]):
 
     @classmethod
     def require_begun(cls, root: Path) -> None:
-        """Refuse a folder of something else."""
+        """Raise DataError where a folder has no ``run.json``."""
         if not (root / RUN).is_file():
             raise DataError(
                 f"{root} is no {cls.what} (it has no {RUN}). Make one with `{cls.command}`."
@@ -167,9 +176,9 @@ class Ledger(ABC, Generic[P, R]):
 
     @classmethod
     def require_sealed(cls, root: Path) -> None:
-        """Refuse a folder of something else, or one that is not complete."""
+        """Raise DataError where a folder has no ``run.json``, or is not complete."""
         cls.require_begun(root)
-        # Parts alone do not tell that all are there: only the manifest is written after the last.
+        # The manifest is written after the last part, so it shows that all parts are done.
         if not (root / MANIFEST).is_file():
             raise DataError(
                 f"{root} is not complete. Run the same `{cls.made_by(root)}` again: it goes on "
@@ -177,15 +186,14 @@ class Ledger(ABC, Generic[P, R]):
             )
 
     @classmethod
-    def made_by(cls, root: Path) -> str:  # noqa: ARG003 - asked where several commands make them
-        """The command that has begun a folder."""
+    def made_by(cls, root: Path) -> str:  # noqa: ARG003 - a subclass reads the folder
+        """Return the command that began a folder."""
         return cls.command
 
     def begin(self, run: Document, folders: Iterable[str]) -> None:
-        """Write ``run.json``, unless it is there, make the sub-folders, and remove leftovers."""
-        # run.json comes first: parts without it would belong to no run that anybody knows, and the
-        # next command would refuse the folder as somebody else's. It is never replaced: parts that
-        # are there belong to the run that it names.
+        """Write ``run.json`` unless it exists, make the sub-folders, and remove temporary files."""
+        # run.json comes first: the next command refuses a folder with parts and no run.json.
+        # An existing run.json is never replaced, since it describes the parts in the folder.
         if not (self.root / RUN).is_file():
             run.write(self.root / RUN)
         with or_refuse(f"prepare {self.root}"):
@@ -194,7 +202,7 @@ class Ledger(ABC, Generic[P, R]):
         self.clean()
 
     def clean(self) -> None:
-        """Remove the half-written files of processes that are dead, and no others."""
+        """Remove the temporary files of dead processes."""
         folders = [self.root / name for name in self.folders]
         with or_refuse(f"clean {self.root}"):
             for folder in [self.root, *folders]:
@@ -203,28 +211,27 @@ class Ledger(ABC, Generic[P, R]):
 
     def seal(self, manifest: Document) -> None:
         """Mark the folder as complete."""
-        # Readers take the manifest as the promise that every part is there: written any earlier,
-        # a kill before the last part would leave a folder that opens and lacks rows.
+        # To be called after the last part, because a manifest states that all parts are done.
         manifest.write(self.root / MANIFEST)
 
     def unseal(self) -> None:
         """Mark the folder as not complete."""
-        # To be called before the first part is written anew: a kill between two parts would leave
-        # a manifest that vouches for parts which are no longer there.
+        # To be called before the first part is replaced: otherwise a kill between two parts would
+        # leave a manifest that does not fit the parts.
         with or_refuse(f"change {self.root}"):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the files that a run wrote, if nothing else lies there."""
+        """Remove the files that a run wrote; refuse a folder that holds other files, too."""
         self.check_place(self.root, overwrite=True)
-        # The manifest goes first: no reader may open what is half removed.
+        # The manifest is removed first, so that no reader opens a folder that is partly removed.
         self.unseal()
         with or_refuse(f"remove the old {self.what} in {self.root}"):
             for name in (RECEIPTS, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            # run.json goes last: a kill before that leaves a run, which can be cleared again or
-            # gone on with; without it the rest would be somebody else's, and be refused.
+            # run.json is removed last: as long as it exists, an interrupted removal can be
+            # repeated. Files without a run.json are refused.
             for name in (*self.documents[1:], RUN):
                 (self.root / name).unlink(missing_ok=True)
 
@@ -232,14 +239,21 @@ class Ledger(ABC, Generic[P, R]):
     def stated_and_planned(
         self, part: P, receipt: R
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """The facts that a receipt states of its part, and the same facts as the run has them."""
+        """Return the facts about a part in its receipt, and the same facts as the run plans them.
+
+        The two tuples are equal if the receipt belongs to this part.
+        """
 
     def receipt(self, part: P) -> R:
-        """The receipt of a part that is there in full."""
+        """Return the receipt of a part whose files all exist with the right sizes.
+
+        Raises:
+            StorageError: If the receipt is damaged, or a file is missing or has another size.
+            ProvenanceError: If the receipt belongs to another run.
+        """
         path = self.root / part.receipt
         receipt = read_document(path, self._kind)
-        # A receipt that was copied from another folder is whole, and of other inputs: its rows
-        # would be mixed with ours.
+        # A receipt copied from another folder can be intact, but its rows have other inputs.
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "
@@ -252,7 +266,7 @@ class Ledger(ABC, Generic[P, R]):
 
     def _require_facts(self, part: P, receipt: R) -> None:
         """Refuse a receipt that describes another part."""
-        # A receipt under the number of another part would shift all rows after it.
+        # The receipt of another part would shift all later rows.
         stated, planned = self.stated_and_planned(part, receipt)
         described = (*stated, tuple(receipt.files))
         expected = (*planned, part.files)
@@ -263,9 +277,9 @@ class Ledger(ABC, Generic[P, R]):
             )
 
     def _require_size(self, name: str, n_bytes: int) -> None:
-        """Refuse a file that is missing or has another size than its receipt says."""
-        # The receipt was written after the file, so on this disk the file is whole; but a copy of
-        # the folder may have been cut short, and a file may have been removed.
+        """Raise StorageError where a file is missing or has another size than in its receipt."""
+        # The run wrote the whole file before the receipt. But the folder may be an incomplete copy,
+        # and the file may have been removed since.
         path = self.root / name
         if not path.is_file():
             state = "is missing"
@@ -280,27 +294,27 @@ class Ledger(ABC, Generic[P, R]):
         )
 
     def look_up(self, part: P, *, deep: bool = True) -> R | str:
-        """The receipt of a part that is there in full, or else what the part lacks.
+        """Return the receipt of a part that is done, or else the reason why it is not.
 
-        ``deep``: its bytes are hashed too.
+        With ``deep``, the files of the part are also compared with their hashes.
         """
-        # The files come before the receipt, so without it the part counts as not begun.
+        # The receipt is written last, so a part without a receipt is not done.
         if not (self.root / part.receipt).exists():
             return ABSENT
         try:
             receipt = self.receipt(part)
             if deep:
-                # a damaged disk changes bytes and leaves sizes as they are
+                # a damaged disk can change bytes without changing sizes
                 verified = Vouched(self.root, [receipt])
                 for name in part.files:
                     verified(name)
         except ViLUError as error:
-            # not raised: a part that is damaged is done again, and the message says why
+            # not raised: a damaged part is done again, and the message says why
             return str(error)
         return receipt
 
     def survey(self, *, deep: bool = True) -> tuple[list[P], list[R]]:
-        """Parts to do, and the receipts of the parts that are done."""
+        """Return the parts to be done, and the receipts of the parts that are done."""
         missing: list[P] = []
         receipts: list[R] = []
         with self._survey_progress(deep=deep) as task:
@@ -316,19 +330,19 @@ class Ledger(ABC, Generic[P, R]):
         return missing, receipts
 
     def _survey_progress(self, *, deep: bool) -> AbstractContextManager[Task]:
-        """Progress that is shown where a survey reads files; without receipts it takes no time."""
+        """Return a progress bar where the survey will read files, else a silent substitute."""
         if deep and any((self.root / part.receipt).exists() for part in self.parts):
             return track("Checking parts", len(self.parts), "parts")
         return nullcontext(Silence())
 
     def verify(self) -> None:
-        """Read every byte of every part, and compare it with what was written."""
+        """Read all files of all parts, and compare them with the hashes in the receipts."""
         for receipt in self.receipts():
             for name, info in receipt.files.items():
                 require_hash(self.root / name, info.sha256, self._kind.again)
 
     def receipts(self) -> list[R]:
-        """Those of all parts, each of which must be there in full."""
+        """Return the receipts of all parts; raises as ``receipt`` where a part is not done."""
         return [self.receipt(part) for part in self.parts]
 
     def write(
@@ -338,83 +352,84 @@ class Ledger(ABC, Generic[P, R]):
         infos: dict[str, FileInfo] = {}
         for name in part.files:
             infos[name] = write_hashed(self.root / name, payloads[name])
-        # The receipt comes last: a kill before it leaves files that nobody reads, and the part is
-        # done again. Written first, it would vouch for files that are not there.
+        # The receipt comes last: if the process is killed before, the part has no receipt and is
+        # done again. A receipt written first could list files that do not exist.
         receipt = receipt_of(infos)
         receipt.write(self.root / part.receipt)
         return receipt
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove from a folder the files of a run that a dead process was still writing."""
+    """Remove from a folder the temporary files that dead processes of a run left."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
-        # Three guards: a file of another program stays, and so does one of which a process that
-        # is alive, here or on another machine, is to rename it in a moment.
-        if match is None or not OURS.fullmatch(match["name"]):
-            continue
-        if is_leftover(path):
-            # another process may clean at the same time
+        is_temporary = match is not None and OURS.fullmatch(match["name"])
+        # Files of other programs are kept, and so are files that a living process, here or on
+        # another machine, is still writing.
+        if is_temporary and is_leftover(path):
+            # missing_ok: another process may clean at the same time
             path.unlink(missing_ok=True)
 
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
-    """Write a file atomically; its size and hash are of the bytes that were to be written."""
+    """Write a file atomically, and return size and hash of ``payload``."""
     write_bytes(path, payload)
-    # Not read back: a disk that has changed bytes on the way would be vouched for.
+    # The hash is computed from ``payload`` and not from the file, so it reveals errors in writing.
     return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
-def require_hash(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> None:
-    """Refuse a file with other bytes than those that its voucher names."""
+def require_hash(path: Path, sha256: str, again: str, document: str = "its receipt") -> None:
+    """Raise StorageError where the SHA-256 of a file is not ``sha256``.
+
+    For the message, ``document`` is the document that states the hash, and ``again`` is advice on
+    what to do.
+    """
     if file_hash(path) != sha256:
         raise StorageError(
-            f"{path} is damaged: it does not hold the bytes that {voucher} vouches for. {again}."
+            f"{path} is damaged: its SHA-256 is not the one stated in {document}. {again}."
         )
 
 
 _verified: set[tuple[int | str, ...]] = set()
-_verifying = Lock()
+_lock = Lock()
 
 
 def _unlock_in_child() -> None:
-    # A fork copies the lock as it is, but not the thread that holds it: nobody would ever let go
-    # of it in the child, which would wait for it without end.
-    global _verifying  # noqa: PLW0603 - a thread that held it stayed behind in the parent
-    _verifying = Lock()
+    # A fork copies a held lock, but not the thread that holds it. In the child the lock would never
+    # be released, so the child gets a new lock.
+    global _lock  # noqa: PLW0603 - the lock belongs to the whole process
+    _lock = Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def alone() -> Lock:
-    """The lock of what one thread does at a time; a forked process finds it open."""
-    return _verifying
+def one_thread() -> Lock:
+    """Return the lock for work that only one thread may do at a time; released after a fork."""
+    return _lock
 
 
-def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> Path:
-    """The path of a file, which ``require_hash`` has let pass in this process.
+def require_hash_once(path: Path, sha256: str, again: str, document: str = "its receipt") -> Path:
+    """Return the path of a file after ``require_hash``, which runs once per file and process.
 
-    The bytes are read again only if the system says that the file is another one or was written to
-    since (device, inode, size, times). What happens to a file after it was opened is not seen.
-    Threads may ask at the same time.
+    The file is read again only if its device, inode, size or times have changed. A change of the
+    file after it was opened is not noticed. Threads may call this at the same time.
     """
     with or_refuse(f"read {path}"):
         state = path.stat()
-    # The path is not in the key: a file that took the place of a verified one has another inode,
-    # and has to be read.
+    # The inode identifies the file. The path does not: another file can have replaced it there.
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, sha256)
-    # Hashing is within the lock: threads that open the same part at once would each read all of it.
-    with alone():
+    # The lock is held while hashing, so that threads which open the same part read it only once.
+    with one_thread():
         if key not in _verified:
-            require_hash(path, sha256, again, voucher)
+            require_hash(path, sha256, again, document)
             _verified.add(key)
     return path
 
 
 class Vouched:
-    """Files of parts by name: the path of each, once its bytes are those of its receipt."""
+    """The files of parts: a call with a name verifies the hash of the file and returns its path."""
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
@@ -425,19 +440,19 @@ class Vouched:
                 self._sha256[name] = info.sha256
 
     def __call__(self, name: str) -> Path:
-        """The path of one; StorageError if it is damaged."""
+        """Return the path of the file ``name``; StorageError if the file is damaged."""
         return require_hash_once(self._root / name, self._sha256[name], self._again)
 
 
 class Reopened:
-    """What lies in a folder and is pickled as its path.
+    """Base of objects that read a folder and are pickled as the path of the folder.
 
-    It is opened again where it arrives, and refused if it has changed.
+    Unpickling opens the folder again. It raises ProvenanceError if the folder has changed since.
 
     Attributes:
         path: The folder.
-        seal: Hash of what makes it another one.
-        options: What it was opened with beside the path.
+        seal: Hash of the content of the folder, to notice a change.
+        options: Further keyword arguments with which the folder was opened.
     """
 
     path: Path
@@ -449,7 +464,7 @@ class Reopened:
     ) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
         # The path is absolute: the process that opens it may have another working folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # Which rows ``without`` has set aside is in no file, and would be lost on the way.
+        # The rows that ``without`` left out are stored in no file, so they are pickled, too.
         state = vars(self)
         if "_left" not in state:
             return reopen, arguments, None
@@ -460,9 +475,9 @@ class Reopened:
 def reopen(
     kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str
 ) -> Reopened:
-    """What was pickled, from its folder; ProvenanceError if that is another one now."""
+    """Return a pickled object, opened again; ProvenanceError if its folder has changed."""
     reopened = kind(path, **options)
-    # A worker would otherwise read other rows than the process that sent it.
+    # Without this check, a worker could read other rows than the process that started it.
     if reopened.seal != seal:
         raise ProvenanceError(
             f"{path} has changed since it was pickled: its fingerprint was {seal} and is now "
@@ -472,9 +487,9 @@ def reopen(
 
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
-    """Hash over the hashes of every file of every part, in order."""
-    # In the manifest it ties the parts together: a part of another run of the same inputs, whose
-    # bytes differ by rounding, would otherwise pass.
+    """Return a hash of the hashes of all files of all parts, in order."""
+    # The manifest holds this hash, which reveals a part that was copied from another run with the
+    # same inputs. The bytes of such a part can differ by rounding.
     hashes: list[str] = []
     for receipt in receipts:
         hashes += [info.sha256 for info in receipt.files.values()]

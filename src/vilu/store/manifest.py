@@ -1,4 +1,4 @@
-"""What stands in the JSON files of a store: its inputs, its run, receipts and the manifest."""
+"""The JSON files of a store: run with its inputs, receipts, class table and manifest."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
 
 class StoreDocument(Document):
-    """A file of a store."""
+    """Base class of the JSON files of a store."""
 
     again = "Run `vilu embed` (or `vilu import`) again"
 
 
-SMALLEST = 0.5  # smallest share of the area that a view shows
+MIN_AREA = 0.5  # smallest share of the area that a view shows
 
 
 class Views(Model):
-    """V random crops, each mirrored or not, on their way into the model's own preprocessing.
+    """V random crops of each image, mirrored with probability 1/2, before the preprocessing.
 
-    A crop has the shape of the picture, so that the preprocessing treats it as it treats the
-    picture: a share of the area uniform in [1/2, 1], at a uniform place. View v of an image depends
-    on nothing but its key, v and the seed.
+    A crop has the aspect ratio of the image, so that the preprocessing treats both alike. Its share
+    of the area is uniform in [1/2, 1], and its position is uniform. View v of an image depends only
+    on the key of the image, v and the seed.
     """
 
-    n: Annotated[int, Field(ge=1)]  # V
-    seed: int = 0  # of the views
-    # what is drawn; part of what a store is made from
+    n: Annotated[int, Field(ge=1)]  # number of views per image, V
+    seed: int = 0  # seed of the views
+    # description of the random crops; it is one of the inputs of a store
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
 
     def of(self, image: Image.Image, key: str) -> list[Image.Image]:
-        """The V views of a picture."""
+        """Return the V views of an image."""
         return [augment(image, *_uniform(self.seed, number, key)) for number in range(self.n)]
 
 
 def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
-    """A crop, mirrored or not, from four numbers in [0, 1)."""
-    # the side is the root of the share of the area, which is uniform
-    side = math.sqrt(SMALLEST + (1 - SMALLEST) * area)
+    """Return a crop of an image, possibly mirrored, from four uniform numbers in [0, 1)."""
+    # the share of the area is uniform, so the share of each side is the root of it
+    side = math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
     width, height = (max(round(side * length), 1) for length in image.size)
     x = int(left * (image.width - width + 1))
     y = int(top * (image.height - height + 1))
@@ -67,9 +67,12 @@ def augment(image: Image.Image, area: float, left: float, top: float, mirror: fl
 
 
 def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
-    """Four numbers in [0, 1) from a hash, which no version of a library will draw otherwise."""
+    """Return four uniform numbers in [0, 1) from a hash.
+
+    Unlike a random generator, a hash gives the same numbers in every version of a library.
+    """
     words = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogatepass")).digest()
-    # a float64 holds 53 bits, so the upper 53 of each 64 are a uniform number without rounding
+    # a float64 has 53 bits of precision: the upper 53 of 64 bits make a number without rounding
     area, left, top, mirror = (np.frombuffer(words, "<u8") >> np.uint64(11)) * 2.0**-53
     return float(area), float(left), float(top), float(mirror)
 
@@ -77,15 +80,15 @@ def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, flo
 CLASSES = "classes.json"
 TEXT: Final = "text_emb/classes.npy"
 IMAGE: Final = "img_emb"
-"""The array of the image embeddings; arrays of columns have the columns' names."""
+"""Name of the array of image embeddings; the array of a column has the name of the column."""
 
-# the array of the embeddings of the images' captions, where they have some
+# name of the array of caption embeddings, in stores with captions
 CAPTION: Final = "text_emb"
-# more files than a file system likes; also keeps a forged document from asking for endless work
+# file systems are slow with more files; also, a forged document cannot ask for endless work
 MAX_PARTS = 1_000_000
 
 SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
-"""What the class table repeats of the run."""
+"""Fields of the run that the class table repeats."""
 
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
@@ -94,51 +97,52 @@ ImageColumn = Literal["features", "views", "second_image"]
 
 
 class Imported(Model):
-    """What is known of arrays that no model of ours made."""
+    """Facts about embeddings that were imported, not computed by vilu."""
 
-    # what is kept of each row beside its embedding, with the shape of one row
+    # columns of the images, with the shape of one row
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         default_factory=dict
     )
-    # whether rows came with identifiers; else their keys are their numbers, which identify nothing
+    # whether the rows had identifiers; if not, their keys are their numbers, which tell nothing
+    # about the images
     ids: bool
-    source: str | None = None  # where they come from, as the user said it
+    source: str | None = None  # origin of the embeddings, as the user described it
 
 
 class Inputs(StoreDocument):
-    """Everything that decides what a store holds; its hash is the fingerprint of the run.
+    """Everything that decides what a store holds; the hash of it is the fingerprint of the run.
 
-    Batch size, device and number of threads are not among them: they move a value by rounding only,
-    and a run that ran out of memory must be able to go on with smaller batches.
+    Batch size, device and number of threads are not part of it, for two reasons. They change values
+    only by rounding, and a run that ran out of memory must be able to resume with smaller batches.
     """
 
     dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
-    # number of images, readable or not; of shards 0, since only reading them tells (the manifest
-    # has it)
+    # number of images, readable or not; 0 for a data set of shards, whose number of images is known
+    # only at the end (``Manifest.n_in``)
     n_in: Count
     split: str | None  # name of the split, if any
     space: EmbeddingSpace  # the embedding space, with all that is known about the model
-    # the K class names as they stand in the prompts; none where captions are the candidates
+    # the K class names as written in the prompts; empty if captions are the candidates
     names: tuple[str, ...]
     # the K class names as the data set has them; None when it is unlabelled
     folders: tuple[str, ...] | None
-    templates: tuple[str, ...]  # prompt templates; none where there are no classes
-    limits: dict[str, float]  # what an image may be (``ImageLimits``)
-    part_size: Annotated[int, Field(ge=1)]  # images per part, or shards
-    dtype: Literal["float16", "float32"]  # number format of what is stored of the images
-    # width F of the features that are kept of each image; None where they are not
+    templates: tuple[str, ...]  # prompt templates; empty if there are no classes
+    limits: dict[str, float]  # limits of the images (``ImageLimits``)
+    part_size: Annotated[int, Field(ge=1)]  # images per part, or shards per part
+    dtype: Literal["float16", "float32"]  # number format of the arrays of the images
+    # width F of the stored features of each image; None if features are not stored
     features: Annotated[int, Field(ge=1)] | None = None
-    views: Views | None = None  # augmented views whose embeddings are kept of each image, if any
-    prompts: tuple[str, ...] = ()  # templates in which the embedding of every class is kept
-    # words, none of which need be a class, whose embedding is kept in ``templates``
+    views: Views | None = None  # augmented views whose embeddings are stored, if any
+    prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
+    # words of the column ``negatives``, embedded in ``templates``; they need not be classes
     negatives: tuple[str, ...] = ()
-    # whether each image has a caption, whose embedding is kept, and there are no classes
+    # whether images have captions, whose embeddings are stored; then there are no classes
     captions: bool = False
-    # number of shards of which the parts are made; 0 where they are made of images
+    # number of shards, if parts are made of shards; 0 if parts are made of images
     shards: Count = 0
-    # names of folders or labels, as the data have them, that are none of the classes
+    # folders or labels, as the data set has them, whose images are of none of the classes
     outside: tuple[str, ...] = ()
-    imported: Imported | None = None  # of embeddings that were imported; None where they were made
+    imported: Imported | None = None  # facts about imported embeddings; None for computed ones
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
@@ -162,12 +166,12 @@ class Inputs(StoreDocument):
 
     @property
     def extent(self) -> int:
-        """Number of what parts are made of: images, or shards."""
+        """Number of shards if parts are made of shards, else number of images."""
         return self.shards or self.n_in
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """What is kept of an image, by name and shape; the embedding first."""
+        """The shape of one row of each stored array of the images, by name; embeddings first."""
         dim = self.space.embed_dim
         shapes: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
         if self.imported is not None:
@@ -184,14 +188,14 @@ class Inputs(StoreDocument):
 
     @property
     def pictures(self) -> bool:
-        """Whether the metadata hold a digest of every picture, by which rows are recognised."""
+        """Whether the metadata hold a digest of every image, which identifies the row."""
         return self.imported is None
 
     def identity(self) -> dict[str, object]:
-        """The fields that are hashed, one level deep (``space.weights``)."""
+        """Return the fields that the fingerprint covers; nested fields by "space.weights" etc."""
         hashed = set(Inputs.model_fields)
         if self.shards:
-            # it is known only once all shards have been read, and is 0 until then
+            # n_in is 0 in the run, and known when all shards have been read
             hashed.remove("n_in")
         flat: dict[str, object] = {}
         for name, value in self.model_dump(mode="json", include=hashed).items():
@@ -203,7 +207,7 @@ class Inputs(StoreDocument):
         return flat
 
     def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Refuse to mix the rows of two different runs."""
+        """Raise ProvenanceError if other ``inputs`` are to be added to a store of this run."""
         before = self.identity()
         now = inputs.identity()
         differences: list[str] = []
@@ -221,11 +225,11 @@ class Inputs(StoreDocument):
 
 
 class Run(Inputs):
-    """``run.json``, written first."""
+    """``run.json``, the first file of a store."""
 
     fingerprint: str  # hash of the inputs
-    dataset: str  # where the images came from, for people (base name only)
-    vilu: str  # version that began the run
+    dataset: str  # name of the data set for people: the base name of its source
+    vilu: str  # version of vilu that began the run
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:
@@ -235,12 +239,12 @@ class Run(Inputs):
 
 
 class Counted(StoreDocument):
-    """Every image that went in came out as a row or as an error."""
+    """Counts of images; every image is either a row or an error."""
 
-    n_in: Count
-    n_ok: Count
-    n_error: Count
-    errors: dict[str, Count]
+    n_in: Count  # images
+    n_ok: Count  # rows
+    n_error: Count  # errors
+    errors: dict[str, Count]  # errors by kind
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -255,40 +259,40 @@ class Counted(StoreDocument):
 
 
 class ArrayInfo(FileInfo):
-    """Of a file of a float32 array, with its shape."""
+    """Size and SHA-256 of a file of a float32 array, and the shape of the array."""
 
     shape: tuple[Count, ...]
 
 
 class Receipt(AnyReceipt, Counted):
-    """``receipts/00000.json``, written last of a part.
+    """``receipts/00000.json``, the last file of a part.
 
-    The part exists if and only if its receipt does and the sizes agree.
+    The part is done if its receipt exists and its files have the sizes in the receipt.
     """
 
     fingerprint: str  # fingerprint of the run
     part: Count  # number of the part
     start: Count  # position of its first image, or number of its first shard
     stop: Count  # position after its last image, or number after its last shard
-    files: dict[str, FileInfo]  # its files by name
+    files: dict[str, FileInfo]  # files of the part by name
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
+    # ``ShardedDataset.shard_fingerprint`` before the shards were read; empty without shards
     source: str = ""
 
 
 class StoredClasses(StoreDocument):
-    """``classes.json``: the K candidates and how their texts were made."""
+    """``classes.json``: the K candidates, and how their texts were made."""
 
-    names: tuple[str, ...]  # class names as they stand in the prompts
+    names: tuple[str, ...]  # class names as written in the prompts
     folders: tuple[str, ...] | None  # class names as the data set has them
-    templates: tuple[str, ...]  # prompt templates; the K texts are their mean, normalised
+    templates: tuple[str, ...]  # prompt templates; a class text is the normalised mean over them
     tokenizer: str | None  # description of the tokenizer
     text_emb: Literal["text_emb/classes.npy"] = TEXT  # file of the (K, D) float32 text embeddings
-    text_file: FileInfo  # its size and hash
+    text_file: FileInfo  # size and hash of the file ``text_emb``
     features: int | None = None  # width of the image features, as in the run
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
     negatives: tuple[str, ...] = ()  # words of the column ``negatives``
-    # what else is kept of the classes and the model, each in ``columns/NAME.npy``
+    # columns of the classes and of the model; column NAME is in ``columns/NAME.npy``
     columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
     hash: str
 
@@ -302,9 +306,9 @@ class StoredClasses(StoreDocument):
     def of(
         cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
     ) -> Self:
-        """The table of a run whose text embeddings are in a file, and its columns in others."""
+        """Return the class table of a run, given the files of its text embeddings and columns."""
         shared = {name: getattr(run, name) for name in SHARED}
-        # without validation: it would ask for the hash, which is of all other fields
+        # without validation, which needs the hash; the hash is computed from the other fields
         draft = cls.model_construct(
             **shared,
             tokenizer=run.space.tokenizer,
@@ -314,23 +318,23 @@ class StoredClasses(StoreDocument):
         return draft.model_copy(update={"hash": draft.digest()})
 
     def digest(self) -> str:
-        """Hash of all other fields."""
+        """Return the hash of all fields except ``hash``."""
         return digest(self.model_dump(mode="json", exclude={"hash"}))
 
 
 class Manifest(Counted, Run):
-    """``manifest.json``, written at the end: the store is complete and within its error budget."""
+    """``manifest.json``, the last file: the store is complete and within its error budget."""
 
     parts: Count  # number of parts
     classes: str  # hash of the class table; empty where captions are the candidates
-    content: str  # hash over the SHA-256 of every file of every part
+    content: str  # hash of the SHA-256 of all files of all parts (``content_hash``)
 
 
 logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """The columns (``vilu.embeddings.columns``) of classes and model of a run, float32."""
+    """Compute the float32 columns (``vilu.embeddings.columns``) of classes and model of a run."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)
@@ -345,10 +349,13 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 
 
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Both last maps and the text features that go into the text's, where there are such maps."""
+    """Compute the last linear maps of both towers, and the text features (input of the text map).
+
+    Empty if the last maps are not linear. There are no text features with several templates.
+    """
     if backbone.projections is None:
         logger.info(
-            "the last maps of %s are not both linear: of its features the images' are kept",
+            "the last maps of %s are not both linear: only the features of the images are stored",
             run.space.backbone,
         )
         return {}
@@ -356,7 +363,7 @@ def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     columns: dict[ClassColumn, Tensor] = {"image_projection": image, "text_projection": text}
     if len(run.templates) != 1:
         logger.info(
-            "no text_features: a class text is the mean over %d templates, of no text",
+            "no text_features: a class text is a mean over %d templates, not one text",
             len(run.templates),
         )
         return columns

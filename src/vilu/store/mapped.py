@@ -1,4 +1,4 @@
-"""Rows in files as a source: mapped into memory part by part, and read by several threads."""
+"""Sources whose rows are in files: memory-mapped part by part, and read by several threads."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ R = TypeVar("R")
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
 ) -> Iterator[Iterator[R]]:
-    """Results of ``function`` in the order of ``items``, by threads, at most ``ahead`` in advance.
+    """Yield an iterator over ``function`` of each item, in order, computed by threads.
 
-    On leaving the block, also by an exception, nothing more is begun.
+    At most ``ahead`` results are computed in advance. When the block ends, also by an exception,
+    calls that have not started are cancelled.
     """
     pool = ThreadPoolExecutor(
         workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
@@ -57,57 +58,59 @@ def in_threads(
 
 
 def _stay_on_one_core() -> None:
-    """Keep the tensors of a decoding thread on its own core.
+    """Limit the tensor operations of the calling thread to one core.
 
-    Otherwise every such thread has a team of threads, and they all fight with the model's.
-    ``torch.set_num_threads`` would change the whole process, the limit of OpenMP is this thread's
-    own.
+    Otherwise each decoding thread would start several OpenMP threads, which would compete with the
+    threads of the model. ``torch.set_num_threads`` would change the whole process, but the limit
+    of OpenMP is set for one thread.
     """
-    torch.get_num_threads()  # at its first use in a thread torch sets the limit itself
+    # torch sets the limit at its first use in a thread: this call makes it happen before our limit
+    torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """Decoding threads: one per core, at most 16."""
+    """Return the default number of decoding threads: one per core, at most 16."""
     return min(cores(), 16)
 
 
-# parts of a source that are mapped at a time, each with a file descriptor, of which a process
-# often has 1024
+# Maximum number of parts mapped at a time. Each needs a file descriptor, and a process often may
+# have only 1024.
 OPEN_PARTS = 320
 
-PAGE = 4096  # bytes that come with every row that is read, at least
-MAX_RESIDENT = 2**28  # bytes of all rows that were read that may stay in memory
+PAGE = 4096  # bytes of a page of memory: reading a row reads at least one page
+MAX_RESIDENT = 2**28  # maximum number of bytes of mapped files that stay in memory
 
-# rows that a pass of training reads together; 128 MiB in float16 at a width of 512
+# rows of a block (rows near each other on the disk) in training; 128 MiB in float16 at width 512
 BLOCK_ROWS = 2**17
-GROUP_BLOCKS = 8  # blocks whose rows are mixed; so many are read from at a time
+GROUP_BLOCKS = 8  # number of blocks whose rows are shuffled together
 
-READERS = 2
-"""Threads that read batches ahead: the disk works while a batch is used.
+N_READERS = 2
+"""Number of threads that read batches in advance, while another batch is used.
 
-Each computes on one core, since the work on a batch is too small to be shared out.
+Each thread computes on one core, since the work on a batch is too small for several cores.
 """
 
-AHEAD = 2  # batches that they read ahead
+AHEAD = 2  # number of batches read in advance
 
 
 class MappedParts:
-    """(N, ...) arrays cut into parts along their rows, each mapped when a row of it is asked for.
+    """(N, ...) arrays, cut along the rows into parts, which are mapped when they are needed.
 
     Args:
-        starts: (P + 1,) number of the first row of every part, and N.
-        shapes: What there is, by name, with the shape of one row.
-        open_part: (name, number of a part) -> its rows, of any float type.
-        most_open: Parts that are mapped at a time.
-        most_resident: Bytes of all rows that were read that may stay in memory.
+        starts: (P + 1,) number of the first row of every part, and N at the end.
+        shapes: Shape of one row of each array, by name.
+        open_part: Function of the name of an array and the number of a part, which returns the
+            rows of the part (any float type).
+        most_open: Maximum number of parts mapped at a time.
+        most_resident: Maximum number of bytes of mapped files that stay in memory.
     """
 
     def __init__(
@@ -125,22 +128,22 @@ class MappedParts:
         self.shapes = shapes
         self.open_part = open_part
         self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
-        self._touched = 0  # bytes of the pages that were read since all parts were let go of
-        self._widest = np.dtype(np.float16)  # type of the parts read so far
+        self._n_touched = 0  # bytes of pages read since all parts were last released
+        self._widest = np.dtype(np.float16)  # widest float type among the parts read so far
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def take(self, name: str, index: Tensor) -> Tensor:
-        """(B, ...) float32 rows ``index`` (int64) of an array."""
+        """Return the (B, ...) float32 rows ``index`` (int64) of an array."""
         wanted = index.numpy()
         if wanted.size:
             self._require_inside(int(wanted.min()), int(wanted.max()))
-        # sorted by part: indices order[bounds[p] : bounds[p + 1]] of ``wanted`` are in part p
+        # order[bounds[p] : bounds[p + 1]] are the indices into ``wanted`` of the rows in part p
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self.starts, sorter=order)
         rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
-        # one part at a time: all of them may be too many to hold open
+        # one part at a time, because all parts may be more than ``most_open``
         for number in np.flatnonzero(np.diff(bounds)).tolist():
             part = self._part(name, number)
             of_part = order[bounds[number] : bounds[number + 1]]
@@ -148,24 +151,25 @@ class MappedParts:
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
             rows[of_part] = part[wanted[of_part] - self.starts[number]]
-            self._touched += len(of_part) * max(PAGE, part[:1].nbytes)
-        return torch.from_numpy(rows).float()  # many times faster than numpy's conversion
+            self._n_touched += len(of_part) * max(PAGE, part[:1].nbytes)
+        return torch.from_numpy(rows).float()  # many times faster than the conversion of NumPy
 
     def _require_inside(self, least: int, most: int) -> None:
         if least < 0 or most >= len(self):
             raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {least} to {most}.")
 
     def _part(self, name: str, number: int) -> NDArray[np.floating]:
-        """A part, mapped. All are let go of when they are many, or when many pages were read.
+        """Return a mapped part. Several threads may call this at the same time.
 
-        Otherwise the system counts these as ours until it needs the room. Several threads may ask.
+        All mapped parts are released first if ``most_open`` or ``most_resident`` is reached.
+        Otherwise the pages read so far would count as memory of this process.
         """
         part = self._mapped.get((name, number))
         is_full = part is None and len(self._mapped) >= self.most_open
-        if is_full or self._touched >= self.most_resident:
-            # a new dict, not cleared: another thread may look into the old one just now
+        if is_full or self._n_touched >= self.most_resident:
+            # a new dictionary, since another thread may be using the old one
             self._mapped = {}
-            self._touched = 0
+            self._n_touched = 0
             part = None
         if part is None:
             part = np.asarray(self.open_part(name, number))
@@ -174,29 +178,34 @@ class MappedParts:
 
 
 class MappedSource(EmbeddingSource):
-    """A source whose rows are in files: what is near by number is near on the disk."""
+    """A source whose rows are in files, in the order of their numbers."""
 
     def _map_parts(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
-        """As every source's, but ahead, by threads, at most ``AHEAD`` of them."""
+        """Yield ``make`` of each part of the rows, in order; threads compute ``AHEAD`` ahead."""
         if len(parts) < 2:
             yield from map(make, parts)
             return
-        with in_threads(make, parts, READERS, AHEAD) as results:
+        with in_threads(make, parts, N_READERS, AHEAD) as results:
             yield from results
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in a random order for one pass of training (``shuffled_in_blocks``)."""
+        """Return the rows in a random order for an epoch of training (``shuffled_in_blocks``)."""
         return shuffled_in_blocks(rows, generator)
 
 
 def shuffled_in_blocks(
     rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
 ) -> Tensor:
-    """The rows in a random order of which a pass reads few blocks at a time, and each once.
+    """Return the rows in a random order in which at most ``GROUP_BLOCKS`` blocks are in use.
 
-    More than ``GROUP_BLOCKS`` blocks of ``block_rows`` are shuffled in two levels: the rows, in the
-    order of the disk, are cut into equal blocks, the blocks come in random order, and the rows of
-    each ``GROUP_BLOCKS`` of them (at least half as many) are mixed.
+    A block is about ``block_rows`` rows that are near each other on the disk, and is read once.
+
+    1. Cut the sorted rows into blocks of equal size.
+    2. Put the blocks in random order, and form groups of at most ``GROUP_BLOCKS`` blocks (at least
+       half as many).
+    3. Shuffle the rows within each group.
+
+    If there are no more than ``GROUP_BLOCKS`` blocks, all rows are shuffled together.
     """
     n_blocks = math.ceil(len(rows) / block_rows)
     if n_blocks <= GROUP_BLOCKS:
@@ -204,19 +213,19 @@ def shuffled_in_blocks(
     n_groups = math.ceil(n_blocks / GROUP_BLOCKS)
     blocks = rows.sort().values.tensor_split(n_blocks)
     order = torch.randperm(n_blocks, generator=generator)
-    mixed: list[Tensor] = []
+    shuffled: list[Tensor] = []
     for group in order.tensor_split(n_groups):
         members = torch.cat([blocks[number] for number in group.tolist()])
-        mixed.append(members[torch.randperm(len(members), generator=generator)])
-    return torch.cat(mixed)
+        shuffled.append(members[torch.randperm(len(members), generator=generator)])
+    return torch.cat(shuffled)
 
 
 class MappedPairs(PairSource, MappedSource):
-    """Pairs in memory-mapped parts: of the vectors only a batch's or a block's are in memory.
+    """Image-caption pairs in memory-mapped parts; only the vectors of a batch or block are loaded.
 
-    Per row there are its place in the order of the pools and in the fold (8 bytes each) and its
-    status (1 byte). Rows that fill no last pool have the status "short_pool". Hard pools are made
-    of blocks of rows (``PairSource``).
+    In memory are, per row, the index in the order of the pools and the index in the fold (8 bytes
+    each), and the status (1 byte). Rows that are left after the last full pool have the status
+    "short_pool". Hard pools are made within blocks of rows (``PairSource``).
     """
 
     def __init__(
@@ -236,41 +245,42 @@ class MappedPairs(PairSource, MappedSource):
         self._arrays = arrays
         self._chosen = None if chosen is None else torch.from_numpy(chosen)
         n_rows = len(rows) if chosen is None else len(chosen)
-        # a target is a candidate of a pool, so only batches know it; one number stands for all rows
+        # The target is an index into the candidates of a pool, so it exists only in a batch. Here
+        # it is unknown for all rows; ``expand`` stores the number once.
         self.target = torch.tensor(UNKNOWN).expand(n_rows)
 
     def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm image embeddings."""
+        """Return (B, D) float32 unit-norm image embeddings."""
         return self._take(self._arrays[0], index)
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm caption embeddings."""
+        """Return (B, D) float32 unit-norm caption embeddings."""
         return self._take(self._arrays[1], index)
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) positions of the usable rows that fill pools, in the order of the pools."""
+        """(M,) indices of the usable rows in full pools, in the order of the pools."""
         usable = self.pair_rows
         require_full_pools(len(usable), self.pools.size, str(self.path))
         return self._order(usable)
 
     @property
     def pair_rows(self) -> Tensor:
-        """(M,) positions of the usable rows, ascending."""
+        """(M,) indices of the usable rows, ascending."""
         if self._left is not None:
             return self._left
         return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows; it takes the order of the pools to know it."""
+        """(N,) status of the rows; computes the order of the pools, to find "short_pool"."""
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID
         return status
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """(N,) status of the embeddings themselves."""
+        """(N,) status of the rows by their embeddings alone, without "short_pool"."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     def _take(self, name: str, index: Tensor) -> Tensor:
@@ -279,7 +289,10 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ChosenNumbers(RowNumbers):
-    """Numbers of some rows, or as they were before rows were set aside."""
+    """Given numbers (or texts) as identifiers of rows, which identify nothing elsewhere.
+
+    For example, the numbers that rows had before some rows were left out.
+    """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
         super().__init__(len(numbers))
@@ -295,7 +308,13 @@ class ChosenNumbers(RowNumbers):
 
 
 class PartStrings(Identifiers):
-    """A string for every row, read part by part when asked for."""
+    """A string for every row, read part by part when it is needed.
+
+    Args:
+        starts: (P + 1,) number of the first row of every part, and the number of rows at the end.
+        read: Function of the number of a part, which returns the strings of its rows.
+        rows: (M,) ascending rows to which these identifiers are limited; None for all.
+    """
 
     def __init__(
         self,

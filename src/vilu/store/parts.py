@@ -1,4 +1,4 @@
-"""Parts of a store: what is in one, how it is written and read, and the classes beside them."""
+"""Parts of a store: their content, how they are written and read, and the files of the classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.ledger import FileInfo, Ledger, alone, require_hash_once, write_hashed
+from vilu.store.ledger import FileInfo, Ledger, one_thread, require_hash_once, write_hashed
 from vilu.store.manifest import (
     CLASSES,
     IMAGE,
@@ -41,9 +41,9 @@ from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
 
 @dataclass(frozen=True)
 class Part:
-    """Images ``start`` ... ``stop - 1`` of the data set, or those shards, and their files.
+    """Images (or shards) ``start`` ... ``stop - 1`` of the data set, and the names of their files.
 
-    File names follow LAION's layout, so its tools read the vectors and the metadata as they are.
+    File names follow LAION's layout, so that its tools can read the vectors and the metadata.
     """
 
     number: int
@@ -52,32 +52,35 @@ class Part:
     arrays: tuple[str, ...] = (IMAGE,)
 
     def array(self, name: str) -> str:
-        """(n_ok, ...) rows of an array."""
+        """File of the (n_ok, ...) rows of an array: one row per embedded image."""
         return f"{name}/{name}_{self.number:05d}.npy"
 
     @property
     def metadata(self) -> str:
-        """One row per embedding, in the same order."""
+        """File of the metadata: one row per embedding, in the same order."""
         return f"metadata/metadata_{self.number:05d}.parquet"
 
     @property
     def errors(self) -> str:
-        """One row per image without an embedding."""
+        """File of the errors: one row per image without an embedding."""
         return f"errors/errors_{self.number:05d}.parquet"
 
     @property
     def receipt(self) -> str:
-        """Written last."""
+        """File of the receipt, which is written after all other files of the part."""
         return f"receipts/{self.number:05d}.json"
 
     @property
     def attempts(self) -> str:
-        """One byte for each time that the part was begun and its process died."""
+        """File with one byte for each process that began the part and has not ended it.
+
+        Such a process is still at work, or died in the part.
+        """
         return f"attempts/{self.number:05d}"
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files that the receipt vouches for, in the order in which they are written."""
+        """Names of the files that the receipt lists, in the order in which they are written."""
         first, *more = map(self.array, self.arrays)
         return first, self.metadata, self.errors, *more
 
@@ -86,7 +89,7 @@ class Part:
 
 
 def plan(run: Run) -> list[Part]:
-    """All parts of a run, from nothing but the number of images (or shards) and the part size."""
+    """Return all parts of a run, from the number of images (or shards) and the part size."""
     arrays = tuple(run.arrays)
     parts: list[Part] = []
     for number, start in enumerate(range(0, run.extent, run.part_size)):
@@ -96,16 +99,20 @@ def plan(run: Run) -> list[Part]:
 
 
 def positions(run: Run, part: Part) -> range:
-    """Where the positions of a part's images are; of shards not all of them are taken."""
+    """Return the range of positions that the images of a part can have.
+
+    With shards, many of these positions have no image.
+    """
     if run.shards:
         return range(part.start * SHARD, part.stop * SHARD)
     return range(part.start, part.stop)
 
 
 def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
-    """Whether the sorted positions ``at`` are those of the ``n_in`` images of a part.
+    """Whether ``at`` (sorted) can be the positions of all ``n_in`` images of a part.
 
-    Without shards these are all positions of the part; with shards, the first ones in each shard.
+    Without shards, these must be all positions of the part. With shards, the positions in each
+    shard must begin at the first position of the shard and have no gap.
     """
     possible = positions(run, part)
     if not run.shards:
@@ -114,19 +121,19 @@ def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
         return False
     if n_in == 0:
         return True
-    # Positions count within a shard from a multiple of SHARD, so number 0 begins one.
-    number = at % SHARD
-    if at[0] < possible.start or at[-1] >= possible.stop or number[0] != 0:
+    # The first position of a shard is a multiple of SHARD, so the remainder is the index in it.
+    index_in_shard = at % SHARD
+    if at[0] < possible.start or at[-1] >= possible.stop or index_in_shard[0] != 0:
         return False
-    goes_on = np.diff(at) == 1
-    begins_shard = number[1:] == 0
-    return bool(np.all(goes_on | begins_shard))
+    follows_previous = np.diff(at) == 1
+    begins_shard = index_in_shard[1:] == 0
+    return bool(np.all(follows_previous | begins_shard))
 
 
 class StoreLedger(Ledger[Part, Receipt]):
-    """What is to be done and done in the folder of a store.
+    """The parts of a store: which are done, and which are to be done.
 
-    ``data`` are the images, for those who embed.
+    ``data`` are the images to be embedded; None where the store is only read or imported.
     """
 
     what = "embedding store"
@@ -143,23 +150,26 @@ class StoreLedger(Ledger[Part, Receipt]):
 
     @classmethod
     def made_by(cls, root: Path) -> str:
-        """The command that has begun the store, as its ``run.json`` says."""
+        """Return the command that began the store, according to its ``run.json``."""
         run = read_document(root / RUN, Run)
         return "vilu embed" if run.imported is None else "vilu import"
 
     def stated_and_planned(
         self, part: Part, receipt: Receipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Number, bounds and images; how many images shards hold, only the receipt knows."""
+        """Return number, start, stop and number of images: of the receipt, and as planned.
+
+        With shards, the number of images is taken from the receipt, since the plan has none.
+        """
         n_in = receipt.n_in if self.run.shards else len(part)
         stated = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
         planned = (part.number, part.start, part.stop, n_in)
         return stated, planned
 
     def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
-        """The receipt of a part that is there in full, or else what it lacks.
+        """Return the receipt of a part that is done, or else the reason why it is not.
 
-        Of shards it must be of the shards as they are now.
+        A part whose shards have changed since it was written is not done.
         """
         outcome = super().look_up(part, deep=deep)
         if isinstance(outcome, Receipt) and outcome.source != self.source(part):
@@ -167,13 +177,13 @@ class StoreLedger(Ledger[Part, Receipt]):
         return outcome
 
     def source(self, part: Part) -> str:
-        """Fingerprint of a part's shards as they are now; empty where parts are made of images."""
+        """Return the present fingerprint of a part's shards; "" for a data set without shards."""
         if not self.run.shards:
             return ""
         return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop)
 
     def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
-        """Write a part's rows and errors; ``source``: fingerprint of the shards of them."""
+        """Write a part's rows and errors; ``source`` is the fingerprint of its shards."""
         n_ok = len(content.rows)
         n_error = len(content.errors)
         kinds = Counter(error.kind for error in content.errors)
@@ -196,7 +206,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         return self.write(part, self._payloads(part, content), receipt_of)
 
     def _payloads(self, part: Part, content: PartRows) -> dict[str, bytes]:
-        """The bytes of every file of a part, by name."""
+        """Return the bytes of every file of a part, by name."""
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.arrays.items():
             blocks = content.arrays.get(name, [])
@@ -230,29 +240,32 @@ METADATA = _schema(
     }
     | {"exif_orientation": INT8, "flags": INT32}
 )
-"""Of each row. ``position`` is that of the image in the data set, not the number of the row.
+"""Columns of the metadata. ``position`` is the position of the image in the data set.
 
-The latter depends on how many images fail in earlier parts, which a part that is written alone
-cannot know. The reader counts rows.
+It is not the number of the row in the store. That number depends on how many images failed in
+earlier parts, which may not be written yet. The reader counts the rows.
 """
 
-# of each row too where images have captions
+# further column of the metadata where images have captions
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
-"""Of each row that was embedded: the first half of the SHA-256 of ``ImageRecord.content``."""
+"""Further column of the metadata: the first half of the SHA-256 of ``ImageRecord.content``.
+
+Only stores with ``Run.pictures`` have this column.
+"""
 
 ERRORS = _schema(
     {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}
     | {"exception": STRING, "message": STRING, "bytes": INT64}
 )
-"""Of each image without a row; ``bytes`` is its encoded size where it could be read."""
+"""Columns of the error table; ``bytes`` is the encoded size of the image, if it could be read."""
 
 REDO = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
 
 def metadata_schema(run: Run) -> pa.Schema:
-    """Columns of the metadata; of what was imported no picture is known."""
+    """Return the columns of the metadata; an imported store has only position, key and label."""
     if run.imported is not None:
         return pa.schema([METADATA.field(name) for name in ("position", "key", "label")])
     fields = list(METADATA)
@@ -264,15 +277,19 @@ def metadata_schema(run: Run) -> pa.Schema:
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
-    """A ``.npy`` file, memory-mapped (its header alone is read), and the bytes after its header."""
-    # alone: Python 3.11 can fail where two threads read headers (ast.literal_eval, gh-106905)
-    with or_damaged(path, hint, UNREADABLE_NPY), alone():
+    """Return the array of a ``.npy`` file, memory-mapped, and the number of bytes of its data.
+
+    Only the header is read.
+    """
+    # one thread at a time: two threads that read headers can fail in Python 3.11 (gh-106905, a bug
+    # of ast.literal_eval)
+    with or_damaged(path, hint, UNREADABLE_NPY), one_thread():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    """The rows of an array of the store; StorageError if shape, dtype or order is another."""
+    """Return the rows of an array of the store; StorageError on a wrong shape, dtype or order."""
     rows, n_bytes = open_npy(path, REDO)
     stored = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     little_endian = np.dtype(dtype).newbyteorder("<").str
@@ -286,9 +303,9 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
 
 
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
-    """Some columns of a parquet file; StorageError where rows or types are not as expected."""
+    """Return some columns of a parquet file; StorageError on a wrong number of rows or type."""
     with or_damaged(path, REDO), pq.ParquetFile(path) as file:
-        # before anything is read: a forged file may promise more rows than memory holds
+        # checked before reading: a forged file may state more rows than fit into memory
         if file.metadata.num_rows != n_rows:
             raise StorageError(
                 f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}"
@@ -307,7 +324,12 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
 
 
 def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
-    """The class table of a run and its (K, D) float32 text embeddings."""
+    """Return the class table of a run, and its (K, D) float32 text embeddings.
+
+    Raises:
+        ProvenanceError: If the class table belongs to another run.
+        StorageError: If a file is damaged.
+    """
     table = read_document(root / CLASSES, StoredClasses)
     for name in SHARED:
         if getattr(run, name) != getattr(table, name):
@@ -323,30 +345,30 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
             )
         map_rows(column_path(root, column), info.shape, "float32")
         hashes[column_path(root, column)] = info.sha256
-    # last, since it reads all bytes: a wrong shape is told before
+    # last, since hashing reads all bytes: a wrong shape is reported sooner
     for path, sha256 in hashes.items():
         require_hash_once(path, sha256, table.again, CLASSES)
     return table, require_usable(torch.from_numpy(np.array(rows)), "class text")
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether a column has as many dimensions as its kind, and sizes that fit the run."""
+    """Whether a column has the right number of dimensions, and sizes that fit the run."""
     n_dims, _ = COLUMNS[name]
     return len(shape) == n_dims and has_shape(run, name, shape)
 
 
 def column_path(root: Path, name: ClassColumn) -> Path:
-    """File of a column of the classes or of the model."""
+    """Return the file of a column of the classes or of the model."""
     return root / "columns" / f"{name}.npy"
 
 
 def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether a column of the classes or of the model may have a shape."""
+    """Whether ``shape`` fits a column of the classes or of the model in this run."""
     n_classes = len(run.names)
     dim = run.space.embed_dim
     n_prompts = len(run.prompts)
     n_words = len(run.negatives)
-    if run.imported is not None:  # of texts unknown, so any number of them fits
+    if run.imported is not None:  # the run does not list the texts: any number of them fits
         n_prompts = shape[1]
         n_words = shape[0]
     shapes: dict[str, tuple[int, ...]] = {
@@ -364,7 +386,7 @@ MESSAGE_LENGTH = 300
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """What is known of every row."""
+    """The metadata that every row has."""
 
     position: int
     key: str
@@ -399,9 +421,10 @@ class ErrorRow:
 
 @dataclass
 class PartRows:
-    """What becomes of the images of a part: metadata of the good ones, and the bad ones.
+    """The content of a part: arrays and metadata of embedded images, and errors of the others.
 
-    ``arrays`` has (n, ...) blocks of the good ones by the name of the array.
+    ``arrays`` has, by the name of the array, its (n, ...) blocks in the order of ``rows``.
+    ``started`` is the time at which the part was begun.
     """
 
     arrays: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -413,7 +436,7 @@ class PartRows:
 def write_classes(
     root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]
 ) -> None:
-    """Write the (K, D) float32 text embeddings, the columns, and last their class table."""
+    """Write the (K, D) float32 text embeddings, the columns, and finally the class table."""
     text_file = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
     column_files: dict[ClassColumn, ArrayInfo] = {}
     for name, values in columns.items():
@@ -422,14 +445,14 @@ def write_classes(
         rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
         info = write_hashed(path, _npy(rows))
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
-    # as a receipt: the table vouches for the files, so it comes after them
+    # the table states the hashes of the files, like a receipt, so it is written after them
     StoredClasses.of(run, text_file, column_files).write(root / CLASSES)
 
 
 def _rows(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
-    """Blocks of rows as one array, little-endian."""
+    """Return the blocks of rows as one little-endian array; DataError where it is not finite."""
     rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
     if blocks:
         np.concatenate([block.numpy() for block in blocks], out=rows)
@@ -442,12 +465,14 @@ def _rows(
 
 
 def _npy(array: NDArray[np.floating]) -> bytes:
+    """Return the content of a ``.npy`` file with this array."""
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
+    """Return the content of a Parquet file with these rows."""
     columns: dict[str, list[int | str | bytes | None]] = {}
     for name in schema.names:
         columns[name] = [_storable(getattr(row, name)) for row in rows]
@@ -457,7 +482,7 @@ def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes
 
 
 def _storable(value: int | str | bytes | None) -> int | str | bytes | None:
-    """Strings as UTF-8 can hold them: file names that are no text keep odd bytes as escapes."""
+    r"""Return the value; in a string, what UTF-8 cannot encode is replaced by ``\xNN`` escapes."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     return value

@@ -1,4 +1,4 @@
-"""From records to rows: one decoder, which threads may share, and one encoder, which may not be."""
+"""From image records to rows: ``Decoder``, for use in many threads, and ``Encoder``, in one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
-"""Flag of a row whose caption is longer than the model reads; the flags below are ``ImageFlag``."""
+"""Flag of a row whose caption is longer than the model reads; smaller flags are ``ImageFlag``."""
 
 DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
-"""Arrays of which only the direction counts, with what messages call a row."""
+"""Arrays whose rows are normalised, with the name of a row in messages."""
 
-# stands in the stream of records, and of what becomes of them, after the last one of each part
+# marks the end of each part in the stream of records, and in the stream of their outcomes
 END: Final = None
 
 
@@ -38,15 +38,15 @@ END: Final = None
 class Decoded:
     """An image ready for the model."""
 
-    row: Row  # its metadata
+    row: Row  # metadata
     pixels: Tensor  # (3, H, W) float32
-    bytes: int  # its encoded size
-    views: tuple[Tensor, ...] = ()  # pixels of its views
+    bytes: int  # encoded size
+    views: tuple[Tensor, ...] = ()  # pixels of the views, (3, H, W) float32 each
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads, decodes and preprocesses one image; a bad image is a result, not an exception."""
+    """Reads, decodes and preprocesses one image; for a bad image, returns an error row."""
 
     preprocess: Callable[[Image.Image], Tensor]
     limits: ImageLimits
@@ -55,9 +55,10 @@ class Decoder:
     captions: bool = False
 
     def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
-        """The outcome for the image at a position; of ``END`` itself.
+        """Return the outcome for an item (position, record), and ``END`` for ``END``.
 
-        DataError if its label is no class.
+        Raises:
+            DataError: If the label of the image is not a class.
         """
         return END if item is END else self._decode(*item)
 
@@ -96,7 +97,7 @@ class Decoder:
         return Decoded(row, pixels, reading.size or 0, tuple(views))
 
     def _require_class(self, record: ImageRecord) -> None:
-        """Refuse a label that is no class; labels of images with captions are not looked at."""
+        """Raise DataError if the label is not a class; labels are ignored if there are captions."""
         label = record.label
         if self.captions or label is None or label == OUTSIDE:
             return
@@ -107,15 +108,15 @@ class Decoder:
 
 
 class _Reading:
-    """The read of a record, with the size and the digest of what was read."""
+    """Reads a record, and keeps size and digest of the bytes."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
-        self.size: int | None = None  # bytes; None until they are read
-        self.picture = b""
+        self.size: int | None = None  # number of bytes; None before ``read``
+        self.picture = b""  # digest, as in ``PICTURE_FIELD``; empty before ``read``
 
     def read(self) -> bytes:
-        """The bytes of the record."""
+        """Return the bytes of the record."""
         data = self._record.read()
         self.size = len(data)
         content = data if self._record.content is None else self._record.content()
@@ -124,7 +125,11 @@ class _Reading:
 
 
 def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, ImageRecord]]:
-    """The records of a part with their positions; ValueError if the data set gives other ones."""
+    """Yield the records of a part with their positions.
+
+    Raises:
+        ValueError: If the data set returns too many or too few records, or wrong positions.
+    """
     possible = positions(run, part)
     records = dataset.records(part.start, part.stop)
     if not run.shards:
@@ -133,7 +138,7 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
     last = -1
     for record in records:
         position = record.position
-        # ascending: the rows of a part are in the order of the images, whoever reads the shards
+        # positions must ascend, because the rows of a part are in the order of the images
         if position is None or position not in possible or position <= last:
             raise ValueError(
                 f"{dataset.source} gave {record.key} the position {position} after {last}; "
@@ -145,11 +150,11 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
 
 @dataclass
 class Encoder:
-    """Runs the model over decoded images and sets bad ones aside, or where ``strict`` raises.
+    """Runs the model over decoded images; bad images become errors, or an exception if ``strict``.
 
-    A batch never reaches over the end of a part and a bad image leaves its place empty, so that a
-    part redone alone meets the same batches and gives the same bytes. What is too large for
-    ``dtype`` becomes infinite.
+    A batch never contains images of two parts, and a bad image is not replaced by another one. So
+    a part that is done again has the same batches, and gives the same bytes. Numbers too large for
+    ``dtype`` become infinite.
     """
 
     backbone: Backbone
@@ -161,18 +166,19 @@ class Encoder:
     n_errors: int = 0
 
     def part(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> PartRows:
-        """Take the outcomes up to the next ``END``; DataError if ``strict`` and an image is bad."""
+        """Encode the outcomes up to the next ``END``; DataError if ``strict`` and one is bad."""
         content = PartRows()
+        # iter(function, END) calls the function until it returns END
         until_end: Iterator[Decoded | ErrorRow] = iter(outcomes.__next__, END)
         while True:
-            # the batch has no name here: it is freed before the next one is gathered
+            # the batch is not kept in a variable, so that its memory is freed before the next batch
             n_images = self._encode(list(islice(until_end, self.batch_size)), content)
             if n_images == 0:
                 return content
             self.task.advance(n_images, f"{self.n_errors} errors")
 
     def _encode(self, batch: Sequence[Decoded | ErrorRow], content: PartRows) -> int:
-        """Add what becomes of some images; their number."""
+        """Add the rows and errors of a batch to ``content``; return the size of the batch."""
         bad = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
         good = [outcome for outcome in batch if isinstance(outcome, Decoded)]
         if good:
@@ -189,7 +195,7 @@ class Encoder:
         return len(batch)
 
     def _add_rows(self, images: Sequence[Decoded], content: PartRows) -> list[ErrorRow]:
-        """Add the rows of decoded images; returned are those without a direction."""
+        """Add the rows of decoded images; return errors for embeddings that cannot be used."""
         arrays, status = self._run_model(images)
         usable = torch.from_numpy(status == VALID)
         number_format = getattr(torch, self.dtype)
@@ -214,7 +220,7 @@ class Encoder:
         return bad
 
     def _rows(self, batch: Sequence[Decoded]) -> list[Row]:
-        """Metadata, with the captions flagged that the tokenizer cuts off."""
+        """Return the metadata, with a flag where the tokenizer cuts the caption off."""
         rows = [image.row for image in batch]
         if CAPTION not in self.arrays:
             return rows
@@ -226,7 +232,7 @@ class Encoder:
         return flagged
 
     def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
-        """Arrays of some images by name, and the worst status (``checks.STATUS``) of each image."""
+        """Return arrays of images by name, and each image's worst status (``checks.STATUS``)."""
         arrays = self._forward(batch)
         status = np.full(len(batch), VALID, dtype=np.uint8)
         for name, kind in DIRECTIONS.items():
@@ -245,7 +251,7 @@ class Encoder:
         return arrays, status
 
     def _forward(self, batch: Sequence[Decoded]) -> dict[str, Tensor]:
-        """(B, ...) outputs of the model by name, as it gives them."""
+        """Return the (B, ...) outputs of the model by name, not normalised."""
         model = self.backbone
         arrays: dict[str, Tensor] = {}
         pixels = _stacked([image.pixels for image in batch])
@@ -256,7 +262,7 @@ class Encoder:
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:
-            # one view of every image at a time: no forward pass is larger than that of the images
+            # one view of every image per forward pass, so that no pass is larger than a batch
             by_view = zip(*(image.views for image in batch), strict=True)
             rows = [model.encode_images(_stacked(views)) for views in by_view]
             arrays["views"] = torch.stack(rows, dim=1)
@@ -264,9 +270,9 @@ class Encoder:
 
 
 def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """(B, 3, H, W) in the memory layout of the images (3, H, W).
+    """Stack images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
 
-    Where their channels come last in memory, they stay there: moving them takes time.
+    If the channels are last in memory, they stay last, since moving them takes time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
     if channels_last[0].is_contiguous():
@@ -275,7 +281,7 @@ def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 
 def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Rows (B, D), or (B, V, D) of views, of unit norm, and the worst status of each image."""
+    """Normalise rows (B, D), or views (B, V, D); also return the worst status of each image."""
     flat, status = unit_rows(rows.flatten(0, -2), kind)
     worst = status.reshape(len(rows), -1).max(axis=1)
     return flat.view(rows.shape), worst

@@ -1,4 +1,4 @@
-"""Embeddings on disk as a source: a sealed store, or what another tool wrote."""
+"""Open embeddings on disk: a sealed store, or embeddings that another tool wrote."""
 
 from __future__ import annotations
 
@@ -51,18 +51,19 @@ def open_source(
     fold: Fold | None = None,
     logit_scale: float | None = None,
 ) -> EmbeddingSource:
-    """A store of classes or of captions, or another tool's embeddings of image-caption pairs.
+    """Open a store of classes or captions, or another tool's embeddings of image-caption pairs.
 
     Args:
         path: A folder that ``vilu embed`` wrote, or one in a layout of ``LaionPairs``.
-        pools: What captions are matched against; by default pools of 1024.
+        pools: How pairs are grouped into pools, in which captions and images are matched; by
+            default pools of 1024.
         fold: Only the pairs whose caption is in this fold: "train", "validation" or "test".
-        logit_scale: Multiplier of the cosine, where the folder does not know it.
+        logit_scale: Multiplier of the cosine. Required for embeddings of another tool; a store has
+            its own.
 
     Raises:
-        UsageError: If an argument is given that the data do not take, or the logit scale is
-            missing.
-        DataError: If the folder is none of these, or not complete.
+        UsageError: If an argument does not fit the data, or the logit scale is missing.
+        DataError: If the folder has another layout, or is not complete.
         StorageError: If a file is missing or damaged; the message names it.
         ProvenanceError: If files do not belong together.
 
@@ -79,16 +80,14 @@ def open_source(
         ...     _ = vilu.import_arrays(
         ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0
         ...     )
-        ...     source = vilu.open_source(
-        ...         f"{folder}/store"
-        ...     )  # of classes, of captions, or what another tool wrote
+        ...     source = vilu.open_source(f"{folder}/store")
         ...     print(source.class_names, vilu.score(vilu.MCM(), source).failure.tolist())
         ('cat', 'dog', 'cup') [0, 0, 1]
     """
     root = Path(path)
     if not (root / RUN).is_file():
         if logit_scale is None:
-            find_shards(root)  # a folder of another kind is told so first
+            find_shards(root)  # raises DataError for a folder of another kind
             raise UsageError(
                 f"{root} does not say which model made it. Give logit_scale, the multiplier of its "
                 "cosines: 100 for OpenAI's CLIP, for others the exponential of the learned "
@@ -97,7 +96,7 @@ def open_source(
         return LaionPairs(root, pools, logit_scale=logit_scale, fold=fold)
     if logit_scale is not None:
         raise UsageError(
-            f"{root} is a store, which knows the logit scale of its model. Leave logit_scale out."
+            f"{root} is a store, which has the logit scale of its model. Leave logit_scale out."
         )
     if read_document(root / RUN, Run).captions:
         return CaptionStore(root, pools, fold)
@@ -110,10 +109,10 @@ def open_source(
 
 
 class Sealed(Reopened):
-    """Everything of a complete store but its classes.
+    """A complete store without its classes.
 
-    Documents, sizes, shapes and numbers of rows are checked. The bytes of a file are compared with
-    its receipt when it is first read (``files``).
+    Opening checks documents, sizes, shapes and numbers of rows. The hash of a file is compared with
+    its receipt when the file is first read (``files``).
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +133,8 @@ class Sealed(Reopened):
         self.rows = MappedParts(
             starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
         )
-        # headers alone: no bytes are hashed until a row of the part is asked for
+        # Checks the headers of all arrays. ``path.joinpath`` in place of ``self.files`` avoids
+        # hashing, which is done when a row of the part is first read.
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, path.joinpath, name, part.number)
@@ -145,7 +145,7 @@ class Sealed(Reopened):
         return self.manifest.imported is None or self.manifest.imported.ids
 
     def require_seal(self, whole: bool) -> None:
-        """Refuse what the manifest does not vouch for."""
+        """Raise ProvenanceError if ``whole`` is False: the folder differs from its manifest."""
         if not whole:
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make "
@@ -153,20 +153,20 @@ class Sealed(Reopened):
             )
 
     def metadata(self, name: str, number: int) -> pa.Array:
-        """A column of the metadata of a part."""
+        """Return column ``name`` of the metadata of part ``number``."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
         path = self.files(self.parts[number].metadata)
         table = read_columns(path, metadata_schema(self.manifest), [name], n_rows)
         return table[name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
-        """Keys of some rows, ascending, by default of all."""
+        """Return the keys of ``rows`` (ascending indices), by default of all rows."""
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
 
     def identities(
         self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
     ) -> NDArray[np.uint64]:
-        """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
+        """Return (M,) hashes of keys, or of pictures (and captions); each part is read once."""
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         hashes = np.empty(len(rows), np.uint64)
@@ -179,6 +179,7 @@ class Sealed(Reopened):
     def _hashes(
         self, by: Identity, number: int, rows: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
+        """Return (m,) hashes of what identifies the rows ``rows`` of part ``number``."""
         if by == "names":
             return hash_names(self.metadata("key", number).take(rows).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(rows).to_pylist()
@@ -199,31 +200,30 @@ def _map_part(
     name: str,
     number: int,
 ) -> NDArray[np.floating]:
+    """Map array ``name`` of part ``number`` into memory; ``find`` returns the path of a file."""
     shape = (int(starts[number + 1] - starts[number]), *ledger.run.arrays[name])
     return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
 
 
 class StoredRows(EmbeddingSource):
-    """Rows of a store, whose metadata say what they are recognised by.
-
-    They are those ``_chosen``, by default all.
-    """
+    """A source of the rows of a store (``_chosen``, by default all), identified by metadata."""
 
     _sealed: Sealed
     _chosen: Tensor | None = None
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Pictures (with captions), else names; of what was imported, embeddings.
+        """What identifies a row: the picture (with its caption), or the name.
 
-        Imported rows are recognised by names too, if they have any.
+        Imported rows have no picture. They are identified by the embedding, or by the name if there
+        are names.
         """
         if self._sealed.manifest.imported is not None:
             return ("embeddings", "names") if self._sealed.named else ("embeddings",)
         return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """As every source's."""
+        """Return (M,) hashes of what identifies the rows, as ``EmbeddingSource.identities``."""
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
@@ -235,36 +235,35 @@ class StoredRows(EmbeddingSource):
         return self._sealed.identities("pictures", self._stored(rows), captions=False)
 
     def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(M,) indices in the store of the rows (M,)."""
+        """Return the (M,) indices in the whole store of (M,) indices in this source."""
         return rows if self._chosen is None else self._chosen.numpy()[rows]
 
 
 class EmbeddingStore(Reopened, StoredRows, MappedSource):
-    """A sealed store, the same to every predictor as ``Embeddings`` in memory.
+    """A sealed store of images and classes; predictors use it like ``Embeddings`` in memory.
 
-    Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers
-    of rows, labels. The bytes of a part are compared with the SHA-256 in its receipt when a row of
-    it is first read in this process. What happens to a file after that, while it is open, is not
-    seen. Pickled, a store is its path: it is opened again where it arrives, and refused there
-    (ProvenanceError) if it has changed.
+    Opening checks documents, sizes, shapes, numbers of rows and labels. The bytes of a part are
+    compared with the SHA-256 in its receipt when a row of the part is first read in this process.
+    A change of a file after that, while it is open, is not noticed. A store is pickled as its path.
+    Unpickling opens it again, and raises ProvenanceError if it has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
 
     Attributes:
         path: The folder.
-        manifest: What made it.
-        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are one
+        manifest: The content of ``manifest.json``: inputs and counts of the store.
+        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are merged
             (``Embeddings``).
 
     Raises:
-        DataError: If the folder is no store, one that is not complete, or one of captions.
+        DataError: If the folder is no store, is not complete, or is a store of captions.
         StorageError: If a file is missing or damaged; the message names it.
         ProvenanceError: If files do not belong together, or another schema wrote them.
 
     Examples:
         >>> import numpy as np, tempfile, torch, vilu
-        >>> image = np.vstack([np.eye(2), np.zeros((1, 2))])  # the last row says nothing
+        >>> image = np.vstack([np.eye(2), np.zeros((1, 2))])  # the last row has norm zero
         >>> arrays = {
         ...     "image": image,
         ...     "text": np.eye(2),
@@ -307,26 +306,26 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
         self.ids = self._sealed.keys() if self._sealed.named else ChosenNumbers(self._sealed.keys())
-        self._kept = self._merge_same()
+        self._kept_classes = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 rows, gathered from the parts that hold them."""
+        """Return the (B, D) float32 image embeddings of the rows ``index``."""
         return self._sealed.rows.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name``: rows of it, gathered from the parts, where it is of the images."""
+        """Return column ``name``; of a column of the images, only the rows ``index``."""
         if name not in self.columns:
             return super().column(name, index)
         if name in self.manifest.arrays:
             return self._sealed.rows.take(name, index)
         values = self._class_column(name)
-        if self._kept is None or name not in TEXT_COLUMNS:
+        if self._kept_classes is None or name not in TEXT_COLUMNS:
             return values
-        # classes with equal texts are one
-        return values[self._kept]
+        # classes with equal texts are merged
+        return values[self._kept_classes]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Key of every image without a row, and what was wrong with it ("truncated", ...)."""
+        """Yield the key of every image without a row, and the kind of its error ("truncated")."""
         for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
             if n_error:
                 path = self._sealed.files(part.errors)
@@ -334,6 +333,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
+        """Return the labels of a part, -1 where unknown; StorageError if a label is no class."""
         labels: pa.Array = self._sealed.metadata("label", part.number)
         target = np.asarray(labels.fill_null(UNKNOWN), dtype=np.int64)
         if not len(target):
@@ -347,19 +347,20 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
+    """Return a column of the classes or of the model after a check of its numbers."""
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
     return check_columns({name: values}, 0, len(classes.names))[name]
 
 
 class CaptionStore(Reopened, StoredRows, MappedPairs):
-    """The sealed store of images with captions.
+    """A sealed store of images with captions; predictors use it like ``PairEmbeddings`` in memory.
 
-    To every predictor it is the same as ``PairEmbeddings`` in memory. What is checked when, what a
-    pickled one is, and the errors are as of ``EmbeddingStore``; here a DataError is one of classes.
+    Checks, pickling and errors are the same as of ``EmbeddingStore``, except that a store of
+    classes is a DataError here.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
-        pools: What is matched against what.
+        pools: How pairs are grouped into pools, in which captions and images are matched.
         fold: Only the rows whose caption is in this fold (``folds.fold_of``); None for all.
     """
 
@@ -388,20 +389,21 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # of the pictures: to a caption that asks for its picture they would tell which it is
+            # Only in this direction: where images are the candidates of a caption, a column of the
+            # row's own image would reveal the right candidate.
             self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.ids = sealed.keys(chosen)
         self._sealed = sealed
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name`` of the images: rows of it, gathered from the parts."""
+        """Return the rows ``index`` of column ``name`` of the images."""
         if name not in self.columns:
             return super().column(name, index)
         return self._take(name, index)
 
 
 def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
-    """(M,) ascending numbers of the rows whose caption is in a fold."""
+    """Return the (M,) ascending numbers of the rows whose caption is in a fold."""
     counts = np.diff(sealed.rows.starts).tolist()
     parts = zip(sealed.parts, counts, strict=True)
     files = ((sealed.files(part.metadata), n_rows) for part, n_rows in parts)

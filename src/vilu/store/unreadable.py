@@ -1,4 +1,4 @@
-"""What is raised of a file that cannot be read: damaged, or kept back by the system."""
+"""Turn the errors of unreadable files into errors of vilu: damaged, or refused by the system."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ UNREADABLE_NPY = (
     RecursionError,
     MemoryError,
 )
-"""What numpy raises on a damaged file (the last four from parsing its header as Python)."""
+"""Exceptions of NumPy for a damaged file; the last four come from parsing its header as Python."""
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
-"""What pyarrow raises on one (ValueError also for names that are no text)."""
+"""Exceptions of pyarrow for a damaged file; ValueError also for names that are not text."""
 
 NOT_THE_FILE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
-"""What the system says of itself: it tells nothing about the bytes of a file."""
+"""Error codes that concern rights or resources of the system, not the content of a file."""
 
 
 @contextmanager
@@ -39,13 +39,16 @@ def or_damaged(
     fault: type[ViLUError] = StorageError,
     state: str = "damaged",
 ) -> Iterator[None]:
-    """A block in which exceptions of these kinds become a fault: the file is in this ``state``."""
+    """Turn exceptions of these ``kinds`` in the block into ``fault``: the file is ``state``.
+
+    Errors of the system (``NOT_THE_FILE``) become a StorageError that does not say "damaged".
+    """
     try:
         yield
     except ViLUError:
         raise
     except kinds as error:
-        # Out of descriptors or memory every file is unreadable: it must not be called damaged.
+        # Without file descriptors or memory, no file can be read: this one may be undamaged.
         if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
             advice = ""
             if error.errno == errno.EMFILE:

@@ -1,4 +1,4 @@
-"""Data sets that have a name, by what registers them; opening and checking them."""
+"""The catalogue of known data sets: register, open and check them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")
 
 
 def find_known(name: str) -> KnownDataset:
-    """The entry of a data set; where there is none, the message names the nearest."""
+    """Return the entry of a data set; UsageError with the most similar name if there is none."""
     if name in KNOWN:
         return KNOWN[name]
     hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
@@ -54,7 +54,7 @@ def open_known(
     classes: Path | None = None,
     outside: tuple[str, ...] = (),
 ) -> ImageDataset:
-    """Open a data set of the catalogue. ``source`` says which list of splits is in use."""
+    """Open a data set of the catalogue; its ``source`` names the list of splits that is used."""
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError(
@@ -78,7 +78,7 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
 
 
 def _add(entry: object) -> bool:
-    """Add what is a known data set, and return whether it is one."""
+    """Add a ``KnownDataset`` to the catalogue; return False for any other object."""
     if not isinstance(entry, KnownDataset):
         return False
     add_dataset(entry)
@@ -99,32 +99,35 @@ MEBIBYTE: Final = 2**20
 class Presence:
     """The state of one data set on a disk."""
 
-    name: str  # of the data set
-    title: str  # for people
-    folder: Path | None  # where it is; None where it is not
-    origin: str = ""  # which list of splits is in use; "" where it is not there
-    splits: Mapping[str, Count] = field(default_factory=dict)  # what there is of each split
-    # archives and files with published checksums that were seen: present, or if checked right or
-    # wrong
+    name: str  # name of the data set in the catalogue
+    title: str  # name for people
+    folder: Path | None  # folder of the data set; None if it is absent
+    origin: str = ""  # description of the list of splits that is used; "" if absent
+    splits: Mapping[str, Count] = field(default_factory=dict)  # number of files, by split
+    # existing archives and files with published checksums: "right" or "wrong" if the checksum was
+    # compared, else "present"
     archives: Mapping[str, ArchiveState] = field(default_factory=dict)
-    problem: str | None = None  # why nothing more can be said; None where nothing is wrong
-    # "complete"; "present" where nothing is wrong, and nothing lists what there should be;
-    # "incomplete"; "absent"
+    problem: str | None = None  # error that ended the check early, if any
+    # "complete": all listed files exist. "present": no error, but there is no list of the files.
+    # "incomplete" or "absent" otherwise
     state: State = "absent"
-    advice: str = ""  # what to do
+    advice: str = ""  # what the user can do next
 
     def to_dict(self) -> dict[str, object]:
-        """As plain JSON."""
+        """Return the fields as plain JSON values."""
         return {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
 
 
 def check(
     root: Path | str, names: list[str] | None = None, *, deep: bool = False
 ) -> list[Presence]:
-    """The state of data sets on a disk: their files that are there, or how to get them.
+    """Check data sets on a disk: which files exist, and how to get what is missing.
 
-    ``root`` holds all data sets, or is the folder of one. ``deep`` also compares archives with
-    their published checksums, and lists the members of tars.
+    Args:
+        root: The folder that holds all data sets, or the folder of one data set.
+        names: Names of data sets; None for all in the catalogue.
+        deep: Whether to compare archives with their published checksums, and to list the members of
+            tar files.
     """
     is_named = names is not None
     if names is None:
@@ -135,7 +138,7 @@ def check(
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """The state of one data set."""
+    """Check one data set."""
     place = find_place(entry, root, named=named)
     paths = _archives(entry, root, place)
     archives = {name: _verify(entry, path, deep) for name, path in paths.items()}
@@ -162,7 +165,7 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
 
 
 def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
-    """Counts of the splits; sums of several where only those are published."""
+    """Return the counts by split; splits whose sum alone is published are added up."""
     expected = entry.expected(survey.counts)
     splits = {}
     for key in expected or survey.counts:
@@ -174,13 +177,13 @@ def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
 def _damaged(
     archives: Mapping[str, ArchiveState], paths: Mapping[str, Path], place: Place
 ) -> list[str]:
-    """Archives of a wrong checksum in the data set's own folder."""
+    """Return the archives with a wrong checksum in the data set's own folder."""
     wrong = [name for name, state in archives.items() if state == "wrong"]
     return [name for name in wrong if paths[name].parent == place.folder]
 
 
 def _state(splits: Collection[Count], survey: Survey) -> State:
-    """Whether all splits are complete, as far as something lists what there should be."""
+    """Return the state of a data set without errors, from the counts of its splits."""
     for split in splits:
         if not split.is_complete(binding=survey.binding):
             return "incomplete"
@@ -189,7 +192,7 @@ def _state(splits: Collection[Count], survey: Survey) -> State:
 
 
 def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
-    """Files with published checksums by name, where torchvision and people put them."""
+    """Return existing files with published checksums, by name, from the usual folders for them."""
     folders = [root]
     for folder in entry.folders:
         folders.append(root / folder.split("/")[0])
@@ -205,6 +208,7 @@ def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str,
 
 
 def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
+    """Return the state of an archive; its checksum is only computed if ``deep``."""
     if not deep:
         return "present"
     try:
@@ -217,7 +221,7 @@ def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
 
 
 def _md5(path: Path) -> str:
-    """The MD5 checksum of a file, which is what torchvision publishes."""
+    """Return the MD5 checksum of a file (the kind of checksum that torchvision publishes)."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -231,7 +235,7 @@ def _md5(path: Path) -> str:
 
 
 def _how_to_get(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
-    """Advice on the archives that are there, and the source of the data set."""
+    """Return advice on the existing archives, and how to get the data set."""
     packed = []
     wrong = []
     for name, state in archives.items():
@@ -248,5 +252,6 @@ def _how_to_get(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> st
 
 
 def _are(names: Sequence[str]) -> str:
+    """Return the names with "is" or "are"."""
     verb = "is" if len(names) == 1 else "are"
     return f"{', '.join(names)} {verb}"

@@ -1,4 +1,4 @@
-"""A known data set, its place on a disk, and counts of its files."""
+"""A known data set, its location on a disk, and counts of its files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from vilu.artifacts.disk import or_refuse
 from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, UsageError
 
-SHOWN: Final = 5  # missing files that are named
+SHOWN: Final = 5  # maximum number of missing files that are named
 
 
 @dataclass(frozen=True)
 class Count:
-    """Images of one split, or of several whose sum alone is published."""
+    """Numbers of images of a split, or of several splits if only their sum is published."""
 
-    found: int | None  # files that are there; None where they were not counted
-    listed: int | None  # files that should be, by the list in use; None where nothing lists them
-    # files that should be, as published; None where that is not known of this list
+    found: int | None  # number of files that exist; None if they were not counted
+    listed: int | None  # number of files in the list of the split; None if there is no list
+    # published number of files; None if it is not known for this list
     expected: int | None = None
-    missing: tuple[str, ...] = ()  # the first of those that are not there
-    problem: str | None = None  # why nothing can be said; None where something can
+    missing: tuple[str, ...] = ()  # the first listed files that do not exist
+    problem: str | None = None  # error because of which the files were not counted, if any
 
     @classmethod
     def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
-        """Of several splits together."""
+        """Return the sum of the counts of several splits."""
         n_there: int | None = 0
         n_listed: int | None = 0
         missing: list[str] = []
@@ -43,10 +43,7 @@ class Count:
         return cls(n_there, n_listed, expected, tuple(missing[:SHOWN]), problem)
 
     def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files are there.
-
-        If the published size is ``binding``, so many must be listed.
-        """
+        """Whether all listed files exist, and if ``binding``, at least ``expected`` are listed."""
         if self.problem is not None or self.missing:
             return False
         if self.listed is not None and self.found != self.listed:
@@ -59,17 +56,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Survey:
-    """The files that a reader finds."""
+    """The counts of the files of a data set."""
 
-    origin: str  # which list of splits is in use, for people
-    counts: Mapping[str, Count]  # by split
-    # whether the published sizes must be met; not where the list is the user's own, or links have
-    # died
+    origin: str  # description of the list of splits that is used, for people
+    counts: Mapping[str, Count]  # counts by split
+    # whether the published sizes must be reached; False if the list is the user's own, or if images
+    # on the web have disappeared
     binding: bool = True
 
 
 def _sum(first: int | None, second: int | None) -> int | None:
-    """The sum, None where one of the two is not known."""
+    """Return the sum; None if a summand is unknown."""
     if first is None or second is None:
         return None
     return first + second
@@ -83,13 +80,13 @@ class Request:
     """The options of opening a data set."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all
-    raw_names: bool = False  # whether class names stay as the data have them
-    classes: Path | None = None  # a classes file; None where the data name their classes
-    # names of classes that will be taken out: the file may leave them out
+    raw_names: bool = False  # whether to use the class names as they are in the data
+    classes: Path | None = None  # a classes file; None if the data have the class names
+    # classes that will be left out, so they may be missing in the classes file
     outside: tuple[str, ...] = ()
 
     def unfit(self) -> list[str]:
-        """Names of the options in use that only data with classes and splits have."""
+        """Return the options in use that do not fit a data set without classes and splits."""
         is_used = {
             "--split": self.split is not None,
             "--raw-names": self.raw_names,
@@ -101,18 +98,21 @@ class Request:
 
 @runtime_checkable
 class Reader(Protocol):
-    """Reads one data set; most are a ``ListReader`` with a function of some lines."""
+    """Reads one data set. Most readers are a ``ListReader`` with a short function."""
 
     def open(self, place: Place, request: Request) -> ImageDataset:
-        """The images.
+        """Open the images.
 
-        DataError where what is there contradicts itself, UsageError where the request does not fit.
+        Raises:
+            DataError: If the files are inconsistent.
+            UsageError: If the request does not fit the data set.
         """
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """The files that are there, without decoding images; ``deep`` may read every byte.
+        """Count the existing files without decoding images; ``deep`` may read all bytes.
 
-        DataError where nothing can be said.
+        Raises:
+            DataError: If the files cannot be counted.
         """
 
 
@@ -121,23 +121,22 @@ class KnownDataset:
     """One data set, as its authors published it.
 
     Attributes:
-        name: Its key in the catalogue.
-        title: Its name for people.
-        sizes: Number of images by split (or by splits joined by ``+``, where only their sum is
-            known).
-        url: Where it comes from.
-        how: How to get and unpack it.
-        folders: Where it lies below a folder that holds all data sets, by torchvision's and CoOp's
-            conventions.
-        reader: What reads it; in TOML a ``layout``.
-        n_classes: Number of classes; None where there are captions.
-        marks: Patterns of which one must match in its folder.
-        licence: In short; "see the site" where it is not simple.
-        n_bytes: Size of the download, approximate; None where it is not known.
-        reference: Its paper.
+        name: Key in the catalogue.
+        title: Name for people.
+        sizes: Number of images by split (or by splits joined by ``+`` if only their sum is known).
+        url: Web page of the data set.
+        how: How to get and unpack the data set.
+        folders: Usual folders of the data set below a folder that holds all data sets, by the
+            conventions of torchvision and CoOp.
+        reader: Object that reads the files; in TOML a ``layout``.
+        n_classes: Number of classes; None if there are captions.
+        marks: Patterns (glob). The folder of the data set contains a match of at least one pattern.
+        licence: Short name of the licence; "see the site" if it is not simple.
+        n_bytes: Approximate size of the download in bytes; None if unknown.
+        reference: Paper that describes the data set.
         archives: MD5 checksums of archives and files, as torchvision publishes them.
-        coop_template: CoOp's prompt for it; None where CoOp has none.
-        official_sizes: Sizes of the official split, where that is another one than ``sizes``'.
+        coop_template: CoOp's prompt for this data set; None if CoOp has none.
+        official_sizes: Sizes of the official splits, if ``sizes`` are of other splits.
         template: The prompt of ViLU's protocol.
     """
 
@@ -164,9 +163,9 @@ class KnownDataset:
         return self.n_classes is None
 
     def expected(self, splits: Collection[str]) -> Mapping[str, int]:
-        """Published sizes of these splits; empty where no such splits were published."""
+        """Return the published sizes of these splits; empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
-            published = "+".join(sizes).split("+")  # a size may be that of several splits
+            published = "+".join(sizes).split("+")  # separates keys such as "train+val"
             if set(published) == set(splits):
                 return sizes
         return {}
@@ -174,18 +173,18 @@ class KnownDataset:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a data set lies."""
+    """The location of a data set on a disk."""
 
-    entry: KnownDataset  # which data set
-    folder: Path  # its folder; keys are paths below it
-    # where else lists of its splits may lie: the folders above it in its layout, and the one that
-    # was given
+    entry: KnownDataset  # the data set
+    folder: Path  # folder of the data set; keys are paths below it
+    # other folders that may have lists of its splits: the folders between ``folder`` and the folder
+    # that the user gave, included
     around: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
-        """The first of these files that is there, in ``folder`` or ``around``.
+        """Return the first of these files that exists, in ``folder`` or ``around``.
 
-        Links that lead nowhere count: they are an error of the file, not its absence.
+        A link that leads nowhere counts as existing, so that reading it reports the error.
         """
         for folder in (self.folder, *self.around):
             for name in names:
@@ -195,14 +194,14 @@ class Place:
         return None
 
     def require(self, *names: str) -> Path:
-        """The first of these files, without which nothing can be listed."""
+        """Return the first of these files that exists; DataError if there is none."""
         path = self.find(*names)
         if path is None:
             raise self.lacks(*names)
         return path
 
     def lacks(self, *names: str) -> DataError:
-        """The error for a place where none of these files is there."""
+        """Return the error that none of these files exists."""
         return DataError(
             f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, "
             "so nothing says which image is in which split. "
@@ -211,10 +210,10 @@ class Place:
 
 
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
-    """Where a data set lies: below ``root``, or in ``root`` itself; None where it does not.
+    """Find a data set below ``root``, or in ``root`` itself; None if it is in neither.
 
-    ``named`` says that ``root`` can be its own folder because the user says so; else the folder's
-    name must.
+    ``named`` is True if the user has named the data set. Then ``root`` can be the folder of the
+    data set, whatever the name of ``root``. Otherwise the name must agree.
     """
     if not root.is_dir():
         raise UsageError(
@@ -240,10 +239,7 @@ def _has_mark(folder: Path, marks: Iterable[str]) -> bool:
 
 
 def require_place(entry: KnownDataset, root: Path) -> Place:
-    """Where a data set lies that the user named.
-
-    The error says where it was looked for and how to get it.
-    """
+    """Find a data set that the user named; DataError with advice if it is not there."""
     place = find_place(entry, root, named=True)
     if place is not None:
         return place
@@ -255,10 +251,11 @@ def require_place(entry: KnownDataset, root: Path) -> Place:
 
 
 def _candidates(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
-    """Paths below ``root`` to look at, as parts.
+    """Yield the paths below ``root`` where a data set can be, as tuples of names.
 
-    First come the folders of the entry. Then ``root`` itself may be the first folder or more of
-    such a path, so the rest of the path is looked at: where the user says so or the names agree.
+    1. The folders of the entry.
+    2. If ``root`` is itself a folder on such a path, the rest of the path. This is assumed if
+       ``named`` is True, or if the names at the end of ``root`` agree with the path.
     """
     paths = [PurePosixPath(folder).parts for folder in entry.folders]
     yield from paths

@@ -1,4 +1,4 @@
-"""Where parts are done: processes here, a Ray or Spark cluster, or ranks that others started."""
+"""Where parts are done: in local processes, on a Ray or Spark cluster, or in given ranks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ __all__ = ["EXECUTORS", "make_executor"]
 
 
 def make_executor(name: str, processes: int | None = None) -> Executor:
-    """The executor of a name: "local" (processes of this machine), "ray", "spark", or "rank".
+    """Return the executor with a name.
 
-    "rank": this is one of several processes that torchrun or Slurm started. By default there is a
-    worker per core of this machine, or as many as the cluster has room for.
+    Args:
+        name: "local" (processes on this machine), "ray", "spark", or "rank" (this process is one
+            of several that torchrun or Slurm started).
+        processes: Number of workers. By default one per core of this machine; a Ray cluster gets as
+            many as fit. Must be None for "rank".
     """
     require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:

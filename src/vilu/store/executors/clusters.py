@@ -32,22 +32,22 @@ from vilu.store.manifest import Receipt
 from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28
-"""Shared memory of a Ray of our own.
+"""Bytes of shared memory of a Ray that vilu starts.
 
-Only part numbers, receipts and the job go through it; Ray spills the rest.
+Only part numbers, receipts and the job are in it. Ray writes to disk what does not fit.
 """
 
 
 class RayExecutor:
-    """Ray Data over part numbers: each actor holds the job, so the model is loaded once per actor.
+    """Does parts in actors of Ray Data; each actor keeps the job and loads the model once.
 
-    A Ray that runs already, in this process or at ``RAY_ADDRESS``, is used and left running;
-    otherwise one is started on this machine and shut down at the end. Exactly-once comes from the
-    parts' files, not from Ray: an actor that dies is restarted and its part done again. Nothing
-    here counts deaths, the job sets aside a part that keeps crashing.
+    A Ray that is running in this process or at ``RAY_ADDRESS`` is used and left running. Otherwise
+    Ray is started on this machine and shut down at the end. If an actor dies, Ray restarts it and
+    does its part again. A part that is done twice is still stored once, since its files have fixed
+    names. Deaths of actors are not counted here: the job gives up a part that keeps crashing.
 
-    By default there is one actor per core of this machine, or on a cluster one per GPU, or per core
-    where it has none.
+    Without ``processes``, a Ray on this machine has one actor per core. A cluster has one actor per
+    GPU, or one per core if it has no GPU.
     """
 
     name = "ray"
@@ -58,7 +58,7 @@ class RayExecutor:
         self._data = import_extra("ray.data", "ray")
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts, as parts are done."""
+        """Yield the receipt of each part as soon as the part is done."""
         if not parts:
             return
         with (
@@ -67,7 +67,7 @@ class RayExecutor:
             closing(self._rows(job, parts, actors)) as rows,
         ):
             while True:
-                with quiet():  # not around the yield: the driver has things to say
+                with quiet():  # not around the yield: messages of the caller must be shown
                     row = next(rows, None)
                 if row is None:
                     return
@@ -76,9 +76,9 @@ class RayExecutor:
     def _rows(
         self, job: EmbedJob, parts: Sequence[int], actors: _Actors
     ) -> Generator[dict[str, Any], None, None]:
-        """A row per part, as Ray hands them out.
+        """Yield a row with the outcome of each part, in the order in which Ray returns them.
 
-        Closing it ends Ray's threads, which must not outlive a shutdown.
+        Closing this generator ends the threads of Ray Data. They must end before Ray is shut down.
         """
         items = [{"part": part} for part in parts]
         done = self._data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -95,7 +95,7 @@ class RayExecutor:
 
     @contextmanager
     def _cluster(self) -> Iterator[_Actors]:
-        """Actors of the Ray that is there, or of one of our own for the time being."""
+        """Yield the plan of the actors, in the running Ray or in one for the time of the block."""
         if self._ray.is_initialized():
             yield self._actors()
             return
@@ -121,9 +121,9 @@ class RayExecutor:
             self._ray.shutdown()
 
     def _actors(self) -> _Actors:
-        """As many as fit, each with an equal share of its machine.
+        """Return the plan of the actors in a running Ray: as many as fit, with equal shares.
 
-        Where any machine has GPUs, they are on the machines with GPUs only.
+        If any machine has GPUs, actors run only on machines with GPUs.
         """
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         with_gpu = [machine for machine in machines if machine.get("GPU")]
@@ -133,13 +133,13 @@ class RayExecutor:
         room = int(sum(machine[kind] for machine in usable))
         number = self.processes or max(1, room)
         per_machine = math.ceil(number / max(1, len(usable)))
-        # of unlike machines the smallest counts: an actor must fit on any of them
+        # if machines differ, the smallest counts: an actor must fit on any of them
         fewest_cores = int(min((machine.get("CPU", 1) for machine in usable), default=1))
         threads = max(1, fewest_cores // per_machine)
         return _Actors(number, threads, self._gpus(number))
 
     def _gpus(self, actors: int) -> float | None:
-        """GPUs per actor: one, or an even share where there are fewer than actors; None without."""
+        """Return GPUs per actor: 1, or 1/n if n actors share a GPU; None if there are no GPUs."""
         gpus = int(self._ray.cluster_resources().get("GPU", 0))
         if gpus == 0:
             return None
@@ -147,7 +147,10 @@ class RayExecutor:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """Quiet, and patient: a part may take hours, and actors may die while a machine starts."""
+        """Set Ray Data for the time of the block: no progress bars, and no limit of time.
+
+        A part may take hours, and actors may die while a machine starts.
+        """
         with quiet():
             context = self._data.DataContext.get_current()
         wanted = {
@@ -155,19 +158,19 @@ class RayExecutor:
             "execution_no_progress_timeout_s": -1,
             "max_consecutive_actor_init_deaths": 5,
         }
-        # older and newer Rays do not have all of them
-        known = {name: value for name, value in wanted.items() if hasattr(context, name)}
-        with setting(context, **known):
+        # some versions of Ray lack some of these settings
+        available = {name: value for name, value in wanted.items() if hasattr(context, name)}
+        with setting(context, **available):
             yield
 
 
 @dataclass(frozen=True)
 class _Actors:
-    """How many actors, threads of each, and its share of a GPU."""
+    """The plan of the actors."""
 
-    number: int
-    threads: int
-    gpus: float | None
+    number: int  # number of actors
+    threads: int  # threads per actor
+    gpus: float | None  # GPUs per actor, as Ray takes them; None without GPUs
 
 
 class _Actor:
@@ -177,25 +180,25 @@ class _Actor:
         self._worker = Worker(payload)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One row: the number of a part to its outcome."""
+        """Do the part whose number is in the batch, and return a batch with its outcome."""
         (part,) = batch["part"]
         return {"outcome": np.array([self._worker.outcome(int(part))], dtype=object)}
 
 
-# attempts at a part in a Spark of our own; a job sets a crashing part aside before that
+# attempts at a part in a Spark that vilu starts; a job gives up a crashing part before
 MAX_FAILURES = 6
-SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which brings its own settings
-POLL = 0.05  # seconds between looks at what has arrived
-_held: dict[str, Worker] = {}  # what this Python worker works on, by the hash of the job
+SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which has its own settings
+POLL = 0.05  # seconds between checks for new receipts
+_held: dict[str, Worker] = {}  # the worker of this Python process, by the hash of its job
 
 
 class SparkExecutor:
-    """One Spark task per part; each Python worker holds the job, so it loads the model once.
+    """Does each part in a task of Spark; each Python worker keeps the job and loads the model once.
 
-    An active ``SparkContext``, or that of ``spark-submit``, is used and left running; otherwise one
-    of our own runs here and is stopped at the end. Exactly-once comes from the parts' files, so
-    retries and speculation do no harm. Receipts come back through an accumulator, which Spark
-    updates as tasks succeed, once per part.
+    An active ``SparkContext``, or the one of ``spark-submit``, is used and left running. Otherwise
+    Spark is started on this machine and stopped at the end. Spark may do a part twice (retry,
+    speculation). It is still stored once, since its files have fixed names. Receipts are sent
+    through an accumulator, which Spark updates once per part when its task has succeeded.
     """
 
     name = "spark"
@@ -205,7 +208,7 @@ class SparkExecutor:
         self._spark = import_extra("pyspark", "spark")
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts, as parts are done."""
+        """Yield the receipt of each part as soon as the part is done."""
         if not parts:
             return
         with self._context() as (context, threads):
@@ -217,7 +220,7 @@ class SparkExecutor:
             action = _Action(self._spark, context, tasks)
             try:
                 n_taken = 0
-                # the last receipts may arrive in the moment in which the action ends
+                # the last receipts may arrive just before the action ends, so they are read after
                 while action.goes_on() or n_taken < len(arrived.value):
                     for packed in arrived.value[n_taken:]:
                         n_taken += 1
@@ -229,7 +232,10 @@ class SparkExecutor:
 
     @contextmanager
     def _context(self) -> Iterator[tuple[Any, int]]:
-        """The active context, or one of our own for the time being; and threads per task."""
+        """Yield a Spark context and the number of threads per task.
+
+        The context is the active one, or one for the time of the block.
+        """
         active = self._spark.SparkContext._active_spark_context
         if active is None and SUBMITTED in os.environ:
             active = self._spark.SparkContext.getOrCreate()
@@ -243,7 +249,7 @@ class SparkExecutor:
             context.stop()
 
     def _start(self) -> Any:  # noqa: ANN401 - PySpark's
-        """A Spark of our own on this machine."""
+        """Start Spark on this machine, and return its context."""
         settings = {
             "spark.master": f"local[{self.processes},{MAX_FAILURES}]",
             "spark.app.name": "vilu",
@@ -260,12 +266,12 @@ class SparkExecutor:
             raise MissingModelError(
                 f"Spark did not start; it needs Java 17 or later on the path ({error})."
             ) from error
-        context.pythonExec = sys.executable  # workers of this very environment
+        context.pythonExec = sys.executable  # workers in the same Python environment
         return context
 
 
 class _Action:
-    """The Spark job, in a thread of its own, so that the driver can take receipts meanwhile."""
+    """The Spark job in a separate thread, so that receipts can be read while it runs."""
 
     def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
         self._context = context
@@ -279,18 +285,17 @@ class _Action:
         try:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
-        # not swallowed: an exception ends with its thread unless it is handed over; check() raises
-        # it in the driver's
+        # not ignored: check() raises it in the main thread
         except Exception as error:  # noqa: BLE001
             self._error = error
 
     def goes_on(self) -> bool:
-        """Wait a moment; whether it is still at work."""
+        """Wait ``POLL`` seconds or until the end, and return whether the job is still running."""
         self._thread.join(POLL)
         return bool(self._thread.is_alive())
 
     def check(self, arrived: int, expected: int) -> None:
-        """Make sure that all is well at the end."""
+        """Raise StorageError where the job failed, or a receipt is missing."""
         if self._error is not None:
             reason = _reason(self._error)
             raise StorageError(f"Spark gave up: {reason} Finished parts are kept.") from self._error
@@ -301,27 +306,27 @@ class _Action:
             )
 
     def cancel(self) -> None:
-        """Stop what is still at work."""
+        """Stop the job if it is still running."""
         if self._thread.is_alive():
             self._context.cancelJobGroup(self._group)
             self._thread.join()
 
 
 class _Outcomes:
-    """How Spark adds up an accumulator of packed outcomes (PySpark's ``AccumulatorParam``)."""
+    """Adds up lists of pickled outcomes in an accumulator (PySpark's ``AccumulatorParam``)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
-        """Of a task."""
+        """Return the initial value in each task."""
         return []
 
     def addInPlace(self, total: list[bytes], more: list[bytes]) -> list[bytes]:  # noqa: N802
-        """The outcomes with those of one task more."""
+        """Append the outcomes of one more task."""
         total += more
         return total
 
 
 def _reason(error: Exception) -> str:
-    """The line of a long stack trace that says what was wrong."""
+    """Return the line of a Java stack trace that names the error."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -329,7 +334,7 @@ def _reason(error: Exception) -> str:
 
 
 def _run(held: Any, key: str, arrived: Any, part: int) -> None:  # noqa: ANN401 - PySpark's
-    """A task, in a Python worker."""
+    """Run a task in a Python worker of Spark: do a part and send its outcome."""
     from pyspark import TaskContext
 
     if key not in _held:
@@ -339,6 +344,7 @@ def _run(held: Any, key: str, arrived: Any, part: int) -> None:  # noqa: ANN401 
             take_gpu(int(gpu.addresses[0]))
         _held.clear()
         _held[key] = Worker(held.value)
-        # PySpark collects garbage after every task, which takes 0.2 s where torch is imported
+        # PySpark collects garbage after every task, which takes 0.2 s with torch imported. Frozen
+        # objects are not searched.
         gc.freeze()
     arrived.add([_held[key].outcome(part)])

@@ -1,4 +1,4 @@
-"""Parts done on this machine: what an executor is, processes, and ranks."""
+"""Executors for this machine: ``LocalExecutor`` (processes) and ``RankExecutor`` (one rank)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from vilu.validation import require_at_least
 
 
 class Worker:
-    """The job in a worker process; it is unpickled at the first part, and the model loaded once.
+    """Does parts of one job in a worker process.
 
-    The process works for the job alone, so the worker sets its plugins, threads and memory.
+    The job is unpickled when the first part arrives, and the model is loaded once. The process has
+    no other work, so the worker also sets plugins, number of threads and memory of the process.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -38,17 +39,17 @@ class Worker:
         self._job: EmbedJob | None = None
 
     def outcome(self, part: int) -> bytes:
-        """Do a part; its receipt or its exception, pickled, so that errors keep their type."""
+        """Do a part, and return its receipt or the exception that it raised, pickled."""
         try:
             if self._job is None:
                 self._job = self._begin()
             return pickle.dumps(self._job.process(part))
-        # not swallowed: this is the end of a worker, and whatever it is travels as bytes to the
-        # driver, which raises it
+        # not ignored: the exception is sent to the driver as bytes, and the driver raises it
         except Exception as error:  # noqa: BLE001
             return _pack(error)
 
     def _begin(self) -> EmbedJob:
+        """Unpickle the job, and set plugins, threads and memory of the process."""
         order: Order = pickle.loads(self._payload)  # noqa: S301 - from our own driver
         for module in order.plugins:
             load_plugin(module)
@@ -60,7 +61,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Order:
-    """What a driver sends to a worker."""
+    """What the driver sends to a worker: plugins to load, number of threads, and the job."""
 
     plugins: Sequence[str]
     threads: int
@@ -68,7 +69,7 @@ class Order:
 
 
 def receipt_of(packed: bytes) -> Receipt:
-    """The receipt in an outcome."""
+    """Return the receipt in an outcome of ``Worker``; raise the exception if it holds one."""
     outcome = pickle.loads(packed)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
         raise outcome
@@ -78,9 +79,9 @@ def receipt_of(packed: bytes) -> Receipt:
 
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
-    """The job for a worker, pickled, with so many threads for tensors.
+    """Return the pickled ``Order`` of a job for workers with ``threads`` threads for tensors.
 
-    There are as many for decoding, unless the job says itself.
+    There are as many threads for decoding, unless ``job.workers`` is set.
     """
     shared = replace(job, workers=job.workers or threads)
     try:
@@ -93,15 +94,18 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
 
 
 def _pack(error: Exception) -> bytes:
-    """An exception for the driver; of a foreign one the traceback, which does not travel, too."""
+    """Return the pickle of an exception, with the traceback as a note if it is not a ViLUError.
+
+    The note is needed because pickles hold no tracebacks.
+    """
     if not isinstance(error, ViLUError):
         error.add_note("".join(traceback.format_exception(error)))
     try:
         packed = pickle.dumps(error)
-        # read back: classes with other arguments than a message fail only here
+        # unpickled as a test: a class whose __init__ takes more than a message fails only here
         pickle.loads(packed)  # noqa: S301 - our own bytes
-    # pickling runs the __reduce__ and __init__ of a foreign class, which may raise anything; what
-    # the part itself raised is what counts, and still reaches the driver, as text
+    # Pickling runs __reduce__ and __init__ of a class from elsewhere, which may raise any
+    # exception. In place of it, the driver gets the original exception as text.
     except Exception:  # noqa: BLE001
         text = "".join(traceback.format_exception(error))
         return pickle.dumps(RuntimeError(text))
@@ -109,38 +113,39 @@ def _pack(error: Exception) -> bytes:
 
 
 def check_processes(processes: int | None) -> int | None:
-    """The number of processes, or None for the executor's own choice."""
+    """Return the number of processes after a check; None is left to the executor."""
     if processes is not None:
         require_at_least("processes", processes, 1)
     return processes
 
 
 def threads_per_process(processes: int) -> int:
-    """Equal shares of the cores, at least one each."""
+    """Return the number of cores for each of ``processes`` processes, at least 1."""
     return max(1, cores() // processes)
 
 
 def take_gpu(number: int) -> None:
-    """Make "cuda" mean the GPU of the process of this number on its machine, if there are any."""
+    """Make "cuda" mean GPU ``number`` modulo the number of GPUs, if the machine has GPUs."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-MAX_DEATHS = 5  # of processes over one part; a job sets a crashing part aside before that
-# what a worker says when it is up, and what the driver hears from a dead one: nothing to hand on
+# number of deaths in one part that ends the run; a job gives a part up after fewer (MAX_ATTEMPTS)
+MAX_DEATHS = 5
+# message of a worker that has started; _receive also returns it for a worker that has died
 READY = b""
-GRACE = 5.0  # seconds that a worker has to die when told to
+GRACE = 5.0  # seconds that a worker may take to end before it is killed
 
 logger = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """N processes, each with a pipe of its own.
+    """Does parts in processes on this machine; the driver has a pipe to each process.
 
-    They are begun afresh ("spawn"), so no thread or lock is lost in a fork. Only part numbers and
-    receipts travel. No lock is shared, so killing a worker harms nothing but the part under way,
-    which another process does again. When the driver dies, however it dies, its workers end at
-    once.
+    Processes are started with "spawn", because a fork would lose threads and keep held locks. After
+    the job, only part numbers and receipts are sent. Processes share no lock. So killing a worker
+    affects only its unfinished part, which another process does again. When the driver dies, its
+    workers end at once.
     """
 
     name = "local"
@@ -150,7 +155,7 @@ class LocalExecutor:
         self.max_deaths = max_deaths
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts, as parts are done."""
+        """Yield the receipt of each part as soon as the part is done."""
         pool = _Pool(job, parts, self.processes, self.max_deaths)
         try:
             yield from pool.receipts()
@@ -159,7 +164,7 @@ class LocalExecutor:
 
 
 class _Process:
-    """A process, our end of its pipe, and what it does."""
+    """A worker process, the driver's end of its pipe, and the part that it is doing."""
 
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
@@ -173,12 +178,12 @@ class _Process:
         try:
             self.process.start()
         finally:
-            # Were it open here too, the death of the worker would not be the end of the pipe, and
-            # nobody would hear of it.
+            # The pipe signals the death of the worker only when all copies of the far end are
+            # closed, so the driver's copy is closed here.
             far_end.close()
 
     def exit_code(self) -> int | None:
-        """How it ended; made to end if it does not by itself."""
+        """Close the pipe, wait for the end of the process or kill it, and return its exit code."""
         self.pipe.close()
         self.process.join(GRACE)
         if self.process.exitcode is None:
@@ -188,7 +193,7 @@ class _Process:
 
 
 class _Pool:
-    """The state of one ``run``: parts that wait, workers, and deaths so far."""
+    """The state of one ``run``: waiting parts, workers, and deaths of workers so far."""
 
     def __init__(
         self, job: EmbedJob, parts: Sequence[int], processes: int, max_deaths: int
@@ -201,38 +206,39 @@ class _Pool:
         self.deaths: Counter[int | None] = Counter()
 
     def receipts(self) -> Iterator[Receipt]:
-        """Receipts as they come in."""
-        while self.waiting or self._busy():
-            self._hire()
+        """Yield the receipts in the order in which they arrive."""
+        while self.waiting or self._n_busy():
+            self._start_workers()
             self._assign()
             pipes = [worker.pipe for worker in self.workers.values()]
             for pipe in connection.wait(pipes):
                 worker = self.workers.get(pipe)
-                if worker is None:  # buried in the meantime
+                if worker is None:  # _assign found it dead in the meantime and removed it
                     continue
-                packed = self._hear(worker)
+                packed = self._receive(worker)
                 if packed != READY:
-                    # before the driver does something with the receipt, which may take a while
+                    # now, because the caller may work on the receipt for a while
                     self._assign()
                     yield receipt_of(packed)
 
     def stop(self) -> None:
-        """End all workers; those in the middle of a part may still remove their temporary files."""
+        """End all workers."""
         for worker in self.workers.values():
             if worker.part is None:
                 worker.process.kill()
             else:
-                worker.process.terminate()
+                worker.process.terminate()  # lets it remove its temporary files
         for worker in self.workers.values():
             worker.exit_code()
         self.workers.clear()
 
-    def _busy(self) -> int:
+    def _n_busy(self) -> int:
+        """Return the number of workers that are doing a part."""
         return sum(worker.part is not None for worker in self.workers.values())
 
-    def _hire(self) -> None:
-        """Keep as many workers as there is work for."""
-        wanted = min(self.size, self._busy() + len(self.waiting))
+    def _start_workers(self) -> None:
+        """Start workers until there are as many as parts in work or waiting, at most ``size``."""
+        wanted = min(self.size, self._n_busy() + len(self.waiting))
         missing = max(0, wanted - len(self.workers))
         taken = {worker.number for worker in self.workers.values()}
         # a new worker takes the number of a dead one, and with it the dead one's GPU
@@ -242,8 +248,8 @@ class _Pool:
             self.workers[worker.pipe] = worker
 
     def _assign(self) -> None:
-        """Give parts to those who have none."""
-        # a list of its own: burying one takes it out of the workers
+        """Send waiting parts to idle workers."""
+        # a copy of the values: _remove_dead removes a worker from the dictionary
         for worker in list(self.workers.values()):
             if not worker.ready or worker.part is not None:
                 continue
@@ -253,25 +259,29 @@ class _Pool:
             try:
                 worker.pipe.send(worker.part)
             except OSError:
-                self._bury(worker)
+                self._remove_dead(worker)
 
-    def _hear(self, worker: _Process) -> bytes:
-        """The outcome that a worker sends; nothing but ``READY`` if it is up, or died."""
+    def _receive(self, worker: _Process) -> bytes:
+        """Return the outcome that a worker sends, or ``READY`` if it has just started or died."""
         try:
             packed = worker.pipe.recv_bytes()
             if packed == READY:
-                # the job travels once, and only to a worker that is there to read it
+                # the job is sent once, and only after the worker has started
                 worker.pipe.send_bytes(self.payload)
                 worker.ready = True
         except (EOFError, OSError):
-            self._bury(worker)
+            self._remove_dead(worker)
             return READY
         if packed != READY:
             worker.part = None
         return packed
 
-    def _bury(self, worker: _Process) -> None:
-        """Take a dead worker out and put its part back, unless that part has killed too many."""
+    def _remove_dead(self, worker: _Process) -> None:
+        """Remove a dead worker and put its part back into the queue.
+
+        Raises:
+            StorageError: If ``max_deaths`` workers died in this part, or before their first part.
+        """
         del self.workers[worker.pipe]
         part = worker.part
         self.deaths[part] += 1
@@ -298,17 +308,17 @@ class _Pool:
 
 
 def _ending(code: int | None) -> str:
-    """How a process ended, from its exit code, which is negative after a signal."""
+    """Return how a process ended, from its exit code, which is minus the number of a signal."""
     if code is not None and code < 0:
         return f"signal {signal.Signals(-code).name}"
     return f"exit code {code}"
 
 
 def _serve(pipe: Connection, number: int) -> None:
-    """A worker: parts from the pipe, outcomes into it, until the driver closes it."""
-    # Ctrl-C goes to the whole group; the driver says what becomes of us
+    """Run a worker: receive part numbers and send outcomes until the driver closes the pipe."""
+    # Ctrl-C reaches all processes of the terminal. A worker ignores it: the driver ends the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # temporary files are removed on the way out
+    # sys.exit runs the ``finally`` blocks, which remove temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=end_with_driver, daemon=True).start()
     take_gpu(number)
@@ -322,9 +332,9 @@ def _serve(pipe: Connection, number: int) -> None:
 
 
 def end_with_driver() -> None:
-    """End at once when the driver is gone, without a word.
+    """Wait for the end of the driver, then end this process at once.
 
-    Files appear whole or not at all, so no part is left half-written.
+    Files are written atomically, so no file is left half-written.
     """
     driver = parent_process()
     if driver is not None:
@@ -339,7 +349,7 @@ ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"
 
 @dataclass(frozen=True)
 class Rank:
-    """The place of this process among ``world`` of them, counted from 0."""
+    """The number of this process, from 0, among ``world`` processes."""
 
     rank: int
     world: int
@@ -353,11 +363,11 @@ class Rank:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Rank:
-        """The rank that the environment tells.
+        """Return the rank that the environment variables state.
 
-        ``RANK`` of ``WORLD_SIZE`` (torchrun) goes first. In Slurm, task ``SLURM_PROCID`` of
-        ``SLURM_NTASKS`` in each of the jobs of an array has the rank (number of its job) * ntasks +
-        procid.
+        ``RANK`` and ``WORLD_SIZE`` (torchrun) have precedence. In Slurm, the rank is
+        ``array_index * SLURM_NTASKS + SLURM_PROCID``, where ``array_index`` is the index of the job
+        in its job array (0 without an array).
         """
         torchrun = _pair(environment, *TORCHRUN)
         task = _pair(environment, *SLURM_TASK)
@@ -378,11 +388,10 @@ class Rank:
 
 
 class RankExecutor:
-    """Does the parts of this process's rank, here.
+    """Does in this process the parts with ``number % world == rank``.
 
-    These are the parts whose number leaves the remainder ``rank`` when divided by ``world``.
-    Processes that see different parts missing, because one began later, so still never leave a gap
-    between them.
+    The rule uses the number of a part, not its index among the missing parts. So no part is left
+    out when processes begin at different times and see different parts missing.
     """
 
     name = "rank"
@@ -394,14 +403,14 @@ class RankExecutor:
             take_gpu(_number("LOCAL_RANK", local))
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts of our parts."""
+        """Yield the receipts of the parts of this rank."""
         for part in parts:
             if part % self.rank.world == self.rank.rank:
                 yield job.process(part)
 
 
 def _pair(environment: Mapping[str, str], rank: str, world: str) -> Rank | None:
-    """The rank in two variables; None where neither is set."""
+    """Return the rank that two variables state; None where neither is set."""
     present = [name for name in (rank, world) if name in environment]
     if not present:
         return None
@@ -411,7 +420,7 @@ def _pair(environment: Mapping[str, str], rank: str, world: str) -> Rank | None:
 
 
 def _array(environment: Mapping[str, str]) -> Rank | None:
-    """The place of this job in a Slurm job array; None where it is in none."""
+    """Return the index of this job in its Slurm job array as a rank; None without an array."""
     missing = sorted(set(ARRAY) - environment.keys())
     if len(missing) == len(ARRAY):
         return None
@@ -432,6 +441,7 @@ def _array(environment: Mapping[str, str]) -> Rank | None:
 
 
 def _number(name: str, text: str) -> int:
+    """Return the whole number in an environment variable; UsageError where it is none."""
     if not text.isdecimal():
         raise UsageError(f"{name} must be a whole number from 0. Got {text!r} instead.")
     return int(text)
