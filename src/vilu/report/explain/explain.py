@@ -200,28 +200,29 @@ def explain(
     n: int = 10,
     depth: Depth = DEFAULT,
 ) -> Explanations:
-    """Why some answers are suspicious.
+    """Explain why some answers are suspicious.
 
-    An explanation names the competitors of an answer, training rows that look alike, and what moved
-    the score.
+    An explanation has three parts: the competitors of the answer, the nearest training rows, and
+    the share of every group of inputs in the score.
 
     Args:
-        predictor: Ready to score.
-        data: The rows' source.
-        train: Labelled training rows, for the neighbours. Where ``data`` have too few rows that are
-            not explained, the attribution's background is drawn from them, too, although they were
-            scored in the fit.
-        rows: Row numbers, or keys; None for the ``n`` most uncertain rows.
-        n: How many rows where none are chosen.
-        depth: How much is told of each.
+        predictor: A predictor that is ready to score.
+        data: The source of the rows.
+        train: Labelled training rows, for the neighbours. If ``data`` has fewer than
+            ``depth.background`` rows that are not explained, the background rows of the attribution
+            are drawn from ``train``, although the predictor was fitted on them.
+        rows: Row numbers or keys; None for the ``n`` most uncertain rows.
+        n: Number of rows to explain if ``rows`` is None.
+        depth: Numbers of competitors, neighbours and background rows.
 
     Warns:
-        UserWarning: If explained rows were used to fit the predictor: their scores say little about
-        new images.
+        UserWarning: If explained rows were used to fit the predictor. Their scores say little about
+            the scores of new images.
 
     Raises:
         UsageError: If a number is not positive.
-        DataError: If a row does not exist or has no score, or no training row has a label.
+        DataError: If a row does not exist or has no score, if no training row has a label, or if
+            there is only one candidate.
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space.
 
