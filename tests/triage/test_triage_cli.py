@@ -97,7 +97,7 @@ def encode(model: FakeBackbone, pixels: torch.Tensor) -> torch.Tensor:
     [
         (("--outside", "cat"), 2, "'cat' is one of the classes"),
         (("--max-risk", 0), 2, "max_risk must be in (0, 1)"),
-        (("--link", "--move"), 2, "--link and --move exclude one another"),
+        (("--link", "--move"), 2, "--link and --move exclude each other"),
         (("--labels", "names.txt"), 3, "must have the columns path"),
         (("--classes", "gone.txt"), 2, "gone.txt does not exist"),
     ],
@@ -135,7 +135,7 @@ def test_next_for_a_store_and_a_predictor(
     run(*arguments, "-o", tmp_path / "one.csv", code=2)
     same = ("--labels", tmp_path / "two.csv", "--labels", tmp_path / "store" / ".." / "one.csv")
     lost = run(*arguments, "-o", tmp_path / "one.csv", "--overwrite", *same, code=2)
-    assert "is one of --labels, and its answers would be lost" in lost.stderr
+    assert "is one of --labels, so its labels would be lost" in lost.stderr
     assert rows(tmp_path / "one.csv") == first
     run(*arguments, "-o", tmp_path / "one.csv", "--overwrite")
     again = rows(tmp_path / "one.csv")
