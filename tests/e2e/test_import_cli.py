@@ -154,7 +154,7 @@ def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
     )
     if stop != signal.SIGKILL:
         assert (
-            f"vilu: stopped: what is finished is in {store}; "
+            f"vilu: stopped: finished parts are in {store}; "
             "the same command goes on with the rest." in told
         )
     assert not (store / "manifest.json").exists()

@@ -224,7 +224,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     run(*calibrate, *given)  # once more: nothing changes
     assert Calibration.load(predictor) == found
     assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr
-    assert "of the other targets none" in run(*calibrate, "--max-miss", 0.2, *given, code=2).stderr
+    assert "allows no other target" in run(*calibrate, "--max-miss", 0.2, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
     scores = Outcomes.load(tmp_path / "scores.parquet")
     wrong = [
@@ -391,7 +391,7 @@ def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(
         ),
         (
             ("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"),
-            "in a folder that is there",
+            "in an existing folder",
         ),
         (("-o", "x.csv", "--images", ".", "--sheet", "sheet.png", "--split", "dawn"), "dawn"),
     ],

@@ -170,7 +170,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object for ``json.loads``; ValueError if a key occurs twice."""
     document = dict(pairs)
     if len(document) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("a key occurs twice in an object")
     return document
 
 

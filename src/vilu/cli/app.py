@@ -33,11 +33,12 @@ from vilu.registry import entry_points, load_entry, load_plugin
 app = typer.Typer(
     name="vilu",
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
-    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command "
-    "has its own --help. Commands write to a new or an empty place, or to what the same command "
-    "wrote; --overwrite makes that anew, and other files are never touched. Exit codes: 2 the "
-    "command cannot be (a missing path, a taken place), 3 data, 4 risk out of reach, 5 no model, "
-    "6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
+    epilog="To begin, run `vilu demo`. The usual order is embed, fit, calibrate, score, evaluate; "
+    "every command has its own --help. A command writes to a new or empty path, or continues its "
+    "own earlier output. --overwrite replaces earlier output of vilu; other files are never "
+    "touched. Exit codes: 2 wrong usage (such as a missing path, or an output path in use), 3 bad "
+    "data, 4 risk target cannot be reached, 5 missing model, 6 artefacts do not belong together, "
+    "7 storage failed, 8 alarm, 75 busy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -59,14 +60,14 @@ def common(
     context: typer.Context,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Log debugging messages.")] = False,
     quiet: Annotated[
-        bool, Option("--quiet", "-q", help="No progress, no log but warnings.")
+        bool, Option("--quiet", "-q", help="Show no progress, and log only warnings.")
     ] = False,
     plugin: Annotated[
         list[str] | None,
         Option(
             "--plugin",
             metavar="MODULE",
-            help="Import a module that registers methods first; repeatable.",
+            help="Import a module that registers methods, before the command; repeatable.",
         ),
     ] = None,
     version: Annotated[  # noqa: ARG001 - its callback does the work
@@ -121,7 +122,7 @@ def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
     if name == "score" and output is not None:
         goes_on = not output.suffix  # no suffix: a folder, which is written in parts
     if goes_on:
-        return f"what is finished is in {output}; the same command goes on with the rest."
+        return f"finished parts are in {output}; the same command goes on with the rest."
     if name == "serve":
         return (
             "every accepted request is answered, and the state is saved; the same command goes on "
@@ -132,7 +133,7 @@ def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
     checkpoints = Path(f"{output}.checkpoints")
     if name == "fit" and checkpoints.is_dir():
         return f"the same command goes on from the last checkpoint in {checkpoints}."
-    return "no file is half written; the same command begins anew."
+    return "no incomplete file was left; the same command starts again from the beginning."
 
 
 ON_DATA = (

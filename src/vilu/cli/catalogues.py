@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 datasets = typer.Typer(
-    help="Data sets that vilu knows by name: what they are, and which are on this disk."
+    help="Data sets that vilu can open by name: their description, and which are on this disk."
 )
 BELOW = ("folder", "archives", "trouble", "to do")
+"""Columns that are printed on lines of their own, below the row."""
 FACTS = (
     "name",
     "title",

@@ -147,6 +147,7 @@ def key_of(photos: Path, seed: int) -> str:
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
+"""Names of the figures, without their suffix."""
 FILES = (
     "cache",
     "photos",

@@ -226,20 +226,20 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
 
     if cls.uses_unlabelled:
         return
-    beside = []
-    alone = []
+    with_labelled = []  # methods that use rows without labels in addition to labelled rows
+    without_labelled = []  # methods that are fitted on rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
-            beside.append(method.name)
+            with_labelled.append(method.name)
         if method.needs_fit and not method.needs_labels:
-            alone.append(method.name)
-    if cls.name in alone:
+            without_labelled.append(method.name)
+    if cls.name in without_labelled:
         instead = f"or give them as the STORE to fit {cls.name} on"
     else:
-        instead = f"or fit {_names(alone)} with them as the STORE"
+        instead = f"or fit {_names(without_labelled)} with them as the STORE"
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_names(beside)}; {instead}."
+        f"{_names(with_labelled)}, {instead}."
     )
 
 
@@ -756,7 +756,7 @@ def push(
     """
     from vilu.predictors.persistence.hub import push as push_predictor
 
-    place = push_predictor(
+    address = push_predictor(
         predictor,
         repository,
         private=private,
@@ -764,7 +764,7 @@ def push(
         overwrite=overwrite,
         with_sample=with_sample,
     )
-    typer.echo(place)
+    typer.echo(address)
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 

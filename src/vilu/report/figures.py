@@ -29,12 +29,14 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
     100 %, and so do the bars of wrong answers. So both are visible, even if one kind is rare.
     """
     with house_style():
-        figure, panels = _panels(len(outcomes), 3, 4.0, 2.6)
+        figure, panels = _panels(len(outcomes), columns=3, width=4.0, height=2.6)
         for axes, (title, of_method) in zip(panels, outcomes.items(), strict=True):
             uncertainty, failure = known(of_method)
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            _share_bars(axes, uncertainty[failure == 0], edges, "answer correct", CORRECT, None)
-            _share_bars(axes, uncertainty[failure == 1], edges, "answer wrong", WRONG, "///")
+            of_correct = uncertainty[failure == 0]
+            of_wrong = uncertainty[failure == 1]
+            _share_bars(axes, of_correct, edges, "answer correct", CORRECT, hatch=None)
+            _share_bars(axes, of_wrong, edges, "answer wrong", WRONG, hatch="///")
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
@@ -260,19 +262,19 @@ def _curve_panels(
     styles = dict(zip(labels, looks(), strict=False))
     handles: dict[str, Any] = {}
     with house_style():
-        figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
+        columns = min(2, len(panels))
+        figure, axes = _panels(len(panels), columns, width=4.4, height=3.0, below=0.5)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
             axis.grid(alpha=0.25, linewidth=0.5)
             draw(axis, panel, styles)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        columns = min(max(len(styles), 1), 4)
         figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=columns,
+            ncols=min(max(len(styles), 1), 4),
             fontsize=8,
         )
     return figure
@@ -336,7 +338,7 @@ class Grid:
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     """Draw heat maps: a darker cell is a higher fraction, which is printed in percent."""
     with house_style():
-        figure, axes = _panels(len(panels), min(2, len(panels)), 4.2, 2.6)
+        figure, axes = _panels(len(panels), min(2, len(panels)), width=4.2, height=2.6)
         for axis, panel in zip(axes, panels, strict=True):
             _draw_grid(axis, panel)
             axis.set(title=panel.title, xlabel=column_label, ylabel=row_label)

@@ -150,7 +150,8 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
             changes.append(_changes(data, measured_rows, better, task))
     saved, lost = _at_best_mix(torch.stack(changes))
     ranked = tuple(_ranked(data, n, failures, saved, lost))
-    return PromptGains(ranked, len(rows), 1 - float(failures.sum() / n.sum()), folds)
+    accuracy = 1 - float(failures.sum() / n.sum())
+    return PromptGains(rows=ranked, n=len(rows), accuracy=accuracy, folds=folds)
 
 
 def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +216,7 @@ class Rivals(NamedTuple):
     the current answer, or the runner-up for the class that is the current answer.
     """
 
-    index: Tensor  # (B, K) int64 class index of the rival
+    class_index: Tensor  # (B, K) int64 class index of the rival
     logit: Tensor  # (B, K) logit of the rival
     answer_is_right: Tensor  # (B, 1) bool: whether the current answer is correct
 
@@ -230,7 +231,7 @@ class Rivals(NamedTuple):
         runner_up = candidates[:, 1:]
         is_answer = answer == torch.arange(len(batch.text))
         return cls(
-            index=torch.where(is_answer, runner_up, answer),
+            class_index=torch.where(is_answer, runner_up, answer),
             logit=torch.where(is_answer, largest[:, 1:], largest[:, :1]),
             answer_is_right=answer == batch.target[:, None],
         )
@@ -248,9 +249,9 @@ class Rivals(NamedTuple):
         classes = torch.arange(len(better))
         logits = (batch.image @ better.T) * batch.logit_scale + batch.logit_bias
         # of equal logits, the class of the lowest index is the answer
-        wins_tie = (logits == self.logit) & (classes < self.index)
+        wins_tie = (logits == self.logit) & (classes < self.class_index)
         wins = (logits > self.logit) | wins_tie
-        new_answer = torch.where(wins, classes, self.index)
+        new_answer = torch.where(wins, classes, self.class_index)
         right = new_answer == batch.target[:, None]
         saved = (right & ~self.answer_is_right).sum(dim=0)
         lost = (self.answer_is_right & ~right).sum(dim=0)

@@ -167,9 +167,9 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
     """One histogram per method; the histogram of the first, main method shows the threshold."""
     threshold = points.threshold[points.start]
-    histograms = [charts.histogram(methods[0], threshold, 0)]
+    histograms = [charts.histogram(methods[0], threshold, number=0)]
     for number in range(1, len(methods)):
-        histograms.append(charts.histogram(methods[number], None, number))
+        histograms.append(charts.histogram(methods[number], threshold=None, number=number))
     return histograms
 
 

@@ -109,6 +109,7 @@ def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.75 * raw)
+    # the tolerance keeps ticks at the ends of the range in spite of rounding
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
@@ -247,8 +248,8 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
             "Error rate among the answers that are accepted, against the share that is accepted; "
             "lower is better."
         ),
-        x=Axis("accepted, % of all answers", "coverage", 0.0, 1.0),
-        y=Axis("wrong, % of the accepted", "errors", 0.0, _ceiling(top)),
+        x=Axis("accepted, % of all answers", "coverage", low=0.0, high=1.0),
+        y=Axis("wrong, % of the accepted", "errors", low=0.0, high=_ceiling(top)),
         lines=_thin_lines(methods, curves),
         marker=(n_accepted / len(failure), risk_of_choice),
         guide=guide,
@@ -278,8 +279,8 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
             "Share of the right answers that is accepted, against the share of the wrong ones; "
             "higher is better."
         ),
-        x=Axis("wrong answers accepted, %", "wrong accepted", 0.0, 1.0),
-        y=Axis("right answers accepted, %", "right accepted", 0.0, 1.0),
+        x=Axis("wrong answers accepted, %", "wrong accepted", low=0.0, high=1.0),
+        y=Axis("right answers accepted, %", "right accepted", low=0.0, high=1.0),
         lines=_thin_lines(methods, curves),
         marker=(float(accepted[failure == 1].mean()), float(accepted[failure == 0].mean())),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
@@ -305,6 +306,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     if OUTSIDE_LOOK in kind_of:
         labels[WRONG_LOOK] = "wrong within the classes"
         labels[OUTSIDE_LOOK] = "of none of the classes"
+    # two points per bin, at its left and its right edge, draw the bins as steps
     x = np.repeat(edges, 2)[1:-1]
     lines = []
     for kind, label in labels.items():
@@ -322,8 +324,8 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         key=f"histogram-{number}",
         title=title,
         says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
-        x=Axis("uncertainty", "uncertainty", low, high, percent=False),
-        y=Axis("% of its kind", "share", 0.0, _ceiling(top)),
+        x=Axis("uncertainty", "uncertainty", low=low, high=high, percent=False),
+        y=Axis("% of its kind", "share", low=0.0, high=_ceiling(top)),
         lines=tuple(lines),
         marker=marker,
     )
@@ -369,8 +371,8 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
             "Share of wrong answers against the failure probability that was stated, in bins; "
             "bars: 95 % intervals."
         ),
-        x=Axis("failure probability stated, %", "stated", 0.0, 1.0),
-        y=Axis("answers that are wrong, %", "found", 0.0, 1.0),
+        x=Axis("failure probability stated, %", "stated", low=0.0, high=1.0),
+        y=Axis("answers that are wrong, %", "found", low=0.0, high=1.0),
         lines=tuple(reversed(lines)),
         guide=((0.0, 0.0, 1.0, 1.0), "as stated"),
     )
