@@ -240,7 +240,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         "drew from what could be accepted"
         in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
     )
-    assert "takes --labels" in run(*calibrate, code=2).stderr
+    assert "anytime needs --labels" in run(*calibrate, code=2).stderr
     other = {path: next(name for name in NAMES if name != truth[path]) for path in truth}
     for file in given[1::2]:
         give_labels(cast("Path", file), other, cast("Path", file))
