@@ -65,8 +65,8 @@ def test_the_lock_of_another_machine_is_worth_a_line(
     with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
         (said,) = caplog.messages
     assert (
-        f"{tmp_path / HOLDER} names process 12 of elsewhere: it has died there, or is scoring into"
-        in said
+        f"{tmp_path / HOLDER} names process 12 of elsewhere. "
+        "Either it died there, or it is scoring into" in said
     )
     assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
 

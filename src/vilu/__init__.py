@@ -1,7 +1,7 @@
 """vilu: how likely is the answer of a frozen vision-language model wrong?
 
-Public names are imported on first use, so that ``import vilu`` loads neither torch nor a backbone.
-Nothing of the process is changed (docs/architecture.md); ``tune_process`` is for those who want it.
+Public names are imported on first use, so ``import vilu`` imports neither torch nor a backbone.
+It also leaves the settings of the process unchanged (docs/architecture.md); see ``tune_process``.
 """
 
 from __future__ import annotations
@@ -105,15 +105,14 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = ["__version__", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too
 
 
-if not TYPE_CHECKING:  # or else a type checker takes every name for one of ours
+if not TYPE_CHECKING:  # with this function, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name == "metrics":
             return importlib.import_module("vilu.metrics")
         if name == "__version__":
-            return importlib.import_module("importlib.metadata").version(
-                "vilu"
-            )  # late: longer than all of this
+            # imported here because this import is slower than the whole module
+            return importlib.import_module("importlib.metadata").version("vilu")
         if name not in _HOME:
             raise AttributeError(f"module 'vilu' has no attribute {name!r}")
         value = getattr(importlib.import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of whoever called vilu."""
+"""Warnings that point at the line of code that called vilu."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 import warnings
 
 OWN = {"vilu", "vilu_bench"}
-"""Packages whose lines no warning points at."""
+"""Packages that are skipped in the search for the caller."""
 
 WRAPPERS = {"contextlib", "functools"}
-"""Modules of Python that stand between a decorated function of ours and its caller."""
+"""Modules of Python that are also skipped, since decorators call functions from there."""
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line of the caller: the innermost one outside this package and ``vilu_bench``.
+    """Warn at the line of the innermost caller outside of ``vilu`` and ``vilu_bench``.
 
     Examples:
         >>> import warnings
@@ -24,8 +24,8 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
         >>> print(caught[0].message)
         few rows
     """
-    frame = sys._getframe(1)  # inspect.stack would read the source of all files
-    level = 2  # 1 would be this function
+    frame = sys._getframe(1)  # faster than inspect.stack, which reads the source files
+    level = 2  # stack level 1 is this function, level 2 is its caller
     while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         level += 1

@@ -1,4 +1,4 @@
-"""Names of devices to devices, and torch with the defaults of its threads."""
+"""Devices by name, and blocks of code in which torch has its default settings."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vilu.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called "auto", "cpu", "cuda", "cuda:N" or "mps".
+    """The device with a name: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
-    "auto" is the first of cuda, mps, cpu at hand.
+    "auto" is the first available device of cuda, mps and cpu.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -44,13 +44,14 @@ Item = TypeVar("Item")
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """A block, or a function, in which torch has its defaults.
+    """Run a block, or a decorated function, with the default settings of torch.
 
-    These are gradients, the CPU and no autocast, all of this thread alone. The default type is of
-    all threads and stays: whoever makes a tensor of floats here names its type.
+    The settings are: gradients on, inference mode off, the CPU as default device, autocast off.
+    They belong to the current thread. The default type of torch belongs to all threads, so it is
+    not changed: code in the block must name the type of every floating-point tensor that it makes.
 
-    So a number does not depend on what the caller has set, and what is made here can be used
-    anywhere: a tensor that is made in inference mode can never be trained on.
+    This has two reasons. Results do not depend on the settings of the caller. Tensors made in the
+    block can be used anywhere, whereas a tensor made in inference mode can never be trained on.
     """
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
@@ -62,9 +63,9 @@ def torch_defaults() -> Iterator[None]:
 
 
 def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Item]:
-    """The items of a generator, each made in a block ``torch_defaults``.
+    """Yield the items of a generator, and run the generator with ``torch_defaults``.
 
-    Between the items the caller's settings hold.
+    The code of the caller, between two items, runs with the settings of the caller.
     """
     with closing(items):
         while True:
@@ -82,18 +83,18 @@ FILLING: set[Callable[..., object]] = {
     *(nn.init.xavier_uniform_, nn.init.xavier_normal_),
     *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
 }
-"""What fills a tensor with random numbers; its first argument is the tensor."""
+"""Functions that fill their first argument, a tensor, with random numbers."""
 
 MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
-"""What makes a tensor of random numbers."""
+"""Functions that make a new tensor of random numbers."""
 
 
 class OwnGenerator(TorchFunctionMode):
-    """A block in which random numbers on the CPU come from a generator of this block.
+    """A block in which random numbers on the CPU come from a generator of the block.
 
-    Libraries of models draw first weights for a model whose weights come from a file. In this block
-    torch's own generator, which is of the whole process, stays as it is. Other threads do not
-    notice the block.
+    Libraries draw random initial weights even for a model whose weights are then read from a file.
+    Within this block, such draws do not change the state of torch's global generator. Other threads
+    are not affected.
     """
 
     def __init__(self) -> None:
@@ -107,7 +108,7 @@ class OwnGenerator(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Call a function of torch; one that draws gets the generator where it has none."""
+        """Call a function of torch; a random function without a generator gets the block's one."""
         named = dict(kwargs or {})
         if named.get("generator") is None and _draws_on_cpu(func, args, named):
             named["generator"] = self.generator

@@ -1,7 +1,7 @@
-"""Every error that vilu raises on purpose, each with the exit code of the command line.
+"""All errors that vilu raises on purpose, each with its exit code of the command line.
 
-A message says what was found, what was expected, and how to mend it. Here too: the codes of what
-has no class, which every room reads.
+A message states what was found, what was expected, and how to correct it. This module also defines
+the codes for labels that are no class, because all subpackages use them.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 UNKNOWN = -1
-"""A label, an answer or a failure that is not known."""
+"""Code of a label, an answer or a failure that is not known."""
 
 OUTSIDE = -2
-"""Label of a picture of none of the classes, in files and where data come in.
+"""Label of a picture of none of the classes, in files and in arguments.
 
-In memory the Boolean ``outside`` says so.
+In memory such a picture has the label ``UNKNOWN`` and the Boolean ``outside`` is True.
 """
 
-# stands in place of a label, in files, of a picture that nobody can name: it is not known
+# label in files for a picture that no person could name; its label counts as not known
 NO_NAME = "(skip)"
 
 
 class ViLUError(Exception):
-    """Base of all errors that are the user's to mend; never a bug."""
+    """Base of all errors that the user can correct; it is never raised for a bug."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UsageError(ViLUError, ValueError):
-    """An argument or a hyper-parameter that cannot be."""
+    """An argument or a hyper-parameter is invalid."""
 
     exit_code = 2
 
@@ -42,15 +42,15 @@ class NotFittedError(ViLUError, ValueError, AttributeError):
 
 
 class DataError(ViLUError, ValueError):
-    """Data that cannot be used: empty, malformed, degenerate, or beyond the error budget."""
+    """Data cannot be used: empty, malformed, degenerate, or with too many bad rows."""
 
     exit_code = 3
 
 
 class InfeasibleError(ViLUError):
-    """A guarantee that these calibration rows cannot support, or that nobody has made.
+    """The calibration rows cannot support a guarantee, or nothing was calibrated.
 
-    The message says how many rows would be needed, or how it is made.
+    The message states how many rows would be needed, or how to calibrate.
     """
 
     exit_code = 4
@@ -63,7 +63,7 @@ class MissingModelError(ViLUError):
 
 
 class ProvenanceError(ViLUError, ValueError):
-    """Two artefacts do not belong together: other backbone, width, preprocessing, or schema."""
+    """Two artefacts do not belong together: different backbone, width, preprocessing or schema."""
 
     exit_code = 6
 
@@ -81,6 +81,6 @@ class BusyError(ViLUError):
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The question whether the nearest of the known names was meant; "" where none is near."""
+    """The question whether the most similar known name was meant; "" if no name is similar."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""

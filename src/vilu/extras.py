@@ -1,4 +1,4 @@
-"""Optional libraries: imported late and silently, and whether the model hub can be asked."""
+"""Late and silent import of optional libraries, and the check that the model hub is reachable."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError
 
-# seconds the hub has to accept a connection; its own client would retry for 23 seconds per file
+# seconds to wait for a connection to the hub; the hub's client would retry for 23 s per file
 REACH_TIMEOUT = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """A module of an optional dependency; MissingModelError says how to install it."""
+    """Import a module of an optional dependency; MissingModelError states how to install it."""
     try:
         with quiet():
             return importlib.import_module(module)
@@ -30,14 +30,14 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, log lines below ERROR or progress bars while a model loads.
+    """Suppress warnings, log lines below ERROR, and progress bars in the block.
 
-    All is restored afterwards. What loaders only warn of (weights that are missing or do not fit)
-    vilu checks itself and raises.
+    All settings are restored afterwards. Loaders of models only warn of missing or wrong weights.
+    No such warning is lost, because vilu checks the weights itself and raises an error.
     """
     root = logging.getLogger()
     disabled = logging.root.manager.disable
-    # on a root without any handler, open_clip's logging.info() would leave one behind
+    # if the root logger had no handler, logging.info() in open_clip would add one and leave it
     handler = logging.NullHandler()
     root.addHandler(handler)
     logging.disable(max(disabled, logging.WARNING))
@@ -52,7 +52,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """A block without progress bars of transformers, if it has been imported."""
+    """Switch off the progress bars of transformers in the block, if transformers is imported."""
     bars = sys.modules.get("transformers.utils.logging")
     if bars is None or not bars.is_progress_bar_enabled():
         yield
@@ -66,7 +66,7 @@ def _no_bars() -> Iterator[None]:
 
 @contextmanager
 def setting(target: object, **values: object) -> Iterator[None]:
-    """A block in which attributes have other values."""
+    """Set attributes of ``target`` to other values in the block, and restore them afterwards."""
     before = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():
@@ -78,14 +78,14 @@ def setting(target: object, **values: object) -> Iterator[None]:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub may be asked (no HF_HUB_OFFLINE) and accepts a connection in time."""
+    """Whether the hub may be used (no HF_HUB_OFFLINE) and accepts a connection in time."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlsplit(constants.ENDPOINT)
-    if {endpoint.scheme, "all"} & urllib.request.getproxies().keys():  # only the proxy knows
-        return True
+    if {endpoint.scheme, "all"} & urllib.request.getproxies().keys():
+        return True  # the connection behind a proxy cannot be tested
     usual_port = 443 if endpoint.scheme == "https" else 80
     address = (endpoint.hostname, endpoint.port or usual_port)
     try:

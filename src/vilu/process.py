@@ -1,4 +1,4 @@
-"""Settings of a whole process. They are its owner's: nothing else in this package changes any."""
+"""Settings of a whole process. Only the owner of the process calls this module."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ from vilu.callers import warn_caller
 
 SPINS = "GOMP_SPINCOUNT"
 WAITING_IS_SET_BY = {SPINS, "OMP_WAIT_POLICY"}
+"""Environment variables by which a user sets how threads wait; then vilu does not set it."""
 SHORT_WAIT = "3000"
-"""Turns that a waiting thread spins before it sleeps (docs/performance.md)."""
+"""Number of turns that a waiting thread spins before it sleeps (docs/performance.md)."""
 
 RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
+"""Environment variable for whether Ray sends usage statistics."""
 
 KEPT_BYTES = 2**29
+"""Largest freed block that glibc keeps, in bytes."""
 KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
-"""Environment variables by which a user says himself what glibc keeps."""
+"""Environment variables by which a user sets what glibc keeps; then vilu does not set it."""
 
 
 def tune_process() -> None:
-    """Set up this process for vilu, whose images are embedded in half of the time then.
+    """Tune this process for vilu; afterwards, embedding images takes half of the time.
 
-    ``import vilu`` and all its functions leave the process as it is. A program that mainly
-    computes with vilu calls this first of all; the command line does. Three things are set, each
-    unless an environment variable says otherwise already:
+    ``import vilu`` and all other functions of vilu leave the settings of the process unchanged. A
+    program that mainly computes with vilu should call this function first, like the command line
+    does. There are three settings. Each is skipped if the user has set it by an environment
+    variable:
 
-    - memory that was freed is kept for the next block, where the C library is glibc;
-    - a thread of torch that waits for another one spins for a moment only
-      (``GOMP_SPINCOUNT=3000``), so that a busy machine does not slow it down;
-    - a Ray that is started here reports nothing to its makers (``RAY_USAGE_STATS_ENABLED=0``).
+    - Freed memory is kept for later use, if the C library is glibc.
+    - A waiting thread of torch spins only for a moment before it sleeps
+      (``GOMP_SPINCOUNT=3000``), so that torch is not slow on a busy machine.
+    - A Ray that this process starts sends no usage statistics (``RAY_USAGE_STATS_ENABLED=0``).
 
-    torch reads the second when it is imported. Neither ``import vilu`` nor ``vilu.tune_process``
-    imports it. Where it was imported before, a warning says that this setting comes too late.
+    torch reads the second setting when it is imported. Neither ``import vilu`` nor
+    ``vilu.tune_process`` imports torch. If torch was imported before, a warning states that this
+    setting has no effect.
 
     Examples:
         >>> import subprocess, sys
@@ -56,17 +61,17 @@ def tune_process() -> None:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 512 MiB, 1 GiB in all, for those to come.
+    """Let glibc keep freed blocks of up to 512 MiB each, and 1 GiB in total, for later use.
 
-    It would give large ones back to the system, which makes every page anew when the next one is
-    written to: that was half of the time of an image tower, and a sixth of that of an entropy of
-    1,000 candidates. Whoever has set it by an environment variable is obeyed, and where glibc is
-    not in use nothing is done.
+    By default, glibc returns large blocks to the operating system, which must set up every page
+    again when the next block is written. This took half of the time of an image tower, and a sixth
+    of the time of an entropy of 1,000 candidates. Nothing is changed if an environment variable of
+    the user sets what glibc keeps, or if the C library is not glibc.
     """
     if sys.platform != "linux" or os.environ.keys() & KEPT_BY:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # musl has none
+    if mallopt is None:  # the C library is musl, which has no mallopt
         return
     mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
     mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD

@@ -1,6 +1,6 @@
-"""Progress of long work, without the worker knowing who watches.
+"""Progress reports of long work, independent of how they are shown.
 
-Silent by default; the command line installs a reporter that draws a bar with a rate.
+By default nothing is shown. The command line installs a reporter that shows a progress bar.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One piece of work under way."""
+    """A piece of work in progress."""
 
     def advance(self, steps: float, note: str = "") -> None:
-        """Some steps more are done; ``note`` replaces the last one."""
+        """Report that ``steps`` more steps are done; ``note`` replaces the previous note."""
 
 
 class Reporter(Protocol):
-    """Somebody who shows tasks."""
+    """An object that shows the progress of tasks."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """A task begins, of ``total`` steps (None when not known)."""
+        """Start a task of ``total`` steps; None if the number is not known."""
 
     def finish(self, task: Task) -> None:
-        """A task ended, well or not."""
+        """Finish a task, also after an exception."""
 
 
 class Silence:
-    """Shows nothing."""
+    """A reporter, and its task, that show nothing."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002
-        """Nothing to show."""
+        """Show nothing."""
         return self
 
     def advance(self, steps: float, note: str = "") -> None:
-        """Nothing to show."""
+        """Show nothing."""
 
     def finish(self, task: Task) -> None:
-        """Nothing to show."""
+        """Show nothing."""
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
@@ -47,7 +47,7 @@ _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 
 @contextmanager
 def reporting(reporter: Reporter) -> Iterator[None]:
-    """Show tasks started in this context through ``reporter``."""
+    """Show the tasks that start in the block with this reporter."""
     token = _reporter.set(reporter)
     try:
         yield
@@ -57,7 +57,7 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 @contextmanager
 def track(description: str, total: float | None, unit: str) -> Iterator[Task]:
-    """A task for the length of a ``with`` block."""
+    """Start a task that ends with the block."""
     reporter = _reporter.get() or Silence()
     task = reporter.start(description, total, unit)
     try:

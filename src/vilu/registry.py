@@ -1,6 +1,7 @@
-"""How methods, metrics, data sets and backbones from outside of this package become known.
+"""Registration of methods, metrics, data sets and backbones from outside of this package.
 
-``register`` makes them known in one process, an entry point or a plugin in all of them.
+``register`` adds an object in the current process. An entry point or a plugin adds it in every
+process.
 """
 
 from __future__ import annotations
@@ -23,42 +24,50 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
-"""Kind -> what adds a thing of it and says so;
+"""Description of a kind of object -> function that registers an object of this kind.
 
-False where it is of another kind. Each room puts its own here.
+The function returns False if the object is of another kind. Every subpackage with a catalogue adds
+a function here.
 """
 
 SECTIONS = {"backbones": "vilu.backbones.catalog:add_tables"}
-"""Section of a TOML file -> the function that takes its tables; others come by entry points."""
+"""Section of a TOML file -> "module:function" that registers the tables of this section.
+
+Entry points of the group ``SECTION_GROUP`` add further sections.
+"""
 
 SECTION_GROUP = "vilu.sections"
-"""Entry points of other distributions: NAME = "module:function" of a section [NAME.…]."""
+"""Group of entry points NAME = "module:function", each for the section [NAME.…] of TOML files."""
 
 PLUGINS = "VILU_PLUGINS"
-"""Environment variable of a user: modules that every process imports, with commas between."""
+"""Environment variable with the comma-separated names of modules that every process imports."""
 
 IMPORTED: list[str] = []
-"""Plugins that ``load_plugin`` has imported in this process."""
+"""Names of the plugins that ``load_plugin`` has imported in this process."""
 
 
 def register(thing: Added) -> Added:
-    """Make a thing known by its name in this process.
+    """Register a method, metric, data set or backbone by its name in this process.
 
-    It is listed, used, evaluated and benchmarked as ours are. As a decorator it gives its argument
-    back. For all processes (commands, workers) ``--plugin MODULE`` imports the module that calls
-    this, or an entry point of a distribution, named as the thing, leads to it; the groups are
-    "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts", "vilu.backbones" and
-    "vilu.commands".
+    Afterwards it can be listed, used, evaluated and benchmarked like those of vilu. The function
+    returns its argument, so it can be used as a decorator. There are two ways to register an object
+    in all processes (commands and workers):
+
+    - Pass ``--plugin MODULE``, which imports a module that calls this function.
+    - Install a distribution that has an entry point with the name of the object. The groups are
+      "vilu.predictors", "vilu.metrics", "vilu.datasets", "vilu.layouts", "vilu.backbones" and
+      "vilu.commands".
 
     Args:
-        thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
-            ``vilu.datasets.known.KnownDataset``; a ``BackboneKind`` or ``NamedBackbone`` of
-            ``vilu.backbones.catalog``; or the path of a TOML file with tables [datasets.NAME] and
-            [backbones.NAME], whose keys are those of ``assets/datasets.toml`` and
-            ``assets/backbones.toml``.
+        thing: One of the following: a subclass of ``FailurePredictor``; a
+            ``vilu.metrics.catalog.Metric`` with a name; a ``vilu.datasets.known.KnownDataset``; a
+            ``BackboneKind`` or ``NamedBackbone`` of ``vilu.backbones.catalog``; the path of a TOML
+            file with tables [datasets.NAME] and [backbones.NAME]. The tables have the keys of
+            ``assets/datasets.toml`` and ``assets/backbones.toml``.
 
     Raises:
-        UsageError: If it is nothing that can be registered, lacks something, or its name is taken.
+        UsageError: If the object cannot be registered, if a part of it is missing, or if its name
+            is already in use.
 
     Examples:
         >>> import vilu
@@ -70,7 +79,7 @@ def register(thing: Added) -> Added:
         ...     vilu.Outcomes([1, 2, 3, 4] * 30, [0, 0, 0, 1] * 30), metrics=["wrong"]
         ... ).value("wrong")
         0.25
-        >>> del vilu.metrics.METRICS["wrong"]  # as it was
+        >>> del vilu.metrics.METRICS["wrong"]  # undo
     """
     if isinstance(thing, str | os.PathLike) and Path(thing).suffix == ".toml":
         _register_file(Path(thing))
@@ -95,7 +104,7 @@ def _register_file(path: Path) -> None:
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, or of TOML text, by name."""
+    """Parse the tables of a TOML file, or of TOML text, by name."""
     try:
         tables = tomllib.loads(
             source.read_text(encoding="utf-8") if isinstance(source, Path) else source
@@ -111,34 +120,35 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
     if bare is not None:
         raise UsageError(
-            f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below."
+            f"{bare!r} stands outside a table. Write [NAME], and its keys and values below it."
         )
     return tables
 
 
 class Catalogue(MutableMapping[str, Added]):
-    """Things of one kind by name: ours, registered ones, and those of other distributions.
+    """Objects of one kind by name, from vilu, from ``register`` and from other distributions.
 
-    Other distributions offer theirs by entry points. An entry point is imported when its name is
-    asked for, or everything is. Where that fails, who asked for the name is told why by an error,
-    and who asked for everything by a warning beside all the others.
+    Other distributions add objects by entry points. An entry point is imported when its name is
+    looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error. An
+    iteration leaves the entry point out with a warning.
     """
 
     def __init__(self, what: str, group: str) -> None:
-        self.what, self.group = what, group
-        self.here: dict[str, Added] = {}  # what needs no import
-        # name -> "module:object" of ours, imported when asked for
+        self.what = what  # kind of object, for messages
+        self.group = group  # group of entry points
+        self.here: dict[str, Added] = {}  # objects that are registered in this process
+        # name -> "module:object" of this package, which is imported on first use
         self.offered: dict[str, str] = {}
         self._all_taken = False
 
     def names(self) -> list[str]:
-        """All of them, without an import of an entry point."""
+        """All names, without importing any entry point."""
         load_plugins()
-        of_others = [entry.name for entry in self._entries()]
-        return list(dict.fromkeys([*self.offered, *self.here, *of_others]))
+        of_entries = [entry.name for entry in self._entries()]
+        return list(dict.fromkeys([*self.offered, *self.here, *of_entries]))
 
     def offer(self, places: Mapping[str, str]) -> None:
-        """Name things of this package by "module:object", without an import of them."""
+        """Add objects of this package as name -> "module:object", without importing them."""
         self.offered.update(places)
 
     def __getitem__(self, name: str) -> Added:
@@ -164,9 +174,10 @@ class Catalogue(MutableMapping[str, Added]):
         return iter(self.here)
 
     def _take_all(self) -> None:
-        """Import everything.
+        """Import all objects of the catalogue.
 
-        Ours come first, in the order of the offer, then what was registered, then others'.
+        Afterwards their order is: objects of this package in the order of ``offer``, registered
+        objects, objects of entry points.
         """
         for name in self.offered:
             if name not in self.here:
@@ -199,9 +210,10 @@ class Catalogue(MutableMapping[str, Added]):
         return entry_points(self.group)
 
     def _take(self, entry: EntryPoint) -> None:
-        """Import what an entry point leads to, and register it."""
+        """Import the object of an entry point, and register it."""
         loaded = register_entry(entry, self.what)
-        is_file = isinstance(loaded, str | os.PathLike)  # of tables, which have names of their own
+        # a TOML file registers every table by the table's own name
+        is_file = isinstance(loaded, str | os.PathLike)
         if entry.name not in self.here or not (is_file or self.here[entry.name] == loaded):
             raise UsageError(
                 f"{_in_words(entry, self.what)} has another name than its entry point."
@@ -209,28 +221,28 @@ class Catalogue(MutableMapping[str, Added]):
 
 
 def entry_points(group: str) -> list[EntryPoint]:
-    """What the distributions of this environment offer for a group."""
-    from importlib import metadata  # late: `import vilu` does without
+    """The entry points of a group, from all distributions of this environment."""
+    from importlib import metadata  # imported here to keep `import vilu` fast
 
     return list(metadata.entry_points(group=group))
 
 
-def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whatever it leads to
-    """What an entry point leads to.
+def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any object
+    """Import the object of an entry point.
 
     Raises:
-        UsageError: If it cannot be imported; a package that is missing is named.
+        UsageError: If the object cannot be imported. The message names a missing package.
     """
     try:
         return entry.load()
-    # importing runs third-party code, which may raise anything: it is raised again, naming who
-    # installed it
+    # The import runs code of other packages, which may raise any exception. The new message names
+    # the distribution.
     except Exception as error:
         raise _not_imported(entry, what, error) from error
 
 
-def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - whatever it leads to
-    """Register what an entry point leads to; errors are those of ``load_entry``."""
+def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any object
+    """Import the object of an entry point and register it; UsageError if this is impossible."""
     loaded = load_entry(entry, what)
     try:
         return register(loaded)
@@ -252,12 +264,12 @@ def _in_words(entry: EntryPoint, what: str) -> str:
 
 
 def load_plugin(module: str) -> None:
-    """Import a module that registers something.
+    """Import a module that calls ``register``.
 
-    Processes that are started for a job here get ``plugins()`` with it, and import them, too.
+    Worker processes that this process starts import the module, too.
 
     Raises:
-        UsageError: If it cannot be imported.
+        UsageError: If the module cannot be imported.
     """
     if not module or module.startswith("."):
         raise UsageError(
@@ -272,13 +284,13 @@ def load_plugin(module: str) -> None:
 
 
 def load_plugins() -> None:
-    """Import the plugins of this process, where they are not imported yet."""
+    """Import all plugins of this process that are not imported yet."""
     for module in plugins():
         load_plugin(module)
 
 
 def plugins() -> list[str]:
-    """The plugins of this process: those of ``VILU_PLUGINS``, and those imported by their names."""
+    """Names of the plugins of this process, from ``VILU_PLUGINS`` and from ``load_plugin``."""
     of_user = [module for module in os.environ.get(PLUGINS, "").split(",") if module]
     return list(dict.fromkeys([*of_user, *IMPORTED]))
 

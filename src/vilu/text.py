@@ -1,4 +1,4 @@
-"""Text for people: aligned, Markdown and LaTeX tables, and what stands in their cells."""
+"""Text for people: tables as aligned text, Markdown and LaTeX, and the escaping of their cells."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 
-NOTHING = "-"  # what stands where there is no number
-WIDEST = 120  # signs of a cell of an aligned table
+NOTHING = "-"  # cell without a number
+WIDEST = 120  # maximum number of characters in a cell of an aligned table
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _LATEX = str.maketrans(
     {
@@ -29,11 +29,14 @@ _LATEX = str.maketrans(
         "±": r"$\pm$",
     }
 )
-"""Signs that mean something in LaTeX, or nothing."""
+"""Characters that are commands in LaTeX, or that LaTeX does not have."""
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines whose cells (as ``shown``) are padded to their column; numbers count as words."""
+    """Format lines of cells as aligned text; all cells are left-aligned, also numbers.
+
+    Cells are escaped and shortened by ``shown``.
+    """
     cells = [[shown(cell) for cell in line] for line in lines]
     widths: list[int] = []
     for column in zip(*cells, strict=True):
@@ -45,7 +48,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, of cells that are Markdown already."""
+    """Lines of a Markdown table; the cells must already be valid Markdown."""
     rows = [_markdown_row(heading), "|---" * len(heading) + "|"]
     for line in lines:
         rows.append(_markdown_row(line))
@@ -57,43 +60,43 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a LaTeX table, of cells that are LaTeX already."""
+    """Lines of a LaTeX table; the cells must already be valid LaTeX."""
     return [" & ".join(line) + r" \\" for line in lines]
 
 
 def in_markdown(text: str) -> str:
-    """Text in which Markdown sees no marks."""
+    """Escape the characters of a text that have a meaning in Markdown."""
     return text.translate(_MARKDOWN)
 
 
 def in_latex(text: str) -> str:
-    """Text in which LaTeX sees no commands."""
+    """Escape the characters of a text that have a meaning in LaTeX."""
     return text.translate(_LATEX)
 
 
 def harmless(text: str) -> str:
-    """Text that no spreadsheet runs as a formula."""
+    """Put an apostrophe before a text that a spreadsheet would run as a formula."""
     if text.startswith(("=", "+", "-", "@")):
         return f"'{text}"
     return text
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text with line breaks, terminal control and the like escaped, but for the signs to keep.
+    """Escape all non-printable characters of a text, except the characters in ``keep``.
 
-    Names come from files.
+    Names come from files, so they may contain line breaks or control sequences of the terminal.
     """
-    signs: list[str] = []
-    for sign in text:
-        if sign.isprintable() or sign in keep:
-            signs.append(sign)
+    characters: list[str] = []
+    for character in text:
+        if character.isprintable() or character in keep:
+            characters.append(character)
         else:
-            signs.append(sign.encode("unicode_escape").decode())
-    return "".join(signs)
+            characters.append(character.encode("unicode_escape").decode())
+    return "".join(characters)
 
 
 def shown(text: str) -> str:
-    """A name from a file as it stands in text for a terminal: printable, at most ``WIDEST``."""
+    """Make a name printable, and shorten it to ``WIDEST`` characters, for text in a terminal."""
     return _cut(printable(text), WIDEST)
 
 
@@ -104,34 +107,35 @@ def _cut(line: str, length: int) -> str:
 
 
 def span(values: Iterable[object]) -> str:
-    """The different values that occur, in their order: "10/20"."""
+    """Join the distinct values in order of first occurrence, such as "10/20"."""
     return "/".join(dict.fromkeys(map(str, values)))
 
 
 def short(text: str, length: int) -> str:
-    """On one line, and no longer than ``length``."""
+    """Put a text on one line, and shorten it to ``length`` characters."""
     return _cut(" ".join(text.split()), length)
 
 
 def rest(n: int, shown: int, what: str) -> list[str]:
-    """A line on what a table leaves out; none where it shows all."""
+    """A list with one line that counts the rows a table leaves out; empty if it shows all rows."""
     if n <= shown:
         return []
     return [f"... and {n - shown:,} more {what} (--json has all)"]
 
 
 def csp_hash(content: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style by."""
+    """The hash by which a Content-Security-Policy allows an inline script or style."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def page_of(package: str, name: str, images: str) -> tuple[str, str]:
-    """A page from templates, its style and script within, and the policy that loads nothing else.
+    """Read an HTML page from templates, and make its Content-Security-Policy.
 
-    ``images`` says from where the page may show images.
+    The style and the script are put into the page. The policy forbids to load anything else,
+    except images from ``images``, which is a source of the directive ``img-src``.
     """
-    from importlib import resources  # late: it takes longer than the rest of this module
+    from importlib import resources  # imported here because it is slower than the whole module
 
     folder = resources.files(package).joinpath("templates")
     style = folder.joinpath(f"{name}.css").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Checks of arguments: their ranges, their words, and their annotated types."""
+"""Checks of arguments: their ranges, their choices, and their annotated types."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 LARGEST_SEED = 2**63 - 1
-"""What every generator of random numbers takes."""
+"""Largest seed that all generators of random numbers accept."""
 
 CHECKED_ELEMENTS = 100
-"""Elements of a list whose types are looked at."""
+"""Number of elements of a list whose types are checked, from its beginning."""
 
 MANY = 2
-"""Choices beyond which a message says "one of"."""
+"""A message with more choices than this lists them after "one of"; fewer are joined by "or"."""
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
-    """Refuse a smaller number."""
+    """Raise UsageError if a number is less than ``least``."""
     if value < least:
         raise UsageError(f"{name} must be at least {least}. Got {value} instead.")
 
 
 def require_between(name: str, value: float, interval: str = "(0, 1)") -> None:
-    """Refuse a number that is not between 0 and 1; the brackets say whether these are allowed."""
+    """Raise UsageError if a number is not in an interval from 0 to 1, such as "(0, 1]"."""
     if 0 < value < 1:
         return
     if value == 0 and interval.startswith("["):
@@ -44,14 +44,14 @@ def require_between(name: str, value: float, interval: str = "(0, 1)") -> None:
 
 
 def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    """Refuse another word."""
+    """Raise UsageError if a value is not one of the choices."""
     if value not in choices:
         raise UsageError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead.")
 
 
 def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argument
-    """Refuse an array of numpy with masked numbers: what lies below the mask would be used."""
-    is_masked = type(values).__name__ == "MaskedArray"  # told without numpy
+    """Raise DataError for a numpy array with masked numbers; vilu would ignore the mask."""
+    is_masked = type(values).__name__ == "MaskedArray"  # by name, without importing numpy
     if is_masked and values.mask.any():
         raise DataError(
             f"{name} has {values.mask.sum()} numbers that are masked. "
@@ -60,7 +60,7 @@ def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argumen
 
 
 def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays, without numpy
-    """The array (N,), if it is Boolean."""
+    """Return the mask if it is a Boolean array (N,), or else raise DataError."""
     if mask.dtype != bool or mask.shape != (n,):
         raise DataError(
             f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead."
@@ -69,14 +69,14 @@ def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays,
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which first refuses arguments of other types than its annotations say.
+    """Decorate a function with a check of the types of its arguments by their annotations.
 
-    Numbers may be numpy's, or of an array of no dimension, and come as Python's; True is no number
-    and "1" is none; arrays are the function's own to check.
+    A number may be given as a numpy number or as an array without dimensions; the function gets a
+    Python number. Neither True nor "1" counts as a number. Arrays are not checked here.
 
     Raises:
-        UsageError: With what was found and what was expected; of a number of arguments that cannot
-            be, TypeError.
+        UsageError: If an argument has another type; states what was found and what was expected.
+        TypeError: If there are too many arguments, too few, or unknown ones.
     """
     shape = inspect.signature(function)
 
@@ -94,15 +94,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def checked_fields(cls: C) -> C:
-    """A dataclass whose constructor is ``checked``."""
-    # mypy has no type for the constructor of any class. This one is replaced on purpose, as
-    # dataclass does.
+    """Decorate a dataclass so that its constructor is ``checked``."""
+    # mypy does not allow to replace a constructor; here it is intended, as in ``dataclass``
     cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
     return cls
 
 
 def describe_value(value: object) -> str:
-    """A value in a few words."""
+    """Describe a value briefly, for a message."""
     if value is None or isinstance(value, str | bytes | Real):
         return f"{value!r:.80}"
     if isinstance(value, type):
@@ -116,7 +115,7 @@ def describe_value(value: object) -> str:
 
 @cache
 def _hints(function: Callable[..., object]) -> dict[str, Any]:
-    """Types of the parameters that have one name and one value."""
+    """Annotated types of the parameters, without positional-only, *args and **kwargs parameters."""
     annotations = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
@@ -125,7 +124,7 @@ def _hints(function: Callable[..., object]) -> dict[str, Any]:
             continue
         if parameter.annotation is not parameter.empty:
             annotations[name] = parameter.annotation
-    # get_type_hints resolves the names of annotations in the module that wrote them
+    # get_type_hints looks up the names in annotations in the module of the function
     annotated = SimpleNamespace(__annotations__=annotations)
     names = inspect.unwrap(function).__globals__
     return typing.get_type_hints(annotated, names, include_extras=True)
@@ -148,7 +147,10 @@ def _check(
 
 
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Another argument that is what this one should be; only asked of types that say how."""
+    """Name of another argument that has the type which this argument should have, or None.
+
+    It is only searched for types with an attribute ``how``, which describes the type in messages.
+    """
     if not hasattr(hint, "how"):
         return None
     for candidate, value in arguments.items():
@@ -158,7 +160,7 @@ def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) 
 
 
 def _is_bool(value: object) -> bool:
-    return type(value).__name__ in {"bool", "bool_"}  # numpy's, too, without numpy
+    return type(value).__name__ in {"bool", "bool_"}  # also numpy.bool_, without importing numpy
 
 
 def _is_whole(value: object) -> bool:
@@ -170,9 +172,9 @@ def _is_number(value: object) -> bool:
 
 
 def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
-    """A number or text of numpy's or torch's as Python's: it is written to JSON, or hashed.
+    """Convert a number or text of numpy or torch to Python, so that JSON and hashes accept it.
 
-    Also of an array of no dimension, which is how a model holds its logit scale.
+    This includes arrays without dimensions, such as the logit scale of a model.
     """
     plain_is_asked_for = bool({int, float, bool, str} & {hint, *get_args(hint)})
     has_no_dimension = getattr(value, "shape", None) == ()
@@ -184,7 +186,7 @@ def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
 
 
 def _fits(value: object, hint: object) -> bool:
-    """Whether a value is of an annotated type, as far as that shows without reading it all."""
+    """Whether a value is of an annotated type; only the first elements of a list are checked."""
     kind = get_origin(hint) or hint
     inner = get_args(hint)
     if kind in RULES:
@@ -194,7 +196,7 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def _is_instance(value: object, kind: object, inner: tuple[object, ...]) -> bool:
-    """Whether a value is an instance; of what cannot be tested it counts as one."""
+    """Whether a value is an instance of a type; True for types that cannot be tested."""
     if not isinstance(kind, type):
         return True
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
@@ -207,7 +209,7 @@ def _is_instance(value: object, kind: object, inner: tuple[object, ...]) -> bool
 
 
 def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN401 - any argument
-    """Whether a value is a collection whose first elements are of a type."""
+    """Whether a value is a collection whose first elements have the type ``element``."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     if isinstance(value, list | tuple):
@@ -219,7 +221,7 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
 
 
 def _expected(hint: object) -> str:
-    """A type in words."""
+    """Describe a type, for a message."""
     kind = get_origin(hint) or hint
     inner = get_args(hint)
     if kind in RULES:
@@ -233,7 +235,10 @@ def _expected(hint: object) -> str:
 
 
 def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
-    """Whether one type fits; where arrays are among them the function looks itself."""
+    """Whether a value is of one of the types; True if a numpy type is among the types.
+
+    The function itself checks an argument that can be an array.
+    """
     for hint in types:
         module = getattr(get_origin(hint) or hint, "__module__", None) or ""
         if module.startswith("numpy._"):
@@ -247,7 +252,7 @@ def _any_in_words(types: tuple[object, ...]) -> str:
 
 
 def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
-    """Whether a value is one of the choices, and of its type: True is not 1."""
+    """Whether a value equals a choice of the same type; so True is not 1."""
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
@@ -273,4 +278,7 @@ RULES: dict[object, tuple[Fits, InWords]] = {
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
     NoneType: (lambda value, _: value is None, lambda _: "None"),
 }
-"""Of a type: whether a value fits, given the type's arguments, and how the type is called."""
+"""Type -> (function that tests a value, function that describes the type in a message).
+
+Both functions also get the arguments of the type, such as the choices of a ``Literal``.
+"""

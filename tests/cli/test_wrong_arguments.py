@@ -139,10 +139,13 @@ def test_a_stopped_command_says_what_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     goes_on = (
-        f"vilu: stopped: what is finished is in {tmp_path}; "
+        f"vilu: stopped: finished parts are in {tmp_path}; "
         "the same command goes on with the rest.\n"
     )
-    anew = "vilu: stopped: no file is half written; the same command begins anew.\n"
+    anew = (
+        "vilu: stopped: no incomplete file was left; "
+        "the same command starts again from the beginning.\n"
+    )
     for name in ("embed", "import_", "score", "benchmark", "demo"):
         assert interrupted(name, KeyboardInterrupt(), capsys, output=tmp_path) == goes_on
     assert (

@@ -138,7 +138,7 @@ BOUND = {"scores", "histograms", "all", "lvu", "mcm", "head"}
 
 
 def documents(bed: list[Artefact]) -> list[tuple[Artefact, Path]]:
-    """Every document, and every table of ours that vouches for itself; of receipts the first."""
+    """Every document, and every table of ours that has a digest; of receipts the first."""
     found: dict[Path, tuple[Artefact, Path]] = {}
     for artefact in bed:
         for path in artefact.pristine:

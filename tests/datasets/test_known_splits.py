@@ -250,7 +250,7 @@ def test_entries_that_cannot_be_are_refused_by_file_and_number(
         (b"[" * 100_000, "cannot be read as JSON"),
         (b"[" + b"9" * 5000 + b"]", "cannot be read as JSON"),
         (b"[]", "expected an object of lists; found list"),
-        (b'{"train": [], "train": []}', "a key stands twice in an object"),
+        (b'{"train": [], "train": []}', "a key occurs twice in an object"),
         (b'{"train": {}}', "expected lists named train, val and test; found 'train': dict"),
         (b'{"trian": []}', "found 'trian'"),
         (

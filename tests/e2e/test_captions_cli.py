@@ -169,7 +169,7 @@ def test_a_second_run_of_everything_changes_nothing(work: Path) -> None:
             "does not work on image-caption pairs",
         ),
         (("fit", "emb", "-o", "p", "--pool-size", "4096"), 3, "94"),
-        (("fit", "emb", "emb", "-o", "p"), 2, "add --pseudo"),
+        (("fit", "emb", "emb", "-o", "p"), 2, "as captions with --pseudo"),
         (("fit", "emb", "-o", "p", "--pool-size", "8", "--shots", "2"), 2, "have no classes"),
         (("fit", "emb", "-o", "p", "--logit-scale", "100"), 2, "knows the logit scale"),
         (

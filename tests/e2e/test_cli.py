@@ -500,7 +500,7 @@ def test_interrupted_and_resumed(
     if started.returncode != 0:  # else it was done before the signal came
         assert started.returncode == code, stderr
         assert "Traceback" not in stderr
-        assert "vilu: stopped: what is finished is in" in stderr
+        assert "vilu: stopped: finished parts are in" in stderr
         assert "the same command goes on with the rest" in stderr
     run(*args)
     undisturbed, resumed = vilu.EmbeddingStore(work / "test"), vilu.EmbeddingStore(tmp_path / "s")

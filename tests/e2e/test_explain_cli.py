@@ -101,7 +101,7 @@ def test_summaries_with_and_without_labels(work: Path) -> None:
             "Leave --train, --key and --row out",
         ),
         (["{work}/plus", "{work}/test", "-o", "{work}/why.txt"], 2, ".json file"),
-        (["{work}/plus", "{work}/test", "--coverage", "0.5"], 2, "--coverage is of --summary"),
+        (["{work}/plus", "{work}/test", "--coverage", "0.5"], 2, "--coverage needs --summary"),
         (
             ["{work}", "{work}/test", "--summary", "--coverage", "1.5"],
             2,

@@ -105,7 +105,7 @@ def test_other_names_and_classes_in_a_file(tmp_path: Path) -> None:
     told = run(*line[:-2], code=6, cwd=tmp_path).stderr
     assert "outside was ['c'] and is now []" in told
     (tmp_path / "names.txt").write_text("a\tb\nc\td\n")
-    assert "must have one name a line" in run(*line, code=2, cwd=tmp_path).stderr
+    assert "must have one name per line" in run(*line, code=2, cwd=tmp_path).stderr
     for wrong in ("text", "=x", "text=a", "other=text"):
         assert run(*line, "--key", wrong, code=2, cwd=tmp_path).stderr
 
@@ -154,7 +154,7 @@ def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
     )
     if stop != signal.SIGKILL:
         assert (
-            f"vilu: stopped: what is finished is in {store}; "
+            f"vilu: stopped: finished parts are in {store}; "
             "the same command goes on with the rest." in told
         )
     assert not (store / "manifest.json").exists()

@@ -136,7 +136,7 @@ def test_a_method_gets_the_rows_without_labels_that_it_asks_for(run, tmp_path: P
         tmp_path / "more",
         code=2,
     )
-    assert "lvu takes no --unlabelled" in refused.stderr
+    assert "lvu does not use --unlabelled" in refused.stderr
 
 
 def test_a_plugin_that_is_not_there_is_a_sentence(run) -> None:

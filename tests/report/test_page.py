@@ -219,7 +219,7 @@ def test_metrics_and_their_intervals_stand_in_the_table(page: str) -> None:
 
 def test_the_page_says_of_ece_what_its_interval_is(page: str) -> None:
     assert (
-        "stratified by failure; of ECE: 1,000 draws of the noise of its bins, "
+        "stratified by failure. ECE: 1,000 draws of the noise of its bins, "
         "corrected for their bias." in page
     )
     assert "bootstrap intervals" not in page

@@ -97,7 +97,7 @@ def encode(model: FakeBackbone, pixels: torch.Tensor) -> torch.Tensor:
     [
         (("--outside", "cat"), 2, "'cat' is one of the classes"),
         (("--max-risk", 0), 2, "max_risk must be in (0, 1)"),
-        (("--link", "--move"), 2, "--link and --move exclude one another"),
+        (("--link", "--move"), 2, "--link and --move exclude each other"),
         (("--labels", "names.txt"), 3, "must have the columns path"),
         (("--classes", "gone.txt"), 2, "gone.txt does not exist"),
     ],
@@ -135,7 +135,7 @@ def test_next_for_a_store_and_a_predictor(
     run(*arguments, "-o", tmp_path / "one.csv", code=2)
     same = ("--labels", tmp_path / "two.csv", "--labels", tmp_path / "store" / ".." / "one.csv")
     lost = run(*arguments, "-o", tmp_path / "one.csv", "--overwrite", *same, code=2)
-    assert "is one of --labels, and its answers would be lost" in lost.stderr
+    assert "is one of --labels, so its labels would be lost" in lost.stderr
     assert rows(tmp_path / "one.csv") == first
     run(*arguments, "-o", tmp_path / "one.csv", "--overwrite")
     again = rows(tmp_path / "one.csv")
@@ -224,7 +224,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     run(*calibrate, *given)  # once more: nothing changes
     assert Calibration.load(predictor) == found
     assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr
-    assert "of the other targets none" in run(*calibrate, "--max-miss", 0.2, *given, code=2).stderr
+    assert "allows no other target" in run(*calibrate, "--max-miss", 0.2, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
     scores = Outcomes.load(tmp_path / "scores.parquet")
     wrong = [
@@ -240,7 +240,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
         "drew from what could be accepted"
         in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
     )
-    assert "takes --labels" in run(*calibrate, code=2).stderr
+    assert "anytime needs --labels" in run(*calibrate, code=2).stderr
     other = {path: next(name for name in NAMES if name != truth[path]) for path in truth}
     for file in given[1::2]:
         give_labels(cast("Path", file), other, cast("Path", file))
@@ -391,7 +391,7 @@ def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(
         ),
         (
             ("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"),
-            "in a folder that is there",
+            "in an existing folder",
         ),
         (("-o", "x.csv", "--images", ".", "--sheet", "sheet.png", "--split", "dawn"), "dawn"),
     ],

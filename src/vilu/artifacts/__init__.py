@@ -1,1 +1,1 @@
-"""What is written, hashed and sealed, and what is believed when it is read."""
+"""Writing, hashing and sealing of files, and their checks when they are read."""

@@ -1,4 +1,4 @@
-"""Files on the disk: atomic writes, what crashes leave, locks."""
+"""Files on the disk: atomic writes, cleaning up after crashes, and locks."""
 
 from __future__ import annotations
 
@@ -20,38 +20,42 @@ from vilu.errors import BusyError, StorageError
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"  # name of the lock of a folder
+LOCK = ".lock"  # name of the lock file in a folder
 
 RUN = "run.json"
-"""First document of a folder that a run fills (``vilu.store.ledger``)."""
+"""Name of the document that a run writes first into its folder (``vilu.store.ledger``)."""
 
 MANIFEST = "manifest.json"
-"""Last document of such a folder."""
+"""Name of the document that a run writes last into its folder."""
 
-# how long what took, a line of JSON each. Two runs differ in it, and no result is read from it
+# Log of durations, one JSON object per line. It differs between runs, and no result depends on it.
 LOG = "log.jsonl"
 
-# what network file systems answer that cannot sync a folder
+# error numbers of network file systems that cannot sync a folder
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 
 TEMPORARY = re.compile(
     r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL
 )
-"""Names of files in the making: their later name, host (older ones: none), process, number."""
+"""Pattern of temporary names: final name, host hash, process, random number.
 
-# seconds after which a file in the making is one that nobody makes any more, whoever began it
+Temporary names of older versions of vilu have no host hash.
+"""
+
+# age in seconds after which a temporary file counts as abandoned, whichever process made it
 STALE = 24 * 3600.0
 
-LONGEST_NAME = 220  # bytes of a name; with what comes after it, still no name too long
+# maximum bytes of the final name in a temporary name, so that the whole name is short enough
+LONGEST_NAME = 220
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Binary handle of a new file that takes the place of ``path`` when the block ends well.
+    """Open a binary file that replaces ``path`` when the block ends without an exception.
 
-    The bytes go to a temporary file in the same folder, are synced to the disk, and are then
-    renamed. After an exception or a crash ``path`` is what it was before. What crashes left of
-    earlier tries at ``path`` is removed.
+    The bytes are written to a temporary file in the same folder and synced to the disk. Then the
+    temporary file is renamed to ``path``. After an exception or a crash, ``path`` is unchanged.
+    Temporary files that earlier crashes left for ``path`` are removed.
     """
     target = Path(path)
     name = os.fsencode(target.name)[:LONGEST_NAME].decode("utf-8", "ignore")
@@ -65,9 +69,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with temporary.open("xb") as handle:
                 yield handle
                 handle.flush()
-                # before the rename: after a power cut the name would else stand before no bytes
+                # sync before the rename, or else a power cut could leave an empty file at ``path``
                 os.fsync(handle.fileno())
-            # in one step: a reader sees the old file or the new one, never a part of it
+            # the rename is atomic: a reader sees the old file or the new file, never a part
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -76,9 +80,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @lru_cache(maxsize=1024)
 def unfinished(folder: Path) -> dict[str, list[Path]]:
-    """Files and folders in the making when this process first wrote here, by their later name.
+    """Temporary files and folders in a folder, by their final name.
 
-    Looked up once: a folder of a hundred thousand parts takes a while to list.
+    The folder is listed only once per process, because listing 100,000 files is slow. Therefore
+    only temporary files from before the first write of this process are found.
     """
     by_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
@@ -90,7 +95,7 @@ def unfinished(folder: Path) -> dict[str, list[Path]]:
 
 @contextmanager
 def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
-    """A block in which the file system's refusal becomes "cannot ``doing``", a ``StorageError``."""
+    """Convert an OSError in the block into a ``StorageError`` "cannot ``doing``: reason"."""
     try:
         yield
     except StorageError:
@@ -104,49 +109,50 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
 
 
 def host_hash() -> str:
-    """Eight hex digits that tell this machine from others that write to the same file system."""
+    """Eight hex digits that identify this machine among those that share a file system."""
     name = socket.gethostname().encode("utf-8", "surrogateescape")
     return bytes_hash(name)[:8]
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file in the making (a name as in ``TEMPORARY``) has lost its maker.
+    """Whether a temporary file (its name matches ``TEMPORARY``) was abandoned by its process.
 
-    That is so if a process of this machine made it that is no more, or if it has not been touched
-    for a day: what another machine is writing now looks just like what it left behind.
+    A file of this machine is abandoned if its process has ended. Whether a process of another
+    machine still runs cannot be checked, so any file counts as abandoned if it was last changed
+    more than a day ago.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
         return False
     try:
         age = time.time() - path.stat().st_mtime
-    except FileNotFoundError:  # its maker was quicker
+    except FileNotFoundError:  # its process has just renamed or removed the file
         return False
     if age > STALE:
         return True
-    # the number of a process says nothing on another machine
+    # a process number is only meaningful on the machine of the process
     return match["host"] == host_hash() and not _is_alive(int(match["pid"]))
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # there the question would end the process
+    if os.name == "nt":  # on Windows, os.kill would end the process
         return True
     try:
         os.kill(pid, 0)
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # of another user, or no Linux
+    except OSError:  # the process is of another user, or this system has no /proc
         return True
-    # "PID (NAME) STATE ...", where NAME may hold anything
+    # "PID (NAME) STATE ...", where NAME may contain any character, also ")"
     state = stat.rpartition(b")")[2].split()[:1]
-    # a zombie has ended, but nobody has asked how, which may never happen
+    # a zombie process has ended, but its parent has not read the exit status yet
     return state != [b"Z"]
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` outlast a power cut."""
-    if os.name == "nt":  # there a folder cannot be opened
+    """Sync a folder to the disk, so that a rename in the folder survives a power cut."""
+    if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -159,7 +165,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made with its parents where it is missing; StorageError if that is refused."""
+    """Make a folder and its parents if missing; StorageError if they cannot be made."""
     folder = Path(path)
     with or_refuse(f"make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,21 +173,33 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""Content of the file beside a lock, which stays until the next holder if its process dies."""
+"""Content of the file that names the process that holds a lock.
+
+If the process dies, the file stays until another process takes the lock.
+"""
 
 
 @contextmanager
 def locked(
     folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process"
 ) -> Iterator[None]:
-    """Hold the lock of a folder that is there; the system lets go of it when the process dies.
+    """Hold the lock of an existing folder during the block.
 
-    Some network file systems give one lock to several machines at once. What is written part by
-    part does not rely on it (every writer of a part writes the same bytes); a file beside it that
-    names another machine is worth a line.
+    The operating system releases the lock when the process dies. Some network file systems give the
+    same lock to several machines at once. Folders that are written in parts stay correct even then,
+    because all writers of a part write the same bytes. A file next to the lock names the holder. A
+    warning is logged if it names another machine.
 
-    For ``patience`` seconds another process is waited for; the message calls it ``who`` and says
-    what it is ``doing`` ("embedding into"). ``name`` is of the lock, where a folder has several.
+    Args:
+        folder: The folder, which must exist.
+        doing: What the holder of the lock does with the folder, such as "embedding into".
+        patience: Seconds to wait if another process holds the lock.
+        name: Name of the lock file. A folder may have several locks.
+        who: What the error message calls the process that holds the lock.
+
+    Raises:
+        BusyError: If another process still holds the lock after ``patience`` seconds.
+        StorageError: If the lock cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -202,26 +220,26 @@ def locked(
         _sign(signed, ours, host, f"{doing} {folder}")
         yield
     finally:
-        # the name goes before the lock: after it, it may be the next holder's
+        # remove the holder's file before the lock: later it may be the file of the next holder
         holder = _holder(signed)
-        if holder and holder[0] == ours:  # not that of another machine, which works here too
+        if holder and holder[0] == ours:  # keep the file of another machine that also works here
             with suppress(OSError):
                 signed.unlink()
         lock.release()
 
 
 def _sign(signed: Path, ours: str, host: str, work: str) -> None:
-    """Leave our name beside a lock that we hold, and warn of the name of another machine."""
+    """Write this process into the holder's file, and warn if the file names another machine."""
     holder = _holder(signed)
     if holder and holder["host"] != host:
         logger.warning(
-            "%s names %s: it has died there, or is %s too, since this file system keeps machines "
-            "apart by no lock. See that only one works there.",
+            "%s names %s. Either it died there, or it is %s too, because the locks of this file "
+            "system do not exclude other machines. Make sure that only one machine works there.",
             signed,
             holder[0],
             work,
         )
-    # for people; no room for it, or a file of somebody else, is no reason to stop
+    # the file is only for messages, so go on if it cannot be written
     with suppress(OSError):
         if holder:
             signed.unlink()
@@ -230,21 +248,21 @@ def _sign(signed: Path, ours: str, host: str, work: str) -> None:
 
 
 def _holder(path: Path) -> re.Match[str] | None:
-    """Who holds a lock, or did when it died; None where that is not said."""
+    """The process that holds a lock, or died while it held the lock; None if not known."""
     try:
         with path.open("rb") as handle:
             return HOLDER.fullmatch(handle.read(1024).decode(errors="replace"))
-    except OSError:  # the message does without
+    except OSError:  # the message then names no process
         return None
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep files that they can make again.
+    """The folder of vilu in this user's cache, for files that can be made again.
 
-    It need not be there, and may go at any time.
+    The folder may not exist, and may be deleted at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # relative ones are to be ignored, says the XDG specification
+    if not base.is_absolute():  # the XDG specification says to ignore a relative path
         base = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111
     return base / "vilu"
 

@@ -1,4 +1,4 @@
-"""JSON documents of ours: sealed with a digest, checked as any file from elsewhere."""
+"""JSON documents that vilu writes: sealed with a digest, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ if TYPE_CHECKING:
 
 
 def identity(content: Mapping[str, object], *left_out: str) -> str:
-    """Digest of a document's content, whichever vilu made it, without the keys left out."""
+    """Digest of a document's content without the version of vilu and the keys in ``left_out``."""
     return digest(without_version(content, *left_out))
 
 
 def without_version(content: Mapping[str, object], *left_out: str) -> dict[str, object]:
-    """A document's content without the version of vilu, and without the keys left out."""
+    """A document's content without the version of vilu and the keys in ``left_out``."""
     return {key: value for key, value in content.items() if key not in {MADE_WITH, *left_out}}
 
 
 MADE_WITH: Final = "vilu"
-"""Key of the version of vilu that made something: for people, and no part of any comparison."""
+"""Key of the version of vilu that wrote a document. It is information and never compared."""
 
-SEAL: Final = "digest"  # last key of a document of ours: ``digest`` of all that stands before it
+SEAL: Final = "digest"  # last key of a document; its value is the ``digest`` of all other keys
 SCHEMA: Final = "schema_version"
-"""Key of the number of the schema, in every document and table of ours."""
+"""Key of the schema version, in every document and table of vilu."""
 
 SCHEMA_VERSION: Final = 2
-"""Of all documents and tables; 1 is of what was made before 0.2.0."""
+"""Schema version of all documents and tables. Files from before vilu 0.2.0 have version 1."""
 
-MAX_DOCUMENT_BYTES = 64 * 2**20  # no document of ours comes near; a larger one is not read
+MAX_DOCUMENT_BYTES = 64 * 2**20  # larger files are not read; documents of vilu are far smaller
 
 
 class Model(BaseModel):
-    """Immutable, refuses unknown fields, NaN and infinity."""
+    """Immutable pydantic model that refuses unknown fields, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Document(Model):
-    """A JSON file of ours."""
+    """A JSON file of vilu with a fixed schema."""
 
-    again: ClassVar[str]  # how it is made again, for messages
-    fault: ClassVar[type[ViLUError]] = StorageError  # error where it is missing or damaged
+    again: ClassVar[str]  # how to make the document again, for messages
+    fault: ClassVar[type[ViLUError]] = StorageError  # raised if the document is missing or damaged
 
     schema_version: Literal[2] = SCHEMA_VERSION
 
     def write(self, path: Path) -> None:
-        """Write it atomically."""
+        """Write the document atomically."""
         write_json(path, self.model_dump(mode="json"))
 
 
@@ -72,7 +72,7 @@ D = TypeVar("D", bound=Document)
 
 
 def read_document(path: Path, kind: type[D]) -> D:
-    """A document of ours, checked as any file from elsewhere."""
+    """Read a document of this kind, and check its digest, its schema and its fields."""
     content = read_json(path, kind.again, kind.fault)
     try:
         return kind.model_validate_json(json.dumps(content))
@@ -85,16 +85,16 @@ def read_document(path: Path, kind: type[D]) -> D:
 def read_json(
     path: Path, again: str, fault: type[ViLUError] = DataError, *, seal: str = SEAL
 ) -> dict[str, Any]:
-    """The content of a JSON document of ours without its seal, which is checked first.
+    """Read the content of a JSON document of vilu, without its digest, which is checked.
 
     Args:
         path: The file.
-        again: How the document is made again, for messages.
-        fault: What is raised where it is missing or damaged.
-        seal: Key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
+        again: How to make the document again, for messages.
+        fault: Exception to raise if the document is missing or damaged.
+        seal: Key of the digest. In ``predictor.json`` it is "fingerprint".
 
     Raises:
-        ProvenanceError: If it has the schema of another version of vilu.
+        ProvenanceError: If the schema version is one that this vilu does not read.
     """
     text = read_bounded(path, again, fault)
     try:
@@ -123,9 +123,9 @@ def require_schema(
     *,
     oldest: int = SCHEMA_VERSION,
 ) -> None:
-    """Refuse the content of a document, or the metadata of a table, of another schema.
+    """Raise unless a document or the metadata of a table have a schema version that can be read.
 
-    ``oldest`` is the lowest number that is read.
+    ``oldest`` is the lowest schema version that can be read.
     """
     version = content.get(SCHEMA)
     if version is None:
@@ -145,10 +145,11 @@ def require_schema(
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: If it is none, a key stands twice, or a number is none or infinite.
+        ValueError: If the content is no JSON object, if a key occurs twice in an object, or if a
+            number is NaN or infinite.
     """
     document = json.loads(
         content.decode(),
@@ -156,7 +157,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
         parse_float=_finite,
         parse_constant=_no_number,
     )
-    # an escaped half of a character would be no text that can be written again
+    # refuse an escaped lone surrogate: it is no character, so it could not be written as UTF-8
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
     if not isinstance(document, dict):
@@ -166,10 +167,10 @@ def parse_json(content: bytes) -> dict[str, Any]:
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for ``json.loads``; ValueError where it names something twice."""
+    """Build a JSON object for ``json.loads``; ValueError if a key occurs twice."""
     document = dict(pairs)
     if len(document) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("a key occurs twice in an object")
     return document
 
 
@@ -185,9 +186,9 @@ def _no_number(text: str) -> NoReturn:
 
 
 def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
-    """The content of a file of at most ``limit`` bytes, by default ``MAX_DOCUMENT_BYTES``.
+    """Read a file of at most ``limit`` bytes, by default ``MAX_DOCUMENT_BYTES``.
 
-    Of a larger file no more is read.
+    A larger file raises ``fault`` and is not read to its end.
     """
     if limit is None:
         limit = MAX_DOCUMENT_BYTES
@@ -202,7 +203,7 @@ def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | No
 
 
 def explain(error: ValidationError) -> str:
-    """First finding of pydantic, on one line."""
+    """Describe the first error that pydantic found, on one line."""
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(step) for step in first["loc"]) or "document"
     value = json.dumps(first["input"], default=str)
@@ -210,9 +211,10 @@ def explain(error: ValidationError) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
-    """Write plain JSON atomically; returns its digest.
+    """Write a JSON document atomically, and return its digest.
 
-    It is UTF-8, indented, its keys in their order, with the number of the schema, and sealed.
+    The schema version is put before the content and the digest after it. The file is UTF-8 and
+    indented, and the keys keep their order.
     """
     what = f"cannot write {path}: its content"
     content = {SCHEMA: SCHEMA_VERSION, **value}
@@ -224,14 +226,17 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: 
 
 
 def log(folder: Path, **facts: object) -> None:
-    """Add a line to the log of a folder, at once, so that lines of several processes stay whole."""
+    """Add a line to the log of a folder.
+
+    The line is written in a single call, so that lines of several processes do not mix.
+    """
     line = plain_json(facts, "a line of the log") + b"\n"
     with or_refuse(f"write to {folder / LOG}"), (folder / LOG).open("ab", buffering=0) as handle:
         handle.write(line)
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a folder's log, if it has one; a line that a crash has cut is left out."""
+    """Yield the lines of a folder's log, if any; a line that a crash cut off is left out."""
     path = folder / LOG
     lines: list[bytes] = []
     with or_refuse(f"read {path}"):
@@ -245,7 +250,7 @@ def read_log(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
-    """UTF-8 JSON; DataError if ``value`` is not plain JSON, which NaN and infinity are not."""
+    """Encode a value as UTF-8 JSON; DataError if this is impossible, as for NaN and infinity."""
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -256,7 +261,10 @@ Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
-    """A dataclass from facts by name; names and types are checked, ``where`` is for messages."""
+    """Make a dataclass from values by field name, after a check of names and types.
+
+    Messages call the origin of the values ``where``.
+    """
     known = [field.name for field in fields(kind)]
     for name in facts:
         if name not in known:

@@ -1,6 +1,6 @@
-"""Identity: the hash of plain JSON, of bytes, of a file, and of tensors.
+"""Hashes of plain JSON, of bytes, of files and of tensors.
 
-Equal inputs have equal hashes on every machine: no version of anything is part of them.
+Equal inputs have equal hashes on every machine and with every version of vilu.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_NUMBERS = 2**20
-"""Numbers of a tensor that are copied together, so that one on a device is never copied whole."""
+"""Maximum numbers of a tensor that are copied at once, so that memory use stays small."""
 
 
 def digest(value: object) -> str:
-    """Short hash (blake2b, 16 bytes, hex) of anything that JSON can write.
+    """Short hash (blake2b, 16 bytes, in hex) of any value that JSON can represent.
 
     Examples:
         >>> from vilu.artifacts.hashing import digest
@@ -28,22 +28,25 @@ def digest(value: object) -> str:
         True
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    content = text.encode("utf-8", "surrogatepass")  # names of files may be no UTF-8
+    content = text.encode("utf-8", "surrogatepass")  # file names may not be valid UTF-8
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def bytes_hash(content: bytes) -> str:
-    """SHA-256 of bytes, as ``stream_hash`` gives it for a file that holds them."""
+    """SHA-256 of bytes, in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
 def stream_hash(handle: BufferedReader) -> str:
-    """SHA-256 of all that an open file still holds; ``disk.file_hash`` opens one."""
+    """SHA-256 of an open file from its current position to its end, in hex.
+
+    See also ``disk.file_hash``.
+    """
     return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of the type, the shape and the numbers of a tensor, wherever it lies.
+    """SHA-256 of the type, the shape and the numbers of a tensor, on any device.
 
     Examples:
         >>> import torch
@@ -69,9 +72,10 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor block by block.
+    """Yield the bytes of a tensor in blocks of at most about ``BLOCK_NUMBERS`` numbers.
 
-    What repeats one number for all rows (``expand``) is never written out as a whole.
+    So an expanded tensor, which repeats its numbers (``Tensor.expand``), is never copied as a
+    whole.
     """
     import torch
 

@@ -1,9 +1,8 @@
-"""Where may be written: a place that is new, empty, or holds what the same inputs made.
+"""Checks of output paths, so that no file of a user is overwritten.
 
-Any other place is refused.
-
-``--overwrite``, and the library, make anew what vilu has made; files that it does not know as its
-own stay as they are.
+A path is accepted if it is new, empty, or has the result of the same inputs. Any other path is
+refused. With ``--overwrite``, or when called as a library, vilu replaces files that it wrote
+itself. Files that vilu does not recognise as its own are never changed.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Table = Literal["scores", "results", "labels", "label errors"]
 Kind = Literal[
     Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"
 ]
-"""What a file of ours is, in a message."""
+"""The kinds of files that vilu writes, as messages call them."""
 
 KINDS: dict[str, Kind] = {
     "outcomes": "scores",
@@ -48,7 +47,7 @@ KINDS: dict[str, Kind] = {
     "monitor": "monitor state",
     "label errors": "label errors",
 }
-"""By the "kind" that documents and tables of ours name."""
+"""Kind of a file, by the value of "kind" in a document or in the metadata of a table."""
 
 HEADERS: dict[bytes, Kind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
@@ -56,7 +55,7 @@ HEADERS: dict[bytes, Kind] = {
     b"path,label,suggested,quality,is_error": "label errors",
     b"path,label,answer,failure_probability,stream,probability,predictor,asked": "labels",
 }
-"""How our CSVs begin, which name nothing else."""
+"""Kind of a CSV file, by its beginning; CSV files have no metadata."""
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "results": (".json", ".parquet", ".csv"),
@@ -65,18 +64,18 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "scores": (".parquet", ".csv"),
     "monitor state": (".parquet",),
 }
-"""Ends of the names of files, of kinds that have some."""
+"""Allowed suffixes of files, for kinds that have a fixed format."""
 
-INPUTS = "inputs"  # key of the digest of what a file was made from
+INPUTS = "inputs"  # key of the digest of the inputs that a file was made from
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
-# last line of a text of ours
+# last line of a text (HTML, Markdown) that vilu wrote
 MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
-TAIL = 4096  # bytes at either end of a file in which a mark is looked for
+TAIL = 4096  # bytes at the beginning and at the end of a file that are searched for a mark
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
-    """What a document or a table says of its inputs."""
+    """The entry of a document or a table for the digest of its inputs; empty without a digest."""
     if not inputs:
         return {}
     return {INPUTS: inputs}
@@ -87,32 +86,37 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# in the names, after a dot, of files in the making and of locks
+# part of the names of temporary files and locks, which also begin with a dot
 PASSING = re.compile(r"\.tmp\Z|\.lock")
 
-# kind of a file of ours, and the digest of its inputs; empty where it does not say
+# kind of a file of vilu, and the digest of its inputs; the digest is "" if the file has none
 KindAndInputs = tuple[Kind, str]
 
 
 def mark(kind: str, inputs: str) -> str:
-    """Last line of a text (HTML, Markdown), by which it is known as ours."""
+    """Last line of a text (HTML, Markdown), by which vilu recognises its own file."""
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
 
 def claim_file(
     path: str | os.PathLike[str], kind: Kind, inputs: str | None = None, *, overwrite: bool = False
 ) -> bool:
-    """Whether a file is there that was made from the same inputs.
+    """Check an output file before the work begins.
 
-    Any other file is refused, before the work begins.
+    Args:
+        path: The output file.
+        kind: The kind of file that will be written.
+        inputs: Digest of the inputs; None if files are not compared by their inputs.
+        overwrite: Replace an existing file of the same kind, whatever its inputs.
 
-    Without ``inputs`` (their digest) nobody compares; with ``overwrite`` any file of its kind is
-    made anew.
+    Returns:
+        True if the file already exists, is whole and was made from the same inputs. False if it
+        must be written.
 
     Raises:
-        UsageError: If another file is there, or no folder for it, or its name does not end as one
-            of this kind.
-        StorageError: If the folder cannot be written to, or the file not be read.
+        UsageError: If another file exists at this path, if the folder does not exist, or if the
+            suffix is wrong for this kind.
+        StorageError: If the folder cannot be written to, or if the file cannot be read.
     """
     target = Path(path)
     _require_suffix(target, kind)
@@ -134,7 +138,7 @@ def claim_file(
 
 
 def _require_suffix(target: Path, kind: Kind) -> None:
-    """Refuse a name that does not end as those of a kind of files."""
+    """Raise UsageError if the suffix of a file is wrong for its kind."""
     suffixes = SUFFIXES.get(kind)
     if suffixes is not None and target.suffix.lower() not in suffixes:
         raise UsageError(
@@ -143,7 +147,7 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 
 
 def _require_kind(target: Path, kind: Kind) -> str:
-    """The digest of the inputs of a file of this kind; refuses any other file."""
+    """The digest of the inputs of a file; UsageError if the file is not of this kind."""
     ours = kind_and_inputs(target)
     if ours is None or ours[0] != kind:
         raise UsageError(
@@ -161,16 +165,22 @@ def claim_folder(
     same: bool = False,
     overwrite: bool = False,
 ) -> bool:
-    """Whether a folder holds what the same inputs made.
+    """Check an output folder before the work begins.
 
-    A folder with anything else is refused, before the work begins.
+    Args:
+        path: The output folder. It is not made here.
+        what: The kind of result that the folder will have, for messages.
+        ours: Function that returns whether a file in the folder belongs to such a result. It is not
+            called for temporary files and locks.
+        same: Whether the existing result was made from the same inputs.
+        overwrite: Replace an existing result, whatever its inputs.
 
-    ``ours`` tells whether a path in it is of ``what``; files in the making and locks are not asked
-    about. ``same`` says that the same inputs made what is there; with ``overwrite`` it is made anew
-    whatever did.
+    Returns:
+        True if the folder already has the result of the same inputs. False if it must be written.
 
     Raises:
-        UsageError: If it is no folder, or something else lies there, or what other inputs made.
+        UsageError: If the path is no folder, or if the folder has other files or the result of
+            other inputs.
         StorageError: If the folder cannot be written to.
     """
     root = Path(path)
@@ -191,18 +201,18 @@ def claim_folder(
 
 
 def entries(root: Path) -> list[Path]:
-    """What lies in a folder, but for locks and files in the making."""
+    """Sorted paths of the files in a folder, without locks and temporary files."""
     with or_refuse(f"read {root}"):
         return sorted(path for path in root.iterdir() if not _is_passing(path.name))
 
 
 def _is_passing(name: str) -> bool:
-    """Whether a file is a lock, or still being written."""
+    """Whether a file with this name is a lock or a temporary file."""
     return name.startswith(".") and PASSING.search(name) is not None
 
 
 def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
-    """Refuse a folder with files that are not ours."""
+    """Raise UsageError if there are ``foreign`` files, which do not belong to the result."""
     first = min(foreign, default=None)
     if first is not None:
         raise UsageError(
@@ -212,7 +222,7 @@ def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
 
 
 def kind_and_inputs(path: Path) -> KindAndInputs | None:
-    """What a file of ours says of itself; None of any other."""
+    """The kind of a file of vilu and the digest of its inputs; None for any other file."""
     if not path.is_file():
         return None
     with or_refuse(f"read {path}"):
@@ -232,14 +242,18 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
 
 
 def inputs_of(*paths: Path, **settings: object) -> str:
-    """Digest of what a command reads, and of its settings."""
+    """Digest of the files that a command reads, and of the settings of the command."""
     return digest([[content_of(path) for path in paths], settings])
 
 
 def content_of(path: Path) -> object:
-    """Hash of a file; of a table of ours its digest; of a document with a version all else in it.
+    """A JSON value that identifies the content of a file or folder.
 
-    Of a folder it is what vouches for it; of one without such documents its listing.
+    - A JSON document with a version of vilu: its content without this version and digests.
+    - A table of vilu: its digest.
+    - Any other file: its hash.
+    - A folder with documents of vilu (``predictor.json``, ...): the contents of these documents.
+    - Any other folder: names, sizes and modification times of all files.
     """
     is_document = path.suffix.lower() == ".json"
     if is_document and MADE_WITH in (_content(path) or {}):
@@ -259,7 +273,7 @@ def content_of(path: Path) -> object:
 
 
 def _file_digest(path: Path) -> object:
-    """The digest that a table of ours carries; of any other file the hash."""
+    """The digest in the metadata of a table of vilu, or the hash of any other file."""
     if path.suffix.lower() == ".parquet":
         with or_refuse(f"read {path}"):
             metadata = _metadata(path) or {}
@@ -269,7 +283,7 @@ def _file_digest(path: Path) -> object:
 
 
 def _facts_of(path: Path) -> object:
-    """What a document says, whichever vilu wrote and sealed it; of a damaged one the hash."""
+    """The content of a document without its version of vilu and digests; or the hash if damaged."""
     facts = _content(path)
     if facts is None:
         return file_hash(path)
@@ -277,7 +291,7 @@ def _facts_of(path: Path) -> object:
 
 
 def _content(path: Path) -> dict[str, Any] | None:
-    """What a JSON document says; None of any other file."""
+    """The content of a JSON document; None for any other file."""
     try:
         return parse_json(read_bounded(path, "Make it again", DataError))
     except (ValueError, RecursionError):
@@ -285,7 +299,7 @@ def _content(path: Path) -> dict[str, Any] | None:
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
-    """What a table of ours says of itself; None of any other."""
+    """The metadata of a table of vilu; None for any other table."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -299,7 +313,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _kind_at_ends(path: Path) -> KindAndInputs | None:
-    """By how a file begins (CSV) or ends."""
+    """The kind and inputs of a file, by the header of a CSV or by a mark at the end of the file."""
     with path.open("rb") as handle:
         start = handle.read(TAIL)
         handle.seek(max(os.fstat(handle.fileno()).st_size - TAIL, 0))
@@ -313,14 +327,14 @@ def _kind_at_ends(path: Path) -> KindAndInputs | None:
     text = MARK.search(end)
     if text:
         return TEXTS[text[1]], text[2].decode()
-    # a page that names no inputs
+    # a page without a digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return "page", ""
     return None
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file of ours has the content that its digest is of, where it has one."""
+    """Whether the content of a file matches its digest; True for kinds without a digest."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
@@ -334,16 +348,16 @@ def _is_whole(path: Path) -> bool:
 
 
 def _first_existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there; at last the root."""
+    """The folder, or its nearest parent that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def _require_room(target: Path, *, parents: bool = False) -> None:
-    """Refuse a place whose folder is not there, or cannot be written to.
+    """Raise if the folder of ``target`` does not exist or cannot be written to.
 
-    With ``parents`` it is enough that the folder can be made.
+    With ``parents``, the folder may be missing if its nearest existing parent can be written to.
     """
     folder = target.parent
     if parents:

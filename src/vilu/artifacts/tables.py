@@ -1,4 +1,4 @@
-"""Tables with metadata: sealed Parquet, and CSV that a spreadsheet may open."""
+"""Tables: Parquet with metadata and a digest, and CSV that is safe to open in a spreadsheet."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"vilu"
 METADATA_IN_FOOTER = re.compile(rb'\{"schema_version": .*"digest": "[0-9a-f]{32}"\}', re.DOTALL)
-"""The metadata of a table of ours, as they stand in the footer of a Parquet file.
+"""Pattern of the metadata of vilu in the footer of a Parquet file.
 
-A flipped bit beside them, in their key or their length, hides them from pyarrow. This still finds
-them.
+A flipped bit in the key or the length of the metadata hides the metadata from pyarrow. This pattern
+still finds them.
 """
 
 AGAIN: Final = {
@@ -40,22 +40,22 @@ AGAIN: Final = {
     "monitor": "Begin a new monitor with `vilu monitor`",
     "label errors": "Run `vilu audit-labels` again",
 }
-"""How a table of a kind is made again, for messages."""
+"""How to make a table again, by its kind, for messages."""
 
 OLDEST: Final = {"labels": 1}
-"""Lowest number of the schema that is read.
+"""Lowest schema version that is read, by kind of table; by default ``SCHEMA_VERSION``.
 
-Labels are people's work: no book of them is refused.
+Labels are the work of people, so tables of labels of all versions are read.
 """
 
-# with a million columns reading takes minutes
 MAX_COLUMNS = 10_000
-"""Columns of a table."""
+"""Maximum number of columns of a table. Reading a million columns would take minutes."""
 MAX_HEADER = 2**20
-"""Characters of the heading of a CSV file."""
+"""Maximum number of characters of a line in the header of a CSV file."""
 
-# A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text;
-# apostrophes that are already there get one more, so that reading can take exactly one away.
+# A spreadsheet runs a cell as a formula if the cell starts with one of these characters. Writing
+# puts an apostrophe before such a cell, which makes it a text. Cells that already have apostrophes
+# before such a character get one more, so that reading can always remove exactly one.
 _FORMULA = r"^('*[=+\-@\t\r])"
 _DEFUSED = r"^'('*[=+\-@\t\r])"
 
@@ -63,9 +63,9 @@ _DEFUSED = r"^'('*[=+\-@\t\r])"
 def write_table(
     path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]
 ) -> None:
-    """Write columns of one length atomically, as Parquet or CSV.
+    """Write columns of equal length atomically, as Parquet or CSV by the suffix of the path.
 
-    The metadata are in the schema of Parquet; CSV has none.
+    The metadata are written into the schema of the Parquet file. A CSV file has no metadata.
     """
     if table_suffix(path) == ".parquet":
         content = parquet_bytes(columns, metadata)
@@ -75,7 +75,7 @@ def write_table(
 
 
 def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
-    """Columns of one length as a CSV that a spreadsheet may open: no cell is a formula."""
+    """Encode columns of equal length as CSV in which no cell is run as a formula."""
     import pyarrow as pa
     import pyarrow.csv
 
@@ -91,12 +91,10 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
 
 
 def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
-    """Columns of one length as the content of a Parquet file, with metadata in its schema.
+    """Encode columns of equal length as a Parquet file, with plain JSON metadata in its schema.
 
-    The metadata are plain JSON.
-
-    Every page has a checksum, and the metadata a digest of all that a reader gets to see: a
-    checksum covers neither the footer nor the headers of pages.
+    Every page has a checksum. Because the checksums cover neither the footer nor the headers of
+    pages, the metadata also have a digest of all columns and of the other metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -111,13 +109,13 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     return buffer.getvalue()
 
 
-SAMPLED = 1_024  # values of a column by which ``_repeats`` judges
+SAMPLED = 1_024  # number of values of a column that ``_repeats`` looks at
 
 
 def _repeats(column: pa.ChunkedArray) -> bool:
-    """Whether values come again, by the first of them.
+    """Whether at most half of the first values of a column are distinct.
 
-    Only then a dictionary of the values saves time and room.
+    Only for such columns a dictionary of the values saves time and space.
     """
     import pyarrow.compute as pc
 
@@ -128,7 +126,7 @@ def _repeats(column: pa.ChunkedArray) -> bool:
 def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
     """Digest of names, types, nulls and values of the columns, and of the metadata.
 
-    It is the same however the rows are chunked.
+    The digest does not depend on how Arrow splits the columns into chunks.
     """
     columns = [
         [name, str(table[name].type), len(table), _column_hash(table[name])]
@@ -138,7 +136,7 @@ def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
 
 
 def _column_hash(column: pa.ChunkedArray) -> str:
-    """SHA-256 of where a column is null, and of its values."""
+    """SHA-256 of the null mask and of the values of a column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -149,14 +147,14 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     if column.null_count:
         for chunk in column.chunks:
             sha256.update(chunk.is_null().cast(pa.int8()).to_numpy())
-        # what stands under a null is undefined: it is set, so that it hashes alike
+        # the value stored for a null is undefined, so replace it by a fixed value before hashing
         blank = "" if is_text else pa.scalar(0).cast(column.type)
         column = pc.fill_null(column, blank)
     if not is_text:
         for chunk in column.chunks:
             sha256.update(chunk.to_numpy())
         return sha256.hexdigest()
-    # the lengths of texts go first: they say where in the bytes of all texts each begins
+    # hash the lengths, too: texts ["ab", "c"] and ["a", "bc"] have the same bytes
     for chunk in column.chunks:
         sha256.update(pc.binary_length(chunk).to_numpy())
     for chunk in column.chunks:
@@ -165,7 +163,7 @@ def _column_hash(column: pa.ChunkedArray) -> str:
 
 
 def _text_bytes(chunk: pa.Array) -> memoryview:
-    """The UTF-8 of all strings of an array."""
+    """The concatenated UTF-8 bytes of all strings of an array."""
     import numpy as np
 
     _, offsets, content = chunk.buffers()
@@ -176,7 +174,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
 
 
 def _replaced(table: pa.Table, names: Collection[str], pattern: str, replacement: str) -> pa.Table:
-    """The table with a pattern replaced in these columns of text."""
+    """Replace a pattern in the named text columns of a table."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
@@ -189,22 +187,25 @@ def _replaced(table: pa.Table, names: Collection[str], pattern: str, replacement
 
 
 def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
-    """The table without the apostrophes that ``csv_bytes`` puts before texts in these columns."""
+    """Remove the apostrophes that ``csv_bytes`` put before texts in the named columns."""
     return _replaced(table, names, _DEFUSED, r"\1")
 
 
 def read_table(
     path: str | Path, text_columns: Collection[str]
 ) -> tuple[pa.Table, dict[str, object]]:
-    """A Parquet or CSV table and its metadata (empty for CSV and for tables of other programs).
+    """Read a Parquet or CSV table and its metadata.
+
+    The metadata are empty for CSV files and for tables of other programs.
 
     Args:
         path: The file.
-        text_columns: Columns that hold text, whatever their content looks like.
+        text_columns: Names of columns that are read as text, even if they look like numbers.
 
     Raises:
-        DataError: If it is damaged, or no such table.
-        ProvenanceError: If it is of ours and has the schema of another version of vilu.
+        DataError: If the file is damaged, or is no such table.
+        StorageError: If the file does not exist or cannot be opened.
+        ProvenanceError: If vilu wrote the table with a schema version that this vilu does not read.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -243,7 +244,7 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
 
 
 def _footer(source: pa.NativeFile) -> bytes:
-    """The bytes of the footer of a Parquet file, whatever can be parsed of them."""
+    """The raw bytes of the footer of a Parquet file, even if they cannot be parsed."""
     end = source.size() - 8
     source.seek(end)
     start = max(end - int.from_bytes(source.read(4), "little"), 0)
@@ -252,9 +253,9 @@ def _footer(source: pa.NativeFile) -> bytes:
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
-    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...).
+    """Read a column as Arrow type ``kind`` ("float64", "int64", "string", ...).
 
-    It is all null if the table lacks it.
+    If the table has no such column, all values are null.
     """
     import pyarrow as pa
 
@@ -268,10 +269,10 @@ def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.C
 
 
 class CsvRow(dict[str, str]):
-    """The cells of a row as text, by column; of a row that ends early the last ones are empty.
+    """The cells of a row as text, by column; missing cells at the end of a row are "".
 
     Attributes:
-        line: Of the file on which the row begins, counted from 1.
+        line: Line of the file on which the row begins, counted from 1.
         ends_early: Whether the row has fewer cells than there are columns.
     """
 
@@ -282,15 +283,15 @@ class CsvRow(dict[str, str]):
 
 
 def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]:
-    """The columns of a CSV file that people fill in, and its rows as text.
+    """Read the column names and the rows of a CSV file that people edit; all cells are text.
 
-    What a spreadsheet adds is passed over: a byte order mark, lines without a cell, and empty cells
-    beyond the named columns.
+    Three things that spreadsheets add are ignored: a byte order mark, lines without cells, and
+    empty cells to the right of the named columns.
 
     Raises:
-        DataError: If it is no CSV in UTF-8, names a column twice, or has a text beyond the last
-            column that has a name.
-        StorageError: If it cannot be read.
+        DataError: If the file is no CSV in UTF-8, if two columns have the same name, or if a row
+            has a text to the right of the last named column.
+        StorageError: If the file cannot be read.
     """
     with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
         return parse_csv(file, str(path), delimiter)
@@ -299,13 +300,13 @@ def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]
 def parse_csv(
     lines: Iterable[str], source: str, delimiter: str = ","
 ) -> tuple[list[str], list[CsvRow]]:
-    """As ``csv_rows``, of lines that were read already; messages call them ``source``."""
-    # strict: else an open quote takes all that follows
+    """Parse the lines of a CSV file like ``csv_rows``; messages call the file ``source``."""
+    # strict, or else an unclosed quote would take the rest of the file as one cell
     table = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[CsvRow] = []
     try:
         names = next(table, [])
-        last_line = table.line_num  # a cell may hold line ends, so a row several lines
+        last_line = table.line_num  # a row may have several lines, if its cells have line breaks
         for cells in table:
             line = last_line + 1
             last_line = table.line_num
@@ -327,10 +328,10 @@ def parse_csv(
 
 
 def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()) -> None:
-    """Refuse a table that names a column twice: nobody can say which one is meant.
+    """Raise DataError if two columns have the same name, which would be ambiguous.
 
-    ``cells`` are those of its first row, for the message. Columns without a name are no columns: a
-    spreadsheet adds empty ones, and pandas its index.
+    Columns without a name are not checked: spreadsheets add empty columns, and pandas an index.
+    ``cells`` are the cells of the first row, for the message.
     """
     counts = Counter(name for name in names if name.strip())
     repeated = sorted(name for name, count in counts.items() if count > 1)
@@ -347,33 +348,33 @@ def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()
 
 
 def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> None:
-    """Refuse a row with a text beyond the last column that has a name."""
+    """Raise DataError if a row has a text to the right of the last named column."""
     width = len(names)
     while width and not names[width - 1].strip():
         width -= 1
-    for place in range(width, len(cells)):
-        if not cells[place].strip():
+    for column in range(width, len(cells)):
+        if not cells[column].strip():
             continue
         before = ""
-        if place:
-            before = f" after {cells[place - 1]!r}"
+        if column:
+            before = f" after {cells[column - 1]!r}"
         raise DataError(
-            f"{where}: {cells[place]!r}{before} is in none of the columns {', '.join(names)}. Put "
+            f"{where}: {cells[column]!r}{before} is in none of the columns {', '.join(names)}. Put "
             "a text that holds a comma into quotes, or name the column."
         )
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
-    """The names of the columns of a CSV file; no more than a bounded beginning of it is read."""
+    """Read the column names of a CSV file, without reading more than the beginning of the file."""
+    # Invalid UTF-8 is escaped, not refused: it may be in a later row, because the file is decoded
+    # in blocks. Such a row is refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # not strict: a text that is not UTF-8 is the error of its row, and the first block is
-        # decoded with the names
         table = csv.reader(_short_lines(file, path), delimiter=delimiter)
         names = next(table, [])
         require_width(path, len(names))
         if len(set(names)) < len(names):
             require_distinct(f"{path} line 1", names, next(table, []))
-    "".join(names).encode()  # names that are not UTF-8 raise a ValueError here
+    "".join(names).encode()  # raises a ValueError if the names are no valid UTF-8
     return names
 
 
@@ -383,7 +384,11 @@ def read_columns(
     delimiter: str = ",",
     **convert: object,
 ) -> pa.Table:
-    """The columns of a CSV file as Arrow arrays of these types; a row of more cells is refused."""
+    """Read a CSV file as an Arrow table, with these column types where given.
+
+    A row with more cells than there are columns raises ``pyarrow.ArrowInvalid``. ``convert`` are
+    further options of ``pyarrow.csv.ConvertOptions``.
+    """
     import pyarrow.csv
 
     return pyarrow.csv.read_csv(
@@ -394,7 +399,7 @@ def read_columns(
 
 
 def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
-    """The lines of a file; DataError at one that is too long."""
+    """Yield the lines of a file; DataError at a line of more than ``MAX_HEADER`` characters."""
     line = file.readline(MAX_HEADER)
     while line:
         if len(line) == MAX_HEADER and line[-1] not in "\r\n":
@@ -407,7 +412,7 @@ def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
 
 
 def require_width(path: str | Path, n_columns: int) -> None:
-    """Refuse a table of too many columns."""
+    """Raise DataError if a table has more than ``MAX_COLUMNS`` columns."""
     if n_columns > MAX_COLUMNS:
         raise DataError(
             f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. "
@@ -416,7 +421,7 @@ def require_width(path: str | Path, n_columns: int) -> None:
 
 
 def table_suffix(path: str | Path) -> str:
-    """``.parquet`` or ``.csv``; UsageError if it is neither."""
+    """The suffix of a table, ``.parquet`` or ``.csv``; UsageError for any other suffix."""
     suffix = Path(path).suffix.lower()
     if suffix not in {".parquet", ".csv"}:
         raise UsageError(f"a table is a .parquet or a .csv file. Got {Path(path).name!r} instead.")
@@ -437,10 +442,10 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
 
 
 def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
-    """The metadata of a table of ours.
+    """The metadata of a table of vilu, after a check of the digest; empty for any other table.
 
-    They are believed, as its rows are, when the digest is right. ``is_ours``: the footer has
-    metadata of ours, also where a flipped bit hides them.
+    ``is_ours`` says that the footer contains metadata of vilu. If pyarrow finds no metadata in such
+    a table, the file is damaged.
     """
     text = (table.schema.metadata or {}).get(METADATA_KEY)
     if text is None and not is_ours:
@@ -449,8 +454,7 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
         metadata = parse_json(text or b"")
         stated = metadata.pop(SEAL, None)
         right = table_digest(table, metadata)
-    # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised
-    # again, as damage
+    # a flipped bit can change the type of a column, for which pyarrow raises NotImplementedError
     except (ValueError, NotImplementedError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."

@@ -1,11 +1,23 @@
 """The command line: each command calls one public function.
 
-stdout is the result, stderr the log and the progress.
+A command writes its result to stdout, and its log and progress to stderr.
 
-Exit codes: 0 done, 2 usage (a path that is not there, a place that is taken), 3 data, 4 the risk
-target is out of reach, 5 a model is missing, 6 artefacts do not fit together, 7 storage, 8 a
-guarantee is void (`vilu monitor`), 75 busy, 130 Ctrl-C, 141 nobody reads stdout any more, 143
-SIGTERM; anything else is a bug and shows its traceback.
+Exit codes:
+
+- 0: done
+- 2: wrong usage, such as a missing path or an output path that is already in use
+- 3: bad data
+- 4: the risk target cannot be reached
+- 5: a model is missing
+- 6: artefacts do not belong together
+- 7: the storage failed
+- 8: a guarantee is void (`vilu monitor`)
+- 75: another process holds the lock
+- 130: Ctrl-C
+- 141: stdout was closed by its reader
+- 143: SIGTERM
+
+Any other exit code is a bug, and a traceback is printed.
 """
 
 from __future__ import annotations
@@ -30,13 +42,17 @@ from vilu.process import tune_process
 from vilu.text import printable
 
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
-"""What typer raises for a command line that cannot be; it gives it no name."""
+"""Class of the exceptions that typer raises for an invalid command line.
+
+typer does not export this class, so it is found as the base of one of its subclasses.
+"""
 
 
 def entry() -> None:
-    """The command as a process, which ends with its work.
+    """Run the command line as the main program of a process.
 
-    The libraries are not taken down, which would take up to a second more.
+    At the end, the process exits without the clean-up of libraries, which would take up to a
+    second.
     """
     tune_process()
     code = 1
@@ -48,9 +64,10 @@ def entry() -> None:
                 stream.flush()
         os._exit(code)
 
-    # imports make a million objects, none of them garbage: 0.1 s of looking for it
+    # Imports make a million objects and no garbage. A high threshold saves 0.1 s of searching.
     gc.set_threshold(50_000)
-    # threads have been waited for then, and what is registered later has been done
+    # Functions of atexit run in reverse order, after all threads have ended. ``leave`` is
+    # registered first, so it runs last.
     atexit.register(leave)
     try:
         main()
@@ -60,32 +77,32 @@ def entry() -> None:
 
 
 def main() -> None:
-    """The command line of this process; raises SystemExit with the exit code."""
+    """Run the command line of this process; raises SystemExit with the exit code."""
     sys.stdout = _open_stream(sys.stdout)
     sys.stderr = _open_stream(sys.stderr)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _again
     with careful_output():
         code = _run()
-        # the work is over: what comes now ends the process, silently
+        # the work is done, so a signal from now on ends the process without a message
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(code)
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
-    """The stream; where it is closed (``2>&-``), Python has None, and nobody reads the new one."""
+    """The stream, or a stream to nowhere if it is None (closed by the caller, as by ``2>&-``)."""
     if stream is not None:
         return stream
     return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
 
 
 def _run() -> int:
-    """The exit code."""
+    """Run the command and return the exit code."""
     try:
         with show_warnings():
             return int(app(standalone_mode=False) or 0)
-    except KeyboardInterrupt:  # before a command has begun, which would say what is kept
+    except KeyboardInterrupt:  # a command that has begun has already printed a message
         return INTERRUPTED
     except MISUSE as error:
         message = io.StringIO()
@@ -96,16 +113,17 @@ def _run() -> int:
         complain("error", str(error))
         return error.exit_code
     except OSError as error:
-        if error.filename is None:  # no file of the user's, but a bug
+        if error.filename is None:  # not about a file, so this is a bug
             raise
         complain("error", f"the file system refused {error.filename}: {error.strerror}.")
         return StorageError.exit_code
 
 
-def _again(failure: Any) -> None:  # noqa: ANN401 - its type has no name
-    """Send a signal again that came while a library could not pass on what it raises.
+def _again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
+    """Send a signal again if its exception was lost in code that cannot raise exceptions.
 
-    Python reports every other failure as ever.
+    Such code is, for example, a destructor or a callback of C code. Any other lost exception is
+    reported as Python does by default.
     """
     signals = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
     number = signals.get(failure.exc_type)
@@ -116,5 +134,5 @@ def _again(failure: Any) -> None:  # noqa: ANN401 - its type has no name
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """Unwind as Ctrl-C does, so that locks and temporary files go."""
+    """Raise SystemExit on SIGTERM, so that locks and temporary files are removed."""
     sys.exit(TERMINATED)

@@ -1,4 +1,4 @@
-"""The commands and what they have in common."""
+"""The commands, and the options that all commands share."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ from vilu.registry import entry_points, load_entry, load_plugin
 app = typer.Typer(
     name="vilu",
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
-    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command "
-    "has its own --help. Commands write to a new or an empty place, or to what the same command "
-    "wrote; --overwrite makes that anew, and other files are never touched. Exit codes: 2 the "
-    "command cannot be (a missing path, a taken place), 3 data, 4 risk out of reach, 5 no model, "
-    "6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
+    epilog="To begin, run `vilu demo`. The usual order is embed, fit, calibrate, score, evaluate; "
+    "every command has its own --help. A command writes to a new or empty path, or continues its "
+    "own earlier output. --overwrite replaces earlier output of vilu; other files are never "
+    "touched. Exit codes: 2 wrong usage (such as a missing path, or an output path in use), 3 bad "
+    "data, 4 risk target cannot be reached, 5 missing model, 6 artefacts do not belong together, "
+    "7 storage failed, 8 alarm, 75 busy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,9 +47,9 @@ app = typer.Typer(
 
 
 def show_version(value: bool) -> None:
-    """Print the version and leave."""
+    """Print the version and exit."""
     if value:
-        import importlib.metadata  # as long as the rest of --help
+        import importlib.metadata  # imported here because it takes as long as the rest of --help
 
         typer.echo(importlib.metadata.version("vilu"))
         raise typer.Exit
@@ -59,20 +60,20 @@ def common(
     context: typer.Context,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Log debugging messages.")] = False,
     quiet: Annotated[
-        bool, Option("--quiet", "-q", help="No progress, no log but warnings.")
+        bool, Option("--quiet", "-q", help="Show no progress, and log only warnings.")
     ] = False,
     plugin: Annotated[
         list[str] | None,
         Option(
             "--plugin",
             metavar="MODULE",
-            help="Import a module that registers methods first; repeatable.",
+            help="Import a module that registers methods, before the command; repeatable.",
         ),
     ] = None,
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool,
         Option(
-            "--version", callback=show_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -86,7 +87,10 @@ def common(
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a message for Ctrl-C and SIGTERM: what the same command would do now."""
+    """Wrap a command so that it prints a message when Ctrl-C or SIGTERM stops it.
+
+    The message says what the same command would do if it is run again.
+    """
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
@@ -106,22 +110,22 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def name_of(command: Callable[..., None]) -> str:
-    """What a command is called; a keyword of the language has a line after it."""
+    """The name of a command: without a trailing underscore, and with hyphens for underscores."""
     return command.__name__.removesuffix("_").replace("_", "-")
 
 
 def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """The part of a stopped command's work that stays, and what the same command would do now."""
+    """Message of a stopped command: which results are kept, and what running it again would do."""
     name = name_of(command)
     output: Path | None = values.get("output")
     goes_on = getattr(command, "goes_on", False)
     if name == "score" and output is not None:
-        goes_on = not output.suffix  # a folder, which is written part by part
+        goes_on = not output.suffix  # no suffix: a folder, which is written in parts
     if goes_on:
-        return f"what is finished is in {output}; the same command goes on with the rest."
+        return f"finished parts are in {output}; the same command goes on with the rest."
     if name == "serve":
         return (
-            "what was taken on is answered, and the state is saved; the same command goes on "
+            "every accepted request is answered, and the state is saved; the same command goes on "
             "with it."
         )
     if name == "review" and values.get("serve"):
@@ -129,7 +133,7 @@ def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
     checkpoints = Path(f"{output}.checkpoints")
     if name == "fit" and checkpoints.is_dir():
         return f"the same command goes on from the last checkpoint in {checkpoints}."
-    return "no file is half written; the same command begins anew."
+    return "no incomplete file was left; the same command starts again from the beginning."
 
 
 ON_DATA = (
@@ -159,7 +163,7 @@ app.add_typer(datasets, name="datasets")
 
 
 def refusing(error: UsageError) -> Callable[[], None]:
-    """A command whose package is not here: it says so, whatever follows it."""
+    """A command that raises ``error``, for a command whose package cannot be imported."""
 
     def command() -> None:
         raise error
@@ -169,7 +173,7 @@ def refusing(error: UsageError) -> Callable[[], None]:
 
 
 def add_command_of(entry: EntryPoint) -> None:
-    """Add the command of another package."""
+    """Add the command of another package, or a command that raises why it cannot be imported."""
     try:
         command = load_entry(entry, "command")
         app.command(entry.name)(with_stop_message(command))

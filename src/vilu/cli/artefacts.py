@@ -1,4 +1,4 @@
-"""What ``vilu inspect`` checks: every artefact of ours, as those who read it check it."""
+"""The checks of ``vilu inspect``; every artefact is checked like by the code that reads it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from vilu.store.parts import StoreLedger
 
 
 class Artefact(NamedTuple):
-    """What is whole: where, and what it is, in words."""
+    """An artefact that passed its check."""
 
     path: Path
-    what: str
+    what: str  # short description
 
 
 def check(path: Path) -> Iterator[Artefact]:
-    """The artefacts at a path, each checked as by those who read it.
+    """Check the artefacts at a path, and yield them.
 
-    Of a run every file is checked, and all its bytes are read.
+    For stores and score folders, all bytes of all files are read and checked.
     """
     if not path.exists():
         raise StorageError(f"{path} does not exist.")
@@ -63,7 +63,7 @@ def check(path: Path) -> Iterator[Artefact]:
 
 
 def _of_plugins(path: Path) -> Artefact | None:
-    """What another package takes for an artefact of its own; None where none does."""
+    """The artefact at a path if another package recognises it, or None."""
     for entry in entry_points("vilu.artefacts"):
         artefact: Artefact | None = load_entry(entry, "artefact")(path)
         if artefact is not None:
@@ -77,13 +77,14 @@ def is_store(path: Path) -> bool:
 
 
 def check_file(path: Path) -> Artefact:
-    """A file of ours, checked as by those who read it."""
+    """Check a file of vilu, as the code that reads it does."""
     if path.suffix == ".json":
         return _document(path)
     if path.suffix == ".parquet":
         return _table(path)
     raise DataError(
-        f"{path} is no file that vouches for itself: those are .json and .parquet. Give its folder."
+        f"{path} cannot be checked by itself: only .json and .parquet files have a digest. Give "
+        "its folder."
     )
 
 
@@ -133,7 +134,7 @@ def _store(path: Path) -> Artefact:
 
 
 def require_sound(report: StoreReport, path: Path) -> None:
-    """Refuse a store with problems."""
+    """Raise StorageError if a store has problems."""
     if report.problems:
         raise StorageError(
             f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}"

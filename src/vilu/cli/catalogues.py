@@ -1,4 +1,4 @@
-"""Commands on what vilu knows by name: list, datasets."""
+"""Commands that list what vilu offers by name: list, datasets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 datasets = typer.Typer(
-    help="Data sets that vilu knows by name: what they are, and which are on this disk."
+    help="Data sets that vilu can open by name: their description, and which are on this disk."
 )
 BELOW = ("folder", "archives", "trouble", "to do")
+"""Columns that are printed on lines of their own, below the row."""
 FACTS = (
     "name",
     "title",
@@ -48,7 +49,7 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")
 
 @datasets.command("list")
 def list_known(as_json: AsJson = False) -> None:
-    """The data sets of the catalogue: classes, images by split, licence, where to get them.
+    """List the data sets of the catalogue: classes, images by split, licence, where to get them.
 
     Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are
     approximate.
@@ -67,7 +68,7 @@ def list_known(as_json: AsJson = False) -> None:
 
 @datasets.command("check")
 def check_known(
-    path: Annotated[Path, path_argument("Folder that holds data sets, or one data set's own.")],
+    path: Annotated[Path, path_argument("Folder of data sets, or folder of one data set.")],
     names: Annotated[
         list[str] | None,
         typer.Argument(
@@ -79,9 +80,9 @@ def check_known(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is present, what is missing, and how to get it.
+    """Show which data sets are present, what is missing, and how to get it.
 
-    Exit code 3 when a data set that is named is not whole.
+    The exit code is 3 if a data set named on the command line is not complete.
     """
     from vilu.datasets.known import check
     from vilu.errors import DataError
@@ -160,7 +161,7 @@ def _row(presence: Presence) -> dict[str, str]:
 
 
 def _by_state(archives: Mapping[str, str]) -> str:
-    """The names of archives, state by state."""
+    """The names of archives, grouped by their state."""
     names: dict[str, list[str]] = {}
     for name, state in archives.items():
         names.setdefault(state, []).append(name)
@@ -168,7 +169,7 @@ def _by_state(archives: Mapping[str, str]) -> str:
 
 
 def _counts(split: Count) -> str:
-    """Found of listed, and what was published where that is another number."""
+    """Number of found images / listed images, and the published number if it is different."""
     listed = split.listed
     if listed is None:
         listed = split.expected
@@ -189,12 +190,13 @@ def list_catalogue(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """What there is: predictors, backbones, metrics or data set layouts.
+    """List predictors, backbones, metrics or data set layouts.
 
-    Data sets by name: `vilu datasets list`. Of a predictor: whether it needs labels ("images": rows
-    without any), works on image-caption pairs, and on any classes or those that it was fitted on;
-    what `vilu embed` must keep for it (in brackets: may), where it comes from, what it is, what it
-    costs.
+    Data sets by name are listed by `vilu datasets list`. The columns for a predictor are: labels
+    ("yes", "no", or "images" if it is fitted on images without labels); captions, whether it works
+    on image-caption pairs; classes, any or only those that it was fitted on; the flags of `vilu
+    embed` that it needs (in brackets: that it can use); its reference, its description and its
+    cost.
     """
     makers = {
         "predictors": _predictors,
@@ -279,7 +281,7 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
 
 
 def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
-    """A predictor for a table of 120 columns."""
+    """The cells of a predictor, short enough for a table of 120 characters."""
     flags = _flags(row["needs columns"])
     optional = _flags(row["uses columns"])
     if optional:
@@ -303,7 +305,7 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _flags(needed: list[str]) -> list[str]:
-    """The flags of `vilu embed` that keep some columns, each once."""
+    """The flags of `vilu embed` that keep these columns, without repetition."""
     from vilu.embeddings.columns import HOW
 
     flags = [HOW[column].removeprefix("vilu embed ") for column in needed]
@@ -335,7 +337,7 @@ def _installed_by(kind: BackboneKind) -> str:
 
 
 def _datasets() -> list[dict[str, Any]]:
-    """Layouts, and data sets by name."""
+    """Names and descriptions of layouts, and of data sets that have a name."""
     from vilu.datasets.catalog import DATASETS
     from vilu.datasets.known import KNOWN
     from vilu.datasets.layouts import LAYOUTS

@@ -1,4 +1,4 @@
-"""What commands share: messages, progress, tables and where data come from."""
+"""Functions that all commands share: messages, progress, tables, and checks of input paths."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
-# exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
+# exit codes: 128 + the number of the signal (SIGINT, SIGPIPE, SIGTERM)
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 TERMINATED = 143
 
 
 def complain(level: str, message: str) -> None:
-    """One line on stderr; control characters of hostile names are escaped."""
-    with suppress(OSError):  # where stderr is gone nobody can be told; the exit code still says it
+    """Write one line to stderr; control characters, which file names may have, are escaped."""
+    with suppress(OSError):  # stderr may be closed; then only the exit code reports the error
         sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
 
 
 class Escaping(logging.Formatter):
-    """One line for each record, in which no name can steer the terminal."""
+    """Log formatter that escapes control characters, so that no name can control the terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """The message; a traceback would come after it as it is."""
+        """Format the message on one line. A traceback would follow it unchanged."""
         return printable(super().formatMessage(record))
 
 
 class CarefulOutput:
-    """Standard output that fails with our errors.
+    """Standard output that raises errors of vilu.
 
-    It raises StorageError where the disk is full, and exits with code 141 where nobody reads.
+    A failed write, such as to a full disk, raises StorageError. A closed pipe exits with code 141.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -62,8 +62,8 @@ class CarefulOutput:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write; what the encoding lacks is escaped."""
-        if text == "":  # which typer writes to try the stream, and keeps the answer to itself
+        """Write a text; characters that the encoding lacks are escaped."""
+        if text == "":  # typer writes "" to test the stream, and would hide the error
             return 0
         with self._judged():
             try:
@@ -83,7 +83,7 @@ class CarefulOutput:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                # or what is left would fail again at the very end
+                # discard the rest, or else flushing it when Python exits would fail again
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED) from error
@@ -94,7 +94,7 @@ class CarefulOutput:
 def careful_output() -> Iterator[None]:
     """A block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a path is printed as the bytes that it is
+        # print a path as its original bytes, even if they are no valid UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
         yield
@@ -102,7 +102,7 @@ def careful_output() -> Iterator[None]:
 
 @contextmanager
 def show_warnings() -> Iterator[None]:
-    """Python warnings as one readable line each, without a source line."""
+    """Show every UserWarning in the block as one line, and hide other Python warnings."""
 
     def show(
         message: Warning | str, category: type[Warning], *_where: object, **_more: object
@@ -116,7 +116,7 @@ def show_warnings() -> Iterator[None]:
 
 
 def set_verbosity(*, verbose: bool, quiet: bool) -> None:
-    """-v shows debugging messages of vilu, -q only warnings."""
+    """Set the log level: debug messages with -v, only warnings with -q."""
     level = logging.INFO
     if verbose:
         level = logging.DEBUG
@@ -129,7 +129,7 @@ def set_verbosity(*, verbose: bool, quiet: bool) -> None:
 
 
 def make_reporter(*, quiet: bool) -> Reporter | None:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing with -q."""
+    """A progress bar on a terminal, a log line every ten seconds elsewhere, None with -q."""
     if quiet:
         return None
     if sys.stderr.isatty():
@@ -138,7 +138,7 @@ def make_reporter(*, quiet: bool) -> Reporter | None:
 
 
 class Bar:
-    """A task on a rich bar."""
+    """A task that is shown as a progress bar of rich."""
 
     def __init__(
         self, progress: Progress, description: str, total: float | None, unit: str
@@ -152,15 +152,15 @@ class Bar:
 
 
 class Bars:
-    """Rich bars with count, rate and time left.
+    """Reporter that shows a progress bar with count, rate and time left.
 
-    The screen belongs to them only while a task is under way.
+    The bar is on the screen only while its task runs.
     """
 
     shown: Bar | None = None
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """Show a new bar; a task within another has none."""
+        """Show a new bar; a task that starts during another task gets no bar."""
         if self.shown is not None:
             return Silence()
         from rich import progress as bars
@@ -186,14 +186,14 @@ class Bars:
         return self.shown
 
     def finish(self, task: Task) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar in its current state."""
         if isinstance(task, Bar):
             task.progress.stop()
             self.shown = None
 
 
 class LoggedTask:
-    """A task that is logged now and then."""
+    """A task whose progress is logged every ten seconds."""
 
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self.description = description
@@ -229,14 +229,14 @@ class LoggedTask:
 
 
 class Lines:
-    """For pipes and logs."""
+    """Reporter that logs progress lines, for output that is no terminal."""
 
     def start(self, description: str, total: float | None, unit: str) -> LoggedTask:
-        """Begin to count."""
+        """Start a task."""
         return LoggedTask(description, total, unit)
 
     def finish(self, task: Task) -> None:
-        """Log how it ended, if it took two seconds and the last line did not say it."""
+        """Log the final count, unless it is logged already or the task took under two seconds."""
         if not isinstance(task, LoggedTask) or task.done == task.logged_done:
             return
         if time.monotonic() - task.started > 2:
@@ -244,32 +244,34 @@ class Lines:
 
 
 def next_step(message: str) -> None:
-    """The closing line of a command."""
-    LOG.info("%s", printable(message))  # a name that no handler could write
+    """Log the closing line of a command, usually what to do next."""
+    # escaped here, because log handlers cannot write names that are no valid UTF-8
+    LOG.info("%s", printable(message))
 
 
 def shell(*words: object) -> str:
-    """A command that can be pasted into a shell."""
+    """Join words to a command that can be pasted into a shell."""
     return shlex.join(map(str, words))
 
 
 def nothing_to_do(output: Path) -> None:
-    """The closing line of a command that found its result."""
-    LOG.info("%s holds what the same inputs gave: there is nothing to do", output)
+    """Log the closing line of a command whose result already exists."""
+    LOG.info("%s already has the result of the same inputs: there is nothing to do", output)
 
 
 def keeping(
     output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
 ) -> Callable[[Callable[[Path, str], None]], None]:
-    """Claim the file for a copy of what a command prints, if one is asked for.
+    """Check the output file of a command before its work, and return a function that fills it.
 
-    What is returned takes the function that writes the copy to a path, with the digest of all that
-    was read, and calls it unless no copy is wanted or the same copy is there.
+    The returned function takes a function ``write(path, inputs)``, where ``inputs`` is the digest
+    of everything that the command reads. It calls ``write`` unless there is no output file, or the
+    file already has the result of the same inputs.
     """
     inputs = ""
     is_there = False
     if output is not None:
-        # late: `vilu --help` does without pydantic
+        # imported here, so that `vilu --help` does not import pydantic
         from vilu.artifacts.paths import claim_file, inputs_of
 
         inputs = inputs_of(*read, **settings)
@@ -305,16 +307,16 @@ WANTED: dict[str, dict[str, str]] = {
     "export": {"predictor": PREDICTOR},
     "push": {"predictor": PREDICTOR},
 }
-"""What lies at the paths that a command reads, by the names of its parameters; arguments first."""
+"""Kinds of input that a command expects, by command and by parameter; arguments come first."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def wants(**kinds: str) -> Callable[[Command], Command]:
-    """Says of a command of another package what ``WANTED`` says of ours."""
+    """Decorate a command of another package with the kinds of its inputs, as in ``WANTED``."""
 
     def mark(command: Command) -> Command:
-        # a function takes attributes, and its type names none
+        # functions accept new attributes, but their type does not declare them
         command.wanted = kinds  # type: ignore[attr-defined]
         return command
 
@@ -322,14 +324,14 @@ def wants(**kinds: str) -> Callable[[Command], Command]:
 
 
 def goes_on(command: Command) -> Command:
-    """Says of a command that, stopped and given again, it does the rest of its work."""
-    # a function takes attributes, and its type names none
+    """Mark a command that continues its work if it is stopped and run again."""
+    # functions accept new attributes, but their type does not declare them
     command.goes_on = True  # type: ignore[attr-defined]
     return command
 
 
 def kind_of(path: Path) -> str | None:
-    """What lies at a path, by the names of its files; None where that is no folder of ours."""
+    """The kind of a folder of vilu, by the names of its files; None for any other path."""
     if (path / "predictor.json").is_file():
         return PREDICTOR
     if (path / "run.json").is_file():
@@ -350,7 +352,7 @@ def _paths(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or No
 
 
 def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
-    """Refuse an empty path, and one with another kind of thing than the command reads there."""
+    """Raise UsageError for an empty path, or for a folder of another kind than expected."""
     is_empty = Path() in values.values() or values.get("source") == ""
     if "" in sys.argv and is_empty:
         raise UsageError(
@@ -370,7 +372,7 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
 
 
 def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
-    """Words of the form NAME=KEY, which an option has several times, as a dictionary."""
+    """Parse the values NAME=KEY of a repeatable option into a dictionary."""
     pairs: dict[str, str] = {}
     for text in texts or ():
         name, sign, value = text.partition("=")
@@ -384,12 +386,12 @@ def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -
 
 
 def named_paths(*paths: Path | None) -> list[Path]:
-    """The paths that a command line names, of those that it may name."""
+    """The paths that are not None."""
     return [path for path in paths if path is not None]
 
 
 def print_result(facts: object, text: str, *, as_json: bool) -> None:
-    """Print the result of a command, as JSON or for people."""
+    """Print the result of a command, as JSON or as text."""
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -397,9 +399,10 @@ def print_result(facts: object, text: str, *, as_json: bool) -> None:
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
-    """Rows of one shape as aligned text.
+    """Format rows with equal keys as aligned text.
 
-    Every cell that ``below`` names gets a line of its own under its row, unless it is empty.
+    The cells of the keys in ``below`` are not aligned: each gets a line of its own below its row,
+    unless it is empty.
     """
     names = [name for name in rows[0] if name not in below]
     cells = [[row[name] for name in names] for row in rows]

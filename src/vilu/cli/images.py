@@ -1,4 +1,4 @@
-"""The command that makes embeddings of images."""
+"""The command that embeds images: embed."""
 
 from __future__ import annotations
 
@@ -53,33 +53,35 @@ Named = Annotated[
 ]
 Classes = Annotated[
     Path | None,
-    path_option("Class names, one a line, or folder<TAB>name; needed if data have none."),
+    path_option("Class names, one per line, or folder<TAB>name; needed if the data have none."),
 ]
 Where = Annotated[
     list[str] | None,
     Option(
         metavar="COLUMN=VALUE",
-        help="Only the rows of a table that hold this value; may be repeated.",
+        help="Only the rows of a table that have this value; may be repeated.",
     ),
 ]
 Root = Annotated[
     Path | None,
     Option(
         metavar="DIR",
-        help="Folder that the paths in a table are relative to; absolute ones below it are fine, "
-        "too. [the table's own]",
+        help="Folder that the paths in a table are relative to; absolute paths below it are "
+        "allowed, too. [the folder of the table]",
     ),
 ]
 Prompts = Annotated[
     list[str] | None,
     Option(
-        help="Also keep every class in each of these prompts, not averaged; written as --template."
+        help="Also keep the text embeddings of every class in each of these prompts, not averaged; "
+        "written as --template."
     ),
 ]
 Words = Annotated[
     Path | None,
     path_option(
-        "The words of --negatives, one a line, in place of vilu's own; implies it.", metavar="FILE"
+        "Words for --negatives, one per line, in place of vilu's own; implies --negatives.",
+        metavar="FILE",
     ),
 ]
 Workers = Annotated[
@@ -87,54 +89,62 @@ Workers = Annotated[
     Option(
         min=1,
         max=MOST_WORKERS,
-        help="Decoding threads of a process. [one per core, shared out among --processes]",
+        help="Decoding threads of each process. [one per core, divided among --processes]",
     ),
 ]
 PartSize = Annotated[
     int | None,
     Option(
         min=1,
-        help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]",
+        help="Images (or tars) per part. If the run is killed, at most the current parts are lost. "
+        "[4096 images, 10 tars]",
     ),
 ]
 Who = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,
     Option(
-        help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. "
-        "[itself]"
+        help="What embeds: local processes, Ray, Spark, or this process as a rank of torchrun or "
+        "Slurm. [this process alone]"
     ),
 ]
 Processes = Annotated[
     int | None,
     Option(
-        min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]"
+        min=1,
+        max=MOST_WORKERS,
+        help="Processes of the executor. [one per core, or what the cluster has]",
     ),
 ]
 
 
 RawNames = Annotated[
     bool,
-    Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned."),
+    Option("--raw-names", help="With --dataset: keep the class names of the data, not cleaned."),
 ]
 TableCaptions = Annotated[
-    bool, Option("--captions", help="Take the captions of a table that has labels too.")
+    bool, Option("--captions", help="Use the captions of a table, even if it also has labels.")
 ]
 Negatives = Annotated[
-    bool, Option("--negatives", help="Also keep everyday words, for images of no class.")
+    bool,
+    Option(
+        "--negatives", help="Also embed everyday words, to detect images of none of the classes."
+    ),
 ]
-Views = Annotated[int, Option(min=0, help="Also keep so many augmented views of each image.")]
+Views = Annotated[int, Option(min=0, help="Also keep this number of augmented views per image.")]
 Features = Annotated[
-    bool, Option("--features", help="Also keep what goes into the model's last map.")
+    bool, Option("--features", help="Also keep the input of the model's last linear map.")
 ]
-SeedOfViews = Annotated[int, Option(min=0, max=MOST_SEED, help="Of what is random in the views.")]
+SeedOfViews = Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the augmented views.")]
 Split = Annotated[str | None, Option(help="Only this split, or several joined by +.")]
-Limit = Annotated[int | None, Option(min=1, help="Only the first images of the fixed order.")]
-Dtype = Annotated[StoredNumbers, Option(help="Numbers in the store.")]
+Limit = Annotated[
+    int | None, Option(min=1, help="Only this number of images, the first in the fixed order.")
+]
+Dtype = Annotated[StoredNumbers, Option(help="Type of the numbers in the store.")]
 MaxErrorRate = Annotated[float, Option(min=0, max=1, help="Share of images that may fail.")]
 AllowBadShards = Annotated[
     bool, Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
 ]
-OnError = Annotated[Literal["skip", "raise"], Option(help="Set bad images aside, or stop.")]
+OnError = Annotated[Literal["skip", "raise"], Option(help="Skip bad images, or stop at the first.")]
 
 
 @console.goes_on
@@ -174,11 +184,12 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
-    Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and
-    counted; they end the command with exit code 3 when they are more than --max-error-rate, and so
-    does a tar that is cut short or none: nobody can count what it has lost. --features, --views,
-    --prompts and --negatives keep what some methods need beside the embeddings (see `vilu list
-    predictors`). Images with captions need no classes: the captions are embedded too.
+    Prints the folder of the store. Images that cannot be read are counted, and listed in the
+    errors/ folder of the store. If their share is more than --max-error-rate, the exit code is 3.
+    The exit code is also 3 if a tar is cut short or cannot be read, because the number of its lost
+    images is unknown. --features, --views, --prompts and --negatives store what some methods need
+    in addition to the embeddings (see `vilu list predictors`). Images with captions need no
+    classes: their captions are embedded, too.
     """
     images = _images(
         source,
@@ -232,7 +243,11 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def backbone_spec(
     name: str, device: str, precision: Literal["fp32", "bf16"], models: Path | None
 ) -> BackboneSpec:
-    """The model that flags ask for; processes of an executor may begin in another folder."""
+    """The backbone that the flags describe.
+
+    The path of ``models`` is made absolute, because the processes of an executor may start in
+    another folder.
+    """
     from vilu.store.job import BackboneSpec
 
     if models is not None:
@@ -241,7 +256,7 @@ def backbone_spec(
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates that flags ask for, by name or as text; None where they ask for none."""
+    """The templates of the flags, each given by name or as text; None if there are none."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:
@@ -250,7 +265,7 @@ def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
 
 
 def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
-    """Words that are none of the classes: a file's, else everyday ones where they are wanted."""
+    """The words for --negatives: those of a file, or everyday words if wanted, or no words."""
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
 
@@ -263,7 +278,7 @@ def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
 
 
 def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
-    """What was done and what comes next."""
+    """Closing line of a command that makes a store: the counts, and the next command."""
     from vilu.store.embed import BAD_SHARD
 
     if manifest is None:
@@ -282,11 +297,11 @@ def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, s
 
 
 USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
-"""The command that a split is for, by how its name begins; any other is to be fitted on."""
+"""Next command for a split, by the beginning of its name. For any other split it is ``fit``."""
 
 
 def _following(output: Path, *names: str | None) -> str:
-    """The command that is to follow, by the name of the store's split, source or folder."""
+    """The next command, by the name of the store's split, source or folder."""
     use = "fit"
     for name in (*names, output.name):
         use_by_name = _use(name)
@@ -301,7 +316,7 @@ def _following(output: Path, *names: str | None) -> str:
 
 
 def _use(name: str | None) -> str | None:
-    """The command for a split, by how the name begins; None where it says nothing."""
+    """The next command for a split by the beginning of its name; None for any other name."""
     if not name:
         return None
     text = Path(name).name.lower()
@@ -316,7 +331,7 @@ def _images(
     budget: float,
     **asked: Any,  # noqa: ANN401 - as ``open_dataset`` takes it
 ) -> ImageDataset:
-    """The images, looked at before torch is imported, which takes seconds."""
+    """Open the images and check them, before torch is imported, which takes seconds."""
     from vilu.datasets.base import ShardedDataset, require_files
     from vilu.datasets.catalog import open_dataset
 

@@ -1,4 +1,4 @@
-"""Commands that look at scores: explain, monitor, report; and the demo."""
+"""Commands that evaluate scores: explain, monitor, report; and the command demo."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ALARM = 8  # exit code: the guarantee should no longer be relied on
 
 FittedOn = Annotated[
     Path | None,
-    path_option("Labelled store that the predictor was fitted on: for the nearest rows in it."),
+    path_option("Labelled store that the predictor was fitted on; its nearest rows are shown."),
 ]
 Keys = Annotated[list[str] | None, Option(help="Explain the row with this key; repeatable.")]
 Rows = Annotated[
@@ -56,14 +56,16 @@ MostUncertain = Annotated[
         "-n",
         "--most-uncertain",
         min=1,
-        help="Without --key and --row: how many rows, the most uncertain first.",
+        help="Without --key and --row: number of rows to explain, the most uncertain first.",
     ),
 ]
 Candidates = Annotated[int, Option(min=1, help="Competitors of each answer to show.")]
-Neighbours = Annotated[int, Option(min=1, help="Training failures, and successes, to show.")]
-Background = Annotated[int, Option(min=1, help="Rows that an attribution compares with.")]
+Neighbours = Annotated[
+    int, Option(min=1, help="Number of training failures, and of training successes, to show.")
+]
+Background = Annotated[int, Option(min=1, help="Number of rows that an attribution compares with.")]
 SeedOfExplanation = Annotated[
-    int, Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
+    int, Option(min=0, max=MOST_SEED, help="Seed of the background rows, or of --summary's folds.")
 ]
 Summary = Annotated[
     bool,
@@ -94,9 +96,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Why answers are suspicious, from embeddings alone.
+    """Explain why answers are suspicious, from embeddings alone.
 
-    Shown are competitors, training rows alike, and what moved the score.
+    Shows the competitors of each answer, the nearest training rows, and the share of the inputs in
+    the score.
     """
     from vilu.artifacts.paths import write_with_inputs
     from vilu.predictors.persistence.storage import load
@@ -106,7 +109,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if output is not None:
         require_json(output)
     if coverage is not None and not summary:
-        raise UsageError("--coverage is of --summary. Give both, or neither.")
+        raise UsageError("--coverage needs --summary. Give both, or neither.")
     is_of_rows = train is not None or key or row
     if summary and is_of_rows:
         raise UsageError(
@@ -140,7 +143,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
             fitted_on = reading.open(train, "train")
         asked = [*(key or ()), *(row or ())] or None
         explanations = explain_rows(fitted, data, fitted_on, asked, n=n, depth=depth)
-        has_summary = data.pool_size is None  # of captions there is none
+        has_summary = data.pool_size is None  # there is no summary of captions
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
     keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
     if as_json:
@@ -151,11 +154,11 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 class ExplainOutput(NamedTuple):
-    """What `vilu explain` prints."""
+    """The output of `vilu explain`."""
 
-    facts: dict[str, Any]  # with --json, and in the file
-    text: str  # without
-    closing: str  # the last line, on stderr
+    facts: dict[str, Any]  # printed with --json, and written to the output file
+    text: str  # printed without --json
+    closing: str  # last line, on stderr
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
@@ -184,7 +187,7 @@ def _rows_in_words(explanations: Explanations, command: str, *, has_summary: boo
 def _summary(
     predictor: FailurePredictor, data: EmbeddingSource, coverage: float, seed: int
 ) -> tuple[RiskMap, PromptGains | None]:
-    """The risk map and, where there are labels, what better texts would gain."""
+    """The risk map and, if there are labels, the gains of better texts."""
     from vilu.errors import UNKNOWN
     from vilu.report.explain.competitors import strongest_competitor
     from vilu.report.explain.prompts import prompt_gains
@@ -193,7 +196,7 @@ def _summary(
 
     outcomes = score(predictor, data)
     has_labels = bool((data.target != UNKNOWN).any())
-    # or nothing but pictures of none of the classes has a label
+    # an answer to a picture of none of the classes is a failure, although the target is UNKNOWN
     has_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
     if not has_failures:
@@ -222,17 +225,17 @@ LateLabels = Annotated[
 ]
 StateFile = Annotated[
     Path | None,
-    Option(help="File, .parquet: go on from it if it is there, and leave the new state in it."),
+    Option(help="File, .parquet: continue from its state if it exists, and save the new state."),
 ]
 FalseAlarm = Annotated[
     float,
-    Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches."),
+    Option(min=0, max=1, help="Maximum probability of a false alarm over the whole monitoring."),
 ]
 Shuffle = Annotated[
     bool,
     Option(
         "--shuffle",
-        help="Take the rows of each file in random order; they have no order of arrival.",
+        help="Take the rows of each file in random order, because they have no order of arrival.",
     ),
 ]
 InOrder = Annotated[
@@ -244,7 +247,7 @@ InOrder = Annotated[
 ]
 SeedOfTies = Annotated[
     int,
-    Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle."),
+    Option(min=0, max=MOST_SEED, help="Seed of the random tie-breaking, and of --shuffle."),
 ]
 
 
@@ -261,14 +264,14 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Say whether the calibrated guarantee still holds for the rows that arrive.
+    """Check whether the calibrated guarantee still holds for new rows, from scores and labels.
 
-    It is judged as far as scores and labels show. Exit code 0: holds. 8: the rows have shifted, so
-    the guarantee is void, or it is broken; the first row of the alarm, the reason and what
-    to do are printed. 3: the rows lie sorted, as those of a folder of classes do; nothing was taken
-    in. 4: nothing was guaranteed of the predictor, so there is none to watch; no row is read.
-    Rows with a known failure are audited; they must be a random sample of the accepted ones, or of
-    all. Rows and labels that were given before are left out.
+    Exit code 0: no evidence against the guarantee. Exit code 8: alarm. Either the rows have
+    shifted, so the guarantee is void, or the labels show that the guarantee is broken. The first
+    row of the alarm, the reason, and what to do are printed. Exit code 3: the rows are sorted, for
+    example by class; no row was used. Exit code 4: the predictor has no guarantee; no row was read.
+    Rows with a known failure are audited; they must be a random sample of the accepted rows, or of
+    all rows. Rows and labels that were given before are left out.
     """
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_of
@@ -280,7 +283,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            # the state is gone on from; --overwrite does not replace it: nothing else has it
+            # The state may always be updated, without --overwrite. It is never reset, because it
+            # has no other copy.
             claim_file(state, "monitor state", overwrite=True)
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {
@@ -290,7 +294,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "seed": seed,
         }
         watching = _open(predictor, state, false_alarm, seed)
-        # without the state: the same command finds it changed
+        # the state is no part of the digest, because this command changes it
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
         is_there = False
         if output is not None:
@@ -313,7 +317,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         document = {"kind": "monitoring", **facts}
         if output is not None:
             _write_report(output, document, inputs, is_there=is_there)
-        if state is not None:  # last: rows that are in it are not taken in again
+        if state is not None:  # saved last: the rows of a saved state are never read again
             watching.save(state)
     console.print_result(document, str(watching.status), as_json=as_json)
     if watching.status.alarm:
@@ -325,9 +329,10 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_there: bool) -> None:
-    """Write the report, unless that of the same command is there and says the same.
+    """Write the report, unless the file already has an equal report of the same command.
 
-    The second call of a command takes in nothing new, so the batches differ and do not count.
+    ``batches`` are not compared: a second call with the same rows takes in no new row, so its
+    batches are different.
     """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
@@ -343,12 +348,12 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_the
 
 
 def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
-    """The monitor of a calibrated predictor, as the last call left it."""
+    """The monitor of a calibrated predictor, in its saved state if there is one."""
     from vilu.calibration.monitor.monitor import Monitor
 
     if state is not None and not state.parent.is_dir():
         raise UsageError(
-            f"{state.parent}, where the state is to lie, is no folder. Make it, or give another "
+            f"the folder of the state, {state.parent}, does not exist. Make it, or give another "
             "--state."
         )
     monitor = Monitor.of_folder(predictor, false_alarm=false_alarm, seed=seed)
@@ -360,7 +365,10 @@ def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) ->
 def _take_in(
     watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool
 ) -> dict[str, Any]:
-    """What a monitor says after the rows of a file, shuffled by a seed if there is one."""
+    """Give the rows of a file to a monitor, and return its verdict.
+
+    The rows are shuffled with the seed ``shuffle``, unless it is None.
+    """
     import numpy as np
 
     if shuffle is not None and in_order:
@@ -403,15 +411,20 @@ ScoresToShow = Annotated[
 Page = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
 MainMethod = Annotated[
     str | None,
-    Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]"),
+    Option(
+        help="Main method of the page. [the calibrated one, else vilu_plus, vilu, or the first]"
+    ),
 ]
 Calibrated = Annotated[
     Path | None,
-    path_option("Folder of a calibrated predictor: its rule accepts answers."),
+    path_option("Folder of a calibrated predictor, whose rule accepts answers."),
 ]
 RiskShown = Annotated[
     float,
-    Option(help="Without --predictor: errors among the accepted, on these rows, not certified."),
+    Option(
+        help="Without --predictor: largest error rate among the accepted answers of these rows, "
+        "without a guarantee."
+    ),
 ]
 Images = Annotated[
     str | None,
@@ -421,7 +434,7 @@ ScoredStore = Annotated[
     Path | None,
     path_option("Store that was scored, for the classes that compete with an answer."),
 ]
-Title = Annotated[str | None, Option(help="Of the page. [data set and split]")]
+Title = Annotated[str | None, Option(help="Title of the page. [data set and split]")]
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -437,9 +450,9 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     title: Title = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """One HTML page about scores: curves, a threshold to move, classes, pictures.
+    """Write an HTML page about scores: curves, a movable threshold, classes, and pictures.
 
-    Needs no network. Prints the file.
+    The page needs no network. Prints the file.
     """
     from vilu.artifacts.disk import write_text
     from vilu.artifacts.paths import claim_file, inputs_of, mark
@@ -451,7 +464,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if images is None and (split is not None or root is not None):
-        raise UsageError("--split and --root are of --images. Give it, too, or leave them out.")
+        raise UsageError("--split and --root need --images. Give it, too, or leave them out.")
     pictures = None
     fingerprint = None
     if images is not None:
@@ -501,10 +514,10 @@ def demo(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Real photos of 10 kinds of clothes, end to end: see which answers to distrust.
+    """Run all steps on real photos of 10 kinds of clothes: see which answers to distrust.
 
-    A small model embeds them. Takes minutes the first time on two cores, and seconds the second
-    time. Prints a table; figures are saved.
+    A small model embeds the photos. The first run takes minutes on two cores, the second seconds.
+    Prints a table, and saves figures.
     """
     from vilu.cli.demo import run
 

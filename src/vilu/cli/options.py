@@ -1,4 +1,4 @@
-"""Options that several commands have, each with its type and its line of help."""
+"""Options that several commands share, each with its type and its help text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
 
+# Maximum values of options; larger numbers are taken for typing errors.
 MOST_SEED = 2**63 - 1
 MOST_RESAMPLES = 10**6
 MOST_WORKERS = 4096
-"""Larger numbers on a command line are slips of the finger."""
 
 
 def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """What a command is to read; the one place that refuses a path that is not there."""
+    """Callback of typer: return the path or paths; UsageError if one does not exist."""
     paths = [value]
     if isinstance(value, list | tuple):
         paths = list(value)
@@ -36,31 +36,31 @@ def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as 
 
 
 def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
-    """A path, or several, that a command reads, with its line of help."""
+    """Argument for one or several input paths, which must exist."""
     return typer.Argument(help=text, metavar=metavar, callback=existing)
 
 
 def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
-    """The same as a flag."""
+    """Option for one or several input paths, which must exist."""
     return Option(help=text, metavar=metavar, callback=existing)
 
 
 def complete_methods(incomplete: str) -> list[str]:
-    """Names of methods, for the shell."""
+    """Names of methods that begin with a text, for completion in the shell."""
     from vilu.predictors.contract.catalogue import method_names
 
     return _that_begin_with(incomplete, method_names())
 
 
 def complete_backbones(incomplete: str) -> list[str]:
-    """Names of backbones, and what names begin with, for the shell."""
+    """Names and prefixes of backbones that begin with a text, for completion in the shell."""
     from vilu.backbones.catalog import BACKBONES
 
     return _that_begin_with(incomplete, BACKBONES.names())
 
 
 def complete_datasets(incomplete: str) -> list[str]:
-    """Names of data sets, for the shell."""
+    """Names of data sets that begin with a text, for completion in the shell."""
     from vilu.datasets.known import KNOWN
 
     return _that_begin_with(incomplete, KNOWN)
@@ -73,15 +73,15 @@ def _that_begin_with(start: str, names: Iterable[str]) -> list[str]:
 Backbone = Annotated[
     str,
     Option(
-        help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, "
-        "kind:FOLDER.",
+        help="A name from `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, or "
+        "KIND:FOLDER.",
         autocompletion=complete_backbones,
     ),
 ]
 Models = Annotated[
     Path | None,
     path_option(
-        "Folder with a sub-folder for each named backbone, in place of the model hub.",
+        "Folder with a sub-folder for each named backbone, used instead of the model hub.",
         metavar="DIR",
     ),
 ]
@@ -89,8 +89,8 @@ Outside = Annotated[
     list[str] | None,
     Option(
         metavar="NAME",
-        help="A class (folder, label or name), or a number beyond the classes, that is none of "
-        "them: any answer about its images is wrong. May be repeated.",
+        help="A folder, label or name, or a number beyond the classes, whose images are of none of "
+        "the classes: any answer to them is wrong. May be repeated.",
     ),
 ]
 Template = Annotated[
@@ -112,7 +112,7 @@ Overwrite = Annotated[
     bool,
     Option(
         "--overwrite",
-        help="Make it anew in place of what vilu made there; what is not vilu's is never touched.",
+        help="Replace an existing result of vilu; files that vilu did not make are never touched.",
     ),
 ]
 Fold = Literal["train", "validation", "test"]
@@ -120,28 +120,28 @@ Fold = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How stores are read; every field is a flag of the commands that have ``@reads``."""
+    """Flags that say how stores are read; commands with ``@reads`` have a flag for every field."""
 
     pool_size: Annotated[
         int | None,
         Option(
-            "--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"
+            "--pool-size", min=2, help="Pairs: number of captions that each image can match. [1024]"
         ),
     ] = None
     direction: Annotated[
         Literal["image_to_text", "text_to_image"],
-        Option(help="Pairs: which side is asked for the other."),
+        Option(help="Pairs: match a caption to each image, or an image to each caption."),
     ] = "image_to_text"
-    hard: Annotated[
-        bool, Option("--hard-negatives", help="Pairs: pools of rows that are alike.")
-    ] = False
+    hard: Annotated[bool, Option("--hard-negatives", help="Pairs: make pools of similar rows.")] = (
+        False
+    )
     near_duplicates: Annotated[
         float | None,
         Option(
             min=0,
             max=1,
             metavar="COSINE",
-            help="Pairs: captions from this cosine on are the same answer.",
+            help="Pairs: captions with at least this cosine count as the same answer.",
         ),
     ] = None
     fold: Annotated[
@@ -152,18 +152,24 @@ class Reading:
         float | None,
         Option(
             min=0,
-            help="Of the model behind precomputed embeddings (100 for CLIP); stores know their "
-            "own.",
+            help="Logit scale of the model of precomputed embeddings (100 for CLIP); not needed "
+            "for stores.",
         ),
     ] = None
     second: Annotated[
         Path | None,
-        path_option("The same images embedded by a second model, for method duo.", metavar="STORE"),
+        path_option(
+            "Store of the same images, embedded by a second model, for the method duo.",
+            metavar="STORE",
+        ),
     ] = None
 
     @property
     def settings(self) -> dict[str, object]:
-        """The flags that say how, for the digest of what a command reads."""
+        """The values of the flags, for the digest of the inputs of a command.
+
+        A second store only counts as True: its path is no part of the digest.
+        """
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
@@ -171,14 +177,14 @@ class Reading:
 
     @property
     def read(self) -> list[Path]:
-        """What is read beside the stores that a command names."""
+        """The input paths of these flags: the second store, if any."""
         if self.second is None:
             return []
         return [self.second]
 
     @property
     def pools(self) -> Pools | None:
-        """None where the flags ask for nothing special, so that class stores are fine."""
+        """The pools of the flags; None if all flags have defaults, so that class stores work."""
         flags = (self.pool_size, self.direction, self.hard, self.near_duplicates)
         if flags == (None, "image_to_text", False, None):
             return None
@@ -190,15 +196,18 @@ class Reading:
         return Pools(size, self.direction, self.hard, self.near_duplicates)
 
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
-        """A store; where a fold is asked for, that of a role."""
+        """Open a store, with the pools of the flags.
+
+        If a fold was asked for, ``role`` replaces that fold.
+        """
         return self.open_in(self.pools, store, role)
 
     def open_both(self, store: Path) -> EmbeddingSource:
-        """A store with what the second model says of its rows, where there is one."""
+        """Open a store together with the store of the second model, if any."""
         return self.with_second(self.open(store))
 
     def with_second(self, data: EmbeddingSource) -> EmbeddingSource:
-        """The same with the rows of ``second``."""
+        """Combine ``data`` with the store of the second model, if any."""
         if self.second is None:
             return data
         from vilu.embeddings.two_models import TwoModels
@@ -209,7 +218,7 @@ class Reading:
     def open_in(
         self, pools: Pools | None, store: Path, role: Fold | None = None
     ) -> EmbeddingSource:
-        """The same in other pools."""
+        """Open a store like ``open``, but with the given pools."""
         from vilu.store.reader import open_source
 
         fold = self.fold
@@ -218,7 +227,7 @@ class Reading:
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)
 
     def split_of(self, data: EmbeddingSource) -> str | None:
-        """Name of the part of the data that is read; None where the store does not say."""
+        """Name of the fold or split that is read; None if the store does not record it."""
         from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -233,9 +242,9 @@ class Reading:
 
 
 def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
-    """The command with the flags of ``Reading`` in place of its parameter ``reading``.
+    """Replace the parameter ``reading`` of a command by the flags of ``Reading``.
 
-    ``without`` names flags that the command does not have.
+    ``without`` names flags that the command does not get.
     """
     flags = dict(signature(Reading, eval_str=True).parameters)
     for name in without:
@@ -252,11 +261,11 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
             expanded += flags.values()
         else:
             expanded.append(parameter)
-    vars(flagged)["__signature__"] = Signature(expanded)  # what typer makes the command line from
+    vars(flagged)["__signature__"] = Signature(expanded)  # typer reads the options from here
     return flagged
 
 
-Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")]
+Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of all random numbers.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")]
 BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.")]
@@ -267,9 +276,9 @@ StoreFolder = Annotated[
     Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
 ]
 StoredNumbers = Literal["float16", "float32"]
-ImagesSplit = Annotated[str | None, Option(help="Of --images.")]
+ImagesSplit = Annotated[str | None, Option(help="Split of --images.")]
 ImagesRoot = Annotated[
-    Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")
+    Path | None, Option(metavar="DIR", help="Folder that paths in --images are relative to.")
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 RowsJson = Annotated[bool, Option("--json", help="Print tidy rows as JSON instead of a table.")]

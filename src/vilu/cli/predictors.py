@@ -45,13 +45,13 @@ Output = Annotated[Path, Option("--output", "-o", help="Folder of the predictor.
 Repository = Annotated[
     str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; or a folder, as ./DIR or /DIR.")
 ]
-Revision = Annotated[str | None, Option(help="On the hub. [main]")]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit on the hub. [main]")]
 
 TrainingStores = Annotated[
     list[Path],
     path_argument(
-        "Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with "
-        "--pseudo."
+        "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards like "
+        "LAION's; several stores with --pseudo."
     ),
 ]
 MethodName = Annotated[
@@ -59,7 +59,7 @@ MethodName = Annotated[
 ]
 Validation = Annotated[
     Path | None,
-    path_option("Store to select on; without it a part of the training rows is held out."),
+    path_option("Validation store for model selection. [a held-out part of the training rows]"),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -68,24 +68,28 @@ Settings = Annotated[
 Unlabelled = Annotated[
     Path | None,
     path_option(
-        "More rows, no label of which is looked at; some methods learn from them.",
+        "Store of further rows for methods that learn from rows without labels; its labels are "
+        "ignored.",
         metavar="STORE",
     ),
 ]
 Init = Annotated[
-    Path | None, path_option("Begin with a fitted predictor's weights.", metavar="PREDICTOR")
+    Path | None, path_option("Start from the weights of this predictor.", metavar="PREDICTOR")
 ]
-Shots = Annotated[int | None, Option(min=1, help="Only so many labelled rows of each class.")]
+Shots = Annotated[
+    int | None, Option(min=1, help="Use only this number of labelled rows per class.")
+]
 Pseudo = Annotated[
-    bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")
+    bool,
+    Option("--pseudo", help="Use class texts as captions, and mix the stores in pools."),
 ]
 Restart = Annotated[bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")]
 NoSample = Annotated[
     bool,
     Option(
         "--no-sample",
-        help="Keep no image vectors beside the predictor: `vilu calibrate` then cannot see "
-        "copies of fitted rows.",
+        help="Store no image vectors with the predictor. `vilu calibrate` then cannot detect "
+        "near-copies of training rows.",
     ),
 ]
 
@@ -111,11 +115,11 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 ) -> None:
     """Fit a failure predictor on embeddings. Prints the folder of the predictor.
 
-    Most methods need labels; vilu_zero, as `vilu list predictors` says, does without. OUTPUT is
-    new, empty, or a predictor fitted on the same (then nothing is done); --overwrite replaces
-    another one, and its calibration goes with it. Interrupted, the same command goes on where the
-    last checkpoint (beside OUTPUT) was. Under torchrun heads are trained by all processes together;
-    the result does not depend on how many there are.
+    Most methods need labels, but vilu_zero does not (see `vilu list predictors`). OUTPUT must be
+    new or empty, or have a predictor of the same inputs; then nothing is done. --overwrite replaces
+    another predictor and removes its calibration. After an interruption, the same command continues
+    from the last checkpoint, which is next to OUTPUT. Under torchrun, all processes train heads
+    together; the result does not depend on the number of processes.
     """
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.contract.seen import candidates_of
@@ -175,13 +179,13 @@ def _flags_of_fit(
     has_unlabelled: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """The flags that a fit depends on, for its digest."""
+    """The flags that the result of a fit depends on, for the digest of its inputs."""
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
     if n_shots is not None:
         flags["shots"] = [n_shots, seed]
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
-    # only where they are asked for: fits without them keep the digest that they had before
+    # added only if given, so that the digests of fits without these newer flags do not change
     if has_unlabelled:
         flags["unlabelled"] = True
     if not has_sample:
@@ -209,25 +213,25 @@ def _new_predictor(
 
 
 def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
-    """Refuse --unlabelled for a method that learns nothing from such rows; no row is read."""
+    """Raise UsageError if a method does not use --unlabelled, before any row is read."""
     from vilu.predictors import PREDICTORS
 
     if cls.uses_unlabelled:
         return
-    beside = []
-    alone = []
+    with_labelled = []  # methods that use rows without labels in addition to labelled rows
+    without_labelled = []  # methods that are fitted on rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
-            beside.append(method.name)
+            with_labelled.append(method.name)
         if method.needs_fit and not method.needs_labels:
-            alone.append(method.name)
-    if cls.name in alone:
-        instead = f"give these as the STORE to fit {cls.name} on"
+            without_labelled.append(method.name)
+    if cls.name in without_labelled:
+        instead = f"or give them as the STORE to fit {cls.name} on"
     else:
-        instead = f"those of {_names(alone)} as the STORE to fit on"
+        instead = f"or fit {_names(without_labelled)} with them as the STORE"
     raise UsageError(
-        f"{cls.name} takes no --unlabelled beside its rows. Rows without labels are --unlabelled "
-        f"of {_names(beside)}; {instead}."
+        f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
+        f"{_names(with_labelled)}, {instead}."
     )
 
 
@@ -238,7 +242,7 @@ def _names(methods: list[str]) -> str:
 def _open_any(
     reading: Reading, store: Path | None, role: Fold | None = None
 ) -> EmbeddingSource | None:
-    """A store that the command line may name; None where it does not."""
+    """Open an optional store; None if ``store`` is None."""
     if store is None:
         return None
     return reading.open(store, role)
@@ -247,14 +251,14 @@ def _open_any(
 def _training_set(
     stores: list[Path], reading: Reading, *, n_shots: int | None, seed: int, pseudo: bool
 ) -> EmbeddingSource:
-    """The rows to learn from: all, or ``n_shots`` of every class, drawn with the seed."""
+    """The training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
 
     if not pseudo and len(stores) > 1:
         raise UsageError(
-            f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add "
-            "--pseudo."
+            f"one store is expected to fit on. Got {len(stores)} stores. Several stores can be "
+            "mixed as captions with --pseudo."
         )
     pools = reading.pools
     if pseudo and reading.second is not None:
@@ -262,7 +266,7 @@ def _training_set(
             "--second is for classes, and --pseudo makes captions of them. Leave one of them out."
         )
     pools_of_store = pools
-    if pseudo:  # a store of classes has no pools, its class texts will
+    if pseudo:  # the pools are made below of the class texts, not by the stores of classes
         pools_of_store = None
     sources = []
     for store in stores:
@@ -278,7 +282,7 @@ def _training_set(
 def _checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
-    """Checkpoints beside the output of what is trained step by step."""
+    """Checkpoints next to the output, for a predictor that is trained in steps; else None."""
     from vilu.predictors.nn.checkpoint import checkpointing
     from vilu.predictors.vilu.head import HeadPredictor
 
@@ -289,7 +293,7 @@ def _checkpoints(
 
 
 def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
-    """Go on from the checkpoints, or begin anew."""
+    """Continue from the checkpoints, or remove them with ``restart``."""
     if restart:
         checkpoints.remove()
     checkpoints.name_fit(inputs)
@@ -298,9 +302,9 @@ def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
 def _drop_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
 ) -> None:
-    """Remove checkpoints that a fit left which was killed after its last file.
+    """Remove the checkpoints of a fit that was killed after it wrote its predictor.
 
-    Those of another fit stay.
+    Checkpoints of another fit are kept.
     """
     if not output.with_name(f"{output.name}.checkpoints").is_dir():
         return
@@ -318,17 +322,18 @@ def score(
     store: Data,
     output: Annotated[
         Path,
-        Option("--output", "-o", help="File, .parquet or .csv; a folder for any number of rows."),
+        Option("--output", "-o", help="File, .parquet or .csv; or a folder for very many rows."),
     ],
     *,
     reading: Reading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong).
+    """Write the zero-shot answer and its uncertainty (higher = more likely wrong) of each image.
 
-    Prints file or folder. Of a predictor that `vilu calibrate` has calibrated also the probability
-    of failure, accept or review with the reason, and label sets. A folder is written part by part
-    in bounded memory; interrupted, the same command does what is missing.
+    Prints the file or folder. A predictor that `vilu calibrate` has calibrated also gives the
+    probability of failure, the decision (accept or review) with its reason, and label sets. A
+    folder is written in parts, with bounded memory. After an interruption, the same command writes
+    the missing parts.
     """
     from vilu.calibration.calibration import Calibration
     from vilu.predictors.persistence.storage import load
@@ -342,7 +347,7 @@ def score(
             f"{output} instead."
         )
     file: Path | None = output
-    if is_folder:  # which says itself what is in it
+    if is_folder:  # ``score_parts`` checks the folder itself
         file = None
     keep = console.keeping(
         file,
@@ -387,9 +392,9 @@ def evaluate(
     resamples: Annotated[
         int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Failure-prediction metrics with bootstrap intervals, one line per file."""
+    """Compute failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
@@ -414,19 +419,21 @@ def convert(
     ],
     output: Output,
     logit_scale: Annotated[
-        float, Option(help="Of the VLM; the checkpoint does not hold it.")
+        float, Option(help="Logit scale of the VLM, which is not in the checkpoint.")
     ] = 100.0,
     embed_dim: Annotated[
         int | None,
         Option(
-            min=1, help="Embedding width; only for a head without attention that sees the caption."
+            min=1,
+            help="Embedding width. Needed only for a head without attention whose input is the "
+            "caption.",
         ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Read a checkpoint of the reference implementation, executing nothing in it.
+    """Convert a checkpoint of the reference implementation, without running code in it.
 
-    Prints the predictor's folder.
+    Prints the folder of the predictor.
     """
     from vilu.artifacts.paths import inputs_of
     from vilu.predictors.persistence import storage
@@ -451,35 +458,40 @@ MaxRisk = Annotated[
 Confidence = Annotated[
     float,
     Option(
-        min=0, max=1, help="With which the guarantee holds, over draws of the calibration rows."
+        min=0,
+        max=1,
+        help="Probability with which the guarantee holds, over draws of the calibration rows.",
     ),
 ]
 MinCoverage = Annotated[
     float | None,
-    Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk."),
+    Option(min=0, max=1, help="Smallest share of answers to accept; alone or with --max-risk."),
 ]
 RuleMethod = Annotated[
     Method,
     Option(
-        help="ltt: Learn then Test. crc: bounds the mean share of all answers that is accepted and "
-        "wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
-        "anytime: of --labels, which may be looked at again and again."
+        help="ltt: Learn then Test. crc: bounds the mean share of answers that are both accepted "
+        "and wrong. selection: bounds the mean share of wrong answers among the accepted answers "
+        "of a batch. anytime: a bound from --labels that stays valid whenever labels are added."
     ),
 ]
 Labels = Annotated[
     list[Path] | None,
     path_option(
-        "CSV with the columns path and label, of rows of the store that were picked at random; for "
-        "anytime all that `vilu next` asked for, filled in. May be repeated. [the store's own "
-        "labels]",
+        "CSV with the columns path and label, of randomly picked rows of the store. For anytime: "
+        "all files of `vilu next`, filled in. May be repeated. [the labels of the store]",
         metavar="FILE",
     ),
 ]
-DrawSeed = Annotated[int, Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")]
+DrawSeed = Annotated[
+    int, Option(min=0, max=MOST_SEED, help="For anytime: the --seed of `vilu next`.")
+]
 PerClass = Annotated[
     bool, Option("--per-class", help="A threshold per predicted class with enough rows.")
 ]
-LabelSets = Annotated[SetMethod | None, Option(help="Also label sets that hold the right one.")]
+LabelSets = Annotated[
+    SetMethod | None, Option(help="Also give sets of labels that contain the right label.")
+]
 MaxMiss = Annotated[
     float, Option(min=0, max=1, help="Largest share of label sets without the right label.")
 ]
@@ -488,15 +500,15 @@ OutsideShare = Annotated[
     Option(
         min=0,
         max=1,
-        help="Share of pictures of none of the classes up to which the guarantee is to hold. [that "
-        "of the calibration rows]",
+        help="Largest share of pictures of none of the classes for which the guarantee holds. "
+        "[their share in the calibration rows]",
     ),
 ]
 ClassShares = Annotated[
     Path | None,
     path_option(
-        "CSV with the columns class and share, a line for every class: what part of the pictures "
-        "of the classes it is to be. [those of the calibration rows]",
+        "CSV with the columns class and share, one line per class: the expected share of the class "
+        "among the pictures of the classes. [the shares in the calibration rows]",
         metavar="FILE",
     ),
 ]
@@ -526,12 +538,13 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Probabilities, and a threshold with a stated risk, from labelled embeddings.
+    """Calibrate probabilities and a threshold with a guaranteed risk on labelled embeddings.
 
-    The predictor must not have seen them. `vilu score` then writes failure_probability and accept
-    or review beside every answer. Without a target only probabilities are calibrated. The guarantee
-    is for rows drawn as the calibration rows were; `vilu monitor` watches it. Exit code 4: the
-    target is out of reach; the message says what is missing.
+    The predictor must not have been fitted on these rows. Afterwards `vilu score` also writes
+    failure_probability and accept or review for every answer. Without a target (such as
+    --max-risk), only probabilities are calibrated. The guarantee holds for rows that are drawn like
+    the calibration rows; `vilu monitor` checks it on new rows. Exit code 4: the target cannot be
+    reached; the message says what is missing.
     """
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
@@ -573,7 +586,7 @@ def _calibrate_at_any_time(
     seed: int,
     overwrite: bool,
 ) -> Calibration:
-    """The guarantee of labels that come one after another, and may be looked at again and again."""
+    """Calibrate with method anytime, whose guarantee stays valid while labels are added."""
     from vilu.calibration.target import Target
     from vilu.triage.ask import calibrate_by_labels
 
@@ -585,7 +598,7 @@ def _calibrate_at_any_time(
         per_class=target.per_class,
     )
     if max_risk is None or labels is None or target != alone:
-        raise UsageError("anytime takes --labels and a --max-risk, and of the other targets none.")
+        raise UsageError("anytime needs --labels and --max-risk, and allows no other target.")
     return calibrate_by_labels(
         predictor,
         _store_with_classes(data),
@@ -608,7 +621,7 @@ def _calibrate_once(
     reading: Reading,
     overwrite: bool,
 ) -> Calibration:
-    """The calibration on rows that are all there, labelled by the store or by files."""
+    """Calibrate once on a fixed set of rows, with the labels of the store or of files."""
     from vilu.calibration.procedure import calibrate_predictor
     from vilu.triage.store_labels import picked_at_random
 
@@ -629,8 +642,8 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
     if not isinstance(data, EmbeddingStore):
         raise UsageError(
-            "--labels are of the rows of one store with classes. Leave them out for pairs and "
-            "two models."
+            "--labels need a single store with classes. Leave them out for pairs and for two "
+            "models."
         )
     return data
 
@@ -659,19 +672,24 @@ def _summary(calibration: Calibration) -> str:
 def export(
     predictor: Predictor,
     output: Annotated[Path, Option("--output", "-o", help="File, .onnx.")],
-    onnx: Annotated[bool, Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
+    onnx: Annotated[
+        bool, Option("--onnx", help="Write ONNX, whatever the suffix of the file.")
+    ] = False,
     with_backbone: Annotated[
         bool,
-        Option("--with-backbone", help="From pixels on: with the model, the classes and the rule."),
+        Option(
+            "--with-backbone",
+            help="Include the model, the classes and the rule, so that the input is pixels.",
+        ),
     ] = False,
     models: Models = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the score of a predictor for other runtimes, checked against the predictor.
+    """Export the score of a predictor as ONNX, and compare the export with the predictor.
 
-    Prints the file. Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and
-    prediction (N,). With the backbone the input is pixels (N, 3, H, W) as the model's preprocessing
-    makes them, and accept (N,) is an output, too.
+    Prints the file. The inputs are image (N, D) and text (K, D), both of unit norm. The outputs are
+    uncertainty (N,) and prediction (N,). With --with-backbone, the input is pixels (N, 3, H, W)
+    after the preprocessing of the model, and accept (N,) is an additional output.
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
@@ -685,7 +703,7 @@ def export(
         )
     if models and not with_backbone:
         raise UsageError(
-            "--models says where the backbone is, and only --with-backbone needs it. Leave "
+            "--models is the folder of the backbone, which only --with-backbone needs. Leave "
             "--models out."
         )
     if with_backbone:
@@ -711,22 +729,26 @@ def push(
     repository: Repository,
     private: Annotated[
         bool | None,
-        Option("--private/--public", help="Of a repository that is made. [as its owner has it]"),
+        Option(
+            "--private/--public", help="Visibility of a new repository. [the default of its owner]"
+        ),
     ] = None,
     revision: Revision = None,
     with_sample: Annotated[
         bool,
-        Option("--with-sample", help="Also the sample of image vectors of the fit (at most 2 MB)."),
+        Option(
+            "--with-sample", help="Also copy the sample of training image vectors (at most 2 MB)."
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Copy a predictor and its card to the model hub (HF_TOKEN), or to a folder.
 
-    Prints where it is.
+    Prints the address or the folder of the copy.
     """
     from vilu.predictors.persistence.hub import push as push_predictor
 
-    place = push_predictor(
+    address = push_predictor(
         predictor,
         repository,
         private=private,
@@ -734,7 +756,7 @@ def push(
         overwrite=overwrite,
         with_sample=with_sample,
     )
-    typer.echo(place)
+    typer.echo(address)
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 

@@ -1,4 +1,4 @@
-"""The command that answers over HTTP."""
+"""The command that starts an HTTP service: serve."""
 
 from __future__ import annotations
 
@@ -16,47 +16,63 @@ if TYPE_CHECKING:
     from vilu.service.limits import ClientLimits
 
 CalibratedPredictor = Annotated[
-    Path, path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` left.")
+    Path, path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` wrote.")
 ]
 Second = Annotated[
     Path | None,
     path_option(
-        "Another predictor of the same model: it judges every image, too, and can be switched to.",
+        "Another predictor of the same model. It judges every image, too, and the service can "
+        "switch to it.",
         metavar="DIR",
     ),
 ]
-Host = Annotated[str, Option(help="Address to listen at; any but 127.0.0.1 needs a key.")]
-Port = Annotated[int, Option(min=0, max=65535, help="0: a free one.")]
+Host = Annotated[
+    str, Option(help="Address to listen at; any address except 127.0.0.1 needs --key-file.")
+]
+Port = Annotated[int, Option(min=0, max=65535, help="Port to listen at; 0 for a free port.")]
 State = Annotated[
-    Path | None, Option(metavar="DIR", help="Kept through restarts. [PREDICTOR.serving]")
+    Path | None,
+    Option(metavar="DIR", help="Folder of the state, kept over restarts. [PREDICTOR.serving]"),
 ]
 KeyFile = Annotated[
     Path | None,
-    path_option("Keys, one a line; a client sends Authorization: Bearer KEY.", metavar="FILE"),
+    path_option("Keys, one per line; a client sends Authorization: Bearer KEY.", metavar="FILE"),
 ]
 AllowHost = Annotated[
     list[str] | None,
-    Option(metavar="NAME", help="Name by which clients may ask for it. May be repeated."),
+    Option(metavar="NAME", help="Host name that clients use for this service. May be repeated."),
 ]
 Keep = Annotated[
-    Path | None, Option(metavar="DIR", help="Keep every image that was answered. [keep none]")
+    Path | None, Option(metavar="DIR", help="Store every answered image here. [store none]")
 ]
-MostOfABatch = Annotated[int, Option(min=1, max=4096, help="Images per forward pass, at most.")]
+MostOfABatch = Annotated[
+    int, Option(min=1, max=4096, help="Maximum number of images per forward pass.")
+]
 Queue = Annotated[
-    int | None, Option(min=1, help="Images under way; beyond, 429. [the batch and an eighth]")
+    int | None,
+    Option(
+        min=1,
+        help="Maximum number of images in progress; further requests get status 429. "
+        "[9/8 of --batch-size]",
+    ),
 ]
-MaxBody = Annotated[int, Option(min=1, help="MiB of a request.")]
-MaxImages = Annotated[int, Option(min=1, help="Images, rows or labels of a request.")]
+MaxBody = Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")]
+MaxImages = Annotated[
+    int, Option(min=1, help="Maximum number of images, rows or labels in a request.")
+]
 ServiceExecutor = Annotated[
-    Literal["local", "ray"], Option(help="A process here, or replicas of Ray Serve.")
+    Literal["local", "ray"], Option(help="One local process, or replicas of Ray Serve.")
 ]
 Replicas = Annotated[
-    str, Option(help="With --executor ray: how many, or the least and the most, as 1:8.")
+    str,
+    Option(help="With --executor ray: number of replicas, or a range such as 1:8."),
 ]
-Timeout = Annotated[float, Option(min=0.1, help="Seconds after which a request is given up.")]
+Timeout = Annotated[
+    float, Option(min=0.1, help="Maximum seconds of a request, before it is abandoned.")
+]
 
 MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
-"""Modules of other packages that the service needs."""
+"""Modules of other packages that the service imports."""
 
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -79,12 +95,13 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     replicas: Replicas = "1",
     timeout: Timeout = 60.0,
 ) -> None:
-    """Answer over HTTP: images in, decisions out, with the state of the guarantee.
+    """Serve decisions about images over HTTP, with the state of the guarantee.
 
-    Prints the address. /docs tells what programs can ask, / is a page to drop a photo on, /metrics
-    is for Prometheus. Every row is on the disk before it is answered, and the monitor has it once,
-    also after a kill. Ctrl-C or SIGTERM: what is under way is answered, then the state is saved.
-    Nothing that a client sends is logged or kept, but for --keep.
+    Prints the address. /docs documents the API for programs, / is a page for dropping a photo, and
+    /metrics is for Prometheus. Every row is written to the disk before its answer is sent, and the
+    monitor counts it exactly once, even if the service is killed. After Ctrl-C or SIGTERM, the
+    requests in progress are answered, and then the state is saved. Nothing that a client sends is
+    logged or stored, except with --keep.
     """
     _require_service(executor)
     from vilu.service.limits import log_access
@@ -116,7 +133,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _require_service(executor: str) -> None:
-    """Refuse to begin where a package of the service is missing."""
+    """Raise MissingModelError if a package of the service is missing."""
     from vilu.extras import import_extra
 
     extra = "serve"
@@ -127,17 +144,17 @@ def _require_service(executor: str) -> None:
 
 
 def _require_protection(host: str, key_file: Path | None, allow_host: list[str] | None) -> None:
-    """Refuse an address that other machines reach without a key, or without a name for it."""
+    """Raise UsageError if other machines could connect without a key or without a host name."""
     is_this_machine = host in {"127.0.0.1", "localhost", "::1"}
     if not is_this_machine and key_file is None:
         raise UsageError(
-            f"--host {host} lets other machines ask, and then --key-file FILE is needed."
+            f"--host {host} lets other machines connect, so --key-file FILE is needed."
         )
-    is_every_address = host in {"0.0.0.0", "::"}  # noqa: S104 - refused unless it is meant
+    is_every_address = host in {"0.0.0.0", "::"}  # noqa: S104 - refused without --allow-host
     if is_every_address and not allow_host:
         raise UsageError(
-            f"--host {host} listens at every address: say with --allow-host NAME which names "
-            "clients use."
+            f"--host {host} listens at every address. Give the host names that clients use with "
+            "--allow-host NAME."
         )
 
 
@@ -151,7 +168,7 @@ def _limits(
     max_images: int,
     timeout: float,
 ) -> ClientLimits:
-    """What clients may do: the names and keys that they use, and the size of a request."""
+    """The limits for clients: allowed host names and keys, size and duration of a request."""
     from vilu.service.limits import LOOPBACK, ClientLimits, read_keys
 
     hosts = frozenset(name.lower() for name in [*LOOPBACK, host, *names])
@@ -163,7 +180,7 @@ def _limits(
 
 
 def _announce(message: str) -> None:
-    """Print an address, which is the result; log every other message."""
+    """Print an address, which is the result of the command, and log any other message."""
     if message.startswith("http"):
         typer.echo(message)
     else:

@@ -1,4 +1,4 @@
-"""Commands on stores: import, inspect."""
+"""Commands for stores: import, inspect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Arrays = Annotated[
     path_argument(
         "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), "
         "target (N), ids, logit_scale, logit_bias, negatives (M, D), views, features, prompts, "
-        "...; the first three there must be.",
+        "...; the first three are required.",
         metavar="SOURCE",
     ),
 ]
@@ -35,13 +35,15 @@ Keys = Annotated[
     Option(
         "--key",
         metavar="NAME=KEY",
-        help="Array NAME is called KEY there (text=text_single); repeatable.",
+        help="Read array NAME from the array that SOURCE calls KEY (text=text_single); repeatable.",
     ),
 ]
-Classes = Annotated[Path | None, path_option("Class names, one a line, in place of class_names.")]
+Classes = Annotated[
+    Path | None, path_option("Class names, one per line, instead of the array class_names.")
+]
 Dtype = Annotated[
     StoredNumbers | None,
-    Option(help="Numbers in the store. [float16 where image is, else float32]"),
+    Option(help="Type of the numbers in the store. [float16 if image is float16, else float32]"),
 ]
 
 
@@ -54,20 +56,23 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]"),
     ] = None,
     logit_bias: Annotated[
-        float | None, Option(help="Added to each logit: 0 but for SigLIP. [that of SOURCE]")
+        float | None,
+        Option(help="Added to each logit; 0 except for SigLIP. [logit_bias of SOURCE]"),
     ] = None,
     key: Keys = None,
     classes: Classes = None,
     outside: Outside = None,
     model: Annotated[
-        str | None, Option(metavar="NAME", help="Model that made them, if it is known.")
+        str | None, Option(metavar="NAME", help="Name of the model of the embeddings, if known.")
     ] = None,
     origin: Annotated[
-        str | None, Option("--source", metavar="TEXT", help="Where they come from, recorded.")
+        str | None,
+        Option("--source", metavar="TEXT", help="Origin of the arrays, stored as a note."),
     ] = None,
-    split: Annotated[str | None, Option(help="Name of the split, recorded.")] = None,
+    split: Annotated[str | None, Option(help="Name of the split, stored as a note.")] = None,
     part_size: Annotated[
-        int, Option(min=1, help="Rows per part: the most that a kill can cost.")
+        int,
+        Option(min=1, help="Rows per part. If the run is killed, at most one part is lost."),
     ] = 16_384,
     dtype: Dtype = None,
     max_error_rate: Annotated[
@@ -75,13 +80,13 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = 0.01,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a store of arrays that another program made; resumes where an earlier run stopped.
+    """Make a store from arrays of another program; resumes where an earlier run stopped.
 
-    Prints the folder of the store. target holds rows of text, -1 where unknown, -2 for none of the
-    classes (or names of classes, "" where unknown). Rows are brought to unit norm; those that are
-    zero or not finite are set aside, and end the command with exit code 3 when they are more than
-    --max-error-rate. Nothing is unpickled; no more than a part is in memory. What is not known of
-    the model stays unknown: such stores are compared by width, scale and bias.
+    Prints the folder of the store. The values of target are row numbers of text, -1 if unknown, and
+    -2 for none of the classes (or names of classes, "" if unknown). Rows are scaled to unit norm.
+    Rows that are zero or not finite are unusable; if their share is more than --max-error-rate, the
+    exit code is 3. Nothing is unpickled, and at most one part is in memory. As the model is only
+    known in part, such stores are compared by width, logit scale and logit bias.
     """
     from vilu.datasets.classes import read_classes
     from vilu.store.importing import import_arrays
@@ -90,7 +95,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if classes is not None:
         folders, names = read_classes(classes)
         if folders is not None:
-            raise UsageError(f"{classes} must have one name a line: arrays have no folders.")
+            raise UsageError(f"{classes} must have one name per line: arrays have no folders.")
     store = import_arrays(
         source,
         output,
@@ -115,7 +120,7 @@ def inspect(
     path: Annotated[
         Path,
         path_argument(
-            "What a command of vilu wrote: a store, finished or not, a predictor, scores, results, "
+            "Output of a command of vilu: a store (finished or not), a predictor, scores, results, "
             "..."
         ),
     ],
@@ -124,9 +129,9 @@ def inspect(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What an artefact of vilu holds, and whether it is sound.
+    """Show the content of an artefact of vilu, and check whether it is damaged.
 
-    Exit code 3, 6 or 7 when something is wrong.
+    The exit code is 3, 6 or 7 if something is wrong.
     """
     from vilu.cli.artefacts import check, is_store
 
@@ -143,7 +148,7 @@ def inspect(
 
 
 def _inspect_store(path: Path, *, deep: bool, as_json: bool) -> None:
-    """Print what a store holds, sound or not."""
+    """Print the content of a store, and raise StorageError if it has problems."""
     from vilu.cli.artefacts import require_sound
     from vilu.store.inspect import inspect as inspect_store
 

@@ -1,4 +1,4 @@
-"""Commands on photos of one's own: from a folder to decisions, and the loop of labels."""
+"""Commands for a user's own photos: triage, and the commands that collect and check labels."""
 
 from __future__ import annotations
 
@@ -32,23 +32,25 @@ from vilu.errors import UsageError
 if TYPE_CHECKING:
     from vilu.triage.review import Review
 
-Names = Annotated[Path, path_option("The class names, one a line.", metavar="FILE")]
+Names = Annotated[Path, path_option("The class names, one per line.", metavar="FILE")]
 Labels = Annotated[
     list[Path] | None,
     path_option(
-        "CSV with the columns path and label, of photos that were picked at random; or "
-        "next_labels.csv, filled in; or labels.parquet of another triage. May be repeated.",
+        "CSV with the columns path and label, of randomly picked photos; or a filled-in "
+        "next_labels.csv; or labels.parquet of another triage. May be repeated.",
         metavar="FILE",
     ),
 ]
 NotAClass = Annotated[
     list[str] | None,
-    Option(metavar="NAME", help="A label for none of the classes. May be repeated."),
+    Option(metavar="NAME", help="A label that means none of the classes. May be repeated."),
 ]
 Risk = Annotated[float, Option(min=0, max=1, help="Largest error rate among accepted answers.")]
-Confidence = Annotated[float, Option(min=0, max=1, help="With which that is guaranteed.")]
+Confidence = Annotated[
+    float, Option(min=0, max=1, help="Probability with which the guarantee of --max-risk holds.")
+]
 HowMany = Annotated[
-    int, Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")
+    int, Option("-n", "--next", min=0, max=100_000, help="Number of labels to ask for.")
 ]
 
 
@@ -57,7 +59,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     photos: Annotated[Path, path_argument("Folder of photos, in sub-folders of any kind.")],
     classes: Names,
     output: Annotated[
-        Path, Option("--output", "-o", help="Folder for all that is made, kept for the next run.")
+        Path, Option("--output", "-o", help="Folder of all results, which the next run reads.")
     ],
     labels: Labels = None,
     outside: NotAClass = None,
@@ -68,9 +70,12 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     models: Models = None,
     template: Template = None,
     link: Annotated[
-        bool, Option("--link", help="Sort links to photos into accepted/CLASS, review, outside.")
+        bool,
+        Option("--link", help="Sort links to the photos into accepted/CLASS, review and outside."),
     ] = False,
-    move: Annotated[bool, Option("--move", help="The same with the photos themselves.")] = False,
+    move: Annotated[
+        bool, Option("--move", help="Move the photos into accepted/CLASS, review and outside.")
+    ] = False,
     batch_size: BatchSize = 32,
     workers: DecodingThreads = None,
     device: Device = "auto",
@@ -78,16 +83,17 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """From a folder of photos to a decision about each: accept the answer, or have a person look.
+    """Decide for each photo of a folder: accept the answer of the model, or let a person review it.
 
-    Prints the folder. It holds decisions.csv, report.html, next_labels.csv (fill in its column
-    label, and give it back with --labels) and predictor/ for vilu.Guard. Run again with more photos
-    or labels: only what is new is done. Half of the photos, by a hash of the picture, are for fits;
-    labels of the other half show the guarantee, which may be looked at after every label. Labels
-    that do not come from next_labels.csv are taken for a random pick.
+    Prints the output folder. It contains decisions.csv, report.html, next_labels.csv (fill in its
+    column label, and give it back with --labels) and predictor/ for vilu.Guard. A later run with
+    more photos or labels only processes the new ones. Half of the photos, chosen by a hash of the
+    picture, are used for fitting. The labels of the other half support the guarantee, which stays
+    valid after every new label. Labels that are not from next_labels.csv must be of randomly picked
+    photos.
     """
     if link and move:
-        raise UsageError("--link and --move exclude one another. Give one of them.")
+        raise UsageError("--link and --move exclude each other. Give only one of them.")
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
     from vilu.triage.outputs import triage_photos
@@ -126,7 +132,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     store: Annotated[
-        Path, path_argument("Store of the images to choose from; labels that it has are known.")
+        Path, path_argument("Store of the images to choose from; its labels are used, too.")
     ],
     output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
@@ -134,27 +140,30 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     labels: Annotated[
         list[Path] | None,
         path_option(
-            "What this command asked for before, filled in or not. May be repeated.", metavar="FILE"
+            "Earlier output files of this command, filled in or not. May be repeated.",
+            metavar="FILE",
         ),
     ] = None,
     max_risk: Risk = 0.05,
     seed: Annotated[
-        int, Option(min=0, max=MOST_SEED, help="Of the split and the order of the draw.")
+        int, Option(min=0, max=MOST_SEED, help="Seed of the split and of the order of the draw.")
     ] = 0,
     per_class: Annotated[
-        bool, Option("--per-class", help="For a guarantee of each class, where labels lack.")
+        bool,
+        Option("--per-class", help="Ask for labels of the classes that lack them for a guarantee."),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Which images to label next: half to fit on, half for a guarantee. Prints the file.
+    """Choose the images to label next: half to fit on, half for a guarantee. Prints the file.
 
-    Those to fit on are doubtful and different from one another. Those for the guarantee are drawn
-    from what could be accepted, of the half of the images (by a hash) that no fit may use; a
-    guarantee rests on all of them together. `vilu triage` does this by itself, and keeps the book.
+    The images to fit on are uncertain and different from each other. The images for the guarantee
+    are drawn from the answers that could be accepted, among the half of the images (chosen by a
+    hash) that is never used for fitting. A guarantee needs the labels of all these images. `vilu
+    triage` includes this step, and stores the labels.
     """
     if output.resolve() in {file.resolve() for file in labels or ()}:
         raise UsageError(
-            f"{output} is one of --labels, and its answers would be lost. Give another file."
+            f"{output} is one of --labels, so its labels would be lost. Give another file."
         )
     from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.predictors.persistence.storage import load
@@ -201,16 +210,25 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     which: Annotated[
         Literal["asked", "review", "all"],
         Option(
-            help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not "
-            "accepted."
+            help="asked: the photos that a triage asks to label (of scores: the same as review). "
+            "review: the answers that are not accepted. all: all answers."
         ),
     ] = "asked",
-    n_most: Annotated[int | None, Option("-n", min=1, help="At most so many. [all]")] = None,
+    n_most: Annotated[
+        int | None, Option("-n", min=1, help="Maximum number of photos. [all]")
+    ] = None,
     photos: Annotated[
-        Path | None, path_option("Folder that paths start from. [a triage knows]", metavar="DIR")
+        Path | None,
+        path_option(
+            "Folder that paths are relative to. [recorded in the folder of a triage]",
+            metavar="DIR",
+        ),
     ] = None,
     prefix: Annotated[
-        str, Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")
+        str,
+        Option(
+            help="Label Studio: text before every path, e.g. /data/local-files/?d=photos/.",
+        ),
     ] = "",
     serve: Annotated[
         bool,
@@ -218,14 +236,16 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "--serve", help="Show the photos on a page on this machine, to be labelled by keyboard."
         ),
     ] = False,
-    port: Annotated[int, Option(min=0, max=65535, help="Of the page. [a free one]")] = 0,
+    port: Annotated[
+        int, Option(min=0, max=65535, help="With --serve: port of the page. [a free port]")
+    ] = 0,
 ) -> None:
-    """Hand photos to people: as tasks for a tool, or on a page of our own.
+    """Give photos to people to label, as tasks for another tool or on a page of vilu.
 
-    Prints what was written, or the address. On the page every answer is kept at once in OUTPUT; the
-    same command goes on where it stopped. One command at a time labels into a file (exit code 75),
-    and what another program has changed in it is never overwritten. Finished tasks of a tool come
-    back by `vilu labels`.
+    Prints the written files, or the address of the page. On the page, every answer is saved to
+    OUTPUT immediately, and the same command continues where it stopped. Only one command at a time
+    can label into a file (exit code 75). Changes to the file by another program are never
+    overwritten. `vilu labels` reads the finished tasks of a tool.
     """
     import dataclasses
 
@@ -252,7 +272,7 @@ def _serve_review(tasks: Review, output: Path, port: int) -> None:
     from vilu.triage.serve import ReviewSession, serve_page
 
     if output.suffix.lower() != ".csv":
-        raise UsageError(f"labels are kept in a file that ends in .csv. Got {output} instead.")
+        raise UsageError(f"labels are saved in a .csv file. Got {output} instead.")
 
     def announce(address: str) -> None:
         next_step(
@@ -286,7 +306,7 @@ def labels(
         ),
     ] = None,
 ) -> None:
-    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores.
+    """Convert finished tasks to labels for `vilu triage` and `vilu embed`, or to known failures.
 
     Prints the file.
     """
@@ -304,24 +324,28 @@ def audit_labels(
     output: Annotated[Path, Option("--output", "-o", help="Table, .csv or .parquet.")],
     predictor: Annotated[
         Path | None,
-        path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]"),
+        path_option(
+            "Predictor whose posterior judges the labels; not fitted on these rows. [vilu_plus, "
+            "cross-fitted in five folds]"
+        ),
     ] = None,
     images: Annotated[
         Path | None, path_option("Images as given to `vilu embed`, for --sheet.", metavar="PATH")
     ] = None,
     sheet: Annotated[
-        Path | None, Option(help="Also a contact sheet of the worst and the best, .png.")
+        Path | None,
+        Option(help="Also write a contact sheet of the worst and the best labels, .png."),
     ] = None,
     split: ImagesSplit = None,
     root: ImagesRoot = None,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the folds.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the folds.")] = 0,
 ) -> None:
-    """Which labels are probably wrong, the worst first (cleanlab's confident learning).
+    """List the labels that are probably wrong, the worst first (confident learning by cleanlab).
 
-    Prints the table's file.
+    Prints the file of the table.
     """
     if (sheet is None) != (images is None):
-        raise UsageError("--sheet shows --images: give both, or none.")
+        raise UsageError("--sheet needs --images, and --images needs --sheet. Give both or none.")
     if sheet is not None:
         _require_new_figure(sheet)
     from vilu.artifacts.paths import claim_file
@@ -348,10 +372,10 @@ def audit_labels(
 
 
 def _require_new_figure(path: Path) -> None:
-    """Refuse a place where no new figure can be written."""
+    """Raise UsageError if no new figure can be written to this path."""
     is_figure = path.suffix.lower() in {".png", ".svg", ".webp"}
     if not is_figure or path.exists() or not path.parent.is_dir():
         raise UsageError(
-            "--sheet must be a new .png, .svg or .webp in a folder that is there. Got "
+            "--sheet must be a new .png, .svg or .webp file in an existing folder. Got "
             f"{path} instead."
         )

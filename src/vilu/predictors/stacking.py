@@ -133,13 +133,22 @@ class Stacking(WithSecondModel):
                 f"Got {', '.join(self.members)}."
             )
         shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
-        classes = {name: find_method(name) for name in self.members}
         members = {}
-        for name, cls in classes.items():
+        for name in self.members:
+            cls = self._member_class(name)
             accepted = parameters(cls)
             values = {key: value for key, value in shared.items() if key in accepted}
             members[name] = build(cls, values)
         return members
+
+    def _member_class(self, name: str) -> type[FailurePredictor]:
+        try:
+            return find_method(name)
+        except UsageError as error:
+            raise UsageError(
+                f"{self.name} has the member {name!r}, which cannot be used: {error} Install "
+                'vilu-bench, which has methods to compare with, or choose members=("mcm", ...).'
+            ) from error
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores = []

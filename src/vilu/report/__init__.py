@@ -1,1 +1,1 @@
-"""Results for people; the only package that draws."""
+"""Figures, pages and explanations for people. No other subpackage draws figures."""

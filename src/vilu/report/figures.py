@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 
 
 def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Uncertainty of correct and of wrong answers, a panel for each method.
+    """Draw histograms of the uncertainty of correct and of wrong answers, one panel per method.
 
-    As Fig. 9 and 10 of the ViLU supplement. Bars are shares of the correct and of the wrong
-    answers, so that the rarer kind is seen.
+    The figure is like Fig. 9 and 10 of the ViLU supplement. The bars of correct answers add up to
+    100 %, and so do the bars of wrong answers. So both are visible, even if one kind is rare.
     """
     with house_style():
-        figure, panels = _panels(len(outcomes), 3, 4.0, 2.6)
+        figure, panels = _panels(len(outcomes), columns=3, width=4.0, height=2.6)
         for axes, (title, of_method) in zip(panels, outcomes.items(), strict=True):
             uncertainty, failure = known(of_method)
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            _share_bars(axes, uncertainty[failure == 0], edges, "answer correct", CORRECT, None)
-            _share_bars(axes, uncertainty[failure == 1], edges, "answer wrong", WRONG, "///")
+            of_correct = uncertainty[failure == 0]
+            of_wrong = uncertainty[failure == 1]
+            _share_bars(axes, of_correct, edges, "answer correct", CORRECT, hatch=None)
+            _share_bars(axes, of_wrong, edges, "answer wrong", WRONG, hatch="///")
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
@@ -45,15 +47,15 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
 def _share_bars(
     axes: Axes, values: Floats, edges: list[float], label: str, colour: str, hatch: str | None
 ) -> None:
-    """A histogram in percent of the values."""
+    """Draw a histogram whose bars are percentages of ``values``."""
     percent = np.full(len(values), 100 / max(len(values), 1))
     axes.hist(values, edges, weights=percent, alpha=0.65, label=label, color=colour, hatch=hatch)
 
 
 def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
-    """Share of correct answers accepted against share of wrong answers accepted.
+    """Draw the ROC curves: true positive rate against false positive rate, over all thresholds.
 
-    A curve has a point for every threshold; positive = correct.
+    A positive is a correct answer, and it is predicted positive if it is accepted.
     """
     figure, axes = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
@@ -66,7 +68,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
-    """Error rate among the most trusted answers against the share that is trusted."""
+    """Draw the error rate among the accepted answers against the share of accepted answers."""
     figure, axes = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
     axes.set(
         xlabel="coverage: share of the answers accepted",
@@ -83,9 +85,17 @@ def _line_per_method(
     note: str,
     number: Callable[[Floats, Ints], float],
 ) -> tuple[Figure, Axes]:
-    """A curve for each method; ``note`` shows a number in the legend.
+    """Draw one curve per method.
 
-    Lines are solid for ViLU and dashed for all else, so they can be read without colour.
+    Args:
+        outcomes: The outcomes of every method.
+        curve: Function from uncertainties and failures to the x and y of the curve.
+        note: Format string for the number in the legend.
+        number: Function from uncertainties and failures to the number in the legend.
+
+    Returns:
+        The figure and its axes. Lines are solid for the methods of ViLU and dashed for all other
+        methods, so that they can be told apart without colour.
     """
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
@@ -107,9 +117,9 @@ def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
 
 
 def probability(outcomes: Outcomes) -> Floats | None:
-    """(N,) failure probabilities: the calibrated ones, or an uncertainty that is a probability.
+    """(N,) calibrated failure probabilities, or else the uncertainties if they are probabilities.
 
-    None where there are neither.
+    None if there are neither.
     """
     if outcomes.failure_probability is not None:
         return outcomes.failure_probability
@@ -118,16 +128,16 @@ def probability(outcomes: Outcomes) -> Floats | None:
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture of the contact sheet with its answer."""
+    """A picture of the contact sheet with the answer of the model."""
 
     image: Image.Image
     prediction: str  # the model's answer
-    truth: str | None  # the right answer; None where it is not known
+    truth: str | None  # the right answer; None if unknown
     uncertainty: float
 
 
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
-    """The most and the least trusted photos, with the model's words and whether they are right."""
+    """Draw the most and the least trusted photos, each with its answer and whether it is right."""
     columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(1.7 * columns, 5.2)
     panels = figure.subfigures(2, 1, squeeze=False)[:, 0]
@@ -140,7 +150,7 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
-    """One picture with its caption, framed by whether the answer is right."""
+    """Draw a picture with its caption, and with a frame whose colour marks a wrong answer."""
     verdict = ""
     colour = CORRECT
     linewidth = 1
@@ -161,19 +171,19 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
 
 @dataclass(frozen=True)
 class Series:
-    """Values along an axis as fractions, the ends of their intervals, and published (x, y)."""
+    """A series of values with intervals; all sequences but ``published`` have one length."""
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
-    published: Sequence[tuple[float, float]] = ()
+    y: Sequence[float]  # values as fractions, which are drawn in percent
+    low: Sequence[float]  # lower ends of the intervals of y
+    high: Sequence[float]  # upper ends of the intervals of y
+    published: Sequence[tuple[float, float]] = ()  # points (x, y) from the literature
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes with a title, a label of the vertical axis, and the series in it."""
+    """One plot of a figure, with its title, the label of its vertical axis, and its series."""
 
     title: str
     y_label: str
@@ -187,9 +197,13 @@ def curves(
     log: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
-    """A line for every series, with intervals as bars, and one legend for all panels.
+    """Draw a line for every series, with intervals as bars, and one legend for all panels.
 
-    ``names`` are shown at points of the horizontal axis instead of their numbers.
+    Args:
+        panels: The plots.
+        x_label: Label of the horizontal axes.
+        log: Whether the horizontal axes are logarithmic.
+        names: Names of ticks of the horizontal axes, by the tick's number as text (``"{:g}"``).
     """
 
     def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
@@ -210,7 +224,7 @@ def curves(
 
 
 def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
-    """Points with intervals, and the least-squares line through those of each series."""
+    """Draw the points of every series with intervals, and a least-squares line per series."""
 
     def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
         for line in panel.lines:
@@ -228,7 +242,11 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
 def _panels(
     n: int, columns: int, width: float, height: float, below: float = 0.0
 ) -> tuple[Figure, list[Axes]]:
-    """So many panels of a size in inches, row by row, and room for a legend below."""
+    """Make a figure of ``n`` panels, row by row.
+
+    ``width`` and ``height`` of a panel are in inches, and so is the space ``below`` all panels for
+    a legend.
+    """
     rows = -(-n // columns)
     figure = new_figure(width * columns, height * rows + below)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
@@ -239,31 +257,34 @@ def _curve_panels(
     x_label: str,
     draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None],
 ) -> Figure:
-    """Panels that ``draw`` fills, with one look for a label in all of them, and one legend."""
+    """Make panels that ``draw`` fills; they share one legend and one style for each label."""
     labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
     styles = dict(zip(labels, looks(), strict=False))
     handles: dict[str, Any] = {}
     with house_style():
-        figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
+        columns = min(2, len(panels))
+        figure, axes = _panels(len(panels), columns, width=4.4, height=3.0, below=0.5)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
             axis.grid(alpha=0.25, linewidth=0.5)
             draw(axis, panel, styles)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        columns = min(max(len(styles), 1), 4)
         figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=columns,
+            ncols=min(max(len(styles), 1), 4),
             fontsize=8,
         )
     return figure
 
 
 def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
-    """A series with its intervals, from left to right; points without a line have x in percent."""
+    """Draw a series with its intervals, in ascending order of x.
+
+    A style without a line is for a scatter plot, in which x is drawn in percent, too.
+    """
     order = np.argsort(line.x, kind="stable")
     x = _ordered(line.x, order)
     y = _ordered(line.y, order)
@@ -289,7 +310,7 @@ def _ordered(values: Sequence[float], order: Ints) -> Floats:
 
 
 def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
-    """The published points of a series, hollow."""
+    """Draw the published points of a series, with hollow markers."""
     x, y = zip(*sorted(line.published), strict=True)
     look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
     axis.plot(
@@ -304,22 +325,20 @@ def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """Fractions by number of row (from the top) and column.
-
-    A missing fraction is left white, the chosen pair is framed.
-    """
+    """A table of fractions that is drawn as a heat map."""
 
     title: str
-    rows: Sequence[str]
-    columns: Sequence[str]
+    rows: Sequence[str]  # labels of the rows, from the top
+    columns: Sequence[str]  # labels of the columns, from the left
+    # fraction of each cell (row, column), counted from 0; cells without a fraction stay white
     values: Mapping[tuple[int, int], float]
-    chosen: tuple[int, int] | None
+    chosen: tuple[int, int] | None  # cell with a frame around it
 
 
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
-    """Darker is higher; the number stands in every field, the chosen one is framed."""
+    """Draw heat maps: a darker cell is a higher fraction, which is printed in percent."""
     with house_style():
-        figure, axes = _panels(len(panels), min(2, len(panels)), 4.2, 2.6)
+        figure, axes = _panels(len(panels), min(2, len(panels)), width=4.2, height=2.6)
         for axis, panel in zip(axes, panels, strict=True):
             _draw_grid(axis, panel)
             axis.set(title=panel.title, xlabel=column_label, ylabel=row_label)
@@ -327,15 +346,15 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
 
 
 def _draw_grid(axis: Axes, panel: Grid) -> None:
-    """The fields of a grid with their numbers, and the frame around the chosen field."""
-    field = np.full((len(panel.rows), len(panel.columns)), np.nan)
-    for place, value in panel.values.items():
-        field[place] = value
-    low = float(np.nanmin(field))
-    high = float(np.nanmax(field))
+    """Draw the cells of a grid with their numbers, and the frame around the chosen cell."""
+    fractions = np.full((len(panel.rows), len(panel.columns)), np.nan)
+    for cell, value in panel.values.items():
+        fractions[cell] = value
+    low = float(np.nanmin(fractions))
+    high = float(np.nanmax(fractions))
     spread = high - low
-    # wider than the values, so that no field is white or too dark for its number
-    axis.imshow(field, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
+    # the range of greys is wider than the values: no cell is white or too dark for its number
+    axis.imshow(fractions, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
     for (row, column), value in panel.values.items():
         axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
     if panel.chosen is not None:

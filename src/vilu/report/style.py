@@ -1,6 +1,7 @@
-"""One look for all figures: readable in print, without colour, and by colour-blind people.
+"""The common style of all figures, which can be read in print and without seeing colours.
 
-Colours are from the Okabe-Ito palette; lines also differ in dashes and markers.
+The colours are from the Okabe-Ito palette for colour-blind people. Lines also have different dashes
+and markers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from vilu.artifacts.disk import write_bytes
 from vilu.extras import import_extra
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - others take it from here
+    from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - other modules import it here
 
 CORRECT = "#0072B2"
-"""The colour of correct answers beside wrong ones."""
+"""Colour of correct answers, in figures that also show wrong answers."""
 WRONG = "#D55E00"
-"""The colour of wrong answers beside correct ones."""
+"""Colour of wrong answers, in figures that also show correct answers."""
 
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
@@ -31,14 +32,14 @@ DARK = (
     "@media (prefers-color-scheme: dark) "
     "{ svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
 )
-"""The rule by which an SVG is dark where the page around it is.
+"""CSS rule that shows an SVG in dark colours if the reader's browser prefers a dark page.
 
-Light and dark are swapped, hues stay.
+Light and dark colours are swapped, and hues stay.
 """
 METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
-"""Facts that matplotlib leaves out of a file, by its suffix, so that the bytes do not vary."""
+"""Metadata that matplotlib leaves out by suffix of the file, so equal figures have equal bytes."""
 SETTINGS: Any = {
-    "svg.hashsalt": "vilu",  # else identifiers in the file are random
+    "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -48,12 +49,12 @@ SETTINGS: Any = {
 
 
 def require_matplotlib() -> None:
-    """Refuse to go on without matplotlib."""
+    """Raise MissingModelError if matplotlib is not installed."""
     import_extra("matplotlib.figure", "report")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that needs no screen."""
+    """Make an empty figure that needs no screen; width and height are in inches."""
     figure: Figure = import_extra("matplotlib.figure", "report").Figure(
         figsize=(width, height), layout="constrained"
     )
@@ -61,15 +62,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """The settings under which every figure is drawn and saved."""
+    """Apply the settings of matplotlib in which every figure is drawn and saved."""
     style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
     return style
 
 
 def looks() -> Iterator[dict[str, Any]]:
-    """Colour, dashes and marker of one line after the other.
+    """Yield the colour, the dashes and the marker of one line after another, without end.
 
-    They repeat after eight, the markers out of step.
+    After every eight lines the colours repeat. Then dashes and markers are shifted, so that lines
+    of equal colour look different.
     """
     for number in itertools.count():
         shift = number // len(COLOURS)
@@ -81,9 +83,9 @@ def looks() -> Iterator[dict[str, Any]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as PNG, WebP or SVG by its suffix.
+    """Write a figure atomically, as PNG, WebP or SVG by the suffix of the path.
 
-    The same figure gives the same bytes.
+    Equal figures give equal bytes.
     """
     file = io.BytesIO()
     kind = path.suffix.removeprefix(".")
@@ -96,6 +98,6 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def adapting(svg: bytes) -> bytes:
-    """A drawing of matplotlib's that has a dark form, too."""
+    """Add the dark colours of ``DARK`` to an SVG of matplotlib."""
     end = b"</style>"
     return svg.replace(end, DARK.encode() + end, 1)

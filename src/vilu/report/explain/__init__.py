@@ -1,1 +1,1 @@
-"""Why an answer is suspicious, and where the failures of a set are."""
+"""Explanations of suspicious answers, and groupings of the failures of a data set."""

@@ -1,4 +1,4 @@
-"""The parts of the input that moved the score: Shapley values of groups of inputs."""
+"""Shares of the inputs in a score: Shapley values of groups of inputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from vilu.report.explain.rows import draw_rows, scored_rows
 
 
 def shapley(values: Tensor) -> Tensor:
-    """(G, B) Shapley values of the players: what each adds to the coalitions of others.
+    """(G, B) Shapley values of the players (Shapley 1953).
 
-    phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)], over the coalitions S without g.
-    They add up to v(all) - v(nobody); a player that changes no value gets zero, and two that are
-    interchangeable get the same (Shapley 1953).
+    The Shapley value of a player is the mean increase of v when the player joins a coalition:
+
+        phi_g = sum_S |S|! (G - |S| - 1)! / G! [v(S + g) - v(S)]
+
+    The sum is over the coalitions S without player g. The phi_g add up to v(all) - v(nobody). A
+    player that never changes v gets zero. Two interchangeable players get equal values.
 
     Args:
-        values: (2^G, B) float64: v(S) at the row whose bits are the members of S, player g being
-            bit g.
+        values: (2^G, B) float64 value v(S) of every coalition S. The index of S in the first
+            dimension has bit g set if player g is a member of S.
 
     Examples:
         >>> import torch
@@ -33,7 +36,7 @@ def shapley(values: Tensor) -> Tensor:
     """
     n = len(values).bit_length() - 1
     if len(values) != 1 << n:
-        raise ValueError(f"{len(values)} values are not those of all coalitions")
+        raise ValueError(f"the number of coalitions must be a power of two, not {len(values)}")
     parts = torch.zeros(n, *values.shape[1:], dtype=values.dtype)
     for player in range(n):
         bit = 1 << player
@@ -48,23 +51,27 @@ def shapley(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Why a score is above or below the mean of the background rows.
+    """Split of the difference between a score and the mean score of the background rows.
 
-    ``score - baseline`` is the sum of the parts.
+    The sum of the parts is ``score - baseline``.
     """
 
-    score: float
-    baseline: float
-    parts: dict[str, float]
+    score: float  # score of the row
+    baseline: float  # mean score of the background rows
+    parts: dict[str, float]  # Shapley value of every group of inputs
 
 
 def coalitions_of(predictor: FailurePredictor) -> Coalitions:
-    """The coalitions that a method's own class defines, or the default of what it looks at."""
+    """The coalitions of a method.
+
+    They are those that the predictor's own class defines, or otherwise the default ones.
+    """
     if predictor.constant_ is not None:
         raise NoAttribution(
             f"this {predictor.name} is a constant, fitted where there was nothing to learn"
         )
-    # those that the class inherits are not asked for: they may not know what the class changed
+    # Coalitions inherited from a parent class are not used: the class may compute its score in
+    # another way than its parent.
     defines_its_own = "coalitions" in vars(type(predictor))
     if defines_its_own:
         return predictor.coalitions()
@@ -72,10 +79,10 @@ def coalitions_of(predictor: FailurePredictor) -> Coalitions:
 
 
 class Attributor:
-    """Attributions of one predictor against ``n`` drawn background rows.
+    """Attributions of one predictor's scores against ``n`` drawn background rows.
 
     Raises:
-        NoAttribution: If the predictor has none.
+        NoAttribution: If the predictor allows no attribution.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The answers that compete with a row's own, and the labelled images that are like it."""
+"""Competitors of a row's answer, and the labelled training images nearest to a row."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from vilu.report.explain.rows import Names, plain_rows, truths
 
 
 class Weights(NamedTuple):
-    """Weights of candidates, each row of sum one."""
+    """A way to weight the candidates of rows. The weights of a row sum up to one."""
 
-    meaning: str  # what they are, in words
-    of: Callable[[Batch], Tensor]  # from a batch to its (B, K) weights
+    meaning: str  # short description of the weights
+    of: Callable[[Batch], Tensor]  # function from a batch to the (B, K) weights of its candidates
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """The weights that a method has for candidates.
+    """Choose the weights of candidates that fit a method.
 
-    Methods with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)), averaged
-    over the members of an ensemble. ``vilu_plus``: the posterior q of its pooled experts. All
-    others: the zero-shot posterior p.
+    - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
+      averaged over the members of an ensemble.
+    - ``vilu_plus``: the posterior q of its pooled experts.
+    - Any other method: the zero-shot posterior p.
     """
     attentions = _attentions(predictor)
     if attentions:
@@ -51,7 +52,7 @@ def weights_of(predictor: FailurePredictor) -> Weights:
 
 
 def _attentions(predictor: FailurePredictor) -> list[CrossAttention]:
-    """The trained attentions of a method's heads; empty where it has none."""
+    """The trained attentions of a method's heads; empty if the method has no attention."""
     if not isinstance(predictor, HeadPredictor) or predictor.constant_ is not None:
         return []
     return [head.attention for head in predictor.heads if head.attention is not None]
@@ -68,7 +69,7 @@ def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
 
 
 def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
-    """(B, K) mean of the attentions' weights."""
+    """(B, K) weights of the attentions, averaged over the attentions."""
     total = torch.zeros(
         len(batch.image), len(batch.text), device=batch.image.device, dtype=torch.float32
     )
@@ -81,9 +82,9 @@ def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) candidate of the largest weight beside the zero-shot answer.
+    """(N,) candidate of largest weight other than the zero-shot answer.
 
-    It is -1 for rows that cannot be scored.
+    Rows that cannot be scored have the value -1.
     """
     if data.pool_size is not None:
         raise UsageError(
@@ -93,29 +94,30 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
     weights = weights_of(predictor)
     competitor = np.full(len(data), UNKNOWN, dtype=np.int64)
     with torch.no_grad():
-        for batch, _ in predictor.scored(data):  # its answers are those of ``vilu.score``
+        # ``scored`` gives the same answers as ``vilu.score``; its uncertainties are not needed
+        for batch, _ in predictor.scored(data):
             weight = weights.of(batch)
-            # equal texts are one answer, whatever their number
+            # a candidate whose text equals the text of the answer is no competitor of the answer
             is_answer = batch.first_equal[None] == batch.first_equal[batch.prediction][:, None]
-            beside_answer = weight.masked_fill(is_answer.to(weight.device), -1.0)
-            best = beside_answer.argmax(dim=1)
+            others = weight.masked_fill(is_answer.to(weight.device), -1.0)  # weights are >= 0
+            best = others.argmax(dim=1)
             competitor[batch.index.numpy(force=True)] = best.cpu().numpy()
     return competitor
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A labelled training row."""
+    """A labelled training row near an explained row."""
 
-    key: str  # its identifier
-    cosine: float  # of its image embedding with the explained one
-    answer: str  # the zero-shot answer to it
-    truth: str  # the right answer, or that there is none
+    key: str  # identifier of the training row
+    cosine: float  # cosine similarity of the training image and the explained image
+    answer: str  # name of the zero-shot answer to the training row
+    truth: str  # name of the right answer, or "none of the classes"
 
 
 Own = tuple[Identity, NDArray[np.uint64]]
-"""The kind of identity of rows, and the (B,) hashes of the rows that are explained."""
-Near = tuple[int, float]  # a training row, and its cosine
+"""The kind of identity that rows are recognised by, and the (B,) hashes of the explained rows."""
+Near = tuple[int, float]  # position of a training row, and its cosine to the explained image
 
 
 class TrainingRows:
@@ -132,7 +134,7 @@ class TrainingRows:
     ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
         """For every image (B, D) the ``n`` nearest failures and successes, the nearest first.
 
-        No image is its own neighbour.
+        Training rows that are the explained image itself are left out; ``own`` identifies them.
         """
         failures = self._search(image, own, self.failures, n)
         successes = self._search(image, own, self.successes, n)
@@ -149,23 +151,24 @@ class TrainingRows:
         return [Neighbour(self.train.ids[row], cosine, *answers[row]) for row, cosine in near]
 
     def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int) -> list[list[Near]]:
-        """Nearest training rows and their cosines, per image."""
-        # More than n are looked at, since some may be the image itself; as many as it takes.
+        """The ``n`` nearest training rows with their cosines, per image."""
+        # More than n rows are searched for, because some may be the image itself. The number is
+        # increased until every image has n neighbours or all training rows are searched.
         n_more = 1
         while True:
             near = self._near_but_own(image, own, rows, n + n_more)
             n_fewest = min(map(len, near), default=n)
-            all_are_seen = n + n_more >= len(rows)
-            if n_fewest >= n or all_are_seen:
+            has_searched_all = n + n_more >= len(rows)
+            if n_fewest >= n or has_searched_all:
                 return [rows_of_image[:n] for rows_of_image in near]
             n_more *= 8
 
     def _near_but_own(
         self, image: Tensor, own: Own | None, rows: Tensor, k: int
     ) -> list[list[Near]]:
-        """The ``k`` nearest training rows per image, without those that are the image itself."""
-        cosine, place = nearest_rows(image, Rows(self.train, rows), k)
-        row = rows[place]
+        """The ``k`` nearest training rows per image, without rows that are the image itself."""
+        cosine, index = nearest_rows(image, Rows(self.train, rows), k)
+        row = rows[index]
         is_own = torch.zeros(row.shape, dtype=torch.bool)
         if own is not None:
             kind, own_hashes = own
@@ -179,7 +182,7 @@ class TrainingRows:
         return near
 
     def _answers(self, rows: set[int]) -> dict[int, tuple[str, str]]:
-        """Answer and truth of training rows."""
+        """Names of the answer and of the truth, by training row."""
         names = Names(self.train)
         answers = {}
         for batch in plain_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
@@ -190,17 +193,20 @@ class TrainingRows:
 
 
 def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines (B, k) float32, falling, and positions (B, k) among the rows.
+    """Find the k nearest rows of every image (B, D), the nearest first.
 
-    The search is exact, with one block of rows in memory. Of equally similar rows the first comes
-    first; of fewer than k rows so many come back.
+    The search is exact and keeps one block of rows in memory. Equally similar rows are in the order
+    of ``rows``. If there are fewer than k rows, all rows are returned.
+
+    Returns:
+        Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.
     """
     best = torch.empty(len(image), 0, dtype=torch.float32)
     position = torch.empty(len(image), 0, dtype=torch.int64)
     query = image.cpu()
     for part, block in image_blocks(rows):
         cosine, index = nearest(query, block, k)
-        # stable: the rows of earlier blocks come before those of this one
+        # a stable sort keeps tied rows of earlier blocks before tied rows of this block
         ranked, order = torch.cat([best, cosine], dim=1).sort(dim=1, descending=True, stable=True)
         positions = torch.cat([position, index + part.start], dim=1).gather(1, order)
         best = ranked[:, :k]

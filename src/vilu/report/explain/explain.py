@@ -1,4 +1,4 @@
-"""Why answers are suspicious: one explanation for each row, and its text."""
+"""Explanations of why answers are suspicious, as objects and as text."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, rest, shown
 from vilu.validation import checked
 
-SHOWN = 15  # lines of a table; the rest is counted
+SHOWN = 15  # rows of a printed table; further rows are only counted
 
 
 def require_json(path: str | Path) -> None:
-    """Refuse a file of another format."""
+    """Raise UsageError if the suffix of a file is not ``.json``."""
     if Path(path).suffix.lower() != ".json":
         raise UsageError(
             f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead."
@@ -42,21 +42,23 @@ def require_json(path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Findings:
-    """Results that are read as text, and stored as JSON."""
+    """Results that can be printed as text and saved as JSON."""
 
     kind: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON."""
+        """Return all fields as plain JSON values, with the schema version and the kind."""
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **dataclasses.asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically; an explanation that lies there is replaced, no other file.
+        """Write a ``.json`` file atomically.
+
+        An existing explanation at this path is replaced. Any other file is never replaced.
 
         Raises:
-            UsageError: If the suffix is not ``.json``, or something else than an explanation lies
-                there.
-            StorageError: If the file system refuses.
+            UsageError: If the suffix is not ``.json``, or if a file exists at this path that is no
+                explanation.
+            StorageError: If the file cannot be written.
         """
         require_json(path)
         claim_file(path, "explanation", overwrite=True)
@@ -64,53 +66,54 @@ class Findings:
 
 
 def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], what: str) -> list[str]:
-    """A table of the first rows, and how many more there are."""
+    """Format the first ``SHOWN`` rows as a table, and a last line that counts the other rows."""
     return [*aligned([heading, *rows[:SHOWN]]), *rest(len(rows), SHOWN, what)]
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A candidate."""
+    """One of the candidates with the largest weights; the answer itself can be among them."""
 
-    name: str  # of the class; of a caption the key of its pair
-    weight: float  # that the method gives it (``Explanations.weights``)
-    posterior: float  # its zero-shot probability
+    name: str  # name of the class, or for a caption the key of its image-caption pair
+    weight: float  # weight of the candidate by the method; see ``Explanations.weights``
+    posterior: float  # zero-shot probability of the candidate
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why one answer is suspicious, or not."""
+    """Why one answer is suspicious, or why it is not."""
 
-    row: int  # position in the data
-    key: str  # identifier
-    answer: str  # the zero-shot answer
-    posterior: float  # its zero-shot probability
-    uncertainty: float  # of the method, higher = more likely wrong
-    # the right answer, None where unknown; "none of the classes" where there is none
+    row: int  # position of the row in the data
+    key: str  # identifier of the row
+    answer: str  # name of the zero-shot answer
+    posterior: float  # zero-shot probability of the answer
+    uncertainty: float  # uncertainty of the method, higher = more likely wrong
+    # name of the right answer, or "none of the classes"; None if unknown
     truth: str | None
-    wrong: bool | None  # whether the answer is wrong, None where unknown
-    competitors: tuple[Competitor, ...]  # candidates of the largest weights, falling
-    # the training rows most like it whose answers are wrong; None where no training rows were given
+    wrong: bool | None  # whether the answer is wrong; None if unknown
+    competitors: tuple[Competitor, ...]  # candidates of largest weight, the largest first
+    # nearest training rows with a wrong answer; None if no training rows were given
     failures: tuple[Neighbour, ...] | None
-    successes: tuple[Neighbour, ...] | None  # the same of right answers
-    attribution: Attribution | None  # what moved the score; None where the method has none
+    # nearest training rows with a right answer; None if no training rows were given
+    successes: tuple[Neighbour, ...] | None
+    attribution: Attribution | None  # shares of the inputs in the score; None if not available
 
 
 @dataclass(frozen=True)
 class Explanations(Findings):
-    """Explained rows, and what their numbers mean."""
+    """Explanations of rows, with the meaning of their numbers."""
 
     kind: ClassVar[str] = "explanations"
 
-    # one explanation each, the most uncertain first where nobody chose
+    # in the order that was asked for; the most uncertain row first if no rows were chosen
     rows: tuple[Explanation, ...]
     method: str  # label of the predictor
     is_probability: bool  # whether the uncertainty is a probability of failure
-    weights: str  # what the weights of the competitors are
-    unit: str | None  # what the attribution shares out; None where there is none
-    attribution: str  # how it is defined, or why there is none
-    neighbours: str  # where the neighbours are from, or why there are none
-    n_seen: int  # how many of the rows were used to fit the predictor, as far as is known
+    weights: str  # meaning of the weights of the competitors
+    unit: str | None  # quantity that the attribution splits; None if there is no attribution
+    attribution: str  # definition of the attribution, or the reason why there is none
+    neighbours: str  # source of the neighbours, or the reason why there are none
+    n_seen: int  # number of explained rows that are known to have been used to fit the predictor
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,7 +136,7 @@ class Explanations(Findings):
 
 
 def _row_text(row: Explanation, unit: str | None) -> str:
-    """One paragraph."""
+    """Format one explanation as a paragraph."""
     lines = [f"row {row.row}  {shown(row.key)}", _answer_line(row)]
     competitors = [f"{shown(rival.name)} {rival.weight:.3f}" for rival in row.competitors]
     lines.append("  competes    " + "   ".join(competitors))
@@ -160,7 +163,7 @@ def _attribution_line(attribution: Attribution, unit: str | None) -> str:
 
 
 def _neighbour_lines(kind: str, neighbours: Sequence[Neighbour] | None) -> list[str]:
-    """A heading and a line for each; nothing where no training rows were given."""
+    """A heading and one line per neighbour; no line if no training rows were given."""
     if neighbours is None:
         return []
     heading = f"  {'nearest' if neighbours else 'no'} training {kind}"
@@ -175,12 +178,12 @@ def _neighbour_text(row: Neighbour) -> str:
 
 
 class Depth(NamedTuple):
-    """How much an explanation tells of a row."""
+    """How detailed an explanation is."""
 
-    candidates: int = 5  # competitors of an answer
-    neighbours: int = 3  # training failures, and successes
-    background: int = 128  # rows that an attribution compares with
-    seed: int = 0  # of their draw
+    candidates: int = 5  # number of competitors
+    neighbours: int = 3  # number of training failures, and number of training successes
+    background: int = 128  # number of rows that an attribution compares with
+    seed: int = 0  # seed of the draw of background rows
 
 
 DEFAULT = Depth()
@@ -197,28 +200,29 @@ def explain(
     n: int = 10,
     depth: Depth = DEFAULT,
 ) -> Explanations:
-    """Why some answers are suspicious.
+    """Explain why some answers are suspicious.
 
-    An explanation names the competitors of an answer, training rows that look alike, and what moved
-    the score.
+    An explanation has three parts: the competitors of the answer, the nearest training rows, and
+    the share of every group of inputs in the score.
 
     Args:
-        predictor: Ready to score.
-        data: The rows' source.
-        train: Labelled training rows, for the neighbours. Where ``data`` have too few rows that are
-            not explained, the attribution's background is drawn from them, too, although they were
-            scored in the fit.
-        rows: Row numbers, or keys; None for the ``n`` most uncertain rows.
-        n: How many rows where none are chosen.
-        depth: How much is told of each.
+        predictor: A predictor that is ready to score.
+        data: The source of the rows.
+        train: Labelled training rows, for the neighbours. If ``data`` has fewer than
+            ``depth.background`` rows that are not explained, the background rows of the attribution
+            are drawn from ``train``, although the predictor was fitted on them.
+        rows: Row numbers or keys; None for the ``n`` most uncertain rows.
+        n: Number of rows to explain if ``rows`` is None.
+        depth: Numbers of competitors, neighbours and background rows.
 
     Warns:
-        UserWarning: If explained rows were used to fit the predictor: their scores say little about
-        new images.
+        UserWarning: If explained rows were used to fit the predictor. Their scores say little about
+            the scores of new images.
 
     Raises:
         UsageError: If a number is not positive.
-        DataError: If a row does not exist or has no score, or no training row has a label.
+        DataError: If a row does not exist or has no score, if no training row has a label, or if
+            there is only one candidate.
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space.
 
@@ -273,7 +277,7 @@ def _attributor(
     chosen: Tensor,
     depth: Depth,
 ) -> tuple[Attributor | None, str]:
-    """The attributor, where the method allows one, and a sentence on how, or why not."""
+    """The attributor with a sentence that defines it, or None with the reason why there is none."""
     source = data
     leave_out = chosen
     kind = "other"
@@ -291,9 +295,10 @@ def _attributor(
 
 
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
-    """(<= n,) positions of the rows of largest uncertainty, falling.
+    """Positions of the ``n`` rows of largest uncertainty, in descending order of uncertainty.
 
-    Of rows of equal uncertainty the lowest position comes first.
+    Of rows of equal uncertainty the lowest position comes first. Rows without a score are left out,
+    so there may be fewer than ``n`` positions.
     """
     uncertainty = predictor.predict_uncertainty(data)
     scored = np.flatnonzero(np.isfinite(uncertainty))
@@ -310,7 +315,7 @@ def _explained(
     depth: Depth,
     attributor: Attributor | None,
 ) -> list[tuple[Explanation, Tensor]]:
-    """An explanation per row, in their order and without neighbours, with its image (D,)."""
+    """One explanation without neighbours per row, with the row's image (D,), in order of rows."""
     by_row: dict[int, tuple[Explanation, Tensor]] = {}
     names = Names(data)
     weights = weights_of(predictor)
@@ -327,7 +332,7 @@ def _explained(
 def _of_batch(
     scored: Scored, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
 ) -> Iterator[Explanation]:
-    """The explanations of a batch's rows, in order."""
+    """Yield the explanations of a batch's rows, in order."""
     batch, scores = scored
     posterior = log_posterior(batch).exp().cpu()
     n_leaders = min(depth.candidates, len(batch.text))
@@ -337,29 +342,37 @@ def _of_batch(
     attributions: list[Attribution] | None = None
     if attributor is not None:
         attributions = attributor.of(scored)
-    for place, row in enumerate(batch.index.tolist()):
-        answer = int(batch.prediction[place])
-        is_labelled = truth[place] != UNKNOWN
-        is_judged = failure[place] != UNKNOWN
+    for i, row in enumerate(batch.index.tolist()):
+        answer = int(batch.prediction[i])
+        is_labelled = truth[i] != UNKNOWN
+        is_judged = failure[i] != UNKNOWN
         yield Explanation(
             row=row,
             key=names.data.ids[row],
             answer=names.of(row, answer),
-            posterior=float(posterior[place, answer]),
-            uncertainty=float(scores[place]),
-            truth=names.of(row, truth[place]) if is_labelled else None,
-            wrong=bool(failure[place]) if is_judged else None,
-            competitors=_competitors(row, names, leader[place], weight[place], posterior[place]),
+            posterior=float(posterior[i, answer]),
+            uncertainty=float(scores[i]),
+            truth=names.of(row, truth[i]) if is_labelled else None,
+            wrong=bool(failure[i]) if is_judged else None,
+            competitors=_competitors(row, names, leader[i], weight[i], posterior[i]),
             failures=None,
             successes=None,
-            attribution=None if attributions is None else attributions[place],
+            attribution=None if attributions is None else attributions[i],
         )
 
 
 def _competitors(
     row: int, names: Names, leader: Tensor, weight: Tensor, posterior: Tensor
 ) -> tuple[Competitor, ...]:
-    """The candidates ``leader`` of a row with their weights (both of one length), largest first."""
+    """Name the candidates of largest weight of one row.
+
+    Args:
+        row: Position of the row.
+        names: Names of the candidates.
+        leader: (L,) candidates of largest weight, the largest first.
+        weight: (L,) weights of these candidates.
+        posterior: (K,) zero-shot probabilities of all candidates.
+    """
     competitors = []
     for candidate, candidate_weight in zip(leader.tolist(), weight.tolist(), strict=True):
         name = names.of(row, candidate)
@@ -373,7 +386,10 @@ def _with_neighbours(
     train: EmbeddingSource | None,
     depth: Depth,
 ) -> list[Explanation]:
-    """The explanations with their neighbours, from one pass over the training rows."""
+    """Add the nearest training rows to the explanations.
+
+    All explained rows are searched for together, in one pass over the training rows.
+    """
     explanations = [explanation for explanation, _ in explained]
     if train is None or not explained:
         return explanations
@@ -395,7 +411,7 @@ def _with_neighbours(
 
 
 def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
-    """How many rows were used to fit, with a warning where there are any."""
+    """Count the rows that were used to fit the predictor, and warn if there are any."""
     seen = predictor.seen(data, rows.numpy())
     if len(seen):
         warn_caller(

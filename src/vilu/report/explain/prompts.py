@@ -1,4 +1,4 @@
-"""Classes whose text embedding is worth improving, with what that would gain at most."""
+"""Accuracy that a better text embedding of each class would gain, at most."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from vilu.report.explain.rows import ROWS, class_name
 from vilu.validation import checked, require_at_least
 
 STEPS = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""How far a text is moved; or it stays as it is."""
+"""Step sizes m that are tried: how far a text is moved towards the images of its class."""
 SHARED = (0.0, 0.1)
-"""The share that comes along of the mean that all images have in common."""
+"""Shares kappa that are tried: how much of the mean of all images is added to a text."""
 MIXES = tuple(itertools.product(STEPS, SHARED))
 
 FOLDS = 5
-MIN_FOLDS = 3  # one to measure on, one to choose on, and some to take images from
+MIN_FOLDS = 3  # one fold to measure on, one to choose the mix on, one or more to fit the means on
 NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
 class PromptGain:
-    """The gain of a better text for one class, all other texts staying as they are."""
+    """The gain of a better text for one class while the texts of all other classes stay."""
 
-    name: str  # of the class
+    name: str  # name of the class
     n: int  # labelled rows of the class
-    failures: int  # how many of them are answered wrong now
-    saved: int  # rows (of any class) that become right
-    lost: int  # rows that become wrong
-    gain: float  # (saved - lost) / N, in accuracy
-    low: float  # lower end of a 95 % interval of the gain
-    high: float  # upper end
+    failures: int  # rows of the class whose current answer is wrong
+    saved: int  # rows of any class whose answer becomes right
+    lost: int  # rows of any class whose answer becomes wrong
+    gain: float  # change of the accuracy, (saved - lost) / N
+    low: float  # lower end of the 95 % interval of the gain
+    high: float  # upper end of the 95 % interval of the gain
 
     def cells(self) -> tuple[str, ...]:
-        """Its row of a table."""
+        """Return the cells of this class's row in the printed table."""
         return (
             self.name,
             f"{self.n:,}",
@@ -61,14 +61,14 @@ class PromptGain:
 
 @dataclass(frozen=True)
 class PromptGains(Findings):
-    """Classes by the gain of a better text, falling."""
+    """The gains of a better text for all classes, the largest gain first."""
 
     kind: ClassVar[str] = "prompt_gains"
 
     rows: tuple[PromptGain, ...]  # one per class
-    n: int  # N, labelled rows
-    accuracy: float  # zero-shot accuracy on them now
-    folds: int  # of the cross-validation
+    n: int  # N, the number of labelled rows
+    accuracy: float  # zero-shot accuracy on the labelled rows with the current texts
+    folds: int  # number of folds of the cross-validation
 
     def __str__(self) -> str:
         head = (
@@ -85,30 +85,38 @@ class PromptGains(Findings):
 @checked
 @torch_defaults()
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
-    """How many failures a better text for each class would save.
+    """Estimate by cross-validation how many failures a better text for each class would save.
 
-    This is estimated from labelled images by cross-validation.
+    One class c at a time gets another text. Its text t_c is replaced by the unit-norm vector along
 
-    The text t_c of one class at a time is replaced by t_c + m (delta_c + kappa mu), of unit norm,
-    with mu_c the mean of the class's images, mu the mean of these means, and delta_c = mu_c - mu.
-    With kappa = 1 that is a step towards mu_c; but mu is what all images have in common and no text
-    has, and a text that has much of it draws images of every class, so kappa is 0 or 0.1, and m
-    0.5, 1, 2, 4, 8, or the text stays. Then the rows that become right and wrong are counted.
+        t_c + m (delta_c + kappa mu),    delta_c = mu_c - mu,
 
-    Nothing is measured on rows that it was fitted on, nor on their pictures: a fold is measured
-    with means from the other folds, and with the (m, kappa) of largest gain on those, each of them
-    measured with means without it and without the first fold. The interval is Agresti and Min's
-    for a difference of paired proportions (Statistics in Medicine 2005, half a row added to each
-    cell); it is of the rows measured on and leaves out that other rows would have given other
-    means.
+    where mu_c is the mean embedding of the class's labelled images and mu is the mean of all mu_c.
+    The function then counts the rows whose answer becomes right and those whose answer becomes
+    wrong.
 
-    What it says is a bound for work on prompts rather than a guarantee: these texts are made from
-    images, and no wording need reach them. That the gain of a class is small does say that its text
-    is not what is wrong.
+    With kappa = 1 the text would move towards mu_c. However, mu is common to all images and absent
+    from all texts: a text that contains much of mu attracts images of every class. Therefore kappa
+    is 0 or 0.1. The step m is 0.5, 1, 2, 4 or 8. The text stays as it is where no (m, kappa) gains
+    anything.
+
+    No text is measured on rows that it was fitted on, nor on other rows of the same pictures:
+
+    1. The result on fold f is measured with means of the other folds.
+    2. It uses the (m, kappa) that gain most on the other folds. For this choice, each other fold g
+       is measured with means that leave out both f and g.
+
+    The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine
+    2005), with half a row added to each cell. It covers the sampling of the measured rows. It does
+    not cover that other rows would have given other means.
+
+    The gain is a bound for work on prompts and no guarantee: the new texts are made from images,
+    and perhaps no wording has such an embedding. A small gain does show that the text of the class
+    is not the cause of its failures.
 
     Raises:
-        UsageError: If the data are image-caption pairs, or there are less than 3 folds.
-        DataError: If fewer rows than folds have a label, or there is one candidate.
+        UsageError: If the data are image-caption pairs, or ``folds`` is less than 3.
+        DataError: If fewer rows than folds have a label, or there is only one candidate.
 
     Examples:
         >>> import numpy as np, vilu
@@ -117,7 +125,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
         >>> text = np.array(
         ...     [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
-        ... )  # the last text is off
+        ... )  # the text of "cup" is wrong: the images of cups are near [0, 0, 1, 0]
         >>> gains = vilu.prompt_gains(
         ...     vilu.Embeddings(image, text, target, class_names=["cat", "dog", "cup"])
         ... )
@@ -140,13 +148,14 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
             better = [means.better_texts(text, {measured, left_out}) for left_out in range(folds)]
             measured_rows = rows[fold[rows] == measured]
             changes.append(_changes(data, measured_rows, better, task))
-    saved, lost = _at_the_chosen(torch.stack(changes))
+    saved, lost = _at_best_mix(torch.stack(changes))
     ranked = tuple(_ranked(data, n, failures, saved, lost))
-    return PromptGains(ranked, len(rows), 1 - float(failures.sum() / n.sum()), folds)
+    accuracy = 1 - float(failures.sum() / n.sum())
+    return PromptGains(rows=ranked, n=len(rows), accuracy=accuracy, folds=folds)
 
 
 def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Usable labelled rows (N,), and per class (K,) their number and that of wrong answers."""
+    """Usable labelled rows (N,), and per class their number (K,) and the wrong answers (K,)."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
@@ -167,7 +176,12 @@ def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor
 
 
 class _Means:
-    """Sums of unit-norm images per fold and class, of which means without some folds are made."""
+    """Class means of the images of some folds, from sums over each fold and class.
+
+    Attributes:
+        total: (folds, K, D) float64 sum of the unit-norm images of each fold and class.
+        n: (folds, K) float64 number of images in each sum.
+    """
 
     def __init__(self, data: EmbeddingSource, rows: Tensor, fold: Tensor, folds: int) -> None:
         k = data.n_candidates
@@ -183,7 +197,7 @@ class _Means:
     def better_texts(self, text: Tensor, without: set[int]) -> Tensor:
         """(mixes, K, D) float32 unit-norm texts from the images of the folds not in ``without``.
 
-        A class without such images has its own text.
+        A class without images in these folds keeps its current text.
         """
         folds = [fold for fold in range(len(self.n)) if fold not in without]
         n = self.n[folds].sum(dim=0)
@@ -196,50 +210,65 @@ class _Means:
 
 
 class Rivals(NamedTuple):
-    """The rival that a class has to beat to be the answer when its text is replaced.
+    """For each row and class, the strongest other class.
 
-    It is the strongest of the other classes.
+    A class whose text is replaced becomes the answer of a row if it beats this rival. The rival is
+    the current answer, or the runner-up for the class that is the current answer.
     """
 
-    # (B, K) the strongest candidate beside each: the answer, or for the answer the next
-    place: Tensor
-    logit: Tensor  # (B, K) its logit
-    right: Tensor  # (B, 1) whether the answer is right now
+    class_index: Tensor  # (B, K) int64 class index of the rival
+    logit: Tensor  # (B, K) logit of the rival
+    answer_is_right: Tensor  # (B, 1) bool: whether the current answer is correct
 
     @classmethod
     def of(cls, batch: Batch) -> Rivals:
-        """Rivals of every class for labelled rows with shared candidates."""
-        logits = batch.logits[:, batch.first_equal]  # equal texts tie exactly
+        """Find the rival of every class for each row of a batch of labelled class data."""
+        # Give classes with equal texts the same logit: the one of the first of these classes.
+        # Without this, a matrix product may round their logits differently and break the tie.
+        logits = batch.logits[:, batch.first_equal]
         largest, candidates = leaders(logits, 2)
         answer = candidates[:, :1]
         runner_up = candidates[:, 1:]
         is_answer = answer == torch.arange(len(batch.text))
         return cls(
-            torch.where(is_answer, runner_up, answer),
-            torch.where(is_answer, largest[:, 1:], largest[:, :1]),
-            answer == batch.target[:, None],
+            class_index=torch.where(is_answer, runner_up, answer),
+            logit=torch.where(is_answer, largest[:, 1:], largest[:, :1]),
+            answer_is_right=answer == batch.target[:, None],
         )
 
     def changes(self, batch: Batch, better: Tensor) -> Tensor:
-        """(2, K) rows that become right, and wrong, when one text at a time is replaced.
+        """Count the rows whose answer becomes right or wrong if one class gets its new text.
 
-        ``better`` (K, D) are the texts that replace those of the classes.
+        Args:
+            batch: The batch that these rivals were found for.
+            better: (K, D) the new text of every class.
+
+        Returns:
+            (2, K) for each class the number of rows that become right, and that become wrong.
         """
         classes = torch.arange(len(better))
         logits = (batch.image @ better.T) * batch.logit_scale + batch.logit_bias
-        # the lowest index wins ties
-        wins_tie = (logits == self.logit) & (classes < self.place)
+        # of equal logits, the class of the lowest index is the answer
+        wins_tie = (logits == self.logit) & (classes < self.class_index)
         wins = (logits > self.logit) | wins_tie
-        right = torch.where(wins, classes, self.place) == batch.target[:, None]
-        saved = (right & ~self.right).sum(dim=0)
-        lost = (self.right & ~right).sum(dim=0)
+        new_answer = torch.where(wins, classes, self.class_index)
+        right = new_answer == batch.target[:, None]
+        saved = (right & ~self.answer_is_right).sum(dim=0)
+        lost = (self.answer_is_right & ~right).sum(dim=0)
         return torch.stack([saved, lost])
 
 
 def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task: Task) -> Tensor:
-    """(folds, mixes, 2, K) of these rows those that become right, and wrong.
+    """Count the rows that become right or wrong with each of the new texts.
 
-    The first axis says without which fold the texts ``better`` were made.
+    Args:
+        data: The source of the rows.
+        rows: Positions of the rows to count, all in one fold.
+        better: (mixes, K, D) new texts for each fold g, made without the images of fold g.
+        task: Progress of the whole run.
+
+    Returns:
+        (folds, mixes, 2, K) number of rows that become right, and that become wrong.
     """
     n_classes = better[0].shape[1]
     changes = torch.zeros(len(better), len(MIXES), 2, n_classes, dtype=torch.int64)
@@ -252,27 +281,30 @@ def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task
     return changes
 
 
-def _at_the_chosen(changes: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) rows saved and lost with the mix that was chosen per fold and class.
+def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) rows saved and (K,) rows lost, with the best mix for each fold and class.
 
-    There are none where no mix gains anything. ``changes`` (folds, folds, mixes, 2, K) has at
-    [f, g] those of the rows in fold f with texts made without folds f and g. Those at f = g are the
-    measurement for fold g; those of all other folds f choose the mix for fold g.
+    The best mix for fold g gains most on the other folds. A fold counts 0 saved and 0 lost rows of
+    a class for which no mix gains anything on the other folds.
+
+    Args:
+        changes: (folds, folds, mixes, 2, K) numbers of rows that become right, and wrong. Entry
+            [f, g] counts the rows of fold f with texts made without the folds f and g.
     """
-    measured = changes.diagonal().movedim(-1, 0)
-    elsewhere = changes.sum(dim=0) - measured
-    gains = elsewhere[:, :, 0] - elsewhere[:, :, 1]
+    measured = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
+    on_other_folds = changes.sum(dim=0) - measured
+    gains = on_other_folds[:, :, 0] - on_other_folds[:, :, 1]
     gain, mix = gains.max(dim=1, keepdim=True)
     at_mix = measured.take_along_dim(mix[:, :, None], dim=1)
-    is_worth_it = (gain > 0)[:, :, None]
-    saved, lost = (at_mix * is_worth_it).sum(dim=(0, 1))
+    mix_gains = (gain > 0)[:, :, None]
+    saved, lost = (at_mix * mix_gains).sum(dim=(0, 1))
     return saved, lost
 
 
 def _ranked(
     data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor
 ) -> Iterator[PromptGain]:
-    """The gains of all classes, falling."""
+    """Yield the gains of all classes, the largest gain first."""
     total = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         n_saved = int(saved[c])
@@ -291,9 +323,9 @@ def _ranked(
 
 
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
-    """95 % interval of (saved - lost) / n.
+    """95 % interval of (saved - lost) / n by Agresti and Min.
 
-    It is Agresti and Min's, with half a row added to each cell of the paired table.
+    Half a row is added to each of the four cells of the paired table.
     """
     b = saved + 0.5
     c = lost + 0.5

@@ -1,4 +1,4 @@
-"""Confusions that cost the most: the failures of a data set by their answers and their truth."""
+"""Failures of a data set, grouped by their wrong answer and their true class."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from vilu.validation import checked, require_between
 
 @dataclass(frozen=True)
 class Confusion:
-    """Answers of one kind that are wrong in one way."""
+    """The rows with one answer and one true class, as far as the answer is wrong.
 
-    answer: str  # what was answered
-    # what was true, or that the pictures were of none of the classes; without labels the strongest
-    # competitor
-    instead: str
-    failures: float  # how many; without labels the sum of the probabilities of failure
-    share: float  # of all failures
-    uncertainty: float  # mean of their uncertainties, each row counting as much as it is a failure
-    # how many of them are among the accepted answers; of tied rows at the threshold the expected
-    # number
+    Without labels, the strongest competitor of the answer takes the place of the true class, and a
+    row counts as many failures as its probability of failure.
+    """
+
+    answer: str  # name of the answered class
+    instead: str  # name of the true class, or "none of the classes"
+    failures: float  # number of failures; without labels the sum of their probabilities
+    share: float  # ``failures`` divided by the failures of all confusions
+    uncertainty: float  # mean uncertainty of the failures, weighted by probability without labels
+    # number of failures among the accepted answers; expected number for ties at the threshold
     accepted: float
-    # ``accepted`` over the number of accepted answers: what they add to the selective risk
+    # share of the selective risk: ``accepted`` divided by the number of all accepted answers
     risk: float
 
     def cells(self) -> tuple[str, ...]:
-        """Its row of a table."""
+        """Return the cells of this confusion's row in the printed table."""
         return (
             self.answer,
             self.instead,
@@ -50,19 +51,20 @@ class Confusion:
 
 @dataclass(frozen=True)
 class RiskMap(Findings):
-    """Confusions, the costliest first."""
+    """All confusions, the one that adds most to the selective risk first."""
 
     kind: ClassVar[str] = "risk_map"
 
-    rows: tuple[Confusion, ...]  # by ``risk``, falling, then by ``failures``
-    coverage: float  # share of the answers that are accepted, the most trusted ones
-    threshold: float  # largest uncertainty among them
-    n: int  # rows counted
-    failures: float  # of all of them: their number, or the sum of the probabilities
-    risk: float  # selective risk at that coverage: the sum of ``risk`` over all confusions
-    # whether failures were counted; else they are expected ones, and as good as the probabilities
+    rows: tuple[Confusion, ...]  # by descending ``risk``, then by descending ``failures``
+    coverage: float  # share of the answers that are accepted, the least uncertain ones
+    threshold: float  # largest uncertainty of an accepted answer
+    n: int  # number of counted rows
+    failures: float  # failures of all counted rows; without labels the sum of their probabilities
+    risk: float  # selective risk at this coverage, equal to the sum of ``risk`` over ``rows``
+    # True: failures were counted. False: failures are expected numbers from probabilities.
     labelled: bool
-    n_left_out: int  # rows without score, or without label where others have one
+    # rows without a score or answer and, if any row has a label, rows without a label
+    n_left_out: int
 
     def __str__(self) -> str:
         if self.labelled:
@@ -91,24 +93,30 @@ class RiskMap(Findings):
 def risk_map(
     outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8
 ) -> RiskMap:
-    """Confusions that cost the most accepted risk.
+    """Find the confusions that add most to the risk of the accepted answers.
 
     The ceil(coverage N) answers of least uncertainty are accepted, as in
-    ``vilu.metrics.risk_at_coverage``. With w_i the failure of row i, a_i whether (of ties: with
-    what share) it is accepted and A = sum_i a_i, the confusion of answer j with truth k costs sum_i
-    w_i a_i / A over its rows, and these add up to the selective risk. Where no row has a label, w_i
-    is the probability of failure and the truth is replaced by ``competitor``.
+    ``vilu.metrics.risk_at_coverage``. The confusion of answer j with truth k adds
+
+        sum_i w_i a_i / sum_i a_i
+
+    to the selective risk. The first sum is over the rows i with answer j and truth k, the second
+    sum over all rows. The weight w_i is 1 for a failure and 0 for a success. The acceptance a_i is
+    1 for an accepted row and 0 for any other row. Rows that tie at the threshold have an a_i
+    between 0 and 1, so that sum_i a_i = ceil(coverage N).
+
+    If no row has a label, w_i is the probability of failure, and ``competitor`` replaces the truth.
 
     Args:
         outcomes: As from ``vilu.score``, with predictions and shared candidates.
-        competitor: (N,) strongest candidate beside the answer, for outcomes without labels
-            (``vilu.report.explain.competitors.strongest_competitor``).
+        competitor: (N,) strongest candidate other than the answer. Needed only without labels; see
+            ``vilu.report.explain.competitors.strongest_competitor``.
         coverage: Share of answers to accept.
 
     Raises:
-        UsageError: If the outcomes are of captions, which have no classes; if ``coverage`` is not
-            in (0, 1]; if there are no labels and the uncertainty is no probability, or no
-            competitors are given.
+        UsageError: If the outcomes are of captions, which have no classes. If ``coverage`` is not
+            in (0, 1]. If there are no labels and either the uncertainty is no probability or
+            ``competitor`` is None.
         DataError: If no row has a score and an answer.
 
     Examples:
@@ -167,12 +175,12 @@ def _answers(outcomes: Outcomes) -> Ints:
 
 
 def _costliest_first(confusion: Confusion) -> tuple[float, float, str, str]:
-    """The key that sorts confusions; ties go by their names."""
+    """Sort key: descending risk, then descending failures, then the names in ascending order."""
     return -confusion.risk, -confusion.failures, confusion.answer, confusion.instead
 
 
 def _probability(outcomes: Outcomes) -> Floats:
-    """(N,) the calibrated probability of failure, or else an uncertainty that is one."""
+    """(N,) calibrated probability of failure, or the uncertainty if it is a probability."""
     probabilities = probability(outcomes)
     if probabilities is None:
         raise UsageError(
@@ -184,7 +192,7 @@ def _probability(outcomes: Outcomes) -> Floats:
 
 
 def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool) -> Ints:
-    """(N,) the truth of each row; without labels its strongest competitor."""
+    """(N,) true class of each row, or without labels the strongest competitor of its answer."""
     if labelled:
         if outcomes.target is None:
             raise DataError(
@@ -207,12 +215,13 @@ def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
 
 
 def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
-    """(N,) share of each row that is accepted, and the threshold.
+    """Acceptance (N,) of each row between 0 and 1, and the threshold.
 
-    A share is 1 below the threshold and 0 above; tied rows at the threshold share what is left of
+    Rows with uncertainty below the threshold have acceptance 1, rows above it have acceptance 0.
+    Rows at the threshold have equal acceptances, such that all acceptances sum up to
     ceil(coverage N).
     """
-    # rounding first: 0.07 · 100 is a little more than 7
+    # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
     n = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
     threshold = float(np.partition(uncertainty, n - 1)[n - 1])
     accepted = (uncertainty < threshold).astype(np.float64)
@@ -228,13 +237,13 @@ def _confusions(
     accepted: Floats,
     names: Sequence[str] | None,
 ) -> list[Confusion]:
-    """One entry per pair of answer and truth that has a failure in it."""
+    """One entry per pair of answer and truth that has a failure."""
     distinct, inverse = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
     group = inverse.ravel()
     n_groups = len(distinct)
     failures = np.bincount(group, weights=weight, minlength=n_groups).tolist()
-    doubt = np.bincount(group, weights=weight * uncertainty, minlength=n_groups).tolist()
-    cost = np.bincount(group, weights=weight * accepted, minlength=n_groups).tolist()
+    uncertainty_sums = np.bincount(group, weights=weight * uncertainty, minlength=n_groups).tolist()
+    accepted_failures = np.bincount(group, weights=weight * accepted, minlength=n_groups).tolist()
     confusions = []
     for number, (answer, instead) in enumerate(distinct.tolist()):
         n_failures = failures[number]
@@ -244,9 +253,9 @@ def _confusions(
                 instead=class_name(names, instead),
                 failures=n_failures,
                 share=float(n_failures / weight.sum()),
-                uncertainty=doubt[number] / n_failures,
-                accepted=cost[number],
-                risk=float(cost[number] / accepted.sum()),
+                uncertainty=uncertainty_sums[number] / n_failures,
+                accepted=accepted_failures[number],
+                risk=float(accepted_failures[number] / accepted.sum()),
             )
             confusions.append(confusion)
     return confusions

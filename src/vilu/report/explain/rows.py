@@ -1,6 +1,6 @@
-"""Some rows of a source, each among its own candidates, and the names of candidates.
+"""Chosen rows of a source with their candidates, and the names of candidates.
 
-Captions are matched in pools, so a row of them is looked at with the rest of its pool.
+The candidates of a caption row are the captions of its pool, so such a row is read with its pool.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.predictors.contract.coalitions import NONE
 from vilu.predictors.contract.predictor import FailurePredictor
 
-ROWS = 1_024  # rows looked at together, at most
-MAX_POOLS = 8  # pools that rows are drawn from, at most, where candidates come in pools
+ROWS = 1_024  # maximum number of rows in a batch
+MAX_POOLS = 8  # maximum number of pools that rows are drawn from, for image-caption pairs
 
 
 def scored_rows(
     predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor, step: int = SCORING_BATCH
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Batches of the wanted rows, each with its uncertainty (B,) float64.
+    """Yield batches of the wanted rows, each with the uncertainties (B,) float64 of its rows.
 
-    They come in the order of the source (or of its pools). A matrix product rounds by the shape of
-    its block. So whole blocks of ``vilu.score`` are scored, whichever of their rows are wanted:
-    uncertainty and answer are the very numbers that it gives. With step 1, where the uncertainties
-    are not looked at, no other rows are scored.
+    The rows come in the order of the source, or in the order of its pools.
+
+    The rounding of a matrix product depends on the shape of its block. Therefore every block of
+    ``vilu.score`` that contains a wanted row is scored as a whole: then answers and uncertainties
+    are equal to those of ``vilu.score`` in every digit. ``step`` is the number of rows of a block.
+    With step 1 only the wanted rows are scored, for callers that do not use the uncertainties.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
         for part, pool in batch.by_pool():
@@ -43,7 +45,7 @@ def scored_rows(
 
 
 def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
-    """Batches of the wanted rows, as ``scored_rows`` without scores."""
+    """Yield batches of the wanted rows like ``scored_rows``, but without uncertainties."""
     for batch in data.batches(ROWS, rows=whole_steps(data, rows, 1)):
         indices = torch.isin(batch.index, rows).nonzero().squeeze(1)
         if len(indices):
@@ -51,31 +53,34 @@ def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
 
 
 def select(batch: Batch, indices: Tensor) -> Batch:
-    """The rows at these indices of a batch, against all of its candidates.
+    """Select the rows of a batch at these indices, with all candidates of the batch.
 
-    Their zero-shot answers are those that they have in the whole batch.
+    The rows keep the zero-shot answers that were computed for the whole batch.
     """
-    _ = batch.zero_shot  # computed for the whole batch, and carried over by ``rows``
+    _ = batch.zero_shot  # computed here and cached, so that ``batch.rows`` copies the answers
     return batch.rows(indices)
 
 
 def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:
-    """All rows of the steps that the rows are in, in order; a step is a pool, or ``size`` rows."""
+    """All usable rows of the steps that contain one of ``rows``, in the order of the source.
+
+    A step is a pool of image-caption pairs, or ``size`` usable rows of class data.
+    """
     step = torch.arange(len(data.usable_rows)) // (data.pool_size or size)
     wanted_steps = step[torch.isin(data.usable_rows, rows)]
     return data.usable_rows[torch.isin(step, wanted_steps)]
 
 
 def _pool(data: EmbeddingSource, number: int) -> Tensor:
-    """The rows of a pool."""
+    """Positions of the rows of pool ``number``."""
     size = data.pool_size or 0
     return data.usable_rows[number * size : (number + 1) * size]
 
 
 def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Tensor:
-    """At most ``n`` usable rows, drawn without repetition, in the order of the source.
+    """Draw at most ``n`` usable rows without repetition, in the order of the source.
 
-    Captions come from few pools.
+    Image-caption pairs are drawn from at most ``MAX_POOLS`` pools.
     """
     rng = np.random.default_rng(seed)
     rows = data.usable_rows
@@ -94,7 +99,7 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """(M,) distinct positions of the rows with these numbers or keys, in the order asked for."""
+    """(M,) distinct positions of rows, in the order of their numbers or keys in ``wanted``."""
     keys = {name for name in wanted if isinstance(name, str)}
     rows_by_key = _rows_by_key(data, keys)
     rows: list[int] = []
@@ -118,10 +123,10 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
 
 
 def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
-    """The rows that have each of the keys."""
+    """Positions of the rows of each key."""
     rows_by_key: dict[str, list[int]] = {}
     if not keys:
-        return rows_by_key  # this saves reading all identifiers
+        return rows_by_key  # without reading all identifiers
     for row, key in enumerate(data.ids):
         if key in keys:
             rows_by_key.setdefault(key, []).append(row)
@@ -129,7 +134,7 @@ def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
 
 
 def unusable(status: int) -> str:
-    """Why a row is not scored, in words."""
+    """State why a row of this status is not scored."""
     if status == SHORT_POOL:
         return "its pool is not full"
     return f"its embedding is of status {STATUS[status]!r}"
@@ -138,7 +143,7 @@ def unusable(status: int) -> str:
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
     """The name of a class, or its number where classes have no names.
 
-    A candidate that is no class is named by what that means.
+    ``OUTSIDE`` and ``UNKNOWN`` are no classes and have names of their own.
     """
     if candidate == OUTSIDE:
         return NONE
@@ -148,14 +153,14 @@ def class_name(names: Sequence[str] | None, candidate: int) -> str:
 
 
 def truths(batch: Batch) -> Tensor:
-    """(B,) int64 targets, with ``OUTSIDE`` where the picture is of none of the classes."""
+    """(B,) int64 targets, with ``OUTSIDE`` where the picture shows none of the classes."""
     if batch.outside is None:
         return batch.target
     return batch.target.masked_fill(batch.outside, OUTSIDE)
 
 
 class Names:
-    """Names of the candidates of rows: of classes, or of captions the keys of their pairs."""
+    """Names of candidates: the class name, or for a caption the key of its image-caption pair."""
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
@@ -163,16 +168,16 @@ class Names:
         self._members = torch.empty(0, dtype=torch.int64)
 
     def of(self, row: int, candidate: int) -> str:
-        """Name of one candidate of a row, or of a value of its ``truths``."""
+        """Name of candidate number ``candidate`` of a row; also accepts any value of ``truths``."""
         if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._pool_members(row)[candidate])]
 
     def _pool_members(self, row: int) -> Tensor:
-        """The rows that the candidates of a row belong to; the last pool is remembered."""
+        """The rows that the candidates of ``row`` belong to; the last pool is cached."""
         if row not in self._pool:
-            place = int((self.data.usable_rows == row).nonzero())
-            pool = _pool(self.data, place // (self.data.pool_size or 1))
+            rank = int((self.data.usable_rows == row).nonzero())  # of the row among usable rows
+            pool = _pool(self.data, rank // (self.data.pool_size or 1))
             members = self.data.candidates(pool).members
             if members is None:
                 raise DataError(

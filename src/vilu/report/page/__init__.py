@@ -1,1 +1,1 @@
-"""Scores as one HTML page that needs nothing else."""
+"""Scores as a self-contained HTML page."""

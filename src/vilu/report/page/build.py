@@ -1,4 +1,4 @@
-"""One page of a set of scores."""
+"""The HTML page about a set of scores."""
 
 from __future__ import annotations
 
@@ -39,20 +39,17 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the order of the text around them.
+"""Characters that change the direction of the text around them.
 
-Joiners, which scripts and emoji need, are not among them.
+Joiners are not in this set, because some scripts and emoji need them.
 """
 
 HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Categories of characters that a page has no use for.
+"""Unicode categories of characters that a page escapes: controls, surrogates and line breaks."""
 
-They are controls, halves of characters, and breaks of lines.
-"""
-
-SHOWN = 60  # characters of a name that are seen at most
-TOLD = 300  # characters of it that a tooltip tells at most
-NOTHING = "–"
+SHOWN = 60  # maximum number of characters of a name in the page
+TOLD = 300  # maximum number of characters of a name in a tooltip
+NOTHING = "–"  # shown for a missing value
 ADDED = "What a threshold would do, and probabilities"
 TABLES = {
     "How well right and wrong answers are told apart": (
@@ -67,14 +64,14 @@ TABLES = {
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Metrics in tables that fit on a sheet of paper, as far as there are some.
+"""Caption of a table -> its metrics; every table fits on a sheet of paper.
 
-``ADDED`` also takes metrics that other packages register.
+Metrics without a value are left out. The table ``ADDED`` also shows metrics of other packages.
 """
 
-MAX_RISK = 0.05  # error rate that is aimed at where no rule was calibrated
-MAX_POINTS = 500  # operating points in a page at most, however many rows there are
-COMPETITORS = 3  # of an answer, itself among them
+MAX_RISK = 0.05  # target for the error rate, if no rule was calibrated
+MAX_POINTS = 500  # maximum number of operating points in a page, for any number of rows
+COMPETITORS = 3  # number of likeliest classes that are shown, the answer included
 
 
 @checked
@@ -89,29 +86,29 @@ def report_page(
     embeddings: EmbeddingSource | None = None,
     title: str | None = None,
 ) -> str:
-    """One HTML page about one or several methods on the same rows.
+    """Make an HTML page about one or several methods on the same rows.
 
-    It says how often the model is wrong and how well that is foreseen, shows the curves with an
-    operating point that a reader can move, the classes, and pictures of answers worth a look. It
-    loads nothing and works offline and in print. The same input gives the same bytes.
+    The page shows how often the model is wrong, and how well the methods predict it. It has curves
+    with an operating point that the reader can move, tables of metrics and of classes, and a
+    gallery of answers. The page loads nothing, and works offline and in print. Equal input gives
+    equal bytes.
 
     Args:
-        outcomes: Scores of every method, each with a name of its own, of rows of which some have a
-            known failure.
-        main: Name of the method that the page is about; by default the calibrated one, or else
-            ViLU+, ViLU, the first.
+        outcomes: Scores of every method on the same rows. Every method has a distinct name, and
+            some rows have a known failure.
+        main: Name of the main method of the page. By default it is the calibrated method, or else
+            ViLU+, ViLU, or the first method.
         calibrated: The rule that accepts answers (``vilu.report.page.choice.read_calibrated``).
-        max_risk: Without a rule: error rate among the accepted, for a threshold found on these
-            rows, which guarantees nothing.
-        images: The data set whose record keys are the ids of the outcomes, for thumbnails.
-        embeddings: What was scored, for the classes that compete with an answer.
-        title: Of the page.
+        max_risk: Largest error rate among the accepted answers. It is used without a rule, for a
+            threshold that is chosen on these rows and guarantees nothing.
+        images: Data set for thumbnails, whose record keys are the ids of the outcomes.
+        embeddings: The embeddings that were scored, for the likeliest classes of an answer.
+        title: Title of the page.
 
     Raises:
-        UsageError: If a name or a setting cannot be.
-        DataError: If no row can be evaluated, or the images are not those of the scores.
-        ProvenanceError: If the outcomes, the rule or the embeddings are not of the same rows and
-            method.
+        UsageError: If the name of a method or another argument is invalid.
+        DataError: If no row can be evaluated, or if the images are not the scored images.
+        ProvenanceError: If the outcomes, the rule or the embeddings do not belong together.
         MissingModelError: If the extra ``report`` is not installed.
 
     Examples:
@@ -122,7 +119,7 @@ def report_page(
         >>> page = vilu.report_page([outcomes], title="Pets")
         >>> page.count("<svg")  # figures
         3
-        >>> "<script src" in page, "<link" in page  # nothing is loaded from elsewhere
+        >>> "<script src" in page, "<link" in page  # the page loads nothing
         (False, False)
     """
     template = find_template("page.html.jinja")
@@ -130,7 +127,7 @@ def report_page(
         main = calibrated.method
     about = choose_main(outcomes, main)
     methods = [about, *(of_method for of_method in outcomes if of_method is not about)]
-    table = evaluate(methods)  # refuses rows without labels before anything else needs them
+    table = evaluate(methods)  # first, because it raises DataError if no row can be evaluated
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
     uncertainty, failure = known(about)
     n_accepted = int(choice.accepted[about.evaluable].sum())
@@ -159,7 +156,7 @@ def report_page(
 
 
 def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
-    """The curves that there are of these methods."""
+    """The risk-coverage chart and, if there are right and wrong answers, the ROC chart."""
     curves = [charts.risk_coverage(methods, choice)]
     roc = charts.roc(methods, choice)
     if roc is not None:
@@ -168,16 +165,16 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 
 
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
-    """A histogram of every method; that of the main one, the first, shows the threshold."""
+    """One histogram per method; the histogram of the first, main method shows the threshold."""
     threshold = points.threshold[points.start]
-    histograms = [charts.histogram(methods[0], threshold, 0)]
+    histograms = [charts.histogram(methods[0], threshold, number=0)]
     for number in range(1, len(methods)):
-        histograms.append(charts.histogram(methods[number], None, number))
+        histograms.append(charts.histogram(methods[number], threshold=None, number=number))
     return histograms
 
 
 def render(template: Template, *, script: str = "", **values: object) -> str:
-    """A page of ours: one style, one script, and by its security policy nothing else."""
+    """Render a page with one style and one script; its security policy forbids all others."""
     style = asset("page.css")
     return template.render(
         style=style,
@@ -191,7 +188,7 @@ def render(template: Template, *, script: str = "", **values: object) -> str:
 
 @cache
 def find_template(name: str) -> Template:
-    """A template with the filters of the pages; MissingModelError without the extra ``report``."""
+    """Load a template and its filters; MissingModelError without the extra ``report``."""
     jinja2 = import_extra("jinja2", "report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vilu.report.page"),
@@ -208,13 +205,13 @@ def find_template(name: str) -> Template:
 
 
 def asset(name: str) -> str:
-    """The text of a style or a script."""
+    """Read the text of a style or a script."""
     file = resources.files("vilu.report.page").joinpath("templates", name)
     return file.read_text(encoding="utf-8")
 
 
 def _title(outcomes: Outcomes) -> str:
-    """The title of a page that its caller gives none."""
+    """Default title of a page."""
     names = [name for name in (outcomes.dataset, outcomes.split) if name]
     if not names:
         return "Which answers to trust"
@@ -227,7 +224,7 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
     failure = outcomes.failure[rows]
     accepted = choice.accepted[rows]
     target = max_risk if choice.max_risk is None else choice.max_risk
-    foreseen = by_hindsight(outcomes, target)
+    with_hindsight = by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
     several = scores.rows_per_independent
     return {
@@ -239,14 +236,14 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
         "accepted": Rate(int(accepted.sum()), len(failure), several),
         "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), several),
         "target": target,
-        "reachable": float(foreseen.accepted[rows].mean()),
+        "reachable": float(with_hindsight.accepted[rows].mean()),
         "n_unlabelled": int(np.count_nonzero(~rows & np.isfinite(outcomes.uncertainty))),
         "n_unusable": int(np.count_nonzero(~np.isfinite(outcomes.uncertainty))),
     }
 
 
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
-    """Metrics as rows of cells per method."""
+    """Tables of metrics, each with one row of cells per method."""
     cells = {(row.method, row.metric): row for row in table}
     present = dict.fromkeys(row.metric for row in table)
     listed = set(chain.from_iterable(TABLES.values()))
@@ -277,7 +274,7 @@ def _gallery(
     images: ImageDataset | None,
     embeddings: EmbeddingSource | None,
 ) -> dict[str, list[Card]]:
-    """The cards of every section."""
+    """The cards of every section of the gallery."""
     sections = {name: rows.tolist() for name, rows in pick_rows(outcomes, choice).items()}
     rows = list(dict.fromkeys(chain.from_iterable(sections.values())))
     pictures = {} if images is None else thumbnails(outcomes, rows, images)
@@ -294,9 +291,13 @@ def _gallery(
 def competitors(
     outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, list[tuple[str, float]]]:
-    """The likeliest classes of some rows, with softmax probabilities of the zero-shot logits.
+    """The likeliest classes of some rows, with their zero-shot probabilities.
 
-    Rows that the source does not have are left out.
+    Rows that are not in the source are left out.
+
+    Raises:
+        UsageError: If the outcomes or the source have no class names.
+        ProvenanceError: If the source has other classes, or other answers, than the outcomes.
     """
     names = outcomes.class_names
     ids = outcomes.ids
@@ -331,7 +332,7 @@ def competitors(
 def _rows_by_position(
     ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, int]:
-    """Some of the rows by their positions in the source, as far as it has them."""
+    """Position in the source -> row, for those of the rows that are in the source."""
     position_of_key = {key: position for position, key in enumerate(source.ids)}
     row_at = {}
     for row in map(int, rows):
@@ -342,12 +343,14 @@ def _rows_by_position(
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Some thresholds and what they accept."""
+    """The P thresholds that the slider of the page can select."""
 
-    threshold: Floats  # (P,) from -inf on
-    accepted: Ints  # (P,) how many rows each accepts
-    wrong: Ints  # (P,) how many of those are wrong
-    start: int  # position of the chosen threshold, or of the point nearest to the chosen rows
+    threshold: Floats  # (P,) ascending, the first is -inf
+    accepted: Ints  # (P,) number of rows that each threshold accepts
+    wrong: Ints  # (P,) number of accepted rows that are wrong
+    # index of the chosen threshold; if accepted rows are not chosen by a threshold, index of the
+    # threshold that accepts about the same number of rows
+    start: int
 
 
 def operating_points(
@@ -357,23 +360,28 @@ def operating_points(
     n_accepted: int,
     limit: int = MAX_POINTS,
 ) -> Points:
-    """Thresholds that accept about evenly growing numbers of rows.
+    """Select thresholds for the slider, which accept about evenly spaced numbers of rows.
 
-    The chosen threshold is exactly among them. Where no threshold decides what is accepted, the
-    slider stands where about ``n_accepted`` rows are.
+    Args:
+        uncertainty: (N,) uncertainties.
+        failure: (N,) 1 for a wrong answer, 0 for a right answer.
+        chosen: The chosen threshold, which is always included. None if the accepted rows are not
+            chosen by a single threshold.
+        n_accepted: Number of accepted rows, for the start of the slider if ``chosen`` is None.
+        limit: Maximum number of thresholds.
     """
     scores, wrong = check_pair(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
-    rising = scores[order]
+    ascending = scores[order]
     wrong_below = np.concatenate([[0], np.cumsum(wrong[order])])
-    distinct = np.unique(rising)
+    distinct = np.unique(ascending)
     if len(distinct) > limit - 2:
-        rows = np.round(np.linspace(0, len(rising) - 1, limit - 2)).astype(np.int64)
-        distinct = np.unique(rising[rows])
+        rows = np.round(np.linspace(0, len(ascending) - 1, limit - 2)).astype(np.int64)
+        distinct = np.unique(ascending[rows])
     if chosen is not None:
         distinct = np.union1d(distinct, [chosen])
     threshold = np.concatenate([[-np.inf], distinct])
-    accepted = np.searchsorted(rising, threshold, side="right")
+    accepted = np.searchsorted(ascending, threshold, side="right")
     if chosen is None:
         start = int(np.argmin(np.abs(accepted - n_accepted)))
     else:
@@ -382,7 +390,7 @@ def operating_points(
 
 
 def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str, Any]:
-    """The data of the slider; thresholds to the last bit, accepting nothing as null."""
+    """The data of the slider, for JSON: exact thresholds, with null for the first one, -inf."""
     failure = outcomes.failure[outcomes.evaluable]
     accepts_nothing = not choice.accepted.any()
     exact = choice.threshold is not None or accepts_nothing
@@ -398,7 +406,7 @@ def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str
 
 
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
-    """Where scores come from, and a fingerprint of the numbers themselves."""
+    """The origin of scores, and a fingerprint of their numbers."""
     content = outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()
     fingerprint = bytes_hash(content)
     origin = {
@@ -413,7 +421,7 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def harmless(text: str) -> str:
-    """The text with controls and marks of direction spelled out."""
+    r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
     safe = ""
     for character in text[: TOLD + 1]:
         is_harmful = character in BIDI or unicodedata.category(character) in HARMFUL
@@ -422,18 +430,18 @@ def harmless(text: str) -> str:
 
 
 def shortened(text: str, most: int = SHOWN) -> str:
-    """The text, harmless and of at most ``most`` characters."""
+    """Escape a text by ``harmless``, and shorten it to at most ``most`` characters."""
     safe = harmless(text)
     return safe if len(safe) <= most else f"{safe[: most - 1]}…"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction in per cent, without the sign."""
+    """Format a fraction in percent, without the percent sign."""
     return NOTHING if value is None else f"{100 * value:.{digits}f}"
 
 
 def score(value: float) -> str:
-    """An uncertainty, to be read; a probability that is not quite 1 does not look like 1."""
+    """Format an uncertainty; a value slightly less than 1 is not rounded to 1."""
     if 0.99995 <= value < 1:
         return "> 0.9999"
     is_readable = 1e-3 <= abs(value) < 1e6
@@ -441,7 +449,7 @@ def score(value: float) -> str:
 
 
 def flat(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of a JSON object, nested ones with a dot between the names."""
+    """Yield the names and values of a JSON object; names of nested objects are joined by dots."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

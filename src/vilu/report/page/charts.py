@@ -1,4 +1,4 @@
-"""Charts of the page, as SVG."""
+"""Charts of the page, for templates that draw them as SVG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vilu.report.figures import known, probability
 from vilu.report.page.choice import Choice
 from vilu.report.style import looks
 
-# edges of the area between the axes, in the units of the SVG
+# edges of the plotting area between the axes, in the units of the SVG
 LEFT = 46.0
 RIGHT = 388.0
 TOP = 30.0
@@ -28,61 +28,58 @@ BOTTOM = 250.0
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart."""
+    """The horizontal or the vertical axis of a chart."""
 
     label: str
-    name: str  # shorter, for a value that is read from it
-    low: float
-    high: float
-    percent: bool = True  # whether values are shown in per cent
+    name: str  # short name, shown next to a value that the reader points at
+    low: float  # value at the beginning of the axis
+    high: float  # value at the end of the axis
+    percent: bool = True  # whether values are shown in percent
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values and their texts."""
+        """Round values with their texts."""
         values = round_ticks(self.low, self.high)
         return [(value, goal(value) if self.percent else f"{value:.4g}") for value in values]
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Points (P,) that are joined, and (P,) ends of their intervals, if any.
-
-    ``look`` is the number of its look: lines of one method have the same in every chart.
-    """
+    """A line through P points, with an interval at every point, if any."""
 
     label: str
-    x: Floats
-    y: Floats
-    look: int
-    filled: bool = False
-    low: Floats | None = None
-    high: Floats | None = None
+    x: Floats  # (P,)
+    y: Floats  # (P,)
+    look: int  # number of the colour and dashes; a method has the same number in every chart
+    filled: bool = False  # whether the area below the line is filled
+    low: Floats | None = None  # (P,) lower ends of the intervals of y
+    high: Floats | None = None  # (P,) upper ends of the intervals of y
 
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """Lines between two axes, the last on top."""
+    """A chart of lines between two axes."""
 
-    key: str
+    key: str  # identifier of the chart in the page
     title: str
-    says: str
+    says: str  # explanation of the chart
     x: Axis
     y: Axis
-    lines: tuple[Line, ...]
-    # (x, y) of the operating point, (x, None) for a vertical line; None where it cannot be shown
+    lines: tuple[Line, ...]  # the last line is drawn on top
+    # (x, y) of the operating point, or (x, None) for a vertical line; None to draw nothing
     marker: tuple[float, float | None] | None = None
-    # (x0, y0, x1, y1) and the text of a line to compare with
+    # ends (x0, y0, x1, y1) of a reference line, and its text
     guide: tuple[tuple[float, float, float, float], str] | None = None
 
     def px(self, value: float) -> str:
-        """Horizontal place of a value."""
+        """Horizontal coordinate of a value in the SVG."""
         range_of_values = self.x.high - self.x.low
-        return _place(LEFT + (RIGHT - LEFT) * (value - self.x.low) / range_of_values)
+        return _coordinate(LEFT + (RIGHT - LEFT) * (value - self.x.low) / range_of_values)
 
     def py(self, value: float) -> str:
-        """Vertical place of a value."""
+        """Vertical coordinate of a value in the SVG."""
         range_of_values = self.y.high - self.y.low
-        return _place(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
+        return _coordinate(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / range_of_values)
 
     def points(self, line: Line) -> str:
         """The points of a line, for ``<polyline points>``."""
@@ -93,17 +90,17 @@ class Chart:
 
     def area(self, line: Line) -> str:
         """The points of a line and of the horizontal axis below, for ``<polygon points>``."""
-        first = f"{self.px(line.x[0])},{_place(BOTTOM)}"
-        last = f"{self.px(line.x[-1])},{_place(BOTTOM)}"
+        first = f"{self.px(line.x[0])},{_coordinate(BOTTOM)}"
+        last = f"{self.px(line.x[-1])},{_coordinate(BOTTOM)}"
         return f"{first} {self.points(line)} {last}"
 
 
 def goal(value: float) -> str:
-    """A round fraction in per cent, without the sign."""
+    """Format a round fraction in percent, without the percent sign."""
     return f"{round(100 * value, 9):g}"
 
 
-def _place(value: float) -> str:
+def _coordinate(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -112,13 +109,14 @@ def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.75 * raw)
+    # the tolerance keeps ticks at the ends of the range in spite of rounding
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
-    """At most ``limit`` of the points of a line, both ends among them, evenly along its length."""
+    """Keep at most ``limit`` points of a line: its two ends, and points evenly along its length."""
     xs = np.asarray(x, dtype=np.float64)
     ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= limit:
@@ -129,49 +127,50 @@ def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
     return xs[with_ends], ys[with_ends]
 
 
-MAX_CLASSES = 100  # lines of the table at most
-DELTA = 0.025  # on either side of a 95 % interval
+MAX_CLASSES = 100  # maximum number of rows in the table of classes
+DELTA = 0.025  # error probability on each side of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Rate:
-    """k of n, with its 95 % Clopper-Pearson interval."""
+    """The share k / n, with its 95 % Clopper-Pearson interval."""
 
     k: int
     n: int
-    several: float = 1.0  # how many rows say as much as an independent one
+    # number of rows that have the information of one independent row (1: all are independent)
+    several: float = 1.0
 
     @property
     def value(self) -> float | None:
-        """The share k / n; None where n is 0."""
+        """The share k / n; None if n is 0."""
         return self.k / self.n if self.n else None
 
     @property
     def low(self) -> float:
-        """Lower end, P[Bin(n, low) >= k] = 0.025."""
+        """Lower end of the interval: P[Bin(n, low) >= k] = 0.025."""
         return lower_bound(self.k / self.several, self.n / self.several, DELTA)
 
     @property
     def high(self) -> float:
-        """Upper end, P[Bin(n, high) <= k] = 0.025."""
+        """Upper end of the interval: P[Bin(n, high) <= k] = 0.025."""
         return upper_bound(self.k / self.several, self.n / self.several, DELTA)
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One answer of the model: how often it is wrong, accepted, and wrong among the accepted."""
+    """The rows with one answer of the model."""
 
-    name: str
-    failures: Rate
-    accepted: Rate
-    accepted_failures: Rate
+    name: str  # name of the answered class
+    failures: Rate  # wrong rows among all rows
+    accepted: Rate  # accepted rows among all rows
+    accepted_failures: Rate  # wrong rows among the accepted rows
 
 
 def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
-    """The classes that are answered, most wrong answers first, and how many are not listed.
+    """The table of the answered classes, and the number of classes that are left out of it.
 
-    Rows without a known failure or an uncertainty are left out, as in every metric; none where
-    there are no classes.
+    The class with most wrong answers comes first. As in every metric, rows without a known failure
+    or without an uncertainty are not counted. The table is empty if there are no class names.
     """
     names = outcomes.class_names
     answer = outcomes.prediction
@@ -189,6 +188,7 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     n_accepted = per_class(choice.accepted)
     n_accepted_wrong = per_class(choice.accepted & wrong)
     per_picture = outcomes.tally().scores.rows_per_independent
+    # by descending number of wrong answers, then by descending number of answers
     answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-n_wrong[c], -n[c], c))
     listed = answered[:MAX_CLASSES]
     table = []
@@ -205,8 +205,8 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
 
 BINS = 30
 RELIABILITY_BINS = 15
-TOTAL_POINTS = 2000  # of all lines of a chart; with many methods each has fewer
-# numbers of the looks of answers; those of methods count from 0
+TOTAL_POINTS = 2000  # maximum number of points of all lines in a chart
+# values of ``Line.look`` for kinds of answers; methods have the values 0, 1, 2, ...
 RIGHT_LOOK = -1
 WRONG_LOOK = -2
 OUTSIDE_LOOK = -3
@@ -214,7 +214,7 @@ DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 
 def line_looks(n: int) -> list[dict[str, str]]:
-    """Colour and SVG dash pattern of so many methods, the main one first."""
+    """Colour and SVG dash pattern of each of ``n`` methods, the main method first."""
     line_styles = []
     for look in itertools.islice(looks(), n):
         line_styles.append({"colour": look["color"], "dash": _dash(look["linestyle"])})
@@ -222,7 +222,7 @@ def line_looks(n: int) -> list[dict[str, str]]:
 
 
 def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
-    """The dash pattern of a line style of matplotlib's."""
+    """Convert a line style of matplotlib to the dash pattern of an SVG."""
     if isinstance(style, str):
         return DASHES[style]
     _, lengths = style
@@ -230,7 +230,7 @@ def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset,
 
 
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
-    """Selective risk over coverage, the main method (the first) on top."""
+    """Chart of the selective risk against the coverage; the first method is the main method."""
     curves = [risk_coverage_curve(*known(of_method)) for of_method in methods]
     top = max(_largest_risk(coverage, risk) for coverage, risk in curves)
     _, failure = known(methods[0])
@@ -248,8 +248,8 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
             "Error rate among the answers that are accepted, against the share that is accepted; "
             "lower is better."
         ),
-        x=Axis("accepted, % of all answers", "coverage", 0.0, 1.0),
-        y=Axis("wrong, % of the accepted", "errors", 0.0, _ceiling(top)),
+        x=Axis("accepted, % of all answers", "coverage", low=0.0, high=1.0),
+        y=Axis("wrong, % of the accepted", "errors", low=0.0, high=_ceiling(top)),
         lines=_thin_lines(methods, curves),
         marker=(n_accepted / len(failure), risk_of_choice),
         guide=guide,
@@ -257,15 +257,15 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
 
 
 def _largest_risk(coverage: Floats, risk: Floats) -> float:
-    """The largest risk of a curve, but for its noisy beginning."""
+    """The largest risk of a curve, without its noisy beginning at coverages below 5 %."""
     is_steady = (coverage >= 0.05) | (coverage == 1)
     return float(risk[is_steady].max())
 
 
 def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
-    """Right answers accepted over wrong ones accepted.
+    """Chart of the share of right answers accepted against the share of wrong answers accepted.
 
-    None where all answers are right, or all wrong.
+    None if all answers are right, or all are wrong.
     """
     _, failure = known(methods[0])
     if not 0 < failure.sum() < len(failure):
@@ -279,8 +279,8 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
             "Share of the right answers that is accepted, against the share of the wrong ones; "
             "higher is better."
         ),
-        x=Axis("wrong answers accepted, %", "wrong accepted", 0.0, 1.0),
-        y=Axis("right answers accepted, %", "right accepted", 0.0, 1.0),
+        x=Axis("wrong answers accepted, %", "wrong accepted", low=0.0, high=1.0),
+        y=Axis("right answers accepted, %", "right accepted", low=0.0, high=1.0),
         lines=_thin_lines(methods, curves),
         marker=(float(accepted[failure == 1].mean()), float(accepted[failure == 0].mean())),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
@@ -288,9 +288,15 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
 
 def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
-    """Uncertainty of the right and of the wrong answers, in shares of their kind.
+    """Chart of the uncertainty, with one histogram for right and one for wrong answers.
 
-    Those for pictures of none of the classes are a kind of their own.
+    Answers to pictures of none of the classes have a third histogram. The bars of each histogram
+    add up to 100 %.
+
+    Args:
+        outcomes: The outcomes of a method.
+        threshold: Where to draw a vertical line; None for no line.
+        number: Number of the method; 0 is the main method.
     """
     uncertainty, _ = known(outcomes)
     low, high = _ends(outcomes)
@@ -300,6 +306,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     if OUTSIDE_LOOK in kind_of:
         labels[WRONG_LOOK] = "wrong within the classes"
         labels[OUTSIDE_LOOK] = "of none of the classes"
+    # two points per bin, at its left and its right edge, draw the bins as steps
     x = np.repeat(edges, 2)[1:-1]
     lines = []
     for kind, label in labels.items():
@@ -317,15 +324,15 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
         key=f"histogram-{number}",
         title=title,
         says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
-        x=Axis("uncertainty", "uncertainty", low, high, percent=False),
-        y=Axis("% of its kind", "share", 0.0, _ceiling(top)),
+        x=Axis("uncertainty", "uncertainty", low=low, high=high, percent=False),
+        y=Axis("% of its kind", "share", low=0.0, high=_ceiling(top)),
         lines=tuple(lines),
         marker=marker,
     )
 
 
 def _ends(outcomes: Outcomes) -> tuple[float, float]:
-    """Ends of the axis of uncertainties; never the same value."""
+    """The two ends of the axis of uncertainties, which are different values."""
     if outcomes.is_probability:
         return 0.0, 1.0
     uncertainty, _ = known(outcomes)
@@ -337,7 +344,7 @@ def _ends(outcomes: Outcomes) -> tuple[float, float]:
 
 
 def _kinds_of_answers(outcomes: Outcomes) -> Ints:
-    """(M,) looks of the rows that have both an uncertainty and a failure."""
+    """(M,) value of ``Line.look`` for each row that has both an uncertainty and a known failure."""
     _, failure = known(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
     within = np.where(failure, WRONG_LOOK, RIGHT_LOOK)
@@ -345,9 +352,10 @@ def _kinds_of_answers(outcomes: Outcomes) -> Ints:
 
 
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
-    """Failure rate over the mean failure probability, in bins of equal width.
+    """Chart of the failure rate against the mean failure probability, in bins of equal width.
 
-    Only methods that give probabilities have a line; None where the main method does not.
+    Only methods that give probabilities have a line. None if the main method, the first, gives no
+    probabilities.
     """
     if probability(methods[0]) is None:
         return None
@@ -363,15 +371,15 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
             "Share of wrong answers against the failure probability that was stated, in bins; "
             "bars: 95 % intervals."
         ),
-        x=Axis("failure probability stated, %", "stated", 0.0, 1.0),
-        y=Axis("answers that are wrong, %", "found", 0.0, 1.0),
+        x=Axis("failure probability stated, %", "stated", low=0.0, high=1.0),
+        y=Axis("answers that are wrong, %", "found", low=0.0, high=1.0),
         lines=tuple(reversed(lines)),
         guide=((0.0, 0.0, 1.0, 1.0), "as stated"),
     )
 
 
 def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
-    """The bins of the ECE, right-closed; empty ones have no point."""
+    """Line through the bins of the ECE, which include their upper ends; empty bins are left out."""
     rows = outcomes.evaluable
     counts = tie_counts(stated[rows], outcomes.failure[rows])
     edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
@@ -379,20 +387,23 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     n = np.bincount(bin_of_score, counts.size, RELIABILITY_BINS)
     wrong = np.bincount(bin_of_score, counts.wrong, RELIABILITY_BINS)
     total = np.bincount(bin_of_score, counts.value * counts.size, RELIABILITY_BINS)
-    there = n > 0
-    several = outcomes.tally().scores.rows_per_independent
-    rates = [Rate(int(k), int(m), several) for k, m in zip(wrong[there], n[there], strict=True)]
-    low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
-    name = outcomes.method or ""
-    line = Line(name, total[there] / n[there], wrong[there] / n[there], look)
+    has_rows = n > 0
+    n, wrong, total = n[has_rows], wrong[has_rows], total[has_rows]
+    line = Line(outcomes.method or "", total / n, wrong / n, look)
     is_main = look == 0
-    return replace(line, low=low, high=high) if is_main else line
+    if not is_main:
+        return line
+    several = outcomes.tally().scores.rows_per_independent
+    rates = [Rate(int(k), int(m), several) for k, m in zip(wrong, n, strict=True)]
+    low = np.array([rate.low for rate in rates])
+    high = np.array([rate.high for rate in rates])
+    return replace(line, low=low, high=high)
 
 
 def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
-    """A line per method, the main one last, which is on top."""
+    """One line per method, with few points; the main method is last, so it is drawn on top."""
     limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
     lines = []
     for look, (of_method, curve) in enumerate(zip(methods, curves, strict=True)):
@@ -405,7 +416,7 @@ CEILINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
 def _ceiling(value: float) -> float:
-    """A round end of an axis, at least as large and at most 1."""
+    """The smallest of ``CEILINGS`` that is at least ``value``, or 1; used as end of an axis."""
     for top in CEILINGS:
         if value <= top:
             return top

@@ -28,14 +28,14 @@ from vilu.validation import require_between
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A calibration that ``vilu calibrate`` left beside a predictor."""
+    """A calibration that ``vilu calibrate`` wrote into the folder of a predictor."""
 
-    rule: Rule  # it accepts, or leaves for review
-    # name of the predictor that it belongs to; None where that is not known
+    rule: Rule  # decides for each answer: accept or review
+    # name of the calibrated predictor; None if unknown
     method: str | None = None
-    # fingerprint of the calibration, which scores carry that it decided; None where it is not known
+    # fingerprint of the calibration, which is also in scores that it decided; None if unknown
     risk: str | None = None
-    # what is recorded of the calibration: fingerprints, data set, version
+    # recorded facts about the calibration: fingerprints, data set, version
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -44,37 +44,39 @@ class Choice:
     """The operating point of a page."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # accept where the uncertainty is at most this; None: by another rule than one threshold, or
-    # nothing
+    # rows with at most this uncertainty are accepted; None if the rule is not a single threshold,
+    # or if nothing is accepted
     threshold: float | None
-    max_risk: float | None  # error rate that was aimed at; None where the aim was another
-    guarantee: str | None = (
-        None  # what is guaranteed of later answers, in words; None where nothing is
-    )
-    # per group, if the rule has them
+    max_risk: float | None  # target for the error rate; None if the target was another quantity
+    # sentence that states the guarantee for later answers; None if there is no guarantee
+    guarantee: str | None = None
+    # thresholds by group, for a rule with thresholds
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
+    facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
 
 
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
-    """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows.
+    """Choose the threshold with hindsight, that is on the same rows; it guarantees nothing.
 
-    Guarantees nothing.
+    It is the largest uncertainty t of a row with
+
+        (number of wrong rows with u <= t) / (number of rows with u <= t) <= max_risk.
     """
     require_between("max_risk", max_risk)
     uncertainty, failure = known(outcomes)
     counts = tie_counts(uncertainty, failure)
     meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
     if not len(meets):
-        return Choice(outcomes.uncertainty <= -np.inf, None, max_risk)
+        nothing = np.zeros(len(outcomes), dtype=np.bool_)
+        return Choice(nothing, threshold=None, max_risk=max_risk)
     threshold = float(counts.value[meets[-1]])
     return Choice(outcomes.uncertainty <= threshold, threshold, max_risk)
 
 
 def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
-    """The rows that a calibrated rule accepts.
+    """Choose the rows that a calibrated rule accepts.
 
-    The rows must be of the method that it was calibrated for.
+    The outcomes must be of the method that the rule was calibrated for.
     """
     _require_match("calibrated for", calibrated.method, outcomes.method)
     _require_match("written in the calibration", calibrated.risk, outcomes.provenance.get("risk"))
@@ -95,13 +97,14 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
         return Choice(
             accepted, threshold, rule.max_risk, guarantee, rule.thresholds, calibrated.facts
         )
-    # of one batch, conformal selection accepts what one threshold does, too
+    # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as a
+    # threshold at the largest accepted uncertainty.
     threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
     return Choice(accepted, threshold, rule.max_risk, guarantee, facts=calibrated.facts)
 
 
 def _require_match(link: str, of_rule: object, of_scores: object) -> None:
-    """Refuse scores whose method or calibration is known to be another than the rule's."""
+    """Raise ProvenanceError if scores are known to be of another method or calibration."""
     if of_rule is None or of_scores is None:
         return
     if of_rule != of_scores:
@@ -112,7 +115,7 @@ def _require_match(link: str, of_rule: object, of_scores: object) -> None:
 
 
 def read_calibrated(folder: str | Path) -> Calibrated:
-    """The rule that ``vilu calibrate`` wrote into the folder of a predictor."""
+    """Read the rule that ``vilu calibrate`` wrote into the folder of a predictor."""
     calibration = Calibration.load(folder)
     if calibration.rule is None:
         raise DataError(
@@ -124,21 +127,22 @@ def read_calibrated(folder: str | Path) -> Calibrated:
 
 
 PREFERRED = ("vilu_plus", "vilu")
-"""Beginnings of names of the methods that a page is about if none is chosen."""
+"""Prefixes of the names of methods that are preferred as the main method of a page."""
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:
-    """The methods that were scored.
+    """Read the scores of one or several methods.
 
-    They are every ``*.parquet`` of a folder by name, one file, or one folder of parts. A method
-    that has no name, or the name of another file's method, is called after its file.
+    The path is a folder of ``*.parquet`` files (one per method), a single file, or a folder of
+    scores in parts. A method without a name gets the name of its file. If several files have the
+    same method, the names of the files are appended.
     """
     root = Path(path)
     if (root / PREDICTOR).is_file():
         raise UsageError(
-            f"{root} is the folder of a predictor: all it holds are calibration rows, "
+            f"{root} is the folder of a predictor. It only has the scores of the calibration rows, "
             "on which its rule was chosen. "
-            f"Give scores of other rows, and the predictor beside them: --predictor {root}."
+            f"Give scores of other rows, and add --predictor {root}."
         )
     if (root / RUN).is_file():
         return _with_names([(root, ScoreFolder(root).outcomes())])
@@ -146,13 +150,13 @@ def read_scores(path: str | Path) -> list[Outcomes]:
     if not files:
         raise DataError(
             f"{root} holds no .parquet files. "
-            "Give a folder with what `vilu score` wrote, a file per method."
+            "Give a folder of files that `vilu score` wrote, one file per method."
         )
     return _with_names([(file, Outcomes.load(file)) for file in files])
 
 
 def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
-    """The outcomes, each with a method's name of its own."""
+    """Give every outcomes a distinct name of its method."""
     counts = Counter(outcomes.method for _, outcomes in files)
     named = []
     for path, outcomes in files:
@@ -167,7 +171,7 @@ def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
 
 
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
-    """The method that a page is about: that called ``main``, or else ViLU+, ViLU, or the first."""
+    """Choose the main method of a page: ``main`` if given, else ViLU+, ViLU or the first method."""
     names = [of_method.method or "" for of_method in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")

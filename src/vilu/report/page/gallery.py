@@ -1,4 +1,4 @@
-"""Pictures worth looking at: the choice of rows, their thumbnails and their competitors."""
+"""The gallery of the page: the choice of rows, their thumbnails and their cards."""
 
 from __future__ import annotations
 
@@ -18,43 +18,44 @@ from vilu.predictors.contract.coalitions import NONE
 from vilu.progress import track
 from vilu.report.page.choice import Choice
 
-PER_SECTION = 24
+PER_SECTION = 24  # maximum number of cards in a section
 SIDE = 128  # longest side of a thumbnail in pixels
-QUALITY = 70
+QUALITY = 70  # WebP quality of a thumbnail, from 0 to 100
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture as ``data:`` URI with its size in pixels, or why there is none."""
+    """A small picture, or the reason why there is none."""
 
-    uri: str | None = None
-    width: int = 0
-    height: int = 0
-    why: str | None = None
+    uri: str | None = None  # the picture as ``data:`` URI
+    width: int = 0  # in pixels
+    height: int = 0  # in pixels
+    why: str | None = None  # reason why there is no picture
 
 
 @dataclass(frozen=True)
 class Card:
-    """One answer of the model, as the gallery shows it; None where something is not known."""
+    """One answer of the model, as the gallery shows it; unknown values are None."""
 
-    key: str
-    answer: str | None
-    true: str | None
-    wrong: bool | None
+    key: str  # identifier of the row
+    answer: str | None  # name of the answered class
+    true: str | None  # name of the true class, or "none of the classes"
+    wrong: bool | None  # whether the answer is wrong
     uncertainty: float
     accepted: bool
     picture: Thumbnail | None = None
-    competitors: Sequence[tuple[str, float]] = ()
+    competitors: Sequence[tuple[str, float]] = ()  # (class name, zero-shot probability)
 
 
 def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
-    """Rows of every section, at most 24 each; rows without an uncertainty are in none.
+    """Pick at most ``PER_SECTION`` rows for every section, from the rows with an uncertainty.
 
-    "suspicious": largest uncertainty. "confident": wrong answers of smallest uncertainty.
-    "nearest": the least uncertain of those that are not accepted.
+    - "suspicious": the answers of largest uncertainty.
+    - "confident": the wrong answers of smallest uncertainty.
+    - "nearest": the answers of smallest uncertainty that are not accepted.
     """
     n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
-    # NaN sorts behind all numbers, so the scored rows come first
+    # NaN is sorted after all numbers, so the rows with an uncertainty come first
     rising = np.argsort(outcomes.uncertainty, kind="stable")[:n_scored]
     falling = np.argsort(-outcomes.uncertainty, kind="stable")[:n_scored]
     wrong = rising[outcomes.failure[rising] == 1]
@@ -73,7 +74,7 @@ def make_card(
     picture: Thumbnail | None,
     competitors: Sequence[tuple[str, float]],
 ) -> Card:
-    """The card of a row."""
+    """Make the card of a row."""
     true = _class_name(outcomes, outcomes.target, row)
     if outcomes.outside[row]:
         true = NONE
@@ -91,7 +92,7 @@ def make_card(
 
 
 def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
-    """The name of the class that a row has among the codes; None where there is none."""
+    """Name of the class of a row in ``codes`` (class indices of all rows); None if unknown."""
     if codes is None or outcomes.class_names is None:
         return None
     if codes[row] == UNKNOWN:
@@ -102,7 +103,7 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
 def thumbnails(
     outcomes: Outcomes, rows: Iterable[int], images: ImageDataset
 ) -> dict[int, Thumbnail]:
-    """Small pictures of some rows; the ids of outcomes are the keys of the data set."""
+    """Make thumbnails of rows, whose ids are the keys of the images in the data set."""
     if outcomes.ids is None:
         raise DataError(
             "these scores do not say which images they are about (they have no keys). "
@@ -117,25 +118,25 @@ def thumbnails(
 
 
 def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[ImageRecord]:
-    """The images of a data set with these keys, each once; DataError if there is none of them."""
-    left = {*wanted}
-    with track("looking for pictures", len(left), "images") as task:
+    """Yield the images of a data set with these keys, each once; DataError if all are missing."""
+    missing = {*wanted}
+    with track("looking for pictures", len(missing), "images") as task:
         for record in images.records(0, len(images)):
-            if record.key in left:
-                left.remove(record.key)
+            if record.key in missing:
+                missing.remove(record.key)
                 yield record
                 task.advance(1)
-            if not left:
+            if not missing:
                 return
-    if left and len(left) == len(wanted):
+    if missing and len(missing) == len(wanted):
         raise DataError(
-            f"{images.source} has none of the images that are shown, such as {min(left)!r}. "
+            f"{images.source} has none of the images that are shown, such as {min(missing)!r}. "
             "Give the data set and the split that were embedded."
         )
 
 
 def thumbnail(record: ImageRecord) -> Thumbnail:
-    """A picture as small WebP, decoded with all that is done against hostile files."""
+    """Make a thumbnail; the image is decoded with the usual checks against hostile files."""
     try:
         image = read_image(record).image
     except BadImage as error:

@@ -13,7 +13,8 @@
   form.hidden = false;
   form.addEventListener("submit", (event) => event.preventDefault());
 
-  // A value to its place along an axis ("low high start end"), and back.
+  // An axis is [low value, high value, start coordinate, end coordinate]. place() converts a value
+  // to a coordinate, value() converts a coordinate to a value.
   const place = (axis, value) => axis[2] + (axis[3] - axis[2]) * (value - axis[0]) / (axis[1] - axis[0]);
   const value = (axis, at) => axis[0] + (axis[1] - axis[0]) * (at - axis[2]) / (axis[3] - axis[2]);
   const set = (node, attributes) => { for (const key in attributes) node.setAttribute(key, attributes[key].toFixed(2)); };
@@ -31,7 +32,7 @@
     set(group.querySelector("circle"), { cx: px, cy: py });
   }
 
-  // index: position among the operating points; null: what was chosen, which need not be one threshold.
+  // index: index of an operating point; null for the chosen rows, which need not have one threshold.
   function show(index) {
     const threshold = index === null ? null : data.threshold[index];
     const accepted = index === null ? chosen.accepted : data.accepted[index];
@@ -89,7 +90,7 @@
     button.addEventListener("pointerleave", () => emphasise(pressed()));
   }
 
-  // The values of the line nearest to the pointer are read back from its points.
+  // The values that are shown are computed from the SVG points of the line nearest to the pointer.
   for (const svg of document.querySelectorAll("svg[data-chart]")) {
     const across = numbers(svg.dataset.x), up = numbers(svg.dataset.y);
     const lines = [...svg.querySelectorAll(".line")].map((node) => ({
