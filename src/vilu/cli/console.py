@@ -138,7 +138,7 @@ def make_reporter(*, quiet: bool) -> Reporter | None:
 
 
 class Bar:
-    """A task that is shown as a progress bar of rich."""
+    """A task that is shown as a progress bar, drawn by the library ``rich``."""
 
     def __init__(
         self, progress: Progress, description: str, total: float | None, unit: str

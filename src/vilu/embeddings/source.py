@@ -466,17 +466,18 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def outside(self) -> Tensor:
-        """Mask (N,) of rows that are known to be of none of the candidates.
+        """Mask (N,): True where it is known that no candidate is right.
 
-        The target of such a row is -1, and any answer is wrong.
+        The target of such a row is -1, and any answer is wrong. By default no row is outside.
         """
+        # all False: one element, expanded, so that N rows take no memory
         return torch.zeros(1, dtype=torch.bool, device="cpu").expand(len(self))
 
     @cached_property
     def usable_rows(self) -> Tensor:
         """Indices (M,) int64 of the usable rows, in the order of scoring.
 
-        Consecutive rows of this order form the pools.
+        If there are pools, each consists of the next ``pool_size`` rows in this order.
         """
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 

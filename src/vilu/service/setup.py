@@ -43,7 +43,7 @@ class Setup:
 
     @property
     def predictors(self) -> dict[str, Path]:
-        """Folders of the predictors, by the name of the predictor."""
+        """Folders of the predictors, under the keys "first" and, if there is a second one, "second"."""
         folders = {"first": self.predictor}
         if self.second is not None:
             folders["second"] = self.second
@@ -58,7 +58,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         journals: Journals that replicas share; None: the engine gets its own journals.
 
     Raises:
-        ViLUError: If a rule cannot be verified, or if the model is not the predictor's.
+        ViLUError: If a rule cannot be verified, or if the predictor was fitted on another model.
     """
     # Imported here since these imports take seconds. Meanwhile /healthz answers already.
     from vilu.guard.guard import Guard

@@ -185,7 +185,7 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
 
 @contextmanager
 def naming(cell: Cell) -> Iterator[None]:
-    """Note the cell on any exception that leaves the block, and in the log."""
+    """If an exception leaves the block, add the cell to its notes and write it to the log."""
     try:
         yield
     except Exception as error:  # every exception is raised again
@@ -200,9 +200,10 @@ def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContex
 
     With this limit, results do not depend on the number of cores or jobs. The OpenMP limit, which
     torch follows, applies to the calling thread only. The BLAS limit applies to the whole process,
-    so it is set only in processes that vilu starts: the command's process and workers.
+    so it is set only in vilu's own processes (the command line and its workers).
     """
-    import sklearn.linear_model  # noqa: F401 - loads the libraries, which can be limited only then
+    # threadpoolctl limits only libraries that are loaded: this import loads OpenMP and BLAS.
+    import sklearn.linear_model  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     # At its first call in a thread, torch sets the number of threads itself. This call comes first,
