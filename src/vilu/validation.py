@@ -20,10 +20,10 @@ LARGEST_SEED = 2**63 - 1
 """Largest seed that all generators of random numbers accept."""
 
 CHECKED_ELEMENTS = 100
-"""Number of elements of a list whose types are checked, from its beginning."""
+"""How many elements at the beginning of a list have their types checked."""
 
-MANY = 2
-"""A message with more choices than this lists them after "one of"; fewer are joined by "or"."""
+MOST_WITH_OR = 2
+"""Up to this many choices are joined by "or" in a message; more are listed after "one of"."""
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
@@ -258,7 +258,7 @@ def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
 
 def _choices_in_words(choices: tuple[object, ...]) -> str:
     names = [repr(choice) for choice in choices]
-    if len(names) > MANY:
+    if len(names) > MOST_WITH_OR:
         return f"one of {', '.join(names)}"
     return " or ".join(names)
 

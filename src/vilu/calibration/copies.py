@@ -53,29 +53,31 @@ class Copies:
 
     @property
     def most(self) -> int:
-        """Largest K with P[Bin(K, f) <= k] >= 5 %."""
-        # It is chance how many of the copied rows are in the sample. With k / f alone, a sample
-        # with few of them would hide many copies.
+        """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
+        # How many of the fitted rows that have copies are in the sample depends on chance. If the
+        # sample happens to hold few of them, k / f is too low, so an upper bound is returned.
         numbers = np.arange(self.n_seen, self.n + 1)
         likely = self._at_most(self.n_seen, numbers) >= DELTA
         return int(numbers[likely][-1])
 
     @property
     def least(self) -> int:
-        """Smallest K with P[Bin(K, f) >= k] >= 5 %."""
+        """Lower bound of the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
         numbers = np.arange(self.n_seen, self.n + 1)
-        likely = 1 - self._at_most(self.n_seen - 1, numbers) >= DELTA
+        at_least = 1 - self._at_most(self.n_seen - 1, numbers)  # P[X >= k] = 1 - P[X <= k - 1]
+        likely = at_least >= DELTA
+        # Even K = n makes so many seen copies unlikely where k is much larger than f n.
         if not likely.any():
             return self.n
         return int(numbers[likely][0])
 
-    def _at_most(self, n_seen: int, numbers: Ints) -> Floats:
-        """Probability P[Bin(K, f) <= k] for every K in ``numbers``."""
+    def _at_most(self, limit: int, numbers: Ints) -> Floats:
+        """Probability P[Bin(K, f) <= limit] for every K in ``numbers``."""
         # The sample is drawn without replacement, so the number varies a little less than a
         # binomial one. The bounds are therefore conservative.
-        if n_seen < 0:
+        if limit < 0:
             return np.zeros(len(numbers))
-        return tail(np.full(len(numbers), n_seen), numbers, self.share)
+        return tail(np.full(len(numbers), limit), numbers, self.share)
 
     def in_words(self, cosine: float) -> str:
         """Text on the number of copies, with a bound if the sample is not the whole fit."""

@@ -224,17 +224,18 @@ def _predictors() -> list[dict[str, Any]]:
 
 
 def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
-    needs = "no"
-    if cls.needs_labels and cls.needs_fit:
-        needs = "yes"
-    elif cls.needs_fit:
-        needs = "images"
+    if not cls.needs_fit:
+        needs_labels = "no"
+    elif cls.needs_labels:
+        needs_labels = "yes"
+    else:
+        needs_labels = "images"  # it is fitted on images without labels
     classes = "any"
     if cls.closed_set:
         classes = "those of training"
     return {
         "name": name,
-        "needs labels": needs,
+        "needs labels": needs_labels,
         "uses unlabelled": _yes_or_no(cls.uses_unlabelled),
         "needs columns": list(cls.columns),
         "uses columns": list(cls.optional_columns),

@@ -327,7 +327,7 @@ def _require_known(
 def _labels_inside(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
 ) -> list[int]:
-    """Return the labels of the classes whose folder and prompt name are not in ``outside``."""
+    """Return the labels of the classes that ``outside`` names neither by folder nor by prompt."""
     labels = []
     for label, names in enumerate(zip(folders, prompts, strict=True)):
         if set(outside).isdisjoint(names):

@@ -46,17 +46,21 @@ class TwoModels(Taken):
         second: The source ``second``.
 
     Raises:
-        UsageError: If a source has captions: pools of two models cannot be matched row by row.
+        UsageError: If a source has captions. Each model has its own pools of captions, so the rows
+            of the two models do not correspond.
         DataError: If the candidates or their order differ, if rows of the first source are missing
-            in the second, or if the sources have no common kind of identity.
+            in the second, or if rows can be matched neither by their pictures nor by their names.
 
     Examples:
         >>> import numpy as np, torch, vilu
         >>> large = vilu.Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
-        >>> rows = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
-        >>> # embeddings of another width, with the rows in another order
-        >>> small = vilu.Embeddings(rows, rows, logit_scale=1.0, ids=["c", "b", "a"])
-        >>> vilu.TwoModels(large, small).column("second_image", torch.tensor([1, 2])).tolist()
+        >>> images = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
+        >>> candidates = images
+        >>> # embeddings of another width, with the images in another order
+        >>> small = vilu.Embeddings(images, candidates, ids=["c", "b", "a"])
+        >>> both = vilu.TwoModels(large, small)
+        >>> # embeddings of "b" and "c" by the small model
+        >>> both.column("second_image", torch.tensor([1, 2])).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
 
@@ -67,8 +71,8 @@ class TwoModels(Taken):
     def __init__(self, first: EmbeddingSource, second: EmbeddingSource) -> None:
         if first.pool_size is not None or second.pool_size is not None:
             raise UsageError(
-                "a second model is for classes: image-caption pairs are matched in pools of one "
-                "model."
+                "a second model works only with sources that have classes. Image-caption pairs "
+                "have their candidates in pools, and each model has pools of its own."
             )
         _require_same_candidates(first, second)
         all_rows = torch.arange(len(first), device="cpu")

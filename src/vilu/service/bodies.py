@@ -81,12 +81,16 @@ class RunnerUpOut(BaseModel):
 class AnswerOut(BaseModel):
     """The answer about one image; see ``vilu.Answer``."""
 
-    row: Annotated[str, Field(description="Id of the row, for /v1/labels.")]
+    row: Annotated[
+        str, Field(description="Id of this answer. Send it to /v1/labels with the label.")
+    ]
     label: str | None
     failure_probability: float | None
     uncertainty: float | None
     decision: str | None
-    reason: str | None
+    reason: Annotated[
+        str | None, Field(description="Why the answer is not accepted; null if it is.")
+    ]
     runners_up: list[RunnerUpOut]
     zero_shot: Annotated[
         str | None, Field(description="The zero-shot answer if it differs from the label.")
@@ -99,7 +103,7 @@ class AnswersOut(BaseModel):
 
     request_id: str
     guarantee: Annotated[
-        str, Field(description='"holds", "void", or "none" if the predictor has no guarantee.')
+        str, Field(description='"holds" or "void"; "none" if the predictor has no guarantee.')
     ]
     answers: list[AnswerOut]
 

@@ -43,7 +43,7 @@ class Setup:
 
     @property
     def predictors(self) -> dict[str, Path]:
-        """Folders of the predictors, under the keys "first" and, if there is a second one, "second"."""
+        """Folders of the predictors, under the keys "first" and perhaps "second"."""
         folders = {"first": self.predictor}
         if self.second is not None:
             folders["second"] = self.second

@@ -230,16 +230,17 @@ class Ledger(ABC, Generic[P, R]):
             for name in (RECEIPTS, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            # run.json is removed last: as long as it exists, an interrupted removal can be
-            # repeated. Files without a run.json are refused.
-            for name in (*self.documents[1:], RUN):
+            # run.json is removed last. A folder with other files and no run.json is refused, so
+            # that an interrupted removal could not be repeated.
+            documents = [name for name in self.documents if name != RUN]
+            for name in (*documents, RUN):
                 (self.root / name).unlink(missing_ok=True)
 
     @abstractmethod
     def stated_and_planned(
         self, part: P, receipt: R
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return the facts about a part in its receipt, and the same facts as the run plans them.
+        """Return what the receipt states about a part, and what the run planned for it.
 
         The two tuples are equal if the receipt belongs to this part.
         """
@@ -253,7 +254,7 @@ class Ledger(ABC, Generic[P, R]):
         """
         path = self.root / part.receipt
         receipt = read_document(path, self._kind)
-        # A receipt copied from another folder can be intact, but its rows have other inputs.
+        # An intact receipt may still come from another folder, so from a run with other inputs.
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "

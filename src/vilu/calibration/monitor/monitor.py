@@ -312,6 +312,7 @@ class Monitor:
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
             >>> rule = vilu.calibrate(calibration, max_risk=0.05)
             >>> monitor = vilu.Monitor(calibration, rule)
+            >>> # -1: the failure is not known
             >>> _ = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     monitor.save(f"{folder}/state.parquet")
@@ -328,12 +329,15 @@ class Monitor:
             tables.append(
                 pa.table({"test": [name] * len(counts), "value": values, "count": counts})
             )
-        # so that the columns exist even if there is no test
+        # so that the columns "value" and "count" exist even if there is no test
         empty = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         tables.append(pa.table(empty))
+        # The hashes of rows and labels that were seen are in the same table. For them, the column
+        # "test" names the kind of hash.
         for kind, seen in ((ROWS_SEEN, self.monitored), (LABELS_SEEN, self.labelled)):
             test = pa.array([kind] * len(seen), pa.string())
             tables.append(pa.table({"test": test, "row": seen.hashes()}))
+        # with this option, a column that a table lacks is filled with null
         whole = pa.concat_tables(tables, promote_options="default")
         columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
