@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vilu.calibration.procedure import calibrate_predictor as calibrate_predictor
     from vilu.calibration.rules import Rule as Rule
     from vilu.calibration.rules import calibrate as calibrate
+    from vilu.calibration.selective import Selective as Selective
     from vilu.calibration.target import Target as Target
     from vilu.datasets.catalog import open_dataset as open_dataset
     from vilu.embeddings.memory import Embeddings as Embeddings
@@ -68,6 +69,7 @@ _NAMES = {
     "vilu.datasets.catalog": "open_dataset",
     "vilu.calibration.target": "Target",
     "vilu.calibration.rules": "Rule calibrate",
+    "vilu.calibration.selective": "Selective",
     "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",
     "vilu.calibration.procedure": "calibrate_predictor",

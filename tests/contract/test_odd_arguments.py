@@ -106,6 +106,12 @@ def calls_of(folder: Path) -> dict[str, Call]:
             name: (f, {a: metric[a] for a in inspect.signature(f).parameters})
             for name, f in functions.items()
         },
+        "Selective": (vilu.Selective, {"predictor": mcm, "answer": "zero_shot"}),
+        "Selective.fit": (
+            vilu.Selective(vilu.MCM()).fit,
+            {"train": train, "validation": test},
+        ),
+        "split": (test.split, {"fit": 0.4, "calibration": 0.3, "test": 0.3, "seed": 0}),
         "Guard": (vilu.Guard, {**guard, "backbone": model, "vectors_only": False}),
         "fit": (mcm.fit, {"train": train, "validation": test}),
         "fit with labels": (

@@ -127,7 +127,7 @@ def test_a_share_needs_embeddings(tmp_path: Path) -> None:
     config = write(tmp_path, PHOTOS)
     done = run(config, "-o", tmp_path / "out", "--shard", "1/2", code=2)
     assert (
-        "2 sets are not, the first is clothing (test). Make them all with --embed-only"
+        "2 sets are missing, the first is clothing (test). Make them all once, with --embed-only"
         in done.stderr
     )
 

@@ -171,7 +171,7 @@ def test_a_second_run_of_everything_changes_nothing(work: Path) -> None:
         (("fit", "emb", "-o", "p", "--pool-size", "4096"), 3, "94"),
         (("fit", "emb", "emb", "-o", "p"), 2, "as captions with --pseudo"),
         (("fit", "emb", "-o", "p", "--pool-size", "8", "--shots", "2"), 2, "have no classes"),
-        (("fit", "emb", "-o", "p", "--logit-scale", "100"), 2, "knows the logit scale"),
+        (("fit", "emb", "-o", "p", "--logit-scale", "100"), 2, "has the logit scale of its model"),
         (
             ("fit", "emb", "-o", "p", "--pool-size", "8", "--init", "emb"),
             2,

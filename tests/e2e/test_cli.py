@@ -386,7 +386,7 @@ def test_lists() -> None:
                 "{work}/test",
             ],
             2,
-            "those of vilu_zero as the STORE to fit on",
+            "fit vilu_zero with them as the STORE",
         ),
         (["fit", "{work}/nowhere", "-o", "{work}/x"], 2, "nowhere does not exist"),
         (

@@ -77,11 +77,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(*request.param)
 
 
-def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    """Equal to 1e-5 of the largest entry (sums in another order make small entries relatively
-    worse).
+def close(ours: torch.Tensor, theirs: np.ndarray, scale: float | None = None) -> None:
+    """Equal to 1e-5 of the scale, by default of the largest entry.
+
+    Sums in another order make small entries relatively worse.
     """
-    scale = float(np.abs(theirs).max())
+    if scale is None:
+        scale = float(np.abs(theirs).max())
     np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=RTOL, atol=RTOL * scale)
 
 
@@ -126,4 +128,11 @@ def test_gradients_of_the_weighted_bce(case: Case) -> None:
     for ours, theirs in case.names.items():
         gradient = gradients[ours].grad
         assert gradient is not None
-        close(case.sign(ours) * gradient, case(f"grad/{theirs}"))
+        golden = case(f"grad/{theirs}")
+        scale = float(np.abs(golden).max())
+        if ours == "attention.image":
+            # The gradient of a softmax is a difference: p_j (g_j - sum_i p_i g_i). It vanishes
+            # where every p is 0 or 1. Then float32 leaves the rounding of the g, whose sum is the
+            # gradient of the texts.
+            scale = max(scale, float(np.abs(case("grad/in_proj_t.weight")).max()))
+        close(case.sign(ours) * gradient, golden, scale)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import compress
-from typing import ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +28,11 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.columns import ANSWER, HOW, OF_ROWS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.validation import checked, require_mask
+
+if TYPE_CHECKING:
+    from vilu.embeddings.split import SplitParts
 
 HASHED_ROWS = 2**14  # number of rows whose embeddings are hashed together
 SAME_TEXT = 0.999
@@ -610,6 +613,45 @@ class EmbeddingSource(ABC):
         if not is_left_out.any():
             return self
         return self.take(np.flatnonzero(~is_left_out))
+
+    def split(
+        self, fit: float, calibration: float = 0.0, test: float = 0.0, *, seed: int = 0
+    ) -> SplitParts[EmbeddingSource]:
+        """Divide the rows into rows to fit on, to calibrate on and to test on.
+
+        Rows of one picture are in one part. Every part has its share of every class, up to one
+        picture. Rows beyond the sum of the shares are in no part. A part of share 0 is empty.
+
+        Args:
+            fit: Share of the rows to fit on, from 0 to 1.
+            calibration: Share of the rows to calibrate on.
+            test: Share of the rows to test on.
+            seed: Seed of the division.
+
+        Raises:
+            UsageError: If a share is not from 0 to 1, the shares add up to more than 1, or the
+                source has captions: their pools would change.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(10), np.eye(10)[:2], [0, 1] * 5)
+            >>> parts = data.split(fit=0.6, test=0.4)
+            >>> len(parts.fit), len(parts.calibration), len(parts.test)
+            (6, 0, 4)
+        """
+        from vilu.embeddings.split import SplitParts, part_of_rows, require_shares
+
+        shares = (fit, calibration, test)
+        require_shares(shares)
+        if self.pool_size is not None:
+            raise UsageError(
+                "captions cannot be split row by row, since their pools would change. Make one "
+                "source for each part."
+            )
+        stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
+        part = part_of_rows(self.picture_identities(), stratum, shares, seed)
+        first, second, third = (self.take(np.flatnonzero(part == k)) for k in range(3))
+        return SplitParts(first, second, third)
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The row indices in a random order, for one pass of training.

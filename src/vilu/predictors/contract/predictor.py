@@ -429,7 +429,7 @@ class FailurePredictor(ABC):
         """
         if self.needs_fit:
             parameters.check_parameters(self)
-        self._check_answer()
+        self.check_answer()
         columns = (*self.columns_to_fit(train), *self.answer_columns)
         self._check_source(train, columns)
         if unlabelled is not None:
@@ -761,7 +761,7 @@ class FailurePredictor(ABC):
                     f"Make it with `{HOW[column]}`{or_import}."
                 )
 
-    def _check_answer(self) -> None:
+    def check_answer(self) -> None:
         """Refuse adapted answers of a method that has no posterior."""
         if self.answer == "adapted" and not self.has_posterior:
             raise self._without_posterior()
@@ -778,7 +778,7 @@ class FailurePredictor(ABC):
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         parameters.check_parameters(self)
-        self._check_answer()
+        self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
         if self.space_ is None:

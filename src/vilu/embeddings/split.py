@@ -1,0 +1,68 @@
+"""Rows divided into parts that share no picture and have the same classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.errors import UsageError
+
+Rows = TypeVar("Rows")
+
+ROUNDING = 1e-9
+"""Shares may add up to so much more than 1."""
+
+
+class SplitParts(NamedTuple, Generic[Rows]):
+    """The parts of a source: rows to fit on, rows to calibrate on, and rows to test on."""
+
+    fit: Rows
+    calibration: Rows
+    test: Rows
+
+
+def require_shares(shares: Sequence[float]) -> None:
+    """Raise UsageError if shares are not from 0 to 1, or add up to more than 1."""
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise UsageError(f"the share of a part must be from 0 to 1. Got {share}.")
+    total = sum(shares)
+    if total > 1 + ROUNDING:
+        raise UsageError(f"the shares of the parts must add up to at most 1. Got {total:g}.")
+
+
+def part_of_rows(
+    picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
+) -> NDArray[np.int64]:
+    """Number (N,) of the part of every row; a row that is in no part has the number of parts.
+
+    Rows of one picture are in one part. Pictures of one stratum are shuffled. With m pictures and a
+    random offset o in [0, 1), picture i is at the quantile (i + o) / m, and the cumulative shares
+    are the borders of the parts. So every part gets its share of every stratum up to one picture,
+    and exactly its share on average, however few pictures a stratum has.
+
+    Args:
+        picture: (N,) identities of the pictures; -1: the row is a picture of its own.
+        stratum: (N,) classes of the rows. A picture is in the stratum of its first row.
+        shares: Shares of the parts.
+        seed: Seed of the division.
+    """
+    rng = np.random.default_rng(seed)
+    identity = picture.copy()
+    is_alone = identity < 0
+    identity[is_alone] = identity.max(initial=-1) + 1 + np.arange(np.count_nonzero(is_alone))
+    _, first, of_row = np.unique(identity, return_index=True, return_inverse=True)
+    borders = np.array(list(accumulate(shares)))
+    part = np.empty(len(first), np.int64)
+    for value in np.unique(stratum[first]):
+        members = rng.permutation(np.flatnonzero(stratum[first] == value))
+        quantile = (np.arange(len(members)) + rng.random()) / len(members)
+        part[members] = np.searchsorted(borders - ROUNDING, quantile, side="right")
+    if sum(shares) >= 1 - ROUNDING:
+        last_with_rows = int(np.flatnonzero(np.asarray(shares) > 0)[-1])
+        part = np.minimum(part, last_with_rows)
+    return part[of_row]

@@ -1,0 +1,103 @@
+"""A predictor and its calibration as one object, and as the folder that the commands use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.command import run
+from tests.conftest import toy_embeddings
+from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.split import SplitParts
+from vilu.errors import DataError, InfeasibleError, NotFittedError, UsageError
+from vilu.predictors.persistence.storage import load
+
+
+@pytest.fixture(scope="module")
+def parts() -> SplitParts[EmbeddingSource]:
+    return toy_embeddings(1500, seed=4).split(fit=0.4, calibration=0.4, test=0.2)
+
+
+def fitted(train: EmbeddingSource, answer: str = "adapted") -> vilu.Selective:
+    return vilu.Selective(vilu.PREDICTORS["linear_probe"](), answer=answer).fit(train)
+
+
+def test_the_accepted_answers_are_those_of_the_command(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, test = parts
+    model = fitted(train).calibrate(calibration, max_risk=0.2)
+    predictor = fitted(train).predictor
+    predictor.save(tmp_path / "p")
+    by_hand = vilu.calibrate_predictor(tmp_path / "p", calibration, vilu.Target(max_risk=0.2))
+    assert model.calibration.rule == by_hand.rule
+    expected = vilu.score(load(tmp_path / "p"), test, calibration=by_hand)
+    outcomes = model.predict(test)
+    assert outcomes.decision == expected.decision
+    assert np.array_equal(outcomes.failure_probability, expected.failure_probability)
+    assert outcomes.answer == "adapted"
+
+
+def test_saved_and_loaded_it_decides_the_same(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, test = parts
+    model = fitted(train).calibrate(calibration, max_risk=0.2)
+    model.save(tmp_path / "model")
+    again = vilu.Selective.load(tmp_path / "model")
+    assert again.predict(test).decision == model.predict(test).decision
+    assert again.calibration == model.calibration
+    again.save(tmp_path / "copy")
+    for name in ("predictor.json", "weights.safetensors", "risk.json", "calibration.parquet"):
+        first, second = (tmp_path / folder / name for folder in ("model", "copy"))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_the_command_line_takes_the_folder(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, _ = parts
+    fitted(train).calibrate(calibration, max_risk=0.2).save(tmp_path / "model")
+    assert "calibrated" in run("inspect", tmp_path / "model").stdout
+
+
+def test_looks_at_the_same_rows_are_counted(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, _ = parts
+    model = fitted(train)
+    for risk in (0.3, 0.25, 0.2):
+        model.calibrate(calibration, max_risk=risk)
+    assert model.calibration.looks == 3
+    model.save(tmp_path / "model")
+    again = vilu.Selective.load(tmp_path / "model").calibrate(calibration, max_risk=0.22)
+    assert again.calibration.looks == 4
+
+
+def test_a_new_fit_drops_the_calibration(parts: tuple) -> None:
+    train, calibration, test = parts
+    model = fitted(train).calibrate(calibration, max_risk=0.2)
+    model.fit(train)
+    assert "not calibrated" in repr(model)
+    with pytest.raises(UsageError, match="call calibrate on labelled rows"):
+        model.predict(test)
+
+
+def test_a_fitted_predictor_is_kept(parts: tuple) -> None:
+    train, calibration, _ = parts
+    predictor = vilu.PREDICTORS["linear_probe"]().fit(train)
+    model = vilu.Selective(predictor).calibrate(calibration, max_risk=0.3)
+    assert model.calibration.rows.answer == "zero_shot"
+    assert "with confidence" in repr(model)
+
+
+def test_what_is_missing_is_said(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, _ = parts
+    unfitted = vilu.Selective(vilu.PREDICTORS["linear_probe"]())
+    with pytest.raises(NotFittedError, match="Call fit first"):
+        unfitted.calibrate(calibration, max_risk=0.1)
+    with pytest.raises(UsageError, match="a target or max_risk"):
+        fitted(train).calibrate(calibration)
+    with pytest.raises(UsageError, match="mcm has no posterior"):
+        vilu.Selective(vilu.MCM(), answer="adapted")
+    with pytest.raises(UsageError, match="not calibrated"):
+        fitted(train).save(tmp_path / "model")
+    with pytest.raises(InfeasibleError, match="cannot be guaranteed"):
+        fitted(train).calibrate(calibration.take(range(20)), max_risk=0.01)
+    with pytest.raises(DataError, match="were used to fit"):
+        fitted(train).calibrate(train, max_risk=0.2)
