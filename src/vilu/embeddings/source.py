@@ -614,6 +614,7 @@ class EmbeddingSource(ABC):
             return self
         return self.take(np.flatnonzero(~is_left_out))
 
+    @checked
     def split(
         self, fit: float, calibration: float = 0.0, test: float = 0.0, *, seed: int = 0
     ) -> SplitParts[EmbeddingSource]:
