@@ -87,7 +87,8 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
         batch.image @ query.T, text @ key.T, text @ value.T, scale=scale
     )
     # float32 sums of 16 products of order one, in another order.
-    assert torch.allclose(module(batch.image, text, batch.logit_scale), expected, atol=2e-6)
+    ours = module(batch.image, text, batch.logit_scale, torch.eye(16))
+    assert torch.allclose(ours, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("k", [3, 200])
@@ -106,7 +107,8 @@ def test_head_is_the_mlp_of_the_concatenation(
     )
     parts = [batch.image]
     if head.attention is not None:
-        parts.append(head.attention(batch.image, batch.text, 20.0))
+        whole = torch.eye(batch.text.shape[1])
+        parts.append(head.attention(batch.image, batch.text, 20.0, whole))
     if caption:
         parts.append(batch.text[batch.prediction])
     if mcm:
@@ -127,7 +129,8 @@ def test_head_is_the_mlp_of_the_concatenation(
 
 def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
     batch = first_batch()
-    attended = ATTENTION["official"](16)(batch.image, batch.text, batch.logit_scale)
+    official = ATTENTION["official"](16)
+    attended = official(batch.image, batch.text, batch.logit_scale, torch.eye(16))
     assert torch.allclose(attended, batch.logits.softmax(1) @ batch.text, atol=1e-6)
 
 

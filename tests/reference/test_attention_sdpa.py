@@ -17,6 +17,8 @@ from vilu.predictors.nn import head as attention
 from vilu.predictors.nn.head import ATTENTION, CrossAttention, FailureHead
 
 D, H, SCALE = 32, 24, 20.0
+AFTER = unit(7, D, 5)
+"""Weights of the layer that takes the average."""
 
 
 @pytest.fixture(params=list(ATTENTION))
@@ -43,7 +45,7 @@ def matrices(module: CrossAttention) -> tuple[list[Tensor], float]:
 
 def run(module: CrossAttention, image: Tensor, text: Tensor, towards: Tensor) -> list[Tensor]:
     """Result and gradients of the module's matrices."""
-    out = module(image, text, SCALE)
+    out = module(image, text, SCALE, AFTER)
     return [out.detach(), *torch.autograd.grad(out, [*module.parameters()], towards)]
 
 
@@ -60,10 +62,10 @@ def close(found: list[Tensor], expected: list[Tensor]) -> bool:
 def test_both_forms_are_the_dense_one(module: CrossAttention, b: int, k: int) -> None:
     """With fewer and with more texts than rows; the gradients too."""
     text = unit(k, D, 0)
-    image, towards = noisy(text, b), torch.randn(b, D)
+    image, towards = noisy(text, b), torch.randn(b, len(AFTER))
     (query, key, value), scale = matrices(module)
     weights = torch.softmax(scale * (image.double() @ query.T) @ (text.double() @ key.T).T, dim=1)
-    out = weights @ (text.double() @ value.T)
+    out = weights @ (text.double() @ value.T) @ AFTER.double().T
     leaves = [query, key] if key is value else [query, key, value]
     if (
         b * k == 1
@@ -113,6 +115,6 @@ def test_autocast_leaves_the_attention_alone() -> None:
     """In float32: logits of 20 in bfloat16 would be off by 20 roundings of 2^-8."""
     text = unit(300, D, 0)
     image, module = noisy(text, 300), ATTENTION["official"](D)
-    exact = module(image, text, SCALE)
+    exact = module(image, text, SCALE, AFTER)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module(image, text, SCALE), exact)
+        assert torch.equal(module(image, text, SCALE, AFTER), exact)
