@@ -128,7 +128,7 @@ def test_other_candidates_are_refused() -> None:
 
 def test_captions_are_refused() -> None:
     pairs = Embeddings.pairs(np.eye(4), np.eye(4), 2)
-    with pytest.raises(UsageError, match="pools of one model"):
+    with pytest.raises(UsageError, match="works only with sources that have classes"):
         TwoModels(model([0, 1], 6, 1), pairs)
 
 
