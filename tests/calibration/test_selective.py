@@ -58,6 +58,24 @@ def test_the_command_line_takes_the_folder(tmp_path: Path, parts: tuple) -> None
     assert "calibrated" in run("inspect", tmp_path / "model").stdout
 
 
+def test_a_part_of_a_store_is_enough_for_a_guard(tmp_path: Path) -> None:
+    data = toy_embeddings(900, seed=6)
+    np.savez(
+        tmp_path / "a.npz",
+        image=data.image,
+        text=data.text,
+        target=data.target,
+        class_names=list(data.class_names),
+    )
+    store = vilu.import_arrays(tmp_path / "a.npz", tmp_path / "store", logit_scale=20, logit_bias=0)
+    parts = store.split(fit=0.5, calibration=0.5)
+    fitted(parts.fit).calibrate(parts.calibration, max_risk=0.3).save(tmp_path / "model")
+    guard = vilu.Guard(tmp_path / "model", vectors_only=True)
+    answers, _ = guard.answer({guard.arrays[0]: data.image[:3]}, ["a", "b", "c"])
+    assert {answer.label for answer in answers} <= set(store.class_names)
+    assert {answer.decision for answer in answers} <= {"accept", "review"}
+
+
 def test_looks_at_the_same_rows_are_counted(tmp_path: Path, parts: tuple) -> None:
     train, calibration, _ = parts
     model = fitted(train)

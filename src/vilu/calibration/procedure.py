@@ -122,7 +122,6 @@ def _calibrate(
 ) -> Calibration:
     predictor = load(folder)
     predictor.calibrator_ = None
-    dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
     inputs = _inputs(predictor, data, target, names)
     if not overwrite:
         calibration = _made_before(folder, inputs)
@@ -154,7 +153,7 @@ def _calibrate(
         target,
         rule,
         names,
-        dtype=dtype,
+        dtype=data.stored_dtype,
         label_sets=sets,
         inputs=inputs,
         near_copies=tuple(near.tolist()),

@@ -363,6 +363,8 @@ class EmbeddingSource(ABC):
             equal texts were merged into one candidate. None if all texts were different.
         second: Source of a second model that contains the same rows, and possibly more
             (``vilu.embeddings.two_models``). None if there is no second model.
+        stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
+            a store.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -390,6 +392,7 @@ class EmbeddingSource(ABC):
     columns: frozenset[str] = frozenset()
     candidate_of: Tensor | None = None
     second: EmbeddingSource | None = None
+    stored_dtype: str | None = None
     _columns: Mapping[str, Tensor] = {}  # columns that are in memory
 
     def _merge_same(self) -> Tensor | None:
@@ -815,6 +818,7 @@ class Taken(EmbeddingSource):
         self.space = source.space
         self.columns = columns
         self.second = source.second
+        self.stored_dtype = source.stored_dtype
         self.target = source.target[rows]
         self.status = source.status[rows.numpy()]
         self.outside = source.outside[rows]

@@ -295,6 +295,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 "both."
             )
         self.space = self.manifest.space
+        self.stored_dtype = self.manifest.dtype
         self.class_names = self.manifest.names
         self._classes, self.text = read_classes(self.path, self.manifest)
         self._sealed.require_seal(self._classes.hash == self.manifest.classes)
