@@ -52,7 +52,7 @@ def test_no_class_gets_a_guarantee_that_does_not_hold() -> None:
     for _ in range(calibrations):
         at, found = store_draws(rng), set[str]()
         for _ in range(6):
-            for rows in at.lacking_first(40, at.split.answered, RISK):
+            for rows in at.next_calibration_rows(40, at.split.answered, RISK):
                 keys = [str(row) for row in rows]
                 at.book.ask(keys, "calibration", predictor="p")
                 at.book.answer(dict.fromkeys(keys, "any"))
