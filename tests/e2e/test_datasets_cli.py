@@ -84,7 +84,7 @@ def test_embedding_a_data_set_by_name(root: Path, tmp_path: Path) -> None:
     for options, message in (
         (["dtdd", "-o", tmp_path / "x"], "Did you mean 'dtd'"),
         (["dtd", "--split", "tset", "-o", tmp_path / "x"], "Did you mean 'test'"),
-        (["dtd", "--where", "a=b", "-o", tmp_path / "x"], "are of tables"),
+        (["dtd", "--where", "a=b", "-o", tmp_path / "x"], "are for tables"),
     ):
         assert message in run(*embed, *options, code=2).stderr
     assert "Download SUN397.tar.gz" in run(*embed, "sun397", "-o", tmp_path / "x", code=3).stderr
