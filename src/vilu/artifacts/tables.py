@@ -447,6 +447,8 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
     ``is_ours`` says that the footer contains metadata of vilu. If pyarrow finds no metadata in such
     a table, the file is damaged.
     """
+    import pyarrow as pa
+
     text = (table.schema.metadata or {}).get(METADATA_KEY)
     if text is None and not is_ours:
         return {}
@@ -454,8 +456,10 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
         metadata = parse_json(text or b"")
         stated = metadata.pop(SEAL, None)
         right = table_digest(table, metadata)
-    # a flipped bit can change the type of a column, for which pyarrow raises NotImplementedError
-    except (ValueError, NotImplementedError, RecursionError) as error:
+    # The file may be damaged. Metadata that are no JSON are a ValueError, or a RecursionError if
+    # they are nested too deeply. A flipped bit can turn the type of a column into one that pyarrow
+    # cannot hash.
+    except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error

@@ -13,8 +13,10 @@ from typer import Option
 
 from vilu.cli.catalogues import datasets, list_catalogue
 from vilu.cli.console import (
+    RESUMABLE,
     TERMINATED,
     WANTED,
+    WANTED_BY,
     complain,
     make_reporter,
     require_kinds,
@@ -95,7 +97,7 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
         name = name_of(command)
-        require_kinds(name, values, getattr(command, "wanted", WANTED.get(name, {})))
+        require_kinds(name, values, WANTED_BY.get(command.__name__, WANTED.get(name, {})))
         try:
             command(**values)
         except KeyboardInterrupt:
@@ -118,7 +120,7 @@ def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
     """Message of a stopped command: which results are kept, and what running it again would do."""
     name = name_of(command)
     output: Path | None = values.get("output")
-    goes_on = getattr(command, "goes_on", False)
+    goes_on = command.__name__ in RESUMABLE
     if name == "score" and output is not None:
         goes_on = not output.suffix  # no suffix: a folder, which is written in parts
     if goes_on:

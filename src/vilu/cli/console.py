@@ -311,13 +311,21 @@ WANTED: dict[str, dict[str, str]] = {
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
+WANTED_BY: dict[str, Mapping[str, str]] = {}
+"""The same for commands of other packages, by the name of the function; ``wants`` adds to it."""
+
+RESUMABLE: set[str] = set()
+"""Names of the functions of commands that continue their work if they are run again.
+
+``goes_on`` adds to it.
+"""
+
 
 def wants(**kinds: str) -> Callable[[Command], Command]:
     """Decorate a command of another package with the kinds of its inputs, as in ``WANTED``."""
 
     def mark(command: Command) -> Command:
-        # functions accept new attributes, but their type does not declare them
-        command.wanted = kinds  # type: ignore[attr-defined]
+        WANTED_BY[command.__name__] = kinds
         return command
 
     return mark
@@ -325,8 +333,7 @@ def wants(**kinds: str) -> Callable[[Command], Command]:
 
 def goes_on(command: Command) -> Command:
     """Mark a command that continues its work if it is stopped and run again."""
-    # functions accept new attributes, but their type does not declare them
-    command.goes_on = True  # type: ignore[attr-defined]
+    RESUMABLE.add(command.__name__)
     return command
 
 

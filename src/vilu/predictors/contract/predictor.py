@@ -199,7 +199,8 @@ class FailurePredictor(ABC):
         forms = vars(cls).get("_forms", "").split()
         if forms:
             cls.tensors = tuple(form.partition(":")[0] for form in forms)
-        # set here, since the dataclass decorator would otherwise add a __repr__ of its own
+        # Set here, since the dataclass decorator would otherwise add a __repr__ of its own. A class
+        # that defines one keeps it. mypy does not allow to assign a method.
         cls.__repr__ = vars(cls).get("__repr__", parameters.shown)  # type: ignore[method-assign]
 
     get_params = parameters.get_params
@@ -217,8 +218,9 @@ class FailurePredictor(ABC):
 
         The result is returned; the predictor itself is not changed.
         """
-        # ``fit`` does not call this default: ``needs_fit`` is false for a class without ``_learn``
-        raise NotImplementedError(f"{self.name} learns nothing")
+        # Nothing is missing here. Scores of the logits have no fit; a class that has one replaces
+        # this method, and ``fit`` calls it only then (``needs_fit``).
+        raise NotImplementedError(f"{self.name} has nothing to learn: it scores without a fit")
 
     def module(
         self,
