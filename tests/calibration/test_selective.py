@@ -100,6 +100,10 @@ def test_a_fitted_predictor_is_kept(parts: tuple) -> None:
     train, calibration, _ = parts
     predictor = vilu.PREDICTORS["linear_probe"]().fit(train)
     model = vilu.Selective(predictor).calibrate(calibration, max_risk=0.3)
+    assert predictor.calibrator_ is None  # that of the caller stays as it is
+    unfitted = vilu.PREDICTORS["linear_probe"]()
+    vilu.Selective(unfitted).fit(train)
+    assert unfitted.space_ is None
     assert model.calibration.rows.answer == "zero_shot"
     assert "with confidence" in repr(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import weakref
 from pathlib import Path
@@ -32,8 +33,8 @@ class Selective:
     and ``load`` reads one, whichever way it was made.
 
     Args:
-        predictor: The method with its parameters. A fitted one is kept as it is, unless ``answer``
-            is another one.
+        predictor: The method with its parameters, of which a copy is taken. The copy keeps its fit,
+            unless ``answer`` is another one.
         answer: Which answer is judged ("zero_shot", "adapted" or "given"); None: that of the
             predictor.
 
@@ -65,7 +66,7 @@ class Selective:
         if answer is not None and answer != predictor.answer:
             predictor = type(predictor)(**{**predictor.get_params(), "answer": answer})
         predictor.check_answer()
-        self.predictor = predictor
+        self.predictor = copy.copy(predictor)  # a fit must not change the caller's object
         self.calibration: Calibration | None = None
         self._folder: Path | None = None
 
