@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -56,13 +55,13 @@ def part_of_rows(
     is_alone = identity < 0
     identity[is_alone] = identity.max(initial=-1) + 1 + np.arange(np.count_nonzero(is_alone))
     _, first, of_row = np.unique(identity, return_index=True, return_inverse=True)
-    borders = np.array(list(accumulate(shares)))
+    borders = np.cumsum(shares)
     part = np.empty(len(first), np.int64)
     for value in np.unique(stratum[first]):
         members = rng.permutation(np.flatnonzero(stratum[first] == value))
         quantile = (np.arange(len(members)) + rng.random()) / len(members)
         part[members] = np.searchsorted(borders - ROUNDING, quantile, side="right")
-    if sum(shares) >= 1 - ROUNDING:
+    if sum(shares) >= 1 - ROUNDING:  # rounding must leave no row out
         last_with_rows = int(np.flatnonzero(np.asarray(shares) > 0)[-1])
         part = np.minimum(part, last_with_rows)
     return part[of_row]
