@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 from typing import Self
 
 from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.calibration.answer_choice import AnswerChoice, choose_answer
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
@@ -21,6 +22,9 @@ from vilu.predictors.persistence.files import LOOKS, RISK, ROWS, VOCABULARY
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.scoring.score import score
 from vilu.validation import checked
+
+RISK_OF_CHOICE = 0.05
+"""Risk at which kinds of answers are compared if the target names none."""
 
 OF_CALIBRATION = (ROWS, LOOKS, VOCABULARY, RISK)
 """Files of a calibration beside those of its predictor; the last one makes it valid."""
@@ -35,12 +39,14 @@ class Selective:
     Args:
         predictor: The method with its parameters, of which a copy is taken. The copy keeps its fit,
             unless ``answer`` is another one.
-        answer: Which answer is judged ("zero_shot", "adapted" or "given"); None: that of the
-            predictor.
+        answer: Which answer is judged ("zero_shot", "adapted" or "given"). None: ``fit`` and
+            ``calibrate`` choose between zero-shot and adapted answers (``choose_answer``), if the
+            method learns a posterior from labels; otherwise it is that of the predictor.
 
     Attributes:
         predictor: The predictor; after ``calibrate`` with the calibrated probability of failure.
         calibration: The calibration; None before ``calibrate``.
+        choice: The answers that were chosen, and why; None if nothing was to choose.
 
     Raises:
         UsageError: If the answer is "adapted" and the method has no posterior of its own.
@@ -68,6 +74,9 @@ class Selective:
         predictor.check_answer()
         self.predictor = copy.copy(predictor)  # a fit must not change the caller's object
         self.calibration: Calibration | None = None
+        self.choice: AnswerChoice | None = None
+        self._chooses = answer is None and predictor.answer == "zero_shot"
+        self._fitted_on: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self._folder: Path | None = None
 
     def __repr__(self) -> str:
@@ -96,6 +105,8 @@ class Selective:
         """
         self.predictor.fit(train, validation, unlabelled=unlabelled)
         self.calibration = None
+        self.choice = None
+        self._fitted_on = (train, unlabelled) if self._chooses else None
         self._folder = None
         return self
 
@@ -138,6 +149,7 @@ class Selective:
         if (target is None) == (max_risk is None):
             raise UsageError("calibrate takes a target or max_risk, one of the two.")
         goal = Target(max_risk=max_risk) if target is None else target
+        self._choose(goal.max_risk or RISK_OF_CHOICE)
         folder = self._working_folder()
         self.calibration = calibrate_predictor(folder, data, goal, dataset=dataset, split=split)
         self.predictor = load(folder)
@@ -215,6 +227,15 @@ class Selective:
         model.calibration = Calibration.load(folder)
         _copy_calibration(Path(folder), model._working_folder())
         return model
+
+    def _choose(self, max_risk: float) -> None:
+        """Choose which answers the fitted predictor judges, once after every fit."""
+        if self._fitted_on is None:
+            return
+        train, unlabelled = self._fitted_on
+        self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
+        self.predictor = self.predictor.judging(self.choice.answer)
+        self._fitted_on = None  # a second calibration keeps the choice, and the rows can go
 
     def _require_calibrated(self) -> Calibration:
         if self.calibration is None:

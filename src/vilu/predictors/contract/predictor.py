@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from vilu.predictors.contract.coalitions import Coalitions
+    from vilu.predictors.contract.held_out import HeldOut
     from vilu.predictors.contract.labelled import Needs
     from vilu.predictors.contract.probability import Calibrator
     from vilu.predictors.contract.seen import Overlap, Sketches
@@ -64,10 +66,12 @@ class Learnt(NamedTuple):
     Attributes:
         tensors: The tensors to save, on the CPU.
         notes: Notes for people to read, as plain JSON.
+        held_out: Answers about held-out rows, if the method holds out rows in its fit anyway.
     """
 
     tensors: dict[str, Tensor]
     notes: Mapping[str, Any] = MappingProxyType({})
+    held_out: HeldOut | None = None
 
 
 @dataclasses.dataclass
@@ -189,6 +193,9 @@ class FailurePredictor(ABC):
         default=None, init=False, repr=False, compare=False
     )
     sample_: FitSample | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    held_out_: HeldOut | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -372,6 +379,37 @@ class FailurePredictor(ABC):
         with torch.no_grad():
             return batch.judging(self.log_posterior(batch).argmax(dim=1))
 
+    def judging(self, answer: AnswerKind) -> Self:
+        """A copy with the same fit that judges another kind of answers.
+
+        It is not calibrated: a calibration holds for one kind of answers.
+
+        Raises:
+            UsageError: If the answer is "adapted" and the method has no posterior, or if the method
+                learned the failures of its own kind of answers.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), [1, 0] * 10)
+            >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
+            >>> batch = next(data.batches(2))
+            >>> probe.judged(batch).prediction.tolist()  # of the zero-shot answers all are wrong
+            [0, 1]
+            >>> probe.judging("adapted").judged(batch).prediction.tolist()
+            [1, 0]
+        """
+        if answer != self.answer and self.learns_failure:
+            raise UsageError(
+                f"this {self.name} learned the failures of {self.answer} answers. Fit it again "
+                f'with answer="{answer}".'
+            )
+        predictor = copy.copy(self)
+        predictor.answer = answer
+        predictor.check_answer()
+        if answer != self.answer:
+            predictor.calibrator_ = None
+        return predictor
+
     @property
     def answer_columns(self) -> tuple[str, ...]:
         """The column of the given answers, where given answers are judged."""
@@ -478,6 +516,7 @@ class FailurePredictor(ABC):
         self.similarity_ = seen.similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **seen.candidates_of(source), **learnt.notes}
+        self.held_out_ = learnt.held_out
 
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None

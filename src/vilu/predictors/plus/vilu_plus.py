@@ -19,6 +19,7 @@ from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
+from vilu.predictors.contract.held_out import HeldOut, keep_every_class
 from vilu.predictors.contract.labelled import (
     class_texts,
     cross_fitting,
@@ -243,6 +244,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             start = classes.start(class_texts(train), train.source.space.logit_scale)
         experts = None
         rows = None
+        held_out_answers = None
         if kinds:
             # The pool is fitted on rows that its experts were not fitted on. Otherwise the memory
             # would get all the weight, since it contains the labels of its own rows.
@@ -253,8 +255,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             for rows, held_out in folds[:n_folds]:
                 experts = self._fit_experts(rows, kinds, weights, start, experts)
                 parts.extend(log_posteriors(experts, held_out, self.device_))
-            log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+            log_p, target, answer = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
+            if keep_every_class(folds):
+                log_q = pool(torch.from_numpy(log_p), weights).log_softmax(dim=1).numpy()
+                held_out_answers = HeldOut.of_posterior(log_q, answer, target)
         # with a validation set, the last experts were already fitted on all training rows
         if experts is None or rows is not train:
             experts = self._fit_experts(train, kinds, weights, start, experts)
@@ -266,7 +271,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         notes: dict[str, Any] = {"pool": weights.tolist()}
         if classes is not None:
             notes["unlabelled"] = classes.notes
-        return Learnt(tensors, {**notes, **outside.notes})
+        return Learnt(tensors, {**notes, **outside.notes}, held_out_answers)
 
     def _classes(self, train: Rows) -> Classes | None:
         """What rows without labels teach about the classes; None if there are no such rows."""
@@ -436,10 +441,11 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
 def log_posteriors(
     experts: Experts, rows: Rows, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of log probabilities (B, M, K) of M experts and targets (B,), one pair for a batch."""
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For every batch: log probabilities (B, M, K) of M experts, targets (B,), answers (B,)."""
     with torch.no_grad():
         parts = []
         for batch in rows.batches(SCORING_BATCH):
-            parts.append((experts.log_posteriors(batch.to(device)).cpu(), batch.target))
+            log_p = experts.log_posteriors(batch.to(device)).cpu()
+            parts.append((log_p, batch.target, batch.zero_shot.prediction))
         return parts

@@ -1,0 +1,137 @@
+"""Whether a predictor's own answers pay, compared with the zero-shot answers on held-out rows."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vilu.embeddings.rows import SCORING_BATCH, Rows
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import UNKNOWN
+from vilu.metrics.bootstrap import paired_across
+from vilu.metrics.selective import coverage_at_risk, coverage_at_risk_kernel
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.held_out import HeldOut, Judged, keep_every_class
+from vilu.predictors.contract.labelled import cross_fitting, with_failures
+from vilu.predictors.contract.predictor import AnswerKind, FailurePredictor
+from vilu.scoring.score import score
+
+ENOUGH_ROWS = 250
+"""Number of held-out rows with which no further fold is fitted."""
+
+CONFIDENCE = 0.8
+"""Confidence of the interval of the difference. It is low, since a missed loss costs as much as a
+missed gain."""
+
+
+class AnswerChoice(NamedTuple):
+    """Which answers are judged, and the reason as a sentence for people."""
+
+    answer: AnswerKind
+    reason: str
+
+
+def choose_answer(
+    predictor: FailurePredictor,
+    train: EmbeddingSource,
+    max_risk: float,
+    *,
+    unlabelled: EmbeddingSource | None = None,
+) -> AnswerChoice:
+    """Choose between the zero-shot answers and the own answers of a fitted predictor.
+
+    Both kinds of answers are judged on labelled rows that were held out. Of each kind, the largest
+    share of rows with at most ``max_risk`` wrong answers counts (coverage at a risk). The own
+    ("adapted") answers are chosen, unless they lose coverage: the 80 % interval of the difference
+    lies below zero (paired bootstrap over rows).
+
+    Held-out rows come from the fit, where it holds out rows anyway. Otherwise copies of the
+    predictor are fitted on folds of the training rows. No comparison is possible if a class has no
+    label in the rest of a fold. Then the adapted answers are chosen.
+
+    Args:
+        predictor: A predictor that was fitted on ``train``.
+        train: The rows of the fit.
+        max_risk: The largest share of wrong answers among the accepted ones.
+        unlabelled: The rows without labels that the fit used.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> from vilu.calibration.answer_choice import choose_answer
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # class 1 begins at 63 degrees
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> probe = vilu.PREDICTORS["linear_probe"]().fit(train)
+        >>> import textwrap
+        >>> print(textwrap.fill(choose_answer(probe, train, max_risk=0.05).reason, 88))
+        adapted answers: of 100 held-out rows 100% could be accepted at 0.05 risk, and 84% with
+        zero-shot answers
+    """
+    if not predictor.has_posterior:
+        return AnswerChoice("zero_shot", f"zero-shot answers: {predictor.name} knows no others")
+    if not predictor.needs_labels:
+        return AnswerChoice("zero_shot", "zero-shot answers: the fit used no labels")
+    held_out = predictor.held_out_ or _cross_fitted(predictor, train, unlabelled)
+    if held_out is None:
+        return AnswerChoice(
+            "adapted",
+            "adapted answers: they were not compared with the zero-shot answers, because that "
+            "needs two labels of every class, one of them in every fold",
+        )
+    return _compared(held_out, max_risk)
+
+
+def _compared(held_out: HeldOut, max_risk: float) -> AnswerChoice:
+    """The choice from both kinds of answers about the held-out rows."""
+    kernel = partial(coverage_at_risk_kernel, risk=max_risk)
+    gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
+    adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
+    zero_shot = coverage_at_risk(*held_out.zero_shot, risk=max_risk)
+    n = len(held_out.adapted.failure)
+    if gain.ci_high < 0:
+        return AnswerChoice(
+            "zero_shot",
+            f"zero-shot answers, since adapted ones do not pay: of {n} held-out rows "
+            f"{zero_shot:.0%} could be accepted at {max_risk:.3g} risk, and {adapted:.0%} with "
+            "adapted answers",
+        )
+    return AnswerChoice(
+        "adapted",
+        f"adapted answers: of {n} held-out rows {adapted:.0%} could be accepted at "
+        f"{max_risk:.3g} risk, and {zero_shot:.0%} with zero-shot answers",
+    )
+
+
+def _cross_fitted(
+    predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
+) -> HeldOut | None:
+    """Answers about held-out rows by copies that are fitted on folds; None if a class is lost."""
+    has_class = train.target.numpy() != UNKNOWN
+    usable = train.usable_rows.numpy()
+    rows = Rows(train, torch.from_numpy(usable[has_class[usable]]))
+    _, failure = with_failures(rows.batches(SCORING_BATCH))
+    folds = cross_fitting(rows, failure, None, seed=0)
+    if not keep_every_class(folds):
+        return None
+    kinds: dict[AnswerKind, list[Outcomes]] = {"zero_shot": [], "adapted": []}
+    n_held_out = 0
+    for fitted_on, held_out in folds:
+        fold_predictor = copy.copy(predictor)
+        fold_predictor.fit(train.take(fitted_on.index), unlabelled=unlabelled)
+        new = train.take(held_out.index)
+        for kind, outcomes in kinds.items():
+            outcomes.append(score(fold_predictor.judging(kind), new))
+        n_held_out += len(held_out.index)
+        if n_held_out >= ENOUGH_ROWS:
+            break
+    return HeldOut(_joined(kinds["zero_shot"]), _joined(kinds["adapted"]))
+
+
+def _joined(parts: list[Outcomes]) -> Judged:
+    uncertainty = np.concatenate([part.uncertainty for part in parts])
+    failure = np.concatenate([part.failure for part in parts])
+    return Judged(uncertainty, failure)

@@ -1,0 +1,57 @@
+"""Answers about labelled rows that were held out of a fit: the zero-shot and the adapted ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vilu.embeddings.rows import Rows
+
+
+class Judged(NamedTuple):
+    """One kind of answers about N rows."""
+
+    uncertainty: NDArray[np.float64]  # (N,)
+    failure: NDArray[np.int64]  # (N,) 1 if the answer is wrong, 0 if it is right
+
+
+class HeldOut(NamedTuple):
+    """Both kinds of answers about the same N held-out rows."""
+
+    zero_shot: Judged
+    adapted: Judged
+
+    @classmethod
+    def of_posterior(
+        cls,
+        log_q: NDArray[np.float64],
+        zero_shot: NDArray[np.int64],
+        target: NDArray[np.int64],
+    ) -> HeldOut:
+        """Both kinds of answers, judged by one posterior: u = 1 - q_a for an answer a.
+
+        Args:
+            log_q: (N, K) log probabilities of the candidates.
+            zero_shot: (N,) zero-shot answers.
+            target: (N,) true candidates.
+        """
+
+        def judged(answer: NDArray[np.int64]) -> Judged:
+            log_q_of_answer = np.take_along_axis(log_q, answer[:, None], axis=1).squeeze(1)
+            return Judged(-np.expm1(log_q_of_answer), (answer != target).astype(np.int64))
+
+        return cls(judged(zero_shot), judged(log_q.argmax(axis=1)))
+
+
+def keep_every_class(folds: list[tuple[Rows, Rows]]) -> bool:
+    """Whether every candidate has a labelled row among the rows to fit on, in every fold."""
+    for fitted_on, _ in folds:
+        source = fitted_on.source
+        labels = source.target[fitted_on.index]
+        n_classes = len(torch.unique(labels[labels >= 0]))
+        if n_classes < source.n_candidates:
+            return False
+    return True
