@@ -187,12 +187,13 @@ class ProbVLM(NetworkPredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
+        >>> new = vilu.Embeddings(new_image, text)
         >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}
         >>> method = vilu.PREDICTORS["probvlm"](uncertainty="cross_modal", **settings)
         >>> (method.fit(train).predict_uncertainty(new) > 0).tolist()  # log-odds
