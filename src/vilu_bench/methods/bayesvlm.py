@@ -263,7 +263,7 @@ class BayesVLM(FailurePredictor):
     loss matches an image with all K candidates, and a text with the images of its chunk. A text
     counts once for each of its images. With captions a chunk is a pool. A class without training
     images adds nothing to the factors. If no other text has a component along its psi, the variance
-    of its logit is that of the prior.
+    of its h is that of the prior.
 
     There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
@@ -295,7 +295,8 @@ class BayesVLM(FailurePredictor):
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
         >>> train = vilu.Embeddings(image, text, target, logit_scale=10.0)
-        >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], text, logit_scale=10.0)
+        >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
+        >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0)
