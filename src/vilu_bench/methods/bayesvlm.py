@@ -317,6 +317,7 @@ class BayesVLM(FailurePredictor):
         "text_projection",
     )
     is_probability: ClassVar[bool] = True
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = (
         "image_inputs:dEE image_outputs:dD image_prior:d "
         "text_inputs:dFF text_outputs:dD text_prior:d on_features:?"

@@ -79,6 +79,7 @@ class DeltaKNN(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND n_right:i classes:fKD"
     needs: ClassVar[Needs] = "failure"
 
@@ -191,6 +192,7 @@ class DeltaMDS(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) per row"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = (
         "right_means:dKD right_counts:iK right_whitener:dDD "
         "wrong_means:dKD wrong_counts:iK wrong_whitener:dDD classes:fKD"

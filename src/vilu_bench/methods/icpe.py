@@ -68,6 +68,7 @@ class ICPE(ClassDensity):
     )
     reference: ClassVar[str] = "ICPE, WACV 2026"
     optional_columns: ClassVar[tuple[str, ...]] = ("features", "image_projection")
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = f"{ClassDensity._forms} on_features:?"
 
     features: bool = True

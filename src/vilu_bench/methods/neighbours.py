@@ -28,6 +28,7 @@ class LabelledBank(ClosedSet):
     """A method that stores training images (the bank) with their classes."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
 
     max_bank: Count = 100_000
@@ -125,6 +126,7 @@ class KNNDistance(FailurePredictor):
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND"
 
     seed: int = 0

@@ -125,7 +125,7 @@ class PVU(NetworkPredictor):
         "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
     )
     reference: ClassVar[str] = "Kirchhof et al., 2024"
-    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP per row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
 
     hidden: Widths = (512, 512)
@@ -253,7 +253,7 @@ class LMN(NetworkPredictor):
         "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
     )
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
-    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP per row"
 
     hidden: Widths = (16,)
     n_logits: Annotated[int, Field(ge=2)] = 16
