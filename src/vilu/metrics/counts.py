@@ -118,18 +118,22 @@ def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
-    """A vector of real numbers as float64, a copy."""
+    """Copy of a vector of real numbers as float64; ``name`` is its name in error messages."""
     return _real(values, name).astype(np.float64)
 
 
 def check_codes(
     values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN
 ) -> NDArray[np.int64]:
-    """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
+    """``values`` (N,) as int64; they must be whole numbers from ``first`` to ``last``.
+
+    If ``last`` is None, there is no upper bound. ``name`` is the name of the values in messages.
+    """
     numbers = real_vector(values, name)
     top = np.inf if last is None else last
-    fits = (numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))
-    bad = np.flatnonzero(~fits)
+    is_in_range = (numbers >= first) & (numbers <= top)
+    is_whole = numbers == np.rint(numbers)
+    bad = np.flatnonzero(~(is_in_range & is_whole))
     if len(bad):
         lowest = f"{UNKNOWN} (unknown)"
         if first != UNKNOWN:

@@ -205,8 +205,11 @@ class Histogram:
 
         NaN if all answers are wrong, or if all answers are correct.
         """
-        pairs = self.n_failures * (self.n - self.n_failures)
-        return float((self.correct * self.wrong).sum()) / pairs if pairs else math.nan
+        n_pairs = self.n_failures * (self.n - self.n_failures)
+        if n_pairs == 0:
+            return math.nan
+        n_tied = float((self.correct * self.wrong).sum())
+        return n_tied / n_pairs
 
     def counts(self) -> TieCounts:
         """Counts per score, from which every metric is computed."""

@@ -120,16 +120,22 @@ class PictureScores:
         n_pictures = len(self.n_alike)
         is_single = np.bincount(self.picture, minlength=n_pictures)[self.picture] == 1
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
-        kind, n_alike = np.unique(key[is_single], return_counts=True)
-        mixed, mixed_index = np.unique(self.picture[~is_single], return_inverse=True)
+        kind, n_of_kind = np.unique(key[is_single], return_counts=True)
+        n_kinds = len(kind)
+        kind_wrong = kind % 2 == 1
         rows_and_group = kind // 2
+        kind_group = rows_and_group % n_scores
+        kind_rows = rows_and_group // n_scores
+        # the pictures with several entries stay, with numbers from ``n_kinds`` on
+        unmerged, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
+        n_of_unmerged = np.ones(len(unmerged), np.int64)
         return PictureScores(
             self.value,
-            picture=np.concatenate([np.arange(len(kind)), len(kind) + mixed_index]),
-            group=np.concatenate([rows_and_group % n_scores, self.group[~is_single]]),
-            wrong=np.concatenate([kind % 2 == 1, self.wrong[~is_single]]),
-            rows=np.concatenate([rows_and_group // n_scores, self.rows[~is_single]]),
-            n_alike=np.concatenate([n_alike, np.ones(len(mixed), np.int64)]),
+            picture=np.concatenate([np.arange(n_kinds), n_kinds + unmerged_index]),
+            group=np.concatenate([kind_group, self.group[~is_single]]),
+            wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
+            rows=np.concatenate([kind_rows, self.rows[~is_single]]),
+            n_alike=np.concatenate([n_of_kind, n_of_unmerged]),
         )
 
     def drawn(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
@@ -201,8 +207,8 @@ def rows_per_independent(picture: Ints | None) -> float:
 
         (sum_p m_p^2) / N
 
-    If every picture has m rows, it is m. If the m_p differ, it is above their mean. If ``picture``
-    is None, every row has a picture of its own, and the number is 1.
+    If every picture has m rows, the number is m. If the m_p differ, the number is above their mean.
+    If ``picture`` is None, every row has a picture of its own, and the number is 1.
 
     Examples:
         >>> import numpy as np

@@ -241,7 +241,9 @@ class CifarDataset:
         names = raw if raw_names else None
         self.classes = class_table(raw, classes, by_position=True, names=names, outside=outside)
         self.class_names: tuple[str, ...] | None = self.classes.names
-        files = [folder / name for part in splits for name in layout.splits[part]]
+        files: list[Path] = []
+        for part in splits:
+            files += [folder / name for name in layout.splits[part]]
         batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
         listing = ListingHash(*raw, *splits)
         self._rows: list[tuple[_Batch, int]] = []

@@ -183,7 +183,8 @@ class SplitLists:
         """Add all entries of a file; an invalid entry is a DataError that names its number."""
         for number, entry in enumerate(entries, start=1):
             try:
-                self.add(split, *parse(entry))
+                path, label = parse(entry)
+                self.add(split, path, label)
             except ValueError as error:
                 refuse(f"{file}, {split} entry {number} (counting from 1)", error)
 
@@ -194,7 +195,7 @@ class SplitLists:
         try:
             for label, name in enumerate(names):
                 lists.name(label, name)
-            lists.names()
+            lists.names()  # raises if there are none
         except ValueError as error:
             refuse(file, error)
         return lists
@@ -206,7 +207,12 @@ class SplitLists:
         return self._labels[name]
 
     def name(self, label: int, name: str) -> None:
-        """Name a class; raises ValueError for an unprintable name, or a name or label in use."""
+        """Name the class of a label.
+
+        Raises:
+            ValueError: If the name is not printable, if the label has another name already, or if
+                the name is that of another label.
+        """
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
         if self._names.setdefault(label, name) != name:

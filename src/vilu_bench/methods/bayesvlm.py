@@ -438,7 +438,7 @@ def last_layers(
     Returns:
         (phi (B, F), g (B, D)) of the image encoder, (psi (K, F), h (K, D)) of the text encoder.
     """
-    if not on_features:
+    if not on_features:  # the last layer is the identity on the embeddings
         return (batch.image, batch.image), (batch.text, batch.text)
     return (
         last_layer(batch, "features", "image_projection", batch.image),

@@ -57,7 +57,7 @@ class DeepEnsemble(ViLU):
     # bounded, because a predictor from an untrusted file could otherwise build heads without end
     members: Annotated[Count, Field(le=1_000)] = 5
 
-    graph = head_graph
+    graph = head_graph  # the score can be exported to ONNX
 
     def coalitions(self) -> Coalitions:
         """Coalitions of the mean probability of failure."""

@@ -61,7 +61,8 @@ class NetworkPredictor(FailurePredictor):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        network = cast("nn.Module", self.module({}, train.source.space))
+        nothing_fitted: dict[str, Tensor] = {}
+        network = cast("nn.Module", self.module(nothing_fitted, train.source.space))
         settings = self._settings(AdamWConfig)
         history = train_adamw(network, self._loss, train, settings, self._default_epochs)
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
@@ -74,7 +75,8 @@ def perceptron(widths: list[int], seed: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
         layers += [linear(n_inputs, n_outputs, generator), nn.LeakyReLU()]
-    return nn.Sequential(*layers[:-1])
+    without_last_activation = layers[:-1]
+    return nn.Sequential(*without_last_activation)
 
 
 MARGIN = 0.1  # margin of the ranking loss of ``PVU``
@@ -289,7 +291,7 @@ class LMN(NetworkPredictor):
         wrong = (1 - self.balance) * (psi + divergence)
         return torch.where(batch.failure == 1, wrong, right).mean()
 
-    graph = own_graph
+    graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
         temperature = float64(self.network(batch)).exp()

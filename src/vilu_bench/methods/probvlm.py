@@ -112,7 +112,8 @@ class ProbabilisticAdapter(nn.Module):
                 y = y * masks[number].to(y.device)
         y = x + self.out(y)
         inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(FLATTEST, SHARPEST)
-        shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * torch.sigmoid(self.shape(y))
+        position = torch.sigmoid(self.shape(y))  # between the lowest and the highest beta
+        shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * position
         return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
 
 
@@ -136,7 +137,8 @@ def dropout_masks(
     An entry is 0 with probability ``rate``, else 1 / (1 - rate).
     """
     draws = torch.rand((2, *size), generator=generator, dtype=torch.float32)
-    first, second = (draws >= rate).float() / (1 - rate)
+    masks = (draws >= rate).float() / (1 - rate)
+    first, second = masks.unbind(dim=0)
     return first, second
 
 
@@ -260,8 +262,9 @@ class PairAdapters(nn.Module):
         """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
         if self.training:
             return self.alignment_loss(batch)
-        score: Tensor = getattr(self, self.settings.uncertainty)(batch)
-        return score
+        compute = getattr(self, self.settings.uncertainty)  # a method has the name of each setting
+        uncertainty: Tensor = compute(batch)
+        return uncertainty
 
     def alignment_loss(self, batch: Batch) -> Tensor:
         """Loss L (B,) of every pair."""

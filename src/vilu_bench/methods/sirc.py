@@ -121,7 +121,7 @@ class SIRC(FailurePredictor):
         norm: Tensor = torch.linalg.vector_norm(outside, dim=-1)
         return -norm
 
-    graph = own_graph
+    graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
         doubt = DOUBT[self.confidence](log_posterior(batch))

@@ -351,7 +351,10 @@ class Config(Section):
         return self.model_copy(update={"methods": self.entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
-        """Whether a setting tests on a data set: a chosen one that is no source, but for unions."""
+        """Whether a setting tests on a data set.
+
+        It must be chosen. Except in a union, it must not be a source of the setting.
+        """
         chosen = self.settings[setting]
         if data in chosen.sources and not isinstance(chosen, Union):
             return False

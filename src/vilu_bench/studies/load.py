@@ -172,9 +172,10 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
 
 def _explain(error: ValidationError) -> str:
     """Text of the first error of pydantic, after the keys that lead to its place in the file."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first, *_ = error.errors(include_url=False, include_context=False)
+    # pydantic marks an invalid key by a step "[key]" after it
     steps = [str(step) for step in first["loc"] if step != "[key]"]
-    if steps[:1] in (["settings"], ["views"], ["claims"]):
+    if steps and steps[0] in {"settings", "views", "claims"}:
         del steps[2:3]  # the kind of the setting, view or claim, which is no key in the file
     reason = first["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
