@@ -1,4 +1,4 @@
-"""What studies use: methods to compare with, known data sets, studies and their commands."""
+"""Studies that compare methods: further methods, known data sets, and the commands on studies."""
 
 from __future__ import annotations
 

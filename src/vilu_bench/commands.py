@@ -200,11 +200,11 @@ def _print_json(studies: list[Rendered]) -> None:
     typer.echo(json.dumps(summaries, indent=2))
 
 
-PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
+PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
 
 
 @wants(store=STORE)
-@partial(reads, without={"pool_size", "second"})
+@partial(reads, without={"pool_size", "second"})  # ``reading`` stands for several flags
 def pools(  # noqa: PLR0913 - one parameter per flag
     store: Data,
     predictors: Annotated[
@@ -231,10 +231,10 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
 
-    by_label = _by_label(predictors)
+    argument_of = _by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
-    pool_sizes = _sizes(sizes)
-    keep = keeping(
+    pool_sizes = _parse_sizes(sizes)
+    save_if_wanted = keeping(
         output,
         "results",
         [store, *folders],
@@ -250,7 +250,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
         return reading.open_in(pools, store)
 
     table = over_pool_sizes(
-        {label: _predictor(name) for label, name in by_label.items()},
+        {label: _predictor(name) for label, name in argument_of.items()},
         open_pairs,
         pool_sizes,
         pools=reading.pools,
@@ -258,12 +258,12 @@ def pools(  # noqa: PLR0913 - one parameter per flag
         dataset=store.name,
         n_resamples=resamples,
     )
-    keep(lambda path, inputs: table.save(path, inputs=inputs))
+    save_if_wanted(lambda path, inputs: table.save(path, inputs=inputs))
     _print_sizes(table, draws, as_json=as_json)
 
 
 def _by_label(predictors: list[str]) -> dict[str, str]:
-    """Folders and methods, by the last part of their paths; the last parts must differ."""
+    """The folders and methods, by the last part of their paths; the last parts must differ."""
     by_label = {Path(name).name: name for name in predictors}
     if len(by_label) < len(predictors):
         raise UsageError(
@@ -299,10 +299,12 @@ def _predictor(name: str) -> FailurePredictor:
 
 
 def _is_folder(name: str) -> bool:
+    """Whether an argument is the path of a folder, rather than the name of a method."""
     return Path(name).name != name or Path(name).is_dir()
 
 
-def _sizes(text: str) -> list[int]:
+def _parse_sizes(text: str) -> list[int]:
+    """The different pool sizes in a text, ascending."""
     sizes = set()
     for word in text.split(","):
         size = _whole_number(word.strip())
@@ -315,7 +317,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _whole_number(word: str) -> int | None:
-    """The number that ASCII digits give; None if the text has any other character."""
+    """The number in a text of ASCII digits; None if the text has any other character."""
     if re.fullmatch("[0-9]+", word) is None:
         return None
     return int(word)

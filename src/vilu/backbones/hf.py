@@ -40,13 +40,14 @@ PIXEL_SETTINGS = (
 )
 """Prefixes of those settings of an image processor that change pixels."""
 
-PROBE = Image.new("RGB", (64, 64))
+PROBE = Image.new("RGB", (64, 64))  # picture for a trial run
 
 
 @dataclass(frozen=True)
 class Towers:
-    """A model of transformers on its device, and its processor (both untyped in transformers)."""
+    """A model of transformers on its device, with its processor."""
 
+    # Any, because transformers has no types for them
     model: Any
     processor: Any
 
@@ -54,7 +55,7 @@ class Towers:
     def text_length(self) -> int:
         """Number of tokens to which every text is padded.
 
-        SigLIP was trained with this padding. It does not change the embeddings of CLIP.
+        SigLIP was trained with this padding. The embeddings of CLIP do not depend on the padding.
         """
         of_tokenizer = self.processor.tokenizer.model_max_length
         of_tower = self.model.config.text_config.max_position_embeddings
@@ -63,7 +64,7 @@ class Towers:
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Inputs of the text tower.
 
-        SigLIP gets no attention mask, because it also reads the padding.
+        SigLIP gets no attention mask, because it was trained to read the padding, too.
         """
         tokens = self.processor(
             text=texts,
@@ -91,7 +92,7 @@ class Towers:
         return self._features("get_image_features", pixel_values=pixels)
 
     def _features(self, tower: str, **inputs: Tensor) -> Tensor:
-        """Embeddings from a tower.
+        """Embeddings from the method ``tower`` of the model.
 
         transformers 4 returns a tensor, transformers 5 an object that contains the tensor.
         """
@@ -107,7 +108,7 @@ class Towers:
     def pixel_settings(self) -> str:
         """Settings that determine the pixels, as JSON.
 
-        They include the class of the image processor, which determines the library that resizes.
+        The class of the image processor is one of them, because it decides which library resizes.
         """
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
@@ -128,8 +129,9 @@ def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towe
     _require_dual_encoder(model, report, name)
     processor = transformers.AutoProcessor.from_pretrained(origin)
     # By default transformers resizes with torchvision, whose pixels differ from those of Pillow by
-    # up to two grey levels. CLIP was trained with Pillow, and open_clip resizes with Pillow.
-    # transformers 4 reads the keyword ``use_fast``, transformers 5 the keyword ``backend``.
+    # up to two grey levels. Here Pillow is used, because CLIP was trained with it, and open_clip
+    # resizes with it. transformers 4 reads the keyword ``use_fast``, transformers 5 the keyword
+    # ``backend``.
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
         origin, backend="pil", use_fast=False
     )

@@ -1,7 +1,7 @@
 """Loading of model weights from a folder or from the model hub.
 
-Libraries print nothing while they load, a missing network causes no waiting, and a model that is
-incomplete or damaged raises an error.
+While a model is loaded, libraries print nothing, and a missing network causes no waiting. A model
+that is incomplete or damaged raises an error.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ UNREADABLE = (
 """Exceptions that other libraries raise when they read damaged or malicious files."""
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
+"""Sentences whose tokens identify a tokenizer."""
 DISTINCT = 5
 """Number of different words and signs in the first probe.
 
-A tokenizer that knows no word gives at most four different tokens: start, unknown, end and padding.
+A tokenizer that knows no word makes at most four different tokens of it: start, unknown, end and
+padding.
 """
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -92,10 +94,10 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 
 
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
-    """Run ``load`` on the local cache of the hub first; if files are missing, with downloads.
+    """Run ``load`` on the local cache of the hub; if files are missing, again with downloads.
 
-    So a cached model loads without network access, and it does not change when the model on the hub
-    changes. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
+    So a cached model loads without network access, and a change of the model on the hub does not
+    change it. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
     do.
     """
     try:
@@ -149,8 +151,8 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
 def _offline_hub() -> AbstractContextManager[None]:
     """Context in which the client of the hub does not use the network.
 
-    The client reads the environment variable HF_HUB_OFFLINE only when it is imported. So its
-    constant is changed.
+    The client reads the environment variable HF_HUB_OFFLINE only when it is imported. Therefore the
+    constant of the client is changed instead of the variable.
     """
     client = import_module("huggingface_hub.constants")
     return setting(client, HF_HUB_OFFLINE=True)

@@ -52,7 +52,7 @@ class Source:
     name: str  # name of the backbone, without local paths
     model: str  # name of the model in open_clip, with a schema such as "hf-hub:" if it has one
     repository: str | None  # repository on the hub; None for a local folder
-    # makes sure that the weights are on this machine; raises OSError if they cannot be fetched
+    # downloads weights that are not on this machine; raises OSError if that fails
     fetch: Callable[[], object]
     tag: str | None = None  # pretraining tag of a model without schema
     # whether the weights need QuickGELU; open_clip only warns if the model does not use it
@@ -75,7 +75,7 @@ def load(
     source = find_source(open_clip, argument)
     network, transform, tokenizer, identity = _load_model(open_clip, source)
     network = network.eval().requires_grad_(requires_grad=False)
-    # hashed before the model is changed, so that the hash is that of the weights on disk
+    # hashed before the model is changed, because the hash is to identify the weights on disk
     weights = tensors_hash(network.state_dict())
     if tanh_gelu:
         use_tanh_gelu(network, source.name)
@@ -115,7 +115,7 @@ def load(
 
 
 def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, Tokenizer, str]:
-    """Network, preprocessing, tokenizer, and identity of the tokenizer."""
+    """Load the network, its preprocessing, its tokenizer, and the identity of the tokenizer."""
 
     def read() -> tuple[Any, Transform, Tokenizer, str]:
         source.fetch()
@@ -145,14 +145,14 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """Whether a tokenizer of open_clip truncates each text.
 
-    The tokenizers do not report it. So every text is tokenized again with room for one more token.
-    If the text fits, its tokens are the same. If it was truncated, the end token is replaced by a
-    word.
+    The tokenizers do not report truncation. So every text is tokenized again with room for one more
+    token. If the text fits, its tokens stay equal. If it was truncated, a token of the text takes
+    the place of the end token.
     """
     length = tokenizer.context_length
     with_more_room = tokenizer(texts, context_length=length + 1)[:, :length]
-    differs = (tokenizer(texts) != with_more_room).any(dim=1)
-    return [bool(is_cut) for is_cut in differs]
+    is_truncated = (tokenizer(texts) != with_more_room).any(dim=1)
+    return [bool(flag) for flag in is_truncated]
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:

@@ -34,15 +34,15 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 NEAR_DUPLICATE = 0.999
 """If the cosine of two candidates is above this number, images can hardly decide between them."""
 BLOCK = 1024
-"""Number of candidates that are compared with all candidates at a time."""
+"""Number of candidates whose cosines with all candidates are in memory at a time."""
 
 
 @cache
 def everyday_words() -> tuple[str, ...]:
-    """About 2,200 everyday words for things in photos.
+    """About 2,200 everyday words for objects in photos.
 
-    They help to detect images of none of the classes. The list was written for vilu and has the MIT
-    licence.
+    The words help to detect images of none of the classes. The list was written for vilu and has
+    the MIT licence.
     """
     text = (
         resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
@@ -71,9 +71,9 @@ def class_texts(
 
 
 def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """As ``class_texts``, but without a warning of nearly equal embeddings.
+    """Embeddings (K, D) as those of ``class_texts``, without a warning of nearly equal rows.
 
-    It is for words that are no candidates, so that similar words do no harm.
+    The function is for words that are no candidates, among which similar words do no harm.
     """
     return functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
 
@@ -84,7 +84,7 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
     _check_templates(templates)
-    # Each name is encoded once: equal names in different batches may be rounded differently.
+    # Each name is encoded once, because equal names may be rounded differently in another batch.
     unique = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(unique, templates)
@@ -119,7 +119,7 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def named_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """Templates, in which the name of a set in ``TEMPLATES`` is replaced by its templates."""
+    """The templates ``names``, where the name of a set in ``TEMPLATES`` stands for all of it."""
     templates: list[str] = []
     for name in names:
         templates += TEMPLATES.get(name, (name,))
@@ -130,9 +130,10 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), BLOCK):
         rows = text[start : start + BLOCK]
-        # only cosines above the diagonal, so that each pair is found once
-        near = (rows @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
-        for i, j in torch.nonzero(near).tolist():
+        cosines = rows @ text[start:].T
+        # only cosines above the diagonal, so that each pair is reported once
+        is_near = cosines.triu(diagonal=1) > NEAR_DUPLICATE
+        for i, j in torch.nonzero(is_near).tolist():
             first = names[start + i]
             second = names[start + j]
             if first != second:  # classes with equal names are the same answer

@@ -6,11 +6,11 @@ model, because the accuracy is not what is compared.
 
 The rows are sorted once. A resample is a vector of counts over the sorted scores, and a metric is
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
-are grouped, so that the time is of order resamples · groups.
+are grouped, and the time is of order resamples · groups.
 
 Rows that show the same picture are not independent. If such rows are known, pictures are resampled
 together with all their rows, in three strata: pictures with only right answers, with only wrong
-answers, and with both. So if every row of a data set is repeated, its interval does not change.
+answers, and with both. So repeating every row of a data set changes no interval.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ class Interval(NamedTuple):
 
     Examples:
         >>> import vilu
-        >>> interval = vilu.metrics.bootstrap_interval(
-        ...     "auroc", [0.1, 0.2, 0.8, 0.9] * 10, [0, 0, 1, 1] * 10
-        ... )
-        >>> interval  # the order is perfect, so it is perfect in every resample
+        >>> uncertainty = [0.1, 0.2, 0.8, 0.9] * 10
+        >>> failure = [0, 0, 1, 1] * 10  # the wrong answers have the largest uncertainties
+        >>> vilu.metrics.bootstrap_interval("auroc", uncertainty, failure)  # 1 in every resample
         Interval(value=1.0, ci_low=1.0, ci_high=1.0)
     """
 
@@ -71,13 +70,15 @@ class Interval(NamedTuple):
 class Difference(NamedTuple):
     """Metric of a minus metric of b, with its percentile interval and p-value.
 
-    The p-value is two-sided, for the hypothesis that there is no difference.
+    The p-value is two-sided, for the hypothesis that there is no difference. Where all n resamples
+    have the same sign, it is 2 / (n + 1).
 
     Examples:
         >>> import vilu
-        >>> failure, right, reverse = [0, 0, 1, 1] * 10, [1, 2, 3, 4] * 10, [4, 3, 2, 1] * 10
-        >>> found = vilu.metrics.paired_bootstrap("auroc", right, reverse, failure, n_resamples=199)
-        >>> found  # all 199 resamples have the same sign, so p is 2 / 200
+        >>> failure = [0, 0, 1, 1] * 10
+        >>> good = [1, 2, 3, 4] * 10  # the wrong answers have the largest uncertainties: AUROC 1
+        >>> bad = [4, 3, 2, 1] * 10  # they have the smallest: AUROC 0
+        >>> vilu.metrics.paired_bootstrap("auroc", good, bad, failure, n_resamples=199)
         Difference(difference=1.0, ci_low=1.0, ci_high=1.0, p_value=0.01)
     """
 
@@ -89,10 +90,11 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number and its bootstrap values.
+    """A number and its values on bootstrap resamples.
 
-    Arithmetic is done on the bootstrap values, too, so every result has an interval. Quantities of
-    the same test rows share their resamples, so the difference between two of them is paired.
+    Arithmetic with quantities also computes the bootstrap values, so every result has an interval.
+    Quantities of the same test rows share their resamples. Therefore the difference between two of
+    them is paired.
     """
 
     value: float  # the number
@@ -106,7 +108,8 @@ class Quantity:
         """
         n_seeds, n_resamples = per_seed.shape
         seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
-        return cls(float(np.mean(values)), np.take_along_axis(per_seed, seeds, axis=0).mean(axis=0))
+        drawn = np.take_along_axis(per_seed, seeds, axis=0)  # S drawn seeds for every resample
+        return cls(float(np.mean(values)), drawn.mean(axis=0))
 
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
@@ -118,10 +121,11 @@ class Quantity:
     @classmethod
     def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
         """Slope of the least-squares line through the n quantities at ``x`` (n,)."""
-        centred = (x - x.mean()) / np.square(x - x.mean()).sum()
+        centred = x - x.mean()
+        weights = centred / np.square(centred).sum()  # their product with the values is the slope
         values = np.array([quantity.value for quantity in quantities])
         draws = np.stack([quantity.draws for quantity in quantities])
-        return cls(float(centred @ values), centred @ draws)
+        return cls(float(weights @ values), weights @ draws)
 
     def __sub__(self, other: Quantity) -> Quantity:
         return Quantity(self.value - other.value, self.draws - other.draws)
@@ -132,7 +136,7 @@ class Quantity:
     def interval(self, confidence: float) -> Interval:
         """Percentile interval: the middle share ``confidence`` of the bootstrap values.
 
-        The interval is extended, if necessary, so that it contains the value.
+        If the value is outside, the interval is extended to the value.
         """
         tail = (1 - confidence) / 2
         low, high = np.quantile(self.draws, [tail, 1 - tail])
@@ -150,7 +154,7 @@ class Quantity:
 
 @runtime_checkable
 class OwnInterval(Protocol):
-    """A kernel with its own interval, because its values on resamples are biased."""
+    """A kernel that computes its own interval, because its values on resamples are biased."""
 
     interval_note: ClassVar[str]
 
@@ -167,8 +171,11 @@ class SortedScores:
     """Scores that are sorted once, so that any choice of rows can be counted fast."""
 
     def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
+        # (G,) distinct scores, ascending, and (N,) the index of every row's score among them
         self.value, self.group = np.unique(uncertainty, return_inverse=True)
-        self.strata = np.flatnonzero(~failure), np.flatnonzero(failure)
+        right_rows = np.flatnonzero(~failure)
+        wrong_rows = np.flatnonzero(failure)
+        self.strata = right_rows, wrong_rows
 
     @property
     def width(self) -> int:
@@ -176,26 +183,27 @@ class SortedScores:
         return len(self.group)
 
     def counts(self, *drawn: Ints) -> TieCounts:
-        """Counts (B, G) of drawn rows: the right rows (B, ·) and the wrong rows (B, ·).
+        """Counts (B, G) of the drawn right rows (B, ·) and the drawn wrong rows (B, ·).
 
         A row that is drawn several times counts several times.
         """
-        correct_rows, wrong_rows = drawn
-        return TieCounts(
-            self.value, correct=self._tally(correct_rows), wrong=self._tally(wrong_rows)
-        )
+        right_rows, wrong_rows = drawn
+        return TieCounts(self.value, correct=self._tally(right_rows), wrong=self._tally(wrong_rows))
 
     def observed(self) -> TieCounts:
         """Counts (1, G) of the sample itself: every row counts once."""
-        return self.counts(*(rows[None] for rows in self.strata))
+        right_rows, wrong_rows = self.strata
+        return self.counts(right_rows[None], wrong_rows[None])
 
     def _tally(self, rows: Ints) -> Ints:
+        """Number (B, G) of the drawn rows (B, ·) that have each score."""
         n_resamples = len(rows)
         n_scores = len(self.value)
-        cells = self.group[rows] + n_scores * np.arange(n_resamples)[:, None]
-        return np.bincount(cells.ravel(), minlength=n_resamples * n_scores).reshape(
-            n_resamples, n_scores
-        )
+        # one call of bincount counts all resamples: resample b has the cells from b * n_scores on
+        first_cell = n_scores * np.arange(n_resamples)[:, None]
+        cells = self.group[rows] + first_cell
+        counts = np.bincount(cells.ravel(), minlength=n_resamples * n_scores)
+        return counts.reshape(n_resamples, n_scores)
 
 
 AnyScores = SortedScores | PictureScores
@@ -215,10 +223,9 @@ def sorted_scores(
 
 
 def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, ...]]:
-    """Yield blocks of B resamples: for every stratum the drawn members (B, N).
+    """Yield blocks of B resamples: a tuple with the drawn members (B, N) of every stratum.
 
-    A stratum has N rows or pictures, of which N are drawn with repetition. The strata of rows are
-    the right rows and the wrong rows.
+    From a stratum of N rows or pictures, N are drawn with repetition (see ``scores.strata``).
     """
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, CELLS // scores.width):
@@ -232,7 +239,10 @@ def block_sizes(n_resamples: int, max_size: int) -> list[int]:
 
 
 def _draw(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
-    return rows[rng.integers(max(1, len(rows)), size=(n_resamples, len(rows)))]
+    """Members (B, N) of a stratum ``rows`` (N,), drawn with repetition."""
+    n = len(rows)
+    positions = rng.integers(max(1, n), size=(n_resamples, n))  # the bound must not be 0
+    return rows[positions]
 
 
 def bootstrap_intervals(
@@ -249,10 +259,11 @@ def bootstrap_intervals(
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
     pair = check_pair(uncertainty, failure)
-    repeated = repeated_pictures(check_pictures(picture, len(pair[0])))
+    repeated = repeated_pictures(check_pictures(picture, int(counts.n)))
     n_units = counts.n if repeated is None else repeated.max() + 1  # rows, or pictures
     if n_units > RESAMPLED_GROUPS:
-        # counts have the same distribution, and their time does not grow with the number of rows
+        # drawn counts have the same distribution as counts of drawn rows, and drawing them takes a
+        # time that does not grow with the number of rows
         if repeated is None:
             return counted_intervals(kernels, counts, n_resamples, confidence, seed)
         return _picture_intervals(kernels, pair, repeated, n_resamples, confidence, seed)
@@ -260,7 +271,7 @@ def bootstrap_intervals(
     intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed, repeated)
     if not remaining:
         return intervals
-    observed = scores.observed()
+    observed = scores.observed()  # as if it were one resample
     draws = resampled(remaining, scores, n_resamples, seed)
     for name, kernel in remaining.items():
         value = float(kernel(observed)[0])
@@ -335,15 +346,18 @@ def _picture_intervals(
     confidence: float,
     seed: int,
 ) -> dict[str, Interval]:
-    """As ``counted_intervals``, but pictures are drawn; ``picture`` (N,) has the picture of a row.
+    """Intervals as those of ``counted_intervals``, from resamples of pictures instead of rows.
 
-    The multinomial distributions are over kinds of equal pictures (``PictureScores.merged``).
+    ``pair`` has the uncertainties (N,) and failures (N,), ``picture`` (N,) the picture number of
+    every row. The multinomial distributions are over kinds of equal pictures (see
+    ``PictureScores.merged``).
     """
     uncertainty, failure = pair
     counts = tie_counts(uncertainty, failure)
     intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
     groups = grouped(counts)
-    group_of_row = group_indices(counts)[np.searchsorted(counts.value, uncertainty)]
+    score_of_row = np.searchsorted(counts.value, uncertainty)
+    group_of_row = group_indices(counts)[score_of_row]
     scores = PictureScores.of(groups.value, group_of_row, failure, picture).merged()
     # A score has up to two entries, one of right rows and one of wrong rows. So half the number of
     # entries is comparable with the number of scores, which ``counted_intervals`` uses.
@@ -369,10 +383,12 @@ def _intervals_around(
     for name, kernel in kernels.items():
         value = float(kernel(counts))
         drawn = draws[name]
-        # nearly every metric is between 0 and 1, so the shifted values stay in this range
+        # Nearly every metric is between 0 and 1. The clipped values stay in this range, unless the
+        # value or a drawn value lies outside it.
         lowest = min(drawn.min(), value, 0.0)
         highest = max(drawn.max(), value, 1.0)
-        shifted = drawn + value - float(kernel(groups))
+        value_of_groups = float(kernel(groups))
+        shifted = drawn + value - value_of_groups
         quantity = Quantity(value, np.clip(shifted, lowest, highest))
         intervals[name] = quantity.interval(confidence)
     return intervals
@@ -385,18 +401,21 @@ def grouped(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
     """
     if len(counts.value) <= max_groups:
         return counts
-    starts = np.flatnonzero(np.diff(group_indices(counts, max_groups), prepend=-1))
+    group = group_indices(counts, max_groups)
+    starts = np.flatnonzero(np.diff(group, prepend=-1))  # index of the first score of every group
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
     wrong = np.add.reduceat(counts.wrong, starts)
-    return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
+    sum_of_scores = np.add.reduceat(counts.value * counts.size, starts)
+    return TieCounts(sum_of_scores / size, correct, wrong)
 
 
 def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints:
     """Group index (G,) of every score, from 0 on."""
     if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
-    group = (counts.accepted - counts.size) * max_groups // counts.n
+    n_below = counts.accepted - counts.size  # number of rows with a smaller score
+    group = n_below * max_groups // counts.n  # ascending, but some numbers may be missing
     return np.cumsum(np.diff(group, prepend=group[0]) > 0)
 
 
@@ -418,10 +437,10 @@ def own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """Intervals of the kernels that are ``OwnInterval``, and the remaining kernels.
+    """Intervals of the kernels that are ``OwnInterval``, and the remaining kernels, by name.
 
-    If some pictures have several rows, the interval is that of the effective number of
-    ``independent`` rows.
+    If some pictures have several rows, an interval is computed from the effective counts of
+    independent rows (see ``independent``).
     """
     effective_counts = counts if picture is None else independent(counts, picture)
     intervals: dict[str, Interval] = {}
@@ -459,7 +478,8 @@ def values_of(
         for counts in blocks:
             for name, kernel in kernels.items():
                 values[name].append(kernel(counts))
-            task.advance(len(counts.n))
+            n_in_block = len(counts.n)  # number of resamples
+            task.advance(n_in_block)
     return {name: np.concatenate(per_block) for name, per_block in values.items()}
 
 
@@ -491,23 +511,20 @@ def bootstrap_interval(
         Value, lower end and upper end. All three are NaN if the metric is undefined.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold invalid values (for ECE also
-            values that are no probabilities).
+        DataError: If the vectors are empty, differ in length, or hold invalid values. A metric of
+            probabilities, such as ECE, also refuses values outside [0, 1].
         UsageError: If the metric is unknown or a setting is invalid.
 
     Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
         >>> failure = rng.random(400) < 0.25
-        >>> uncertainty = (
-        ...     rng.normal(size=400) + failure
-        ... )  # wrong answers are one standard deviation more uncertain
-        >>> few, many = (
-        ...     vilu.metrics.bootstrap_interval("auroc", uncertainty[:n], failure[:n])
-        ...     for n in (100, 400)
-        ... )
-        >>> [round(number, 2) for number in few], [round(number, 2) for number in many]
-        ([0.82, 0.7, 0.93], [0.75, 0.7, 0.81])
+        >>> uncertainty = rng.normal(size=400) + failure  # larger by 1 for wrong answers
+        >>> for n in (100, 400):  # more rows give a shorter interval
+        ...     auroc = vilu.metrics.bootstrap_interval("auroc", uncertainty[:n], failure[:n])
+        ...     print(round(auroc.value, 2), round(auroc.ci_low, 2), round(auroc.ci_high, 2))
+        0.82 0.7 0.93
+        0.75 0.7 0.81
     """
     kernels = {"metric": _kernel(metric, failure, uncertainty)}
     return bootstrap_intervals(
@@ -544,17 +561,19 @@ def paired_bootstrap(
     whose difference is at least 0. So p is never 0.
 
     Arguments and errors are as in ``bootstrap_interval``, but with two uncertainties (N,). The
-    result is the metric of a minus the metric of b, its lower and upper end, and the p-value. All
+    result is the metric of a minus the metric of b, the ends of its interval, and the p-value. All
     four are NaN if the metric is undefined.
 
     Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
-        >>> failure, noise = rng.random(400) < 0.25, rng.normal(size=400)
-        >>> good, better = failure + noise, failure + 0.8 * noise
-        >>> found = vilu.metrics.paired_bootstrap("auroc", better, good, failure, n_resamples=199)
-        >>> [round(number, 2) for number in found]  # p is at least 2 / 200
-        [0.05, 0.05, 0.07, 0.01]
+        >>> failure = rng.random(400) < 0.25
+        >>> noise = rng.normal(size=400)
+        >>> good = failure + noise
+        >>> better = failure + 0.8 * noise  # less noise gives a higher AUROC
+        >>> test = vilu.metrics.paired_bootstrap("auroc", better, good, failure, n_resamples=199)
+        >>> round(test.difference, 2), round(test.p_value, 2)  # p is at least 2 / 200
+        (0.05, 0.01)
     """
     check_settings(n_resamples, confidence)
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
@@ -563,11 +582,13 @@ def paired_bootstrap(
     repeated = repeated_pictures(check_pictures(picture, len(failures)))
     a = sorted_scores(scores_a, failures, repeated)
     b = sorted_scores(scores_b, failures, repeated)
-    observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
+    difference = kernel(a.observed()) - kernel(b.observed())  # (1,)
+    observed = float(difference[0])
     if np.isnan(observed):
         return Difference(observed, observed, observed, observed)
     blocks = []
-    # a and b have the same strata; the wider one determines the size of a block of resamples
+    # A and b have the same strata, so either can draw the rows. The wider one needs more memory per
+    # resample, and draws smaller blocks.
     wider = b if b.width > a.width else a
     with track("bootstrap", n_resamples, "resamples") as task:
         for rows in resampled_rows(wider, n_resamples, seed):
@@ -598,16 +619,19 @@ def paired_across(
     are drawn without strata. Rows of the same ``picture`` (N,) are drawn together.
     """
     check_settings(n_resamples, confidence)
-    unit = np.arange(len(a[0])) if picture is None else picture
+    uncertainty_a, _ = a
+    # (N,) number of the unit that every row belongs to: a picture, or else the row itself
+    unit = np.arange(len(uncertainty_a)) if picture is None else picture
     n_units = int(unit.max()) + 1
+    equal_shares = np.full(n_units, 1 / n_units)
     sides = [_TiedRows.of(*side) for side in (a, b)]
     observed = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
     rng = np.random.default_rng(seed)
     blocks = []
     with track("bootstrap", n_resamples, "resamples") as task:
         for size in block_sizes(n_resamples, CELLS // len(unit)):
-            drawn = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=size)
-            times_of_row = drawn[:, unit]
+            times_of_unit = rng.multinomial(n_units, equal_shares, size=size)
+            times_of_row = times_of_unit[:, unit]
             value_a, value_b = (kernel(side.counts(times_of_row)) for side in sides)
             blocks.append(value_a - value_b)
             task.advance(size)
@@ -637,6 +661,7 @@ class _TiedRows(NamedTuple):
 
 
 def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
+    """The kernel of a metric, after the uncertainties are checked if they must be probabilities."""
     if not isinstance(metric, str):
         return metric
     chosen = get_metric(metric)

@@ -46,19 +46,19 @@ class Metric:
             all pictures. "within": the same, for pictures of the classes only. "outside": whether
             a picture is of none of the classes. "within" and "outside" are evaluated only if some
             pictures are of none of the classes.
-        across_answers: Whether the metric can also compare different answers to the same rows, as
-            the risk at a coverage can. A metric of ranking alone cannot, because the rows that are
-            wrong differ.
+        across_answers: Whether the metric can also compare different answers to the same rows. The
+            risk at a coverage can, for example. A metric that depends only on the ranking cannot,
+            because different answers are wrong in different rows.
 
     Examples:
         >>> import vilu
         >>> wrong = vilu.metrics.Metric(
         ...     "Wrong", lambda counts: counts.n_wrong / counts.n, "share of wrong answers"
         ... )
-        >>> wrong.show(0.125), wrong.show(0.02, sign="+"), wrong.brackets(0.1, 0.15)
-        ('12.5', '+2.0', '[10.0, 15.0]')
-        >>> vilu.metrics.METRICS["aurc"].convention
-        'mean selective risk, expected over ties'
+        >>> wrong.show(0.125)  # in percent
+        '12.5'
+        >>> wrong.brackets(0.1, 0.15)
+        '[10.0, 15.0]'
     """
 
     title: str
@@ -73,7 +73,7 @@ class Metric:
     across_answers: bool = False
 
     def show(self, value: float, sign: str = "") -> str:
-        """A value as tables show it; with ``sign="+"`` a difference."""
+        """A value as tables show it; ``sign="+"`` also gives a positive value a sign."""
         return f"{100 * value:{sign}.1f}" if self.percent else f"{value:{sign}.3g}"
 
     def brackets(self, low: float, high: float, sign: str = "") -> str:
@@ -81,7 +81,7 @@ class Metric:
         return f"[{self.show(low, sign)}, {self.show(high, sign)}]"
 
 
-def _asked(question: Question, metric: Metric, convention: str) -> Metric:
+def _for_question(question: Question, metric: Metric, convention: str) -> Metric:
     """The same metric for another question."""
     return replace(
         metric, title=f"{metric.title} {question}", convention=convention, question=question
@@ -95,10 +95,14 @@ _RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
 _ENTRIES = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
-    "auroc_within": _asked("within", _AUROC, f"pictures of the classes only, {_AUROC.convention}"),
-    "fpr95_within": _asked("within", _FPR95, f"pictures of the classes only, {_FPR95.convention}"),
-    "auroc_outside": _asked("outside", _AUROC, _OUTSIDE),
-    "fpr95_outside": _asked(
+    "auroc_within": _for_question(
+        "within", _AUROC, f"pictures of the classes only, {_AUROC.convention}"
+    ),
+    "fpr95_within": _for_question(
+        "within", _FPR95, f"pictures of the classes only, {_FPR95.convention}"
+    ),
+    "auroc_outside": _for_question("outside", _AUROC, _OUTSIDE),
+    "fpr95_outside": _for_question(
         "outside", _FPR95, "positive=picture of the classes, TPR 0.95, linear interpolation"
     ),
     "fpr95_failure": Metric(
@@ -224,8 +228,9 @@ def add_metric(metric: Metric) -> None:
             "a metric needs a name of its own, such as Metric(..., name='my_metric'). "
             f"Got {metric.name!r}; taken are: {', '.join(METRICS)}."
         )
-    counts = np.array([[2, 1, 0], [1, 1, 1]])  # two resamples of three scores
-    trial = TieCounts(np.array([0.0, 0.5, 1.0]), counts, counts[:, ::-1])
+    correct = np.array([[2, 1, 0], [1, 1, 1]])  # two resamples of three scores
+    wrong = correct[:, ::-1]
+    trial = TieCounts(np.array([0.0, 0.5, 1.0]), correct, wrong)
     shape = np.shape(metric.kernel(trial))
     if shape != (2,):
         raise UsageError(
@@ -246,6 +251,6 @@ ADDERS["a vilu.metrics.catalog.Metric"] = _add
 
 
 def but_for(metrics: Iterable[Metric]) -> str:
-    """Text that follows "in percent" and names the metrics that are not shown in percent."""
+    """Text to follow "in percent": ", but for" and the metrics not shown in percent, or ""."""
     not_percent = [metric.title for metric in metrics if not metric.percent]
     return f", but for {', '.join(not_percent)}" if not_percent else ""

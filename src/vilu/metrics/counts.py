@@ -22,8 +22,8 @@ class TieCounts:
     """Numbers of correct and wrong answers at each distinct score, the most trusted score first.
 
     Rows with equal uncertainty are one operating point, so the counts do not depend on the order of
-    the rows. Leading axes are bootstrap resamples. If a resample has no row of a score, its counts
-    of this score are zero, and the score changes no metric.
+    the rows. Leading axes are bootstrap resamples. If a resample has no row with some score, its
+    counts at this score are zero, and the score has no effect on its metrics.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
@@ -76,9 +76,9 @@ class TieCounts:
         )
 
     def towards(self, positive: Positive) -> TieCounts:
-        """Counts in which ``correct`` counts the class ``positive``, its most typical score first.
+        """Counts whose field ``correct`` counts the answers of the class ``positive``.
 
-        They are ``self`` or ``flipped``.
+        They are ``self`` or ``flipped``. The score that is most typical of the class comes first.
         """
         return self if positive == "correct" else self.flipped
 
@@ -118,18 +118,22 @@ def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
-    """A vector of real numbers as float64, a copy."""
+    """Copy of a vector of real numbers as float64; ``name`` is its name in error messages."""
     return _real(values, name).astype(np.float64)
 
 
 def check_codes(
     values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN
 ) -> NDArray[np.int64]:
-    """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
+    """``values`` (N,) as int64; they must be whole numbers from ``first`` to ``last``.
+
+    If ``last`` is None, there is no upper bound. ``name`` is the name of the values in messages.
+    """
     numbers = real_vector(values, name)
     top = np.inf if last is None else last
-    fits = (numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))
-    bad = np.flatnonzero(~fits)
+    is_in_range = (numbers >= first) & (numbers <= top)
+    is_whole = numbers == np.rint(numbers)
+    bad = np.flatnonzero(~(is_in_range & is_whole))
     if len(bad):
         lowest = f"{UNKNOWN} (unknown)"
         if first != UNKNOWN:
@@ -142,6 +146,7 @@ def check_codes(
 
 
 def _real(values: ArrayLike, name: str) -> NDArray[Any]:
+    """``values`` as a vector of real numbers; ``name`` is their name in error messages."""
     try:
         array = np.asarray(values)
     # raised by ragged lists, and by tensors that are on a device or require gradients
@@ -178,7 +183,8 @@ def tie_counts(
 
 
 def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
-    # Sorting the wrong rows again is faster than a search of every row among the scores.
+    """Counts (G,) of the rows of one block."""
+    # The wrong rows are sorted once more, because looking up the score of every row takes longer.
     value, size = np.unique(scores, return_counts=True)
     wrong_value, wrong_size = np.unique(scores[failures], return_counts=True)
     wrong = np.zeros_like(size)
@@ -227,7 +233,8 @@ def first_rows(picture: Ints) -> Ints:
     Examples:
         >>> import numpy as np
         >>> from vilu.metrics.counts import first_rows
-        >>> first_rows(np.array([7, -1, 3, 7, -1])).tolist()
+        >>> picture = np.array([7, -1, 3, 7, -1])  # rows 0 and 3 show the same picture
+        >>> first_rows(picture).tolist()
         [0, 1, 2, 0, 4]
     """
     first = np.arange(len(picture))
@@ -235,7 +242,8 @@ def first_rows(picture: Ints) -> Ints:
     _, first_of_picture, picture_index = np.unique(
         picture[known], return_index=True, return_inverse=True
     )
-    first[known] = known[first_of_picture[picture_index]]
+    first_known = first_of_picture[picture_index]  # for every known row, a position in ``known``
+    first[known] = known[first_known]
     return first
 
 
@@ -247,7 +255,8 @@ def repeated_pictures(picture: Ints | None) -> Ints | None:
     Examples:
         >>> import numpy as np
         >>> from vilu.metrics.counts import repeated_pictures
-        >>> repeated_pictures(np.array([7, 3, 7, -1])).tolist()
+        >>> picture = np.array([7, 3, 7, -1])  # rows 0 and 2 show the same picture
+        >>> repeated_pictures(picture).tolist()
         [0, 1, 0, 2]
     """
     if picture is None:

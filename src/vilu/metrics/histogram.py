@@ -5,8 +5,8 @@ code without its lowest ``level`` bits. The level is the smallest one at which a
 bins are occupied.
 
 The histogram depends only on the scores, not on the order in which rows or parts are added. If a
-part has too many bins at some level, the whole has too many bins at this level, too. So the level
-of a part is never higher than that of the whole.
+part has too many bins at some level, the whole has too many bins at this level, too. Therefore the
+level of a part is never higher than that of the whole.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20
 """Maximum number of occupied bins; they take 24 MB."""
-_TINY = 2.0**-512
-# The offsets are whole octaves, so that 0 and 1 are the start of a bin at every level.
-_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52
-_HALF = np.float64(0.5).view(np.int64).item() - _ZERO
-_NEAR = np.float64(2.0**-54).view(np.int64).item()
-_ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR
+_TINY = 2.0**-512  # scores of a smaller magnitude count as 0
+# An octave (the numbers from one power of two to the next) has 2^52 codes. The codes of 0 and of 1
+# are whole numbers of octaves. So 0 and 1 are the start of a bin at every level.
+_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # bits less code, for scores up to 1/2
+_HALF = np.float64(0.5).view(np.int64).item() - _ZERO  # code of 1/2
+_NEAR = np.float64(2.0**-54).view(np.int64).item()  # bits of half the smallest gap between 1 and p
+_ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR  # code of 1
 _ONE_BITS = np.float64(1.0).view(np.int64).item()
 
 
@@ -36,36 +37,47 @@ def codes(scores: Floats) -> Ints:
     """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
     The bits of a float64 would be such a code. But when low bits are dropped, this code would be
-    fine near 0 and coarse near 1. Probabilities can be close to both ends. So between 1/2 and 1 the
-    code is taken from the bits of 1 - score, which is exact. To make room for these codes in 64
-    bits, magnitudes below 2^-512 count as zero.
+    fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore the code
+    of a score between 1/2 and 1 is taken from the bits of the gap 1 - score, which is exact. To
+    make room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
     """
-    size = np.abs(scores)
-    bits = size.view(np.int64)
-    code = np.where(size < _TINY, 0, bits - _ZERO)
-    beyond = scores > 0.5
-    gap = np.where(beyond & (scores < 1), 1 - scores, 2.0**-54)
-    upper = np.where(scores < 1, _ONE - (gap.view(np.int64) - _NEAR), _ONE + (bits - _ONE_BITS))
-    return np.where(beyond, upper, np.copysign(1, scores).astype(np.int64) * code)
+    magnitude = np.abs(scores)
+    bits = magnitude.view(np.int64)
+    up_to_half = np.where(magnitude < _TINY, 0, bits - _ZERO)
+    is_above_half = scores > 0.5
+    is_below_one = scores < 1
+    # a gap elsewhere is not used; 2^-54 stands there
+    gap = np.where(is_above_half & is_below_one, 1 - scores, 2.0**-54)
+    up_to_one = _ONE - (gap.view(np.int64) - _NEAR)
+    from_one = _ONE + (bits - _ONE_BITS)
+    above_half = np.where(is_below_one, up_to_one, from_one)
+    sign = np.copysign(1, scores).astype(np.int64)
+    return np.where(is_above_half, above_half, sign * up_to_half)
 
 
 def scores_of(code: Ints) -> Floats:
     """Scores (N,) of codes (N,), the inverse of ``codes``."""
     size = np.abs(code)
-    low = np.where((size == 0) | (code > _HALF), _ZERO, size + _ZERO).view(np.float64)
-    low = np.where(size == 0, 0.0, np.where(code < 0, -low, low))
-    gap = np.where((code > _HALF) & (code < _ONE), _ONE - code + _NEAR, 0).view(np.float64)
-    above = np.where(code >= _ONE, code - _ONE + _ONE_BITS, _ONE_BITS).view(np.float64)
-    return np.where(code <= _HALF, low, np.where(code < _ONE, 1 - gap, above))
+    is_zero = size == 0
+    is_above_half = code > _HALF
+    is_below_one = code < _ONE
+    # Bits are computed for every code. Where they are not used, a constant stands.
+    magnitude = np.where(is_zero | is_above_half, _ZERO, size + _ZERO).view(np.float64)
+    signed = np.where(code < 0, -magnitude, magnitude)
+    up_to_half = np.where(is_zero, 0.0, signed)
+    gap = np.where(is_above_half & is_below_one, _ONE - code + _NEAR, 0).view(np.float64)
+    from_one = np.where(is_below_one, _ONE_BITS, code - _ONE + _ONE_BITS).view(np.float64)
+    above_half = np.where(is_below_one, 1 - gap, from_one)
+    return np.where(is_above_half, above_half, up_to_half)
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
     """Numbers of correct and wrong answers in each bin of the score.
 
-    ``+`` joins two histograms; the order does not matter. With at most ``max_bins`` distinct scores
-    the histogram is exact. With more, scores in the same bin count as tied. Then the error of AUROC
-    is at most ``tied_pairs`` / 2, and in practice far less.
+    ``a + b`` equals ``b + a``: the histogram of all their rows. With at most ``max_bins`` distinct
+    scores a histogram is exact. With more, scores in the same bin count as tied. Then the error of
+    AUROC is at most ``tied_pairs`` / 2, and in practice far less.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
@@ -92,19 +104,19 @@ class Histogram:
         wrong = failures.astype(np.int64)
         low = float(scores.min())
         high = float(scores.max())
-        rows = cls(codes(scores), 1 - wrong, wrong, 0, low, high, max_bins)
-        return rows._collapsed(0)
+        one_bin_per_row = cls(codes(scores), 1 - wrong, wrong, 0, low, high, max_bins)
+        return one_bin_per_row._collapsed(0)
 
     @classmethod
     def total(cls, histograms: Iterable[Histogram]) -> Histogram:
         """Sum of many histograms; only a bounded number of bins is in memory at a time."""
-        held: list[Histogram] = []
+        waiting: list[Histogram] = []
         for histogram in histograms:
-            held.append(histogram)
-            n_bins = sum(len(part.bins) for part in held)
-            if n_bins > 2 * held[0].max_bins:
-                held = [cls._joined(held)]
-        return cls._joined(held) if held else cls.empty()
+            waiting.append(histogram)
+            n_bins = sum(len(part.bins) for part in waiting)
+            if n_bins > 2 * waiting[0].max_bins:
+                waiting = [cls._joined(waiting)]
+        return cls._joined(waiting) if waiting else cls.empty()
 
     def __add__(self, other: Histogram) -> Histogram:
         return self._joined([self, other])
@@ -118,15 +130,15 @@ class Histogram:
 
         ``part`` holds some of the rows with wrong answers.
         """
-        wrong = self.rows_of_part(part)
-        return self.counted(self.correct + self.wrong - wrong, wrong)
+        in_part = self.rows_of_part(part)
+        not_in_part = self.correct + self.wrong - in_part
+        return self.counted(not_in_part, in_part)
 
     def rows_of_part(self, part: Histogram) -> Ints:
-        """Number (G,) of rows of ``part`` in each bin of this histogram.
-
-        The level of a part is never higher than that of the whole.
-        """
-        bins = part.bins >> (self.level - part.level)
+        """Number (G,) of rows of ``part`` in each bin of this histogram."""
+        # not negative, because the level of a part is never higher than that of the whole
+        more_dropped_bits = self.level - part.level
+        bins = part.bins >> more_dropped_bits
         rows = np.zeros_like(self.wrong)
         np.add.at(rows, np.searchsorted(self.bins, bins), part.wrong)
         return rows
@@ -148,7 +160,7 @@ class Histogram:
 
     @property
     def rows_per_independent(self) -> float:
-        """Rows per independent row (see ``vilu.metrics.pictures``): 1, all rows are independent."""
+        """Number of rows per effective independent row: 1, because all rows are independent."""
         return 1.0
 
     def n_independent(self) -> tuple[int, int]:
@@ -167,7 +179,7 @@ class Histogram:
 
     @property
     def note(self) -> str | None:
-        """Note on the precision of metrics from this histogram; None if they are exact."""
+        """Note on the precision of metrics of this histogram; None if they are exact."""
         if self.exact:
             return None
         return f"histogram of at most {self.max_bins:,} bins, {52 - self.level} bits of the score"
@@ -180,12 +192,12 @@ class Histogram:
         """
         if not len(self.bins):
             return np.empty(0)
-        start = self.bins << self.level
-        end = start + (1 << self.level) - 1
-        first, last = codes(np.array([self.low, self.high]))
-        low = scores_of(np.maximum(start, first))
-        high = scores_of(np.minimum(end, last))
-        return low / 2 + high / 2
+        first_code = self.bins << self.level
+        last_code = first_code + (1 << self.level) - 1
+        smallest, largest = codes(np.array([self.low, self.high]))
+        start = scores_of(np.maximum(first_code, smallest))
+        end = scores_of(np.minimum(last_code, largest))
+        return start / 2 + end / 2  # not the half of the sum, which may overflow
 
     @property
     def tied_pairs(self) -> float:
@@ -193,8 +205,11 @@ class Histogram:
 
         NaN if all answers are wrong, or if all answers are correct.
         """
-        pairs = self.n_failures * (self.n - self.n_failures)
-        return float((self.correct * self.wrong).sum()) / pairs if pairs else math.nan
+        n_pairs = self.n_failures * (self.n - self.n_failures)
+        if n_pairs == 0:
+            return math.nan
+        n_tied = float((self.correct * self.wrong).sum())
+        return n_tied / n_pairs
 
     def counts(self) -> TieCounts:
         """Counts per score, from which every metric is computed."""
@@ -204,17 +219,18 @@ class Histogram:
 
     @staticmethod
     def _joined(histograms: list[Histogram]) -> Histogram:
+        """The histogram of the rows of one or several histograms."""
         level = max(part.level for part in histograms)
-        raw = Histogram(
-            np.concatenate([part.bins >> (level - part.level) for part in histograms]),
-            np.concatenate([part.correct for part in histograms]),
-            np.concatenate([part.wrong for part in histograms]),
-            level,
-            min(part.low for part in histograms),
-            max(part.high for part in histograms),
-            min(part.max_bins for part in histograms),
+        with_equal_bins = Histogram(
+            bins=np.concatenate([part.bins >> (level - part.level) for part in histograms]),
+            correct=np.concatenate([part.correct for part in histograms]),
+            wrong=np.concatenate([part.wrong for part in histograms]),
+            level=level,
+            low=min(part.low for part in histograms),
+            high=max(part.high for part in histograms),
+            max_bins=min(part.max_bins for part in histograms),
         )
-        return raw._collapsed(level)
+        return with_equal_bins._collapsed(level)
 
     def _collapsed(self, level: int) -> Histogram:
         """Merge equal bins, and raise the level until there are at most ``max_bins`` bins.
@@ -236,5 +252,6 @@ class Histogram:
 
 
 def _starts(bins: Ints) -> Ints:
-    """Indices at which each distinct number begins in sorted numbers (N,)."""
-    return np.flatnonzero(np.diff(bins, prepend=~bins[:1]))
+    """Indices at which each distinct number begins in sorted numbers ``bins`` (N,)."""
+    not_the_first = ~bins[:1]  # any number that differs from the first, so that index 0 is a start
+    return np.flatnonzero(np.diff(bins, prepend=not_the_first))

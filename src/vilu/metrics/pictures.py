@@ -18,9 +18,9 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_
 
 @dataclass(frozen=True, eq=False)
 class PictureScores:
-    """Counts of the rows of pictures, as E entries.
+    """Counts of the rows of pictures, in E entries.
 
-    The rows of a picture with equal score and equal correctness are one entry.
+    An entry counts the rows of a picture that have the same score and the same correctness.
     """
 
     value: Floats  # (G,) distinct scores, ascending
@@ -34,7 +34,7 @@ class PictureScores:
     def of(
         cls, value: Floats, group: Ints, failure: NDArray[np.bool_], picture: Ints
     ) -> PictureScores:
-        """Scores of N rows.
+        """Count the N rows of pictures.
 
         Args:
             value: (G,) distinct scores, ascending.
@@ -42,7 +42,7 @@ class PictureScores:
             failure: (N,) whether every row is wrong.
             picture: (N,) picture number of every row, from 0 on.
         """
-        # an entry is identified by one number, from which picture, score and failure are recovered
+        # One number identifies an entry. Picture, score and failure are computed back from it.
         key = (picture * len(value) + group) * 2 + failure
         entry, rows = np.unique(key, return_counts=True)
         n_alike = np.ones(int(picture.max()) + 1, np.int64)
@@ -60,11 +60,12 @@ class PictureScores:
     def strata(self) -> tuple[Ints, Ints, Ints]:
         """Pictures whose rows are all right, pictures whose rows are all wrong, and the rest."""
         n_pictures = len(self.n_alike)
-        is_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
-        is_right = np.bincount(self.picture[~self.wrong], minlength=n_pictures) > 0
-        right = np.flatnonzero(~is_wrong)
-        wrong = np.flatnonzero(~is_right)
-        return right, wrong, np.flatnonzero(is_right & is_wrong)
+        has_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
+        has_right = np.bincount(self.picture[~self.wrong], minlength=n_pictures) > 0
+        all_right = np.flatnonzero(~has_wrong)
+        all_wrong = np.flatnonzero(~has_right)
+        mixed = np.flatnonzero(has_right & has_wrong)
+        return all_right, all_wrong, mixed
 
     @property
     def width(self) -> int:
@@ -72,14 +73,16 @@ class PictureScores:
         return len(self.picture)
 
     def counts(self, *drawn: Ints) -> TieCounts:
-        """Counts (B, G) of the rows of drawn pictures (B, ·), one array for each stratum.
+        """Counts (B, G) of the rows of the drawn pictures (B, ·) of every stratum.
 
         A picture that is drawn several times counts several times.
         """
         pictures = np.concatenate(drawn, axis=1)
         n_resamples = len(pictures)
         n_pictures = len(self.n_alike)
-        cells = pictures + n_pictures * np.arange(n_resamples)[:, None]
+        # one call of bincount counts all resamples: resample b has the cells from b * n_pictures on
+        first_cell = n_pictures * np.arange(n_resamples)[:, None]
+        cells = pictures + first_cell
         times = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
         return self.weighed(times.reshape(n_resamples, n_pictures))
 
@@ -96,34 +99,43 @@ class PictureScores:
         )
 
     def _tally(self, times: Ints, chosen: NDArray[np.bool_]) -> Ints:
+        """Number (B, G) of rows of the entries ``chosen`` (E,) at each score."""
         n_resamples = len(times)
         n_scores = len(self.value)
         rows = times[:, self.picture[chosen]] * self.rows[chosen]
-        cells = self.group[chosen] + n_scores * np.arange(n_resamples)[:, None]
+        first_cell = n_scores * np.arange(n_resamples)[:, None]  # of every resample
+        cells = self.group[chosen] + first_cell
         # sums of whole numbers below 2^53 are exact
         sums = np.bincount(cells.ravel(), rows.ravel(), n_resamples * n_scores)
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
     def merged(self) -> PictureScores:
-        """The same scores, in which one picture stands for all pictures with equal rows.
+        """The same counts, in which one picture stands for all pictures with equal rows.
 
-        Only pictures with a single entry are merged: they are equal if the score, the correctness
-        and the number of rows are equal. ``n_alike`` counts the merged pictures.
+        Only pictures with a single entry are merged. They are equal if score, correctness and
+        number of rows are equal. ``n_alike`` is the number of pictures that each picture stands
+        for.
         """
         n_scores = len(self.value)
         n_pictures = len(self.n_alike)
         is_single = np.bincount(self.picture, minlength=n_pictures)[self.picture] == 1
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
-        kind, n_alike = np.unique(key[is_single], return_counts=True)
-        mixed, mixed_index = np.unique(self.picture[~is_single], return_inverse=True)
+        kind, n_of_kind = np.unique(key[is_single], return_counts=True)
+        n_kinds = len(kind)
+        kind_wrong = kind % 2 == 1
         rows_and_group = kind // 2
+        kind_group = rows_and_group % n_scores
+        kind_rows = rows_and_group // n_scores
+        # the pictures with several entries stay, with numbers from ``n_kinds`` on
+        unmerged, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
+        n_of_unmerged = np.ones(len(unmerged), np.int64)
         return PictureScores(
             self.value,
-            picture=np.concatenate([np.arange(len(kind)), len(kind) + mixed_index]),
-            group=np.concatenate([rows_and_group % n_scores, self.group[~is_single]]),
-            wrong=np.concatenate([kind % 2 == 1, self.wrong[~is_single]]),
-            rows=np.concatenate([rows_and_group // n_scores, self.rows[~is_single]]),
-            n_alike=np.concatenate([n_alike, np.ones(len(mixed), np.int64)]),
+            picture=np.concatenate([np.arange(n_kinds), n_kinds + unmerged_index]),
+            group=np.concatenate([kind_group, self.group[~is_single]]),
+            wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
+            rows=np.concatenate([kind_rows, self.rows[~is_single]]),
+            n_alike=np.concatenate([n_of_kind, n_of_unmerged]),
         )
 
     def drawn(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
@@ -168,7 +180,7 @@ class ScoredRows:
 
     @property
     def rows_per_independent(self) -> float:
-        """Number of rows per effective independent row; see ``rows_per_independent``."""
+        """Number of rows per effective independent row (the function of the same name)."""
         return rows_per_independent(self.picture)
 
     def n_independent(self) -> tuple[int, int]:
@@ -178,7 +190,7 @@ class ScoredRows:
         return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
 
     def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
-        """The rows of a mask (N,)."""
+        """The rows at which the mask ``rows`` (N,) is true."""
         picture = None if self.picture is None else repeated_pictures(self.picture[rows])
         return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note, picture)
 
@@ -190,22 +202,23 @@ class ScoredRows:
 def rows_per_independent(picture: Ints | None) -> float:
     """Number of rows that give as much information as one independent row (Kish 1965).
 
-    It is assumed that the rows of a picture all give the same information. For N rows, with m rows
-    of each picture, the number is
+    It is assumed that the rows of a picture all give the same information. If picture p has m_p of
+    the N rows, the number is
 
-        sum over pictures of m^2 / N
+        (sum_p m_p^2) / N
 
-    If all pictures have m rows, it is m. If the numbers of rows differ, it is above their mean. If
-    ``picture`` is None, every row has a picture of its own, and the number is 1.
+    If every picture has m rows, the number is m. If the m_p differ, the number is above their mean.
+    If ``picture`` is None, every row has a picture of its own, and the number is 1.
 
     Examples:
         >>> import numpy as np
         >>> from vilu.metrics.pictures import rows_per_independent
-        >>> (
-        ...     rows_per_independent(np.array([0, 0, 1, 1])),
-        ...     rows_per_independent(np.array([0, 0, 0, 1])),
-        ... )
-        (2.0, 2.5)
+        >>> picture = np.array([0, 0, 1, 1])  # two rows of each picture
+        >>> rows_per_independent(picture)
+        2.0
+        >>> picture = np.array([0, 0, 0, 1])  # three rows of a picture, one row of another
+        >>> rows_per_independent(picture)  # (3^2 + 1^2) / 4
+        2.5
     """
     if picture is None:
         return 1.0
@@ -215,7 +228,7 @@ def rows_per_independent(picture: Ints | None) -> float:
 
 def independent(counts: TieCounts, picture: Ints) -> TieCounts:
     """Counts (G,) divided by ``rows_per_independent``: effective counts of independent rows."""
-    rows_per_one = rows_per_independent(picture)
-    correct: NDArray[Any] = counts.correct / rows_per_one
-    wrong: NDArray[Any] = counts.wrong / rows_per_one
+    divisor = rows_per_independent(picture)
+    correct: NDArray[Any] = counts.correct / divisor
+    wrong: NDArray[Any] = counts.wrong / divisor
     return TieCounts(counts.value, correct=correct, wrong=wrong)

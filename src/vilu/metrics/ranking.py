@@ -1,8 +1,8 @@
 """Ranking metrics: AUROC, false positive rate at a true positive rate, and average precision.
 
-They measure how well the uncertainty separates wrong answers from correct answers. Every metric has
-two forms: a kernel over ``TieCounts``, which gives one value per resample, and a function of
-``(uncertainty, failure)``.
+The metrics measure how well the uncertainty separates wrong answers from correct answers. Every
+metric has two forms: a function of ``(uncertainty, failure)``, and a kernel over ``TieCounts``,
+which returns one value per resample.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> vilu.metrics.auroc(
-        ...     [0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1]
-        ... )  # of four pairs three are in the right order and one is tied
+        >>> uncertainty = [0.1, 0.2, 0.2, 0.9]
+        >>> failure = [0, 0, 1, 1]
+        >>> vilu.metrics.auroc(uncertainty, failure)  # 3 of 4 pairs are in order, 1 is tied
         0.875
     """
     return float(auroc_kernel(tie_counts(uncertainty, failure)))
@@ -83,14 +83,13 @@ def fpr_at_tpr(
 
     Examples:
         >>> import vilu
-        >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4, 0.5], [0, 0, 1, 0, 1]
-        >>> vilu.metrics.fpr_at_tpr(
-        ...     uncertainty, failure
-        ... )  # all correct answers are accepted at 0.4, and with them one of two wrong answers
+        >>> uncertainty = [0.1, 0.2, 0.3, 0.4, 0.5]
+        >>> failure = [0, 0, 1, 0, 1]
+        >>> # accepting all correct answers (up to 0.4) accepts one of the two wrong answers
+        >>> vilu.metrics.fpr_at_tpr(uncertainty, failure)
         0.5
-        >>> round(
-        ...     vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4
-        ... )  # both wrong answers are rejected at 0.3, and with them one of three correct answers
+        >>> # rejecting both wrong answers (from 0.3 on) rejects one of the three correct answers
+        >>> round(vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4)
         0.3333
     """
     return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
@@ -106,9 +105,9 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(
-        ...     vilu.metrics.aupr_failure([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1]), 4
-        ... )  # 1/2 * 1 + 1/2 * 2/3
+        >>> uncertainty = [0.1, 0.2, 0.3, 0.4]
+        >>> failure = [0, 1, 0, 1]  # the most uncertain first: wrong, right, wrong, right
+        >>> round(vilu.metrics.aupr_failure(uncertainty, failure), 4)  # 1/2 * 1/1 + 1/2 * 2/3
         0.8333
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "failure"))
@@ -122,9 +121,9 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(
-        ...     vilu.metrics.aupr_success([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 0]), 4
-        ... )  # (1 + 1 + 3/4) / 3
+        >>> uncertainty = [0.1, 0.2, 0.3, 0.4]
+        >>> failure = [0, 0, 1, 0]  # the least uncertain first: right, right, wrong, right
+        >>> round(vilu.metrics.aupr_success(uncertainty, failure), 4)  # (1/1 + 2/2 + 3/4) / 3
         0.9167
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
@@ -144,9 +143,15 @@ def roc_curve_points(
 
     Examples:
         >>> import vilu
-        >>> fpr, tpr = vilu.metrics.roc_curve_points([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1])
-        >>> list(zip(fpr.tolist(), tpr.tolist()))
-        [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)]
+        >>> uncertainty = [0.1, 0.2, 0.3, 0.4]
+        >>> failure = [0, 1, 0, 1]
+        >>> false_positive_rate, true_positive_rate = vilu.metrics.roc_curve_points(
+        ...     uncertainty, failure
+        ... )
+        >>> false_positive_rate  # wrong answers accepted; each adds 1/2
+        array([0. , 0. , 0.5, 0.5, 1. ])
+        >>> true_positive_rate  # correct answers accepted
+        array([0. , 0.5, 0.5, 1. , 1. ])
     """
     require_one_of("positive", positive, get_args(Positive))
     return _roc(tie_counts(uncertainty, failure).towards(positive))
@@ -174,23 +179,29 @@ def fpr_at_tpr_kernel(
     require_one_of("rule", rule, get_args(Rule))
     fpr, tpr = _roc(counts.towards(positive))
     if rule == "first":
-        return _pick(fpr, (tpr < level).sum(-1))
+        first_at_level = (tpr < level).sum(-1)
+        return _pick(fpr, first_at_level)
     if rule == "nearest":
-        return _pick(fpr, np.abs(tpr - level).argmin(-1))
-    below = (tpr <= level).sum(-1) - 1
-    above = np.minimum(below + 1, tpr.shape[-1] - 1)
-    (tpr_below, tpr_above), (fpr_below, fpr_above) = (
-        [_pick(x, below), _pick(x, above)] for x in (tpr, fpr)
-    )
-    share = ratio(level - tpr_below, tpr_above - tpr_below, empty=0.0)
-    return fpr_below + share * (fpr_above - fpr_below)
+        nearest = np.abs(tpr - level).argmin(-1)
+        return _pick(fpr, nearest)
+    below = (tpr <= level).sum(-1) - 1  # the last point whose rate is at most ``level``
+    last = tpr.shape[-1] - 1
+    above = np.minimum(below + 1, last)
+    tpr_below = _pick(tpr, below)
+    fpr_below = _pick(fpr, below)
+    tpr_gap = _pick(tpr, above) - tpr_below
+    fpr_gap = _pick(fpr, above) - fpr_below
+    share = ratio(level - tpr_below, tpr_gap, empty=0.0)
+    return fpr_below + share * fpr_gap
 
 
 def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
     """Average precision (...) of the class ``positive``."""
-    side = counts.towards(positive)
-    precision = ratio(side.accepted_correct, side.accepted, empty=0.0)
-    return ratio((side.correct * precision).sum(-1), side.n_correct)
+    # from here on, "correct" means "of the positive class"
+    positives_first = counts.towards(positive)
+    precision = ratio(positives_first.accepted_correct, positives_first.accepted, empty=0.0)
+    total_precision = (positives_first.correct * precision).sum(-1)
+    return ratio(total_precision, positives_first.n_correct)
 
 
 def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
@@ -198,18 +209,20 @@ def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
 
     All rates are NaN if a class is empty.
     """
-    origin = np.zeros_like(counts.accepted[..., :1])
-    has_one_class = (counts.n_correct * counts.n_wrong == 0)[..., None]
+    none_accepted = np.zeros_like(counts.accepted[..., :1])  # numerator at the point (0, 0)
+    has_one_class = counts.n_correct * counts.n_wrong == 0
 
     def rate(accepted: Ints, total: Ints) -> Floats:
-        denominator = np.where(has_one_class, 0, total[..., None])  # 0 makes the rate NaN
-        return ratio(np.concatenate([origin, accepted], axis=-1), denominator)
+        numerator = np.concatenate([none_accepted, accepted], axis=-1)
+        denominator = np.where(has_one_class, 0, total)  # 0 makes the rates NaN
+        return ratio(numerator, denominator[..., None])
 
-    return rate(counts.accepted_wrong, counts.n_wrong), rate(
-        counts.accepted_correct, counts.n_correct
-    )
+    false_positive_rate = rate(counts.accepted_wrong, counts.n_wrong)
+    true_positive_rate = rate(counts.accepted_correct, counts.n_correct)
+    return false_positive_rate, true_positive_rate
 
 
 def _pick(values: Floats, index: NDArray[np.intp]) -> Floats:
     """Entries (...) of ``values`` (..., M) at the indices ``index`` (...) of the last axis."""
-    return np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)[..., 0]
+    picked = np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)  # (..., 1)
+    return picked[..., 0]

@@ -30,8 +30,8 @@ def ece(
         ECE = Σ_b (n_b / N) |failure rate_b - mean probability_b|
 
     The sum is over the bins b, and n_b is the number of rows in bin b. The probability is
-    P(failure) itself, not the larger of P(failure) and 1 - P(failure). Bins are closed on the
-    right.
+    P(failure) itself, not the larger of P(failure) and 1 - P(failure). A bin contains its upper
+    edge.
 
     Args:
         probability: (N,) predicted probabilities of failure, in [0, 1].
@@ -47,9 +47,10 @@ def ece(
 
     Examples:
         >>> import vilu
-        >>> probability, failure = [0.1, 0.1, 0.9, 0.9], [0, 0, 1, 0]
+        >>> probability = [0.1, 0.1, 0.9, 0.9]
+        >>> failure = [0, 0, 1, 0]
         >>> error = vilu.metrics.ece(probability, failure, bins=2)
-        >>> round(error, 4)  # 1/2 * |0 - 0.1| + 1/2 * |1/2 - 0.9|
+        >>> round(error, 4)  # 2/4 * |0/2 - 0.1| + 2/4 * |1/2 - 0.9|
         0.25
     """
     return float(ece_kernel(probability_counts(probability, failure), bins, binning))
@@ -62,7 +63,9 @@ def brier(probability: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.brier([0.0, 0.5, 1.0], [0, 1, 1]), 4)  # (0 + 1/4 + 0) / 3
+        >>> probability = [0.0, 0.5, 1.0]
+        >>> failure = [0, 1, 1]
+        >>> round(vilu.metrics.brier(probability, failure), 4)  # (0² + 0.5² + 0²) / 3
         0.0833
     """
     return float(brier_kernel(probability_counts(probability, failure)))
@@ -74,11 +77,13 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
         log-loss = -(1/N) Σ (failure ln p + (1 - failure) ln(1 - p))
 
     A constant probability p = 1/2 has the score ln 2. Probabilities are clipped to
-    [1e-12, 1 - 1e-12]. So a row with p = 0 that fails adds 27.6 / N.
+    [1e-12, 1 - 1e-12]. Therefore a row with p = 0 that fails adds -ln(1e-12) / N = 27.6 / N.
 
     Examples:
         >>> import vilu
-        >>> round(vilu.metrics.log_loss([0.2, 0.5], [0, 1]), 4)  # -(ln 0.8 + ln 0.5) / 2
+        >>> probability = [0.2, 0.5]
+        >>> failure = [0, 1]
+        >>> round(vilu.metrics.log_loss(probability, failure), 4)  # -(ln 0.8 + ln 0.5) / 2
         0.4581
     """
     return float(log_loss_kernel(probability_counts(probability, failure)))
@@ -91,22 +96,24 @@ def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
         DataError: If a probability is not in [0, 1].
     """
     counts = tie_counts(probability, failure)
-    low = counts.value[0]
-    high = counts.value[-1]
-    if low < 0 or high > 1:
+    smallest = counts.value[0]
+    largest = counts.value[-1]
+    if smallest < 0 or largest > 1:
         raise DataError(
-            f"a failure probability must be in [0, 1]. Got values from {low:.6g} to {high:.6g}; "
+            "a failure probability must be in [0, 1]. "
+            f"Got values from {smallest:.6g} to {largest:.6g}; "
             "calibrate the uncertainty first, or evaluate it without ece, brier and log_loss."
         )
     return counts
 
 
-MAX_BINS = 1_000_000
+MAX_BINS = 1_000_000  # maximum number of bins of ``ece``
 
 
 def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") -> Floats:
     """Expected calibration error (...); see ``ece``."""
-    (gaps,) = _per_bin(counts, bins, binning, counts.wrong - counts.value * counts.size)
+    gap_of_score = counts.wrong - counts.value * counts.size
+    (gaps,) = _per_bin(counts, bins, binning, gap_of_score)
     return ratio(np.abs(gaps).sum(-1), counts.n)
 
 
@@ -122,38 +129,42 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
         bin_of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
         # the bin of a score follows from the share of rows with smaller scores
-        bin_of_score = (counts.accepted - counts.size) * bins // counts.n[..., None]
+        n_below = counts.accepted - counts.size
+        bin_of_score = n_below * bins // counts.n[..., None]
         bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
-    # one call of bincount sums over all resamples: resample r has the indices from r * bins on
-    index = (bin_of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()
+    # one call of bincount sums over all resamples: resample r has the cells from r * bins on
+    first_cell = bins * np.arange(n_resamples)[:, None]
+    cells = bin_of_score.reshape(n_resamples, -1) + first_cell
     sums = []
     for numbers in values:
-        total = np.bincount(index, numbers.ravel(), bins * n_resamples).astype(np.float64)
+        total = np.bincount(cells.ravel(), numbers.ravel(), bins * n_resamples).astype(np.float64)
         sums.append(total.reshape(*resamples, bins))
     return sums
 
 
 CLEAR = 2.0
-"""Gaps of fewer standard errors count as 0 in the lower end of an interval."""
+"""Number of standard errors from which on a gap is clear; see ``BinnedError``."""
 
 
 @dataclass(frozen=True)
 class BinnedError:
     """The kernel of ``ece``, with an interval that corrects for the bias of the ECE.
 
-    The estimate of the ECE is T = sum_b |g_b|, where g_b is the observed gap of bin b as a share of
-    all rows. A gap contains noise e_b, and its absolute value is too large on average, by up to
-    E|e_b| per bin. For example, the estimate is 9 % on 180 rows of a calibrated predictor, whose
-    true ECE is 0. Resampled rows add this bias once more, so their percentiles lie above T.
+    The estimate of the ECE is T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures less
+    expected failures, as a share of all rows. A gap contains noise e_b, so its absolute value is
+    too large on average, by up to E|e_b| per bin. For example, the estimate is 9 % on 180 rows of a
+    calibrated predictor, whose true ECE is 0. Resampled rows add this bias once more, so their
+    percentiles lie above T.
 
-    Therefore the noise is drawn, not the rows:
+    Therefore the noise is drawn instead of rows:
 
-    1. e_b is normal. Its variance is that of the mean of (failure - p) 1[bin b], or the variance
-       that a calibrated predictor would have, whichever is larger.
-    2. T(g) = sum_b |g_b + e_b| is computed for every draw.
-    3. c_b is g_b if the gap has at least two standard errors, else 0.
+    1. e_b is normal. Its variance is that of the mean of (failure - p) 1[row in bin b], or the
+       variance that a calibrated predictor would have, whichever is larger.
+    2. For every draw of the noise, T(g) = sum_b |g_b + e_b| is computed.
+    3. The same is done for the clear gaps c: c_b is g_b if |g_b| is at least two standard errors,
+       else 0.
 
     With q_hi the upper quantile over the draws, the ends of the interval are
 
@@ -162,7 +173,7 @@ class BinnedError:
 
     The lower end subtracts the largest plausible bias, the upper end only the smallest. The draws
     are not stratified by failure, because the ECE compares probabilities with observed failures.
-    The coverage is measured by ``python -m benchmarks.ece_coverage``.
+    ``python -m benchmarks.ece_coverage`` measures how often the interval contains the true ECE.
     """
 
     bins: int = 15
@@ -182,25 +193,29 @@ class BinnedError:
         """
         gap, deviation = self._gaps(counts)
         noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
-        error = np.abs(gap).sum()
-        tail = (1 - confidence) / 2
+        estimate = np.abs(gap).sum()
+        upper = 1 - (1 - confidence) / 2
         clear_gap = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
         largest_bias = np.abs(clear_gap + noise).sum(axis=1) - np.abs(clear_gap).sum()
-        low = error - np.quantile(largest_bias, 1 - tail)
+        low = min(estimate - np.quantile(largest_bias, upper), estimate)
         drawn = np.abs(gap + noise).sum(axis=1)
-        high = np.quantile(drawn, 1 - tail) - (drawn.mean() - error)
-        return float(max(min(low, error), 0.0)), float(min(max(high, error), 1.0))
+        smallest_bias = drawn.mean() - estimate
+        high = max(np.quantile(drawn, upper) - smallest_bias, estimate)
+        return float(max(low, 0.0)), float(min(high, 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
         """Gap (bins,) of every bin as a share of all rows, and its standard error (bins,)."""
         p = counts.value
         n = float(counts.n)
-        squares = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
-        sums = (counts.wrong - p * counts.size, squares, counts.size * p * (1 - p))
-        per_bin = _per_bin(counts, self.bins, self.binning, *sums)
-        gap, square, calibrated = [total / n for total in per_bin]
-        # If the predictor is calibrated, the mean gap is 0, and the variance is sum p (1 - p).
-        variance = np.maximum(np.maximum(square - gap**2, calibrated), 0)
+        gap_of_score = counts.wrong - p * counts.size
+        square_of_score = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
+        # variance of the failures if the predictor is calibrated
+        calibrated_of_score = counts.size * p * (1 - p)
+        per_score = (gap_of_score, square_of_score, calibrated_of_score)
+        per_bin = _per_bin(counts, self.bins, self.binning, *per_score)
+        gap, square, calibrated_variance = [total / n for total in per_bin]
+        observed_variance = square - gap**2
+        variance = np.maximum(np.maximum(observed_variance, calibrated_variance), 0)
         return gap, np.sqrt(variance / n)
 
 

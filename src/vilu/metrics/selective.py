@@ -19,11 +19,11 @@ from vilu.validation import checked, require_between, require_one_of
 Convention = Literal["mean", "trapezoid"]
 
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
-"""Harmonic numbers H_0 ... H_65535."""
+"""Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
 TABLE = 2**21
-"""For fewer rows than this, harmonic numbers are read from a table of 16 MB.
+"""Number of harmonic numbers in a table of 16 MB, for data sets with fewer rows than that.
 
-This is five times as fast as computing logarithms.
+Reading the table is five times as fast as computing logarithms.
 """
 
 
@@ -34,7 +34,7 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
     R_i is the selective risk of the i most trusted answers.
 
     - "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), as the expectation over the order of tied rows.
-      Reference implementations keep tied rows in the order of the input, so their value depends on
+      Reference implementations leave tied rows in the order of the input. Their value depends on
       this order.
     - "trapezoid" integrates over the distinct uncertainties by trapezoids. Below the smallest
       coverage the risk is taken as constant. fd-shifts reports this value times 1000.
@@ -49,7 +49,9 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
 
     Examples:
         >>> import vilu
-        >>> vilu.metrics.aurc([1, 2, 3, 4], [0, 0, 0, 1])  # (0 + 0 + 0 + 1/4) / 4
+        >>> uncertainty = [1, 2, 3, 4]
+        >>> failure = [0, 0, 0, 1]
+        >>> vilu.metrics.aurc(uncertainty, failure)  # (0/1 + 0/2 + 0/3 + 1/4) / 4
         0.0625
     """
     return float(aurc_kernel(tie_counts(uncertainty, failure), convention))
@@ -65,9 +67,10 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(
-        ...     vilu.metrics.excess_aurc([1, 2, 3, 4], [0, 1, 0, 1]), 4
-        ... )  # AURC is (0 + 1/2 + 1/3 + 1/2) / 4, and (0 + 0 + 1/3 + 1/2) / 4 for the best order
+        >>> uncertainty = [1, 2, 3, 4]
+        >>> failure = [0, 1, 0, 1]  # AURC (0/1 + 1/2 + 1/3 + 2/4) / 4
+        >>> best_failure = [0, 0, 1, 1]  # AURC (0/1 + 0/2 + 1/3 + 2/4) / 4
+        >>> round(vilu.metrics.excess_aurc(uncertainty, failure), 4)  # the difference, 1/2 / 4
         0.125
     """
     return float(excess_aurc_kernel(tie_counts(uncertainty, failure)))
@@ -80,9 +83,9 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     Examples:
         >>> import vilu
-        >>> round(
-        ...     vilu.metrics.naurc([1, 2, 3, 4], [0, 1, 0, 1]), 4
-        ... )  # the excess AURC is 1/8, and that of a random order is 7/24
+        >>> uncertainty = [1, 2, 3, 4]
+        >>> failure = [0, 1, 0, 1]  # excess AURC 1/8; a random order has 1/2 - 5/24 = 7/24
+        >>> round(vilu.metrics.naurc(uncertainty, failure), 4)  # (1/8) / (7/24)
         0.4286
     """
     return float(naurc_kernel(tie_counts(uncertainty, failure)))
@@ -96,13 +99,13 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
         AUGRC = (1 - AUROC) a (1 - a) + (1 - a)² / 2
 
-    It is (1 - a) / 2 for a random order and (1 - a)² / 2 for the best order.
+    AUGRC is (1 - a) / 2 for a random order and (1 - a)² / 2 for the best order.
 
     Examples:
         >>> import vilu
-        >>> vilu.metrics.augrc(
-        ...     [1, 2, 3, 4], [0, 1, 0, 1]
-        ... )  # AUROC is 3/4 and accuracy is 1/2: 1/4 * 1/2 * 1/2 + 1/4 / 2
+        >>> uncertainty = [1, 2, 3, 4]
+        >>> failure = [0, 1, 0, 1]  # AUROC 3/4, accuracy 1/2
+        >>> vilu.metrics.augrc(uncertainty, failure)  # 1/4 * 1/2 * 1/2 + 1/4 / 2
         0.1875
     """
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
@@ -119,9 +122,9 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
     Examples:
         >>> import vilu
-        >>> round(
-        ...     vilu.metrics.risk_at_coverage([1, 2, 3, 4], [0, 1, 0, 1], coverage=0.75), 4
-        ... )  # one of the three most trusted answers is wrong
+        >>> uncertainty = [1, 2, 3, 4]
+        >>> failure = [0, 1, 0, 1]  # one of the three most trusted answers is wrong
+        >>> round(vilu.metrics.risk_at_coverage(uncertainty, failure, coverage=0.75), 4)
         0.3333
     """
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
@@ -139,9 +142,9 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
 
     Examples:
         >>> import vilu
-        >>> vilu.metrics.coverage_at_risk(
-        ...     [1, 2, 3, 4], [0, 1, 0, 1], risk=0.4
-        ... )  # one of the first two answers is wrong (1/2), one of the first three (1/3)
+        >>> uncertainty = [1, 2, 3, 4]
+        >>> failure = [0, 1, 0, 1]  # risk of the first 1, 2, 3 and 4 answers: 0, 1/2, 1/3, 1/2
+        >>> vilu.metrics.coverage_at_risk(uncertainty, failure, risk=0.4)  # 3 of 4 answers
         0.75
     """
     return float(coverage_at_risk_kernel(tie_counts(uncertainty, failure), risk))
@@ -154,9 +157,13 @@ def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Flo
 
     Examples:
         >>> import vilu
-        >>> coverage, risk = vilu.metrics.risk_coverage_curve([1, 2, 2, 4], [0, 1, 0, 1])
-        >>> coverage.tolist(), risk.round(4).tolist()
-        ([0.25, 0.75, 1.0], [0.0, 0.3333, 0.5])
+        >>> uncertainty = [1, 2, 2, 4]  # thresholds 1, 2 and 4 accept 1, 3 and 4 answers
+        >>> failure = [0, 1, 0, 1]  # 0, 1 and 2 of them are wrong
+        >>> coverage, risk = vilu.metrics.risk_coverage_curve(uncertainty, failure)
+        >>> coverage
+        array([0.25, 0.75, 1.  ])
+        >>> risk.round(4)
+        array([0.    , 0.3333, 0.5   ])
     """
     counts = tie_counts(uncertainty, failure)
     return counts.accepted / counts.n, counts.accepted_wrong / counts.accepted
@@ -183,7 +190,8 @@ def naurc_kernel(counts: TieCounts) -> Floats:
 
 def augrc_kernel(counts: TieCounts) -> Floats:
     """AUGRC (...) by trapezoids, computed in integers up to the last division."""
-    twice_area = (counts.size * (2 * counts.accepted_wrong - counts.wrong)).sum(-1)
+    wrong_before = counts.accepted_wrong - counts.wrong
+    twice_area = (counts.size * (wrong_before + counts.accepted_wrong)).sum(-1)
     return ratio(twice_area, 2 * counts.n**2)
 
 
@@ -191,18 +199,21 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
     require_between("coverage", coverage, "(0, 1]")
     # The product is rounded first, because 0.07 · 100 is slightly more than 7 in floating point.
-    n_accepted = np.ceil(np.round(counts.n * coverage, 9))[..., None]
-    # number of accepted rows at each score; at one score only a part of the rows may be accepted
-    n_at_score = np.clip(n_accepted - (counts.accepted - counts.size), 0, counts.size)
+    n_accepted = np.ceil(np.round(counts.n * coverage, 9))
+    n_before = counts.accepted - counts.size
+    # number (..., G) of accepted rows at each score; at one score it may be a part of the rows
+    n_at_score = np.clip(n_accepted[..., None] - n_before, 0, counts.size)
     error_rate = ratio(counts.wrong, counts.size, empty=0.0)
-    return ratio((n_at_score * error_rate).sum(-1), n_accepted[..., 0])
+    n_wrong = (n_at_score * error_rate).sum(-1)
+    return ratio(n_wrong, n_accepted)
 
 
 def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
     """Coverage (...) at one risk; see ``coverage_at_risk``."""
     require_between("risk", risk, "[0, 1]")
-    meets = ratio(counts.accepted_wrong, counts.accepted) <= risk
-    return ratio(np.where(meets, counts.accepted, 0).max(-1), counts.n)
+    meets_risk = ratio(counts.accepted_wrong, counts.accepted) <= risk
+    most_accepted = np.where(meets_risk, counts.accepted, 0).max(-1)
+    return ratio(most_accepted, counts.n)
 
 
 def _harmonic(n: Ints) -> Floats:
@@ -212,16 +223,19 @@ def _harmonic(n: Ints) -> Floats:
         return _HARMONIC[n]
     if largest < TABLE:
         return _large_harmonic()[n]
-    return np.where(n < len(_HARMONIC), _HARMONIC[np.minimum(n, len(_HARMONIC) - 1)], _series(n))
+    last = len(_HARMONIC) - 1
+    exact = _HARMONIC[np.minimum(n, last)]
+    return np.where(n <= last, exact, _series(n))
 
 
 def _series(n: Ints) -> Floats:
     """Harmonic numbers of large n, from ln n + γ + 1 / 2n - 1 / 12n².
 
-    The next term of this series is below 1e-20. Numbers n that are in ``_HARMONIC`` are replaced by
-    its length.
+    The next term of this series is below 1e-20. If H_n is in ``_HARMONIC``, n is replaced by the
+    smallest number that is not.
     """
-    large = np.maximum(n, len(_HARMONIC)).astype(np.float64)
+    smallest = len(_HARMONIC)
+    large = np.maximum(n, smallest).astype(np.float64)
     series: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
     return series
 
@@ -235,34 +249,37 @@ def _large_harmonic() -> Floats:
 def _mean_risk(counts: TieCounts) -> Floats:
     """Mean selective risk (1/N) Σ_i R_i, as the expectation over the order of tied rows.
 
-    A block of m tied rows follows s rows with smaller uncertainties. w rows of the block are wrong,
-    and W of the s rows before it. Inside the block
+    A block of m tied rows follows s rows with smaller uncertainties. In the block w rows are wrong,
+    before the block W rows. For a rank i inside the block, the expectation is
 
         R_i = (W + w (i - s) / m) / i
 
-    With the harmonic numbers H, the sum over the block has a closed form:
+    With harmonic numbers H_n = 1 + 1/2 + ... + 1/n, the sum over the block has a closed form:
 
         Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s)
     """
     before = counts.accepted - counts.size
     wrong_before = counts.accepted_wrong - counts.wrong
     error_rate = ratio(counts.wrong, counts.size, empty=0.0)
-    steps = _harmonic(counts.accepted) - _harmonic(before)
+    harmonic_difference = _harmonic(counts.accepted) - _harmonic(before)
     # For a block of one row the difference is 1 / (s + 1), computed here without cancellation.
-    np.divide(1.0, counts.accepted, out=steps, where=counts.size == 1)
-    blocks = counts.wrong + (wrong_before - error_rate * before) * steps
-    return ratio(blocks.sum(-1), counts.n)
+    np.divide(1.0, counts.accepted, out=harmonic_difference, where=counts.size == 1)
+    sum_over_block = counts.wrong + (wrong_before - error_rate * before) * harmonic_difference
+    return ratio(sum_over_block.sum(-1), counts.n)
 
 
 def _trapezoid_risk(counts: TieCounts) -> Floats:
     """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
     before = counts.accepted - counts.size
-    left = np.where(before > 0, np.roll(risk, 1, axis=-1), risk)
-    return ratio((counts.size * (left + risk)).sum(-1), 2 * counts.n)
+    risk_of_previous = np.roll(risk, 1, axis=-1)
+    left = np.where(before > 0, risk_of_previous, risk)  # constant below the smallest coverage
+    twice_area = (counts.size * (left + risk)).sum(-1)
+    return ratio(twice_area, 2 * counts.n)
 
 
 def _oracle(counts: TieCounts) -> Floats:
     """AURC (...) of the best order: all correct answers first."""
-    area = counts.n_wrong - counts.n_correct * (_harmonic(counts.n) - _harmonic(counts.n_correct))
-    return ratio(area, counts.n)
+    harmonic_difference = _harmonic(counts.n) - _harmonic(counts.n_correct)
+    sum_of_risks = counts.n_wrong - counts.n_correct * harmonic_difference
+    return ratio(sum_of_risks, counts.n)

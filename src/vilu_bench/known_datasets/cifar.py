@@ -28,18 +28,20 @@ MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused; the largest of CIF
 
 
 MAX_TUPLES: Final = 64
-"""Maximum number of tuples in a pickle that are not the arguments of a call.
+"""Maximum number of tuples in a pickle, not counting tuples that are the arguments of a call.
 
 An array and its labels need only a few tuples. Deeply nested tuples would overflow Python's stack
 when they are hashed.
 """
 
 TUPLES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
+"""Opcodes of a pickle that make a tuple or a frozen set."""
 MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
+"""Opcodes of a pickle that put an object into the unpickler's memo."""
 
 
 class PickledArray:
-    """Takes the place of a numpy array in a pickle; keeps the array's state."""
+    """Stand-in for a numpy array in a pickle, which stores the array's state."""
 
     state: object = None
 
@@ -59,18 +61,19 @@ class PickledArray:
                 bool(fortran),
                 bytes() | str() as raw,
             ):
-                # Python 2 wrote bytes as text
+                # a pickle of Python 2 has its bytes as text
                 content = raw.encode("latin-1") if isinstance(raw, str) else raw
             case _:
                 raise problem
-        if n < 1 or (columns, len(content)) != (width, n * width):
+        has_whole_rows = columns == width and len(content) == n * width
+        if n < 1 or not has_whole_rows:
             raise problem
         order: Literal["C", "F"] = "F" if fortran else "C"
         return np.frombuffer(content, dtype=np.uint8).reshape((n, width), order=order)
 
 
 class PickledType:
-    """Takes the place of a numpy dtype in a pickle; keeps the dtype's code."""
+    """Stand-in for a numpy dtype in a pickle, which stores the dtype's code."""
 
     __match_args__ = ("code",)
 
@@ -91,6 +94,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
+# by module and name that a pickle may ask for, the object that it gets
 _ALLOWED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -108,10 +112,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _steps(content: bytes) -> Iterator[str]:
-    """Names of a pickle's opcodes, without opcodes that put an object into the memo.
+    """Yield the names of a pickle's opcodes, without those that put an object into the memo.
 
-    Raises a ValueError for a memo slot larger than the number of opcodes so far. A huge slot number
-    would make the unpickler allocate gigabytes.
+    Raises a ValueError if the number of a memo slot exceeds the number of opcodes before it. A huge
+    number would make the unpickler allocate gigabytes.
     """
     for n_before, (opcode, slot, _) in enumerate(pickletools.genops(content)):
         if opcode.name not in MEMO:
@@ -160,11 +164,11 @@ def _unpickled(file: Path) -> object:
 
 
 def _text(name: object) -> str:
-    """A key or a class name as text; Python 2 wrote both as bytes."""
+    """A key or a class name as text; it is bytes if Python 2 wrote it."""
     return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
-PIXELS: Final = 3 * 32 * 32
+PIXELS: Final = 3 * 32 * 32  # numbers of a picture
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class Layout:
     names: str  # key of the class names
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the folder has all of the files."""
+        """Whether the folder has all files of the layout."""
         names = [self.meta]
         for files in self.splits.values():
             names += files
@@ -237,7 +241,9 @@ class CifarDataset:
         names = raw if raw_names else None
         self.classes = class_table(raw, classes, by_position=True, names=names, outside=outside)
         self.class_names: tuple[str, ...] | None = self.classes.names
-        files = [folder / name for part in splits for name in layout.splits[part]]
+        files: list[Path] = []
+        for part in splits:
+            files += [folder / name for name in layout.splits[part]]
         batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
         listing = ListingHash(*raw, *splits)
         self._rows: list[tuple[_Batch, int]] = []
@@ -252,10 +258,10 @@ class CifarDataset:
         return len(self._rows)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Records of the images start ... stop - 1."""
+        """Yield records of the images start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
             pixels = batch.pixels[row]
-            # a picture is identified by its pixels, since the PNG's bytes depend on the library
+            # a picture is identified by its pixels, because a PNG's bytes depend on the library
             yield ImageRecord(
                 batch.key(row), batch.labels[row], partial(_png, pixels), content=pixels.tobytes
             )
@@ -309,7 +315,8 @@ def _class_names(file: Path, key: str) -> list[str]:
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    picture = np.ascontiguousarray(pixels.reshape(3, 32, 32).transpose(1, 2, 0))
+    channels_last = pixels.reshape(3, 32, 32).transpose(1, 2, 0)
+    picture = np.ascontiguousarray(channels_last)
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
@@ -323,7 +330,7 @@ def find_folder(source: Path, layout: Layout) -> Path | None:
 
 
 def find_cifar(source: Path, layout: Layout) -> Callable[[Selection], CifarDataset] | None:
-    """A function that opens CIFAR in ``source``; None if ``source`` does not hold it."""
+    """A function that opens CIFAR in ``source``; None if ``source`` does not have its files."""
     folder = find_folder(source, layout)
     if folder is None:
         return None

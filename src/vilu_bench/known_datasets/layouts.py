@@ -35,14 +35,14 @@ from vilu_bench.known_datasets.read import (
 )
 
 Files = Sequence[tuple[str, stat_result | OSError]]
-"""Images of one class: path below the class folder, and the status of the file or the error."""
+"""Images of one class: the path below the class folder, and the file's status or its error."""
 
 RENAMED: Final = {744: "projectile", 836: "sunglass"}
 """Our names of two ImageNet classes, by label.
 
 CLIP gives the classes 657 and 744 the same name "missile", and 836 and 837 the same name
-"sunglasses". Of two classes with equal prompts, one can never be the answer. Our names are the
-first words of WordNet's synsets n04008634 and n04355933.
+"sunglasses". Of two classes with equal names, one can never be the answer. Our names are the first
+words of WordNet's synsets n04008634 and n04355933.
 """
 
 UNPACK: Final = "Unpack the archive of each class into a folder of its name."
@@ -60,14 +60,14 @@ def every_image(_class_name: str, files: Files) -> Files:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images in a folder per class; iterating lists the images, class by class."""
+    """Images in a folder per class; an iteration lists them, class by class."""
 
     root: Path  # the data set's folder
     part: str  # path below ``root`` of the folder that holds the class folders; "" for ``root``
     labels: Mapping[str, int]  # labels by name of class folder
-    # chooses images of a class, from the name of the class folder and its images
+    # function that chooses images of a class, from the name of the class folder and its images
     choose: Callable[[str, Files], Files] = every_image
-    flat: str = UNPACK  # advice for the error if there are no class folders
+    advice: str = UNPACK  # last sentence of the error if there are no class folders
 
     def __iter__(self) -> Iterator[Entry]:
         folder = self.root / self.part
@@ -98,17 +98,18 @@ class ClassFolders:
         first_image = next(walk_images(folder, Counter()), None)
         if first_image is not None:
             content = f"images without class folders ({portable_name(first_image[0])}, ...)"
-        return DataError(f"{folder} holds {content}; expected a folder per class. {self.flat}")
+        return DataError(f"{folder} holds {content}; expected a folder per class. {self.advice}")
 
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """A folder per split, and in it a folder per class.
+    """Lists a data set with a folder per split, and in it a folder per class.
 
-    Labels number the class names of all splits, sorted by bytes.
+    The classes are those of all splits together. A label is the position of a class name among the
+    class names, sorted by bytes.
     """
 
-    # folder by split, where "" is the data set's own folder; empty: folders have the splits' names
+    # by split, its folder, where "" is the data set's own; empty: folders have the names of splits
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, place: Place) -> Listing:
@@ -136,7 +137,7 @@ def imagenet(place: Place) -> Listing:
     labels = {wnid: label for label, wnid in enumerate(wnids())}
     splits = {
         "train": ClassFolders(place.folder, "train", labels),
-        "test": ClassFolders(place.folder, "val", labels, flat=SORT),
+        "test": ClassFolders(place.folder, "val", labels, advice=SORT),
     }
     return _listing(wnids(), splits, "official split, its validation images as test")
 
@@ -154,8 +155,8 @@ def imagenet_sketch(place: Place) -> Listing:
 def half(name: str, files: Files, *, first: bool) -> Files:
     """The first or the last half of a class's images, in the order of a hash of their path.
 
-    With an odd number of images, the last half has one more. Which images the paper used as few
-    shots is unknown. The hash is BLAKE2b (8 bytes) of ``class/path``, so that the halves depend
+    If the number of images is odd, the last half has one more. It is not known which images the
+    paper took as few shots. The hash is BLAKE2b (8 bytes) of ``class/path``. So the halves depend
     neither on the order of files, nor on the machine, nor on other classes.
     """
     hashes = []
@@ -183,7 +184,7 @@ def clip_names() -> tuple[str, ...]:
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
-    """Listing of images without splits: half of each class is "shots", the other half "test"."""
+    """Listing of images without splits: half of each class is "shots", the second half "test"."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
         "shots": ClassFolders(place.folder, "", labels, partial(half, first=True)),
@@ -199,7 +200,7 @@ def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origi
 
 @dataclass(frozen=True)
 class CifarReader:
-    """CIFAR-10 or CIFAR-100, read without running its pickles."""
+    """A reader of CIFAR-10 or CIFAR-100, which does not run their pickles."""
 
     layout: Layout
 
@@ -230,19 +231,19 @@ class CifarReader:
             return Count(0, expected, missing=missing)
         try:
             n_pictures = len(self.open(place, Request(split)))
-        except DataError as error:  # reported for this split; the next splits are still counted
+        except DataError as error:  # not raised, so that the next split is counted, too
             return Count(None, expected, problem=str(error))
         return Count(n_pictures, n_pictures)
 
 
 class ShardReader:
-    """Image-caption pairs in tar files, as img2dataset writes them.
+    """A reader of image-caption pairs in tar files, as img2dataset writes them.
 
     The tar files lie in the data set's folder or in its subfolders.
     """
 
     def open(self, place: Place, request: Request) -> TarShards:
-        """All pairs; they are divided into folds later, by a hash of the caption."""
+        """All pairs, which are divided into folds later, by a hash of the caption."""
         unfit = request.unfit()
         if unfit:
             raise UsageError(
@@ -253,7 +254,7 @@ class ShardReader:
     def survey(self, place: Place, *, deep: bool) -> Survey:
         """Count the tar files and find gaps in their numbers.
 
-        With ``deep`` their members are listed, which counts pairs and finds damaged files.
+        With ``deep``, the members of the files are listed, to count pairs and find damaged files.
         """
         shards = find_known_shards(place.folder)
         n_pairs = None
@@ -284,11 +285,13 @@ def find_known_shards(folder: Path) -> list[Path]:
 
 def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
     """Names of missing shards in sequences of numbered shards, at most ``SHOWN``."""
+    # by sequence (folder, text before the number, number of digits), the numbers that are there
     numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for shard in shards:
         match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
         if match is not None:
-            numbers[shard.parent, match[1], len(match[2])].add(int(match[2]))
+            prefix, digits = match.groups()
+            numbers[shard.parent, prefix, len(digits)].add(int(digits))
     missing = []
     for (parent, prefix, width), present in numbers.items():
         for number in islice(_gaps(present), SHOWN):
@@ -298,14 +301,14 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
 
 
 def _gaps(numbers: set[int]) -> Iterator[int]:
-    """The numbers from 0 to the largest of ``numbers`` that are missing."""
+    """Yield the missing numbers between 0 and the largest of ``numbers``."""
     for number in range(min(max(numbers), MAX_SHARDS)):
         if number not in numbers:
             yield number
 
 
 def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
-    """The number of whole pairs in all shards, and the problem of the first damaged shard."""
+    """Count the whole pairs in all shards, and describe the damage of the first damaged shard."""
     n_pairs = 0
     problem = None
     with track(f"checking {place.entry.name}", len(shards), "shards") as task:
@@ -330,7 +333,7 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
 }
 """Readers by ``kind`` in ``layout = { kind = ... }`` of a data set's table.
 
-If the value is a class, the further keys of ``layout`` are its attributes.
+A class is not a reader itself: it gets the further keys of ``layout`` as attributes.
 """
 
 

@@ -25,7 +25,7 @@ from vilu.progress import Task, track
 Entry = tuple[str, int, stat_result | OSError | None]
 """Path below the data set's folder, label, and file status.
 
-The status is None for a missing file, and the error for a file that cannot be accessed.
+The status is None if the file is missing, and the error if the file cannot be accessed.
 """
 
 STEP: Final = 1000  # number of images between two updates of the progress display
@@ -36,8 +36,7 @@ class Listing:
     """The classes and images that a data set lists."""
 
     classes: tuple[str, ...]  # names of the classes in files or lists, in label order
-    # images by split; iterating may list folders, and raises a DataError if a split cannot be
-    # listed
+    # by split, its images; an iteration may list folders, and raises a DataError if that fails
     splits: Mapping[str, Iterable[Entry]]
     origin: str  # text that says where the splits come from
     # cleaned names for prompts; None: ``classes`` with spaces for underscores
@@ -57,7 +56,7 @@ class ListReader:
         return ListedDataset(place, self.read(place), request)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Count listed files and existing files; ``deep`` only matters for archives."""
+        """Count listed files and existing files; ``deep`` matters only for archives."""
         listing = self.read(place)
         n_images = sum(place.entry.sizes.values())
         with track(f"checking {place.entry.name}", n_images, "images") as task:
@@ -67,10 +66,9 @@ class ListReader:
 
 @dataclass(frozen=True)
 class PathList:
-    """Images of a list, sorted by path.
+    """Images of a list, sorted by path, so that the order of the list does not matter.
 
-    The data set is therefore the same for every order of the list. Iterating takes one call of stat
-    per image.
+    An iteration takes one call of stat per image.
     """
 
     folder: Path
@@ -82,9 +80,9 @@ class PathList:
 
 
 class ListedDataset(ListedFiles):
-    """Images that a data set lists.
+    """A data set of listed images.
 
-    A listed file that is missing gives a row with a read error. Keys are paths below the data set's
+    If a listed file is missing, its row has a read error. Keys are paths below the data set's
     folder. All splits have the same class table.
     """
 
@@ -106,9 +104,9 @@ class ListedDataset(ListedFiles):
         with track(f"listing {place.entry.name}", None, "images") as task:
             counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
-        # without a requested split all splits are taken, and an empty split is no error
-        is_asked_for = request.split is not None
-        if not self._paths or (is_asked_for and empty):
+        # if no split is requested, all splits are taken, and an empty one is no error
+        lacks_request = request.split is not None and empty
+        if not self._paths or lacks_request:
             raise DataError(
                 f"split {empty[0]!r} of {self.source} has no image. "
                 "Choose another, or mend its list."
@@ -136,7 +134,7 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
                 n_there += 1
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))
-    except DataError as error:  # reported for this split; the next splits are still counted
+    except DataError as error:  # not raised, so that the next split is counted, too
         return Count(n_there, None, problem=str(error))
     return Count(n_there, n_listed, missing=tuple(missing))
 
@@ -154,12 +152,15 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 MAX_PATH: Final = 1024
 T = TypeVar("T")
 Parse = Callable[[T], tuple[str, int]]
-"""Returns path and label of a list's entry; raises ValueError for an invalid entry."""
+"""Function from an entry of a list to its path and label; raises ValueError if it is invalid."""
 
 
 @dataclass
 class SplitLists:
-    """Paths and labels by split; no path occurs twice, and every label 0 ... K-1 has one name."""
+    """Lists of paths and labels by split.
+
+    No path occurs twice, and every label 0 ... K-1 has one name.
+    """
 
     # by split, pairs of path and label
     splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
@@ -182,18 +183,19 @@ class SplitLists:
         """Add all entries of a file; an invalid entry is a DataError that names its number."""
         for number, entry in enumerate(entries, start=1):
             try:
-                self.add(split, *parse(entry))
+                path, label = parse(entry)
+                self.add(split, path, label)
             except ValueError as error:
                 refuse(f"{file}, {split} entry {number} (counting from 1)", error)
 
     @classmethod
     def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
-        """Empty lists with these splits and class names; errors name ``file``."""
+        """Make empty lists with some splits and class names; errors name ``file``."""
         lists = cls({split: [] for split in splits})
         try:
             for label, name in enumerate(names):
                 lists.name(label, name)
-            lists.names()
+            lists.names()  # raises if there are none
         except ValueError as error:
             refuse(file, error)
         return lists
@@ -205,7 +207,12 @@ class SplitLists:
         return self._labels[name]
 
     def name(self, label: int, name: str) -> None:
-        """Name a class; raises ValueError for an unprintable name, or a name or label in use."""
+        """Name the class of a label.
+
+        Raises:
+            ValueError: If the name is not printable, if the label has another name already, or if
+                the name is that of another label.
+        """
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
         if self._names.setdefault(label, name) != name:
@@ -284,7 +291,7 @@ LETTERS: Final = {"t": "train", "v": "validation", "e": "test"}
 
 
 def user_list(place: Place, file: str, images: str) -> Listing | None:
-    """The listing from the user's own ``split_zhou_*.json``; None if there is no such file."""
+    """The listing of the user's own ``split_zhou_*.json``; None if there is no such file."""
     path = place.find(file)
     if path is None:
         return None
@@ -336,7 +343,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
         for label in range(int(n_classes)):
             class_name = next(lines)
             letters = next(lines)
-            # Takes one line per letter. With strict=True, zip would consume one line more.
+            # There is one line per letter. With strict=True, zip would also take the next line.
             images = list(zip(letters, lines, strict=False))
             if name == dataset:
                 lists.name(label, class_name)
@@ -349,10 +356,7 @@ def shipped_list(dataset: str) -> SplitLists | None:
 
 @dataclass(frozen=True)
 class CoopListing:
-    """Lists a data set by CoOp's list.
-
-    The user's own list is used if there is one, else the shipped list.
-    """
+    """Lists a data set by CoOp's list: the user's own if there is one, else the shipped list."""
 
     file: str  # file name of the user's list
     # subfolder that the paths of the list are relative to; "" for the data set's folder
@@ -429,7 +433,7 @@ def sun397(place: Place) -> Listing:
     classes = []
     names = []
     for path in listing.classes:  # such as /a/apartment_building/outdoor
-        below_letter = path.split("/")[2:]
+        below_letter = path.split("/")[2:]  # without the empty first part and the letter
         classes.append("/".join(below_letter))
         names.append(clean_name(" ".join(reversed(below_letter))))
     return replace(listing, classes=tuple(classes), names=tuple(names))
@@ -442,14 +446,14 @@ def _official(
     entries: Mapping[Path, tuple[str, Iterable[T]]],
     parse: Parse[T],
 ) -> Listing:
-    """The listing from the authors' files; ``entries`` has split and entries by file."""
+    """The listing of the authors' files; ``entries`` has, by file, its split and its entries."""
     for file, (split, lines) in entries.items():
         lists.fill(split, file, lines, parse)
     return lists.listing(place.folder, images, "official split", binding=True)
 
 
 def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
-    """Pairs of class and path, from a dictionary of paths by class."""
+    """Yield pairs of class and path from ``content``, which has the paths by class."""
     for name, paths in content.items():
         if not isinstance(paths, list):
             raise DataError(

@@ -1,7 +1,7 @@
 """Damages pictures without changing what they show, by noise, blur, compression and the like.
 
 The kinds of damage are those of Hendrycks and Dietterich (ICLR 2019). The code and the strengths
-are our own; a strength in pixels is relative to the size of the picture.
+are ours. A strength in pixels is relative to the size of the picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vilu.datasets.base import Chosen, ImageDataset, ImageRecord
 from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
 
-SEVERITIES: Final = 5
+SEVERITIES: Final = 5  # severities are 1 to 5
 REFERENCE_SIDE: Final = 32  # strengths in pixels hold for a picture with this short side
 
 Rng = np.random.Generator
@@ -64,13 +64,13 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Multiply the sides by ``strength``, averaging pixels; then repeat pixels to the old size."""
+    """Multiply the sides by ``strength``, averaging pixels, then repeat pixels to the old size."""
     small = image.resize(_scaled(image, strength), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
 def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Multiply the sides by ``strength``, then resize to the old size, each with bicubic filters.
+    """Multiply the sides by ``strength``, then resize to the old size, with bicubic filters.
 
     At severity 3 a side of 32 pixels is resized to 16 and back to 32.
     """
@@ -88,14 +88,14 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
     "pixelate": (pixelate, (0.85, 0.7, 0.6, 0.5, 0.4)),
     "low_resolution": (low_resolution, (0.75, 0.625, 0.5, 0.375, 0.25)),
 }
-"""By kind of damage, its function and its strengths at severity 1 to 5."""
+"""By kind of damage, its function and its five strengths, one for each severity."""
 
 
 class ShiftedImages(Chosen):
-    """A data set with every picture damaged; a hash of its key chooses the kind of damage.
+    """A data set in which every picture is damaged; a hash of its key chooses the kind of damage.
 
-    Damaged pictures are PNGs. The row is identified by the undamaged picture, so that a picture and
-    its damaged form count as the same row.
+    Damaged pictures are PNGs. A row is identified by its undamaged picture. So a picture and its
+    damaged form count as copies of one picture.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
@@ -105,12 +105,15 @@ class ShiftedImages(Chosen):
             raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {wrong} instead.")
         if not 1 <= severity <= SEVERITIES:
             raise UsageError(f"severity must be 1 to {SEVERITIES}. Got {severity} instead.")
-        self._strengths = {kind: KINDS[kind][1][severity - 1] for kind in kinds}
+        self._strengths = {}
+        for kind in kinds:
+            _, strengths = KINDS[kind]
+            self._strengths[kind] = strengths[severity - 1]
         super().__init__(images, range(len(images)), {"shift": self._strengths})
         self.source = f"{images.source} ({'+'.join(kinds)}, severity {severity})"
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """Records of the images start ... stop - 1; an image is damaged when it is read."""
+        """Yield records of the images start ... stop - 1; an image is damaged when it is read."""
         for record in super().records(start, stop):
             read = partial(_damaged, record, self._strengths)
             undamaged = record.content or record.read

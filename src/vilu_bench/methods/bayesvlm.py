@@ -25,18 +25,19 @@ ROWS = 1_024  # rows whose logits with all candidates are in memory at a time
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors a = b = p (M, K) of InfoNCE, whose curvature in a row of logits is diag(p) - p p^T.
+    """Vectors a and b (M, K) of InfoNCE: both are the softmax p of the logits.
 
-    The curvature of a loss is represented as diag(a) - b b^T.
+    The curvature of the loss in a row of logits is diag(a) - b b^T, here diag(p) - p p^T.
     """
     p = logits.softmax(dim=-1)
     return p, p
 
 
 def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors a = sigma (1 - sigma) and b = 0 (M, K) of SigLIP's loss.
+    """Vectors a and b (M, K) of SigLIP's loss: a = sigma (1 - sigma) and b = 0.
 
-    The curvature in a row of logits is diag(a) - b b^T. SigLIP's has no outer product.
+    The curvature of the loss in a row of logits is diag(a) - b b^T. For SigLIP it is diagonal,
+    because the loss is a sum over single logits.
     """
     p = logits.sigmoid()
     return p * (1 - p), torch.zeros_like(p)
@@ -46,7 +47,7 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "infonce": softmax_weights,
     "siglip": sigmoid_weights,
 }
-"""By the name of a contrastive loss, (a, b): its curvature in the logits is diag(a) - b b^T."""
+"""By name of a contrastive loss, the function that computes a and b from logits (M, K)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Layer:
 class Factors:
     """Kronecker factors of the curvature of a last layer over n pairs.
 
-    Plain sums: not yet divided by sqrt(n).
+    The factors are sums, not yet divided by sqrt(n).
     """
 
     inputs: Tensor  # (F, F) sum of phi phi^T
@@ -98,12 +99,13 @@ def factors(
     """
     dim = candidates.shape[1]
     outputs = candidates.new_zeros(dim, dim)
+    # scale² / ‖g‖² for every pair that contains the row
     weights = layer.count * (scale / layer.outputs.norm(dim=-1)).square()
     directions = layer.directions.split(block_rows)
     for unit, weight in zip(directions, weights.split(block_rows), strict=True):
         logits = scale * unit @ candidates.T + bias
-        diagonal, outer = LOSSES[loss](logits)
-        outputs += curvature_sum(unit, weight, candidates, diagonal, outer)
+        a, b = LOSSES[loss](logits)
+        outputs += curvature_sum(unit, weight, candidates, diagonal=a, outer=b)
     inputs = (layer.inputs * layer.count[:, None]).T @ layer.inputs
     return Factors(inputs, outputs, int(layer.count.sum()))
 
@@ -111,12 +113,10 @@ def factors(
 def curvature_sum(
     unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
 ) -> Tensor:
-    """Sum (D, D) over the rows of w (I - u u^T) C (I - u u^T).
+    """Sum (D, D) of w (I - u u^T) C (I - u u^T) over the M rows.
 
-    The curvature of a row is C = sum_j a_j c_j c_j^T - m m^T with m = sum_j b_j c_j.
-
-    The products with I - u u^T are expanded, so that no array is larger than (M, K), (M, D) or
-    (D, D).
+    Every row has its own w, u and C = sum_j a_j c_j c_j^T - m m^T with m = sum_j b_j c_j. The
+    products with I - u u^T are expanded, so that no array is larger than (M, K), (M, D) or (D, D).
 
     Args:
         unit: (M, D) u.
@@ -126,15 +126,18 @@ def curvature_sum(
         outer: (M, K) b.
     """
     # w (I - u u^T) C (I - u u^T) = w C - w u (C u)^T - w (C u) u^T + w (u^T C u) u u^T
-    mean = outer @ candidates
-    mean_along_unit = (mean * unit).sum(dim=-1, keepdim=True)
+    weight_column = weight[:, None]
+    mean = outer @ candidates  # m
+    mean_along_unit = (mean * unit).sum(dim=-1, keepdim=True)  # m^T u
     along = (diagonal * (unit @ candidates.T)) @ candidates - mean * mean_along_unit  # C u
-    sum_of_diagonals = candidates.T @ ((weight @ diagonal)[:, None] * candidates)
-    middle = sum_of_diagonals - mean.T @ (weight[:, None] * mean)
-    cross = unit.T @ (weight[:, None] * along)
-    along_both = (along * unit).sum(dim=-1)  # u^T C u
-    twice = unit.T @ ((weight * along_both)[:, None] * unit)
-    return middle - cross - cross.T + twice
+    along_both = (along * unit).sum(dim=-1, keepdim=True)  # u^T C u
+    weight_of_candidate = (weight @ diagonal)[:, None]
+    sum_of_diagonals = candidates.T @ (weight_of_candidate * candidates)
+    # the sums over rows of w C, of w u (C u)^T, and of w (u^T C u) u u^T
+    sum_of_c = sum_of_diagonals - mean.T @ (weight_column * mean)
+    one_sided = unit.T @ (weight_column * along)
+    two_sided = unit.T @ (weight_column * along_both * unit)
+    return sum_of_c - one_sided - one_sided.T + two_sided
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple
         squared_norm: ‖P‖² of the layer's weights P.
         pseudo_count: Weight tau of the data against the prior.
     """
-    # multiplies both factors: their product is tau times the curvature of the data
+    # on each of the two factors, so that their product is tau / n times the curvature of all pairs
     scale = math.sqrt(pseudo_count / layer.n)
     a, a_vectors = torch.linalg.eigh(scale * layer.inputs)
     b, b_vectors = torch.linalg.eigh(scale * layer.outputs)
@@ -172,7 +175,7 @@ def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
     """Log marginal likelihood of a Laplace approximation, as a function of log lambda.
 
-    Terms that do not depend on the prior precision lambda are left out. What remains is
+    Terms that do not depend on the prior precision lambda are left out. The rest is
 
         (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2,
         log det(Ã ⊗ B̃) = D log det Ã + F log det B̃.
@@ -188,17 +191,19 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
     """The prior precision lambda that maximises ``log_evidence``.
 
-    The evidence is concave in log lambda, so it has one maximum. The maximum is below lambda =
-    F D / ‖P‖²: from there on the first two terms fall, and the third falls everywhere.
+    The evidence is concave in log lambda, so it has one maximum. The maximum is below
+    lambda = F D / ‖P‖², because from there on the first two terms fall together, and the third
+    falls everywhere. It is searched for between e^-60 times this bound and the bound.
     """
     from scipy.optimize import minimize_scalar
 
-    def loss(log_prior: float) -> float:
+    def negative_evidence(log_prior: float) -> float:
         return -log_evidence(log_prior, a, b, squared_norm)
 
     highest = math.log(len(a) * len(b) / squared_norm)
+    bounds = (highest - 60, highest)
     best = minimize_scalar(
-        loss, bounds=(highest - 60, highest), method="bounded", options={"xatol": 1e-6}
+        negative_evidence, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
     return math.exp(best.x)
 
@@ -208,21 +213,27 @@ def cosine_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance (B, K) of the cosine of Gaussian vectors.
 
-    The vectors have the means ``g`` (B, D) and ``h`` (K, D) and diagonal covariances.
+    The vectors have the means ``g`` (B, D) and ``h`` (K, D). Their covariances are diagonal, with
+    the diagonals ``g_variance`` (B, D) and ``h_variance`` (K, D).
 
     The moments of the dot product are exact. The product of the norms is replaced by the square
     root of its expected square.
     """
-    g_second = g.square() + g_variance
+    g_second = g.square() + g_variance  # expected squares of the coordinates
     h_second = h.square() + h_variance
-    squared_norms = g_second.sum(dim=-1)[:, None] * h_second.sum(dim=-1)
+    g_squared_norm = g_second.sum(dim=-1)
+    h_squared_norm = h_second.sum(dim=-1)
+    squared_norms = g_squared_norm[:, None] * h_squared_norm
     mean = g @ h.T / squared_norms.sqrt()
     variance = (g_second @ h_variance.T + g_variance @ h.square().T) / squared_norms
     return mean, variance
 
 
-# largest distance allowed between normalise(P phi) and the embedding; float16 gives about 1e-3
 FARTHEST = 1e-2
+"""Largest allowed distance between normalise(P phi) and the embedding.
+
+The rounding of float16 alone gives about 1e-3.
+"""
 
 
 @dataclass
@@ -237,57 +248,59 @@ class BayesVLM(FailurePredictor):
         (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I),
         A = n^(-1/2) sum_i phi_i phi_i^T (F, F),  B = n^(-1/2) sum_i H_i (D, D),
 
-    with H_i the Gauss-Newton curvature of the contrastive loss in g_i. The precision of Q is the
-    same with images and texts exchanged. The prior precision lambda of each encoder maximises the
-    Laplace evidence. With Ã and B̃ the two factors of the precision, the variance of g is
-    phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h give the mean m_j and
-    the variance v_j of every logit, and
+    with H_i the Gauss-Newton curvature of the contrastive loss in g_i. The precision of Q has the
+    same form, with images and texts exchanged. The prior precision lambda of each encoder maximises
+    the Laplace evidence. Let Ã and B̃ be the two factors of the precision. Then the variance of g
+    is phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h determine the mean
+    m_j and the variance v_j of every logit, and
 
         p = softmax_j(m_j / sqrt(1 + pi v_j / 8)).
 
-    The score is that of the VLM's own answer t̂, whose p_t̂ need not be the largest p_j. The logit
-    bias matters, because the divisor differs between candidates.
+    The score is that of the VLM's own answer t̂, although p_t̂ need not be the largest p_j. The
+    logit bias changes p, because the divisor differs between candidates.
 
-    The n pairs are the training images, each with the text of its class or with its caption. An
-    image is matched with all K candidates, a text with the images of its chunk. A text counts once
-    for each of its images. With captions a chunk is a pool. A class without training images adds
-    nothing to the factors: where no other text covers the direction of its psi, the prior variance
-    remains.
+    The n pairs are the training images, each with the text of its class or with its caption. The
+    loss matches an image with all K candidates, and a text with the images of its chunk. A text
+    counts once for each of its images. With captions a chunk is a pool. A class without training
+    images adds nothing to the factors. If no other text has a component along its psi, the variance
+    of its h is that of the prior.
 
-    There are two kinds of fit, and the method's label names the kind. Data to score must carry the
+    There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
 
     - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
-      ``image_projection`` and ``text_projection``. Data are refused where normalise(P phi) is
-      farther than 1e-2 from the embedding, as it is for features of a second encoder and for texts
-      averaged over prompts. A bias of the last layer is given as a column of P whose feature is
+      ``image_projection`` and ``text_projection``. Data are refused if normalise(P phi) is farther
+      than 1e-2 from an embedding. Features of a second encoder are an example, and texts averaged
+      over prompts. A last layer with bias has the bias as a further column of P, whose feature is
       always one.
-    - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, phi =
-      g = z and P = I. This is a construction of ours and not the published method.
+    - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, with
+      phi = g = z and P = I. This variant is ours, not the published method.
 
     Args:
-        mode: "model", "embeddings", or "auto". "auto" means "model" where the training data carry
-            all four columns, else "embeddings".
+        mode: "model", "embeddings", or "auto". "auto" means "model" if the training data have all
+            four columns, else "embeddings".
         loss: Loss that the VLM was trained with: "infonce" (CLIP) or "siglip".
         pseudo_count: Weight tau of the pairs against the prior; 10 in the reference implementation.
-        chunk: Number of pairs in a chunk, hence of images that a text is matched with.
+        chunk: Number of pairs in a chunk. A text is matched with this number of images.
 
     Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The
-    reference implementation omits the factor 1/2 of the log-determinants in the evidence and swaps
-    their exponents F and D; here the evidence is as derived. Its pairs come from the VLM's own
-    training data; here they come from the data to fit on.
+    reference implementation omits the factor 1/2 of the log-determinants in the evidence, and swaps
+    their exponents F and D. Here the evidence is as derived. In the reference implementation the
+    pairs come from the VLM's own training data, here from the data to fit on.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
-        >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target, logit_scale=10.0)
+        >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
+        >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0)
-        >>> method.fit(train).predict_uncertainty(new).round(2)
+        >>> method.fit(train).predict_uncertainty(new).round(2)  # class 1 has fewer images
         array([0.17, 0.26])
     """
 
@@ -304,6 +317,7 @@ class BayesVLM(FailurePredictor):
         "text_projection",
     )
     is_probability: ClassVar[bool] = True
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = (
         "image_inputs:dEE image_outputs:dD image_prior:d "
         "text_inputs:dFF text_outputs:dD text_prior:d on_features:?"
@@ -350,9 +364,9 @@ class BayesVLM(FailurePredictor):
     ) -> Learnt:
         chunks = self._factors(train)
         image, text = next(chunks)
-        for more_image, more_text in chunks:
-            image = image + more_image
-            text = text + more_text
+        for image_of_chunk, text_of_chunk in chunks:
+            image = image + image_of_chunk
+            text = text + text_of_chunk
         on_features = bool(train.columns)
         tensors = {"on_features": torch.tensor(on_features)}
         priors = {}
@@ -373,9 +387,9 @@ class BayesVLM(FailurePredictor):
         return float(projection.double().square().sum())
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
-        """Factors of the image layer and of the text layer from every chunk of pairs."""
-        # Labelled rows are shuffled, because they are often sorted by class: the images that a text
-        # is matched with must be of all classes.
+        """Yield the factors of the image layer and of the text layer from every chunk of pairs."""
+        # Labelled rows are shuffled, because they are often sorted by class. A text must be matched
+        # with images of all classes.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):
@@ -387,9 +401,10 @@ class BayesVLM(FailurePredictor):
         (phi, g), (psi, h) = last_layers(batch.to(self.device_), on_features=on_features)
         g = float64(g)
         h = float64(h)
-        image = Layer(float64(phi), g, g.new_ones(len(g)))
-        n_images = torch.bincount(batch.target, minlength=len(h))
-        text = Layer(float64(psi), h, n_images.to(h))
+        one_pair_per_image = g.new_ones(len(g))
+        image = Layer(float64(phi), g, one_pair_per_image)
+        pairs_per_text = torch.bincount(batch.target, minlength=len(h))
+        text = Layer(float64(psi), h, pairs_per_text.to(h))
         scale = batch.logit_scale
         bias = batch.logit_bias
         return (
@@ -423,7 +438,7 @@ def last_layers(
     Returns:
         (phi (B, F), g (B, D)) of the image encoder, (psi (K, F), h (K, D)) of the text encoder.
     """
-    if not on_features:
+    if not on_features:  # the last layer is the identity on the embeddings
         return (batch.image, batch.image), (batch.text, batch.text)
     return (
         last_layer(batch, "features", "image_projection", batch.image),

@@ -29,7 +29,8 @@ NO_CAPTIONS = (
 
 def cosine_margin(batch: Batch) -> Tensor:
     """Gap (B,) between the two largest cosines of an image with the candidates, float64."""
-    first, second = float64(batch.logits.topk(2, dim=1).values).unbind(dim=1)
+    two_largest_logits = float64(batch.logits.topk(2, dim=1).values)
+    first, second = two_largest_logits.unbind(dim=1)
     return (first - second) / batch.logit_scale
 
 
@@ -43,11 +44,12 @@ class DeltaKNN(ClosedSet):
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
         - margin_weight * (cos_(1) - cos_(2))
 
-    d_i and e_j are the Euclidean distances, between unit vectors, to the nearest images answered
-    rightly and wrongly; cos_(1) and cos_(2) are the two largest cosines with the candidates.
-    Without the margin and up to constants, u is 2/D times a log-likelihood ratio, wrong over right,
-    of two k-NN density estimates. A bank of fewer than k images is used whole. An empty bank (no
-    image answered wrongly, or none rightly) gives a mean of zero, as if its density were flat.
+    There are two banks: the rightly answered and the wrongly answered training images. d_i and e_j
+    are the Euclidean distances, between unit vectors, to the nearest images in them. cos_(1) and
+    cos_(2) are the two largest cosines with the candidates. Without the margin, u is 2/D times the
+    log-likelihood ratio, wrong over right, of two k-NN density estimates, up to constants. Of a
+    bank with fewer than k images, all images are used. For an empty bank the mean is zero, as if
+    its density were flat.
 
     Args:
         k: Number of neighbours per bank.
@@ -55,15 +57,17 @@ class DeltaKNN(ClosedSet):
             out. The paper chooses lambda so that both terms have a similar magnitude.
 
     Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (their k = 25). As in the
-    released code, the logarithm is that of squared distances, so it is twice the paper's. lambda
-    multiplies cosines: the CLIP logits of that code are cosines without the logit scale. So lambda
-    does not depend on a model's logit scale.
+    released code, the logarithm is that of squared distances, which is twice the logarithm in the
+    paper. lambda multiplies cosines, because the CLIP logits of the released code are cosines
+    without the logit scale. So lambda does not depend on a model's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # below zero: nearer to a rightly than to the wrongly answered image
         >>> vilu.PREDICTORS["delta_knn"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-0.47, -1.61])
     """
@@ -75,6 +79,7 @@ class DeltaKNN(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND n_right:i classes:fKD"
     needs: ClassVar[Needs] = "failure"
 
@@ -90,7 +95,7 @@ class DeltaKNN(ClosedSet):
     ) -> Learnt:
         drawn, positions = draw_rows(train, self.max_bank, self.seed)
         drawn_failure = failure[positions]
-        right_first = drawn_failure.argsort(stable=True)
+        right_first = drawn_failure.argsort(stable=True)  # the two banks, one after the other
         bank = gather(dataclasses.replace(drawn, index=drawn.index[right_first]))
         n_right = (drawn_failure == 0).sum()
         return Learnt(
@@ -98,7 +103,8 @@ class DeltaKNN(ClosedSet):
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        self.classes_of(batch.text)  # raises for other classes: with them other images are wrong
+        # raises for other classes, with which other training images would be wrong
+        self.classes_of(batch.text)
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
         right = self._log_distance(batch.image, bank[:n_right])
@@ -123,8 +129,10 @@ class DeltaKNNMargin(DeltaKNN):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # the scores of delta_knn, less 10 times the margin 0.96 - 0.28
         >>> vilu.PREDICTORS["delta_knn_margin"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-7.27, -8.41])
     """
@@ -146,28 +154,33 @@ class DeltaMDS(ClosedSet):
     u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c)
         - margin_weight * (cos_(1) - cos_(2))
 
-    m_c is the mean of the rightly answered images of class c, and R is their covariance around
-    these means. n_c and W are the same of the wrongly answered images. cos_(1) and cos_(2) are the
-    two largest cosines with the candidates. Each minimum is over the classes that have such images;
-    if no class has any, the term is zero. If no class of a bank has two different images, the bank
-    takes the covariance within the classes of all training images. If that has no spread either,
-    the bank takes the mean variance of a coordinate times the identity.
+    There are two banks: the rightly answered and the wrongly answered training images. m_c is the
+    mean of the rightly answered images of class c, and R is the covariance of this bank around the
+    means. n_c and W are the same for the wrongly answered images. cos_(1) and cos_(2) are the two
+    largest cosines with the candidates. Each minimum is over the classes that have such images. For
+    an empty bank the term is zero.
+
+    If no class of a bank has two different images, its covariance is that within the classes of all
+    training images. If these have no spread within classes either, the covariance is the mean
+    variance of a coordinate times the identity.
 
     Args:
         margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap
             out. The paper chooses lambda so that both terms have a similar magnitude. The distances
             grow with D, and are larger with less shrinkage.
 
-    Source: Heng and Soh, ICLR 2026, eq. 5. Two differences from the released code: embeddings have
-    unit norm, and covariances are Ledoit-Wolf estimates, because plain covariances of few images
-    are singular. lambda multiplies cosines: the CLIP logits of that code are cosines without the
-    logit scale. So lambda does not depend on a model's logit scale.
+    Source: Heng and Soh, ICLR 2026, eq. 5. There are two differences from the released code: here
+    embeddings have unit norm, and covariances are Ledoit-Wolf estimates, because plain covariances
+    of few images are singular. lambda multiplies cosines, because the CLIP logits of the released
+    code are cosines without the logit scale. So lambda does not depend on a model's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # above zero: nearer to the wrongly answered image than to the right ones
         >>> vilu.PREDICTORS["delta_mds"]().fit(train).predict_uncertainty(new).round(2)
         array([ 0.65, -2.59])
     """
@@ -177,8 +190,9 @@ class DeltaMDS(ClosedSet):
         "Mahalanobis distance to rightly answered images less that to others (Heng and Soh 2026)"
     )
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
-    cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) a row"
+    cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) per row"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = (
         "right_means:dKD right_counts:iK right_whitener:dDD "
         "wrong_means:dKD wrong_counts:iK wrong_whitener:dDD classes:fKD"
@@ -200,19 +214,22 @@ class DeltaMDS(ClosedSet):
     def _fit_bank(
         self, bank: str, train: Rows, label: Tensor, is_member: Tensor
     ) -> dict[str, Tensor]:
-        """Whitened class means, class counts and the whitening matrix of the images in a bank."""
+        """Compute whitened class means, class counts and the whitening matrix of a bank.
+
+        The bank has the training images at which ``is_member`` (N,) is true.
+        """
         n_classes = train.source.n_candidates
         members = dataclasses.replace(train, index=train.index[is_member])
         means, counts = class_means(members, label[is_member], n_classes)
         covariance = shared_covariance(members, label[is_member], means)
         if covariance is None:
-            white = gaussian(train, label, n_classes)["whitener"]
+            whitening = gaussian(train, label, n_classes)["whitener"]
         else:
-            white = whitener(covariance)
+            whitening = whitener(covariance)
         return {
-            f"{bank}_means": means @ white,
+            f"{bank}_means": means @ whitening,
             f"{bank}_counts": counts,
-            f"{bank}_whitener": white,
+            f"{bank}_whitener": whitening,
         }
 
     def _score(self, batch: Batch) -> Tensor:
@@ -228,8 +245,9 @@ class DeltaMDS(ClosedSet):
         counts = self.tensor(f"{bank}_counts", image.device)[classes]
         whitened = image @ self.tensor(f"{bank}_whitener", image.device)
         squares = squared_distances(whitened, means)
-        nearest_class = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
-        return torch.where(nearest_class == math.inf, 0.0, nearest_class)
+        smallest = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
+        is_bank_empty = smallest == math.inf
+        return torch.where(is_bank_empty, 0.0, smallest)
 
 
 @dataclasses.dataclass
@@ -241,9 +259,11 @@ class DeltaMDSMargin(DeltaMDS):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> method = vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0)
+        >>> # the scores of delta_mds, less 10 times the margin 0.96 - 0.28
         >>> method.fit(train).predict_uncertainty(new).round(2)
         array([-6.15, -9.39])
     """

@@ -37,14 +37,15 @@ class DeepEnsemble(ViLU):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
+        >>> new = vilu.Embeddings(new_image, text)
         >>> method = vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10)
-        >>> method.fit(train).predict_uncertainty(new).round()
+        >>> method.fit(train).predict_uncertainty(new).round()  # only the second is likely wrong
         array([0., 1., 0.])
     """
 
@@ -53,10 +54,10 @@ class DeepEnsemble(ViLU):
     reference: ClassVar[str] = "Lakshminarayanan et al., NeurIPS 2017"
     cost: ClassVar[str] = "M times that of vilu"
 
-    # bounded, so that a predictor from an untrusted file cannot build heads without end
+    # bounded, because a predictor from an untrusted file could otherwise build heads without end
     members: Annotated[Count, Field(le=1_000)] = 5
 
-    graph = head_graph
+    graph = head_graph  # the score can be exported to ONNX
 
     def coalitions(self) -> Coalitions:
         """Coalitions of the mean probability of failure."""
@@ -71,7 +72,7 @@ class DeepEnsemble(ViLU):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """The heads, in a list by the number of their member."""
+        """The heads of all members, in a list."""
         return nn.ModuleList(self._head(space) for _ in range(self.members))
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
@@ -80,7 +81,7 @@ class DeepEnsemble(ViLU):
         tensors: dict[str, Tensor] = {}
         notes = {}
         for m, member in enumerate(self._new_members()):
-            if isinstance(self.start_, DeepEnsemble):
+            if isinstance(self.start_, DeepEnsemble):  # each member starts from its counterpart
                 member.start_ = self.start_._new_members()[m]
                 member.start_.network_ = self.start_.heads[m]
             learnt = member.train_head(*parts, failure_rate)
@@ -106,8 +107,8 @@ class MCDropout(ViLU):
     u = 1/M sum_m sigmoid(g_m(z)), with g_m the output of the head under dropout mask m.
 
     Dropout follows every hidden activation of the MLP. The M masks are drawn from the seed, and
-    every row uses the same masks. So there are M thinned heads, and the score of a row does not
-    depend on the other rows. The best epoch is selected with dropout switched off.
+    every row uses the same masks. In effect there are M thinned heads, and the score of a row does
+    not depend on the other rows. The best epoch is selected with dropout switched off.
 
     Args:
         dropout: Share of hidden units that is dropped.
@@ -117,13 +118,15 @@ class MCDropout(ViLU):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
-        >>> vilu.PREDICTORS["mc_dropout"](epochs=10).fit(train).predict_uncertainty(new).round()
+        >>> new = vilu.Embeddings(new_image, text)
+        >>> method = vilu.PREDICTORS["mc_dropout"](epochs=10)
+        >>> method.fit(train).predict_uncertainty(new).round()  # only the second is likely wrong
         array([0., 1., 0.])
     """
 

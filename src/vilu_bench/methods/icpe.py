@@ -31,31 +31,33 @@ class ICPE(ClassDensity):
     N_c is the Gaussian of class c. It has the mean and the sample covariance (divisor n_c - 1) of
     the training images of the class, with ``ridge`` added to the diagonal. All images are projected
     on the first principal components of the training set. x is the image encoder's output P phi
-    *before* normalisation, computed from the columns ``features`` and ``image_projection``. Where
-    the data do not carry both columns, x is the unit-norm embedding. That is another method, and
-    the label of the results says so.
+    *before* normalisation, computed from the columns ``features`` and ``image_projection``. If the
+    data do not have both columns, x is the unit-norm embedding. Then it is another method, and the
+    label of the results says so.
 
     Args:
-        features: Whether to use the two columns where the data carry them.
-        components: Maximum number of principal components; with fewer images there are fewer.
+        features: Whether to use the two columns if the data have them.
+        components: Maximum number of principal components; there are no more than images.
         ridge: Added to the diagonal of every covariance. It is raised to 1e-11 of the largest mean
             variance if it is smaller.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
     1e-8, float64 densities. This implementation adds what the notebook leaves undefined. With fewer
-    images than components there are fewer components. A class of one image takes the mean
-    covariance within classes. A class without images is left out of the sum; where such a class is
-    the answer, its density is that of all training images. The notebook computes FPR95 at the
-    vertex of the ROC curve whose TPR is nearest to 0.95; ``vilu.metrics`` interpolates.
+    images than components there are fewer components. A class of one image has the mean covariance
+    within classes. A class without images is left out of the sum. If such a class is the answer,
+    its density is that of all training images. The notebook computes FPR95 at the vertex of the ROC
+    curve whose TPR is nearest to 0.95; ``vilu.metrics`` interpolates.
 
-    With fewer images in a class than components the covariance is singular up to the ridge, and s_d
-    is 0 or 1 for nearly all images. The method needs hundreds of images per class.
+    If a class has fewer images than components, its covariance is singular up to the ridge. Then
+    s_d is 0 or 1 for nearly all images. The method needs hundreds of images per class.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], text)  # at 16 and 37 degrees
+        >>> # the second image is answered 0, but lies in the density of class 1: s_d = 0
         >>> vilu.PREDICTORS["icpe"]().fit(train).predict_uncertainty(new).round(3)
         array([0.015, 0.5  ])
     """
@@ -66,6 +68,7 @@ class ICPE(ClassDensity):
     )
     reference: ClassVar[str] = "ICPE, WACV 2026"
     optional_columns: ClassVar[tuple[str, ...]] = ("features", "image_projection")
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = f"{ClassDensity._forms} on_features:?"
 
     features: bool = True
@@ -105,7 +108,7 @@ class ICPE(ClassDensity):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         on_features = set(self.optional_columns) <= set(train.columns)
-        blocks = encoded if on_features else image_blocks
+        blocks = outputs_before_norm if on_features else image_blocks
         densities = self._densities(train, self.components, self.ridge, blocks, floor=0.0)
         return Learnt(densities | {"on_features": torch.tensor(on_features)})
 
@@ -120,8 +123,8 @@ def before_norm(batch: Batch) -> Tensor:
     return float64(phi) @ float64(batch.columns["image_projection"]).T
 
 
-def encoded(train: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices and images (b, D) as ``before_norm`` gives them, block by block."""
+def outputs_before_norm(train: Rows) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows: their slice, and their outputs (b, D) before normalisation."""
     start = 0
     for batch in train.batches(SCORING_BATCH):
         stop = start + len(batch.index)

@@ -25,12 +25,14 @@ def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None
     class means were estimated from the same M images. The result is None if no class has two
     different images.
     """
-    matrix, fourth = scatter(train, label, mean)
+    scatter_matrix, fourth_powers = scatter(train, label, mean)
     n = len(label)
     n_means = len(label.unique())
-    if n == n_means or float(matrix.trace()) <= NO_SPREAD * n:
+    has_spread = float(scatter_matrix.trace()) > NO_SPREAD * n
+    if n == n_means or not has_spread:
         return None
-    return ledoit_wolf(matrix, fourth, n) * (n / (n - n_means))
+    bias_correction = n / (n - n_means)
+    return ledoit_wolf(scatter_matrix, fourth_powers, n) * bias_correction
 
 
 def spherical_covariance(train: Rows) -> Tensor:
@@ -40,35 +42,38 @@ def spherical_covariance(train: Rows) -> Tensor:
     """
     one_class = torch.zeros_like(train.index)
     mean, _ = class_means(train, one_class, 1)
-    matrix, _ = scatter(train, one_class, mean)
-    variance = float(matrix.trace()) / (max(len(one_class) - 1, 1) * len(matrix))
+    scatter_matrix, _ = scatter(train, one_class, mean)
+    dim = len(scatter_matrix)
+    degrees_of_freedom = max(len(one_class) - 1, 1)
+    variance = float(scatter_matrix.trace()) / (degrees_of_freedom * dim)
     scale = variance if variance > NO_SPREAD else 1.0
-    return torch.eye(len(matrix), dtype=torch.float64) * scale
+    return torch.eye(dim, dtype=torch.float64) * scale
 
 
-def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
+def ledoit_wolf(scatter_matrix: Tensor, fourth_powers: float, n: int) -> Tensor:
     """Covariance (D, D) shrunk towards a multiple of the identity.
 
     Args:
-        matrix: (D, D) sum of x x^T over the n centred rows x.
-        fourth: Sum of |x|^4 over these rows.
+        scatter_matrix: (D, D) sum of x x^T over the n centred rows x.
+        fourth_powers: Sum of |x|^4 over these rows.
         n: Number of rows.
 
-    The estimate needs the sum of all entries of sum_i (x_i^2) (x_i^2)^T. It equals ``fourth``, so
-    one pass over the rows is enough.
+    The estimate needs the sum over rows and pairs of coordinates of x_a^2 x_b^2. This sum equals
+    ``fourth_powers``, so one pass over the rows is enough.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
-    covariance = matrix / n
-    d = len(matrix)
+    covariance = scatter_matrix / n
+    d = len(covariance)
     variance = covariance.trace() / d
     squares = covariance.square().sum()
     dispersion = squares - d * variance**2
-    error = (fourth / n - squares) / n
+    error = (fourth_powers / n - squares) / n
     shrinkage = torch.ones((), dtype=torch.float32)
     if float(dispersion) > 0:
         shrinkage = (error / dispersion).clamp(0, 1)
-    return (1 - shrinkage) * covariance + shrinkage * variance * torch.eye(d, dtype=torch.float64)
+    target = variance * torch.eye(d, dtype=torch.float64)
+    return (1 - shrinkage) * covariance + shrinkage * target
 
 
 @dataclasses.dataclass
@@ -85,24 +90,26 @@ class Mahalanobis(ClosedSet):
     (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are the mean and the covariance of
     all training images.
 
-    S and S_0 are Ledoit-Wolf estimates, which also work with fewer images than coordinates, where
-    the usual plain covariance is singular. If no class has two different images, S is replaced by
-    the mean variance of a coordinate times the identity. A class without training images has the
+    S and S_0 are Ledoit-Wolf estimates. They also work with fewer images than coordinates, where
+    the plain covariance is singular. If no class has two different images, S is replaced by the
+    mean variance of a coordinate times the identity. A class without training images has the
     mean mu.
 
     Args:
-        relative: Whether to subtract the distance to all training images, which measures how
-            unusual an image is.
+        relative: Whether to subtract the distance to all training images. This distance measures
+            how unusual an image is.
 
     Source: Lee et al., NeurIPS 2018; for ``relative``, Ren et al., 2021. In these papers the
-    distance is to the nearest class. Here it is to the predicted class, since the failure of that
-    answer is predicted.
+    distance is to the nearest class. Here it is to the predicted class, because the task is to
+    predict whether this answer is wrong.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # the class means are at 0 and 60 degrees
         >>> vilu.PREDICTORS["mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
         array([1.14, 0.43])
     """
@@ -110,7 +117,8 @@ class Mahalanobis(ClosedSet):
     name: ClassVar[str] = "mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to the predicted class (Lee et al. 2018)"
     reference: ClassVar[str] = "Lee et al., NeurIPS 2018"
-    cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 a row"
+    cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 per row"
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "means:dKD whitener:dDD classes:fKD global_mean:d1D global_whitener:dDD"
 
     relative: bool = False
@@ -130,7 +138,7 @@ class Mahalanobis(ClosedSet):
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; the global tensors are only needed with ``relative``."""
+        """Names of the fitted tensors; the last two, of all images, only with ``relative``."""
         return self.tensors if self.relative else self.tensors[:3]
 
     def _score(self, batch: Batch) -> Tensor:
@@ -151,7 +159,7 @@ class Mahalanobis(ClosedSet):
 
 @dataclasses.dataclass
 class RelativeMahalanobis(Mahalanobis):
-    """``Mahalanobis`` with ``relative``.
+    """``Mahalanobis`` distance less the distance to all images, as ``relative`` sets it.
 
     The score is large if the distribution of all training images fits an image better than the
     distribution of the predicted class.
@@ -159,8 +167,9 @@ class RelativeMahalanobis(Mahalanobis):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["relative_mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
         array([ 0.22, -0.49])
     """

@@ -19,15 +19,16 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
 FARTHEST = 2.0  # largest distance of two unit vectors
-# added to distances, and the smallest value of 1 + cos; it prevents ratios of 0 / 0
 TINY = 1e-6
+"""Number that is added to distances, and smallest value of 1 + cos; prevents ratios of 0 / 0."""
 
 
 @dataclasses.dataclass
 class LabelledBank(ClosedSet):
-    """A method that keeps training images (the bank) with their classes."""
+    """A method that stores training images (the bank) with their classes."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
 
     max_bank: Count = 100_000
@@ -56,9 +57,9 @@ class KNNVote(LabelledBank):
     u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i
 
     The weight w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is at least 1e-6. If the predicted
-    class has no training images, u = 1. With fewer than k training images all of them vote. A
-    uniform vote is then the share of the class in the bank: the same for all images with the same
-    answer. Uniform votes have only k + 1 possible values, so many images tie.
+    class has no training images, u = 1. If there are fewer than k training images, all of them
+    vote. Then a uniform vote is the same for all images with the same answer. Uniform votes have
+    only k + 1 possible values, so many images tie.
 
     Args:
         k: Number of neighbours.
@@ -70,8 +71,10 @@ class KNNVote(LabelledBank):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # answer 0 has neighbours of the classes 0 and 1, answer 1 two neighbours of class 1
         >>> vilu.PREDICTORS["knn_vote"](k=2).fit(train).predict_uncertainty(new).round(2)
         array([0.5, 0. ])
     """
@@ -85,21 +88,21 @@ class KNNVote(LabelledBank):
 
     def _score(self, batch: Batch) -> Tensor:
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        label = self.tensor("labels", index.device)[index]
-        dissents = label != self.answer_of(batch)[:, None]
+        label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
+        disagrees = label != self.answer_of(batch)[:, None]
         weight = torch.ones_like(similarity)
         if self.weighting == "similarity":
             weight = (1 + similarity).clamp(min=TINY) / 2
-        return (weight * dissents).sum(dim=1) / weight.sum(dim=1)
+        return (weight * disagrees).sum(dim=1) / weight.sum(dim=1)
 
 
 @dataclasses.dataclass
 class KNNDistance(FailurePredictor):
     """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
 
-    It measures how unusual an image is and depends neither on the candidates nor on the answer. It
-    uses no class labels, so it also works on captions. With fewer than k training images it is the
-    distance to the farthest training image.
+    The distance measures how unusual an image is. It depends neither on the candidates nor on the
+    answer. No class labels are used, so the method also works on captions. If there are fewer than
+    k training images, u is the distance to the farthest of them.
 
     Args:
         k: Rank of the neighbour; 1 is the nearest.
@@ -110,8 +113,10 @@ class KNNDistance(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.0, 1.0]], np.eye(2))  # at 16 and 90 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.0, 1.0]], text)  # at 16 and 90 degrees
+        >>> # the second new image is in the training set
         >>> vilu.PREDICTORS["knn_distance"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([0.28, 0.  ])
     """
@@ -121,6 +126,7 @@ class KNNDistance(FailurePredictor):
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND"
 
     seed: int = 0
@@ -140,7 +146,8 @@ class KNNDistance(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         similarity, _ = nearest(batch.image, self.learned_["bank"], self.k)
-        return distance(similarity[:, -1])
+        farthest_of_k = similarity[:, -1]
+        return distance(farthest_of_k)
 
 
 @dataclasses.dataclass
@@ -153,22 +160,24 @@ class TRINE(LabelledBank):
         S_c = sum_{r: y_r = c} w_r / sum_r w_r,
         u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
 
-    A class without training images has the support 0, so u > 1 where it is the answer. With fewer
-    than k training images all of them vote. 1 + cos is at least 1e-6, so that no ratio is 0 / 0,
-    even for opposite texts.
+    A class without training images has the support 0, so u > 1 if it is the answer. If there are
+    fewer than k training images, all of them vote. 1 + cos is at least 1e-6, so that no ratio is
+    0 / 0, even for opposite texts.
 
     Args:
         k: Number of neighbours.
-        decay: How fast a neighbour's weight falls with its rank.
+        decay: Rate at which a neighbour's weight falls with its rank r.
 
     Source: the support margin of the repository sgchr273/TRINE (2026). One difference: a bank
-    smaller than k is used whole, where the repository refuses it.
+    smaller than k is refused in the repository. Here the whole bank is used.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # answer 0 has neighbours of the classes 0 and 1, answer 1 two neighbours of class 1
         >>> vilu.PREDICTORS["trine"](k=2).fit(train).predict_uncertainty(new).round(2)
         array([0.62, 0.  ])
     """
@@ -185,18 +194,18 @@ class TRINE(LabelledBank):
     def _score(self, batch: Batch) -> Tensor:
         answer = self.answer_of(batch)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        label = self.tensor("labels", index.device)[index]
+        label = self.tensor("labels", index.device)[index]  # (B, k) classes of the neighbours
         text = self.tensor("classes", index.device)
         text_similarity = (text[answer] @ text.T).gather(1, label)
-        n_near = similarity.shape[1]
-        rank = torch.arange(n_near, dtype=torch.float32, device=index.device)
-        near = (1 + similarity).clamp(min=TINY)
-        texts = (1 + text_similarity).clamp(min=TINY)
-        weight = torch.exp(-self.decay * rank) * near / 2 * texts / 2
+        n_neighbours = similarity.shape[1]
+        rank = torch.arange(n_neighbours, dtype=torch.float32, device=index.device)
+        image_factor = (1 + similarity).clamp(min=TINY)
+        text_factor = (1 + text_similarity).clamp(min=TINY)
+        weight = torch.exp(-self.decay * rank) * image_factor / 2 * text_factor / 2
         support = text.new_zeros(len(label), len(text))
-        # One neighbour at a time: a single scatter_add_ would add in an order that differs between
-        # devices.
-        for rank_index in range(n_near):
+        # One neighbour is added at a time. A single scatter_add_ would add in an order that differs
+        # between devices.
+        for rank_index in range(n_neighbours):
             neighbour = slice(rank_index, rank_index + 1)
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
@@ -212,23 +221,26 @@ class TrustScore(LabelledBank):
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
 
     d(z, H) is the Euclidean distance of z to the nearest image in H, between unit vectors. H_c are
-    the training images of class c, without the share ``alpha`` in the sparsest regions of the
-    class. A region is sparse where the k-th nearest image of the class is far; the image itself
-    counts as the nearest. The distance to a class without images is 2, the largest possible.
+    the training images of class c, without the share ``alpha`` that is in the sparsest regions of
+    the class. An image is in a sparse region if the k-th nearest image of its class is far. The
+    image itself counts as the nearest. The distance to a class without images is 2, the largest
+    possible.
 
     Args:
-        alpha: Share of each class that is left out; 0 keeps all images.
+        alpha: Share of each class that is left out; 0: no image is left out.
         k: Rank of the neighbour whose distance measures sparsity; at most the size of the class.
 
     Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2, with alpha = 0 and k = 10 as in the
-    released code. One difference: as in the paper, distances are to the nearest image; the code
-    takes the second nearest.
+    released code. As in the paper, distances are to the nearest image. The released code takes the
+    second nearest.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
+        >>> # distances to the classes 0 and 1 are 0.28 and 0.36 for the first image
         >>> vilu.PREDICTORS["trust_score"]().fit(train).predict_uncertainty(new).round(2)
         array([0.79, 0.24])
     """
@@ -250,7 +262,7 @@ class TrustScore(LabelledBank):
         for c in label.unique():
             members = (label == c).nonzero().squeeze(1)
             similarity, _ = nearest(bank[members], bank[members], self.k)
-            radius = distance(similarity[:, -1]).double()
+            radius = distance(similarity[:, -1]).double()  # distance to the k-th nearest member
             is_dense = radius <= radius.quantile(1 - self.alpha)
             dense_members.append(members[is_dense])
         dense = torch.cat(dense_members).sort().values
@@ -260,11 +272,12 @@ class TrustScore(LabelledBank):
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
 
-        def is_of_answer(queries: slice, rows: slice) -> Tensor:
-            return answer[queries, None] == label[rows]
+        # which images of the bank may be the nearest: (queries, bank images)
+        def is_of_answer(queries: slice, bank_images: slice) -> Tensor:
+            return answer[queries, None] == label[bank_images]
 
-        def is_of_rival(queries: slice, rows: slice) -> Tensor:
-            return answer[queries, None] != label[rows]
+        def is_of_rival(queries: slice, bank_images: slice) -> Tensor:
+            return answer[queries, None] != label[bank_images]
 
         to_answer = self._distance(batch.image, is_of_answer)
         to_rival = self._distance(batch.image, is_of_rival)
@@ -274,8 +287,10 @@ class TrustScore(LabelledBank):
         """Distance (B,) of each image to the nearest allowed image of the bank."""
         bank = self.learned_["bank"]
         similarity, index = nearest(image, bank, 1, allowed)
-        closest = bank[index[:, 0].cpu()].to(image.device)
-        # Computed from coordinates: for near duplicates, 2 - 2 cos has lost all its digits.
-        distance_to_closest = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
-        has_none = similarity[:, 0] == -math.inf
-        return torch.where(has_none, FARTHEST, distance_to_closest)
+        nearest_index = index[:, 0].cpu()
+        nearest_image = bank[nearest_index].to(image.device)
+        # Computed from coordinates, because 2 - 2 cos loses all its digits for near duplicates.
+        difference = normalize(image, dim=1) - nearest_image
+        distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)
+        is_none_allowed = similarity[:, 0] == -math.inf
+        return torch.where(is_none_allowed, FARTHEST, distance_to_nearest)

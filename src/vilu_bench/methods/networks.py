@@ -1,4 +1,4 @@
-"""Small networks: PVU, an uncertainty of the image alone, and LMN, a temperature per row."""
+"""Methods with a small network: PVU (uncertainty of the image alone) and LMN (a temperature)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from vilu.predictors.vilu.head import Count, NonNegative, Positive, Widths
 
 @dataclasses.dataclass
 class NetworkPredictor(FailurePredictor):
-    """A predictor whose network gives one number per row and is trained with AdamW.
+    """A predictor whose network computes one number per row and is trained with AdamW.
 
-    The weights after the last epoch are kept.
+    The fitted weights are those after the last epoch.
 
     Args:
-        epochs: Passes over the training rows; None: the same number as ``HeadPredictor``.
-        batch_size: Rows per step; None: the same number as ``HeadPredictor``.
+        epochs: Passes over the training rows; None: the default of ``HeadPredictor``.
+        batch_size: Rows per step; None: the default of ``HeadPredictor``.
         learning_rate: Initial learning rate; a cosine schedule lowers it to zero.
         weight_decay: Weight decay of AdamW.
     """
@@ -51,8 +51,8 @@ class NetworkPredictor(FailurePredictor):
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         """The training loss of the network's output (B,)."""
 
-    def _length(self, steps: int) -> int:
-        """Default number of epochs, with ``steps`` steps per epoch."""
+    def _default_epochs(self, steps: int) -> int:
+        """Default number of epochs if an epoch has ``steps`` steps."""
         return default_epochs(steps)
 
     def _learn(
@@ -61,8 +61,10 @@ class NetworkPredictor(FailurePredictor):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        network = cast("nn.Module", self.module({}, train.source.space))
-        history = train_adamw(network, self._loss, train, self._settings(AdamWConfig), self._length)
+        nothing_fitted: dict[str, Tensor] = {}
+        network = cast("nn.Module", self.module(nothing_fitted, train.source.space))
+        settings = self._settings(AdamWConfig)
+        history = train_adamw(network, self._loss, train, settings, self._default_epochs)
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         return Learnt(weights, {"history": {"loss": history}})
 
@@ -73,11 +75,12 @@ def perceptron(widths: list[int], seed: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for n_inputs, n_outputs in itertools.pairwise(widths):
         layers += [linear(n_inputs, n_outputs, generator), nn.LeakyReLU()]
-    return nn.Sequential(*layers[:-1])
+    without_last_activation = layers[:-1]
+    return nn.Sequential(*without_last_activation)
 
 
-MARGIN = 0.1
-FLOOR = 1e-6
+MARGIN = 0.1  # margin of the ranking loss of ``PVU``
+FLOOR = 1e-6  # smallest uncertainty of ``PVU``
 
 
 @dataclasses.dataclass
@@ -88,11 +91,11 @@ class PVU(NetworkPredictor):
 
     g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. Its only input is the image embedding.
 
-    With loss="ranking" it learns the order of the losses L: the training loss is the mean of
-    max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs of a shuffled batch, and an odd
-    last row is left out. With loss="mse" it learns their values: the training loss is the mean of
-    (u - L)^2. The training set needs labels; it need not contain failures. For captions, L is
-    computed within the pool that was drawn.
+    With loss="ranking" the network learns the order of the losses L. The training loss is the mean
+    of max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs of a shuffled batch. If the
+    number of rows is odd, the last row is left out. With loss="mse" the network learns the values
+    of L, and the training loss is the mean of (u - L)^2. The training set needs labels, but no
+    failures. For captions, L is computed within the drawn pool.
 
     Args:
         hidden: Hidden widths of the MLP.
@@ -107,13 +110,15 @@ class PVU(NetworkPredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
-        >>> vilu.PREDICTORS["pvu"](epochs=10).fit(train).predict_uncertainty(new).argsort()
+        >>> new = vilu.Embeddings(new_image, text)
+        >>> uncertainty = vilu.PREDICTORS["pvu"](epochs=10).fit(train).predict_uncertainty(new)
+        >>> uncertainty.argsort()  # the second image, among the wrong answers, is most uncertain
         array([0, 2, 1])
     """
 
@@ -122,7 +127,7 @@ class PVU(NetworkPredictor):
         "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
     )
     reference: ClassVar[str] = "Kirchhof et al., 2024"
-    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP per row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
 
     hidden: Widths = (512, 512)
@@ -137,7 +142,7 @@ class PVU(NetworkPredictor):
         return ImageNetwork(space.embed_dim, self.hidden, self.seed)
 
     def graph(self) -> nn.Module:
-        """The score, for export: softplus is rewritten, as onnxruntime has none in float64."""
+        """The score for export, without softplus, which onnxruntime lacks in float64."""
         return Graph(self._score_without_softplus, self.network)
 
     def _score_without_softplus(self, batch: Batch) -> Tensor:
@@ -145,9 +150,9 @@ class PVU(NetworkPredictor):
         return torch.logaddexp(output, torch.zeros_like(output)) + FLOOR
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        backbone = -batch.log_probability(log_posterior(batch), batch.target)
+        vlm_loss = -batch.log_probability(log_posterior(batch), batch.target)
         uncertainty = functional.softplus(output) + FLOOR
-        return LOSSES[self.loss](uncertainty, backbone.to(output.device))
+        return LOSSES[self.loss](uncertainty, vlm_loss.to(output.device))
 
     def _score(self, batch: Batch) -> Tensor:
         return functional.softplus(float64(self.network(batch))) + FLOOR
@@ -166,41 +171,42 @@ class ImageNetwork(nn.Module):
         return cast("Tensor", self.layers(batch.image * self.scale)).squeeze(-1)
 
 
-def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
+def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
     """Mean hinge loss over consecutive pairs of rows.
 
-    It is zero if the uncertainties (B,) of every pair are in the order of the backbone's losses
-    (B,), with a margin of 0.1.
+    It is zero if the uncertainties (B,) of every pair are in the order of the VLM's losses (B,),
+    and at least 0.1 apart.
     """
-    pairs = len(backbone) // 2
-    u_1, u_2 = uncertainty[: 2 * pairs].view(pairs, 2).unbind(dim=1)
-    loss_1, loss_2 = backbone[: 2 * pairs].view(pairs, 2).unbind(dim=1)
+    n_pairs = len(vlm_loss) // 2
+    u_1, u_2 = uncertainty[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
+    loss_1, loss_2 = vlm_loss[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
     sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
-    return functional.relu(MARGIN - sign * (u_1 - u_2)).sum() / max(pairs, 1)
+    hinge = functional.relu(MARGIN - sign * (u_1 - u_2))
+    return hinge.sum() / max(n_pairs, 1)
 
 
-def regression_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
-    """Mean squared difference between the uncertainties (B,) and the backbone's losses (B,)."""
-    return functional.mse_loss(uncertainty, backbone.to(uncertainty.dtype))
+def regression_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
+    """Mean squared difference between the uncertainties (B,) and the VLM's losses (B,)."""
+    return functional.mse_loss(uncertainty, vlm_loss.to(uncertainty.dtype))
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ranking": ranking_loss,
     "mse": regression_loss,
 }
-"""By name, training losses of the uncertainties and the backbone's losses."""
+"""Training losses of ``PVU`` by name; they take the uncertainties and the VLM's losses."""
 
 
 LIMIT = math.log(10.0)
-"""Largest |log T|: the temperatures of two rows differ at most by a factor of 100."""
+"""Largest |log T|. So the temperatures of two rows differ at most by a factor of 100."""
 
 FAR = 20.0
-"""Largest gap to the largest logit, in nats; an absent candidate has this gap."""
+"""Largest gap to the largest logit, in nats; it stands for a missing candidate, too."""
 
 
 @dataclasses.dataclass
 class LMN(NetworkPredictor):
-    """Lightweight meta-network: MCM with a temperature T(x) > 0 that a network gives each row.
+    """Lightweight meta-network: MCM with a temperature T(x) > 0 of each row, from a network.
 
     u = 1 - max_j softmax_j(l / T(x)). The temperature never changes the answer.
 
@@ -212,33 +218,35 @@ class LMN(NetworkPredictor):
         (1 - balance) * [psi(s) + KL(uniform || p)]     if it is wrong,
 
     where psi is the sigmoid of (s - 1/2) / steepness, rescaled to psi(0) = 0 and psi(1) = 1. The
-    loss raises s for right answers and lowers it for wrong ones. If the training set has no
-    failures or no successes, only one of the two terms acts, and a warning says so.
+    loss raises s for right answers and lowers s for wrong answers. If the training set has only
+    right or only wrong answers, one of the two terms is unused, and there is a warning.
 
     Args:
         hidden: Hidden widths of the MLP.
-        n_logits: How many of the largest logits are inputs.
+        n_logits: Number of the largest logits that are inputs.
         balance: Weight beta of the right answers.
-        steepness: lambda of psi; with a large lambda psi(s) is nearly s, as in ordinary
+        steepness: The divisor in psi. If it is large, psi(s) is nearly s, as in ordinary
             calibration.
 
     Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in
-    VLMs", ICLR 2026. In the paper all K logits are inputs in the order of the classes, which fixes
-    K and the order. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most
-    20 nats each; an absent candidate has a gap of 20 nats. Here the last layer starts at zero, so
-    that the first scores are MCM's, and |log T| is bounded by log 10.
+    VLMs", ICLR 2026. In the paper all K logits are inputs, so K and the order of the classes are
+    fixed. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most 20 nats
+    each. If there are fewer candidates, the missing gaps are 20 nats. Here the last layer starts at
+    zero, so that the first scores are those of MCM. Here |log T| is at most log 10.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
-        >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target, logit_scale=10.0)
+        >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
+        >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01)
-        >>> method.fit(train).predict_uncertainty(new).round(1)
+        >>> method.fit(train).predict_uncertainty(new).round(1)  # wrong answers are near the second
         array([0. , 0.3])
     """
 
@@ -247,7 +255,7 @@ class LMN(NetworkPredictor):
         "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
     )
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
-    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP per row"
 
     hidden: Widths = (16,)
     n_logits: Annotated[int, Field(ge=2)] = 16
@@ -273,15 +281,17 @@ class LMN(NetworkPredictor):
         return MetaNetwork(space.embed_dim, self.hidden, self.n_logits, self.seed)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        log_p = torch.log_softmax(batch.logits * torch.exp(-output)[:, None], dim=-1)
+        inverse_temperature = torch.exp(-output)[:, None]
+        log_p = torch.log_softmax(batch.logits * inverse_temperature, dim=-1)
         log_s = log_p.amax(dim=-1)
         psi = target_curve(log_s.exp(), self.steepness)
-        flatness = -log_p.mean(dim=-1) - math.log(log_p.shape[-1])
+        n_candidates = log_p.shape[-1]
+        divergence = -log_p.mean(dim=-1) - math.log(n_candidates)  # KL(uniform || p)
         right = self.balance * (1 - psi - log_s)
-        wrong = (1 - self.balance) * (psi + flatness)
+        wrong = (1 - self.balance) * (psi + divergence)
         return torch.where(batch.failure == 1, wrong, right).mean()
 
-    graph = own_graph
+    graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
         temperature = float64(self.network(batch)).exp()
@@ -290,15 +300,16 @@ class LMN(NetworkPredictor):
 
 
 class MetaNetwork(nn.Module):
-    """log T of a row from its largest logits, its image and the text of its zero-shot answer."""
+    """Network that computes log T of a row from its logits, its image and its answer's text."""
 
     def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int, seed: int) -> None:
         super().__init__()
         self.n_logits = n_logits
         self.scale = math.sqrt(dim)
         self.layers = perceptron([2 * dim + n_logits - 1, *hidden, 1], seed)
-        for parameter in self.layers[-1].parameters():
-            nn.init.zeros_(parameter)
+        last_layer = self.layers[-1]
+        for parameter in last_layer.parameters():
+            nn.init.zeros_(parameter)  # T = 1 for every row, before training
 
     def forward(self, batch: Batch) -> Tensor:
         """Logarithms of the temperatures (B,), float32."""
@@ -317,15 +328,17 @@ def logit_gaps(logits: Tensor, n: int) -> Tensor:
 
     The unit is 20 nats, and a gap is at most one unit. If K < n, the missing gaps are one unit.
     """
-    largest = logits.topk(min(n, logits.shape[1]), dim=-1).values
-    gaps = ((largest[:, :1] - largest[:, 1:]) / FAR).clamp(max=1)
-    return functional.pad(gaps, (0, n - 1 - gaps.shape[1]), value=1.0)
+    n_present = min(n, logits.shape[1])
+    descending = logits.topk(n_present, dim=-1).values
+    gaps = ((descending[:, :1] - descending[:, 1:]) / FAR).clamp(max=1)
+    n_missing = n - n_present
+    return functional.pad(gaps, (0, n_missing), value=1.0)
 
 
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
-    """psi: the sigmoid of (confidence - 1/2) / steepness, rescaled to psi(0) = 0 and psi(1) = 1.
+    """Sigmoid of (confidence - 1/2) / steepness, rescaled to 0 at confidence 0 and 1 at 1.
 
-    With s the confidence and lambda the steepness, it is computed as
+    It is psi of ``LMN``. With s the confidence and lambda the steepness, it is computed as
 
         (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2,
 

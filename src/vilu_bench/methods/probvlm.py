@@ -20,20 +20,20 @@ from vilu.predictors.nn.train import few_epochs
 from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
-# smallest |x - mean| / alpha: for beta < 1 the gradient of the loss is unbounded at x = mean
 SMALLEST = 1e-6
+"""Smallest |x - mean| / alpha in a loss, whose gradient is unbounded at x = mean if beta < 1."""
 
 
 class GeneralisedGaussian(NamedTuple):
-    """Independent generalised Gaussians.
+    """Distribution of a tensor whose entries are independent generalised Gaussians.
 
     The density of an entry is beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
 
-    beta = 1 gives the Laplace distribution of scale alpha; beta = 2 gives the Gaussian of variance
+    beta = 1 is the Laplace distribution of scale alpha. beta = 2 is the Gaussian of variance
     alpha² / 2.
 
     Attributes:
-        mean: Mean of every entry, in any array shape.
+        mean: Mean of every entry, of any shape.
         inverse_scale: 1 / alpha > 0; broadcasts with ``mean``.
         shape: Shape parameter beta > 0; broadcasts with ``mean``.
     """
@@ -45,9 +45,8 @@ class GeneralisedGaussian(NamedTuple):
     def nll(self, x: Tensor) -> Tensor:
         """Negative log-density of every entry.
 
-        It is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta).
-
-        |x - mean| is at least 1e-6 alpha, which keeps the gradient finite.
+        It is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). For a finite
+        gradient, |x - mean| is taken as at least 1e-6 alpha.
         """
         deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(SMALLEST)
         normaliser = (
@@ -64,27 +63,28 @@ class GeneralisedGaussian(NamedTuple):
         )
 
     def at(self, where: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
-        """Apply an index to all three arrays; None in it adds an axis."""
+        """Apply an index to all three tensors; a None in the index adds an axis."""
         return GeneralisedGaussian(self.mean[where], self.inverse_scale[where], self.shape[where])
 
 
 FLATTEST = 1e-3
-"""Smallest 1 / alpha, in the units of ``in_units``, where a coordinate is of order one."""
+"""Smallest 1 / alpha, for coordinates in the units of ``in_units`` (of order one)."""
 SHARPEST = 1e3
-"""Largest 1 / alpha in the same units."""
+"""Largest 1 / alpha, in the same units."""
 
-LOWEST_SHAPE = 0.1
-HIGHEST_SHAPE = 5.0
+LOWEST_SHAPE = 0.1  # smallest beta
+HIGHEST_SHAPE = 5.0  # largest beta
 
 
 class ProbabilisticAdapter(nn.Module):
-    """ProbVLM's adapter of one modality: from an embedding z to a distribution over embeddings.
+    """Network of ProbVLM that turns an embedding z into a distribution over embeddings.
 
-    x = z sqrt(D) and y = x + MLP(x). Three heads on y give the mean, 1 / alpha and beta.
+    x = z sqrt(D) and y = x + MLP(x). Three heads on y compute the mean, 1 / alpha and beta. There
+    is one adapter for images and one for texts.
 
-    A coordinate of a unit vector is of order 1 / sqrt(D). Multiplied by sqrt(D) it is of order one,
-    so that training starts alike for every D. The distribution is over embeddings times sqrt(D).
-    The MLP has three layers and each head has two.
+    A coordinate of a unit vector is of order 1 / sqrt(D). Times sqrt(D) it is of order one, so the
+    start of the training does not depend on D. The distribution is over embeddings times sqrt(D).
+    The MLP has three layers, and each head has two.
     """
 
     def __init__(self, dim: int, width: int, generator: torch.Generator) -> None:
@@ -98,7 +98,7 @@ class ProbabilisticAdapter(nn.Module):
         self.shape = two_layers(dim, generator)
 
     def forward(self, embedding: Tensor, masks: Sequence[Tensor] = ()) -> GeneralisedGaussian:
-        """Distribution, over embeddings (..., D) times sqrt(D), that belongs to ``embedding``.
+        """Compute the distribution of an embedding, over embeddings (..., D) times sqrt(D).
 
         Args:
             embedding: (..., D) unit-norm rows.
@@ -112,7 +112,8 @@ class ProbabilisticAdapter(nn.Module):
                 y = y * masks[number].to(y.device)
         y = x + self.out(y)
         inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(FLATTEST, SHARPEST)
-        shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * torch.sigmoid(self.shape(y))
+        position = torch.sigmoid(self.shape(y))  # between the lowest and the highest beta
+        shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * position
         return GeneralisedGaussian(self.mean(y), inverse_scale, shape)
 
 
@@ -131,23 +132,27 @@ def in_units(embedding: Tensor) -> Tensor:
 def dropout_masks(
     size: tuple[int, int], rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Dropout masks (``size``) of two layers: 0 with probability ``rate``, else 1 / (1 - rate)."""
+    """Dropout masks of shape ``size`` for two layers.
+
+    An entry is 0 with probability ``rate``, else 1 / (1 - rate).
+    """
     draws = torch.rand((2, *size), generator=generator, dtype=torch.float32)
-    first, second = (draws >= rate).float() / (1 - rate)
+    masks = (draws >= rate).float() / (1 - rate)
+    first, second = masks.unbind(dim=0)
     return first, second
 
 
 BLOCK = 1 << 24
-"""Most numbers in an array (rows, candidates, dimensions) of the cross-modal loss."""
+"""Maximum number of entries of an array (rows, candidates, dimensions) of the cross-modal loss."""
 
 
 @dataclasses.dataclass
 class ProbVLM(NetworkPredictor):
-    """Two adapters that turn embeddings into distributions over the embedding space.
+    """Spread of the distribution that ProbVLM's adapters predict around an embedding.
 
-    The distributions are factorised generalised Gaussians. The image adapter q_v and the text
-    adapter q_t are trained on pairs (z_v, z_t), where the text is that of the image's class, or its
-    caption. The training loss of a pair is
+    The distributions are factorised generalised Gaussians. An adapter computes q_v from an image,
+    another q_t from a text. They are trained on pairs (z_v, z_t) of an image and the text of its
+    class, or its caption. The training loss of a pair is
 
         L = l(z_v | q_v) + l(z_t | q_t) + cross_weight * [l(z_t | q_v) + l(z_v | q_t)],
 
@@ -156,18 +161,18 @@ class ProbVLM(NetworkPredictor):
 
     - "aleatoric": mean over the dimensions of log Var of q_v, with Var = alpha² Gamma(3/beta) /
       Gamma(1/beta).
-    - "epistemic": variance of q_v's mean over ``samples`` dropout masks, averaged over the
+    - "epistemic": variance, over ``samples`` dropout masks, of the mean of q_v, averaged over the
       dimensions. The masks are drawn once from the seed, so the score of a row does not depend on
       other rows.
     - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal
-      losses of the image and the candidates. It orders the rows as 1 - p_t̂ does, but keeps apart
-      rows whose p_t̂ rounds to zero.
+      losses of the image and the candidates. The order of the rows is that of 1 - p_t̂, but rows
+      whose p_t̂ rounds to zero do not tie.
 
     "aleatoric" and "epistemic" depend on the image alone, not on the answer. ViLU's supplement
-    reports "aleatoric" and "cross_modal"; both were poor predictors of failure.
+    reports "aleatoric" and "cross_modal", and both were poor predictors of failure.
 
     Args:
-        epochs: Passes over the training rows; None: 20, or as many as make 300 steps.
+        epochs: Passes over the training rows; None: 20, or the number that makes 300 steps.
         width: Hidden width of the adapters.
         dropout: Share of hidden units that a training step drops.
         cross_weight: Weight of the cross-modal terms.
@@ -177,26 +182,29 @@ class ProbVLM(NetworkPredictor):
     Source: Upadhyay et al., "ProbVLM", ICCV 2023; ViLU, supplement A.3. Differences from the
     reference implementation:
 
-    - There beta multiplies |x - mean| / alpha; here it is the exponent. There an absolute error is
-      added to the loss.
-    - There 1 / alpha and beta are outputs of ReLUs, which have no gradient once they are zero. Here
-      they are outputs of a softplus and of a sigmoid onto [0.1, 5].
+    - In the reference, beta multiplies |x - mean| / alpha. Here beta is the exponent.
+    - In the reference, an absolute error is added to the loss. Here it is not.
+    - In the reference, 1 / alpha and beta are outputs of ReLUs, which have no gradient once they
+      are zero. Here 1 / alpha is the output of a softplus, beta that of a sigmoid onto [0.1, 5].
     - Here embeddings are multiplied by sqrt(D), and Adam has a cosine schedule.
     - Here the variances of the dimensions are averaged geometrically. In an arithmetic mean one
-      dimension with a heavy tail outweighs all others: at beta = 0.1 the ratio of Gammas is 10^25.
+      dimension with a heavy tail would outweigh all the rest: at beta = 0.1,
+      Gamma(3/beta) / Gamma(1/beta) is 10^25.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
+        >>> new = vilu.Embeddings(new_image, text)
         >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}
         >>> method = vilu.PREDICTORS["probvlm"](uncertainty="cross_modal", **settings)
-        >>> (method.fit(train).predict_uncertainty(new) > 0).tolist()  # log-odds
-        [False, True, False]
+        >>> log_odds = method.fit(train).predict_uncertainty(new)
+        >>> log_odds > 0  # above zero: more likely wrong than right
+        array([False,  True, False])
     """
 
     name: ClassVar[str] = "probvlm"
@@ -205,7 +213,7 @@ class ProbVLM(NetworkPredictor):
     )
     reference: ClassVar[str] = "Upadhyay et al., ICCV 2023"
     cost: ClassVar[str] = (
-        "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
+        "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP per row, cross_modal K D powers"
     )
 
     batch_size: Count | None = 128  # most of a step's time does not depend on its number of rows
@@ -228,7 +236,7 @@ class ProbVLM(NetworkPredictor):
         # in training mode the output of the network is the loss of every row
         return output.mean()
 
-    def _length(self, steps: int) -> int:
+    def _default_epochs(self, steps: int) -> int:
         return few_epochs(steps)
 
     def _score(self, batch: Batch) -> Tensor:
@@ -245,31 +253,37 @@ class PairAdapters(nn.Module):
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()
         self.settings = settings
-        first_weights = torch.Generator().manual_seed(settings.seed)
-        self.image = ProbabilisticAdapter(dim, settings.width, first_weights)
-        self.text = ProbabilisticAdapter(dim, settings.width, first_weights)
-        self.draws = torch.Generator().manual_seed(settings.seed)
+        initial_weights = torch.Generator().manual_seed(settings.seed)
+        self.image = ProbabilisticAdapter(dim, settings.width, initial_weights)
+        self.text = ProbabilisticAdapter(dim, settings.width, initial_weights)
+        self.dropout_draws = torch.Generator().manual_seed(settings.seed)
 
     def forward(self, batch: Batch) -> Tensor:
         """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
         if self.training:
             return self.alignment_loss(batch)
-        score: Tensor = getattr(self, self.settings.uncertainty)(batch)
-        return score
+        compute = getattr(self, self.settings.uncertainty)  # a method has the name of each setting
+        uncertainty: Tensor = compute(batch)
+        return uncertainty
 
     def alignment_loss(self, batch: Batch) -> Tensor:
         """Loss L (B,) of every pair."""
-        pair = torch.stack([batch.image, batch.text[batch.target]])
-        own_image, cross_text = self._losses(self.image, pair[0], pair)
-        cross_image, own_text = self._losses(self.text, pair[1], pair)
-        cross = cross_text + cross_image
-        return own_image + own_text + self.settings.cross_weight * cross
+        image = batch.image
+        text = batch.text[batch.target]
+        pair = torch.stack([image, text])
+        image_under_image, text_under_image = self._losses(self.image, image, pair)
+        image_under_text, text_under_text = self._losses(self.text, text, pair)
+        cross_modal = text_under_image + image_under_text
+        return image_under_image + text_under_text + self.settings.cross_weight * cross_modal
 
     def _losses(
         self, adapter: ProbabilisticAdapter, embedding: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Losses (B,) of the images and of the texts, under the distributions of ``embedding``."""
-        masks = self._masks(len(embedding), self.draws)
+        """Losses (B,) of the images and of the texts of ``pair`` (2, B, D).
+
+        They are losses under the distributions that the adapter computes from ``embedding`` (B, D).
+        """
+        masks = self._masks(len(embedding), self.dropout_draws)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
         image_loss, text_loss = distribution.nll(in_units(pair)).mean(dim=-1)
         return image_loss, text_loss
@@ -297,12 +311,14 @@ class PairAdapters(nn.Module):
         rows, dim = batch.image.shape
         size = max(BLOCK // (rows * dim), 1)
         losses = []
+        image_by_candidate = image.at((slice(None), None))  # (B, 1, D)
         for start in range(0, len(batch.text), size):
             block = slice(start, start + size)
-            texts_of_image = image.at((slice(None), None)).nll(in_units(batch.text[block]))
-            images_of_text = text.at(block).nll(in_units(batch.image)[:, None])
-            losses.append((texts_of_image + images_of_text).mean(dim=-1))
+            texts_under_image = image_by_candidate.nll(in_units(batch.text[block]))
+            images_under_text = text.at(block).nll(in_units(batch.image)[:, None])
+            losses.append((texts_under_image + images_under_text).mean(dim=-1))
         return failure_log_odds(-torch.cat(losses, dim=1), batch)
 
     def _masks(self, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``n`` dropout masks of each of the two hidden layers."""
         return dropout_masks((n, self.settings.width), self.settings.dropout, draws)

@@ -27,18 +27,18 @@ class RelU(ClosedSet):
 
         trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
 
-    over symmetric matrices without negative entries, with zero diagonal and Frobenius norm at most
-    1. This objective is the inner product <M, D> with
+    over symmetric matrices without negative entries whose diagonal is zero and whose Frobenius norm
+    is at most 1. This objective is the inner product <M, D> with
 
         M = trade_off * E[p^T p over failures] - (1 - trade_off) * E[p^T p over successes].
 
-    So D is the positive part of M off the diagonal, divided by its norm. M is summed batch by batch
-    as products (K, B) x (B, K); no array has N K^2 entries.
+    Therefore D is the positive part of M off the diagonal, divided by its norm. M is summed batch
+    by batch as products (K, B) x (B, K), so no array has N K^2 entries.
 
-    If no entry of M off the diagonal is positive (always so without failures), every D has an
-    objective <= 0. Then D is constant off the diagonal, which gives the Gini impurity: the order
-    of the rows is that of ``doctor`` at this temperature. Without successes, M has only the term of
-    the failures.
+    If no entry of M off the diagonal is positive, every D has an objective <= 0. Without failures
+    this is always so. Then D is taken as constant off the diagonal, and u is proportional to the
+    Gini impurity: the order of the rows is that of ``doctor`` at this temperature. Without
+    successes, M has only the term of the failures.
 
     Args:
         trade_off: Weight lambda of the failures; the successes have the weight 1 - lambda.
@@ -46,17 +46,16 @@ class RelU(ClosedSet):
 
     Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
     Detection", ICLR 2024; defaults of ViLU, supplement A.3. The code of Dadalto et al. drops the
-    last class if K is odd, keeps p^T p of every row, and scores through an N x N matrix. None of
-    this is done here. The columns of D are matched with the candidates by the texts of the classes,
-    so candidates may come in any order, and some may be missing.
+    last class if K is odd, stores p^T p of every row, and scores through an N x N matrix. None of
+    this is done here. The columns of D are matched with the candidates by the texts of the classes.
+    Therefore candidates may have any order, and some may be missing.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [
-        ...     [0.8, 0.6, 0.0],
-        ...     [0.8, 0.0, 0.6],
-        ... ]  # both are answered 0; the first is wrong, with class 1 near
-        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
+        >>> image = [[0.8, 0.6, 0.0], [0.8, 0.0, 0.6]]  # both are answered 0
+        >>> text = np.eye(3)
+        >>> target = [1, 0]  # the first answer is wrong, so confusing 0 and 1 is penalised
+        >>> data = vilu.Embeddings(image, text, target, logit_scale=5.0)
         >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
         array([0.15, 0.  ])
     """
@@ -66,8 +65,9 @@ class RelU(ClosedSet):
         "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
     )
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
-    cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
+    cost: ClassVar[str] = "fit: one pass; score: K^2 products per row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "penalty:dKK classes:fKD"
     no_captions: ClassVar[str | None] = (
         "its penalty is one of confusing two classes, and captions have no classes"
@@ -92,20 +92,22 @@ class RelU(ClosedSet):
                 "Take another method (see `vilu list predictors`)."
             )
         n_failures = int(failure.sum())
-        gain = self.trade_off / max(n_failures, 1)
-        cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)
-        moment = torch.zeros((), dtype=torch.float32)
+        n_successes = len(failure) - n_failures
+        weight_of_failure = self.trade_off / max(n_failures, 1)
+        weight_of_success = (1 - self.trade_off) / max(n_successes, 1)
+        moment = torch.zeros((), dtype=torch.float32)  # M of the class docstring
         for batch in train.batches(SCORING_BATCH):
             moved = batch.to(self.device_)
             p = log_posterior(moved, self.temperature).exp()
-            weight = torch.where(moved.failure == 1, gain, -cost).float().to(p)
+            signed = torch.where(moved.failure == 1, weight_of_failure, -weight_of_success)
+            weight = signed.float().to(p)
             moment = moment.to(p) + p.T @ (weight[:, None] * p)
         return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
         p = log_posterior(batch, self.temperature).exp()
-        order = self.classes_of(batch.text).to(p.device)
-        penalty = self.tensor("penalty", p.device)[order][:, order]
+        classes = self.classes_of(batch.text).to(p.device)  # the class of every candidate
+        penalty = self.tensor("penalty", p.device)[classes][:, classes]
         return (p @ penalty * p).sum(dim=-1)
 
 

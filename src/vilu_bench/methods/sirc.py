@@ -31,8 +31,7 @@ class SIRC(FailurePredictor):
     is uncertain, whatever its S1. The paper multiplies two factors. Here u is the logarithm of
     their product, so that nothing underflows. S1_max - S1 is computed without cancellation.
 
-    The fit uses no labels. It still takes the rows that every fitted method takes: usable and
-    labelled rows.
+    The fit uses no labels. Still, like every fitted method, it uses only labelled rows.
 
     Args:
         confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
@@ -41,20 +40,18 @@ class SIRC(FailurePredictor):
         components: Dimension of the principal subspace. None: half of min(D, number of rows).
 
     Source: Xia and Bouganis, ACCV 2022. In the paper S2 is computed from the features before the
-    classifier. Here it is computed from the embedding z_v, whose 2-norm is one, so the 1-norm of
-    z_v measures how evenly z_v spreads over the coordinates. The published code differs in two
-    points. It takes 512 components, which leaves no residual where D <= 512. It shifts the features
-    by an origin computed from the classifier's bias; a VLM has no such bias.
+    classifier. Here S2 is computed from the embedding z_v. Its 2-norm is one, so its 1-norm
+    measures how evenly z_v spreads over the coordinates. The published code differs in two
+    points. It takes 512 components, which leaves no residual if D <= 512. It shifts the features by
+    an origin that is computed from the classifier's bias, but a VLM has no such bias.
 
     Examples:
         >>> import vilu
         >>> text = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
-        >>> train = vilu.Embeddings(
-        ...     [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, [0, 1], logit_scale=10.0
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0
-        ... )  # both images have the same p
+        >>> image = [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]]  # 1-norms 2.0 and 1.8
+        >>> train = vilu.Embeddings(image, text, target=[0, 1], logit_scale=10.0)
+        >>> new_image = [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]]  # 1-norms 1.8 and 1.4
+        >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)  # with equal p
         >>> vilu.PREDICTORS["sirc"]().fit(train).predict_uncertainty(new).round(2)
         array([-5.88, -3.88])
     """
@@ -67,6 +64,7 @@ class SIRC(FailurePredictor):
     cost: ClassVar[str] = (
         "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
     )
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "shift:d slope:d complement:dDC"
 
     seed: int = 0
@@ -84,17 +82,17 @@ class SIRC(FailurePredictor):
         learned: dict[str, Tensor] = {}
         if self.typicality == "residual":
             learned["complement"] = self._complement(train, len(failure))
-        parts = []
+        typicality_by_batch = []
         for batch in train.batches(SCORING_BATCH):
-            parts.append(self._typicality(batch.to(self.device_), learned).cpu())
-        typicality = torch.cat(parts)
+            typicality_by_batch.append(self._typicality(batch.to(self.device_), learned).cpu())
+        typicality = torch.cat(typicality_by_batch)
         deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
         learned["shift"] = typicality.mean() - 3 * deviation
         learned["slope"] = 1 / deviation
         return Learnt(learned)
 
     def _complement(self, train: Rows, n: int) -> Tensor:
-        """Orthonormal directions (D, D - components) of least second moment of the images."""
+        """Orthonormal directions (D, D - components) in which the images have least moment."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:
@@ -107,11 +105,11 @@ class SIRC(FailurePredictor):
         for batch in train.batches(SCORING_BATCH):
             image = float64(batch.to(self.device_).image)
             moment = moment.to(image.device) + image.T @ image
-        vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
-        return vectors[:, : dim - components].cpu().clone()
+        ascending: Tensor = torch.linalg.eigh(moment).eigenvectors  # the least moment first
+        return ascending[:, : dim - components].cpu().clone()
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the fitted tensors; ``complement`` is only needed for "residual"."""
+        """Names of the fitted tensors; the last, ``complement``, only for "residual"."""
         return self.tensors if self.typicality == "residual" else self.tensors[:2]
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
@@ -123,7 +121,7 @@ class SIRC(FailurePredictor):
         norm: Tensor = torch.linalg.vector_norm(outside, dim=-1)
         return -norm
 
-    graph = own_graph
+    graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
         doubt = DOUBT[self.confidence](log_posterior(batch))

@@ -26,10 +26,10 @@ class TrustVLM(ClosedSet):
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
-    f are the image's features from a second encoder (column ``features``; with features of the VLM
-    itself it is another method). The prototype P_c is the mean of the features of up to ``shots``
-    training images of class c, drawn with ``seed``. A class without training images has the
-    prototype 0, hence the cosine 0.
+    f are the image's features from a second encoder, in the column ``features``. With features of
+    the VLM itself it is another method. The prototype P_c is the mean of the features of up to
+    ``shots`` training images of class c, drawn with ``seed``. A class without training images has
+    the prototype 0, and its cosine is 0.
 
     Args:
         weight: Weight of the similarity.
@@ -41,12 +41,15 @@ class TrustVLM(ClosedSet):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # a second encoder's
-        >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1]], np.eye(2), [0, 0, 1], columns=features)
-        >>> new = vilu.Embeddings(
-        ...     np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]}
-        ... )
-        >>> vilu.PREDICTORS["trustvlm"]().fit(data).predict_uncertainty(new).round(2)
+        >>> image = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+        >>> text = np.eye(2)
+        >>> target = [0, 0, 1]
+        >>> second = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # of a second encoder
+        >>> train = vilu.Embeddings(image, text, target, columns=second)
+        >>> new_second = {"features": [[1.0, 0.0], [0.0, 1.0]]}
+        >>> new = vilu.Embeddings([[1.0, 0.0], [1.0, 0.0]], text, columns=new_second)
+        >>> # both are answered 0; the features of the second are those of class 1
+        >>> vilu.PREDICTORS["trustvlm"]().fit(train).predict_uncertainty(new).round(2)
         array([0.11, 0.55])
     """
 
@@ -55,8 +58,9 @@ class TrustVLM(ClosedSet):
         "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
     )
     reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
-    cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
+    cost: ClassVar[str] = "fit: 16 images per class; score: one product with K prototypes"
     columns: ClassVar[tuple[str, ...]] = ("features",)
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "prototypes:fKF classes:fKD"
 
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -71,9 +75,9 @@ class TrustVLM(ClosedSet):
         label = labels(train)
         shots = few_per_class(label, self.shots, self.seed)
         features = train.source.column("features", train.index[shots])
-        total = features.new_zeros(train.source.n_candidates, features.shape[1])
-        total.index_add_(0, label[shots], features)
-        prototypes = normalize(total, dim=1)
+        sum_of_class = features.new_zeros(train.source.n_candidates, features.shape[1])
+        sum_of_class.index_add_(0, label[shots], features)
+        prototypes = normalize(sum_of_class, dim=1)
         return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
@@ -93,7 +97,7 @@ class TrustVLM(ClosedSet):
 def few_per_class(label: Tensor, limit: int, seed: int) -> Tensor:
     """Sorted indices of at most ``limit`` rows of each class, drawn at random."""
     shuffled = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[label[shuffled].argsort(stable=True)]
+    by_class = shuffled[label[shuffled].argsort(stable=True)]  # the rows of a class are consecutive
     count = torch.bincount(label)
     first_of_class = count.cumsum(0) - count
     rank_in_class = torch.arange(len(label)) - first_of_class[label[by_class]]

@@ -17,9 +17,10 @@ from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.result import CellResult
 
-Bootstrap = Callable[[Cell], Floats]  # returns the (M, B) bootstrap values of a cell that was run
+Bootstrap = Callable[[Cell], Floats]
+"""Returns the bootstrap values (metrics of ``RANKED_BY``, B resamples) of a cell that was run."""
 
-BEST = RANKED_BY[0]
+BEST = RANKED_BY[0]  # the metric by which methods are ranked
 Place = tuple[str, str, str]  # method, data set, setting
 
 
@@ -28,10 +29,10 @@ class Entrant:
     """A method's results on one data set in one setting, by seed."""
 
     place: Place
-    results: Mapping[int, CellResult]  # by seed, the results that have the ranking metric
-    runs: Mapping[int, Cell]  # by the same seeds, the cell that holds the result
-    refused_seeds: tuple[int, ...]  # seeds without such a result
-    reason: str | None  # why the first of these seeds has no result; None if there is none
+    results: Mapping[int, CellResult]  # by seed, the result; only results with the ranking metric
+    runs: Mapping[int, Cell]  # by the same seeds, the cell that was run for the result
+    refused_seeds: tuple[int, ...]  # all other seeds
+    reason: str | None  # why the first of ``refused_seeds`` has no result; None if all seeds have
     bootstrap: Bootstrap
 
     @property
@@ -41,12 +42,12 @@ class Entrant:
 
     @property
     def data(self) -> str:
-        """The data set that it is tested on."""
+        """The data set that the method is tested on."""
         return self.place[1]
 
     @property
     def n_runs(self) -> int:
-        """Number of different results; 1 if the seed makes no difference."""
+        """Number of different results; 1 if the seed changes nothing."""
         return len(set(self.runs.values()))
 
     def mean(self, metric: str) -> float | None:
@@ -57,16 +58,16 @@ class Entrant:
         """Mean of a metric of ``RANKED_BY`` over seeds, by default over all seeds with a result."""
         if seeds is None:
             seeds = list(self.results)
-        row = RANKED_BY.index(metric)
+        row_of_metric = RANKED_BY.index(metric)
         values = []
         draws = []
         for seed in seeds:
             values.append(self.results[seed].value(metric))
-            draws.append(self.bootstrap(self.runs[seed])[row])
+            draws.append(self.bootstrap(self.runs[seed])[row_of_metric])
         return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(draws))
 
     def less(self, rival: Entrant, metric: str) -> Quantity | None:
-        """This mean less the rival's mean, over their common seeds; None without such a seed."""
+        """This mean less the rival's mean, over their common seeds; None if there is none."""
         seeds = sorted(self.results.keys() & rival.results.keys())
         if not seeds:
             return None
@@ -79,7 +80,7 @@ class Entrant:
 
 
 def _mean_if_known(values: Sequence[float | None]) -> float | None:
-    """The mean of some values; None if a value is None, or if there are no values."""
+    """The mean of values; None if a value is None, or if there are no values."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
@@ -91,10 +92,10 @@ def _mean_if_known(values: Sequence[float | None]) -> float | None:
 def occurring(
     field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]
 ) -> tuple[int, ...]:
-    """The different values, ascending, of a number of rows in the results of some entrants.
+    """The different numbers of rows in the results of entrants, ascending.
 
-    ``field`` is "n" (test rows), "n_failures" (wrong answers) or "n_outside" (pictures of none of
-    the classes).
+    ``field`` says which rows are counted: "n" (test rows), "n_failures" (wrong answers) or
+    "n_outside" (pictures of none of the classes).
     """
     numbers: set[int] = set()
     for entrant in entrants:

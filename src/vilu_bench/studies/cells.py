@@ -18,7 +18,7 @@ class Cell:
     data: str  # data set that is tested on
     setting: str
     seed: int  # seed of the rows, the class halves and the method
-    # the cell whose result this cell shares, because nothing that decides the result differs;
+    # the cell whose result this cell shares, because everything that decides the result is equal;
     # None: this cell is run
     same_as: Cell | None = field(default=None, compare=False)
 
@@ -38,16 +38,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the rows and candidates of a fit come from."""
+    """Everything that decides the training rows and the candidates of a fit."""
 
-    # data sets to fit on; several form a union with class texts as captions; empty: no fit
+    # data sets to fit on; empty: no fit; several: a union with class texts as captions
     train: tuple[str, ...] = ()
     # labels to fit on: a number per class, a share of all, "all", or "none": all rows without
     # their labels
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None: all rows are taken
-    # seed that divides a set of rows into training and test rows; None where every data set has
-    # separate sets for the two
+    # seed that divides a set of rows into training and test rows; None if every data set has
+    # separate sets for them
     division_seed: int | None = None
     # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
@@ -56,7 +56,7 @@ class Origin:
     across_preprocessing: bool = False
     pool_size: int | None = None  # number of captions in a training pool of a union
     unlabelled: bool = False  # whether the fit also gets all training rows without labels
-    # the earlier fit whose weights this fit starts from; None: it starts from scratch
+    # the earlier fit whose weights this fit starts from; None: this fit starts from scratch
     start: Origin | None = None
 
     @property
@@ -67,7 +67,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """Where the rows and candidates that a method scores come from."""
+    """Everything that decides the rows and the candidates that a method scores."""
 
     data: str
     role: Role
@@ -81,7 +81,7 @@ class ScoredSet:
 
 
 def origin_of(config: Config, cell: Cell) -> Origin:
-    """Where the training rows of a cell come from."""
+    """The origin of the training rows of a cell."""
     if not config.class_of(cell.method).needs_fit:
         return Origin()
     setting = config.settings[cell.setting]
@@ -145,7 +145,7 @@ def _halves_seed(config: Config, cell: Cell) -> int | None:
 
 
 def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
-    """The seed, if it divides the rows of one of these data sets; else None."""
+    """The seed, if the rows of one of these data sets are divided by seed; else None."""
     for name in data:
         if config.data[name].fit_share is not None:
             return seed
@@ -154,14 +154,14 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 def plan(config: Config) -> tuple[Cell, ...]:
     """Every cell, seed by seed; a cell with the result of an earlier cell refers to that cell."""
-    first: dict[object, Cell] = {}
+    first: dict[object, Cell] = {}  # by everything that decides a result, the first such cell
     cells = []
     for cell in _grid(config):
-        key = (*fit_of(config, cell), scored_set_of(config, cell))
-        if key in first:
-            cells.append(replace(cell, same_as=first[key]))
+        decided_by = (*fit_of(config, cell), scored_set_of(config, cell))
+        if decided_by in first:
+            cells.append(replace(cell, same_as=first[decided_by]))
         else:
-            first[key] = cell
+            first[decided_by] = cell
             cells.append(cell)
     return tuple(cells)
 
@@ -180,21 +180,21 @@ def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
 def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
     """Cells grouped by the first fit that they need; groups are in the order of their first cells.
 
-    Cells share a fit when a method fitted on one data set is tested on several data sets, or when
-    further fits start from that fit.
+    Cells share a fit if its predictor is tested on several data sets, or if further fits start from
+    it.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
         method, origin, seed = fit_of(config, cell)
-        key: object = cell  # a cell without a fit is a group of its own
+        group: object = cell  # a cell without a fit is a group of its own
         if origin.train:
-            key = (method, origin.first, seed)
-        groups.setdefault(key, []).append(cell)
+            group = (method, origin.first, seed)
+        groups.setdefault(group, []).append(cell)
     return list(groups.values())
 
 
 def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role], None]:
-    """Data sets and roles that the cells read, as the keys of a dict, in order of first use."""
+    """The parts (data set, role) that the cells read, in order of first use, as keys of a dict."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         origin = origin_of(config, cell)
@@ -206,7 +206,7 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
         scored = scored_set_of(config, cell)
         validation = config.data[scored.data].validation
         if scored.role == "validation" and isinstance(validation, float):
-            needed[scored.data, "train"] = None  # its validation rows are a share of these
+            needed[scored.data, "train"] = None  # the validation rows are a share of these rows
         else:
             needed[scored.data, scored.role] = None
     return needed

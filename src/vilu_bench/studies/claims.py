@@ -14,7 +14,7 @@ from vilu.metrics.catalog import METRICS
 from vilu_bench.studies.board import Board, Entrant, Mean
 from vilu_bench.studies.views import AnyClaim, Better, Steeper, Subject, Trend
 
-LEAST_POINTS = 3  # minimum number of points of a trend line whose slope decides a claim
+LEAST_POINTS = 3  # minimum number of points of a trend line that decides a claim
 NO_SEED = "the methods have no seed in common"
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
@@ -25,14 +25,14 @@ class Verdict:
     """The decision on a claim."""
 
     claim: AnyClaim
-    # "holds" if the interval of the number is above zero, "does not hold" if it is below zero,
+    # "holds" if the interval of ``number`` is above zero, "does not hold" if it is below zero,
     # "open" if zero is in it, "not tested" if a method has no result or the number is undefined
     ruling: Ruling
-    # the number that decides, as a fraction; positive numbers are in favour of the claim. For a
-    # slope it is per unit of the axis: per doubling, or per accuracy of 1
+    # The number that decides, as a fraction. A positive number is in favour of the claim. A slope
+    # is per unit of the axis: per doubling, or per accuracy of 1.
     number: float | None
-    interval: Interval | None  # interval of the number
-    what: str  # description of the number
+    interval: Interval | None  # interval of ``number``
+    what: str  # description of ``number``
     reason: str | None = None  # why the claim was not tested
 
 
@@ -54,8 +54,10 @@ def _better(board: Board, claim: Better) -> Verdict:
     better_name = _name(board, claim.better)
     than_name = _name(board, claim.than)
     what = f"{metric.title} of {better_name} {comparative} that of {than_name}, {_on(data)}"
-    better = _entrants(board, claim.better.method, [(name, claim.better.setting) for name in data])
-    than = _entrants(board, claim.than.method, [(name, claim.than.setting) for name in data])
+    better_cases = [(name, claim.better.setting) for name in data]
+    than_cases = [(name, claim.than.setting) for name in data]
+    better = _entrants(board, claim.better.method, better_cases)
+    than = _entrants(board, claim.than.method, than_cases)
     if better is None or than is None:
         return _not_tested(claim, what)
     difference = Mean(better).less(Mean(than), claim.metric)
@@ -74,7 +76,8 @@ def _trend(board: Board, claim: Trend) -> Verdict:
     doublings = np.log2(np.array(x, dtype=np.float64))
     slopes = []
     for name in data:
-        points = _entrants(board, claim.method, [(name, setting) for setting in claim.settings])
+        cases = [(name, setting) for setting in claim.settings]
+        points = _entrants(board, claim.method, cases)
         if points is None:
             return _not_tested(claim, what)
         heights = [point.quantity(claim.metric) for point in points]
@@ -107,19 +110,19 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
 
 
 def _sign(claim: Better | Steeper) -> int:
-    """Factor that makes a difference in favour of the claim positive."""
+    """The factor with which a difference in favour of the claim is positive."""
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
 
 def _shared_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
-    """The common seeds of two methods, for each pair of their entrants."""
+    """For each pair of entrants of two methods, the seeds for which both have a result."""
     return [point.results.keys() & rival.results.keys() for point, rival in zip(a, b, strict=True)]
 
 
 def _slope_over_accuracy(
     points: Sequence[Entrant], seeds: Sequence[set[int]], metric: str
 ) -> Quantity:
-    """Slope of a method's trend line over the zero-shot accuracy; each point has its own seeds."""
+    """Slope of a method's trend line over the zero-shot accuracy, from ``seeds`` of each point."""
     accuracies = []
     heights = []
     for point, point_seeds in zip(points, seeds, strict=True):
@@ -131,6 +134,7 @@ def _slope_over_accuracy(
 
 
 def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
+    """The verdict on a claim by the number that decides it."""
     ends = number.interval(board.config.confidence)
     if not np.isfinite([ends.ci_low, ends.ci_high]).all():
         return _not_tested(claim, what, "the number is undefined")
@@ -138,7 +142,7 @@ def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict
 
 
 def _ruling(ends: Interval) -> Ruling:
-    """The ruling by the interval of a number that is claimed to be above zero."""
+    """The ruling on the claim that a number is above zero, from the interval of the number."""
     if ends.ci_low > 0:
         return "holds"
     if ends.ci_high < 0:
@@ -153,9 +157,9 @@ def _not_tested(
 
 
 def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
-    """Text that names the common seeds, if a method has further seeds; else empty.
+    """Text that names the common seeds if a method has further seeds, else "".
 
-    A method's mean in a table includes its further seeds.
+    The text explains a difference from the tables, whose means include the further seeds.
     """
     if all(point.results.keys() == rival.results.keys() for point, rival in zip(a, b, strict=True)):
         return ""

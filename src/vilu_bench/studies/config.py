@@ -1,4 +1,4 @@
-"""Models of a benchmark's TOML file, and the checks of its content."""
+"""Pydantic models of a benchmark's TOML file, and the checks of its content."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vilu_bench.studies.views import AnyClaim, AnyView, Study
 
 
 class Setting(Section):
-    """Which rows methods are fitted on, and which rows they are tested on."""
+    """Rule that says which rows methods are fitted on, and which rows they are tested on."""
 
     # labels to fit on: a number per class, a share of all (such as 0.025), "all", or "none": all
     # rows without their labels
     budget: int | float | Literal["all", "none"] = "all"
-    # data sets to test on; by default all, but for a source that the setting fits on
+    # data sets to test on; by default all, except ``source`` of ``FromOther``
     data: Names | None = None
     # which rows to test on; "validation" serves to choose among methods
     test_on: Literal["validation", "test"] = "test"
@@ -50,7 +50,7 @@ class Setting(Section):
 
     @property
     def sources(self) -> Names:
-        """Data sets that the setting names to fit on; empty where it fits on the tested one."""
+        """Other data sets to fit on; empty if the setting fits on the tested data set."""
         return ()
 
     @property
@@ -65,7 +65,7 @@ class Setting(Section):
         return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted: str = "") -> str:
-        """Text that says what is fitted on, then what differs from the defaults."""
+        """Text that says what methods are fitted on, then what differs from the defaults."""
         text = fitted or self.amount
         if self.test_on == "validation":
             text += ", tested on the validation rows"
@@ -78,13 +78,13 @@ class Setting(Section):
 
 
 class Labels(Setting):
-    """Fitted and tested on one data set."""
+    """Setting in which methods are fitted and tested on one data set."""
 
     kind: Literal["labels"]
 
 
 class FromOther(Setting):
-    """Fitted on another data set."""
+    """Setting in which methods are fitted on another data set than they are tested on."""
 
     source: str
     # whether the source and the tested data set may be embedded by one model with different
@@ -98,7 +98,7 @@ class FromOther(Setting):
 
 
 class Transfer(FromOther):
-    """Fitted on another data set and tested without further fitting."""
+    """Setting in which methods are fitted on another data set only."""
 
     kind: Literal["transfer"]
 
@@ -107,7 +107,7 @@ class Transfer(FromOther):
 
 
 class Adapt(FromOther):
-    """Fitted on all labels of another data set, then on ``budget`` labels of the tested one."""
+    """Setting with a fit on all labels of another data set, then on ``budget`` of the tested."""
 
     kind: Literal["adapt"]
 
@@ -124,7 +124,7 @@ class Adapt(FromOther):
 
 
 class Union(Setting):
-    """Fitted on several data sets at once, with class texts as captions (supplement, C.6)."""
+    """Setting with one fit on several data sets, with class texts as captions (supplement C.6)."""
 
     kind: Literal["union"]
     budget: Literal["all"] = "all"  # labels of each data set
@@ -146,7 +146,10 @@ class Union(Setting):
 
 
 class Unseen(Setting):
-    """Fitted on half of the classes and tested on the other half; the seed draws the halves."""
+    """Setting with a fit on half of the classes, and a test on the other half.
+
+    The seed draws the halves.
+    """
 
     kind: Literal["unseen"]
 
@@ -161,7 +164,7 @@ MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs; the heads have 
 
 
 class Method(Section):
-    """A method, its hyper-parameters, and the cells that it runs in."""
+    """A method, its hyper-parameters, and the settings, data sets and seeds that it runs with."""
 
     method: str | None = None  # name in ``PREDICTORS``; by default the label
     # hyper-parameters that differ from the defaults
@@ -187,9 +190,8 @@ class Trained(Section):
 
     seeds: Count | None = None  # number of seeds to run, from seed 0
     steps: Count | None = None  # total number of training steps, instead of ``epochs``
-    settings: Names | None = (
-        None  # settings to run in; with an empty list, these methods do not run
-    )
+    # settings to run in; with an empty list, these methods do not run
+    settings: Names | None = None
 
 
 class Config(Section):
@@ -198,14 +200,14 @@ class Config(Section):
     # name of the benchmark and of its folder of tables and figures; by default the file's name
     name: Name = "benchmark"
     # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and it is the
-    # seed of the methods
+    # seed of the methods.
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
     device: str = "cpu"  # device of the models, and of methods that have a device parameter
-    # whether to run every method, also methods that ``methods`` does not name; if ``methods`` is
-    # empty, every method is run in any case
+    # whether to run every method, not only those in ``methods``; if ``methods`` is empty, every
+    # method is run in any case
     all_methods: bool = False
     # labels of deterministic methods; the same as ``deterministic = true`` in their own tables
     deterministic: Names = ()
@@ -313,10 +315,10 @@ class Config(Section):
         return self.settings
 
     def with_guests(self, made_by: Mapping[str, str]) -> Config:
-        """A copy that also has the methods whose results others submitted.
+        """A copy that also has methods whose results were submitted.
 
         Args:
-            made_by: By label of a submitted method, the distribution that it is from, or "".
+            made_by: By label of a submitted method, the distribution that has its code, or "".
         """
         guests = {}
         for label, maker in made_by.items():
@@ -345,11 +347,14 @@ class Config(Section):
         return method.model_copy(update=complete)
 
     def complete(self) -> Config:
-        """A copy that names every method, so that it does not depend on the methods installed."""
+        """A copy that names every method, so that it does not depend on the installed methods."""
         return self.model_copy(update={"methods": self.entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
-        """Whether a setting tests on a data set: not on its own source, and only if chosen."""
+        """Whether a setting tests on a data set.
+
+        It must be chosen. Except in a union, it must not be a source of the setting.
+        """
         chosen = self.settings[setting]
         if data in chosen.sources and not isinstance(chosen, Union):
             return False
@@ -360,7 +365,7 @@ class Config(Section):
         return find_method(str(self.entries[label].method))
 
     def is_run_in(self, label: str, setting: str) -> bool:
-        """Whether a method runs in a setting; a setting without labels excludes some methods."""
+        """Whether a method runs in a setting: if it is chosen, and has the labels that it needs."""
         cls = self.class_of(label)
         needs_labels = cls.needs_fit and cls.needs_labels
         if needs_labels and self.settings[setting].budget == "none":
@@ -404,5 +409,5 @@ class Config(Section):
 
 
 def is_trained(name: str) -> bool:
-    """Whether a method trains a network: it has the parameters ``epochs`` and ``batch_size``."""
+    """Whether a method trains a network, as its parameters ``epochs`` and ``batch_size`` tell."""
     return {"epochs", "batch_size"} <= parameters(find_method(name)).keys()

@@ -41,14 +41,15 @@ from vilu_bench.studies.config import Config, Unseen
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
-# purpose of a random generator, a part of its seed: draws for different purposes are independent
+# The first number of a generator's seed is its purpose, so draws for different purposes are
+# independent.
 DRAW = 1
 HALVES = 2
 DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of ``per_class`` labelled rows of every class; all rows of smaller classes.
+    """Sorted indices of ``per_class`` labelled rows of every class; of a smaller class, all rows.
 
     With the same seed, the rows for a smaller ``per_class`` are a subset of those for a larger one.
     """
@@ -73,19 +74,22 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
 
 def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """(N,) whether a row is held out: if its hash, bytes reversed, is below share * 2^64."""
+    """Mask (N,) of the rows that are held out, by ``identities``, which are hashes of rows.
+
+    A row is held out if its hash with reversed bytes is below share * 2^64.
+    """
     return identities.byteswap() < share * 2.0**64
 
 
 def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Divide n rows at random: sorted indices of a share to fit on, and of the rest to test on."""
     order = np.random.default_rng([DIVISION, seed]).permutation(n)
-    first = round(share * n)
-    return np.sort(order[:first]), np.sort(order[first:])
+    n_fit = round(share * n)
+    return np.sort(order[:n_fit]), np.sort(order[n_fit:])
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sorted classes to fit on, and to test on; an odd number gives one more class to test on."""
+    """Sorted classes to fit on, and to test on; of an odd number, the second half has one more."""
     if n_classes < 4:
         raise DataError(
             "unseen classes need at least 4 classes, 2 to fit on and 2 to test on. "
@@ -105,11 +109,11 @@ def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[n
 class Truth:
     """Facts about the rows of a test set that do not depend on the method."""
 
-    rows: str  # hash that names these rows and candidates; equal names can be compared row by row
+    rows: str  # hash of these rows and candidates; equal hashes can be compared row by row
     # (N,) int64: 1 if the zero-shot answer is wrong, 0 if it is right, -1 if that is unknown
     failure: NDArray[np.int64]
     outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
-    reason: tuple[str | None, ...]  # by row, why it cannot have an uncertainty, or None
+    reason: tuple[str | None, ...]  # for every row, why it has no uncertainty; None if it has one
 
 
 class Workbench:
@@ -117,8 +121,8 @@ class Workbench:
 
     Args:
         config: The benchmark.
-        folders: Store of every part of a data set.
-        seconds: Stores of the parts by a second model, where there is one.
+        folders: By part of a data set, the folder of its store.
+        seconds: By part, the folder of a second model's store, if there is one.
     """
 
     def __init__(
@@ -135,11 +139,13 @@ class Workbench:
 
     def source(self, data: str, role: Role, pool_size: int | None = None) -> EmbeddingSource:
         """The rows of a role, within the data set's ``limit``."""
-        return self._open(data, role, pool_size)[0]
+        source, _ = self._open(data, role, pool_size)
+        return source
 
     def fingerprint(self, data: str, role: Role, pool_size: int | None = None) -> str:
-        """Hash of everything in ``source`` of the same arguments."""
-        return self._open(data, role, pool_size)[1]
+        """Hash of the content of ``source`` with the same arguments."""
+        _, content_hash = self._open(data, role, pool_size)
+        return content_hash
 
     def _open_part(
         self, data: str, role: Role, pool_size: int | None
@@ -147,11 +153,12 @@ class Workbench:
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
-        whole, name = self._open_store(data, "train", None)
-        # The hash is of what identifies a row, so that two copies of a picture are not separated.
-        is_validation = held_out(whole.identities(whole.identified_by[0]), share)
+        whole, whole_hash = self._open_store(data, "train", None)
+        # Copies of a picture have the same identity, so they are all held out, or none of them.
+        best_kind, *_ = whole.identified_by
+        is_validation = held_out(whole.identities(best_kind), share)
         chosen = is_validation if role == "validation" else ~is_validation
-        return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
+        return whole.take(np.flatnonzero(chosen)), digest([whole_hash, role, share])
 
     def _open_store(
         self, data: str, role: Role, pool_size: int | None
@@ -177,7 +184,7 @@ class Workbench:
     def _divided(
         self, data: str, seed: int | None, source: EmbeddingSource, *, to_fit: bool
     ) -> EmbeddingSource:
-        """The rows to fit on, or to test on, if ``fit_share`` divides the set; else all rows."""
+        """All rows; if ``fit_share`` divides them, those to fit on (``to_fit``) or to test on."""
         share = self.config.data[data].fit_share
         if seed is None or share is None:
             return source
@@ -231,17 +238,16 @@ class Workbench:
                 "Embed both with the same names in the same order."
             )
         if self.config.data[data].captions:
-            return  # they are folds of one store, and a hash puts every row into one fold
+            return  # folds of one store have no common row: a hash puts every row into one fold
         common = overlap(a, b, (name_a, name_b))
         if common is None:
             return
-        then = "they are scored all the same"
+        consequence = "they are scored all the same"
         if role_b == "validation":
-            then = "a fit leaves them out"
+            consequence = "a fit leaves them out"
         where = f"are in its {role_a} part, too"
-        common.unshared(
-            b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then
-        )
+        remedy = "Take them out of one of the two."
+        common.unshared(b, f"{role_b} rows of {data}", where, remedy, consequence)
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """The rows to fit on; ``origin`` must name a data set."""
@@ -273,7 +279,7 @@ class Workbench:
         """The training rows within the budget and of the classes to fit on."""
         is_valid = source.status == VALID
         target = np.where(is_valid, source.target.numpy(), UNKNOWN)
-        # a budget limits the labels per class: rows of none of the classes are all kept
+        # All rows of none of the classes are taken, because a budget limits the labels per class.
         of_none = np.flatnonzero(source.outside.numpy() & is_valid)
         if origin.halves_seed is None:
             return source.take(np.union1d(drawn(target, origin), of_none))
@@ -322,15 +328,15 @@ class Workbench:
         if train.pool_size is not None or test.pool_size is not None:
             return None
         no_rows = torch.arange(0)
-        known = train.candidates(no_rows).text
-        asked = test.candidates(no_rows).text
+        train_texts = train.candidates(no_rows).text
+        test_texts = test.candidates(no_rows).text
         if scored.halves_seed is None:
-            return known, asked
-        seen, unseen = class_halves(len(asked), scored.halves_seed)
-        return known[seen], asked[unseen]
+            return train_texts, test_texts
+        seen, unseen = class_halves(len(test_texts), scored.halves_seed)
+        return train_texts[seen], test_texts[unseen]
 
     def truth(self, cell: Cell) -> Truth:
-        """The truth of a cell's test set; computed once per test set."""
+        """The truth of a cell's test set; it is computed once per test set."""
         return self._truth(scored_set_of(self.config, cell))
 
     def _truth_of(self, scored: ScoredSet) -> Truth:
@@ -375,7 +381,7 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
 
 
 def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
-    """Indices of the labelled rows that are drawn by the budget and the seed."""
+    """Indices of the labelled rows that the budget and the seed draw; without seed, all of them."""
     if origin.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
     if isinstance(origin.budget, int):
@@ -384,7 +390,7 @@ def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
 
 
 def truth_of(source: EmbeddingSource, name: str) -> Truth:
-    """The truth of a source: failures of its zero-shot answers, and rows without uncertainty."""
+    """The truth of a source, whose hash is ``name``."""
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
@@ -393,7 +399,7 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
-    """Whether two spaces are of one model, but with different preprocessing (picture sizes)."""
+    """Whether two spaces of one model differ in the preprocessing, such as the picture size."""
     if a is None:
         return False
     if a == b:
@@ -404,7 +410,7 @@ def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> boo
 def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
     """The source with its space replaced by ``space``, if only the preprocessing differs.
 
-    A source of another model is returned unchanged; a later comparison of the spaces refuses it.
+    A source of another model is returned unchanged, and refused later, when spaces are compared.
     """
     if not differs_in_preprocessing(source.space, space):
         return source

@@ -1,4 +1,4 @@
-"""What a study would run and how much disk space it would need, before it runs."""
+"""Plans of studies: what a study would run, and how much disk space it would need."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class PartPlan:
     """Plan for one part of a data set."""
 
     data: str
-    part: str  # which rows: a role, or "pairs" for the pairs of all roles
+    part: str  # a role, or "pairs" for the pairs of all roles
     backbone: str
     images: int | None  # number of images; None if unknown
-    counted: str  # source of the number: "store", "listing" or "catalogue"
+    counted: str  # source of the number of images: "store", "listing" or "catalogue"
     state: str  # "embedded", "to embed", "no images here", or "unreadable"
     n_bytes: int | None  # size of the embeddings and columns; None if unknown
-    problem: str | None = None  # why images that are present cannot be read
+    problem: str | None = None  # why the images are "unreadable"
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class StudyPlan:
     name: str
     title: str
     parts: tuple[PartPlan, ...]
-    cells: int  # number of cells (a method, a data set, a setting, a seed)
-    runs: int  # number of cells to run; the others share the result of a cell that is run
+    cells: int  # number of cells; a cell is a method, a data set, a setting and a seed
+    runs: int  # number of cells to run; every other cell shares the result of a cell that is run
     fits: int  # number of different fits that the runs need
     # the fields of every cell; ``same_as`` is the cell whose result it shares, if any
     listed: tuple[dict[str, object], ...]
@@ -103,13 +103,13 @@ def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
             if not isinstance(images, ShardedDataset):
                 return _expected(part, entry, len(images), "listing")
     except (UsageError, DataError, StorageError) as error:
-        # kept in the plan, which reports the problems of all parts
+        # not raised, because the plan reports the problems of all parts
         return replace(by_catalogue, state="unreadable", problem=str(error))
     return by_catalogue
 
 
 def _is_here(entry: Data, data: Path) -> bool:
-    """Whether the place that the entry names has images or stores, as far as its paths tell."""
+    """Whether there seem to be images or stores at the place that the entry names."""
     source = entry.source or "."
     if entry.stores is not None or source.startswith(PACKAGE):
         return True
@@ -137,12 +137,12 @@ def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 
 
 def _by_catalogue(part: Part, entry: Data) -> PartPlan:
-    return _expected(part, entry, _catalogued(entry, part[1]), "catalogue")
+    return _expected(part, entry, _catalogued_images(entry, part[1]), "catalogue")
 
 
 def _expected(part: Part, entry: Data, images: int | None, counted: str) -> PartPlan:
     """Plan for a part that is still to be embedded."""
-    numbers = _numbers_of_an_image(part, entry)
+    numbers = _numbers_per_image(part, entry)
     return PartPlan(
         data=part[0],
         part=_title(part, entry),
@@ -154,8 +154,8 @@ def _expected(part: Part, entry: Data, images: int | None, counted: str) -> Part
     )
 
 
-def _numbers_of_an_image(part: Part, entry: Data) -> int | None:
-    """How many numbers are stored per image; None if the model's widths are unknown."""
+def _numbers_per_image(part: Part, entry: Data) -> int | None:
+    """Number of stored numbers per image; None if the model's widths are unknown."""
     widths = _widths(entry.backbone)
     if widths is None:
         return None
@@ -188,7 +188,7 @@ def _title(part: Part, entry: Data) -> str:
     return part[1]
 
 
-def _catalogued(entry: Data, role: Role) -> int | None:
+def _catalogued_images(entry: Data, role: Role) -> int | None:
     """Number of images of a role according to the catalogue; None if it does not tell."""
     if entry.dataset is None:
         return None
@@ -209,8 +209,8 @@ def _catalogued(entry: Data, role: Role) -> int | None:
 
 
 def describe(plans: Sequence[StudyPlan]) -> str:
-    """The plans as text: for each its embeddings, cells and runs, then the totals."""
-    bytes_of: dict[tuple[str, str, str], int] = {}
+    """The plans as text: the embeddings, cells and runs of each, then the totals."""
+    bytes_of: dict[tuple[str, str, str], int] = {}  # by data set, part and backbone
     runs = 0
     for study in plans:
         runs += study.runs

@@ -100,7 +100,7 @@ def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
 
 @dataclass(frozen=True)
 class _Point:
-    """A number of a figure, with its x coordinate."""
+    """A result in a figure, with its x coordinate."""
 
     key: Key
     x: float
@@ -114,10 +114,10 @@ def _panels(
     panel: str,
     line: str,
 ) -> list[Panel]:
-    """The panels of a figure, one for each value of the field ``panel`` and each metric.
+    """The panels of a figure, one for each metric and each value of the field ``panel``.
 
     A panel has a line for each value of the field ``line``. ``x_of`` returns the x coordinate of a
-    number, or None to leave the number out.
+    number, or None if the figure leaves the number out.
     """
     from vilu.report.figures import Panel
 
@@ -180,7 +180,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """Files with the scores of the first seed, by title of the panel that shows them."""
+    """By title of a panel, the file with the scores that it shows, those of the first seed."""
     entrants = {}
     for key, entrant in chosen(board, view).items():
         if entrant.results and key.metric == view.metrics[0]:
@@ -201,11 +201,11 @@ Pair = tuple[str, str]  # values of the two parameters of a grid
 
 @dataclass(frozen=True)
 class _DataGrid:
-    """The methods of a data set by their values of two parameters, and the best pair of values."""
+    """The methods of a data set, by the values of two parameters."""
 
     data: str
     methods: dict[Pair, str]
-    chosen: Pair
+    chosen: Pair  # the best pair of values
 
 
 def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
@@ -223,7 +223,7 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
         parameters = " and ".join(view.parameters)
         raise DataError(f"the view {view.name} has nothing to show: no result with {parameters}.")
     sheet = _grid_sheet(board, view, data_grids, entrants.values())
-    return sheet, partial(_draw, board, view, data_grids)
+    return sheet, partial(_draw_grids, board, view, data_grids)
 
 
 def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
@@ -231,7 +231,7 @@ def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
     best = view.metrics[0]
     sign = 1 if METRICS[best].higher_is_better else -1
     methods: dict[Pair, str] = {}
-    merits: dict[Pair, float] = {}  # the pair with the highest merit is chosen
+    merits: dict[Pair, float] = {}  # mean of the metric, with the sign that makes more better
     for label in view.along(board.config, "method"):
         entrant = board.find(label, data, view.select_on)
         pair = _pair_of(board, view, label)
@@ -297,7 +297,7 @@ def _grid_cell(board: Board, key: Key) -> Shown | None:
     return show(board.config, key, Mean((entrant,)))
 
 
-def _draw(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
+def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
     from vilu.report.figures import grids
 
     panels = []

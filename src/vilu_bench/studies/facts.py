@@ -18,11 +18,11 @@ from vilu_bench.studies.config import MAX_EPOCHS, Config
 from vilu_bench.studies.data import Workbench
 from vilu_bench.studies.fit import predictor_of
 
-SOURCES = Path(__file__).parents[2]
+SOURCES = Path(__file__).parents[2]  # folder of the packages vilu and vilu_bench
 LISTS = frozenset({"vilu.predictors", "vilu.registry"})
-"""Modules left out of the hash, because they import every method.
+"""Modules that are left out of the hash, because they import every method.
 
-What a method uses from them is in modules that are hashed for the method.
+The code that a method uses through them is in modules that are hashed for the method.
 """
 
 SHARED = (
@@ -47,7 +47,7 @@ def code_digest(*modules: str) -> str:
                 f"{name} has no source file, so nothing would tell when its code changes. "
                 "Put it in a file."
             )
-    hashes: dict[str, str] = {}  # by module
+    hashes: dict[str, str] = {}  # by name of a module
     waiting = [*modules, *SHARED]
     while waiting:
         name = waiting.pop()
@@ -72,7 +72,7 @@ def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _imported(tree: ast.Module, module: str, file: Path) -> list[str]:
-    """Names that a module imports at its top level: of modules, and of things in modules."""
+    """Names that a module imports at its top level: of modules, and of objects in modules."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     names = []
     for node in tree.body:
@@ -166,7 +166,7 @@ def _home_of_metric(name: str) -> str:
 
 
 def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
-    """The facts that divide a set of rows into training and test rows; empty without division."""
+    """The facts that divide a set of rows into training and test rows; empty without ``seed``."""
     if seed is None:
         return {}
     shares = [bench.config.data[name].fit_share for name in data]

@@ -27,11 +27,11 @@ REFUSALS = (UsageError, DataError, ProvenanceError)
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit or its refusal, with the warnings."""
+    """The result of a fit: a predictor or a refusal, with the warnings."""
 
     predictor: FailurePredictor  # ready to score, unless ``refused`` is set
-    refused: Refusal | None = None  # why there was no fit
-    n_train: int | None = None  # rows in the training set; None where nothing is fitted
+    refused: Refusal | None = None  # why the fit was refused; None if it was not
+    n_train: int | None = None  # rows in the training set; None if nothing is fitted
     seconds: float | None = None  # time of this fit, without the earlier fit that it starts from
     warnings: tuple[str, ...] = ()  # warnings of the fit
 
@@ -47,7 +47,7 @@ def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
     """The predictor of a cell, fitted if it needs a fit.
 
-    ``fits`` caches the fits of earlier cells by origin; new fits are added to it.
+    ``fits`` has the fits of earlier cells by origin, and gets the new fits.
     """
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
@@ -90,8 +90,8 @@ def _continued(
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
     moves = origin.across_preprocessing and differs_in_preprocessing(fitted.space_, train.space)
     if moves:
-        # The earlier fit used another picture size. The copy takes the space of the new training
-        # rows, which would be refused otherwise.
+        # The earlier fit used another picture size. The copy gets the space of the new training
+        # rows, because rows of another space would be refused.
         fitted = copy.copy(fitted)
         fitted.space_ = train.space
     return initialise(type(fitted), fitted)
@@ -100,7 +100,7 @@ def _continued(
 def _trained_for(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor with ``steps`` of its entry, if set, turned into a number of epochs."""
+    """The predictor with the number of epochs that ``steps`` of its entry means, if set."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
@@ -116,7 +116,7 @@ def refusal(error: Exception) -> Refusal:
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Collect the distinct warnings of a block, which are not shown, in a list.
+    """Collect the distinct warnings of a block in a list, instead of showing them.
 
     The list is filled when the block ends.
     """

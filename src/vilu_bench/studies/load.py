@@ -19,7 +19,7 @@ from vilu_bench.studies.parts import ROLES, Data
 CONFIGS: Final = Path(__file__).resolve().parents[1] / "configs"
 """Folder of the studies that ship with vilu.
 
-GROUP.toml is included by the studies in the folder GROUP.
+The studies in the folder GROUP include the file GROUP.toml.
 """
 
 TABLES = ("data", "settings", "methods")  # tables whose entries ``[use]`` can select
@@ -51,11 +51,12 @@ def load_configs(names: Sequence[Path | str]) -> list[Config]:
 
 
 def study_names() -> list[str]:
-    """The studies that ship with vilu, as "GROUP/NAME" or "NAME"."""
+    """Names of the studies that ship with vilu, as "GROUP/NAME" or "NAME"."""
     names = []
     for path in sorted(CONFIGS.rglob("*.toml")):
         study = path.with_suffix("")
-        if not study.is_dir():
+        is_group = study.is_dir()  # its file is only to be included
+        if not is_group:
             names.append(study.relative_to(CONFIGS).as_posix())
     return names
 
@@ -63,7 +64,7 @@ def study_names() -> list[str]:
 def find_studies(name: Path | str) -> list[Path]:
     """The files of a path, of a study that ships with vilu ("here/main"), or of a group ("here").
 
-    If there is both a file and a study of this name, it is the file.
+    If there are both a file and a study of this name, the file is taken.
     """
     path = Path(name)
     if path.exists() and not path.is_dir():
@@ -99,9 +100,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content of a file, merged with the content of the file that it includes.
 
-    ``include`` names a file in the same folder. The including file overrides its keys, and its
-    tables (``data``, ``settings``, ``methods``) entry by entry. If ``[use]`` lists entries of a
-    table, only these are taken from the included file; of other tables, all entries are taken.
+    ``include`` names a file in the same folder. A key of the including file replaces the same key
+    of the included file. In the tables ``data``, ``settings`` and ``methods``, an entry replaces
+    the entry of the same name. If ``[use]`` lists entries of a table, only the listed entries of
+    the included file are used; of a table that ``[use]`` does not name, all entries are used.
     """
     name = content.pop("include", None)
     use = content.pop("use", {})
@@ -169,11 +171,12 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
 
 
 def _explain(error: ValidationError) -> str:
-    """Text of the first error of pydantic, with the path of keys in the file that leads to it."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """Text of the first error of pydantic, after the keys that lead to its place in the file."""
+    first, *_ = error.errors(include_url=False, include_context=False)
+    # pydantic marks an invalid key by a step "[key]" after it
     steps = [str(step) for step in first["loc"] if step != "[key]"]
-    if steps[:1] in (["settings"], ["views"], ["claims"]):
-        del steps[2:3]  # the kind of the setting, view or claim, which is no key of the path
+    if steps and steps[0] in {"settings", "views", "claims"}:
+        del steps[2:3]  # the kind of the setting, view or claim, which is no key in the file
     reason = first["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
         reason += "."

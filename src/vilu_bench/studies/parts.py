@@ -22,7 +22,7 @@ RANKED_BY = ("auroc", "fpr95")  # metrics that get intervals; methods are ranked
 
 
 def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Raise a ValueError for an unknown name; it suggests the nearest known name, or lists all."""
+    """Raise a ValueError for an unknown name, with the nearest known name or all known names."""
     for name in names:
         if name not in known:
             hint = nearest(str(name), known) or f" There are: {', '.join(known)}"
@@ -30,7 +30,10 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
 
 
 class Section(BaseModel):
-    """Immutable table of a benchmark file; the error for an unknown key suggests the nearest."""
+    """Immutable table of a benchmark file.
+
+    The error for an unknown key suggests the nearest known key.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -80,13 +83,12 @@ class Data(Section):
 
     # file or folder of images below the data folder; ``package:NAME`` ships with vilu
     source: str | None = None
-    # Name of a known data set (``vilu datasets list``). ``source`` is then its folder; by default
-    # it is searched for in the data folder
+    # Name of a known data set (``vilu datasets list``), whose folder is ``source``. Without
+    # ``source``, the folder is searched for in the data folder.
     dataset: str | None = None
     # ready-made stores, in place of ``source`` and the keys that describe how to embed it
     stores: StorePaths | None = None
-    # stores of the same images from a second model, for methods that need two models; they may hold
-    # more images
+    # stores of the same images (and perhaps more) from a second model, for methods of two models
     second: StorePaths | None = None
     backbone: str = "compact"
     # class names for the prompts, in label order; by default the names that the data set has
@@ -95,20 +97,21 @@ class Data(Section):
     raw_names: bool = False
     # by column of a table, the value that a row must have to be used
     where: dict[str, str] = Field(default_factory=dict)
-    # whether images have captions instead of classes. There is then one store. The roles are folds
-    # of its captions ("train", "validation", "test"), and each image is matched with the captions
-    # of its pool
+    # Whether images have captions instead of classes. With captions there is one store. The roles
+    # are folds of its captions ("train", "validation", "test"), and each image is matched with the
+    # captions of its pool.
     captions: bool = False
     # number of captions in a pool, in training and, unless a setting gives another, in testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
     shift: Shift | None = None  # damage done to every picture before it is embedded
     train: str = "train"  # split to fit on; several splits are joined by ``+``
-    # split to select epochs and the like on; or the share of the training rows that is held out for
-    # this, by a hash of their pictures. None: a method that selects holds out training rows itself
+    # Split on which methods select, for example the number of epochs; or a share of the training
+    # rows to hold out for it, by a hash of their pictures. None: a method that selects holds out
+    # training rows itself.
     validation: str | Share | None = None
     test: str = "test"  # split to test on
-    # where train and test are the same set of rows: the share of it to fit on, drawn by the seed;
-    # the rest is tested on
+    # If train and test are the same set of rows, the share of it to fit on, which the seed draws.
+    # The rest is tested on.
     fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image
@@ -165,14 +168,14 @@ class Data(Section):
 
     def _is_one_set(self) -> bool:
         """Whether training and test rows are the same set, without validation rows."""
-        where = self if self.stores is None else self.stores
-        if where.train != where.test:
+        roles = self if self.stores is None else self.stores  # names a split or a store per role
+        if roles.train != roles.test:
             return False
         if self.limit_of("train") != self.limit_of("test"):
             return False
         if self.captions:
             return False
-        return self.validation is None and where.validation is None
+        return self.validation is None and roles.validation is None
 
     @property
     def paper_name(self) -> str | None:

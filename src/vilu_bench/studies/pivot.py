@@ -57,17 +57,18 @@ def _conventions_note(view: View) -> str:
 
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
-    """Note on the numbers of test rows by data set; settings with equal numbers are joined."""
-    settings_of: dict[tuple[str, str], dict[str, None]] = {}  # by data set and its numbers
+    """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
+    # by data set and text of its numbers, the settings with these numbers, in order
+    settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
             _, data, setting = entrant.place
             settings_of.setdefault((data, _rows_of(entrant)), {})[setting] = None
-    n_parts = Counter(data for data, _ in settings_of)
+    n_different = Counter(data for data, _ in settings_of)
     parts = []
     for (data, numbers), settings in settings_of.items():
         where = board.config.data[data].title or data
-        if n_parts[data] > 1:
+        if n_different[data] > 1:
             where += f" ({', '.join(settings)})"
         parts.append(f"{where} {numbers}")
     return f"Test rows: {'; '.join(parts)}."
@@ -83,7 +84,7 @@ def _rows_of(entrant: Entrant) -> str:
 
 
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
-    """Note on the number of different results behind the means; an entrant must have a result."""
+    """Note on the number of different results behind a mean; some entrant must have a result."""
     by_n_runs: dict[int, list[Entrant]] = {}
     able = [entrant for entrant in entrants if entrant.results]
     for entrant in able:
@@ -102,10 +103,10 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 
 
 def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
-    """Names of the methods of some entrants.
+    """Names of the methods of some entrants, as text.
 
-    The data sets and settings follow a name in parentheses if ``everywhere`` has further entrants
-    of the method.
+    If ``everywhere`` has further entrants of a method, the data sets and settings of ``entrants``
+    follow its name in parentheses.
     """
     cases_of: dict[str, list[str]] = {}
     for entrant in entrants:
@@ -124,7 +125,7 @@ def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
 def _published_notes(
     board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]
 ) -> list[str]:
-    """Notes on the sources of published numbers, and on how comparable they are with ours."""
+    """Notes on published numbers: their sources, and why they may differ from ours."""
     numbers = [number.published for number in shown if number.published is not None]
     if not numbers:
         return []
@@ -145,7 +146,7 @@ def _published_notes(
 def _differences_of(
     config: Config, entrants: Iterable[Entrant], numbers: Iterable[Published]
 ) -> list[str]:
-    """Differences between our models and data and those behind the published numbers."""
+    """Texts on differences between ours and the published numbers: in the model, in the data."""
     entries = {entrant.data: config.data[entrant.data] for entrant in entrants}
     published_models = dict.fromkeys(number.backbone for number in numbers)
     our_models: dict[str, None] = {}
@@ -166,7 +167,7 @@ def _differences_of(
 
 
 def _refusals(entrants: Sequence[Entrant]) -> list[str]:
-    """Notes on why methods have no result, one for each reason."""
+    """A note for each reason for which methods have no result."""
     refused_for: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         if entrant.reason is None:
@@ -187,7 +188,7 @@ ALPHA = 0.05  # two methods with a p-value of at least this are tied
 
 @dataclass(frozen=True)
 class Key:
-    """Method, data set, setting and metric of a number."""
+    """Identity of a number: its method, data set, setting and metric."""
 
     method: str
     data: str
@@ -195,7 +196,7 @@ class Key:
     metric: str
 
     def of(self, fields: Iterable[str]) -> tuple[str, ...]:
-        """The values of some fields of the key."""
+        """The values of ``fields``, for example ("data", "metric")."""
         return tuple(getattr(self, field) for field in fields)
 
 
@@ -206,8 +207,8 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     measured = measured_of(board, view)
     numbers = {key: show(config, key, mean) for key, mean in measured.items()}
     ranked = _ranked(numbers, measured, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # index of a row by its labels
-    columns: dict[tuple[str, ...], int] = {}  # index of a column by its labels
+    rows: dict[tuple[str, ...], int] = {}  # by the labels of a row, its index
+    columns: dict[tuple[str, ...], int] = {}  # by the labels of a column, its index
     cells = {}
     for key, number in ranked.items():
         row = rows.setdefault(key.of(view.rows), len(rows))
@@ -226,7 +227,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 
 
 def measured_of(board: Board, view: View) -> dict[Key, Mean]:
-    """What a view shows, by key: every entrant, then the means over data sets of the view."""
+    """The results that a view shows, by key: every entrant, then its means over data sets."""
     entrants = chosen(board, view)
     measured = {}
     if not view.means_only:
@@ -242,7 +243,7 @@ def measured_of(board: Board, view: View) -> dict[Key, Mean]:
 
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
-    """Every entrant of a view by key, in the view's order; also entrants without a result."""
+    """The entrants of a view by key, in the order of the view; also entrants without a result."""
     config = board.config
     entrants = {}
     for data, setting, method, metric in itertools.product(
@@ -258,7 +259,7 @@ def chosen(board: Board, view: View) -> dict[Key, Entrant]:
 
 
 def show(config: Config, key: Key, mean: Mean) -> Shown:
-    """A number with its interval and the published number."""
+    """The number of a key, with its interval and the published number."""
     parts = mean.parts
     published = published_of(config, key, parts)
     for part in parts:
@@ -281,7 +282,7 @@ def show(config: Config, key: Key, mean: Mean) -> Shown:
 
 
 def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
-    """The published number beside ours; for a mean, the published mean over as many data sets."""
+    """The published number for a key; for a mean, that of a mean over as many data sets."""
     if config.study is None:
         return None
     if not config.study.published:
@@ -303,7 +304,7 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
 def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
     """Name of a mean among the published numbers.
 
-    None if a data set has no published name, or if two have the same.
+    None if a data set has no name in publications, or if two data sets have the same name there.
     """
     names = {config.data[part.data].paper_name for part in parts}
     if None in names:
@@ -319,7 +320,7 @@ def _ranked(
     """The numbers with ranks; numbers compete if they differ only in the fields ``compete``."""
     ranked = dict(shown)
     for keys in _contests(shown, compete):
-        metric = keys[0].metric
+        metric = keys[0].metric  # the same for all keys
         sign = -1 if METRICS[metric].higher_is_better else 1
         losses = {key: sign * (shown[key].value or 0.0) for key in keys}  # the smallest is best
         distinct_losses = sorted(set(losses.values()))
@@ -353,8 +354,8 @@ def _rank(n_better: int) -> Literal["best", "second"] | None:
 
 
 def _is_tied(mean: Mean, best: Mean, metric: str) -> bool:
-    """Whether the paired bootstrap finds no significant difference from the best."""
-    if metric not in RANKED_BY:
+    """Whether the paired bootstrap finds no significant difference between two results."""
+    if metric not in RANKED_BY:  # no bootstrap values
         return False
     gap = mean.less(best, metric)
     if gap is None:

@@ -1,4 +1,4 @@
-"""Failure prediction on pairs by the number of candidates, as ViLU's Table 6 and Fig. 4."""
+"""Failure prediction on pairs with different numbers of candidates (ViLU, Table 6 and Fig. 4)."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def over_pool_sizes(
     dataset: str = "pairs",
     n_resamples: int = 1000,
 ) -> ResultTable:
-    """Metrics of every predictor at every pool size: the same pairs, with more candidate captions.
+    """Metrics of fitted predictors on the same pairs, in pools of different sizes.
 
-    The predictors are fitted already and score every pool size. A size that exceeds the number of
+    A larger pool has more candidate captions for every image. A size that exceeds the number of
     pairs is left out with a log message.
 
     Args:
         predictors: Fitted predictors by label.
-        open_pairs: Opens the pairs with given pools.
+        open_pairs: Function that opens the pairs in pools of the settings ``Pools``.
         sizes: Pool sizes.
-        pools: All other settings of the pools; its size and seed are replaced.
+        pools: Settings of the pools, of which size and seed are replaced.
         draws: Number of draws of the pools, with the seeds 0 ... draws - 1. A row of the results
             has the seed of its draw.
         dataset: Name of the data set; in the results it reads "NAME, pool SIZE".
@@ -51,10 +51,12 @@ def over_pool_sizes(
     require_at_least("draws", draws, 1)
     if pools is None:
         pools = Pools()
-    fitting = _fitting(sizes, len(open_pairs(replace(pools, size=min(sizes)))), dataset)
+    smallest_pools = replace(pools, size=min(sizes))
+    n_pairs = len(open_pairs(smallest_pools))
+    possible_sizes = _possible(sizes, n_pairs, dataset)
     table = ResultTable()
-    with track("score", len(fitting) * draws * len(predictors), "scorings") as task:
-        for size in fitting:
+    with track("score", len(possible_sizes) * draws * len(predictors), "scorings") as task:
+        for size in possible_sizes:
             outcomes = []
             for draw in range(draws):
                 pairs = open_pairs(replace(pools, size=size, seed=draw))
@@ -66,23 +68,24 @@ def over_pool_sizes(
     return table
 
 
-def _fitting(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
+def _possible(sizes: Sequence[int], n_pairs: int, dataset: str) -> list[int]:
     """The pool sizes that are at most ``n_pairs``."""
-    fitting = [size for size in sizes if size <= n_pairs]
-    if not fitting:
+    possible = [size for size in sizes if size <= n_pairs]
+    if not possible:
         raise DataError(
             f"no pool can be filled: {dataset} has {n_pairs} pairs, "
             f"the smallest size is {min(sizes)}."
         )
-    if len(fitting) < len(sizes):
+    if len(possible) < len(sizes):
         logger.info("%s has %d pairs: pool sizes above that are left out", dataset, n_pairs)
-    return fitting
+    return possible
 
 
 def size_table(table: ResultTable) -> str:
-    """Table of methods by pool size: "AUROC / FPR95" in percent, below the VLM's accuracy.
+    """Table with a line per method and a column per pool size: "AUROC / FPR95" in percent.
 
-    Several draws are averaged; "±" is the standard deviation of the AUROC over draws.
+    The first lines are the pool sizes and the VLM's accuracies. Several draws are averaged, and "±"
+    is the standard deviation of the AUROC over draws.
     """
     rows = table.mean_over_seeds().rows
     datasets = dict.fromkeys(row.dataset for row in rows)
@@ -92,7 +95,8 @@ def size_table(table: ResultTable) -> str:
     sizes = ["pool size"]
     accuracies = ["VLM accuracy"]
     for dataset in datasets:
-        sizes.append((dataset or "").rpartition(" ")[2])
+        _, _, size = (dataset or "").rpartition(" ")  # the name is "NAME, pool SIZE"
+        sizes.append(size)
         accuracies.append(f"{100 * row_of[first_method, dataset, 'auroc'].accuracy:.1f}")
     lines = [sizes, accuracies]
     for method in methods:
@@ -109,6 +113,8 @@ def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:
     if auroc.value is None or fpr95.value is None:
         return "undefined"
     text = f"{100 * auroc.value:.1f}"
-    if auroc.ci_high is not None and auroc.seed is None:  # a mean over draws
-        text += f" ± {100 * (auroc.ci_high - auroc.value):.1f}"
+    is_mean_over_draws = auroc.seed is None
+    if is_mean_over_draws and auroc.ci_high is not None:
+        deviation = auroc.ci_high - auroc.value
+        text += f" ± {100 * deviation:.1f}"
     return f"{text} / {100 * fpr95.value:.1f}"

@@ -26,13 +26,13 @@ class Ranked:
     method: str
     variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
     rank: int  # 1 + the number of methods with a higher mean AUROC
-    n_runs: int  # Number of different results behind the means; 1 if seeds make no difference
+    n_runs: int  # number of different results behind the means; 1 if the seed changes nothing
     values: dict[str, float | None]  # by metric, the mean over seeds; None if undefined
     # by metric of ``RANKED_BY``, the bootstrap interval over test rows and seeds
     intervals: dict[str, Interval]
     against: str | None  # the best other method
-    # paired difference: AUROC less the AUROC of ``against``, over their common seeds; None without
-    # another method or a common seed
+    # paired difference: AUROC less the AUROC of ``against``, over their common seeds; None if there
+    # is no other method or no common seed
     gap: Difference | None
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
@@ -64,7 +64,7 @@ class Ranking:
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
-    # by seed that was planned for all methods of ``lines``, their AUROC by method
+    # by seed, the AUROC by method; only seeds that were planned for all methods of ``lines``
     contests: dict[int, dict[str, float]]
     # the different numbers of test rows whose pictures are of none of the classes
     n_outside: tuple[int, ...] = ()
@@ -80,7 +80,10 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method's wins and mean rank over all data sets, settings and seeds."""
+    """A method's wins and mean rank over all contests.
+
+    A contest compares the AUROC of methods on one data set, in one setting, with one seed.
+    """
 
     method: str
     # number of contests in which the method has the highest AUROC; k methods that tie get 1/k each
@@ -121,7 +124,10 @@ def summarise(board: Board) -> Summary:
 
 
 def _rows(board: Board) -> list[ResultRow]:
-    """The result rows of every data set and setting; a result of several seeds is listed once."""
+    """The result rows of every data set and setting.
+
+    If several seeds share a result, its rows are listed once.
+    """
     rows = []
     runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
     for run, _, setting in runs:
@@ -189,7 +195,7 @@ def _best_first(entrant: Entrant) -> tuple[float, float, str]:
 
 
 def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """AUROC by method, for every seed that was planned for all of these methods."""
+    """By seed that was planned for all of these methods, their AUROC by method."""
     if not able:
         return {}
     seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
@@ -238,7 +244,7 @@ def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
-    """Mean seconds of a fit, and mean rows scored per second; None without such a timing."""
+    """Mean seconds of a fit, and mean rows scored per second; None if nothing was timed."""
     fits = []
     speeds = []
     for timing in timings:
@@ -251,7 +257,7 @@ def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
 
 
 def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
-    """Table of mean wall times of fits and mean speeds of scoring; "" if ``times`` is empty."""
+    """Table of mean wall times of fits and mean speeds of scoring; "" without ``times``."""
     if not times:
         return ""
     lines = [["data", "setting", "method", "fit s", "rows/s"]]

@@ -39,7 +39,7 @@ class Refusal(Section):
 
 
 class Timing(Section):
-    """Wall times with one thread; ``log.jsonl`` of the run folder has them by path of the cell."""
+    """Wall times of a cell with one thread, from a line of ``log.jsonl`` in the run folder."""
 
     fit_seconds: float | None  # time of the fit; None where nothing was fitted
     score_seconds: float  # time of scoring the test set
@@ -60,10 +60,10 @@ class CellResult(Section):
     variant: str = ""  # suffix of the method's label, such as " (model)"; empty for most methods
     test_rows: str  # hash that names the rows tested on
     n_train: int | None = None  # rows in the training set; None where nothing was fitted
-    results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
+    results: tuple[ResultRow, ...] = ()  # one row per metric; its ``split`` is the setting
     refused: Refusal | None = None  # why there are no results
     warnings: tuple[str, ...] = ()  # warnings of the fit and of scoring
-    # by suffix, SHA-256 of the other files of the cell, which lie beside this document
+    # by suffix, the SHA-256 of the other files of the cell, which lie beside this document
     files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")
@@ -80,9 +80,9 @@ class CellResult(Section):
     def save(
         self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
     ) -> None:
-        """Write the files of the cell; a cell is finished exactly when this document exists.
+        """Write the files of the cell, this document last.
 
-        The document is therefore written last.
+        So a cell whose document exists is finished.
         """
         path = root / self.cell.path
         make_folder(path.parent)
@@ -131,7 +131,7 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
 
 
 def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
-    """Wall times of cells from the log of the run folder; a cell's last line counts."""
+    """Wall times of cells, from the last line that the log of the run folder has for each."""
     times: dict[Cell, Timing] = {}
     cell_at = {cell.path.as_posix(): cell for cell in cells}
     for line in read_log(root):
@@ -154,10 +154,10 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
 def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
     """Values (M, B) of the metrics ``RANKED_BY`` on B resamples of the test rows.
 
-    ``rows`` is the hexadecimal name of the test rows. It seeds the resampling, so that cells with
-    the same test rows have the same resamples, whatever the method or the seed of its training.
-    Therefore differences between methods are paired, and an average over seeds with the same test
-    set keeps the variance that comes from its rows.
+    ``rows`` is the hexadecimal name of the test rows, and seeds the resampling. So all cells with
+    the same test rows have the same resamples, for every method and every seed of its training.
+    Therefore differences between methods are paired. An average over seeds with the same test set
+    still has the variance that comes from its rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKED_BY}

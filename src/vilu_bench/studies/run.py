@@ -62,9 +62,9 @@ logger = logging.getLogger("vilu.bench")
 
 
 def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
-    """Fit, score, evaluate and write cells that share a fit; a refusal is also a result.
+    """Fit, score and evaluate cells that share a fit, and write their results.
 
-    Yields every cell after its result is written.
+    A refusal is a result, too. Yields every cell after its result is written.
     """
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
@@ -79,7 +79,7 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
 
 
 def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
-    """The refusal of a closed-set method for unknown candidates, before it is fitted; else None.
+    """The refusal if the method of a cell is closed-set and some candidates are unknown; else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """
@@ -88,23 +88,23 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     candidates = bench.candidates(cell)
     if candidates is None:
         return None
-    known, asked = candidates
-    known_width = known.shape[1]
-    asked_width = asked.shape[1]
-    if known_width != asked_width:
+    train_texts, test_texts = candidates
+    train_width = train_texts.shape[1]
+    test_width = test_texts.shape[1]
+    if train_width != test_width:
         return refusal(
             ProvenanceError(
-                f"it is fitted on embeddings of width {known_width}, and these have {asked_width}."
+                f"it is fitted on embeddings of width {train_width}, and these have {test_width}."
             )
         )
-    similarity, _ = nearest(asked, known)
+    similarity, _ = nearest(test_texts, train_texts)
     n_unknown = int((similarity < SAME_TEXT).sum())
     if n_unknown == 0:
         return None
     return refusal(
         ProvenanceError(
-            f"it scores the {len(known)} classes that it is fitted on, and {n_unknown} of the "
-            f"{len(asked)} candidates here are others."
+            f"it scores the {len(train_texts)} classes that it is fitted on, and {n_unknown} of "
+            f"the {len(test_texts)} candidates here are others."
         )
     )
 
@@ -124,17 +124,17 @@ def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
             result.model_copy(update={"refused": refusal(error)}).save(root)
             return
     bootstrap = _bootstrap(bench, outcomes, truth)
-    finding = {
+    measured = {
         "results": rows,
         "variant": fitted.predictor.label.removeprefix(fitted.predictor.name),
         "warnings": (*fitted.warnings, *score_warnings),
     }
     log(root, cell=cell.path.as_posix(), **timing.model_dump())
-    result.model_copy(update=finding).save(root, outcomes, bootstrap)
+    result.model_copy(update=measured).save(root, outcomes, bootstrap)
 
 
 def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult:
-    """The result of a cell with everything that is known before its test rows are scored."""
+    """The result of a cell with all fields that are known before its test rows are scored."""
     facts = decided_by(bench, cell)
     return CellResult(
         fingerprint=digest(facts),
@@ -159,7 +159,7 @@ def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
 
 
 def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
-    """Score a cell's test rows; returns the outcomes and the wall times."""
+    """Score a cell's test rows, and return the outcomes and the wall times."""
     predictor = fitted.predictor
     test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
     begun = time.perf_counter()
@@ -185,7 +185,7 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
 
 @contextmanager
 def naming(cell: Cell) -> Iterator[None]:
-    """If an exception leaves the block, add the cell to its notes and write it to the log."""
+    """Name the cell in the notes of an exception that leaves the block, and in the log."""
     try:
         yield
     except Exception as error:  # every exception is raised again
@@ -202,7 +202,7 @@ def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContex
     torch follows, applies to the calling thread only. The BLAS limit applies to the whole process,
     so it is set only in vilu's own processes (the command line and its workers).
     """
-    # threadpoolctl limits only libraries that are loaded: this import loads OpenMP and BLAS.
+    # threadpoolctl limits only libraries that are loaded, and this import loads OpenMP and BLAS
     import sklearn.linear_model  # noqa: F401
     from threadpoolctl import threadpool_limits
 
@@ -219,8 +219,8 @@ Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 class Crew:
     """Runs the cells of several benchmarks, one benchmark after the other, in ``jobs`` processes.
 
-    With one job, cells run in this process. Worker processes start with the first cell and serve
-    all benchmarks. If an exception leaves the block, they are terminated at once.
+    With one job, cells run in this process. With more, worker processes start with the first cell
+    and serve all benchmarks. If an exception leaves the block, they are terminated at once.
     """
 
     def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
@@ -251,7 +251,7 @@ class Crew:
                 worker.join()
 
     def run(self, number: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
-        """Run groups of cells that share a fit; yields every cell after its file is written.
+        """Run groups of cells that share a fit, and yield every cell after its file is written.
 
         ``number`` is the index of the benchmark.
         """
@@ -267,7 +267,7 @@ class Crew:
 def run_cells(
     crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int
 ) -> None:
-    """Run cells, write their files and show progress; files survive an interruption.
+    """Run cells, write their files and show progress; an interruption loses no finished cell.
 
     ``number`` is the index of the benchmark in the crew, ``n_done`` the number of cells that were
     finished before.
@@ -282,17 +282,19 @@ def run_cells(
             task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {left} left; {cell}")
 
 
-_benchmarks: list[Opening] = []  # in a worker process: arguments of every benchmark's workbench
-_open: dict[int, Workbench] = {}  # in a worker process: the open workbench, by benchmark index
+# in a worker process: the arguments of every benchmark's workbench, and, by index of its benchmark,
+# the workbench that is open
+_benchmarks: list[Opening] = []
+_open: dict[int, Workbench] = {}
 
 
 def _start_worker(modules: Sequence[str], benchmarks: list[Opening]) -> None:
     """Set up a worker process."""
     for module in modules:
         load_plugin(module)
-    one_thread("blas")  # not as a block: for the whole life of the process
+    one_thread("blas")  # without a block, because the limit holds for the life of the process
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent process ends its workers
     threading.Thread(target=end_with_driver, daemon=True).start()
     _benchmarks[:] = benchmarks
 
@@ -381,7 +383,7 @@ class _Work:
     ) -> _Work:
         """Plan the cells and open their stores.
 
-        With ``make`` missing stores are made; otherwise a missing store is an error.
+        With ``make``, missing stores are made. Without it, a missing store is an error.
         """
         cells = plan(config)
         parts = needed_parts(config, cells)
@@ -424,7 +426,7 @@ class _Work:
 
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:
-    """Refuse benchmarks in one output folder that have different results for the same cell."""
+    """Refuse benchmarks that share an output folder and would give a cell different results."""
     first: dict[Cell, tuple[str, dict[str, object]]] = {}  # by cell, its first benchmark
     for work in works:
         name = work.bench.config.name
@@ -443,7 +445,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove half-written files of killed processes; files being written elsewhere stay."""
+    """Remove half-written files of killed processes, but no file that a process still writes."""
     with or_refuse(f"clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
@@ -451,7 +453,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
-    """The present and valid results of cells that are run."""
+    """By cell that is run, its result if it is present and valid."""
     results = {}
     for cell in runs:
         try:

@@ -28,7 +28,7 @@ Labels = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Shown:
-    """A number with everything that a table shows beside it."""
+    """A number as a table shows it, with its interval, its rank and the published number."""
 
     metric: str
     value: float | None  # as a fraction; None if undefined
@@ -37,7 +37,7 @@ class Shown:
     n: tuple[int, ...] = ()  # the different numbers of test rows behind it
     n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers behind it
     n_runs: int = 0  # number of different results behind it
-    # "best" or "second" of the competing numbers; None for other ranks and without competition
+    # "best" or "second" of the competing numbers; None for lower ranks and without competition
     rank: Literal["best", "second"] | None = None
     # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
     tied: bool = False
@@ -70,7 +70,7 @@ class Sheet:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """The different doubts about published numbers, in the order of their marks ?1, ?2, ..."""
+        """The different doubts about published numbers; the first has the mark ?1, and so on."""
         doubts: dict[str, None] = {}
         for _, shown in sorted(self.cells.items()):
             if shown.published is not None and shown.published.doubt:
@@ -78,6 +78,7 @@ class Sheet:
         return tuple(doubts)
 
 
+# columns of the CSV that follow the labels
 CSV_FIELDS = (
     "metric",
     "value",
@@ -101,7 +102,7 @@ TIED = (
     "≈: the paired bootstrap does not tell it from the best "
     "(p ≥ 0.05, not corrected for picking the best of many)."
 )
-IN_TYPE = "Bold: best; underlined: second best"
+IN_TYPE = "Bold: best; underlined: second best"  # legend where text can be bold
 
 
 def to_text(sheet: Sheet) -> str:
@@ -159,7 +160,7 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
 
 
 def to_csv(sheet: Sheet) -> str:
-    """The table as CSV: one line per number with everything known of it; values are fractions."""
+    """The table as CSV, with one line per number; values are fractions."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     # the metric is left out here, because ``CSV_FIELDS`` has it
@@ -180,8 +181,9 @@ def _lines(
 
     Args:
         sheet: The table.
-        label: Writes a label.
-        written: Writes a cell, from the number, its text, and the text beside it.
+        label: Function that writes a label.
+        written: Function that writes a cell from the number, the number as text, and the text that
+            stands beside it.
     """
     doubts = sheet.doubts
     lines = []
@@ -251,11 +253,15 @@ def _latex(shown: Shown, number: str, beside: str) -> str:
 
 
 def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
-    """The cells of one heading line; neighbours with equal labels down to this line are merged."""
+    """The cells of one heading line.
+
+    ``labels`` has the labels of every column, down to this line. Neighbours with equal labels are
+    merged.
+    """
     heads = []
-    for label, run in groupby(labels):
+    for label, neighbours in groupby(labels):
         head = in_latex(label[-1])
-        width = len(list(run))
+        width = len(list(neighbours))
         heads.append(head if width == 1 else rf"\multicolumn{{{width}}}{{c}}{{{head}}}")
     return heads
 
@@ -284,7 +290,7 @@ def _csv_values(shown: Shown) -> list[object]:
 
 
 def _all_notes(sheet: Sheet, marks: str) -> list[str]:
-    """All notes: the sheet's own, the legend of rank marks, and the doubts of published numbers."""
+    """All notes: those of the sheet, the legend ``marks`` of ranks, and doubts about numbers."""
     notes = [*sheet.notes]
     if any(shown.rank for shown in sheet.cells.values()):
         notes.append(f"{marks}; {TIED}")

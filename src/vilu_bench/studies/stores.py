@@ -1,4 +1,4 @@
-"""The embedding stores of a study: each is made once, and all cells share it."""
+"""The embedding stores of a study, which are made once and shared by all cells."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vilu_bench.studies.parts import Data, Role, StorePaths
 
 
 def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
-    """At most ``limit`` images, evenly spaced; of tar files, the first ``shards`` files."""
+    """A data set cut to ``limit`` evenly spaced images, or to the first ``shards`` tar files."""
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
             raise UsageError(
@@ -40,7 +40,7 @@ def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> Imag
         return Chosen(images, range(shards), {"first_shards": shards})
     if limit is None or limit >= len(images):
         return images
-    # Evenly spaced, because images are often sorted by class: the first ones have few classes.
+    # Evenly spaced, because images are often sorted by class, so the first images have few classes.
     return Chosen(images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit})
 
 
@@ -49,7 +49,7 @@ def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int
     return np.arange(number, dtype=np.int64) * n // number
 
 
-PACKAGE = "package:"
+PACKAGE = "package:"  # prefix of sources that ship with vilu
 Part = tuple[str, Role]  # name of a data set, and a role
 
 
@@ -109,7 +109,11 @@ def require_stores(
 
 
 def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
-    """The folder of a part's store; a named store, or one named by a hash of how it is made."""
+    """The folder of a part's store.
+
+    It is a ready-made store of the data set, or it is named by a hash of the recipe by which it is
+    made. So data sets with the same recipe share a store.
+    """
     name, role = part
     if entry.stores is not None:
         return _named(name, "stores", entry.stores, role, data)
@@ -122,14 +126,13 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
             (columns.features, columns.views, columns.prompts),
             *_words(entry),
         ]
-    # named by the recipe, so that data sets with the same recipe share a store
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
     rows = "pairs" if entry.captions else role
     return output / "stores" / f"{stem}-{rows}-{digest(recipe)[:8]}"
 
 
 def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
-    """The stores of the parts by a second model, where the data set names them."""
+    """By part, the folder of a second model's store, if the data set names one."""
     folders = {}
     for name, role in parts:
         second = config.data[name].second
@@ -166,15 +169,14 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
         return ExtraColumns(features=entry.features, negatives=words)
     views = 0
     if role == "test":
-        # only test images have views: embedding views of training images would take most of the
-        # time
+        # only test images have views, because embedding views of training images would take long
         views = entry.views
     prompts = named_templates(entry.prompts)
     return ExtraColumns(entry.features, views, prompts=prompts, negatives=words)
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:
-    """A list with the everyday words to store; empty without ``negatives``."""
+    """A list with the tuple of everyday words to store; empty without ``negatives``."""
     if not entry.negatives:
         return []
     return [everyday_words()]
@@ -202,7 +204,7 @@ def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
 
 @contextmanager
 def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
-    """Open the pictures of a part: thinned, then damaged if the data set has a ``shift``.
+    """Open the pictures of a part, within its limits, damaged if the data set has a ``shift``.
 
     For captions these are the pictures of all roles.
     """

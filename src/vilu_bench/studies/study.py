@@ -113,7 +113,8 @@ def _load(path: Path, output: Path) -> Board:
         if result.decided_by.get("code") != code_of(config, cell):
             n_older += 1
     if n_older:
-        logger.info("%s: %d of %d results are of older code", config.name, n_older, len(results))
+        n_results = len(results)
+        logger.info("%s: %d of %d results are of older code", config.name, n_older, n_results)
     return Board(config, cells, results, cache(partial(load_bootstrap, output)))
 
 
@@ -131,7 +132,7 @@ RULINGS = {
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
     "not tested": ("**not tested**", "**Not tested**"),
 }
-"""By ruling, its Markdown in a table and its Markdown as a heading."""
+"""By ruling, its Markdown in a table, then its Markdown in a heading."""
 
 
 def page(
@@ -158,7 +159,7 @@ def page(
 
 
 def _about(study: Study) -> list[str]:
-    """A list with one paragraph: what a study reproduces, and its protocol; empty without both."""
+    """A list with one paragraph on what a study reproduces and on its protocol, or with none."""
     sentences = []
     if study.reproduces:
         sentences.append(f"Reproduces: {study.reproduces}.")
@@ -220,10 +221,10 @@ def _number_of(verdict: Verdict) -> str:
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
 FIGURE_SUFFIXES = (".svg", ".png")
-"""Formats of a figure, in the order in which one drawing is saved.
+"""Formats of a figure, in the order in which a drawing is saved.
 
-Saving a PNG first would change the layout of the SVG. In this order, both files have the same bytes
-as if each was saved from a new drawing.
+If the PNG was saved first, the layout of the SVG would change. In this order, both files have the
+same bytes as if each was saved from a new drawing.
 """
 
 
@@ -235,15 +236,17 @@ class Rendered:
     exhibits: tuple[Exhibit, ...]
     verdicts: tuple[Verdict, ...]  # verdicts on its claims
     text: str  # exhibits and claims, for a terminal
-    times: str  # wall times, for a terminal; kept apart, because they differ from run to run
+    times: str  # wall times, for a terminal; not in ``text``, because they differ from run to run
 
 
 def render(board: Board, output: Path) -> Rendered:
     """Write all tables, figures and pages of a study, below ``output/studies/NAME``.
 
-    Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page),
-    ``table.txt`` (what is printed), ``results.json`` and ``results.parquet`` (every number and the
-    configuration), and ``times.txt``, the only file that contains wall times.
+    - ``tables/VIEW.{md,tex,csv,txt}`` and ``figures/VIEW.{png,svg}``: each view
+    - ``README.md``: the page
+    - ``table.txt``: the text that is printed
+    - ``results.json`` and ``results.parquet``: every number, and the configuration
+    - ``times.txt``: wall times, which no other file contains
     """
     config = board.config
     folder = output / STUDIES / config.name
@@ -322,7 +325,7 @@ def _write_exhibit(shown: Exhibit, folder: Path) -> None:
 DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
 """View of a study whose configuration names no view."""
 
-DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # views that have a figure
+DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # classes of views with a figure
 
 
 def run_studies(
@@ -352,7 +355,7 @@ def run_studies(
 
 
 def _claim_folders(configs: Iterable[Config], output: Path) -> None:
-    """Refuse an output folder, or the folder of a study, that holds files of another origin."""
+    """Refuse an output folder, or the folder of a study, with files that vilu did not write."""
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
         claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
@@ -372,7 +375,7 @@ def render_studies(
 ) -> list[Rendered]:
     """Write all tables and figures again from the cells of a run folder.
 
-    It needs neither data nor embeddings.
+    Neither data nor embeddings are needed.
 
     Args:
         output: The run folder.

@@ -30,15 +30,15 @@ from vilu_bench.studies.parts import Section
 from vilu_bench.studies.result import SCORES, CellResult, load_bootstrap, resampled_metrics
 
 KEY = "submission"  # key of the submission in the provenance of a score file
-# facts of ``decided_by`` that must equal those of the study's cell
+# keys of ``decided_by`` whose facts must equal those of the study's cell
 SAME_DATA = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
-# facts of ``decided_by["train"]`` that must equal those of a fit of the study; the budget is
-# checked apart, because it may also be "none"
+# Keys of ``decided_by["train"]`` whose facts must equal those of a fit of the study. The budget is
+# not among them, because it may also be "none".
 SAME_FIT = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
 class Submission(Section):
-    """The metadata of a submitted file; its rows are scores as ``vilu score`` writes them."""
+    """The metadata of a submitted file, whose rows are scores as ``vilu score`` writes them."""
 
     schema_version: Literal[2] = 2
     # distribution and version that a method from outside vilu comes from; "" for our methods
@@ -49,7 +49,7 @@ class Submission(Section):
 
 
 class Guest(NamedTuple):
-    """A submitted file."""
+    """A submitted file, read and checked."""
 
     path: Path
     submission: Submission
@@ -57,13 +57,14 @@ class Guest(NamedTuple):
 
 
 def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list[Path]:
-    """Write every cell of a method as a file, below ``folder`` by data set, setting and seed.
+    """Write every cell of a method as a file, in a folder per data set and setting.
 
     Raises:
         UsageError: If no study has a result of the method.
     """
-    first_board: dict[Cell, Board] = {}  # by cell, the first study that has its result
-    stands_for: dict[Cell, list[tuple[str, int]]] = {}  # by cell, settings and seeds that share it
+    first_board: dict[Cell, Board] = {}  # by cell that was run, the first study with its result
+    # by cell that was run, the settings and seeds that share its result
+    stands_for: dict[Cell, list[tuple[str, int]]] = {}
     for board in boards:
         for cell in board.cells:
             if cell.method == label and board.results[cell.run].refused is None:
@@ -106,11 +107,11 @@ def _scores(run: Path, cell: Cell) -> Outcomes:
 
 
 def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[Board]:
-    """Check submitted files, and add each to the studies of a run folder that it belongs to.
+    """Check submitted files, and add each file to the studies of a run folder that it belongs to.
 
     Raises:
-        DataError: If there is no file, or a file differs from what the study would have computed
-            from its rows.
+        DataError: If there is no file, or if a file differs from the result that the study would
+            have computed from its rows.
     """
     guests = [_read(path) for path in files]
     if not guests:
@@ -118,16 +119,16 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
             f"there is no cell to show beside those of {run}: the folder has no {SCORES} file."
         )
     pairs_by_board = []
-    paths_with_place = set()
+    placed_files = set()
     for board in boards:
         pairs = []
         for guest in guests:
             for cell in _cells_of(board, guest):
                 pairs.append((guest, cell))
-                paths_with_place.add(guest.path)
+                placed_files.add(guest.path)
         pairs_by_board.append(pairs)
     for guest in guests:
-        if guest.path not in paths_with_place:
+        if guest.path not in placed_files:
             raise DataError(
                 f"{guest.path}: no study in {run} has a result in its place, to compare it with."
             )
@@ -138,7 +139,7 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
 
 
 def _read(path: Path) -> Guest:
-    """Read a submitted file, and check its digest and that it has every row once."""
+    """Read a submitted file, and check that it is undamaged and has every row once."""
     try:
         outcomes = Outcomes.load(path)
         table, _ = read_table(path, TEXT_COLUMNS)
@@ -149,7 +150,10 @@ def _read(path: Path) -> Guest:
         ) from error
     except DataError as error:
         raise DataError(f"{path} is no cell as `vilu submit` writes it: {error}") from error
-    if "row_id" not in table.column_names or table["row_id"].to_pylist() != list(range(len(table))):
+    has_all_rows = False
+    if "row_id" in table.column_names:
+        has_all_rows = table["row_id"].to_pylist() == list(range(len(table)))
+    if not has_all_rows:
         raise DataError(
             f"{path} must have every row once, in order: row_id must be 0 to {len(table) - 1}."
         )
@@ -161,7 +165,7 @@ def _read(path: Path) -> Guest:
 
 
 def _cells_of(board: Board, guest: Guest) -> list[Cell]:
-    """The study's cells to compare a guest with, one for each setting and seed with a result."""
+    """The study's cells to compare a guest with: one for each of its settings and seeds."""
     data = guest.submission.result.data
     wanted = set(guest.submission.stands_for)
     beside: dict[tuple[str, int], Cell] = {}
@@ -178,7 +182,7 @@ def _cells_of(board: Board, guest: Guest) -> list[Cell]:
 def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
     """A study with guests added.
 
-    A pair is a guest and the study's cell with the same data set, setting and seed.
+    A pair has a guest and the study's cell of the same data set, setting and seed.
     """
     guests: dict[Cell, Guest] = {}
     runs = {cell: cell.run for cell in board.cells}
@@ -267,7 +271,7 @@ def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
         why = _fault_of_rows(_scores(run, beside.run), guest.outcomes)
     rows: tuple[ResultRow, ...] = ()
     if why is None:
-        with collected_warnings():  # suppresses warnings, which the submitted result lists
+        with collected_warnings():  # they are not shown, because the submitted result lists them
             rows = evaluate(guest.outcomes, metrics=board.config.metrics, n_resamples=0).rows
         why = _fault_of_metrics(result, rows)
     if why is not None:
@@ -278,7 +282,7 @@ def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
 
 
 def _fault_of_facts(board: Board, result: CellResult, beside: Cell) -> str | None:
-    """What is wrong with the facts of a submitted result, compared with our cell; else None."""
+    """The fault of a submitted result: facts that differ from those of our cell; else None."""
     ours = board.results[beside.run]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
@@ -304,9 +308,9 @@ def _is_same_fit(fit: Mapping[str, object], own: Mapping[str, object]) -> bool:
 
 
 def _fits_in_place(board: Board, beside: Cell) -> Iterator[Mapping[str, object]]:
-    """Facts about the training rows of the study's fits in the place of a cell.
+    """Yield the facts about the training rows of the study's fits in the place of a cell.
 
-    The place is its data set, setting and seed.
+    The place is the cell's data set, setting and seed.
     """
     place = (beside.data, beside.setting, beside.seed)
     for cell in board.cells:
@@ -317,7 +321,7 @@ def _fits_in_place(board: Board, beside: Cell) -> Iterator[Mapping[str, object]]
 
 
 def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:
-    """The first difference between the rows of a guest and those of the study; else None."""
+    """The fault of a guest: a difference of its rows from those of the study; else None."""
     if len(guest) != len(ours):
         return f"it has {len(guest)} rows, and there are {len(ours)}"
     differs = (guest.failure != ours.failure) | (guest.outside != ours.outside)
@@ -333,7 +337,7 @@ def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """The last stated metric that differs from the value computed from the rows; else None."""
+    """The fault of a submitted result: a metric that its rows do not give; else None."""
     stated = {row.metric: row.value for row in result.results}
     why = None
     for row in rows:

@@ -38,7 +38,7 @@ class Study(Section):
 
 
 class Placed(Protocol):
-    """A method, data set or setting, which may have a position on the axis of a curve."""
+    """A method, data set or setting that may have a position on the axis of a curve."""
 
     @property
     def x(self) -> float | None:
@@ -46,7 +46,7 @@ class Placed(Protocol):
 
 
 class Known(Protocol):
-    """The part of ``Config`` that views and claims need: the names that they may use."""
+    """The names that views and claims may use; ``Config`` provides them."""
 
     metrics: Names
 
@@ -59,7 +59,7 @@ class Known(Protocol):
 
 
 def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) -> None:
-    """Raise a ValueError for an unknown name; ``chosen`` has the names to check by axis."""
+    """Raise a ValueError for an unknown name; ``chosen`` has the names to check, by axis."""
     for axis, names in chosen.items():
         if names is not None:
             require_known(f"{AXES[axis]} {where}", names, known.along(axis))
@@ -77,7 +77,7 @@ class View(Section):
     data: Names | None = None  # data sets to show, in this order; None: all
     settings: Names | None = None  # settings to show, in this order; None: all
     metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # metrics to show
-    mean: Names = ()  # data sets to average over, as a further data set; empty: no mean
+    mean: Names = ()  # data sets over which a mean is shown beside them; empty: no mean
     means_only: bool = False  # whether to show only the mean, without the single data sets
 
     @property
@@ -96,7 +96,7 @@ class View(Section):
         return {"method": self.methods, "data": self.data, "setting": self.settings}
 
     def check(self, known: Known) -> None:
-        """Raise a ValueError for a view that has unknown names or cannot be shown."""
+        """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
         data = (*(self.data or ()), *self.mean)
         require_all(
             self.where,
@@ -124,27 +124,27 @@ class View(Section):
         return {name: all_entries[name] for name in names}
 
     def _shown_methods(self, known: Known) -> Names:
-        """The chosen methods, by default all of the study, then the guests.
+        """The chosen methods (by default all of the study), then the guests.
 
-        A view without guests, or of one chosen method, does not show guests.
+        Guests are left out if the view is one without guests, or if a single method is chosen.
         """
         own = [name for name in known.along("method") if name not in known.guests]
         names = self.methods or tuple(own)
         if not self.with_guests:
             return names
-        is_of_one = self.methods is not None and len(self.methods) == 1
-        if is_of_one:
+        has_single_method = self.methods is not None and len(self.methods) == 1
+        if has_single_method:
             return names
         return (*names, *known.guests)
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """A table view of the numbers in a figure."""
-        same = {name: getattr(self, name) for name in View.model_fields}
-        return TableView(kind="table", rows=rows, columns=columns, **same)
+        shared_fields = {name: getattr(self, name) for name in View.model_fields}
+        return TableView(kind="table", rows=rows, columns=columns, **shared_fields)
 
 
 class TableView(View):
-    """A table of values with intervals, which marks the best and second best competing values."""
+    """A table of values with intervals; the best and second best competing values are marked."""
 
     kind: Literal["table"]
     # fields that label a row; a field in neither ``rows`` nor ``columns`` must have a single value
@@ -228,18 +228,18 @@ class HistogramView(View):
     There is a panel for each data set and method.
     """
 
-    with_guests: ClassVar[bool] = False  # it needs the score files of a run folder
+    with_guests: ClassVar[bool] = False  # histograms need the score files of a run folder
     kind: Literal["histograms"]
 
 
 class GridView(View):
-    """A grid of two hyper-parameters: chosen by one setting, reported in another setting."""
+    """A grid of two hyper-parameters, which are chosen in one setting and reported in another."""
 
     with_guests: ClassVar[bool] = False  # the parameters of submitted methods are unknown
     kind: Literal["grid"]
     parameters: tuple[str, str]  # names of the two hyper-parameters, that of the rows first
     select_on: str  # setting in which the best pair of values is chosen
-    report_on: str  # setting in which it is reported
+    report_on: str  # setting in which the results of all pairs are reported
 
     def check(self, known: Known) -> None:
         """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
@@ -249,7 +249,7 @@ class GridView(View):
 
 
 class RankingView(View):
-    """Every method of every data set and setting, best first, with wins and mean ranks."""
+    """A table of all methods of each data set and setting, best first, and of their wins."""
 
     kind: Literal["ranking"]
 
@@ -289,7 +289,7 @@ class Claim(Section):
         """Methods and settings that the claim is about."""
 
     def check(self, known: Known) -> None:
-        """Raise a ValueError for a claim that has unknown names or cannot be decided."""
+        """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
         require_all("(claim)", known, {"data": self.data})
         require_known("metric (claim)", [self.metric], RANKED_BY)
         methods, settings = self.subjects
@@ -351,7 +351,7 @@ AnyClaim = Annotated[Better | Trend | Steeper, Field(discriminator="kind")]
 
 
 PublishedKey = tuple[str, str, str, str]
-"""Data set, setting, method and metric, as named in ``assets/published.csv``."""
+"""Data set, setting, method and metric of a number, as ``assets/published.csv`` names them."""
 
 
 @dataclass(frozen=True)
@@ -366,10 +366,11 @@ class Published:
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
-    """Every published table by name: for each key, its numbers, at most one per backbone."""
+    """By name of a published table and key, the published numbers: at most one per backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
-    for row in parse_csv(text.splitlines(), "published.csv")[1]:
+    _, rows = parse_csv(text.splitlines(), "published.csv")
+    for row in rows:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         cells = tables.setdefault(row["table"], {})
         value = round(float(row["percent"]) / 100, 6)
@@ -386,8 +387,9 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
 def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
     """The published number for a key, from the first table that has it; None without a number.
 
-    A table's number for ``backbone`` counts. If it has none, its number for another backbone
-    counts, provided that it is the only one; with several it would not be clear which is meant.
+    If a table has a number for ``backbone``, this number is taken. Otherwise, if the table has a
+    single number (for another backbone), that is taken. Of several, none is taken, because nothing
+    decides between them.
     """
     for name in tables:
         numbers = published_tables()[name].get(key, ())
