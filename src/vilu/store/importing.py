@@ -503,12 +503,12 @@ def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
         of_blocks.append(Targets(values, value_of_row))
     if not of_blocks:
         return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
-    all_values = np.unique(np.concatenate([block.values for block in of_blocks]))
+    all_values = np.unique(np.concatenate([of_block.values for of_block in of_blocks]))
     indices: list[NDArray[np.int64]] = []
-    for block in of_blocks:
-        # index into the values of all blocks, for each value of this block
-        index_of_value = np.searchsorted(all_values, block.values)
-        indices.append(index_of_value[block.value_of_row])
+    for of_block in of_blocks:
+        # for each value of the block, its index among the values of all blocks
+        new_index = np.searchsorted(all_values, of_block.values)
+        indices.append(new_index[of_block.value_of_row])
     return Targets(all_values, np.concatenate(indices))
 
 
