@@ -224,7 +224,8 @@ def _colour_table_bytes(flags: int) -> int:
     if not has_table:
         return 0
     n = flags & 0b111
-    return 3 * 2 ** (n + 1)
+    n_colours: int = 2 ** (n + 1)
+    return 3 * n_colours
 
 
 # Pillow's pixel modes with one channel of more than 8 bits

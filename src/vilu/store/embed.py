@@ -161,8 +161,6 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         BusyError: If another process embeds into ``output``.
 
     Examples:
-        A model of your own, which compares the mean colour of an image with the words of a text:
-
         >>> import numpy as np, pathlib, tempfile, torch, vilu
         >>> from PIL import Image
         >>> from vilu.backbones.base import DualEncoder
@@ -172,7 +170,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         >>> def encode_texts(texts):  # "a photo of a red." becomes (1, 0, 0)
         ...     colours = ("red", "green", "blue")
         ...     return torch.tensor([[float(word in text) for word in colours] for text in texts])
-        >>> model = DualEncoder(
+        >>> model = DualEncoder(  # compares the mean colour of an image with the words of a text
         ...     vilu.EmbeddingSpace(3, logit_scale=10.0, backbone="colours"),
         ...     torch.device("cpu"),
         ...     transform=to_pixels,
@@ -180,11 +178,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         ...     text_tower=encode_texts,
         ...     truncates=lambda texts: [False] * len(texts),
         ... )
-
-        Two images, each in the folder of its class, embedded with this model:
-
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for name in ("blue", "red"):
+        ...     for name in ("blue", "red"):  # one image per class
         ...         pathlib.Path(folder, "images", name).mkdir(parents=True)
         ...         Image.new("RGB", (8, 8), name).save(f"{folder}/images/{name}/1.png")
         ...     images = vilu.open_dataset(f"{folder}/images")
