@@ -375,7 +375,7 @@ class Selection:
     split: str | None = None  # names of splits joined by ``+``; None for all rows
     classes: Path | None = None  # a classes file; None if the table has the class names
     captions: bool = False  # whether to use captions even if the table has labels
-    # conditions {column: value}: only rows with these values; values are compared as text
+    # values that a row must have, by column; they are compared as text
     where: Mapping[str, str] = field(default_factory=dict)
     # folder that paths start from and must stay below; None for the folder of the table
     root: Path | None = None

@@ -221,9 +221,11 @@ def _require_all_named(
     """
     unknown = [line for line in lines if line not in name_of]
     if unknown:
-        hint = nearest(unknown[0], name_of)
+        first = unknown[0]
+        hint = nearest(first, name_of)
         if hint:
-            hint = f"{hint[:-1]} for {unknown[0]!r}?"
+            # the question gets the unknown name at its end
+            hint = f"{hint.removesuffix('?')} for {first!r}?"
         raise DataError(
             f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
             "Leave them out. If they are classes without an image here, make an empty sub-folder "

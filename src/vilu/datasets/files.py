@@ -114,7 +114,8 @@ class Bounds:
         folder = os.path.dirname(full)  # noqa: PTH120  for speed
         is_folder_inside = _has_prefix(folder, self._prefixes)
         if not is_folder_inside or self.leads_out(full):
-            reason = f"the file must lie below {self._prefixes[-1]}, links included"
+            allowed = self._prefixes[-1]  # the folder ``beside``, if there is one
+            reason = f"the file must lie below {allowed}, links included"
             raise OutsideError(errno.EACCES, reason, path)
         return full
 
@@ -402,6 +403,7 @@ class ListingHash:
         if isinstance(status, os.stat_result):
             size = status.st_size
             time = status.st_mtime_ns
+        # four whole numbers of 64 bits, then the name; its length tells where it ends
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:

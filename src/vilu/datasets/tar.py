@@ -315,6 +315,7 @@ class TarShards:
             raise BadImage(
                 "text", "read_error", f"cannot read the label: {error.strerror}"
             ) from error
+        # decoding as Latin-1 accepts any bytes
         if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
             return OUTSIDE
         is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES

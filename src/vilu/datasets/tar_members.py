@@ -199,7 +199,8 @@ def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: in
     ``kind`` is the type of the header, ``body`` its data, and ``position`` its position.
     """
     if kind == tarfile.GNUTYPE_LONGNAME:
-        extended[b"path"] = body.partition(b"\0")[0]
+        name, _, _ = body.partition(b"\0")
+        extended[b"path"] = name
     elif kind in PAX:
         extended |= _pax_fields(body, position)
     elif kind == tarfile.XGLTYPE and _pax_fields(body, position):

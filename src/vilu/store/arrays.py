@@ -31,7 +31,7 @@ UNREADABLE_NPZ = (
     EOFError,
     RuntimeError,
 )
-"""Exceptions of reading a damaged zip file or its arrays (RuntimeError: it is encrypted)."""
+"""Exceptions of reading a damaged zip file or its arrays. RuntimeError means encryption."""
 
 READ_BYTES = 2**24  # bytes read at a time
 

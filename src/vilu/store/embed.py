@@ -141,7 +141,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
             to its end. The number of lost images is then unknown. If False, a bad shard is a
             DataError at the end; all finished parts stay.
-        on_error: "skip" counts bad images as errors and goes on, "raise" stops at the first.
+        on_error: "skip" counts bad images as errors and goes on. "raise" stops at the first bad
+            image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
         executor: Object that does the parts in other processes. By default, this process does them.
@@ -201,9 +202,12 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     settings |= _image_columns(model, columns)
     run = describe(dataset, model.space, part_size=part_size, **settings)
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
-    if not shared:
+    is_sealed = True
+    if shared:
+        is_sealed = _drive_shared(job, model, executor, budget)
+    else:
         _drive_alone(job, model, executor, budget, overwrite=overwrite)
-    elif not _drive_shared(job, model, executor, budget):
+    if not is_sealed:
         return None
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
 
@@ -479,9 +483,10 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
     if not run.captions:
         table, _ = read_classes(ledger.root, run)
         classes_hash = table.hash
+    fields_of_run = {**dict(run), "n_in": n_in}
     ledger.seal(
         Manifest(
-            **dict(run) | {"n_in": n_in},
+            **fields_of_run,
             n_ok=n_ok,
             n_error=errors.total(),
             errors=dict(sorted(errors.items())),

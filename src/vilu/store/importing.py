@@ -439,7 +439,8 @@ def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tup
 
 def _require_names(stored: StoredArray) -> None:
     """Raise DataError where an array is not a vector of short texts."""
-    if len(stored.shape) != 1 or stored.dtype.itemsize > 4 * MAX_TEXT:
+    max_bytes = 4 * MAX_TEXT  # NumPy stores a character in 4 bytes
+    if len(stored.shape) != 1 or stored.dtype.itemsize > max_bytes:
         raise DataError(
             f"{stored.where} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
             f"{stored.dtype} of shape {stored.shape} instead."
@@ -493,8 +494,8 @@ def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
         _require_names(stored)
     elif not is_vector or stored.dtype.kind not in WHOLE:
         raise DataError(
-            f"{stored.where} must hold one whole number per row (a row of text), or one name of a "
-            f"class. Got {stored.dtype} of shape {stored.shape} instead."
+            f"{stored.where} must hold one whole number per row (the number of a row of text), or "
+            f"one class name per row. Got {stored.dtype} of shape {stored.shape} instead."
         )
     of_blocks: list[Targets] = []
     for block in stored.blocks():
@@ -641,7 +642,8 @@ def _describe(
         **settings,
     }
     # ``image.where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
-    path = Path(content.image.where.partition(", array ")[0])
+    source_path, _, _ = content.image.where.partition(", array ")
+    path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
     return describe_run(described, source.name)
 

@@ -32,7 +32,7 @@ from vilu.store.parts import (
 )
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
-CHUNK = 8192  # rows checked at a time
+CHUNK = 8192  # number of rows checked at a time
 
 
 @dataclass

@@ -196,13 +196,13 @@ def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     for path in _entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
             continue
-        digits = re.search(r"[0-9]+$", path.stem)
-        if digits is None or not path.is_file():
+        match = re.search(r"[0-9]+$", path.stem)
+        if match is None or not path.is_file():
             raise DataError(
                 f"{path} must be a file with a number at the end of its name, by which it is "
                 "matched with its partner."
             )
-        number = int(digits[0])
+        number = int(match[0])
         if number in files:
             raise DataError(
                 f"{files[number]} and {path} have the same number, so their partners are not "
@@ -360,7 +360,8 @@ class _Norms:
         """Add the norms of more rows."""
         if not len(norms):
             return
-        self.n_off += int(((norms - 1).abs() > NORM_TOLERANCE).sum())
+        is_off = (norms - 1).abs() > NORM_TOLERANCE
+        self.n_off += int(is_off.sum())
         self.low = min(self.low, float(norms.min()))
         self.high = max(self.high, float(norms.max()))
 

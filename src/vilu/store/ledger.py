@@ -233,7 +233,7 @@ class Ledger(ABC, Generic[P, R]):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the files that a run wrote; refuse a folder that holds other files, too."""
+        """Remove the files that a run wrote; UsageError for a folder that also has other files."""
         self.check_place(self.root, overwrite=True)
         # The manifest is removed first, so that no reader opens a folder that is partly removed.
         self.unseal()
@@ -354,7 +354,7 @@ class Ledger(ABC, Generic[P, R]):
                 require_hash(self.root / name, info.sha256, self._receipt_type.again)
 
     def receipts(self) -> list[R]:
-        """Return the receipts of all parts; raises as ``receipt`` where a part is not done."""
+        """Return the receipts of all parts; raises the errors of ``receipt``."""
         return [self.receipt(part) for part in self.parts]
 
     def write(
@@ -379,7 +379,7 @@ def _remove_leftovers(folder: Path) -> None:
         # Files of other programs are kept, and so are files that a living process, here or on
         # another machine, is still writing.
         if is_temporary and is_leftover(path):
-            # missing_ok: another process may clean at the same time
+            # missing_ok, because another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
 
 
@@ -482,7 +482,8 @@ class Reopened:
     ) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
         # The path is absolute: the process that opens it may have another working folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # No file tells which rows ``without`` has left in this object, so they are pickled, too.
+        # An object that ``without`` returned has fewer rows. No file lists these rows, so they are
+        # pickled.
         attributes = vars(self)
         if "_left" not in attributes:
             return reopen, arguments, None

@@ -226,6 +226,7 @@ OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}  # columns that m
 
 
 def _schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Return the schema with columns of these types, by name."""
     fields: list[pa.Field] = []
     for name, column_type in types.items():
         fields.append(pa.field(name, column_type, nullable=name in OPTIONAL))

@@ -25,7 +25,10 @@ from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
-"""Flag of a row whose caption is longer than the model reads; smaller flags are ``ImageFlag``."""
+"""Flag of a row whose caption is longer than the model reads.
+
+Smaller flags are those of ``ImageFlag``.
+"""
 
 DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 """Arrays whose rows are normalised, with the name of a row in messages."""

@@ -44,8 +44,8 @@ def or_damaged(
 ) -> Iterator[None]:
     """Turn the exceptions ``kinds`` in the block into the error ``fault``.
 
-    The message is that ``path`` is ``state``, and ends with the advice ``hint``. Errors that do not
-    concern the content (``NOT_THE_FILE``) become a StorageError that does not say "damaged".
+    The message says that the file is ``state``, and ends with the advice ``hint``. Errors that do
+    not concern the content (``NOT_THE_FILE``) become a StorageError that does not say "damaged".
     """
     try:
         yield

@@ -82,17 +82,18 @@ class RayExecutor:
         Closing this generator ends the threads of Ray Data. They must end before Ray is shut down.
         """
         items = [{"part": part} for part in parts]
-        done = self._data.from_items(items, override_num_blocks=len(items)).map_batches(
+        dataset = self._data.from_items(items, override_num_blocks=len(items))
+        outcomes = dataset.map_batches(
             _Actor,
             fn_constructor_args=(pack_job(job, actors.threads),),
             batch_size=1,
             compute=self._data.ActorPoolStrategy(size=min(actors.number, len(items))),
             num_cpus=actors.threads,
             num_gpus=actors.gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
+            max_restarts=-1,  # no limit
+            max_task_retries=-1,  # no limit
         )
-        yield from done.iter_rows()
+        yield from outcomes.iter_rows()
 
     @contextmanager
     def _cluster(self) -> Iterator[_Actors]:
@@ -148,15 +149,14 @@ class RayExecutor:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """Change settings of Ray Data in the block: no progress bars, no time limit, more deaths.
-
-        The reasons are that a part may take hours, and that actors may die while a machine starts.
-        """
+        """Change settings of Ray Data in the block."""
         with quiet():
             context = self._data.DataContext.get_current()
         wanted = {
             "enable_progress_bars": False,
+            # no time limit, because a part may take hours
             "execution_no_progress_timeout_s": -1,
+            # several deaths are allowed, because actors may die while a machine starts
             "max_consecutive_actor_init_deaths": 5,
         }
         # some versions of Ray lack some of these settings
@@ -351,7 +351,8 @@ def _run_task(
         context = TaskContext.get()
         gpu = context.resources().get("gpu") if context else None
         if gpu:
-            take_gpu(int(gpu.addresses[0]))
+            (gpu_number, *_) = gpu.addresses
+            take_gpu(int(gpu_number))
         _workers.clear()
         _workers[job_hash] = Worker(broadcast.value)
         # PySpark collects garbage after every task. With torch imported, this would take 0.2 s, but

@@ -70,7 +70,7 @@ class Order:
 
 
 def receipt_of(packed: bytes) -> Receipt:
-    """Return the receipt in an outcome of ``Worker``; raise the exception if it holds one."""
+    """Return the receipt in an outcome of ``Worker``, or raise the exception in the outcome."""
     outcome = pickle.loads(packed)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
         raise outcome
