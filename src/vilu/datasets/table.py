@@ -63,9 +63,10 @@ class TableRows:
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """Return the column whose name is an alias, or the earliest alias; None without such a column.
+    """Return the column whose name is one of the aliases; None without such a column.
 
-    Case and outer blanks of column names are ignored. DataError if several columns have this alias.
+    If columns have different aliases, the first alias counts. Case and outer blanks of column names
+    are ignored. DataError if several columns have the same alias.
     """
     for alias in aliases:
         matching = [name for name in names if name.strip().lower() == alias]

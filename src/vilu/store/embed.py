@@ -141,8 +141,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
             to its end. The number of lost images is then unknown. If False, a bad shard is a
             DataError at the end; all finished parts stay.
-        on_error: "skip" counts bad images as errors and goes on. "raise" stops at the first bad
-            image.
+        on_error: "skip" counts bad images and goes on. "raise" stops at the first bad image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
         executor: Object that does the parts in other processes. By default, this process does them.
@@ -202,13 +201,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     settings |= _image_columns(model, columns)
     run = describe(dataset, model.space, part_size=part_size, **settings)
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
-    is_sealed = True
-    if shared:
-        is_sealed = _drive_shared(job, model, executor, budget)
-    else:
+    if not shared:
         _drive_alone(job, model, executor, budget, overwrite=overwrite)
-    if not is_sealed:
-        return None
+    elif not _drive_shared(job, model, executor, budget):
+        return None  # other processes are still at work
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
 
 
@@ -391,7 +387,8 @@ def describe(
         "part_size": default_size if part_size is None else part_size,
         **settings,
     }
-    return describe_run(inputs, Path(dataset.source).name or dataset.source)
+    base_name = Path(dataset.source).name
+    return describe_run(inputs, base_name or dataset.source)
 
 
 def describe_run(settings: Mapping[str, object], dataset: str) -> Run:

@@ -212,7 +212,7 @@ def _map_part(
 
 
 class StoredRows(EmbeddingSource):
-    """A source of all or some rows of a store, which its metadata identify."""
+    """A source of all or some rows of a store. The metadata of the store identify the rows."""
 
     _sealed: Sealed
     _chosen: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
