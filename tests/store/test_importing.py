@@ -23,7 +23,7 @@ from tests.builders.array_files import NAMES, arrays, save
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.store.arrays import Arrays
-from vilu.store.importing import _labels, import_arrays
+from vilu.store.importing import _read_targets, import_arrays
 from vilu.store.inspect import inspect
 
 LOOSE = pytest.mark.filterwarnings("ignore:.*not of unit norm")
@@ -481,7 +481,7 @@ def test_names_of_classes_are_read_by_blocks(tmp_path: Path) -> None:
     with Arrays(path, read_bytes=2**16) as arrays_there:
         stored = arrays_there.open("target")
         tracemalloc.start()
-        labels = _labels(stored, n)
+        labels = _read_targets(stored, n)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert labels.values[labels.value_of_row].tolist() == target.tolist()

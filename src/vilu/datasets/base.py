@@ -29,17 +29,17 @@ class ImageRecord:
     """One image, not yet read or decoded.
 
     Attributes:
-        key: Stable identifier, unique in the data set (relative POSIX path, or the ``key`` column,
-            or row number).
-        label: Index into the data set's class names; None if unknown, -2 if the image is of none
-            of the classes.
-        read: Returns the encoded bytes; may raise OSError or ``BadImage``. Called from a decoding
-            thread.
-        caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None if the
-            data set has no captions.
+        key: Stable identifier, unique in the data set: a relative POSIX path, a value of the column
+            ``key``, or a row number.
+        label: Index into the data set's class names; None if unknown, -2 if the image belongs to
+            none of the classes.
+        read: Function that returns the encoded bytes. It may raise OSError or ``BadImage``, and is
+            called from a decoding thread.
+        caption: Function that returns the caption. It may raise OSError or ``BadImage`` (stage
+            "text"). None if the data set has no captions.
         position: Position in the data set; None if it follows from the order of the records.
-        content: Returns the bytes that identify the picture; None if these are the encoded bytes.
-            Called after ``read``.
+        content: Function that returns the bytes that identify the picture, to be called after
+            ``read``. None if the encoded bytes identify it.
     """
 
     key: str
@@ -52,15 +52,14 @@ class ImageRecord:
 
 @runtime_checkable
 class ImageDataset(Protocol):
-    """Images in a fixed order. They are read by position, so that any part can be read separately.
+    """Images in a fixed order. They are read by position, so any part can be read separately.
 
     Attributes:
-        source: Origin of the images, for people.
+        source: Name of the source of the images, for people.
         class_names: Class names in label order, the same for all splits; None if unlabelled.
         captioned: Whether records have captions. The captions are then the candidates, and there
             are no class names.
-        fingerprint: Hash of the listing (keys, labels, sizes). If it has changed, a run is not
-            resumed.
+        fingerprint: Hash of keys, labels and sizes. If it has changed, a run is not resumed.
     """
 
     source: str
@@ -79,7 +78,10 @@ class ImageDataset(Protocol):
 
 
 SHARD: Final = 2**32
-"""Number of positions per shard: position = number of shard * SHARD + index in the shard."""
+"""Number of positions that are reserved for each shard.
+
+Image i of shard s has the position s * SHARD + i.
+"""
 
 
 @runtime_checkable
@@ -91,20 +93,21 @@ class ShardedDataset(ImageDataset, Protocol):
     Every sample is a record with a ``position`` (see ``SHARD``). A sample that cannot be used is a
     record whose ``read`` raises ``BadImage``, so that it is counted and listed. ``fingerprint``
     covers only the names of the shards. Their sizes and times are in ``shard_fingerprint``, which
-    is stored per part, so that after a change of a shard only its part is done again.
+    is stored per part. So after a change of a shard, only its part is done again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Return a hash of sizes and times of modification of shards start ... stop - 1."""
 
 
+# What can be said of a file without reading it: no fault, or one of three faults.
 FINE, MISSING, ELSEWHERE, DENIED = range(4)
 FAULTS: Final = {
     MISSING: "files are missing below {folder}",
     ELSEWHERE: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""Faults of files that can be found without reading them, with the text of the message."""
+"""The faults, with the text of the message."""
 
 
 def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
@@ -112,7 +115,7 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
 
     Args:
         status: The status of the file, the error of asking for it, or None if it is missing.
-        path: Returns the path; only called if the status does not decide.
+        path: Function that returns the path. It is only called if the status does not decide.
     """
     if status is None:
         return MISSING
@@ -127,12 +130,13 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
 
 @dataclass(frozen=True)
 class Faults:
-    """Which of the N files of a listing cannot be read, as far as is known without reading them."""
+    """The faults of the N files of a listing that are known without reading the files."""
 
     kinds: NDArray[np.uint8]  # (N,) uint8 fault of each file (``fault_of``)
     folder: Path  # folder of the files
-    path: Callable[[int], str]  # function: position -> path as listed
-    # function: positions of files that are out of bounds -> sentence on where files must be
+    path: Callable[[int], str]  # function that returns the path of a position, as listed
+    # function that takes the positions of files that are out of bounds, and returns a sentence on
+    # where files must be
     rule: Callable[[NDArray[np.int64]], str]
 
     def of(self, positions: Sequence[int]) -> Faults:
@@ -148,7 +152,7 @@ class Faults:
         return Faults(self.kinds[chosen], self.folder, path_at, rule_of)
 
     def require(self, source: str, budget: float) -> None:
-        """Refuse a listing of which a larger share than ``budget`` cannot be read; else warn.
+        """Warn if files cannot be read, or refuse the listing if their share is above ``budget``.
 
         Raises:
             StorageError: If the only fault is that permission is denied.
@@ -158,7 +162,8 @@ class Faults:
         n_bad = int(np.count_nonzero(self.kinds))
         if not n_bad:
             return
-        summary = f"{source}: of {n_files:,} images, {'; '.join(self._summaries())}."
+        faults = "; ".join(self._summaries())
+        summary = f"{source}: of {n_files:,} images, {faults}."
         if n_bad <= budget * n_files:
             log.warning("%s They will be counted as errors", summary)
             return
@@ -173,7 +178,7 @@ class Faults:
         )
 
     def _summaries(self) -> list[str]:
-        """Return for each fault that occurs a text with the number of files and the first file."""
+        """Return a text for each fault that occurs, with the number of files and the first file."""
         summaries = []
         for kind, message in FAULTS.items():
             positions = np.flatnonzero(self.kinds == kind)
@@ -185,9 +190,9 @@ class Faults:
 
 
 def require_files(images: ImageDataset, budget: float) -> None:
-    """Refuse a listing of which a larger share than ``budget`` cannot be read.
+    """Refuse a listing if more than the share ``budget`` of its files cannot be read.
 
-    Files are not read, so this is fast and is done before any slow work.
+    The files are not opened. So this check is fast, and is made before any slow work.
     """
     faults: Faults | None = getattr(images, "faults", None)
     if faults is not None:
@@ -199,9 +204,9 @@ class Chosen:
 
     Args:
         images: The other data set.
-        positions: Positions of the images, ascending. For a ``ShardedDataset`` 0, 1, ..., n - 1:
-            the numbers of the first n shards.
-        mark: What distinguishes this choice, for the fingerprint.
+        positions: Positions of the images, ascending. For a ``ShardedDataset``, the numbers of its
+            first n shards: 0, 1, ..., n - 1.
+        mark: Description of the choice, which is part of the fingerprint: {"limit": 100}.
     """
 
     def __init__(
@@ -240,7 +245,9 @@ class Chosen:
         last = wanted[-1]
         records = self._images.records(first, last + 1)
         has_gap = last - first >= len(wanted)
-        if not has_gap:  # always the case for shards, where a position has many records
+        if not has_gap:
+            # Numbers of shards always take this way. Below, each position has one record, but a
+            # shard has many.
             yield from records
             return
         positions = set(wanted)
@@ -250,11 +257,11 @@ class Chosen:
 
 
 class WithOutside:
-    """A data set in which some classes are left out, and their images get the label -2 (outside).
+    """A data set in which some classes are left out. Their images get the label -2 (outside).
 
     Args:
         images: The data set with all classes.
-        outside: Names of the classes to leave out (folder or prompt), or labels beyond the classes
+        outside: Names of the classes to leave out (folder or prompt), or labels that are no class
             (the ``strays`` of the data set).
 
     Raises:
@@ -311,7 +318,7 @@ class WithOutside:
 def _require_known(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str], images: ImageDataset
 ) -> None:
-    """Raise UsageError where a name in ``outside`` is neither a class nor a stray of the images."""
+    """Raise UsageError where a name in ``outside`` is neither a class nor a stray label."""
     strays: frozenset[str] = getattr(images, "strays", frozenset())
     known = {*folders, *prompts, *strays}
     unknown = [name for name in outside if name not in known]
@@ -327,16 +334,17 @@ def _require_known(
 def _labels_inside(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str]
 ) -> list[int]:
-    """Return the labels of the classes that ``outside`` names neither by folder nor by prompt."""
+    """Return the labels of the classes whose folder and prompt are not in ``outside``."""
     labels = []
-    for label, names in enumerate(zip(folders, prompts, strict=True)):
-        if set(outside).isdisjoint(names):
+    for label, (folder, prompt) in enumerate(zip(folders, prompts, strict=True)):
+        is_outside = folder in outside or prompt in outside
+        if not is_outside:
             labels.append(label)
     return labels
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
-    """Return the names in ``split``; UsageError if a name is repeated or not available."""
+    """Return the names in ``split``, which "+" joins; UsageError for a wrong or repeated name."""
     names = tuple(name.strip() for name in split.split("+"))
     has_repeated = len(set(names)) < len(names)
     if "" in names or has_repeated:
@@ -367,11 +375,11 @@ class Selection:
     split: str | None = None  # names of splits joined by ``+``; None for all rows
     classes: Path | None = None  # a classes file; None if the table has the class names
     captions: bool = False  # whether to use captions even if the table has labels
-    # conditions {column: value}: only rows with these values; values are compared as text
+    # values that a row must have, by column; they are compared as text
     where: Mapping[str, str] = field(default_factory=dict)
     # folder that paths start from and must stay below; None for the folder of the table
     root: Path | None = None
-    # classes to leave out, and labels beyond the classes: images of none of the classes
+    # classes to leave out, and labels that are no class: their images belong to none of the classes
     outside: tuple[str, ...] = ()
 
     def bounds(self, table: Path) -> Bounds:
@@ -379,7 +387,7 @@ class Selection:
         return Bounds(table.parent) if self.root is None else Bounds(self.root, home=table.parent)
 
     def columns(self, names: Sequence[str], source: str) -> list[str]:
-        """Return the columns of ``where``; raise an error if a column is missing or ambiguous."""
+        """Return the columns of ``where``; UsageError if one is missing, DataError if repeated."""
         for name in self.where:
             if name not in names:
                 raise UsageError(
@@ -393,43 +401,48 @@ class Selection:
         return list(self.where)
 
     def fingerprint(self) -> dict[str, object]:
-        """Return the options besides the split that select rows; empty if none does."""
+        """Return the options besides the split that select rows; empty if there are none."""
         if not self.where:
             return {}
         return {"where": sorted(self.where.items())}
 
     def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
         """Return the (N,) positions in the table of the selected rows."""
-        chosen = np.ones(len(table), dtype=bool)
+        is_chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
-            column = pa.array([], pa.string())
+            splits = pa.array([], pa.string())
             if split_column is not None:
-                column = table[split_column].cast(pa.string())
-            available = [value for value in column.unique().to_pylist() if value]
+                splits = table[split_column].cast(pa.string())
+            available = [name for name in splits.unique().to_pylist() if name]
             wanted = parse_split(self.split, available, source)
-            chosen &= pc.is_in(column, value_set=pa.array(wanted)).to_numpy()
+            is_chosen &= pc.is_in(splits, value_set=pa.array(wanted)).to_numpy()
         for name, value in self.where.items():
             cells = bytes_of(table[name], f"{source}, column {name!r}")
             values = pa.array([value.encode()], cells.type)
             has_value = pc.is_in(cells, value_set=values).to_numpy(False)
-            narrowed = chosen & has_value
-            if not narrowed.any():
-                raise UsageError(_no_row(source, name, value, cells, chosen))
-            chosen = narrowed
-        return np.flatnonzero(chosen).astype(np.int64)
+            still_chosen = is_chosen & has_value
+            if not still_chosen.any():
+                raise UsageError(_no_row(source, name, value, cells, is_chosen))
+            is_chosen = still_chosen
+        return np.flatnonzero(is_chosen).astype(np.int64)
 
 
-def _no_row(source: str, name: str, value: str, cells: pa.Array, chosen: NDArray[np.bool_]) -> str:
-    """Return the message that no row selected so far has a value, with the values they have."""
-    among = "" if chosen.all() else " among those chosen so far"
-    values = pc.unique(cells.filter(pa.array(chosen)).drop_null())
+def _no_row(
+    source: str, name: str, value: str, cells: pa.Array, is_chosen: NDArray[np.bool_]
+) -> str:
+    """Return the message that no row has ``value`` in column ``name``, with values that exist.
+
+    ``is_chosen`` marks the rows that fulfil the other conditions, and ``cells`` is the column.
+    """
+    among = "" if is_chosen.all() else " among those chosen so far"
+    values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())
     first = values.slice(0, SHOWN + 1).to_pylist()
     present = _listed([data.decode("utf-8", "backslashreplace") for data in first])
     return f"{source} has no row with {name}={value}{among}; column {name!r} has {present}."
 
 
 def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """Return the cells of a column as bytes of UTF-8 text; strings are not checked to be UTF-8."""
+    """Return the cells of a column as bytes, without a check that texts are UTF-8."""
     kind = column.type
     if pa.types.is_nested(kind):
         raise DataError(
@@ -449,7 +462,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def _listed(names: Collection[str]) -> str:
-    """Return the first names for a message, quoted where they have invisible characters."""
+    """Return the first names for a message. A name with invisible characters is in quotes."""
     if not names:
         return "nothing"
     shown = []

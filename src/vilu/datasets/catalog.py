@@ -1,4 +1,4 @@
-"""Open a data set by its path: find the reader that fits."""
+"""Open a data set by its path or its name, with the reader that fits."""
 
 from __future__ import annotations
 
@@ -72,17 +72,18 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         limit: Use only the first ``limit`` images. They are no random sample, since folders are
             sorted by class.
         classes: A classes file: one name per line, or ``folder<TAB>name``.
-        captions: Use the captions of a table that also has labels. A table that has only captions
-            needs no option.
-        where: Use only the rows of a table with these values, by column ({"vendor": "google"}).
+        captions: Use the captions of a table that also has labels. A table that has captions and no
+            labels needs no option.
+        where: Use only the rows of a table that have these values. For example, {"vendor":
+            "google"} selects by the column "vendor".
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
-        raw_names: With ``dataset``: use the class names as they are in the data.
+        raw_names: Whether to use the class names as they are in the data; only with ``dataset``.
         root: Folder that the paths in a table start from, instead of the folder of the table.
-            Absolute paths and paths with ".." are then accepted if they end below it. For a folder
-            of images: a second folder that links may lead into.
-        outside: Classes (by folder, label or name for prompts) to leave out, or numbers of labels
-            beyond the classes. Images with these labels get the label -2 (``vilu.OUTSIDE``): they
-            are of none of the classes.
+            Absolute paths and paths with ".." are then accepted if they end below ``root``. For a
+            folder of images, ``root`` is a second folder that links may lead into.
+        outside: Classes (by folder, label or name for prompts) to leave out, or labels that are no
+            class. Images with these labels get the label -2 (``vilu.OUTSIDE``), which means that
+            they belong to none of the classes.
 
     Raises:
         UsageError: If an argument does not fit the source; the message names the alternatives.
@@ -93,14 +94,14 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         >>> import pathlib, tempfile, vilu
         >>> from PIL import Image
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for name in ("cat/1.png", "cat/2.png", "dog/3.png"):
-        ...         path = pathlib.Path(folder, name)
-        ...         path.parent.mkdir(exist_ok=True)
-        ...         Image.new("RGB", (8, 8)).save(path)
+        ...     for class_name in ("cat", "dog"):  # one image per class
+        ...         pathlib.Path(folder, class_name).mkdir()
+        ...         Image.new("RGB", (8, 8)).save(f"{folder}/{class_name}/1.png")
         ...     images = vilu.open_dataset(folder)
-        ...     records = [(record.key, record.label) for record in images.records(0, len(images))]
-        >>> images.class_names, records
-        (('cat', 'dog'), [('cat/1.png', 0), ('cat/2.png', 0), ('dog/3.png', 1)])
+        >>> images.class_names
+        ('cat', 'dog')
+        >>> [(record.key, record.label) for record in images.records(0, 2)]
+        [('cat/1.png', 0), ('dog/1.png', 1)]
     """
     if dataset is None:
         if raw_names:
@@ -112,8 +113,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         selection = Selection(split, classes, captions, dict(where or {}), root, tuple(outside))
         images = _open(source, selection)
     else:
-        is_for_tables = captions or where or root
-        if is_for_tables:
+        has_table_options = captions or where or root
+        if has_table_options:
             raise UsageError(
                 f"--captions, --where and --root are for tables. {dataset} is no table: leave them "
                 "out."
@@ -158,7 +159,7 @@ def _first(images: ImageDataset, limit: int) -> ImageDataset:
 def _open(source: Path | str, selection: Selection) -> ImageDataset:
     """Open a source that is a table, tar files, a folder with a layout, or a folder of images."""
     path = Path(source)
-    # not Path.is_file, which raises where a pattern is longer than a file name may be
+    # not Path.is_file, which raises an error if a pattern is too long for a file name
     if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
@@ -217,7 +218,7 @@ def _no_source(path: Path) -> UsageError | DataError:
 
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
-    """Open tar files; refuse options that do not fit, and files that may not be read."""
+    """Open tar files; raise an error for options that do not fit, or files that may not be read."""
     if selection.split is not None:
         raise UsageError(
             f"{source} has no splits. "

@@ -33,7 +33,7 @@ class ClassTable:
         _require_texts("class", self.folders)
         _require_texts("prompt", self.names)
         if self.folders == self.names:
-            return  # labels are numbers, so classes may have equal names
+            return  # classes may have equal names here, because labels are numbers and not names
         repeated = _repeated(Counter(self.folders))
         if repeated:
             raise DataError(
@@ -43,7 +43,10 @@ class ClassTable:
 
 
 def _require_texts(kind: str, names: Sequence[str]) -> None:
-    """Raise DataError where a name is blank, or cannot be encoded in UTF-8."""
+    """Raise DataError where a name is blank, or cannot be encoded in UTF-8.
+
+    ``kind`` is "class" or "prompt", for the message.
+    """
     for number, name in enumerate(names):
         if not name.strip():
             raise DataError(f"{kind} names must not be blank. Class {number} (counting from 0) is.")
@@ -53,6 +56,7 @@ def _require_texts(kind: str, names: Sequence[str]) -> None:
 
 
 def _repeated(counts: Counter[str]) -> list[str]:
+    """Return the names that occur more than once."""
     return [name for name, count in counts.items() if count > 1]
 
 
@@ -86,20 +90,20 @@ def class_table(
     All lines of a classes file are ``name``, or all are ``folder<TAB>name``. They are assigned to
     labels as follows:
 
-    1. ``folder<TAB>name``: the folders are matched with ``raw``. Without ``raw``, the lines are in
-       label order; but if ``by_position`` is True and all folders are numbers, these are the
-       labels.
-    2. ``name``: with ``by_position`` or without ``raw``, the lines are in label order. Otherwise
+    1. ``folder<TAB>name``: The folders are matched with ``raw``. Without ``raw``, the lines are in
+       label order. There is one exception: if ``by_position`` is True and all folders are numbers,
+       these numbers are the labels.
+    2. ``name``: With ``by_position`` or without ``raw``, the lines are in label order. Otherwise
        the names are matched with ``raw``.
 
     Args:
         raw: Names in the data, in label order; None if the data have none.
         file: A classes file; None if there is none.
-        by_position: Whether labels are whole numbers, which are then numbers of lines of the file.
+        by_position: Whether labels are whole numbers. Label i is then line i of the file.
         names: Names for prompts if there is no file; by default ``raw`` with spaces in place of
             underscores.
-        outside: Classes that will be left out (``WithOutside``). Lines for them may be missing in a
-            file that is matched with ``raw``.
+        outside: Classes that will be left out (``WithOutside``). They need no line in a file that
+            is matched with ``raw``.
     """
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))
@@ -118,15 +122,15 @@ def class_table(
         _require_same_order(raw, prompts, file)
         return ClassTable(tuple(raw), prompts)
     name_of = {clean_name(name): name for name in raw}
-    name_of |= {name: name for name in raw}  # an unchanged name has precedence over a cleaned one
-    _match(raw, name_of, prompts, file, outside)
+    name_of |= {name: name for name in raw}  # an unchanged name has precedence over a cleaned name
+    _require_all_named(raw, name_of, prompts, file, outside)
     return _default(raw)
 
 
 def _labels_of(keys: Sequence[str], file: Path) -> tuple[str, ...] | None:
     """Return the labels 0, 1, ... as texts if all keys are numbers; None otherwise.
 
-    DataError if the keys are numbers, but not each label once.
+    DataError if the keys are numbers, but not every label occurs once.
     """
     if not all(key.isdecimal() for key in keys):
         return None
@@ -145,18 +149,18 @@ def _named_by_keys(
     file: Path,
     outside: Collection[str],
 ) -> ClassTable:
-    """Return the table of the classes ``raw`` with the prompts of their lines.
+    """Return the table of the classes ``raw`` with the prompts in their lines of the file.
 
-    A class in ``outside`` may have no line.
+    ``keys`` and ``prompts`` are the two columns of the file. A class in ``outside`` may be missing.
     """
-    _match(raw, {name: name for name in raw}, keys, file, outside)
+    _require_all_named(raw, {name: name for name in raw}, keys, file, outside)
     prompt_of = dict(zip(keys, prompts, strict=True))
     names = [prompt_of.get(name, clean_name(name)) for name in raw]
     return ClassTable(tuple(raw), tuple(names))
 
 
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Return the folders and names of a classes file; the folders are None if lines are names only.
+    """Return the folders and names of a classes file; no folders (None) if lines are names only.
 
     A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are accepted.
     """
@@ -174,11 +178,11 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
                 f"{file} line {number}: {len(row)} columns, {cells}. All lines are a name, or all "
                 "folder<TAB>name."
             )
-    names = tuple(row[-1].strip() for row in rows)
     if width == 1:
-        return None, names
-    keys = tuple(row[0].strip() for row in rows)
-    return keys, names
+        return None, tuple(name.strip() for (name,) in rows)
+    folders = tuple(folder.strip() for folder, _ in rows)
+    names = tuple(name.strip() for _, name in rows)
+    return folders, names
 
 
 def _read_text(file: Path) -> str:
@@ -194,7 +198,7 @@ def _read_text(file: Path) -> str:
 
 
 def _default(raw: Sequence[str]) -> ClassTable:
-    """Return the class table without a classes file."""
+    """Return the class table of a data set without a classes file."""
     return ClassTable(tuple(raw), tuple(clean_name(name) for name in raw), cleaned=True)
 
 
@@ -203,22 +207,25 @@ def clean_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _match(
+def _require_all_named(
     raw: Sequence[str],
     name_of: dict[str, str],
     lines: Sequence[str],
     file: Path,
     outside: Collection[str],
 ) -> None:
-    """Raise DataError unless each name in the data is in the file once.
+    """Raise DataError unless the file names every class of the data (``raw``) once.
 
-    Names in ``outside`` may be missing. ``name_of`` maps the lines that are accepted to names.
+    Names in ``outside`` may be missing. ``lines`` are the names in the file, and ``name_of`` maps
+    each line that is accepted to a name in the data.
     """
     unknown = [line for line in lines if line not in name_of]
     if unknown:
-        hint = nearest(unknown[0], name_of)
+        first = unknown[0]
+        hint = nearest(first, name_of)
         if hint:
-            hint = f"{hint[:-1]} for {unknown[0]!r}?"
+            # the question gets the unknown name at its end
+            hint = f"{hint.removesuffix('?')} for {first!r}?"
         raise DataError(
             f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
             "Leave them out. If they are classes without an image here, make an empty sub-folder "
@@ -241,7 +248,7 @@ def _match(
 
 
 def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:
-    """Raise DataError for a wrong number of names, or the names of the data in another order."""
+    """Raise DataError for a wrong number of names, or names of the data in another order."""
     if len(raw) != len(names):
         raise DataError(
             f"{file} must have one name per class of the data ({len(raw)}). "
@@ -260,12 +267,15 @@ def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) ->
 def refuse_numbers(classes: ClassTable, source: str) -> None:
     """Raise DataError where class names are numbers that differ from their labels.
 
-    Called if labels are numbers: a label could then be either a name or the number of a line.
+    This function is called if labels are numbers. A label could then be either a name or the number
+    of a line.
     """
     names = classes.names
-    if classes.folders != names or not all(map(str.isdecimal, names)):
+    are_numbers = all(map(str.isdecimal, names))
+    if classes.folders != names or not are_numbers:
         return
-    if [int(name) for name in names] == list(range(len(names))):
+    are_labels = [int(name) for name in names] == list(range(len(names)))
+    if are_labels:
         return
     raise DataError(
         f"{source}: labels are numbers, and so are the classes ({_listed(names)}). Is a label a "

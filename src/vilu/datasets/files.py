@@ -27,7 +27,7 @@ SUFFIXES = _PHOTOS + _BITMAPS + _UNSUPPORTED
 Formats that cannot be decoded are included, so that such a file is reported and not skipped.
 """
 
-MISSING: Final = -1
+MISSING: Final = -1  # value in a listing for a label, size or time that does not exist
 
 
 def read_file(path: str | Path) -> bytes:
@@ -53,9 +53,9 @@ def read_below(folder: Path, path: str) -> bytes:
 
 
 def status_below(folder: Path, path: str) -> os.stat_result | None:
-    """Return the status of a file below a folder; None where it is missing or out of bounds.
+    """Return the status of a file below a folder; None where it is missing or not below it.
 
-    Reading the file raises the error that tells the two cases apart.
+    ``read_below`` raises different errors in these two cases.
     """
     try:
         return os.stat(resolve_below(folder, path))  # noqa: PTH116  for speed
@@ -77,17 +77,17 @@ def resolve_below(folder: Path, path: str) -> str:
 
 
 class OutsideError(OSError):
-    """A file is outside of the folders in which the files of its data set may be."""
+    """The error of a file outside of the folders in which the files of its data set may be."""
 
 
 class Bounds:
-    """The folders in which the files of a data set may be; no file outside of them is read.
+    """The folders in which the files of a data set may be. No file outside of them is read.
 
-    The real location of a file counts, after all links have been followed.
+    What counts is the real location of a file, after all links have been followed.
 
     Args:
         folder: Folder that relative paths start from. Files must be below this folder.
-        home: Folder that paths with ".." start from. If it is set, absolute paths and paths with
+        home: Folder that paths with ".." start from. If it is given, absolute paths and paths with
             ".." are accepted where they end below ``folder``. If it is None, they are refused.
         beside: A second folder that links may lead into.
     """
@@ -99,9 +99,10 @@ class Bounds:
         self._home: str | None = None
         if home is not None:
             self._home = os.path.realpath(home)
-        self._inside: tuple[str, ...] = (_real_prefix(folder),)
+        # prefixes of the real paths of all files that are in bounds
+        self._prefixes: tuple[str, ...] = (_real_prefix(folder),)
         if beside is not None:
-            self._inside += (_real_prefix(beside),)
+            self._prefixes += (_real_prefix(beside),)
 
     def resolve(self, path: str) -> str:
         """Return the full path of a file.
@@ -111,13 +112,18 @@ class Bounds:
         """
         full = self._full(path)
         folder = os.path.dirname(full)  # noqa: PTH120  for speed
-        if not _lies_in(folder, self._inside) or self.leads_out(full):
-            reason = f"the file must lie below {self._inside[-1]}, links included"
+        is_folder_inside = _has_prefix(folder, self._prefixes)
+        if not is_folder_inside or self.leads_out(full):
+            allowed = self._prefixes[-1]  # the folder ``beside``, if there is one
+            reason = f"the file must lie below {allowed}, links included"
             raise OutsideError(errno.EACCES, reason, path)
         return full
 
     def _full(self, path: str) -> str:
-        """Return the full path: from ``home`` if absolute or with "..", else from ``folder``."""
+        """Return the full path of a path that starts from ``folder`` or from ``home``.
+
+        Absolute paths and paths with ".." start from ``home``, if it is given.
+        """
         if self._home is None or stays_below(path):
             return resolve_below(self.folder, path)
         if not _can_be_path(path):
@@ -128,7 +134,7 @@ class Bounds:
         """Whether a file is a link to a file out of bounds."""
         if not os.path.islink(full):  # noqa: PTH114  for speed
             return False
-        return not os.path.realpath(full).startswith(self._inside)
+        return not os.path.realpath(full).startswith(self._prefixes)
 
     def status(self, path: str) -> os.stat_result | OSError:
         """Return the status of a file, or the error of asking for it."""
@@ -138,7 +144,7 @@ class Bounds:
             return error.with_traceback(None)
 
     def real(self, path: str) -> str:
-        """Return the path with all links followed; it may be out of bounds."""
+        """Return the real path of a file, with all links followed. It may be out of bounds."""
         start = self._home or self.folder
         without_nul = path.replace("\0", "")
         return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
@@ -151,15 +157,18 @@ class Bounds:
 def _real_prefix(folder: str | Path) -> str:
     """Return the real path of a folder with a slash at its end.
 
-    Exactly the real paths of files in the folder begin with this text.
+    The real path of a file begins with this text if, and only if, the file is below the folder.
     """
     return os.path.join(os.path.realpath(folder), "")  # noqa: PTH118  a Path drops the slash
 
 
 @lru_cache(4096)
-def _lies_in(folder: str, inside: tuple[str, ...]) -> bool:
-    """Whether a folder is one of the folders ``inside`` (``_real_prefix``), or below one."""
-    return _real_prefix(folder).startswith(inside)
+def _has_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a folder is one of the folders with these prefixes (``_real_prefix``), or below one.
+
+    The results are cached, because most files of a data set are in few folders.
+    """
+    return _real_prefix(folder).startswith(prefixes)
 
 
 def _can_be_path(path: str) -> bool:
@@ -171,9 +180,9 @@ def stays_below(path: str) -> bool:
     """Whether a path is relative and without "..", by the rules of POSIX and of Windows."""
     if not _can_be_path(path):
         return False
-    parsed = PureWindowsPath(path)  # parses both separators, drives and network shares
-    has_parent = ".." in parsed.parts
-    return not parsed.anchor and not has_parent
+    parsed = PureWindowsPath(path)  # understands both separators, drives and network shares
+    is_relative = parsed.anchor == ""
+    return is_relative and ".." not in parsed.parts
 
 
 _UNREADABLE = re.compile(
@@ -195,12 +204,14 @@ def portable_name(path: str) -> str:
     Examples:
         >>> import os
         >>> from vilu.datasets.files import portable_name
-        >>> for name in (b"day 1/caf\xe9.jpg", b"caf\\xe9.jpg", b"\x1b[2J.jpg", b"a\\b.jpg"):
-        ...     print(portable_name(os.fsdecode(name)))
-        day 1/caf\xe9.jpg
-        caf\x5cxe9.jpg
+        >>> not_utf8 = os.fsdecode(b"caf\xe9.jpg")
+        >>> clears_terminal = "\x1b[2J.jpg"
+        >>> looks_like_escape = r"caf\xe9.jpg"
+        >>> for path in (not_utf8, clears_terminal, looks_like_escape):
+        ...     print(portable_name(path))
+        caf\xe9.jpg
         \x1b[2J.jpg
-        a\b.jpg
+        caf\x5cxe9.jpg
     """
     is_plain = path.isascii() and path.isprintable()
     if is_plain and "\\x" not in path:
@@ -211,9 +222,10 @@ def portable_name(path: str) -> str:
 
 
 def _encoded(path: str) -> bytes:
+    """Return the bytes of a path."""
     try:
         return os.fsencode(path)
-    except UnicodeEncodeError:  # half a surrogate pair, possible in JSON but in no file name
+    except UnicodeEncodeError:  # a surrogate that JSON can contain, but no file name
         return path.encode("utf-8", "surrogatepass")
 
 
@@ -236,8 +248,10 @@ def path_of(text: str) -> str:
     Examples:
         >>> import os
         >>> from vilu.datasets.files import path_of
-        >>> os.fsencode(path_of(r"caf\xe9.jpg")), path_of(r"caf\x5cxe9.jpg")
-        (b'caf\xe9.jpg', 'caf\\xe9.jpg')
+        >>> os.fsencode(path_of(r"caf\xe9.jpg"))  # the escape becomes one byte
+        b'caf\xe9.jpg'
+        >>> print(path_of(r"caf\x5cxe9.jpg"))  # the path contains a backslash
+        caf\xe9.jpg
     """
     if "\\x" not in text:
         return text
@@ -249,9 +263,9 @@ def path_of(text: str) -> str:
 
 
 def text_among(name: str, texts: Collection[str]) -> str | None:
-    """Return which of ``texts`` a name in a user's table stands for; None where there is none.
+    """Return the text among ``texts`` that a name in a user's table stands for; None without one.
 
-    The name may itself be in ``texts``, or be the path of which ``portable_name`` made the text.
+    The name is such a text itself, or the path from which ``portable_name`` makes the text.
     """
     if name in texts:
         return name
@@ -262,9 +276,9 @@ def text_among(name: str, texts: Collection[str]) -> str | None:
 
 
 def former_text(text: str) -> str:
-    """Return how vilu 0.1.0 wrote, in a label book, the path that ``text`` stands for.
+    """Return the text that vilu 0.1.0 wrote in a label book for the path that ``text`` stands for.
 
-    This former text is not unique: two paths could have the same.
+    These former texts were not unique, because two paths could have the same text.
     """
     return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
 
@@ -274,7 +288,7 @@ def subfolders(folder: str | Path) -> list[str]:
     names = []
     for entry in _entries(folder):
         is_real_folder = entry.is_dir(follow_symlinks=False)
-        if is_real_folder and not _hidden(entry):
+        if is_real_folder and not _is_hidden(entry):
             names.append(entry.name)
     return names
 
@@ -289,7 +303,8 @@ def walk_images(
     ``bounds``, the second value is the error instead of the status. Skipped entries are counted in
     ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
     """
-    skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
+    prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
+    # a stack: the next entry is the last one, so entries are added in reverse order
     pending = _entries(folder)[::-1]
     while pending:
         entry = pending.pop()
@@ -299,22 +314,22 @@ def walk_images(
         elif _is_folder(entry):
             pending.extend(_entries(entry.path)[::-1])
         else:
-            yield entry.path[skip:].replace(os.sep, "/"), _status_of(entry, bounds)
+            path = entry.path.removeprefix(prefix)
+            yield path.replace(os.sep, "/"), _status_of(entry, bounds)
 
 
 def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
-    if _hidden(entry):
+    """Return why ``walk_images`` skips an entry; None for an image or a folder to walk."""
+    if _is_hidden(entry):
         return "hidden"
     if _is_folder(entry):
-        if entry.is_symlink():
-            return "linked_folder"
-        return None
+        return "linked_folder" if entry.is_symlink() else None
     if not entry.name.lower().endswith(SUFFIXES):
         return "not_image"
     try:
         if not entry.is_file():
             return "not_a_file"
-    except OSError:  # the file is listed, and its error row says why it cannot be read
+    except OSError:  # the file is not skipped, because its error row says why it cannot be read
         return None
     return None
 
@@ -336,6 +351,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result | OSError:
+    """Return the status of a file, or the error of asking for it."""
     if bounds is not None and entry.is_symlink():
         if bounds.leads_out(entry.path):
             return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
@@ -345,7 +361,7 @@ def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result
         return error.with_traceback(None)
 
 
-def _hidden(entry: os.DirEntry[str]) -> bool:
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
     return entry.name.startswith(".")
 
 
@@ -357,7 +373,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def _sort_key(entry: os.DirEntry[str]) -> bytes:
-    """Return the name as bytes, for a folder with a slash: ascending in the order of whole paths.
+    """Return the name as bytes, with a slash if it is a folder, so that whole paths are in order.
 
     Without the slash, "a/1.jpg" would come before "a b.jpg", although "/" is greater than " ".
     """
@@ -368,7 +384,7 @@ def _sort_key(entry: os.DirEntry[str]) -> bytes:
 
 
 class ListingHash:
-    """Hash of keys, labels, sizes and times of modification, updated one file at a time.
+    """A hash of keys, labels, sizes and times of modification, to which files are added.
 
     Args:
         context: Further texts that change the meaning of the listing (class folders, split).
@@ -380,13 +396,14 @@ class ListingHash:
             self.add(text, MISSING, None)
 
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
-        """Add one file; ``status`` is None or an error where the file cannot be found or read."""
+        """Add one file; ``status`` is None or an error if the file is missing or not readable."""
         name = key.encode("utf-8", "surrogateescape")
         size = MISSING
         time = MISSING
         if isinstance(status, os.stat_result):
             size = status.st_size
             time = status.st_mtime_ns
+        # four whole numbers of 64 bits, then the name; its length tells where it ends
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:

@@ -1,4 +1,4 @@
-"""Folders of images: with a sub-folder per class, or flat and without labels."""
+"""Folders of images: with one sub-folder per class, or flat and without labels."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class ListedFiles:
         self._folder = folder
         self._paths: list[str] = []
         self._labels = array("i")
-        self._kinds = array("B")
+        self._faults = array("B")  # fault of each file, as numbers of ``fault_of``
 
     @property
     def faults(self) -> Faults:
-        """Which files cannot be read, as far as is known without reading them."""
-        kinds = np.empty(0, np.uint8)
-        if self._kinds:  # NumPy refuses an empty buffer
-            kinds = np.frombuffer(self._kinds, dtype=np.uint8)
-        return Faults(kinds, self._folder, self._paths.__getitem__, _rule)
+        """The faults of the files that are known without reading the files."""
+        faults = np.empty(0, np.uint8)
+        if self._faults:  # NumPy refuses an empty buffer
+            faults = np.frombuffer(self._faults, dtype=np.uint8)
+        return Faults(faults, self._folder, self._paths.__getitem__, _rule)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -64,9 +64,7 @@ class ListedFiles:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
         for path, number in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            label: int | None = number
-            if number == UNKNOWN:
-                label = None
+            label: int | None = None if number == UNKNOWN else number
             yield ImageRecord(portable_name(path), label, self._reader(path))
 
     def _reader(self, path: str) -> Callable[[], bytes]:
@@ -79,28 +77,29 @@ class ListedFiles:
         """Add a file to the list and to the hash of the listing."""
         self._paths.append(path)
         self._labels.append(label)
-        self._kinds.append(fault_of(status, partial(os.path.join, self._folder, path)))
+        self._faults.append(fault_of(status, partial(os.path.join, self._folder, path)))
         listing.add(path, label, status)
 
 
-def _rule(_rows: NDArray[np.int64]) -> str:
-    """Return the sentence on where files must be, which is the same for all rows."""
+def _rule(_positions: NDArray[np.int64]) -> str:
+    """Return the sentence on where files must be, which is the same for all files."""
     return OUT_OF_FOLDER
 
 
 class FolderDataset(ListedFiles):
     """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image``.
 
-    Images directly in the folder, without class folders, have no labels. Labels are the indices of
-    the class folders of all splits, sorted by bytes. Images are in the byte order of their paths.
-    The listing needs one call of ``stat`` and about a hundred bytes per image.
+    A label is the index of a class folder among the class folders of all splits, sorted by bytes.
+    If there are no class folders, images directly in the folder have no labels. Images are in the
+    byte order of their paths. The listing needs one call of ``stat`` and about a hundred bytes per
+    image.
 
     Args:
         root: The folder.
         split: Names of split folders, joined by ``+``; None if there are no split folders.
         classes: A classes file, whose names are matched with the class folders.
-        beside: A second folder that links to files may lead into, besides ``root``. Other links are
-            read errors.
+        beside: A second folder, besides ``root``, that links to files may lead into. A link to a
+            file elsewhere is a read error.
         outside: Classes that may be missing in the classes file.
 
     Attributes:
@@ -122,18 +121,17 @@ class FolderDataset(ListedFiles):
         self.source = str(root)
         self.captioned = False
         self.ignored: Counter[str] = Counter()
-        parts, siblings = _split_folders(root, split)
-        folders = _class_folders(root, siblings)
-        raw = folders or None
-        self.classes: ClassTable | None = class_table(raw, classes, outside=outside)
+        chosen_splits, all_splits = _split_folders(root, split)
+        folders = _class_folders(root, all_splits)
+        self.classes: ClassTable | None = class_table(folders or None, classes, outside=outside)
         self.class_names: tuple[str, ...] | None = None
         if self.classes is not None:
             self.class_names = self.classes.names
         listing = ListingHash(*folders)
         label_of = {name: label for label, name in enumerate(folders)}
         with track(f"listing {root.name}", None, "images") as task:
-            for part in parts:
-                self._list_part(part, label_of, listing, task)
+            for name in chosen_splits:
+                self._list_split(name, label_of, listing, task)
         self.fingerprint = listing.hexdigest()
         if not self._paths:
             _refuse_empty(self.ignored, root, "images, or one folder of images per class")
@@ -149,23 +147,20 @@ class FolderDataset(ListedFiles):
             raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
         return read_file(full)
 
-    def _list_part(
-        self, part: str, label_of: dict[str, int], listing: ListingHash, task: Task
+    def _list_split(
+        self, name: str, label_of: dict[str, int], listing: ListingHash, task: Task
     ) -> None:
-        """Add the images of a split folder ``part``; "" is the folder itself."""
-        folder = self._folder / part
-        is_flat = not subfolders(folder)
-        for below, status in walk_images(folder, self.ignored, self._bounds):
-            first, slash, _ = below.partition("/")
-            if not slash and not is_flat:
+        """Add the images of the split folder ``name``; "" is the data set's own folder."""
+        folder = self._folder / name
+        has_class_folders = len(subfolders(folder)) > 0
+        for path_in_split, status in walk_images(folder, self.ignored, self._bounds):
+            class_folder, slash, _ = path_in_split.partition("/")
+            is_in_class_folder = slash != ""
+            if has_class_folders and not is_in_class_folder:
                 self.ignored["outside_class"] += 1
                 continue
-            path = below
-            if part:
-                path = f"{part}/{below}"
-            label = UNKNOWN
-            if slash:
-                label = label_of[first]
+            path = f"{name}/{path_in_split}" if name else path_in_split
+            label = label_of[class_folder] if is_in_class_folder else UNKNOWN
             self._add(path, label, status, listing)
             task.advance(1)
 
@@ -177,7 +172,7 @@ Listed = tuple[str, os.stat_result | OSError]
 def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
     """Return all images below a folder, at any depth, in the byte order of their paths.
 
-    Sub-folders are not interpreted as classes or splits.
+    Sub-folders do not count as classes or splits.
 
     Raises:
         UsageError: If ``root`` is no folder.
@@ -227,8 +222,8 @@ class PhotoFiles(ListedFiles):
         root: The folder.
         photos: Paths of the photos below the folder, with their status.
         names: Class names of the data set.
-        elsewhere: Present paths of photos that have been moved since, by ``portable_name`` of their
-            path below the folder.
+        elsewhere: New paths of photos that were moved after they were listed. The keys are the
+            listed paths, as texts of ``portable_name``.
     """
 
     def __init__(
@@ -256,11 +251,11 @@ class PhotoFiles(ListedFiles):
         return partial(read_file, moved_to)
 
 
-def _class_folders(root: Path, siblings: Sequence[str]) -> list[str]:
-    """Return the names of the class folders in all ``siblings``, sorted by bytes."""
+def _class_folders(root: Path, splits: Sequence[str]) -> list[str]:
+    """Return the names of the class folders in all split folders, sorted by bytes."""
     names: set[str] = set()
-    for sibling in siblings:
-        names.update(subfolders(root / sibling))
+    for split in splits:
+        names.update(subfolders(root / split))
     return sorted(names, key=_as_bytes)
 
 
@@ -269,13 +264,18 @@ def _as_bytes(name: str) -> bytes:
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the folders to list, and all folders with the same classes; "" is the root itself."""
+    """Return the chosen split folders, and all split folders.
+
+    The classes are those of all split folders. Without ``split``, both results are [""], which is
+    ``root`` itself.
+    """
     folders = subfolders(root)
     if split is None:
         _require_no_splits(root, folders)
         return [""], [""]
-    parts = parse_split(split, folders, str(root))
-    return parts, sorted(SPLIT_FOLDERS.intersection(folders).union(parts))
+    chosen = parse_split(split, folders, str(root))
+    usual = SPLIT_FOLDERS.intersection(folders)
+    return chosen, sorted(usual.union(chosen))
 
 
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:

@@ -37,9 +37,11 @@ from vilu.errors import DataError, UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ORIENTATION: Final = 0x0112
-# type codes BYTE, SHORT, LONG; the standard prescribes SHORT, but cameras also write the others
+ORIENTATION: Final = 0x0112  # number of the orientation tag
+# The codes of ``struct`` for the types BYTE (1), SHORT (3) and LONG (4). The standard prescribes
+# SHORT, but cameras also write the other types.
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I"}
+# first four bytes of a TIFF file, and the code of ``struct`` for its byte order
 BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
@@ -56,9 +58,11 @@ def orientation(block: bytes) -> int | None:
         raise ValueError(f"damaged EXIF block: {error!r}") from error
     if value is None:
         return None
-    if not 0 <= value <= 8:
+    if value == 0:  # "unknown"
+        return None
+    if not 1 <= value <= 8:
         raise ValueError(f"EXIF orientation must be 1 to 8. Got {value} instead.")
-    return value or None  # 0 means "unknown"
+    return value
 
 
 def _orientation_tag(block: bytes) -> int | None:
@@ -67,13 +71,15 @@ def _orientation_tag(block: bytes) -> int | None:
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
     begin = directory + struct.calcsize(layout.count_code)
-    # the slice ends the loop at the end of the block, even if the stated count is larger
-    for entry in range(begin, len(block), layout.entry_bytes)[:n_entries]:
-        tag, kind = struct.unpack_from(layout.order + "HH", block, entry)
+    # The range ends at the end of the block, because the stated number of entries may be too large.
+    possible_entries = range(begin, len(block), layout.entry_bytes)
+    for entry in possible_entries[:n_entries]:
+        tag, value_type = struct.unpack_from(layout.order + "HH", block, entry)
         if tag == ORIENTATION:
-            # an entry is tag and type (four bytes), number of values (as wide as an offset), value
+            # an entry has tag and type (four bytes), the number of values (as wide as an offset),
+            # and the value
             value_at = entry + 4 + struct.calcsize(layout.offset_code)
-            return layout.read(_INTEGERS[kind], block, value_at)
+            return layout.read(_INTEGERS[value_type], block, value_at)
     return None
 
 
@@ -90,7 +96,7 @@ def count_directories(data: bytes, limit: int) -> int:
         while directory and directory not in seen and len(seen) < limit:
             n_entries = layout.read(layout.count_code, data, directory)
             seen.add(directory)
-            # the offset of the next directory is behind the entries of this one
+            # the offset of the next directory is behind the entries of this directory
             first_entry = directory + struct.calcsize(layout.count_code)
             next_at = first_entry + n_entries * layout.entry_bytes
             directory = layout.read(layout.offset_code, data, next_at)
@@ -98,7 +104,7 @@ def count_directories(data: bytes, limit: int) -> int:
 
 
 class _Layout(NamedTuple):
-    """Format of the numbers in a TIFF file; the codes are format characters of ``struct``."""
+    """The format of the numbers in a TIFF file. The codes are format characters of ``struct``."""
 
     order: str  # code of the byte order
     count_code: str  # code of the number of entries of a directory
@@ -121,7 +127,10 @@ def _layout(block: bytes) -> _Layout:
 
 
 class _JpegFile(JpegImagePlugin.JpegImageFile):
-    """A JPEG file that is opened without its EXIF block, which would cause a warning if damaged."""
+    """A JPEG file that is opened without reading its EXIF block.
+
+    Pillow would warn of a damaged block.
+    """
 
     def _read_dpi_from_exif(self) -> None:
         """Do nothing: the print resolution is not needed."""
@@ -142,10 +151,8 @@ MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of em
 _TABLE = (
     resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
 )
-_SIGNATURES = [
-    (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"])
-    for row in parse_csv(_TABLE.splitlines(), "image_signatures.csv")[1]
-]
+_, _ROWS = parse_csv(_TABLE.splitlines(), "image_signatures.csv")
+_SIGNATURES = [(int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in _ROWS]
 """Signatures of formats: position in the file, bytes at this position, and name of the format."""
 
 
@@ -173,8 +180,8 @@ def _looks_like_svg(data: bytes) -> bool:
 def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     """Return the number of frames, at most ``MAX_FRAMES``, without decoding a frame.
 
-    Frames of GIF and TIFF are not counted by Pillow, which has no limit, and whose time is
-    quadratic in the number of frames of a TIFF.
+    Pillow does not count the frames of GIF and TIFF here. It has no limit, and for TIFF its time is
+    quadratic in the number of frames.
     """
     if name == "GIF":
         return _count_gif_frames(data)
@@ -189,55 +196,62 @@ GIF_BLOCKS: Final = frozenset({GIF_IMAGE, GIF_EXTENSION})
 
 
 def _count_gif_frames(data: bytes) -> int:
-    frames = 0
+    """Return the number of frames of a GIF, at least 1 (source: the GIF89a specification)."""
+    n_frames = 0
     # in a truncated GIF, IndexError ends the counting, and the frames so far are returned
     with suppress(IndexError):
+        # the header has 13 bytes; byte 10 has the flags of the colour table that follows it
         position = 13 + _colour_table_bytes(data[10])
-        while frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
+        while n_frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
             if data[position] == GIF_IMAGE:
-                frames += 1
+                n_frames += 1
+                # before its data, a frame has 11 bytes and a colour table, with flags in byte 9
                 position += 11 + _colour_table_bytes(data[position + 9])
             else:
+                # before its data, an extension has 2 bytes
                 position += 2
-            # data follow in chunks: a byte with the length, then the data; length 0 ends the block
-            while data[position]:
+            # The data are chunks: a byte with the length of the chunk, then its bytes. A chunk of
+            # length 0 ends the block.
+            while data[position] > 0:
                 position += data[position] + 1
             position += 1
-    return max(frames, 1)
+    return max(n_frames, 1)
 
 
 def _colour_table_bytes(flags: int) -> int:
-    """Return the size of a colour table: 2^(n + 1) colours of 3 bytes, n in the last 3 flags."""
-    has_table = flags & 0x80
+    """Return the size of a colour table: 2^(n + 1) colours of 3 bytes, n in the last 3 bits."""
+    has_table = flags & 0b1000_0000
     if not has_table:
         return 0
-    return 3 << (flags & 7) + 1
+    n = flags & 0b111
+    n_colours: int = 2 ** (n + 1)
+    return 3 * n_colours
 
 
+# Pillow's pixel modes with one channel of more than 8 bits
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
 MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 """Pillow's pixel modes that are converted to RGB."""
 
 
 class ImageFlag(IntFlag):
-    """Conversions and defects of an image; stored as a bit mask."""
+    """Conversions and defects of an image, as a bit mask."""
 
-    ANIMATED = 1  # more than one frame; the first frame is used
-    ALPHA = 2  # transparency composited on white
-    DEEP = 4  # more than 8 bits per channel, scaled to 8
-    STRETCHED = 8  # values outside the usual range: the lowest became black, the highest white
+    ANIMATED = 1  # it has more than one frame, and the first frame is used
+    ALPHA = 2  # transparent pixels were put on white
+    DEEP = 4  # more than 8 bits per channel were scaled to 8
+    STRETCHED = 8  # values were outside the usual range: the lowest is now black, the highest white
     BAD_EXIF = 16  # the EXIF block cannot be read
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     """Convert a loaded image, which must have one of ``MODES``, to RGB.
 
-    Returns the RGB image, and flags for the conversion. Damaged images raise an exception of
-    ``CORRUPT``.
+    Returns the RGB image, and flags for the conversion. A damaged image raises one of ``CORRUPT``.
     """
     if image.mode in DEEP_MODES:
-        gray, flags = _deep_to_gray(image)
-        return gray.convert("RGB"), flags
+        grey, flags = _deep_to_grey(image)
+        return grey.convert("RGB"), flags
     if image.has_transparency_data:
         pixels = image.convert("RGBA")
         white = Image.new("RGBA", pixels.size, "white")
@@ -246,28 +260,29 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     return image.convert("RGB"), ImageFlag(0)
 
 
-def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
+def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     """Convert 16-bit, 32-bit or float grey to 8 bits.
 
-    Whole numbers 0 ... 65535 are divided by 257 and rounded. Floats 0 ... 1 are multiplied by 255.
-    Other ranges are stretched. Pillow's conversion would clip: nearly all of a 16-bit photo would
-    become white.
+    Whole numbers from 0 to 65535 are divided by 257 and rounded. Floats from 0 to 1 are multiplied
+    by 255. Other ranges are stretched. Pillow would clip the values instead, and nearly all of a
+    16-bit photo would become white.
     """
-    # the copy is needed because a TIFF with an orientation tag states the size after rotation
+    # The pixels are copied first. A TIFF with an orientation tag states the size that it would have
+    # after rotation, but a copy has the size of its pixels.
     values = np.asarray(image.copy())
     low = float(values.min())
     high = float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("pixel values that are not finite")
     black = 0.0
-    span = 65535.0  # white minus black
-    if values.dtype.kind == "f":
-        span = 1.0
+    span = 1.0 if values.dtype.kind == "f" else 65535.0  # white minus black
     flags = ImageFlag.DEEP
     if low < 0 or high > span:
         black = low
-        span = high - low or 1.0  # not 0, where all pixels have the same value
+        span = high - low
         flags |= ImageFlag.STRETCHED
+    if span == 0:  # all pixels have the same value, and become black
+        span = 1.0
     scaled = np.subtract(values, black, dtype=np.float64)
     scaled *= 255 / span
     grey = np.rint(scaled, out=scaled).astype(np.uint8)
@@ -309,12 +324,12 @@ According to its source code, some versions of Pillow can raise the others, too.
 
 
 class BadImage(DataError):  # noqa: N818  named after the kind of input
-    """An image that cannot be used. It becomes a row of the error table and does not end a run.
+    """The error of an image that cannot be used. It becomes an error row, and does not end a run.
 
     Attributes:
-        stage: Where it failed: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
+        stage: Step that failed: "open" (bytes and header), "geometry" (size), "decode" (pixels) or
             "text" (caption, label).
-        kind: Kind of error, for counting.
+        kind: Kind of error, by which errors are counted.
     """
 
     def __init__(self, stage: Stage, kind: Kind, message: str) -> None:
@@ -323,7 +338,7 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         self.kind: Kind = kind
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, Kind, str]]:
-        """Make it picklable, to be sent from a worker process."""
+        """Return how to make the error again, since workers send it to the driver as a pickle."""
         return BadImage, (self.stage, self.kind, str(self))
 
 
@@ -332,11 +347,11 @@ class ImageLimits:
     """Limits of images, checked before pixels are decoded.
 
     Attributes:
-        max_pixels: Maximum of width x height. It may not exceed Pillow's limit, so that this limit
-            always applies first.
+        max_pixels: Maximum of width x height. It may not exceed Pillow's own limit, so that
+            ``max_pixels`` is always reached first.
         min_side: Minimum length of the shorter side in pixels.
-        max_aspect: Maximum ratio of the sides. Without this limit, a file of 99 bytes with 1 x 5000
-            pixels, resized to a shorter side of 224, would take 1 GB.
+        max_aspect: Maximum ratio of the longer side to the shorter side. Without this limit, a file
+            of 99 bytes could fill 1 GB: 1 x 5000 pixels, resized to a shorter side of 224.
         max_bytes: Maximum encoded size in bytes.
     """
 
@@ -364,13 +379,13 @@ def _require_limit(name: str, limit: int, ceiling: int) -> None:
 class DecodedImage:
     """A decoded image, and facts about its file."""
 
-    # RGB pixels of the first frame, as stored; the EXIF orientation is not applied, as in CLIP's
-    # preprocessing
+    # RGB pixels of the first frame, not rotated by the EXIF orientation (CLIP's preprocessing does
+    # not rotate them either)
     image: Image.Image
     width: int  # width in the file
     height: int  # height in the file
     n_frames: int  # number of frames (counting stops at ``MAX_FRAMES``)
-    # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
+    # orientation tag of EXIF or TIFF, 1 to 8; None where there is no such tag
     exif_orientation: int | None
     flags: ImageFlag  # conversions and defects
 
@@ -393,7 +408,7 @@ def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> Dec
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
     """Decode the first frame of an encoded image to 8-bit RGB.
 
-    Grey, palette, CMYK and YCbCr are converted. Transparency is composited on white. 16-bit grey is
+    Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. 16-bit grey is
     divided by 257 (Pillow's conversion would clip it). 32-bit integers and floats outside their
     usual range are stretched.
 
@@ -418,7 +433,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
                 opened.getexif().pop(ORIENTATION, None)
             opened.load()
         exif = opened.info.get("exif")
-        if name == "TIFF":  # an EXIF block has the format of TIFF, so the file is read like one
+        if name == "TIFF":  # an EXIF block has the format of TIFF, so a TIFF is read like a block
             exif = data
         exif_orientation, flags = _orientation(exif)
         n_frames = count_frames(name, data, opened)
@@ -492,7 +507,7 @@ def _orientation(exif: object) -> tuple[int | None, ImageFlag]:
         return None, ImageFlag(0)
     try:
         return orientation(exif), ImageFlag(0)
-    except ValueError:  # an image with damaged metadata is still used
+    except ValueError:  # the block is damaged, but the image is still used
         return None, ImageFlag.BAD_EXIF
 
 
@@ -502,7 +517,7 @@ MAX_CAPTION_BYTES: Final = 2**20
 INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
-Cn (unassigned) is not included, because it has the characters that this Python is too old for.
+Category Cn (unassigned) is not included. To an old Python, all newer characters seem unassigned.
 """
 
 
@@ -552,9 +567,9 @@ def decode_caption(data: bytes | None) -> str:
 def caption_readers(
     captions: pa.Array | None, start: int, stop: int
 ) -> Iterator[Callable[[], str] | None]:
-    """Yield ``ImageRecord.caption`` for the rows start ... stop - 1 of a column of bytes.
+    """Yield, for each of the rows start ... stop - 1, the function that returns its caption.
 
-    If there is no column, yield None for each row.
+    ``captions`` is the column of bytes. If there is no such column, yield None for each row.
     """
     if captions is None:
         return repeat(None, max(stop - start, 0))

@@ -1,4 +1,4 @@
-"""Layouts of folders that are recognised by the files in them, such as CIFAR's."""
+"""Layouts of folders that are recognised by their files, such as the layout of CIFAR."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from vilu.errors import DataError, UsageError
 from vilu.registry import ADDERS, Catalogue
 
 Opener = Callable[[Selection], ImageDataset]
+"""Function that opens one folder with the user's options."""
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A layout of folders."""
+    """A layout of folders, and how to recognise and open a folder that has it."""
 
     name: str
-    description: str  # for people
-    # function that returns the opener of a folder, or None if the folder has another layout
+    description: str  # text for people
+    # function that returns the opener of a folder; None if the folder has another layout
     find: Callable[[Path], Opener | None]
 
 

@@ -38,6 +38,7 @@ from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
 
+# names that a column may have, by what it holds
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")
 LABEL: Final = ("label", "class", "target")
 SPLIT: Final = ("split",)
@@ -51,20 +52,21 @@ class TableRows:
     """The selected rows of a table, in order."""
 
     rows: NDArray[np.int64]  # (N,) int64 positions in the file
-    # (N,) int32 labels, -1 if unknown, -2 if of none of the classes
+    # (N,) int32 labels, -1 if unknown, -2 if the image belongs to none of the classes
     labels: NDArray[np.int32]
     keys: pa.Array  # (N,) keys; the numbers of the rows if there is no key column
-    classes: ClassTable | None  # class table of the whole file; None when unlabelled or captioned
-    # (N,) bytes of the captions, null if a row has none; None if captions are not used
+    classes: ClassTable | None  # class table of the whole file; None without labels
+    # (N,) bytes of the captions, null if a row has no caption; None if captions are not used
     captions: pa.Array | None
-    # labels beyond the classes that the user names as outside
+    # labels that are no class, and that the user names as outside
     strays: frozenset[str] = frozenset()
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """Return the column with the first alias that exists; case and outer blanks are ignored.
+    """Return the column whose name is one of the aliases; None without such a column.
 
-    DataError if there are several columns with this alias.
+    If columns have different aliases, the first alias counts. Case and outer blanks of column names
+    are ignored. DataError if several columns have the same alias.
     """
     for alias in aliases:
         matching = [name for name in names if name.strip().lower() == alias]
@@ -82,9 +84,8 @@ def caption_column(
     name = find_column(names, CAPTION)
     if not selection.captions:
         has_labels = find_column(names, LABEL) is not None
-        if selection.classes or has_labels or CLASS_NAMES in metadata:
-            return None
-        return name
+        has_classes = selection.classes or has_labels or CLASS_NAMES in metadata
+        return None if has_classes else name
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     if name is None:
@@ -96,13 +97,13 @@ def caption_column(
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """Return the existing columns that ``table_rows`` reads."""
+    """Return the columns that ``table_rows`` reads."""
     names = schema.names
-    known = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
-    known.append(caption_column(names, schema.metadata or {}, selection))
-    present = [name for name in known if name is not None]
-    present += selection.columns(names, source)
-    return list(dict.fromkeys(present))  # without repetitions, in order
+    possible = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
+    possible.append(caption_column(names, schema.metadata or {}, selection))
+    columns = [name for name in possible if name is not None]
+    columns += selection.columns(names, source)
+    return list(dict.fromkeys(columns))  # without repetitions, in order
 
 
 def table_rows(
@@ -110,42 +111,44 @@ def table_rows(
 ) -> TableRows:
     """Check the columns of a whole table, and return the selected rows.
 
-    ``default_key`` is the column of the keys if there is no key column; None for row numbers.
+    If there is no key column, keys are in the column ``default_key``. If ``default_key`` is None,
+    they are row numbers.
     """
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions: pa.Array | None = None
     if caption is None:
         table.validate(full=True)
-        listed = _labels(table, source, selection)
+        labelling = _read_labels(table, source, selection)
     else:
         captions = bytes_of(table[caption], f"{source}, column {caption!r}")
-        # captions are checked when they are read, so that a bad caption is an error of one row
+        # A caption is checked when it is read. So a bad caption is an error of its row only.
         table.drop_columns([caption]).validate(full=True)
-        listed = _unlabelled(table)
+        labelling = _unlabelled(table)
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
-    chosen = pa.array(rows)
+    row_numbers = pa.array(rows)
     if captions is not None:
-        captions = captions.take(chosen)
+        captions = captions.take(row_numbers)
     key = find_column(table.column_names, KEY) or default_key
-    keys = chosen.cast(pa.string())
+    keys = row_numbers.cast(pa.string())
     if key is not None:
-        keys = _keys(table, key, source).take(chosen)
-    return TableRows(rows, listed.labels[rows], keys, listed.classes, captions, listed.strays)
+        keys = _read_keys(table, key, source).take(row_numbers)
+    labels = labelling.labels[rows]
+    return TableRows(rows, labels, keys, labelling.classes, captions, labelling.strays)
 
 
-class _Labels(NamedTuple):
-    """Labels of all rows of a table, classes and strays; the fields are as in ``TableRows``."""
+class _Labelling(NamedTuple):
+    """Labels of all rows of a table, classes and strays; the fields are those of ``TableRows``."""
 
     labels: NDArray[np.int32]
     classes: ClassTable | None
     strays: frozenset[str] = frozenset()
 
 
-def _unlabelled(table: pa.Table) -> _Labels:
-    return _Labels(np.full(len(table), UNKNOWN, dtype=np.int32), None)
+def _unlabelled(table: pa.Table) -> _Labelling:
+    return _Labelling(np.full(len(table), UNKNOWN, dtype=np.int32), None)
 
 
-def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
+def _read_labels(table: pa.Table, source: str, selection: Selection) -> _Labelling:
     """Return the labels of all rows and the classes.
 
     The label column holds names of classes, or numbers. For numbers, the names come from the
@@ -161,7 +164,7 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     if _is_text(column.type):
         labels, raw = _encode(column)
         classes = class_table(raw or None, selection.classes, outside=selection.outside)
-        return _Labels(labels, classes)
+        return _Labelling(labels, classes)
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
     has_labels = numbers.null_count < len(numbers)
     classes = class_table(raw, selection.classes, by_position=True, outside=selection.outside)
@@ -175,32 +178,32 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
         )
     if raw is None and has_labels:
         refuse_numbers(classes, source)
-    return _numbered(numbers, classes, source, selection.outside)
+    return _check_numbers(numbers, classes, source, selection.outside)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return True
-    return bool(pa.types.is_string_view(kind))
+    """Whether cells are text, in any of Arrow's three types of text."""
+    checks = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
+    return any(check(kind) for check in checks)
 
 
-def _numbered(
+def _check_numbers(
     numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
-) -> _Labels:
-    """Return labels that are numbers; DataError if a label beyond the classes is not in outside."""
+) -> _Labelling:
+    """Check and return labels that are numbers; DataError if one is neither a class nor outside."""
     n_classes = len(classes.names)
-    numbers, strays = _without_strays(numbers, n_classes, outside)
+    numbers, strays = _replace_strays(numbers, n_classes, outside)
     _require_in_range(numbers, n_classes, source)
     labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
-    return _Labels(labels, classes, strays)
+    return _Labelling(labels, classes, strays)
 
 
-def _without_strays(
+def _replace_strays(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
     """Replace strays by -2, and return the labels and the strays.
 
-    Strays are labels beyond the classes that are in ``outside``.
+    Strays are labels that are no class and that ``outside`` names.
     """
     strays = []
     for label in pc.drop_null(pc.unique(numbers)).to_pylist():
@@ -214,15 +217,15 @@ def _without_strays(
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
-    """Return a label for each string, and the distinct strings, sorted: label i is string i."""
-    encoded = _known(column.cast(pa.large_string())).dictionary_encode()
+    """Return the label of each text, and the sorted distinct texts, of which label i is text i."""
+    encoded = _null_if_unknown(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
-    order = sorted(range(len(names)), key=names.__getitem__)  # indices of the names, ascending
-    rank = np.empty(len(names) + 1, dtype=np.int32)
-    rank[order] = np.arange(len(names))
-    rank[-1] = UNKNOWN  # a missing label has index -1, so it reads this last entry
+    order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
+    label_of = np.empty(len(names) + 1, dtype=np.int32)
+    label_of[order] = np.arange(len(names))
+    label_of[-1] = UNKNOWN  # a missing label has index -1, so it gets this last entry
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-    return rank[indices], [names[i] for i in order]
+    return label_of[indices], [names[i] for i in order]
 
 
 def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
@@ -243,8 +246,9 @@ def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
 
 def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
     """Raise DataError for the first label that is not 0 to ``n_classes`` - 1, -2 or null."""
-    beyond = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
-    row = pc.index(pc.and_(beyond, pc.not_equal(numbers, OUTSIDE)), True).as_py()
+    is_no_class = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
+    is_wrong = pc.and_(is_no_class, pc.not_equal(numbers, OUTSIDE))
+    row = pc.index(is_wrong, True).as_py()  # -1 if no label is wrong
     if row >= 0:
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has "
@@ -255,9 +259,9 @@ def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
 
 
 def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[str] | None:
-    """Return the class names in the metadata of a schema, or None.
+    """Return the class names in the metadata of a schema; None where there are none.
 
-    They are ``class_names``, joined by commas, or in the ClassLabel of Hugging Face.
+    They are joined by commas under the key ``class_names``, or in the ClassLabel of Hugging Face.
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
@@ -281,39 +285,42 @@ def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[
     return list(names)
 
 
-def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
+def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
     """Return the keys in a column; DataError if a key is missing or occurs twice."""
     keys = table[name].cast(pa.large_string()).combine_chunks()
-    missing = pc.index(pc.is_null(keys), True).as_py()
-    if missing >= 0:
+    row_without_key = pc.index(pc.is_null(keys), True).as_py()  # -1 if every row has a key
+    if row_without_key >= 0:
         raise DataError(
-            f"{source} row {missing} (counting from 0) has no {name!r}. Every row needs one."
+            f"{source} row {row_without_key} (counting from 0) has no {name!r}. Every row needs "
+            "one."
         )
     if pc.count_distinct(keys).as_py() < len(keys):
         counts = keys.value_counts()
-        first = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        first = repeated[0]["values"].as_py()
         raise DataError(
             f"{source}: column {name!r} must be unique. {first!r} occurs more than once."
         )
-    return _as_names(keys)
+    return _escape_keys(keys)
 
 
-def _as_names(keys: pa.Array) -> pa.Array:
+def _escape_keys(keys: pa.Array) -> pa.Array:
     """Return the keys with escapes (``portable_name``) that make them safe for terminals."""
-    odd = pc.match_substring_regex(keys, r"[^ -~]|\\x")
-    if not pc.any(odd).as_py():
+    # other characters than printable ASCII, or the beginning of an escape
+    needs_escape = pc.match_substring_regex(keys, r"[^ -~]|\\x")
+    if not pc.any(needs_escape).as_py():
         return keys
     return pa.array([portable_name(key) for key in keys.to_pylist()], keys.type)
 
 
-IMAGE: Final = "image"
-BATCH_ROWS: Final = 32  # rows in memory at a time
-# options of ParquetFile with which a column of a row group is not read as a whole
+IMAGE: Final = "image"  # column of encoded images
+BATCH_ROWS: Final = 32  # number of images in memory at a time
+# Options of ParquetFile. Without them, it would read a column of a whole row group at once.
 STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
-    """Whether a column ``image`` has bytes, or structs of bytes and path (Hugging Face)."""
+    """Whether there is a column ``image`` of bytes, or of structs with bytes (Hugging Face)."""
     if IMAGE not in schema.names:
         return False
     kind = schema.field(IMAGE).type
@@ -323,7 +330,7 @@ def is_image_column(schema: pa.Schema) -> bool:
 
 
 class _RowsOfTable:
-    """The rows of a table. Subclasses add the reading of the images."""
+    """The base of data sets whose rows are listed in a table. Subclasses read the images."""
 
     def __init__(self, source: Path, listing: TableRows) -> None:
         self.source = str(source)
@@ -341,16 +348,18 @@ class _RowsOfTable:
         return len(self._labels)
 
     def _records(
-        self, start: int, n: int, readers: Iterable[Callable[[], bytes]]
+        self, start: int, n_rows: int, readers: Iterable[Callable[[], bytes]]
     ) -> Iterator[ImageRecord]:
-        """Yield the records of ``n`` rows from ``start`` on; ``readers`` has a reader per row."""
-        rows = slice(start, start + n)
-        captions = caption_readers(self._captions, start, start + n)
-        listed = zip(self._keys[rows], self._labels[rows], readers, captions, strict=True)
-        for key, number, read, caption in listed:
-            label: int | None = int(number)
-            if label == UNKNOWN:
-                label = None
+        """Yield the records of ``n_rows`` rows from ``start`` on.
+
+        ``readers`` has, for each row, the function that reads its image.
+        """
+        stop = start + n_rows
+        keys = self._keys[start:stop]
+        labels = self._labels[start:stop].tolist()
+        captions = caption_readers(self._captions, start, stop)
+        for key, number, read, caption in zip(keys, labels, readers, captions, strict=True):
+            label: int | None = None if number == UNKNOWN else number
             yield ImageRecord(key.as_py(), label, read, caption)
 
 
@@ -358,8 +367,8 @@ class ParquetDataset(_RowsOfTable):
     """Images stored in a Parquet file.
 
     ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
-    images, whatever the size of the file and its row groups. (A page has up to about a thousand
-    images.) If a call starts where the last call ended, the reading goes on there. Otherwise, the
+    images, whatever the size of the file and its row groups. A page has up to about a thousand
+    images. If a call starts where the last call ended, the reading goes on there. Otherwise, the
     row group is read from its beginning, and rows before ``start`` are skipped.
     """
 
@@ -390,50 +399,54 @@ class ParquetDataset(_RowsOfTable):
         self._bounds = selection.bounds(source)
         self._rows = listing.rows
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-        # the iterator of the last call of ``records`` (if any), by the position that it is at
+        # at most one entry: the open iterator of the last call of ``records``, by its next position
         self._resume: dict[int, Iterator[pa.Scalar]] = {}
+        # number of the first row of each row group, and the number of rows at the end
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
-        n = len(self._labels[start:stop])
+        n_rows = len(self._labels[start:stop])
         images = self._resume.pop(start, None) or self._images(start)
-        readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n))
-        yield from self._records(start, n, readers)
-        self._resume = {start + n: images}
+        readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n_rows))
+        yield from self._records(start, n_rows, readers)
+        self._resume = {start + n_rows: images}
 
     def __getstate__(self) -> dict[str, object]:
-        """Return the state to be pickled for worker processes: all but the open file."""
+        """Return what is pickled for worker processes: everything except the open file."""
         return {**self.__dict__, "_resume": {}}
 
     def _images(self, first: int) -> Iterator[pa.Scalar]:
         """Yield the image cells of the rows from position ``first`` to the end."""
         rows = self._rows[first:]
+        # for each row group, the range of ``rows`` that are in it
         bounds_of_groups = pairwise(np.searchsorted(rows, self._starts))
         try:
             with pq.ParquetFile(self._path, metadata=self._metadata, **STREAMED) as file:
                 for group, (begin, end) in enumerate(bounds_of_groups):
                     if begin < end:
-                        yield from _cells(file, group, rows[begin:end] - self._starts[group])
+                        rows_in_group = rows[begin:end] - self._starts[group]
+                        yield from _image_cells(file, group, rows_in_group)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self._path} cannot be read on: {error}. Write it again.") from error
 
 
-def _cells(file: pq.ParquetFile, group: int, wanted: NDArray[np.int64]) -> Iterator[pa.Scalar]:
-    """Yield the image cells of a row group at the positions ``wanted`` (ascending)."""
-    first = 0
+def _image_cells(file: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> Iterator[pa.Scalar]:
+    """Yield the image cells at the ascending positions ``rows`` of a row group."""
+    first = 0  # position in the row group of the first row of the batch
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE]):
-        begin, end = np.searchsorted(wanted, [first, first + len(batch)])
-        for position in wanted[begin:end]:
-            yield batch.column(0)[int(position) - first]
-        if end == len(wanted):
+        images = batch.column(IMAGE)
+        begin, end = np.searchsorted(rows, [first, first + len(batch)])
+        for row in rows[begin:end].tolist():
+            yield images[row - first]
+        if end == len(rows):  # the other batches have none of the rows
             return
         first += len(batch)
 
 
 def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
     """Return the bytes in a cell, or the bytes of the file whose path is in the cell."""
-    value = cell.as_py()
+    value = cell.as_py()  # bytes, or a dictionary of bytes and path
     content: bytes | None = value
     path: str | None = None
     if isinstance(value, dict):
@@ -451,11 +464,12 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
     The columns are:
 
-    - ``path`` (or file, filename, image_path, filepath): relative to the folder of the table, or to
-      ``selection.root``. In Parquet alternatively ``image``: encoded bytes, or Hugging Face's
-      struct of bytes and path.
+    - ``path`` (or file, filename, image_path, filepath): paths relative to the folder of the table,
+      or to ``selection.root``.
+    - In Parquet, ``image`` may take its place: encoded bytes, or Hugging Face's struct of bytes and
+      path.
     - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and any
-      other columns, which can be used to select rows.
+      other columns, by which rows can be selected.
     """
     try:
         if source.suffix.lower() in {".csv", ".tsv"}:
@@ -482,9 +496,9 @@ class PathTable(_RowsOfTable):
 
     Paths are relative to the folder of the table and must stay below it. With ``selection.root``,
     paths are relative to this folder and must stay below it. Absolute paths, and paths with ".."
-    (from the folder of the table), are then accepted if they end below ``selection.root``. A row
-    whose file is elsewhere, also through a link, is a read error. Keys are the ``key`` column, or
-    the paths if there is none. The listing needs two system calls per image.
+    (from the folder of the table), are then accepted if they end below ``selection.root``. If the
+    file of a row is elsewhere, also through a link, the row is a read error. Keys are in the column
+    ``key``; without this column, keys are the paths. The listing needs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -494,22 +508,21 @@ class PathTable(_RowsOfTable):
         paths = table[column].cast(pa.large_string()).combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
         self._bounds = selection.bounds(source)
-        hashed = ListingHash()
-        if self.classes is not None:
-            hashed = ListingHash(*self.classes.folders)
-        kinds = np.zeros(len(self), dtype=np.uint8)
+        folders = () if self.classes is None else self.classes.folders
+        listing_hash = ListingHash(*folders)
+        faults = np.zeros(len(self), dtype=np.uint8)
         with track(f"listing {source.name}", len(self), "images") as task:
-            listed = zip(self._keys, self._labels, self._paths, strict=True)
-            for row, (key, label, cell) in enumerate(listed):
+            rows = zip(self._keys, self._labels, self._paths, strict=True)
+            for position, (key, label, cell) in enumerate(rows):
                 path = cell.as_py()
                 status = self._bounds.status(path)
-                hashed.add(key.as_py(), int(label), status)
-                kinds[row] = fault_of(status, partial(self._bounds.resolve, path))
+                listing_hash.add(key.as_py(), int(label), status)
+                faults[position] = fault_of(status, partial(self._bounds.resolve, path))
                 task.advance(1)
-        self.faults = Faults(kinds, self._bounds.folder, self._path, self._rule)
+        self.faults = Faults(faults, self._bounds.folder, self._path, self._rule)
         if self._captions is not None:
-            hashed.add_texts(cell.as_py() for cell in self._captions)
-        self.fingerprint = hashed.hexdigest()
+            listing_hash.add_texts(cell.as_py() for cell in self._captions)
+        self.fingerprint = listing_hash.hexdigest()
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
@@ -520,9 +533,9 @@ class PathTable(_RowsOfTable):
     def _path(self, row: int) -> str:
         return str(self._paths[row].as_py())
 
-    def _rule(self, outside: NDArray[np.int64]) -> str:
+    def _rule(self, out_of_bounds: NDArray[np.int64]) -> str:
         """Return a sentence on where files must be, and a ``--root`` that holds these files."""
-        files = [self._bounds.real(self._path(row)) for row in outside]
+        files = [self._bounds.real(self._path(row)) for row in out_of_bounds]
         common = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
         hint = ""
         is_root = Path(common).parent == Path(common)
@@ -547,7 +560,7 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """Read the columns in use as strings.
+    """Read the columns that are used, as text.
 
     Captions are read as bytes. Labels become numbers if all labels are numbers.
     """
@@ -572,17 +585,19 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
 
 def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return labels as int64 if all are whole numbers or missing, else as text."""
-    filled = _known(column)
-    # float64, because pandas writes whole numbers as 3.0 if some are missing
-    for kind in (pa.int64(), pa.float64()):
+    labels = _null_if_unknown(column)
+    # float64, too, because pandas writes a whole number as 3.0 if labels are missing
+    for number_type in (pa.int64(), pa.float64()):
         try:
-            return filled.cast(kind).cast(pa.int64())
+            return labels.cast(number_type).cast(pa.int64())
         except pa.ArrowInvalid:
             continue
-    return filled
+    return labels
 
 
-def _known(column: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - the same kind of array
+def _null_if_unknown(
+    column: pa.Array | pa.ChunkedArray,
+) -> Any:  # noqa: ANN401 - the same kind of array
     """Return labels without outer blanks; null if the label is empty or ``NO_NAME``."""
     text = pc.utf8_trim_whitespace(column)
     is_unknown = pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type))

@@ -32,8 +32,9 @@ from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decod
 from vilu.datasets.tar_members import Member, members
 from vilu.errors import OUTSIDE, DataError, UsageError
 
-IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
-CAPTION: Final = "txt"
+IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)  # their extensions
+CAPTION: Final = "txt"  # extension of captions
+# messages of the errors in the order of members
 FAULTS: Final = {
     "interleaved": "members of other samples are between its members. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
@@ -42,11 +43,11 @@ FAULTS: Final = {
 
 @dataclass(slots=True)
 class Sample:
-    """The members with one key, by extension; ``fault`` is an error in their order, if any."""
+    """The members of a shard that have one key: an image with its caption or label."""
 
     key: str
-    members: dict[str, Member] = field(default_factory=dict)
-    fault: Literal["interleaved", "duplicate"] | None = None
+    members: dict[str, Member] = field(default_factory=dict)  # members by extension
+    fault: Literal["interleaved", "duplicate"] | None = None  # error in their order, if any
 
     def image(self) -> Member:
         """Return the member that holds the image; BadImage where the sample has no usable image."""
@@ -60,9 +61,7 @@ class Sample:
         if self.fault is not None:
             raise BadImage("open", self.fault, FAULTS[self.fault])
         extension = next((name for name in self.members if name in IMAGES), None)
-        image = None
-        if extension is not None:
-            image = self.companion(extension)
+        image = None if extension is None else self.companion(extension)
         if image is None:
             raise BadImage(
                 "open",
@@ -92,7 +91,7 @@ class Sample:
         return member
 
     def companion(self, extension: str) -> Member | None:
-        """Return the member with an extension, or None; BadImage where it is not a plain file."""
+        """Return the member with an extension; None without it, BadImage if it is no plain file."""
         member = self.members.get(extension)
         if member is not None and not member.is_file:
             raise BadImage(
@@ -109,7 +108,7 @@ class Sample:
         return not IMAGES.isdisjoint(self.members)
 
     def listed(self) -> str:
-        """Return the first extensions, for messages."""
+        """Return the first extensions of the members, for messages."""
         shown = [f".{name[:20]}" for name in list(self.members)[:5]]
         if len(self.members) > 5:
             shown.append("...")
@@ -117,14 +116,16 @@ class Sample:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and lower-case extension of a member, split by webdataset's rule.
+    """Return key and lower-case extension of a member, split at the first dot of the base name.
 
     None where the member has no extension, or no name before the extension (hidden files).
 
     Examples:
         >>> from vilu.datasets.tar import split_name
-        >>> split_name("a.b/c.d.JPG")
-        ('a.b/c', 'd.jpg')
+        >>> split_name("images/001.JPG")
+        ('images/001', 'jpg')
+        >>> split_name("v1.0/001.left.jpg")  # a dot in the folder does not count
+        ('v1.0/001', 'left.jpg')
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
@@ -136,14 +137,14 @@ def split_name(name: str) -> tuple[str, str] | None:
 def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | None]:
     """Return the samples of a shard, and the error that ended the reading early (or None).
 
-    ``companion`` is the extension (caption or label) without which a sample is incomplete.
+    ``companion`` is the extension of captions or labels, without which a sample is incomplete.
     """
     by_key: dict[str, Sample] = {}
     error_of_shard = None
     try:
         size = _size(path)
         with path.open("rb") as file:
-            _group(members(file, size), by_key)
+            _group_by_key(members(file, size), by_key)
     except BadImage as error:
         error_of_shard = error
     except OSError as error:
@@ -151,8 +152,8 @@ def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | N
     samples = list(by_key.values())
     if error_of_shard is None or not samples:
         return samples, error_of_shard
-    # the last sample may lack members that were behind the damage: then the error of the shard
-    # covers this sample, and it gets no record of its own
+    # The last sample may lack members that were behind the damage. In this case, the error of the
+    # shard counts for this sample, which gets no record of its own.
     last = samples[-1]
     is_cut = last.fault is None and not last.is_whole(companion)
     if is_cut:
@@ -168,17 +169,17 @@ def _size(path: Path) -> int:
     return status.st_size
 
 
-def _group(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
+def _group_by_key(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
     """Add the members of a shard to the samples of their keys, and mark errors in their order."""
-    last = None
+    last = None  # sample of the member before
     for member in shard:
-        parts = split_name(member.name)
-        if parts is None:
+        key_and_extension = split_name(member.name)
+        if key_and_extension is None:
             if stays_below(member.name):
                 continue  # the member belongs to no sample
             # a name that leads out of the folder is always reported, as a sample with a bad image
-            parts = (member.name, "")
-        key, extension = parts
+            key_and_extension = (member.name, "")
+        key, extension = key_and_extension
         sample = samples.setdefault(key, Sample(key))
         is_new = not sample.members
         if not is_new and sample is not last:
@@ -189,21 +190,21 @@ def _group(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
         last = sample
 
 
-LABEL: Final = "cls"
+LABEL: Final = "cls"  # extension of labels
 MAX_LABEL_BYTES: Final = 32
 
 
 class TarShards:
-    """Images in tar files in webdataset's layout, with captions or with labels.
+    """Images in tar files in webdataset's layout, with labels or with captions.
 
-    The images have labels where a classes file is given, and captions otherwise.
+    If there is a classes file, the images have labels. Otherwise they have captions.
 
-    A sample is all members whose names are equal up to the first dot of the base name. The image
-    of a sample is the first member with the extension of an image. The caption is ``.txt``. The
-    label is ``.cls``, a whole number; without this member the label is unknown. Other members are
-    ignored. The key of a record is ``shard#key``; the key of an error of a whole shard is
-    ``shard``. No tar file is opened before ``records`` is called, and none is unpacked. Memory
-    holds the member list of one shard at a time.
+    A sample consists of all members whose names are equal up to the first dot of the base name. The
+    image of a sample is the first member with the extension of an image. The caption is in the
+    member ``.txt``. The label is a whole number in the member ``.cls``. Without this member, the
+    label is unknown. Other members are ignored. The key of a record is ``shard#key``; the key of an
+    error of a whole shard is ``shard``. No tar file is opened before ``records`` is called, and no
+    tar file is unpacked. Memory holds the member list of one shard at a time.
 
     Every sample is a record. A record that cannot be used raises ``BadImage`` on reading. Its kind
     is one of these, or a kind of ``decode_caption`` or ``decode_image``:
@@ -220,9 +221,9 @@ class TarShards:
     this record and has no record of its own.
 
     The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
-    of classes, or labels beyond the classes. Images with these labels, and images with label -2,
-    belong to none of the classes. ``strays`` are the labels beyond the classes. Whether they occur
-    is not checked, since that would need a read of all tar files.
+    of classes, or labels that are no class. Images with these labels, and images with label -2,
+    belong to none of the classes. ``strays`` are the labels in ``outside`` that are no class. It is
+    not checked that they occur, because this would take a read of all tar files.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -268,8 +269,8 @@ class TarShards:
         companion = CAPTION if self.captioned else LABEL
         for number in range(len(self))[start:stop]:
             samples, error_of_shard = list_samples(self._paths[number], companion)
-            # every shard has a fixed range of positions, so that samples lost from a damaged shard
-            # do not change the positions in later shards
+            # Every shard has a fixed range of positions. So if a damaged shard loses samples, the
+            # positions in later shards stay the same.
             first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
@@ -305,7 +306,7 @@ class TarShards:
         return ImageRecord(key, label, read, caption, position)
 
     def _label(self, path: Path, member: Member | None) -> int | None:
-        """Return the label in a member; None without a member, -2 for an image of no class."""
+        """Return the label in a member; None without a member, -2 for none of the classes."""
         if member is None:
             return None
         try:
@@ -314,6 +315,7 @@ class TarShards:
             raise BadImage(
                 "text", "read_error", f"cannot read the label: {error.strerror}"
             ) from error
+        # decoding as Latin-1 accepts any bytes
         if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
             return OUTSIDE
         is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES
@@ -329,7 +331,7 @@ class TarShards:
 def _shard_names(paths: Sequence[Path]) -> list[str]:
     """Return the paths of the shards relative to their common folder, with "#" as "%23".
 
-    "#" separates the name of the shard from the rest of a key.
+    In a key, "#" separates the name of the shard from the rest.
     """
     common = os.path.commonpath({path.parent for path in paths})
     names = []
@@ -351,7 +353,7 @@ def _read_at(path: Path, start: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
-    # without this check, an image cut short now would be reported as a damaged image
+    # without this check, the image of a shard that has become shorter would count as damaged
     if len(data) < size:
         raise OSError(errno.EIO, "the shard became shorter while it was in use")
     return data
@@ -362,13 +364,13 @@ def _read_caption(path: Path, member: Member) -> str:
 
 
 def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
-    """Return a record that raises a copy of the error when it is read."""
-    refuse = partial(_refuse, error.stage, error.kind, str(error))
-    caption = refuse if captioned else None
-    return ImageRecord(key, None, refuse, caption, position)
+    """Return a record without a label. It raises a copy of the error when it is read."""
+    raise_error = partial(_raise_bad_image, error.stage, error.kind, str(error))
+    caption = raise_error if captioned else None
+    return ImageRecord(key, None, raise_error, caption, position)
 
 
-def _refuse(stage: Stage, kind: Kind, message: str) -> NoReturn:
+def _raise_bad_image(stage: Stage, kind: Kind, message: str) -> NoReturn:
     raise BadImage(stage, kind, message)
 
 
@@ -394,12 +396,12 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
     Raises:
         UsageError: If the source is a URL, a pattern of files that do not exist, or a folder that
-            also holds images or sub-folders.
+            holds tar files and also images or sub-folders.
         DataError: If the tar files are compressed.
     """
     text = os.fspath(source)
     path = Path(source)
-    # not Path.exists, which raises where a pattern is longer than a file name may be
+    # not Path.exists, which raises an error if a pattern is too long for a file name
     exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
         return _in_folder(path)
@@ -414,7 +416,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
 
 def _require_shards(paths: Sequence[Path], pattern: str) -> None:
-    """Raise UsageError where a path of a pattern does not exist or has not the suffix of a tar."""
+    """Raise UsageError where a path of a pattern does not exist, or does not end in ".tar"."""
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UsageError(
@@ -429,20 +431,22 @@ def _require_shards(paths: Sequence[Path], pattern: str) -> None:
 def expand_braces(pattern: str) -> list[str]:
     """Return all names that a pattern stands for.
 
-    ``{a,b}`` is a list of alternatives. ``{00..10}`` is a range of numbers, padded with zeros to
-    the width written. Braces cannot be nested.
+    ``{a,b}`` is a list of alternatives. ``{08..10}`` is a range of numbers, which have as many
+    digits as the numbers in the braces. Braces cannot be nested.
 
     Examples:
         >>> from vilu.datasets.tar import expand_braces
-        >>> expand_braces("{a,b}-{08..10}.tar")
-        ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
+        >>> expand_braces("{08..10}.tar")
+        ['08.tar', '09.tar', '10.tar']
+        >>> expand_braces("{train,test}-{1,2}.tar")
+        ['train-1.tar', 'train-2.tar', 'test-1.tar', 'test-2.tar']
     """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     if re.search(r"[{}]", "".join(pieces)):
         raise UsageError(f"{pattern}: braces must match and cannot be nested.")
     choices = []
     for number, piece in enumerate(pieces):
-        is_in_braces = number % 2 == 1  # ``split`` alternates: outside, inside, outside, ...
+        is_in_braces = number % 2 == 1  # ``re.split`` returns: outside, inside, outside, ...
         choices.append(_alternatives(piece, pattern) if is_in_braces else [piece])
     if prod(map(len, choices)) > MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
@@ -458,39 +462,42 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
         raise UsageError(
             f"{pattern}: braces hold a list {{a,b}} or two numbers {{00..10}}. Found {{{inside}}}."
         )
-    ends = match.groups()
-    first = int(ends[0])
-    last = int(ends[1])
+    first_text, last_text = match.groups()
+    first = int(first_text)
+    last = int(last_text)
     if abs(last - first) >= MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    width = 0
-    for end in ends:
-        has_leading_zero = end != "0" and end.startswith("0")
-        if has_leading_zero:
-            width = max(map(len, ends))
+    n_digits = 0
+    if _has_leading_zero(first_text) or _has_leading_zero(last_text):
+        n_digits = max(len(first_text), len(last_text))
     step = 1 if last >= first else -1
-    return [str(number).zfill(width) for number in range(first, last + step, step)]
+    return [str(number).zfill(n_digits) for number in range(first, last + step, step)]
+
+
+def _has_leading_zero(digits: str) -> bool:
+    return digits.startswith("0") and digits != "0"
 
 
 def _in_folder(folder: Path) -> list[Path] | None:
-    """Return the tar files of a folder; None where it has none, but may hold images.
+    """Return the tar files of a folder; None where it has no uncompressed tar files.
 
-    UsageError where the folder has tar files and also images or sub-folders.
+    UsageError where it has tar files and also images or sub-folders. DataError where it has
+    compressed tar files, but no images or sub-folders.
     """
     names = _visible_files(folder)
     shards = sorted(_ending_in(SUFFIX, names), key=os.fsencode)
     compressed = _ending_in(COMPRESSED_SUFFIXES, names)
     if not shards and not compressed:
         return None
-    readable = _ending_in(SUFFIXES, names) or subfolders(folder)
-    if shards and readable:
+    images_or_folders = _ending_in(SUFFIXES, names) or subfolders(folder)
+    if shards and images_or_folders:
         raise UsageError(
-            f"{folder} holds tar files and {readable[0]!r}, so what to read is unclear. "
+            f"{folder} holds tar files and {images_or_folders[0]!r}, so what to read is unclear. "
             f"Move the tar files out, or name them: '{folder}/{{{shards[0]},...}}'."
         )
     if shards:
         return [folder / name for name in shards]
-    if not readable:
+    if not images_or_folders:
         _refuse_compressed(str(folder / compressed[0]))
     return None
 

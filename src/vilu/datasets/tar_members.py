@@ -14,8 +14,8 @@ from typing import BinaryIO, Final
 from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
-BLOCK: Final = tarfile.BLOCKSIZE
-# larger extension headers are refused; a normal one holds a name and a few times of modification
+BLOCK: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this size
+# Larger extension headers are refused. A normal one holds only a name and a few times.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
@@ -23,8 +23,9 @@ FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
 """Types without data: links, devices, folders. The size in their header does not count.
 
-A header of an unknown type is followed by as many bytes of data as it states.
+A member of an unknown type has as many bytes of data as its header states.
 """
+# types of extension headers, which describe the members after them
 PAX: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 EXTENSIONS: Final = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 
@@ -37,13 +38,13 @@ COMPRESSED: Final = {
 }
 """First bytes of compressed files, and the program that uncompresses them.
 
-Such files are often named like a tar file.
+Such a file is often named like a tar file.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of a tar file whose bytes are all in the file."""
+    """A member of a tar file. All of its bytes are in the file."""
 
     name: str  # name of the member as UTF-8 text (``portable_name``)
     start: int  # position in the tar file of the first byte of data
@@ -55,25 +56,25 @@ def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterat
     """Yield the members of a tar file of ``size`` bytes in order, without folders.
 
     Raises:
-        BadImage: After the last whole member. Kind "truncated_shard": the file ends too early.
-            A file without an end mark counts as truncated, because only the end mark shows that
-            no member is missing. Kind "bad_shard": any other damage.
+        BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
+            early. A file without an end mark counts as truncated, because only the end mark shows
+            that no member is missing. Kind "bad_shard" means any other damage.
     """
     position = 0
-    count = 0
-    extended: dict[bytes, bytes] = {}
+    n_members = 0
+    extended: dict[bytes, bytes] = {}  # what extension headers state about the next member
     while True:
         header = _read_header(file, position)
         if header is None:
             return
-        begin = position
-        position = _start_of_data(file, header, begin)
+        header_start = position
+        position = _start_of_data(file, header, header_start)
         if header.type in EXTENSIONS:
             body = _read_body(file, position, header.size, size)
-            _extend(extended, header.type, body, begin)
-            position += _padded(header.size)
+            _extend(extended, header.type, body, header_start)
+            position += _whole_blocks(header.size)
             continue
-        member = _member(header, extended, position, begin)
+        member = _member(header, extended, position, header_start)
         extended = {}  # an extension header is valid for the next member only
         # a link may state the size of its target, but no data follow its header
         length = 0 if header.type in NO_DATA else member.size
@@ -81,11 +82,11 @@ def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterat
             raise BadImage(
                 "open", "truncated_shard", f"the shard ends inside {member.name!r}; {_AGAIN}"
             )
-        position += _padded(length)
+        position += _whole_blocks(length)
         if header.isdir():
             continue
-        count += 1
-        if count > max_members:
+        n_members += 1
+        if n_members > max_members:
             raise BadImage(
                 "open", "bad_shard", f"more than {max_members} members. Write smaller shards"
             )
@@ -102,9 +103,9 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     is_first = position == 0
     if is_first:
         _refuse_compressed(block)
-    is_end_mark = block == bytes(BLOCK)
+    is_end_mark = block == bytes(BLOCK)  # a block of zeros
     if is_end_mark:
-        # members behind the end mark (as after `cat a.tar b.tar`) are ignored by most readers
+        # Most readers ignore members behind the end mark, as `cat a.tar b.tar` writes them.
         if any(file.read(MAX_HEADER_BYTES)):
             raise BadImage(
                 "open",
@@ -112,8 +113,8 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
                 "more bytes follow the end mark. Join shards with `tar -A`, not `cat`",
             )
         return None
-    # an empty file is a truncated shard, but a file shorter than a block is no tar file at all,
-    # which _parse_header reports
+    # An empty file is a truncated shard. Any other file that is shorter than a block is no tar
+    # file, and _parse_header reports it.
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK and may_be_truncated:
         raise BadImage(
@@ -134,52 +135,53 @@ def _refuse_compressed(block: bytes) -> None:
 
 
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    where = "this is no tar file"
+    """Return the header in a block at a position; BadImage where it is none."""
+    fault = "this is no tar file"
     if position > 0:
-        where = f"the header at byte {position} is damaged, and what follows it is lost"
+        fault = f"the header at byte {position} is damaged, and what follows it is lost"
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise BadImage("open", "bad_shard", f"{where}: {error}. Write it again") from error
+        raise BadImage("open", "bad_shard", f"{fault}: {error}. Write it again") from error
     if header.size < 0:
-        raise BadImage("open", "bad_shard", f"{where}: a size of {header.size}. Write it again")
+        raise BadImage("open", "bad_shard", f"{fault}: a size of {header.size}. Write it again")
     return header
 
 
-def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
+def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -> int:
     """Return the position of a member's first byte of data.
 
-    The data begin behind the header and, in an old GNU sparse file, behind the blocks of its map.
+    The data begin behind the header. In an old GNU sparse file, blocks of a map are in between.
     """
-    position = begin + BLOCK
+    position = header_start + BLOCK
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
     # the size in the header does not include the blocks of the sparse map, so they are skipped here
-    flag = SPARSE_FLAG
-    while _flag_of_block(file, position - BLOCK, flag):
+    flag_index = SPARSE_FLAG
+    while _has_flag(file, position - BLOCK, flag_index):
         position += BLOCK
-        flag = SPARSE_MAP_FLAG
+        flag_index = SPARSE_MAP_FLAG
     return position
 
 
 SPARSE_FLAG: Final = 482
-"""Index in a header of the byte that says whether a block of the sparse map follows."""
+"""Index in a header of the byte that is not 0 if a block of the sparse map follows."""
 SPARSE_MAP_FLAG: Final = 504
 """Index of the same byte in a block of the sparse map."""
 
 
-def _flag_of_block(file: BinaryIO, position: int, flag: int) -> bool:
-    """Whether the byte at index ``flag`` of the block at ``position`` is not zero."""
+def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
+    """Whether the byte at ``flag_index`` in the block at ``position`` is not 0."""
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
         raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
-    return block[flag] != 0
+    return block[flag_index] != 0
 
 
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
     """Return the ``length`` bytes of an extension header in a file of ``size`` bytes."""
-    if length > MAX_HEADER_BYTES:  # damaged headers can state many GB, which would fill the memory
+    if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, which would fill the memory
         raise BadImage(
             "open",
             "bad_shard",
@@ -192,13 +194,17 @@ def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
 
 
 def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: int) -> None:
-    """Add to ``extended`` what an extension header states about the next member."""
+    """Add to ``extended`` what an extension header states about the next member.
+
+    ``kind`` is the type of the header, ``body`` its data, and ``position`` its position.
+    """
     if kind == tarfile.GNUTYPE_LONGNAME:
-        extended[b"path"] = body.partition(b"\0")[0]
+        name, _, _ = body.partition(b"\0")
+        extended[b"path"] = name
     elif kind in PAX:
         extended |= _pax_fields(body, position)
     elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
-        # a size for all members would give a wrong position for each header after the first
+        # with one size for all members, the positions of all later headers would be wrong
         raise BadImage(
             "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
         )
@@ -220,12 +226,13 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
         if length is None:
             raise _damaged_header(position)
         end = begin + int(length[1])
-        # a damaged file may state any length: the record must end behind its own digits, so that
-        # the loop ends, and within the header
-        is_inside = length.end() < end <= len(body)
+        # A damaged file may state any length. The record must end behind its own digits, or this
+        # loop would not end, and it must end within the header.
+        text_start = length.end()
+        is_inside = text_start < end <= len(body)
         if not is_inside or body[end - 1] != ord("\n"):
             raise _damaged_header(position)
-        key, _, value = body[length.end() : end - 1].partition(b"=")
+        key, _, value = body[text_start : end - 1].partition(b"=")
         if key in {b"path", b"size"} or key.startswith(b"GNU.sparse."):
             fields[key] = value
         begin = end
@@ -241,14 +248,19 @@ def _damaged_header(position: int) -> BadImage:
 def _member(
     header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int
 ) -> Member:
-    """Return the member of a header, with name and size from extension headers where they exist."""
+    """Return the member of a header, with name and size from extension headers where they exist.
+
+    ``start`` is the position of its data, and ``position`` that of its header.
+    """
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
-    raw = extended.get(b"GNU.sparse.name", extended.get(b"path"))
-    name = header.name if raw is None else raw.decode("utf-8", "surrogateescape")
-    length = extended.get(b"size", b"%d" % header.size)
-    if not re.fullmatch(rb"[0-9]{1,19}", length):
+    extended_name = extended.get(b"GNU.sparse.name", extended.get(b"path"))
+    name = header.name
+    if extended_name is not None:
+        name = extended_name.decode("utf-8", "surrogateescape")
+    digits = extended.get(b"size", str(header.size).encode())
+    if not re.fullmatch(rb"[0-9]{1,19}", digits):
         raise BadImage(
-            "open", "bad_shard", f"the header at byte {position} gives a size of {length[:30]!r}"
+            "open", "bad_shard", f"the header at byte {position} gives a size of {digits[:30]!r}"
         )
     if len(name) > MAX_NAME_BYTES:
         raise BadImage(
@@ -257,9 +269,10 @@ def _member(
             f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read",
         )
     is_file = header.type in FILES and not is_sparse
-    return Member(portable_name(name), start, int(length), is_file)
+    return Member(portable_name(name), start, int(digits), is_file)
 
 
-def _padded(length: int) -> int:
+def _whole_blocks(length: int) -> int:
     """Return a number of bytes, rounded up to whole blocks."""
-    return -(-length // BLOCK) * BLOCK
+    n_blocks = (length + BLOCK - 1) // BLOCK
+    return n_blocks * BLOCK

@@ -1,1 +1,1 @@
-"""Embeddings on disk: a folder that records its inputs, can be resumed and is memory-mapped."""
+"""Embeddings on disk: folders that record their inputs, and are resumed and memory-mapped."""

@@ -1,6 +1,6 @@
 """Read arrays of an ``.npz`` file or a folder of ``.npy`` files, in blocks of rows.
 
-The files are not trusted: everything is checked before it is used.
+The files are not trusted, so everything in them is checked before it is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNREADABLE_NPZ = (
     EOFError,
     RuntimeError,
 )
-"""Exceptions of reading a damaged zip file or its arrays (RuntimeError: it is encrypted)."""
+"""Exceptions of reading a damaged zip file or its arrays. RuntimeError means encryption."""
 
 READ_BYTES = 2**24  # bytes read at a time
 
@@ -39,24 +39,25 @@ SMALL_BYTES = 2**28
 MAX_PACKED = 100
 """Limits against zip bombs: an array may have ``SMALL_BYTES``, whatever its compressed size.
 
-A larger array may have at most ``MAX_PACKED`` times its compressed size. Compression makes
-embeddings hardly smaller.
+A larger array may have at most ``MAX_PACKED`` times its compressed size. Embeddings stay below this
+limit, since compression makes them hardly smaller.
 """
 
-# range of codes that are no characters
+# first and last of the Unicode codes that stand for no character
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
 MAX_TEXT = 2**16  # maximum number of characters of a name
+TEXT_KINDS = "iuUS"  # NumPy's kinds of whole numbers (i, u), texts (U) and bytes (S)
 
 
 class StoredArray:
-    """An array in a file. Opening reads the header; rows are read when they are asked for.
+    """An array in a file. Opening reads only the header. Rows are read when they are needed.
 
     Args:
-        where: File or member, for messages.
+        where: Name of the file, or of the member of a zip file, for messages.
         handle: The open file, at the beginning of the array.
-        n_bytes: Size of the file.
-        read_bytes: Bytes read at a time.
+        n_bytes: Size of the file, or of the uncompressed member.
+        read_bytes: Number of bytes read at a time.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class StoredArray:
 
     def _require_content(self, n_there: int) -> None:
         """Raise DataError if the header states another size than the ``n_there`` bytes after it."""
-        is_shape = min(self.shape, default=0) >= 0
-        is_type = self.dtype.itemsize > 0
-        if is_shape and is_type and self.n_bytes == n_there:
+        has_valid_shape = min(self.shape, default=0) >= 0
+        has_valid_type = self.dtype.itemsize > 0
+        if has_valid_shape and has_valid_type and self.n_bytes == n_there:
             return
         raise DataError(
             f"{self.where} is damaged: its header says {self.dtype} of shape {self.shape}, and "
@@ -99,6 +100,11 @@ class StoredArray:
         """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def _row_bytes(self) -> int:
+        """Size of a row in bytes."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
     def require_rows(self) -> None:
         """Raise DataError where the rows are not stored one after the other (C order)."""
         if self._by_columns and len(self.shape) > 1:
@@ -109,15 +115,16 @@ class StoredArray:
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return the rows start ... stop - 1 of an array in C order."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        content = self._bytes(start * row_bytes, (stop - start) * row_bytes)
-        return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
+        n_rows = stop - start
+        content = self._bytes(start * self._row_bytes, n_rows * self._row_bytes)
+        return np.frombuffer(content, self.dtype).reshape(n_rows, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
         """Yield all rows of an array in C order, in blocks of about ``read_bytes``."""
-        size = max(self.read_bytes * len(self) // max(self.n_bytes, 1), 1)
-        for start in range(0, len(self), size):
-            yield self.read(start, min(start + size, len(self)))
+        row_bytes = max(self._row_bytes, 1)
+        block_rows = max(self.read_bytes // row_bytes, 1)
+        for start in range(0, len(self), block_rows):
+            yield self.read(start, min(start + block_rows, len(self)))
 
     def whole(self) -> NDArray[Any]:
         """Read and return the whole array, in C or Fortran order."""
@@ -125,7 +132,10 @@ class StoredArray:
         return flat.reshape(self.shape, order="F" if self._by_columns else "C")
 
     def hash(self, advance: Callable[[int], object]) -> str:
-        """Return a hash of type, shape and content; ``advance`` is called with the bytes read."""
+        """Return a hash of type, shape and content.
+
+        ``advance`` is called with the number of bytes of each block that was read.
+        """
         header = repr((self.dtype.str, self.shape, self._by_columns)).encode()
         content = blake2b(header, digest_size=16)
         for start in range(0, self.n_bytes, self.read_bytes):
@@ -133,7 +143,7 @@ class StoredArray:
             content.update(block)
             advance(len(block))
         with or_unreadable(self.where):
-            # reading to the end of a member of a zip file also verifies the checksum
+            # reading a member of a zip file to its end also verifies its checksum
             if self._handle.read(1):
                 raise DataError(
                     f"{self.where} has more bytes than its header says. Write it again."
@@ -143,7 +153,8 @@ class StoredArray:
     def _bytes(self, start: int, count: int) -> bytearray:
         """Return ``count`` bytes of the content from ``start`` on.
 
-        Memory is allocated while reading, not for the size in the header, which may be wrong.
+        Memory is allocated as bytes are read. The header may state a wrong size, so no memory is
+        allocated for it in advance.
         """
         content = bytearray()
         with or_unreadable(self.where):
@@ -170,18 +181,18 @@ HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
 
 
 def or_unreadable(where: str) -> AbstractContextManager[None]:
-    """Turn the exceptions of a damaged file in the block into a ``DataError`` with its name."""
+    """Turn exceptions of a damaged file in the block into a ``DataError`` that names the file."""
     return or_damaged(
         where, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
     )
 
 
 class Arrays(ExitStack):
-    """The arrays of a file or a folder, by name. A context manager that closes the open files.
+    """The arrays of a file or a folder, by name. The end of its ``with`` block closes all files.
 
     Args:
         path: The file or folder.
-        read_bytes: Bytes read at a time.
+        read_bytes: Number of bytes read at a time.
     """
 
     def __init__(self, path: Path, *, read_bytes: int = READ_BYTES) -> None:
@@ -203,7 +214,7 @@ class Arrays(ExitStack):
         return list(self._members)
 
     def open(self, name: str) -> StoredArray:
-        """Open an array: its header is read and checked."""
+        """Open an array, and read and check its header."""
         member = self._members[name]
         if isinstance(member, Path):
             return self._open_file(member, str(self.path / f"{name}.npy"))
@@ -216,6 +227,7 @@ class Arrays(ExitStack):
 
     def _open_member(self, member: zipfile.ZipInfo, where: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
+        # ``_zip`` is never None here; the type checker cannot know this
         if self._zip is None or is_encrypted:
             raise DataError(f"{where} is encrypted. Write it again without a password.")
         with or_unreadable(where):
@@ -227,8 +239,8 @@ class Arrays(ExitStack):
         member = self._members[name]
         if isinstance(member, Path):
             return
-        most = max(SMALL_BYTES, MAX_PACKED * member.compress_size)
-        if member.file_size > most:
+        max_bytes = max(SMALL_BYTES, MAX_PACKED * member.compress_size)
+        if member.file_size > max_bytes:
             raise DataError(
                 f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes stand for "
                 f"{member.file_size:,}. Embeddings never compress so well, so it is not read."
@@ -275,7 +287,7 @@ def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
 
 def texts_of(values: NDArray[Any], where: str) -> list[str]:
     """Return an array of texts, UTF-8 bytes or whole numbers as a list of texts."""
-    if values.dtype.kind not in "iuUS":
+    if values.dtype.kind not in TEXT_KINDS:
         raise DataError(
             f"{where} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} "
             "instead."
@@ -290,13 +302,16 @@ def texts_of(values: NDArray[Any], where: str) -> list[str]:
 
 
 def _require_characters(values: NDArray[Any], where: str) -> None:
-    """Raise DataError where an array of texts holds codes that are not characters.
+    """Raise DataError where an array of texts holds codes that stand for no character.
 
-    NumPy accepts any code, but Python's strings do not.
+    NumPy accepts any code. UTF-8 cannot encode a surrogate, and no string can hold a larger code
+    than ``sys.maxunicode``.
     """
+    # NumPy stores every character as a code of 32 bits
     code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)
     codes = np.frombuffer(values.tobytes(), code_type)
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)
-    wrong = codes[(codes > sys.maxunicode) | is_surrogate]
+    is_too_large = codes > sys.maxunicode
+    wrong = codes[is_surrogate | is_too_large]
     if len(wrong):
         raise DataError(f"{where} must hold text: {wrong[0]:#x} is no character. Write it again.")

@@ -42,7 +42,10 @@ PART_SHARDS = 10  # default number of shards per part
 OVERHEAD = 1.05  # size of a store, with metadata and receipts, relative to its vectors
 
 PATIENCE = 600.0
-"""Seconds that a driver waits for the lock; its holder may be embedding the texts of classes."""
+"""Seconds for which a driver waits for the lock.
+
+The wait is long, because the driver that holds the lock may be embedding the texts of the classes.
+"""
 
 SHARED_OVERWRITE = (
     "processes that share a store cannot replace it: each would undo the others' work. Remove it."
@@ -64,14 +67,15 @@ class ExtraColumns:
         views: Number of augmented views of each image to embed, as the column ``views``.
         seed: Seed of the views.
         prompts: Templates in which to embed every class, as the column ``prompts``.
-        negatives: Words for what images of none of the classes may show (``everyday_words`` is a
-            list of such words). They are embedded in the templates of the classes, as the column
-            ``negatives``.
+        negatives: Words for what an image may show if it belongs to none of the classes
+            (``everyday_words`` is a list of such words). They are embedded in the templates of the
+            classes, as the column ``negatives``.
 
     Examples:
         >>> import vilu
-        >>> vilu.ExtraColumns(negatives=["a cloud", "a street"]).views
-        0
+        >>> columns = vilu.ExtraColumns(views=4)  # four random crops of every image
+        >>> columns.views, columns.features
+        (4, False)
     """
 
     features: bool = False
@@ -113,8 +117,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     embedding of every caption is then stored together with the embedding of its image.
 
     The process can be killed at any moment. Finished parts stay, and after the next run the store
-    has the same bytes as after a run without interruption. With V views, memory is bounded by
-    (V + 1) ``batch_size`` images and the (V + 1) embeddings of each image of a part. Progress is
+    has the same bytes as after a run without interruption. With V views, memory holds at most
+    (V + 1) ``batch_size`` images, and the V + 1 embeddings of every image of a part. Progress is
     shown through ``vilu.progress``.
 
     Args:
@@ -137,14 +141,14 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
             to its end. The number of lost images is then unknown. If False, a bad shard is a
             DataError at the end; all finished parts stay.
-        on_error: "skip" counts bad images as errors and goes on, "raise" stops at the first.
+        on_error: "skip" counts bad images and goes on. "raise" stops at the first bad image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
-        executor: Does the parts in other processes; by default this process does them.
+        executor: Object that does the parts in other processes. By default, this process does them.
         shared: Whether other processes, here or on other machines, call this function with the same
             arguments at the same time. Each process does the parts of its ``executor``, and the
             process that ends last seals the store. If False, this process locks the store until
-            the end, and attempts of dead processes are not counted.
+            the end, and earlier failed attempts at parts are forgotten.
 
     Returns:
         The store; None if it is shared and other processes have not finished their parts.
@@ -160,28 +164,28 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         >>> import numpy as np, pathlib, tempfile, torch, vilu
         >>> from PIL import Image
         >>> from vilu.backbones.base import DualEncoder
-        >>> model = DualEncoder(  # a model of your own: it compares the mean colour with words
+        >>> def to_pixels(image):
+        ...     pixels = np.array(image.convert("RGB")) / 255  # (H, W, 3)
+        ...     return torch.tensor(pixels).permute(2, 0, 1).float()
+        >>> def encode_texts(texts):  # "a photo of a red." becomes (1, 0, 0)
+        ...     colours = ("red", "green", "blue")
+        ...     return torch.tensor([[float(word in text) for word in colours] for text in texts])
+        >>> model = DualEncoder(  # compares the mean colour of an image with the words of a text
         ...     vilu.EmbeddingSpace(3, logit_scale=10.0, backbone="colours"),
         ...     torch.device("cpu"),
-        ...     transform=lambda image: (
-        ...         torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
-        ...     ),
+        ...     transform=to_pixels,
         ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
-        ...     text_tower=lambda texts: torch.tensor(
-        ...         [[float(c in t) for c in ("red", "green", "blue")] for t in texts]
-        ...     ),
+        ...     text_tower=encode_texts,
         ...     truncates=lambda texts: [False] * len(texts),
         ... )
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     for name in ("red", "green", "blue"):
+        ...     for name in ("blue", "red"):  # one image per class
         ...         pathlib.Path(folder, "images", name).mkdir(parents=True)
         ...         Image.new("RGB", (8, 8), name).save(f"{folder}/images/{name}/1.png")
         ...     images = vilu.open_dataset(f"{folder}/images")
-        ...     store = vilu.embed(
-        ...         images, model, f"{folder}/store", names=images.class_names, workers=1
-        ...     )
-        ...     print(store.class_names, store.image_rows(torch.arange(3)).tolist())
-        ('blue', 'green', 'red') [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+        ...     store = vilu.embed(images, model, f"{folder}/store", names=["blue", "red"])
+        ...     print(store.image_rows(torch.tensor([0, 1])).tolist())
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
     _check_settings(batch_size, workers, max_error_rate)
     if overwrite and shared:
@@ -200,12 +204,12 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     if not shared:
         _drive_alone(job, model, executor, budget, overwrite=overwrite)
     elif not _drive_shared(job, model, executor, budget):
-        return None
+        return None  # other processes are still at work
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
 
 
 def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
-    """Return the settings "features" (width) and "views" of the run; None where not stored."""
+    """Return the settings "features" (width) and "views" of the run; None if not stored."""
     settings: dict[str, object] = {"features": None, "views": None}
     if columns.features:
         settings["features"] = model.feature_dim
@@ -226,7 +230,7 @@ def _check_settings(batch_size: int, workers: int | None, max_error_rate: float)
 
 @dataclass(frozen=True)
 class Budget:
-    """The losses up to which a store is sealed."""
+    """The losses with which a store may still be sealed."""
 
     error_rate: float  # largest share of images that may fail
     bad_shards: bool  # whether bad shards are accepted
@@ -241,7 +245,7 @@ def _drive_alone(
         forget_attempts(job.root)
         missing, receipts = job.ledger.survey()
         _prepare(job, missing)
-        _work(job, executor, missing, receipts)
+        _do_parts(job, executor, missing, receipts)
         job.ledger.clean()
         seal(job.ledger, budget)
 
@@ -251,15 +255,15 @@ def _drive_shared(
 ) -> bool:
     """Do the parts of this process; return True if it was the last process and sealed the store.
 
-    The lock is held only at the beginning and at the end. So processes work at the same time, but
-    only one process begins the store, and only one finds all parts done and seals it.
+    The lock is held only at the beginning and at the end. So the processes do parts at the same
+    time, but only one process begins the store, and only one finds all parts done and seals it.
     """
     with StoreLedger.claim(job.root, PATIENCE):
         job = _begin_job(job, model, overwrite=False)
-        # not deep, since each of many drivers would read all parts
+        # not deep, because otherwise each of many drivers would read all parts
         missing, receipts = job.ledger.survey(deep=False)
         _prepare(job, missing)
-    _work(job, executor, missing, receipts)
+    _do_parts(job, executor, missing, receipts)
     with StoreLedger.claim(job.root, PATIENCE):
         missing, _ = job.ledger.survey(deep=False)
         if missing:
@@ -275,7 +279,7 @@ def _drive_shared(
 
 
 def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
-    """Begin or resume the store, and return the job with the run in its ``run.json``."""
+    """Begin or resume the store, and return the job with the run of its ``run.json``."""
     run = begin(job.root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite)
     return replace(job, run=run)
 
@@ -285,23 +289,24 @@ def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
     if not missing:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
-    # before the first part is written: a folder with a manifest must have all its parts
+    # before the first part is written, because a manifest states that all parts are done
     job.ledger.unseal()
     require_room(job.root, job.run, missing)
 
 
-def _work(
+def _do_parts(
     job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]
 ) -> None:
     """Do the missing parts, in this process or by an executor, and show the progress."""
     if done and missing:
         logger.info("%d of %d parts are there already", len(done), len(done) + len(missing))
     numbers = [part.number for part in missing]
+    # the number of images in shards is unknown before they are read
     n_images = None if job.run.shards else job.run.n_in
     with track("embed", n_images, "images") as progress:
         progress.advance(sum(receipt.n_in for receipt in done))
         if executor is None:
-            # the job itself shows the progress, batch by batch
+            # The job shows the progress after each batch. Its receipts are not needed here.
             for _ in job.process_all(numbers, progress):
                 pass
             return
@@ -319,7 +324,7 @@ def _check_candidates(
 ) -> dict[str, object]:
     """Check names, templates, prompts and negative words, and return them as settings of the run.
 
-    All are empty for a data set with captions.
+    For a data set with captions, all of these settings are empty.
     """
     settings = {
         "names": names,
@@ -348,7 +353,7 @@ def _check_candidates(
 
 
 def _require_no_classes(dataset: ImageDataset, settings: Mapping[str, object]) -> None:
-    """Refuse settings of classes for a data set with captions."""
+    """Raise UsageError where settings for classes were given for a data set with captions."""
     unfit = [name for name, value in settings.items() if value]
     if unfit:
         raise UsageError(
@@ -364,14 +369,14 @@ def describe(
     part_size: int | None = None,
     **settings: object,
 ) -> Run:
-    """Return the run of a data set and a model."""
+    """Return the description of a run that embeds a data set in the space of a model."""
     if isinstance(dataset, ShardedDataset):
         # the number of images is unknown before the shards are read
         sizes = {"n_in": 0, "shards": len(dataset)}
-        usual_size = PART_SHARDS
+        default_size = PART_SHARDS
     else:
         sizes = {"n_in": len(dataset), "shards": 0}
-        usual_size = PART_IMAGES
+        default_size = PART_IMAGES
     inputs = {
         "dataset_fingerprint": dataset.fingerprint,
         **sizes,
@@ -379,32 +384,33 @@ def describe(
         "folders": dataset.class_names,
         "outside": getattr(dataset, "outside", ()),
         "space": asdict(space),
-        "part_size": usual_size if part_size is None else part_size,
+        "part_size": default_size if part_size is None else part_size,
         **settings,
     }
-    return describe_run(inputs, Path(dataset.source).name or dataset.source)
+    base_name = Path(dataset.source).name
+    return describe_run(inputs, base_name or dataset.source)
 
 
-def describe_run(described: Mapping[str, object], dataset: str) -> Run:
-    """Return the run with these inputs; ``dataset`` is the name of the data for people."""
+def describe_run(settings: Mapping[str, object], dataset: str) -> Run:
+    """Return the run with these settings as inputs; ``dataset`` is the name of the data set."""
     try:
-        inputs = Inputs.model_validate(described)
+        inputs = Inputs.model_validate(settings)
     except ValidationError as error:
         raise UsageError(f"cannot make a store with these settings: {explain(error)}.") from error
-    facts = {
+    further_fields = {
         "fingerprint": digest(inputs.identity()),
         "dataset": dataset,
         "vilu": version("vilu"),
     }
-    return Run.model_validate({**dict(inputs), **facts})
+    return Run.model_validate({**dict(inputs), **further_fields})
 
 
 Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
-"""(K, D) texts of the classes, and the columns of the classes and of the model."""
+"""(K, D) text embeddings of the classes, and the columns of the classes and of the model."""
 
 
 def encode_classes(backbone: Backbone, run: Run) -> Classes:
-    """Compute the texts and columns of a run's classes with the model."""
+    """Compute the text embeddings of a run's classes, and the columns of classes and model."""
     text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
     return text, class_columns(backbone, run)
 
@@ -412,10 +418,11 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
 def begin(
     root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False
 ) -> Run:
-    """Resume the run in a folder or begin a new one, write missing class texts, return the run.
+    """Resume the run in a folder or begin a new one, and write missing files of the classes.
 
-    Nothing is written or removed before ``make_classes`` has returned. So if the model refuses the
-    settings, no new store is left behind, and an old store is unchanged.
+    Return the run that is in the folder. Nothing is written or removed before ``make_classes`` has
+    returned. So if the model refuses the settings, no new store is left behind, and an old store
+    is unchanged.
     """
     if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
@@ -424,7 +431,8 @@ def begin(
     classes = None
     if not run.captions:
         must_make = overwrite or not _has_classes(root, run)
-        classes = make_classes() if must_make else None
+        if must_make:
+            classes = make_classes()
     if overwrite:
         StoreLedger(root, run).clear()
     StoreLedger(root, run).begin(run, {*StoreLedger.always, *run.arrays})
@@ -434,8 +442,8 @@ def begin(
 
 
 def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
-    """Raise StorageError if the disk has too little room for the vectors and 5 % for the rest."""
-    if run.shards:  # the number of images is unknown
+    """Raise StorageError if the disk has no room for the vectors and 5 % more for other files."""
+    if run.shards:  # the number of images is unknown before the shards are read
         return
     n_rows = sum(map(len, missing))
     numbers_per_row = sum(map(math.prod, run.arrays.values()))
@@ -450,15 +458,15 @@ def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
 
 
 BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that concern a whole shard
-NAMED = 5  # maximum number of bad shards that a message names
+MAX_NAMED = 5  # maximum number of bad shards that a message names
 
 
 def seal(ledger: StoreLedger, budget: Budget) -> None:
     """Write the manifest if all parts are done and the losses are within the budget.
 
     Raises:
-        DataError: If the losses exceed the budget. All parts are kept, and the message says how to
-            seal the store.
+        DataError: If the losses exceed the budget. All parts stay, and the message says how to seal
+            the store.
     """
     run = ledger.run
     receipts = ledger.receipts()
@@ -468,15 +476,19 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
         errors += Counter(receipt.errors)
     n_ok = n_in - errors.total()
     _check_budget(ledger, receipts, errors, n_ok, budget)
-    classes = "" if run.captions else read_classes(ledger.root, run)[0].hash
+    classes_hash = ""
+    if not run.captions:
+        table, _ = read_classes(ledger.root, run)
+        classes_hash = table.hash
+    fields_of_run = {**dict(run), "n_in": n_in}
     ledger.seal(
         Manifest(
-            **dict(run) | {"n_in": n_in},
+            **fields_of_run,
             n_ok=n_ok,
             n_error=errors.total(),
             errors=dict(sorted(errors.items())),
             parts=len(receipts),
-            classes=classes,
+            classes=classes_hash,
             content=content_hash(receipts),
         )
     )
@@ -491,22 +503,22 @@ def _check_budget(
 ) -> None:
     """Refuse more losses than the budget allows; warn of bad shards and of a store without rows.
 
-    The error row of a bad shard stands for an unknown number of images. So it does not count in the
-    share of images that failed.
+    The error row of a bad shard stands for an unknown number of images. Therefore, it does not
+    count in the share of images that failed.
     """
-    images = Counter({kind: count for kind, count in errors.items() if kind not in BAD_SHARD})
-    n_images = n_ok + images.total()
-    lost = _bad_shards(ledger, receipts)
-    if lost and not budget.bad_shards:
+    image_errors = Counter({kind: n for kind, n in errors.items() if kind not in BAD_SHARD})
+    n_images = n_ok + image_errors.total()
+    bad_shards = _bad_shards(ledger, receipts)
+    if bad_shards and not budget.bad_shards:
         raise DataError(
-            f"{lost} The other {n_ok} images are kept. Write or download them again and repeat the "
-            "command, which does only their parts again; or accept what is lost with "
+            f"{bad_shards} The other {n_ok} images are kept. Write or download these shards again "
+            "and repeat the command, which does only their parts again. Or accept the loss with "
             "--allow-bad-shards."
         )
-    if n_images and images.total() / n_images > budget.error_rate:
-        raise DataError(_over_budget(ledger.root, n_images, images, budget.error_rate))
-    if lost:
-        warn_caller(f"{lost} That is accepted (--allow-bad-shards).")
+    if n_images and image_errors.total() / n_images > budget.error_rate:
+        raise DataError(_over_budget(ledger.root, n_images, image_errors, budget.error_rate))
+    if bad_shards:
+        warn_caller(f"{bad_shards} That is accepted (--allow-bad-shards).")
     if not n_images:
         warn_caller(f"{ledger.run.dataset} has no images: {ledger.root} is a store without rows.")
 
@@ -524,10 +536,12 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
                 shards.append(f"{row['key']} ({row['message']})")
     if not shards:
         return ""
-    more = f" and {len(shards) - NAMED} more" if len(shards) > NAMED else ""
+    named = "; ".join(shards[:MAX_NAMED])
+    if len(shards) > MAX_NAMED:
+        named += f" and {len(shards) - MAX_NAMED} more"
     return (
         f"{len(shards)} of {ledger.run.shards} shards cannot be read to the end, and how many "
-        f"images that costs is unknown: {'; '.join(shards[:NAMED])}{more}."
+        f"images that costs is unknown: {named}."
     )
 
 
@@ -544,11 +558,11 @@ def _has_classes(root: Path, run: Run) -> bool:
 
 
 def _over_budget(root: Path, n_in: int, errors: Counter[str], max_error_rate: float) -> str:
-    """Return the message that too many images failed, with the rate that would be accepted."""
+    """Return the message that too many images failed. It names a rate that would accept them."""
     n_error = errors.total()
     share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
-    enough = math.ceil(share * 1000) / 1000  # rounded up, so that the command it names succeeds
+    enough = math.ceil(share * 1000) / 1000  # rounded up, because a lower rate would fail again
     return (
         f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most "
         f"{max_error_rate:.2%} may: {kinds}. They are listed in {root / 'errors'}. The other "

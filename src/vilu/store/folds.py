@@ -21,17 +21,17 @@ from vilu.store.unreadable import or_damaged
 
 Fold = Literal["train", "validation", "test"]
 
-# upper ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test
-TRAIN = 0.6
-VALIDATION = 0.7
-READ_ROWS = 2**16  # captions read at a time
+# Upper ends of the folds in [0, 1). Captions are split into 60 % train, 10 % validation, 30 % test.
+TRAIN_END = 0.6
+VALIDATION_END = 0.7
+READ_ROWS = 2**16  # number of captions read at a time
 
 
 def fold_of(caption: str) -> Fold:
     """Return the fold of a caption.
 
-    The first 8 bytes of the BLAKE2b hash of the caption make a number u in [0, 1), which is
-    compared with the ends of the folds. White space at the ends of the caption is ignored.
+    A BLAKE2b hash of 8 bytes makes the caption a number in [0, 1), which is compared with the ends
+    of the folds. White space at the ends of the caption is ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -39,10 +39,11 @@ def fold_of(caption: str) -> Fold:
         True
     """
     text = caption.strip().encode(errors="surrogatepass")
-    u = int.from_bytes(blake2b(text, digest_size=8).digest(), "big") / 2**64
-    if u < TRAIN:
+    integer = int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
+    uniform = integer / 2**64
+    if uniform < TRAIN_END:
         return "train"
-    if u < VALIDATION:
+    if uniform < VALIDATION_END:
         return "validation"
     return "test"
 
@@ -50,9 +51,10 @@ def fold_of(caption: str) -> Fold:
 def rows_of_fold(
     files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
 ) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows of a fold.
+    """Return the (M,) ascending numbers of the rows of a fold; a missing caption counts as "".
 
-    ``files`` are metadata files with their numbers of rows, and ``n_rows`` is the sum of these.
+    ``files`` are metadata files with their numbers of rows, and ``n_rows`` is the sum of these
+    numbers. The column of captions is the first of ``names`` that a file has.
     """
     numbers = [np.empty(0, np.int64)]
     start = 0
@@ -67,16 +69,17 @@ def rows_of_fold(
 
 
 def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
-    """Yield the captions of a metadata file in blocks; its column is the first of ``names``.
+    """Yield the captions of a metadata file, in blocks.
 
-    StorageError if the file has not ``n_rows`` rows.
+    The column of captions is the first of ``names`` that the file has. StorageError if the file
+    does not have ``n_rows`` rows.
     """
     again = "Restore the file, or embed the images again."
     n_read = 0
     with or_damaged(path, again), pq.ParquetFile(path) as file:
         column = _caption_column(path, file.schema_arrow, names)
         for batch in file.iter_batches(READ_ROWS, columns=[column]):
-            batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+            batch.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
             n_read += len(batch)
             yield batch.column(0).to_pylist()
     if n_read != n_rows:

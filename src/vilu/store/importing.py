@@ -48,8 +48,8 @@ NAMES = ("image", "text", "target", "class_names", "ids", "logit_scale", "logit_
 
 OF_SPACE = frozenset({"logit_scale", "logit_bias"})  # arrays that are part of the embedding space
 BY_ROW = ("target", "ids", *IMAGE_COLUMNS)  # arrays with one entry per image row
-# kinds of NumPy's dtypes
-NUMBERS = "fiu"  # numbers
+# Values of ``kind`` of NumPy's types.
+NUMBERS = "fiu"  # floats and whole numbers
 WHOLE = "iu"  # whole numbers
 TEXTS = "US"  # texts and bytes
 MIB = 2**20
@@ -80,14 +80,15 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 
     Required arrays are ``image`` (N, D), ``text`` (K, D) and ``class_names`` (K,). Optional arrays
     are ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and the columns of
-    ``vilu.embeddings.columns``. Targets are either row numbers of ``text`` (-1 for unknown, -2
-    (``vilu.OUTSIDE``) for none of the classes), or names of classes ("" for unknown).
+    ``vilu.embeddings.columns``. A target is either the row number of a text, or the name of a
+    class. An unknown target is -1 or "". The target -2 (``vilu.OUTSIDE``) means that the image
+    belongs to none of the classes.
 
-    Rows are normalised to unit norm, with one warning if they were not. Image rows that are not
-    finite, or have norm zero, become errors. Every array is read twice: once for the fingerprint
-    of the store, once to write it. Memory is bounded by the rows of one part. Nothing is unpickled.
-    The process can be killed at any moment: finished parts stay, and the next run gives the same
-    bytes as a run without interruption.
+    Rows are normalised to unit norm, with one warning if they did not have unit norm. Image rows
+    that are not finite, or have norm zero, become errors. Every array is read twice, to compute the
+    fingerprint of the store and to write the rows. Memory is bounded by the rows of one part.
+    Nothing is unpickled. The process can be killed at any moment. Finished parts stay, and the next
+    run gives the same bytes as a run without interruption.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files.
@@ -96,12 +97,11 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             array of this name.
         logit_bias: Added to every logit (0 except for SigLIP); None to take it from the array of
             this name.
-        keys: Names of arrays in the source that differ from the names above: {name above: name in
-            the source}.
+        keys: Names of arrays in the source that differ from the names above. For example,
+            {"image": "embeddings"} reads ``image`` from the array "embeddings".
         class_names: K names, instead of the array ``class_names``.
-        outside: Names of classes, or values of ``target`` beyond the classes, that are none of the
-            classes. Rows with these targets get the target ``vilu.OUTSIDE``, and these classes are
-            left out.
+        outside: Names of classes to leave out, or values of ``target`` that are no class. Rows with
+            these targets get the target ``vilu.OUTSIDE``.
         model: Name of the model that made the embeddings, if known; stores of different models
             cannot be combined.
         origin: Where the arrays come from, recorded in the store.
@@ -123,18 +123,12 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 
     Examples:
         >>> import numpy as np, tempfile, vilu
+        >>> arrays = {"image": np.eye(3), "text": np.eye(3), "class_names": ["cat", "dog", "cup"]}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.savez(
-        ...         f"{folder}/a.npz",
-        ...         image=np.eye(3),
-        ...         text=np.eye(3),
-        ...         class_names=["cat", "dog", "cup"],
-        ...     )
-        ...     store = vilu.import_arrays(
-        ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0
-        ...     )
-        ...     print(len(store), store.n_candidates, store.space.anonymous)
-        3 3 True
+        ...     np.savez(f"{folder}/arrays.npz", **arrays, logit_scale=100, logit_bias=0)
+        ...     store = vilu.import_arrays(f"{folder}/arrays.npz", f"{folder}/store")
+        ...     print(len(store), store.class_names)
+        3 ('cat', 'dog', 'cup')
     """
     if part_size < 1 or not 0 <= max_error_rate <= 1:
         raise UsageError(
@@ -144,11 +138,12 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     root = Path(output)
     StoreLedger.check_place(root, overwrite=overwrite)
     with Arrays(Path(source)) as arrays:
-        content = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
+        distinct_outside = tuple(dict.fromkeys(outside))
+        content = _read(arrays, dict(keys or {}), class_names, distinct_outside)
         scale = content.number("logit_scale", logit_scale)
         bias = content.number("logit_bias", logit_bias)
         if dtype is None:
-            dtype = "float16" if content.image.dtype.str[1:] == "f2" else "float32"
+            dtype = "float16" if content.has_float16 else "float32"
         run = _describe(
             content,
             EmbeddingSpace(content.width, scale, bias, backbone=model),
@@ -176,14 +171,17 @@ def _require_shapes(content: SourceArrays, run: Run) -> None:
 
 @dataclass
 class SourceArrays:
-    """The checked content of a source. Of arrays with N rows, only the header has been read."""
+    """The checked content of a source, except for the numbers in the rows of the images.
+
+    These arrays are open. ``rows`` reads and checks the rows of one part.
+    """
 
     arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``NAMES``
-    target: NDArray[np.int64]  # (N,) int64 class of each row, -1 if unknown, -2 if of no class
+    target: NDArray[np.int64]  # (N,) int64 label of each row, -1 if unknown, -2 if of no class
     names: tuple[str, ...]  # names of the K classes
-    text: Tensor  # (K, D) float32 unit-norm texts
+    text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
-    outside: tuple[str, ...]  # names of classes and labels that are none of the classes
+    outside: tuple[str, ...]  # names of classes that were left out, and targets that are no class
     norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
 
     @property
@@ -196,8 +194,14 @@ class SourceArrays:
         """Width D of the embeddings."""
         return self.image.shape[1]
 
+    @property
+    def has_float16(self) -> bool:
+        """Whether the image embeddings are float16, in any byte order."""
+        dtype = self.image.dtype
+        return dtype.kind == "f" and dtype.itemsize == 2
+
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
-        """Return the columns of the images by name, with the shape of one row."""
+        """Return the shape of one row of each column of the images, by name."""
         shapes: dict[ImageColumn, tuple[int, ...]] = {}
         for name in get_args(ImageColumn):
             if name in self.arrays:
@@ -205,7 +209,10 @@ class SourceArrays:
         return shapes
 
     def number(self, name: str, flag: float | None) -> float:
-        """Return logit scale or bias: ``flag`` if it is given, else the number in the source."""
+        """Return ``flag``, or the number in the array ``name`` if ``flag`` is None.
+
+        ``name`` is "logit_scale" or "logit_bias".
+        """
         stored = self.arrays.get(name)
         if stored is None:
             if flag is None:
@@ -222,15 +229,15 @@ class SourceArrays:
                 f"{stored.where} must be one number. Got {stored.dtype} of shape {stored.shape} "
                 "instead."
             )
-        value = float(stored.whole().reshape(-1)[0])
+        (number,) = stored.whole().reshape(-1).tolist()
         if flag is None:
-            return value
-        if value != flag:
-            logger.warning("%s is %g as given; the %g in the arrays is ignored", name, flag, value)
+            return float(number)
+        if float(number) != flag:
+            logger.warning("%s is %g as given; the %g in the arrays is ignored", name, flag, number)
         return float(flag)
 
     def fingerprint(self) -> str:
-        """Return a hash of all arrays except scale and bias, which are part of the space."""
+        """Return a hash of all arrays except scale and bias, which the space contains."""
         hashed = {name: array for name, array in self.arrays.items() if name not in OF_SPACE}
         n_bytes = sum(array.n_bytes for array in hashed.values())
         with track("Reading arrays", n_bytes / MIB, "MiB") as task:
@@ -248,21 +255,22 @@ class SourceArrays:
         for name in part.arrays:
             stored = self.image if name == IMAGE else self.arrays[name]
             block = stored.read(part.start, part.stop)
-            blocks[name], worst, norms = _usable(name, block)
-            status = np.maximum(status, worst)
+            blocks[name], status_in_array, norms = _normalise(name, block)
+            status = np.maximum(status, status_in_array)
             self.norms += norms
         keys = self._keys(part)
         labels = self.target[part.start : part.stop].tolist()
         positions = range(part.start, part.stop)
-        for position, key, label, code in zip(positions, keys, labels, status, strict=True):
-            if code == VALID:
+        rows = zip(positions, keys, labels, status, strict=True)
+        for position, key, label, status_of_row in rows:
+            if status_of_row == VALID:
                 known_label = None if label == UNKNOWN else label
                 content.rows.append(LabelledRow(position, key, known_label))
             else:
-                content.errors.append(_error_row(position, key, STATUS[code]))
-        usable = torch.from_numpy(status == VALID)
-        for name, rows in blocks.items():
-            content.arrays[name] = [rows[usable]]
+                content.errors.append(_error_row(position, key, STATUS[status_of_row]))
+        is_usable = torch.from_numpy(status == VALID)
+        for name, embeddings in blocks.items():
+            content.arrays[name] = [embeddings[is_usable]]
         return content
 
     def _keys(self, part: Part) -> list[str]:
@@ -274,6 +282,7 @@ class SourceArrays:
 
 
 def _error_row(position: int, key: str, kind: str) -> ErrorRow:
+    """Return the error of a row that cannot be used."""
     return ErrorRow(
         key=key,
         position=position,
@@ -285,19 +294,22 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
     )
 
 
-def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
+def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     """Return the rows to be stored, the status of each, and the norms before normalisation.
 
-    Of an image with several views, the status is the worst status of its views.
+    Columns that may have any norm are not normalised. If an image has several views, its status is
+    the worst status of its views.
     """
-    rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=name not in ANY_NORM)
-    if name in ANY_NORM:
-        finite = torch.isfinite(rows).all(dim=1).numpy()
-        status = np.where(finite, VALID, NONFINITE).astype(np.uint8)
+    may_have_any_norm = name in ANY_NORM
+    rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=not may_have_any_norm)
+    if may_have_any_norm:
+        is_finite = torch.isfinite(rows).all(dim=1).numpy()
+        status = np.where(is_finite, VALID, NONFINITE).astype(np.uint8)
         return rows, status, Norms()
-    # the views of an image are separate rows in ``rows``; the maximum over them is the worst status
+    # in ``rows``, every view of an image is a row
     rows, status, norms = normalised(rows)
-    worst = status.reshape(len(block), -1).max(axis=1, initial=VALID)
+    status_of_views = status.reshape(len(block), -1)
+    worst = status_of_views.max(axis=1, initial=VALID)
     return rows.view(block.shape), worst, norms
 
 
@@ -307,7 +319,7 @@ def _read(
     class_names: Sequence[str] | None,
     outside: tuple[str, ...],
 ) -> SourceArrays:
-    """Open the arrays of a source and check everything but the numbers in the image rows."""
+    """Open the arrays of a source, and check everything except the numbers in the image rows."""
     opened = _open(arrays, keys)
     image = opened["image"]
     _require_matrix(image)
@@ -320,15 +332,15 @@ def _read(
             )
     _check_columns(opened, width)
     names = _class_names(opened.get("class_names"), class_names)
-    labels = _labels(opened.get("target"), n_rows)
-    target, text_rows, classes = _classes(labels, names, outside, opened["text"])
+    targets = _read_targets(opened.get("target"), n_rows)
+    target, text_rows, classes = _leave_out(outside, names, targets, opened["text"])
     text = require_usable(opened["text"].whole(), "text")[text_rows]
     if text.shape[1] != width:
         raise DataError(
             f"image and text must share one width. Got {width} ({image.where}) and "
             f"{text.shape[1]} ({opened['text'].where})."
         )
-    first_same(text, classes)
+    first_same(text, classes)  # raises DataError if two classes have one name and different texts
     _check_ids(opened.get("ids"), n_rows)
     columns = _class_columns(opened, text_rows)
     return SourceArrays(opened, target, classes, text, columns, outside)
@@ -347,16 +359,16 @@ def _require_matrix(image: StoredArray) -> None:
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """Open the arrays of a source, and return them by the names in ``NAMES``.
 
-    ``keys`` are the names of arrays in the source, where these differ.
+    ``keys`` has the names in the source of arrays that have another name there.
     """
     unknown = sorted(keys.keys() - set(NAMES))
     if unknown:
         raise UsageError(
             f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
         )
-    called = {name: keys.get(name, name) for name in NAMES}
-    _require_present(arrays, called, [called["image"], called["text"], *keys.values()])
-    used = {name: key for name, key in called.items() if key in arrays.names}
+    key_of = {name: keys.get(name, name) for name in NAMES}
+    _require_present(arrays, key_of, [key_of["image"], key_of["text"], *keys.values()])
+    used = {name: key for name, key in key_of.items() if key in arrays.names}
     unused = sorted(set(arrays.names) - set(used.values()))
     if unused:
         logger.info(
@@ -364,7 +376,7 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             ", ".join(unused),
         )
     for name, key in used.items():
-        # one number or text per row can be packed well, so these two may be of any size
+        # these two may have any size, because one number or text per row can compress very well
         if name not in {"target", "ids"}:
             arrays.require_small(key)
     opened = {name: arrays.open(key) for name, key in used.items()}
@@ -374,21 +386,23 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     return opened
 
 
-def _require_present(arrays: Arrays, called: Mapping[str, str], needed: Sequence[str]) -> None:
+def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed: Sequence[str]) -> None:
     """Raise DataError where a source lacks an array; ``needed`` are names in the source."""
-    lacking = [key for key in needed if key not in arrays.names]
-    if not lacking:
+    missing = [key for key in needed if key not in arrays.names]
+    if not missing:
         return
-    ours = next(name for name, key in called.items() if key == lacking[0])
-    there = ", ".join(map(repr, arrays.names[:20])) or "none"
+    first = missing[0]
+    name = next(name for name, key in key_of.items() if key == first)
+    present = ", ".join(map(repr, arrays.names[:20])) or "none"
     raise DataError(
-        f"{arrays.path} has no array {lacking[0]!r}; it has {there}. If the array has another "
-        f"name there, give --key {ours}=NAME."
+        f"{arrays.path} has no array {first!r}; it has {present}. If the array has another "
+        f"name there, give --key {name}=NAME."
     )
 
 
 def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
     """Raise DataError where texts or columns have a wrong type or shape, or no entries."""
+    # number of dimensions and meaning of each array
     expected = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected.items():
         if name not in opened:
@@ -425,33 +439,35 @@ def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tup
 
 def _require_names(stored: StoredArray) -> None:
     """Raise DataError where an array is not a vector of short texts."""
-    if len(stored.shape) != 1 or stored.dtype.itemsize > 4 * MAX_TEXT:
+    max_bytes = 4 * MAX_TEXT  # NumPy stores a character in 4 bytes
+    if len(stored.shape) != 1 or stored.dtype.itemsize > max_bytes:
         raise DataError(
             f"{stored.where} must be a vector of texts of at most {MAX_TEXT:,} characters. Got "
             f"{stored.dtype} of shape {stored.shape} instead."
         )
 
 
-def _check_ids(stored: StoredArray | None, n: int) -> None:
+def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
     """Raise DataError where an identifier occurs twice."""
     if stored is None:
         return
     _require_names(stored)
-    parts = [np.empty(0, np.uint64)]
+    hashes_of_blocks = [np.empty(0, np.uint64)]
     for block in stored.blocks():
-        parts.append(hash_names(texts_of(block, stored.where)))
-    hashes = np.concatenate(parts)
+        hashes_of_blocks.append(hash_names(texts_of(block, stored.where)))
+    hashes = np.concatenate(hashes_of_blocks)
     # After sorting, equal hashes are neighbours. Their identifiers are compared, too, because
     # different identifiers can have the same hash.
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
-    for i in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
+    equals_next = ordered[:-1] == ordered[1:]
+    for i in np.flatnonzero(equals_next).tolist():
         first, second = order[i : i + 2].tolist()
         name = _name_of_row(stored, first)
         if name == _name_of_row(stored, second):
             raise DataError(
-                f"{stored.where} must name each of the {n} rows once. Rows {first} and {second} "
-                f"are both {name!r:.80}. Rename them, or leave the identifiers out."
+                f"{stored.where} must name each of the {n_rows} rows once. Rows {first} and "
+                f"{second} are both {name!r:.80}. Rename them, or leave the identifiers out."
             )
 
 
@@ -461,43 +477,49 @@ def _name_of_row(stored: StoredArray, row: int) -> str:
 
 
 class Targets(NamedTuple):
-    """Targets in the source: the distinct whole numbers or names, and one index per row."""
+    """Targets as they are in the source, without repeated values in memory."""
 
-    values: NDArray[Any]  # distinct targets, sorted
-    value_of_row: NDArray[np.int64]  # (N,) indices into ``values``
+    values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
+    value_of_row: NDArray[np.int64]  # (N,) index into ``values`` of the target of each row
 
 
-def _labels(stored: StoredArray | None, n: int) -> Targets:
-    """Read the targets of ``n`` rows block by block; all are unknown if there is no array."""
+def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
+    """Read the targets of ``n_rows`` rows in blocks; all are unknown if there is no array."""
     if stored is None:
-        return Targets(np.full(min(n, 1), UNKNOWN, np.int64), np.zeros(n, np.int64))
+        unknown = np.full(min(n_rows, 1), UNKNOWN, np.int64)  # one value, or none without rows
+        return Targets(unknown, np.zeros(n_rows, np.int64))
     is_vector = len(stored.shape) == 1
     is_named = is_vector and stored.dtype.kind in TEXTS
     if is_named:
         _require_names(stored)
     elif not is_vector or stored.dtype.kind not in WHOLE:
         raise DataError(
-            f"{stored.where} must hold one whole number per row (a row of text), or one name of a "
-            f"class. Got {stored.dtype} of shape {stored.shape} instead."
+            f"{stored.where} must hold one whole number per row (the number of a row of text), or "
+            f"one class name per row. Got {stored.dtype} of shape {stored.shape} instead."
         )
-    parts: list[tuple[NDArray[Any], NDArray[np.int64]]] = []
+    of_blocks: list[Targets] = []
     for block in stored.blocks():
         targets = np.array(texts_of(block, stored.where), np.str_) if is_named else block
-        parts.append(np.unique(targets, return_inverse=True))
-    if not parts:
+        values, value_of_row = np.unique(targets, return_inverse=True)
+        of_blocks.append(Targets(values, value_of_row))
+    if not of_blocks:
         return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
-    # replace indices into the values of a block by indices into the values of all blocks
-    values = np.unique(np.concatenate([of_block for of_block, _ in parts]))
-    indices = [np.searchsorted(values, of_block)[inverse] for of_block, inverse in parts]
-    return Targets(values, np.concatenate([np.empty(0, np.int64), *indices]))
+    all_values = np.unique(np.concatenate([of_block.values for of_block in of_blocks]))
+    indices: list[NDArray[np.int64]] = []
+    for of_block in of_blocks:
+        # for each value of the block, its index among the values of all blocks
+        new_index = np.searchsorted(all_values, of_block.values)
+        indices.append(new_index[of_block.value_of_row])
+    return Targets(all_values, np.concatenate(indices))
 
 
-def _classes(
-    labels: Targets, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
+def _leave_out(
+    outside: tuple[str, ...], names: tuple[str, ...], targets: Targets, text: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """Return (N,) targets, (K,) row numbers in ``text`` of the classes, and K class names.
+    """Leave out the classes in ``outside``.
 
-    The classes are ``names`` without those in ``outside``.
+    Return (N,) targets among the K classes that are left, (K,) row numbers of their texts in
+    ``text``, and their K names.
     """
     inside = [i for i, name in enumerate(names) if name not in outside]
     n_texts = len(text)
@@ -513,52 +535,52 @@ def _classes(
     # new_label[i] is the label of name i in the store: its index in ``inside``, or OUTSIDE
     new_label = np.full(len(names), OUTSIDE, np.int64)
     new_label[inside] = np.arange(len(inside))
-    target = _targets(labels, names, outside)
+    target = _index_targets(targets, names, outside)
     has_name = target >= 0
     target[has_name] = new_label[target[has_name]]
-    # the array may have texts for all names, or only for the classes inside
+    # the array has texts of all names, or only of the classes inside
     text_rows = torch.tensor(inside if n_texts == len(names) else range(n_texts))
     classes = check_class_names([names[i] for i in inside], len(inside)) or ()
     return target, text_rows, classes
 
 
-def _targets(
-    labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]
+def _index_targets(
+    targets: Targets, names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Return (N,) int64 indices into ``names``, -1 if unknown, -2 if the target is outside."""
+    """Return (N,) int64 indices into ``names``, -1 if unknown, -2 if the target is no class."""
     index_of: dict[str, int] = {}
     for i, name in enumerate(names):
         index_of.setdefault(name, i)
     labels_outside = [name for name in outside if name not in index_of]
-    _require_labels(labels, names, labels_outside)
-    if labels.values.dtype.kind == "U":
-        codes = _codes_of_names(labels.values.tolist(), index_of, labels_outside)
+    _require_used(labels_outside, targets, names)
+    if targets.values.dtype.kind == "U":
+        indices = _indices_of_names(targets.values.tolist(), index_of, labels_outside)
     else:
-        codes = _codes_of_numbers(labels.values, len(names), labels_outside)
-    return codes[labels.value_of_row]
+        indices = _indices_of_numbers(targets.values, len(names), labels_outside)
+    return indices[targets.value_of_row]
 
 
-def _require_labels(labels: Targets, names: tuple[str, ...], labels_outside: Sequence[str]) -> None:
-    """Raise UsageError where no row has one of the targets ``labels_outside``."""
+def _require_used(labels_outside: Sequence[str], targets: Targets, names: tuple[str, ...]) -> None:
+    """Raise UsageError where a label in ``labels_outside`` is the target of no row."""
     known = {"", *names}
     beyond: list[str] = []
-    for value in labels.values.tolist():
+    for value in targets.values.tolist():
         if value not in known and value not in range(len(names)):
             beyond.append(str(value))
     unknown = [name for name in labels_outside if name not in beyond]
     if not unknown:
         return
-    there = [repr(name) for name in names[:10]]
+    shown = [repr(name) for name in names[:10]]
     if len(names) > 10:
-        there.append("...")
+        shown.append("...")
     more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
     raise UsageError(
         f"there is no class or label {unknown[0]!r} for --outside. Classes are "
-        f"{', '.join(there)}{more}."
+        f"{', '.join(shown)}{more}."
     )
 
 
-def _codes_of_names(
+def _indices_of_names(
     values: Sequence[str], index_of: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
     """Return the index of each name, -1 if unknown, -2 if outside."""
@@ -572,23 +594,23 @@ def _codes_of_names(
     return np.array([known[value] for value in values], dtype=np.int64)
 
 
-def _codes_of_numbers(
+def _indices_of_numbers(
     values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Check labels that are whole numbers, and return them with -2 for labels outside."""
+    """Check targets that are whole numbers, and return them with -2 in place of labels outside."""
     may_be_class = np.array(
         [str(value) not in labels_outside for value in values.tolist()], dtype=bool
     )
     target, is_outside = check_targets(values[may_be_class], int(may_be_class.sum()), n_classes)
-    codes = np.full(len(values), OUTSIDE, np.int64)
-    codes[may_be_class] = torch.where(is_outside, OUTSIDE, target).numpy()
-    return codes
+    indices = np.full(len(values), OUTSIDE, np.int64)
+    indices[may_be_class] = torch.where(is_outside, OUTSIDE, target).numpy()
+    return indices
 
 
 def _class_columns(
     opened: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
-    """Return the columns of classes and model after a check, for the classes ``text_rows``.
+    """Check the columns of classes and model, and return them for the classes ``text_rows``.
 
     Columns that must have unit norm are normalised.
     """
@@ -598,14 +620,15 @@ def _class_columns(
         if name not in opened:
             continue
         values = check_columns({name: opened[name].whole()}, 0, n_texts)[name]
-        columns[name] = values[text_rows] if name in TEXT_COLUMNS else values
+        has_row_per_class = name in TEXT_COLUMNS
+        columns[name] = values[text_rows] if has_row_per_class else values
     return columns
 
 
 def _describe(
     content: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
-    """Return the run of a source; reads all arrays once for the fingerprint."""
+    """Return the description of a run; reads all arrays once for the fingerprint."""
     described: dict[str, object] = {
         "dataset_fingerprint": content.fingerprint(),
         "n_in": len(content.image),
@@ -619,7 +642,8 @@ def _describe(
         **settings,
     }
     # ``image.where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
-    path = Path(content.image.where.partition(", array ")[0])
+    source_path, _, _ = content.image.where.partition(", array ")
+    path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
     return describe_run(described, source.name)
 
@@ -632,7 +656,7 @@ def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overw
         ledger = StoreLedger(root, run)
         missing, done = ledger.survey()
         if missing:
-            # before the first part is written: a folder with a manifest must have all its parts
+            # before the first part is written, because a manifest states that all parts are done
             ledger.unseal()
             require_room(root, run, missing)
         else:

@@ -32,29 +32,31 @@ from vilu.store.parts import (
 )
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
-CHUNK = 8192  # rows checked at a time
+CHUNK = 8192  # number of rows checked at a time
 
 
 @dataclass
 class StoreReport:
-    """Findings of ``inspect``."""
+    """The facts that ``inspect`` reports of a store, and the damage that it sees."""
 
     store: str  # name of the folder
-    sealed: bool  # whether the store is complete and within its error budget, so that it can open
+    # whether the store has a manifest: it is complete and within its error budget
+    sealed: bool
     run: Run  # the run with its inputs
     parts: int  # number of parts, done or not
     deep: bool  # whether the contents of all files were checked
     parts_done: int = 0  # number of parts that are done
-    n_in: int = 0  # images in these parts
-    n_ok: int = 0  # rows in these parts
-    n_error: int = 0  # failed images in these parts
-    errors: Counter[str] = field(default_factory=Counter)  # failed images by kind of error
-    # number of rows with a class ("inside"), of none of the classes ("outside"), or "unknown"
+    n_in: int = 0  # number of images in these parts
+    n_ok: int = 0  # number of rows in these parts
+    n_error: int = 0  # number of failed images in these parts
+    errors: Counter[str] = field(default_factory=Counter)  # number of failed images by kind
+    # number of rows whose label is a class ("inside"), none of the classes ("outside"), or
+    # "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # the shape of each column: for one image, for all classes, or for the model
+    # shape by column: of one image, of all classes, or of the model
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size on disk of the parts that are done
-    # what is damaged, one sentence each; empty if nothing is
+    # one sentence for each damage; empty if nothing is damaged
     problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
@@ -86,7 +88,7 @@ class StoreReport:
             "data": f"{run.dataset}, split {run.split or 'not named'}",
         }
         if run.imported is not None:
-            facts["imported"] = run.imported.source or "from where is not known"
+            facts["imported"] = run.imported.source or "source not known"
         facts["model"] = f"{model}, logit scale {space.logit_scale:g}, bias {space.logit_bias:g}"
         if run.captions:
             facts["captions"] = "one per image"
@@ -108,8 +110,8 @@ class StoreReport:
 
     def _images(self) -> str:
         run = self.run
-        whole = f" from {run.shards} shards" if run.shards else f" of {run.n_in}"
-        return f"{self.n_in}{whole} in {self.parts_done} of {self.parts} parts"
+        total = f" from {run.shards} shards" if run.shards else f" of {run.n_in}"
+        return f"{self.n_in}{total} in {self.parts_done} of {self.parts} parts"
 
     def _errors(self) -> str:
         if not self.errors:
@@ -143,10 +145,10 @@ class StoreReport:
 
 
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
-    """Describe a store, complete or not; damage is reported and not raised.
+    """Describe a store, complete or not. Damage is listed in the report and not raised.
 
-    ``deep`` reads all files and also checks hashes, norms, labels, keys, and that every image is
-    either a row or an error.
+    With ``deep``, all files are read. Hashes, norms, labels and keys are then checked, too, and
+    that every image is either a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
@@ -168,12 +170,12 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
             for name, info in table.columns.items():
                 report.columns[name] = info.shape
         if is_sealed and not report.problems:
-            _open(root, run)
+            _try_to_open(root, run)
     return report
 
 
-def _open(root: Path, run: Run) -> None:
-    """Open a store as a user does, to raise what is wrong with it."""
+def _try_to_open(root: Path, run: Run) -> None:
+    """Open a store as a user does, which raises an error if something is wrong with it."""
     if run.captions:
         CaptionStore(root)
     else:
@@ -181,7 +183,7 @@ def _open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part to the report; raises the first error in its receipt."""
+    """Add a part to the report; raise the first error in its receipt."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
@@ -195,9 +197,10 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
 
 
 def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:
-    """Return the numbers of rows inside, outside and of unknown label in a part."""
+    """Return the number of rows of a part by label: "inside", "outside" or "unknown"."""
     schema = metadata_schema(ledger.run)
-    labels = read_columns(ledger.root / part.metadata, schema, ["label"], receipt.n_ok)["label"]
+    table = read_columns(ledger.root / part.metadata, schema, ["label"], receipt.n_ok)
+    labels = table["label"]
     known = labels.drop_null().to_numpy()
     n_outside = int(np.count_nonzero(known == OUTSIDE))
     return {"inside": len(known) - n_outside, "outside": n_outside, "unknown": labels.null_count}
@@ -212,28 +215,30 @@ def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterato
     names = ["position", "key", "label"]
     if run.captions:
         names.append("caption")  # reading the column checks that it is text
-    good = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
-    bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
+    rows = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
+    errors = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
     where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
-    of_rows = good["position"].to_numpy()
-    of_errors = bad["position"].to_numpy()
-    if not holds_all(run, part, np.union1d(of_rows, of_errors), receipt.n_in):
+    row_positions = rows["position"].to_numpy()
+    error_positions = errors["position"].to_numpy()
+    all_positions = np.union1d(row_positions, error_positions)
+    if not holds_all(run, part, all_positions, receipt.n_in):
         images = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
         yield f"{where} does not hold every image {images} once."
-    elif np.any(np.diff(of_rows) <= 0):
+    elif np.any(np.diff(row_positions) <= 0):
         yield f"{where} is not in the order of the images."
-    if Counter(bad["kind"].to_pylist()) != Counter(receipt.errors):
+    if Counter(errors["kind"].to_pylist()) != Counter(receipt.errors):
         yield f"{where} has other kinds of errors than its receipt."
     if not run.captions:
-        yield from _label_problems(good["label"].drop_null().to_numpy(), len(run.names), where)
-    if len(good["key"].unique()) != len(good):
+        yield from _label_problems(rows["label"].drop_null().to_numpy(), len(run.names), where)
+    if len(rows["key"].unique()) != len(rows):
         yield f"{where} has keys more than once."
 
 
 def _label_problems(labels: NDArray[np.int64], n_classes: int, where: str) -> Iterator[str]:
     """Yield a sentence if a label is invalid.
 
-    Valid are 0 to ``n_classes`` - 1 and -2 (outside). Unknown labels are null, so -1 is invalid.
+    Valid labels are 0 to ``n_classes`` - 1, and -2 (outside). A stored label that is unknown is
+    null, so -1 is invalid.
     """
     is_valid = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < n_classes)
     if not is_valid.all():
@@ -247,12 +252,13 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
     for start in range(0, len(rows), CHUNK):
         block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
         if name in ANY_NORM:
-            good = torch.isfinite(block)
+            is_good = torch.isfinite(block)
         else:
             norms = torch.linalg.vector_norm(block, dim=-1)
-            good = (norms - 1).abs() <= NORM_TOLERANCE
-        good_rows = good.reshape(len(block), -1).all(dim=1)
-        n_bad = int((~good_rows).sum())
+            is_good = (norms - 1).abs() <= NORM_TOLERANCE
+        # a row is good if all of its numbers, or all of its views, are good
+        is_good_row = is_good.reshape(len(block), -1).all(dim=1)
+        n_bad = int((~is_good_row).sum())
         if n_bad:
             last = start + len(block) - 1
             yield f"{path} has {n_bad} rows from {start} to {last} that are not {expected}."

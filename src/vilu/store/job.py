@@ -32,21 +32,22 @@ MESSAGE = (
 
 
 def attempts(root: Path, part: Part) -> int:
-    """Return how many processes left a mark on a part: they died in it, or are still at work.
+    """Return how many processes have a mark on a part: they died in it, or are still at work.
 
     A process that ends the part, or fails with an exception, removes its mark.
     """
     path = root / part.attempts
     with or_refuse(f"read {path}"):
         try:
-            # a mark is one byte: appending it is atomic, so two processes lose no mark
+            # A mark is one byte of the file. Appending one byte is atomic, so no mark is lost if
+            # two processes append at the same time.
             return path.stat().st_size
         except FileNotFoundError:
             return 0
 
 
 def forget_attempts(root: Path) -> None:
-    """Remove the marks of all parts. Only for a driver that no other process works beside."""
+    """Remove the marks of all parts. To be called only if no other process works on the store."""
     folder = root / "attempts"
     with or_refuse(f"clean {folder}"):
         if not folder.is_dir():
@@ -56,7 +57,7 @@ def forget_attempts(root: Path) -> None:
 
 
 class Marks:
-    """The marks that this process leaves on the parts that it has begun (``attempts``).
+    """The marks of this process on the parts that it has begun (``attempts``).
 
     They are removed at the end of the ``with`` block. If the process dies in the block, they stay.
     """
@@ -69,8 +70,8 @@ class Marks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # a mark that cannot be removed costs at most a retry, so its error must not hide the
-        # exception that ended the block
+        # A mark that cannot be removed costs at most one more try of the part. The error must not
+        # hide the exception that ended the block.
         with suppress(StorageError):
             for part in tuple(self._begun):
                 self.end(part)
@@ -85,7 +86,7 @@ class Marks:
         self._begun.add(part)
 
     def end(self, part: Part) -> None:
-        """Remove all marks on a part: of this process, and of processes that died in it before."""
+        """Remove all marks on a part, also those of processes that died in it before."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.unlink(missing_ok=True)
@@ -95,17 +96,17 @@ class Marks:
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
     """Return the content of a part that is given up: error rows, and no embeddings.
 
-    With ``listing``, the images are listed, but not read. There is an error row of kind "crash" for
-    every image. Without ``listing`` (because a process died in it), or where listing fails, there
-    is an error row for every position; with shards, one of kind "bad_shard" for every shard, whose
-    number of images is then unknown.
+    With ``listing``, the images are listed without reading them, and every image gets an error row
+    of kind "crash". Listing may fail, or be left out because a process died in it. Then every
+    position gets such an error row. With shards, every shard gets one error row of kind "bad_shard"
+    instead, because the number of its images is unknown.
     """
     if listing:
         try:
             keys = [(at, record.key) for at, record in place_records(run, part, dataset)]
             return _error_rows("crash", keys)
-        # These files have killed workers, and the reader may be a plugin, so listing them may raise
-        # any exception. It is logged, every row becomes an error, and the other parts go on.
+        # Listing may raise any exception, because these files have killed workers, and the reader
+        # may be a plugin. The exception is logged, and the other parts are still done.
         except Exception as error:  # noqa: BLE001
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
@@ -117,10 +118,21 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
     return _error_rows("crash", [(at, f"image {at}") for at in possible])
 
 
-def _error_rows(kind: str, keys: Sequence[tuple[int, str]]) -> PartRows:
-    """Return an error row for every (position, key)."""
-    rows = [ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in keys]
-    return PartRows(errors=rows)
+def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartRows:
+    """Return a part with an error row for every position and its key, and without embeddings."""
+    content = PartRows()
+    for position, key in positions_and_keys:
+        error = ErrorRow(
+            key=key,
+            position=position,
+            stage="process",
+            kind=kind,
+            exception=None,
+            message=MESSAGE,
+            bytes=None,
+        )
+        content.errors.append(error)
+    return content
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +140,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The name and options of a model, for worker processes; each process loads it once."""
+    """The name and options of a model, with which worker processes load it. Each loads it once."""
 
     name: str
     device: str = "auto"
@@ -136,7 +148,7 @@ class BackboneSpec:
     models: Path | None = None
 
     def load(self) -> Backbone:
-        """Return the model; raises as ``load_backbone``."""
+        """Return the model; raises the errors of ``load_backbone``."""
         return _load(self)
 
 
@@ -166,21 +178,21 @@ class EmbedJob:
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        """The parts of the store: which are done, and which are to be done."""
+        """The folder of the store, with the parts that are done and those that are to be done."""
         return StoreLedger(self.root, self.run, self.dataset)
 
     def process(self, part: int) -> Receipt:
-        """Embed a part, write it and return its receipt; a part that is done is not done again.
+        """Embed a part, write it and return its receipt. A part that is done is not done again.
 
         The bytes of a part depend only on its images, the model and the batch size. So any process
         may do the part, at any time, and more than once. A part in which ``MAX_ATTEMPTS`` processes
-        died is given up: its images become error rows.
+        died is given up, and its images become error rows.
         """
         (receipt,) = self.process_all([part])
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """Do several parts as ``process``, in order, and yield their receipts.
+        """Do several parts like ``process``, in order, and yield their receipts.
 
         The first images of a part are decoded while the part before it is still being embedded.
         """
@@ -200,7 +212,7 @@ class EmbedJob:
             if isinstance(outcome, Receipt):
                 receipt = outcome
             elif deaths < MAX_ATTEMPTS:
-                # embedded separately: if the process dies again, no other part gets a mark for it
+                # It is embedded alone. If the process dies again, no other part has a mark then.
                 yield from self._embed([part], progress)
                 continue
             else:
@@ -222,7 +234,7 @@ class EmbedJob:
         )
         workers = self.workers or default_workers()
         ahead = self.batch_size + workers
-        sources: dict[int, str] = {}
+        sources: dict[int, str] = {}  # fingerprint of the shards of each part, by its number
         with (
             Marks(self.root) as marks,
             in_threads(decoder, self._items(parts, marks, sources), workers, ahead) as outcomes,
@@ -231,9 +243,9 @@ class EmbedJob:
                 content = encoder.part(outcomes)
                 source = sources[part.number]
                 receipt = self.ledger.write_rows(part, content, self.batch_size, source)
-                # After the receipt: if the process dies in between, the mark is on a part that is
-                # done, and is ignored. If the mark were removed before the receipt is written, a
-                # part that kills the process while writing would be tried for ever.
+                # The mark is removed after the receipt is written. If the process dies in between,
+                # the mark is on a part that is done, and is ignored. In the other order, a part
+                # that kills the process while it is written would be tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
                 yield receipt
@@ -270,11 +282,12 @@ class EmbedJob:
     ) -> Iterator[tuple[int, ImageRecord] | None]:
         """Yield the records of all parts with their positions, and ``END`` after each part.
 
-        Before the records of a part, a mark is left, and its fingerprint is put into ``sources``.
+        Before its records, a part gets a mark, and its fingerprint is put into ``sources``.
         """
         for part in parts:
             marks.begin(part)
-            # before reading: then a shard that changes while it is read counts as changed later
+            # The fingerprint is taken before the shards are read. So if a shard changes while it is
+            # read, the next run notices the change.
             sources[part.number] = self.ledger.source(part)
             yield from place_records(self.run, part, self.dataset)
             yield END
@@ -282,8 +295,8 @@ class EmbedJob:
     def _give_up(self, part: Part, deaths: int) -> Receipt:
         """Write a part whose images are all errors."""
         with Marks(self.root) as marks:
-            # If listing the images kills this process, too, one more mark stays. The next process
-            # then sees more than MAX_ATTEMPTS marks, and does not list them.
+            # If listing the images kills this process, too, its mark stays. The next process then
+            # sees more than MAX_ATTEMPTS marks, and does not list the images.
             marks.begin(part)
             source = self.ledger.source(part)
             content = give_up(self.run, part, self.dataset, listing=deaths == MAX_ATTEMPTS)
@@ -301,11 +314,11 @@ class EmbedJob:
 
 
 class Executor(Protocol):
-    """Decides where and when the parts of a job are done; the job decides what a part contains.
+    """An object that decides where and when the parts of a job are done.
 
-    ``EmbedJob.process`` is deterministic and idempotent, and gives up a part that keeps killing
-    its process. So an executor may do a part twice, even at the same time. After the death of a
-    worker it only has to try the part again.
+    The job decides what a part contains. ``EmbedJob.process`` is deterministic and idempotent, and
+    gives up a part that keeps killing its process. So an executor may do a part twice, even at the
+    same time. After the death of a worker, it only has to try the part again.
     """
 
     name: str

@@ -36,7 +36,7 @@ FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
 
 # pairs of image and caption files, where there is a single shard
 FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
-METADATA = "metadata"
+METADATA = "metadata"  # folder of the metadata
 
 LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
@@ -47,7 +47,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Shard:
-    """Files whose rows belong together: row i of each file is about the same pair."""
+    """Files whose rows belong together: row i of each file belongs to the same pair."""
 
     image: Path  # (n, D) image embeddings
     text: Path  # (n, D) caption embeddings
@@ -77,12 +77,24 @@ class Shard:
             )
         return n_images, image_width
 
+    @property
+    def n_rows(self) -> int:
+        """Number of rows n."""
+        n_rows, _ = self.shape
+        return n_rows
+
+    @property
+    def width(self) -> int:
+        """Width D of the embeddings."""
+        _, width = self.shape
+        return width
+
 
 def map_matrix(path: Path) -> NDArray[np.floating]:
-    """Map the matrix in a ``.npy`` file into memory: float16 or float32, any byte order.
+    """Map the matrix in a ``.npy`` file into memory: float16 or float32, in any byte order.
 
     Raises:
-        DataError: If the file holds no such matrix, or one in Fortran order.
+        DataError: If the file holds no such matrix, or a matrix in Fortran order.
         StorageError: If the file is damaged.
     """
     rows, n_bytes = open_npy(path, "Fetch or write it again.")
@@ -116,76 +128,81 @@ def find_shards(root: Path) -> list[Shard]:
         text_file = root / text_name
         if image_file.is_file() and text_file.is_file():
             return [Shard(image_file, text_file, None)]
-    home, (image, text) = _home(root)
-    folders = {folder: _numbered(home / folder, ".npy") for folder in (image, text)}
+    home, image_folder, text_folder = _find_home(root)
+    images = _numbered_files(home / image_folder, ".npy")
+    texts = _numbered_files(home / text_folder, ".npy")
     metadata: dict[int, Path] = {}
     if (home / METADATA).is_dir():
-        metadata = _numbered(home / METADATA, ".parquet")
-    if metadata:
-        folders[METADATA] = metadata
-    numbers: set[int] = set()
-    numbers.update(*folders.values())
+        metadata = _numbered_files(home / METADATA, ".parquet")
+    numbers = sorted({*images, *texts, *metadata})
     if not numbers:
-        raise DataError(f"{home / image} and {home / text} hold no .npy file.")
-    _require_partners(home, folders, sorted(numbers))
+        raise DataError(f"{home / image_folder} and {home / text_folder} hold no .npy file.")
+    files_of = {image_folder: images, text_folder: texts}
+    if metadata:
+        files_of[METADATA] = metadata
+    _require_partners(home, files_of, numbers)
     shards: list[Shard] = []
-    for number in sorted(numbers):
-        shards.append(Shard(folders[image][number], folders[text][number], metadata.get(number)))
+    for number in numbers:
+        shards.append(Shard(images[number], texts[number], metadata.get(number)))
     return shards
 
 
 def _require_partners(
-    home: Path, folders: Mapping[str, Mapping[int, Path]], numbers: Sequence[int]
+    home: Path, files_of: Mapping[str, Mapping[int, Path]], numbers: Sequence[int]
 ) -> None:
-    """Raise DataError where a folder has no file for one of the ``numbers``."""
-    for folder, files in folders.items():
+    """Raise DataError where a folder has no file for one of the ``numbers``.
+
+    ``files_of`` has the files of each folder by number.
+    """
+    for folder, files in files_of.items():
         missing = [number for number in numbers if number not in files]
         if not missing:
             continue
         number = missing[0]
-        partner = next(files[number] for files in folders.values() if number in files)
+        partner = next(files[number] for files in files_of.values() if number in files)
         raise DataError(
             f"{home / folder} has no file with number {number}, the partner of {partner}. Fetch it."
         )
 
 
-def _home(root: Path) -> tuple[Path, tuple[str, str]]:
-    """Return the folder that holds the folders of embeddings, and the names of these folders.
+def _find_home(root: Path) -> tuple[Path, str, str]:
+    """Return the folder that holds the embeddings, and the names of its two folders for them.
 
-    It is ``root``, or else the only sub-folder of ``root`` that has such folders.
+    The folder is ``root``, or else the only sub-folder of ``root`` that has such folders. The first
+    name is the folder of images, the second the folder of captions.
     """
     inside = _entries(root)
-    homes: list[tuple[Path, tuple[str, str]]] = []
-    for home in (root, *inside):
-        for image, text in FOLDERS:
-            if (home / image).is_dir() and (home / text).is_dir():
-                homes.append((home, (image, text)))
+    homes: list[tuple[Path, str, str]] = []
+    for folder in (root, *inside):
+        for image_folder, text_folder in FOLDERS:
+            if (folder / image_folder).is_dir() and (folder / text_folder).is_dir():
+                homes.append((folder, image_folder, text_folder))
     if not homes:
         names = ", ".join(path.name for path in inside[:8]) or "nothing"
         raise DataError(
             f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
             f"{LAYOUTS}."
         )
-    is_root = homes[0][0] == root
-    if not is_root and len(homes) > 1:
-        splits = ", ".join(str(home) for home, _ in homes)
+    home, image_folder, text_folder = homes[0]
+    if home != root and len(homes) > 1:
+        splits = ", ".join(str(folder) for folder, _, _ in homes)
         raise DataError(f"{root} has several splits. Give one of them: {splits}.")
-    return homes[0]
+    return home, image_folder, text_folder
 
 
-def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
+def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     """Return the files of a folder by the number at the end of their names."""
     files: dict[int, Path] = {}
     for path in _entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
             continue
-        digits = re.search(r"[0-9]+$", path.stem)
-        if digits is None or not path.is_file():
+        match = re.search(r"[0-9]+$", path.stem)
+        if match is None or not path.is_file():
             raise DataError(
                 f"{path} must be a file with a number at the end of its name, by which it is "
                 "matched with its partner."
             )
-        number = int(digits[0])
+        number = int(match[0])
         if number in files:
             raise DataError(
                 f"{files[number]} and {path} have the same number, so their partners are not "
@@ -206,7 +223,8 @@ def _entries(folder: Path) -> list[Path]:
 CAPTIONS = ("caption", "TEXT")
 """Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
 
-# numbers per block when rows are checked; a block has 4 MiB in float32, which fits in the cache
+# Maximum number of values in a block of rows that are checked: 4 MiB in float32, which fit in the
+# cache of a processor.
 SCAN_CELLS = 2**20
 
 
@@ -215,8 +233,8 @@ class LaionPairs(Reopened, MappedPairs):
 
     Row i of an image file belongs to row i of its text file.
 
-    There are four layouts. In the first three, the numbers may have any width; the fourth has one
-    shard::
+    There are four layouts. In the first three, the numbers in file names may have any width. The
+    fourth layout has a single shard::
 
         img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy [+ metadata/metadata_0000.parquet]
         images/img_emb_0.npy + texts/text_emb_0.npy [+ metadata/metadata_0.parquet]
@@ -224,9 +242,10 @@ class LaionPairs(Reopened, MappedPairs):
         images.npy + texts.npy, or img_emb.npy + text_emb.npy
 
     Opening reads headers only. To find the usable rows, all rows are read once in blocks, when the
-    usable rows are first asked for. This takes about as long as reading the files. The result is
-    kept in memory, one byte per row; nothing is written into the folder. Rows that are not of unit
-    norm are normalised whenever they are read, and the check warns how many there are.
+    usable rows are first needed. This takes about as long as reading the files. The status of each
+    row is kept in memory (1 byte per row), and nothing is written into the folder. Rows that do not
+    have unit norm are normalised whenever they are read. A warning tells how many such rows there
+    are.
 
     Rows are identified by their embeddings, because different data sets use the same keys in their
     metadata. ``ids`` are the numbers of the rows over all shards.
@@ -234,13 +253,13 @@ class LaionPairs(Reopened, MappedPairs):
     These files have no receipts, so changed numbers in them are not noticed. The object is pickled
     as its path, like a store. A shard with another size or time of modification counts as changed.
 
-    Arguments are the same as of ``CaptionStore``. In addition, ``logit_scale`` multiplies the
-    cosine (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs
-    metadata with captions.
+    Arguments are those of ``CaptionStore``. In addition, ``logit_scale`` multiplies the cosine (100
+    for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs metadata with
+    captions.
 
     Raises:
-        DataError: If the folder has another layout, a file has no partner or does not hold a matrix
-            of floats.
+        DataError: If the folder has another layout, or a file has no partner or does not hold a
+            matrix of floats.
         StorageError: If a file is damaged.
         ProvenanceError: If partners differ in their number of rows or their width.
         UsageError: If there are no captions to make folds of.
@@ -261,7 +280,7 @@ class LaionPairs(Reopened, MappedPairs):
         shards = find_shards(root)
         width = _common_width(shards)
         space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
-        self.seal = _listing(root, shards)
+        self.seal = _hash_of_files(root, shards)
         self.options = {
             "pools": pools,
             "logit_scale": logit_scale,
@@ -269,11 +288,12 @@ class LaionPairs(Reopened, MappedPairs):
             "fold": fold,
         }
         chosen = None if fold is None else _rows_of_fold(root, shards, fold)
-        starts = np.cumsum([0, *(shard.shape[0] for shard in shards)], dtype=np.int64)
+        n_rows = [shard.n_rows for shard in shards]
+        starts = np.cumsum([0, *n_rows], dtype=np.int64)
         rows = MappedParts(
             starts,
             {"image": (width,), "text": (width,)},
-            lambda name, number: _open(shards[number], name),
+            lambda name, number: _map_array(shards[number], name),
         )
         super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
         self._all_unit = False  # _row_status sets it to True if all rows have unit norm
@@ -281,11 +301,17 @@ class LaionPairs(Reopened, MappedPairs):
 
     def _take(self, name: str, index: Tensor) -> Tensor:
         rows = super()._take(name, index)
-        return rows if self._all_unit else normalised(rows)[0]
+        if self._all_unit:
+            return rows
+        unit_rows, _, _ = normalised(rows)
+        return unit_rows
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows; read in one pass over all files, with a warning about norms."""
+        """(N,) status of the rows, computed in one pass over all files.
+
+        Warns if some rows do not have unit norm.
+        """
         status = np.full(len(self._rows), VALID, dtype=np.uint8)
         norms_seen = _Norms()
         workers = default_workers()
@@ -293,12 +319,12 @@ class LaionPairs(Reopened, MappedPairs):
             track("Checking embeddings", 2 * len(status), "rows") as task,
             in_threads(_check, self._blocks(), workers, 2 * workers) as results,
         ):
-            for start, of_block, norms in results:
-                # image and caption have one status together: the first one that is not VALID
-                rows = status[start : start + len(of_block)]
-                np.copyto(rows, of_block, where=rows == VALID)
-                norms_seen.add(norms[torch.from_numpy(of_block == VALID)])
-                task.advance(len(of_block))
+            for start, block_status, norms in results:
+                # A row has one status for image and caption: the first one that is not VALID.
+                status_so_far = status[start : start + len(block_status)]
+                np.copyto(status_so_far, block_status, where=status_so_far == VALID)
+                norms_seen.add(norms[torch.from_numpy(block_status == VALID)])
+                task.advance(len(block_status))
         self._all_unit = norms_seen.n_off == 0
         if norms_seen.n_off:
             warn_caller(
@@ -309,32 +335,33 @@ class LaionPairs(Reopened, MappedPairs):
         return status if self._chosen is None else status[self._chosen.numpy()]
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """Yield the number of the first row and the (b, D) mapped rows of each block of each file.
+        """Yield the blocks of all files: the number of the first row, and the (b, D) mapped rows.
 
         The rows are read when the block is checked.
         """
-        size = max(SCAN_CELLS // self.space.embed_dim, 1)
+        block_rows = max(SCAN_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
                 # mapped anew, so that the pages read are released together with this array
                 part = self._rows.open_part(name, number)
-                for start in range(0, len(part), size):
-                    yield first + start, part[start : start + size]
+                for start in range(0, len(part), block_rows):
+                    yield first + start, part[start : start + block_rows]
 
 
 @dataclass
 class _Norms:
-    """Statistics of norms: the number of norms that are not 1, the smallest and the largest."""
+    """Statistics of the norms of rows."""
 
-    n_off: int = 0
-    low: float = np.inf
-    high: float = 0.0
+    n_off: int = 0  # number of norms that are not 1
+    low: float = np.inf  # smallest norm
+    high: float = 0.0  # largest norm
 
     def add(self, norms: Tensor) -> None:
         """Add the norms of more rows."""
         if not len(norms):
             return
-        self.n_off += int(((norms - 1).abs() > NORM_TOLERANCE).sum())
+        is_off = (norms - 1).abs() > NORM_TOLERANCE
+        self.n_off += int(is_off.sum())
         self.low = min(self.low, float(norms.min()))
         self.high = max(self.high, float(norms.max()))
 
@@ -342,25 +369,24 @@ class _Norms:
 def _common_width(shards: Sequence[Shard]) -> int:
     """Return the width of all shards; ProvenanceError if their widths differ."""
     first = shards[0]
-    width = first.shape[1]
     for shard in shards:
-        if shard.shape[1] != width:
+        if shard.width != first.width:
             raise ProvenanceError(
-                f"{first.image} has width {width} and {shard.image} {shard.shape[1]}: they are not "
-                "of one model."
+                f"{first.image} has width {first.width} and {shard.image} {shard.width}: they are "
+                "not of one model."
             )
-    return width
+    return first.width
 
 
 def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
-    """Return the number of the first row, (b,) status and (b,) norms of a block."""
+    """Check a block of rows, and return the number of its first row, (b,) status and (b,) norms."""
     first, rows = block
     native = rows.astype(rows.dtype.newbyteorder("="))  # torch accepts only the native byte order
     status, norms = row_status(torch.from_numpy(native).float())
     return first, status, norms
 
 
-def _listing(root: Path, shards: list[Shard]) -> str:
+def _hash_of_files(root: Path, shards: list[Shard]) -> str:
     """Return a hash of names, sizes and times of modification of all files."""
     listing = ListingHash()
     for shard in shards:
@@ -372,7 +398,7 @@ def _listing(root: Path, shards: list[Shard]) -> str:
     return listing.hexdigest()
 
 
-def _open(shard: Shard, name: str) -> NDArray[np.floating]:
+def _map_array(shard: Shard, name: str) -> NDArray[np.floating]:
     """Map the rows of array ``name`` ("image" or "text") of a shard into memory."""
     path = shard.image if name == "image" else shard.text
     rows = map_matrix(path)
@@ -385,10 +411,10 @@ def _open(shard: Shard, name: str) -> NDArray[np.floating]:
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows of a fold, over all shards."""
-    files = [(shard.metadata, shard.shape[0]) for shard in shards if shard.metadata is not None]
+    """Return the (M,) ascending numbers of the rows of a fold, counted over all shards."""
+    files = [(shard.metadata, shard.n_rows) for shard in shards if shard.metadata is not None]
     if len(files) < len(shards):
         raise UsageError(
             f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
         )
-    return rows_of_fold(files, CAPTIONS, fold, sum(n for _, n in files))
+    return rows_of_fold(files, CAPTIONS, fold, sum(shard.n_rows for shard in shards))

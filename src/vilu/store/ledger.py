@@ -1,13 +1,14 @@
-"""A folder that a run fills part by part, so that a run that was killed can be resumed.
+"""A folder that a run fills part by part, so that a killed run can be resumed.
 
-The files are written in this order:
+A run is the work of one command, and a part is a fixed share of its rows. The files are written in
+this order:
 
 1. ``run.json`` describes the run.
-2. For each part, its files, and then its receipt with their sizes and hashes. A part counts as
-   done only if its receipt exists and the sizes agree.
+2. Each part has its own files, and then a receipt with the sizes and hashes of these files. A part
+   counts as done only if its receipt exists and the sizes agree.
 3. ``manifest.json`` marks the folder as complete (sealed).
 
-Every file is written atomically. So if the process is killed, only the unfinished part is lost.
+Every file is written atomically. If the process is killed, only the unfinished part is lost.
 """
 
 from __future__ import annotations
@@ -43,10 +44,13 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, Vi
 from vilu.progress import Silence, Task, track
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
-"""Names of the files that a run writes. The files of ``Part.attempts`` have digits only."""
+"""Names of the files that a run writes.
+
+A receipt has digits and ``.json``. A file of ``Part.attempts`` has digits only.
+"""
 
 RECEIPTS = "receipts"  # folder of the receipts
-ABSENT = "it is not there"
+ABSENT = "it is not there"  # reason that ``look_up`` returns for a part without a receipt
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +84,8 @@ class AnyPart(Protocol):
 class AnyReceipt(Document):
     """Sizes and hashes of the files of a part.
 
-    Every subclass defines the fields ``fingerprint`` and ``files`` at the position that the JSON
-    file needs.
+    Every subclass defines ``fingerprint`` and ``files`` itself, because the order of the fields is
+    the order in its JSON file.
     """
 
     if TYPE_CHECKING:
@@ -94,51 +98,58 @@ R = TypeVar("R", bound=AnyReceipt)
 
 
 class Ledger(ABC, Generic[P, R]):
-    """The parts of a run in its folder: which are done, and which are to be done."""
+    """The folder of a run, with the parts that are done and those that are to be done."""
 
     what: ClassVar[str]  # name of this kind of folder, for messages
     command: ClassVar[str]  # command that makes the folder, for messages
     doing: ClassVar[str]  # what the process that holds the lock is doing, for messages
-    kind: ClassVar[str | None] = None  # value of "kind" in its run.json
-    documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)
+    kind: ClassVar[str | None] = None  # value of "kind" in run.json; None if there is no such field
+    documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)  # files directly in the folder
     folders: ClassVar[tuple[str, ...]]  # all sub-folders that a run can have
 
-    def __init__(self, root: Path, fingerprint: str, parts: Sequence[P], kind: type[R]) -> None:
+    def __init__(
+        self, root: Path, fingerprint: str, parts: Sequence[P], receipt_type: type[R]
+    ) -> None:
         self.root = root
         self.fingerprint = fingerprint
         self.parts = parts
-        self._kind = kind
+        self._receipt_type = receipt_type
 
     @classmethod
     @contextmanager
     def claim(cls, root: Path, patience: float = 0.0) -> Iterator[None]:
-        """Make the folder and hold its lock; the system releases the lock if the process dies."""
+        """Make the folder, and hold its lock in the block.
+
+        If another process holds the lock, wait for at most ``patience`` seconds. The system
+        releases the lock if this process dies.
+        """
         # The check comes first, so that a refusal does not leave a new folder behind.
         cls.check_place(root)
         with or_refuse(f"write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        # The lock protects sealing, unsealing and clearing the whole folder against a second
-        # driver. Parts need no lock, since every process would write the same bytes.
+        # A driver is a process that begins and seals the folder. The lock keeps a second driver
+        # from sealing, unsealing or clearing it at the same time. Parts need no lock, since every
+        # process would write the same bytes.
         with locked(root, cls.doing, patience):
             yield
 
     @classmethod
     def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
-        """Refuse a folder that holds anything else than a run of this kind.
+        """Refuse a folder that is not empty and holds no run of this kind.
 
         With ``overwrite``, a folder with files that no run writes is also refused.
         """
-        # First check whether the folder is empty, then for run.json. In the other order, another
-        # process could begin a run in between, and its files would count as foreign.
-        is_new = not root.is_dir() or not entries(root)
-        begun = is_new or cls.has_begun(root)
-        if not begun and (root / RUN).is_file():
+        # The folder is searched for any file before it is searched for run.json. In the other
+        # order, another process could begin a run in between, and its files would count as foreign.
+        is_empty = not root.is_dir() or not entries(root)
+        may_be_used = is_empty or cls.has_begun(root)
+        if not may_be_used and (root / RUN).is_file():
             raise UsageError(
                 f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder."
             )
-        claim_folder(root, cls.what, lambda _: False, same=begun)
+        claim_folder(root, cls.what, lambda _: False, same=may_be_used)
         if overwrite and root.is_dir():
-            # clear() removes whole sub-folders, including any file that the user put there
+            # without this check, clear() would also remove the user's files in the sub-folders
             require_no_others(root, cls.what, cls._foreign_files(root))
 
     @classmethod
@@ -149,8 +160,8 @@ class Ledger(ABC, Generic[P, R]):
         try:
             content = parse_json(read_bounded(root / RUN, "Give another folder", DataError))
         except (ValueError, RecursionError):
-            # The next reader reports the damage. False would lead to the message that the run is
-            # of another kind.
+            # True, because the next reader reports the damage. False would lead to the wrong
+            # message that the run is of another kind.
             return True
         return content.get("kind") == cls.kind
 
@@ -192,8 +203,8 @@ class Ledger(ABC, Generic[P, R]):
 
     def begin(self, run: Document, folders: Iterable[str]) -> None:
         """Write ``run.json`` unless it exists, make the sub-folders, and remove temporary files."""
-        # run.json comes first: the next command refuses a folder with parts and no run.json.
-        # An existing run.json is never replaced, since it describes the parts in the folder.
+        # run.json is written first, because a folder with parts and without run.json is refused.
+        # An existing run.json is never replaced, because it describes the parts in the folder.
         if not (self.root / RUN).is_file():
             run.write(self.root / RUN)
         with or_refuse(f"prepare {self.root}"):
@@ -211,18 +222,18 @@ class Ledger(ABC, Generic[P, R]):
 
     def seal(self, manifest: Document) -> None:
         """Mark the folder as complete."""
-        # To be called after the last part, because a manifest states that all parts are done.
+        # Call this after the last part, because a manifest states that all parts are done.
         manifest.write(self.root / MANIFEST)
 
     def unseal(self) -> None:
         """Mark the folder as not complete."""
-        # To be called before the first part is replaced: otherwise a kill between two parts would
+        # Call this before the first part is replaced. Otherwise, a kill between two parts would
         # leave a manifest that does not fit the parts.
         with or_refuse(f"change {self.root}"):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the files that a run wrote; refuse a folder that holds other files, too."""
+        """Remove the files that a run wrote; UsageError for a folder that also has other files."""
         self.check_place(self.root, overwrite=True)
         # The manifest is removed first, so that no reader opens a folder that is partly removed.
         self.unseal()
@@ -230,8 +241,8 @@ class Ledger(ABC, Generic[P, R]):
             for name in (RECEIPTS, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            # run.json is removed last. A folder with other files and no run.json is refused, so
-            # that an interrupted removal could not be repeated.
+            # run.json is removed last. If it were removed earlier and the removal were interrupted,
+            # the next one would refuse the folder: it has files and no run.json.
             documents = [name for name in self.documents if name != RUN]
             for name in (*documents, RUN):
                 (self.root / name).unlink(missing_ok=True)
@@ -240,9 +251,9 @@ class Ledger(ABC, Generic[P, R]):
     def stated_and_planned(
         self, part: P, receipt: R
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return what the receipt states about a part, and what the run planned for it.
+        """Return two tuples: what the receipt states about a part, and what the run planned for it.
 
-        The two tuples are equal if the receipt belongs to this part.
+        They are equal if the receipt belongs to this part.
         """
 
     def receipt(self, part: P) -> R:
@@ -253,34 +264,34 @@ class Ledger(ABC, Generic[P, R]):
             ProvenanceError: If the receipt belongs to another run.
         """
         path = self.root / part.receipt
-        receipt = read_document(path, self._kind)
-        # An intact receipt may still come from another folder, so from a run with other inputs.
+        receipt = read_document(path, self._receipt_type)
+        # An intact receipt may have been copied from another folder, whose run had other inputs.
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "
-                f"{self.fingerprint}. {self._kind.again} to redo the part."
+                f"{self.fingerprint}. {self._receipt_type.again} to redo the part."
             )
-        self._require_facts(part, receipt)
+        self._require_same_part(part, receipt)
         for name, info in receipt.files.items():
             self._require_size(name, info.bytes)
         return receipt
 
-    def _require_facts(self, part: P, receipt: R) -> None:
-        """Refuse a receipt that describes another part."""
-        # The receipt of another part would shift all later rows.
+    def _require_same_part(self, part: P, receipt: R) -> None:
+        """Raise StorageError where a receipt describes another part."""
+        # With the receipt of another part, all later rows would get wrong numbers.
         stated, planned = self.stated_and_planned(part, receipt)
         described = (*stated, tuple(receipt.files))
         expected = (*planned, part.files)
         if described != expected:
             raise StorageError(
                 f"{self.root / part.receipt} is damaged: it describes {described}, expected "
-                f"{expected}. {self._kind.again}."
+                f"{expected}. {self._receipt_type.again}."
             )
 
     def _require_size(self, name: str, n_bytes: int) -> None:
         """Raise StorageError where a file is missing or has another size than in its receipt."""
-        # The run wrote the whole file before the receipt. But the folder may be an incomplete copy,
-        # and the file may have been removed since.
+        # The whole file was written before its receipt. But the folder may be an incomplete copy,
+        # or someone may have removed the file later.
         path = self.root / name
         if not path.is_file():
             state = "is missing"
@@ -291,7 +302,7 @@ class Ledger(ABC, Generic[P, R]):
             state = f"has {n_there} bytes"
         raise StorageError(
             f"{path} {state}, its receipt says {n_bytes} bytes. "
-            f"{self._kind.again} to redo the part."
+            f"{self._receipt_type.again} to redo the part."
         )
 
     def look_up(self, part: P, *, deep: bool = True) -> R | str:
@@ -305,12 +316,12 @@ class Ledger(ABC, Generic[P, R]):
         try:
             receipt = self.receipt(part)
             if deep:
-                # a damaged disk can change bytes without changing sizes
-                verified = Vouched(self.root, [receipt])
+                # hashes, because a damaged disk can change bytes without changing sizes
+                verify_file = Vouched(self.root, [receipt])
                 for name in part.files:
-                    verified(name)
+                    verify_file(name)
         except ViLUError as error:
-            # not raised: a damaged part is done again, and the message says why
+            # the error is returned and not raised, because a damaged part is done again
             return str(error)
         return receipt
 
@@ -340,10 +351,10 @@ class Ledger(ABC, Generic[P, R]):
         """Read all files of all parts, and compare them with the hashes in the receipts."""
         for receipt in self.receipts():
             for name, info in receipt.files.items():
-                require_hash(self.root / name, info.sha256, self._kind.again)
+                require_hash(self.root / name, info.sha256, self._receipt_type.again)
 
     def receipts(self) -> list[R]:
-        """Return the receipts of all parts; raises as ``receipt`` where a part is not done."""
+        """Return the receipts of all parts; raises the errors of ``receipt``."""
         return [self.receipt(part) for part in self.parts]
 
     def write(
@@ -353,8 +364,8 @@ class Ledger(ABC, Generic[P, R]):
         infos: dict[str, FileInfo] = {}
         for name in part.files:
             infos[name] = write_hashed(self.root / name, payloads[name])
-        # The receipt comes last: if the process is killed before, the part has no receipt and is
-        # done again. A receipt written first could list files that do not exist.
+        # The receipt is written last. If the process is killed before, the part has no receipt and
+        # is done again. A receipt that is written first could list files that do not exist.
         receipt = receipt_of(infos)
         receipt.write(self.root / part.receipt)
         return receipt
@@ -368,22 +379,22 @@ def _remove_leftovers(folder: Path) -> None:
         # Files of other programs are kept, and so are files that a living process, here or on
         # another machine, is still writing.
         if is_temporary and is_leftover(path):
-            # missing_ok: another process may clean at the same time
+            # missing_ok, because another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
 
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
     """Write a file atomically, and return size and hash of ``payload``."""
     write_bytes(path, payload)
-    # The hash is computed from ``payload`` and not from the file, so it reveals errors in writing.
+    # The hash is computed from ``payload`` and not from the file. So a later comparison with the
+    # file reveals errors in writing.
     return FileInfo(bytes=len(payload), sha256=bytes_hash(payload))
 
 
 def require_hash(path: Path, sha256: str, again: str, document: str = "its receipt") -> None:
     """Raise StorageError where the SHA-256 of a file is not ``sha256``.
 
-    For the message, ``document`` is the document that states the hash, and ``again`` is advice on
-    what to do.
+    The message names the ``document`` that states the hash, and ends with the advice ``again``.
     """
     if file_hash(path) != sha256:
         raise StorageError(
@@ -391,7 +402,7 @@ def require_hash(path: Path, sha256: str, again: str, document: str = "its recei
         )
 
 
-_verified: set[tuple[int | str, ...]] = set()
+_verified: set[tuple[int | str, ...]] = set()  # files whose hash was right (``require_hash_once``)
 _lock = Lock()
 
 
@@ -407,21 +418,24 @@ if hasattr(os, "register_at_fork"):
 
 
 def one_thread() -> Lock:
-    """Return the lock for work that only one thread may do at a time; released after a fork."""
+    """Return the lock for work that only one thread may do at a time.
+
+    A forked child gets a lock that is not held.
+    """
     return _lock
 
 
 def require_hash_once(path: Path, sha256: str, again: str, document: str = "its receipt") -> Path:
-    """Return the path of a file after ``require_hash``, which runs once per file and process.
+    """Check the hash of a file unless this process has done so before, and return its path.
 
     The file is read again only if its device, inode, size or times have changed. A change of the
-    file after it was opened is not noticed. Threads may call this at the same time.
+    file after it was opened is not noticed. Threads may call this function at the same time.
     """
     with or_refuse(f"read {path}"):
         state = path.stat()
     # The inode identifies the file. The path does not: another file can have replaced it there.
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, sha256)
-    # The lock is held while hashing, so that threads which open the same part read it only once.
+    # The lock is held while hashing. So if two threads open the same part, it is read only once.
     with one_thread():
         if key not in _verified:
             require_hash(path, sha256, again, document)
@@ -430,12 +444,15 @@ def require_hash_once(path: Path, sha256: str, again: str, document: str = "its 
 
 
 class Vouched:
-    """The files of parts: a call with a name verifies the hash of the file and returns its path."""
+    """The files of parts, each of which is compared with the hash in its receipt before use.
+
+    Calling the object with the name of a file compares the hash and returns the path.
+    """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
         self._again = receipts[0].again if receipts else ""
-        self._sha256: dict[str, str] = {}
+        self._sha256: dict[str, str] = {}  # hashes by name of the file
         for receipt in receipts:
             for name, info in receipt.files.items():
                 self._sha256[name] = info.sha256
@@ -452,8 +469,8 @@ class Reopened:
 
     Attributes:
         path: The folder.
-        seal: Hash of the content of the folder, to notice a change.
-        options: Further keyword arguments with which the folder was opened.
+        seal: Hash of the content of the folder. Another hash shows that the folder has changed.
+        options: Keyword arguments with which the folder was opened, besides its path.
     """
 
     path: Path
@@ -465,19 +482,20 @@ class Reopened:
     ) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
         # The path is absolute: the process that opens it may have another working folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # The rows that ``without`` left out are stored in no file, so they are pickled, too.
-        state = vars(self)
-        if "_left" not in state:
+        # An object that ``without`` returned has fewer rows. No file lists these rows, so they are
+        # pickled.
+        attributes = vars(self)
+        if "_left" not in attributes:
             return reopen, arguments, None
-        own = {name: state[name] for name in ("_left", "usable_rows", "status")}
-        return reopen, arguments, own
+        of_chosen_rows = {name: attributes[name] for name in ("_left", "usable_rows", "status")}
+        return reopen, arguments, of_chosen_rows
 
 
 def reopen(
-    kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str
+    open_folder: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str
 ) -> Reopened:
-    """Return a pickled object, opened again; ProvenanceError if its folder has changed."""
-    reopened = kind(path, **options)
+    """Open the folder of a pickled object again; ProvenanceError if the folder has changed."""
+    reopened = open_folder(path, **options)
     # Without this check, a worker could read other rows than the process that started it.
     if reopened.seal != seal:
         raise ProvenanceError(
@@ -488,9 +506,9 @@ def reopen(
 
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
-    """Return a hash of the hashes of all files of all parts, in order."""
-    # The manifest holds this hash, which reveals a part that was copied from another run with the
-    # same inputs. The bytes of such a part can differ by rounding.
+    """Return one hash of the hashes of all files, in the order of the parts."""
+    # The manifest holds this hash. It reveals a part that was copied from another run with the same
+    # inputs: such a part has a right receipt, but its numbers can differ by rounding.
     hashes: list[str] = []
     for receipt in receipts:
         hashes += [info.sha256 for info in receipt.files.values()]

@@ -36,30 +36,38 @@ MIN_AREA = 0.5  # smallest share of the area that a view shows
 class Views(Model):
     """V random crops of each image, mirrored with probability 1/2, before the preprocessing.
 
-    A crop has the aspect ratio of the image, so that the preprocessing treats both alike. Its share
-    of the area is uniform in [1/2, 1], and its position is uniform. View v of an image depends only
-    on the key of the image, v and the seed.
+    A crop has the aspect ratio of the image, so that the preprocessing treats both alike. The share
+    of the area that it shows is uniform in [1/2, 1], and its position is uniform. View v of an
+    image depends only on the key of the image, on v and on the seed.
     """
 
     n: Annotated[int, Field(ge=1)]  # number of views per image, V
     seed: int = 0  # seed of the views
-    # description of the random crops; it is one of the inputs of a store
+    # description of the random crops, a fixed text; part of the inputs of a store
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
 
     def of(self, image: Image.Image, key: str) -> list[Image.Image]:
         """Return the V views of an image."""
-        return [augment(image, *_uniform(self.seed, number, key)) for number in range(self.n)]
+        views: list[Image.Image] = []
+        for number in range(self.n):
+            area, left, top, mirror = _uniform(self.seed, number, key)
+            views.append(augment(image, area, left, top, mirror))
+        return views
 
 
 def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
     """Return a crop of an image, possibly mirrored, from four uniform numbers in [0, 1)."""
-    # the share of the area is uniform, so the share of each side is the root of it
-    side = math.sqrt(MIN_AREA + (1 - MIN_AREA) * area)
-    width, height = (max(round(side * length), 1) for length in image.size)
-    x = int(left * (image.width - width + 1))
-    y = int(top * (image.height - height + 1))
+    share_of_area = MIN_AREA + (1 - MIN_AREA) * area
+    share_of_side = math.sqrt(share_of_area)
+    width = max(round(share_of_side * image.width), 1)
+    height = max(round(share_of_side * image.height), 1)
+    # one more than the largest offset, because ``left`` and ``top`` are below 1
+    n_offsets_x = image.width - width + 1
+    n_offsets_y = image.height - height + 1
+    x = int(left * n_offsets_x)
+    y = int(top * n_offsets_y)
     view = image.crop((x, y, x + width, y + height))
     if mirror < 0.5:
         return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -67,24 +75,29 @@ def augment(image: Image.Image, area: float, left: float, top: float, mirror: fl
 
 
 def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
-    """Return four uniform numbers in [0, 1) from a hash.
+    """Return four uniform numbers in [0, 1) for view ``number`` of the image ``key``, from a hash.
 
     Unlike a random generator, a hash gives the same numbers in every version of a library.
     """
-    words = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogatepass")).digest()
-    # a float64 has 53 bits of precision: the upper 53 of 64 bits make a number without rounding
-    area, left, top, mirror = (np.frombuffer(words, "<u8") >> np.uint64(11)) * 2.0**-53
+    text = f"{seed} {number} {key}"
+    digest_bytes = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    # the 256 bits of the hash as four whole numbers of 64 bits
+    integers = np.frombuffer(digest_bytes, "<u8")
+    # a float64 has 53 bits of precision, so the upper 53 bits are used: they need no rounding
+    upper_bits = integers >> np.uint64(11)
+    area, left, top, mirror = upper_bits * 2.0**-53
     return float(area), float(left), float(top), float(mirror)
 
 
-CLASSES = "classes.json"
-TEXT: Final = "text_emb/classes.npy"
+CLASSES = "classes.json"  # file of the class table
+TEXT: Final = "text_emb/classes.npy"  # file of the text embeddings of the classes
 IMAGE: Final = "img_emb"
-"""Name of the array of image embeddings; the array of a column has the name of the column."""
+"""Name of the array of image embeddings. The array of a column has the name of the column."""
 
 # name of the array of caption embeddings, in stores with captions
 CAPTION: Final = "text_emb"
-# file systems are slow with more files; also, a forged document cannot ask for endless work
+# File systems are slow with more files. The limit also keeps a forged document from asking for
+# endless work.
 MAX_PARTS = 1_000_000
 
 SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
@@ -103,28 +116,27 @@ class Imported(Model):
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         default_factory=dict
     )
-    # whether the rows had identifiers; if not, their keys are their numbers, which tell nothing
-    # about the images
+    # whether the rows had identifiers; if not, the keys are row numbers, which identify no image
     ids: bool
     source: str | None = None  # origin of the embeddings, as the user described it
 
 
 class Inputs(StoreDocument):
-    """Everything that decides what a store holds; the hash of it is the fingerprint of the run.
+    """Everything that decides what a store holds. Its hash is the fingerprint of the run.
 
-    Batch size, device and number of threads are not part of it, for two reasons. They change values
-    only by rounding, and a run that ran out of memory must be able to resume with smaller batches.
+    Batch size, device and number of threads are no inputs, for two reasons. They change values only
+    by rounding, and a run that ran out of memory must be able to resume with smaller batches.
     """
 
     dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
-    # number of images, readable or not; 0 for a data set of shards, whose number of images is known
-    # only at the end (``Manifest.n_in``)
+    # number of images, readable or not; 0 with shards, where the number is known only at the end
+    # (``Manifest.n_in``)
     n_in: Count
     split: str | None  # name of the split, if any
-    space: EmbeddingSpace  # the embedding space, with all that is known about the model
+    space: EmbeddingSpace  # the embedding space and what is known about the model
     # the K class names as written in the prompts; empty if captions are the candidates
     names: tuple[str, ...]
-    # the K class names as the data set has them; None when it is unlabelled
+    # the K class names as they are in the data set; None if the data set has no labels
     folders: tuple[str, ...] | None
     templates: tuple[str, ...]  # prompt templates; empty if there are no classes
     limits: dict[str, float]  # limits of the images (``ImageLimits``)
@@ -136,11 +148,11 @@ class Inputs(StoreDocument):
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
     # words of the column ``negatives``, embedded in ``templates``; they need not be classes
     negatives: tuple[str, ...] = ()
-    # whether images have captions, whose embeddings are stored; then there are no classes
+    # whether images have captions, whose embeddings are stored; if so, there are no classes
     captions: bool = False
     # number of shards, if parts are made of shards; 0 if parts are made of images
     shards: Count = 0
-    # folders or labels, as the data set has them, whose images are of none of the classes
+    # folders or labels, as they are in the data set, whose images belong to none of the classes
     outside: tuple[str, ...] = ()
     imported: Imported | None = None  # facts about imported embeddings; None for computed ones
 
@@ -156,8 +168,8 @@ class Inputs(StoreDocument):
 
     @model_validator(mode="after")
     def _check_candidates(self) -> Self:
-        of_classes = (self.names, self.folders, self.templates, self.prompts, self.negatives)
-        if self.captions and any(of_classes):
+        class_fields = (self.names, self.folders, self.templates, self.prompts, self.negatives)
+        if self.captions and any(class_fields):
             raise ValueError(
                 "with captions there are no classes, so no names, templates, prompts or negatives "
                 "either"
@@ -171,7 +183,7 @@ class Inputs(StoreDocument):
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one row of each stored array of the images, by name; embeddings first."""
+        """Shape of one row of each array of the images, by name; image embeddings come first."""
         dim = self.space.embed_dim
         shapes: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
         if self.imported is not None:
@@ -188,32 +200,36 @@ class Inputs(StoreDocument):
 
     @property
     def pictures(self) -> bool:
-        """Whether the metadata hold a digest of every image, which identifies the row."""
+        """Whether the metadata have the column ``picture``: a digest of every image."""
         return self.imported is None
 
     def identity(self) -> dict[str, object]:
-        """Return the fields that the fingerprint covers; nested fields by "space.weights" etc."""
-        hashed = set(Inputs.model_fields)
+        """Return the fields that the fingerprint covers. Names of nested fields have a dot.
+
+        For example, "space.weights" is the field ``weights`` of ``space``.
+        """
+        # not the fields that subclasses such as ``Run`` add
+        covered = set(Inputs.model_fields)
         if self.shards:
-            # n_in is 0 in the run, and known when all shards have been read
-            hashed.remove("n_in")
+            # n_in is 0 in the run, and becomes known when all shards have been read
+            covered.remove("n_in")
         flat: dict[str, object] = {}
-        for name, value in self.model_dump(mode="json", include=hashed).items():
+        for name, value in self.model_dump(mode="json", include=covered).items():
             if not isinstance(value, dict):
                 flat[name] = value
                 continue
-            for key, item in value.items():
-                flat[f"{name}.{key}"] = item
+            for nested_name, nested_value in value.items():
+                flat[f"{name}.{nested_name}"] = nested_value
         return flat
 
     def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Raise ProvenanceError if other ``inputs`` are to be added to a store of this run."""
-        before = self.identity()
-        now = inputs.identity()
+        """Raise ProvenanceError where ``inputs`` differ from the inputs of a store's run."""
+        earlier = self.identity()
+        new = inputs.identity()
         differences: list[str] = []
-        for name in before | now:
-            was = before.get(name)
-            is_now = now.get(name)
+        for name in earlier | new:
+            was = earlier.get(name)
+            is_now = new.get(name)
             if was != is_now:
                 differences.append(f"{name} was {was!r:.120} and is now {is_now!r:.120}")
         if differences:
@@ -241,16 +257,16 @@ class Run(Inputs):
 class Counted(StoreDocument):
     """Counts of images; every image is either a row or an error."""
 
-    n_in: Count  # images
-    n_ok: Count  # rows
-    n_error: Count  # errors
-    errors: dict[str, Count]  # errors by kind
+    n_in: Count  # number of images
+    n_ok: Count  # number of rows
+    n_error: Count  # number of errors
+    errors: dict[str, Count]  # number of errors by kind
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
-        all_in = self.n_in == self.n_ok + self.n_error
-        all_kinds = self.n_error == sum(self.errors.values())
-        if not (all_in and all_kinds):
+        adds_up = self.n_in == self.n_ok + self.n_error
+        kinds_add_up = self.n_error == sum(self.errors.values())
+        if not (adds_up and kinds_add_up):
             raise ValueError(
                 f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} "
                 f"({self.errors})"
@@ -284,7 +300,7 @@ class StoredClasses(StoreDocument):
     """``classes.json``: the K candidates, and how their texts were made."""
 
     names: tuple[str, ...]  # class names as written in the prompts
-    folders: tuple[str, ...] | None  # class names as the data set has them
+    folders: tuple[str, ...] | None  # class names as they are in the data set
     templates: tuple[str, ...]  # prompt templates; a class text is the normalised mean over them
     tokenizer: str | None  # description of the tokenizer
     text_emb: Literal["text_emb/classes.npy"] = TEXT  # file of the (K, D) float32 text embeddings
@@ -294,7 +310,7 @@ class StoredClasses(StoreDocument):
     negatives: tuple[str, ...] = ()  # words of the column ``negatives``
     # columns of the classes and of the model; column NAME is in ``columns/NAME.npy``
     columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
-    hash: str
+    hash: str  # hash of the other fields
 
     @model_validator(mode="after")
     def _check_hash(self) -> Self:
@@ -306,9 +322,10 @@ class StoredClasses(StoreDocument):
     def of(
         cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None
     ) -> Self:
-        """Return the class table of a run, given the files of its text embeddings and columns."""
+        """Return the class table of a run, from the files of its text embeddings and columns."""
         shared = {name: getattr(run, name) for name in SHARED}
-        # without validation, which needs the hash; the hash is computed from the other fields
+        # The draft has no hash yet, because the hash is computed from its fields. Validation would
+        # refuse it, so it is made without.
         draft = cls.model_construct(
             **shared,
             tokenizer=run.space.tokenizer,
@@ -327,18 +344,18 @@ class Manifest(Counted, Run):
 
     parts: Count  # number of parts
     classes: str  # hash of the class table; empty where captions are the candidates
-    content: str  # hash of the SHA-256 of all files of all parts (``content_hash``)
+    content: str  # one hash of the hashes of all files of the parts (``content_hash``)
 
 
 logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Compute the float32 columns (``vilu.embeddings.columns``) of classes and model of a run."""
+    """Compute a run's float32 columns of classes and model (``vilu.embeddings.columns``)."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
-        prompts = prompt_texts(backbone, run.names, run.prompts)
-        rows = require_usable(prompts.flatten(0, 1), "prompt")
+        prompts = prompt_texts(backbone, run.names, run.prompts)  # (K, P, D)
+        rows = require_usable(prompts.flatten(0, 1), "prompt")  # (K * P, D)
         columns["prompts"] = rows.view(prompts.shape)
     if run.negatives:
         words = mean_texts(backbone, run.negatives, run.templates)
@@ -349,9 +366,10 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 
 
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Compute the last linear maps of both towers, and the text features (input of the text map).
+    """Return the last maps of both towers, and the text features (input of the text map).
 
-    Empty if the last maps are not linear. There are no text features with several templates.
+    The result is empty if the last maps are not linear. With several templates, there are no text
+    features.
     """
     if backbone.projections is None:
         logger.info(

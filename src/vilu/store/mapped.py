@@ -1,4 +1,4 @@
-"""Sources whose rows are in files: memory-mapped part by part, and read by several threads."""
+"""Sources whose rows are in files, which are memory-mapped part by part and read by threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,10 +34,10 @@ R = TypeVar("R")
 def in_threads(
     function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
 ) -> Iterator[Iterator[R]]:
-    """Yield an iterator over ``function`` of each item, in order, computed by threads.
+    """Yield an iterator over the results of ``function`` for each item, in order.
 
-    At most ``ahead`` results are computed in advance. When the block ends, also by an exception,
-    calls that have not started are cancelled.
+    Threads (``workers`` of them) compute at most ``ahead`` results in advance. When the block ends,
+    normally or by an exception, calls that have not started are cancelled.
     """
     pool = ThreadPoolExecutor(
         workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core
@@ -60,11 +61,12 @@ def in_threads(
 def _stay_on_one_core() -> None:
     """Limit the tensor operations of the calling thread to one core.
 
-    Otherwise each decoding thread would start several OpenMP threads, which would compete with the
-    threads of the model. ``torch.set_num_threads`` would change the whole process, but the limit
-    of OpenMP is set for one thread.
+    Otherwise, each decoding thread would start several OpenMP threads, which would compete with the
+    threads of the model. The limit of OpenMP concerns one thread; ``torch.set_num_threads`` would
+    change the whole process.
     """
-    # torch sets the limit at its first use in a thread: this call makes it happen before our limit
+    # At its first use in a thread, torch sets the limit itself. This call makes it do so now, and
+    # not after our limit has been set.
     torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")
 
@@ -81,19 +83,19 @@ def default_workers() -> int:
     return min(cores(), 16)
 
 
-# Maximum number of parts mapped at a time. Each needs a file descriptor, and a process often may
-# have only 1024.
+# Maximum number of parts mapped at a time. Each part needs a file descriptor, and many systems
+# allow only 1024 per process.
 OPEN_PARTS = 320
 
 PAGE = 4096  # bytes of a page of memory: reading a row reads at least one page
 MAX_RESIDENT = 2**28  # maximum number of bytes of mapped files that stay in memory
 
-# rows of a block (rows near each other on the disk) in training; 128 MiB in float16 at width 512
+# number of rows of a block in training (``shuffled_in_blocks``): 128 MiB in float16 at width 512
 BLOCK_ROWS = 2**17
 GROUP_BLOCKS = 8  # number of blocks whose rows are shuffled together
 
 N_READERS = 2
-"""Number of threads that read batches in advance, while another batch is used.
+"""Number of threads that read batches in advance, while an earlier batch is used.
 
 Each thread computes on one core, since the work on a batch is too small for several cores.
 """
@@ -102,13 +104,13 @@ AHEAD = 2  # number of batches read in advance
 
 
 class MappedParts:
-    """(N, ...) arrays, cut along the rows into parts, which are mapped when they are needed.
+    """(N, ...) arrays that are cut into parts of rows. A part is mapped when it is needed.
 
     Args:
-        starts: (P + 1,) number of the first row of every part, and N at the end.
+        starts: (P + 1,) number of the first row of each of the P parts, and N at the end.
         shapes: Shape of one row of each array, by name.
-        open_part: Function of the name of an array and the number of a part, which returns the
-            rows of the part (any float type).
+        open_part: Function that takes the name of an array and the number of a part, and returns
+            the rows of the part in any float type.
         most_open: Maximum number of parts mapped at a time.
         most_resident: Maximum number of bytes of mapped files that stay in memory.
     """
@@ -128,7 +130,7 @@ class MappedParts:
         self.shapes = shapes
         self.open_part = open_part
         self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
-        self._n_touched = 0  # bytes of pages read since all parts were last released
+        self._touched_bytes = 0  # size of the pages read since all parts were last released
         self._widest = np.dtype(np.float16)  # widest float type among the parts read so far
 
     def __len__(self) -> int:
@@ -142,16 +144,18 @@ class MappedParts:
         # order[bounds[p] : bounds[p + 1]] are the indices into ``wanted`` of the rows in part p
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self.starts, sorter=order)
+        parts_in_use = np.flatnonzero(np.diff(bounds))
         rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
-        # one part at a time, because all parts may be more than ``most_open``
-        for number in np.flatnonzero(np.diff(bounds)).tolist():
+        # one part at a time, because more than ``most_open`` parts may be in use
+        for number in parts_in_use.tolist():
             part = self._part(name, number)
-            of_part = order[bounds[number] : bounds[number + 1]]
+            in_part = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
-            rows[of_part] = part[wanted[of_part] - self.starts[number]]
-            self._n_touched += len(of_part) * max(PAGE, part[:1].nbytes)
+            rows[in_part] = part[wanted[in_part] - self.starts[number]]
+            row_bytes = part[:1].nbytes
+            self._touched_bytes += len(in_part) * max(PAGE, row_bytes)
         return torch.from_numpy(rows).float()  # many times faster than the conversion of NumPy
 
     def _require_inside(self, least: int, most: int) -> None:
@@ -159,17 +163,17 @@ class MappedParts:
             raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {least} to {most}.")
 
     def _part(self, name: str, number: int) -> NDArray[np.floating]:
-        """Return a mapped part. Several threads may call this at the same time.
+        """Return a mapped part. Several threads may call this method at the same time.
 
-        All mapped parts are released first if ``most_open`` or ``most_resident`` is reached.
-        Otherwise the pages read so far would count as memory of this process.
+        If ``most_open`` or ``most_resident`` is reached, all mapped parts are released first.
+        Otherwise, the pages read so far would count as memory of this process.
         """
         part = self._mapped.get((name, number))
         is_full = part is None and len(self._mapped) >= self.most_open
-        if is_full or self._n_touched >= self.most_resident:
+        if is_full or self._touched_bytes >= self.most_resident:
             # a new dictionary, since another thread may be using the old one
             self._mapped = {}
-            self._n_touched = 0
+            self._touched_bytes = 0
             part = None
         if part is None:
             part = np.asarray(self.open_part(name, number))
@@ -181,7 +185,10 @@ class MappedSource(EmbeddingSource):
     """A source whose rows are in files, in the order of their numbers."""
 
     def _map_parts(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
-        """Yield ``make`` of each part of the rows, in order; threads compute ``AHEAD`` ahead."""
+        """Yield the result of ``make`` for each part of the rows, in order.
+
+        Threads compute ``AHEAD`` results in advance.
+        """
         if len(parts) < 2:
             yield from map(make, parts)
             return
@@ -196,9 +203,9 @@ class MappedSource(EmbeddingSource):
 def shuffled_in_blocks(
     rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
 ) -> Tensor:
-    """Return the rows in a random order in which at most ``GROUP_BLOCKS`` blocks are in use.
+    """Return the rows in a random order that uses at most ``GROUP_BLOCKS`` blocks at a time.
 
-    A block is about ``block_rows`` rows that are near each other on the disk, and is read once.
+    A block is about ``block_rows`` rows that are near each other on the disk. It is read once.
 
     1. Cut the sorted rows into blocks of equal size.
     2. Put the blocks in random order, and form groups of at most ``GROUP_BLOCKS`` blocks (at least
@@ -223,9 +230,12 @@ def shuffled_in_blocks(
 class MappedPairs(PairSource, MappedSource):
     """Image-caption pairs in memory-mapped parts; only the vectors of a batch or block are loaded.
 
-    In memory are, per row, the index in the order of the pools and the index in the fold (8 bytes
-    each), and the status (1 byte). Rows that are left after the last full pool have the status
-    "short_pool". Hard pools are made within blocks of rows (``PairSource``).
+    Memory holds three numbers per row: the index in the order of the pools and the index in the
+    fold (8 bytes each), and the status (1 byte). Rows that remain after the last full pool have the
+    status "short_pool". Hard pools are made within blocks of rows (``PairSource``).
+
+    ``arrays`` are the names of the image array and of the caption array in ``rows``. ``chosen`` are
+    the (M,) ascending rows that belong to this source; None for all.
     """
 
     def __init__(
@@ -245,17 +255,19 @@ class MappedPairs(PairSource, MappedSource):
         self._arrays = arrays
         self._chosen = None if chosen is None else torch.from_numpy(chosen)
         n_rows = len(rows) if chosen is None else len(chosen)
-        # The target is an index into the candidates of a pool, so it exists only in a batch. Here
-        # it is unknown for all rows; ``expand`` stores the number once.
+        # The target of a pair is an index into the candidates of its pool, so it exists only in a
+        # batch. Here, the targets of all rows are unknown. ``expand`` stores the number only once.
         self.target = torch.tensor(UNKNOWN).expand(n_rows)
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """Return (B, D) float32 unit-norm image embeddings."""
-        return self._take(self._arrays[0], index)
+        image_array, _ = self._arrays
+        return self._take(image_array, index)
 
     def caption_rows(self, index: Tensor) -> Tensor:
         """Return (B, D) float32 unit-norm caption embeddings."""
-        return self._take(self._arrays[1], index)
+        _, caption_array = self._arrays
+        return self._take(caption_array, index)
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -273,14 +285,17 @@ class MappedPairs(PairSource, MappedSource):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows; computes the order of the pools, to find "short_pool"."""
+        """(N,) status of the rows.
+
+        To find the rows with the status "short_pool", the order of the pools is computed.
+        """
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID
         return status
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows by their embeddings alone, without "short_pool"."""
+        """(N,) status of the rows by their embeddings alone, which is never "short_pool"."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     def _take(self, name: str, index: Tensor) -> Tensor:
@@ -289,9 +304,9 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ChosenNumbers(RowNumbers):
-    """Given numbers (or texts) as identifiers of rows, which identify nothing elsewhere.
+    """Identifiers from a list of numbers or texts, which cannot identify a row in another source.
 
-    For example, the numbers that rows had before some rows were left out.
+    For example, the numbers that the rows of a fold have in the whole store.
     """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
@@ -301,6 +316,7 @@ class ChosenNumbers(RowNumbers):
     def _of(self, row: int) -> str:
         return str(self._numbers[row])
 
+    # not the method of RowNumbers, which returns the indices themselves
     _several = Identifiers._several
 
     def __iter__(self) -> Iterator[str]:
@@ -308,12 +324,13 @@ class ChosenNumbers(RowNumbers):
 
 
 class PartStrings(Identifiers):
-    """A string for every row, read part by part when it is needed.
+    """Identifiers that are stored in files, and read part by part when they are needed.
 
     Args:
         starts: (P + 1,) number of the first row of every part, and the number of rows at the end.
-        read: Function of the number of a part, which returns the strings of its rows.
-        rows: (M,) ascending rows to which these identifiers are limited; None for all.
+        read: Function that takes the number of a part, and returns the strings of its rows.
+        rows: (M,) ascending numbers of the rows to which these identifiers are limited; None for
+            all rows.
     """
 
     def __init__(
@@ -325,7 +342,7 @@ class PartStrings(Identifiers):
         super().__init__(int(starts[-1]) if rows is None else len(rows))
         self._starts = starts
         self._rows = rows
-        self._read = lru_cache(16)(read)
+        self._read = lru_cache(16)(read)  # keeps the strings of the last 16 parts
 
     def __reduce__(self) -> tuple[type[PartStrings], tuple[object, ...]]:
         return PartStrings, (self._starts, self._read.__wrapped__, self._rows)
@@ -337,10 +354,11 @@ class PartStrings(Identifiers):
         return str(strings[stored - int(self._starts[part])].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        bounds = zip(self._starts[:-1], self._starts[1:], strict=True)
-        for number, (start, stop) in enumerate(bounds):
+        for number, (start, stop) in enumerate(pairwise(self._starts)):
             strings = self._read(number)
             if self._rows is not None:
-                first, last = np.searchsorted(self._rows, [start, stop])
-                strings = strings.take(pa.array(self._rows[first:last] - start))
+                # the chosen rows of this part
+                first, end = np.searchsorted(self._rows, [start, stop])
+                index_in_part = self._rows[first:end] - start
+                strings = strings.take(pa.array(index_in_part))
             yield from strings.to_pylist()

@@ -1,4 +1,4 @@
-"""Parts of a store: their content, how they are written and read, and the files of the classes."""
+"""Read and write the parts of a store, and the files of its classes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Part:
     File names follow LAION's layout, so that its tools can read the vectors and the metadata.
     """
 
-    number: int
-    start: int
-    stop: int
-    arrays: tuple[str, ...] = (IMAGE,)
+    number: int  # number of the part, from 0
+    start: int  # position of the first image, or number of the first shard
+    stop: int  # position after the last image, or number after the last shard
+    arrays: tuple[str, ...] = (IMAGE,)  # names of the arrays of the images
 
     def array(self, name: str) -> str:
         """File of the (n_ok, ...) rows of an array: one row per embedded image."""
@@ -74,15 +74,15 @@ class Part:
     def attempts(self) -> str:
         """File with one byte for each process that began the part and has not ended it.
 
-        Such a process is still at work, or died in the part.
+        Such a process is still at work, or it died while it worked on the part.
         """
         return f"attempts/{self.number:05d}"
 
     @property
     def files(self) -> tuple[str, ...]:
         """Names of the files that the receipt lists, in the order in which they are written."""
-        first, *more = map(self.array, self.arrays)
-        return first, self.metadata, self.errors, *more
+        first_array, *more_arrays = map(self.array, self.arrays)
+        return first_array, self.metadata, self.errors, *more_arrays
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -101,7 +101,7 @@ def plan(run: Run) -> list[Part]:
 def positions(run: Run, part: Part) -> range:
     """Return the range of positions that the images of a part can have.
 
-    With shards, many of these positions have no image.
+    With shards, there is no image at many of these positions (``SHARD``).
     """
     if run.shards:
         return range(part.start * SHARD, part.stop * SHARD)
@@ -109,9 +109,9 @@ def positions(run: Run, part: Part) -> range:
 
 
 def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
-    """Whether ``at`` (sorted) can be the positions of all ``n_in`` images of a part.
+    """Whether the sorted positions ``at`` can be those of all ``n_in`` images of a part.
 
-    Without shards, these must be all positions of the part. With shards, the positions in each
+    Without shards, ``at`` must be all positions of the part. With shards, the positions in each
     shard must begin at the first position of the shard and have no gap.
     """
     possible = positions(run, part)
@@ -121,25 +121,26 @@ def holds_all(run: Run, part: Part, at: NDArray[np.int64], n_in: int) -> bool:
         return False
     if n_in == 0:
         return True
-    # The first position of a shard is a multiple of SHARD, so the remainder is the index in it.
-    index_in_shard = at % SHARD
-    if at[0] < possible.start or at[-1] >= possible.stop or index_in_shard[0] != 0:
+    is_inside = int(at[0]) in possible and int(at[-1]) in possible
+    # the first position of a shard is a multiple of SHARD
+    begins_shard = at % SHARD == 0
+    if not is_inside or not begins_shard[0]:
         return False
     follows_previous = np.diff(at) == 1
-    begins_shard = index_in_shard[1:] == 0
-    return bool(np.all(follows_previous | begins_shard))
+    return bool(np.all(follows_previous | begins_shard[1:]))
 
 
 class StoreLedger(Ledger[Part, Receipt]):
-    """The parts of a store: which are done, and which are to be done.
+    """The folder of a store, with the parts that are done and those that are to be done.
 
-    ``data`` are the images to be embedded; None where the store is only read or imported.
+    ``data`` is the data set to be embedded; None where the store is only read or imported.
     """
 
     what = "embedding store"
     command = "vilu embed` or `vilu import"
     doing = "embedding into"
     documents = (*Ledger.documents, CLASSES)
+    # sub-folders that every store has
     always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*always, *get_args(ImageColumn), "columns")
 
@@ -157,9 +158,9 @@ class StoreLedger(Ledger[Part, Receipt]):
     def stated_and_planned(
         self, part: Part, receipt: Receipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Return number, start, stop and number of images: of the receipt, and as planned.
+        """Return (number, start, stop, number of images) from the receipt, and from the plan.
 
-        With shards, the number of images is taken from the receipt, since the plan has none.
+        With shards, the plan has no number of images, so it is taken from the receipt.
         """
         n_in = receipt.n_in if self.run.shards else len(part)
         stated = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
@@ -210,10 +211,10 @@ class StoreLedger(Ledger[Part, Receipt]):
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.arrays.items():
             blocks = content.arrays.get(name, [])
-            rows = _rows(name, blocks, (len(content.rows), *shape), self.run.dtype)
-            payloads[part.array(name)] = _npy(rows)
-        payloads[part.metadata] = _parquet(content.rows, metadata_schema(self.run))
-        payloads[part.errors] = _parquet(content.errors, ERRORS)
+            rows = _join_blocks(name, blocks, (len(content.rows), *shape), self.run.dtype)
+            payloads[part.array(name)] = _npy_bytes(rows)
+        payloads[part.metadata] = _parquet_bytes(content.rows, metadata_schema(self.run))
+        payloads[part.errors] = _parquet_bytes(content.errors, ERRORS)
         return payloads
 
 
@@ -221,11 +222,14 @@ INT8 = pa.int8()
 INT32 = pa.int32()
 INT64 = pa.int64()
 STRING = pa.string()
-OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}
+OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}  # columns that may hold null
 
 
-def _schema(kinds: Mapping[str, pa.DataType]) -> pa.Schema:
-    fields = [pa.field(name, kind, nullable=name in OPTIONAL) for name, kind in kinds.items()]
+def _schema(types: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Return the schema with columns of these types, by name."""
+    fields: list[pa.Field] = []
+    for name, column_type in types.items():
+        fields.append(pa.field(name, column_type, nullable=name in OPTIONAL))
     return pa.schema(fields)
 
 
@@ -237,13 +241,14 @@ METADATA = _schema(
         "width": INT32,
         "height": INT32,
         "n_frames": INT32,
+        "exif_orientation": INT8,
+        "flags": INT32,
     }
-    | {"exif_orientation": INT8, "flags": INT32}
 )
 """Columns of the metadata. ``position`` is the position of the image in the data set.
 
-It is not the number of the row in the store. That number depends on how many images failed in
-earlier parts, which may not be written yet. The reader counts the rows.
+The number of the row in the store is not a column, because it depends on how many images failed in
+earlier parts. These parts may not be written yet. The reader counts the rows.
 """
 
 # further column of the metadata where images have captions
@@ -256,8 +261,15 @@ Only stores with ``Run.pictures`` have this column.
 """
 
 ERRORS = _schema(
-    {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}
-    | {"exception": STRING, "message": STRING, "bytes": INT64}
+    {
+        "key": STRING,
+        "position": INT64,
+        "stage": STRING,
+        "kind": STRING,
+        "exception": STRING,
+        "message": STRING,
+        "bytes": INT64,
+    }
 )
 """Columns of the error table; ``bytes`` is the encoded size of the image, if it could be read."""
 
@@ -281,8 +293,8 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
 
     Only the header is read.
     """
-    # one thread at a time: two threads that read headers can fail in Python 3.11 (gh-106905, a bug
-    # of ast.literal_eval)
+    # one thread at a time, because reading headers in two threads can fail in Python 3.11
+    # (gh-106905, a bug of ast.literal_eval)
     with or_damaged(path, hint, UNREADABLE_NPY), one_thread():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
@@ -305,13 +317,13 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
     """Return some columns of a parquet file; StorageError on a wrong number of rows or type."""
     with or_damaged(path, REDO), pq.ParquetFile(path) as file:
-        # checked before reading: a forged file may state more rows than fit into memory
+        # checked before reading, because a forged file may state more rows than fit into memory
         if file.metadata.num_rows != n_rows:
             raise StorageError(
                 f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}"
             )
         table = file.read(columns=list(names))
-        table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+        table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
     if len(table) != n_rows:
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO}")
     expected = pa.schema([schema.field(name) for name in names])
@@ -345,14 +357,14 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
             )
         map_rows(column_path(root, column), info.shape, "float32")
         hashes[column_path(root, column)] = info.sha256
-    # last, since hashing reads all bytes: a wrong shape is reported sooner
+    # Hashes are compared last. Hashing reads all bytes, and a wrong shape is reported sooner.
     for path, sha256 in hashes.items():
         require_hash_once(path, sha256, table.again, CLASSES)
     return table, require_usable(torch.from_numpy(np.array(rows)), "class text")
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Whether a column has the right number of dimensions, and sizes that fit the run."""
+    """Whether a column has the right number of dimensions, and a shape that fits the run."""
     n_dims, _ = COLUMNS[name]
     return len(shape) == n_dims and has_shape(run, name, shape)
 
@@ -368,25 +380,29 @@ def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
     dim = run.space.embed_dim
     n_prompts = len(run.prompts)
     n_words = len(run.negatives)
-    if run.imported is not None:  # the run does not list the texts: any number of them fits
+    if run.imported is not None:
+        # an imported run does not list prompts and words, so any number of them fits
         n_prompts = shape[1]
         n_words = shape[0]
-    shapes: dict[str, tuple[int, ...]] = {
+    # the first sizes of each column; the run does not determine the sizes after them
+    first_sizes: dict[str, tuple[int, ...]] = {
         "prompts": (n_classes, n_prompts, dim),
         "text_features": (n_classes,),
         "second_text": (n_classes,),
         "negatives": (n_words, dim),
+        "image_projection": (dim,),
+        "text_projection": (dim,),
     }
-    fixed = shapes.get(name, (dim,))
-    return shape[: len(fixed)] == fixed
+    expected = first_sizes[name]
+    return shape[: len(expected)] == expected
 
 
-MESSAGE_LENGTH = 300
+MESSAGE_LENGTH = 300  # longer messages are cut in the error table
 
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """The metadata that every row has."""
+    """The metadata that every row has; fields as in ``METADATA``."""
 
     position: int
     key: str
@@ -421,10 +437,13 @@ class ErrorRow:
 
 @dataclass
 class PartRows:
-    """The content of a part: arrays and metadata of embedded images, and errors of the others.
+    """The content of a part: arrays and metadata of embedded images, and errors of failed images.
 
-    ``arrays`` has, by the name of the array, its (n, ...) blocks in the order of ``rows``.
-    ``started`` is the time at which the part was begun.
+    Attributes:
+        arrays: By the name of the array, blocks (n, ...) of its rows, in the order of ``rows``.
+        rows: Metadata of the embedded images.
+        errors: Errors of the failed images.
+        started: Time at which the part was begun, on the monotonic clock.
     """
 
     arrays: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -437,19 +456,19 @@ def write_classes(
     root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]
 ) -> None:
     """Write the (K, D) float32 text embeddings, the columns, and finally the class table."""
-    text_file = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
+    text_file = write_hashed(root / TEXT, _npy_bytes(text.numpy().astype("<f4")))
     column_files: dict[ClassColumn, ArrayInfo] = {}
     for name, values in columns.items():
         path = column_path(root, name)
         make_folder(path.parent)
         rows = np.ascontiguousarray(values.numpy(), dtype="<f4")
-        info = write_hashed(path, _npy(rows))
+        info = write_hashed(path, _npy_bytes(rows))
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
-    # the table states the hashes of the files, like a receipt, so it is written after them
+    # the table is written last, because it states the hashes of the other files, like a receipt
     StoredClasses.of(run, text_file, column_files).write(root / CLASSES)
 
 
-def _rows(
+def _join_blocks(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
     """Return the blocks of rows as one little-endian array; DataError where it is not finite."""
@@ -464,15 +483,15 @@ def _rows(
     return rows
 
 
-def _npy(array: NDArray[np.floating]) -> bytes:
+def _npy_bytes(array: NDArray[np.floating]) -> bytes:
     """Return the content of a ``.npy`` file with this array."""
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
-    """Return the content of a Parquet file with these rows."""
+def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
+    """Return the content of a Parquet file with these rows and the columns of the schema."""
     columns: dict[str, list[int | str | bytes | None]] = {}
     for name in schema.names:
         columns[name] = [_storable(getattr(row, name)) for row in rows]
@@ -482,7 +501,7 @@ def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes
 
 
 def _storable(value: int | str | bytes | None) -> int | str | bytes | None:
-    r"""Return the value; in a string, what UTF-8 cannot encode is replaced by ``\xNN`` escapes."""
+    r"""Return the value; in a text, what UTF-8 cannot encode becomes an escape ``\uNNNN``."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     return value

@@ -1,4 +1,4 @@
-"""From image records to rows: ``Decoder``, for use in many threads, and ``Encoder``, in one."""
+"""Turn image records into rows: ``Decoder`` is called in many threads, ``Encoder`` in one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
-"""Flag of a row whose caption is longer than the model reads; smaller flags are ``ImageFlag``."""
+"""Flag of a row whose caption is longer than the model reads.
+
+Smaller flags are those of ``ImageFlag``.
+"""
 
 DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 """Arrays whose rows are normalised, with the name of a row in messages."""
 
-# marks the end of each part in the stream of records, and in the stream of their outcomes
+# Marks the end of a part, both among the records that go into the decoder and among the outcomes
+# that come out of it.
 END: Final = None
 
 
@@ -40,27 +44,33 @@ class Decoded:
 
     row: Row  # metadata
     pixels: Tensor  # (3, H, W) float32
-    bytes: int  # encoded size
+    bytes: int  # encoded size of the image
     views: tuple[Tensor, ...] = ()  # pixels of the views, (3, H, W) float32 each
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads, decodes and preprocesses one image; for a bad image, returns an error row."""
+    """A function that reads, decodes and preprocesses one image.
 
-    preprocess: Callable[[Image.Image], Tensor]
+    The outcome is a ``Decoded``, or an error row if the image is bad.
+    """
+
+    preprocess: Callable[[Image.Image], Tensor]  # returns (3, H, W) float32 pixels
     limits: ImageLimits
     n_classes: int
-    views: Views | None = None
-    captions: bool = False
+    views: Views | None = None  # augmented views to make of each image, if any
+    captions: bool = False  # whether to read captions
 
     def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
-        """Return the outcome for an item (position, record), and ``END`` for ``END``.
+        """Return the outcome for a position and its record, and ``END`` for ``END``.
 
         Raises:
             DataError: If the label of the image is not a class.
         """
-        return END if item is END else self._decode(*item)
+        if item is END:
+            return END
+        position, record = item
+        return self._decode(position, record)
 
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
         self._require_class(record)
@@ -69,12 +79,13 @@ class Decoder:
             image = read_image(replace(record, read=reading.read), self.limits)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
+            cause = error.__cause__ or error
             return ErrorRow(
                 key=record.key,
                 position=position,
                 stage=error.stage,
                 kind=error.kind,
-                exception=type(error.__cause__ or error).__name__,
+                exception=type(cause).__name__,
                 message=str(error)[:MESSAGE_LENGTH],
                 bytes=reading.size,
             )
@@ -99,7 +110,8 @@ class Decoder:
     def _require_class(self, record: ImageRecord) -> None:
         """Raise DataError if the label is not a class; labels are ignored if there are captions."""
         label = record.label
-        if self.captions or label is None or label == OUTSIDE:
+        has_class = label is not None and label != OUTSIDE
+        if self.captions or not has_class:
             return
         if label not in range(self.n_classes):
             raise DataError(
@@ -108,7 +120,7 @@ class Decoder:
 
 
 class _Reading:
-    """Reads a record, and keeps size and digest of the bytes."""
+    """The reading of one record, which remembers size and digest of the bytes."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
@@ -150,7 +162,7 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
 
 @dataclass
 class Encoder:
-    """Runs the model over decoded images; bad images become errors, or an exception if ``strict``.
+    """The last step to rows: runs the model over batches of decoded images.
 
     A batch never contains images of two parts, and a bad image is not replaced by another one. So
     a part that is done again has the same batches, and gives the same bytes. Numbers too large for
@@ -159,19 +171,19 @@ class Encoder:
 
     backbone: Backbone
     batch_size: int
-    strict: bool
-    task: Task
-    arrays: Mapping[str, tuple[int, ...]]
-    dtype: str
-    n_errors: int = 0
+    strict: bool  # whether the first bad image raises DataError; if not, it becomes an error row
+    task: Task  # progress bar of the images
+    arrays: Mapping[str, tuple[int, ...]]  # shape of one row of each array of the images, by name
+    dtype: str  # number format of the arrays
+    n_errors: int = 0  # number of bad images so far
 
     def part(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> PartRows:
-        """Encode the outcomes up to the next ``END``; DataError if ``strict`` and one is bad."""
+        """Encode the outcomes up to the next ``END``; if ``strict``, DataError for a bad image."""
         content = PartRows()
         # iter(function, END) calls the function until it returns END
         until_end: Iterator[Decoded | ErrorRow] = iter(outcomes.__next__, END)
         while True:
-            # the batch is not kept in a variable, so that its memory is freed before the next batch
+            # no variable holds the batch, so that its memory is freed before the next batch is read
             n_images = self._encode(list(islice(until_end, self.batch_size)), content)
             if n_images == 0:
                 return content
@@ -220,25 +232,27 @@ class Encoder:
         return bad
 
     def _rows(self, batch: Sequence[Decoded]) -> list[Row]:
-        """Return the metadata, with a flag where the tokenizer cuts the caption off."""
+        """Return the metadata, with a flag where the tokenizer shortens the caption."""
         rows = [image.row for image in batch]
         if CAPTION not in self.arrays:
             return rows
-        cut = self.backbone.truncates([row.caption or "" for row in rows])
+        are_truncated = self.backbone.truncates([row.caption or "" for row in rows])
         flagged: list[Row] = []
-        for row, is_cut in zip(rows, cut, strict=True):
-            flags = row.flags | TEXT_TRUNCATED if is_cut else row.flags
+        for row, is_truncated in zip(rows, are_truncated, strict=True):
+            flags = row.flags
+            if is_truncated:
+                flags |= TEXT_TRUNCATED
             flagged.append(replace(row, flags=flags))
         return flagged
 
     def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
-        """Return arrays of images by name, and each image's worst status (``checks.STATUS``)."""
+        """Return arrays of images by name, and the worst status of each image (``STATUS``)."""
         arrays = self._forward(batch)
         status = np.full(len(batch), VALID, dtype=np.uint8)
-        for name, kind in DIRECTIONS.items():
+        for name, row_name in DIRECTIONS.items():
             if name in arrays:
-                arrays[name], worst = _unit(arrays[name], kind)
-                status = np.maximum(status, worst)
+                arrays[name], status_in_array = _normalise(arrays[name], row_name)
+                status = np.maximum(status, status_in_array)
         for name, shape in self.arrays.items():
             rows = arrays[name]
             if rows.shape != (len(batch), *shape):
@@ -262,7 +276,7 @@ class Encoder:
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:
-            # one view of every image per forward pass, so that no pass is larger than a batch
+            # A forward pass takes one view of every image, so that it is no larger than a batch.
             by_view = zip(*(image.views for image in batch), strict=True)
             rows = [model.encode_images(_stacked(views)) for views in by_view]
             arrays["views"] = torch.stack(rows, dim=1)
@@ -270,9 +284,9 @@ class Encoder:
 
 
 def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Stack images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
+    """Stack B images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
 
-    If the channels are last in memory, they stay last, since moving them takes time.
+    If the channels are last in memory, they stay last, because moving them takes time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
     if channels_last[0].is_contiguous():
@@ -280,8 +294,8 @@ def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return torch.stack(images)
 
 
-def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
+def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
     """Normalise rows (B, D), or views (B, V, D); also return the worst status of each image."""
-    flat, status = unit_rows(rows.flatten(0, -2), kind)
-    worst = status.reshape(len(rows), -1).max(axis=1)
-    return flat.view(rows.shape), worst
+    flat, status = unit_rows(rows.flatten(0, -2), row_name)
+    status_of_views = status.reshape(len(rows), -1)  # (B, V), or (B, 1)
+    return flat.view(rows.shape), status_of_views.max(axis=1)

@@ -69,25 +69,19 @@ def open_source(
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> arrays = {
-        ...     "image": np.eye(3),
-        ...     "text": np.eye(3),
-        ...     "target": [0, 1, 1],
-        ...     "class_names": ["cat", "dog", "cup"],
-        ... }
+        >>> arrays = {"image": np.eye(2), "text": np.eye(2), "class_names": ["cat", "dog"]}
+        >>> scale = {"logit_scale": 100, "logit_bias": 0}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.savez(f"{folder}/a.npz", **arrays)
-        ...     _ = vilu.import_arrays(
-        ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0
-        ...     )
+        ...     np.savez(f"{folder}/arrays.npz", **arrays)
+        ...     _ = vilu.import_arrays(f"{folder}/arrays.npz", f"{folder}/store", **scale)
         ...     source = vilu.open_source(f"{folder}/store")
-        ...     print(source.class_names, vilu.score(vilu.MCM(), source).failure.tolist())
-        ('cat', 'dog', 'cup') [0, 0, 1]
+        >>> type(source).__name__, source.class_names
+        ('EmbeddingStore', ('cat', 'dog'))
     """
     root = Path(path)
     if not (root / RUN).is_file():
         if logit_scale is None:
-            find_shards(root)  # raises DataError for a folder of another kind
+            find_shards(root)  # raises DataError if the folder has none of the layouts
             raise UsageError(
                 f"{root} does not say which model made it. Give logit_scale, the multiplier of its "
                 "cosines: 100 for OpenAI's CLIP, for others the exponential of the learned "
@@ -109,7 +103,7 @@ def open_source(
 
 
 class Sealed(Reopened):
-    """A complete store without its classes.
+    """The documents and the parts of a complete store, without its classes.
 
     Opening checks documents, sizes, shapes and numbers of rows. The hash of a file is compared with
     its receipt when the file is first read (``files``).
@@ -125,28 +119,29 @@ class Sealed(Reopened):
         receipts = ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
         for count in ("n_in", "n_ok", "n_error"):
-            of_parts = sum(getattr(receipt, count) for receipt in receipts)
-            self.require_seal(of_parts == getattr(self.manifest, count))
+            sum_of_parts = sum(getattr(receipt, count) for receipt in receipts)
+            self.require_seal(sum_of_parts == getattr(self.manifest, count))
         self.files = Vouched(path, receipts)
         self.n_errors = [receipt.n_error for receipt in receipts]
-        starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
+        n_rows = [receipt.n_ok for receipt in receipts]
+        starts = np.cumsum([0, *n_rows], dtype=np.int64)
         self.rows = MappedParts(
             starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
         )
-        # Checks the headers of all arrays. ``path.joinpath`` in place of ``self.files`` avoids
-        # hashing, which is done when a row of the part is first read.
+        # Every array is mapped once, which checks its header. ``path.joinpath`` in place of
+        # ``self.files`` avoids hashing. A file is hashed when a row of its part is first read.
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, path.joinpath, name, part.number)
 
     @property
     def named(self) -> bool:
-        """Whether rows have identifiers of their own."""
+        """Whether rows have identifiers of their own; imported rows may have only their numbers."""
         return self.manifest.imported is None or self.manifest.imported.ids
 
-    def require_seal(self, whole: bool) -> None:
-        """Raise ProvenanceError if ``whole`` is False: the folder differs from its manifest."""
-        if not whole:
+    def require_seal(self, agrees: bool) -> None:
+        """Raise ProvenanceError if ``agrees`` is False: the folder differs from its manifest."""
+        if not agrees:
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make "
                 "it again."
@@ -166,28 +161,34 @@ class Sealed(Reopened):
     def identities(
         self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
     ) -> NDArray[np.uint64]:
-        """Return (M,) hashes of keys, or of pictures (and captions); each part is read once."""
+        """Return (M,) hashes of what identifies the M ``rows``: keys, or pictures and captions.
+
+        Each part is read once. Without ``captions``, only the pictures are hashed.
+        """
+        # order[bounds[p] : bounds[p + 1]] are the indices into ``rows`` of the rows in part p
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
+        parts_in_use = np.flatnonzero(np.diff(bounds))
         hashes = np.empty(len(rows), np.uint64)
-        for number in np.flatnonzero(np.diff(bounds)).tolist():
-            of_part = order[bounds[number] : bounds[number + 1]]
-            inside = pa.array(rows[of_part] - self.rows.starts[number])
-            hashes[of_part] = self._hashes(by, number, inside, captions=captions)
+        for number in parts_in_use.tolist():
+            in_part = order[bounds[number] : bounds[number + 1]]
+            index_in_part = pa.array(rows[in_part] - self.rows.starts[number])
+            hashes[in_part] = self._hashes(by, number, index_in_part, captions=captions)
         return hashes
 
     def _hashes(
-        self, by: Identity, number: int, rows: pa.Array, *, captions: bool
+        self, by: Identity, number: int, index: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
-        """Return (m,) hashes of what identifies the rows ``rows`` of part ``number``."""
+        """Return (m,) hashes of what identifies the rows ``index`` of part ``number``."""
         if by == "names":
-            return hash_names(self.metadata("key", number).take(rows).to_pylist())
-        pictures: list[bytes] = self.metadata("picture", number).take(rows).to_pylist()
-        if not self.manifest.captions or not captions:
-            return np.frombuffer(
-                b"".join(picture[:HASH_BYTES] for picture in pictures), "<u8"
-            ).astype(np.uint64)
-        texts: list[str] = self.metadata("caption", number).take(rows).to_pylist()
+            return hash_names(self.metadata("key", number).take(index).to_pylist())
+        pictures: list[bytes] = self.metadata("picture", number).take(index).to_pylist()
+        has_captions = self.manifest.captions and captions
+        if not has_captions:
+            # a picture is stored as its hash, which only has to be shortened
+            first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
+            return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
+        texts: list[str] = self.metadata("caption", number).take(index).to_pylist()
         return hash_of_each(
             picture + text.encode() for picture, text in zip(pictures, texts, strict=True)
         )
@@ -200,23 +201,28 @@ def _map_part(
     name: str,
     number: int,
 ) -> NDArray[np.floating]:
-    """Map array ``name`` of part ``number`` into memory; ``find`` returns the path of a file."""
-    shape = (int(starts[number + 1] - starts[number]), *ledger.run.arrays[name])
-    return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
+    """Map array ``name`` of part ``number`` into memory.
+
+    ``find`` takes the name of a file and returns its path.
+    """
+    n_rows = int(starts[number + 1] - starts[number])
+    shape = (n_rows, *ledger.run.arrays[name])
+    path = find(ledger.parts[number].array(name))
+    return map_rows(path, shape, ledger.run.dtype)
 
 
 class StoredRows(EmbeddingSource):
-    """A source of the rows of a store (``_chosen``, by default all), identified by metadata."""
+    """A source of all or some rows of a store. The metadata of the store identify the rows."""
 
     _sealed: Sealed
-    _chosen: Tensor | None = None
+    _chosen: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
         """What identifies a row: the picture (with its caption), or the name.
 
-        Imported rows have no picture. They are identified by the embedding, or by the name if there
-        are names.
+        Imported rows have no picture. They are identified by the embedding, and by the name if
+        there are names.
         """
         if self._sealed.manifest.imported is not None:
             return ("embeddings", "names") if self._sealed.named else ("embeddings",)
@@ -235,7 +241,7 @@ class StoredRows(EmbeddingSource):
         return self._sealed.identities("pictures", self._stored(rows), captions=False)
 
     def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the (M,) indices in the whole store of (M,) indices in this source."""
+        """Return the (M,) indices in the whole store that belong to (M,) indices in this source."""
         return rows if self._chosen is None else self._chosen.numpy()[rows]
 
 
@@ -244,8 +250,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 
     Opening checks documents, sizes, shapes, numbers of rows and labels. The bytes of a part are
     compared with the SHA-256 in its receipt when a row of the part is first read in this process.
-    A change of a file after that, while it is open, is not noticed. A store is pickled as its path.
-    Unpickling opens it again, and raises ProvenanceError if it has changed.
+    Later changes of an open file are not noticed. A store is pickled as its path. Unpickling opens
+    the store again, and raises ProvenanceError if the store has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -262,24 +268,17 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         ProvenanceError: If files do not belong together, or another schema wrote them.
 
     Examples:
-        >>> import numpy as np, tempfile, torch, vilu
-        >>> image = np.vstack([np.eye(2), np.zeros((1, 2))])  # the last row has norm zero
-        >>> arrays = {
-        ...     "image": image,
-        ...     "text": np.eye(2),
-        ...     "class_names": ["cat", "dog"],
-        ...     "ids": ["a", "b", "c"],
-        ... }
+        >>> import numpy as np, tempfile, vilu
+        >>> image = [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]  # the last image has norm zero
+        >>> names = {"class_names": ["cat", "dog"], "ids": ["a", "b", "c"]}
+        >>> scale = {"logit_scale": 100, "logit_bias": 0}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.savez(f"{folder}/a.npz", **arrays, logit_scale=100.0, logit_bias=0.0)
-        ...     _ = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", max_error_rate=0.5)
-        ...     store = vilu.EmbeddingStore(f"{folder}/store")
-        ...     print(
-        ...         list(store.ids),
-        ...         store.image_rows(torch.tensor([1])).tolist(),
-        ...         list(store.bad_images()),
-        ...     )
-        ['a', 'b'] [[0.0, 1.0]] [('c', 'zero_norm')]
+        ...     np.savez(f"{folder}/arrays.npz", image=image, text=np.eye(2), **names, **scale)
+        ...     path = f"{folder}/store"
+        ...     _ = vilu.import_arrays(f"{folder}/arrays.npz", path, max_error_rate=0.5)
+        ...     store = vilu.EmbeddingStore(path)
+        ...     print(list(store.ids), list(store.bad_images()))
+        ['a', 'b'] [('c', 'zero_norm')]
     """
 
     @checked
@@ -300,13 +299,17 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self._classes, self.text = read_classes(self.path, self.manifest)
         self._sealed.require_seal(self._classes.hash == self.manifest.classes)
         self._class_column = cache(partial(_read_class_column, self.path, self._classes))
-        of_images = frozenset(self.manifest.arrays) - {IMAGE}
-        self.columns = of_images | frozenset(self._classes.columns)
-        targets = map(self._read_targets, self._sealed.parts)
-        labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
+        image_columns = frozenset(self.manifest.arrays) - {IMAGE}
+        self.columns = image_columns | frozenset(self._classes.columns)
+        labels_of_parts = map(self._read_labels, self._sealed.parts)
+        labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels_of_parts]))
+        # ``outside`` marks the label -2, which the target has as -1 (unknown)
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
-        self.ids = self._sealed.keys() if self._sealed.named else ChosenNumbers(self._sealed.keys())
+        self.ids = self._sealed.keys()
+        if not self._sealed.named:
+            # the keys are only the numbers that the rows had in the imported arrays
+            self.ids = ChosenNumbers(self._sealed.keys())
         self._kept_classes = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
@@ -314,15 +317,16 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         return self._sealed.rows.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Return column ``name``; of a column of the images, only the rows ``index``."""
+        """Return column ``name``. If it is a column of the images, return the rows ``index``."""
         if name not in self.columns:
             return super().column(name, index)
         if name in self.manifest.arrays:
             return self._sealed.rows.take(name, index)
         values = self._class_column(name)
-        if self._kept_classes is None or name not in TEXT_COLUMNS:
+        has_row_per_class = name in TEXT_COLUMNS
+        if self._kept_classes is None or not has_row_per_class:
             return values
-        # classes with equal texts are merged
+        # of classes with equal texts, one row is kept
         return values[self._kept_classes]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
@@ -333,18 +337,18 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 table = read_columns(path, ERRORS, ["key", "kind"], n_error)
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
-    def _read_targets(self, part: Part) -> NDArray[np.int64]:
-        """Return the labels of a part, -1 where unknown; StorageError if a label is no class."""
-        labels: pa.Array = self._sealed.metadata("label", part.number)
-        target = np.asarray(labels.fill_null(UNKNOWN), dtype=np.int64)
-        if not len(target):
-            return target
-        if target.min() < OUTSIDE or target.max() >= self.n_candidates:
+    def _read_labels(self, part: Part) -> NDArray[np.int64]:
+        """Return the labels of a part: -1 if unknown, -2 if outside; StorageError if invalid."""
+        column: pa.Array = self._sealed.metadata("label", part.number)
+        labels = np.asarray(column.fill_null(UNKNOWN), dtype=np.int64)
+        if not len(labels):
+            return labels
+        if labels.min() < OUTSIDE or labels.max() >= self.n_candidates:
             raise StorageError(
-                f"{self.path / part.metadata} has labels from {target.min()} to {target.max()}, "
+                f"{self.path / part.metadata} has labels from {labels.min()} to {labels.max()}, "
                 f"there are {self.n_candidates} classes. {REDO}"
             )
-        return target
+        return labels
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
@@ -356,13 +360,14 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
 class CaptionStore(Reopened, StoredRows, MappedPairs):
     """A sealed store of images with captions; predictors use it like ``PairEmbeddings`` in memory.
 
-    Checks, pickling and errors are the same as of ``EmbeddingStore``, except that a store of
-    classes is a DataError here.
+    Checks, pickling and errors are those of ``EmbeddingStore``, except that a store of classes
+    raises DataError here.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
         pools: How pairs are grouped into pools, in which captions and images are matched.
-        fold: Only the rows whose caption is in this fold (``folds.fold_of``); None for all.
+        fold: The fold whose rows are used, by the caption of a row (``folds.fold_of``); None for
+            all rows.
     """
 
     @checked
@@ -390,8 +395,8 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # Only in this direction: where images are the candidates of a caption, a column of the
-            # row's own image would reveal the right candidate.
+            # Columns are used only in this direction. In the other one, the images are the
+            # candidates of a caption, and a column of the right image would reveal it.
             self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.ids = sealed.keys(chosen)
         self._sealed = sealed
@@ -405,7 +410,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
 
 def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
     """Return the (M,) ascending numbers of the rows whose caption is in a fold."""
-    counts = np.diff(sealed.rows.starts).tolist()
-    parts = zip(sealed.parts, counts, strict=True)
+    part_sizes = np.diff(sealed.rows.starts).tolist()
+    parts = zip(sealed.parts, part_sizes, strict=True)
     files = ((sealed.files(part.metadata), n_rows) for part, n_rows in parts)
     return rows_of_fold(files, ("caption",), fold, len(sealed.rows))

@@ -1,4 +1,4 @@
-"""Turn the errors of unreadable files into errors of vilu: damaged, or refused by the system."""
+"""Turn the exceptions of unreadable files into errors of vilu."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ UNREADABLE_NPY = (
     RecursionError,
     MemoryError,
 )
-"""Exceptions of NumPy for a damaged file; the last four come from parsing its header as Python."""
+"""Exceptions of NumPy for a damaged file.
+
+NumPy parses the header as Python code. The last four exceptions come from this parser.
+"""
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
-"""Exceptions of pyarrow for a damaged file; ValueError also for names that are not text."""
+"""Exceptions of pyarrow for a damaged file. ValueError also means that a name is not text."""
 
 NOT_THE_FILE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
-"""Error codes that concern rights or resources of the system, not the content of a file."""
+"""Error codes that concern permissions or the system, not the content of the file."""
 
 
 @contextmanager
@@ -39,16 +42,17 @@ def or_damaged(
     fault: type[ViLUError] = StorageError,
     state: str = "damaged",
 ) -> Iterator[None]:
-    """Turn exceptions of these ``kinds`` in the block into ``fault``: the file is ``state``.
+    """Turn the exceptions ``kinds`` in the block into the error ``fault``.
 
-    Errors of the system (``NOT_THE_FILE``) become a StorageError that does not say "damaged".
+    The message says that the file is ``state``, and ends with the advice ``hint``. Errors that do
+    not concern the content (``NOT_THE_FILE``) become a StorageError that does not say "damaged".
     """
     try:
         yield
     except ViLUError:
         raise
     except kinds as error:
-        # Without file descriptors or memory, no file can be read: this one may be undamaged.
+        # Without file descriptors or memory, no file can be read, so this file may be undamaged.
         if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
             advice = ""
             if error.errno == errno.EMFILE:

@@ -54,7 +54,7 @@ def open_known(
     classes: Path | None = None,
     outside: tuple[str, ...] = (),
 ) -> ImageDataset:
-    """Open a data set of the catalogue; its ``source`` names the list of splits that is used."""
+    """Open a data set of the catalogue. Its ``source`` names the list of splits that is used."""
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError(
@@ -90,8 +90,8 @@ ADDERS["a vilu.datasets.known.KnownDataset"] = _add
 
 ArchiveState = Literal["present", "right", "wrong"]
 State = Literal["complete", "present", "incomplete", "absent"]
-PACKED: Final = (".tar", ".gz", ".tgz", ".zip")
-CHUNK: Final = 2**22
+PACKED: Final = (".tar", ".gz", ".tgz", ".zip")  # suffixes of files that must be unpacked
+CHUNK: Final = 2**22  # number of bytes hashed at a time
 MEBIBYTE: Final = 2**20
 
 
@@ -104,12 +104,12 @@ class Presence:
     folder: Path | None  # folder of the data set; None if it is absent
     origin: str = ""  # description of the list of splits that is used; "" if absent
     splits: Mapping[str, Count] = field(default_factory=dict)  # number of files, by split
-    # existing archives and files with published checksums: "right" or "wrong" if the checksum was
-    # compared, else "present"
+    # state by name, for existing archives and files with a published checksum: "right" or "wrong"
+    # if the checksum was compared, else "present"
     archives: Mapping[str, ArchiveState] = field(default_factory=dict)
     problem: str | None = None  # error that ended the check early, if any
-    # "complete": all listed files exist. "present": no error, but there is no list of the files.
-    # "incomplete" or "absent" otherwise
+    # "complete" means that all listed files exist. "present" means that there is no error, but also
+    # no list of the files.
     state: State = "absent"
     advice: str = ""  # what the user can do next
 
@@ -121,7 +121,7 @@ class Presence:
 def check(
     root: Path | str, names: list[str] | None = None, *, deep: bool = False
 ) -> list[Presence]:
-    """Check data sets on a disk: which files exist, and how to get what is missing.
+    """Check which files of data sets exist on a disk, and how to get what is missing.
 
     Args:
         root: The folder that holds all data sets, or the folder of one data set.
@@ -138,7 +138,7 @@ def check(
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """Check one data set."""
+    """Check one data set; ``named`` is whether the user has named it (``find_place``)."""
     place = find_place(entry, root, named=named)
     paths = _archives(entry, root, place)
     archives = {name: _verify(entry, path, deep) for name, path in paths.items()}
@@ -165,12 +165,15 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
 
 
 def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
-    """Return the counts by split; splits whose sum alone is published are added up."""
+    """Return the counts by split, with the published sizes.
+
+    If only the sum of some splits is published, these splits are added up ("train+val").
+    """
     expected = entry.expected(survey.counts)
     splits = {}
-    for key in expected or survey.counts:
-        parts = [survey.counts[name] for name in key.split("+")]
-        splits[key] = Count.sum(parts, expected.get(key))
+    for names in expected or survey.counts:
+        counts = [survey.counts[name] for name in names.split("+")]
+        splits[names] = Count.sum(counts, expected.get(names))
     return splits
 
 
@@ -192,10 +195,11 @@ def _state(splits: Collection[Count], survey: Survey) -> State:
 
 
 def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
-    """Return existing files with published checksums, by name, from the usual folders for them."""
+    """Return existing files with published checksums by name, from the usual folders for them."""
     folders = [root]
     for folder in entry.folders:
-        folders.append(root / folder.split("/")[0])
+        top_folder, _, _ = folder.partition("/")
+        folders.append(root / top_folder)
     if place is not None:
         folders = [place.folder, *place.around, *folders]
     archives = {}
@@ -208,7 +212,7 @@ def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str,
 
 
 def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
-    """Return the state of an archive; its checksum is only computed if ``deep``."""
+    """Return the state of an archive. Its checksum is only computed if ``deep``."""
     if not deep:
         return "present"
     try:
@@ -221,7 +225,7 @@ def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
 
 
 def _md5(path: Path) -> str:
-    """Return the MD5 checksum of a file (the kind of checksum that torchvision publishes)."""
+    """Return the MD5 checksum of a file, which is the checksum that torchvision publishes."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -245,13 +249,13 @@ def _how_to_get(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> st
             packed.append(name)
     advice = ""
     if packed:
-        advice += f"{_are(packed)} here: unpack. "
+        advice += f"{_with_verb(packed)} here: unpack. "
     if wrong:
-        advice += f"{_are(wrong)} damaged: download again. "
+        advice += f"{_with_verb(wrong)} damaged: download again. "
     return f"{advice}{entry.how} ({entry.url})"
 
 
-def _are(names: Sequence[str]) -> str:
-    """Return the names with "is" or "are"."""
+def _with_verb(names: Sequence[str]) -> str:
+    """Return the names, followed by "is" or "are"."""
     verb = "is" if len(names) == 1 else "are"
     return f"{', '.join(names)} {verb}"

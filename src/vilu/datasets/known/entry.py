@@ -18,11 +18,11 @@ SHOWN: Final = 5  # maximum number of missing files that are named
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of images of a split, or of several splits if only their sum is published."""
+    """The numbers of images of a split, or of several splits if only their sum is published."""
 
     found: int | None  # number of files that exist; None if they were not counted
     listed: int | None  # number of files in the list of the split; None if there is no list
-    # published number of files; None if it is not known for this list
+    # published number of files; None if none is published for this list
     expected: int | None = None
     missing: tuple[str, ...] = ()  # the first listed files that do not exist
     problem: str | None = None  # error because of which the files were not counted, if any
@@ -30,23 +30,24 @@ class Count:
     @classmethod
     def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
         """Return the sum of the counts of several splits."""
-        n_there: int | None = 0
+        n_existing: int | None = 0
         n_listed: int | None = 0
         missing: list[str] = []
         problem = None
         for count in counts:
-            n_there = _sum(n_there, count.found)
+            n_existing = _sum(n_existing, count.found)
             n_listed = _sum(n_listed, count.listed)
             missing += count.missing
             if problem is None:
                 problem = count.problem
-        return cls(n_there, n_listed, expected, tuple(missing[:SHOWN]), problem)
+        return cls(n_existing, n_listed, expected, tuple(missing[:SHOWN]), problem)
 
     def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files exist, and if ``binding``, at least ``expected`` are listed."""
+        """Whether all listed files exist and, if ``binding``, at least ``expected`` are listed."""
         if self.problem is not None or self.missing:
             return False
-        if self.listed is not None and self.found != self.listed:
+        is_listed = self.listed is not None
+        if is_listed and self.found != self.listed:
             return False
         if not binding or self.expected is None:
             return True
@@ -60,8 +61,8 @@ class Survey:
 
     origin: str  # description of the list of splits that is used, for people
     counts: Mapping[str, Count]  # counts by split
-    # whether the published sizes must be reached; False if the list is the user's own, or if images
-    # on the web have disappeared
+    # whether the published sizes must be reached; False if the user made the list, or if some of
+    # the images are no longer on the web
     binding: bool = True
 
 
@@ -72,7 +73,7 @@ def _sum(first: int | None, second: int | None) -> int | None:
     return first + second
 
 
-NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern of the names of data sets
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Request:
 
 @runtime_checkable
 class Reader(Protocol):
-    """Reads one data set. Most readers are a ``ListReader`` with a short function."""
+    """An object that reads one data set. Most are a ``ListReader`` with a short function."""
 
     def open(self, place: Place, request: Request) -> ImageDataset:
         """Open the images.
@@ -128,9 +129,10 @@ class KnownDataset:
         how: How to get and unpack the data set.
         folders: Usual folders of the data set below a folder that holds all data sets, by the
             conventions of torchvision and CoOp.
-        reader: Object that reads the files; in TOML a ``layout``.
+        reader: Object that reads the files; a TOML file names it as ``layout``.
         n_classes: Number of classes; None if there are captions.
-        marks: Patterns (glob). The folder of the data set contains a match of at least one pattern.
+        marks: Glob patterns by which the folder of the data set is recognised. It holds a match of
+            at least one pattern.
         licence: Short name of the licence; "see the site" if it is not simple.
         n_bytes: Approximate size of the download in bytes; None if unknown.
         reference: Paper that describes the data set.
@@ -165,7 +167,8 @@ class KnownDataset:
     def expected(self, splits: Collection[str]) -> Mapping[str, int]:
         """Return the published sizes of these splits; empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
-            published = "+".join(sizes).split("+")  # separates keys such as "train+val"
+            # joins all keys and splits them again, because a key may be "train+val"
+            published = "+".join(sizes).split("+")
             if set(published) == set(splits):
                 return sizes
         return {}
@@ -177,8 +180,8 @@ class Place:
 
     entry: KnownDataset  # the data set
     folder: Path  # folder of the data set; keys are paths below it
-    # other folders that may have lists of its splits: the folders between ``folder`` and the folder
-    # that the user gave, included
+    # Further folders that may have lists of its splits. They are the folders above ``folder``, up
+    # to and including the folder that the user gave.
     around: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
@@ -212,8 +215,8 @@ class Place:
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """Find a data set below ``root``, or in ``root`` itself; None if it is in neither.
 
-    ``named`` is True if the user has named the data set. Then ``root`` can be the folder of the
-    data set, whatever the name of ``root``. Otherwise the name must agree.
+    ``named`` is True if the user has named the data set. In this case, ``root`` may be the folder
+    of the data set under any name. Otherwise, the name of ``root`` must be one of its usual names.
     """
     if not root.is_dir():
         raise UsageError(
@@ -223,6 +226,7 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
         for parts in _candidates(entry, root, named):
             folder = root.joinpath(*parts)
             if folder.is_dir() and _has_mark(folder, entry.marks):
+                # from the folder above ``folder`` up to ``root``
                 depths = reversed(range(len(parts)))
                 around = tuple(root.joinpath(*parts[:depth]) for depth in depths)
                 return Place(entry, folder, around)
@@ -254,14 +258,15 @@ def _candidates(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[
     """Yield the paths below ``root`` where a data set can be, as tuples of names.
 
     1. The folders of the entry.
-    2. If ``root`` is itself a folder on such a path, the rest of the path. This is assumed if
-       ``named`` is True, or if the names at the end of ``root`` agree with the path.
+    2. If ``root`` is itself a folder on such a path, the rest of the path. If ``named`` is True,
+       ``root`` may be any folder on the path. Otherwise, ``root`` must end with the same names.
     """
     paths = [PurePosixPath(folder).parts for folder in entry.folders]
     yield from paths
-    end_of_root = root.absolute().parts
+    root_parts = root.absolute().parts
     for parts in paths:
         for depth in range(1, len(parts) + 1):
-            has_names = end_of_root[-depth:] == parts[:depth]
-            if named or has_names:
+            # whether ``root`` ends with the first ``depth`` names of the path
+            agrees = root_parts[-depth:] == parts[:depth]
+            if named or agrees:
                 yield parts[depth:]

@@ -1,4 +1,4 @@
-"""Parts done on a cluster: Ray and Spark."""
+"""Executors that do parts on a cluster: Ray and Spark."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ from vilu.store.manifest import Receipt
 from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28
-"""Bytes of shared memory of a Ray that vilu starts.
+"""Size of the shared memory of a Ray that vilu starts.
 
-Only part numbers, receipts and the job are in it. Ray writes to disk what does not fit.
+It holds only part numbers, receipts and the job. Ray writes to disk what does not fit.
 """
 
 
 class RayExecutor:
-    """Does parts in actors of Ray Data; each actor keeps the job and loads the model once.
+    """An executor that does parts in actors (worker processes) of Ray Data.
 
-    A Ray that is running in this process or at ``RAY_ADDRESS`` is used and left running. Otherwise
-    Ray is started on this machine and shut down at the end. If an actor dies, Ray restarts it and
-    does its part again. A part that is done twice is still stored once, since its files have fixed
-    names. Deaths of actors are not counted here: the job gives up a part that keeps crashing.
+    Each actor keeps the job and loads the model once. If Ray is running in this process or at
+    ``RAY_ADDRESS``, it is used and left running. Otherwise, Ray is started on this machine and shut
+    down at the end. If an actor dies, Ray restarts it and does its part again. A part that is done
+    twice is still stored once, because its files have fixed names. Deaths of actors are not counted
+    here, because the job gives up a part that keeps crashing.
 
     Without ``processes``, a Ray on this machine has one actor per core. A cluster has one actor per
     GPU, or one per core if it has no GPU.
@@ -67,7 +68,7 @@ class RayExecutor:
             closing(self._rows(job, parts, actors)) as rows,
         ):
             while True:
-                with quiet():  # not around the yield: messages of the caller must be shown
+                with quiet():  # not around the yield, because messages of the caller must be shown
                     row = next(rows, None)
                 if row is None:
                     return
@@ -81,21 +82,22 @@ class RayExecutor:
         Closing this generator ends the threads of Ray Data. They must end before Ray is shut down.
         """
         items = [{"part": part} for part in parts]
-        done = self._data.from_items(items, override_num_blocks=len(items)).map_batches(
+        dataset = self._data.from_items(items, override_num_blocks=len(items))
+        outcomes = dataset.map_batches(
             _Actor,
             fn_constructor_args=(pack_job(job, actors.threads),),
             batch_size=1,
             compute=self._data.ActorPoolStrategy(size=min(actors.number, len(items))),
             num_cpus=actors.threads,
             num_gpus=actors.gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
+            max_restarts=-1,  # no limit
+            max_task_retries=-1,  # no limit
         )
-        yield from done.iter_rows()
+        yield from outcomes.iter_rows()
 
     @contextmanager
     def _cluster(self) -> Iterator[_Actors]:
-        """Yield the plan of the actors, in the running Ray or in one for the time of the block."""
+        """Yield the plan of the actors, in a running Ray or in one started for the block."""
         if self._ray.is_initialized():
             yield self._actors()
             return
@@ -123,23 +125,23 @@ class RayExecutor:
     def _actors(self) -> _Actors:
         """Return the plan of the actors in a running Ray: as many as fit, with equal shares.
 
-        If any machine has GPUs, actors run only on machines with GPUs.
+        If some machines have GPUs, actors run only on these machines.
         """
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         with_gpu = [machine for machine in machines if machine.get("GPU")]
         with_cpu = [machine for machine in machines if machine.get("CPU")]
-        kind = "GPU" if with_gpu else "CPU"
+        resource = "GPU" if with_gpu else "CPU"
         usable = with_gpu or with_cpu
-        room = int(sum(machine[kind] for machine in usable))
-        number = self.processes or max(1, room)
+        n_that_fit = int(sum(machine[resource] for machine in usable))
+        number = self.processes or max(1, n_that_fit)
         per_machine = math.ceil(number / max(1, len(usable)))
-        # if machines differ, the smallest counts: an actor must fit on any of them
+        # the machine with the fewest cores decides, because an actor must fit on any machine
         fewest_cores = int(min((machine.get("CPU", 1) for machine in usable), default=1))
         threads = max(1, fewest_cores // per_machine)
         return _Actors(number, threads, self._gpus(number))
 
     def _gpus(self, actors: int) -> float | None:
-        """Return GPUs per actor: 1, or 1/n if n actors share a GPU; None if there are no GPUs."""
+        """Return the GPUs per actor: 1, or 1/n if n actors share a GPU; None without GPUs."""
         gpus = int(self._ray.cluster_resources().get("GPU", 0))
         if gpus == 0:
             return None
@@ -147,15 +149,14 @@ class RayExecutor:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """Set Ray Data for the time of the block: no progress bars, and no limit of time.
-
-        A part may take hours, and actors may die while a machine starts.
-        """
+        """Change settings of Ray Data in the block."""
         with quiet():
             context = self._data.DataContext.get_current()
         wanted = {
             "enable_progress_bars": False,
+            # no time limit, because a part may take hours
             "execution_no_progress_timeout_s": -1,
+            # several deaths are allowed, because actors may die while a machine starts
             "max_consecutive_actor_init_deaths": 5,
         }
         # some versions of Ray lack some of these settings
@@ -166,15 +167,15 @@ class RayExecutor:
 
 @dataclass(frozen=True)
 class _Actors:
-    """The plan of the actors."""
+    """The plan of the actors: how many there are, and what each may use."""
 
     number: int  # number of actors
     threads: int  # threads per actor
-    gpus: float | None  # GPUs per actor, as Ray takes them; None without GPUs
+    gpus: float | None  # GPUs per actor, 1/n if n actors share a GPU; None without GPUs
 
 
 class _Actor:
-    """A worker process of Ray."""
+    """The object in a worker process of Ray, which does parts."""
 
     def __init__(self, payload: bytes) -> None:
         self._worker = Worker(payload)
@@ -182,23 +183,26 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do the part whose number is in the batch, and return a batch with its outcome."""
         (part,) = batch["part"]
-        return {"outcome": np.array([self._worker.outcome(int(part))], dtype=object)}
+        outcome = self._worker.outcome(int(part))
+        return {"outcome": np.array([outcome], dtype=object)}
 
 
-# attempts at a part in a Spark that vilu starts; a job gives up a crashing part before
+# Number of attempts after which a Spark that vilu starts fails. A job gives up a crashing part
+# after fewer attempts.
 MAX_FAILURES = 6
 SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which has its own settings
 POLL = 0.05  # seconds between checks for new receipts
-_held: dict[str, Worker] = {}  # the worker of this Python process, by the hash of its job
+_workers: dict[str, Worker] = {}  # the only worker of this Python process, by the hash of its job
 
 
 class SparkExecutor:
-    """Does each part in a task of Spark; each Python worker keeps the job and loads the model once.
+    """An executor that does each part in a task of Spark.
 
-    An active ``SparkContext``, or the one of ``spark-submit``, is used and left running. Otherwise
-    Spark is started on this machine and stopped at the end. Spark may do a part twice (retry,
-    speculation). It is still stored once, since its files have fixed names. Receipts are sent
-    through an accumulator, which Spark updates once per part when its task has succeeded.
+    Each Python worker process keeps the job and loads the model once. An active ``SparkContext``,
+    or the context of ``spark-submit``, is used and left running. Otherwise, Spark is started on
+    this machine and stopped at the end. Spark may do a part twice (retry, speculation). The part is
+    still stored once, because its files have fixed names. Receipts are sent through an accumulator,
+    which Spark updates once per part when its task has succeeded.
     """
 
     name = "spark"
@@ -213,28 +217,29 @@ class SparkExecutor:
             return
         with self._context() as (context, threads):
             payload = pack_job(job, threads)
-            held = context.broadcast(payload)
-            arrived = context.accumulator([], _Outcomes())
-            task = partial(_run, held, bytes_hash(payload), arrived)
+            broadcast = context.broadcast(payload)
+            outcomes = context.accumulator([], _Outcomes())
+            task = partial(_run_task, broadcast, bytes_hash(payload), outcomes)
             tasks = context.parallelize(list(parts), len(parts)).map(task)
             action = _Action(self._spark, context, tasks)
             try:
                 n_taken = 0
-                # the last receipts may arrive just before the action ends, so they are read after
-                while action.goes_on() or n_taken < len(arrived.value):
-                    for packed in arrived.value[n_taken:]:
+                # The last receipts may arrive just before the action ends. So the loop goes on
+                # after that end until all receipts are taken.
+                while action.goes_on() or n_taken < len(outcomes.value):
+                    for packed in outcomes.value[n_taken:]:
                         n_taken += 1
                         yield receipt_of(packed)
                 action.check(n_taken, len(parts))
             finally:
                 action.cancel()
-                held.unpersist()
+                broadcast.unpersist()
 
     @contextmanager
     def _context(self) -> Iterator[tuple[Any, int]]:
         """Yield a Spark context and the number of threads per task.
 
-        The context is the active one, or one for the time of the block.
+        The context is the active one, or a new one that is stopped at the end of the block.
         """
         active = self._spark.SparkContext._active_spark_context
         if active is None and SUBMITTED in os.environ:
@@ -266,12 +271,12 @@ class SparkExecutor:
             raise MissingModelError(
                 f"Spark did not start; it needs Java 17 or later on the path ({error})."
             ) from error
-        context.pythonExec = sys.executable  # workers in the same Python environment
+        context.pythonExec = sys.executable  # workers use the same Python environment
         return context
 
 
 class _Action:
-    """The Spark job in a separate thread, so that receipts can be read while it runs."""
+    """The job of Spark in a separate thread, so that receipts can be read while it runs."""
 
     def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
         self._context = context
@@ -285,7 +290,7 @@ class _Action:
         try:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
-        # not ignored: check() raises it in the main thread
+        # the exception is not ignored, because check() raises it in the main thread
         except Exception as error:  # noqa: BLE001
             self._error = error
 
@@ -294,14 +299,14 @@ class _Action:
         self._thread.join(POLL)
         return bool(self._thread.is_alive())
 
-    def check(self, arrived: int, expected: int) -> None:
+    def check(self, n_receipts: int, n_parts: int) -> None:
         """Raise StorageError where the job failed, or a receipt is missing."""
         if self._error is not None:
             reason = _reason(self._error)
             raise StorageError(f"Spark gave up: {reason} Finished parts are kept.") from self._error
-        if arrived != expected:
+        if n_receipts != n_parts:
             raise StorageError(
-                f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are "
+                f"Spark ended with {n_receipts} receipts for {n_parts} parts. Finished parts are "
                 "kept."
             )
 
@@ -313,10 +318,10 @@ class _Action:
 
 
 class _Outcomes:
-    """Adds up lists of pickled outcomes in an accumulator (PySpark's ``AccumulatorParam``)."""
+    """The rule by which an accumulator joins lists of outcomes (PySpark's ``AccumulatorParam``)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
-        """Return the initial value in each task."""
+        """Return the value with which each task begins: an empty list."""
         return []
 
     def addInPlace(self, total: list[bytes], more: list[bytes]) -> list[bytes]:  # noqa: N802
@@ -333,18 +338,24 @@ def _reason(error: Exception) -> str:
     return next((line for line in lines if "SparkException" in line), lines[0])
 
 
-def _run(held: Any, key: str, arrived: Any, part: int) -> None:  # noqa: ANN401 - PySpark's
-    """Run a task in a Python worker of Spark: do a part and send its outcome."""
+def _run_task(
+    broadcast: Any,  # noqa: ANN401 - PySpark's
+    job_hash: str,
+    outcomes: Any,  # noqa: ANN401 - PySpark's
+    part: int,
+) -> None:
+    """Do a part in a Python worker of Spark, and send its outcome."""
     from pyspark import TaskContext
 
-    if key not in _held:
+    if job_hash not in _workers:
         context = TaskContext.get()
         gpu = context.resources().get("gpu") if context else None
         if gpu:
-            take_gpu(int(gpu.addresses[0]))
-        _held.clear()
-        _held[key] = Worker(held.value)
-        # PySpark collects garbage after every task, which takes 0.2 s with torch imported. Frozen
-        # objects are not searched.
+            (gpu_number, *_) = gpu.addresses
+            take_gpu(int(gpu_number))
+        _workers.clear()
+        _workers[job_hash] = Worker(broadcast.value)
+        # PySpark collects garbage after every task. With torch imported, this would take 0.2 s, but
+        # frozen objects are not searched.
         gc.freeze()
-    arrived.add([_held[key].outcome(part)])
+    outcomes.add([_workers[job_hash].outcome(part)])

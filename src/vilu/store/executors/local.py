@@ -28,10 +28,11 @@ from vilu.validation import require_at_least
 
 
 class Worker:
-    """Does parts of one job in a worker process.
+    """The object in a worker process that does parts of one job.
 
     The job is unpickled when the first part arrives, and the model is loaded once. The process has
-    no other work, so the worker also sets plugins, number of threads and memory of the process.
+    no other work. So the worker also loads plugins, and sets the number of threads and the use of
+    memory for the whole process.
     """
 
     def __init__(self, payload: bytes) -> None:
@@ -44,12 +45,12 @@ class Worker:
             if self._job is None:
                 self._job = self._begin()
             return pickle.dumps(self._job.process(part))
-        # not ignored: the exception is sent to the driver as bytes, and the driver raises it
+        # the exception is not ignored: it is sent to the driver as bytes, and the driver raises it
         except Exception as error:  # noqa: BLE001
-            return _pack(error)
+            return _pack_error(error)
 
     def _begin(self) -> EmbedJob:
-        """Unpickle the job, and set plugins, threads and memory of the process."""
+        """Unpickle the job, and set up the process: plugins, number of threads, use of memory."""
         order: Order = pickle.loads(self._payload)  # noqa: S301 - from our own driver
         for module in order.plugins:
             load_plugin(module)
@@ -69,7 +70,7 @@ class Order:
 
 
 def receipt_of(packed: bytes) -> Receipt:
-    """Return the receipt in an outcome of ``Worker``; raise the exception if it holds one."""
+    """Return the receipt in an outcome of ``Worker``, or raise the exception in the outcome."""
     outcome = pickle.loads(packed)  # noqa: S301 - from our own worker
     if isinstance(outcome, Exception):
         raise outcome
@@ -81,11 +82,11 @@ def receipt_of(packed: bytes) -> Receipt:
 def pack_job(job: EmbedJob, threads: int) -> bytes:
     """Return the pickled ``Order`` of a job for workers with ``threads`` threads for tensors.
 
-    There are as many threads for decoding, unless ``job.workers`` is set.
+    The number of decoding threads is the same, unless ``job.workers`` is set.
     """
-    shared = replace(job, workers=job.workers or threads)
+    job_of_worker = replace(job, workers=job.workers or threads)
     try:
-        return pickle.dumps(Order(plugins(), threads, shared))
+        return pickle.dumps(Order(plugins(), threads, job_of_worker))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name "
@@ -93,7 +94,7 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
         ) from error
 
 
-def _pack(error: Exception) -> bytes:
+def _pack_error(error: Exception) -> bytes:
     """Return the pickle of an exception, with the traceback as a note if it is not a ViLUError.
 
     The note is needed because pickles hold no tracebacks.
@@ -102,10 +103,10 @@ def _pack(error: Exception) -> bytes:
         error.add_note("".join(traceback.format_exception(error)))
     try:
         packed = pickle.dumps(error)
-        # unpickled as a test: a class whose __init__ takes more than a message fails only here
+        # unpickled as a test, because a class whose __init__ takes more than a message fails here
         pickle.loads(packed)  # noqa: S301 - our own bytes
-    # Pickling runs __reduce__ and __init__ of a class from elsewhere, which may raise any
-    # exception. In place of it, the driver gets the original exception as text.
+    # Pickling and unpickling run methods of a class that is not ours, which may raise any
+    # exception. The driver then gets the original exception as text.
     except Exception:  # noqa: BLE001
         text = "".join(traceback.format_exception(error))
         return pickle.dumps(RuntimeError(text))
@@ -113,7 +114,7 @@ def _pack(error: Exception) -> bytes:
 
 
 def check_processes(processes: int | None) -> int | None:
-    """Return the number of processes after a check; None is left to the executor."""
+    """Check and return the number of processes. None means the executor's own default."""
     if processes is not None:
         require_at_least("processes", processes, 1)
     return processes
@@ -130,9 +131,10 @@ def take_gpu(number: int) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-# number of deaths in one part that ends the run; a job gives a part up after fewer (MAX_ATTEMPTS)
+# Number of deaths of workers in one part that ends the run. A job gives up a part after fewer
+# deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
-# message of a worker that has started; _receive also returns it for a worker that has died
+# Message of a worker that has started. _receive also returns it for a worker that has died.
 READY = b""
 GRACE = 5.0  # seconds that a worker may take to end before it is killed
 
@@ -140,12 +142,12 @@ logger = logging.getLogger(__name__)
 
 
 class LocalExecutor:
-    """Does parts in processes on this machine; the driver has a pipe to each process.
+    """An executor that does parts in processes on this machine.
 
-    Processes are started with "spawn", because a fork would lose threads and keep held locks. After
-    the job, only part numbers and receipts are sent. Processes share no lock. So killing a worker
-    affects only its unfinished part, which another process does again. When the driver dies, its
-    workers end at once.
+    The driver (this process) has a pipe to each worker process. Through the pipe go the job, then
+    part numbers, and receipts back. Workers are started with "spawn", because a fork would lose
+    threads and keep held locks. They share no lock. So killing a worker affects only its unfinished
+    part, which another worker does again. When the driver dies, its workers end at once.
     """
 
     name = "local"
@@ -164,13 +166,13 @@ class LocalExecutor:
 
 
 class _Process:
-    """A worker process, the driver's end of its pipe, and the part that it is doing."""
+    """A worker process as the driver sees it: its pipe, and the part that it is doing."""
 
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
         self.number = number
-        self.part: int | None = None
-        self.ready = False
+        self.part: int | None = None  # part that it is doing; None if it is idle
+        self.ready = False  # whether it has started and got the job
         self.pipe, far_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(far_end, number), daemon=True
@@ -193,7 +195,7 @@ class _Process:
 
 
 class _Pool:
-    """The state of one ``run``: waiting parts, workers, and deaths of workers so far."""
+    """The workers of one ``run``, with the parts that wait for a worker."""
 
     def __init__(
         self, job: EmbedJob, parts: Sequence[int], processes: int, max_deaths: int
@@ -202,7 +204,8 @@ class _Pool:
         self.payload = pack_job(job, threads_per_process(processes))
         self.waiting = deque(parts)
         self.size = min(processes, len(parts))
-        self.workers: dict[object, _Process] = {}
+        self.workers: dict[object, _Process] = {}  # workers by their pipe
+        # number of deaths by part; None counts deaths of workers that had no part yet
         self.deaths: Counter[int | None] = Counter()
 
     def receipts(self) -> Iterator[Receipt]:
@@ -213,11 +216,12 @@ class _Pool:
             pipes = [worker.pipe for worker in self.workers.values()]
             for pipe in connection.wait(pipes):
                 worker = self.workers.get(pipe)
-                if worker is None:  # _assign found it dead in the meantime and removed it
+                if worker is None:  # it has died, and _assign has removed it in the meantime
                     continue
                 packed = self._receive(worker)
                 if packed != READY:
-                    # now, because the caller may work on the receipt for a while
+                    # The worker gets a new part before the yield, because the caller may take a
+                    # while with the receipt.
                     self._assign()
                     yield receipt_of(packed)
 
@@ -237,21 +241,23 @@ class _Pool:
         return sum(worker.part is not None for worker in self.workers.values())
 
     def _start_workers(self) -> None:
-        """Start workers until there are as many as parts in work or waiting, at most ``size``."""
-        wanted = min(self.size, self._n_busy() + len(self.waiting))
-        missing = max(0, wanted - len(self.workers))
-        taken = {worker.number for worker in self.workers.values()}
-        # a new worker takes the number of a dead one, and with it the dead one's GPU
-        free = sorted(set(range(self.size)) - taken)
-        for number in free[:missing]:
+        """Start workers until there is one for each part that is not done, or ``size`` of them."""
+        n_parts_left = self._n_busy() + len(self.waiting)
+        n_wanted = min(self.size, n_parts_left)
+        n_missing = max(0, n_wanted - len(self.workers))
+        used_numbers = {worker.number for worker in self.workers.values()}
+        # a new worker takes the number of a dead worker, and with the number its GPU
+        free_numbers = sorted(set(range(self.size)) - used_numbers)
+        for number in free_numbers[:n_missing]:
             worker = _Process(number)
             self.workers[worker.pipe] = worker
 
     def _assign(self) -> None:
         """Send waiting parts to idle workers."""
-        # a copy of the values: _remove_dead removes a worker from the dictionary
+        # a copy of the values, because _remove_dead removes a worker from the dictionary
         for worker in list(self.workers.values()):
-            if not worker.ready or worker.part is not None:
+            is_idle = worker.ready and worker.part is None
+            if not is_idle:
                 continue
             if not self.waiting:
                 return
@@ -262,7 +268,7 @@ class _Pool:
                 self._remove_dead(worker)
 
     def _receive(self, worker: _Process) -> bytes:
-        """Return the outcome that a worker sends, or ``READY`` if it has just started or died."""
+        """Return the outcome that a worker sends; ``READY`` if it has just started or died."""
         try:
             packed = worker.pipe.recv_bytes()
             if packed == READY:
@@ -316,7 +322,7 @@ def _ending(code: int | None) -> str:
 
 def _serve(pipe: Connection, number: int) -> None:
     """Run a worker: receive part numbers and send outcomes until the driver closes the pipe."""
-    # Ctrl-C reaches all processes of the terminal. A worker ignores it: the driver ends the workers
+    # Ctrl-C reaches all processes of the terminal. A worker ignores it, because the driver ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # sys.exit runs the ``finally`` blocks, which remove temporary files
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -342,17 +348,19 @@ def end_with_driver() -> None:
         os._exit(1)
 
 
+# environment variables that state the rank and the number of ranks
 TORCHRUN = ("RANK", "WORLD_SIZE")
 SLURM_TASK = ("SLURM_PROCID", "SLURM_NTASKS")
+# environment variables of a Slurm job array: index of this job, number of jobs, smallest index
 ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """The number of this process, from 0, among ``world`` processes."""
+    """The number of this process among several processes."""
 
-    rank: int
-    world: int
+    rank: int  # number of this process, from 0
+    world: int  # number of processes
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
@@ -369,11 +377,11 @@ class Rank:
         ``array_index * SLURM_NTASKS + SLURM_PROCID``, where ``array_index`` is the index of the job
         in its job array (0 without an array).
         """
-        torchrun = _pair(environment, *TORCHRUN)
-        task = _pair(environment, *SLURM_TASK)
+        torchrun = _rank_in(environment, *TORCHRUN)
+        task = _rank_in(environment, *SLURM_TASK)
         if torchrun is not None:
             return torchrun
-        array = _array(environment)
+        array = _rank_in_array(environment)
         if task is None and array is None:
             raise UsageError(
                 "the rank executor needs to know which process this is: start it with torchrun "
@@ -388,7 +396,7 @@ class Rank:
 
 
 class RankExecutor:
-    """Does in this process the parts with ``number % world == rank``.
+    """An executor that does the parts with ``number % world == rank`` in this process.
 
     The rule uses the number of a part, not its index among the missing parts. So no part is left
     out when processes begin at different times and see different parts missing.
@@ -409,34 +417,39 @@ class RankExecutor:
                 yield job.process(part)
 
 
-def _pair(environment: Mapping[str, str], rank: str, world: str) -> Rank | None:
+def _rank_in(environment: Mapping[str, str], rank_name: str, world_name: str) -> Rank | None:
     """Return the rank that two variables state; None where neither is set."""
-    present = [name for name in (rank, world) if name in environment]
+    present = [name for name in (rank_name, world_name) if name in environment]
     if not present:
         return None
     if len(present) == 1:
-        raise UsageError(f"{rank} and {world} must be set together. Found {present[0]} alone.")
-    return Rank(_number(rank, environment[rank]), _number(world, environment[world]))
+        raise UsageError(
+            f"{rank_name} and {world_name} must be set together. Found {present[0]} alone."
+        )
+    rank = _number(rank_name, environment[rank_name])
+    world = _number(world_name, environment[world_name])
+    return Rank(rank, world)
 
 
-def _array(environment: Mapping[str, str]) -> Rank | None:
+def _rank_in_array(environment: Mapping[str, str]) -> Rank | None:
     """Return the index of this job in its Slurm job array as a rank; None without an array."""
     missing = sorted(set(ARRAY) - environment.keys())
     if len(missing) == len(ARRAY):
         return None
     if missing:
         raise UsageError(f"{', '.join(ARRAY)} must be set together. Missing: {', '.join(missing)}.")
-    number, count, least = (_number(name, environment[name]) for name in ARRAY)
+    index, count, smallest = (_number(name, environment[name]) for name in ARRAY)
     step = _number("SLURM_ARRAY_TASK_STEP", environment.get("SLURM_ARRAY_TASK_STEP", "1"))
-    if step < 1 or (number - least) % step:
+    offset = index - smallest
+    if step < 1 or offset % step != 0:
         raise UsageError(
-            f"array task {number} is not in steps of {step} from {least}. Give the array as 0-N."
+            f"array task {index} is not in steps of {step} from {smallest}. Give the array as 0-N."
         )
     try:
-        return Rank((number - least) // step, count)
+        return Rank(offset // step, count)
     except UsageError as error:
         raise UsageError(
-            f"array task {number} is not among {count} from {least} on. Give the array as 0-N."
+            f"array task {index} is not among {count} from {smallest} on. Give the array as 0-N."
         ) from error
 
 
