@@ -45,13 +45,14 @@ class LinearProbe(ClosedSet):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
-        >>> vilu.PREDICTORS["linear_probe"]().fit(train).predict_uncertainty(new).round()
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
+        >>> method = vilu.PREDICTORS["linear_probe"]()
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
         array([0., 1., 0.])
     """
 
