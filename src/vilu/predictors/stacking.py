@@ -201,9 +201,9 @@ class Stacking(WithSecondModel):
         if len(failure.unique()) < 2:
             missing = "successes" if failure.any() else "failures"
             raise DataError(
-                f"{self.name} estimates the weights of its members on rows that they were not "
-                f"fitted on, {len(failure)} here. Found 0 {missing} among them, and both failures "
-                "and successes are needed. Give other validation rows, or more training rows."
+                f"{self.name} estimates the weights of its members from failures and successes on "
+                f"rows that they were not fitted on, {len(failure)} here. Found 0 {missing} among "
+                "them, and both are needed. Give other validation rows, or more training rows."
             )
         deviation = scores.std(dim=0, correction=0)
         has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
