@@ -52,16 +52,14 @@ def convert_official(
 
     Examples:
         >>> import tempfile, pathlib, torch, vilu
-        >>> # a checkpoint of a head with the confidence logit 3 x_1 - 3 x_2 of an image x
+        >>> # a checkpoint whose head gives an image (x_1, x_2) the confidence logit 3 x_1 - 3 x_2
         >>> layers = {"mlp.0.weight": torch.eye(2), "mlp.0.bias": torch.zeros(2)}
         >>> layers |= {"mlp.2.weight": torch.tensor([[3.0, -3.0]]), "mlp.2.bias": torch.zeros(1)}
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "head.ckpt"
         >>> torch.save({"state_dict": layers}, path)
-        >>> image = text = torch.eye(2)
         >>> head = vilu.convert_official(path)
-        >>> head.predict_uncertainty(vilu.Embeddings(image, text)).round(
-        ...     2
-        ... )  # sigmoid(-3), sigmoid(3)
+        >>> data = vilu.Embeddings(torch.eye(2), torch.eye(2))  # the images (1, 0) and (0, 1)
+        >>> head.predict_uncertainty(data).round(2)  # sigmoid(-3) and sigmoid(3)
         array([0.05, 0.95])
     """
     weights = read_checkpoint(Path(path))
