@@ -167,10 +167,9 @@ def thawed(projection: Tensor) -> Tensor:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
-    # A pickle calls this function to create a numpy scalar. Its name in the file depends on the
-    # version of numpy that wrote the file.
-    make_scalar, *_ = np.float64(0).__reduce__()
-    scalar = cast("Callable[..., Any]", make_scalar)
+    # The first entry of ``__reduce__`` is the function that a pickle calls to create a numpy
+    # scalar. Its name in the file depends on the version of numpy that wrote the file.
+    scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
