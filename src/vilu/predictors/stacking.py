@@ -93,6 +93,7 @@ class Stacking(WithSecondModel):
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
+    # see ``require_forms``; M members
     _forms: ClassVar[str] = "mean:dM deviation:dM coefficients:dM intercept:d1"
 
     seed: int = 0
@@ -235,7 +236,7 @@ class Stacking(WithSecondModel):
                 if key.startswith(prefix(name)):
                     of_members[name][key.removeprefix(prefix(name))] = tensor
                     own.pop(key, None)
-        n_members = len(own.get("mean", ()))
+        n_members = len(own.get("mean", ()))  # there is one mean for each member
         if members and n_members != len(members):
             raise DataError(
                 f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "

@@ -74,7 +74,7 @@ class MCMTS(FailurePredictor):
     cost: ClassVar[str] = "fit: about 10 passes over the logits (nll); score: as mcm"
     is_probability: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    _forms: ClassVar[str] = "log_multiplier:d"
+    _forms: ClassVar[str] = "log_multiplier:d"  # log m, see ``require_forms``
 
     seed: int = 0
     device: str = "auto"
@@ -238,20 +238,20 @@ def golden_section(
     """Search [low, high] for a minimum; returns the best evaluated point and its value."""
     left = high - GOLDEN * (high - low)
     right = low + GOLDEN * (high - low)
-    values = {left: function(left), right: function(right)}
+    value_at = {left: function(left), right: function(right)}
     while high - low > TOLERANCE:
-        if values[left] <= values[right]:  # the minimum is in [low, right]
+        if value_at[left] <= value_at[right]:  # the minimum is in [low, right]
             high = right
             right = left
             left = high - GOLDEN * (high - low)
-            values[left] = function(left)
+            value_at[left] = function(left)
         else:  # it is in [left, high]
             low = left
             left = right
             right = low + GOLDEN * (high - low)
-            values[right] = function(right)
-    best = min(values, key=values.__getitem__)
-    return best, values[best]
+            value_at[right] = function(right)
+    best = min(value_at, key=value_at.__getitem__)
+    return best, value_at[best]
 
 
 OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
@@ -345,7 +345,7 @@ class Duo(WithSecondModel):
     )
     columns: ClassVar[tuple[str, ...]] = ("second_image", "second_text")
     is_probability: ClassVar[bool] = True
-    _forms: ClassVar[str] = "multipliers:d2"
+    _forms: ClassVar[str] = "multipliers:d2"  # T_L and T_S, see ``require_forms``
 
     device: str = "auto"
 

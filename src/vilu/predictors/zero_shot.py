@@ -32,7 +32,7 @@ class MCM(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # text 0, and a direction orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 - 1/2 and 1 - 1/3
@@ -63,7 +63,7 @@ class Entropy(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # text 0, and a direction orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> vilu.Entropy().predict_uncertainty(data).round(2)  # 1.5 bits / log2(3), and 1
@@ -98,10 +98,10 @@ class Doctor(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # text 0, and a direction orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
-        >>> vilu.Doctor().predict_uncertainty(data).round(2)  # (5/8) / (3/8), (2/3) / (1/3)
+        >>> vilu.Doctor().predict_uncertainty(data).round(2)  # g is 3/8 and 1/3
         array([1.67, 2.  ])
     """
 
@@ -115,7 +115,8 @@ class Doctor(FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.rivals
         odds = rivals.odds  # s
-        largest_ratio = rivals.gap.exp()  # the largest e_j
+        # e_j = largest_ratio * weight_j, since the largest weight is 1
+        largest_ratio = rivals.gap.exp()
         squares = largest_ratio.square() * float64(rivals.weight.square().sum(dim=1))  # q
         return (odds * (2 + odds) - squares) / (1 + squares)
 
@@ -188,7 +189,7 @@ class ProbMargin(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # text 0, and a direction orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> method = vilu.PREDICTORS["prob_margin"]()
@@ -261,7 +262,7 @@ class GEN(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # text 0, and a direction orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> method = vilu.PREDICTORS["gen"](gamma=0.5)

@@ -100,6 +100,7 @@ class ClassDensity(ClosedSet):
     """
 
     cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
+    # see ``require_forms``; R principal components, G covariances
     _forms: ClassVar[str] = (
         "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
     )

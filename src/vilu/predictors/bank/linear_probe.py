@@ -63,6 +63,7 @@ class LinearProbe(ClosedSet):
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
+    # see ``require_forms``: weight (K, D) and bias (K,) of the logits, texts (K, D) of the classes
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
@@ -81,6 +82,7 @@ class LinearProbe(ClosedSet):
         label = labels(drawn)
         n_classes = train.source.n_candidates
         weight = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
+        # the logit of a class without training images is -inf
         bias = torch.full((n_classes,), -math.inf, dtype=torch.float64)
         seen_classes = label.unique()
         bias[seen_classes] = 0.0

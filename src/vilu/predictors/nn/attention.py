@@ -476,6 +476,7 @@ class Problem:
     def _streamed(self) -> Iterator[Block]:
         """Yield all rows, block by block."""
         attention = self.attention
+        # until rows are held, all are read as one block if they are few enough (``_hold``)
         is_one_block = self.held is None and self.n <= SCORING_BATCH
         size = SCORING_BATCH if is_one_block else STREAMED_ROWS
         has_classes = len(attention.classes) > 0
@@ -675,8 +676,8 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
         s m / ((1 - s) (K - m))
 
-    It is replaced by 1 if it is larger. If every one of the m classes has one label, the labels
-    were probably chosen so. They then say nothing about s, and s = 0.1 is assumed.
+    It is replaced by 1 if it is larger. If each of the m classes has exactly one label, the images
+    were probably chosen one per class. They then say nothing about s, and s = 0.1 is assumed.
 
     Source: Good, Biometrika 1953.
     """

@@ -46,6 +46,7 @@ RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 """Name of a file of a checkpoint."""
 AGAIN = "Remove it, and run the training again"
+"""Advice in messages about a damaged file."""
 
 Binding = Mapping[str, object]
 """The inputs of a run, as plain JSON. A run is resumed only with the same inputs."""
@@ -388,7 +389,7 @@ class Stateful(Protocol):
 class History:
     """Loss and validation AUROC of each epoch.
 
-    ``kept_epoch`` is the epoch (0-based) whose weights are the result so far.
+    ``kept_epoch`` is the epoch (0-based) whose weights are the result so far; -1: none yet.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -519,7 +520,10 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
 
 
 def load(what: str, saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into the tensors ``into``, which must have the same names and forms."""
+    """Copy saved tensors into the tensors ``into``, which must have the same names and forms.
+
+    ``what`` is the name of the tensors in messages.
+    """
     _require_same_forms(what, saved, into)
     with torch.no_grad():
         for name, tensor in into.items():

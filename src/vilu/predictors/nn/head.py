@@ -308,9 +308,10 @@ def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
     expected = _shapes_and_types(network.state_dict())
     actual = _shapes_and_types(state)
     if actual != expected:
-        differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)[:4]
+        differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)
         raise DataError(
-            f"the weights do not fit a {method} with these parameters; they differ in {differing}."
+            f"the weights do not fit a {method} with these parameters; "
+            f"they differ in {differing[:4]}."
         )
     copies = {}
     for name, tensor in state.items():

@@ -50,7 +50,7 @@ class FailureWeight:
     - "balanced": (1 - e) / e with the e of the training set. Failures and successes then have the
       same total weight.
 
-    If several processes train together, the e of a batch is that of the batches of all processes.
+    If several processes train together, the e of a batch is counted over the rows of all processes.
 
     Args:
         mode: One of the modes above.
@@ -65,7 +65,7 @@ class FailureWeight:
             raise UsageError(
                 f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
             )
-        if not static > 0:
+        if not static > 0:  # true also for NaN
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
         self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
@@ -81,6 +81,7 @@ class FailureWeight:
             return adaptive_weight(batch_rate)
         if self.mode == "ema":
             self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
+        # in mode "dataset" the rate is that of the training set, and never changes
         return adaptive_weight(self.rate.to(failure.device))
 
     def _constant(self, static: float) -> Tensor | None:

@@ -34,6 +34,7 @@ SPACE = {
     "logit_scale": "logit scale",
     "logit_bias": "logit bias",
 }
+"""Names of the facts in the section on the embedding space, by key of the space."""
 FIT = {
     "n_train": "training rows",
     "n_failures": "failures among them",
@@ -43,12 +44,14 @@ FIT = {
     "n_candidates": "classes",
     "classes": "hash of the class names, in their order",
 }
+"""Names of the facts in the section on the fit, by key of the notes."""
 GUARANTEE = {
     "guarantee_text": "guarantee",
     "n": "calibration rows",
     "dataset": "from",
     "split": "split",
 }
+"""Names of the facts in the section on the guarantee, by key of ``risk.json``."""
 
 
 class Described(Protocol):
@@ -120,6 +123,7 @@ def header(backbone: str | None, method: str) -> str:
 def hub_id(backbone: str | None) -> str | None:
     """ORG/NAME of a backbone on the model hub; None if it is not known."""
     spec = backbone or ""
+    # a named backbone has two repositories: one for OpenCLIP, and one for transformers (@hf)
     for name, model in named_backbones().items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
             return model.open_clip_hub
@@ -203,15 +207,15 @@ def limits(
         sentences.append(f"It looks at {columns} beside the embeddings.")
     if isinstance(notes.get("pool_size"), int):
         sentences.append(
-            "Failures depend on the pool size: numbers at another one are not comparable."
+            "Failures depend on the pool size: numbers at different pool sizes are not comparable."
         )
     if method.needs_fit:
         sentences.append(
             "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, "
-            "to warn who scores them."
+            "so that vilu can warn if these rows are scored."
         )
     sentences.append(
-        "The licence is for you to state; that of the backbone and of the images may bind it."
+        "You must state the licence; those of the backbone and of the images may restrict it."
     )
     return [f"- {sentence}" for sentence in sentences]
 

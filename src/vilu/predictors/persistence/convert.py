@@ -65,7 +65,7 @@ def convert_official(
     weights = read_checkpoint(Path(path))
     try:
         return _head(weights, path, float(logit_scale), embed_dim)
-    except ViLUError:
+    except ViLUError:  # its message is for users already
         raise
     except DAMAGE as error:
         raise DataError(

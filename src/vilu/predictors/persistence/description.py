@@ -262,6 +262,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
         "notes": predictor.notes_,
         **home_of(type(predictor)),
     }
+    # listed only if rows are recognised by more than their identifiers ("names")
     if predictor.seen_.keys() - {"names"}:
         description["seen_by"] = list(predictor.seen_)
     if predictor.calibrator_ is not None:

@@ -58,8 +58,9 @@ class FitSample:
         start = 0
         for source, count in zip(sources, counts, strict=True):
             end = start + count
-            of_source = indices[(indices >= start) & (indices < end)] - start
-            rows = source.usable_rows.sort().values[torch.from_numpy(of_source)]
+            is_in_source = (indices >= start) & (indices < end)
+            index_in_source = torch.from_numpy(indices[is_in_source] - start)
+            rows = source.usable_rows.sort().values[index_in_source]
             blocks.append(picture_vectors(source, rows).cpu())
             start = end
         return cls(torch.cat(blocks).to(torch.float16), n_rows)
@@ -96,7 +97,8 @@ class FitSample:
             "weights_sha256": weights_sha256,
             "image_sha256": tensor_hash(self.image),
         }
-        metadata = {SAMPLE_KEY: plain_json(facts | {"digest": digest(facts)}).decode()}
+        sealed_facts = facts | {"digest": digest(facts)}
+        metadata = {SAMPLE_KEY: plain_json(sealed_facts).decode()}
         write_bytes(folder / SAMPLE, safetensors_torch.save({"image": self.image}, metadata))
 
     @classmethod

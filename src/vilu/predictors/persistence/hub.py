@@ -141,7 +141,9 @@ class _OpenFolder(NamedTuple):
 
     def path_of(self, name: str) -> str:
         """Path of a file of the folder, for functions of ``os`` with ``dir_fd=self.descriptor``."""
-        return str(self.path / name) if self.descriptor is None else name
+        if self.descriptor is None:
+            return str(self.path / name)
+        return name
 
 
 @contextmanager
@@ -322,7 +324,9 @@ def push(
             fitted images among calibration rows cannot be detected.
     """
     local = local_folder(repository, revision)
-    without = frozenset() if with_sample else frozenset({SAMPLE})
+    without: frozenset[str] = frozenset()
+    if not with_sample:
+        without = frozenset({SAMPLE})
     if local is not None:
         return str(_place_copy(Path(folder), local, overwrite=overwrite, without=without))
     with tempfile.TemporaryDirectory() as staged:
@@ -489,15 +493,17 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         # Errors of the hub are OSErrors, too, but only errors of the file system have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
         reason = _reason(error)
         if reason is None and status in {401, 403}:
             raise UsageError(
                 f"the hub refuses {repository} (HTTP {status}): the account of HF_TOKEN may not "
                 "use it."
             ) from error
-        first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        reason = reason or f"the hub or the connection to it failed: {first_line}"
+        if reason is None:
+            first_line, *_ = [*str(error).splitlines(), type(error).__name__]
+            reason = f"the hub or the connection to it failed: {first_line.rstrip('.')}"
         raise MissingModelError(
             f"{repository}, revision {revision or 'main'}: {reason}."
         ) from error

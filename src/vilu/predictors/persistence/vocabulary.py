@@ -66,7 +66,8 @@ class Vocabulary:
             "dtype": self.dtype,
             "tensors": _hashes(tensors),
         }
-        metadata = {VOCABULARY_KEY: plain_json(header | {"digest": digest(header)}).decode()}
+        sealed_header = header | {"digest": digest(header)}
+        metadata = {VOCABULARY_KEY: plain_json(sealed_header).decode()}
         write_bytes(folder / VOCABULARY, safetensors_torch.save(tensors, metadata))
 
     @classmethod

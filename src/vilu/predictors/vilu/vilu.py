@@ -104,7 +104,8 @@ class ViLU(HeadPredictor):
         predicted_caption: Whether the text embedding of the answer is an input.
         mcm_input: Whether the zero-shot probability of the answer is an input, as in the transfer
             experiments of the paper (supplement, B.2).
-        loss: "bce"; or "mse", the regression of 1 - p_y as in ``LVU``, an ablation of the paper.
+        loss: "bce"; or "mse", an ablation of the paper, in which sigmoid(g) is fitted to one minus
+            the zero-shot probability of the true class, as in ``LVU``.
 
     Source: ViLU, ICCV 2025. There are differences from the released code:
 
