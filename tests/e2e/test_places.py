@@ -326,7 +326,7 @@ def test_a_new_fit_takes_the_old_calibration_with_it(here: Path, tmp_path: Path)
     assert "--overwrite" in run("calibrate", place, "calibration", "--max-risk", 0.8, code=2).stderr
     assert tree(place) == calibrated
     done = run("fit", "train", "-o", place, "--method", "entropy", "--overwrite")
-    assert "the calibration of the predictor that lay here is gone with it" in done.stderr
+    assert "the predictor here was replaced, and its calibration was removed" in done.stderr
     assert {path.name for path in place.iterdir()} - {".lock"} == {
         "README.md",
         "predictor.json",

@@ -64,7 +64,7 @@ def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) ->
     predictor = (
         vilu.PREDICTORS["sirc"]().fit(toy_embeddings(n=120, k=3)).set_params(typicality="residual")
     )
-    with pytest.raises(UsageError, match="parameters were set after the fit"):
+    with pytest.raises(UsageError, match="parameters were changed after the fit"):
         predictor.save(tmp_path / "p")
     assert not (tmp_path / "p").exists()
     predictor.set_params(typicality="norm1").save(tmp_path / "p")

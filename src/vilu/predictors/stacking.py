@@ -31,34 +31,38 @@ FREE = (
     "kl_uniform",
 )
 LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
-CERTAIN = 1e-12  # smallest distance of a probability from zero and one, by clipping
+CERTAIN = 1e-12
+"""Probabilities are clipped to CERTAIN ... 1 - CERTAIN, so that their log-odds are finite."""
 FARTHEST = 5.0
-"""Standard deviations to which a score is clipped, so that one outlier does not decide."""
-NO_SPREAD = 1e-9  # standard deviation, relative to the largest score, that may be rounding alone
+"""Standardised scores are clipped to -5 ... 5, so that one outlier does not decide."""
+NO_SPREAD = 1e-9
+"""Standard deviation, divided by the largest score, up to which it may be rounding alone."""
 
 
 @dataclasses.dataclass
 class Stacking(WithSecondModel):
     """Logistic regression of the failure on the scores of other methods, the members.
 
-    u = P(failure) = sigmoid(b + sum_m w_m x_m), with the score x_m of member m, standardised and
-    clipped to ±5. Of a member that estimates a probability, the log-odds are taken, with the
-    probability clipped at 1e-12.
+        u = P(failure) = sigmoid(b + sum_m w_m x_m)
 
-    1. All members are scored on rows that they were not fitted on. These are the validation set;
-       without one, all rows in five folds stratified by failure, up to 5,000 rows; with more rows
-       one held-out fifth, of at most 5,000 rows.
-    2. Means, standard deviations, w and b are estimated from these scores. A member with equal
-       scores everywhere gets no weight.
+    x_m is the score of member m, standardised and then clipped to ±5. If a member estimates a
+    probability, its log-odds are used as its score, with the probability clipped at 1e-12.
+
+    1. All members score rows that they were not fitted on. If there is a validation set, these are
+       its rows. Otherwise, up to 5,000 training rows are held out in turn, in five folds that are
+       stratified by failure. If there are more training rows, one fifth is held out, but at most
+       5,000 rows.
+    2. Means, standard deviations, w and b are estimated from these scores. A member whose scores
+       are all equal gets no weight.
     3. The members are fitted again on all training rows.
 
     Members have their default parameters, except for ``seed`` and ``device``, which are those of
-    the stack. A member that learns from failures is a constant if the rows of a fold hold no
-    failure, or nothing else. The stack scores only the classes that it was fitted on, since that is
-    true of its label-based default members.
+    the stack. A member that learns from failures is a constant if the rows that it is fitted on
+    have no failures, or only failures. The stack scores only the classes that it was fitted on,
+    because some of its default members can do no more.
 
     Args:
-        members: Names of methods (``vilu list predictors``).
+        members: Names of the members (see ``vilu list predictors``).
         C: Inverse strength of the L2 penalty on w, as in scikit-learn.
 
     Source: Wolpert, Neural Networks 1992, with a logistic level-1 model (Ting and Witten, JAIR
@@ -66,14 +70,14 @@ class Stacking(WithSecondModel):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote"))
-        >>> method.fit(train).predict_uncertainty(new).round()
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
         array([0., 1., 0.])
     """
 
@@ -89,6 +93,7 @@ class Stacking(WithSecondModel):
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
+    # see ``require_forms``; M members
     _forms: ClassVar[str] = "mean:dM deviation:dM coefficients:dM intercept:d1"
 
     seed: int = 0
@@ -103,14 +108,14 @@ class Stacking(WithSecondModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Modules of the code of the stack and of its members."""
+        """Names of the modules with the code of the stack and of its members."""
         modules = list(super().modules)
         for member in self._new_members().values():
             modules += member.modules
         return tuple(dict.fromkeys(modules))
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The columns that the members use in a fit."""
+        """Names of the columns that the members use in a fit."""
         columns: list[str] = []
         for member in self._new_members().values():
             columns += member.columns_to_fit(train)
@@ -118,30 +123,31 @@ class Stacking(WithSecondModel):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The columns that the members need to score."""
+        """Names of the columns that the members use in scoring."""
         columns: list[str] = []
         for member in self.members_.values():
             columns += member.columns_to_score
         return tuple(dict.fromkeys(columns))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
-        """New members, not fitted, by name."""
+        """Make new members by name, which are not fitted."""
         has_repeated = len(set(self.members)) < len(self.members)
         if has_repeated or self.name in self.members:
             raise UsageError(
-                f"the members of {self.name} must be different methods, and other ones. "
-                f"Got {', '.join(self.members)}."
+                f"the members of {self.name} must be different methods, "
+                f"and {self.name} itself cannot be a member. Got {', '.join(self.members)}."
             )
-        shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
+        settings = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
         members = {}
         for name in self.members:
             cls = self._member_class(name)
             accepted = parameters(cls)
-            values = {key: value for key, value in shared.items() if key in accepted}
-            members[name] = build(cls, values)
+            own_settings = {key: value for key, value in settings.items() if key in accepted}
+            members[name] = build(cls, own_settings)
         return members
 
     def _member_class(self, name: str) -> type[FailurePredictor]:
+        """The class of the method ``name``; a UsageError if it is not installed."""
         try:
             return find_method(name)
         except UsageError as error:
@@ -153,65 +159,73 @@ class Stacking(WithSecondModel):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores = []
         failures = []
-        for rows, held_out in cross_fitting(train, failure, validation, self.seed, self.needs):
-            members = self._fit_members(rows)
+        folds = cross_fitting(train, failure, validation, self.seed, self.needs)
+        for fitted_rows, held_out_rows in folds:
+            members = self._fit_members(fitted_rows)
             with torch.no_grad():
-                for batch in held_out.batches(SCORING_BATCH):
+                for batch in held_out_rows.batches(SCORING_BATCH):
                     scores.append(member_scores(members, batch.to(self.device_)))
                     failures.append(batch.failure)
-        stack = self._regress(torch.cat(scores), torch.cat(failures))
-        coefficients = stack["coefficients"].tolist()
+        regression = self._regress(torch.cat(scores), torch.cat(failures))
+        coefficients = regression["coefficients"].tolist()
         notes = {"coefficients": dict(zip(self.members, coefficients, strict=True))}
         self.members_ = self._fit_members(train)
-        tensors = stack | member_tensors(self.members_)
+        tensors = regression | member_tensors(self.members_)
         return Learnt(tensors, notes | self.second_notes(train.source))
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
-        """The members, fitted on some rows."""
+        """Make new members and fit them on some rows."""
         members = self._new_members()
         failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
-        is_inside = ~rows.source.outside[rows.index]
-        outside = rows.index[~is_inside]
-        everywhere = torch.ones_like(is_inside)
+        is_outside = rows.source.outside[rows.index]  # images of none of the classes
+        outside = rows.index[is_outside]
         for member in members.values():
             if not member.needs_fit:
                 member.take({}, rows.source.space)
                 continue
-            usable = is_inside if member.needs == "class" else everywhere
+            usable = torch.ones_like(is_outside)
+            if member.needs == "class":
+                usable = ~is_outside
             usable_rows = dataclasses.replace(rows, index=rows.index[usable], examples=outside)
             learnt = member.learn(usable_rows, failure[usable])
             member.take(learnt.tensors, rows.source.space)
         return members
 
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
-        """Fit the level-1 model to scores (N, M) of held-out rows and their failures (N,)."""
+        """Fit the logistic regression to scores (N, M) of held-out rows and failures (N,).
+
+        Returns its tensors by name: the coefficients, the intercept, and the means and standard
+        deviations of the scores.
+        """
         from sklearn.linear_model import LogisticRegression
 
         if len(failure.unique()) < 2:
-            kind = "successes" if failure.any() else "failures"
+            missing = "successes" if failure.any() else "failures"
             raise DataError(
-                f"{self.name} weighs its members on rows held out from their fit, "
-                f"{len(failure)} here. Found 0 {kind} among them, and both are needed. "
-                "Give other validation rows, or more training rows."
+                f"{self.name} estimates the weights of its members from failures and successes on "
+                f"rows that they were not fitted on, {len(failure)} here. Found 0 {missing} among "
+                "them, and both are needed. Give other validation rows, or more training rows."
             )
         deviation = scores.std(dim=0, correction=0)
         has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
-        stack = {
+        # with an infinite deviation, the standardised scores are 0
+        regression = {
             "mean": scores.mean(dim=0),
             "deviation": deviation.masked_fill(has_no_spread, torch.inf),
         }
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
-        model.fit(standardised(scores, stack).numpy(), failure.numpy())
-        stack["coefficients"] = torch.from_numpy(model.coef_[0].copy())
-        stack["intercept"] = torch.from_numpy(model.intercept_.copy())
-        return stack
+        model.fit(standardised(scores, regression).numpy(), failure.numpy())
+        coefficients = model.coef_[0]  # scikit-learn has one row for two classes
+        regression["coefficients"] = torch.from_numpy(coefficients.copy())
+        regression["intercept"] = torch.from_numpy(model.intercept_.copy())
+        return regression
 
     def _score(self, batch: Batch) -> Tensor:
         x = standardised(member_scores(self.members_, batch), self.learned_)
         return torch.sigmoid(x @ self.learned_["coefficients"] + self.learned_["intercept"])
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store the tensors of the level-1 model, and of the members by their prefix."""
+        """Store the tensors of the regression, and those of the members, which have a prefix."""
         is_constant = tensors.keys() == {CONSTANT}
         members = {} if is_constant else self._new_members()
         own = dict(tensors)
@@ -222,11 +236,11 @@ class Stacking(WithSecondModel):
                 if key.startswith(prefix(name)):
                     of_members[name][key.removeprefix(prefix(name))] = tensor
                     own.pop(key, None)
-        n = len(own.get("mean", ()))
-        if members and n != len(members):
+        n_members = len(own.get("mean", ()))  # there is one mean for each member
+        if members and n_members != len(members):
             raise DataError(
                 f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "
-                f"The file has {n}."
+                f"The file has those of {n_members} members."
             )
         for name, member in members.items():
             member.take(of_members[name], space)
@@ -234,17 +248,17 @@ class Stacking(WithSecondModel):
         self.members_ = members
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of the level-1 model and of the members, by name."""
+        """The tensors of the regression and of the members, by name."""
         return super().state() | member_tensors(self.members_)
 
 
 def prefix(member: str) -> str:
-    """Prefix of the names of the tensors of a member."""
+    """Prefix of the names of the tensors of a member in a file of the stack."""
     return f"members.{member}."
 
 
 def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
-    """The learned tensors of all members, by name with the prefix of the member."""
+    """The learned tensors of all members. Their names begin with the prefix of the member."""
     tensors = {}
     for name, member in members.items():
         for key, tensor in member.state().items():
@@ -253,9 +267,9 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
-    """(B, M) float64 scores, or log-odds where a member estimates a probability.
+    """(B, M) float64 scores of the members. For members that estimate a probability, its log-odds.
 
-    They are on the CPU, since members may be on different devices.
+    The scores are on the CPU, because members may be on different devices.
     """
     columns = []
     for member in members.values():
@@ -266,6 +280,7 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def standardised(scores: Tensor, stack: dict[str, Tensor]) -> Tensor:
-    """(B, M) standardised and clipped scores; zero for a member whose scores were all equal."""
-    return ((scores - stack["mean"]) / stack["deviation"]).clamp(-FARTHEST, FARTHEST)
+def standardised(scores: Tensor, regression: dict[str, Tensor]) -> Tensor:
+    """(B, M) standardised and clipped scores; 0 for a member whose scores were equal in the fit."""
+    deviations = (scores - regression["mean"]) / regression["deviation"]
+    return deviations.clamp(-FARTHEST, FARTHEST)

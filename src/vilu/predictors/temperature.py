@@ -1,4 +1,8 @@
-"""Temperature scaling of zero-shot scores: of one model (``mcm_ts``), or of two (``duo``)."""
+"""Methods that multiply zero-shot logits by fitted factors: ``mcm_ts`` and ``duo``.
+
+``mcm_ts`` has one factor, and ``duo`` has one for each of two models. A factor m of the logits is a
+temperature of 1 / m.
+"""
 
 from __future__ import annotations
 
@@ -22,40 +26,44 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs, failure_log_odds
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
-LIMIT = math.log(100.0)  # largest |log m|; no data set can support an optimum beyond it
+LIMIT = math.log(100.0)  # bound of |log m|; a fitted factor beyond it would not be credible
 BINS = 15  # number of bins of the calibration error
-GRID = 41  # number of log m of the grid search
-TOLERANCE = 1e-3  # length of the interval of log m at which the golden-section search ends
-GOLDEN = (math.sqrt(5) - 1) / 2
+GRID = 41  # number of values of log m in the grid search
+TOLERANCE = 1e-3  # the golden-section search ends when its interval of log m is this short
+GOLDEN = (math.sqrt(5) - 1) / 2  # by this ratio a golden-section step shortens the interval
 
 
 @dataclass
 class MCMTS(FailurePredictor):
-    """MCM with one fitted temperature: u = 1 - p_a with p = softmax(m l).
+    """MCM with one fitted factor m of the logits: u = 1 - p_a with p = softmax(m l).
 
-    a is the answer that is judged, and m > 0 is learned from labels. m multiplies the VLM's own
-    logit scale (1 / m is the temperature of Guo et al.) and is between 1/100 and 100. With K > 2 it
-    changes the order of the rows, not only their calibration. Rows are read in batches, so memory
-    does not grow with their number. Captions are scored within their pools.
+    l are the zero-shot logits, and a is the answer that is judged. m is learned from labels, within
+    1/100 ... 100. It multiplies the logit scale of the VLM; 1 / m is the temperature of Guo et al.
+    With more than two candidates, m changes not only the calibration but also the order of the
+    rows. Rows are read in batches, so memory does not grow with their number. Captions are scored
+    within their pools.
 
     If no answer is wrong, the likelihood grows with m without bound, and m cannot be estimated. m
     then stays 1, with a warning.
 
     Args:
-        objective: The loss that m minimises. "nll" is the mean negative log-likelihood of the
-            labels, minimised by bounded LBFGS. It leaves out images of none of the classes. "ece"
-            is the expected calibration error of p_a in 15 bins of equal width, in which these
-            images count as wrong. It is discontinuous where a row changes its bin, so it is
-            minimised without gradients: on a grid of 41 values of log m, then by a golden-section
-            search around the best one.
+        objective: The loss that m minimises.
 
-    Source: Guo et al., ICML 2017. ViLU, supplement A.3, names the calibration error together with
-    LBFGS, which cannot minimise it, since that error has no useful gradient.
+            - "nll": the mean negative log-likelihood of the labels, minimised by bounded L-BFGS.
+              Images of none of the classes are left out.
+            - "ece": the expected calibration error of p_a in 15 bins of equal width. The answers to
+              images of none of the classes count as wrong. The error jumps where a row changes its
+              bin, so it is minimised without gradients: on a grid of 41 values of log m, and then
+              by a golden-section search around the best of them.
+
+    Source: Guo et al., ICML 2017. ViLU, supplement A.3, minimises the calibration error by L-BFGS,
+    but this error has no useful gradient.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # three of four answers are right
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> image = np.tile([1.0, 0.0], (40, 1))  # 40 equal images, whose answer is class 0
+        >>> target = [0, 0, 0, 1] * 10  # one of four answers is wrong
+        >>> data = vilu.Embeddings(image, np.eye(2), target)
         >>> vilu.PREDICTORS["mcm_ts"]().fit(data).predict_uncertainty(data)[:2].round(2)
         array([0.25, 0.25])
     """
@@ -66,7 +74,7 @@ class MCMTS(FailurePredictor):
     cost: ClassVar[str] = "fit: about 10 passes over the logits (nll); score: as mcm"
     is_probability: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    _forms: ClassVar[str] = "log_multiplier:d"
+    _forms: ClassVar[str] = "log_multiplier:d"  # log m, see ``require_forms``
 
     seed: int = 0
     device: str = "auto"
@@ -74,7 +82,7 @@ class MCMTS(FailurePredictor):
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a row: its class for "nll", its failure for "ece"."""
+        """What must be known of a training row: its class for "nll", its failure for "ece"."""
         return "class" if self.objective == "nll" else "failure"
 
     def _learn(
@@ -84,9 +92,9 @@ class MCMTS(FailurePredictor):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         log_multiplier = 0.0
-        if identify(failure, f"temperature, so {self.name} scores as mcm"):
-            best = OBJECTIVES[self.objective]
-            log_multiplier = best(train, len(failure), self.device_)
+        if has_failures(failure, f"temperature, so {self.name} scores as mcm"):
+            minimise = OBJECTIVES[self.objective]
+            log_multiplier = minimise(train, len(failure), self.device_)
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
         return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
 
@@ -96,28 +104,35 @@ class MCMTS(FailurePredictor):
         return uncertainty(batch, float(self.learned_["log_multiplier"]))
 
 
-def identify(failure: Tensor, what: str) -> bool:
-    """Whether there are failures to fit a temperature to; warns if there are none."""
-    has_failures = bool(failure.any())
-    if not has_failures:
-        warn_caller(f"only 0 failures among {len(failure)} training rows: they identify no {what}.")
-    return has_failures
+def has_failures(failure: Tensor, consequence: str) -> bool:
+    """Whether there are failures, without which factors cannot be fitted; warns if there are none.
+
+    The warning ends with the ``consequence``.
+    """
+    has_some = bool(failure.any())
+    if not has_some:
+        warn_caller(
+            f"only 0 failures among {len(failure)} training rows: they identify no {consequence}."
+        )
+    return has_some
 
 
 def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
-    answer = batch.prediction[:, None].to(batch.logits.device)
-    return Others.of(batch.logits, answer, math.exp(-log_multiplier)).doubt
+    answer_column = batch.prediction[:, None].to(batch.logits.device)
+    temperature = math.exp(-log_multiplier)
+    return Others.of(batch.logits, answer_column, temperature).doubt
 
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
-    """The log m of the least mean negative log-likelihood of ``n`` labelled rows."""
+    """The log m that minimises the mean negative log-likelihood of ``n`` labelled rows."""
 
     def terms(batch: Batch, point: list[float]) -> Tensor:
-        return likelihood_terms(batch.to(device), point[0])
+        (log_multiplier,) = point
+        return likelihood_terms(batch.to(device), log_multiplier)
 
-    (log_multiplier,) = most_likely(terms, train, n, [0.0], (-LIMIT, LIMIT))
-    return log_multiplier
+    (best,) = most_likely(terms, train, n, [0.0], (-LIMIT, LIMIT))
+    return best
 
 
 def most_likely(
@@ -127,17 +142,22 @@ def most_likely(
     start: list[float],
     limits: tuple[float, float],
 ) -> list[float]:
-    """The point of least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS.
+    """The point of least mean negative log-likelihood of ``n`` labelled rows, by bounded L-BFGS.
 
-    ``terms`` returns, for a batch and a point, the sum of the losses and the sums of their
-    derivatives. ``limits`` are the bounds of every coordinate.
+    Args:
+        terms: Function of a batch and a point, whose result is the sum of the losses of the batch,
+            followed by the sums of their derivatives in the coordinates of the point.
+        train: The labelled rows.
+        n: Number of these rows.
+        start: The point where the search begins.
+        limits: Lower and upper bound of every coordinate.
     """
     from scipy.optimize import minimize
 
     def objective(point: NDArray[np.float64]) -> tuple[float, list[float]]:
         sums = [terms(batch, point.tolist()) for batch in train.batches(SCORING_BATCH)]
-        value, *slopes = (torch.stack(sums).sum(dim=0) / n).tolist()
-        return value, slopes
+        mean_loss, *derivatives = (torch.stack(sums).sum(dim=0) / n).tolist()
+        return mean_loss, derivatives
 
     bounds = [limits] * len(start)
     precision = {"ftol": 1e-15, "gtol": 1e-8}
@@ -148,30 +168,33 @@ def most_likely(
 def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
     """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
 
-    The derivative in log m equals the derivative in a factor f of z = m l, at f = 1.
+    The derivative in log m equals the derivative in a factor f of the logits m l, at f = 1.
     """
     logits = float64(batch.logits)
+    # subtracting the largest logit does not change p, and avoids large numbers
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
-    return pooled_terms(batch, z[..., None], [1.0])
+    return pooled_terms(batch, z.unsqueeze(-1), [1.0])
 
 
 def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
     """(1 + M,) sums over a batch of -log p_target and of its derivatives in M factors, on the CPU.
 
-    p is the softmax of the sum of ``logits`` (B, K, M) over M, weighted by the ``factors``.
-    p_target is the probability of the right candidates, usually one per row. The derivative in a
-    factor is the mean of its logits under p, minus their mean under p restricted to the right
-    candidates.
+    p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
+    p_target is the probability of the right candidates, of which there is usually one per row. The
+    derivative in factor m is the mean of logits_m under p, minus their mean under p restricted to
+    the right candidates.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
-    right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
-    value = torch.logsumexp(z, dim=-1) - torch.logsumexp(right, dim=-1)
-    weight = torch.softmax(z, dim=-1) - torch.softmax(right, dim=-1)
-    return torch.cat([value.sum()[None], torch.einsum("bk,bkm->m", weight, logits)]).cpu()
+    is_right = batch.alike(batch.target).to(z.device)
+    z_right = z.masked_fill(~is_right, -torch.inf)
+    loss = torch.logsumexp(z, dim=-1) - torch.logsumexp(z_right, dim=-1)
+    weight = torch.softmax(z, dim=-1) - torch.softmax(z_right, dim=-1)
+    derivatives = torch.einsum("bk,bkm->m", weight, logits)
+    return torch.cat([loss.sum().unsqueeze(0), derivatives]).cpu()
 
 
 def best_calibration(train: Rows, n: int, device: torch.device) -> float:
-    """The log m of the least expected calibration error of ``n`` labelled rows."""
+    """The log m that minimises the expected calibration error of ``n`` labelled rows."""
 
     def error_at(log_multiplier: float) -> float:
         (error,) = calibration_errors(train, n, device, [log_multiplier])
@@ -179,7 +202,7 @@ def best_calibration(train: Rows, n: int, device: torch.device) -> float:
 
     grid = torch.linspace(-LIMIT, LIMIT, GRID, dtype=torch.float64).tolist()
     errors = calibration_errors(train, n, device, grid)
-    best = min(range(GRID), key=errors.__getitem__)
+    best = min(range(GRID), key=errors.__getitem__)  # index of the smallest error
     low = grid[max(best - 1, 0)]
     high = grid[min(best + 1, GRID - 1)]
     refined, refined_error = golden_section(error_at, low, high)
@@ -191,10 +214,10 @@ def best_calibration(train: Rows, n: int, device: torch.device) -> float:
 def calibration_errors(
     train: Rows, n: int, device: torch.device, log_multipliers: list[float]
 ) -> list[float]:
-    """Expected calibration error at every multiplier, computed in one pass over the rows.
+    """Expected calibration error for every log m, computed in one pass over the rows.
 
-    It is the sum over the bins of |number of failures - sum of u| / n. The bins are of the
-    uncertainty u and closed on the right, as in ``vilu.metrics.ece``.
+    It is the sum over the bins of |number of failures - sum of u| / n. The bins are intervals of
+    the uncertainty u that are closed on the right, as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
     gaps = torch.zeros(len(log_multipliers), BINS, dtype=torch.float64)
@@ -203,7 +226,8 @@ def calibration_errors(
         failure = moved.failure.cpu()
         for gap, log_multiplier in zip(gaps, log_multipliers, strict=True):
             u = uncertainty(moved, log_multiplier).cpu()
-            gap.index_add_(0, torch.bucketize(u, edges), failure - u)
+            bin_of_row = torch.bucketize(u, edges)
+            gap.index_add_(0, bin_of_row, failure - u)  # ``gap`` is a row of ``gaps``
     errors: list[float] = (gaps.abs().sum(dim=1) / n).tolist()
     return errors
 
@@ -211,50 +235,54 @@ def calibration_errors(
 def golden_section(
     function: Callable[[float], float], low: float, high: float
 ) -> tuple[float, float]:
-    """The best point that a golden-section search in [low, high] evaluates, and its value."""
+    """Search [low, high] for a minimum; returns the best evaluated point and its value."""
     left = high - GOLDEN * (high - low)
     right = low + GOLDEN * (high - low)
-    values = {left: function(left), right: function(right)}
+    value_at = {left: function(left), right: function(right)}
     while high - low > TOLERANCE:
-        if values[left] <= values[right]:  # the minimum is in [low, right]
+        if value_at[left] <= value_at[right]:  # the minimum is in [low, right]
             high = right
             right = left
             left = high - GOLDEN * (high - low)
-            values[left] = function(left)
+            value_at[left] = function(left)
         else:  # it is in [left, high]
             low = left
             left = right
             right = low + GOLDEN * (high - low)
-            values[right] = function(right)
-    best = min(values, key=values.__getitem__)
-    return best, values[best]
+            value_at[right] = function(right)
+    best = min(value_at, key=value_at.__getitem__)
+    return best, value_at[best]
 
 
 OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
     "nll": best_likelihood,
     "ece": best_calibration,
 }
-"""Functions that find log m, by the name of the objective."""
+"""Functions that find the best log m, by the name of the objective."""
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may use a second model. It saves its space, and refuses any other model."""
+    """A method that may use the embeddings of a second model, beside those of the VLM.
+
+    The embedding space of the second model is saved with the fit. In scoring, a second model with
+    another space is refused.
+    """
 
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
-        """Notes with the space of the second model of the training rows, if scores use it."""
+        """Notes of the fit with the space of the second model; empty if scores do not use it."""
         if source.second is None or SECOND.isdisjoint(self.columns_to_score):
             return {}
         return {"second": dataclasses.asdict(source.second.space)}
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
-        """Embedding space of the second model of the fit; None where it is not known."""
+        """Embedding space of the second model of the fit; None if it is not known."""
         return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """As in the base class; also refuses notes that describe no valid second space."""
+        """As in the base class, but also refuse notes of an invalid space of a second model."""
         super().restore(state)
-        _ = self.second_space_  # raises if the notes are not those of a space
+        _ = self.second_space_  # raises an error if the notes describe no space
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         super()._check_ready(data)
@@ -271,34 +299,38 @@ class WithSecondModel(FailurePredictor):
 class Duo(WithSecondModel):
     """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
-    l are the logits of the VLM, which is usually the larger model, and s those of a second model. a
-    is the judged answer; it does not depend on the second model, so the failures to predict stay
-    the same. T_L and T_S, in [0, 100], multiply the models' own logit scales.
+    l are the logits of the VLM, which is usually the larger model, and s are those of a second
+    model. a is the judged answer. It is an answer of the VLM alone, so the second model does not
+    change which answers are wrong. T_L and T_S are factors in [0, 100].
 
     T_L and T_S minimise the mean negative log-likelihood of the labels under
-    softmax(T_L l + T_S s), by bounded LBFGS from 1/2 and 1/2. The loss is convex in T_L and T_S
-    where every candidate is another answer. With T_S = 0 the duo is ``mcm_ts``, so labels decide
-    how much the second model counts. Rows are read in batches, so memory does not grow with their
-    number.
+    softmax(T_L l + T_S s), by bounded L-BFGS, which begins at 1/2 and 1/2. If all candidates are
+    different answers, the loss is convex in T_L and T_S. With T_S = 0 the duo is ``mcm_ts``. So the
+    labels decide how much the second model counts. Rows are read in batches, so memory does not
+    grow with their number.
 
-    The data have the second model in two columns, ``second_image`` (N, E) and ``second_text``
-    (K, E), whose products are s. These columns come from a second store of the same images, both in
-    the fit and in scoring (``vilu fit STORE --method duo --second OTHER``; ``vilu.TwoModels``).
+    The embeddings of the second model are in two columns, ``second_image`` (N, E) and
+    ``second_text`` (K, E), whose products are s. The columns come from a second store of the same
+    images, both in the fit and in scoring (``vilu fit STORE --method duo --second OTHER``, or
+    ``vilu.TwoModels``).
 
     Rows of none of the classes have no likelihood and are left out. If no answer of the VLM is
     wrong, the likelihood grows with T_L without bound. Both factors then stay 1/2, with a warning.
 
     Source: the formula of Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636). There are
-    two differences. In the paper both models are fine-tuned, so the temperatures are fitted on
-    held-out rows; zero-shot models have not seen the labels, so here they are fitted on the
-    training rows. Here T_L and T_S are also bounded and not negative.
+    two differences:
+
+    - In the paper both models are fine-tuned, so T_L and T_S are fitted on held-out rows. Zero-shot
+      models have not seen the labels, so here T_L and T_S are fitted on the training rows.
+    - Here T_L and T_S are bounded, and not negative.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> label = np.array([0, 0, 0, 1] * 10)
-        >>> # the second model is always right
-        >>> second = {"second_image": np.eye(2)[label], "second_text": np.eye(2)}
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), label, columns=second)
+        >>> image = np.tile([1.0, 0.0], (40, 1))  # 40 equal images, whose answer is class 0
+        >>> text = np.eye(2)
+        >>> target = np.array([0, 0, 0, 1] * 10)  # every fourth answer is wrong
+        >>> second = {"second_image": text[target], "second_text": text}  # it is always right
+        >>> data = vilu.Embeddings(image, text, target, columns=second)
         >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
         array([0., 0., 0., 1.])
     """
@@ -313,7 +345,7 @@ class Duo(WithSecondModel):
     )
     columns: ClassVar[tuple[str, ...]] = ("second_image", "second_text")
     is_probability: ClassVar[bool] = True
-    _forms: ClassVar[str] = "multipliers:d2"
+    _forms: ClassVar[str] = "multipliers:d2"  # T_L and T_S, see ``require_forms``
 
     device: str = "auto"
 
@@ -323,9 +355,9 @@ class Duo(WithSecondModel):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        without_fit = f"temperatures, so {self.name} takes the mean of the two models' logits"
+        consequence = f"temperatures, so {self.name} takes the mean of the two models' logits"
         multipliers = [0.5, 0.5]
-        if identify(failure, without_fit):
+        if has_failures(failure, consequence):
             multipliers = best_multipliers(train, len(failure), self.device_)
         large, small = multipliers
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
@@ -334,8 +366,8 @@ class Duo(WithSecondModel):
 
     def _score(self, batch: Batch) -> Tensor:
         multipliers = self.tensor("multipliers", batch.image.device)
-        both = torch.einsum("bkm,m->bk", two_logits(batch), multipliers)
-        return failure_log_odds(both, batch).sigmoid()
+        pooled_logits = torch.einsum("bkm,m->bk", two_logits(batch), multipliers)
+        return failure_log_odds(pooled_logits, batch).sigmoid()
 
 
 def two_logits(batch: Batch) -> Tensor:
@@ -346,7 +378,7 @@ def two_logits(batch: Batch) -> Tensor:
 
 
 def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
-    """[T_L, T_S] of the least mean negative log-likelihood of ``n`` labelled rows."""
+    """The factors [T_L, T_S] that minimise the mean negative log-likelihood of ``n`` rows."""
 
     def terms(batch: Batch, point: list[float]) -> Tensor:
         return duo_terms(batch.to(device), point)
@@ -355,5 +387,5 @@ def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
 
 
 def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:
-    """(3,) ``pooled_terms`` of the two models with the factors T_L and T_S."""
+    """(3,) results of ``pooled_terms`` for the two models, with the factors T_L and T_S."""
     return pooled_terms(batch, two_logits(batch), multipliers)

@@ -1,4 +1,8 @@
-"""Methods whose score is a function of the zero-shot logits. They need no labels and no fit."""
+"""Methods whose score is a function of the zero-shot logits. They need no labels and no fit.
+
+In the docstrings, u is the uncertainty of a row, l_j is the zero-shot logit of candidate j, p is
+the softmax of the logits, a is the answer that is judged, and K is the number of candidates.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,20 @@ LOGITS = frozenset({"logits"})
 
 @dataclass
 class MCM(FailurePredictor):
-    """Maximum concept matching: u = 1 - p_a, with the softmax p at the VLM's own logit scale.
+    """Maximum concept matching: u = 1 - p_a, with the zero-shot probability p_a of the answer a.
 
-    a is the answer that is judged. For the zero-shot answer p_a = max_j p_j.
+    For the zero-shot answer p_a = max_j p_j.
 
-    Source: Ming et al., NeurIPS 2022, with temperature 1 on the cosines. Here and in ViLU the logit
-    scale of the model is used.
+    Source: Ming et al., NeurIPS 2022. In that paper p is the softmax of the cosines. Here and in
+    ViLU it is the softmax of the logits, at the logit scale of the VLM.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.MCM().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> text = np.eye(4)[:3]
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
+        >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
+        >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 - 1/2 and 1 - 1/3
         array([0.5 , 0.67])
     """
 
@@ -48,15 +55,18 @@ class MCM(FailurePredictor):
 class Entropy(FailurePredictor):
     """Normalised Shannon entropy: u = -sum_j p_j log p_j / log K, in [0, 1].
 
-    x log x is computed exactly. The released code of ViLU adds 1e-6 inside the logarithm, which
-    adds a bias that depends on K.
+    p log p is computed exactly. The released code of ViLU computes p log(p + 1e-6), and so has a
+    bias that depends on K.
 
     Source: ViLU, supplement A.3.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.Entropy().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> text = np.eye(4)[:3]
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
+        >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
+        >>> vilu.Entropy().predict_uncertainty(data).round(2)  # 1.5 bits / log2(3), and 1
         array([0.95, 1.  ])
     """
 
@@ -75,19 +85,23 @@ class Entropy(FailurePredictor):
 class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
-    It is computed in a form without cancellation. With e_j = p_j / max_i p_i, s = sum e_j and
-    q = sum e_j^2 <= s, both summed over all candidates but the likeliest one,
+    It is computed in a form without cancellation:
 
         u = (s (2 + s) - q) / (1 + q)
 
-    The input perturbation of the paper is left out, since the embeddings are fixed.
+    Here s = sum e_j and q = sum e_j^2 with e_j = p_j / max_i p_i. Both sums are over all candidates
+    except the likeliest one. The input perturbation of the paper is left out, because the
+    embeddings are fixed.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.Doctor().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> text = np.eye(4)[:3]
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
+        >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
+        >>> vilu.Doctor().predict_uncertainty(data).round(2)  # g is 3/8 and 1/3
         array([1.67, 2.  ])
     """
 
@@ -100,22 +114,24 @@ class Doctor(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.rivals
-        odds = rivals.odds
-        share = rivals.gap.exp()
-        squares = share.square() * float64(rivals.weight.square().sum(dim=1))
+        odds = rivals.odds  # s
+        # e_j = largest_ratio * weight_j, since the largest weight is 1
+        largest_ratio = rivals.gap.exp()
+        squares = largest_ratio.square() * float64(rivals.weight.square().sum(dim=1))  # q
         return (odds * (2 + odds) - squares) / (1 + squares)
 
 
 @dataclass
 class MaxLogit(FailurePredictor):
-    """Negative logit of the answer: u = -l_a. For the zero-shot answer it is -max_j l_j.
+    """Negative logit of the answer a: u = -l_a. For the zero-shot answer it is -max_j l_j.
 
     Source: Hendrycks et al., ICML 2022 (MaxLogit).
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the logits are 10, 0 and 6, 8
-        >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]
+        >>> text = np.eye(2)
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)  # logits 10, 0 and 6, 8
         >>> vilu.MaxLogit().predict_uncertainty(data).round(2)
         array([-10.,  -8.])
     """
@@ -135,15 +151,16 @@ class MaxLogit(FailurePredictor):
 class Margin(FailurePredictor):
     """Negative gap between the answer's logit and the largest other: u = max_(j != a) l_j - l_a.
 
-    For the zero-shot answer these are the two largest logits. The logit bias cancels. The logit
-    scale multiplies u, so it does not change the order of the rows.
+    For the zero-shot answer it is the negative gap between the two largest logits. The logit bias
+    cancels. The logit scale multiplies u, so it does not change the order of the rows.
 
     Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the logits are 10, 0 and 6, 8
-        >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]
+        >>> text = np.eye(2)
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)  # logits 10, 0 and 6, 8
         >>> vilu.Margin().predict_uncertainty(data).round(2)
         array([-10.,  -2.])
     """
@@ -163,16 +180,20 @@ class Margin(FailurePredictor):
 class ProbMargin(FailurePredictor):
     """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
 
-    p_(1) is the probability of the answer, p_(2) the largest other one. The sum is computed as
-    (1 - p_(1)) + p_(2). It differs between confident rows, for which the gap would round to one.
+    p_(1) is the probability of the answer, and p_(2) is the largest other probability. u is
+    computed as (1 - p_(1)) + p_(2). So confident rows have different u, although their gaps all
+    round to one.
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> text = np.eye(4)[:3]
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
+        >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> method = vilu.PREDICTORS["prob_margin"]()
-        >>> method.predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> method.predict_uncertainty(data).round(2)  # 1 - (1/2 - 1/4), and 1 - 0
         array([0.75, 1.  ])
     """
 
@@ -193,18 +214,19 @@ class ProbMargin(FailurePredictor):
 class Energy(FailurePredictor):
     """Free energy of the logits: u = -T log sum_j exp(l_j / T).
 
-    It lies between -max_j l_j - T log K and -max_j l_j.
+    u is between -max_j l_j - T log K and -max_j l_j.
 
     Args:
-        temperature: T, applied in addition to the VLM's own logit scale. As T goes to zero, the
-            score becomes that of ``max_logit``.
+        temperature: T, by which the logits are divided; they already have the logit scale of the
+            VLM. As T goes to zero, the score becomes that of ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the logits are 10, 0 and 6, 8
-        >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]
+        >>> text = np.eye(2)
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)  # logits 10, 0 and 6, 8
         >>> vilu.PREDICTORS["energy"]().predict_uncertainty(data).round(2)
         array([-10.  ,  -8.13])
     """
@@ -228,20 +250,23 @@ class GEN(FailurePredictor):
     """Generalised entropy: u = sum over the M largest p_j of p_j^gamma (1 - p_j)^gamma.
 
     With a small gamma, small probabilities count as well: 1e-20 to the power 0.1 is 0.01. Powers
-    are computed from logarithms, so small probabilities do not underflow. With fewer than M
-    candidates all of them are summed.
+    are computed from logarithms, so small probabilities do not underflow. If there are fewer than M
+    candidates, the sum is over all of them.
 
     Args:
         gamma: Exponent.
-        largest: M, how many of the largest probabilities are summed.
+        largest: M, the number of largest probabilities in the sum.
 
     Source: Liu et al., CVPR 2023.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> text = np.eye(4)[:3]
+        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
+        >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> method = vilu.PREDICTORS["gen"](gamma=0.5)
-        >>> method.predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        >>> method.predict_uncertainty(data).round(2)  # sums of sqrt(p (1 - p))
         array([1.37, 1.41])
     """
 
@@ -265,21 +290,21 @@ class GEN(FailurePredictor):
 
 @dataclass
 class KLUniform(FailurePredictor):
-    """Negative divergence from the uniform distribution.
+    """Negative divergence of the uniform distribution from p: u = -KL(uniform || p), at most 0.
 
-    u = -KL(uniform || p) = log K + mean_j log p_j, at most 0.
-
-    All candidates have the same weight, so u depends mostly on how far the log probabilities of
-    unlikely candidates are below that of the answer. The other direction of the divergence,
-    KL(p || uniform) = log K - H(p), orders rows exactly as ``entropy`` does.
+    u = log K + mean_j log p_j. All candidates have the same weight in the mean. So u depends mostly
+    on how far the logits of unlikely candidates are below that of the answer. The other direction
+    of the divergence, KL(p || uniform) = log K - H(p), orders rows exactly as ``entropy`` does.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # p = 1/2, 1/4, 1/4
-        >>> data = vilu.Embeddings(np.eye(3)[:1], np.eye(3), logit_scale=np.log(2))
-        >>> vilu.PREDICTORS["kl_uniform"]().predict_uncertainty(data).round(3)
+        >>> text = np.eye(3)
+        >>> image = text[:1]  # p is 1/2, 1/4, 1/4
+        >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
+        >>> method = vilu.PREDICTORS["kl_uniform"]()
+        >>> method.predict_uncertainty(data).round(3)  # log 3 + (log 1/2 + 2 log 1/4) / 3
         array([-0.057])
     """
 
@@ -299,16 +324,18 @@ class KLUniform(FailurePredictor):
 def entropy(batch: Batch) -> Tensor:
     """(B,) float64 entropy of the zero-shot posterior in nats, without cancellation.
 
-    It is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit and
-    e_j = exp(l_j - l). The sums are over all candidates but the likeliest one. No term is negative.
+    It is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit, and
+    e_j = exp(l_j - l). The sums are over all candidates except the likeliest one. No term is
+    negative.
     """
     rivals = batch.rivals
-    odds = rivals.odds
-    below = (rivals.logits - rivals.second).mul_(rivals.weight).sum(dim=1)
-    spread = rivals.gap.exp() * float64(below) + rivals.gap * odds
-    return torch.log1p(odds) - spread / (1 + odds)
+    odds = rivals.odds  # sum_j e_j
+    # l_j - l = (l_j - second) + gap, where ``second`` is the second-largest logit
+    below_second = (rivals.logits - rivals.second).mul_(rivals.weight).sum(dim=1)
+    total = rivals.gap.exp() * float64(below_second) + rivals.gap * odds  # sum_j e_j (l_j - l)
+    return torch.log1p(odds) - total / (1 + odds)
 
 
 def log_count(batch: Batch) -> Tensor:
-    """() float64 log K as a tensor, so that K stays open in an exported graph."""
+    """() float64 log K as a tensor, so that an exported graph can be used with any K."""
     return float64(batch.text.new_ones(batch.text.shape[-2])).sum().log()

@@ -1,4 +1,4 @@
-"""One Gaussian per class, and the density of an image under the predicted class."""
+"""Methods with one Gaussian per class: the density of an image under the predicted class."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
-"""Function of rows that yields blocks: positions (a slice) and images (b, D).
+"""Function of rows that yields blocks: positions among the rows (a slice) and images (b, D).
 
-``image_blocks`` is such a function; its images have unit norm.
+``image_blocks`` is such a function. Its images have unit norm.
 """
 
 NO_SPREAD = 1e-12
-"""Variance of unit vectors up to which they are taken for the same image."""
+"""Variance up to which unit vectors count as equal."""
 FLOOR = 1e-9
-"""Added to the diagonal of a covariance before it is inverted, as a share of its mean variance.
+"""``whitener`` adds this times the mean variance to the diagonal of a covariance.
 
-A covariance is singular where the embeddings span only a subspace.
+Otherwise a covariance could not be inverted if the embeddings span only a subspace.
 """
 MIN_RIDGE = 1e-11
-"""Smallest ridge, as a share of the largest mean variance. Rounding would lose a smaller ridge."""
+"""Smallest ridge, divided by the largest mean variance. A smaller one would be lost in rounding."""
 
 
 def class_means(
@@ -42,13 +42,14 @@ def class_means(
 ) -> tuple[Tensor, Tensor]:
     """Mean (K, D) and number (K,) of the images of each class.
 
-    A class without images gets the mean of all images.
+    The mean of a class without images is replaced by the mean of all images.
     """
     total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
     for block, image in blocks(train):
         total.index_add_(0, label[block], image.double())
     count = torch.bincount(label, minlength=n_classes)
-    mean = total / count.clamp(min=1)[:, None]
+    count_column = count.clamp(min=1)[:, None]
+    mean = total / count_column
     mean[count == 0] = total.sum(dim=0) / max(len(label), 1)
     return mean, count
 
@@ -56,7 +57,7 @@ def class_means(
 def scatter(
     train: Rows, label: Tensor, mean: Tensor, blocks: Blocks = image_blocks
 ) -> tuple[Tensor, float]:
-    """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of its class."""
+    """Sums over all images of x x^T (D, D) and of |x|^4, where x = image - mean of the class."""
     dim = mean.shape[1]
     matrix = torch.zeros(dim, dim, dtype=torch.float64)
     fourth = 0.0
@@ -81,23 +82,25 @@ def whitener(covariance: Tensor, floor: float = FLOOR) -> Tensor:
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+# Every class uses one of several covariances. Their indices are called groups.
 ABSENT = 0
-"""Index of the covariance of all images. Classes without images use it."""
+"""Index of the covariance of all images, which classes without images use."""
 POOLED = 1
-"""Index of the mean covariance within classes. Classes of one image use it.
+"""Index of the mean covariance within classes, which classes of one image use.
 
-Every class of two or more images has its own covariance, with a higher index.
+Every class of two or more images has a covariance of its own, with a higher index.
 """
 
 
 @dataclasses.dataclass
 class ClassDensity(ClosedSet):
-    """A method with one Gaussian N_c per class.
+    """A method with one Gaussian N_c for every class c.
 
-    The images are centred and projected on their principal components.
+    The Gaussians are in the space of the first principal components of the centred images.
     """
 
     cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
+    # see ``require_forms``; R principal components, G covariances
     _forms: ClassVar[str] = (
         "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
     )
@@ -112,7 +115,7 @@ class ClassDensity(ClosedSet):
     ) -> dict[str, Tensor]:
         """Fit the Gaussians in at most ``max_components`` principal components.
 
-        ``ridge`` is added to the diagonal of every covariance.
+        ``ridge`` is added to the diagonal of every covariance. The result has the tensors by name.
         """
         label = labels(train)
         means, count = class_means(train, label, train.source.n_candidates, blocks)
@@ -123,8 +126,11 @@ class ClassDensity(ClosedSet):
         pooled = scatters.sum(dim=0) / max(len(label) - n_classes_seen, 1)
         if float(pooled.trace()) <= NO_SPREAD:
             pooled = identity * variance.mean()
-        per_class = scatters / (count[groups > POOLED] - 1)[:, None, None]
-        covariances = torch.stack([variance.diag(), pooled, *per_class])  # in the order of groups
+        has_own_covariance = groups > POOLED
+        degrees_of_freedom = count[has_own_covariance] - 1
+        own_covariances = scatters / degrees_of_freedom[:, None, None]
+        # in the order of the indices: ABSENT, POOLED, and then those of single classes
+        covariances = torch.stack([variance.diag(), pooled, *own_covariances])
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
         covariances += ridge * identity
@@ -139,30 +145,30 @@ class ClassDensity(ClosedSet):
         }
 
     def _log_odds(self, batch: Batch, image: Tensor) -> Tensor:
-        """Log-odds (B,) float64 of the images (B, D) that the answer a is wrong.
+        """Log-odds (B,) float64 that the answer a to an image is wrong, for the images (B, D).
 
         log-odds = log sum_{c != a} N_c - log N_a
         """
-        answer = batch.prediction.to(image.device)[:, None]
-        density, is_seen = self._densities_of(batch, image)
-        of_answer = density.gather(1, answer).squeeze(1)
+        answer_column = batch.prediction.to(image.device)[:, None]
+        log_density, is_seen = self._log_densities(batch, image)
+        of_answer = log_density.gather(1, answer_column).squeeze(1)
         # Classes without training images are no rivals. Their density is that of all images, so
-        # they would win for every image that is slightly unlike its own class.
-        of_seen = density.masked_fill(~is_seen, -math.inf)
-        of_rivals = of_seen.scatter(1, answer, -math.inf).logsumexp(dim=1)
-        # Where no rival has images, log sum_{c != a} N_c is minus infinity. It is replaced by 0,
-        # so that the scores of different images still differ.
+        # it would be the largest for every image that is slightly unlike its own class.
+        of_seen = log_density.masked_fill(~is_seen, -math.inf)
+        of_rivals = of_seen.scatter(1, answer_column, -math.inf).logsumexp(dim=1)
+        # If no rival has images, log sum_{c != a} N_c is minus infinity. It is replaced by 0, so
+        # that the scores of different images still differ.
         has_no_rival = of_rivals == -math.inf
         return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
 
-    def _densities_of(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Log N_c (B, K) float64 up to a constant, and a mask (K,) of classes that had images."""
+    def _log_densities(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Log N_c (B, K) float64 up to a constant, and a mask (K,) of classes with images."""
         classes = self.classes_of(batch.text)
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
-        return self._log_density(image, classes, groups), groups != ABSENT
+        return self._log_densities_of(image, classes, groups), groups != ABSENT
 
-    def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
-        """Log N_c (B, K) float64 up to a constant.
+    def _log_densities_of(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
+        """Log N_c (B, K) float64 up to a constant, for classes (K,) and their groups (K,).
 
         Classes that share a covariance are computed together.
         """
@@ -171,70 +177,75 @@ class ClassDensity(ClosedSet):
         means = self.tensor("means", image.device)[classes.to(image.device)]
         whiteners = self.tensor("whiteners", image.device)
         log_dets = self.tensor("log_dets", image.device)
-        density = z.new_empty(len(z), len(groups))
+        log_density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
-            member = groups == group
+            in_group = groups == group
+            whiten = whiteners[group]
             # In whitened coordinates the Mahalanobis distance is the Euclidean distance, so one
             # matrix product gives the distances to all classes of the group.
-            squares = squared_distances(z @ whiteners[group], means[member] @ whiteners[group])
-            density[:, member] = -(squares + log_dets[group]) / 2
-        return density
+            squares = squared_distances(z @ whiten, means[in_group] @ whiten)
+            log_density[:, in_group] = -(squares + log_dets[group]) / 2
+        return log_density
 
 
 def mean_of_both(batch: Batch, log_odds: Tensor) -> Tensor:
-    """Mean u (B,) float64 of two uncertainties: of the zero-shot posterior and of the density.
+    """Mean u (B,) float64 of the uncertainties by zero-shot probability and by density.
 
     u = ((1 - p) + (1 - s_d)) / 2
 
-    p is the zero-shot probability of the answer. s_d = N_a / sum_c N_c is the answer's share of
-    the density, and ``log_odds`` (B,) is log((1 - s_d) / s_d).
+    p is the zero-shot probability of the answer a. s_d = N_a / sum_c N_c is the share of the answer
+    in the density. ``log_odds`` (B,) is log((1 - s_d) / s_d).
     """
-    return (batch.beside_answer.doubt.to(log_odds.device) + torch.sigmoid(log_odds)) / 2
+    doubt_of_zero_shot = batch.beside_answer.doubt.to(log_odds.device)
+    doubt_of_density = torch.sigmoid(log_odds)
+    return (doubt_of_zero_shot + doubt_of_density) / 2
 
 
 @dataclasses.dataclass
 class ClassGaussians(ClassDensity):
-    """Zero-shot probability and class-conditional density of the image, averaged.
+    """Average of the zero-shot probability and of the share of the answer in class densities.
 
     The share of the predicted class t̂ in the density of an image z is
 
         s_d = N_t̂(z) / sum_c N_c(z)
 
-    N_c is the Gaussian of class c: the mean of the class, and its covariance plus ``ridge``. The
-    Gaussians are fitted on unit-norm image embeddings, which are centred and projected on their
-    first principal components. The uncertainty is
+    N_c is a Gaussian with the mean and the covariance of class c, where ``ridge`` is added to the
+    diagonal of the covariance. The Gaussians are fitted on unit-norm image embeddings, which are
+    centred and projected on their first principal components. p is the zero-shot probability of the
+    answer. The uncertainty is
 
-        u = 1 - (p_max + s_d) / 2                                   with score="probability"
+        u = 1 - (p + s_d) / 2                                       with score="probability"
         u = -log(s_d / (1 - s_d)) = log sum_{c != t̂} N_c - log N_t̂  with score="log_odds"
 
-    s_d is often equal to 0 or 1 up to many digits. The log-odds do not saturate there, but they
-    leave p_max out.
+    s_d is often 0 or 1 up to many digits. The log-odds do not saturate there, but they do not
+    depend on p.
 
     Classes of few images:
 
     - A class of one image uses the mean covariance within classes. If no class has two different
-      images, it uses a diagonal covariance with the mean variance of a coordinate.
-    - A class without images is left out of every sum. If it is the prediction, N_t̂ is the
-      Gaussian of all training images.
+      images, it uses a multiple of the identity, with the mean variance of a coordinate.
+    - A class without images is left out of every sum. If it is the prediction, its N_t̂ has the
+      covariance and the mean of all training images.
     - If no other class has images, log sum_{c != t̂} N_c is set to 0.
 
     Args:
         score: "probability" or "log_odds".
         components: Maximum number of principal components. With n training images there are at
             most n - 1.
-        ridge: Added to the diagonal of every covariance.
+        ridge: Number that is added to the diagonal of every covariance.
 
-    Source: the idea of ICPE (``icpe``) as implemented in sgchr273/TRINE, with unit-norm embeddings
-    and a ridge that is not small compared with the variances. Unlike that implementation,
-    ``class_gaussians`` also counts classes of one image.
+    Source: the idea of ICPE (``icpe``) as implemented in sgchr273/TRINE. Here the embeddings have
+    unit norm, and the ridge is not small compared with the variances. Unlike that implementation,
+    ``class_gaussians`` also uses classes of one image.
 
     Examples:
         >>> import numpy as np, vilu
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
-        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
-        >>> # p_max is 1 for both images. At 16 degrees s_d is 0.97. The image at 37 degrees is
-        >>> # a training image of class 1, but the answer is class 0: s_d is 0, so u is 1 / 2.
+        >>> train = vilu.Embeddings(image, text, [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], text)  # at 16 and 37 degrees
+        >>> # Both answers are class 0, with p = 1. But at 37 degrees class 1 has a training image:
+        >>> # s_d is 0 there, so u is 1 / 2. At 16 degrees s_d is 0.97.
         >>> vilu.PREDICTORS["class_gaussians"]().fit(train).predict_uncertainty(new).round(3)
         array([0.017, 0.5  ])
     """
@@ -263,11 +274,11 @@ class ClassGaussians(ClassDensity):
             q_c = (p_c + s_c) / 2    with score="probability"
             q_c = s_c                with score="log_odds"
 
-        p_c is the zero-shot probability of class c, and s_c its share of the density. The share of
-        a class without training images is 0.
+        p_c is the zero-shot probability of class c. s_c is its share in the density, which is 0 for
+        a class without training images.
         """
-        density, is_seen = self._densities_of(batch, float64(batch.image))
-        log_share = density.masked_fill(~is_seen, -math.inf).log_softmax(dim=-1)
+        log_density, is_seen = self._log_densities(batch, float64(batch.image))
+        log_share = log_density.masked_fill(~is_seen, -math.inf).log_softmax(dim=-1)
         if self.score == "log_odds":
             return log_share
         log_p = zero_shot_log_posterior(batch).to(log_share.device)
@@ -283,26 +294,29 @@ def class_scatters(
 ) -> tuple[Tensor, Tensor]:
     """Scatters (G, R, R) of the projected images, and the covariance index (K,) of every class.
 
-    Each of the G classes of two or more images has one scatter matrix. The index is ``ABSENT`` for
-    a class without images and ``POOLED`` for a class of one image.
+    There is one scatter matrix for each of the G classes with two or more images. The index is
+    ``ABSENT`` for a class without images, and ``POOLED`` for a class of one image. The images are
+    projected on the columns of ``basis`` (D, R).
     """
-    several = (count > 1).nonzero().squeeze(1)
+    large_classes = (count > 1).nonzero().squeeze(1)
     groups = torch.where(count > 0, POOLED, ABSENT)
-    groups[several] = torch.arange(len(several)) + POOLED + 1
-    members = label.argsort(stable=True).split(count.tolist())
-    scatters = basis.new_zeros(len(several), basis.shape[1], basis.shape[1])
-    for total, c in zip(scatters, several.tolist(), strict=True):
-        rows_of_class = dataclasses.replace(train, index=train.index[members[c]])
+    groups[large_classes] = torch.arange(len(large_classes)) + POOLED + 1
+    rows_by_class = label.argsort(stable=True).split(count.tolist())
+    rank = basis.shape[1]
+    scatters = basis.new_zeros(len(large_classes), rank, rank)
+    for total, c in zip(scatters, large_classes.tolist(), strict=True):
+        rows_of_class = dataclasses.replace(train, index=train.index[rows_by_class[c]])
         for _, image in blocks(rows_of_class):
             projected = (image.double() - means[c]) @ basis
-            total.add_(projected.T @ projected)
+            total.add_(projected.T @ projected)  # ``total`` is a view of ``scatters``
     return scatters, groups
 
 
 def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
     """Squared distances (B, K) between whitened queries (B, D) and whitened means (K, D)."""
-    squares = whitened.square().sum(dim=1)[:, None] + means.square().sum(dim=1)
-    # |a|^2 + |b|^2 - 2 a.b may be slightly negative for near points, by rounding
+    whitened_squares = whitened.square().sum(dim=1, keepdim=True)
+    squares = whitened_squares + means.square().sum(dim=1)
+    # |a|^2 + |b|^2 - 2 a.b may be slightly negative for near points, because of rounding
     return (squares - 2 * whitened @ means.T).clamp(min=0)
 
 
@@ -318,8 +332,8 @@ def principal_components(
     matrix, _ = scatter(train, one_class, mean, blocks)
     n = len(one_class)
     rank = max(min(max_components, len(matrix), n - 1), 1)
-    # ``eigh`` sorts by ascending variance; the first components have the largest variance
+    # ``eigh`` sorts by ascending variance, but the first principal component has the largest
     rising_variances, rising_components = torch.linalg.eigh(matrix / max(n - 1, 1))
     components = rising_components.flip(1)[:, :rank].contiguous()
     variances = rising_variances.flip(0)[:rank].clamp(min=0).contiguous()
-    return mean[0], components, variances
+    return mean.squeeze(0), components, variances

@@ -15,7 +15,7 @@ from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
 @dataclasses.dataclass
 class ClosedSet(FailurePredictor):
-    """A method that is fitted class by class, and scores only the classes of the fit."""
+    """A method that learns from images of each class, and scores only the classes of the fit."""
 
     closed_set: ClassVar[bool] = True
     no_captions: ClassVar[str | None] = (
@@ -29,22 +29,27 @@ class ClosedSet(FailurePredictor):
         """Index (K,) of every candidate (K, D) among the learned ``classes``.
 
         A class is recognised by the embedding of its text.
+
+        Raises:
+            ProvenanceError: If a candidate is no learned class, or two candidates are the same one.
         """
-        cosine, match = nearest(text, self.tensor(CLASSES, text.device))
+        cosine, class_index = nearest(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT).sum())
         if n_unknown:
-            raise self._misfit(len(text), f"{n_unknown} are not among them")
-        n_repeated = len(match) - len(match.unique())
+            raise self._other_classes(len(text), f"{n_unknown} are not among them")
+        n_repeated = len(class_index) - len(class_index.unique())
         if n_repeated:
-            raise self._misfit(len(text), f"{n_repeated} match the class of another one")
-        return match
+            raise self._other_classes(
+                len(text), f"{n_repeated} are the same class as another candidate"
+            )
+        return class_index
 
-    def _misfit(self, n_candidates: int, why: str) -> ProvenanceError:
-        """Error that is raised when the candidates are not the learned classes."""
+    def _other_classes(self, n_candidates: int, fault: str) -> ProvenanceError:
+        """The error for candidates that are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
-            f"Of the {n_candidates} candidates of these data {why}. Fit it on the classes of these "
-            "data, or choose a method that works on any classes (see `vilu list predictors`)."
+            f"Of the {n_candidates} candidates of these data, {fault}. Fit it on the classes of "
+            "these data, or choose a method that works on any classes (see `vilu list predictors`)."
         )
 
     def answer_of(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Logistic regression of the classes on image embeddings."""
+"""The method ``linear_probe``: logistic regression of the classes on image embeddings."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ class LinearProbe(ClosedSet):
         u = 1 - P(t̂ | z) = sigmoid(log sum_{c != t̂} exp l_c - l_t̂)
 
     l_c are the logits of the regression, and P is their softmax. u is computed from the logits in
-    float64, so that confident images do not tie. A class without training images has P = 0, hence
-    u = 1. If all training images are of one class, that class has P = 1.
+    float64, so that the u of confident images are not equal. A class without training images has
+    P = 0, hence u = 1. If all training images are of one class, that class has P = 1.
 
     Args:
         C: Inverse strength of the L2 penalty, as in scikit-learn.
-        max_iter: Maximum number of L-BFGS steps. scikit-learn warns if they do not suffice.
-        max_bank: Maximum number of training images. If there are more, a random choice of this
-            size is drawn with ``seed``.
+        max_iter: Maximum number of L-BFGS steps. scikit-learn warns if they are too few.
+        max_bank: Maximum number of training images. If there are more, this number of them is drawn
+            at random with ``seed``.
 
     Source: the linear probe of Radford et al., ICML 2021, evaluated at the class that the VLM
-    predicts. The regression runs in float32 on centred embeddings. The intercept is free, so
-    centring keeps the optimum and reaches it in fewer steps. The time of a fit grows with the
-    number of images times the number of classes.
+    predicts. The regression runs in float32 on centred embeddings. Centring does not change the
+    optimum, because the intercept has no penalty, and the optimum is reached in fewer steps. The
+    time of a fit grows with the number of images times the number of classes.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
-        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
-        >>> new = vilu.Embeddings(new_image, np.eye(2))
-        >>> vilu.PREDICTORS["linear_probe"]().fit(train).predict_uncertainty(new).round()
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
+        >>> method = vilu.PREDICTORS["linear_probe"]()
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
         array([0., 1., 0.])
     """
 
@@ -62,6 +63,7 @@ class LinearProbe(ClosedSet):
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
+    # see ``require_forms``: weight (K, D) and bias (K,) of the logits, texts (K, D) of the classes
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
@@ -80,20 +82,22 @@ class LinearProbe(ClosedSet):
         label = labels(drawn)
         n_classes = train.source.n_candidates
         weight = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
+        # the logit of a class without training images is -inf
         bias = torch.full((n_classes,), -math.inf, dtype=torch.float64)
         seen_classes = label.unique()
         bias[seen_classes] = 0.0
         if len(seen_classes) > 1:
             image = gather(drawn)
-            # The mean of all images is the largest part of every image. L-BFGS converges slowly
-            # unless it is subtracted.
+            # The mean of all images is the largest part of every image. If it is not subtracted,
+            # L-BFGS converges slowly.
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():
-                # scikit-learn warns where classes have few images, which is expected here
+                # the warning is about classes with few images, which are expected here
                 warnings.filterwarnings("ignore", message="The number of unique classes")
                 model.fit((image - centre).numpy(), label.numpy())
-            # With two classes scikit-learn gives one logit only, the logit of the second class.
+            # For two classes scikit-learn has only the logit of the second class. That of the first
+            # class stays 0.
             fitted = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
             weight[fitted] = torch.from_numpy(model.coef_).double()
             intercept = torch.from_numpy(model.intercept_).double()
@@ -101,7 +105,7 @@ class LinearProbe(ClosedSet):
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
 
     def _logits(self, batch: Batch) -> Tensor:
-        """Logits (B, K) float64 of the regression; -inf for a class without a training row."""
+        """Logits (B, K) float64 of the regression; -inf for a class without training images."""
         image = float64(batch.image)
         classes = self.classes_of(batch.text).to(image.device)
         weight = self.tensor("weight", image.device)[classes]
@@ -109,13 +113,14 @@ class LinearProbe(ClosedSet):
         return image @ weight.T + bias
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Log-posterior (B, K) float64; -inf for a class without a training row."""
+        """Log-posterior (B, K) float64; -inf for a class without training images."""
         return self._logits(batch).log_softmax(dim=-1)
 
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
         log_odds = failure_log_odds(logits, batch)
-        # The uncertainty of an answer without training images is 1. It is set directly, since the
-        # softmax is 0 / 0 where no candidate has training images.
-        of_answer = logits.gather(1, batch.prediction.to(logits.device)[:, None]).squeeze(1)
+        # The uncertainty of an answer without training images is 1. It is set directly, because the
+        # softmax is 0 / 0 if no candidate has training images.
+        answer_column = batch.prediction.to(logits.device)[:, None]
+        of_answer = logits.gather(1, answer_column).squeeze(1)
         return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)

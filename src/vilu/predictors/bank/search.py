@@ -1,6 +1,7 @@
-"""Bank of training images of a predictor, and exact nearest-neighbour search in it, in blocks.
+"""Bank of the training images of a predictor, and exact nearest-neighbour search in the bank.
 
-Shapes: N rows of the bank, B queries, K classes, D embedding width.
+In shapes, N is the number of rows of the bank, M of training rows, B of queries, K of classes, and
+D is the width of the embeddings.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from vilu.embeddings.rows import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
 Allowed = Callable[[slice, slice], Tensor]
-"""Function of a slice of queries and a slice of bank rows: mask (b, n) of allowed pairs."""
+"""Function that says which bank rows may be neighbours of which queries.
+
+Its arguments are a slice of b queries and a slice of n bank rows. Its result is a mask (b, n).
+"""
 
 QUERY_ROWS = 1_024
-"""Queries of a block."""
+"""Number of queries in a block."""
 BANK_ROWS = 8_192
-"""Bank rows of a block. The float32 similarities to ``QUERY_ROWS`` queries take 32 MiB."""
+"""Number of bank rows in a block. The similarities of a block take 32 MiB in float32."""
 
 
 def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
-    """Draw at most ``max_rows`` of the training rows; the drawn rows keep their order.
+    """Draw at most ``max_rows`` of the training rows at random, and keep them in their order.
 
-    Returns the drawn rows and their indices (M,) among the rows of ``train``. If rows are left
-    out, a warning is given.
+    Returns the drawn rows and their indices (M,) among the rows of ``train``. A warning is given if
+    rows are left out.
     """
     n = len(train.index)
     if n <= max_rows:
@@ -52,14 +56,15 @@ def labels(train: Rows) -> Tensor:
 
 
 def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows: positions (a slice) and unit-norm image embeddings (b, D) float32.
+    """Yield blocks: positions among the rows (a slice) and unit-norm images (b, D) float32.
 
-    Embeddings that were rounded to float16 can miss unit norm by up to 1e-3. They are normalised
-    again, because such an error changes the distances between near neighbours.
+    Embeddings are normalised again, because rounding to float16 can change their norm by up to
+    1e-3. Such an error would change the distances between near neighbours.
     """
     for start in range(0, len(train.index), SCORING_BATCH):
         index = train.index[start : start + SCORING_BATCH]
-        yield slice(start, start + len(index)), normalize(train.source.image_rows(index), dim=1)
+        positions = slice(start, start + len(index))
+        yield positions, normalize(train.source.image_rows(index), dim=1)
 
 
 def gather(train: Rows) -> Tensor:
@@ -81,13 +86,14 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
 
-    The queries are (B, D) and the bank is (N, D). The cosines are float32 and descending. If N < k,
-    the results have N columns. The cosine of a pair that is not allowed is minus infinity.
+    The queries are (B, D), and the bank is (N, D). The cosines are float32 and descending. If N is
+    less than k, the results have N columns. The cosine of a pair that is not allowed is minus
+    infinity.
 
-    The search is exact and runs on the device of the queries. One block of similarities
-    (``query_rows``, ``bank_rows``) is in memory at a time. Among equal cosines the lowest index
-    comes first. The cosines of two equal bank rows may differ in the last bit, because a matrix
-    product rounds differently at the edge of a block.
+    The search is exact and runs on the device of the queries. Only one block of similarities
+    (``query_rows``, ``bank_rows``) is in memory at a time. Of equal cosines, the one with the
+    lowest index comes first. The cosines of two equal bank rows may differ in the last bit, because
+    a matrix product rounds differently at the edge of a block.
     """
     similarities = []
     indices = []
@@ -112,39 +118,44 @@ def squared_distance(similarity: Tensor) -> Tensor:
 def _nearest(
     query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first_query: int, bank_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Do the search of ``nearest`` for one block of queries, which starts at ``first_query``."""
+    """Search for one block of queries; ``first_query`` is the index of its first query."""
     query = normalize(query, dim=1)
+    query_slice = slice(first_query, first_query + len(query))
     best = query.new_empty(len(query), 0)
     best_index = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), bank_rows):
-        rows = bank[start : start + bank_rows].to(query.device)
-        similarity = query @ rows.T
+        block = bank[start : start + bank_rows].to(query.device)
+        similarity = query @ block.T
         if allowed is not None:
-            queries = slice(first_query, first_query + len(query))
-            is_allowed = allowed(queries, slice(start, start + len(rows)))
+            is_allowed = allowed(query_slice, slice(start, start + len(block)))
             similarity = similarity.masked_fill(~is_allowed, -math.inf)
-        leading, index = leaders(similarity, k)
-        # The sort is stable, and rows of earlier blocks come first in the concatenation. So among
-        # equal similarities the lowest index stays first.
-        ranked, order = torch.cat([best, leading], dim=1).sort(dim=1, descending=True, stable=True)
-        indices = torch.cat([best_index, index + start], dim=1).gather(1, order)
+        best_in_block, index_in_block = leaders(similarity, k)
+        # Rows of earlier blocks come first in the concatenation, and the sort is stable. So of
+        # equal similarities, the one with the lowest index stays first.
+        candidates = torch.cat([best, best_in_block], dim=1)
+        candidate_index = torch.cat([best_index, start + index_in_block], dim=1)
+        ranked, order = candidates.sort(dim=1, descending=True, stable=True)
         best = ranked[:, :k]
-        best_index = indices[:, :k]
+        best_index = candidate_index.gather(1, order)[:, :k]
     return best, best_index
 
 
 def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values (B, k) of every row (B, M), descending, and their indices (B, k).
 
-    Among equal values the lowest index comes first. ``topk`` does not define which of several equal
-    values it takes. So a row is sorted in full if its values of rank k and k + 1 are equal.
+    Of equal values, the one with the lowest index comes first. ``topk`` does not define which of
+    several equal values it returns. So a row is sorted in full if its values of rank k and k + 1
+    are equal.
     """
     if k >= values.shape[1]:
         best, index = values.sort(dim=1, descending=True, stable=True)
         return best, index
     best, index = values.topk(k + 1, dim=1)
-    is_tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
-    # Sort by ascending index, then stably by descending value: equal values keep ascending indices.
+    last = best[:, k - 1]
+    next_one = best[:, k]
+    is_tied = (last == next_one) & (next_one > -math.inf)
+    # First sort by ascending index, then stably by descending value. So equal values stay in the
+    # order of their indices.
     index, by_index = index[:, :k].sort(dim=1)
     best, by_value = best[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
     index = index.gather(1, by_value)

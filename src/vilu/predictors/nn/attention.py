@@ -1,4 +1,4 @@
-"""The convex expert: image-to-text attention that learns from labels where to look."""
+"""Attention of images to texts. Its training from labels is a convex problem."""
 
 from __future__ import annotations
 
@@ -16,42 +16,51 @@ from vilu.embeddings.similarity import MAX_CELLS, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch
 
 TEMPERATURE_SD = 0.5
-"""Prior standard deviation of the log of the zero-shot temperature, around zero."""
+"""Standard deviation of the normal prior of log a, where a is the zero-shot temperature.
+
+The mean of the prior is 0.
+"""
 
 BIAS_SHARE = 0.02
-"""Prior variance of a class's bias, as a share of that of its logits.
+"""Prior variance of the bias of a class, divided by the prior variance of its logits.
 
-It is small, since labels are drawn by class more often than not.
+It is small, because training sets often have the same number of labels for every class. Such labels
+say nothing about how frequent a class is.
 """
 
 CAUTION = 8
-"""Of n labels the attention learns the share n / (n + 8).
+"""With n labels, the solution is multiplied by n / (n + 8).
 
-The rest is caution: a handful of images have things in common by chance.
+The factor is below one, because a few images have properties in common by chance.
 """
 
 MISSED = 0.1
-"""Assumed share of images of classes without labels, where no class has two labels."""
+"""Assumed share of the images whose class has no label, if no class has two labels."""
 
 STEPS = 150
+"""Maximum number of L-BFGS steps."""
+
 STREAMED_ROWS = 1_024
-"""Rows of a streamed block: the results of so few stay near the processor."""
+"""Number of rows of a streamed block. The logits of so few rows stay in the cache."""
 
 SOME_ROWS = 4_096
-"""Rows from which a number for all rows is taken."""
+"""Maximum number of rows of a ``sample``, on which statistics of all rows are estimated."""
 
 CHANGE = 1e-9
-"""A step that changes the loss of a row by less is the last one."""
+"""The solver stops when a step changes the mean loss by less than this."""
 
 STREAMED_CHANGE = 3e-5
-"""The same where rows are streamed: the next fifty steps gain no AUROC."""
+"""``CHANGE`` for streamed rows. Fifty further steps would not increase the AUROC."""
 
 FEATURES = "features"
+"""Name of the column of image features."""
+
 TINY = 1e-6
+"""Smallest variance that counts as more than rounding."""
 
 
 class Moments:
-    """Number, float64 sum (D,) and sum of squared norms of rows that come in blocks."""
+    """Number n, float64 sum (D,) and sum of squared norms of rows (n, D), which come in blocks."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -59,7 +68,7 @@ class Moments:
         self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Count a block (N, D)."""
+        """Add a block (N, D) of rows."""
         double = rows.cpu().double()
         self.n += len(rows)
         self.total = self.total + double.sum(dim=0)
@@ -67,9 +76,9 @@ class Moments:
 
 
 class Standard(nn.Module):
-    """Rows centred and divided by their root mean square norm.
+    """Standardisation of rows: they are centred and divided by their root mean square norm.
 
-    So nothing that is learned depends on a model's scale.
+    What is learned from standardised rows does not depend on the scale of the embeddings.
     """
 
     def __init__(self, dim: int) -> None:
@@ -78,25 +87,26 @@ class Standard(nn.Module):
         self.norm = nn.Buffer(torch.ones((), dtype=torch.float32))
 
     def fit(self, moments: Moments) -> None:
-        """Take mean and norm from the rows that were added up."""
+        """Set mean and norm from the moments of the training rows."""
         mean = moments.total / moments.n
-        # E |x - mean|^2 = E |x|^2 - |mean|^2; float64 leaves enough digits after the subtraction
-        variance = (moments.squares / moments.n - mean.square().sum()).clamp_min(0)
-        norm = torch.ones((), dtype=torch.float32)  # one row, or all alike
+        # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 this subtraction leaves enough digits.
+        mean_square = moments.squares / moments.n
+        variance = (mean_square - mean.square().sum()).clamp_min(0)
+        norm = torch.ones((), dtype=torch.float32)  # used if all rows are equal
         if variance > TINY:
             norm = variance.sqrt()
         self.mean.copy_(mean)
         self.norm.copy_(norm)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """(N, D) to (N, D)."""
+        """Standardised rows (N, D) of rows (N, D)."""
         return (rows - self.mean) / self.norm
 
 
 class ImageInputs(nn.Module):
-    """The experts' view of an image: its embedding (D), and its features (F; 0: none).
+    """Input vectors (D + F) of the experts: standardised embedding (D) and features (F).
 
-    Both have the same weight.
+    F is 0 if the images have no features. Otherwise both parts have the same mean square norm.
     """
 
     def __init__(self, dim: int, feature_dim: int) -> None:
@@ -107,20 +117,21 @@ class ImageInputs(nn.Module):
         self.features = Standard(feature_dim)
 
     def fit(self, rows: Rows) -> None:
-        """Mean and norm of the rows, from one pass."""
-        images = Moments()
-        features = Moments()
+        """Fit the standardisation in one pass over the rows."""
+        image_moments = Moments()
+        feature_moments = Moments()
         for batch in rows.batches(SCORING_BATCH):
-            images.add(batch.image)
+            image_moments.add(batch.image)
             if self.on_features:
-                features.add(batch.columns[FEATURES])
-            else:  # of no columns
-                features.add(batch.image[:, :0])
-        self.image.fit(images)
-        self.features.fit(features)
+                feature_moments.add(batch.columns[FEATURES])
+            else:
+                no_columns = batch.image[:, :0]
+                feature_moments.add(no_columns)
+        self.image.fit(image_moments)
+        self.features.fit(feature_moments)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, D + F), of unit norm in the root mean square."""
+        """Inputs (B, D + F) of a batch. Over the training rows, their mean square norm is 1."""
         if not self.on_features:
             return cast("Tensor", self.image(batch.image))
         both = [self.image(batch.image), self.features(batch.columns[FEATURES])]
@@ -128,55 +139,61 @@ class ImageInputs(nn.Module):
 
     @property
     def image_gain(self) -> float:
-        """The number that undoes the division of the standardised embedding in ``forward``."""
+        """Factor from the embedding's part of the inputs to the standardised embedding."""
         return math.sqrt(2) if self.on_features else 1
 
 
 class Match(NamedTuple):
-    """How K candidates relate to the training classes, each field (K,).
+    """Comparison of K candidates with the training classes.
 
-    ``known`` says whether a candidate is a class, and ``row`` which one it is. ``reach`` is 1 for a
-    class. Else it is the squared cosine of the standardised text with the nearest class's (0 where
-    it is negative): the share of its variance that the two have in common.
+    ``reach`` is 1 for a candidate that is a training class. For any other candidate it is the
+    squared cosine between its standardised text and that of the nearest class, or 0 if the cosine
+    is negative. A squared cosine is the share of variance that two vectors have in common.
     """
 
-    row: Tensor
-    known: Tensor
-    reach: Tensor
+    row: Tensor  # (K,) int64 index of the training class with the most similar text
+    known: Tensor  # (K,) bool, whether the candidate is that class
+    reach: Tensor  # (K,) from 0 to 1, how similar the candidate is to the training classes
 
 
 class Start(NamedTuple):
-    """The knowledge of K classes before labels.
+    """What is known about K classes before labels are used, from images without labels.
 
-    The logits of unit images z are l_c + (z - centre) weight_c + bias_c. ``centre`` (D,),
-    ``weight`` (K, D) and ``bias`` (K,) are float64, and ``occurrence`` (K,), at most 0, is the log
-    probability that a class occurs at all.
+    The logit of class c for a unit-norm image z is l_c + (z - centre) . weight_c + bias_c, where
+    l_c is the zero-shot logit.
     """
 
-    centre: Tensor
-    weight: Tensor
-    bias: Tensor
-    occurrence: Tensor
+    centre: Tensor  # (D,) float64
+    weight: Tensor  # (K, D) float64
+    bias: Tensor  # (K,) float64
+    occurrence: Tensor  # (K,) log-probability that the class occurs at all; at most 0
 
 
 class SupervisedAttention(nn.Module):
     """Logits of K candidates: tempered zero-shot logits, plus a bilinear form in image and text.
 
-    With l0 the zero-shot logits, x the ``ImageInputs`` and t standardised texts,
+    With l0 the zero-shot logits, x the ``ImageInputs`` and t standardised texts, the logit of
+    candidate j is
 
-        l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j).
+        l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j)
 
-    v_j belongs to class j of the training set and is zero for every other candidate, so any
-    candidates can be scored. A is what the classes have in common. For other candidates A and the
-    temperature count as much as their texts are like those of classes (``Match.reach``), so that
-    foreign ones have their zero-shot logits. The attention starts at the tempered zero-shot logits
-    (A = v = 0), or at the posterior of images without labels (``start_from``).
+    a is the temperature. A is shared by all classes. v_j belongs to class j of the training set,
+    and is zero for a candidate that is no training class. So any candidates can be scored.
+
+    For candidates that are no training classes, the effect of A and of the temperature is reduced
+    with ``Match.reach``. Candidates whose texts are unlike those of all classes have nearly their
+    zero-shot logits.
+
+    Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior that was
+    estimated from images without labels (``start_from``).
+
+    The logits are computed as products of queries (x, 1) of the images with keys of the candidates.
 
     Args:
-        inputs: Fitted.
+        inputs: Fitted ``ImageInputs``.
         dim: Embedding width D of the texts.
         n_classes: Number of training classes; 0 for captions.
-        sharing: rho, the share of the prior variance that classes have in common.
+        sharing: rho, the share of the prior variance that belongs to A.
     """
 
     def __init__(self, inputs: ImageInputs, dim: int, n_classes: int, sharing: float) -> None:
@@ -190,9 +207,9 @@ class SupervisedAttention(nn.Module):
         self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1, dtype=torch.float32))
 
     def start_from(self, start: Start) -> None:
-        """Take the logits of a ``Start`` as those of the classes."""
-        # z = image.mean + image.norm * gain * x, of unit images z and the first D coordinates of x.
-        # So (z - centre) . weight is linear in (x, 1), which is what ``own`` is multiplied by.
+        """Set ``own``, the v of the classes, so that the logits are those of ``start``."""
+        # With x the first D inputs, the image is z = image.mean + image.norm * image_gain * x. So
+        # (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
         image = self.inputs.image
         dim = self.text.mean.shape[0]
         own = torch.zeros(self.own.shape, dtype=torch.float64)
@@ -201,19 +218,20 @@ class SupervisedAttention(nn.Module):
         self.own.data.copy_(own / math.sqrt(1 - self.sharing))
 
     def begin(self, batch: Batch) -> Tensor:
-        """(B, K) logits of the classes before any label is learned from."""
+        """(B, K) logits with which training begins, before anything is learned from labels."""
         return self.queries(batch) @ self.begin_keys(batch).T
 
     def begin_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the logits of ``begin``."""
+        """(K, D + F + 1) keys of the logits with which training begins."""
         keys = self.offset_keys(batch)
         if len(self.own):
             keys = keys + math.sqrt(1 - self.sharing) * self.own
         return keys
 
     def offset_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the ``offset`` for classes."""
-        # zero-shot logits are linear in the image z = image.mean + image.norm * gain * x, too
+        """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes."""
+        # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x, so
+        # it is a product of (x, 1) with a key, too.
         image = self.inputs.image
         dim = batch.text.shape[1]
         scaled = self.temperature * batch.logit_scale * batch.text
@@ -225,58 +243,63 @@ class SupervisedAttention(nn.Module):
         return keys
 
     def queries(self, batch: Batch) -> Tensor:
-        """(B, D + F + 1) the ``ImageInputs``, and a one."""
+        """(B, D + F + 1) the vectors (x, 1): the ``ImageInputs``, and a one."""
         return functional.pad(self.inputs(batch), (0, 1), value=1.0)
 
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
-        """(B, K) tempered zero-shot logits, without the bias that all share.
+        """(B, K) tempered zero-shot logits, without the logit bias.
 
-        The more foreign the candidates are, the less they are tempered.
+        The temperature is nearer to one for candidates that are less similar to the training
+        classes. ``match`` is the result of ``match`` for the candidates; None: they are the
+        training classes.
         """
         temperature: Tensor = self.temperature
         if match is not None:
-            # a mean over the candidates: their logits are compared, so all have one temperature
+            # one temperature for all candidates, because their logits are compared
             temperature = temperature ** match.reach.mean()
         return temperature * (batch.logits - batch.logit_bias)
 
     def match(self, text: Tensor) -> Match:
-        """How candidates (K, D) relate to the training classes.
+        """Compare candidates (K, D) with the training classes.
 
-        Of captions there are no classes, and nothing that a candidate could be far from.
+        If the attention was trained on captions there are no classes, and ``reach`` is 1.
         """
         if not len(self.classes):
-            rows = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return Match(rows, rows.bool(), torch.ones_like(text[:, 0]))
+            no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            return Match(no_class, no_class.bool(), torch.ones_like(text[:, 0]))
         cosine, row = nearest(text, self.classes)
         known = cosine >= SAME_TEXT
         candidates = functional.normalize(self.text(text), dim=1)
         classes = functional.normalize(self.text(self.classes), dim=1)
         nearest_cosine, _ = nearest(candidates, classes)
-        common = nearest_cosine.clamp(0, 1).square()
-        return Match(row, known, torch.where(known, 1.0, common))
+        common_variance = nearest_cosine.clamp(0, 1).square()
+        return Match(row, known, torch.where(known, 1.0, common_variance))
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits.
 
-        ``match`` is as from ``match``; None: the candidates are the training classes in order.
+        ``match`` is the result of ``match`` for the candidates; None: they are the training
+        classes, in their order.
         """
         learned: Tensor = self.queries(batch) @ self.learned_keys(batch.text, match).T
         return self.offset(batch, match) + learned
 
     def learned_keys(self, text: Tensor, match: Match | None) -> Tensor:
-        """(K, D + F + 1) keys of the learned logits, beside the ``offset``."""
+        """(K, D + F + 1) keys of the learned part of the logits, without the ``offset``."""
         keys: Tensor = math.sqrt(self.sharing) * (self.text(text) @ self.shared.T)
         if match is not None:
-            keys = keys * match.reach[:, None]
+            reach_column = match.reach[:, None]
+            keys = keys * reach_column
         if len(self.own):
             own: Tensor = self.own
             if match is not None:
-                own = own[match.row] * match.known[:, None]
+                known_column = match.known[:, None]
+                own = own[match.row] * known_column
             keys = keys + math.sqrt(1 - self.sharing) * own
         return keys
 
 
-def fit_attention(  # noqa: PLR0913 - what it is fitted on, its prior, and where to begin
+def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many arguments
     inputs: ImageInputs,
     rows: Rows,
     n_classes: int,
@@ -288,14 +311,28 @@ def fit_attention(  # noqa: PLR0913 - what it is fitted on, its prior, and where
     is_few: bool = False,
     near: SupervisedAttention | None = None,
 ) -> SupervisedAttention:
-    """The attention of largest posterior for labelled rows, drawn towards its start.
+    """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
 
-    The start is tempered: zero-shot logits, or those of ``start``. The problem is convex. With C =
-    ``variance`` x ``zero_shot_variance`` the prior of the learned part is N(0, C) for the weights
-    of x and N(0, C / 50) for a class's bias, about ``class_log_prior``, or ``start.occurrence``
-    where that is less. Of the solution for n rows the share n / (n + 8) is kept, and where rows are
-    few (``is_few``) the share of it that ``held_out_share`` finds. A fit to most of the rows that
-    is ``near`` saves steps.
+    1. The start is the zero-shot logits, or those of ``start``, times a fitted temperature. The
+       bias of each class starts at ``class_log_prior``. With a ``start``, the bias of a class
+       without labels starts at ``start.occurrence`` if that is lower.
+    2. The learned part, which is added to the start, has a normal prior. With C = ``variance`` *
+       ``zero_shot_variance`` it is N(0, C) for the weights of x, and N(0, C / 50) for the biases.
+       Finding its posterior mode is a convex problem.
+    3. The solution is multiplied by n / (n + 8). If ``is_few``, it is also multiplied by the result
+       of ``held_out_share``.
+
+    Args:
+        inputs: Fitted ``ImageInputs``.
+        rows: The labelled rows.
+        n_classes: Number of training classes; 0 for captions.
+        variance: Prior variance, relative to the variance of the zero-shot logits.
+        sharing: The share rho of the prior variance that the classes have in common.
+        device: Where the problem is solved.
+        start: Knowledge from images without labels.
+        is_few: Whether there are few rows.
+        near: An attention that was fitted to most of the rows. Solving streamed rows from its
+            solution saves steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
@@ -306,42 +343,43 @@ def fit_attention(  # noqa: PLR0913 - what it is fitted on, its prior, and where
         has_labels = torch.bincount(target, minlength=n_classes) > 0
         prior = torch.where(has_labels, 0.0, torch.minimum(prior, start.occurrence.float()))
     attention.to(device)
-    _temper(attention, rows, prior, device)
+    _set_start(attention, rows, prior, device)
     problem = Problem(attention, rows, variance * zero_shot_variance(attention, rows, device))
     share = 1.0
     if is_few and problem.held is not None:
         share = held_out_share(problem)
     n = len(rows.index)
-    kept_share = share * n / (n + CAUTION)
+    shrinkage = share * n / (n + CAUTION)
     solution = problem.full(problem.solve(near=near))
-    attention.shared.data.add_(kept_share * solution.shared)
-    attention.own.data.add_(kept_share * solution.own)
+    attention.shared.data.add_(shrinkage * solution.shared)
+    attention.own.data.add_(shrinkage * solution.own)
     return attention.eval().requires_grad_(requires_grad=False)
 
 
-def _temper(
+def _set_start(
     attention: SupervisedAttention, rows: Rows, prior: Tensor, device: torch.device
 ) -> None:
-    """Give the start the temperature that fits the rows, and classes their log prior (K,)."""
+    """Multiply the start by the temperature that fits the rows; add the log prior (K,) to it."""
     temperature = fit_temperature(attention, rows, device)
     attention.temperature.mul_(temperature)
     attention.own.data.mul_(temperature)
-    # the last column meets the one of (x, 1), and all of ``own`` counts sqrt(1 - rho) times
+    # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is one
     bias = attention.own.data[:, -1]
+    # ``own`` is multiplied by sqrt(1 - rho) in the logits; the division undoes that
     bias.add_(prior.to(device) / math.sqrt(1 - attention.sharing))
 
 
 class Block(NamedTuple):
-    """Labelled rows as the convex problem sees them.
+    """Some labelled rows in the coordinates of a ``Problem``.
 
-    Their logits are image @ (before + text @ A^T + V)^T.
+    Their logits are image @ (before + text @ A^T + sqrt(1 - rho) V)^T.
 
     Attributes:
         batch: The rows.
-        image: (B, P) inputs times their prior standard deviations, so that A and V are N(0, 1) and
-            N(0, 1 - rho).
+        image: (B, P) queries times the prior standard deviations. So the prior of every element of
+            A and V is N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
-        before: (K, P) keys when nothing is learned.
+        before: (K, P) keys of the logits with which training begins.
     """
 
     batch: Batch
@@ -350,53 +388,53 @@ class Block(NamedTuple):
     before: Tensor
 
     def losses(self, logits: Tensor) -> Tensor:
-        """(B,) cross-entropy."""
+        """(B,) cross-entropy of the rows."""
         return -self.batch.log_probability(logits, self.batch.target)
 
     def slopes(self, logits: Tensor) -> Tensor:
-        """(B, K) slopes of the ``losses`` in the logits, in the memory of these.
+        """(B, K) derivatives of the ``losses`` in the logits, whose memory may be overwritten.
 
-        They are the softmax, less the share of each right candidate.
+        They are the softmax over all candidates, minus the softmax over the right candidates.
         """
-        target = self.batch.target[:, None]
-        if self.batch.same is None:  # one candidate is right
-            right = torch.ones_like(logits[:, :1])
-            return torch.softmax(logits, dim=1, out=logits).scatter_add_(1, target, -right)
-        # Several captions are right: the loss is -log of the sum of their probabilities, so its
-        # slope is softmax over all, less softmax over the right ones.
+        target_column = self.batch.target[:, None]
+        if self.batch.same is None:  # one candidate is right: the softmax over it is one
+            one = torch.ones_like(logits[:, :1])
+            return torch.softmax(logits, dim=1, out=logits).scatter_add_(1, target_column, -one)
+        # several captions are right: the loss is -log of the sum of their probabilities
         posterior = logits.softmax(dim=1)
         is_wrong = ~self.batch.alike(self.batch.target)
-        of_right = logits.masked_fill_(is_wrong, -torch.inf).softmax(dim=1)
-        return posterior.sub_(of_right)
+        posterior_of_right = logits.masked_fill_(is_wrong, -torch.inf).softmax(dim=1)
+        return posterior.sub_(posterior_of_right)
 
 
 class Solution(NamedTuple):
     """The learned part of an attention, in the coordinates of a ``Problem``."""
 
-    shared: Tensor  # (P, Q)
-    own: Tensor  # (K, P)
+    shared: Tensor  # (P, Q) A, the part that all classes share
+    own: Tensor  # (K, P) V, one row for each class
 
 
 class Keys(NamedTuple):
-    """The keys that some blocks have in common, and the slope of the loss in them."""
+    """The keys of successive blocks with the same texts, and the gradient of the loss in them."""
 
-    text: Tensor  # (K, Q) of the blocks
+    text: Tensor  # (K, Q) texts of the blocks
     keys: Tensor  # (K, P)
-    slope: Tensor  # (K, P), a sum over the blocks
+    slope: Tensor  # (K, P) gradient, summed over the blocks
 
 
 class Problem:
-    """The attention's convex problem, of rows that are streamed, or held in one batch.
+    """The convex problem of ``fit_attention``: mean loss plus penalty, as a function of A and V.
 
-    Classes without labels learn only the shared part: labels of others would else make them ever
-    rarer, beyond ``class_log_prior``.
+    The rows are either held in one block, or streamed in blocks at every evaluation.
 
-    Held rows are written in a basis of their own span. The optimum is a sum over rows and over
-    texts, so with fewer rows than coordinates an orthonormal basis of the rows says as much as all
-    coordinates do, and so for the texts.
+    For a class without labels only A is learned. Its own v would only decrease its logits, below
+    the start that ``class_log_prior`` gives.
+
+    Held rows and texts are expressed in orthonormal bases of their spans. The optimum is in these
+    spans. So with fewer rows than coordinates, the problem has fewer unknowns and the same optimum.
 
     Attributes:
-        held: All rows in one block, in the bases; None where they are streamed.
+        held: All rows as one block, in the bases; None if the rows are streamed.
     """
 
     def __init__(self, attention: SupervisedAttention, rows: Rows, variance: float) -> None:
@@ -404,7 +442,8 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n = len(rows.index)
-        # inputs times prior standard deviations: so the prior of what they meet is N(0, 1)
+        # Prior standard deviation of the weight of each input; the last input is the constant one.
+        # The inputs are multiplied by it, so that the prior of A and V is N(0, 1).
         scale = torch.full(
             (attention.inputs.width + 1,),
             math.sqrt(variance),
@@ -415,47 +454,53 @@ class Problem:
         self.scale = scale
         self.own_scale = math.sqrt(1 - attention.sharing)
         self.has_labels = scale.new_zeros(len(attention.own), 1)
-        if len(attention.own):  # pairs have no classes
-            self.has_labels[rows.source.target[rows.index].unique()] = 1.0
+        if len(attention.own):  # captions have no classes
+            labelled_classes = rows.source.target[rows.index].unique()
+            self.has_labels[labelled_classes] = 1.0
         self.held: Block | None = None
         n_classes = len(attention.classes)
         if n_classes and self.n <= min(SCORING_BATCH, MAX_CELLS // n_classes):
             self._hold()
 
     def _hold(self) -> None:
-        """Take all rows into one block, and write it in the bases."""
+        """Set ``held`` to all rows, in the bases of their images and texts."""
         (whole,) = self._streamed()
-        self.of_image = basis(whole.image)
-        self.of_text = basis(whole.text)
+        self.image_basis = basis(whole.image)
+        self.text_basis = basis(whole.text)
         self.held = whole._replace(
-            image=whole.image @ self.of_image,
-            text=whole.text @ self.of_text,
-            before=whole.before @ self.of_image,
+            image=whole.image @ self.image_basis,
+            text=whole.text @ self.text_basis,
+            before=whole.before @ self.image_basis,
         )
 
     def _streamed(self) -> Iterator[Block]:
-        """All rows, block by block."""
+        """Yield all rows, block by block."""
         attention = self.attention
-        is_whole = self.held is None and self.n <= SCORING_BATCH
-        size = SCORING_BATCH if is_whole else STREAMED_ROWS
-        of_text: tuple[Tensor, Tensor] | None = None
+        # until rows are held, all are read as one block if they are few enough (``_hold``)
+        is_one_block = self.held is None and self.n <= SCORING_BATCH
+        size = SCORING_BATCH if is_one_block else STREAMED_ROWS
+        has_classes = len(attention.classes) > 0
+        text: Tensor | None = None
+        before: Tensor | None = None
         for batch in self.rows.batches(size):
             moved = batch.to(self.device)
             with torch.no_grad():
                 image = attention.queries(moved) * self.scale
-                # classes are the same in every batch, captions are not
-                if of_text is None or not len(attention.classes):
+                # classes are the same in every batch; captions differ from batch to batch
+                if text is None or before is None or not has_classes:
                     text = math.sqrt(attention.sharing) * attention.text(moved.text)
-                    of_text = text, attention.begin_keys(moved) / self.scale
-            yield Block(moved, image, *of_text)
+                    before = attention.begin_keys(moved) / self.scale
+            yield Block(moved, image, text, before)
 
     def solve(
         self, weight: Tensor | None = None, near: SupervisedAttention | None = None
     ) -> Solution:
-        """The solution of largest posterior.
+        """Minimise the objective by L-BFGS.
 
-        ``weight`` (N,) is how often each of the held rows counts. Streamed rows begin where an
-        attention that is fitted to most of them ended (``near``).
+        Args:
+            weight: (N,) number of times that each held row counts; None: once.
+            near: An attention that was fitted to most of the rows. If the rows are streamed, the
+                search begins at its solution.
         """
         shared, own = self._first_guess(near)
         optimizer = torch.optim.LBFGS(
@@ -468,15 +513,16 @@ class Problem:
         )
 
         def objective() -> Tensor:
-            return self._slope(shared, own, weight)
+            return self._objective_with_gradient(shared, own, weight)
 
         optimizer.step(objective)
         return Solution(shared, own)
 
     def _first_guess(self, near: SupervisedAttention | None) -> Solution:
-        """Zeros, which are the start, or of streamed rows the solution of ``near``."""
+        """Where the search begins: at zero, or for streamed rows at the solution of ``near``."""
         if near is not None and self.held is None:
-            shared = near.shared.detach() / self.scale[:, None]
+            scale_column = self.scale[:, None]
+            shared = near.shared.detach() / scale_column
             own = (near.own.detach() - self.attention.own.detach()) / self.scale
             return Solution(shared, own)
         block = self.held or next(self._streamed())
@@ -486,11 +532,13 @@ class Problem:
         return Solution(shared, own)
 
     @torch.no_grad()
-    def _slope(self, shared: Tensor, own: Tensor, weight: Tensor | None) -> Tensor:
-        """The mean loss of a row with its share of the penalty.
+    def _objective_with_gradient(
+        self, shared: Tensor, own: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """The objective (negative log-posterior) over n; its gradient is set on the arguments.
 
-        The gradient is left with ``shared`` and ``own``. It is derived by hand: autograd would keep
-        the (B, K) logits of every block.
+        The gradient is computed by formulas, because autograd would keep the (B, K) logits of every
+        block in memory.
         """
         penalty = torch.stack([shared.square().sum(), own.square().sum()]).sum()
         total = penalty / (2 * self.n)
@@ -498,34 +546,36 @@ class Problem:
         current: Keys | None = None
         for block in self._blocks():
             if current is None or block.text is not current.text:
-                self._pass_on(current, gradient)
+                self._add_gradient(current, gradient)
                 keys = block.before + self.keys(block, shared, own)
                 current = Keys(block.text, keys, torch.zeros_like(keys))
             row_weight = self._row_weight(block, weight)
+            weight_column = row_weight[:, None]
             logits = block.image @ current.keys.T
             total += (block.losses(logits) * row_weight).sum()
-            weighted_slopes = block.slopes(logits) * row_weight[:, None]
+            weighted_slopes = block.slopes(logits) * weight_column
             current.slope.addmm_(weighted_slopes.T, block.image)
-        self._pass_on(current, gradient)
+        self._add_gradient(current, gradient)
         shared.grad = gradient.shared
         own.grad = gradient.own
         return total
 
     def _blocks(self) -> Iterable[Block]:
-        """The rows, held or streamed."""
+        """The rows: the one held block, or the streamed blocks."""
         if self.held is None:
             return self._streamed()
         return (self.held,)
 
     def _row_weight(self, block: Block, weight: Tensor | None) -> Tensor:
-        """(B,) share of each row in the mean loss."""
+        """(B,) weight of each row in the mean loss."""
         if weight is None:
             return torch.full_like(block.image[:, 0], 1 / self.n)
         return weight / self.n
 
-    def _pass_on(self, current: Keys | None, gradient: Solution) -> None:
-        """Add the slope in the keys to the gradient, by the chain rule for ``keys``."""
-        # for classes once in all, since all blocks have the same keys; for captions in every pool
+    def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
+        """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule."""
+        # Classes are the same in all blocks, so they need this once. Captions need it once per
+        # pool.
         if current is None:
             return
         gradient.shared.add_(current.slope.T @ current.text)
@@ -533,7 +583,7 @@ class Problem:
             gradient.own.add_(self.own_scale * self.has_labels * current.slope)
 
     def keys(self, block: Block, shared: Tensor, own: Tensor) -> Tensor:
-        """(K, P) the learned part of the keys, which is added to those before."""
+        """(K, P) learned part of the keys, which is added to ``block.before``."""
         keys = block.text @ shared.T
         if len(own):
             keys = keys + self.own_scale * self.has_labels * own
@@ -543,34 +593,37 @@ class Problem:
         """The solution in the attention's own coordinates: (D + F + 1, D) and (K, D + F + 1)."""
         shared, own = solution
         if self.held is not None:
-            shared = self.of_image @ shared @ self.of_text.T
-            own = own @ self.of_image.T
-        return Solution(self.scale[:, None] * shared, self.scale * own)
+            shared = self.image_basis @ shared @ self.text_basis.T
+            own = own @ self.image_basis.T
+        scale_column = self.scale[:, None]
+        return Solution(scale_column * shared, self.scale * own)
 
 
 def basis(rows: Tensor) -> Tensor:
-    """(P, R) orthonormal basis of a space that holds the rows (N, P), R = min(N, P)."""
-    if len(rows) >= rows.shape[1]:
-        return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    """(P, R) orthonormal basis of a space that contains the rows (N, P); R = min(N, P)."""
+    n_rows, width = rows.shape
+    if n_rows >= width:
+        return torch.eye(width, dtype=rows.dtype, device=rows.device)
     orthonormal: Tensor = torch.linalg.qr(rows.cpu().double().T).Q
     return orthonormal.to(rows)
 
 
 FOLDS = 5
-"""Parts of the rows; one at a time is held out."""
+"""Number of folds of the rows. One fold is held out at a time."""
 
 HELD_OUT = 200
-"""Parts are held out until so many rows have been, each once."""
+"""Number of held-out rows that is enough. No further fold is held out when it is reached."""
 
 SHARE_SD = 0.2
-"""Prior standard deviation of the share, around one."""
+"""Standard deviation of the normal prior of the held-out share. The mean of the prior is 1."""
 
 
 def held_out_share(problem: Problem) -> float:
-    """The share of the learned part that holds for rows that it was not learned from.
+    """The factor w of the learned logits that fits rows which they were not learned from.
 
-    It is the most probable w in [0, 1], where labels of those rows are drawn from softmax(offset +
-    w R), R learned without them, and w ~ N(1, 0.2^2).
+    Labels of held-out rows are modelled as drawn from softmax(b + w r). b are the logits with which
+    training begins, and r are the logits learned without these rows. w in [0, 1] is the posterior
+    mode under the prior w ~ N(1, 0.2^2).
     """
     from scipy.optimize import minimize_scalar
 
@@ -579,12 +632,15 @@ def held_out_share(problem: Problem) -> float:
     block = cast("Block", problem.held)
     before = block.image @ block.before.T
     fold = _folds(problem, block)
-    n_folds = min(math.ceil(FOLDS * HELD_OUT / problem.n), FOLDS, problem.n)
+    folds_needed = math.ceil(FOLDS * HELD_OUT / problem.n)
+    n_folds = min(folds_needed, FOLDS, problem.n)
     learned = torch.zeros_like(before)
     for k in range(n_folds):
-        solution = problem.solve((fold != k).to(before))
+        is_fitted = fold != k
+        solution = problem.solve(is_fitted.to(before))
         logits = block.image @ problem.keys(block, *solution).T
-        learned = torch.where((fold == k)[:, None], logits, learned)
+        fitted_column = is_fitted[:, None]
+        learned = torch.where(fitted_column, learned, logits)
     was_held_out = fold < n_folds
 
     def objective(share: float) -> float:
@@ -596,12 +652,12 @@ def held_out_share(problem: Problem) -> float:
 
 
 def _folds(problem: Problem, block: Block) -> Tensor:
-    """(N,) number of the fold of every row; rows of one picture are in the same one."""
+    """(N,) number of the fold of every row; all rows of one picture are in the same fold."""
     first, picture = problem.rows.pictures()
     first = first.to(problem.device)
     picture = picture.to(problem.device)
-    # neighbours in the order of classes get different folds: so classes lose as few rows as they
-    # can when one fold is held out
+    # The pictures are sorted by class, and the folds are assigned in turn. So the rows of a class
+    # are spread over the folds, and a class loses few rows when one fold is held out.
     by_class = block.batch.target[first].argsort(stable=True)
     fold_of_picture = torch.empty_like(first)
     fold_of_picture[by_class] = torch.arange(len(first), device=problem.device) % FOLDS
@@ -609,15 +665,19 @@ def _folds(problem: Problem, block: Block) -> Tensor:
 
 
 def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
-    """(K,) log of how often a class occurs, relative to classes with labels.
+    """(K,) log of the frequency of each class, relative to the classes with labels.
 
-    It is 0 for these, and below it for those without labels.
+    It is 0 for a class with labels, and at most 0 for a class without labels.
 
-    Of n labels, f of which are the only one of their class, Good and Turing estimate the share of
-    images of classes without labels by s = f / n (here at least 1 / n). That share is spread over
-    the K - m classes without labels, and the rest over the m others. So a class without labels is
-    s m / ((1 - s) (K - m)) times as frequent, which counts where it is below one. Where all m
-    classes have one label, they were drawn so, and s = 0.1.
+    With n labels, f of which are the only label of their class, the estimate of Good and Turing for
+    the share of images of classes without labels is s = f / n (here at least 1 / n). This share is
+    divided equally among the K - m classes without labels. The rest, 1 - s, is divided equally
+    among the m classes with labels. So the relative frequency of a class without labels is
+
+        s m / ((1 - s) (K - m))
+
+    It is replaced by 1 if it is larger. If each of the m classes has exactly one label, the images
+    were probably chosen one per class. They then say nothing about s, and s = 0.1 is assumed.
 
     Source: Good, Biometrika 1953.
     """
@@ -639,7 +699,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Mean variance of a row's tempered zero-shot logits, over a ``sample`` of the rows."""
+    """Variance of the tempered zero-shot logits of a row, averaged over a ``sample`` of rows."""
     total = 0.0
     n = 0
     for batch in sample(rows).batches(SCORING_BATCH):
@@ -650,7 +710,7 @@ def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch
 
 
 def sample(rows: Rows) -> Rows:
-    """At most ``SOME_ROWS`` of the rows, evenly spaced, or all where they make pools."""
+    """At most ``SOME_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
     if rows.source.pool_size is not None:
         return rows
     step = math.ceil(len(rows.index) / SOME_ROWS)
@@ -658,34 +718,35 @@ def sample(rows: Rows) -> Rows:
 
 
 def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
-    """Take the classes, and mean and norm of the candidates."""
-    texts = Moments()
+    """Store the texts of the classes, and fit the standardisation of texts."""
+    text_moments = Moments()
     for batch in rows.batches(SCORING_BATCH):
-        texts.add(batch.text)
+        text_moments.add(batch.text)
         if len(attention.classes):
             attention.classes.copy_(batch.text)
-            break  # shared candidates are the same in every batch
-    attention.text.fit(texts)
+            break  # the classes are the same in every batch
+    attention.text.fit(text_moments)
 
 
 def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Temperature a > 0 of largest posterior: labels are drawn from softmax(a l).
+    """Posterior mode of the temperature a > 0, with labels drawn from softmax(a l).
 
-    The prior is log a ~ N(0, 0.5^2), so few labels leave it near one. Of many rows a ``sample``
-    stands for all.
+    l are the logits with which training begins. The prior is log a ~ N(0, 0.5^2), so with few
+    labels a stays near one. The likelihood of all rows is estimated on a ``sample`` of them.
     """
     from scipy.optimize import minimize_scalar
 
-    few = sample(rows)
+    sampled = sample(rows)
 
     def objective(log_a: float) -> float:
         loss = 0.0
-        for batch in few.batches(SCORING_BATCH):
+        for batch in sampled.batches(SCORING_BATCH):
             moved = batch.to(device)
             with torch.no_grad():
                 logits = math.exp(log_a) * attention.begin(moved)
                 loss -= float(moved.log_probability(logits, moved.target).sum())
+        loss_of_all = loss * len(rows.index) / len(sampled.index)
         penalty = log_a**2 / (2 * TEMPERATURE_SD**2)
-        return penalty + loss * len(rows.index) / len(few.index)
+        return penalty + loss_of_all
 
     return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))

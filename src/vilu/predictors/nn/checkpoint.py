@@ -1,8 +1,8 @@
 """Checkpoints of training: their content, when they are written, and how they are checked.
 
-They are written when an epoch ends. A resumed run ends with the very bits of an undisturbed one. So
-a checkpoint holds all that later epochs depend on: weights, momenta, states of the generators and
-memories of the loss.
+A checkpoint is written at the end of an epoch. A resumed run gives the same weights, bit for bit,
+as a run that was not interrupted. So a checkpoint holds everything that later epochs depend on:
+weights, momenta, states of the generators, and the states of losses that remember earlier batches.
 """
 
 from __future__ import annotations
@@ -42,24 +42,31 @@ from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
 RECORD = re.compile(r"(\d{8,})\.json")
+"""Name of the record of a checkpoint: its serial number, with at least eight digits."""
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
+"""Name of a file of a checkpoint."""
 AGAIN = "Remove it, and run the training again"
+"""Advice in messages about a damaged file."""
 
 Binding = Mapping[str, object]
-"""The inputs of a run, as plain JSON: they must be the same when it goes on."""
+"""The inputs of a run, as plain JSON. A run is resumed only with the same inputs."""
 
 
 class Checkpoint(NamedTuple):
-    """A state of training: how far it is, as plain JSON, and the tensors of everything else."""
+    """A state of training.
+
+    ``position`` is plain JSON: the number of finished epochs, and their losses and AUROCs.
+    ``tensors`` has everything else.
+    """
 
     position: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def n_epochs(self) -> int:
-        """Finished epochs."""
+        """Number of finished epochs."""
         epoch = self.position.get("epoch")
         if not _is_count(epoch):
-            raise DataError(f"a checkpoint says epoch {epoch!r}.")
+            raise DataError(f"a checkpoint has {epoch!r} as its number of finished epochs.")
         return int(self.position["epoch"])
 
 
@@ -68,35 +75,38 @@ def _is_count(number: object) -> bool:
 
 
 class Keeper:
-    """Keeps nothing; the base of those that do."""
+    """The part of a training run that saves checkpoints and finds the latest one.
+
+    This base class saves nothing.
+    """
 
     def latest(self) -> Checkpoint | None:
-        """The checkpoint to go on from; None: begin at the beginning."""
+        """The checkpoint to resume from; None: start from the beginning."""
         return None
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
-        """Keep a state; ``make`` is called only where it is written."""
+        """Save the checkpoint that ``make`` returns. It is called only if something is written."""
 
 
 class FolderKeeper(Keeper):
-    """Keeps the two newest checkpoints of one run in its folder.
+    """A keeper with the two newest checkpoints of a run in a folder.
 
-    Of several processes the leading one writes.
+    If several processes train together, only the leading process writes.
     """
 
     def __init__(self, folder: Path, binding: Binding, world: World) -> None:
         self.folder = folder
         self.world = world
-        # as it will be read back: tuples are lists there
+        # JSON turns tuples into lists: now it equals the binding that is read from a checkpoint
         self.binding = json.loads(json.dumps(binding))
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, or if that is damaged the one before it, with a warning."""
+        """The newest intact checkpoint; warns about damaged checkpoints."""
         record = b""
         weights = b""
         if self.world.leads:
             record, weights = self._newest()
-        # every process takes the leading one's bytes: their disks may differ
+        # The other processes get the bytes from the leading one, because they may have other disks.
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
         if not record:
@@ -104,7 +114,7 @@ class FolderKeeper(Keeper):
         return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint, and remove those that are neither this one nor the one before it."""
+        """Write a checkpoint, and remove all others except the one before it."""
         if not self.world.leads:
             return
         checkpoint = make()
@@ -119,8 +129,9 @@ class FolderKeeper(Keeper):
             "position": checkpoint.position,
             "tensors_sha256": bytes_hash(weights),
         }
-        # A process may be killed at any moment. The record is written last, and names the bytes of
-        # its tensors, so that what has a record is whole. Older checkpoints go only after that.
+        # The process may be killed at any moment. The record is written after the tensors and has
+        # their hash, so a checkpoint with a record is complete. Older checkpoints are removed after
+        # that.
         make_folder(self.folder)
         write_bytes(self.folder / f"{name}.safetensors", weights)
         write_json(self.folder / f"{name}.json", record)
@@ -138,15 +149,21 @@ class FolderKeeper(Keeper):
         return sorted(serials)
 
     def _prune(self, names_to_keep: set[str]) -> None:
-        """Remove all checkpoints but these."""
+        """Remove all checkpoints except those with ``names_to_keep``."""
         with or_refuse(f"remove a checkpoint in {self.folder}"):
-            # sorted: the record of a checkpoint goes before its tensors
+            # sorted, so that the record (.json) of a checkpoint is removed before its tensors
             for path in sorted(self.folder.iterdir()):
                 if is_ours(path.name) and path.stem not in names_to_keep:
                     path.unlink()
 
     def _newest(self) -> tuple[bytes, bytes]:
-        """Record and tensors of the newest intact checkpoint; empty where there is none at all."""
+        """Bytes of the record and of the tensors of the newest intact checkpoint.
+
+        They are empty if the folder has no checkpoints.
+
+        Raises:
+            DataError: If all checkpoints are damaged.
+        """
         serials = self._serials()
         faults = []
         for serial in reversed(serials):
@@ -166,12 +183,12 @@ class FolderKeeper(Keeper):
         return b"", b""
 
     def _require_same(self, written: dict[str, object]) -> None:
-        """Refuse the binding of another run."""
-        here = self.binding
+        """Refuse checkpoints whose ``written`` binding is not the binding of this run."""
+        current = self.binding
         differences = []
-        for key in sorted(written.keys() | here.keys()):
-            if written.get(key) != here.get(key):
-                differences.append(f"{key}: {written.get(key)!r} there, {here.get(key)!r} here")
+        for key in sorted(written.keys() | current.keys()):
+            if written.get(key) != current.get(key):
+                differences.append(f"{key}: {written.get(key)!r} there, {current.get(key)!r} here")
         if differences:
             raise ProvenanceError(
                 f"the checkpoints in {self.folder} are of another training run; "
@@ -182,7 +199,7 @@ class FolderKeeper(Keeper):
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file is of a checkpoint, finished or half-written."""
+    """Whether a file name is that of a file of a checkpoint, or of its temporary file."""
     temporary = TEMPORARY.fullmatch(name)
     if temporary:
         name = temporary["name"]
@@ -190,38 +207,48 @@ def is_ours(name: str) -> bool:
 
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A record and the bytes of its tensors, checked to be as they were written."""
+    """The record at ``path`` and the bytes of its tensors, after a check of their hashes."""
     record = read_json(path, AGAIN)
     has_binding = isinstance(record.get("binding"), dict)
     has_position = isinstance(record.get("position"), dict)
     if not (has_binding and has_position):
         raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
-    beside = path.with_suffix(".safetensors")
-    if not beside.is_file():
-        raise DataError(f"{beside} is missing.")
-    with or_refuse(f"read {beside}"):
-        weights = beside.read_bytes()
+    tensors_path = path.with_suffix(".safetensors")
+    if not tensors_path.is_file():
+        raise DataError(f"{tensors_path} is missing.")
+    with or_refuse(f"read {tensors_path}"):
+        weights = tensors_path.read_bytes()
     if bytes_hash(weights) != record.get("tensors_sha256"):
-        raise DataError(f"{beside} is not the file that {path.name} names.")
+        raise DataError(f"{tensors_path} is not the file that {path.name} names.")
     return record, weights
 
 
 RUN = re.compile(r"run_\d+")
+"""Name of the sub-folder of a training run."""
 NAMED = "fit.txt"
+"""Name of the file with the digest of the inputs of a fit."""
 SAMPLED_IDS = 1024
+"""Maximum number of identifiers that a fingerprint of data depends on."""
 SAMPLED_ROWS = 64
+"""Maximum number of embeddings that a fingerprint of data depends on."""
 
 
 class Session:
-    """Hands out keepers, one per training run in their order."""
+    """A fit of one or more training runs, each of which gets a keeper.
+
+    The keepers of this base class save nothing.
+    """
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:  # noqa: ARG002
-        """The keeper of the next training run; ``binding`` is called only by one that keeps."""
+        """The keeper of the next training run.
+
+        ``binding`` returns the inputs of the run. It is called only if checkpoints are saved.
+        """
         return Keeper()
 
 
 class FolderSession(Session):
-    """Runs that are kept in the sub-folders of a folder."""
+    """A fit whose training runs have their checkpoints in sub-folders of a folder."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder = folder
@@ -231,18 +258,18 @@ class FolderSession(Session):
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:
         """The keeper of the next training run."""
-        # runs are told apart by their order, which is the same when a fit begins again
+        # A run is recognised by its number. When a fit is repeated, its runs have the same order.
         folder = self.folder / f"run_{self.n_runs}"
         self.n_runs += 1
         return FolderKeeper(folder, binding(), self.world)
 
     def name_fit(self, inputs: str) -> None:
-        """Write down the inputs of the fit, for ``named``."""
+        """Write the digest of the inputs of the fit to a file, which ``named`` reads."""
         if self.world.leads:
             write_text(self.folder / NAMED, inputs)
 
     def named(self) -> str | None:
-        """The inputs of the fit, as written down by ``name_fit``; None where nothing is."""
+        """The digest that ``name_fit`` wrote; None if there is none."""
         path = self.folder / NAMED
         with or_refuse(f"read {path}"):
             if not path.is_file():
@@ -250,11 +277,11 @@ class FolderSession(Session):
             return path.read_text()
 
     def runs(self) -> list[Path]:
-        """Folders of runs that are there."""
+        """The existing sub-folders of training runs."""
         return sorted(path for path in self.folder.iterdir() if RUN.fullmatch(path.name))
 
     def remove(self) -> None:
-        """Remove the checkpoints: the result of the training is saved."""
+        """Remove the checkpoints. This is called when the result of the training is saved."""
         if self.world.leads:
             with or_refuse(f"remove the checkpoints in {self.folder}"):
                 for run in self.runs():
@@ -263,34 +290,37 @@ class FolderSession(Session):
         self.removed = self.world.leads
 
 
-# the default is shared by all contexts, which does no harm: it has no state
+# All contexts share the default session. That is harmless, because this session has no state.
 _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039
 
 
 def current_session() -> Session:
-    """The session of a ``with checkpointing()`` block; outside one it keeps nothing."""
+    """The session of a ``with checkpointing()`` block.
+
+    Outside such a block it is a session that saves nothing.
+    """
     return _session.get()
 
 
 @contextmanager
 def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[FolderSession]:
-    """Keep checkpoints of the training in a ``with`` block, one at the end of every epoch.
+    """Save a checkpoint at the end of every epoch of the training in a ``with`` block.
 
-    Where several processes train together, this block stands inside theirs
-    (``vilu.predictors.nn.processes.world``).
+    If several processes train together, the block must be inside the block of
+    ``vilu.predictors.nn.processes.world``.
 
     Args:
-        folder: Where; made where it is missing.
-        resume: Go on from the checkpoints in the folder, where there are some.
+        folder: Folder of the checkpoints, which is created if it does not exist.
+        resume: Resume training from the checkpoints in the folder, if there are any.
 
     Raises:
-        UsageError: If there are checkpoints and ``resume`` is not wanted.
+        UsageError: If there are checkpoints and ``resume`` is false.
         BusyError: If another process trains with this folder.
-        StorageError: If the file system refuses.
+        StorageError: If the file system refuses an operation.
     """
     session = FolderSession(make_folder(folder), current_world())
     lock: AbstractContextManager[object] = nullcontext()
-    if session.world.leads:  # the leading process alone touches the folder
+    if session.world.leads:  # only the leading process uses the folder
         lock = locked(session.folder, "training with the checkpoints in")
     with lock:
         if session.world.leads and session.runs() and not resume:
@@ -307,7 +337,7 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove the lock, and the folder unless somebody has put something else into it."""
+    """Remove the lock file, and then the folder if it is empty."""
     with or_refuse(f"remove {folder}"):
         (folder / LOCK).unlink(missing_ok=True)
         if not any(folder.iterdir()):
@@ -315,23 +345,23 @@ def _remove_empty(folder: Path) -> None:
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of some rows of a source.
+    """Hash of some rows of a source, whose indices are ``rows``.
 
-    It covers which rows they are, their targets and space, and a sample of their identifiers and
-    embeddings.
+    It depends on the indices, the targets, the embedding space, and a sample of the identifiers and
+    image embeddings.
     """
-    numbers = {
+    tensors = {
         "rows": rows,
         "target": source.target[rows],
         "image": source.image_rows(spread(rows, SAMPLED_ROWS)),
     }
     ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
-    content = tensors_hash(numbers)
+    content = tensors_hash(tensors)
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, content])
 
 
 def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of the candidates of some rows: of all shared ones, or of a sample of the captions."""
+    """Hash of the texts of all shared candidates, or of the captions of a sample of the rows."""
     text = source.candidates(spread(rows, SAMPLED_ROWS)).text
     return tensor_hash(text)
 
@@ -340,24 +370,27 @@ def spread(rows: Tensor, n: int) -> Tensor:
     """At most ``n`` of the rows (M,), evenly spaced."""
     if not len(rows):
         return rows
-    n_places = min(n, len(rows))
-    places = torch.linspace(0, len(rows) - 1, n_places, dtype=torch.float64).long()
-    return rows[places]
+    n_picked = min(n, len(rows))
+    picked = torch.linspace(0, len(rows) - 1, n_picked, dtype=torch.float64).long()
+    return rows[picked]
 
 
 class Stateful(Protocol):
-    """Something in a training step that remembers earlier batches."""
+    """A part of a training step that remembers earlier batches, such as a moving average."""
 
     def state(self) -> dict[str, Tensor]:
-        """Its memory."""
+        """What is remembered, as tensors by name."""
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over a ``state``; must refuse tensors of the wrong names or shapes."""
+        """Replace what is remembered by a ``state``; refuses tensors of wrong names or shapes."""
 
 
 @dataclass
 class History:
-    """Figures of each epoch; ``kept_epoch`` is the one whose weights were kept (0-based)."""
+    """Loss and validation AUROC of each epoch.
+
+    ``kept_epoch`` is the epoch (0-based) whose weights are the result so far; -1: none yet.
+    """
 
     loss: list[float] = field(default_factory=list)
     validation_auroc: list[float] = field(default_factory=list)
@@ -366,12 +399,12 @@ class History:
 
 @dataclass
 class Position:
-    """How far a training run is.
+    """The progress of a training run.
 
     Attributes:
-        epoch: Finished epochs.
-        chosen_weights: Weights of the epoch that validation chose.
-        history: Figures of the finished epochs.
+        epoch: Number of finished epochs.
+        chosen_weights: Weights of the epoch that validation chose so far.
+        history: Loss and validation AUROC of the finished epochs.
     """
 
     epoch: int = 0
@@ -386,9 +419,9 @@ def pack(
     order: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Checkpoint:
-    """Everything that the rest of a training run depends on.
+    """Make a checkpoint of everything that the rest of a training run depends on.
 
-    ``order`` is the generator of the shuffling.
+    ``order`` is the generator that shuffles the rows.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
@@ -414,12 +447,15 @@ def unpack(
     order: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Position:
-    """The inverse of ``pack``: fill all of these, and return the position."""
+    """Set all arguments to their states in a checkpoint, and return the position.
+
+    This is the inverse of ``pack``.
+    """
     parts = _parts(checkpoint)
-    weights = head.state_dict()  # shares memory with the head
-    load("weights", parts.get("head", {}), weights)
+    head_weights = head.state_dict()  # shares memory with the head, so ``load`` changes the head
+    load("weights", parts.get("head", {}), head_weights)
     chosen_weights = parts.get("kept", {})
-    _require_same_kinds("kept weights", chosen_weights, weights)
+    _require_same_forms("kept weights", chosen_weights, head_weights)
     _load_momenta(parts.get("momentum", {}), optimizer)
     _load_masks(parts.get("masks", {}), head)
     for i, memory in enumerate(stateful):
@@ -431,7 +467,7 @@ def unpack(
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """Tensors of each part, by their names in it."""
+    """The tensors of a checkpoint by their part (such as "head"), and in it by their name."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         part, _, name_in_part = name.partition(".")
@@ -440,27 +476,28 @@ def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The momentum of each parameter that has learned, by its number."""
+    """The momentum of each parameter that was trained, by the number of the parameter."""
     momenta = {}
     for number, state in optimizer.state_dict()["state"].items():
-        if state["momentum_buffer"] is not None:  # without momentum there is none
+        if state["momentum_buffer"] is not None:  # it is None if the optimiser has no momentum
             momenta[str(number)] = state["momentum_buffer"]
     return momenta
 
 
 def _load_momenta(saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter that learns its saved momentum; refuse where some are missing."""
+    """Set the momentum of every parameter that is trained; refuses missing or further ones."""
     groups = [group["params"] for group in optimizer.param_groups]
     expected = {}
-    for name, parameter in _numbered(itertools.chain(*groups)).items():
+    for name, parameter in _by_number(itertools.chain(*groups)).items():
         if parameter.requires_grad and optimizer.defaults["momentum"]:
             expected[name] = parameter
-    _require_same_kinds("momenta", saved, expected)
+    _require_same_forms("momenta", saved, expected)
     momenta = {int(name): {"momentum_buffer": momentum} for name, momentum in saved.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
 
 
 def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:
+    """Set the states of the generators of dropout masks."""
     states = _mask_states(head)
     load("states of masks", saved, states)
     for generator, state in zip(generators_of(head), states.values(), strict=True):
@@ -468,49 +505,54 @@ def _load_masks(saved: Mapping[str, Tensor], head: nn.Module) -> None:
 
 
 def _mask_states(head: nn.Module) -> dict[str, Tensor]:
-    return _numbered([generator.get_state() for generator in generators_of(head)])
+    """States of the generators of dropout masks, by number."""
+    return _by_number([generator.get_state() for generator in generators_of(head)])
 
 
-def _numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+def _by_number(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Tensors by their position in the sequence, as a string."""
     return {str(i): tensor for i, tensor in enumerate(tensors)}
 
 
 def generators_of(head: nn.Module) -> list[torch.Generator]:
-    """Generators of the masks of a head."""
+    """The generators of the dropout masks of a head."""
     return [module.generator for module in head.modules() if isinstance(module, Dropout)]
 
 
 def load(what: str, saved: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names, shapes and types."""
-    _require_same_kinds(what, saved, into)
+    """Copy saved tensors into the tensors ``into``, which must have the same names and forms.
+
+    ``what`` is the name of the tensors in messages.
+    """
+    _require_same_forms(what, saved, into)
     with torch.no_grad():
         for name, tensor in into.items():
             tensor.copy_(saved[name])
 
 
-def _require_same_kinds(
+def _require_same_forms(
     what: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
-    """Refuse tensors of other names, shapes or types."""
-    saved_kinds = _kinds(saved)
-    expected_kinds = _kinds(expected)
-    if saved_kinds == expected_kinds:
+    """Refuse saved tensors whose names, shapes or types are not the expected ones."""
+    saved_forms = _forms(saved)
+    expected_forms = _forms(expected)
+    if saved_forms == expected_forms:
         return
-    differing = sorted(saved_kinds.keys() ^ expected_kinds.keys())
+    differing = sorted(saved_forms.keys() ^ expected_forms.keys())
     if not differing:
-        differing = [name for name in saved_kinds if saved_kinds[name] != expected_kinds[name]]
+        differing = [name for name in saved_forms if saved_forms[name] != expected_forms[name]]
     raise DataError(
         f"the {what} of a checkpoint do not fit; they differ in {', '.join(differing[:4])}."
     )
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor."""
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each tensor, by name."""
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _history(position: Mapping[str, Any]) -> History:
-    """The history in a position, which must be one of numbers."""
+    """The history in a position; refused if it does not consist of numbers."""
     history = position.get("history")
     names = {"loss", "validation_auroc", "kept_epoch"}
     if not isinstance(history, dict) or history.keys() != names:
@@ -520,7 +562,7 @@ def _history(position: Mapping[str, Any]) -> History:
     kept_epoch = history["kept_epoch"]
     has_numbers = _is_list_of_numbers(loss) and _is_list_of_numbers(validation_auroc)
     if not has_numbers or type(kept_epoch) is not int:
-        raise DataError("the history of a checkpoint is not of numbers.")
+        raise DataError("the history in a checkpoint does not consist of numbers.")
     return History(list(loss), list(validation_auroc), kept_epoch)
 
 

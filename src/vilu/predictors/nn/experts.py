@@ -1,4 +1,7 @@
-"""Experts on which candidate is true, beside the attention, and their pool."""
+"""Experts beside the attention, and the pool of all experts.
+
+An expert gives logits of the candidates, from which follows which candidate is true.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,20 @@ from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.pooled import Pooled
 
 RIDGE = 0.1
-"""Added to the diagonal of the memory's Gram matrix."""
+"""Ridge of the kernel regression of ``Memory``."""
 
 GAIN = 8.0
-"""From a residual probability to a logit; the pool weighs it anyway."""
+"""Factor from a difference of probabilities to a logit.
+
+Its value matters little, because the pool also gives the memory a weight.
+"""
 
 FEWEST_ROWS = 256
-"""Rows of a block of the memory, however large the bank is: fewer make a slow product."""
+"""Minimum number of images of a block of ``Memory``. Products of fewer rows are slow."""
 
 
 class Adapter(nn.Module):
-    """A network of the image with one hidden layer.
+    """Expert that is a network with one hidden layer, whose input is the image.
 
     Its outputs are added to the tempered zero-shot logits of the training classes.
     """
@@ -39,20 +45,20 @@ class Adapter(nn.Module):
         self, inputs: ImageInputs, n_classes: int, hidden: int, dropout: float, seed: int
     ) -> None:
         super().__init__()
-        self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
+        self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors that share memory
         self.dropout = dropout
-        self.generator = torch.Generator().manual_seed(seed)  # of first weights and masks
+        self.generator = torch.Generator().manual_seed(seed)  # of initial weights and masks
         self.first = linear(inputs.width, hidden, self.generator)
         self.last = linear(hidden, n_classes, self.generator)
-        # with a last layer of zeros the training begins at the tempered zero-shot logits
+        # with a last layer of zeros, training begins at the tempered zero-shot logits
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, K) for the training classes in their order."""
-        # the inputs have unit norm on average; so scaled, their coordinates have variance one
-        rows = self.inputs(batch) * math.sqrt(self.inputs.width)
-        hidden = functional.gelu(self.first(rows))
+        """(B, K) outputs, which are added to the logits of the training classes in their order."""
+        # the mean square norm of the inputs is 1; this factor makes it 1 per coordinate
+        image = self.inputs(batch) * math.sqrt(self.inputs.width)
+        hidden = functional.gelu(self.first(image))
         if self.training:
             mask = dropout_mask(hidden.shape, self.dropout, self.generator)
             hidden = hidden * mask.to(hidden.device)
@@ -60,36 +66,42 @@ class Adapter(nn.Module):
 
 
 class Memory(nn.Module):
-    """Attention over M labelled images: kernel ridge regression of the zero-shot errors.
+    """Expert that is a kernel ridge regression of the zero-shot errors on M labelled images.
 
-    The memory adds to the tempered zero-shot logits
+    It adds to the tempered zero-shot logits of an image with ``ImageInputs`` x
 
-        8 k(x) (K + 0.1 I)^-1 (Y - P),
+        8 k(x) (G + 0.1 I)^-1 (Y - P)
 
-    with k the Gaussian kernel exp(-|x - x'|^2 / 2) of ``ImageInputs``, K its Gram matrix, Y the
-    labels and P the tempered zero-shot posterior of the training images.
+    k(x) (M,) has the Gaussian kernels exp(-|x - x'|^2 / 2) of x with the labelled images x'. G is
+    the Gram matrix of the labelled images, Y are their labels, one-hot, and P is their tempered
+    zero-shot posterior.
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
         super().__init__()
-        self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
+        self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors that share memory
         self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width, dtype=torch.float32))
         self.values = nn.Buffer(torch.zeros(n_rows, n_classes, dtype=torch.float32))
 
     @staticmethod
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
-        """(N, M) Gaussian kernel of inputs and a bank, both as from ``exponent_factor``.
+        """(N, M) Gaussian kernel of rows and bank, which are results of ``exponent_factor``.
 
-        The terms of an exponent have both signs and a size of ten, and cancel to the small distance
-        of two rows. In float32 that would be an error of 1e-4.
+        The exponent is computed in float64. Its terms are as large as 10 and cancel, so in float32
+        the kernel would have an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
-        """(N, D + F + 2) float64 whose product of a row and one of the bank is -|x - x'|^2 / 2."""
-        # -|x - x'|^2 / 2 = x . x' - |x|^2 / 2 - |x'|^2 / 2 is one product of longer vectors,
-        # (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2): no (N, M) matrix but the kernel's is needed
+        """(N, D + F + 2) float64 rows, whose products with rows of the bank are exponents.
+
+        The exponent of inputs x and x' is -|x - x'|^2 / 2. It is the product of two longer vectors:
+
+            x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
+
+        So the kernel needs no other (N, M) matrix.
+        """
         double = float64(rows)
         minus_half_square = -double.square().sum(dim=1, keepdim=True) / 2
         unit_column = torch.ones_like(double[:, :1])
@@ -99,7 +111,7 @@ class Memory(nn.Module):
 
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
-        """Remember labelled rows, all at once: there are few of them."""
+        """Fit a memory to labelled rows. They are few, so they are read as one batch."""
         device = attention.classes.device
         (whole,) = rows.steps(len(rows.index))
         batch = whole.to(device)
@@ -107,44 +119,50 @@ class Memory(nn.Module):
         memory = cls(attention.inputs, len(batch.index), n_classes).to(device)
         memory.bank.copy_(attention.inputs(batch))
         posterior = attention.offset(batch).softmax(dim=-1)
-        missing = functional.one_hot(batch.target, n_classes) - posterior
-        memory.values.copy_(GAIN * ridge_weights(memory.bank.cpu(), missing.cpu().double()))
+        errors = functional.one_hot(batch.target, n_classes) - posterior
+        memory.values.copy_(GAIN * ridge_weights(memory.bank.cpu(), errors.cpu().double()))
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, K) for the training classes in their order."""
+        """(B, K) what is added to the logits of the training classes, in their order."""
         return self.ready()(batch)
 
     def ready(self) -> Callable[[Batch], Tensor]:
-        """The function ``forward``, for several batches: their common part is computed once."""
+        """Return ``forward`` as a function for several batches.
+
+        What all batches have in common is computed once.
+        """
         bank = self.exponent_factor(self.bank, is_bank=True)
         values = float64(self.values)
 
-        def recall(batch: Batch) -> Tensor:
+        def residual(batch: Batch) -> Tensor:
             rows = self.exponent_factor(self.inputs(batch), is_bank=False)
-            if torch.compiler.is_exporting():  # a graph's numbers of rows are open
+            # an exported graph is for any number of rows, so it cannot split them into blocks
+            if torch.compiler.is_exporting():
                 return (self.kernel(rows, bank) @ values).to(self.bank)
             block_rows = max(CACHED_CELLS // len(bank), FEWEST_ROWS)
             blocks = [self.kernel(block, bank) @ values for block in rows.split(block_rows)]
             return torch.cat(blocks).to(self.bank)
 
-        return recall
+        return residual
 
 
-def ridge_weights(bank: Tensor, missing: Tensor) -> Tensor:
-    """(M, K) float64 (K + 0.1 I)^-1 ``missing``, K the Gram matrix of a bank (M, D + F)."""
+def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
+    """(M, K) float64 solution (G + 0.1 I)^-1 ``errors``. G is the Gram matrix of ``bank``."""
     rows = Memory.exponent_factor(bank, is_bank=False)
     gram = Memory.kernel(rows, Memory.exponent_factor(bank, is_bank=True))
-    # a Gram matrix is positive semi-definite, and the ridge makes it definite: Cholesky succeeds
+    # G is positive semi-definite. With the ridge it is positive definite, as Cholesky requires.
     gram.diagonal().add_(RIDGE)
-    return torch.cholesky_solve(missing, torch.linalg.cholesky(gram))
+    return torch.cholesky_solve(errors, torch.linalg.cholesky(gram))
 
 
 class Experts(nn.Module):
-    """Several opinions on which candidate is true: an attention and its companions.
+    """M experts on which candidate is true: an attention, and its ``companions``.
 
-    The companions know the training classes only. ``weights`` (M,) float64 are those of a
-    log-linear pool of all experts. Where the attention is alone, it weighs one.
+    A companion is an ``Adapter`` or a ``Memory``. It has outputs for the training classes only.
+    ``weights`` (M,) float64 are the weights of the experts in a log-linear pool, that of the
+    attention first. If a candidate is foreign, that is, no training class, then the attention is
+    the only expert, and its weight is 1.
     """
 
     def __init__(
@@ -160,9 +178,10 @@ class Experts(nn.Module):
         return torch.cat([logits for _, logits in self.blocks(batch)])
 
     def blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
-        """Rows of a batch with their pooled logits, so few that these stay near the processor.
+        """Yield blocks of rows with their pooled logits, which are few enough for the cache.
 
-        The part that is linear in the image is one product, whose keys are computed once a batch.
+        The part of the logits that is linear in the image is one matrix product. Its keys are
+        computed once per batch.
         """
         attention = self.attention
         match = attention.match(batch.text)
@@ -170,37 +189,44 @@ class Experts(nn.Module):
         if all_known:
             keys = self._pooled_keys(batch, match)
             companions = self._ready_companions(match)
-        else:  # the attention alone knows foreign candidates
+        else:  # the attention is the only expert that can score foreign candidates
             keys = attention.learned_keys(batch.text, match)
             companions = []
         n_candidates = len(batch.text)
         for part in row_blocks(len(batch.image), n_candidates, cached_rows(n_candidates)):
             rows = batch.rows(part)
             logits = attention.queries(rows) @ keys.T
-            if not all_known:  # foreign candidates have an offset of their own temperature
+            if not all_known:  # with foreign candidates the offset is not in the keys
                 logits = logits + attention.offset(rows, match)
             for weight, companion in companions:
                 logits = logits.add_(companion(rows), alpha=weight)
             yield rows, logits
 
     def _pooled_keys(self, batch: Batch, match: Match) -> Tensor:
-        """(K, D + F + 1) keys of the pool's part that is linear in the image, for known classes."""
-        # Every expert is l_m = offset + r_m, so the pool has sum_m w_m offsets. The offset is
-        # linear in the image, and so is r of the attention: their keys add up.
+        """(K, D + F + 1) keys of the part of the pool that is linear in the image.
+
+        All candidates must be training classes.
+        """
+        # Expert m has the logits l_m = offset + r_m, so the pool is (sum_m w_m) offset + sum_m w_m
+        # r_m. The offset and the residual r of the attention are linear in the image.
         weights: list[float] = self.weights.tolist()
-        keys = weights[0] * self.attention.learned_keys(batch.text, match)
+        attention_weight = weights[0]
+        keys = attention_weight * self.attention.learned_keys(batch.text, match)
         return keys + sum(weights) * self.attention.offset_keys(batch)
 
     def _ready_companions(self, match: Match) -> list[tuple[float, Callable[[Batch], Tensor]]]:
-        """Weights of the companions, and their residuals for known candidates."""
-        is_as_long = len(match.row) == len(self.attention.classes)
-        in_order = is_as_long and bool((match.row.diff() == 1).all())
-        weights = self.weights.tolist()[1:]
+        """The weight of each companion, and its function from a batch to residual logits (B, K).
+
+        All candidates must be training classes.
+        """
+        is_complete = len(match.row) == len(self.attention.classes)
+        in_order = is_complete and bool((match.row.diff() == 1).all())
+        companion_weights = self.weights.tolist()[1:]
         ready = []
-        for weight, companion in zip(weights, self.companions.values(), strict=True):
+        for weight, companion in zip(companion_weights, self.companions.values(), strict=True):
             residual = companion.ready() if isinstance(companion, Memory) else companion
             if not in_order:
-                residual = _columns_of(residual, match.row)
+                residual = _with_columns(residual, match.row)
             ready.append((weight, residual))
         return ready
 
@@ -209,17 +235,20 @@ class Experts(nn.Module):
         return float64(self.logits(batch)).log_softmax(dim=-1)
 
     def logits(self, batch: Batch) -> Tensor:
-        """(B, M, K) logits of all experts; M is 1, the attention, where a candidate is foreign."""
+        """(B, M, K) logits of all experts, or (B, 1, K) logits of the attention.
+
+        The attention is the only expert if a candidate is foreign.
+        """
         match = self.attention.match(batch.text)
         if bool(match.known.all()):
             return self.all_logits(batch, match)
         logits: Tensor = self.attention(batch, match)
-        return logits[:, None]
+        return logits.unsqueeze(1)
 
     def all_logits(self, batch: Batch, match: Match | None) -> Tensor:
         """(B, M, K) logits of all experts.
 
-        Those of the companions are wrong for candidates that are no training classes.
+        The logits of the companions are wrong for candidates that are no training classes.
         """
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
@@ -229,52 +258,54 @@ class Experts(nn.Module):
         return torch.stack(logits, dim=1)
 
     def pooled_parts(self, batch: Batch) -> Pooled:
-        """The pooled logits of a batch in their parts.
+        """The pooled logits of a batch, split into three parts.
 
-        l_m = a l0 + r_m(x) for every expert m: l0 the zero-shot logits, a their temperature, r_m
-        the expert's residual, x the standardised image, which is zero at the training mean. So
-        sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0)) with R = sum_m w_m r_m.
+        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, a is their
+        temperature, and r_m is the residual of the expert. x is the standardised image, which is 0
+        for the mean training image. With R = sum_m w_m r_m, the pooled logits are
+
+            sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
-        offset, logits = self._offset_and_logits(batch)
-        mean_offset, mean_logits = self._offset_and_logits(self._mean_image(batch))
-        residual_at_mean = pool(mean_logits - mean_offset[:, None], self.weights)
-        residual = pool(logits - offset[:, None], self.weights)
-        total_weight = weights_of(logits, self.weights).sum()
+        residual, offset, total_weight = self._pooled_residual(batch)
+        residual_at_mean, _, _ = self._pooled_residual(self._mean_image(batch))
         return Pooled(total_weight * offset, residual_at_mean, residual - residual_at_mean)
 
-    def _offset_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, K) offset that all experts share, and their (B, M, K) logits, float64."""
-        offset = self.attention.offset(batch, self.attention.match(batch.text))
-        return float64(offset), float64(self.logits(batch))
+    def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K) R(x), the (B, K) offset a l0, and the () total weight of the experts, float64."""
+        offset = float64(self.attention.offset(batch, self.attention.match(batch.text)))
+        logits = float64(self.logits(batch))
+        residual = pool(logits - offset.unsqueeze(1), self.weights)
+        return residual, offset, weights_of(logits, self.weights).sum()
 
     def _mean_image(self, batch: Batch) -> Batch:
-        """One row, the mean training image, against the candidates of a batch."""
+        """A batch of one row, the mean training image, with the candidates of ``batch``."""
         inputs = self.attention.inputs
         columns = dict(batch.columns)
         if inputs.on_features:
-            columns[FEATURES] = inputs.features.mean[None]
-        row = batch.rows(slice(0, 1))
-        return dataclasses.replace(row, image=inputs.image.mean[None], columns=columns)
+            columns[FEATURES] = inputs.features.mean.unsqueeze(0)
+        first_row = batch.rows(slice(0, 1))
+        mean_image = inputs.image.mean.unsqueeze(0)
+        return dataclasses.replace(first_row, image=mean_image, columns=columns)
 
 
-def _columns_of(residual: Callable[[Batch], Tensor], places: Tensor) -> Callable[[Batch], Tensor]:
-    """The residual of the training classes at these places."""
+def _with_columns(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
+    """Return ``residual`` with its columns, the training classes, picked by ``index`` (K,)."""
 
     def picked(batch: Batch) -> Tensor:
-        return residual(batch)[:, places]
+        return residual(batch)[:, index]
 
     return picked
 
 
 def pool(rows: Tensor, weights: Tensor) -> Tensor:
-    """(B, K) float64 weighted sum of experts' rows (B, M, K); where M is 1, the attention's."""
-    # a sum of logits is a product of probabilities: the pool is log-linear, q ~ prod_m p_m^w_m
+    """(B, K) float64 weighted sum of the rows (B, M, K) of M experts; see ``weights_of``."""
+    # Logits are log-probabilities up to a constant. So their sum is the logit of a product of
+    # probabilities, the log-linear pool q ~ prod_m p_m^w_m.
     return torch.einsum("m,bmk->bk", weights_of(rows, weights), rows)
 
 
 def weights_of(rows: Tensor, weights: Tensor) -> Tensor:
-    """(M,) weights of rows (B, M, K)."""
+    """(M,) weights of the experts in rows (B, M, K); M = 1: the attention alone has weight 1."""
     if rows.shape[1] > 1:
         return weights.to(rows.device)
-    # foreign candidates: the attention is the only expert, whatever its weight among several
     return torch.ones_like(rows[0, :1, 0])

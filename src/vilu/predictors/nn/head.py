@@ -1,4 +1,4 @@
-"""The failure head: attention over the candidates, and a perceptron."""
+"""The failure head: cross-attention over the candidates, and a multilayer perceptron."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from vilu.predictors.nn.processes import current_world
 
 
 class Dropout(nn.Module):
-    """In training, a unit is zero with probability ``rate``, else multiplied by 1 / (1 - rate).
+    """Dropout whose masks come from a generator of its own.
 
-    Outside training nothing happens. Masks are drawn on the CPU from a generator of their own: a
-    seed gives the same ones on every device, and the global generators are left alone. One instance
-    may serve several layers. Where several processes train together, each draws the masks of all
-    their rows and takes its own, so that their number does not matter.
+    In training, a unit becomes 0 with probability ``rate``. Otherwise it is multiplied by
+    1 / (1 - rate). Outside training, the input is returned unchanged.
+
+    Masks are drawn on the CPU, so a seed gives the same masks on every device. The global
+    generators of torch are not used. One instance may be used for several layers. If several
+    processes train together, each process draws the masks of all rows of the step and uses those of
+    its own rows. So the result does not depend on the number of processes.
 
     Source: Srivastava et al., JMLR 2014.
     """
@@ -35,10 +38,9 @@ class Dropout(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """A mask per row in training, else the input."""
+        """Multiply activations (B, H) by a mask in training; otherwise return them unchanged."""
         if not self.training:
             return hidden
-        # every process draws the masks of all rows, so that all generators stay in step
         world = current_world()
         n_rows = world.total(len(hidden))
         masks = self.mask((n_rows, *hidden.shape[1:]), self.generator)
@@ -46,48 +48,52 @@ class Dropout(nn.Module):
         return hidden * mask.to(hidden.device)
 
     def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A mask on the CPU, zeros and 1 / (1 - rate)."""
+        """A mask on the CPU, whose entries are 0 or 1 / (1 - rate)."""
         return dropout_mask(shape, self.rate, generator)
 
 
 class CrossAttention(nn.Module, ABC):
-    """Texts averaged by how much an image attends to them."""
+    """Average of the candidate texts, weighted by how much the image attends to each."""
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
-        """(B, H) ``after`` applied to the average sum_j alpha_j W_V t_j of the texts.
+        """(B, H) the average sum_j alpha_j W_V t_j of the texts, multiplied by ``after``.
 
-        It is computed in float32, and for many texts without a (B, K) tensor.
+        It is computed in float32. With many texts, no (B, K) tensor is needed.
 
         Args:
             image: (B, D) unit-norm embeddings.
             text: (K, D) unit-norm embeddings.
-            logit_scale: The VLM's own multiplier of the cosine.
-            after: (H, D) weights of the layer that takes the average.
+            logit_scale: Logit scale of the VLM.
+            after: (H, D) weights of the layer after the attention, whose input is the average.
         """
         query, key, value, scale = self.projections(logit_scale)
         with torch.autocast(image.device.type, enabled=False):
             if has_few(text, image):
-                # All of this is linear in the texts. So few texts are projected in place of many
+                # Both branches compute the same. Here the texts are projected instead of the
                 # images: a step with 10 texts and 128 images takes three quarters of the time.
                 keys = (text @ key.T) @ query
                 values = (text @ value.T) @ after.T
                 return attend(image, keys, values, scale)
-            attended = attend((image @ query.T) @ key, text, text, scale)
+            queries = (image @ query.T) @ key
+            attended = attend(queries, text, text, scale)
             return (attended @ value.T) @ after.T
 
     @abstractmethod
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Query, key and value matrices (D, D), and the multiplier of queries times keys."""
+        """Query, key and value matrices (D, D), and the scale of products of queries and keys."""
 
 
 def has_few(text: Tensor, image: Tensor) -> bool:
-    """Whether there are at most half as many texts as images; a graph has one form for all."""
+    """Whether there are at most half as many texts as images; always false in an export.
+
+    An exported graph is for any sizes, so it cannot depend on them.
+    """
     return not torch.compiler.is_exporting() and 2 * len(text) <= len(image)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """(B, D) softmax(scale * queries @ keys.T) @ values."""
-    # heads and batches of one: the fused kernels want four dimensions
+    """(B, H) softmax(scale * queries @ keys.T) @ values."""
+    # the fused kernels need four dimensions: a batch of one, and one head
     attended = functional.scaled_dot_product_attention(
         queries[None, None], keys[None, None], values[None, None], scale=scale
     )
@@ -95,34 +101,34 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tenso
 
 
 class OfficialAttention(CrossAttention):
-    """As in the released code: projections start as identity, keys and values have one matrix.
+    """Cross-attention as in the released code, with one matrix for keys and values.
 
-    With the VLM's logit scale s,
+    With the logit scale s of the VLM,
 
-        alpha = softmax_j(s (W_v z_v) . (W_t z_tj)),
-        attended text = sum_j alpha_j W_t z_tj.
+        alpha = softmax_j(s (W_v z_v) . (W_t z_tj))
+        attended text = sum_j alpha_j W_t z_tj
 
-    At initialisation alpha is the zero-shot posterior.
+    W_v and W_t start as the identity, so alpha starts as the zero-shot posterior.
     """
 
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
         super().__init__()
-        # torch.eye would import torch's compiler on the meta device
+        # not torch.eye: on the meta device it would import torch's compiler
         self.image = nn.Parameter(torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1))
         self.text = nn.Parameter(torch.zeros(dim, dim, dtype=torch.float32).fill_diagonal_(1))
 
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
-        """W_v, W_t for keys and values, and the VLM's logit scale."""
+        """W_v for queries, W_t for keys and values, and the logit scale of the VLM."""
         return self.image, self.text, self.text, logit_scale
 
 
 class PaperAttention(CrossAttention):
-    """As written in the paper: W_Q, W_K, W_V and the temperature 1/sqrt(d).
+    """Cross-attention as in the paper, with W_Q, W_K, W_V and the scale 1 / sqrt(d).
 
-        alpha = softmax_j((W_Q z_v) . (W_K z_tj) / sqrt(d)),
-        attended text = sum_j alpha_j W_V z_tj.
+        alpha = softmax_j((W_Q z_v) . (W_K z_tj) / sqrt(d))
+        attended text = sum_j alpha_j W_V z_tj
 
-    The paper states no initialisation; torch's own attention uses Xavier-uniform.
+    The paper states no initialisation. Xavier-uniform is taken from torch's own attention.
     """
 
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:
@@ -135,7 +141,7 @@ class PaperAttention(CrossAttention):
         self,
         logit_scale: float,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor, Tensor, float]:
-        """W_Q, W_K, W_V and 1/sqrt(d); the paper has no use for the VLM's scale."""
+        """W_Q, W_K, W_V and 1 / sqrt(d). The logit scale of the VLM is not used."""
         return self.query, self.key, self.value_projection, 1 / math.sqrt(len(self.query))
 
 
@@ -143,48 +149,50 @@ ATTENTION: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
     "official": OfficialAttention,
     "paper": PaperAttention,
 }
-"""Attention forms by name."""
+"""Forms of the cross-attention, by name."""
 
 
 HIDDEN = (512, 256, 128)
-"""Hidden widths of the published head (supplement, A.2)."""
+"""Widths of the hidden layers of the published head (supplement, A.2)."""
 
 
 def normal(
     n_rows: int, n_columns: int, std: float, generator: torch.Generator | None
 ) -> nn.Parameter:
-    """A matrix of numbers of N(0, std^2)."""
+    """A matrix whose entries are drawn from N(0, std^2)."""
     weight = torch.empty(n_rows, n_columns, dtype=torch.float32)
-    if not weight.is_meta:  # there are no numbers on that device
+    if not weight.is_meta:  # on the meta device there is nothing to initialise
         weight.normal_(0, std, generator=generator)
     return nn.Parameter(weight)
 
 
 def xavier(dim: int, generator: torch.Generator | None) -> nn.Parameter:
-    """A square matrix, Xavier-uniform."""
+    """A square matrix with Xavier-uniform initialisation."""
     weight = torch.empty(dim, dim, dtype=torch.float32)
-    if not weight.is_meta:
+    if not weight.is_meta:  # on the meta device there is nothing to initialise
         nn.init.xavier_uniform_(weight, generator=generator)
     return nn.Parameter(weight)
 
 
 class FailureHead(nn.Module):
-    """Failure logit g of the joint embedding z = (z_v, attended text, z_t̂, MCM).
+    """Network for the failure logit g = MLP(z) of a joint embedding z, with ReLU.
 
-    Each part but z_v is optional. g(z) = MLP(z) with ReLU; the probability of failure is
-    sigmoid(g). With every optional part left out this is the visual-only head (LVU).
+    z is the concatenation of the image z_v, the attended text, the predicted caption z_t̂ and the
+    zero-shot probability of the answer. All parts except z_v are optional. The probability of
+    failure is sigmoid(g). With z_v alone this is the head of ``LVU``.
 
     Args:
         dim: Embedding width D.
-        hidden: Hidden widths of the MLP; its depth is ``len(hidden) + 1``.
-        attention: "official", "paper", or None to leave the attended text out.
-        predicted_caption: Whether z_t̂, the embedding of the zero-shot answer, is an input.
-        mcm: Whether max_j p_j of the zero-shot posterior is an input (supplement, B.2).
-        dropout: Applied to every hidden activation; None for none, as published.
-        generator: Of the first weights; None for torch's own, as in ``torch.nn.init``.
+        hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
+        attention: "official" or "paper"; None: z has no attended text.
+        predicted_caption: Whether z has z_t̂, the text embedding of the answer.
+        mcm: Whether z has the zero-shot probability of the answer (supplement, B.2). For the
+            zero-shot answer it is max_j p_j.
+        dropout: Applied after every hidden layer; None: no dropout, as published.
+        generator: Generator of the initial weights; None: the global generator of torch.
 
-    The order of the parts is that of the released code, not of the paper, so that its weights fit.
-    Its output is a confidence; ours is its negative.
+    The parts have the order of the released code, not that of the paper, so that released weights
+    can be used. The released head returns a logit of confidence. This head returns its negative.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -208,10 +216,11 @@ class FailureHead(nn.Module):
             widths["caption"] = dim
         if mcm:
             widths["mcm"] = 1
-        outputs = [*hidden, 1]  # there may be no hidden layer
-        self.first = first_weights(widths, generator, n_outputs=outputs[0], dim=dim)
-        self.first_bias = nn.Parameter(torch.zeros(outputs[0], dtype=torch.float32))
-        self.rest = perceptron(outputs, dropout, generator)
+        layer_outputs = [*hidden, 1]
+        n_first = layer_outputs[0]  # outputs of the first layer; 1 if there is no hidden layer
+        self.first = first_weights(widths, generator, n_outputs=n_first, dim=dim)
+        self.first_bias = nn.Parameter(torch.zeros(n_first, dtype=torch.float32))
+        self.rest = perceptron(layer_outputs, dropout, generator)
         self.attention: CrossAttention | None = None
         if attention is not None:
             self.attention = ATTENTION[attention](dim, generator)
@@ -221,17 +230,17 @@ class FailureHead(nn.Module):
         return cast("Tensor", self.rest(self.first_layer(batch))).squeeze(-1).float()
 
     def first_layer(self, batch: Batch) -> Tensor:
-        """(B, H) first hidden layer before its activation.
+        """(B, H) outputs of the first layer before the activation.
 
-        It is all of the head that sees more than the MLP's input.
+        All later layers depend on the batch only through these outputs.
         """
         total: Tensor = self.first_bias
-        for added in self.parts(batch).values():
-            total = total + added
+        for term in self.parts(batch).values():
+            total = total + term
         return total
 
     def parts(self, batch: Batch) -> dict[str, Tensor]:
-        """(B, H) what each part of z adds to the first hidden layer, beside the bias."""
+        """Terms (B, H) of the outputs of the first layer: one for each part of z, by name."""
         parts = {"image": functional.linear(batch.image, self.first["image"])}
         if self.attention is not None:
             parts["attended"] = self.attention(
@@ -240,13 +249,14 @@ class FailureHead(nn.Module):
         if "caption" in self.first:
             parts["caption"] = self._caption(batch)
         if "mcm" in self.first:
-            parts["mcm"] = functional.linear(batch.answer_probability[:, None], self.first["mcm"])
+            probability_column = batch.answer_probability[:, None]
+            parts["mcm"] = functional.linear(probability_column, self.first["mcm"])
         return parts
 
     def _caption(self, batch: Batch) -> Tensor:
-        """(B, H) what the text of the answer adds to the first hidden layer."""
+        """(B, H) term of the predicted caption in the outputs of the first layer."""
         weight = self.first["caption"]
-        if has_few(batch.text, batch.image):  # each text is projected once, for all its images
+        if has_few(batch.text, batch.image):  # then it is faster to project every text once
             return functional.linear(batch.text, weight)[batch.prediction]
         return functional.linear(batch.text[batch.prediction], weight)
 
@@ -254,11 +264,12 @@ class FailureHead(nn.Module):
 def first_weights(
     widths: Mapping[str, int], generator: torch.Generator | None, *, n_outputs: int, dim: int
 ) -> nn.ParameterDict:
-    """(H, width) first weights of each part of z, initialised for embeddings of width D."""
-    # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D,
-    # not of one: torch's default start makes the first activations so small that a run spends
-    # most of its steps on growing them.
-    std = math.sqrt(2 * dim / sum(widths.values()))
+    """Initial weights (H, width) of the first layer, for each part of z by name."""
+    # He initialisation, for embeddings of unit norm: their coordinates have a mean square of 1 / D
+    # instead of 1. With torch's default initialisation the activations would be so small that
+    # training would spend most of its steps on increasing them.
+    n_inputs = sum(widths.values())
+    std = math.sqrt(2 * dim / n_inputs)
     weights = {part: normal(n_outputs, width, std, generator) for part, width in widths.items()}
     return nn.ParameterDict(weights)
 
@@ -266,9 +277,15 @@ def first_weights(
 def perceptron(
     widths: Sequence[int], dropout: Dropout | None, generator: torch.Generator | None
 ) -> nn.Sequential:
-    """All layers behind the first one: ReLU, dropout where wanted, and a linear layer each."""
-    # all are built before any is initialised: a seed must draw the same numbers as it always did
-    linears = [linear(*ends, generator) for ends in itertools.pairwise(widths)]
+    """All layers after the first: for each a ReLU, the ``dropout`` if any, and a linear layer.
+
+    ``widths`` are the numbers of outputs of all layers, the first one included.
+    """
+    # All layers are built before any is initialised again. In another order, the same seed would
+    # give other weights than in earlier versions.
+    linears = [
+        linear(n_inputs, n_outputs, generator) for n_inputs, n_outputs in itertools.pairwise(widths)
+    ]
     for layer in linears:
         he_std = math.sqrt(2 / layer.in_features)
         layer.weight = normal(layer.out_features, layer.in_features, he_std, generator)
@@ -283,32 +300,37 @@ def perceptron(
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
-    """The network with a copy of saved weights, ready to score.
+    """Give a network a copy of the weights ``state``, and set it to evaluation.
 
-    Weights of other names, shapes or types are refused.
+    Raises:
+        DataError: If names, shapes or types of the weights differ from those of the network.
     """
-    expected = _kinds(network.state_dict())
-    actual = _kinds(state)
+    expected = _shapes_and_types(network.state_dict())
+    actual = _shapes_and_types(state)
     if actual != expected:
-        differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)[:4]
+        differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)
         raise DataError(
-            f"the weights do not fit a {method} with these parameters; they differ in {differing}."
+            f"the weights do not fit a {method} with these parameters; "
+            f"they differ in {differing[:4]}."
         )
     copies = {}
     for name, tensor in state.items():
         copies[name] = tensor.clone(memory_format=torch.contiguous_format)
-    # assigned: a network on the meta device has no memory to copy into
+    # with ``assign``, because a network on the meta device has no memory to copy into
     network.load_state_dict(copies, assign=True)
     return network.eval()
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int | torch.dtype, ...]]:
-    """Shape and type of each tensor."""
+def _shapes_and_types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int | torch.dtype, ...]]:
+    """Sizes and type of each tensor, by name."""
     return {name: (*tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 class Graph(nn.Module):
-    """A function of a batch as a module, with the network that it uses as a part of the graph."""
+    """A score function of a batch as a module, which can be exported.
+
+    The ``network`` that the function uses is a submodule, so its weights are part of the graph.
+    """
 
     def __init__(self, score: Callable[[Batch], Tensor], network: nn.Module | None = None) -> None:
         super().__init__()
@@ -316,5 +338,5 @@ class Graph(nn.Module):
         self.network = network
 
     def forward(self, batch: Batch) -> Tensor:
-        """(N,)."""
+        """(N,) scores of a batch."""
         return self.score(batch)

@@ -1,4 +1,4 @@
-"""Layers and masks whose numbers come from a generator of their own."""
+"""Layers and masks whose random numbers come from a generator of the caller."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 
 def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer in float32, with the numbers that torch gives it at this state of a generator.
+    """A linear layer in float32, with torch's default initialisation drawn from ``generator``.
 
-    Without a generator they come from torch's own, which is of the whole process.
+    Without a generator, the numbers are drawn from the global generator of torch.
     """
     weight = torch.empty(n_outputs, n_inputs, dtype=torch.float32)
     bias = torch.empty(n_outputs, dtype=torch.float32)
-    if not weight.is_meta:  # a network that is about to be loaded has no numbers yet
+    if not weight.is_meta:  # on the meta device there is nothing to initialise
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
         bound = 1 / math.sqrt(n_inputs)
         nn.init.uniform_(bias, -bound, bound, generator=generator)
-    layer = nn.Linear(n_inputs, n_outputs, device="meta", dtype=weight.dtype)  # which draws nothing
+    # on the meta device, nn.Linear draws no numbers from the global generator
+    layer = nn.Linear(n_inputs, n_outputs, device="meta", dtype=weight.dtype)
     layer.weight = nn.Parameter(weight)
     layer.bias = nn.Parameter(bias)
     return layer
 
 
 def dropout_mask(shape: Sequence[int], rate: float, generator: torch.Generator | None) -> Tensor:
-    """A mask on the CPU, float32: zero with probability ``rate``, else 1 / (1 - rate)."""
-    keep = torch.empty(*shape, dtype=torch.float32).bernoulli_(1 - rate, generator=generator)
-    return keep / (1 - rate)
+    """A float32 mask on the CPU: 0 with probability ``rate``, otherwise 1 / (1 - rate)."""
+    is_kept = torch.empty(*shape, dtype=torch.float32).bernoulli_(1 - rate, generator=generator)
+    return is_kept / (1 - rate)

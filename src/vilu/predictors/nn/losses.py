@@ -1,6 +1,6 @@
 """Weighted losses for failure prediction.
 
-All are computed in float32, and finite for every error rate from 0 to 1.
+They are computed in float32, and are finite for every error rate from 0 to 1.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
 EPSILON = 1e-6
-"""Error rates e are kept this far from 0, and in (1 - e) / e also from 1."""
+"""Error rates e are clipped to at least 1e-6, in (1 - e) / e also to at most 1 - 1e-6."""
 
 MIN_WEIGHT = 0.05
-"""-log(e) tends to 0 as e tends to 1, but a batch of failures only must still teach something."""
+"""Minimum of -log(e). Without it, a batch with failures only (e = 1) would have no gradient."""
 
 EMA_MOMENTUM = 0.99
+"""Weight of the previous value in the moving average of the error rates of batches."""
 
 
 def adaptive_weight(error_rate: Tensor) -> Tensor:
-    """ViLU's weight of the failure term: w = log(1 + N_s / N_f) = -log(e), e in [0, 1].
+    """ViLU's weight of failures: w = log(1 + N_s / N_f) = -log(e), for an error rate e in [0, 1].
 
-    It is bounded to [0.05, -log(1e-6)]: the published formula is infinite in a batch without
-    failures and zero in a batch of failures only.
+    N_s and N_f are the numbers of successes and of failures. w is clipped to [0.05, -log(1e-6)],
+    because the published formula is infinite without failures and zero without successes.
 
     Source: ViLU, Eq. 9.
     """
@@ -37,22 +38,22 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 
 
 class FailureWeight:
-    """Weight w of the failure term, from the failures of a batch and of the training set.
+    """Weight w of failures in a loss, which depends on an error rate e.
 
-    A batch is the whole step: where several processes train together, e is counted over all of
-    them.
+    The modes are:
 
-    Modes:
-        batch: -log(e) of the mini-batch, as published.
-        dataset: -log(e) of the whole training set.
-        ema: -log(e) of an exponential moving average of the batch error rates that starts at the
-        training set's.
-        static: a constant.
-        balanced: (1 - e) / e of the training set, which gives failures and successes the same total
-        weight.
+    - "batch": -log(e) with the e of the batch, as published.
+    - "dataset": -log(e) with the e of the whole training set.
+    - "ema": -log(e) with an exponential moving average of the e of batches, which starts at the e
+      of the training set.
+    - "static": a constant.
+    - "balanced": (1 - e) / e with the e of the training set. Failures and successes then have the
+      same total weight.
+
+    If several processes train together, the e of a batch is counted over the rows of all processes.
 
     Args:
-        mode: One of the above.
+        mode: One of the modes above.
         error_rate: e of the training set, in [0, 1].
         static: The constant of mode "static".
     """
@@ -64,7 +65,7 @@ class FailureWeight:
             raise UsageError(
                 f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
             )
-        if not static > 0:
+        if not static > 0:  # true also for NaN
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
         self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
@@ -74,16 +75,17 @@ class FailureWeight:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        # every process calls this at every step: the mean is a collective operation
+        # the mean over all processes; it returns only when every process has called it
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
         if self.mode == "ema":
             self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
+        # in mode "dataset" the rate is that of the training set, and never changes
         return adaptive_weight(self.rate.to(failure.device))
 
     def _constant(self, static: float) -> Tensor | None:
-        """The weight in a mode that never looks at a batch."""
+        """The weight in a mode where it is the same for all batches; None in other modes."""
         if self.mode == "static":
             return torch.tensor(float(static), dtype=torch.float32)
         if self.mode == "balanced":
@@ -92,11 +94,11 @@ class FailureWeight:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The moving average, on which a call depends beside its batch."""
+        """The error rate that calls depend on beside the batch, such as the moving average."""
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over a ``state``."""
+        """Replace the error rate by that of a ``state``."""
         is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
@@ -105,9 +107,9 @@ class FailureWeight:
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
-    """Mean of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
+    """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
 
-    The mean is over the batch, of logits g (B,) and failures y (B,).
+    g (B,) are the failure logits, y (B,) the failures (0 or 1), and w is the weight of failures.
     """
     return functional.binary_cross_entropy_with_logits(
         logit.float(), failure.float(), pos_weight=weight
@@ -121,9 +123,9 @@ def weighted_mse(
     weight: Tensor,
     link: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Tensor:
-    """Mean over the batch of w_i (link(g_i) - target_i)^2; w_i = w on failures, else 1.
+    """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w for failures, otherwise 1.
 
-    The increasing ``link`` takes failure logits (B,) to the range of the targets (B,).
+    ``link`` is an increasing function from failure logits (B,) to the range of the targets (B,).
     """
     squared_error = (link(logit.float()) - target).square()
     row_weight = torch.where(failure == 1, weight, 1.0)
@@ -131,7 +133,7 @@ def weighted_mse(
 
 
 def bce_loss(weight: FailureWeight) -> Loss:
-    """Weighted BCE on the failure of the zero-shot answer."""
+    """Return the loss that is the weighted BCE between failure logits and failures of answers."""
 
     def loss(batch: Batch, logit: Tensor) -> Tensor:
         return weighted_bce(logit, batch.failure, weight(batch.failure))
@@ -142,31 +144,33 @@ def bce_loss(weight: FailureWeight) -> Loss:
 def regression(
     target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]
 ) -> Callable[[FailureWeight], Loss]:
-    """Weighted squared error of ``link(g)`` to a target.
+    """Return a function from a failure weight to a loss.
 
-    It is divided by the mean squared target where that exceeds one.
+    The loss is the weighted squared error between link(g) and the target. It is divided by the mean
+    square of the targets of the batch, if that exceeds one.
     """
 
-    def weighted(weight: FailureWeight) -> Loss:
+    def with_weight(weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
-            goal = target(batch)
-            # a step must not grow with the logit scale of the VLM, on which -log p depends
-            size = current_world().mean(goal.square()).clamp(min=1)
+            targets = target(batch)
+            # The target -log p grows with the logit scale of the VLM. The size of a training step
+            # must not grow with it.
+            mean_square = current_world().mean(targets.square()).clamp(min=1)
             failure_weight = weight(batch.failure)
-            return weighted_mse(logit, goal, batch.failure, failure_weight, link) / size
+            return weighted_mse(logit, targets, batch.failure, failure_weight, link) / mean_square
 
         return loss
 
-    return weighted
+    return with_weight
 
 
 def withheld_probability(batch: Batch) -> Tensor:
-    """(B,) 1 - p, p the zero-shot probability of the true class."""
-    return -torch.expm1(batch.target_log_probability)  # no digit of a small 1 - p is lost
+    """(B,) 1 - p_y, where p_y is the zero-shot probability of the true class."""
+    return -torch.expm1(batch.target_log_probability)  # accurate even if p_y is near 1
 
 
 def zero_shot_loss(batch: Batch) -> Tensor:
-    """(B,) -log p, p the zero-shot probability of the true class."""
+    """(B,) -log p_y, where p_y is the zero-shot probability of the true class."""
     return -batch.target_log_probability
 
 
@@ -175,4 +179,4 @@ LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
     "loss": regression(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
-"""How a head is trained, by name."""
+"""Functions from a failure weight to the loss of a head, by the name of the loss."""

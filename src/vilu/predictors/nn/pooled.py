@@ -1,4 +1,4 @@
-"""The pooled logits of several opinions, in the parts that a reason is given of."""
+"""The pooled logits of several experts, split into parts that an explanation can show."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from torch import Tensor
 
 
 class Pooled(NamedTuple):
-    """Three float64 parts whose sum is sum_m w_m l_m, the pooled logits.
+    """Three float64 parts of the pooled logits sum_m w_m l_m of experts m with weights w_m.
 
-    That holds up to a constant of every row.
-
-    ``zero_shot`` (B, K) are tempered zero-shot logits, times sum_m w_m; ``texts`` (1, K) the
-    residual of the experts at the mean training image; ``image`` (B, K) what the image adds to that
-    residual.
+    The sum of the parts may differ from the pooled logits by a constant per row.
     """
 
-    zero_shot: Tensor
-    texts: Tensor
-    image: Tensor
+    zero_shot: Tensor  # (B, K) tempered zero-shot logits, times sum_m w_m
+    texts: Tensor  # (1, K) what the experts add to them for the mean training image
+    image: Tensor  # (B, K) what the experts add because the image differs from that mean
 
     @property
     def logits(self) -> Tensor:
-        """(B, K) their sum."""
+        """(B, K) sum of the three parts."""
         return self.zero_shot + self.texts + self.image

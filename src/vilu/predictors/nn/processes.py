@@ -1,4 +1,4 @@
-"""Training shared by several processes."""
+"""Training that several processes do together."""
 
 from __future__ import annotations
 
@@ -17,57 +17,61 @@ from vilu.device import resolve_device
 from vilu.errors import UsageError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells its processes."""
+"""Environment variables that torchrun sets in its processes."""
 
 
 class World:
-    """One process, which is all there are: its number, and how many there are."""
+    """The processes that train together, as one of them sees them; here it is the only one."""
 
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # number of this process
+    size: int = 1  # number of processes
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes files and talks to people."""
+        """Whether this is the leading process, which writes files and messages."""
         return self.rank == 0
 
     def mine(self, n_rows: int) -> slice:
-        """This process's contiguous share of ``n_rows``.
+        """The slice of ``n_rows`` rows that this process computes.
 
-        Shares differ by one row at most, and may be empty.
+        The slices of all processes together are all rows. Their lengths differ by at most one, and
+        may be 0.
         """
         start = n_rows * self.rank // self.size
         stop = n_rows * (self.rank + 1) // self.size
         return slice(start, stop)
 
     def shared(self, network: nn.Module) -> nn.Module:
-        """The network for steps that all processes take together: gradients are their mean."""
+        """Wrap a network so that its gradients are averaged over the processes."""
         return network
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the processes."""
+        """Replace a tensor in place by its sum over the processes."""
 
     def total(self, n: int) -> int:
-        """Sum of a count over the processes."""
+        """The sum of ``n`` over the processes."""
         count = torch.tensor(n)
         self.sum_(count)
         return int(count)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the values (B,) of all processes, without gradient."""
+        """Mean of the values (B,) of all processes, without gradient."""
         return values.detach().mean()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in their order; numbers of rows may differ."""
+        """Concatenate the rows of all processes, whose numbers of rows may differ."""
         return rows
 
     def broadcast(self, data: bytes) -> bytes:
-        """The bytes of the process that leads."""
+        """The ``data`` of the leading process, in every process."""
         return data
 
 
 class Group(World):
-    """One of several processes of ``torch.distributed``; every call must be made by all of them."""
+    """Several processes of ``torch.distributed``, as one of them sees them.
+
+    A call returns only when all processes have made it.
+    """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank = rank
@@ -75,26 +79,28 @@ class Group(World):
         self.device = device
 
     def shared(self, network: nn.Module) -> nn.Module:
-        """Torch averages the gradients when they are there."""
+        """Wrap a network so that torch averages its gradients in the backward pass."""
         return DistributedDataParallel(network)
 
     def sum_(self, tensor: Tensor) -> None:
-        """By one trip."""
+        """Replace a tensor in place by its sum over the processes."""
         dist.all_reduce(tensor)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The sum over all processes, divided by their number of values."""
+        """Mean of the values (B,) of all processes, without gradient."""
         total = values.detach().float().sum()
         count = values.new_tensor(len(values), dtype=torch.float32)
-        sums = torch.stack([total, count])  # both travel in one trip
-        dist.all_reduce(sums)
-        return sums[0] / sums[1]
+        total_and_count = torch.stack([total, count])
+        dist.all_reduce(total_and_count)  # one call for both sums
+        total, count = total_and_count.unbind()
+        return total / count
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows travel padded to one length, since a process must know what size arrives."""
+        """Concatenate the rows of all processes, whose numbers of rows may differ."""
         n_rows = torch.tensor(len(rows), device=self.device)
         counts = [torch.zeros_like(n_rows) for _ in range(self.size)]
         dist.all_gather(counts, n_rows)
+        # ``all_gather`` needs tensors of one size, so all rows are padded to the largest number
         longest = max(int(count) for count in counts)
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
@@ -106,22 +112,24 @@ class Group(World):
         return torch.cat(shares)
 
     def broadcast(self, data: bytes) -> bytes:
-        """The number of bytes travels first, since the receivers do not know it."""
+        """The ``data`` of the leading process, in every process."""
+        # the number of bytes is sent first, because the other processes do not know it
+        leader = 0
         count = torch.tensor(len(data), device=self.device)
-        dist.broadcast(count, 0)
+        dist.broadcast(count, leader)
         content = torch.empty(int(count), dtype=torch.uint8, device=self.device)
         if self.leads and data:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(content, 0)
+        dist.broadcast(content, leader)
         return content.cpu().numpy().tobytes()
 
 
-# the default is shared by all contexts, which does no harm: it has no state
+# All contexts share the default world. That is harmless, because this world has no state.
 _world: ContextVar[World] = ContextVar("world", default=World())  # noqa: B039
 
 
 def current_world() -> World:
-    """The processes that train together; outside a ``with world()`` block there is one."""
+    """The processes of a ``with world()`` block; outside such a block, this process alone."""
     return _world.get()
 
 
@@ -129,29 +137,29 @@ def current_world() -> World:
 def world(
     device: str = "auto", environment: Mapping[str, str] = os.environ, timeout: float = 1800
 ) -> Iterator[World]:
-    """Join the processes that torchrun started, for the length of a ``with`` block.
+    """Connect the processes that torchrun started, for the duration of a ``with`` block.
 
-    Without torchrun there is one process.
+    Without torchrun there is only this process.
 
-    Tensors on the CPU travel by gloo, tensors on a GPU by NCCL; each process takes the GPU of its
-    LOCAL_RANK.
+    Tensors on the CPU are exchanged by gloo, tensors on a GPU by NCCL. Each process uses the GPU
+    with the number LOCAL_RANK.
 
     Args:
         device: Where heads are trained, as for ``resolve_device``.
-        environment: Where torchrun's variables are.
+        environment: Environment with the variables of torchrun.
         timeout: Seconds after which a process that does not answer is an error.
 
     Raises:
         UsageError: If the variables contradict each other, there are fewer GPUs than processes on
             this machine, or the other processes cannot be reached.
     """
-    rank, size, local = read_environment(environment)
-    chosen = resolve_device(device)
-    if chosen.type == "cuda" and size > 1:
-        _take_gpu(local)
+    rank, size, local_rank = read_environment(environment)
+    resolved_device = resolve_device(device)
+    if resolved_device.type == "cuda" and size > 1:
+        _select_gpu(local_rank)
     joined = World()
     if size > 1:
-        joined = _join(rank, size, chosen, environment, timeout)
+        joined = _join(rank, size, resolved_device, environment, timeout)
     token = _world.set(joined)
     try:
         yield joined
@@ -161,31 +169,32 @@ def world(
             dist.destroy_process_group()
 
 
-def _take_gpu(local: int) -> None:
-    """Let "cuda" be the GPU of this process from now on."""
+def _select_gpu(local_rank: int) -> None:
+    """Make the GPU with this number the one that "cuda" means in this process."""
     n_gpus = torch.cuda.device_count()
-    if local >= n_gpus:
+    if local_rank >= n_gpus:
         raise UsageError(
-            f"LOCAL_RANK is {local}, but this machine has {n_gpus} GPUs: one process each. "
+            f"LOCAL_RANK is {local_rank}, but this machine has {n_gpus} GPUs: one process each. "
             "Start fewer with torchrun --nproc-per-node, or train with device=cpu."
         )
-    torch.cuda.set_device(local)
+    torch.cuda.set_device(local_rank)
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine), from torchrun's variables.
+    """Rank, number of processes, and rank on this machine, from the variables of torchrun.
 
-    Without these it is (0, 1, 0).
+    Without torchrun they are 0, 1 and 0.
     """
     if not environment.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
     _require_all(environment)
-    rank, size, local = _whole_numbers(environment)
-    if rank >= size or local > rank:
+    rank, size, local_rank = _whole_numbers(environment)
+    if rank >= size or local_rank > rank:
         raise UsageError(
-            f"RANK={rank} must be below WORLD_SIZE={size}, and LOCAL_RANK={local} not above RANK."
+            f"RANK={rank} must be below WORLD_SIZE={size}, "
+            f"and LOCAL_RANK={local_rank} not above RANK."
         )
-    return rank, size, local
+    return rank, size, local_rank
 
 
 def _require_all(environment: Mapping[str, str]) -> None:
@@ -201,7 +210,10 @@ def _require_all(environment: Mapping[str, str]) -> None:
 
 
 def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK; they and the port must be whole numbers."""
+    """RANK, WORLD_SIZE and LOCAL_RANK. Values that are no whole numbers are refused.
+
+    MASTER_PORT is checked, too.
+    """
     wrong = []
     for name in VARIABLES:
         value = environment[name]
@@ -212,14 +224,14 @@ def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
         raise UsageError(f"{', '.join(wrong)} must be whole numbers, as torchrun sets them.")
     rank = int(environment["RANK"])
     size = int(environment["WORLD_SIZE"])
-    local = int(environment["LOCAL_RANK"])
-    return rank, size, local
+    local_rank = int(environment["LOCAL_RANK"])
+    return rank, size, local_rank
 
 
 def _join(
     rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float
 ) -> Group:
-    """Meet the other processes; all of them wait here until the last one has come."""
+    """Connect this process with the others. It waits until all processes have called this."""
     address = _meeting_address(environment)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -239,9 +251,9 @@ def _join(
 
 
 def _meeting_address(environment: Mapping[str, str]) -> str:
-    """Host and port of the leading process."""
+    """Host and port of the leading process, as HOST:PORT."""
     host = environment["MASTER_ADDR"]
     port = environment["MASTER_PORT"]
-    if ":" in host:  # an IPv6 address stands in brackets before its port
+    if ":" in host:  # an IPv6 address needs brackets before a port
         return f"[{host}]:{port}"
     return f"{host}:{port}"

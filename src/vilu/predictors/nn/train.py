@@ -1,4 +1,4 @@
-"""The training loop: plan, optimiser, selection."""
+"""Training loops of networks: number of epochs, optimiser, and selection of the best epoch."""
 
 from __future__ import annotations
 
@@ -33,23 +33,30 @@ from vilu.progress import Task, track
 
 logger = logging.getLogger(__name__)
 
+EPOCHS = 35
+"""Default number of epochs, if that makes ``FEWEST_STEPS`` to ``MOST_STEPS`` steps."""
 FEWEST_STEPS = 1_400
 MOST_STEPS = 6_000
-EPOCHS = 35
 FREEZE_STEPS = 1_000
+"""Default number of steps before the attention of a head is trained."""
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
-    """Multiplier of the learning rate: linear from 0.1 to 1 in the warm-up, then a cosine to 0."""
+    """Factor of the learning rate in one of ``total`` steps, of which ``warmup`` are the warm-up.
+
+    It rises linearly from 0.1 to 1 in the warm-up, and then falls to 0 as half a cosine.
+    """
     if step < warmup:
         return 0.1 + 0.9 * step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    angle = math.pi * (step - warmup) / max(total - warmup, 1)
+    return 0.5 * (1 + math.cos(angle))
 
 
 def default_epochs(steps: int) -> int:
-    """Thirty-five epochs of ``steps`` steps, or as many as make 1,400 to 6,000 steps in all.
+    """Default number of epochs, if an epoch has this number of steps.
 
-    The number is between 10 and 300.
+    It is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and then
+    clipped to 10 ... 300.
     """
     fewest = math.ceil(FEWEST_STEPS / steps)
     most = math.ceil(MOST_STEPS / steps)
@@ -58,76 +65,82 @@ def default_epochs(steps: int) -> int:
 
 
 def few_epochs(steps: int) -> int:
-    """Twenty epochs of ``steps`` steps, or as many as make 300 to 2,000 steps in all, but ten."""
+    """Default number of epochs of a small network, if an epoch has this number of steps.
+
+    It is 20, or more if there would be fewer than 300 steps in all. If there would be more than
+    2,000 steps in all, it is reduced, but not below 10.
+    """
     wanted = max(20, math.ceil(300 / steps))
     most = max(math.ceil(2_000 / steps), 10)
     return min(wanted, most)
 
 
 def default_batch(n_rows: int) -> int:
-    """A fortieth of the rows, between 32 and 128.
+    """Default batch size: a fortieth of the number of rows, clipped to 32 ... 128.
 
-    With few rows the steps are small: their noise finds as good weights sooner.
+    With few rows the batches are small, because noisy steps find equally good weights sooner.
     """
     return min(max(n_rows // 40, 32), 128)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths of a training run."""
+    """Numbers of steps and epochs of a training run."""
 
-    steps: int  # of an epoch
+    steps: int  # steps per epoch
     epochs: int
-    warmup: float  # steps
-    frozen: int  # epochs before the attention learns
+    warmup: float  # steps of the warm-up
+    frozen: int  # epochs before the attention is trained
 
     @classmethod
     def of(
         cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """The plan of ``TrainConfig``'s settings, with epochs of so many steps."""
+        """The plan for epochs of ``steps`` steps; the other arguments are as in ``TrainConfig``."""
         epochs = epochs or default_epochs(steps)
         frozen = freeze_epochs
         if frozen is None:
-            most = max(epochs // 2, 1)  # else a short run never trains the attention
+            most = max(epochs // 2, 1)  # otherwise a short run would never train the attention
             frozen = min(math.ceil(FREEZE_STEPS / steps), most)
         warmup = min(warmup_epochs, epochs / 10) * steps
         return cls(steps, epochs, warmup, frozen)
 
     def rates(self, epoch: int) -> list[float]:
-        """Multipliers of the learning rate in an epoch."""
+        """Factors of the learning rate in the steps of an epoch."""
         n_done = epoch * self.steps
         total = self.epochs * self.steps
         return [schedule(n_done + i, total, self.warmup) for i in range(self.steps)]
 
 
 Loss = Callable[[Batch, Tensor], Tensor]
-"""(batch, failure logits (B,)) -> scalar, a mean over the batch."""
+"""Function of a batch and its failure logits (B,), whose result is the mean loss of the batch."""
 
 
 def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
-    """The rows with the answers of shared candidates, which are computed once a fit.
+    """Return the rows with their zero-shot answers, so that each is computed only once in a fit.
 
-    Rows of pools stay as they are: their candidates change with every pass.
+    The processes of ``world`` share the computation. Rows with pools of captions are returned
+    unchanged, because every epoch draws other pools, so the answers change.
     """
     if rows.source.pool_size is not None or rows.answers is not None:
         return rows
-    parts = []
+    answers_of_batches = []
     for batch in rows.batches(SCORING_BATCH):
         share = batch.rows(world.mine(len(batch.index)))
         zero_shot = share.to(device).zero_shot
-        parts.append([world.gather(values).cpu() for values in zero_shot])
+        answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
-    for blocks in zip(*parts, strict=True):
-        values = torch.cat(blocks)
-        of_all = values.new_zeros(len(rows.source))
-        fields.append(of_all.index_put((rows.index,), values))
+    for blocks in zip(*answers_of_batches, strict=True):  # for every field of ``ZeroShot``
+        answers = torch.cat(blocks)
+        # one entry for every row of the source; entries of rows outside ``rows`` are not used
+        of_source = answers.new_zeros(len(rows.source))
+        fields.append(of_source.index_put((rows.index,), answers))
     return replace(rows, answers=ZeroShot(*fields))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained: parameters of ``HeadPredictor``, and the device."""
+    """Settings of the training of a head: parameters of ``HeadPredictor``, and the device."""
 
     epochs: int | None
     batch_size: int | None
@@ -143,11 +156,11 @@ class TrainConfig:
 
 
 def steps_per_epoch(rows: Rows, batch_size: int) -> int:
-    """How many batches the rows make."""
+    """Number of training steps, each on one batch, in a pass over the rows."""
     n_rows = len(rows.index)
     pool_size = rows.source.pool_size
     size = pool_size or batch_size
-    # a pool is never cut: rows that are left over wait for the next epoch
+    # all pools have the full size, so rows that fill no pool are left out in this epoch
     steps = n_rows // size if pool_size else math.ceil(n_rows / size)
     if not steps:
         raise DataError(f"training needs at least one pool of {size} rows. Got {n_rows} rows.")
@@ -155,7 +168,7 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
 
 
 def finite_mean(mean: float, learning_rate: float) -> float:
-    """The mean loss of an epoch, which must be finite."""
+    """Return the mean loss of an epoch, or raise an error if it is not finite."""
     if not math.isfinite(mean):
         raise DataError(
             f"training diverged: the mean loss of an epoch is {mean}. "
@@ -165,22 +178,23 @@ def finite_mean(mean: float, learning_rate: float) -> float:
 
 
 def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
-    """Standard error of an AUROC.
+    """Standard error of an AUROC ``value``.
 
-    Source: Hanley and McNeil, Radiology 1982.
+    Source: Hanley and McNeil, Radiology 1982, with their formulas for q1 and q2, which assume
+    exponentially distributed scores.
     """
-    # by the paper's formulas for scores of exponential distributions: the probabilities that two
-    # failures score above one success, and that one failure scores above two successes
-    q1 = value / (2 - value)
-    q2 = 2 * value**2 / (1 + value)
+    q1 = value / (2 - value)  # probability that two failures score above one success
+    q2 = 2 * value**2 / (1 + value)  # probability that one failure scores above two successes
     spread = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
-    return math.sqrt(max(value * (1 - value) + spread, 0.0) / (n_failures * n_successes))
+    total = max(value * (1 - value) + spread, 0.0)
+    return math.sqrt(total / (n_failures * n_successes))
 
 
 class HeadTrainer:
-    """Trains one head in place, alone or as one of several processes, which all do the same steps.
+    """Training of one head, by this process alone or by several processes together.
 
-    Each process computes its share of the rows of a step.
+    The head is changed in place. With several processes, each computes a part of the rows of every
+    step, and all processes get the same weights.
     """
 
     def __init__(
@@ -204,8 +218,9 @@ class HeadTrainer:
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
         perceptron = [*head.first.values(), head.first_bias, *head.rest.parameters()]
-        # A frozen attention has no gradient, so SGD leaves it alone: no decay either. It is a group
-        # of its own, since the fused kernel begins the momenta of a group together.
+        # While the attention is frozen it has no gradients, so SGD does not change it, not even by
+        # weight decay. It has a group of its own, because the fused kernel of SGD starts the
+        # momenta of all parameters of a group in the same step.
         self.optimizer = torch.optim.SGD(
             [{"params": perceptron}, {"params": self.attention}],
             lr=config.learning_rate,
@@ -215,11 +230,12 @@ class HeadTrainer:
         )
 
     def run(self, train: Rows, validation: Rows | None) -> History:
-        """Train, and leave the head with the weights of the epoch that validation chooses.
+        """Train the head. It gets the weights of the epoch that is chosen by validation.
 
-        It is the latest epoch whose validation AUROC is within one standard error of the best so
-        far: a few hundred validation rows cannot tell such epochs apart, and the cosine schedule
-        makes later ones better. Without validation it is the last epoch.
+        The chosen epoch is the latest one whose validation AUROC is at most one standard error
+        below the best AUROC up to then. A few hundred validation rows cannot distinguish such
+        epochs, and with the cosine schedule later epochs are usually better. Without validation
+        rows, the last epoch is chosen.
         """
         config = self.config
         size = config.batch_size or default_batch(len(train.index))
@@ -242,39 +258,45 @@ class HeadTrainer:
         return at.history
 
     def thaw(self) -> None:
-        """Let the attention learn."""
+        """Train the attention from now on."""
         for parameter in self.attention:
             parameter.requires_grad_(True)
 
     def _is_over(self, plan: Plan, at: Position) -> bool:
-        """Whether all epochs are done, or too many since the one whose weights were kept."""
+        """Whether all epochs are done, or ``patience`` epochs since the chosen one."""
         if at.epoch >= plan.epochs:
             return True
         if self.config.patience is None:
             return False
-        epochs_since = at.epoch - 1 - at.history.kept_epoch
-        return epochs_since >= self.config.patience
+        latest_epoch = at.epoch - 1
+        epochs_since_chosen = latest_epoch - at.history.kept_epoch
+        return epochs_since_chosen >= self.config.patience
 
     def _begin(self, plan: Plan) -> Position:
-        """The start, or the position of the newest checkpoint."""
+        """The position of the latest checkpoint, whose state is loaded; or else the beginning."""
         checkpoint = self.keeper.latest()
         if checkpoint is None:
             return Position()
-        if checkpoint.n_epochs() > plan.frozen:  # then the attention has momenta, too
+        if checkpoint.n_epochs() > plan.frozen:  # then the checkpoint has momenta of the attention
             self.thaw()
         return unpack(checkpoint, self.head, self.optimizer, self.generator, self.stateful)
 
     def _save(self, at: Position) -> None:
+        """Save a checkpoint, if checkpoints are wanted."""
+
         def make() -> Checkpoint:
             return pack(at, self.head, self.optimizer, self.generator, self.stateful)
 
         self.keeper.save(make)
 
     def _epoch(self, train: Rows, size: int, rates: Sequence[float], task: Task) -> float:
-        """One pass; returns its mean loss."""
-        # Of several processes shared anew in every epoch: the attention thaws between two of them,
-        # and torch adds gradients in an order that it settles in the first step. So a resumed run
-        # adds in the same order.
+        """Train for one epoch, with these factors of the learning rate; returns the mean loss.
+
+        The network is wrapped for several processes again in every epoch, for two reasons. The
+        wrapper must know which parameters are trained, and the attention is thawed between two
+        epochs. It also decides in its first step in which order gradients are added, and a resumed
+        run must use the same order.
+        """
         self.network = self.world.shared(self.head)
         self.network.train()
         total = torch.zeros((), device=self.config.device, dtype=torch.float32)
@@ -285,21 +307,22 @@ class HeadTrainer:
         return float(total) / len(rates)
 
     def step(self, batch: Batch, rate: float) -> Tensor:
-        """One step on the rows of all processes; returns their mean loss."""
+        """Do one step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
-        part = batch.rows(self.world.mine(len(batch.index)))
-        rows = part.to(config.device)
+        own_rows = batch.rows(self.world.mine(len(batch.index))).to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
-            logit = self.network(rows)
-        mean = self.loss(rows, logit)  # also without rows: it may count over all processes
-        share = len(part.index) / len(batch.index)
+            logit = self.network(own_rows)
+        # even if this process has no rows: the loss may wait for a call from every process
+        mean = self.loss(own_rows, logit)
+        share = len(own_rows.index) / len(batch.index)
         if share:
-            loss = mean * share  # the sum over the processes is the mean over all rows
+            loss = mean * share  # the sum over the processes is the mean over the batch
         else:
-            loss = logit.sum()  # a sum of nothing, so that gradients are there, and zero
+            loss = logit.sum()  # an empty sum: its gradients exist and are zero
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.world.size).backward()  # gradients are averaged over the processes
+        # gradients are averaged over the processes, and this factor turns the average into a sum
+        (loss * self.world.size).backward()
         value = loss.detach()
         self.world.sum_(value)
         for group in self.optimizer.param_groups:
@@ -308,7 +331,7 @@ class HeadTrainer:
         return value
 
     def _end_epoch(self, validation: Rows | None, loss: float, at: Position) -> None:
-        """Note the epoch's figures, and keep its weights if validation chooses them."""
+        """Record the loss and the AUROC of an epoch, and store its weights if it is chosen."""
         history = at.history
         history.loss.append(finite_mean(loss, self.config.learning_rate))
         if self._is_chosen(validation, history):
@@ -317,7 +340,7 @@ class HeadTrainer:
         at.epoch += 1
 
     def _is_chosen(self, validation: Rows | None, history: History) -> bool:
-        """Whether validation chooses this epoch; its AUROC goes into the history."""
+        """Whether this epoch is chosen, by its validation AUROC, which is added to the history."""
         if validation is None:
             return True
         logit, failure = self._validate(validation)
@@ -325,37 +348,40 @@ class HeadTrainer:
         history.validation_auroc.append(latest)
         best = max(history.validation_auroc)
         n_failures = int(failure.sum())
-        error = auroc_standard_error(best, n_failures, len(failure) - n_failures)
-        return latest >= best - error
+        standard_error = auroc_standard_error(best, n_failures, len(failure) - n_failures)
+        return latest >= best - standard_error
 
     @torch.no_grad()
     def _validate(self, validation: Rows) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(N,) failure logits and failures of all processes' shares of the rows."""
+        """Failure logits (N,) and failures (N,) of the validation rows, in any order.
+
+        Each process scores a part of the rows, and gets the results of all processes.
+        """
         self.head.eval()
         logits = []
         failures = []
         for batch in validation.batches(SCORING_BATCH):
-            part = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
-            logits.append(self.head(part))
-            failures.append(part.failure)
+            own_rows = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
+            logits.append(self.head(own_rows))
+            failures.append(own_rows.failure)
         logit = self.world.gather(torch.cat(logits))
         failure = self.world.gather(torch.cat(failures))
         return logit.cpu().numpy(), failure.cpu().numpy()
 
 
 def warn_of_slow_bfloat16(config: TrainConfig) -> None:
-    """Warn where the processor would imitate bfloat16."""
+    """Warn if the processor has no instructions for bfloat16, so that it is emulated."""
     if config.precision != "bf16" or config.device.type != "cpu":
         return
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         logger.warning(
-            "this processor has no products of bfloat16: "
+            "this processor has no bfloat16 instructions: "
             "training takes many times as long as with fp32"
         )
 
 
 def require_shares(n_rows: int, world: World) -> None:
-    """Refuse processes that would have nothing to do."""
+    """Refuse more processes than a step has rows, because some would have nothing to do."""
     if n_rows < world.size:
         raise UsageError(
             f"a step of {n_rows} rows cannot be shared by {world.size} processes. "
@@ -364,12 +390,12 @@ def require_shares(n_rows: int, world: World) -> None:
 
 
 BETAS = (0.8, 0.95)
-"""As in Pretrained Visual Uncertainties."""
+"""Betas of AdamW, as in Pretrained Visual Uncertainties."""
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """How a network is trained: parameters of ``NetworkPredictor``, and the device."""
+    """Settings of the training of a network by ``train_adamw``."""
 
     epochs: int | None
     batch_size: int | None
@@ -386,9 +412,10 @@ def train_adamw(
     config: AdamWConfig,
     length: Callable[[int], int] = default_epochs,
 ) -> list[float]:
-    """Train a network of a batch to (B,) in place; returns the mean losses of all epochs.
+    """Train a network in place by AdamW; returns the mean loss of every epoch.
 
-    Their number is that of the config, or ``length`` of the steps of one.
+    The loss is a function of a batch and the output of the network for it. If ``config`` has no
+    number of epochs, it is ``length(steps)`` for epochs of ``steps`` steps.
     """
     size = config.batch_size or default_batch(len(rows.index))
     steps = steps_per_epoch(rows, size)
@@ -422,7 +449,7 @@ def train_adamw(
 def _adamw_step(
     network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
 ) -> Tensor:
-    """One step; returns the loss before it."""
+    """Do one step; returns the loss before the step."""
     value = loss(batch, network(batch))
     optimizer.zero_grad(set_to_none=True)
     value.backward()

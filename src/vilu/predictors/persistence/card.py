@@ -1,4 +1,4 @@
-"""The model card of a saved predictor, made from plain JSON."""
+"""The model card of a saved predictor, made from the description and the method."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ TAGS = (
     "vision-language-model",
 )
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-# text before the version of vilu, which may differ between two cards of the same predictor
+"""Name of a repository on the model hub: ORG/NAME."""
 MADE_WITH = "Made with vilu "
-MAX_VALUE = 500  # maximum number of characters of a value in a card
+"""Text of a card before the version of vilu."""
+MAX_VALUE = 500
+"""Maximum number of characters of a value in a card."""
 
 SPACE = {
     "backbone": "backbone",
@@ -32,6 +34,7 @@ SPACE = {
     "logit_scale": "logit scale",
     "logit_bias": "logit bias",
 }
+"""Names of the facts in the section on the embedding space, by key of the space."""
 FIT = {
     "n_train": "training rows",
     "n_failures": "failures among them",
@@ -41,16 +44,18 @@ FIT = {
     "n_candidates": "classes",
     "classes": "hash of the class names, in their order",
 }
+"""Names of the facts in the section on the fit, by key of the notes."""
 GUARANTEE = {
     "guarantee_text": "guarantee",
     "n": "calibration rows",
     "dataset": "from",
     "split": "split",
 }
+"""Names of the facts in the section on the guarantee, by key of ``risk.json``."""
 
 
 class Described(Protocol):
-    """Attributes of a fitted predictor that the card describes; see ``FailurePredictor``."""
+    """A fitted predictor: the attributes that the card describes (see ``FailurePredictor``)."""
 
     summary: ClassVar[str]
     reference: ClassVar[str]
@@ -60,15 +65,16 @@ class Described(Protocol):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Columns that the score uses beside the embeddings."""
+        """Names of the columns that the score uses beside the embeddings."""
 
 
 def model_card(
     description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None
 ) -> str:
-    """The card of a ``predictor.json``, with the guarantee of a ``risk.json`` where there is one.
+    """The card of a predictor as Markdown, with a header in YAML.
 
-    The header is valid YAML, whatever characters the names contain.
+    ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
+    or None without a calibration. The header is valid YAML, whatever characters the names contain.
     """
     space = description["space"] or {}
     notes = description["notes"]
@@ -103,34 +109,36 @@ def parameter_facts(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def header(backbone: str | None, method: str) -> str:
-    """The YAML block. Its values are JSON in ASCII, which is valid YAML."""
-    entries = {
+    """The header in YAML. Its values are written as JSON in ASCII, which is valid YAML."""
+    fields = {
         "library_name": "vilu",
         "license": "unknown",
         "tags": [*TAGS, method],
         "base_model": hub_id(backbone),
     }
-    lines = [f"{key}: {json.dumps(value)}" for key, value in entries.items() if value is not None]
+    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items() if value is not None]
     return "\n".join(["---", *lines, "---"])
 
 
 def hub_id(backbone: str | None) -> str | None:
-    """ORG/NAME of a backbone on the model hub; None where the backbone does not show it."""
+    """ORG/NAME of a backbone on the model hub; None if it is not known."""
     spec = backbone or ""
+    # a named backbone has two repositories: one for OpenCLIP, and one for transformers (@hf)
     for name, model in named_backbones().items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
             return model.open_clip_hub
         if spec == f"{name}@hf":
             return model.hf
     for prefix in ("hf:", "open_clip:hf-hub:"):
-        name = spec.removeprefix(prefix)
-        if name != spec and HUB_ID.fullmatch(name):
-            return name
+        without_prefix = spec.removeprefix(prefix)
+        has_prefix = without_prefix != spec
+        if has_prefix and HUB_ID.fullmatch(without_prefix):
+            return without_prefix
     return None
 
 
 def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
-    """Lines on the rows, failures and candidates of the fit."""
+    """Lines on the rows, the failures and the candidates of the fit."""
     if not method.needs_fit:
         return ["- nothing is learned from labels", *facts(notes, FIT)]
     lines = facts(notes, FIT)
@@ -142,7 +150,7 @@ def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
 
 
 def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
-    """Lines on the guarantee of a calibration."""
+    """Lines on the guarantee of a calibration (``risk``)."""
     if risk is None:
         return [
             "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
@@ -156,7 +164,7 @@ def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
 
 
 def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described) -> list[str]:
-    """Commands that get the predictor and score images with it."""
+    """Lines with the commands that download the predictor and score images with it."""
     options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
@@ -199,15 +207,15 @@ def limits(
         sentences.append(f"It looks at {columns} beside the embeddings.")
     if isinstance(notes.get("pool_size"), int):
         sentences.append(
-            "Failures depend on the pool size: numbers at another one are not comparable."
+            "Failures depend on the pool size: numbers at different pool sizes are not comparable."
         )
     if method.needs_fit:
         sentences.append(
             "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, "
-            "to warn who scores them."
+            "so that vilu can warn if these rows are scored."
         )
     sentences.append(
-        "The licence is for you to state; that of the backbone and of the images may bind it."
+        "You must state the licence; those of the backbone and of the images may restrict it."
     )
     return [f"- {sentence}" for sentence in sentences]
 
@@ -218,32 +226,34 @@ def section(title: str, lines: Iterable[str]) -> str:
 
 
 def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """One line for every value that is known, by its key in ``names``."""
+    """One line for every key of ``names`` that has a value, with the name of the value."""
     lines = []
     for key, name in names.items():
-        if values.get(key) is not None:
-            lines.append(f"- {name}: {code(values[key])}")
+        value = values.get(key)
+        if value is not None:
+            lines.append(f"- {name}: {code(value)}")
     return lines
 
 
 def without_made_with(card: bytes) -> bytes:
-    """The card without the version of vilu that made the predictor."""
+    """The card without the version of vilu, which may differ between cards of one predictor."""
     return re.sub(MADE_WITH.encode() + rb"`[^`\n]*`", b"", card, count=1)
 
 
 def code(value: object) -> str:
-    """A code span on one line that shows a text, or other JSON, unchanged."""
+    """A Markdown code span with a text, or with another value as JSON, on one line."""
     text = printable(value if isinstance(value, str) else json.dumps(value))
     if len(text) > MAX_VALUE:
         text = f"{text[:MAX_VALUE]} ..."
-    # the fence has more backticks than any run of backticks in the text; a space separates them
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    # the fence must be longer than any run of backticks in the text
+    longest_run = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest_run + 1)
     is_blank = not text.strip()
-    if is_blank or text[0] in "` " or text[-1] in "` ":
+    if is_blank or text[0] in "` " or text[-1] in "` ":  # a space separates text and fence
         return f"{fence} {text} {fence}"
     return f"{fence}{text}{fence}"
 
 
 def plain(text: str) -> str:
-    """Text as Markdown, with all characters escaped that would format it."""
+    """Text as Markdown, in which all characters are escaped that would format it."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

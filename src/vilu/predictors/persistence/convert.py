@@ -1,4 +1,4 @@
-"""Conversion of checkpoints of the reference implementation, without executing their content."""
+"""Conversion of released checkpoints of ViLU, without executing their content."""
 
 from __future__ import annotations
 
@@ -29,20 +29,22 @@ def convert_official(
 ) -> HeadPredictor:
     """Make a ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
 
-    The output of the reference head is a confidence logit. The output of our head is a failure
-    logit, its negative, so the sign of the last layer is changed.
+    A released head returns a logit of confidence. A head of vilu returns a logit of failure, which
+    is its negative. So the sign of the last layer is changed.
 
-    A projection that is a multiple of the identity was frozen in training. The reference then does
-    not use the projection, while weight decay shrinks its matrix. It is replaced by the identity.
+    A projection of the attention that is a multiple of the identity was frozen in training. The
+    released code does not use a frozen projection, but weight decay shrinks its matrix. So it is
+    replaced by the identity.
 
-    The file is a pickle. The restricted unpickler of torch reads it and makes only tensors and
-    numpy scalars. The released files contain numpy scalars, so these are allowed by name.
+    The file is a pickle. It is read by the restricted unpickler of torch, which creates only
+    tensors and numpy scalars. The released files have numpy scalars, so these are allowed by name.
 
     Args:
         path: A checkpoint with the key ``state_dict``, or a bare state dict.
-        logit_scale: Logit scale of the VLM; the checkpoints do not hold it (100 for OpenAI's CLIP).
-        embed_dim: Embedding width D; needed only for a head of image and predicted caption without
-            attention.
+        logit_scale: Logit scale of the VLM, which the checkpoints do not have (100 for the CLIP
+            models of OpenAI).
+        embed_dim: Embedding width D. It is needed only for a head without attention whose inputs
+            are the image and the predicted caption.
 
     Raises:
         DataError: If the file contains any other object, or its weights are not those of a known
@@ -50,19 +52,20 @@ def convert_official(
 
     Examples:
         >>> import tempfile, pathlib, torch, vilu
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "head.ckpt"  # stands for a released one
+        >>> # a checkpoint whose head gives an image (x_1, x_2) the confidence logit 3 x_1 - 3 x_2
         >>> layers = {"mlp.0.weight": torch.eye(2), "mlp.0.bias": torch.zeros(2)}
         >>> layers |= {"mlp.2.weight": torch.tensor([[3.0, -3.0]]), "mlp.2.bias": torch.zeros(1)}
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "head.ckpt"
         >>> torch.save({"state_dict": layers}, path)
-        >>> data = vilu.Embeddings(torch.eye(2), torch.eye(2))
         >>> head = vilu.convert_official(path)
+        >>> data = vilu.Embeddings(torch.eye(2), torch.eye(2))  # the images (1, 0) and (0, 1)
         >>> head.predict_uncertainty(data).round(2)  # sigmoid(-3) and sigmoid(3)
         array([0.05, 0.95])
     """
     weights = read_checkpoint(Path(path))
     try:
         return _head(weights, path, float(logit_scale), embed_dim)
-    except ViLUError:
+    except ViLUError:  # its message is for users already
         raise
     except DAMAGE as error:
         raise DataError(
@@ -78,7 +81,7 @@ DAMAGE = (
     MemoryError,
     pickle.UnpicklingError,
 )
-"""Errors that torch raises on damaged files and on tensors of unexpected shapes."""
+"""Errors that torch raises for damaged files and for tensors of unexpected shapes."""
 
 
 def _head(
@@ -86,28 +89,29 @@ def _head(
 ) -> HeadPredictor:
     """The predictor with the ``weights`` of the checkpoint at ``path``."""
     layers = _layers(weights, path)
-    projection = weights.get("in_proj_t.weight")
+    text_projection = weights.get("in_proj_t.weight")  # only heads with attention have it
     width = weights["mlp.0.weight"].shape[1]
-    if projection is None:
+    if text_projection is None:
         dim = embed_dim or width
-        possible = ["image", "caption"]
+        possible_inputs = ["image", "caption"]
     else:
-        dim = embed_dim or len(projection)
-        possible = ["image", "attended", "caption"]
-    parts = possible[: width // dim]
-    attends_to_nothing = projection is not None and parts == ["image"]
-    if width != dim * len(parts) or attends_to_nothing:
+        dim = embed_dim or len(text_projection)
+        possible_inputs = ["image", "attended", "caption"]
+    n_inputs = width // dim
+    inputs = possible_inputs[:n_inputs]
+    lacks_attended = text_projection is not None and inputs == ["image"]
+    if width != dim * len(inputs) or lacks_attended:
         raise DataError(
             f"{path} has a head of input width {width}, "
-            f"which is no concatenation of embeddings of {dim}."
+            f"which is no concatenation of embeddings of width {dim}."
         )
     hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
     predictor: HeadPredictor = LVU(hidden=hidden, loss="bce")
-    if parts != ["image"]:
-        attention: Literal["official"] | None = None if projection is None else "official"
-        predictor = ViLU(hidden=hidden, attention=attention, predicted_caption="caption" in parts)
+    if inputs != ["image"]:
+        attention: Literal["official"] | None = None if text_projection is None else "official"
+        predictor = ViLU(hidden=hidden, attention=attention, predicted_caption="caption" in inputs)
     predictor.space_ = EmbeddingSpace(dim, logit_scale)
-    predictor.restore(renamed(weights, layers, parts))
+    predictor.restore(renamed(weights, layers, inputs))
     predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}
     return predictor
 
@@ -126,21 +130,23 @@ def _layers(weights: dict[str, Tensor], path: str | Path) -> list[str]:
     return layers
 
 
-def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> dict[str, Tensor]:
-    """The weights by the names of our head, which has one first matrix for every part of the input.
+def renamed(weights: dict[str, Tensor], layers: list[str], inputs: list[str]) -> dict[str, Tensor]:
+    """The weights by the names of a ``FailureHead``, with the sign of the last layer changed.
 
-    The sign of the last layer is changed, since the reference head predicts that the answer is
-    right.
+    In a ``FailureHead``, the first layer has one weight matrix for each of the inputs.
     """
     signs = [1] * (len(layers) - 1) + [-1]
-    blocks = weights[f"{layers[0]}.weight"].float().chunk(len(parts), dim=1)
+    first_layer, *later_layers = layers
+    first_sign, *later_signs = signs
+    first_matrices = weights[f"{first_layer}.weight"].float().chunk(len(inputs), dim=1)
     state = {}
-    for part, block in zip(parts, blocks, strict=True):
-        state[f"first.{part}"] = signs[0] * block
-    state["first_bias"] = signs[0] * weights[f"{layers[0]}.bias"].float()
-    for i, layer in enumerate(layers[1:], start=1):
-        for kind in ("weight", "bias"):
-            state[f"rest.{2 * i - 1}.{kind}"] = signs[i] * weights[f"{layer}.{kind}"].float()
+    for name, matrix in zip(inputs, first_matrices, strict=True):
+        state[f"first.{name}"] = first_sign * matrix
+    state["first_bias"] = first_sign * weights[f"{first_layer}.bias"].float()
+    for i, (layer, sign) in enumerate(zip(later_layers, later_signs, strict=True)):
+        new_layer = f"rest.{2 * i + 1}"  # ``rest`` has a ReLU before every linear layer
+        for tensor in ("weight", "bias"):
+            state[f"{new_layer}.{tensor}"] = sign * weights[f"{layer}.{tensor}"].float()
     if "in_proj_v.weight" in weights:
         state["attention.image"] = thawed(weights["in_proj_v.weight"].float())
     if "in_proj_t.weight" in weights:
@@ -149,22 +155,26 @@ def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> 
 
 
 def thawed(projection: Tensor) -> Tensor:
-    """The identity if the projection is a multiple of it, so was frozen; else the projection."""
+    """Return the projection, or the identity if it is a multiple of the identity.
+
+    Such a projection was frozen in training.
+    """
     identity = torch.eye(len(projection), dtype=projection.dtype)
-    was_frozen = torch.equal(projection, identity * projection[0, 0])
+    diagonal_value = projection[0, 0]
+    was_frozen = torch.equal(projection, identity * diagonal_value)
     return identity if was_frozen else projection
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's state dict, by name."""
-    # the module of numpy scalars has an old and a new name, depending on the version of numpy that
-    # wrote the file
+    # The first entry of ``__reduce__`` is the function that a pickle calls to create a numpy
+    # scalar. Its name in the file depends on the version of numpy that wrote the file.
     scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
-        *[type(np.dtype(kind)) for kind in ("f8", "f4", "i8")],
+        *[type(np.dtype(letters)) for letters in ("f8", "f4", "i8")],
     ]
     try:
         with quiet(), torch.serialization.safe_globals(allowed):
@@ -180,4 +190,4 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         raise DataError(f"{path} holds no state dict, but a {type(content).__name__}.")
-    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    return {str(name): tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}

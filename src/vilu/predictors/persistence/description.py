@@ -1,4 +1,4 @@
-"""The description of a saved predictor, ``predictor.json``, beside its weights and its card."""
+"""The description of a saved predictor (``predictor.json``), and saving of predictors."""
 
 from __future__ import annotations
 
@@ -54,9 +54,12 @@ SEEN_BY: dict[Identity, str] = {
     "embeddings": "seen.embeddings",
     "names": "seen",
 }
-"""Names of the tensors with the hashes of rows, by kind of identity."""
-# In the file, this key has the digest of ``predictor.json``. Read back, it has the fingerprint.
+"""Names of the tensors with the hashes of fitted rows, by the identity that is hashed."""
 FINGERPRINT = "fingerprint"
+"""Key of the digest of ``predictor.json`` in the file.
+
+In a description that was read from the file, it is the key of the fingerprint of the predictor.
+"""
 REFIT = "Run `vilu fit` again"
 RECALIBRATE = "Run `vilu calibrate` again"
 
@@ -67,11 +70,11 @@ class SavedSample(Protocol):
     """A sample of the images of a fit: see ``FitSample``."""
 
     def save(self, folder: Path, weights_sha256: str) -> None:
-        """Write the sample to a folder, with the hash of the weights of its fit."""
+        """Write the sample to a folder, with the hash of the weights of the fit."""
 
 
 class Saved(Parametrised, Described, Protocol):
-    """The attributes of a predictor that are saved."""
+    """A predictor that can be saved: the attributes and methods that saving uses."""
 
     space_: EmbeddingSpace | None
     similarity_: tuple[float, float] | None
@@ -81,22 +84,24 @@ class Saved(Parametrised, Described, Protocol):
 
     @property
     def sample_(self) -> SavedSample | None:
-        """A sample of the images of the fit."""
+        """A sample of the images of the fit; None if there is none."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the fit learned."""
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store learned tensors; refuses tensors of the wrong names, types or shapes."""
+        """Store learned tensors; refuses tensors with wrong names, types or shapes."""
 
 
 def save(predictor: Saved, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
-    The weights are written first. ``predictor.json`` holds their hash and is written last, so a
-    folder that a crash left incomplete is refused. The new card reports no guarantee: a calibration
-    in the folder was made for the previous predictor, and is removed unless the same fit is saved
-    again. Files that do not belong to a predictor are never changed.
+    The weights are written first. ``predictor.json`` has their hash and is written last. So a
+    folder that is incomplete after a crash is recognised and refused.
+
+    A calibration in the folder was made for the previous predictor. It is removed, unless the same
+    fit is saved again. The new card reports no guarantee. Files that do not belong to a predictor
+    are never changed.
 
     Raises:
         UsageError: If parameters were changed after the fit, so that the file could not be loaded.
@@ -105,7 +110,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
         dataclasses.replace(predictor).take(predictor.state(), predictor.space_)
     except DataError as error:
         raise UsageError(
-            f"parameters were set after the fit that do not fit it: {error} Fit again."
+            f"parameters were changed after the fit and no longer match it: {error} Fit again."
         ) from error
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
     tensors |= seen_tensors(predictor)
@@ -113,7 +118,8 @@ def save(predictor: Saved, folder: str | Path) -> str:
     description = describe(predictor)
     description["weights_sha256"] = bytes_hash(weights)
     path = Path(folder)
-    same = fit_of(path / PREDICTOR) == _fit(parse_json(plain_json(description)))
+    # parsed again, because JSON turns tuples into lists
+    same = fit_of(path / PREDICTOR) == _without_calibration(parse_json(plain_json(description)))
     claim(path, same=same)
     make_folder(path)
     if not (same and "calibrator" in description):
@@ -127,7 +133,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
 
 
 def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -> None:
-    """Write the sample of this fit; without a sample, remove that of an earlier fit."""
+    """Write the sample of this fit. If there is none, remove the sample of an earlier fit."""
     if sample is not None:
         sample.save(path, weights_sha256)
         return
@@ -138,16 +144,15 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If it holds the ``same`` fit, only such a file that has the name of a file of a predictor is
-    refused.
+    If the folder has the ``same`` fit, files with other names than those of a predictor are
+    allowed.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
-    claim_folder(
-        folder,
-        "predictor",
-        lambda path: is_ours(path) or (same and path.name not in names),
-        overwrite=True,
-    )
+
+    def is_allowed(path: Path) -> bool:
+        return is_ours(path) or (same and path.name not in names)
+
+    claim_folder(folder, "predictor", is_allowed, overwrite=True)
 
 
 def _drop_calibration(path: Path) -> None:
@@ -159,12 +164,13 @@ def _drop_calibration(path: Path) -> None:
     if RISK not in stale and ROWS not in stale:
         return
     logger.warning(
-        "%s: the calibration of the predictor that lay here is gone with it: calibrate the new one",
+        "%s: the predictor here was replaced, and its calibration was removed: "
+        "calibrate the new predictor",
         path,
     )
 
 
-def _fit(description: dict[str, Any]) -> dict[str, Any]:
+def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
     """The description without the calibrator, the fingerprint and the version of vilu."""
     return without_version(description, "calibrator", FINGERPRINT)
 
@@ -175,38 +181,38 @@ def fit_of(path: Path) -> dict[str, Any] | None:
         return None
     try:
         with or_refuse(f"read {path}"):
-            return _fit(parse_json(path.read_bytes()))
+            return _without_calibration(parse_json(path.read_bytes()))
     except (ValueError, RecursionError):
         return None
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file belongs to a predictor.
+    """Whether a file belongs to a saved predictor.
 
-    It does if its name and its content are those of a file of a predictor. A damaged file with such
-    a name belongs to a predictor if the description or the weights beside it do.
+    It does if both its name and its content are those of a file of a predictor. A damaged file with
+    such a name belongs to a predictor if the description or the weights in the same folder do.
     """
     if not path.is_file():
         return False
-    if _says_ours(path):
+    if _has_our_content(path):
         return True
     if path.name not in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}:
         return False
     for name in (PREDICTOR, WEIGHTS):
         beside = path.with_name(name)
-        if beside.is_file() and _says_ours(beside):
+        if beside.is_file() and _has_our_content(beside):
             return True
     return False
 
 
-def _says_ours(path: Path) -> bool:
-    """Whether the content of a file is that of the file of this name of a predictor."""
+def _has_our_content(path: Path) -> bool:
+    """Whether a file has the content that the file of this name has in a saved predictor."""
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
-                size = int.from_bytes(handle.read(8), "little")
-                header = parse_json(handle.read(min(size, MAX_DOCUMENT_BYTES)))
-                return _holds_ours(path.name, header)
+                header_size = int.from_bytes(handle.read(8), "little")
+                header = parse_json(handle.read(min(header_size, MAX_DOCUMENT_BYTES)))
+                return _has_our_header(path.name, header)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
@@ -218,14 +224,20 @@ def _says_ours(path: Path) -> bool:
                 return bool(content.get("kind") == kinds[path.name])
     except (ValueError, RecursionError):
         return False
-    return path.name == ROWS and (kind_and_inputs(path) or [""])[0] == "scores"
+    if path.name != ROWS:
+        return False
+    known = kind_and_inputs(path)
+    if known is None:
+        return False
+    kind, _ = known
+    return kind == "scores"
 
 
-def _holds_ours(name: str, header: dict[str, Any]) -> bool:
-    """Whether a file of tensors belongs to a predictor, by its name and its header."""
-    keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
-    if name in keys:
-        return keys[name] in dict(header.get("__metadata__") or {})
+def _has_our_header(name: str, header: dict[str, Any]) -> bool:
+    """Whether a file of tensors belongs to a saved predictor, by its name and its header."""
+    metadata_keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
+    if name in metadata_keys:
+        return metadata_keys[name] in dict(header.get("__metadata__") or {})
     known = {*SEEN_BY.values(), "__metadata__"}
     for key in header:
         if key not in known and not key.startswith("state."):
@@ -235,21 +247,22 @@ def _holds_ours(name: str, header: dict[str, Any]) -> bool:
 
 def describe(predictor: Saved) -> dict[str, Any]:
     """The description of a predictor as plain JSON: everything except its tensors."""
-    values = {}
+    parameter_values = {}
     for name in parameters(predictor):
         if name not in NOT_SAVED:
-            values[name] = getattr(predictor, name)
+            parameter_values[name] = getattr(predictor, name)
     description = {
         SCHEMA: SCHEMA_VERSION,
         MADE_WITH: metadata.version("vilu"),
         "method": predictor.name,
-        "parameters": values,
+        "parameters": parameter_values,
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
         "similarity": predictor.similarity_,
         "n_seen": max((sketch.n_rows for sketch in predictor.seen_.values()), default=None),
         "notes": predictor.notes_,
         **home_of(type(predictor)),
     }
+    # listed only if rows are recognised by more than their identifiers ("names")
     if predictor.seen_.keys() - {"names"}:
         description["seen_by"] = list(predictor.seen_)
     if predictor.calibrator_ is not None:
@@ -258,17 +271,20 @@ def describe(predictor: Saved) -> dict[str, Any]:
 
 
 def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
-    """The tensors of hashes of the rows of the fit, by their names in the file."""
-    return {SEEN_BY[by]: sketch.hashes for by, sketch in predictor.seen_.items()}
+    """The tensors with hashes of the rows of the fit, by their names in the file."""
+    return {SEEN_BY[key]: sketch.hashes for key, sketch in predictor.seen_.items()}
 
 
 def take_seen(tensors: dict[str, Tensor], description: dict[str, Any], path: Path) -> Sketches:
-    """Sketches of the rows of the fit; their hashes are removed from ``tensors``."""
+    """Make the sketches of the rows of the fit; their hashes are removed from ``tensors``.
+
+    A sketch has hashes of the rows, by which rows of the fit are recognised later.
+    """
     n_seen = description["n_seen"]
     sketches = {}
-    for by, name in SEEN_BY.items():
+    for key, name in SEEN_BY.items():
         if name in tensors:
-            sketches[by] = RowSketch(tensors.pop(name), n_seen)
+            sketches[key] = RowSketch(tensors.pop(name), n_seen)
     if sketches and not isinstance(n_seen, int):
         raise DataError(
             f"{path} is damaged: n_seen must be a number. Got {n_seen!r:.80}. Fit it again."
@@ -277,14 +293,14 @@ def take_seen(tensors: dict[str, Tensor], description: dict[str, Any], path: Pat
 
 
 def fit_fingerprint(folder: str | Path) -> str:
-    """Hash of a saved predictor with its weights and its calibrator, without the vilu version."""
+    """Hash of a saved predictor: of everything except the version of vilu."""
     return str(read_description(Path(folder) / PREDICTOR)[FINGERPRINT])
 
 
 def write_card(
     path: Path, description: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None
 ) -> None:
-    """Write the card, with the guarantee of a calibration where there is a ``risk``."""
+    """Write the card; ``risk`` is the content of ``risk.json``, or None without a calibration."""
     write_text(path / CARD, model_card(description, predictor, risk))
 
 
@@ -297,6 +313,8 @@ class _Notes(BaseModel):
 
 
 class _Home(BaseModel):
+    """Where the class of a method outside vilu comes from."""
+
     distribution: str | None = None
     module: str
 

@@ -1,4 +1,7 @@
-"""A sample of the images of a fit, saved with the predictor, to detect near copies of images."""
+"""A sample of the images of a fit, saved with the predictor.
+
+By comparison with the sample, near copies of fitted images are detected among other rows.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,13 @@ from vilu.errors import DataError
 from vilu.predictors.persistence.files import SAMPLE, SAMPLE_KEY
 
 MAX_SAMPLE_BYTES: Final = 2_000_000
-"""Maximum size of the vectors of a sample: 1,953 rows of width 512."""
+"""Maximum size in bytes of the vectors of a sample, for example 1,953 rows of width 512."""
 
 MAX_FILE_BYTES: Final = MAX_SAMPLE_BYTES + 2**16
-"""Maximum size of the file of a sample, with its metadata."""
+"""Maximum size in bytes of the file of a sample, with its metadata."""
 
 STREAM: Final = 0x5A
-"""Seeds the generator together with the seed of the fit, so that it differs from all others."""
+"""Part of the seed of the generator, so that it differs from other generators of the same fit."""
 
 BLOCK: Final = 4096
 """Number of rows whose cosines with the sample are in memory at the same time."""
@@ -43,19 +46,23 @@ class FitSample:
 
     @classmethod
     def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample:
-        """Draw rows from all sources together, with equal probabilities."""
-        sizes = [len(source.usable_rows) for source in sources]
-        n_rows = sum(sizes)
-        width = sources[0].space.embed_dim
-        size = min(n_rows, MAX_SAMPLE_BYTES // (2 * width))
+        """Draw from the usable rows of all sources together, with equal probabilities."""
+        counts = [len(source.usable_rows) for source in sources]
+        n_rows = sum(counts)
+        bytes_per_row = 2 * sources[0].space.embed_dim  # float16
+        sample_size = min(n_rows, MAX_SAMPLE_BYTES // bytes_per_row)
         generator = np.random.default_rng([STREAM, seed])
-        indices = np.sort(generator.choice(n_rows, size, replace=False))
-        ends = np.cumsum(sizes)
+        # indices among the rows of all sources, one source after another
+        indices = np.sort(generator.choice(n_rows, sample_size, replace=False))
         blocks = []
-        for source, n, end in zip(sources, sizes, ends.tolist(), strict=True):
-            inside = indices[(indices >= end - n) & (indices < end)] - (end - n)
-            rows = source.usable_rows.sort().values[torch.from_numpy(inside)]
+        start = 0
+        for source, count in zip(sources, counts, strict=True):
+            end = start + count
+            is_in_source = (indices >= start) & (indices < end)
+            index_in_source = torch.from_numpy(indices[is_in_source] - start)
+            rows = source.usable_rows.sort().values[index_in_source]
             blocks.append(picture_vectors(source, rows).cpu())
+            start = end
         return cls(torch.cat(blocks).to(torch.float16), n_rows)
 
     @property
@@ -64,7 +71,7 @@ class FitSample:
         return len(self.image) / self.n_rows
 
     def nearest(self, source: EmbeddingSource, rows: Tensor) -> Tensor:
-        """(M,) largest cosine of every one of the ``rows`` with a row of the sample."""
+        """(M,) largest cosine of each of the ``rows`` with a row of the sample."""
         sample = self.image.float().T
         blocks = []
         for block in rows.split(BLOCK):
@@ -73,24 +80,25 @@ class FitSample:
         return torch.cat(blocks)
 
     def nearest_within(self) -> Tensor:
-        """(S,) largest cosine of every row of the sample with another row of the sample."""
+        """(S,) largest cosine of each row of the sample with another row of the sample."""
         image = self.image.float()
         blocks = []
         for start in range(0, len(image), BLOCK):
             cosine = image[start : start + BLOCK] @ image.T
-            own = torch.arange(len(cosine))
-            cosine[own, start + own] = -torch.inf  # leave out the cosine of a row with itself
+            in_block = torch.arange(len(cosine))
+            cosine[in_block, start + in_block] = -torch.inf  # the cosine of a row with itself
             blocks.append(cosine.amax(dim=1))
         return torch.cat(blocks)
 
     def save(self, folder: Path, weights_sha256: str) -> None:
-        """Write the sample, with the hash of the weights of its fit and a digest."""
+        """Write the sample to a file, with a digest and the hash of the weights of the fit."""
         facts = {
             "n_rows": self.n_rows,
             "weights_sha256": weights_sha256,
             "image_sha256": tensor_hash(self.image),
         }
-        metadata = {SAMPLE_KEY: plain_json(facts | {"digest": digest(facts)}).decode()}
+        sealed_facts = facts | {"digest": digest(facts)}
+        metadata = {SAMPLE_KEY: plain_json(sealed_facts).decode()}
         write_bytes(folder / SAMPLE, safetensors_torch.save({"image": self.image}, metadata))
 
     @classmethod
@@ -98,16 +106,16 @@ class FitSample:
         """Load the sample from a folder; None if there is no sample.
 
         Raises:
-            DataError: If it is damaged, or was made with another fit.
+            DataError: If it is damaged, or ``weights_sha256`` is not the hash of its fit.
         """
         path = folder / SAMPLE
         if not path.exists():
             return None
-        remedy = "Run `vilu fit` again, or remove the file: then copies are not looked for"
+        remedy = "Run `vilu fit` again, or remove the file. Without it, copies are not detected"
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise DataError(
-                f"{path} has {size:,} bytes, and a sample at most {MAX_FILE_BYTES:,}. {remedy}."
+                f"{path} has {size:,} bytes, but a sample has at most {MAX_FILE_BYTES:,}. {remedy}."
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
@@ -122,10 +130,12 @@ class FitSample:
 
     @classmethod
     def _checked(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
-        """The sample, if its metadata ``facts`` describe it; otherwise a ValueError."""
-        seal = facts.pop("digest", None)
-        if seal != digest(facts) or facts["image_sha256"] != tensor_hash(image):
+        """Make a sample; a ValueError if its metadata ``facts`` do not describe it."""
+        saved_digest = facts.pop("digest", None)
+        if saved_digest != digest(facts) or facts["image_sha256"] != tensor_hash(image):
             raise ValueError("its content is not what its digest says")
-        if image.dtype != torch.float16 or image.ndim != 2 or not 0 < len(image) <= facts["n_rows"]:
+        n_rows = facts["n_rows"]
+        is_matrix = image.dtype == torch.float16 and image.ndim == 2
+        if not is_matrix or not 0 < len(image) <= n_rows:
             raise ValueError(f"it holds {image.dtype} of shape {tuple(image.shape)}")
-        return cls(image, facts["n_rows"])
+        return cls(image, n_rows)

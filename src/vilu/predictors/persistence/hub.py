@@ -1,4 +1,4 @@
-"""Copying predictors to and from a model hub, or a folder that serves as a hub."""
+"""Copying of predictors to and from a model hub, or a folder that is used like a hub."""
 
 from __future__ import annotations
 
@@ -69,26 +69,24 @@ FILES = {
     VOCABULARY: 1 << 30,
     SAMPLE: MAX_FILE_BYTES,
 }
-"""Files of a predictor that are copied, with their maximum sizes in bytes.
+"""Names of the files of a predictor that are copied, with their maximum sizes in bytes.
 
-None of them is a pickle or code.
+None of these files is a pickle or code.
 """
 
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """Give an empty folder next to ``target``, which is removed after the block.
+    """Make an empty temporary folder next to ``target``, which is removed after the block.
 
-    After a block without an error, such folders of processes that were killed are removed as well.
+    If the block raises no error, temporary folders that killed processes left are removed, too.
     """
-    folder = make_folder(
-        target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    )
+    process = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
+    folder = make_folder(target.with_name(f".{target.name}.{process}.tmp"))
     try:
         yield folder
-        for leftover in filter(
-            is_leftover, unfinished(target.parent.absolute()).pop(target.name, ())
-        ):
+        temporary_folders = unfinished(target.parent.absolute()).pop(target.name, ())
+        for leftover in filter(is_leftover, temporary_folders):
             shutil.rmtree(leftover, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -101,9 +99,10 @@ def copy_files(
     cache: Path | None = None,
     without: frozenset[str] = frozenset(),
 ) -> str:
-    """Copy ``FILES`` of a predictor into an empty folder and load it; returns the fingerprint.
+    """Copy the ``FILES`` of a predictor into an empty folder, and check the copy by loading it.
 
-    Symbolic links are refused, except for links in the ``cache`` of the hub to files in that cache.
+    Returns the fingerprint of the predictor. Files named in ``without`` are not copied. Symbolic
+    links are refused, unless they lead to files in the ``cache`` of the hub.
     """
     if not source.exists():
         raise UsageError(f"{source} does not exist.")
@@ -114,7 +113,7 @@ def copy_files(
             f"{source} is a symbolic link, so it could be anything on this machine. Give the "
             "folder that it leads to."
         )
-    with or_refuse(f"copy {source} to {destination}"), _entered(source) as folder:
+    with or_refuse(f"copy {source} to {destination}"), _open_folder(source) as folder:
         for name, limit in FILES.items():
             if name in without:
                 continue
@@ -130,63 +129,69 @@ def copy_files(
     return check(destination, source)
 
 
-class _Entered(NamedTuple):
-    """An open folder: files are opened in it even if its path is replaced during the copy."""
+class _OpenFolder(NamedTuple):
+    """A folder that stays open while its files are copied.
+
+    Its files are opened relative to its descriptor. So a process that replaces the path of the
+    folder during the copy has no effect.
+    """
 
     path: Path
     descriptor: int | None  # None on Windows, which cannot open files relative to a descriptor
 
-    def place(self, name: str) -> str:
-        """Path of an entry for functions of ``os`` that get the descriptor as ``dir_fd``."""
-        return str(self.path / name) if self.descriptor is None else name
+    def path_of(self, name: str) -> str:
+        """Path of a file of the folder, for functions of ``os`` with ``dir_fd=self.descriptor``."""
+        if self.descriptor is None:
+            return str(self.path / name)
+        return name
 
 
 @contextmanager
-def _entered(folder: Path) -> Iterator[_Entered]:
+def _open_folder(folder: Path) -> Iterator[_OpenFolder]:
     """Open a folder for the block."""
     if os.name == "nt":
-        yield _Entered(folder, None)
+        yield _OpenFolder(folder, None)
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        yield _Entered(folder, descriptor)
+        yield _OpenFolder(folder, descriptor)
     finally:
         os.close(descriptor)
 
 
-# Flags to open a file: do not follow a link, do not wait for a pipe, do not convert line ends.
-# A flag is 0 on a system that lacks it.
+# Flags of ``os.open``: do not follow a link, do not wait for a pipe, do not convert line ends.
+# A flag that a system does not have is 0.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
-_AS_IT_IS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
+_FLAGS = os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _BINARY
 
 
-def _open_file(folder: _Entered, name: str, cache: Path | None) -> int | None:
-    """Descriptor of a file of a folder; None if it does not exist.
+def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None:
+    """Open a file of a folder; returns its descriptor, or None if the file does not exist.
 
     Raises:
         UsageError: If it is a symbolic link, except for a link to a file in the ``cache``.
         DataError: If it is no regular file.
     """
     path = folder.path / name
-    place = folder.place(name)
+    relative_path = folder.path_of(name)
     try:
-        status = os.stat(place, dir_fd=folder.descriptor, follow_symlinks=False)
+        status = os.stat(relative_path, dir_fd=folder.descriptor, follow_symlinks=False)
     except FileNotFoundError:
         return None
     if stat.S_ISLNK(status.st_mode):
-        descriptor = os.open(_inside(path, cache), _AS_IT_IS)
+        descriptor = os.open(_target_in_cache(path, cache), _FLAGS)
     else:
-        descriptor = os.open(place, _AS_IT_IS, dir_fd=folder.descriptor)
+        descriptor = os.open(relative_path, _FLAGS, dir_fd=folder.descriptor)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DataError(f"{path} is no regular file. Remove it, or put the file there.")
     return descriptor
 
 
-def _inside(link: Path, cache: Path | None) -> str:
-    """Target of a link in the cache of the hub; UsageError if it is not in the cache."""
+def _target_in_cache(link: Path, cache: Path | None) -> str:
+    """Target of a symbolic link; a UsageError if it is not in the cache of the hub."""
     if cache is None:
         raise UsageError(
             f"{link} is a symbolic link, so it could be anything on this machine. Copy the file."
@@ -201,18 +206,17 @@ def _inside(link: Path, cache: Path | None) -> str:
 
 
 def require_size(name: str, size: int, limit: int) -> None:
-    """Refuse a file that is larger than this file of a predictor can be."""
+    """Refuse a file with more bytes than the ``limit`` for files of this name."""
     if size > limit:
         raise DataError(
-            f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a "
-            "predictor."
+            f"{name} has {size:,} bytes; this file of a predictor has at most {limit:,}."
         )
 
 
 def check(folder: Path, name: Path) -> str:
-    """Check the copy of a predictor by loading all its files; returns the fingerprint.
+    """Check a copied predictor by loading all its files; returns the fingerprint.
 
-    Error messages contain ``name``, the folder of the original, instead of the copy.
+    ``folder`` is the copy. Error messages have ``name``, the folder of the original, instead.
     """
     try:
         load(folder)
@@ -221,7 +225,7 @@ def check(folder: Path, name: Path) -> str:
         if (folder / VOCABULARY).is_file():
             Vocabulary.load(folder)
         if (folder / LOOKS).is_file():
-            read_json(folder / LOOKS, RECALIBRATE)  # its digest is checked
+            read_json(folder / LOOKS, RECALIBRATE)  # this checks the digest of the file
         return str(read_description(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(name))) from error
@@ -240,7 +244,10 @@ def _check_calibration(folder: Path) -> None:
 
 
 def _content(path: Path) -> object:
-    """Content of a file to compare copies by, without the version of vilu; None without a file."""
+    """Content by which two copies of a file are compared, without the version of vilu.
+
+    It is None if the file does not exist.
+    """
     if not path.is_file():
         return None
     if path.name == CARD:
@@ -257,17 +264,17 @@ def _content(path: Path) -> object:
 
 
 def place(staged: Path, target: Path) -> None:
-    """Replace the folder ``target`` by a finished folder.
+    """Replace the folder ``target`` by the finished folder ``staged``.
 
-    A reader sees the old folder, the new folder, or for a moment no folder.
+    Other processes see the old folder or the new one, and for a moment no folder.
     """
-    with or_refuse(f"put the predictor into {target}"), beside(target) as aside:
-        old = aside / "old"
+    with or_refuse(f"put the predictor into {target}"), beside(target) as temporary:
+        old = temporary / "old"
         try:
             if target.exists():
                 target.rename(old)
             staged.rename(target)
-        finally:  # also after a Ctrl-C
+        finally:  # if the second rename failed, or Ctrl-C was pressed before it
             if old.exists() and not target.exists():
                 old.rename(target)
 
@@ -275,7 +282,7 @@ def place(staged: Path, target: Path) -> None:
 REASONS = {
     "GatedRepoError": "it is gated; ask for access on its page, and set HF_TOKEN",
     "RepositoryNotFoundError": (
-        "the hub has no such name, or it is private and HF_TOKEN is not of one who may see it"
+        "the hub has no such name, or it is private and the account of HF_TOKEN may not see it"
     ),
     "RevisionNotFoundError": "it has no such revision",
     "LocalEntryNotFoundError": (
@@ -284,7 +291,7 @@ REASONS = {
     ),
     "HFValidationError": "that is no name of a repository",
 }
-"""Reasons for users, by the names of the errors of huggingface_hub."""
+"""Reasons for messages, by the names of the errors of huggingface_hub."""
 
 A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 """Beginning of a path to a folder: /, ./, ../, ~/ or a drive."""
@@ -301,22 +308,25 @@ def push(
 ) -> str:
     """Copy a saved predictor to a repository of the model hub, or to a folder; returns its address.
 
-    Only ``FILES`` are copied, unchanged, and the sample only ``with_sample``. Files of an earlier
-    push that the predictor does not have are removed. Symbolic links are refused.
+    Only ``FILES`` are copied, and they are not changed. Files of an earlier push that the predictor
+    does not have are removed. Symbolic links are refused.
 
     Args:
         folder: A saved predictor. It is loaded once before it is copied.
         repository: ORG/NAME, which is created if it does not exist; or a folder, as ./DIR, /DIR or
             file:///DIR.
-        private: Whether only its owner can see a repository that is created; None: by the settings
-            of the owner.
-        revision: Branch of the repository; by default main.
-        overwrite: Replace another predictor in a folder. The hub keeps earlier revisions.
+        private: Whether only its owner can see a repository that is created. None: the settings of
+            the owner decide.
+        revision: Branch of the repository; None: main.
+        overwrite: Replace another predictor in a folder. On the hub, a predictor is always
+            replaced, but earlier revisions stay available.
         with_sample: Also copy the sample of the images of the fit. Without it, near copies of
             fitted images among calibration rows cannot be detected.
     """
     local = local_folder(repository, revision)
-    without = frozenset() if with_sample else frozenset({SAMPLE})
+    without: frozenset[str] = frozenset()
+    if not with_sample:
+        without = frozenset({SAMPLE})
     if local is not None:
         return str(_place_copy(Path(folder), local, overwrite=overwrite, without=without))
     with tempfile.TemporaryDirectory() as staged:
@@ -329,13 +339,14 @@ def pull(
 ) -> Path:
     """Copy a predictor from a repository of the model hub, or from a folder; returns ``folder``.
 
-    Only ``FILES`` are copied. They are first loaded once in a folder beside ``folder``, and then
-    replace it together. Symbolic links are refused, except for those in the cache of the hub.
+    Only ``FILES`` are copied. They are first copied to a temporary folder and loaded there, and
+    then replace the files in ``folder`` together. Symbolic links are refused, except for those in
+    the cache of the hub.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
         folder: Folder to write.
-        revision: Branch, tag or commit of the repository; by default main.
+        revision: Branch, tag or commit of the repository; None: main.
         overwrite: Replace another predictor in ``folder``.
     """
     claim_folder(folder, "predictor", is_ours, overwrite=True)
@@ -343,15 +354,15 @@ def pull(
     if local is not None:
         return _place_copy(local, Path(folder), overwrite=overwrite)
     snapshot = _download(repository, revision)
-    # the folder snapshots/REVISION of the cache has links to files in ../../blobs
+    # ``snapshot`` is CACHE/snapshots/REVISION, which has symbolic links to files in CACHE/blobs
     cache = snapshot.parents[1]
     return _place_copy(snapshot, Path(folder), overwrite=overwrite, cache=cache)
 
 
 def local_folder(repository: str, revision: str | None) -> Path | None:
-    """The folder that the name of a repository means; None for ORG/NAME on the hub.
+    """The folder that ``repository`` means; None if it is ORG/NAME on the hub.
 
-    A folder has no revisions, so a ``revision`` of a folder is refused.
+    A ``revision`` of a folder is refused, because folders have no revisions.
     """
     url = urlsplit(repository) if repository.startswith("file://") else None
     if url and url.netloc not in {"", "localhost"}:
@@ -379,15 +390,15 @@ def _place_copy(
     without: frozenset[str] = frozenset(),
 ) -> Path:
     """Copy a predictor to the folder ``target``, unless the same predictor is there."""
-    claim_folder(target, "predictor", is_ours, overwrite=True)
-    place_at = target.resolve()
-    with beside(place_at) as staged:
+    claim_folder(target, "predictor", is_ours, overwrite=True)  # refuses files of users early
+    resolved = target.resolve()
+    with beside(resolved) as staged:
         copy_files(source, staged, cache=cache, without=without)
-        same = all(_content(staged / name) == _content(place_at / name) for name in FILES)
+        same = all(_content(staged / name) == _content(resolved / name) for name in FILES)
         if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:
-            place(staged, place_at)
+            place(staged, resolved)
     return target
 
 
@@ -415,9 +426,9 @@ def _upload(staged: Path, repository: str, private: bool | None, revision: str |
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """Download a revision to the cache of the hub; returns its folder.
+    """Download a revision to the cache of the hub; returns its folder in the cache.
 
-    Offline, only the cache is read.
+    With HF_HUB_OFFLINE set, the revision must already be in the cache.
     """
     hub = import_extra("huggingface_hub", "hub")
     from huggingface_hub import constants
@@ -428,8 +439,9 @@ def _download(repository: str, revision: str | None) -> Path:
             info = hub.HfApi(library_name="vilu").model_info(
                 repository, revision=revision, files_metadata=True
             )
-            sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
-            if missing := [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]:
+            sizes = {file.rfilename: file.size for file in info.siblings or ()}
+            missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
+            if missing:
                 raise DataError(
                     f"{repository} holds no predictor: it has no {' and no '.join(missing)}."
                 )
@@ -441,7 +453,10 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _client(repository: str, doing: str) -> ModuleType:
-    """The library of the hub, if the hub can be reached; otherwise a MissingModelError."""
+    """The library of the hub; a MissingModelError if the hub cannot be reached.
+
+    ``doing`` is "pushed to" or "pulled from", for the message.
+    """
     hub = import_extra("huggingface_hub", "hub")
     from huggingface_hub import constants
 
@@ -450,38 +465,53 @@ def _client(repository: str, doing: str) -> ModuleType:
     if not hub_reachable():
         raise MissingModelError(
             f"{repository} cannot be {doing}: {constants.ENDPOINT} cannot be reached. "
-            "Check the network. What is in the cache of the hub is pulled with HF_HUB_OFFLINE=1, "
-            "and a folder (./DIR) serves as a hub."
+            "Check the network. With HF_HUB_OFFLINE=1 a predictor is pulled from the cache of the "
+            "hub. A folder (./DIR) can be used in place of a repository."
         )
     return hub
 
 
 @contextmanager
 def _explained(repository: str, revision: str | None) -> Iterator[None]:
-    """Turn errors of the hub's library in the block into errors of vilu."""
+    """Turn errors of the library of the hub, raised in the block, into errors of vilu."""
     from huggingface_hub import errors
 
-    # Which HTTP client the library uses depends on its version. Its HTTP error derives from the
-    # base error of that client, which is raised when a connection fails.
-    lost = [kind for kind in errors.HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
-    known: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, RuntimeError, *lost)
+    # Which HTTP client the library uses depends on its version. The HTTP error of the library is
+    # derived from the base error of that client, which is raised if a connection fails.
+    client_errors = [
+        base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)
+    ]
+    expected: tuple[type[Exception], ...] = (
+        OSError,
+        errors.HFValidationError,
+        RuntimeError,
+        *client_errors,
+    )
     try:
         yield
-    except known as error:
-        # only errors of the file system have a number; those of the hub are OSErrors without one
+    except expected as error:
+        # Errors of the hub are OSErrors, too, but only errors of the file system have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = next(
-            (REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS),
-            None,
-        )
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        reason = _reason(error)
         if reason is None and status in {401, 403}:
             raise UsageError(
-                f"the hub refuses {repository} (HTTP {status}): HF_TOKEN is not of one who may."
+                f"the hub refuses {repository} (HTTP {status}): the account of HF_TOKEN may not "
+                "use it."
             ) from error
-        first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        reason = reason or f"the hub or the way to it failed: {first_line}"
+        if reason is None:
+            first_line, *_ = [*str(error).splitlines(), type(error).__name__]
+            reason = f"the hub or the connection to it failed: {first_line.rstrip('.')}"
         raise MissingModelError(
             f"{repository}, revision {revision or 'main'}: {reason}."
         ) from error
+
+
+def _reason(error: Exception) -> str | None:
+    """The reason in ``REASONS`` for the class of an error, or for its nearest base class."""
+    for cls in type(error).__mro__:
+        if cls.__name__ in REASONS:
+            return REASONS[cls.__name__]
+    return None

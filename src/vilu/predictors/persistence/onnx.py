@@ -35,17 +35,17 @@ from vilu.predictors.plus.ood import NEGATIVES
 
 
 class GraphBatch(Batch):
-    """A batch for a graph: its properties are computed without reading values or sizes in Python.
+    """A batch for an exported graph, whose properties do not depend on values or sizes in Python.
 
     All (N, K) logits are computed at once.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """(N, K) float32 logits, summed in float64.
+        """(N, K) float32 logits, whose products are summed in float64.
 
-        Runtimes sum in another order than torch. In float32 and at a logit scale of 100, logits
-        would differ by 1e-4.
+        ONNX runtimes sum in another order than torch. If the sums were in float32, logits at a
+        logit scale of 100 would differ by 1e-4.
         """
         cosine = self.image.double() @ self.text.double().T
         return (cosine * self.logit_scale + self.logit_bias).to(self.image.dtype)
@@ -57,31 +57,46 @@ class GraphBatch(Batch):
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """(K,) int64, as by ``vilu.embeddings.similarity.first_equal``."""
-        _, same = torch.unique(self.text, dim=0, return_inverse=True)
+        """Index (K,) int64, for every candidate, of the first candidate with equal embedding.
+
+        The result is that of ``vilu.embeddings.similarity.first_equal``.
+        """
+        _, group = torch.unique(self.text, dim=0, return_inverse=True)
         indices = positions(self.text)
         after_last = torch.full_like(indices, self.text.shape[0])
-        same = same.long()  # torch 2.10 exports it with the dtype of the text otherwise
-        return after_last.scatter_reduce(0, same, indices, "amin")[same]
+        group = group.long()  # otherwise torch 2.10 exports it with the dtype of the text
+        first_of_group = after_last.scatter_reduce(0, group, indices, "amin")
+        return first_of_group[group]
 
     def alike(self, answer: Tensor) -> Tensor:
-        """(N, K) bool: the candidates that are the answer; all candidates are different answers."""
-        return positions(self.text) == answer[:, None]
+        """Mask (N, K): whether each candidate is the ``answer`` (N,).
+
+        All candidates of a graph are different answers.
+        """
+        answer_column = answer[:, None]
+        return positions(self.text) == answer_column
 
 
 class PlainBatch(GraphBatch):
-    """A ``GraphBatch`` with logits in float32, as predictors have them, to measure the rounding."""
+    """A ``GraphBatch`` with the float32 logits that predictors use.
+
+    The difference to the logits of ``GraphBatch`` is used to measure rounding.
+    """
 
     logits = Batch.logits
 
 
 def positions(rows: Tensor) -> Tensor:
-    """Indices 0 ... N - 1 of the N rows; N stays open in an exported graph."""
+    """Indices 0 ... N - 1 of the N rows, for any N in an exported graph."""
     return torch.arange(rows.shape[0], device=rows.device)
 
 
 class ScoreGraph(nn.Module):
-    """From images, texts and further columns to uncertainties and zero-shot answers."""
+    """Module that computes uncertainties and zero-shot answers from images, texts and columns.
+
+    Attributes:
+        batch: Class of the batches for which the score is computed.
+    """
 
     batch: type[GraphBatch] = GraphBatch
 
@@ -107,13 +122,18 @@ class ScoreGraph(nn.Module):
             index=rows,
             logit_scale=self.space.logit_scale,
             logit_bias=self.space.logit_bias,
-            columns={name: values for name, values in columns.items() if values is not None},
+            columns={name: column for name, column in columns.items() if column is not None},
         )
         return cast("Tensor", self.score(batch)).double(), batch.prediction
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
-    """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K."""
+    """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K.
+
+    Raises:
+        NotExportable: If the method has no graph, or the predictor judges other answers than the
+            zero-shot answers.
+    """
     if "graph" not in vars(type(predictor)):
         known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
         raise NotExportable(
@@ -129,23 +149,26 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     constant = predictor.constant_
     if constant is None:
         return ScoreGraph(predictor.graph(), space).eval()
-    same = Graph(lambda batch: torch.full_like(batch.image[:, 0], constant, dtype=torch.float64))
-    return ScoreGraph(same, space).eval()
+
+    def constant_score(batch: Batch) -> Tensor:
+        return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
+
+    return ScoreGraph(Graph(constant_score), space).eval()
 
 
 TOLERANCE = 1e-5
-"""Difference between uncertainties of ONNX and torch that is always allowed."""
+"""Difference between uncertainties by ONNX and by torch that is always allowed."""
 
 ROUNDINGS = 4
-"""Factor by which the difference may exceed the rounding of the score in float32.
+"""The difference may also be this many times as large as the rounding of the score in float32.
 
-The rounding is the difference between the score in float32 and in float64, both by torch.
+The rounding is the difference between the scores in float32 and in float64, both by torch.
 """
 
 TIE = 1e-4
-"""Difference between the two largest cosines below which rounding may decide the answer.
+"""An answer is clear if the two largest cosines differ by more than this share of the largest.
 
-It is relative to the largest cosine.
+Otherwise rounding may change the answer.
 """
 
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
@@ -160,8 +183,8 @@ MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 Trial = dict[str, Tensor]
 """Inputs of a graph by name, in the order of the graph.
 
-They are ``image`` (N, D), ``text`` (K, D), and where the score uses them ``features`` (N, F) and
-``negatives`` (M, D).
+They are ``image`` (N, D) and ``text`` (K, D). If the score uses them, ``features`` (N, F) and
+``negatives`` (M, D) follow.
 """
 
 SAID = ("uncertainty", "prediction")
@@ -171,46 +194,47 @@ SAID = ("uncertainty", "prediction")
 def export_onnx(folder: str | Path, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file.
 
-    The largest difference of its uncertainties from those of the predictor is returned.
+    Returns the largest difference between uncertainties by the file and by the predictor.
 
-    The inputs are
+    The inputs of the graph are
 
     - ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm,
     - ``features`` (N, F), if the predictor was fitted on them,
-    - ``negatives`` (M, D), the column of everyday words, if the predictor uses them.
+    - ``negatives`` (M, D), the column of everyday words, if the predictor uses it.
 
-    Any N >= 1, K >= 2 and M >= 2 are allowed. All texts must be different: equal texts are one
-    candidate of ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64 and
+    Any N >= 1, K >= 2 and M >= 2 are allowed. All texts must be different, because equal texts
+    would be one candidate in ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64 and
     ``prediction`` (N,) int64. Logit scale and bias are constants of the graph.
 
-    Before the file is written, onnxruntime runs it on random rows. All answers must be the same as
-    those of the predictor. All uncertainties must differ by at most ``TOLERANCE``, or by at most
-    ``ROUNDINGS`` times the rounding of the score in float32 if that is larger. The rounding is
-    large for a large logit scale or a memory.
+    Before the file is written, onnxruntime runs it on random rows. All answers must be those of the
+    predictor. All uncertainties may differ by ``TOLERANCE``, or by ``ROUNDINGS`` times the rounding
+    of the score in float32 if that is larger. The rounding is large for a predictor with a large
+    logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
 
     Args:
         folder: A saved predictor.
-        path: The file to write. An earlier export there is replaced; any other file is refused.
+        path: The file to write. An earlier export is replaced, and any other file is refused.
     """
-    for module in ("onnx", "onnxscript"):  # torch imports them
+    for module in ("onnx", "onnxscript"):  # torch needs these modules for an export
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
     predictor = load(folder)
     content = to_onnx(predictor, fit_fingerprint(folder))
     run = runner(content)
     runs = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
-    worst = largest_difference(predictor, runs)
+    difference = largest_difference(predictor, runs)
     write_bytes(path, content)
-    return worst
+    return difference
 
 
 def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     """The score of a predictor as the bytes of an ONNX file, whose metadata describe the predictor.
 
-    It raises the same errors as ``export_onnx``, except those of the comparison.
+    The file is not compared with the predictor here.
     """
     graph = score_graph(predictor)
-    example = next(trials(predictor, ((3, 5),)))
+    example_sizes = ((3, 5),)  # three images and five texts
+    example = next(trials(predictor, example_sizes))
     return write_graph(graph, example, SAID, metadata(predictor, graph.space, fingerprint))
 
 
@@ -219,9 +243,10 @@ def write_graph(
 ) -> bytes:
     """The bytes of an ONNX file of a module, with the ``facts`` as metadata.
 
-    The first size of every input stays open: K of texts, M of everyday words, N of all others.
+    The file accepts any number of rows of an input: K texts, M everyday words, and N rows of every
+    other input.
     """
-    rows = torch.export.Dim("N")
+    n_rows = torch.export.Dim("N")
     open_sizes = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
     with quiet(), redirect_stdout(StringIO()):  # onnxscript before 0.7 prints its progress
         exported = torch.onnx.export(
@@ -231,15 +256,14 @@ def write_graph(
             verbose=False,
             input_names=list(example),
             output_names=outputs,
-            dynamic_shapes={name: {0: open_sizes.get(name, rows)} for name in example},
+            dynamic_shapes={name: {0: open_sizes.get(name, n_rows)} for name in example},
         )
-    program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
-    inputs = program.model.graph.inputs
-    fixed = [
-        str(entry.name)
-        for entry in inputs
-        if entry.shape is None or isinstance(entry.shape[0], int)
-    ]
+    program = cast("torch.onnx.ONNXProgram", exported)  # with dynamo=True it always is one
+    fixed = []
+    for graph_input in program.model.graph.inputs:
+        shape = graph_input.shape
+        if shape is None or isinstance(shape[0], int):
+            fixed.append(str(graph_input.name))
     if fixed:
         raise NotExportable(
             f"the graph would accept only one number of rows of {', '.join(fixed)}, because "
@@ -272,64 +296,69 @@ def metadata(
 
 
 def runner(content: bytes) -> Callable[[Trial], Any]:
-    """A function that runs an ONNX file by onnxruntime, from inputs to a list of outputs."""
+    """Return a function that runs an ONNX file by onnxruntime: from inputs to a list of outputs."""
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda trial: session.run(None, {name: rows.numpy() for name, rows in trial.items()})
+
+    def run(trial: Trial) -> list[NDArray[Any]]:
+        outputs = session.run(None, {name: rows.numpy() for name, rows in trial.items()})
+        return cast("list[NDArray[Any]]", outputs)
+
+    return run
 
 
 def largest_difference(
     predictor: FailurePredictor, runs: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]
 ) -> float:
-    """The largest difference between uncertainties of an ONNX file and of its predictor.
+    """The largest difference between uncertainties by an ONNX file and by its predictor.
 
-    ``runs`` are inputs of the file, with its uncertainties (N,) and its answers (N,). Rows whose
-    two largest logits are nearly equal are left out, since rounding decides their answer.
+    ``runs`` are inputs of the file, with the resulting uncertainties (N,) and answers (N,). Rows
+    whose answer is not clear (``TIE``) are left out.
 
     Raises:
         DataError: If answers differ, or uncertainties differ more than rounding explains.
     """
-    plain = score_graph(predictor)
-    exact = copy.deepcopy(plain).double()
-    plain.batch = PlainBatch
-    gaps = []
+    float32_graph = score_graph(predictor)
+    float64_graph = copy.deepcopy(float32_graph).double()
+    float32_graph.batch = PlainBatch
+    differences = []
     roundings = []
     for trial, uncertainty, answer in runs:
-        expected, prediction, clear = reference(predictor, trial)
-        if (answer != prediction)[clear].any():
+        expected, expected_answer, is_clear = reference(predictor, trial)
+        if (answer != expected_answer)[is_clear].any():
             raise DataError(
                 f"the exported {predictor.name} gives other zero-shot answers. Nothing was written."
             )
+        float64_trial = {name: rows.double() for name, rows in trial.items()}
         with torch.no_grad():
-            rounded = (
-                plain(**trial)[0]
-                - exact(**{name: rows.double() for name, rows in trial.items()})[0]
-            )
-        gaps.append(largest(uncertainty - expected, clear))
-        roundings.append(largest(rounded.numpy(), clear))
-    worst = float(np.max(gaps))
+            float32_score, _ = float32_graph(**trial)
+            float64_score, _ = float64_graph(**float64_trial)
+        rounding = (float32_score - float64_score).numpy()
+        differences.append(largest(uncertainty - expected, is_clear))
+        roundings.append(largest(rounding, is_clear))
+    difference = float(np.max(differences))
     allowed = max(TOLERANCE, ROUNDINGS * max(roundings))
-    if not worst <= allowed:
+    if not difference <= allowed:  # true also if the difference is NaN
         raise DataError(
-            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, "
+            f"the exported {predictor.name} differs by {difference:.2g} from the predictor, "
             f"and rounding explains {allowed:.2g} of it. Nothing was written."
         )
-    return worst
+    return difference
 
 
-def largest(differences: NDArray[np.float64], rows: NDArray[np.bool_]) -> float:
-    """The largest absolute value among some rows (N,) bool; NaN if one of them is NaN."""
-    return float(np.abs(differences)[rows].max(initial=0.0))
+def largest(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
+    """The largest absolute difference of the rows that count (N,); NaN if one of them is NaN."""
+    return float(np.abs(differences)[is_counted].max(initial=0.0))
 
 
 def reference(
     predictor: FailurePredictor, trial: Trial
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Uncertainties (N,) and answers (N,) of the predictor, and whether answers are clear (N,).
+    """Uncertainties (N,) and answers (N,) of the predictor, and whether each answer is clear (N,).
 
-    An answer is clear if rounding cannot change it.
+    An answer is clear if rounding cannot change it (``TIE``).
     """
     image = trial["image"]
     text = trial["text"]
@@ -338,39 +367,46 @@ def reference(
     with quiet():  # the predictor may warn that random rows differ from its training rows
         scored = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in scored])
-    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
-    first, second = (image @ text.unique(dim=0).T).topk(2, dim=1).values.unbind(dim=1)
-    return uncertainty, prediction, (first - second > TIE * first.abs()).numpy()
+    answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
+    cosines = image @ text.unique(dim=0).T
+    first, second = cosines.topk(2, dim=1).values.unbind(dim=1)
+    is_clear = first - second > TIE * first.abs()
+    return uncertainty, answer, is_clear.numpy()
 
 
 def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
-    """Yield random inputs of the ``sizes``, of unit norm; every other image is near a candidate.
+    """Yield random inputs of unit norm, one for each of the ``sizes`` (images, candidates).
 
-    Some graphs treat the texts of their ``classes`` differently from other texts. They are also
-    tested with these texts alone, in another order, and together with other texts.
+    Some graphs treat the texts of their ``classes`` differently from other texts. Such graphs are
+    also tested with the texts of the classes alone, in another order, and together with others.
     """
     space = predictor.fitted_space
     graph = score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
-    classes = cast(
-        "Tensor", getattr(graph, "classes", torch.empty(0, 0, dtype=torch.float32))
-    ).cpu()
-    known = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}
-    widths = {name: known[name] for name in predictor.columns_to_score}
-    groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
-    for (n, _), text in zip(sizes, groups, strict=True):
-        yield trial_of(widths, n, text, generator)
+    no_classes = torch.empty(0, 0, dtype=torch.float32)
+    classes = cast("Tensor", getattr(graph, "classes", no_classes)).cpu()
+    known_widths = {NEGATIVES: space.embed_dim, **getattr(graph, "widths", {})}
+    widths = {name: known_widths[name] for name in predictor.columns_to_score}
+    random_texts = [
+        random_rows(n_candidates, space.embed_dim, generator) for _, n_candidates in sizes
+    ]
+    for (n_images, _), text in zip(sizes, random_texts, strict=True):
+        yield trial_of(widths, n_images, text, generator)
     if len(classes) > 1:
-        order = classes[torch.randperm(len(classes), generator=generator)]
-        for text in (classes, order, order[:2], torch.cat([order, groups[0]])):
+        shuffled = classes[torch.randperm(len(classes), generator=generator)]
+        with_others = torch.cat([shuffled, random_texts[0]])
+        for text in (classes, shuffled, shuffled[:2], with_others):
             yield trial_of(widths, 9, text, generator)
 
 
 def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:
-    """Random inputs: ``n`` images for the candidates ``text``, and columns of the ``widths``."""
+    """Random inputs: ``n`` images for the candidates ``text``, and columns of the ``widths``.
+
+    Every second image is near a candidate.
+    """
     image = random_rows(n, text.shape[1], generator)
-    near = text[torch.randint(len(text), (n,), generator=generator)]
-    image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
+    candidate = text[torch.randint(len(text), (n,), generator=generator)]
+    image[::2] = functional.normalize(candidate + image / 2, dim=1)[::2]
     trial = {"image": image, "text": text}
     for name, width in widths.items():
         if name == NEGATIVES:

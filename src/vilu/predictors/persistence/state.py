@@ -1,4 +1,4 @@
-"""The tensors that a method saves: checks of their names, types and sizes."""
+"""Checks of the names, types and sizes of the tensors that a method saves."""
 
 from __future__ import annotations
 
@@ -18,39 +18,40 @@ SHOWN = 8
 
 
 class StateLayout(NamedTuple):
-    """The tensors that a method needs: its own tensors, and the weights of its network."""
+    """Description of the saved tensors of a method: its own tensors, and weights of its network."""
 
     method: str
-    names: tuple[str, ...]  # of its own tensors; all other tensors are weights of its network
-    forms: str  # of its own tensors: see ``require_forms``
+    names: tuple[str, ...]  # names of its own tensors; all other tensors are network weights
+    forms: str  # types and sizes of its own tensors, see ``require_forms``
     make_network: Callable[[dict[str, Tensor], EmbeddingSpace], nn.Module | None] | None
 
     def read(
         self, tensors: dict[str, Tensor], space: EmbeddingSpace | None
     ) -> tuple[dict[str, Tensor], nn.Module | None]:
-        """Split tensors into the method's own tensors and its network, which gets its weights.
+        """Split saved tensors; returns the method's own tensors, and its network with its weights.
 
         Raises:
             DataError: If tensors are missing, superfluous, or of the wrong types or shapes.
         """
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
-        # contiguous, as tensors that are read from a file are
+        # contiguous like tensors from a file, so that results are the same bit for bit
         own = {name: tensors[name].contiguous() for name in tensors if name in self.names}
         network = None
         if space is not None and self.make_network is not None:
-            with torch.device("meta"):  # allocates and initialises no weights
+            with torch.device("meta"):  # on this device no weights are allocated or initialised
                 network = self.make_network(tensors, space)
         if network is not None:
             weights = {name: tensors[name] for name in tensors if name not in self.names}
             network = with_weights(network, weights, self.method).requires_grad_(False)
         elif tensors.keys() != set(self.names):
-            raise DataError(self._other_names(tensors))
+            raise DataError(self._wrong_names(tensors))
         width = 0 if space is None else space.embed_dim
         require_forms(self.method, own, self.forms, width)
         return own, network
 
-    def _other_names(self, tensors: Mapping[str, Tensor]) -> str:
+    def _wrong_names(self, tensors: Mapping[str, Tensor]) -> str:
+        """Message for tensors with other names than those of the method."""
         expected = f"{self.method} has no weights"
         if self.names:
             expected = f"a {self.method} holds {', '.join(self.names)}"
@@ -58,43 +59,57 @@ class StateLayout(NamedTuple):
 
 
 FORM = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
-"""Name, type, letters of the sizes, and the letter of the size that all values are below."""
+"""Form of a tensor: name, type, one letter for each size, and the letter of the bound of values."""
 
 TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}
+"""Types of tensors by their letter in a form."""
 
 
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
     """Refuse tensors of other types or sizes than ``forms`` describes.
 
-    An example of ``forms`` is "bank:fND classes:fKD labels:iN<K". Every form has a name, a type (a
-    key of ``TYPES``), and one letter for every size:
+    An example of ``forms`` is "bank:fND classes:fKD labels:iN<K": a float32 bank (N, D), float32
+    classes (K, D), and int64 labels (N,). Every form has a name, a type (a key of ``TYPES``), and
+    one letter for every size:
 
     - The same letter stands for the same size in all forms. D is the ``width`` of the embeddings.
-    - Sizes with small letters may be 0, but only all of them at once.
+    - A size with a small letter may be 0. If one of them is 0, all of them must be 0.
     - "<K" means that all values are from 0 to K - 1.
     """
     sizes = {"D": width, "1": 1, "2": 2}
-    expected_forms = [form for form in FORM.findall(forms) if form[0] in tensors]
-    is_empty = _has_small_sizes_of_zero(tensors, expected_forms)
-    for name, kind, letters, bound in expected_forms:
+    expected_forms = [_Form(*form) for form in FORM.findall(forms)]
+    present_forms = [form for form in expected_forms if form.name in tensors]
+    is_empty = _has_small_sizes_of_zero(tensors, present_forms)
+    for name, type_letter, letters, bound in present_forms:
         tensor = tensors[name]
+        dtype = TYPES[type_letter]
         shape = tuple(tensor.shape)
-        expected = _expected_shape(letters, shape, sizes, is_empty=is_empty)
-        who = f"{name} of {method} must be"
-        if tensor.dtype != TYPES[kind] or shape != expected:
+        expected_shape = _expected_shape(letters, shape, sizes, is_empty=is_empty)
+        subject = f"{name} of {method} must be"
+        if tensor.dtype != dtype or shape != expected_shape:
             raise DataError(
-                f"{who} {TYPES[kind]} of shape {expected}. "
+                f"{subject} {dtype} of shape {expected_shape}. "
                 f"Got {tensor.dtype} of shape {shape} instead."
             )
-        if bound and not 0 <= int(tensor.min()) <= int(tensor.max()) < sizes[bound]:
-            raise DataError(
-                f"{who} from 0 to {sizes[bound] - 1}. Got {tensor.min()} to {tensor.max()} instead."
-            )
+        if bound:
+            smallest = int(tensor.min())
+            largest = int(tensor.max())
+            if smallest < 0 or largest >= sizes[bound]:
+                raise DataError(
+                    f"{subject} from 0 to {sizes[bound] - 1}. Got {smallest} to {largest} instead."
+                )
 
 
-def _has_small_sizes_of_zero(
-    tensors: Mapping[str, Tensor], forms: Sequence[tuple[str, str, str, str]]
-) -> bool:
+class _Form(NamedTuple):
+    """Form of one tensor, as ``FORM`` reads it."""
+
+    name: str
+    type_letter: str
+    letters: str  # one for each size
+    bound: str  # letter of the size that all values are below; empty if there is none
+
+
+def _has_small_sizes_of_zero(tensors: Mapping[str, Tensor], forms: Sequence[_Form]) -> bool:
     """Whether the first tensor whose sizes all have small letters has a size of 0."""
     for name, _, letters, _ in forms:
         if letters.islower():
@@ -105,15 +120,16 @@ def _has_small_sizes_of_zero(
 def _expected_shape(
     letters: str, shape: tuple[int, ...], sizes: dict[str, int], *, is_empty: bool
 ) -> tuple[int, ...]:
-    """The expected shape of a tensor, by the letters of its sizes.
+    """The expected shape of a tensor of this ``shape``, from the letters of its sizes.
 
-    The size of a new letter is that of the tensor, at least 1, and is added to ``sizes``.
+    A letter that is not yet in ``sizes`` is added with the size of the tensor, or with 1 if that is
+    0.
     """
-    own_sizes = shape + (0,) * len(letters)  # padded, for a tensor of too few dimensions
+    padded = shape + (0,) * len(letters)  # the tensor may have fewer dimensions than letters
     expected = []
-    for letter, own in zip(letters, own_sizes, strict=False):
+    for letter, size in zip(letters, padded, strict=False):
         if is_empty and letter.islower():
             expected.append(0)
         else:
-            expected.append(sizes.setdefault(letter.upper(), max(own, 1)))
+            expected.append(sizes.setdefault(letter.upper(), max(size, 1)))
     return tuple(expected)

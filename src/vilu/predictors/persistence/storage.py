@@ -1,4 +1,4 @@
-"""Loading saved predictors.
+"""Loading of saved predictors.
 
 A saved predictor is a folder with ``weights.safetensors`` and ``predictor.json``. Loading executes
 no code from these files.
@@ -46,7 +46,9 @@ def load(folder: str | Path) -> FailurePredictor:
 
     Examples:
         >>> import tempfile, numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> image = np.tile([1.0, 0.0], (40, 1))  # 40 equal images, whose answer is class 0
+        >>> target = [0, 0, 0, 1] * 10  # one of four answers is wrong
+        >>> data = vilu.Embeddings(image, np.eye(2), target)
         >>> folder = tempfile.mkdtemp()
         >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
         >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)
@@ -86,13 +88,13 @@ FOREIGN_FAULTS = (
     TypeError,
     ValueError,
 )
-"""Errors that a method may raise on tensors and settings that do not fit it."""
+"""Errors that a method may raise if saved tensors or parameters do not fit the method."""
 
 
 def _assembled(
     method: type[FailurePredictor], content: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> FailurePredictor:
-    """Make a predictor from its description and its tensors."""
+    """Make a predictor from its tensors and the ``content`` of its description at ``path``."""
     predictor = build(method, content["parameters"])
     if content["space"]:
         predictor.space_ = EmbeddingSpace(**content["space"])
@@ -107,17 +109,21 @@ def _assembled(
     return predictor
 
 
-def inputs_of_fit(predictor: FailurePredictor, read: Sequence[Path], **flags: object) -> str:
-    """Digest of everything that decides the result of a fit: the files it reads, and settings."""
+def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: object) -> str:
+    """Digest of everything that decides the result of a fit.
+
+    These are the method and its parameters, the ``files`` that the fit reads, and further ``flags``
+    by name.
+    """
     content = description.describe(predictor)
-    return inputs_of(*read, method=content["method"], parameters=content["parameters"], **flags)
+    return inputs_of(*files, method=content["method"], parameters=content["parameters"], **flags)
 
 
 def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
-    """Whether the folder already holds a predictor of the same inputs.
+    """Check an output folder; true if it has an intact predictor of the same ``inputs``.
 
-    A damaged predictor of the same inputs is to be made again, with a warning. A predictor of other
-    inputs is refused, unless ``overwrite``.
+    If that predictor is damaged, the result is false, with a warning. A folder with a predictor of
+    other inputs is refused, unless ``overwrite``.
     """
     notes = (description.fit_of(folder / PREDICTOR) or {}).get("notes")
     same = isinstance(notes, dict) and notes.get("inputs") == inputs
@@ -128,18 +134,19 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
             logger.warning("%s is made again: %s", folder, error)
             same = False
             overwrite = True
-    # a save that was interrupted has not yet written the description
-    torn = not (folder / PREDICTOR).exists()
+    # the description is written last, so without it the folder is new or a save was interrupted
+    is_incomplete = not (folder / PREDICTOR).exists()
     return claim_folder(
-        folder, "predictor", description.is_ours, same=same, overwrite=overwrite or torn
+        folder, "predictor", description.is_ours, same=same, overwrite=overwrite or is_incomplete
     )
 
 
 def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
-    """The class of a saved predictor.
+    """The class of a saved predictor, from the ``content`` of its description at ``path``.
 
     Raises:
-        DataError: If the class is not installed. The message names the package or module to give.
+        DataError: If the class is not installed. The message says which package to install, or
+            which module to load.
     """
     name = content["method"]
     home = content.get("home")
@@ -158,7 +165,7 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
 
 
 def write_card(folder: str | Path) -> None:
-    """Write the card of a saved predictor again, with the guarantee of ``risk.json`` if any."""
+    """Write the card of a saved predictor again, with the guarantee in ``risk.json`` if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
     description.write_card(path, read_description(path / PREDICTOR), load(path), risk)

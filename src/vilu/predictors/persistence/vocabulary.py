@@ -1,6 +1,7 @@
-"""The candidate classes of a predictor, saved with it.
+"""The candidate classes of a predictor, which are saved beside it.
 
-With them, the vision-language model and the predictor, a new image can be classified and scored.
+To classify and score a new image, one needs these classes, the predictor, and its vision-language
+model.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """K classes with their texts, and how the embeddings of a store were made.
+    """K classes with their text embeddings, and what is needed to embed new images in the same way.
 
     Attributes:
         names: K names of the classes.
-        text: (K, D) float32 unit-norm texts of the classes.
+        text: (K, D) float32 unit-norm text embeddings of the classes.
         space: Space of the embeddings.
         dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
-        columns: All columns that are not of images, by name (``vilu.embeddings.columns``).
+        columns: All columns that have no rows for images, by name (``vilu.embeddings.columns``).
     """
 
     names: tuple[str, ...]
@@ -49,23 +50,24 @@ class Vocabulary:
     @classmethod
     def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
         """The vocabulary of a source whose rows share their candidates."""
-        nothing = torch.empty(0, dtype=torch.int64)
+        no_rows = torch.empty(0, dtype=torch.int64)
         names = sorted(source.columns - IMAGE_COLUMNS.keys())
-        columns = {name: source.column(name, nothing) for name in names}
+        columns = {name: source.column(name, no_rows) for name in names}
         return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
 
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.safetensors``, whose metadata have a digest of the whole content."""
         tensors = {"text": self.text.contiguous()}
-        for name, values in self.columns.items():
-            tensors[f"columns.{name}"] = values.contiguous()
+        for name, column in self.columns.items():
+            tensors[f"columns.{name}"] = column.contiguous()
         header = {
             "names": list(self.names),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
             "tensors": _hashes(tensors),
         }
-        metadata = {VOCABULARY_KEY: plain_json(header | {"digest": digest(header)}).decode()}
+        sealed_header = header | {"digest": digest(header)}
+        metadata = {VOCABULARY_KEY: plain_json(sealed_header).decode()}
         write_bytes(folder / VOCABULARY, safetensors_torch.save(tensors, metadata))
 
     @classmethod
@@ -79,13 +81,13 @@ class Vocabulary:
         if not path.is_file():
             raise DataError(
                 f"{folder} does not say what its answers are chosen from: {path} is missing. "
-                f"{RECALIBRATE} on a store that `vilu embed` made; this writes it."
+                f"{RECALIBRATE} on a store that `vilu embed` made, which writes this file."
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
                 header = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
                 tensors: dict[str, Tensor] = {}
-                for name in file.keys():  # noqa: SIM118 - no dict
+                for name in file.keys():  # noqa: SIM118 - the file is no dict
                     tensors[name] = file.get_tensor(name)
             return cls._checked(header, tensors)
         except (
@@ -101,13 +103,13 @@ class Vocabulary:
 
     @classmethod
     def _checked(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
-        """The vocabulary, if the header describes the tensors; otherwise a DataError."""
-        seal = header.pop("digest", None)
-        if seal != digest(header) or _hashes(tensors) != header["tensors"]:
+        """Make a vocabulary; a DataError if the header does not describe the tensors."""
+        saved_digest = header.pop("digest", None)
+        if saved_digest != digest(header) or _hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
         names = check_class_names(tuple(header["names"]), len(text)) or ()
-        columns = {name.removeprefix("columns."): values for name, values in tensors.items()}
+        columns = {name.removeprefix("columns."): column for name, column in tensors.items()}
         space = EmbeddingSpace(**header["space"])
         return cls(names, text, space, header["dtype"], check_columns(columns, 0, len(text)))
 

@@ -1,6 +1,6 @@
 """Fine-tuning: training that begins with the weights of another fit.
 
-It is used if a head was fitted on one data set, and there are a few labels of another data set.
+It is useful if a head was fitted on one data set, and another data set has only a few labels.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from vilu.predictors.vilu.head import HeadPredictor
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
 """Default parameters of a fine-tuning, where they differ from those of the first fit.
 
-- The learning rate is a thirtieth of that of a new head, because the weights need only a
-  correction. On synthetic data with five labels per class it was the best of 0.03, 0.01, 0.003 and
-  0.001.
+- The learning rate is 1/30 of that of a new head, because the weights need only a correction. On
+  synthetic data with five labels per class, it was the best of 0.03, 0.01, 0.003 and 0.001.
 - The attention is trained from the first step, because it was trained before.
-- The number of epochs follows from the number of rows, not from the first fit. With a few labels it
-  is 300.
+- The number of epochs is the default for the number of rows, not that of the first fit. With a few
+  labels it is 300.
 """
 
 
@@ -32,20 +31,26 @@ def initialise(
 ) -> HeadPredictor:
     """Create a predictor of class ``cls`` whose ``fit`` begins with the weights of ``fitted``.
 
-    ``fitted`` must be of the same method. The parameters are those of ``fitted``, replaced by those
-    of ``FINE_TUNING`` and then by ``values``. Values may be strings (``--set key=value``).
+    Args:
+        cls: Class of a method with a failure head.
+        fitted: A fitted predictor of this class.
+        values: Parameters by name. They may be strings (``--set key=value``). All other parameters
+            are those of ``FINE_TUNING``, or else those of ``fitted``.
 
     Raises:
-        UsageError: If methods of class ``cls`` have no failure head.
-        ProvenanceError: If ``fitted`` is another method or has another architecture.
+        UsageError: If the method ``cls`` has no failure head.
+        ProvenanceError: If ``fitted`` is of another class, or its weights do not fit ``values``.
         DataError: If ``fitted`` is a constant.
     """
     if not issubclass(cls, HeadPredictor):
-        with_a_head = [name for name, kind in PREDICTORS.items() if issubclass(kind, HeadPredictor)]
+        with_head = []
+        for name, method in PREDICTORS.items():
+            if issubclass(method, HeadPredictor):
+                with_head.append(name)
         raise UsageError(
             f"{cls.name} does not begin from another fit; methods with a failure head do: "
-            f"{', '.join(with_a_head)}. (vilu_plus needs no start: it is solved from the labels, "
-            "and where they are few it stays near zero-shot.)"
+            f"{', '.join(with_head)}. (vilu_plus needs no other fit: with few labels it stays near "
+            "the zero-shot logits.)"
         )
     if not isinstance(fitted, HeadPredictor) or type(fitted) is not cls:
         raise ProvenanceError(
@@ -55,13 +60,14 @@ def initialise(
     if fitted.constant_ is not None:
         raise DataError(
             f"the {fitted.name} to begin from is a constant: "
-            "its training rows were all of one kind."
+            "its training rows were all failures, or all successes."
         )
     settings: dict[str, object] = {name: getattr(fitted, name) for name in parameters(fitted)}
     settings |= FINE_TUNING
     if values is not None:
         settings |= values
     predictor = build(cls, settings)
+    # a copy, which is used only to check that the fitted weights can be loaded
     trial = build(cls, settings)
     trial.space_ = fitted.space_
     try:

@@ -38,28 +38,29 @@ Widths = Annotated[tuple[Count, ...], Field(max_length=100)]
 class HeadPredictor(FailurePredictor):
     """A predictor with uncertainty sigmoid(g), where g is the output of a trained ``FailureHead``.
 
-    Several processes can share the training (``vilu.predictors.nn.processes``). It can write
-    checkpoints (``vilu.predictors.nn.checkpoint``), and it can begin with fitted weights
-    (``vilu.predictors.vilu.fine_tuning``). The number of processes does not change the learning
-    rate.
+    - Several processes can share the training (``vilu.predictors.nn.processes``). Their number does
+      not change the learning rate.
+    - Training can write checkpoints (``vilu.predictors.nn.checkpoint``).
+    - Training can begin with fitted weights (``vilu.predictors.vilu.fine_tuning``).
 
     Args:
-        validation_fraction: Share of the training rows that is held out for selection if ``fit``
-            gets no validation set.
+        validation_fraction: If ``fit`` gets no validation set, this share of the training rows is
+            held out to choose the best epoch.
         hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
-        epochs: Number of passes over the training rows. None: 35 passes, or the number that makes
-            at least 1,400 and at most 6,000 steps, but always from 10 to 300.
-        batch_size: Rows per step. None: a fortieth of the training rows, but from 32 to 128.
-        learning_rate: Peak learning rate, after a linear warm-up and before a cosine decay to zero.
+        epochs: Number of passes over the training rows. None: 35, changed so that there are at
+            least 1,400 and at most 6,000 steps, and then clipped to 10 ... 300.
+        batch_size: Rows per step. None: a fortieth of the training rows, clipped to 32 ... 128.
+        learning_rate: Largest learning rate. It is reached by a linear warm-up, and followed by a
+            cosine decay to zero.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
-        warmup_epochs: Epochs of the warm-up, which takes at most a tenth of the steps.
-        freeze_epochs: Number of epochs before the attention is trained. None: one epoch (the
-            paper), or 1,000 steps (the released code), whichever is longer, but at most half of the
-            epochs.
-        patience: Stop after this number of epochs that are clearly below the best validation AUROC.
-            None: never stop early.
-        weighting: Weight of failures in the loss (see ``vilu.predictors.nn.losses.FailureWeight``).
+        warmup_epochs: Length of the warm-up in epochs. It takes at most a tenth of all steps.
+        freeze_epochs: Number of epochs before the attention is trained. None: as many as 1,000
+            steps (the released code), and at least one (the paper), but at most half of all epochs.
+        patience: Stop if this number of epochs passed since the last one whose validation AUROC was
+            near the best. None: never stop early.
+        weighting: Mode of the weight of failures in the loss
+            (see ``vilu.predictors.nn.losses.FailureWeight``).
         static_weight: Weight of failures if ``weighting`` is "static".
         precision: Precision of the matrix products of the MLP in training.
     """
@@ -94,7 +95,7 @@ class HeadPredictor(FailurePredictor):
         """Name of the loss, a key of ``LOSSES``."""
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Fit; if there is a fit to start from, its embedding space must match."""
+        """Fit the predictor. If it starts from another fit, the embedding spaces must match."""
         start = self.start_
         space = train.source.space
         if start is not None and start.space_ is not None:
@@ -108,11 +109,17 @@ class HeadPredictor(FailurePredictor):
             self.notes_ |= self._start_notes()
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
-        return self.train_head(*parts, float(failure.double().mean()))
+        fitted_rows, validation_rows = fit_and_selection(
+            train, failure, validation, self.validation_fraction, self.seed
+        )
+        error_rate = float(failure.double().mean())
+        return self.train_head(fitted_rows, validation_rows, error_rate)
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
-        """Train one head. If there are validation rows, the best epoch is selected on them."""
+        """Train one head. If there are validation rows, they choose the best epoch.
+
+        ``error_rate`` is that of the training rows.
+        """
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
@@ -149,6 +156,7 @@ class HeadPredictor(FailurePredictor):
         return binding
 
     def _start_notes(self) -> dict[str, object]:
+        """Notes on the fit that training began with; empty if there was none."""
         if self.start_ is None:
             return {}
         return {"start": {"weights": tensors_hash(self.start_.state()), **self.start_.notes_}}
@@ -160,33 +168,34 @@ class HeadPredictor(FailurePredictor):
         return [cast("FailureHead", head) for head in heads]
 
     def _score(self, batch: Batch) -> Tensor:
-        logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
+        # converted to float64 on the CPU, because some devices have no float64
+        logits = [head(batch).cpu().double() for head in self.heads]
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
     @torch_defaults()
     def _log_weight(self) -> float:
-        """Bias log w of the log-odds, from the weight w of failures in the loss.
+        """Shift log w of the log-odds, which is caused by the weight w of failures in the loss.
 
-        Weighted BCE is minimal at the odds w p / (1 - p), where p is the probability of failure. So
-        training shifts the log-odds by log w. The order of rows does not change. w is the weight at
-        the error rate of the training set.
+        With p the probability of failure, weighted BCE is minimal at the odds w p / (1 - p). So the
+        log-odds of a trained head are too large by log w. w is computed from the error rate of the
+        training set. The order of rows does not depend on w.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
         n = self.notes_.get("n_train")
         n_failures = self.notes_.get("n_failures")
-        # a converted checkpoint has no counts of its training rows
+        # the notes of a converted checkpoint have no counts of training rows
         if not n or n_failures is None:
             return 0.0
-        rate = torch.tensor(n_failures / n, dtype=torch.float32)
-        weight = FailureWeight(self.weighting, float(rate), self.static_weight)
+        error_rate = torch.tensor(n_failures / n, dtype=torch.float32)
+        weight = FailureWeight(self.weighting, float(error_rate), self.static_weight)
         if weight.constant is None:
-            return math.log(float(adaptive_weight(rate)))
+            return math.log(float(adaptive_weight(error_rate)))
         return math.log(float(weight.constant))
 
 
 class HeadGraph(nn.Module):
-    """Mean of sigmoid(g) over heads, as a module that can be exported."""
+    """Mean of sigmoid(g) over the heads of a predictor, as a module that can be exported."""
 
     def __init__(self, heads: list[FailureHead]) -> None:
         super().__init__()
@@ -194,16 +203,25 @@ class HeadGraph(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Uncertainties (N,) float64 of a batch."""
-        heads = [cast("FailureHead", head) for head in self.heads]
-        logits = [float64(head.rest(head.first_layer(batch)).squeeze(-1)) for head in heads]
-        return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
+        probabilities = []
+        for module in self.heads:
+            head = cast("FailureHead", module)
+            logit = head.rest(head.first_layer(batch)).squeeze(-1)
+            probabilities.append(torch.sigmoid(float64(logit)))
+        return torch.stack(probabilities).mean(dim=0)
 
 
 def head_graph(predictor: HeadPredictor) -> nn.Module:
-    """The ``graph`` property of predictors that average the probabilities of their heads."""
+    """The graph of a predictor that averages the probabilities of its heads.
+
+    A method has this function as its method ``graph``.
+    """
     return HeadGraph(predictor.heads)
 
 
 def head_coalitions(predictor: HeadPredictor) -> Coalitions:
-    """The ``coalitions`` property of predictors with one head."""
-    return HeadCoalitions(predictor.heads, lambda logit: logit, LOG_ODDS)
+    """The coalitions of the inputs of a predictor with one head.
+
+    A method has this function as its method ``coalitions``.
+    """
+    return HeadCoalitions(predictor.heads, link=lambda logit: logit, unit=LOG_ODDS)

@@ -1,4 +1,4 @@
-"""ViLU, and LVU, its baseline that uses only the image."""
+"""The methods ``vilu`` and ``lvu``. LVU is the baseline of ViLU that uses only the image."""
 
 from __future__ import annotations
 
@@ -18,36 +18,33 @@ from vilu.predictors.vilu.head import HeadPredictor, head_coalitions, head_graph
 class LVU(HeadPredictor):
     """Learned visual uncertainty: ViLU's MLP on the image embedding alone, u = sigmoid(g).
 
-    g is the output of the MLP, and p_y is the zero-shot probability of the true class. The losses
-    are:
+    g is the output of the MLP, and p_y is the zero-shot probability of the true class. There are
+    three losses:
 
-    - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For a picture of
+    - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For an image of
       none of the classes the target is 1.
     - "loss": squared error between softplus(g) and -log p_y, the loss of the VLM, as in the
-      supplement. It is divided by the mean square of -log p_y in the batch if that exceeds one, so
-      that a step does not grow with the logit scale of the VLM.
+      supplement. The error is divided by the mean square of -log p_y in the batch, if that exceeds
+      one. Without this division a training step would grow with the logit scale of the VLM.
     - "bce": the loss of ViLU. The released checkpoints seem to be trained with this loss.
 
-    softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So in both regressions sigmoid(g)
-    estimates 1 - p_y, which is used in place of the probability of failure. With "loss" the
-    estimate is higher, because the mean of -log p_y depends mostly on its largest values. By
-    Jensen's inequality the optimum of "loss" is never below that of "mse". Only "bce" estimates the
+    softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So with "mse" and with "loss",
+    sigmoid(g) estimates 1 - p_y, which then stands for the probability of failure. By Jensen's
+    inequality the optimal estimate of "loss" is never below that of "mse". Only "bce" estimates the
     probability of failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
-        >>> vilu.LVU(loss="bce", epochs=10).fit(train).predict_uncertainty(new).round()
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
+        >>> method = vilu.LVU(loss="bce", epochs=10)
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
         array([0., 1., 0.])
     """
 
@@ -62,7 +59,10 @@ class LVU(HeadPredictor):
 
     @property
     def needs(self) -> Needs:
-        """Labels that a fit needs. "loss" needs the class, since -log p_y must be finite."""
+        """What must be known of a training row. For "loss" it is the class.
+
+        The loss -log p_y is infinite for images of none of the classes, so these are left out.
+        """
         return "class" if self.loss == "loss" else super().needs
 
     graph = head_graph
@@ -89,41 +89,42 @@ class ViLU(HeadPredictor):
 
         u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂))
 
-    z_v is the image, z_tj are the candidates with their attention weights alpha_j, and z_t̂ is the
-    predicted caption. g is an MLP [512, 256, 128, 1] with ReLU. The loss is the BCE on the failure
-    of the zero-shot answer. With N_s successes and N_f failures, failures have the weight
-    log(1 + N_s / N_f).
+    z_v is the embedding of the image, z_tj are those of the candidates j with their attention
+    weights alpha_j, and z_t̂ is that of the predicted caption. g is an MLP with ReLU and layers of
+    512, 256, 128 and 1 units. The loss is the BCE on the failure of the answer. In a batch with N_s
+    successes and N_f failures, failures have the weight log(1 + N_s / N_f).
 
     Args:
-        attention: Form of the cross-attention. "official": as in the released code, with W
-            initialised to the identity, shared keys and values, and the logit scale. "paper": with
-            W_Q, W_K, W_V and the scale 1/sqrt(d). None: no attention.
-        predicted_caption: Whether the embedding of the zero-shot answer is an input.
-        mcm_input: Whether max_j p_j is an input. The transfer experiments of the paper use it
-            (supplement, B.2).
-        loss: "bce", or "mse": regression of the probability of the true class, as in ``LVU`` (an
-            ablation of the paper).
+        attention: Form of the cross-attention.
 
-    Source: ViLU, ICCV 2025. Differences from the released code:
+            - "official": as in the released code, with one matrix W for keys and values, which
+              starts as the identity, and with the logit scale of the VLM.
+            - "paper": as in the paper, with W_Q, W_K, W_V and the scale 1/sqrt(d).
+            - None: no attention.
+        predicted_caption: Whether the text embedding of the answer is an input.
+        mcm_input: Whether the zero-shot probability of the answer is an input, as in the transfer
+            experiments of the paper (supplement, B.2).
+        loss: "bce"; or "mse", an ablation of the paper, in which sigmoid(g) is fitted to one minus
+            the zero-shot probability of the true class, as in ``LVU``.
+
+    Source: ViLU, ICCV 2025. There are differences from the released code:
 
     - Labels, similarities and losses are in float32.
-    - The attention is not changed at all while it is frozen.
+    - While the attention is frozen, weight decay does not change it either.
     - The weight of failures is bounded.
-    - The test set is never used for selection.
-    - The output is the probability of failure, not the confidence.
+    - The test set is never used to select an epoch.
+    - The output is the probability of failure, not of success.
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
-        >>> vilu.ViLU(epochs=10).fit(train).predict_uncertainty(new).round()
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target)
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
+        >>> method = vilu.ViLU(epochs=10)
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
         array([0., 1., 0.])
     """
 
