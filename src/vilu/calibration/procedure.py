@@ -298,8 +298,8 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    # ``vilu.Guard`` needs the vocabulary to score new images
-    if dtype is not None:
+    # ``vilu.Guard`` needs the vocabulary to score new images; without texts it cannot
+    if dtype is not None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
     guarantee = None
     if rule is not None:

@@ -22,6 +22,7 @@ from vilu.embeddings.checks import (
 )
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
+from vilu.embeddings.logits import LogitEmbeddings
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
@@ -123,6 +124,29 @@ class Embeddings(EmbeddingSource):
             [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
         """
         return rows_at(self.image, index)
+
+    @staticmethod
+    def from_logits(
+        logits: ArrayLike | Tensor,
+        features: ArrayLike | Tensor | None = None,
+        target: ArrayLike | Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        answer: ArrayLike | Tensor | None = None,
+    ) -> LogitEmbeddings:
+        """Rows with the logits of any classifier, in place of embeddings of candidates.
+
+        See ``LogitEmbeddings``.
+
+        Examples:
+            >>> import vilu
+            >>> logits = [[2.0, 0.0], [-1.0, 1.0]]
+            >>> data = vilu.Embeddings.from_logits(logits, class_names=["cat", "dog"])
+            >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 / (1 + exp(2))
+            array([0.12, 0.12])
+        """
+        return LogitEmbeddings(logits, features, target, class_names, ids=ids, answer=answer)
 
     @staticmethod
     def pairs(

@@ -79,6 +79,7 @@ class KNNVote(LabelledBank):
     name: ClassVar[str] = "knn_vote"
     summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
     reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
 
     k: Count = 20
     weighting: Literal["uniform", "similarity"] = "uniform"
@@ -238,6 +239,7 @@ class TrustScore(LabelledBank):
         "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
     )
     reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
 
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0

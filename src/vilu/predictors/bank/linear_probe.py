@@ -62,6 +62,7 @@ class LinearProbe(ClosedSet):
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0

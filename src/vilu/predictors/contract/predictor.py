@@ -113,8 +113,9 @@ class FailurePredictor(ABC):
             whether it defines ``log_posterior``.
         learns_failure: Whether the method learns to tell failures from successes; it then needs
             training rows of both kinds.
-        looks_at: The one input of the score, {"logits"} or {"image"}; empty where the score uses
-            several inputs.
+        looks_at: The inputs of the score, of "logits" and "image", where it has no others. Empty
+            where the score also uses the embeddings of the candidates. Only methods that state
+            their inputs work on given logits (``vilu.Embeddings.from_logits``).
         tensors: Names of the saved tensors, without those of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
@@ -445,12 +446,14 @@ class FailurePredictor(ABC):
     def _check_unlabelled(
         self, train: EmbeddingSource, unlabelled: EmbeddingSource, columns: Sequence[str]
     ) -> None:
+        from vilu.predictors.contract.given_logits import refuse_unlabelled
         from vilu.predictors.contract.labelled import require_comparable
 
         if not self.uses_unlabelled:
             raise UsageError(
                 f"{self.name} learns nothing from rows without labels. Leave them out."
             )
+        refuse_unlabelled(self.name, train)
         self._check_source(unlabelled, columns)
         require_comparable(train, unlabelled)
 
@@ -754,6 +757,10 @@ class FailurePredictor(ABC):
             raise UsageError(
                 f"{self.name} does not work on image-caption pairs: {self.no_captions}."
             )
+        if not data.has_texts:
+            from vilu.predictors.contract.given_logits import require_inputs
+
+            require_inputs(type(self), data)
         for column in columns:
             if column not in data.columns:
                 is_imported = column not in SECOND and column != ANSWER
@@ -783,6 +790,10 @@ class FailurePredictor(ABC):
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
+        if self.needs_fit and (self.closed_set or self.looks_at != {"logits"}):
+            from vilu.predictors.contract.given_logits import require_same_logits
+
+            require_same_logits(self.name, self.notes_, data)
         if self.space_ is None:
             return
         self.space_.require_match(

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import MAX_CELLS, nearest
-from vilu.embeddings.source import SAME_TEXT, Batch
+from vilu.embeddings.source import SAME_TEXT, Batch, LogitBatch
 
 TEMPERATURE_SD = 0.5
 """Prior standard deviation of the log of the zero-shot temperature, around zero."""
@@ -166,6 +166,8 @@ class SupervisedAttention(nn.Module):
 
         l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j).
 
+    If the logits were given, the texts t_j are zero, and v_j alone is learned.
+
     v_j belongs to class j of the training set and is zero for every other candidate, so any
     candidates can be scored. A is what the classes have in common. For other candidates A and the
     temperature count as much as their texts are like those of classes (``Match.reach``), so that
@@ -202,7 +204,8 @@ class SupervisedAttention(nn.Module):
 
     def begin(self, batch: Batch) -> Tensor:
         """(B, K) logits of the classes before any label is learned from."""
-        return self.queries(batch) @ self.begin_keys(batch).T
+        logits = self.queries(batch) @ self.begin_keys(batch).T
+        return plus(logits, self.given_offset(batch))
 
     def begin_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the logits of ``begin``."""
@@ -211,8 +214,14 @@ class SupervisedAttention(nn.Module):
             keys = keys + math.sqrt(1 - self.sharing) * self.own
         return keys
 
+    def given_offset(self, batch: Batch) -> Tensor | None:
+        """(B, K) ``offset`` of given logits, which no product with keys gives; else None."""
+        if isinstance(batch, LogitBatch):
+            return self.offset(batch)
+        return None
+
     def offset_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the ``offset`` for classes."""
+        """(K, D + F + 1) keys of the ``offset`` for classes; zero for given logits."""
         # zero-shot logits are linear in the image z = image.mean + image.norm * gain * x, too
         image = self.inputs.image
         dim = batch.text.shape[1]
@@ -276,6 +285,13 @@ class SupervisedAttention(nn.Module):
         return keys
 
 
+def plus(logits: Tensor, given: Tensor | None) -> Tensor:
+    """Logits (B, K) that keys give, plus the offset of given logits if there is one."""
+    if given is None:
+        return logits
+    return logits + given
+
+
 def fit_attention(  # noqa: PLR0913 - what it is fitted on, its prior, and where to begin
     inputs: ImageInputs,
     rows: Rows,
@@ -334,7 +350,7 @@ def _temper(
 class Block(NamedTuple):
     """Labelled rows as the convex problem sees them.
 
-    Their logits are image @ (before + text @ A^T + V)^T.
+    Their logits are image @ (before + text @ A^T + V)^T, plus the offset of given logits.
 
     Attributes:
         batch: The rows.
@@ -342,12 +358,14 @@ class Block(NamedTuple):
             N(0, 1 - rho).
         text: (K, Q) sqrt(rho) times the standardised texts.
         before: (K, P) keys when nothing is learned.
+        offset: (B, K) tempered given logits; None where ``before`` gives the offset.
     """
 
     batch: Batch
     image: Tensor
     text: Tensor
     before: Tensor
+    offset: Tensor | None
 
     def losses(self, logits: Tensor) -> Tensor:
         """(B,) cross-entropy."""
@@ -447,7 +465,8 @@ class Problem:
                 if of_text is None or not len(attention.classes):
                     text = math.sqrt(attention.sharing) * attention.text(moved.text)
                     of_text = text, attention.begin_keys(moved) / self.scale
-            yield Block(moved, image, *of_text)
+                offset = attention.given_offset(moved)
+            yield Block(moved, image, *of_text, offset)
 
     def solve(
         self, weight: Tensor | None = None, near: SupervisedAttention | None = None
@@ -502,7 +521,7 @@ class Problem:
                 keys = block.before + self.keys(block, shared, own)
                 current = Keys(block.text, keys, torch.zeros_like(keys))
             row_weight = self._row_weight(block, weight)
-            logits = block.image @ current.keys.T
+            logits = plus(block.image @ current.keys.T, block.offset)
             total += (block.losses(logits) * row_weight).sum()
             weighted_slopes = block.slopes(logits) * row_weight[:, None]
             current.slope.addmm_(weighted_slopes.T, block.image)
@@ -577,7 +596,7 @@ def held_out_share(problem: Problem) -> float:
     if problem.n == 1:
         return 1.0
     block = cast("Block", problem.held)
-    before = block.image @ block.before.T
+    before = plus(block.image @ block.before.T, block.offset)
     fold = _folds(problem, block)
     n_folds = min(math.ceil(FOLDS * HELD_OUT / problem.n), FOLDS, problem.n)
     learned = torch.zeros_like(before)

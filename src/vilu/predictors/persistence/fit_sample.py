@@ -42,8 +42,13 @@ class FitSample:
     n_rows: int  # number of rows from which the S rows were drawn
 
     @classmethod
-    def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample:
-        """Draw rows from all sources together, with equal probabilities."""
+    def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample | None:
+        """Draw rows from all sources together, with equal probabilities.
+
+        None if the rows have no vectors.
+        """
+        if not sources[0].has_vectors:
+            return None
         sizes = [len(source.usable_rows) for source in sources]
         n_rows = sum(sizes)
         width = sources[0].space.embed_dim

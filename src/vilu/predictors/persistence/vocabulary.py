@@ -20,7 +20,7 @@ from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import IMAGE_COLUMNS
+from vilu.embeddings.columns import OF_ROWS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -37,7 +37,7 @@ class Vocabulary:
         text: (K, D) float32 unit-norm texts of the classes.
         space: Space of the embeddings.
         dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
-        columns: All columns that are not of images, by name (``vilu.embeddings.columns``).
+        columns: All columns that are not of rows, by name (``vilu.embeddings.columns``).
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Vocabulary:
     def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
         """The vocabulary of a source whose rows share their candidates."""
         nothing = torch.empty(0, dtype=torch.int64)
-        names = sorted(source.columns - IMAGE_COLUMNS.keys())
+        names = sorted(source.columns - OF_ROWS)
         columns = {name: source.column(name, nothing) for name in names}
         return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
 
