@@ -15,6 +15,7 @@ from vilu.artifacts.hashing import digest
 from vilu.calibration.anytime import Draw
 from vilu.calibration.calibration import Calibration, save_calibration
 from vilu.calibration.copies import check_copies
+from vilu.calibration.given_answers import warn_of_in_sample
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
 from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
@@ -136,6 +137,7 @@ def _calibrate(
         n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
     rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
     rows = rows.take(counts)
+    warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
     sets: LabelSets | None = None
     if target.label_sets is not None:

@@ -122,6 +122,7 @@ class KNNDistance(FailurePredictor):
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
+    knows_answer: ClassVar[bool] = False
     _forms: ClassVar[str] = "bank:fND"
 
     seed: int = 0

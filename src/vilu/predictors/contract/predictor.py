@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ AnswerKind = Literal["zero_shot", "adapted", "given"]
 method, "given" the answer in the column "answer" of the data.
 """
 
+logger = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
@@ -116,6 +118,8 @@ class FailurePredictor(ABC):
         looks_at: The inputs of the score, of "logits" and "image", where it has no others. Empty
             where the score also uses the embeddings of the candidates. Only methods that state
             their inputs work on given logits (``vilu.Embeddings.from_logits``).
+        knows_answer: Whether the score depends on the answer. Otherwise it is the same whichever
+            answer is judged.
         tensors: Names of the saved tensors, without those of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
@@ -160,6 +164,7 @@ class FailurePredictor(ABC):
     is_probability: ClassVar[bool] = False
     learns_failure: ClassVar[bool] = False
     looks_at: ClassVar[frozenset[str]] = frozenset()
+    knows_answer: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = ()
     needs_fit: ClassVar[bool] = False
     has_posterior: ClassVar[bool] = False
@@ -433,6 +438,12 @@ class FailurePredictor(ABC):
         if self.needs_fit:
             parameters.check_parameters(self)
         self.check_answer()
+        if self.answer == "given" and not self.knows_answer:
+            logger.warning(
+                "%s knows no answer: its uncertainties are the same for given answers as for "
+                "zero-shot ones. Which of them are wrong does change",
+                self.name,
+            )
         columns = (*self.columns_to_fit(train), *self.answer_columns)
         self._check_source(train, columns)
         if unlabelled is not None:
@@ -481,6 +492,9 @@ class FailurePredictor(ABC):
         self.similarity_ = seen.similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **seen.candidates_of(source), **learnt.notes}
+        if self.answer == "given":
+            has_class = ~source.outside[rows]
+            self.notes_["given_answers"] = labelled.right_answers(failure[has_class])
 
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
