@@ -31,7 +31,7 @@ If it is there, the candidates have no embeddings, and these are the logits of t
 OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS})
 """Names of all columns with one entry per row."""
 
-ANY_NORM = frozenset({"features", "second_image"})
+ANY_NORM = frozenset({"features", "second_image", LOGITS})
 """Columns of images whose rows need not have unit norm."""
 
 TEXT_COLUMNS = {

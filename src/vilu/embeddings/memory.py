@@ -6,6 +6,7 @@ Shapes: N rows, K candidate texts, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from numpy.typing import ArrayLike
@@ -22,13 +23,15 @@ from vilu.embeddings.checks import (
 )
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
-from vilu.embeddings.logits import LogitEmbeddings
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.validation import checked
+
+if TYPE_CHECKING:
+    from vilu.embeddings.logits import LogitEmbeddings
 
 
 class Embeddings(EmbeddingSource):
@@ -146,6 +149,8 @@ class Embeddings(EmbeddingSource):
             >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 / (1 + exp(2))
             array([0.12, 0.12])
         """
+        from vilu.embeddings.logits import LogitEmbeddings
+
         return LogitEmbeddings(logits, features, target, class_names, ids=ids, answer=answer)
 
     @staticmethod
