@@ -275,4 +275,4 @@ def test_spaces_are_compared_by_all_that_is_known() -> None:
     with pytest.raises(ProvenanceError, match="logit_bias"):
         bare.require_match(EmbeddingSpace(8, 100.0, -10.0), name="x", other_name="y")
     with pytest.raises(UsageError, match="embed_dim"):
-        EmbeddingSpace(0, 1.0)
+        EmbeddingSpace(-1, 1.0)

@@ -162,7 +162,7 @@ def write_altered(path, **changes):
         ({"n_in": 10 * MAX_PARTS + 1}, "more than 1000000 parts of 10000001 images"),
         ({"shards": 10 * MAX_PARTS + 1}, "more than 1000000 parts of 10000001 shards"),
         ({"captions": True}, "with captions there are no classes"),
-        ({"space": {"embed_dim": 0, "logit_scale": 1}}, "embed_dim must be at least 1"),
+        ({"space": {"embed_dim": -1, "logit_scale": 1}}, "embed_dim must be at least 0"),
         ({"extra": 1}, "extra"),
         ({"dtype": "float64"}, "dtype"),
     ],

@@ -15,6 +15,7 @@ from vilu.artifacts.hashing import digest
 from vilu.calibration.anytime import Draw
 from vilu.calibration.calibration import Calibration, save_calibration
 from vilu.calibration.copies import check_copies
+from vilu.calibration.given_answers import warn_of_in_sample
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
 from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
@@ -136,6 +137,7 @@ def _calibrate(
         n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
     rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
     rows = rows.take(counts)
+    warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
     sets: LabelSets | None = None
     if target.label_sets is not None:
@@ -298,8 +300,8 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    # ``vilu.Guard`` needs the vocabulary to score new images
-    if dtype is not None:
+    # ``vilu.Guard`` needs the vocabulary to score new images; without texts it cannot
+    if dtype is not None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
     guarantee = None
     if rule is not None:

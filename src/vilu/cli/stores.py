@@ -22,12 +22,30 @@ from vilu.errors import UsageError
 from vilu.text import printable
 
 Arrays = Annotated[
-    Path,
+    Path | None,
     path_argument(
         "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), "
         "target (N), ids, logit_scale, logit_bias, negatives (M, D), views, features, prompts, "
-        "...; the first three are required.",
-        metavar="SOURCE",
+        "...; the first three are required. logits (N, K) take the place of text.",
+        metavar="[SOURCE]",
+    ),
+]
+Logits = Annotated[
+    Path | None,
+    path_option("Logits (N, K) of any classifier in place of texts: an .npy file.", "FILE"),
+]
+Features = Annotated[
+    Path | None, path_option("With --logits: vectors (N, D) of the rows, an .npy file.", "FILE")
+]
+Labels = Annotated[
+    Path | None,
+    path_option("The array target: an .npy file, or text with one label a line.", "FILE"),
+]
+Answers = Annotated[
+    Path | None,
+    path_option(
+        "Answers of another model, for --answer given: an .npy file, or text with one a line.",
+        "FILE",
     ),
 ]
 Keys = Annotated[
@@ -49,8 +67,12 @@ Dtype = Annotated[
 
 @goes_on
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    source: Arrays,
     output: StoreFolder,
+    source: Arrays = None,
+    logits: Logits = None,
+    features: Features = None,
+    labels: Labels = None,
+    answers: Answers = None,
     logit_scale: Annotated[
         float | None,
         Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]"),
@@ -96,9 +118,12 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         folders, names = read_classes(classes)
         if folders is not None:
             raise UsageError(f"{classes} must have one name per line: arrays have no folders.")
+    given = {"logits": logits, "features": features, "target": labels, "answer": answers}
+    files = {name: file for name, file in given.items() if file is not None}
     store = import_arrays(
         source,
         output,
+        files=files,
         logit_scale=logit_scale,
         logit_bias=logit_bias,
         keys=pairs_of("--key", key),
@@ -113,7 +138,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         overwrite=overwrite,
     )
     typer.echo(output)
-    next_step(embedded(output, store.manifest, (split, str(source))))
+    next_step(embedded(output, store.manifest, (split, str(source or logits))))
 
 
 def inspect(

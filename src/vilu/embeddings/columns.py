@@ -22,10 +22,16 @@ ANSWER = "answer"
 If it is there, these answers are judged in place of the zero-shot answers.
 """
 
-OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER})
+LOGITS = "logits"
+"""Column (N, K) float32 of logits that another classifier has given.
+
+If it is there, the candidates have no embeddings, and these are the logits of the rows.
+"""
+
+OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS})
 """Names of all columns with one entry per row."""
 
-ANY_NORM = frozenset({"features", "second_image"})
+ANY_NORM = frozenset({"features", "second_image", LOGITS})
 """Columns of images whose rows need not have unit norm."""
 
 TEXT_COLUMNS = {
@@ -61,7 +67,7 @@ HOW = {
     "views": "vilu embed --views 8",
     "prompts": "vilu embed --prompts ensemble",
     "negatives": "vilu embed --negatives",
-    ANSWER: 'vilu.Embeddings(..., columns={"answer": answers})',
+    ANSWER: 'vilu import --answers FILE` or `vilu.Embeddings(..., columns={"answer": answers})',
     **dict.fromkeys(SECOND, "--second STORE"),
     **dict.fromkeys(
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"

@@ -6,6 +6,7 @@ Shapes: N rows, K candidate texts, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from numpy.typing import ArrayLike
@@ -28,6 +29,9 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.validation import checked
+
+if TYPE_CHECKING:
+    from vilu.embeddings.logits import LogitEmbeddings
 
 
 class Embeddings(EmbeddingSource):
@@ -123,6 +127,31 @@ class Embeddings(EmbeddingSource):
             [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
         """
         return rows_at(self.image, index)
+
+    @staticmethod
+    def from_logits(
+        logits: ArrayLike | Tensor,
+        features: ArrayLike | Tensor | None = None,
+        target: ArrayLike | Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        answer: ArrayLike | Tensor | None = None,
+    ) -> LogitEmbeddings:
+        """Rows with the logits of any classifier, in place of embeddings of candidates.
+
+        See ``LogitEmbeddings``.
+
+        Examples:
+            >>> import vilu
+            >>> logits = [[2.0, 0.0], [-1.0, 1.0]]
+            >>> data = vilu.Embeddings.from_logits(logits, class_names=["cat", "dog"])
+            >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 / (1 + exp(2))
+            array([0.12, 0.12])
+        """
+        from vilu.embeddings.logits import LogitEmbeddings
+
+        return LogitEmbeddings(logits, features, target, class_names, ids=ids, answer=answer)
 
     @staticmethod
     def pairs(

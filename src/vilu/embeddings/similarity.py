@@ -251,7 +251,7 @@ def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         cosine, index = (rows @ known.T).max(dim=1)
         return cosine, index
     if torch.equal(rows, known):  # the usual case: the rows are the candidates of the fit
-        return torch.ones_like(rows[:, 0]), torch.arange(len(rows), device=rows.device)
+        return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
     indices = []
     for block in row_blocks(len(rows), len(known), len(rows)):

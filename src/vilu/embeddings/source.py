@@ -25,7 +25,7 @@ from vilu.embeddings.checks import (
     hash_names,
     hash_rows,
 )
-from vilu.embeddings.columns import ANSWER, HOW, OF_ROWS, TEXT_COLUMNS
+from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
@@ -293,7 +293,40 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class PooledBatch(Batch):
+class WholeLogits(Batch):
+    """A batch whose logits are in memory anyway, and whose candidates all differ."""
+
+    @cached_property
+    def zero_shot(self) -> ZeroShot:
+        """Answers, largest logits and log-normalisers of the logits."""
+        return self.rivals.zero_shot(self.first_equal)
+
+    @cached_property
+    def first_equal(self) -> Tensor:
+        """Index (K,) int64 of every candidate, since all differ."""
+        return torch.arange(self.text.shape[-2], device=self.text.device)
+
+    def _target_log_probability(self) -> Tensor:
+        target = self.target.clamp(min=0)
+        target_logit = self.logits.gather(1, target[:, None]).squeeze(1)
+        return target_logit - self.zero_shot.log_norm
+
+
+@dataclass(frozen=True)
+class LogitBatch(WholeLogits):
+    """Rows with the logits that another classifier has given: the column "logits".
+
+    The candidates have no embeddings: ``text`` (K, D) is zero.
+    """
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The given logits (B, K) float32."""
+        return self.columns[LOGITS]
+
+
+@dataclass(frozen=True)
+class PooledBatch(WholeLogits):
     """Several pools of one size, one after another.
 
     ``text`` is (P, K, D), and a target is a candidate's index within its own pool. Such a batch is
@@ -315,16 +348,6 @@ class PooledBatch(Batch):
             if self.logit_bias:
                 logits.add_(self.logit_bias)
             return logits
-
-    @cached_property
-    def zero_shot(self) -> ZeroShot:
-        """Zero-shot answers, each among the candidates of the row's pool."""
-        return self.rivals.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
-
-    def _target_log_probability(self) -> Tensor:
-        target = self.target.clamp(min=0)
-        target_logit = self.logits.gather(1, target[:, None]).squeeze(1)
-        return target_logit - self.zero_shot.log_norm
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the rows and the batch of each pool, with zero-shot answers computed before."""
@@ -426,6 +449,16 @@ class EmbeddingSource(ABC):
         )
 
     @property
+    def has_vectors(self) -> bool:
+        """Whether the rows have embeddings, not logits alone."""
+        return self.space.embed_dim > 0
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the candidates have embeddings. If not, the logits were given."""
+        return LOGITS not in self.columns
+
+    @property
     def n_candidates(self) -> int:
         """Number K of candidates. For pools, the maximum number of candidates of a row."""
         return len(self.text)
@@ -489,10 +522,16 @@ class EmbeddingSource(ABC):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity by which rows can be found in another source, best first."""
-        if isinstance(self.ids, RowNumbers):
-            return ("embeddings",)
-        return ("embeddings", "names")
+        """Kinds of identity by which rows can be found in another source, best first.
+
+        Equal logits may be of different pictures, so rows without a vector have at most a name.
+        """
+        kinds: list[Identity] = []
+        if self.has_vectors:
+            kinds.append("embeddings")
+        if not isinstance(self.ids, RowNumbers):
+            kinds.append("names")
+        return tuple(kinds)
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """Identity hashes (M,) of the ``rows`` (M,), by default of all rows.
@@ -530,7 +569,8 @@ class EmbeddingSource(ABC):
         Rows with equal identities show the same picture. An identity is a hash of the encoded bytes
         of the picture, or of its embedding if the bytes are not known. The picture of an
         image-caption pair is its image, whatever the caption and the direction. Identities are
-        from 0 to 2^63 - 1. The identity of a row whose embedding is not usable is -1.
+        from 0 to 2^63 - 1. The identity of a row is -1 if its embedding is not usable, or if it has
+        none.
 
         Examples:
             >>> import numpy as np, vilu
@@ -543,6 +583,8 @@ class EmbeddingSource(ABC):
         positions = rows
         if positions is None:
             positions = np.arange(len(self))
+        if not self.has_vectors:
+            return np.full(len(positions), UNKNOWN)
         hashes = self._picture_hashes(positions) & np.uint64(np.iinfo(np.int64).max)
         known = np.isin(self.status[positions], (VALID, SHORT_POOL))
         return np.where(known, hashes.astype(np.int64), UNKNOWN)
@@ -573,7 +615,8 @@ class EmbeddingSource(ABC):
             rows: (M,) int64 row indices, in the order of the new source.
             classes: (K',) int64 candidates to keep, in their new order; by default all. A row of
                 a class that is not kept gets an unknown target.
-            columns: Names of the columns to keep; by default all columns are kept.
+            columns: Names of the columns to keep; by default all columns are kept. Given logits
+                always stay.
 
         Raises:
             UsageError: If the source has captions, because its pools are made of all its rows.
@@ -595,7 +638,7 @@ class EmbeddingSource(ABC):
             )
         names = self.columns
         if columns is not None:
-            names = names.intersection(columns)
+            names = names.intersection({*columns, LOGITS})  # without logits there are no answers
         chosen: Tensor | None = None
         if classes is not None:
             chosen = check_indices(classes, self.n_candidates, "classes")
@@ -738,7 +781,11 @@ class EmbeddingSource(ABC):
         for name in columns:
             of_images = name in OF_ROWS
             tensors[name] = self.column(name, index if of_images else members)
-        return Batch(
+        kind = Batch
+        if not self.has_texts:
+            kind = LogitBatch
+            tensors[LOGITS] = self.column(LOGITS, index)
+        return kind(
             image=self.image_rows(index),
             text=candidates.text,
             target=candidates.target,
@@ -869,6 +916,9 @@ class Taken(EmbeddingSource):
         """Column ``name`` of the original source, for the rows or candidates of this one."""
         if name not in self.columns:
             return super().column(name, index)
+        if name == LOGITS:
+            logits = self._source.column(name, self._rows[index])
+            return logits if self._classes is None else logits[:, self._classes]
         if name in OF_ROWS:
             return self._source.column(name, self._rows[index])
         values = self._source.column(name, index)

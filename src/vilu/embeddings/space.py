@@ -20,7 +20,8 @@ class EmbeddingSpace:
     The zero-shot logit of image v and text t is ``logit_scale * cos(v, t) + logit_bias``.
 
     Attributes:
-        embed_dim: Width D of the joint space.
+        embed_dim: Width D of the joint space. 0: the rows have logits and no vectors
+            (``vilu.Embeddings.from_logits``).
         logit_scale: Multiplier of the cosine: the exponential of the learned parameter. It is 100
             for OpenAI's CLIP.
         logit_bias: Added to every logit (SigLIP). It cancels in a softmax, but it is part of the
@@ -52,7 +53,7 @@ class EmbeddingSpace:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        require_at_least("embed_dim", self.embed_dim, 1)
+        require_at_least("embed_dim", self.embed_dim, 0)
         if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
             raise UsageError(
                 f"logit_scale must be a positive finite number. Got {self.logit_scale} instead."

@@ -74,6 +74,11 @@ class TwoModels(Taken):
                 "a second model works only with sources that have classes. Image-caption pairs "
                 "have their candidates in pools, and each model has pools of its own."
             )
+        if not (first.has_texts and second.has_texts):
+            raise UsageError(
+                "a second model works only with embeddings of texts, and one of the sources has "
+                "logits without texts (vilu.Embeddings.from_logits). Give image and text of both."
+            )
         _require_same_candidates(first, second)
         all_rows = torch.arange(len(first), device="cpu")
         super().__init__(first, all_rows, classes=None, columns=first.columns | SECOND)

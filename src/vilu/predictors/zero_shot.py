@@ -74,6 +74,7 @@ class Entropy(FailurePredictor):
     summary: ClassVar[str] = "Shannon entropy of the zero-shot posterior over log K"
     reference: ClassVar[str] = "Shannon, 1948"
     looks_at: ClassVar[frozenset[str]] = LOGITS
+    knows_answer: ClassVar[bool] = False
 
     graph = own_graph
 
@@ -109,6 +110,7 @@ class Doctor(FailurePredictor):
     summary: ClassVar[str] = "DOCTOR alpha: odds of the Gini impurity (Granese et al. 2021)"
     reference: ClassVar[str] = "Granese et al., NeurIPS 2021"
     looks_at: ClassVar[frozenset[str]] = LOGITS
+    knows_answer: ClassVar[bool] = False
 
     graph = own_graph
 
@@ -235,6 +237,7 @@ class Energy(FailurePredictor):
     summary: ClassVar[str] = "negative log-sum-exp of the zero-shot logits (Liu et al. 2020)"
     reference: ClassVar[str] = "Liu et al., NeurIPS 2020"
     looks_at: ClassVar[frozenset[str]] = LOGITS
+    knows_answer: ClassVar[bool] = False
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
@@ -276,6 +279,7 @@ class GEN(FailurePredictor):
     )
     reference: ClassVar[str] = "Liu et al., CVPR 2023"
     looks_at: ClassVar[frozenset[str]] = LOGITS
+    knows_answer: ClassVar[bool] = False
 
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     largest: Annotated[int, Field(ge=1)] = 100
@@ -314,6 +318,7 @@ class KLUniform(FailurePredictor):
     )
     reference: ClassVar[str] = "Lee et al., ICLR 2018"
     looks_at: ClassVar[frozenset[str]] = LOGITS
+    knows_answer: ClassVar[bool] = False
 
     graph = own_graph
 

@@ -18,6 +18,7 @@ from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.callers import warn_caller
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import STATUS, VALID
+from vilu.embeddings.columns import LOGITS
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import Batch, EmbeddingSource
@@ -588,6 +589,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
         "images": tensor_hash(source.image_rows(sample)),
         "texts": None,
     }
+    if not source.has_texts:
+        facts["logits"] = tensor_hash(source.column(LOGITS, sample).contiguous())
     if isinstance(stored, EmbeddingStore | CaptionStore):
         facts["content"] = stored.manifest.content
     if source.second is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import os
 import stat
 import sys
 import zipfile
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,9 @@ UNREADABLE_NPZ = (
 """Exceptions of reading a damaged zip file or its arrays. RuntimeError means encryption."""
 
 READ_BYTES = 2**24  # bytes read at a time
+
+TEXT_SUFFIXES = frozenset({".txt", ".csv"})
+"""Endings of files with one entry a line, without a header."""
 
 SMALL_BYTES = 2**28
 MAX_PACKED = 100
@@ -191,22 +196,39 @@ class Arrays(ExitStack):
     """The arrays of a file or a folder, by name. The end of its ``with`` block closes all files.
 
     Args:
-        path: The file or folder.
+        path: The file or folder. None: all arrays are in ``files``.
+        files: Further arrays by name, each in an ``.npy`` file, or as text with one entry per line.
+            They replace arrays of the same name.
         read_bytes: Number of bytes read at a time.
     """
 
-    def __init__(self, path: Path, *, read_bytes: int = READ_BYTES) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
+        *,
+        read_bytes: int = READ_BYTES,
+    ) -> None:
         super().__init__()
-        self.path = path
         self.read_bytes = read_bytes
-        self._members: Mapping[str, Path | zipfile.ZipInfo]
+        self._members: dict[str, Path | zipfile.ZipInfo] = {}
         self._zip: zipfile.ZipFile | None = None
-        with or_unreadable(str(path)):
-            if path.is_dir():
-                self._members = _files(path)
-            else:
-                self._members = _members(path)
-                self._zip = self.enter_context(zipfile.ZipFile(path))
+        own_files = [Path(file) for file in (files or {}).values()]
+        if path is None and not own_files:
+            raise UsageError("there are no arrays: give a source, or files of arrays.")
+        self.path = own_files[0] if path is None else Path(path)  # for messages
+        if path is not None:
+            with or_unreadable(str(path)):
+                self._open_source()
+        self._members.update(zip(files or {}, own_files, strict=True))
+
+    def _open_source(self) -> None:
+        """Find the arrays of the file or folder."""
+        if self.path.is_dir():
+            self._members = _files(self.path)
+        else:
+            self._members = _members(self.path)
+            self._zip = self.enter_context(zipfile.ZipFile(self.path))
 
     @property
     def names(self) -> list[str]:
@@ -217,11 +239,14 @@ class Arrays(ExitStack):
         """Open an array, and read and check its header."""
         member = self._members[name]
         if isinstance(member, Path):
-            return self._open_file(member, str(self.path / f"{name}.npy"))
+            return self._open_file(member, str(member))
         return self._open_member(member, f"{self.path}, array {name!r}")
 
     def _open_file(self, file: Path, where: str) -> StoredArray:
         with or_unreadable(where):
+            if file.suffix in TEXT_SUFFIXES:
+                content = _lines(file)
+                return StoredArray(where, BytesIO(content), len(content), self.read_bytes)
             handle = self.enter_context(file.open("rb"))
             return StoredArray(where, handle, file.stat().st_size, self.read_bytes)
 
@@ -245,6 +270,14 @@ class Arrays(ExitStack):
                 f"{self.path}, array {name!r}: {member.compress_size:,} compressed bytes stand for "
                 f"{member.file_size:,}. Embeddings never compress so well, so it is not read."
             )
+
+
+def _lines(file: Path) -> bytes:
+    """The lines of a text file, without its last line end, as the content of a ``.npy`` file."""
+    lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    buffer = BytesIO()
+    np.save(buffer, np.array(lines, dtype=np.str_), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:

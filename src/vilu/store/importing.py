@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,6 +22,7 @@ from vilu.embeddings.checks import (
     VALID,
     Norms,
     as_matrix,
+    check_answers,
     check_class_names,
     check_targets,
     hash_names,
@@ -29,7 +30,8 @@ from vilu.embeddings.checks import (
     require_usable,
 )
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS
+from vilu.embeddings.columns import ANSWER, ANY_NORM, COLUMNS, IMAGE_COLUMNS, LOGITS, TEXT_COLUMNS
+from vilu.embeddings.logits import float32_logits, logit_space, no_texts, require_different
 from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
@@ -37,17 +39,35 @@ from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
 from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, Imported, Receipt, Run
-from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
+from vilu.store.parts import (
+    ErrorRow,
+    LabelledRow,
+    Part,
+    PartRows,
+    RowWithAnswer,
+    StoreLedger,
+    has_shape,
+)
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
 PART_ROWS = 16_384  # default number of rows per part
 
-NAMES = ("image", "text", "target", "class_names", "ids", "logit_scale", "logit_bias", *COLUMNS)
+NAMES = (
+    *("image", "text", "logits", "target", "answer", "class_names", "ids"),
+    *("logit_scale", "logit_bias", *COLUMNS),
+)
 """Names of the arrays that are read."""
 
 OF_SPACE = frozenset({"logit_scale", "logit_bias"})  # arrays that are part of the embedding space
-BY_ROW = ("target", "ids", *IMAGE_COLUMNS)  # arrays with one entry per image row
+BY_ROW = (
+    "image",
+    "logits",
+    "target",
+    "answer",
+    "ids",
+    *IMAGE_COLUMNS,
+)  # arrays with one entry per image row
 # Values of ``kind`` of NumPy's types.
 NUMBERS = "fiu"  # floats and whole numbers
 WHOLE = "iu"  # whole numbers
@@ -60,9 +80,10 @@ logger = logging.getLogger(__name__)
 @checked
 @torch_defaults()
 def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     *,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     logit_scale: float | None = None,
     logit_bias: float | None = None,
     keys: Mapping[str, str] | None = None,
@@ -84,6 +105,10 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     class. An unknown target is -1 or "". The target -2 (``vilu.OUTSIDE``) means that the image
     belongs to none of the classes.
 
+    In place of ``image`` and ``text`` there may be ``logits`` (N, K) and ``features`` (N, D), as
+    for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) holds answers of another model,
+    to judge with ``answer="given"``: row numbers of ``text``, or names of classes.
+
     Rows are normalised to unit norm, with one warning if they did not have unit norm. Image rows
     that are not finite, or have norm zero, become errors. Every array is read twice, to compute the
     fingerprint of the store and to write the rows. Memory is bounded by the rows of one part.
@@ -91,8 +116,10 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     run gives the same bytes as a run without interruption.
 
     Args:
-        source: An ``.npz`` file, or a folder of ``.npy`` files.
+        source: An ``.npz`` file, or a folder of ``.npy`` files. None: all arrays are in ``files``.
         output: Folder of the store.
+        files: Arrays in files of their own, by the names above: ``.npy``, or text (``.txt``,
+            ``.csv``) with one entry a line and no header.
         logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP); None to take it from the
             array of this name.
         logit_bias: Added to every logit (0 except for SigLIP); None to take it from the array of
@@ -137,19 +164,15 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         )
     root = Path(output)
     StoreLedger.check_place(root, overwrite=overwrite)
-    with Arrays(Path(source)) as arrays:
+    with Arrays(source, files) as arrays:
         distinct_outside = tuple(dict.fromkeys(outside))
         content = _read(arrays, dict(keys or {}), class_names, distinct_outside)
-        scale = content.number("logit_scale", logit_scale)
-        bias = content.number("logit_bias", logit_bias)
-        if dtype is None:
-            dtype = "float16" if content.has_float16 else "float32"
         run = _describe(
             content,
-            EmbeddingSpace(content.width, scale, bias, backbone=model),
+            content.space(logit_scale, logit_bias, model),
             Imported(columns=content.row_shapes(), ids="ids" in content.arrays, source=origin),
             split=split,
-            dtype=dtype,
+            dtype=content.number_format(dtype),
             part_size=part_size,
         )
         _require_shapes(content, run)
@@ -183,22 +206,17 @@ class SourceArrays:
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
     outside: tuple[str, ...]  # names of classes that were left out, and targets that are no class
     norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
+    answer: NDArray[np.int64] | None = None  # (N,) given answers, if there are any
 
     @property
-    def image(self) -> StoredArray:
-        """The (N, D) image embeddings."""
-        return self.arrays["image"]
+    def rows_of(self) -> StoredArray:
+        """The array that decides the number of rows: image embeddings, or logits."""
+        return _rows_of(self.arrays)
 
     @property
     def width(self) -> int:
-        """Width D of the embeddings."""
-        return self.image.shape[1]
-
-    @property
-    def has_float16(self) -> bool:
-        """Whether the image embeddings are float16, in any byte order."""
-        dtype = self.image.dtype
-        return dtype.kind == "f" and dtype.itemsize == 2
+        """Width D of the embeddings; 0 if there are logits alone."""
+        return _width(self.arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
         """Return the shape of one row of each column of the images, by name."""
@@ -207,6 +225,38 @@ class SourceArrays:
             if name in self.arrays:
                 shapes[name] = self.arrays[name].shape[1:]
         return shapes
+
+    def space(
+        self, logit_scale: float | None, logit_bias: float | None, model: str | None
+    ) -> EmbeddingSpace:
+        """The embedding space; the flags of a user come before the numbers in the source."""
+        if LOGITS not in self.arrays:
+            scale = self.number("logit_scale", logit_scale)
+            bias = self.number("logit_bias", logit_bias)
+            return EmbeddingSpace(self.width, scale, bias, backbone=model)
+        if logit_scale is not None or logit_bias is not None:
+            raise UsageError(
+                "logits have their scale and bias already. Leave --logit-scale and --logit-bias "
+                "out."
+            )
+        return replace(logit_space(self.width), backbone=model)
+
+    def number_format(
+        self, asked: Literal["float16", "float32"] | None
+    ) -> Literal["float16", "float32"]:
+        """Number format of the stored rows: ``asked``, or by default that of the image."""
+        if LOGITS in self.arrays:
+            if asked == "float16":
+                raise UsageError(
+                    "logits are stored as float32, since float16 would change answers. Leave "
+                    "--dtype out."
+                )
+            return "float32"
+        if asked is not None:
+            return asked
+        dtype = self.rows_of.dtype
+        has_float16 = dtype.kind == "f" and dtype.itemsize == 2  # in any byte order
+        return "float16" if has_float16 else "float32"
 
     def number(self, name: str, flag: float | None) -> float:
         """Return ``flag``, or the number in the array ``name`` if ``flag`` is None.
@@ -253,11 +303,12 @@ class SourceArrays:
         status = np.full(len(part), VALID, np.uint8)
         blocks: dict[str, Tensor] = {}
         for name in part.arrays:
-            stored = self.image if name == IMAGE else self.arrays[name]
+            stored = self.arrays["image" if name == IMAGE else name]
             block = stored.read(part.start, part.stop)
             blocks[name], status_in_array, norms = _normalise(name, block)
             status = np.maximum(status, status_in_array)
-            self.norms += norms
+            if LOGITS not in self.arrays:  # features may have any norm
+                self.norms += norms
         keys = self._keys(part)
         labels = self.target[part.start : part.stop].tolist()
         positions = range(part.start, part.stop)
@@ -265,13 +316,19 @@ class SourceArrays:
         for position, key, label, status_of_row in rows:
             if status_of_row == VALID:
                 known_label = None if label == UNKNOWN else label
-                content.rows.append(LabelledRow(position, key, known_label))
+                content.rows.append(self._row(position, key, known_label))
             else:
                 content.errors.append(_error_row(position, key, STATUS[status_of_row]))
         is_usable = torch.from_numpy(status == VALID)
         for name, embeddings in blocks.items():
             content.arrays[name] = [embeddings[is_usable]]
         return content
+
+    def _row(self, position: int, key: str, label: int | None) -> LabelledRow:
+        """The metadata of a row, with its given answer if there are any."""
+        if self.answer is None:
+            return LabelledRow(position, key, label)
+        return RowWithAnswer(position, key, label, int(self.answer[position]))
 
     def _keys(self, part: Part) -> list[str]:
         """Return the identifiers of the rows of a part, or their numbers if there are none."""
@@ -301,7 +358,10 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     the worst status of its views.
     """
     may_have_any_norm = name in ANY_NORM
-    rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=not may_have_any_norm)
+    if name == LOGITS:
+        rows = float32_logits(block)
+    else:
+        rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=not may_have_any_norm)
     if may_have_any_norm:
         is_finite = torch.isfinite(rows).all(dim=1).numpy()
         status = np.where(is_finite, VALID, NONFINITE).astype(np.uint8)
@@ -321,29 +381,95 @@ def _read(
 ) -> SourceArrays:
     """Open the arrays of a source, and check everything except the numbers in the image rows."""
     opened = _open(arrays, keys)
-    image = opened["image"]
-    _require_matrix(image)
-    n_rows, width = image.shape
+    for name in ("image", LOGITS):
+        if name in opened:
+            _require_matrix(opened[name])
+    n_rows = len(_rows_of(opened))
     for name in BY_ROW:
         if name in opened and len(opened[name]) != n_rows:
             raise DataError(
                 f"{opened[name].where} must have one entry per image row ({n_rows}). Got shape "
                 f"{opened[name].shape} instead."
             )
-    _check_columns(opened, width)
+    _check_columns(opened, _width(opened))
     names = _class_names(opened.get("class_names"), class_names)
     targets = _read_targets(opened.get("target"), n_rows)
-    target, text_rows, classes = _leave_out(outside, names, targets, opened["text"])
-    text = require_usable(opened["text"].whole(), "text")[text_rows]
-    if text.shape[1] != width:
-        raise DataError(
-            f"image and text must share one width. Got {width} ({image.where}) and "
-            f"{text.shape[1]} ({opened['text'].where})."
-        )
-    first_same(text, classes)  # raises DataError if two classes have one name and different texts
+    if LOGITS in opened:
+        target, text_rows, classes = _classes_of_logits(targets, names, outside, opened[LOGITS])
+        text = no_texts(len(classes), logit_space(_width(opened)))
+    else:
+        target, text_rows, classes = _leave_out(outside, names, targets, opened["text"])
+        text = _texts(opened, text_rows, classes)
     _check_ids(opened.get("ids"), n_rows)
     columns = _class_columns(opened, text_rows)
-    return SourceArrays(opened, target, classes, text, columns, outside)
+    answer = _answers(opened.get(ANSWER), n_rows, names, classes)
+    return SourceArrays(opened, target, classes, text, columns, outside, answer=answer)
+
+
+def _rows_of(opened: Mapping[str, StoredArray]) -> StoredArray:
+    """The array that decides the number of rows: image embeddings, or logits alone."""
+    if "image" in opened:
+        return opened["image"]
+    return opened[LOGITS]
+
+
+def _width(opened: Mapping[str, StoredArray]) -> int:
+    """Width of the embeddings; 0 if there are logits alone."""
+    if "image" not in opened:
+        return 0
+    return opened["image"].shape[1]
+
+
+def _texts(opened: Mapping[str, StoredArray], text_rows: Tensor, classes: Sequence[str]) -> Tensor:
+    """Return the (K, D) unit-norm texts of the classes after a check."""
+    text = require_usable(opened["text"].whole(), "text")[text_rows]
+    if text.shape[1] != _width(opened):
+        raise DataError(
+            f"image and text must share one width. Got {_width(opened)} ({opened['image'].where}) "
+            f"and {text.shape[1]} ({opened['text'].where})."
+        )
+    first_same(text, classes)
+    return text
+
+
+def _answers(
+    stored: StoredArray | None, n: int, names: Sequence[str], classes: Sequence[str]
+) -> NDArray[np.int64] | None:
+    """Return the (N,) given answers as classes of the store; None if there is no array.
+
+    ``names`` are all names in the source, by whose numbers an answer may be given; ``classes`` are
+    those of the store, without the classes outside.
+    """
+    if stored is None:
+        return None
+    given = _read_targets(stored, n)
+    values = given.values
+    if values.dtype.kind in WHOLE:
+        numbers = check_answers(values, len(values), None, len(names))
+        values = np.array([names[number] for number in numbers.tolist()], dtype=np.str_)
+    codes = check_answers(values, len(values), classes, len(classes)).numpy()
+    answers: NDArray[np.int64] = codes[given.value_of_row]
+    return answers
+
+
+def _classes_of_logits(
+    targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
+) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
+    """As ``_leave_out``, where each class has a column of logits."""
+    n_logits = logits.shape[1]
+    if n_logits != len(names):
+        raise DataError(
+            f"there must be one class name per logit ({n_logits}, {logits.where}). Got "
+            f"{len(names)} names instead."
+        )
+    if set(outside) & set(names):
+        raise UsageError(
+            "classes with logits can be answers, so they cannot be outside. Leave their logits "
+            "out, or use --outside for labels beyond the classes only."
+        )
+    require_different(names)
+    target = _index_targets(targets, names, outside)
+    return target, torch.arange(len(names)), check_class_names(names, len(names)) or ()
 
 
 def _require_matrix(image: StoredArray) -> None:
@@ -367,7 +493,19 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
         )
     key_of = {name: keys.get(name, name) for name in NAMES}
-    _require_present(arrays, key_of, [key_of["image"], key_of["text"], *keys.values()])
+    needed = ["image", "text"]
+    if key_of[LOGITS] in arrays.names:
+        needed = [LOGITS]
+        if key_of["text"] in arrays.names:
+            raise DataError(
+                f"{arrays.path} has the arrays {key_of['text']!r} and {key_of[LOGITS]!r}. Logits "
+                "take the place of texts: leave one of them out."
+            )
+        if key_of["image"] not in arrays.names:
+            key_of["image"] = key_of["features"]  # the vectors of the rows
+            key_of["features"] = ""
+    needed_keys = [key_of[name] for name in needed]
+    _require_present(arrays, key_of, [*needed_keys, *keys.values()])
     used = {name: key for name, key in key_of.items() if key in arrays.names}
     unused = sorted(set(arrays.names) - set(used.values()))
     if unused:
@@ -376,11 +514,11 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             ", ".join(unused),
         )
     for name, key in used.items():
-        # these two may have any size, because one number or text per row can compress very well
-        if name not in {"target", "ids"}:
+        # these may have any size, because one number or text per row can compress very well
+        if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
     opened = {name: arrays.open(key) for name, key in used.items()}
-    for name in ("image", "target", "ids", "class_names", *IMAGE_COLUMNS):
+    for name in ("class_names", *BY_ROW):
         if name in opened:
             opened[name].require_rows()
     return opened
@@ -614,11 +752,16 @@ def _class_columns(
 
     Columns that must have unit norm are normalised.
     """
-    n_texts = len(opened["text"])
     columns: dict[ClassColumn, Tensor] = {}
     for name in get_args(ClassColumn):
         if name not in opened:
             continue
+        if LOGITS in opened:
+            raise DataError(
+                f"{opened[name].where} is compared with texts, and with logits there are no texts. "
+                "Leave it out."
+            )
+        n_texts = len(opened["text"])
         values = check_columns({name: opened[name].whole()}, 0, n_texts)[name]
         has_row_per_class = name in TEXT_COLUMNS
         columns[name] = values[text_rows] if has_row_per_class else values
@@ -631,7 +774,7 @@ def _describe(
     """Return the description of a run; reads all arrays once for the fingerprint."""
     described: dict[str, object] = {
         "dataset_fingerprint": content.fingerprint(),
-        "n_in": len(content.image),
+        "n_in": len(content.rows_of),
         "space": asdict(space),
         "names": content.names,
         "folders": content.names if "target" in content.arrays else None,
@@ -641,11 +784,11 @@ def _describe(
         "imported": imported.model_dump(),
         **settings,
     }
-    # ``image.where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
-    source_path, _, _ = content.image.where.partition(", array ")
+    # ``where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
+    source_path, _, _ = content.rows_of.where.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
-    return describe_run(described, source.name)
+    return describe_run(described, source.name or path.stem)
 
 
 def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
 from vilu.embeddings.checks import require_usable
+from vilu.embeddings.columns import ANSWER, LOGITS
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError
 from vilu.store.ledger import AnyReceipt, Count, FileInfo
@@ -106,7 +107,8 @@ SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
 ]
-ImageColumn = Literal["features", "views", "second_image"]
+ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
+"""Columns of the rows. The answer is in the metadata, all others are arrays."""
 
 
 class Imported(Model):
@@ -185,10 +187,13 @@ class Inputs(StoreDocument):
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """Shape of one row of each array of the images, by name; image embeddings come first."""
         dim = self.space.embed_dim
-        shapes: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if dim > 0:  # 0: the rows have logits alone
+            shapes[IMAGE] = (dim,)
         if self.imported is not None:
             for name, shape in self.imported.columns.items():
-                shapes[str(name)] = shape
+                if name != ANSWER:
+                    shapes[str(name)] = shape
             return shapes
         if self.captions:
             shapes[CAPTION] = (dim,)
@@ -197,6 +202,16 @@ class Inputs(StoreDocument):
         if self.views is not None:
             shapes["views"] = (self.views.n, dim)
         return shapes
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the candidates have embeddings. If not, the rows have logits."""
+        return LOGITS not in self.arrays
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the metadata hold a given answer of every row."""
+        return self.imported is not None and ANSWER in self.imported.columns
 
     @property
     def pictures(self) -> bool:

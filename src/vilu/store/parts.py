@@ -21,7 +21,7 @@ from vilu.artifacts.disk import RUN, make_folder
 from vilu.artifacts.documents import read_document
 from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
-from vilu.embeddings.columns import COLUMNS
+from vilu.embeddings.columns import ANSWER, COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.store.ledger import FileInfo, Ledger, one_thread, require_hash_once, write_hashed
 from vilu.store.manifest import (
@@ -253,6 +253,8 @@ earlier parts. These parts may not be written yet. The reader counts the rows.
 
 # further column of the metadata where images have captions
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
+# further column of the metadata where answers were given
+ANSWER_FIELD = pa.field(ANSWER, INT32, nullable=False)
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
 """Further column of the metadata: the first half of the SHA-256 of ``ImageRecord.content``.
@@ -277,9 +279,15 @@ REDO = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
 
 def metadata_schema(run: Run) -> pa.Schema:
-    """Return the columns of the metadata; an imported store has only position, key and label."""
+    """Return the columns of the metadata.
+
+    An imported store has only position, key, label, and the answer if answers were given.
+    """
     if run.imported is not None:
-        return pa.schema([METADATA.field(name) for name in ("position", "key", "label")])
+        imported = [METADATA.field(name) for name in ("position", "key", "label")]
+        if run.has_answers:
+            imported.append(ANSWER_FIELD)
+        return pa.schema(imported)
     fields = list(METADATA)
     if run.captions:
         fields.append(CAPTION_FIELD)
@@ -360,7 +368,10 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
     # Hashes are compared last. Hashing reads all bytes, and a wrong shape is reported sooner.
     for path, sha256 in hashes.items():
         require_hash_once(path, sha256, table.again, CLASSES)
-    return table, require_usable(torch.from_numpy(np.array(rows)), "class text")
+    text = torch.from_numpy(np.array(rows))
+    if not run.has_texts:  # zeros, where logits were given
+        return table, text
+    return table, require_usable(text, "class text")
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
@@ -407,6 +418,13 @@ class LabelledRow:
     position: int
     key: str
     label: int | None
+
+
+@dataclass(frozen=True)
+class RowWithAnswer(LabelledRow):
+    """The metadata of a row with a given answer, a row of the class table."""
+
+    answer: int
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vilu.artifacts.hashing import digest
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import TEXT_COLUMNS
+from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
@@ -225,7 +225,7 @@ class StoredRows(EmbeddingSource):
         there are names.
         """
         if self._sealed.manifest.imported is not None:
-            return ("embeddings", "names") if self._sealed.named else ("embeddings",)
+            return super().identified_by
         return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
@@ -310,15 +310,24 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         if not self._sealed.named:
             # the keys are only the numbers that the rows had in the imported arrays
             self.ids = ChosenNumbers(self._sealed.keys())
-        self._kept_classes = self._merge_same()
+        if self.manifest.has_answers:
+            answers = map(self._read_answers, self._sealed.parts)
+            answer = np.concatenate([np.empty(0, np.int64), *answers])
+            self._columns = {ANSWER: torch.from_numpy(answer)}
+            self.columns |= {ANSWER}
+        self._kept_classes = None
+        if self.has_texts:
+            self._kept_classes = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Return the (B, D) float32 image embeddings of the rows ``index``."""
+        if not self.has_vectors:
+            return torch.zeros(len(index), 0, dtype=torch.float32)
         return self._sealed.rows.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return column ``name``. If it is a column of the images, return the rows ``index``."""
-        if name not in self.columns:
+        if name == ANSWER or name not in self.columns:
             return super().column(name, index)
         if name in self.manifest.arrays:
             return self._sealed.rows.take(name, index)
@@ -349,6 +358,18 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 f"there are {self.n_candidates} classes. {REDO}"
             )
         return labels
+
+    def _read_answers(self, part: Part) -> NDArray[np.int64]:
+        """Return the given answers of a part; StorageError if one is no class."""
+        answers: pa.Array = self._sealed.metadata(ANSWER, part.number)
+        answer = np.asarray(answers, dtype=np.int64)
+        n_classes = len(self.manifest.names)
+        if len(answer) and (answer.min() < 0 or answer.max() >= n_classes):
+            raise StorageError(
+                f"{self.path / part.metadata} has answers from {answer.min()} to {answer.max()}, "
+                f"there are {n_classes} classes. {REDO}"
+            )
+        return answer
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:

@@ -117,6 +117,7 @@ class Mahalanobis(ClosedSet):
     name: ClassVar[str] = "mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to the predicted class (Lee et al. 2018)"
     reference: ClassVar[str] = "Lee et al., NeurIPS 2018"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 per row"
     # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "means:dKD whitener:dDD classes:fKD global_mean:d1D global_whitener:dDD"
@@ -179,6 +180,7 @@ class RelativeMahalanobis(Mahalanobis):
         "Mahalanobis distance to the predicted class less that to all images (Ren et al. 2021)"
     )
     reference: ClassVar[str] = "Ren et al., ICML workshop on uncertainty 2021"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
 
     relative: bool = True
 

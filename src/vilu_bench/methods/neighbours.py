@@ -82,6 +82,7 @@ class KNNVote(LabelledBank):
     name: ClassVar[str] = "knn_vote"
     summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
     reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
 
     k: Count = 20
     weighting: Literal["uniform", "similarity"] = "uniform"
@@ -126,6 +127,7 @@ class KNNDistance(FailurePredictor):
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
+    knows_answer: ClassVar[bool] = False
     # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND"
 
@@ -250,6 +252,7 @@ class TrustScore(LabelledBank):
         "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
     )
     reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
 
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0

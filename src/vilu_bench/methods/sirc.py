@@ -61,6 +61,7 @@ class SIRC(FailurePredictor):
         "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
     )
     reference: ClassVar[str] = "Xia and Bouganis, ACCV 2022"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     cost: ClassVar[str] = (
         "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
     )

@@ -255,6 +255,7 @@ class ClassGaussians(ClassDensity):
         "zero-shot probability averaged with the density of the predicted class, regularised"
     )
     reference: ClassVar[str] = "after ICPE, WACV 2026"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
 
     score: Literal["probability", "log_odds"] = "probability"
     components: Count = 128

@@ -63,6 +63,7 @@ class LinearProbe(ClosedSet):
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     # see ``require_forms``: weight (K, D) and bias (K,) of the logits, texts (K, D) of the classes
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 

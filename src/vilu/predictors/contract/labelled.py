@@ -113,6 +113,11 @@ def trainable_rows(
     return rows[known], failure[known]
 
 
+def right_answers(failure: Tensor) -> dict[str, int]:
+    """How many of the answers with known failures (M,) are right, as plain JSON."""
+    return {"n": int((failure != UNKNOWN).sum()), "n_right": int((failure == 0).sum())}
+
+
 def _reasons(n_unusable: int, n_ood: int) -> str:
     """Why rows are left out, for a message.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ AnswerKind = Literal["zero_shot", "adapted", "given"]
 method, "given" the answer in the column "answer" of the data.
 """
 
+logger = logging.getLogger(__name__)
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
@@ -117,8 +119,11 @@ class FailurePredictor(ABC):
             whether it defines ``log_posterior``.
         learns_failure: Whether the method learns to tell failures from successes; it then needs
             training rows of both kinds.
-        looks_at: The one input of the score, {"logits"} or {"image"}; empty where the score uses
-            several inputs.
+        looks_at: The inputs of the score, of "logits" and "image", where it has no others. Empty
+            where the score also uses the embeddings of the candidates. Only methods that state
+            their inputs work on given logits (``vilu.Embeddings.from_logits``).
+        knows_answer: Whether the score depends on the answer. Otherwise it is the same whichever
+            answer is judged.
         tensors: Names of the saved tensors, without those of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
@@ -163,6 +168,7 @@ class FailurePredictor(ABC):
     is_probability: ClassVar[bool] = False
     learns_failure: ClassVar[bool] = False
     looks_at: ClassVar[frozenset[str]] = frozenset()
+    knows_answer: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = ()
     needs_fit: ClassVar[bool] = False
     has_posterior: ClassVar[bool] = False
@@ -470,6 +476,12 @@ class FailurePredictor(ABC):
         if self.needs_fit:
             parameters.check_parameters(self)
         self.check_answer()
+        if self.answer == "given" and not self.knows_answer:
+            logger.warning(
+                "%s knows no answer: its uncertainties are the same for given answers as for "
+                "zero-shot ones. Which of them are wrong does change",
+                self.name,
+            )
         columns = (*self.columns_to_fit(train), *self.answer_columns)
         self._check_source(train, columns)
         if unlabelled is not None:
@@ -483,12 +495,14 @@ class FailurePredictor(ABC):
     def _check_unlabelled(
         self, train: EmbeddingSource, unlabelled: EmbeddingSource, columns: Sequence[str]
     ) -> None:
+        from vilu.predictors.contract.given_logits import refuse_unlabelled
         from vilu.predictors.contract.labelled import require_comparable
 
         if not self.uses_unlabelled:
             raise UsageError(
                 f"{self.name} learns nothing from rows without labels. Leave them out."
             )
+        refuse_unlabelled(self.name, train)
         self._check_source(unlabelled, columns)
         require_comparable(train, unlabelled)
 
@@ -517,6 +531,9 @@ class FailurePredictor(ABC):
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **seen.candidates_of(source), **learnt.notes}
         self.held_out_ = learnt.held_out
+        if self.answer == "given":
+            has_class = ~source.outside[rows]
+            self.notes_["given_answers"] = labelled.right_answers(failure[has_class])
 
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
@@ -793,6 +810,10 @@ class FailurePredictor(ABC):
             raise UsageError(
                 f"{self.name} does not work on image-caption pairs: {self.no_captions}."
             )
+        if not data.has_texts:
+            from vilu.predictors.contract.given_logits import require_inputs
+
+            require_inputs(type(self), data)
         for column in columns:
             if column not in data.columns:
                 is_imported = column not in SECOND and column != ANSWER
@@ -822,6 +843,10 @@ class FailurePredictor(ABC):
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
         self.require_fitted()
+        if self.needs_fit and (self.closed_set or self.looks_at != {"logits"}):
+            from vilu.predictors.contract.given_logits import require_same_logits
+
+            require_same_logits(self.name, self.notes_, data)
         if self.space_ is None:
             return
         self.space_.require_match(

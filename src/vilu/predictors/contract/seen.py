@@ -224,6 +224,8 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     The warning reports the number of different pictures, or of different image-caption pairs. Rows
     that are recognised by their names alone are not checked.
     """
+    if not source.has_vectors:
+        return
     by = source.identified_by[0]
     if by == "names":
         return
@@ -360,13 +362,17 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
 
     The description has the number of candidates, the hash of their names, and a sketch of their
     texts. The sketch is the mean text vector in eight fixed random directions, rounded; it does not
-    depend on the order of the candidates. Of captions only the size of the pools is described.
+    depend on the order of the candidates. It is empty if logits were given and there are no texts.
+    Of captions only the size of the pools is described.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}
     candidates: dict[str, Any] = {"n_candidates": data.n_candidates}
     if data.class_names is not None:
         candidates["classes"] = digest(list(data.class_names))
+    if not data.has_texts:
+        candidates["texts"] = []
+        return candidates
     text = data.candidates(torch.empty(0, dtype=torch.int64)).text
     mean = text.double().mean(dim=0).numpy(force=True)
     directions = np.random.default_rng(0).standard_normal((DIRECTIONS, data.space.embed_dim))
@@ -384,9 +390,10 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
             return False
     first_texts = first.get("texts")
     second_texts = second.get("texts")
-    if first_texts and second_texts:
+    if first_texts is not None and second_texts is not None:
         if len(first_texts) != len(second_texts):
             return False
+    if first_texts and second_texts:
         distance = np.abs(np.subtract(first_texts, second_texts)).max()
         return float(distance) <= SAME_CANDIDATES
     first_classes = first.get("classes")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import MAX_CELLS, nearest
-from vilu.embeddings.source import SAME_TEXT, Batch
+from vilu.embeddings.source import SAME_TEXT, Batch, LogitBatch
 
 TEMPERATURE_SD = 0.5
 """Standard deviation of the normal prior of log a, where a is the zero-shot temperature.
@@ -184,10 +184,13 @@ class SupervisedAttention(nn.Module):
     with ``Match.reach``. Candidates whose texts are unlike those of all classes have nearly their
     zero-shot logits.
 
+    If the logits were given, the texts t_j are zero, and only v_j is learned.
+
     Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior that was
     estimated from images without labels (``start_from``).
 
     The logits are computed as products of queries (x, 1) of the images with keys of the candidates.
+    If the logits were given, the tempered logits are added to the product (``given_offset``).
 
     Args:
         inputs: Fitted ``ImageInputs``.
@@ -219,7 +222,8 @@ class SupervisedAttention(nn.Module):
 
     def begin(self, batch: Batch) -> Tensor:
         """(B, K) logits with which training begins, before anything is learned from labels."""
-        return self.queries(batch) @ self.begin_keys(batch).T
+        logits = self.queries(batch) @ self.begin_keys(batch).T
+        return plus(logits, self.given_offset(batch))
 
     def begin_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the logits with which training begins."""
@@ -228,8 +232,17 @@ class SupervisedAttention(nn.Module):
             keys = keys + math.sqrt(1 - self.sharing) * self.own
         return keys
 
+    def given_offset(self, batch: Batch) -> Tensor | None:
+        """(B, K) ``offset`` of given logits, which no product with keys gives; else None."""
+        if isinstance(batch, LogitBatch):
+            return self.offset(batch)
+        return None
+
     def offset_keys(self, batch: Batch) -> Tensor:
-        """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes."""
+        """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes.
+
+        They are zero if the logits were given.
+        """
         # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x, so
         # it is a product of (x, 1) with a key, too.
         image = self.inputs.image
@@ -297,6 +310,13 @@ class SupervisedAttention(nn.Module):
                 own = own[match.row] * known_column
             keys = keys + math.sqrt(1 - self.sharing) * own
         return keys
+
+
+def plus(logits: Tensor, given: Tensor | None) -> Tensor:
+    """Logits (B, K) of a product with keys, plus the offset (B, K) of given logits, if any."""
+    if given is None:
+        return logits
+    return logits + given
 
 
 def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many arguments
@@ -372,7 +392,8 @@ def _set_start(
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    Their logits are image @ (before + text @ A^T + sqrt(1 - rho) V)^T.
+    Their logits are image @ (before + text @ A^T + sqrt(1 - rho) V)^T, plus the offset of given
+    logits.
 
     Attributes:
         batch: The rows.
@@ -380,12 +401,14 @@ class Block(NamedTuple):
             A and V is N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
         before: (K, P) keys of the logits with which training begins.
+        offset: (B, K) tempered given logits; None if the logits were not given.
     """
 
     batch: Batch
     image: Tensor
     text: Tensor
     before: Tensor
+    offset: Tensor | None
 
     def losses(self, logits: Tensor) -> Tensor:
         """(B,) cross-entropy of the rows."""
@@ -490,7 +513,8 @@ class Problem:
                 if text is None or before is None or not has_classes:
                     text = math.sqrt(attention.sharing) * attention.text(moved.text)
                     before = attention.begin_keys(moved) / self.scale
-            yield Block(moved, image, text, before)
+                offset = attention.given_offset(moved)
+            yield Block(moved, image, text, before, offset)
 
     def solve(
         self, weight: Tensor | None = None, near: SupervisedAttention | None = None
@@ -551,7 +575,7 @@ class Problem:
                 current = Keys(block.text, keys, torch.zeros_like(keys))
             row_weight = self._row_weight(block, weight)
             weight_column = row_weight[:, None]
-            logits = block.image @ current.keys.T
+            logits = plus(block.image @ current.keys.T, block.offset)
             total += (block.losses(logits) * row_weight).sum()
             weighted_slopes = block.slopes(logits) * weight_column
             current.slope.addmm_(weighted_slopes.T, block.image)
@@ -630,7 +654,7 @@ def held_out_share(problem: Problem) -> float:
     if problem.n == 1:
         return 1.0
     block = cast("Block", problem.held)
-    before = block.image @ block.before.T
+    before = plus(block.image @ block.before.T, block.offset)
     fold = _folds(problem, block)
     folds_needed = math.ceil(FOLDS * HELD_OUT / problem.n)
     n_folds = min(folds_needed, FOLDS, problem.n)

@@ -18,7 +18,13 @@ from torch.nn import functional
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.similarity import CACHED_CELLS, cached_rows, float64, row_blocks
 from vilu.embeddings.source import Batch
-from vilu.predictors.nn.attention import FEATURES, ImageInputs, Match, SupervisedAttention
+from vilu.predictors.nn.attention import (
+    FEATURES,
+    ImageInputs,
+    Match,
+    SupervisedAttention,
+    plus,
+)
 from vilu.predictors.nn.layers import dropout_mask, linear
 from vilu.predictors.nn.pooled import Pooled
 
@@ -196,7 +202,9 @@ class Experts(nn.Module):
         for part in row_blocks(len(batch.image), n_candidates, cached_rows(n_candidates)):
             rows = batch.rows(part)
             logits = attention.queries(rows) @ keys.T
-            if not all_known:  # with foreign candidates the offset is not in the keys
+            if all_known:
+                logits = plus(logits, self._given_offset(rows))
+            else:  # foreign candidates have an offset of their own temperature
                 logits = logits + attention.offset(rows, match)
             for weight, companion in companions:
                 logits = logits.add_(companion(rows), alpha=weight)
@@ -213,6 +221,13 @@ class Experts(nn.Module):
         attention_weight = weights[0]
         keys = attention_weight * self.attention.learned_keys(batch.text, match)
         return keys + sum(weights) * self.attention.offset_keys(batch)
+
+    def _given_offset(self, batch: Batch) -> Tensor | None:
+        """(B, K) part of the pool that given logits are, beside that of ``_pooled_keys``."""
+        offset = self.attention.given_offset(batch)
+        if offset is None:
+            return None
+        return float(self.weights.sum()) * offset
 
     def _ready_companions(self, match: Match) -> list[tuple[float, Callable[[Batch], Tensor]]]:
         """The weight of each companion, and its function from a batch to residual logits (B, K).

@@ -45,8 +45,13 @@ class FitSample:
     n_rows: int  # number of rows from which the S rows were drawn
 
     @classmethod
-    def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample:
-        """Draw from the usable rows of all sources together, with equal probabilities."""
+    def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample | None:
+        """Draw from the usable rows of all sources together, with equal probabilities.
+
+        None if the rows have no vectors.
+        """
+        if not sources[0].has_vectors:
+            return None
         counts = [len(source.usable_rows) for source in sources]
         n_rows = sum(counts)
         bytes_per_row = 2 * sources[0].space.embed_dim  # float16

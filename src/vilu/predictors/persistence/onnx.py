@@ -26,6 +26,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.predictors.contract.catalogue import PREDICTORS
+from vilu.predictors.contract.given_logits import are_given
 from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
@@ -131,9 +132,14 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K.
 
     Raises:
-        NotExportable: If the method has no graph, or the predictor judges other answers than the
-            zero-shot answers.
+        NotExportable: If the method has no graph, it was fitted on given logits, or it judges other
+            answers than the zero-shot answers.
     """
+    if are_given(predictor.notes_):
+        raise NotExportable(
+            f"this {predictor.name} was fitted on given logits, and a graph takes image and text. "
+            "Score with `vilu score`, or vilu.load(folder)."
+        )
     if "graph" not in vars(type(predictor)):
         known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
         raise NotExportable(

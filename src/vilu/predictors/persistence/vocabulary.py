@@ -21,7 +21,7 @@ from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import IMAGE_COLUMNS
+from vilu.embeddings.columns import OF_ROWS
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -51,7 +51,7 @@ class Vocabulary:
     def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
         """The vocabulary of a source whose rows share their candidates."""
         no_rows = torch.empty(0, dtype=torch.int64)
-        names = sorted(source.columns - IMAGE_COLUMNS.keys())
+        names = sorted(source.columns - OF_ROWS)
         columns = {name: source.column(name, no_rows) for name in names}
         return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
 

@@ -181,6 +181,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     )
     optional_columns: ClassVar[tuple[str, ...]] = (FEATURES, NEGATIVES)
     is_probability: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
     uses_unlabelled: ClassVar[bool] = True
 
     seed: int = 0

@@ -1,0 +1,64 @@
+"""Whether the given answers of a fit were better than those of the rows to calibrate on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from vilu.callers import warn_caller
+from vilu.errors import UNKNOWN
+from vilu.outcomes.outcomes import Outcomes
+
+MOST_ERRORS: Final = 3.0
+"""Largest difference of the two accuracies without a warning, in standard errors.
+
+If all answers are alike, a warning comes once in about 700 calibrations.
+"""
+
+
+def warn_of_in_sample(fitted: Mapping[str, int] | None, rows: Outcomes) -> None:
+    """Warn if the given answers of the fit rows were clearly better than those of these rows.
+
+    A model is better on the rows that it was trained on. A predictor that is fitted on such answers
+    has seen too few failures, or others than those of new rows. With the accuracies a of n fit rows
+    and b of m calibration rows, and the accuracy p of all of them, a warning comes if
+
+        a - b > 3 sqrt(p (1 - p) (1 / n + 1 / m))
+
+    Rows of none of the classes do not count.
+
+    Args:
+        fitted: The numbers ``n`` and ``n_right`` of the fit. None: no given answers were fitted on.
+        rows: Calibration rows.
+
+    Warns:
+        UserWarning: If the fit accuracy is too high.
+    """
+    if fitted is None:
+        return
+    is_known = rows.failure != UNKNOWN
+    if rows.outside is not None:
+        is_known &= ~rows.outside
+    failure = rows.failure[is_known]
+    n_fit = fitted["n"]
+    n = len(failure)
+    if min(n_fit, n) == 0:
+        return
+    n_right = int(np.count_nonzero(failure == 0))
+    of_fit = fitted["n_right"] / n_fit
+    of_calibration = n_right / n
+    difference = of_fit - of_calibration
+    of_all = (fitted["n_right"] + n_right) / (n_fit + n)
+    error = math.sqrt(of_all * (1 - of_all) * (1 / n_fit + 1 / n))
+    if difference <= MOST_ERRORS * error:
+        return
+    warn_caller(
+        f"the given answers are right for {of_fit:.1%} of {n_fit:,} fit rows and for "
+        f"{of_calibration:.1%} of {n:,} calibration rows: a difference of {difference:.1%}, whose "
+        f"standard error is {error:.1%}. Was the answering model trained on the fit rows? Then the "
+        "predictor has learned from answers that are too good. Fit it on answers that are "
+        "out-of-fold, such as those of sklearn.model_selection.cross_val_predict."
+    )

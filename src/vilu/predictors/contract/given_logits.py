@@ -1,0 +1,108 @@
+"""Which methods work on rows whose logits were given, and on which of them after a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.predictors.contract.seen import candidates_of, same_candidates
+from vilu.registry import METHODS
+
+
+def require_inputs(method: type[Any], data: EmbeddingSource) -> None:
+    """Refuse rows with given logits that lack an input of the method.
+
+    Args:
+        method: A subclass of ``FailurePredictor``.
+        data: Rows with given logits.
+
+    Raises:
+        DataError: If the method needs embeddings of the candidates, or vectors of the rows.
+    """
+    looks_at = inputs_of(method)
+    if not looks_at:
+        raise DataError(
+            f"{method.name} needs embeddings of the candidates (texts), and these rows have given "
+            f"logits without texts. On logits alone work {_listed(frozenset({'logits'}))}; with "
+            f"features of the rows also {_with_features()}. Take one of these, or give "
+            "vilu.Embeddings(image, text)."
+        )
+    if "image" in looks_at and not data.has_vectors:
+        raise DataError(
+            f"{method.name} needs a vector of every row, and these rows have logits alone. Give "
+            "vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. On "
+            f"logits alone work {_listed(frozenset({'logits'}))}."
+        )
+
+
+def refuse_unlabelled(method: str, train: EmbeddingSource) -> None:
+    """Refuse rows without labels beside given logits: they teach about the texts of classes."""
+    if train.has_texts:
+        return
+    raise UsageError(
+        f"{method} learns from rows without labels by the embeddings of the candidates (texts), "
+        "and these rows have given logits without texts. Leave the unlabelled rows out."
+    )
+
+
+def inputs_of(method: type[Any]) -> frozenset[str]:
+    """The inputs that the class itself states; empty if it states none."""
+    stated: frozenset[str] = vars(method).get("looks_at", frozenset())
+    return stated
+
+
+def _listed(looks_at: frozenset[str]) -> str:
+    names = [name for name in METHODS.names() if inputs_of(METHODS[name]) == looks_at]
+    return ", ".join(names)
+
+
+def _with_features() -> str:
+    able = []
+    for name in METHODS.names():
+        if "image" in inputs_of(METHODS[name]):
+            able.append(name)
+    return ", ".join(able)
+
+
+def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingSource) -> None:
+    """Refuse logits of other classes than those of the fit.
+
+    A candidate without embedding is known by its place alone, so all classes must be the same, in
+    their order.
+
+    Args:
+        method: Name of the fitted method.
+        fitted: The notes of its fit.
+        data: The rows to score.
+
+    Raises:
+        ProvenanceError: If only one of the two has given logits, or if their classes differ.
+    """
+    was_given = are_given(fitted)
+    if data.has_texts and not was_given:
+        return
+    present = candidates_of(data)
+    if was_given and not data.has_texts and same_candidates(fitted, present):
+        return
+    raise ProvenanceError(
+        f"this {method} was fitted on {_in_words(fitted)}, and these rows have "
+        f"{_in_words(present)}. Without embeddings of the candidates a class is known by its place "
+        "alone: give the same classes in the same order, or fit on rows like these."
+    )
+
+
+def are_given(candidates: Mapping[str, Any]) -> bool:
+    """Whether a description by ``candidates_of`` is of candidates without texts."""
+    return bool(candidates.get("texts") == [])
+
+
+def _in_words(candidates: Mapping[str, Any]) -> str:
+    kind = "embeddings of texts"
+    if are_given(candidates):
+        kind = "given logits"
+    named = "no names"
+    if "classes" in candidates:
+        named = f"names {candidates['classes'][:12]}"
+    return f"{kind} of {candidates.get('n_candidates', '?')} candidates ({named})"
