@@ -165,8 +165,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     root = Path(output)
     StoreLedger.check_place(root, overwrite=overwrite)
     with Arrays(source, files) as arrays:
-        distinct_outside = tuple(dict.fromkeys(outside))
-        content = _read(arrays, dict(keys or {}), class_names, distinct_outside)
+        content = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
         run = _describe(
             content,
             content.space(logit_scale, logit_bias, model),
