@@ -217,7 +217,9 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
         return is_vector and all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
-    return isinstance(value, kind) or hasattr(value, "__getitem__")
+    # a source of embeddings takes rows by [ ], but it is no list of them, so it cannot be iterated
+    is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
+    return isinstance(value, kind) or is_ordered
 
 
 def _expected(hint: object) -> str:

@@ -538,7 +538,7 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
 
 def test_what_is_masked_is_not_taken_for_a_number() -> None:
     masked, bare = np.ma.array(np.eye(2), mask=np.eye(2) == 1), np.ma.array(np.eye(2))
-    assert len(vilu.Embeddings(bare, bare, bare[0].astype(int))) == len(
+    assert len(vilu.Embeddings(bare, bare, target=bare[0].astype(int))) == len(
         vilu.Outcomes(bare[0], bare[0])
     )
     for call in (vilu.metrics.auroc, vilu.Outcomes, vilu.Embeddings):

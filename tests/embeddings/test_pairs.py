@@ -366,7 +366,7 @@ def test_a_pool_of_one_caption_has_no_score(method: str) -> None:
 def test_batches_do_not_depend_on_what_is_set_in_torch(direction: str, hard: bool) -> None:
     text = unit(64, 8, 0)
     image, ids = noisy(text, 64), [f"picture {i}" for i in range(40)]
-    classes = vilu.Embeddings(noisy(text, 40), text[:5], np.arange(40) % 5, ids=ids)
+    classes = vilu.Embeddings(noisy(text, 40), text[:5], target=np.arange(40) % 5, ids=ids)
 
     def made() -> list[object]:
         chosen = Pools(8, direction, hard=hard, near_duplicates=0.4)  # type: ignore[arg-type]

@@ -151,8 +151,8 @@ def test_a_fit_tells_repeated_rows(train: Embeddings, caplog: pytest.LogCaptureF
     few = Embeddings(
         torch.cat([train.image, train.image[:5]]),
         train.text,
-        torch.cat([train.target, train.target[:5]]),
-        20.0,
+        target=torch.cat([train.target, train.target[:5]]),
+        logit_scale=20.0,
     )
     assert messages_of_fit(few) == ""
 

@@ -21,9 +21,8 @@ from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.folder import PhotoFiles, list_photos
-from vilu.errors import DataError, UsageError
+from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load

@@ -36,7 +36,9 @@ def numbers(
     image: NDArray[np.float32], text: NDArray[np.float32], target: NDArray[np.int64]
 ) -> float:
     """From arrays to a threshold."""
-    data = vilu.Embeddings(image, text, target, logit_scale=100.0, class_names=["cat", "dog"])
+    data = vilu.Embeddings(
+        image, text, target=target, logit_scale=100.0, class_names=["cat", "dog"]
+    )
     assert_type(Narrow(power=2.0).fit(data), Narrow)
     assert_type(vilu.ViLUPlus(seed=0).fit(data).predict_uncertainty(data), NDArray[np.float64])
     outcomes = vilu.score(Narrow(), data)

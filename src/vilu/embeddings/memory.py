@@ -36,8 +36,9 @@ class Embeddings(EmbeddingSource):
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
-        target: (N,) integer rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures
-            of none of the classes. None if no label is known.
+        target: (N,) rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of none
+            of the classes. Or (N,) names in ``class_names``, "" where unknown, "(outside)" for
+            pictures of none of the classes. None if no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
@@ -56,18 +57,22 @@ class Embeddings(EmbeddingSource):
     candidates, and ``candidate_of`` has the candidate of every given class.
 
     Raises:
-        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or
-            classes of one name have different texts.
+        DataError: If shapes disagree, a target is not a row of ``text`` or its name, a text row is
+            unusable, or classes of one name have different texts.
 
     Examples:
         >>> import numpy as np, vilu
         >>> names = ["cat", "dog", "cup"]
-        >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 1], class_names=names)
+        >>> data = vilu.Embeddings(
+        ...     np.eye(3), np.eye(3), target=["cat", "dog", "dog"], class_names=names
+        ... )
         >>> (batch,) = data.batches(8)
         >>> [names[i] for i in batch.prediction], batch.failure.tolist()
         (['cat', 'dog', 'cup'], [0, 0, 1])
-        >>> data.take([2, 0]).target.tolist()
-        [1, 0]
+        >>> data
+        Embeddings(n=3, K=3, D=3, labelled=3)
+        >>> data[1:].target.tolist(), data[data.target == 0].target.tolist(), data[[2, 0]]
+        ([1, 1], [0], Taken(n=2, K=3, D=3, labelled=2))
     """
 
     @checked
@@ -76,11 +81,11 @@ class Embeddings(EmbeddingSource):
         self,
         image: ArrayLike | Tensor,
         text: ArrayLike | Tensor,
+        *,
         target: ArrayLike | Tensor | None = None,
         logit_scale: float = 100.0,
         logit_bias: float = 0.0,
         class_names: Sequence[str] | None = None,
-        *,
         ids: Sequence[str] | None = None,
         space: EmbeddingSpace | None = None,
         columns: Mapping[str, ArrayLike | Tensor] | None = None,
@@ -96,8 +101,10 @@ class Embeddings(EmbeddingSource):
                     f"image and text must share one width. Got {self.space.embed_dim}, "
                     f"but {name} has {rows.shape[1]}."
                 )
-        self.target, self.outside = check_targets(target, len(self.image), len(self.text))
         self.class_names = check_class_names(class_names, len(self.text))
+        self.target, self.outside = check_targets(
+            target, len(self.image), len(self.text), self.class_names
+        )
         self.ids = check_ids(ids, len(self.image))
         encoded = dict(columns or {})
         answer = encoded.pop(ANSWER, None)

@@ -327,9 +327,11 @@ class PseudoCaptions(PairSource):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> pets = vilu.Embeddings(np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"])
+        >>> pets = vilu.Embeddings(
+        ...     np.eye(4)[:2], np.eye(4)[:2], target=[0, 1], class_names=["cat", "dog"]
+        ... )
         >>> food = vilu.Embeddings(
-        ...     np.eye(4)[2:], np.eye(4)[2:], [0, 1], class_names=["pie", "soup"]
+        ...     np.eye(4)[2:], np.eye(4)[2:], target=[0, 1], class_names=["pie", "soup"]
         ... )
         >>> data = vilu.PseudoCaptions(
         ...     [pets, food], vilu.Pools(4, seed=None), names=["pets", "food"]
@@ -423,7 +425,7 @@ class PseudoCaptions(PairSource):
         Examples:
             >>> import numpy as np, torch, vilu
             >>> pets = vilu.Embeddings(
-            ...     np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"]
+            ...     np.eye(4)[:2], np.eye(4)[:2], target=[0, 1], class_names=["cat", "dog"]
             ... )
             >>> captioned = vilu.Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)
             >>> vilu.PseudoCaptions([pets, captioned], 2).of_classes(torch.arange(6)).tolist()

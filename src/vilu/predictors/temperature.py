@@ -55,7 +55,7 @@ class MCMTS(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> # three of four answers are right
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), target=[0, 0, 0, 1] * 10)
         >>> vilu.PREDICTORS["mcm_ts"]().fit(data).predict_uncertainty(data)[:2].round(2)
         array([0.25, 0.25])
     """
@@ -298,7 +298,7 @@ class Duo(WithSecondModel):
         >>> label = np.array([0, 0, 0, 1] * 10)
         >>> # the second model is always right
         >>> second = {"second_image": np.eye(2)[label], "second_text": np.eye(2)}
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), label, columns=second)
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), target=label, columns=second)
         >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
         array([0., 0., 0., 1.])
     """

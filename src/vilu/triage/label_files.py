@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import text_among
-from vilu.errors import OUTSIDE, DataError, UsageError
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.labels import SKIPPED, name_of
 

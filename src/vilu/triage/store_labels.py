@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.embeddings.source import EmbeddingSource, say_once
-from vilu.errors import DataError, UsageError
+from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.labels import (
     SKIPPED,

@@ -282,7 +282,9 @@ class BayesVLM(FailurePredictor):
         >>> # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
+        >>> train = vilu.Embeddings(
+        ...     image, np.eye(2), target=np.repeat([0, 1], [70, 30]), logit_scale=10.0
+        ... )
         >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)
         array([0.12, 0.12])

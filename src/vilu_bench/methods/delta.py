@@ -62,7 +62,7 @@ class DeltaKNN(ClosedSet):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["delta_knn"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-0.47, -1.61])
@@ -123,7 +123,7 @@ class DeltaKNNMargin(DeltaKNN):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["delta_knn_margin"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-7.27, -8.41])
@@ -166,7 +166,7 @@ class DeltaMDS(ClosedSet):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["delta_mds"]().fit(train).predict_uncertainty(new).round(2)
         array([ 0.65, -2.59])
@@ -241,7 +241,7 @@ class DeltaMDSMargin(DeltaMDS):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> method = vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0)
         >>> method.fit(train).predict_uncertainty(new).round(2)

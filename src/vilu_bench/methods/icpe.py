@@ -54,7 +54,7 @@ class ICPE(ClassDensity):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
         >>> vilu.PREDICTORS["icpe"]().fit(train).predict_uncertainty(new).round(3)
         array([0.015, 0.5  ])

@@ -101,7 +101,7 @@ class Mahalanobis(ClosedSet):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
         array([1.14, 0.43])
@@ -159,7 +159,7 @@ class RelativeMahalanobis(Mahalanobis):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["relative_mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
         array([ 0.22, -0.49])

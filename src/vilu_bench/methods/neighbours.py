@@ -70,7 +70,7 @@ class KNNVote(LabelledBank):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["knn_vote"](k=2).fit(train).predict_uncertainty(new).round(2)
         array([0.5, 0. ])
@@ -110,7 +110,7 @@ class KNNDistance(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.0, 1.0]], np.eye(2))  # at 16 and 90 degrees
         >>> vilu.PREDICTORS["knn_distance"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([0.28, 0.  ])
@@ -167,7 +167,7 @@ class TRINE(LabelledBank):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["trine"](k=2).fit(train).predict_uncertainty(new).round(2)
         array([0.62, 0.  ])
@@ -227,7 +227,7 @@ class TrustScore(LabelledBank):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["trust_score"]().fit(train).predict_uncertainty(new).round(2)
         array([0.79, 0.24])

@@ -56,7 +56,7 @@ class RelU(ClosedSet):
         ...     [0.8, 0.6, 0.0],
         ...     [0.8, 0.0, 0.6],
         ... ]  # both are answered 0; the first is wrong, with class 1 near
-        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
+        >>> data = vilu.Embeddings(image, np.eye(3), target=[1, 0], logit_scale=5.0)
         >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
         array([0.15, 0.  ])
     """

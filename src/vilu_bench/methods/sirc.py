@@ -50,7 +50,7 @@ class SIRC(FailurePredictor):
         >>> import vilu
         >>> text = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
         >>> train = vilu.Embeddings(
-        ...     [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, [0, 1], logit_scale=10.0
+        ...     [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, target=[0, 1], logit_scale=10.0
         ... )
         >>> new = vilu.Embeddings(
         ...     [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0

@@ -42,7 +42,9 @@ class TrustVLM(ClosedSet):
     Examples:
         >>> import numpy as np, vilu
         >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # a second encoder's
-        >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1]], np.eye(2), [0, 0, 1], columns=features)
+        >>> data = vilu.Embeddings(
+        ...     np.eye(2)[[0, 0, 1]], np.eye(2), target=[0, 0, 1], columns=features
+        ... )
         >>> new = vilu.Embeddings(
         ...     np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]}
         ... )

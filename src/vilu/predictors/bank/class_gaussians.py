@@ -231,7 +231,7 @@ class ClassGaussians(ClassDensity):
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
         >>> # p_max is 1 for both images. At 16 degrees s_d is 0.97. The image at 37 degrees is
         >>> # a training image of class 1, but the answer is class 0: s_d is 0, so u is 1 / 2.

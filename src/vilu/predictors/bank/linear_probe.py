@@ -48,7 +48,7 @@ class LinearProbe(ClosedSet):
         >>> # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> train = vilu.Embeddings(image, np.eye(2), target=np.repeat([0, 1], [70, 30]))
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, np.eye(2))
         >>> vilu.PREDICTORS["linear_probe"]().fit(train).predict_uncertainty(new).round()

@@ -46,7 +46,7 @@ def load(folder: str | Path) -> FailurePredictor:
 
     Examples:
         >>> import tempfile, numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), target=[0, 0, 0, 1] * 10)
         >>> folder = tempfile.mkdtemp()
         >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
         >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)

@@ -42,7 +42,7 @@ class LVU(HeadPredictor):
         ...     0, np.pi / 2, 100
         ... )  # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), target=np.repeat([0, 1], [70, 30])
         ... )
         >>> new = vilu.Embeddings(
         ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
@@ -118,7 +118,7 @@ class ViLU(HeadPredictor):
         ...     0, np.pi / 2, 100
         ... )  # the answer is class 0 up to 45 degrees, the true class is 0 up to 63 degrees
         >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), target=np.repeat([0, 1], [70, 30])
         ... )
         >>> new = vilu.Embeddings(
         ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
