@@ -174,7 +174,7 @@ def test_an_answer_outside_the_candidates_is_refused(test: Embeddings) -> None:
     answer = zero_shot(test)
     with pytest.raises(DataError, match="none of the candidates cannot be judged"):
         with_answers(test, np.where(answer == answer[0], -1, answer))
-    with pytest.raises(DataError, match="the first is 'zebra'"):
+    with pytest.raises(DataError, match="Got 'zebra' too"):
         vilu.Embeddings(
             np.eye(2), np.eye(2), class_names=["cat", "dog"], columns={"answer": ["cat", "zebra"]}
         )
