@@ -22,6 +22,7 @@ from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeat
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.pictures import ScoredRows
 from vilu.outcomes.decisions import ACCEPT, REVIEW
+from vilu.outcomes.row_sample import RowSample, sample_of_rows
 from vilu.validation import checked, require_mask
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class Tally:
     split: str | None = None  # name of its split
     seed: int | None = None  # seed of the predictor
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
+    sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
 
     def asked(self, metric: Metric) -> Scores | None:
         """Rows from which a metric is computed; None if the needed probabilities are missing."""
@@ -606,9 +608,10 @@ class Outcomes:
         scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        picture = None
+        known_pictures = None
         if self.picture is not None:
-            picture = repeated_pictures(self.picture[rows])
+            known_pictures = self.picture[rows]
+        picture = repeated_pictures(known_pictures)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
         within = scores
         if self.outside.any():
@@ -617,6 +620,9 @@ class Outcomes:
         if self.failure_probability is not None:
             note = "of the calibrated failure_probability"
             probability = ScoredRows(self.failure_probability[rows], failure, note, picture)
+        ids = None
+        if self.ids is not None:
+            ids = [self.ids[row] for row in np.flatnonzero(rows).tolist()]
         return Tally(
             scores=scores,
             within=within,
@@ -624,6 +630,7 @@ class Outcomes:
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
+            sample=sample_of_rows(known_pictures, ids),
             **facts_of(self),
         )
 
