@@ -316,3 +316,23 @@ def test_names_that_are_no_targets(
 def test_everything_but_images_and_texts_is_given_by_name() -> None:
     with pytest.raises(TypeError, match="too many positional arguments"):
         Embeddings(EYE, EYE, [0, 1, 2])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("logarithm", "scale"), [(np.log(100), "100"), (4.6052, "100.003"), (4.7631, "117.108")]
+)
+def test_the_logarithm_of_a_scale_is_no_scale(logarithm: float, scale: str, tmp_path: Path) -> None:
+    message = f"probably its logarithm.*logit_scale={scale}"
+    with pytest.raises(UsageError, match=message):
+        Embeddings(EYE, EYE, logit_scale=logarithm)
+    with pytest.raises(UsageError, match=message):
+        PairEmbeddings(EYE, EYE, 3, logit_scale=logarithm)
+    np.savez(tmp_path / "a.npz", image=EYE, text=EYE, class_names=list("abc"), logit_bias=0.0)
+    with pytest.raises(UsageError, match=message):
+        import_arrays(tmp_path / "a.npz", tmp_path / "s", logit_scale=logarithm)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, np.log(10), 4.0, 5.0, 20.0, 54.6, 100.0, 150.0])
+def test_scales_that_may_be_are_taken(scale: float) -> None:
+    assert Embeddings(EYE, EYE, logit_scale=scale).space.logit_scale == scale
