@@ -709,7 +709,7 @@ def test_imagenets_equal_names_work_in_every_method_that_compares_classes(shared
         pytest.skip(f"{file} is not here")
     found = np.load(file)
     data = Embeddings(
-        *(found[key] for key in ("image", "text", "target")),
+        **{key: found[key] for key in ("image", "text", "target")},
         class_names=found["class_names"].tolist(),
     )
     assert data.n_candidates == 998

@@ -250,7 +250,7 @@ def test_pools_are_whole_and_identical_captions_are_one_target() -> None:
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((np.eye(5), np.eye(5), 3), DataError, "multiple of pool_size=3.*leave out 2"),
+        ((np.eye(5), np.eye(5), 6), DataError, "has 5 usable pairs, and a pool has 6"),
         ((np.eye(4), np.eye(4)[:3], 1), DataError, "pairs of one shape"),
         ((np.eye(4), np.zeros((4, 4)), 2), DataError, "zero_norm"),
         ((np.eye(4), np.eye(4), 0), UsageError, "pool_size must be at least 1"),

@@ -22,7 +22,7 @@ from vilu.embeddings.checks import (
 )
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
-from vilu.embeddings.pairs import PairSource, Pools
+from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -154,6 +154,9 @@ class Embeddings(EmbeddingSource):
 class PairEmbeddings(PairSource):
     """Image-caption pairs in memory: each image is matched against the captions of its pool.
 
+    The last rows have no score if they do not fill a pool, since a short pool would be an easier
+    problem. An image with several captions is given in several rows, once with each caption.
+
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
@@ -166,8 +169,8 @@ class PairEmbeddings(PairSource):
         columns: Further data that some methods need, by name (``vilu.embeddings.columns``).
 
     Raises:
-        DataError: If the numbers of images and captions differ, if a row is unusable, or if N is
-            not a multiple of the pool size (a short last pool would be an easier problem).
+        DataError: If the numbers of images and captions differ, if a row is unusable, or if the
+            pairs do not fill a pool.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -176,6 +179,12 @@ class PairEmbeddings(PairSource):
         ... )  # two captions are swapped
         >>> [batch.failure.tolist() for batch in data.batches(2)]
         [[0, 0], [1, 1]]
+        >>> several = vilu.PairEmbeddings(  # the first image has two captions: either is right
+        ...     np.eye(4)[[0, 0, 2, 3]], np.eye(4)[[1, 0, 2, 3]], pool_size=3
+        ... )
+        >>> (batch,) = several.batches(3)
+        >>> batch.prediction.tolist(), batch.failure.tolist(), several.status.tolist()
+        ([1, 1, 2], [0, 0, 0], [0, 0, 0, 3])
         >>> last = torch.tensor([3])
         >>> data.picture_rows(last).tolist(), data.caption_rows(last).tolist()
         ([[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]])
@@ -204,13 +213,7 @@ class PairEmbeddings(PairSource):
             pool_size = Pools(pool_size, seed=None)
         self.pools = pool_size
         self.pool_size = self.pools.size
-        surplus = len(self.image) % self.pool_size
-        if surplus:
-            raise DataError(
-                f"the number of pairs must be a multiple of pool_size={self.pool_size}, since a "
-                f"short last pool has fewer distractors. Got {len(self.image)}: leave out "
-                f"{surplus} or change pool_size."
-            )
+        require_full_pools(len(self.image), self.pool_size, "this set of pairs")
         self.space = space or EmbeddingSpace(
             self.image.shape[1], float(logit_scale), float(logit_bias)
         )
