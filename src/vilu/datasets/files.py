@@ -112,7 +112,8 @@ class Bounds:
         full = self._full(path)
         folder = os.path.dirname(full)  # noqa: PTH120  for speed
         if not _lies_in(folder, self._inside) or self.leads_out(full):
-            reason = f"the file must lie below {self._inside[-1]}, links included"
+            folders = " or ".join(self._inside)
+            reason = f"the file must lie below {folders}, links included"
             raise OutsideError(errno.EACCES, reason, path)
         return full
 
