@@ -78,8 +78,8 @@ def outcomes_of(
     order = rng.permutation(len(target))
     first, second = order[: len(order) // 2], order[len(order) // 2 :]
     labelled = few_per_class(target, first, n_labels, rng)
-    train = vilu.Embeddings(image[labelled], text, target[labelled])
-    new = vilu.Embeddings(image[second], text, target[second])
+    train = vilu.Embeddings(image[labelled], text, target=target[labelled])
+    new = vilu.Embeddings(image[second], text, target=target[second])
     images = vilu.Embeddings(image[first], text)
     zero_shot = vilu.ViLUPlus(seed=seed).fit(train)
     yield "zero-shot", vilu.score(zero_shot, new)

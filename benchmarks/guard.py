@@ -47,7 +47,7 @@ def main() -> None:
     data = Embeddings(
         image,
         text,
-        np.array(table["label"].to_pylist()),
+        target=np.array(table["label"].to_pylist()),
         space=model.space,
         class_names=PROMPT_NAMES,
     )

@@ -65,7 +65,7 @@ def embeddings(k: int) -> Embeddings:
         rows / np.linalg.norm(rows, axis=1, keepdims=True)
         for rows in (rng.normal(size=(N, D)), rng.normal(size=(k, D)))
     )
-    return Embeddings(image, text, rng.integers(k, size=N))
+    return Embeddings(image, text, target=rng.integers(k, size=N))
 
 
 def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> Callable[[], None]:

@@ -50,7 +50,7 @@ def training(classes: int) -> tuple[float, float]:
     rng, n = np.random.default_rng(0), 8 * BATCH
     image, text = (rng.normal(size=(rows, D)) for rows in (n, classes))
     unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text)]
-    data = Embeddings(unit[0], unit[1], rng.integers(classes, size=n))
+    data = Embeddings(unit[0], unit[1], target=rng.integers(classes, size=n))
     torch.manual_seed(0)
     config = TrainConfig(1, BATCH, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device("cpu"))
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)

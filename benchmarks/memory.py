@@ -34,8 +34,8 @@ def child() -> None:
         )
         image[block] /= np.linalg.norm(image[block], axis=1, keepdims=True)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
-    data = vilu.Embeddings(image, text, target)
-    warm = vilu.Embeddings(image[:2000], text, target[:2000])
+    data = vilu.Embeddings(image, text, target=target)
+    warm = vilu.Embeddings(image[:2000], text, target=target[:2000])
     vilu.ViLU(epochs=1).fit(
         warm
     )  # thread pools and libraries belong to the program, not to the data

@@ -38,7 +38,9 @@ def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
         / np.sqrt(D)
     )
     image = text[target] + 0.6 * common[target] + noise
-    return Embeddings(image.astype(np.float32), text.astype(np.float32), target, 60.0)
+    return Embeddings(
+        image.astype(np.float32), text.astype(np.float32), target=target, logit_scale=60.0
+    )
 
 
 def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:

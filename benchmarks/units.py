@@ -70,7 +70,7 @@ class World:
 
     def embeddings(self, image: Floats, target: NDArray[np.int64]) -> vilu.Embeddings:
         """As a source."""
-        return vilu.Embeddings(image, self.text, target, logit_scale=SCALE)
+        return vilu.Embeddings(image, self.text, target=target, logit_scale=SCALE)
 
 
 def verdict(rule: object, everything: Outcomes) -> str:
@@ -179,7 +179,9 @@ def halves(path: Path, seed: int) -> str:
         parts = []
         for places in np.array_split(order, 2):
             target = arrays["target"][places]
-            parts.append(vilu.Embeddings(image[places], arrays["text"], target, logit_scale=100.0))
+            parts.append(
+                vilu.Embeddings(image[places], arrays["text"], target=target, logit_scale=100.0)
+            )
         train, rest = parts
         predictor = KNNVote(k=10).fit(train)
         outcomes = vilu.score(predictor, rest)

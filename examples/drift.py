@@ -16,7 +16,11 @@ def rows(n: int, *, seed: int, blurred: float = 0.5, labelled: bool = True) -> v
     """Embeddings of images; the names of the rows tell the days apart."""
     image, text, label = simulated(n, seed=seed, blurred=blurred)
     return vilu.Embeddings(
-        image, text, label if labelled else None, 20.0, ids=[f"{seed}/{i}" for i in range(n)]
+        image,
+        text,
+        target=label if labelled else None,
+        logit_scale=20.0,
+        ids=[f"{seed}/{i}" for i in range(n)],
     )
 
 

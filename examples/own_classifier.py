@@ -22,7 +22,8 @@ def main() -> None:
     logits = classifier.decision_function(features[200:])
     data = vilu.Embeddings.from_logits(logits, features[200:], label[200:])
     parts = data.split(fit=0.3, calibration=0.4, test=0.3)
-    model = vilu.Selective(vilu.ViLUPlus(seed=0)).fit(parts.fit)
+    judge = vilu.ViLUPlus(seed=0)  # of the answers of the classifier, the largest logits
+    model = vilu.Selective(judge, answer="zero_shot").fit(parts.fit)
     model.calibrate(parts.calibration, max_risk=0.1)
     outcomes = model.predict(parts.test)
     accepted = np.array(outcomes.decision) == "accept"
@@ -43,7 +44,7 @@ def main() -> None:
     # SigLIP: logits of the model, with its scale and bias. Here cosines stand in their place.
     siglip = 20.0 * features @ text.T - 16.5
     given = vilu.Embeddings.from_logits(siglip, target=label)
-    same = vilu.Embeddings(features, text, label, logit_scale=20.0, logit_bias=-16.5)
+    same = vilu.Embeddings(features, text, target=label, logit_scale=20.0, logit_bias=-16.5)
     largest = -vilu.MaxLogit().predict_uncertainty(given)
     print(f"SigLIP: the largest logits are {largest.min():.1f} to {largest.max():.1f}")
     assert np.allclose(largest, siglip.max(axis=1), atol=1e-4)

@@ -20,8 +20,10 @@ def main() -> Figure:
     scale = 20.0  # what your model multiplies cosines with: 100 for CLIP
 
     # Three parts, for each label can serve only once: to learn from, to guarantee with, to check.
-    predictor = vilu.ViLUPlus(seed=0).fit(vilu.Embeddings(image[train], text, label[train], scale))
-    calibration = vilu.Embeddings(image[held_out], text, label[held_out], scale)
+    predictor = vilu.ViLUPlus(seed=0).fit(
+        vilu.Embeddings(image[train], text, target=label[train], logit_scale=scale)
+    )
+    calibration = vilu.Embeddings(image[held_out], text, target=label[held_out], logit_scale=scale)
     predictor.calibrate(calibration)
     rule = vilu.calibrate(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
     print(rule)

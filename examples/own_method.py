@@ -45,7 +45,7 @@ def main() -> None:
     """Score, evaluate, compare, calibrate, save."""
     image, text, label = simulated(2_000, seed=20)
     held_out, test = (
-        vilu.Embeddings(image[rows], text, label[rows], 20.0)
+        vilu.Embeddings(image[rows], text, target=label[rows], logit_scale=20.0)
         for rows in (slice(0, 800), slice(800, None))
     )
     assert "runners_up" in vilu.PREDICTORS

@@ -27,7 +27,7 @@ def main() -> Figure:
     image = unit(np.hstack([image, np.full((len(image), 1), 7.0)]))
     text = np.hstack([text, np.zeros((len(text), 1))])
     train, held_out, test = (
-        vilu.Embeddings(image[rows], text, label[rows], SCALE, BIAS)
+        vilu.Embeddings(image[rows], text, target=label[rows], logit_scale=SCALE, logit_bias=BIAS)
         for rows in (slice(0, 600), slice(600, 1200), slice(1200, None))
     )
 
@@ -44,7 +44,9 @@ def main() -> Figure:
     assert sigmoid.max() < 0.05  # "accept above 50 %" would accept nothing
 
     # The softmax compares the classes, and a bias that all of them have makes no difference to it.
-    unbiased = vilu.score(vilu.MCM(), vilu.Embeddings(image[1200:], text, label[1200:], SCALE))
+    unbiased = vilu.score(
+        vilu.MCM(), vilu.Embeddings(image[1200:], text, target=label[1200:], logit_scale=SCALE)
+    )
     assert np.abs(unbiased.uncertainty - mcm.uncertainty).max() < 1e-3
     print(
         f"the softmax's probability of a right one: {1 - np.median(mcm.uncertainty[right]):.0%} in "

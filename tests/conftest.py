@@ -132,7 +132,13 @@ def toy_embeddings(
     columns = toy_columns(image, text, rng)
     names = [f"class {i}" for i in range(k)]
     return Embeddings(
-        image / norm, text, target, scale, class_names=names, ids=ids, columns=columns
+        image / norm,
+        text,
+        target=target,
+        logit_scale=scale,
+        class_names=names,
+        ids=ids,
+        columns=columns,
     )
 
 
@@ -190,7 +196,7 @@ def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
     }
     found = source.candidates(rows)
     target = found.target.masked_fill(source.outside[rows], OUTSIDE)
-    return Embeddings(source.image_rows(rows), found.text, target, **same)
+    return Embeddings(source.image_rows(rows), found.text, target=target, **same)
 
 
 def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):

@@ -284,7 +284,10 @@ def test_every_public_name_exists(package: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("path", "package", "beside"),
-    [("__init__.py", vilu, {"metrics": "vilu"}), ("metrics/__init__.py", vilu.metrics, {})],
+    [
+        ("__init__.py", vilu, {"methods": "vilu", "metrics": "vilu"}),
+        ("metrics/__init__.py", vilu.metrics, {}),
+    ],
     ids=["vilu", "metrics"],
 )
 def test_type_checkers_see_every_public_name(

@@ -14,7 +14,7 @@ from tests.conftest import toy_embeddings
 
 
 def unscaled() -> object:
-    return vilu.Embeddings(2 * np.eye(3), np.eye(3), [0, 1, 2])
+    return vilu.Embeddings(2 * np.eye(3), np.eye(3), target=[0, 1, 2])
 
 
 def fit_on_few() -> object:
@@ -25,7 +25,9 @@ def fit_without_some_labels() -> object:
     data = toy_embeddings(n=400, k=3)
     target = data.target.clone()
     target[:5] = -1
-    partly = vilu.Embeddings(data.image, data.text, target, data.space.logit_scale)
+    partly = vilu.Embeddings(
+        data.image, data.text, target=target, logit_scale=data.space.logit_scale
+    )
     return vilu.LVU(epochs=1).fit(partly)
 
 

@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "store": BASE | {"embeddings", "datasets", "backbones"},
     "outcomes": BASE | {"metrics"},
     "predictors": GROUND | {"backbones"},
+    "methods": BASE | {"predictors"},
     "scoring": GROUND | {"store", "outcomes", "predictors"},
     "calibration": GROUND | {"store", "outcomes", "predictors", "scoring"},
     "report": DECIDING - {"store", "backbones"},

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vilu import methods as methods
     from vilu import metrics as metrics
     from vilu.backbones.catalog import load_backbone as load_backbone
     from vilu.calibration.calibration import Calibration as Calibration
@@ -104,7 +105,7 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = ["__version__", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too
+__all__ = ["__version__", "methods", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too
 
 
 if not TYPE_CHECKING:  # with this function, a type checker would accept any name
@@ -112,6 +113,8 @@ if not TYPE_CHECKING:  # with this function, a type checker would accept any nam
     def __getattr__(name: str) -> object:
         if name == "metrics":
             return importlib.import_module("vilu.metrics")
+        if name == "methods":
+            return importlib.import_module("vilu.methods")
         if name == "__version__":
             # imported here because this import is slower than the whole module
             return importlib.import_module("importlib.metadata").version("vilu")

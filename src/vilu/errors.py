@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Final
 
 UNKNOWN = -1
 """Code of a label, an answer or a failure that is not known."""
@@ -18,6 +18,9 @@ OUTSIDE = -2
 
 In memory such a picture has the label ``UNKNOWN`` and the Boolean ``outside`` is True.
 """
+
+OUTSIDE_NAME: Final = "(outside)"
+"""Label of a picture of none of the classes, where labels are names of classes."""
 
 # label in files for a picture that no person could name; its label counts as not known
 NO_NAME = "(skip)"

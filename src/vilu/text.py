@@ -111,6 +111,11 @@ def span(values: Iterable[object]) -> str:
     return "/".join(dict.fromkeys(map(str, values)))
 
 
+def plural(n: int, noun: str) -> str:
+    """Count with a noun that takes an "s" as its plural, such as "1 row" or "1,200 rows"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def short(text: str, length: int) -> str:
     """Put a text on one line, and shorten it to ``length`` characters."""
     return _cut(" ".join(text.split()), length)

@@ -74,6 +74,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     A number may be given as a numpy number or as an array without dimensions; the function gets a
     Python number. Neither True nor "1" counts as a number. Arrays are not checked here.
 
+    Every error names the function as it was called, such as "score" or "MCM.fit".
+
     Raises:
         UsageError: If an argument has another type; states what was found and what was expected.
         TypeError: If there are too many arguments, too few, or unknown ones.
@@ -82,15 +84,33 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = shape.bind(*args, **kwargs)
+        try:
+            bound = shape.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{_name_of_call(function, args)}: {error}") from None
         arguments = bound.arguments
         for name, hint in _hints(function).items():
             if name in arguments:
                 arguments[name] = _as_python(arguments[name], hint)
-                _check(name, arguments[name], hint, arguments)
+                problem = _problem(name, arguments[name], hint, arguments)
+                if problem:
+                    raise UsageError(f"{_name_of_call(function, args)}: {problem}")
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> str:
+    """Name of a function as a user calls it: the class stands in place of its constructor."""
+    owner = args[0] if args else None
+    if not isinstance(owner, type):
+        owner = type(owner)
+    written = function.__qualname__.rpartition("<locals>.")[2]
+    if "." not in written or not hasattr(owner, function.__name__):
+        return written
+    if function.__name__ == "__init__":
+        return owner.__name__
+    return f"{owner.__name__}.{function.__name__}"
 
 
 def checked_fields(cls: C) -> C:
@@ -106,11 +126,16 @@ def describe_value(value: object) -> str:
         return f"{value!r:.80}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    kind = f"a {type(value).__name__}"
+    kind = _with_article(type(value).__name__)
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return f"{kind} of shape {tuple(shape)}"
     return kind
+
+
+def _with_article(name: str) -> str:
+    article = "an" if name[0] in "AEIO" else "a"
+    return f"{article} {name}"
 
 
 @cache
@@ -130,20 +155,20 @@ def _hints(function: Callable[..., object]) -> dict[str, Any]:
     return typing.get_type_hints(annotated, names, include_extras=True)
 
 
-def _check(
+def _problem(
     name: str,
     value: Any,  # noqa: ANN401 - any argument
     hint: object,
     arguments: Mapping[str, object],
-) -> None:
+) -> str | None:
+    """What is wrong with an argument; None if it is right."""
     if not _fits(value, hint):
         swapped = _fitting_argument(name, hint, arguments)
         question = f" {swapped} is one: are they swapped?" if swapped else ""
-        raise UsageError(
-            f"{name} must be {_expected(hint)}. Got {describe_value(value)} instead.{question}"
-        )
+        return f"{name} must be {_expected(hint)}. Got {describe_value(value)} instead.{question}"
     if name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED:
-        raise UsageError(f"seed must be from 0 to 2^63 - 1. Got {value} instead.")
+        return f"seed must be from 0 to 2^63 - 1. Got {value} instead."
+    return None
 
 
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
@@ -217,7 +242,9 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
         return is_vector and all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
-    return isinstance(value, kind) or hasattr(value, "__getitem__")
+    # a source of embeddings takes rows by [ ], but it is no list of them, so it cannot be iterated
+    is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
+    return isinstance(value, kind) or is_ordered
 
 
 def _expected(hint: object) -> str:
@@ -230,8 +257,7 @@ def _expected(hint: object) -> str:
     if isinstance(kind, type) and inner and issubclass(kind, Sequence):
         return f"a list, each {_expected(inner[0])}"
     name = getattr(kind, "__name__", str(kind))
-    article = "an" if name[0] in "AEIO" else "a"
-    return str(getattr(kind, "how", f"{article} {name}"))
+    return str(getattr(kind, "how", _with_article(name)))
 
 
 def _is_any_of(value: object, types: tuple[object, ...]) -> bool:

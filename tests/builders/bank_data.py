@@ -21,13 +21,15 @@ def clusters(
     target = rng.integers(k, size=n)
     image = unit(text[target] + spread * rng.normal(size=(n, d)))
     features = rng.normal(size=(n, 5)) + np.eye(k, 5)[target] * 3
-    return Embeddings(image, text, target, SCALE, columns={"features": features})
+    return Embeddings(image, text, target=target, logit_scale=SCALE, columns={"features": features})
 
 
 def with_targets(data: Embeddings, target: NDArray[np.int64]) -> Embeddings:
     """The same images with other labels."""
     features = data.column("features", data.usable_rows)
-    return Embeddings(data.image, data.text, target, SCALE, columns={"features": features})
+    return Embeddings(
+        data.image, data.text, target=target, logit_scale=SCALE, columns={"features": features}
+    )
 
 
 def unit(rows: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ def photos(n: int, noise: float, *, shift: float = 0.0, seed: int = 0) -> Embedd
     text = np.eye(K, D) + shift * np.eye(K, D)[np.roll(np.arange(K), 1)]
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
-    return Embeddings(image, text, target, logit_scale=20.0)
+    return Embeddings(image, text, target=target, logit_scale=20.0)
 
 
 def probe(train: Embeddings) -> vilu.FailurePredictor:

@@ -137,7 +137,12 @@ def with_ood(n: int, seed: int) -> vilu.Embeddings:
     target[ood] = -2
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     return vilu.Embeddings(
-        image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids
+        image,
+        data.text,
+        target=target,
+        logit_scale=20.0,
+        class_names=data.class_names,
+        ids=data.ids,
     )
 
 

@@ -36,7 +36,7 @@ def rows(n: int, seed: int, copied: vilu.Embeddings | None = None, noise: float 
 def joined(*parts: dict) -> vilu.Embeddings:
     image = np.concatenate([part["image"] for part in parts])
     target = np.concatenate([part["target"] for part in parts])
-    return vilu.Embeddings(image, parts[0]["text"], target, logit_scale=20.0)
+    return vilu.Embeddings(image, parts[0]["text"], target=target, logit_scale=20.0)
 
 
 def fitted(folder: Path, n: int = 200) -> vilu.Embeddings:

@@ -174,7 +174,7 @@ def test_an_answer_outside_the_candidates_is_refused(test: Embeddings) -> None:
     answer = zero_shot(test)
     with pytest.raises(DataError, match="none of the candidates cannot be judged"):
         with_answers(test, np.where(answer == answer[0], -1, answer))
-    with pytest.raises(DataError, match="the first is 'zebra'"):
+    with pytest.raises(DataError, match="Got 'zebra' too"):
         vilu.Embeddings(
             np.eye(2), np.eye(2), class_names=["cat", "dog"], columns={"answer": ["cat", "zebra"]}
         )
@@ -261,14 +261,18 @@ def test_a_guard_files_the_judged_answer_and_shows_the_zero_shot_one(
 ) -> None:
     names = [f"class {number}" for number in range(5)]
     rows = torch.arange(len(test))
-    plain = vilu.Embeddings(train.image, train.text, train.target, 20.0, class_names=names)
+    plain = vilu.Embeddings(
+        train.image, train.text, target=train.target, logit_scale=20.0, class_names=names
+    )
     predictor = make("linear_probe", answer="adapted").fit(plain)
     predictor.save(tmp_path)
     Vocabulary(tuple(names), plain.text, plain.space, "float32", {}).save(tmp_path)
     guard = vilu.Guard(tmp_path, vectors_only=True)
     arrays = {guard.arrays[0]: test.image_rows(rows)}
     answers, _ = guard.answer(arrays, [str(row) for row in rows.tolist()])
-    outcomes = vilu.score(predictor, vilu.Embeddings(test.image, test.text, None, 20.0))
+    outcomes = vilu.score(
+        predictor, vilu.Embeddings(test.image, test.text, target=None, logit_scale=20.0)
+    )
     first = zero_shot(test)
     n_others = 0
     for row, answer in enumerate(answers):

@@ -397,6 +397,7 @@ def outcomes(
 
 
 NOT_CALLED = {
+    "methods",
     "tune_process",  # of a whole process; tests/test_process.py
     *(
         "__version__",
@@ -470,7 +471,7 @@ def test_parameters_of_every_method(odd_values: list[object]) -> None:
         ),
         (
             lambda: vilu.score(toy_embeddings(), vilu.MCM()),
-            "Got a Embeddings instead. data is one: are they swapped",
+            "Got an Embeddings instead. data is one: are they swapped",
         ),
         (lambda: vilu.score(vilu.MCM, toy_embeddings()), "Got the class MCM instead"),
         (
@@ -538,7 +539,7 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
 
 def test_what_is_masked_is_not_taken_for_a_number() -> None:
     masked, bare = np.ma.array(np.eye(2), mask=np.eye(2) == 1), np.ma.array(np.eye(2))
-    assert len(vilu.Embeddings(bare, bare, bare[0].astype(int))) == len(
+    assert len(vilu.Embeddings(bare, bare, target=bare[0].astype(int))) == len(
         vilu.Outcomes(bare[0], bare[0])
     )
     for call in (vilu.metrics.auroc, vilu.Outcomes, vilu.Embeddings):
@@ -546,3 +547,31 @@ def test_what_is_masked_is_not_taken_for_a_number() -> None:
             odd = [one if call is vilu.Embeddings else one[0] for one in arguments]
             with pytest.raises(DataError, match="numbers that are masked"):
                 call(*odd)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: vilu.score(1, 2), UsageError, r"^score: predictor must be .* Got 1 instead"),
+        (lambda: vilu.MCM().fit("x"), UsageError, r"^MCM\.fit: train must be .* Got 'x'"),
+        (
+            lambda: vilu.Embeddings(np.eye(2), np.eye(2), logit_scale="100"),
+            UsageError,
+            r"^Embeddings: logit_scale must be a number. Got '100'",
+        ),
+        (lambda: vilu.Outcomes.load(3), UsageError, r"^Outcomes\.load: path must be .* Got 3"),
+        (lambda: vilu.Outcomes.concat(3), UsageError, r"^Outcomes\.concat: parts must be a list"),
+        (lambda: vilu.Embeddings(1, 2, 3), TypeError, "^Embeddings: too many positional"),
+        (vilu.score, TypeError, "^score: missing a required argument: 'predictor'"),
+        (
+            lambda: vilu.Embeddings(np.eye(2), np.eye(2), targets=[0, 1]),
+            TypeError,
+            "^Embeddings: got an unexpected keyword argument 'targets'",
+        ),
+    ],
+)
+def test_errors_name_the_function_and_the_argument(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -454,7 +454,7 @@ def test_embeddings_without_provenance_are_compared_by_their_cosines(
     """Images that point away from every class of training: closed sets know no other classes."""
     away = -np.linalg.pinv(train.text.numpy()) @ np.ones(5)
     foreign = away / np.linalg.norm(away) + np.random.default_rng(0).normal(size=(300, 16)) * 0.01
-    negative = Embeddings(normalised(foreign), train.text, None, 20.0)
+    negative = Embeddings(normalised(foreign), train.text, target=None, logit_scale=20.0)
     with pytest.warns(UserWarning, match="are these embeddings from another model"):
         fitted[learned].predict_uncertainty(negative)
 
@@ -693,7 +693,12 @@ def labelled_by(data: EmbeddingSource, copy_of: int) -> Embeddings:
     names = [f"class {i}" for i in given]
     text = data.candidates(every).text[given]
     return Embeddings(
-        data.image_rows(every), text, target, space=data.space, class_names=names, columns=columns
+        data.image_rows(every),
+        text,
+        target=target,
+        space=data.space,
+        class_names=names,
+        columns=columns,
     )
 
 
@@ -704,7 +709,7 @@ def test_imagenets_equal_names_work_in_every_method_that_compares_classes(shared
         pytest.skip(f"{file} is not here")
     found = np.load(file)
     data = Embeddings(
-        *(found[key] for key in ("image", "text", "target")),
+        **{key: found[key] for key in ("image", "text", "target")},
         class_names=found["class_names"].tolist(),
     )
     assert data.n_candidates == 998

@@ -18,7 +18,7 @@ from tests.command import run
 from vilu.artifacts.tables import MAX_COLUMNS, read_table
 from vilu.datasets.base import ImageDataset, require_files
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.files import OutsideError
+from vilu.datasets.files import Bounds, OutsideError
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, StorageError, UsageError
 
@@ -194,3 +194,13 @@ def test_a_table_of_a_million_columns(tmp_path: Path) -> None:
             read(wide)
         with pytest.raises(DataError, match="has a line of more than 1,048,576 characters"):
             read(long)
+
+
+def test_both_folders_of_bounds_are_named(photos: Path) -> None:
+    root = photos.parent
+    (photos / "link.png").symlink_to(root / "secret.txt")
+    with pytest.raises(OutsideError) as refused:
+        Bounds(photos, beside=root / "lists").resolve("link.png")
+    real = os.path.realpath(root)
+    expected = f"must lie below {real}/photos/ or {real}/lists/, links included"
+    assert expected in str(refused.value)

@@ -89,7 +89,7 @@ def test_what_it_would_need_is_named(tmp_path: Path, without_bench: dict[str, st
     target = rng.integers(4, size=100)
     image = text[target] + 0.3 * rng.normal(size=(100, 16))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    KNNVote(k=2).fit(Embeddings(image, text, target)).save(tmp_path / "voters")
+    KNNVote(k=2).fit(Embeddings(image, text, target=target)).save(tmp_path / "voters")
     arrays = {"image": image, "text": text, "target": target, "class_names": list("abcd")}
     np.savez(tmp_path / "new.npz", **arrays, logit_scale=20.0, logit_bias=0.0)
     run_process("import", "new.npz", "-o", "new", cwd=tmp_path, **without_bench)

@@ -31,7 +31,7 @@ def test_classes_with_equal_texts_become_the_first_of_them(
     names = ["crane", "owl", "crane (machine)", "eel"]
     with caplog.at_level(logging.WARNING, "vilu"):
         data = Embeddings(
-            IMAGE, EYE[[0, 1, 0, 2]], [0, 1, 3, 2, -1], class_names=names, columns=columns
+            IMAGE, EYE[[0, 1, 0, 2]], target=[0, 1, 3, 2, -1], class_names=names, columns=columns
         )
     assert (
         "1 of 4 classes have the text of an earlier one: 'crane (machine)' (2) is 'crane' (0)"
@@ -67,7 +67,7 @@ def test_equality_by_name_and_by_text_chains() -> None:
 
 
 def test_two_equal_classes_are_one_candidate() -> None:
-    data = Embeddings(IMAGE, EYE[[0, 0]], [0, 1, 0, 1, 0])
+    data = Embeddings(IMAGE, EYE[[0, 0]], target=[0, 1, 0, 1, 0])
     assert data.n_candidates == 1
 
 

@@ -42,7 +42,9 @@ def rows(n: int, seed: int) -> Rows:
     rng = np.random.default_rng(seed)
     target = rng.integers(5, size=n)
     image = unit(centre[target] + 1.6 * rng.normal(size=(n, 24)) / 24**0.5)
-    embedded = vilu.Embeddings(image, text, target, 20.0, -3.0, class_names=NAMES)
+    embedded = vilu.Embeddings(
+        image, text, target=target, logit_scale=20.0, logit_bias=-3.0, class_names=NAMES
+    )
     logits = next(embedded.batches(n)).logits
     featured = vilu.Embeddings.from_logits(logits, image, target, NAMES)
     bare = vilu.Embeddings.from_logits(logits, None, target, NAMES)

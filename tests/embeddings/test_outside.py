@@ -15,7 +15,7 @@ from vilu.predictors.nn.losses import LOSSES, FailureWeight
 
 def ood_rows() -> vilu.Embeddings:
     """Four rows of two classes: right, wrong, of none, unknown."""
-    return vilu.Embeddings(np.eye(3)[[0, 0, 2, 1]], np.eye(3)[:2], [0, 1, vilu.OUTSIDE, -1])
+    return vilu.Embeddings(np.eye(3)[[0, 0, 2, 1]], np.eye(3)[:2], target=[0, 1, vilu.OUTSIDE, -1])
 
 
 def test_the_number_stays_at_the_boundary() -> None:
@@ -39,7 +39,7 @@ def test_rows_taken_keep_what_is_known_of_them() -> None:
 
 def test_no_other_negative_number_is_a_target() -> None:
     with pytest.raises(DataError, match="-2 for none of them"):
-        vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, -3])
+        vilu.Embeddings(np.eye(3), np.eye(3), target=[0, 1, -3])
 
 
 def test_an_ood_row_has_no_probability_of_the_truth() -> None:

@@ -66,11 +66,10 @@ def test_any_image_of_an_equal_caption_is_right() -> None:
     assert torch.equal(batch.image, text)
     assert torch.equal(batch.text, image)
     assert batch.target.tolist() == [0, 1, 2, 3]
-    assert batch.same.tolist() == [0, 1, 0, 3]
-    # captions 0 and 2 find picture 2, which is right for both; caption 1 finds picture 0, the first
-    # of two equal ones
+    # rows 0 and 2 have one caption, rows 0 and 1 one picture
+    assert batch.same.tolist() == [0, 0, 0, 3]
     assert batch.prediction.tolist() == [2, 0, 2, 3]
-    assert batch.failure.tolist() == [0, 1, 0, 0]
+    assert batch.failure.tolist() == [0, 0, 0, 0]
 
 
 @BOTH
@@ -94,6 +93,44 @@ def test_failures_by_brute_force(direction: str, near: float | None) -> None:
         if direction == "image_to_text":
             assert len(batch.text) == len(set(answer)) < 32
     assert 0 < n_wrong < 96
+
+
+@BOTH
+@pytest.mark.parametrize("n", [96, 109])
+def test_images_with_several_captions_by_brute_force(direction: str, n: int) -> None:
+    """Rows of one picture, of one caption, or linked by further rows, are one answer."""
+    rng = np.random.default_rng(3)
+    shown, written = rng.integers(40, size=n), rng.integers(70, size=n)
+    world = unit(70, 16, 0)
+    image, text = noisy(world, 70, 1)[shown], world[written]
+    image = torch.nn.functional.normalize(image + 2 * world[shown], dim=1)
+    data = PairEmbeddings(image, text, Pools(32, direction), 20.0)  # type: ignore[arg-type]
+    assert np.bincount(data.status, minlength=4).tolist() == [96, 0, 0, n - 96]
+    failures = 0
+    for batches in (data.batches(1000), data.many(1000)):
+        for batch in batches:
+            rows = batch.index.numpy()
+            linked = (shown[rows, None] == shown[rows]) | (written[rows, None] == written[rows])
+            for _ in range(5):  # paths of 2, 4, ... 32 rows
+                linked = linked @ linked
+            query, candidate = (image, text) if direction == "image_to_text" else (text, image)
+            similar = query[rows].double() @ candidate[rows].double().T
+            best = similar.argmax(dim=1).numpy()
+            right = linked[np.arange(len(rows)), best]
+            assert batch.failure.tolist() == (~right).astype(int).tolist()
+            failures += int((~right).sum())
+    assert 0 < failures < 192
+
+
+def test_log_probability_of_an_image_with_several_captions() -> None:
+    """The probabilities of all its captions are added up."""
+    image, text = torch.eye(4)[[0, 0, 2, 3]], torch.eye(4)
+    (batch,) = PairEmbeddings(image, text, Pools(4, seed=None), 2.0).batches(4)
+    assert batch.failure.tolist() == [0, 0, 0, 0]
+    probability = batch.log_probability(batch.logits, batch.target).exp()
+    e = np.e**2
+    assert np.allclose(probability[:2], (e + 1) / (e + 3))
+    assert np.allclose(probability[2:], e / (e + 3))
 
 
 @BOTH
@@ -366,7 +403,7 @@ def test_a_pool_of_one_caption_has_no_score(method: str) -> None:
 def test_batches_do_not_depend_on_what_is_set_in_torch(direction: str, hard: bool) -> None:
     text = unit(64, 8, 0)
     image, ids = noisy(text, 64), [f"picture {i}" for i in range(40)]
-    classes = vilu.Embeddings(noisy(text, 40), text[:5], np.arange(40) % 5, ids=ids)
+    classes = vilu.Embeddings(noisy(text, 40), text[:5], target=np.arange(40) % 5, ids=ids)
 
     def made() -> list[object]:
         chosen = Pools(8, direction, hard=hard, near_duplicates=0.4)  # type: ignore[arg-type]

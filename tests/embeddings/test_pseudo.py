@@ -41,7 +41,12 @@ def animals(
     )
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     return Embeddings(
-        image, text, target, 20.0, class_names=names, ids=[f"{names[0]}-{i}" for i in range(n)]
+        image,
+        text,
+        target=target,
+        logit_scale=20.0,
+        class_names=names,
+        ids=[f"{names[0]}-{i}" for i in range(n)],
     )
 
 
@@ -170,8 +175,8 @@ def animals_like_toy(seed: int) -> Embeddings:
     return Embeddings(
         data.image @ turn,
         data.text @ turn,
-        data.target,
-        20.0,
+        target=data.target,
+        logit_scale=20.0,
         class_names=names,
         ids=list(data.ids),
     )
@@ -233,7 +238,8 @@ def test_classes_are_never_held_out_whole() -> None:
     text = np.random.default_rng(3).normal(size=(60, 16))
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     source = PseudoCaptions(
-        [Embeddings(text[np.arange(480) % 60], text, np.arange(480) % 60, 20.0)], 16
+        [Embeddings(text[np.arange(480) % 60], text, target=np.arange(480) % 60, logit_scale=20.0)],
+        16,
     )
     groups = caption_groups(source, torch.arange(480))
     assert len(groups.unique()) == 480

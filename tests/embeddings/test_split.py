@@ -62,6 +62,6 @@ def test_out_of_distribution_rows_are_a_class_of_their_own() -> None:
     rng = np.random.default_rng(1)
     image = rng.normal(size=(100, 8))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    data = vilu.Embeddings(image, np.eye(8)[:2], target)
+    data = vilu.Embeddings(image, np.eye(8)[:2], target=target)
     parts = data.split(fit=0.5, test=0.5)
     assert [int(part.outside.sum()) for part in (parts.fit, parts.test)] == [10, 10]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import vilu
 from tests.conftest import in_memory, toy_embeddings, toy_pairs, variant
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.memory import Embeddings
@@ -113,3 +114,81 @@ def test_rows_to_leave_out_are_a_mask_of_all_of_them(rows: list[int]) -> None:
     ):
         with pytest.raises(DataError, match=r"rows must have one Boolean per row \(4\)"):
             source.without(np.array(rows))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        slice(3, 60, 9),
+        slice(-5, None),
+        ROWS,
+        ROWS.tolist(),
+        torch.from_numpy(ROWS),
+        np.isin(np.arange(60), ROWS),
+        np.isin(np.arange(60), ROWS).tolist(),
+        torch.from_numpy(np.isin(np.arange(60), ROWS)),
+    ],
+)
+def test_rows_by_index_are_the_rows_that_take_gives(rows: object) -> None:
+    whole = variant(toy_embeddings(n=60), class_names=list("abcde"))
+    indices = np.arange(60)[np.asarray(rows) if not isinstance(rows, slice) else rows]
+    part, taken = whole[rows], whole.take(indices)
+    every = torch.arange(len(indices))
+    assert list(part.ids) == [f"row-{i}" for i in indices]
+    assert torch.equal(part.target, taken.target)
+    assert torch.equal(part.image_rows(every), taken.image_rows(every))
+    assert part.columns == whole.columns
+    for name in whole.columns:
+        assert torch.equal(part.column(name, every), taken.column(name, every))
+    assert np.array_equal(part.picture_identities(), whole.picture_identities()[indices])
+
+
+def test_answers_and_rows_of_none_of_the_classes_are_cut_alike() -> None:
+    data = Embeddings(
+        np.eye(3), np.eye(3), target=[0, -2, 1], columns={"answer": [2, 1, 0]}, ids=list("xyz")
+    )
+    part = data[[2, 1]]
+    (batch,) = part.batches(2, columns=("answer",))
+    assert part.outside.tolist() == [False, True]
+    assert (batch.prediction.tolist(), batch.failure.tolist()) == ([0, 1], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            1,
+            r"rows must be a slice, a mask or a list of indices, as in data\[3:4\].* Got 1 instead",
+        ),
+        (np.int64(1), "rows must be a slice, a mask or a list"),
+        ([60], "rows must be from 0 to 59. Got 60"),
+        ([-1], "rows must be from 0 to 59. Got -1"),
+        ([True], r"rows must have one Boolean per row \(60\). Got bool \(1,\)"),
+        ([0.5], "rows must be a vector of whole numbers. Got float64"),
+    ],
+)
+def test_rows_by_index_that_cannot_be(rows: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        toy_embeddings(n=60)[rows]
+
+
+def test_pairs_have_no_rows_by_index() -> None:
+    with pytest.raises(UsageError, match="matched in pools"):
+        toy_pairs()[:10]
+
+
+def test_a_source_is_no_list_of_sources() -> None:
+    data = toy_embeddings(n=60)
+    with pytest.raises(UsageError, match="sources must be a list"):
+        vilu.PseudoCaptions(data)
+    with pytest.raises(DataError, match="rows must be a slice"):
+        list(data)
+
+
+def test_a_source_shows_its_size_and_its_labels() -> None:
+    data = Embeddings(
+        np.eye(4), np.eye(4)[:2], target=[0, -1, -2, 1], columns={"answer": [0, 0, 1, 1]}
+    )
+    assert repr(data) == "Embeddings(n=4, K=2, D=4, labelled=2, outside=1, columns=['answer'])"
+    assert repr(data[:1]) == "Taken(n=1, K=2, D=4, labelled=1, columns=['answer'])"
+    assert repr(toy_pairs(64, 32, 16)).startswith("PairEmbeddings(n=64, K=32, D=16, pool_size=32")

@@ -22,7 +22,7 @@ EYE = np.eye(3)
 
 
 def test_logits_are_scaled_and_shifted_cosines() -> None:
-    data = Embeddings(EYE, EYE, [0, 1, 2], logit_scale=10.0, logit_bias=-4.0)
+    data = Embeddings(EYE, EYE, target=[0, 1, 2], logit_scale=10.0, logit_bias=-4.0)
     batch = next(data.batches(3))
     assert torch.equal(batch.logits, 10 * torch.eye(3) - 4)
     assert batch.logits.dtype == torch.float32
@@ -31,14 +31,14 @@ def test_logits_are_scaled_and_shifted_cosines() -> None:
 
 def test_a_tie_goes_to_the_lowest_index() -> None:
     between = [[0.6, 0.6, 0.52915026]]  # as near to the first text as to the second
-    batch = next(Embeddings(between * 2, EYE, [0, 1]).batches(2))
+    batch = next(Embeddings(between * 2, EYE, target=[0, 1]).batches(2))
     assert batch.prediction.tolist() == [0, 0]
     assert batch.failure.tolist() == [0, 1]
 
 
 def test_unknown_targets_have_unknown_failures() -> None:
     assert next(Embeddings(EYE, EYE).batches(3)).failure.tolist() == [-1, -1, -1]
-    assert next(Embeddings(EYE, EYE, [0, -1, 0]).batches(3)).failure.tolist() == [0, -1, 1]
+    assert next(Embeddings(EYE, EYE, target=[0, -1, 0]).batches(3)).failure.tolist() == [0, -1, 1]
 
 
 def test_rows_are_brought_to_unit_norm_and_said_so() -> None:
@@ -168,7 +168,7 @@ def test_bfloat16_and_gradients_come_in_as_plain_float32() -> None:
 def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
     image = np.eye(4, 3)
     image[1, 0] = np.nan
-    data = Embeddings(image, EYE, [0, 1, 2, 0])
+    data = Embeddings(image, EYE, target=[0, 1, 2, 0])
     assert data.status.tolist() == [0, 1, 0, 2]
     assert next(data.batches(10)).index.tolist() == [0, 2]
 
@@ -211,7 +211,7 @@ def test_what_cannot_be_is_refused(kwargs: dict, message: str) -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_logit_scale_must_be_positive(scale: float) -> None:
     with pytest.raises(UsageError, match="logit_scale must be a positive finite number"):
-        Embeddings(EYE, EYE, None, scale)
+        Embeddings(EYE, EYE, target=None, logit_scale=scale)
 
 
 def test_float16_overflow_is_not_hidden() -> None:
@@ -250,7 +250,7 @@ def test_pools_are_whole_and_identical_captions_are_one_target() -> None:
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((np.eye(5), np.eye(5), 3), DataError, "multiple of pool_size=3.*leave out 2"),
+        ((np.eye(5), np.eye(5), 6), DataError, "has 5 usable pairs, and a pool has 6"),
         ((np.eye(4), np.eye(4)[:3], 1), DataError, "pairs of one shape"),
         ((np.eye(4), np.zeros((4, 4)), 2), DataError, "zero_norm"),
         ((np.eye(4), np.eye(4), 0), UsageError, "pool_size must be at least 1"),
@@ -276,3 +276,63 @@ def test_spaces_are_compared_by_all_that_is_known() -> None:
         bare.require_match(EmbeddingSpace(8, 100.0, -10.0), name="x", other_name="y")
     with pytest.raises(UsageError, match="embed_dim"):
         EmbeddingSpace(-1, 1.0)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda names: np.array(names, object)])
+def test_targets_may_be_names_of_classes(kind: Callable[[list[str]], Any]) -> None:
+    names = kind(["cup", "", "(outside)", "cat"])
+    data = Embeddings(np.eye(4), np.eye(4)[:3], target=names, class_names=["cat", "dog", "cup"])
+    assert data.target.tolist() == [2, -1, -1, 0]
+    assert data.outside.tolist() == [False, False, True, False]
+
+
+def test_names_of_merged_classes_are_one_target() -> None:
+    data = Embeddings(
+        EYE, EYE[[0, 1, 0]], target=["a", "b", "c"], class_names=["a", "b", "c"], ids=list("xyz")
+    )
+    assert data.target.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("target", "class_names", "message"),
+    [
+        (
+            ["cat", "dogs", "cat"],
+            ["cat", "dog", "cup"],
+            r"target must hold names of the 3 candidates. Got 'dogs' too. "
+            r"Did you mean 'dog'\? Add the class, or write '\(outside\)'",
+        ),
+        (["cat", "dog", "cat"], None, "target holds names, and the candidates have none"),
+        (["cat", 1, None], ["cat", "dog", "cup"], "whole numbers .* or names of classes"),
+    ],
+)
+def test_names_that_are_no_targets(
+    target: list[object], class_names: list[str] | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        Embeddings(EYE, EYE, target=np.array(target, object), class_names=class_names)
+
+
+def test_everything_but_images_and_texts_is_given_by_name() -> None:
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        Embeddings(EYE, EYE, [0, 1, 2])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("logarithm", "scale"), [(np.log(100), "100"), (4.6052, "100.003"), (4.7631, "117.108")]
+)
+def test_the_logarithm_of_a_scale_is_no_scale(logarithm: float, scale: str, tmp_path: Path) -> None:
+    message = f"probably its logarithm.*logit_scale={scale}"
+    with pytest.raises(UsageError, match=message):
+        Embeddings(EYE, EYE, logit_scale=logarithm)
+    with pytest.raises(UsageError, match=message):
+        PairEmbeddings(EYE, EYE, 3, logit_scale=logarithm)
+    np.savez(tmp_path / "a.npz", image=EYE, text=EYE, class_names=list("abc"), logit_bias=0.0)
+    with pytest.raises(UsageError, match=message):
+        import_arrays(tmp_path / "a.npz", tmp_path / "s", logit_scale=logarithm)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, np.log(10), 4.0, 5.0, 20.0, 54.6, 100.0, 150.0])
+def test_scales_that_may_be_are_taken(scale: float) -> None:
+    assert Embeddings(EYE, EYE, logit_scale=scale).space.logit_scale == scale

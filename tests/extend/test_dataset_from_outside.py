@@ -260,6 +260,16 @@ def test_an_entry_is_added_once_and_may_be_an_object_or_a_file(tmp_path: Path) -
         add_datasets(tmp_path / "none.toml")
 
 
+def test_of_tables_with_one_taken_name_none_is_added() -> None:
+    """Whether it stands first or last."""
+    add_datasets(ENTRIES)
+    new, changed = ENTRIES.replace("[ponds]", "[brooks]"), 'title = "Meadows"'
+    assert changed in new
+    with pytest.raises(UsageError, match="another data set 'meadows' already"):
+        add_datasets(new.replace(changed, 'title = "Hills"'))
+    assert "brooks" not in KNOWN
+
+
 # Backbones
 
 NAMED_ENTRY = """

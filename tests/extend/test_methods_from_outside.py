@@ -270,7 +270,7 @@ def test_saved_ones_load_in_another_process_that_has_the_plugin(
     assert record["home"] == {"distribution": None, "module": "stranger"}
     code = (
         "import numpy, vilu; rows = numpy.load('test.npz');"
-        "data = vilu.Embeddings(rows['image'], rows['text'], None, 20.0);"
+        "data = vilu.Embeddings(rows['image'], rows['text'], target=None, logit_scale=20.0);"
         "print(vilu.load('ridge').predict_uncertainty(data).tobytes().hex())"
     )
     code = f"import os; os.chdir({str(tmp_path)!r}); {code}"

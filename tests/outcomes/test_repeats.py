@@ -19,6 +19,7 @@ from tests.builders.page_data import outcomes_of
 from tests.command import run
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
+from vilu.errors import UsageError
 from vilu.predictors.contract.seen import SIZE
 from vilu.scoring import score_folder
 
@@ -151,8 +152,8 @@ def test_a_fit_tells_repeated_rows(train: Embeddings, caplog: pytest.LogCaptureF
     few = Embeddings(
         torch.cat([train.image, train.image[:5]]),
         train.text,
-        torch.cat([train.target, train.target[:5]]),
-        20.0,
+        target=torch.cat([train.target, train.target[:5]]),
+        logit_scale=20.0,
     )
     assert messages_of_fit(few) == ""
 
@@ -168,3 +169,29 @@ def test_a_large_fit_tells_repeated_rows_from_a_sample(
     (number,) = re.findall(rf"the {2 * n:,} training rows have only about ([\d,]+)", caplog.text)
     # the estimate of a bottom-k sketch has a standard error of 1 / sqrt(k)
     assert int(number.replace(",", "")) == pytest.approx(n, rel=5 / SIZE**0.5)
+
+
+@pytest.mark.parametrize("known_by", ["picture", "ids"])
+def test_folds_of_one_division_are_no_seeds(known_by: str) -> None:
+    def part(rows: range, seed: int) -> vilu.Outcomes:
+        names = {"ids": [f"{row}.jpg" for row in rows], "picture": list(rows)}
+        uncertainty = np.random.default_rng(seed).random(len(rows))
+        return vilu.Outcomes(
+            uncertainty,
+            np.arange(len(rows)) % 2,
+            method="mcm",
+            dataset="pets",
+            seed=seed,
+            **{known_by: names[known_by]},
+        )
+
+    folds = [part(range(start, start + 300), seed=start) for start in (0, 300, 600)]
+    table = vilu.evaluate(folds, metrics=["auroc"], n_resamples=0)
+    with pytest.raises(
+        UsageError, match=r"the 3 results of mcm on pets are of different rows.*Outcomes.concat"
+    ):
+        table.mean_over_seeds()
+    assert len(vilu.evaluate(vilu.Outcomes.concat(folds), metrics=["auroc"]).mean_over_seeds()) == 1
+    overlapping = [part(range(start, start + 300), seed=start) for start in (0, 200)]
+    (mean,) = vilu.evaluate(overlapping, metrics=["auroc"], n_resamples=0).mean_over_seeds()
+    assert mean.interval == "mean of 2 seeds, one standard deviation"

@@ -35,7 +35,7 @@ def test_logits_are_reproduced(file: str, prefix: str, tmp_path: Path) -> None:
     z = checkpoint(tmp_path / "head.ckpt", file, prefix)
     scale, dim = float(z["logit_scale"]), z["image"].shape[1]
     predictor = vilu.convert_official(tmp_path / "head.ckpt", scale, embed_dim=dim)
-    data = Embeddings(z["image"], z["text"], z["label"], scale)
+    data = Embeddings(z["image"], z["text"], target=z["label"], logit_scale=scale)
     expected = 1 / (1 + np.exp(z[f"{prefix}/confidence_logit"].astype(np.float64)))
     # 1e-5 of a logit moves a probability by at most a quarter of that.
     np.testing.assert_allclose(predictor.predict_uncertainty(data), expected, atol=2.5e-6)
@@ -66,7 +66,7 @@ def test_projections_that_were_frozen_become_the_identity(tmp_path: Path) -> Non
         content["state_dict"][name] = 0.0004 * torch.eye(24)
     torch.save(content, tmp_path / "frozen.ckpt")
     scale = float(z["logit_scale"])
-    data = Embeddings(z["image"], z["text"], z["label"], scale)
+    data = Embeddings(z["image"], z["text"], target=z["label"], logit_scale=scale)
     expected = z["attention1_caption1/confidence_logit_frozen_projections"].astype(np.float64)
     found = vilu.convert_official(tmp_path / "frozen.ckpt", scale).predict_uncertainty(data)
     np.testing.assert_allclose(found, 1 / (1 + np.exp(expected)), atol=2.5e-6)
@@ -159,5 +159,5 @@ def test_a_released_checkpoint(shared: Path) -> None:
         )
         hidden = hidden.relu() if layer < 6 else hidden
     expected = torch.sigmoid(-hidden.squeeze(1)).numpy()
-    found = predictor.predict_uncertainty(Embeddings(image, image[:3], None))
+    found = predictor.predict_uncertainty(Embeddings(image, image[:3], target=None))
     np.testing.assert_allclose(found, expected, atol=2.5e-6)

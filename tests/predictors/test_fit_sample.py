@@ -28,7 +28,7 @@ def test_a_sample_is_at_most_two_megabytes_and_drawn_with_the_seed() -> None:
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     image = text[rng.integers(5, size=n)] + rng.normal(size=(n, d))
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    data = vilu.Embeddings(image, text, rng.integers(5, size=n), logit_scale=20.0)
+    data = vilu.Embeddings(image, text, target=rng.integers(5, size=n), logit_scale=20.0)
     fits = [vilu.PREDICTORS["vilu_zero"](seed=seed).fit(data) for seed in (0, 0, 1)]
     samples = [predictor.sample_.image for predictor in fits]
     assert samples[0].numpy().nbytes <= MAX_SAMPLE_BYTES == 2_000_000

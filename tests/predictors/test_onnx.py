@@ -159,7 +159,7 @@ def test_large_logits_are_rounded_once(tmp_path: Path) -> None:
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     image = text[:64] + rng.normal(size=(64, 512)).astype(np.float32) / 100
     image /= np.linalg.norm(image, axis=1, keepdims=True)
-    data = Embeddings(image, text, np.arange(64), 100.0)
+    data = Embeddings(image, text, target=np.arange(64), logit_scale=100.0)
     MaxLogit().fit(data).save(tmp_path / "p")
     export_onnx(tmp_path / "p", tmp_path / "head.onnx")
     session = onnxruntime.InferenceSession((tmp_path / "head.onnx").read_bytes())

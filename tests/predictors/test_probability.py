@@ -298,7 +298,7 @@ def test_a_damaged_calibrator_is_refused(calibration: Embeddings, tmp_path) -> N
 def test_unusable_rows_have_no_probability(calibration: Embeddings) -> None:
     image = calibration.image.clone()
     image[3] = torch.nan
-    broken = Embeddings(image, calibration.text, calibration.target, logit_scale=20.0)
+    broken = Embeddings(image, calibration.text, target=calibration.target, logit_scale=20.0)
     probability = vilu.MCM().calibrate(broken).predict_failure_probability(broken)
     assert np.flatnonzero(np.isnan(probability)).tolist() == [3]
 

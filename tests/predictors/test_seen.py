@@ -134,9 +134,9 @@ def test_an_array_is_recognised_by_its_rows_in_any_float_type(train: Embeddings)
     assert all(np.array_equal(hashes[0], of) for of in hashes)
     # float16 of float32 and of float64 differ where the second rounding goes the other way, about
     # once in 2^13 numbers
-    wide = Embeddings(np.asarray(train.image, dtype=np.float64), train.text, None, 20.0).identities(
-        "embeddings"
-    )
+    wide = Embeddings(
+        np.asarray(train.image, dtype=np.float64), train.text, target=None, logit_scale=20.0
+    ).identities("embeddings")
     assert np.array_equal(wide, train.identities("embeddings"))
     expected = [blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in rows[:3] + 0]
     assert hashes[0][:3].tolist() == [int.from_bytes(one, "little") for one in expected]
@@ -289,7 +289,7 @@ def test_rows_of_one_file_are_scored_as_one_picture(store: Store, tmp_path: Path
     expected = [int.from_bytes(sha256(picture(seed)).digest()[:8], "little") for seed in seeds]
     assert outcomes.picture is not None
     assert outcomes.picture.tolist() == [number & (2**63 - 1) for number in expected]
-    bare = vilu.score(vilu.MCM(), Embeddings(np.eye(3)[seeds], np.eye(3)[:2], [0] * 6))
+    bare = vilu.score(vilu.MCM(), Embeddings(np.eye(3)[seeds], np.eye(3)[:2], target=[0] * 6))
     assert bare.picture is not None  # of the embeddings, as there is nothing else
     first = [bare.picture.tolist().index(number) for number in bare.picture.tolist()]
     assert first == [0, 1, 0, 3, 1, 0]
@@ -299,7 +299,7 @@ def test_rows_of_one_file_are_scored_as_one_picture(store: Store, tmp_path: Path
 
 def test_a_row_without_embedding_has_no_known_picture() -> None:
     image = np.array([[1.0, 0.0], [0.0, 0.0], [np.nan, 0.0], [0.0, 0.0]])
-    outcomes = vilu.score(vilu.MCM(), Embeddings(image, np.eye(2), [0, 1, 0, 1]))
+    outcomes = vilu.score(vilu.MCM(), Embeddings(image, np.eye(2), target=[0, 1, 0, 1]))
     assert outcomes.picture is not None
     assert (outcomes.picture == -1).tolist() == [False, True, True, True]
 
@@ -311,7 +311,7 @@ def test_the_picture_of_a_pair_is_its_image(store: Store, direction: str) -> Non
     stored = CaptionStore(store("a", seeds, captions=True, part_size=50).path, pools)
     image, caption = np.eye(8)[[0, 0, 1, 1]], np.eye(8)[:4]
     memory = PairEmbeddings(image, caption, Pools(2, direction=direction))
-    union = PseudoCaptions([memory, Embeddings(np.eye(8)[:2], np.eye(8), [0, 1])], 2)
+    union = PseudoCaptions([memory, Embeddings(np.eye(8)[:2], np.eye(8), target=[0, 1])], 2)
     for data, same in (
         (stored, [(row, row + 64) for row in range(64)]),
         (memory, [(0, 1), (2, 3)]),

@@ -120,7 +120,9 @@ def test_shots_are_drawn_per_class() -> None:
 
 
 def test_features_of_another_width_are_refused() -> None:
-    narrow = Embeddings(TEST.image, TEST.text, None, 20.0, columns={"features": np.ones((50, 3))})
+    narrow = Embeddings(
+        TEST.image, TEST.text, target=None, logit_scale=20.0, columns={"features": np.ones((50, 3))}
+    )
     with pytest.raises(ProvenanceError, match="features of width 5, and those to score have 3"):
         TrustVLM().fit(TRAIN).predict_uncertainty(narrow)
 
@@ -152,8 +154,8 @@ def test_one_labelled_image_at_all() -> None:
 
 def test_images_off_unit_norm_by_their_rounding_keep_their_scores() -> None:
     """Embeddings in float16 may be off unit norm by 1e-3, and are left as they are."""
-    stretched = Embeddings(TRAIN.image * 1.0009, TRAIN.text, TRAIN.target, 20.0)
-    plain = Embeddings(TRAIN.image, TRAIN.text, TRAIN.target, 20.0)
+    stretched = Embeddings(TRAIN.image * 1.0009, TRAIN.text, target=TRAIN.target, logit_scale=20.0)
+    plain = Embeddings(TRAIN.image, TRAIN.text, target=TRAIN.target, logit_scale=20.0)
     for name in ("knn_distance", "trust_score", "mahalanobis", "delta_knn"):
         scores = [
             PREDICTORS[name]().fit(train).predict_uncertainty(TEST) for train in (plain, stretched)

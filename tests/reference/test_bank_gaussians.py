@@ -87,14 +87,14 @@ def test_mahalanobis_to_a_class_without_images_is_to_all_images() -> None:
 
 @pytest.mark.filterwarnings("ignore:the largest cosine of a row")
 def test_mahalanobis_without_spread_is_euclidean() -> None:
-    train = Embeddings(np.eye(3)[:2], np.eye(3)[:2], [0, 1], 10.0)
-    query = Embeddings([[1.0, 0, 0], [0.6, 0, 0.8]], np.eye(3)[:2], None, 10.0)
+    train = Embeddings(np.eye(3)[:2], np.eye(3)[:2], target=[0, 1], logit_scale=10.0)
+    query = Embeddings([[1.0, 0, 0], [0.6, 0, 0.8]], np.eye(3)[:2], target=None, logit_scale=10.0)
     # Each image is (1/2, 1/2, 0) away from the mean: 1/2 in squares, so the variance is 1 / (2 - 1)
     # / 3 a coordinate.
     assert Mahalanobis().fit(train).predict_uncertainty(query) == pytest.approx(
         [0, (0.16 + 0.64) * 3], abs=1e-6
     )
-    single = Embeddings(np.eye(3)[:1], np.eye(3)[:2], [0], 10.0)
+    single = Embeddings(np.eye(3)[:1], np.eye(3)[:2], target=[0], logit_scale=10.0)
     assert Mahalanobis().fit(single).predict_uncertainty(query) == pytest.approx([0, 0.8], abs=1e-6)
 
 
@@ -189,7 +189,7 @@ def encoded(
     columns = {"features": np.linalg.solve(projection, raw.T).T, "image_projection": projection}
     columns = {name: rows.astype(np.float32) for name, rows in columns.items()}
     raw = columns["features"].astype(np.float64) @ columns["image_projection"].astype(np.float64).T
-    return Embeddings(unit(raw), text, target, SCALE, columns=columns), raw
+    return Embeddings(unit(raw), text, target=target, logit_scale=SCALE, columns=columns), raw
 
 
 def released(
@@ -241,11 +241,15 @@ def test_icpe_does_not_depend_on_the_scale_of_the_features() -> None:
 
 def test_icpe_takes_both_columns_or_neither() -> None:
     train, test = encoded(90, 0)[0], encoded(60, 1)[0]
-    bare = Embeddings(test.image, test.text, test.target, SCALE)
+    bare = Embeddings(test.image, test.text, target=test.target, logit_scale=SCALE)
     with pytest.raises(DataError, match="needs the column 'features'"):
         ICPE().fit(train).predict_uncertainty(bare)
     second = Embeddings(
-        train.image, train.text, train.target, SCALE, columns={"features": np.ones((90, 3))}
+        train.image,
+        train.text,
+        target=train.target,
+        logit_scale=SCALE,
+        columns={"features": np.ones((90, 3))},
     )
     assert ICPE().fit(second).label == "icpe (unit norm)"
     other = np.eye(6, dtype=np.float32)[::-1]
@@ -254,7 +258,11 @@ def test_icpe_takes_both_columns_or_neither() -> None:
         "image_projection": other.copy(),
     }
     with pytest.raises(DataError, match="must be the embeddings"):
-        ICPE().fit(Embeddings(train.image, train.text, train.target, SCALE, columns=columns))
+        ICPE().fit(
+            Embeddings(
+                train.image, train.text, target=train.target, logit_scale=SCALE, columns=columns
+            )
+        )
 
 
 def delta_terms(train: Embeddings, test: Embeddings) -> list[np.ndarray]:

@@ -123,11 +123,13 @@ def square() -> Embeddings:
     """Two training images along the first axis and one along the second;
     nothing of the third class.
     """
-    return Embeddings([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]], np.eye(3), [0, 0, 1], 10.0)
+    return Embeddings(
+        [[1.0, 0, 0], [1, 0, 0], [0, 1, 0]], np.eye(3), target=[0, 0, 1], logit_scale=10.0
+    )
 
 
 def test_a_class_without_images_by_hand() -> None:
-    query = Embeddings(np.eye(3), np.eye(3), None, 10.0)  # answered 0, 1, 2
+    query = Embeddings(np.eye(3), np.eye(3), target=None, logit_scale=10.0)  # answered 0, 1, 2
     vote = KNNVote(k=2).fit(square()).predict_uncertainty(query)
     assert vote[[0, 2]].tolist() == [0.0, 1.0]
     assert vote[1] == pytest.approx(0.5)  # its own image and, of the two equally near, the first
@@ -143,8 +145,8 @@ def test_a_class_without_images_by_hand() -> None:
 
 
 def test_one_class_only_by_hand() -> None:
-    train = Embeddings([[1.0, 0, 0], [0.6, 0.8, 0]], np.eye(3), [0, 0], 10.0)
-    query = Embeddings([[1.0, 0, 0], [0, 0, 1]], np.eye(3), None, 10.0)
+    train = Embeddings([[1.0, 0, 0], [0.6, 0.8, 0]], np.eye(3), target=[0, 0], logit_scale=10.0)
+    query = Embeddings([[1.0, 0, 0], [0, 0, 1]], np.eye(3), target=None, logit_scale=10.0)
     assert KNNVote().fit(train).predict_uncertainty(query).tolist() == [0, 1]
     assert TRINE().fit(train).predict_uncertainty(query).tolist() == pytest.approx([0, 2])
     # Of no other class: distance 2. Of class 2 there is no image, and class 0 is sqrt(2) away.
@@ -157,9 +159,11 @@ def test_opposite_neighbours_do_not_divide_by_zero() -> None:
     """The nearest images, or the text of their class,
     are opposite to the image or to the text of its answer.
     """
-    query = Embeddings([[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], None, 10.0)  # answered 0
-    same = Embeddings([[1.0, 0.0]] * 3, query.text, [1, 1, 1], 10.0)
-    opposite = Embeddings([[-1.0, 0.0]] * 3, query.text, [0, 1, 1], 10.0)
+    query = Embeddings(
+        [[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], target=None, logit_scale=10.0
+    )  # answered 0
+    same = Embeddings([[1.0, 0.0]] * 3, query.text, target=[1, 1, 1], logit_scale=10.0)
+    opposite = Embeddings([[-1.0, 0.0]] * 3, query.text, target=[0, 1, 1], logit_scale=10.0)
     assert TRINE().fit(same).predict_uncertainty(query).tolist() == [
         2
     ]  # all support is that of class 1
@@ -171,6 +175,6 @@ def test_opposite_neighbours_do_not_divide_by_zero() -> None:
 
 
 def test_equal_images_in_two_classes_do_not_divide_by_zero() -> None:
-    train = Embeddings([[1.0, 0], [1, 0]], np.eye(2), [0, 1], 10.0)
-    query = Embeddings([[1.0, 0]], np.eye(2), None, 10.0)
+    train = Embeddings([[1.0, 0], [1, 0]], np.eye(2), target=[0, 1], logit_scale=10.0)
+    query = Embeddings([[1.0, 0]], np.eye(2), target=None, logit_scale=10.0)
     assert TrustScore().fit(train).predict_uncertainty(query).tolist() == [1.0]

@@ -82,7 +82,7 @@ def test_by_hand() -> None:
     """Logits ln 2, 0 and 0, ln 8 at T = 1, 1: masses 2 : 8, and the first model says 0."""
     axes = np.eye(2)
     columns = {"second_image": [[0.0, np.log(8)]], "second_text": axes}
-    data = Embeddings(axes[:1], axes, [1], logit_scale=np.log(2), columns=columns)
+    data = Embeddings(axes[:1], axes, target=[1], logit_scale=np.log(2), columns=columns)
     duo = Duo()
     duo.take({"multipliers": torch.ones(2, dtype=torch.float64)}, data.space)
     assert duo.predict_uncertainty(data) == pytest.approx([0.8], abs=1e-7)  # logits are float32
@@ -134,7 +134,11 @@ def test_a_second_model_with_other_errors_helps() -> None:
         target = rng.integers(6, size=n)
         one, other = (unit(text[target] + 0.5 * rng.normal(size=(n, 6))) for _ in range(2))
         return Embeddings(
-            one, text, target, 10.0, columns={"second_image": other, "second_text": text}
+            one,
+            text,
+            target=target,
+            logit_scale=10.0,
+            columns={"second_image": other, "second_text": text},
         )
 
     train, test = drawn(2000), drawn(4000)

@@ -253,7 +253,7 @@ def test_other_candidates_than_the_training_classes(plus, test: Embeddings) -> N
         [test.text, torch.nn.functional.normalize(test.text[:1] + test.text[1:2], dim=1)]
     )
     features = {"features": test.column("features", torch.arange(len(test)))}
-    data = Embeddings(test.image, text, test.target, 20.0, columns=features)
+    data = Embeddings(test.image, text, target=test.target, logit_scale=20.0, columns=features)
     g = log_odds(plus.predict_uncertainty(data))
     mean = g[draw_rows(data, M, 0, torch.tensor(ROWS)).numpy()].mean()
     for row in vilu.explain(plus, data, rows=ROWS, depth=DEPTH):
@@ -295,8 +295,8 @@ def test_what_is_said_to_be_of_one_input_is(train: Embeddings, test: Embeddings)
     off = torch.linalg.qr(torch.randn(11, 11, generator=torch.Generator().manual_seed(0))).Q
     turned = test.image @ plane
     turned[:, 5:] = turned[:, 5:] @ off
-    turned = Embeddings(turned @ plane.T, test.text, test.target, 20.0)
-    other = Embeddings(test.image, test.text.flip(1), test.target, 20.0)
+    turned = Embeddings(turned @ plane.T, test.text, target=test.target, logit_scale=20.0)
+    other = Embeddings(test.image, test.text.flip(1), target=test.target, logit_scale=20.0)
     looks = {
         name: vars(cls)["looks_at"]
         for name, cls in vilu.PREDICTORS.items()

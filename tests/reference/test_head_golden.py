@@ -29,7 +29,9 @@ class Case:
         self.arrays = np.load(DATA / f"vilu_head_{file}.npz")
         self.prefix = f"attention{attention}_caption{caption}/"
         z = self.arrays
-        data = Embeddings(z["image"], z["text"], z["label"], float(z["logit_scale"]))
+        data = Embeddings(
+            z["image"], z["text"], target=z["label"], logit_scale=float(z["logit_scale"])
+        )
         self.batch: Batch = next(data.batches(1000))
         parameters = {key.removeprefix("param/"): self(key) for key in self.keys("param/")}
         hidden = tuple(len(parameters[f"mlp.{i}.bias"]) for i in (0, 2))

@@ -103,7 +103,7 @@ def test_wrong_answers_get_higher_temperatures_within_the_bound() -> None:
     log_t = predictor.network_(batch).detach()
     assert log_t[batch.failure == 1].mean() > log_t[batch.failure == 0].mean() + 0.5
     assert log_t.abs().max() <= LIMIT
-    far = next(Embeddings(test.image, test.text, test.target, 1e4).batches(600))
+    far = next(Embeddings(test.image, test.text, target=test.target, logit_scale=1e4).batches(600))
     assert predictor.network_(far).abs().max() <= LIMIT
 
 

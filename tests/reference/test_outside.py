@@ -161,7 +161,7 @@ def ood_rows(
     image += rng.normal(size=image.shape) * 0.11
     image /= np.linalg.norm(image, axis=1, keepdims=True)
     labels = np.concatenate([target, np.full(n_outside, OUTSIDE)])
-    return Embeddings(image, text, labels, logit_scale=20.0, columns={"negatives": words})
+    return Embeddings(image, text, target=labels, logit_scale=20.0, columns={"negatives": words})
 
 
 def all_rows(data: Embeddings, columns: tuple[str, ...] = ("negatives",), **more: object) -> Rows:

@@ -95,8 +95,8 @@ def test_a_saved_subspace_scores_bit_for_bit_as_the_fitted_one(tmp_path: Path) -
     data = Embeddings(
         unit(rng.normal(size=(800, 512))),
         unit(rng.normal(size=(5, 512))),
-        rng.integers(5, size=800),
-        20.0,
+        target=rng.integers(5, size=800),
+        logit_scale=20.0,
     )
     fitted = SIRC(typicality="residual").fit(data)
     fitted.save(tmp_path)

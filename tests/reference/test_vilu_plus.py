@@ -241,7 +241,7 @@ def simulated(seed: int, n: int, n_classes: int, n_occurring: int, spread: float
     target = np.arange(n) % n_occurring
     image = text[target] + 0.6 * common[target] + spread * rng.normal(size=(n, 64)) / 8
     image, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text))
-    return Embeddings(image, text, target, 20.0)
+    return Embeddings(image, text, target=target, logit_scale=20.0)
 
 
 def auroc_of(predictor, data: Embeddings) -> float:
@@ -326,7 +326,11 @@ def test_images_without_labels_of_other_candidates_are_refused(kind: str, data: 
     text = data.text[orders.get(kind, [0, 1, 2, 3])]
     if kind == "one other":
         text[3] = torch.nn.functional.normalize(text[3] + 0.05 * torch.eye(8)[0], dim=0)
-    images = toy_pairs(d=8) if kind == "captions" else Embeddings(data.image, text, None, 20.0)
+    images = (
+        toy_pairs(d=8)
+        if kind == "captions"
+        else Embeddings(data.image, text, target=None, logit_scale=20.0)
+    )
     with pytest.raises(
         DataError, match=r"in their order\. Of its 4 shared texts, [0-3] are at the same place here"
     ):
@@ -355,7 +359,9 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
     other = torch.nn.functional.normalize(
         torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1
     )
-    mixed = Embeddings(data.image, torch.cat([other[:1], data.text[[2]], other[1:]]), None, 20.0)
+    mixed = Embeddings(
+        data.image, torch.cat([other[:1], data.text[[2]], other[1:]]), target=None, logit_scale=20.0
+    )
     batch = next(mixed.batches(200))
     match = attention.match(batch.text)
     assert match.known.tolist() == [False, True, False, False]
@@ -511,7 +517,9 @@ def test_validation_rows_of_unknown_classes_are_refused_before_the_fit(
         4 if kind == "disjoint" else 0 :
     ]  # the first four are those of training
     validation = (
-        toy_pairs(d=8) if kind == "captions" else Embeddings(new.image, text, new.target % 3, 20.0)
+        toy_pairs(d=8)
+        if kind == "captions"
+        else Embeddings(new.image, text, target=new.target % 3, logit_scale=20.0)
     )
     with pytest.raises(
         DataError, match=f"the 4 training classes.* {found} candidates of the validation set"
@@ -523,6 +531,8 @@ def test_validation_rows_may_have_fewer_classes_in_another_order(data: Embedding
     bare, new = variant(data, columns=None), toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
     rows, order = new.target != 1, torch.tensor([3, 0, 2])
     target = (new.target[rows][:, None] == order).int().argmax(dim=1)
-    fit = ViLUPlus(**QUICK).fit(bare, Embeddings(new.image[rows], new.text[order], target, 20.0))
+    fit = ViLUPlus(**QUICK).fit(
+        bare, Embeddings(new.image[rows], new.text[order], target=target, logit_scale=20.0)
+    )
     assert len(fit.notes_["pool"]) == 3
     assert np.isfinite(fit.predict_uncertainty(bare)).all()

@@ -182,7 +182,10 @@ def test_classes_that_all_occur_cost_nothing() -> None:
 
 def variant_without_labels(data) -> Embeddings:
     return Embeddings(
-        data.image_rows(torch.arange(len(data))), data.text, None, data.space.logit_scale
+        data.image_rows(torch.arange(len(data))),
+        data.text,
+        target=None,
+        logit_scale=data.space.logit_scale,
     )
 
 
@@ -250,7 +253,7 @@ def test_real_clip_without_a_label(shared: Path) -> None:
         rows = np.random.default_rng(0).permutation(len(found["image"]))
         fit, test = rows[::2], rows[1::2]
         predictor = ViLUZero().fit(Embeddings(found["image"][fit], found["text"]))
-        data = Embeddings(found["image"][test], found["text"], found["target"][test])
+        data = Embeddings(found["image"][test], found["text"], target=found["target"][test])
         failure = vilu.score(vilu.MCM(), data).failure
         mine, theirs = (
             auroc(p.predict_uncertainty(data), failure) for p in (predictor, vilu.MCM())

@@ -77,7 +77,11 @@ def test_rows_by_key_and_by_number(plus, test: Embeddings) -> None:
     found = vilu.explain(plus, test, rows=["row-10007", 3, "row-10000", 7])
     assert [row.row for row in found] == [7, 3, 0]
     unlabelled = Embeddings(
-        test.image, test.text, None, 20.0, columns={"features": test._columns["features"]}
+        test.image,
+        test.text,
+        target=None,
+        logit_scale=20.0,
+        columns={"features": test._columns["features"]},
     )
     row = vilu.explain(plus, unlabelled, rows=[3]).rows[0]
     assert (row.truth, row.wrong, row.key) == (None, None, "3")
@@ -205,7 +209,7 @@ def test_copies_of_the_explained_picture_do_not_hide_its_neighbours(test: Embedd
     """One wrong picture is there thirty times: the next failures are of other pictures."""
     wrong = torch.nonzero((test.image @ test.text.T).argmax(dim=1) != test.target).flatten()
     copied = torch.cat([wrong[:1].repeat(30), torch.arange(len(test))])
-    train = Embeddings(test.image[copied], test.text, test.target[copied], 20.0)
+    train = Embeddings(test.image[copied], test.text, target=test.target[copied], logit_scale=20.0)
     near = vilu.explain(
         vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=3)
     ).rows[0]
@@ -225,9 +229,9 @@ def test_rows_without_keys_are_the_same_where_their_embeddings_are(test: Embeddi
     """Row 0 of one array is row 1 of the other, and no neighbour of itself;
     row 0 of the other is another row.
     """
-    one = Embeddings(test.image[:40], test.text, test.target[:40], 20.0)
+    one = Embeddings(test.image[:40], test.text, target=test.target[:40], logit_scale=20.0)
     order = torch.tensor([1, 0, *range(2, 40)])
-    two = Embeddings(test.image[order], test.text, test.target[order], 20.0)
+    two = Embeddings(test.image[order], test.text, target=test.target[order], logit_scale=20.0)
     cosines = []
     for row in (0, 1):
         near = vilu.explain(vilu.MCM(), one, two, rows=[row], depth=Depth(neighbours=39)).rows[0]
@@ -280,21 +284,34 @@ def test_what_cannot_be_explained_is_refused(plus, train, test: Embeddings) -> N
         vilu.explain(vilu.PREDICTORS["deep_ensemble"](), test, rows=[0])
     image = test.image.clone()
     image[2] = 0
-    broken = Embeddings(image, test.text, test.target, 20.0)
+    broken = Embeddings(image, test.text, target=test.target, logit_scale=20.0)
     with pytest.raises(DataError, match=r"row 2 has no score to explain: .*zero_norm"):
         vilu.explain(vilu.MCM(), broken, rows=[2])
     with pytest.raises(DataError, match="one candidate"):
-        vilu.explain(vilu.MCM(), Embeddings(test.image, test.text[:1], None, 20.0))
+        vilu.explain(
+            vilu.MCM(), Embeddings(test.image, test.text[:1], target=None, logit_scale=20.0)
+        )
     with pytest.raises(ProvenanceError):
-        vilu.explain(vilu.MCM(), test, Embeddings(train.image, train.text, train.target, 50.0))
+        vilu.explain(
+            vilu.MCM(),
+            test,
+            Embeddings(train.image, train.text, target=train.target, logit_scale=50.0),
+        )
     with pytest.raises(DataError, match="none of the 600 training rows has a label"):
-        vilu.explain(vilu.MCM(), test, Embeddings(train.image, train.text, None, 20.0), rows=[0])
+        vilu.explain(
+            vilu.MCM(),
+            test,
+            Embeddings(train.image, train.text, target=None, logit_scale=20.0),
+            rows=[0],
+        )
 
 
 def test_a_constant_has_no_attribution() -> None:
     easy = toy_embeddings(n=80)
     right = (easy.image @ easy.text.T).argmax(dim=1) == easy.target
-    only_right = Embeddings(easy.image[right], easy.text, easy.target[right], 20.0)
+    only_right = Embeddings(
+        easy.image[right], easy.text, target=easy.target[right], logit_scale=20.0
+    )
     with pytest.warns(UserWarning, match="0 failures"):
         predictor = vilu.ViLU(epochs=1, allow_degenerate=True).fit(only_right)
     with pytest.warns(UserWarning, match="1 of 1 explained rows were used to fit"):

@@ -65,7 +65,9 @@ def test_costs_add_up_to_the_selective_risk(test: Embeddings, coverage: float) -
 
 
 def test_without_labels_failures_are_expected_ones(test: Embeddings) -> None:
-    bare = Embeddings(test.image, test.text, None, 20.0, class_names=test.class_names)
+    bare = Embeddings(
+        test.image, test.text, target=None, logit_scale=20.0, class_names=test.class_names
+    )
     scored = vilu.score(vilu.MCM(), bare)
     competitor = strongest_competitor(vilu.MCM(), bare)
     found = vilu.risk_map(scored, competitor)
@@ -129,7 +131,9 @@ def planted(n: int = 400, *, seed: int = 0) -> Embeddings:
     image = 0.6 * np.eye(d)[target] + 1.0 * np.eye(d)[21] + rng.normal(size=(n, d)) * 0.12
     texts[2] = np.eye(d)[15] + 0.5 * np.eye(d)[20]
     image, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image, texts))
-    return Embeddings(image, texts, target, 50.0, class_names=[f"class {c}" for c in range(k)])
+    return Embeddings(
+        image, texts, target=target, logit_scale=50.0, class_names=[f"class {c}" for c in range(k)]
+    )
 
 
 def brute_gains(data: Embeddings, folds: int, seed: int) -> dict[str, tuple[int, int]]:
@@ -196,7 +200,10 @@ def test_labels_that_say_nothing_gain_nothing() -> None:
     gains = []
     for seed in range(5):
         data = Embeddings(
-            rng.normal(size=(60, 32)), rng.normal(size=(10, 32)), rng.integers(10, size=60), 20.0
+            rng.normal(size=(60, 32)),
+            rng.normal(size=(10, 32)),
+            target=rng.integers(10, size=60),
+            logit_scale=20.0,
         )
         gains += [row.gain for row in vilu.prompt_gains(data, seed=seed).rows]
     # 50 estimates of about zero, each of a few rows of 60 (standard deviation about 0.04): the mean
@@ -211,7 +218,7 @@ def test_rows_without_label_and_classes_without_images() -> None:
     data = planted(100)
     target = data.target.clone()
     target[target == 4] = -1
-    found = vilu.prompt_gains(Embeddings(data.image, data.text, target, 50.0))
+    found = vilu.prompt_gains(Embeddings(data.image, data.text, target=target, logit_scale=50.0))
     assert found.n == int((target >= 0).sum())
     row = next(row for row in found.rows if row.name == "candidate 4")
     assert (row.n, row.failures, row.saved, row.lost) == (0, 0, 0, 0)
@@ -222,9 +229,9 @@ def test_gains_that_cannot_be_estimated_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 3"):
         vilu.prompt_gains(data, folds=2)
     with pytest.raises(DataError, match="Got 0 such rows"):
-        vilu.prompt_gains(Embeddings(data.image, data.text, None, 20.0))
+        vilu.prompt_gains(Embeddings(data.image, data.text, target=None, logit_scale=20.0))
     with pytest.raises(DataError, match="one candidate"):
-        vilu.prompt_gains(Embeddings(data.image, data.text[:1], None, 20.0))
+        vilu.prompt_gains(Embeddings(data.image, data.text[:1], target=None, logit_scale=20.0))
 
 
 def test_the_interval_covers() -> None:

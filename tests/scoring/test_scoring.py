@@ -35,7 +35,9 @@ def test_outcomes_say_what_was_answered_and_where_from(test: Embeddings) -> None
 def test_unusable_rows_keep_their_place_with_a_reason(test: Embeddings, tmp_path) -> None:
     image = test.image.clone()
     image[2], image[4] = 0, float("inf")
-    outcomes = vilu.score(vilu.MCM(), Embeddings(image, test.text, test.target, 20.0))
+    outcomes = vilu.score(
+        vilu.MCM(), Embeddings(image, test.text, target=test.target, logit_scale=20.0)
+    )
     assert [outcomes.reason[i] for i in (1, 2, 4)] == [None, "zero_norm", "nonfinite"]
     assert outcomes.prediction[2] == -1
     table = vilu.evaluate(outcomes, n_resamples=0)
@@ -46,7 +48,9 @@ def test_unusable_rows_keep_their_place_with_a_reason(test: Embeddings, tmp_path
 
 
 def test_one_candidate_is_no_question(test: Embeddings) -> None:
-    outcomes = vilu.score(vilu.MCM(), Embeddings(test.image, test.text[:1], None, 20.0))
+    outcomes = vilu.score(
+        vilu.MCM(), Embeddings(test.image, test.text[:1], target=None, logit_scale=20.0)
+    )
     assert set(outcomes.reason) == {"k<2"}
     with pytest.raises(DataError, match="no"):
         vilu.evaluate(outcomes)
@@ -54,7 +58,9 @@ def test_one_candidate_is_no_question(test: Embeddings) -> None:
 
 def test_nothing_to_score(test: Embeddings) -> None:
     with pytest.raises(DataError, match="nothing to score"):
-        vilu.score(vilu.MCM(), Embeddings(np.empty((0, 16)), test.text, None, 20.0))
+        vilu.score(
+            vilu.MCM(), Embeddings(np.empty((0, 16)), test.text, target=None, logit_scale=20.0)
+        )
 
 
 def test_pairs_carry_their_pool_size() -> None:

@@ -158,7 +158,9 @@ def test_pools_in_a_random_order(tmp_path: Path) -> None:
 
 def test_one_candidate_is_no_question(test: Embeddings, tmp_path: Path) -> None:
     folder = score_parts(
-        vilu.MCM(), Embeddings(test.image, test.text[:1], None, 20.0), tmp_path / "s"
+        vilu.MCM(),
+        Embeddings(test.image, test.text[:1], target=None, logit_scale=20.0),
+        tmp_path / "s",
     )
     assert folder.counts.unscored == {"k<2": len(test)}
     with pytest.raises(DataError, match="600 no uncertainty"):
@@ -549,7 +551,9 @@ def test_rows_that_were_fitted_on_are_noticed(head: vilu.FailurePredictor, tmp_p
 def test_what_cannot_be_scored_is_refused(test: Embeddings, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to score"):
         score_parts(
-            vilu.MCM(), Embeddings(np.empty((0, 16)), test.text, None, 20.0), tmp_path / "s"
+            vilu.MCM(),
+            Embeddings(np.empty((0, 16)), test.text, target=None, logit_scale=20.0),
+            tmp_path / "s",
         )
     with pytest.raises(NotFittedError):
         score_parts(vilu.LVU(), test, tmp_path / "s")

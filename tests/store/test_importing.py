@@ -67,7 +67,9 @@ def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> Non
     )
     assert store.manifest.imported.source == "a paper's code"
     assert not inspect(tmp_path / "store", deep=True).problems
-    memory = vilu.Embeddings(values["image"], values["text"], values["target"], 50, -1)
+    memory = vilu.Embeddings(
+        values["image"], values["text"], target=values["target"], logit_scale=50, logit_bias=-1
+    )
     failures = [
         torch.cat([batch.failure for batch in data.batches(8)]).tolist() for data in (store, memory)
     ]

@@ -32,7 +32,7 @@ def mislabelled(times: int, noise: float = 0.0) -> tuple[Embeddings, np.ndarray]
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     is_wrong = np.tile(np.isin(np.arange(N), wrong), times)
     ids = [str(row) for row in range(N * times)]
-    return Embeddings(rows, text, np.tile(label, times), 20.0, ids=ids), is_wrong
+    return Embeddings(rows, text, target=np.tile(label, times), logit_scale=20.0, ids=ids), is_wrong
 
 
 @pytest.mark.slow
@@ -50,7 +50,9 @@ def test_wrong_labels_are_told_however_often_they_stand(times: int, noise: float
 
 def test_copies_of_one_picture_cannot_judge_one_another() -> None:
     data, _ = mislabelled(times=1)
-    copies = Embeddings(np.tile(data.image[:1], (8, 1)), data.text, [0, 1] * 4, 20.0)
+    copies = Embeddings(
+        np.tile(data.image[:1], (8, 1)), data.text, target=[0, 1] * 4, logit_scale=20.0
+    )
     with pytest.raises(DataError, match="all 8 labelled rows are near copies of one picture"):
         find_label_errors(copies)
 

@@ -222,7 +222,7 @@ def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: P
     assert late.failure[:30].tolist() == [int(one) for one in wrong]
     with pytest.raises(DataError, match="'bird' is no class"):
         write_labels({scores.ids[0]: "bird"}, tmp_path / "x.parquet", half / "decisions.parquet")
-    with pytest.raises(DataError, match="none of the 1 labels is of a row"):
+    with pytest.raises(DataError, match="not one of 1 label is of a row"):
         write_labels({"nobody": "cat"}, tmp_path / "x.parquet", half / "decisions.parquet")
 
 
@@ -490,7 +490,7 @@ def test_a_port_that_is_taken_is_one_sentence(half: Path, tmp_path: Path) -> Non
     ("number", "code", "words"),
     [
         (signal.SIGTERM, 143, "stopped: every answer is in"),
-        (signal.SIGINT, 0, "1 answers are in"),
+        (signal.SIGINT, 0, "1 answer in"),
     ],
 )
 def test_a_stopped_review_goes_on_and_says_so(

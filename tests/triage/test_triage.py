@@ -31,10 +31,9 @@ from vilu.artifacts.documents import read_document, write_json
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.calibration.anytime import Looks
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import Bounds
 from vilu.embeddings.memory import Embeddings
-from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
+from vilu.errors import OUTSIDE_NAME, DataError, MissingModelError, ProvenanceError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec

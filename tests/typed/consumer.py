@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, assert_type
+from typing import Any, ClassVar, assert_type
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 import vilu
-from vilu import metrics
+from vilu import methods, metrics
 
 
 @dataclass
@@ -36,7 +36,9 @@ def numbers(
     image: NDArray[np.float32], text: NDArray[np.float32], target: NDArray[np.int64]
 ) -> float:
     """From arrays to a threshold."""
-    data = vilu.Embeddings(image, text, target, logit_scale=100.0, class_names=["cat", "dog"])
+    data = vilu.Embeddings(
+        image, text, target=target, logit_scale=100.0, class_names=["cat", "dog"]
+    )
     assert_type(Narrow(power=2.0).fit(data), Narrow)
     assert_type(vilu.ViLUPlus(seed=0).fit(data).predict_uncertainty(data), NDArray[np.float64])
     outcomes = vilu.score(Narrow(), data)
@@ -47,6 +49,7 @@ def numbers(
     assert_type(rule.accept(np.array([0.1, 0.9])), NDArray[np.bool_])
     assert_type(metrics.auroc([0.1, 0.9], [0, 1]), float)
     assert_type(vilu.__version__, str)
+    assert_type(methods.Energy, Any)
     return vilu.metrics.fpr_at_tpr(np.array([0.1, 0.9]), np.array([0, 1]))
 
 

@@ -22,7 +22,9 @@ def some_embeddings(n: int = 60, k: int = 5, d: int = 8) -> vilu.Embeddings:
     generator = torch.Generator().manual_seed(0)
     text, noise = torch.randn(k, d, generator=generator), torch.randn(n, d, generator=generator)
     label = torch.arange(n) % k
-    return vilu.Embeddings(normalize(text[label] + 1.5 * noise), normalize(text), label, 5.0)
+    return vilu.Embeddings(
+        normalize(text[label] + 1.5 * noise), normalize(text), target=label, logit_scale=5.0
+    )
 
 
 def test_the_method_is_its_formula(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def choose_answer(
         >>> from vilu.calibration.answer_choice import choose_answer
         >>> angle = np.linspace(0, np.pi / 2, 100)  # class 1 begins at 63 degrees
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> train = vilu.Embeddings(image, np.eye(2), target=np.repeat([0, 1], [70, 30]))
         >>> probe = vilu.PREDICTORS["linear_probe"]().fit(train)
         >>> import textwrap
         >>> print(textwrap.fill(choose_answer(probe, train, max_risk=0.05).reason, 88))

@@ -75,7 +75,7 @@ class Calibration(Document):
         >>> import numpy as np, tempfile, vilu
         >>> rows = np.random.default_rng(0).normal(size=(200, 8))
         >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+        >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = vilu.MCM().save(folder)
         ...     _ = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
@@ -262,7 +262,7 @@ class Calibration(Document):
             >>> import numpy as np, tempfile, vilu
             >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
             >>> target = vilu.Target(max_risk=0.05)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     _ = vilu.MCM().save(folder)

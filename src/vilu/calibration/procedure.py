@@ -77,7 +77,7 @@ def calibrate_predictor(
         >>> import numpy as np, tempfile, vilu
         >>> rows = np.random.default_rng(0).normal(size=(200, 8))
         >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+        >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = vilu.MCM().save(folder)
         ...     calibration = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))

@@ -57,7 +57,7 @@ class Selective:
         >>> target = rng.integers(4, size=600)
         >>> image = np.eye(4, 8)[target] + 0.3 * rng.normal(size=(600, 8))
         >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
-        >>> data = vilu.Embeddings(image, np.eye(4, 8), target)
+        >>> data = vilu.Embeddings(image, np.eye(4, 8), target=target)
         >>> parts = data.split(fit=0.4, calibration=0.4, test=0.2)
         >>> model = vilu.Selective(vilu.PREDICTORS["linear_probe"](), answer="adapted")
         >>> _ = model.fit(parts.fit).calibrate(parts.calibration, max_risk=0.05)
@@ -99,7 +99,7 @@ class Selective:
             >>> import numpy as np, vilu
             >>> angle = np.linspace(0, np.pi / 2, 100)
             >>> image = np.c_[np.cos(angle), np.sin(angle)]
-            >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]))
+            >>> train = vilu.Embeddings(image, np.eye(2), target=np.repeat([0, 1], [70, 30]))
             >>> vilu.Selective(vilu.PREDICTORS["linear_probe"]()).fit(train)
             Selective(LinearProbe(), not calibrated)
         """
@@ -141,7 +141,7 @@ class Selective:
             >>> import numpy as np, vilu
             >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, vilu.Target(max_risk=0.05))
             >>> model.calibration.rule.n_accepted
             200
@@ -170,7 +170,7 @@ class Selective:
             >>> import numpy as np, vilu
             >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
             >>> model.predict(data.take([0, 1])).decision
             ('accept', 'accept')
@@ -190,7 +190,7 @@ class Selective:
             >>> import numpy as np, tempfile, vilu
             >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     model.save(folder)

@@ -19,13 +19,10 @@ from vilu.calibration.thresholds import (
     first_enough,
     percent,
 )
-from vilu.errors import DataError, UsageError
+from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
-
-OUTSIDE_NAME: Final = "(outside)"
-"""Name of the stratum of the out-of-distribution rows, which belong to none of the classes."""
 
 INSIDE_NAME: Final = "(inside)"
 """Name of the stratum of all other rows, if no shares of classes are stated."""

@@ -23,6 +23,7 @@ from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import StoreReport
 from vilu.store.inspect import inspect as inspect_store
 from vilu.store.parts import StoreLedger
+from vilu.text import plural
 
 
 class Artefact(NamedTuple):
@@ -115,7 +116,7 @@ def _check_state(path: Path, metadata: dict[str, object]) -> None:
 
 
 def _with_rows(path: Path, kind: str, n_rows: int) -> Artefact:
-    return Artefact(path, f"{kind}, {n_rows} rows" if n_rows else kind)
+    return Artefact(path, f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind)
 
 
 def _predictor(path: Path) -> Artefact:
@@ -137,7 +138,7 @@ def require_sound(report: StoreReport, path: Path) -> None:
     """Raise StorageError if a store has problems."""
     if report.problems:
         raise StorageError(
-            f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}"
+            f"{plural(len(report.problems), 'problem')} in {path}; the first: {report.problems[0]}"
         )
 
 
@@ -145,4 +146,4 @@ def _scores(path: Path) -> Artefact:
     folder = ScoreFolder(path)
     folder.verify()
     folder.tally()
-    return Artefact(path, f"scores, {len(folder)} rows")
+    return Artefact(path, f"scores, {plural(len(folder), 'row')}")

@@ -28,7 +28,7 @@ from vilu.cli.options import (
     reads,
 )
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.text import printable
+from vilu.text import plural, printable
 from vilu.validation import require_between
 
 if TYPE_CHECKING:
@@ -175,10 +175,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
-    n = len(explanations)
-    closing = f"{n} rows explained"
-    if n == 1:
-        closing = "1 row explained"
+    closing = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing += f"; where the failures are: {command} --summary"
     return ExplainOutput(explanations.to_dict(), str(explanations), closing)

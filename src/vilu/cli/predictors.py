@@ -31,6 +31,7 @@ from vilu.cli.options import (
     reads,
 )
 from vilu.errors import UsageError
+from vilu.text import plural
 
 if TYPE_CHECKING:
     from vilu.calibration.calibration import Calibration
@@ -166,7 +167,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             checkpoints.remove()
         typer.echo(output)
         n_rows = predictor.notes_.get("n_train", len(train))
-        next_step(f"{predictor.name} fitted on {n_rows:,} rows; {_to_score(output)}")
+        next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {_to_score(output)}")
 
 
 def _flags_of_fit(
@@ -381,7 +382,7 @@ def score(
         keep(write)
     typer.echo(output)
     following = console.shell("vilu", "evaluate", output)
-    next_step(f"{len(data):,} rows are scored; next, where failures are known: {following}")
+    next_step(f"{plural(len(data), 'row')} scored; next, where failures are known: {following}")
 
 
 def evaluate(
@@ -574,7 +575,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     facts = calibration.model_dump(mode="json")
     console.print_result(facts, _summary(calibration), as_json=as_json)
-    next_step(f"calibrated on {calibration.n:,} rows; {_to_score(predictor)}")
+    next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor)}")
 
 
 def _calibrate_at_any_time(

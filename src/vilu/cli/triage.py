@@ -28,6 +28,7 @@ from vilu.cli.options import (
     path_option,
 )
 from vilu.errors import UsageError
+from vilu.text import plural
 
 if TYPE_CHECKING:
     from vilu.triage.review import Review
@@ -125,8 +126,8 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         table = console.shell(output / "next_labels.csv")
         page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
         next_step(
-            f"next: fill in the column label of {table} ({summary.n_asked:,} photos; or label them "
-            f"on a page: {page}), then the same command with --labels {table}"
+            f"next: fill in the column label of {table} ({plural(summary.n_asked, 'photo')}; "
+            f"or label them on a page: {page}), then the same command with --labels {table}"
         )
 
 
@@ -193,7 +194,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         advice = "every image that could help has a label, or was asked for before"
     else:
         advice = "-n is 0"
-    next_step(f"{len(asked):,} images are asked for; {advice}")
+    next_step(f"{plural(len(asked), 'image')} asked for; {advice}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -263,7 +264,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     for path in write_review(tasks, to, output, prefix=prefix):
         typer.echo(path)
     following = console.shell("vilu", "labels", "DONE", "-o", "labels.csv")
-    next_step(f"{len(tasks.tasks):,} tasks; afterwards: {following}")
+    next_step(f"{plural(len(tasks.tasks), 'task')}; afterwards: {following}")
 
 
 def _serve_review(tasks: Review, output: Path, port: int) -> None:
@@ -276,8 +277,8 @@ def _serve_review(tasks: Review, output: Path, port: int) -> None:
 
     def announce(address: str) -> None:
         next_step(
-            f"{len(tasks.tasks):,} photos; open this address, and stop with Ctrl-C when you are "
-            "done"
+            f"{plural(len(tasks.tasks), 'photo')}; open this address, and stop with Ctrl-C "
+            "when you are done"
         )
         typer.echo(address)
 
@@ -287,7 +288,8 @@ def _serve_review(tasks: Review, output: Path, port: int) -> None:
         session = ReviewSession(tasks, output)
         serve_page(session, port, announce)
     next_step(
-        f"{len(session.answers):,} answers are in {output}; the same command goes on with the rest"
+        f"{plural(len(session.answers), 'answer')} in {output}; "
+        "the same command goes on with the rest"
     )
 
 
@@ -316,7 +318,7 @@ def labels(
     answers, streams = read_done(done)
     n = write_labels(answers, output, scores, streams)
     typer.echo(output)
-    next_step(f"{n:,} labels")
+    next_step(plural(n, "label"))
 
 
 def audit_labels(
@@ -368,7 +370,7 @@ def audit_labels(
         contact_sheet(errors, pictures, sheet)
         typer.echo(sheet)
     n_wrong = int(errors.is_error.sum())
-    next_step(f"{n_wrong:,} of {len(errors.keys):,} labels are probably wrong")
+    next_step(f"{n_wrong:,} of {plural(len(errors.keys), 'label')} probably wrong")
 
 
 def _require_new_figure(path: Path) -> None:

@@ -114,8 +114,8 @@ class Bounds:
         folder = os.path.dirname(full)  # noqa: PTH120  for speed
         is_folder_inside = _has_prefix(folder, self._prefixes)
         if not is_folder_inside or self.leads_out(full):
-            allowed = self._prefixes[-1]  # the folder ``beside``, if there is one
-            reason = f"the file must lie below {allowed}, links included"
+            folders = " or ".join(self._prefixes)
+            reason = f"the file must lie below {folders}, links included"
             raise OutsideError(errno.EACCES, reason, path)
         return full
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, overload
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vilu.callers import warn_caller
-from vilu.errors import DataError
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, nearest
 from vilu.validation import refuse_masked
 
 VALID = 0
@@ -198,12 +198,16 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
 
 
 def check_targets(
-    values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int
+    values: ArrayLike | Tensor | None,
+    n_rows: int,
+    n_candidates: int,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Targets (N,) int64 from -1 to K - 1, and a mask (N,) of rows of none of the classes.
 
-    In ``values`` a row of none of the classes has the target -2; its returned target is -1. If
-    ``values`` is None, all targets are unknown.
+    ``values`` are numbers or names of candidates. A row of none of the classes has the number -2 or
+    the name "(outside)"; its returned target is -1. An unknown target has the number -1 or the name
+    "". If ``values`` is None, all targets are unknown.
     """
     if values is None:
         unknown = torch.full((n_rows,), -1, dtype=torch.int64)
@@ -213,9 +217,14 @@ def check_targets(
         raise DataError(
             f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead."
         )
+    names = _texts_in(array)
+    if names is not None:
+        no_class = {"": UNKNOWN, OUTSIDE_NAME: OUTSIDE}
+        array = _numbers_of(names, "target", class_names, no_class)
     if array.size and array.dtype.kind not in "iu":
         raise DataError(
-            f"target must hold whole numbers (rows of text). Got dtype {array.dtype} instead."
+            "target must hold whole numbers (rows of text), or names of classes. "
+            f"Got dtype {array.dtype} instead."
         )
     if array.size and (array.min() < -2 or array.max() >= n_candidates):
         raise DataError(
@@ -235,8 +244,9 @@ def check_answers(
         raise DataError(
             f"answer must have one entry per image row ({n_rows}). Got shape {array.shape} instead."
         )
-    if array.dtype.kind in "US":
-        array = _numbers_of(array, class_names)
+    names = _texts_in(array)
+    if names is not None:
+        array = _numbers_of(names, "answer", class_names, no_class={})
     if array.size and array.dtype.kind not in "iu":
         raise DataError(
             "answer must hold rows of text, or names of candidates. "
@@ -250,22 +260,47 @@ def check_answers(
     return torch.from_numpy(array.astype(np.int64))
 
 
+def _texts_in(array: NDArray[np.generic]) -> list[str] | None:
+    """The texts (N,) of an array; None if it holds anything else. A missing text is ""."""
+    if not array.size or array.dtype.kind not in "UTO":
+        return None
+    values = ["" if value is None else value for value in array.tolist()]
+    if not all(isinstance(value, str) for value in values):
+        return None
+    return values
+
+
 def _numbers_of(
-    names: NDArray[np.generic], class_names: Sequence[str] | None
+    names: Sequence[str],
+    argument: str,
+    class_names: Sequence[str] | None,
+    no_class: Mapping[str, int],
 ) -> NDArray[np.generic]:
-    """Indices (N,) int64 of the candidates that have the names (N,)."""
+    """Indices (N,) int64 of the candidates that have the names (N,).
+
+    ``no_class`` has the numbers of names that are no candidate, but allowed.
+    """
     if class_names is None:
-        raise DataError("answer holds names, and the candidates have none: give class_names too.")
-    number = {name: row for row, name in enumerate(class_names)}
-    answers = [str(name) for name in names.tolist()]
-    unknown = sorted({name for name in answers if name not in number})
-    if unknown:
         raise DataError(
-            f"answer must hold names of the {len(number)} candidates. Got {len(unknown)} other "
-            f"names, the first is {unknown[0]!r}: such an answer cannot be judged. Add the "
-            "candidate, or leave these rows out."
+            f"{argument} holds names, and the candidates have none: give class_names too."
         )
-    return np.array([number[name] for name in answers], np.int64)
+    number = dict(no_class)
+    number.update({name: row for row, name in enumerate(class_names)})
+    unknown = sorted({name for name in names if name not in number})
+    if unknown:
+        listed = ", ".join(map(repr, unknown[:5]))
+        raise DataError(
+            f"{argument} must hold names of the {len(class_names)} candidates. Got {listed} too."
+            f"{nearest(unknown[0], class_names)} {_REMEDY[argument]}"
+        )
+    return np.array([number[name] for name in names], np.int64)
+
+
+_REMEDY = {
+    "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
+    "answer": ("Such an answer cannot be judged. Add the candidate, or leave these rows out."),
+}
+"""What to do about a name that is no candidate, by the argument."""
 
 
 def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:

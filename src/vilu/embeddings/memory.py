@@ -23,7 +23,7 @@ from vilu.embeddings.checks import (
 )
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
-from vilu.embeddings.pairs import PairSource, Pools
+from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
 from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -40,8 +40,9 @@ class Embeddings(EmbeddingSource):
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
-        target: (N,) integer rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures
-            of none of the classes. None if no label is known.
+        target: (N,) rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of none
+            of the classes. Or (N,) names in ``class_names``, "" where unknown, "(outside)" for
+            pictures of none of the classes. None if no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
@@ -60,18 +61,22 @@ class Embeddings(EmbeddingSource):
     candidates, and ``candidate_of`` has the candidate of every given class.
 
     Raises:
-        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or
-            classes of one name have different texts.
+        DataError: If shapes disagree, a target is not a row of ``text`` or its name, a text row is
+            unusable, or classes of one name have different texts.
 
     Examples:
         >>> import numpy as np, vilu
         >>> names = ["cat", "dog", "cup"]
-        >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 1], class_names=names)
+        >>> data = vilu.Embeddings(
+        ...     np.eye(3), np.eye(3), target=["cat", "dog", "dog"], class_names=names
+        ... )
         >>> (batch,) = data.batches(8)
         >>> [names[i] for i in batch.prediction], batch.failure.tolist()
         (['cat', 'dog', 'cup'], [0, 0, 1])
-        >>> data.take([2, 0]).target.tolist()
-        [1, 0]
+        >>> data
+        Embeddings(n=3, K=3, D=3, labelled=3)
+        >>> data[1:].target.tolist(), data[data.target == 0].target.tolist(), data[[2, 0]]
+        ([1, 1], [0], Taken(n=2, K=3, D=3, labelled=2))
     """
 
     @checked
@@ -80,11 +85,11 @@ class Embeddings(EmbeddingSource):
         self,
         image: ArrayLike | Tensor,
         text: ArrayLike | Tensor,
+        *,
         target: ArrayLike | Tensor | None = None,
         logit_scale: float = 100.0,
         logit_bias: float = 0.0,
         class_names: Sequence[str] | None = None,
-        *,
         ids: Sequence[str] | None = None,
         space: EmbeddingSpace | None = None,
         columns: Mapping[str, ArrayLike | Tensor] | None = None,
@@ -100,8 +105,10 @@ class Embeddings(EmbeddingSource):
                     f"image and text must share one width. Got {self.space.embed_dim}, "
                     f"but {name} has {rows.shape[1]}."
                 )
-        self.target, self.outside = check_targets(target, len(self.image), len(self.text))
         self.class_names = check_class_names(class_names, len(self.text))
+        self.target, self.outside = check_targets(
+            target, len(self.image), len(self.text), self.class_names
+        )
         self.ids = check_ids(ids, len(self.image))
         encoded = dict(columns or {})
         answer = encoded.pop(ANSWER, None)
@@ -176,6 +183,9 @@ class Embeddings(EmbeddingSource):
 class PairEmbeddings(PairSource):
     """Image-caption pairs in memory: each image is matched against the captions of its pool.
 
+    The last rows have no score if they do not fill a pool, since a short pool would be an easier
+    problem. An image with several captions is given in several rows, once with each caption.
+
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
@@ -188,8 +198,8 @@ class PairEmbeddings(PairSource):
         columns: Further data that some methods need, by name (``vilu.embeddings.columns``).
 
     Raises:
-        DataError: If the numbers of images and captions differ, if a row is unusable, or if N is
-            not a multiple of the pool size (a short last pool would be an easier problem).
+        DataError: If the numbers of images and captions differ, if a row is unusable, or if the
+            pairs do not fill a pool.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -198,6 +208,12 @@ class PairEmbeddings(PairSource):
         ... )  # two captions are swapped
         >>> [batch.failure.tolist() for batch in data.batches(2)]
         [[0, 0], [1, 1]]
+        >>> several = vilu.PairEmbeddings(  # the first image has two captions: either is right
+        ...     np.eye(4)[[0, 0, 2, 3]], np.eye(4)[[1, 0, 2, 3]], pool_size=3
+        ... )
+        >>> (batch,) = several.batches(3)
+        >>> batch.prediction.tolist(), batch.failure.tolist(), several.status.tolist()
+        ([1, 1, 2], [0, 0, 0], [0, 0, 0, 3])
         >>> last = torch.tensor([3])
         >>> data.picture_rows(last).tolist(), data.caption_rows(last).tolist()
         ([[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]])
@@ -226,13 +242,7 @@ class PairEmbeddings(PairSource):
             pool_size = Pools(pool_size, seed=None)
         self.pools = pool_size
         self.pool_size = self.pools.size
-        surplus = len(self.image) % self.pool_size
-        if surplus:
-            raise DataError(
-                f"the number of pairs must be a multiple of pool_size={self.pool_size}, since a "
-                f"short last pool has fewer distractors. Got {len(self.image)}: leave out "
-                f"{surplus} or change pool_size."
-            )
+        require_full_pools(len(self.image), self.pool_size, "this set of pairs")
         self.space = space or EmbeddingSpace(
             self.image.shape[1], float(logit_scale), float(logit_bias)
         )

@@ -85,6 +85,11 @@ class PairSource(EmbeddingSource):
     the first of the equal captions. With "text_to_image" the images of equal captions are all right
     answers (``Candidates.same``).
 
+    An image with several captions stands in several rows, once with each caption. Rows of a pool
+    with equal images are the same answer, too: with "image_to_text" all captions of the image are
+    right, with "text_to_image" it does not matter which of the equal images is found. Rows that are
+    the same answer as a third row are the same answer.
+
     The row that is matched is the query; it is an image or a caption, depending on the direction.
     Columns of images belong to the queries, and columns of candidates to the candidates. So with
     "text_to_image" the column "features" holds features of captions, and "text_features" holds
@@ -110,7 +115,22 @@ class PairSource(EmbeddingSource):
         """Indices (M,) int64 of all usable pairs, ascending, whether or not they fill a pool."""
         if self._left is not None:
             return self._left
-        return torch.arange(len(self), device="cpu")
+        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
+
+    @cached_property
+    def status(self) -> NDArray[np.uint8]:
+        """Status codes (N,); usable rows that belong to no full pool have that of "short_pool".
+
+        The order of the pools is computed to find these rows.
+        """
+        status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
+        status[self.usable_rows.numpy()] = VALID
+        return status
+
+    @cached_property
+    def _row_status(self) -> NDArray[np.uint8]:
+        """Status codes (N,) of the rows by their embeddings alone, without "short_pool"."""
+        return np.broadcast_to(np.uint8(VALID), len(self))
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
@@ -156,16 +176,17 @@ class PairSource(EmbeddingSource):
             (2, [0, 1, 1])
         """
         caption = self.caption_rows(index)
-        first = first_alike(caption, self.pools.near_duplicates)
-        all_rows = torch.arange(len(index))
-        all_differ = torch.equal(first, all_rows)
+        picture = self.picture_rows(index)
+        of_caption = first_alike(caption, self.pools.near_duplicates)
+        answer = first_linked(of_caption, first_equal(picture))
         if self.pools.direction == "text_to_image":
-            same = None if all_differ else first
-            return Candidates(self.picture_rows(index), all_rows, same, members=index)
-        if all_differ:
-            return Candidates(caption, all_rows, same=None, members=index)
-        distinct, target = torch.unique(first, return_inverse=True)
-        return Candidates(caption[distinct], target, same=None, members=index[distinct])
+            rows = torch.arange(len(index))
+            return Candidates(picture, rows, _unless_all_differ(answer), members=index)
+        distinct, target = torch.unique(of_caption, return_inverse=True)
+        same = target[answer[distinct]]
+        return Candidates(
+            caption[distinct], target, _unless_all_differ(same), members=index[distinct]
+        )
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
@@ -194,11 +215,10 @@ class PairSource(EmbeddingSource):
         size = self.pools.size
         picture = self.picture_rows(index)
         caption = self.caption_rows(index)
-        has_repeats = self._have_repeats(caption)
+        has_repeats = self._have_repeats(caption) | self._have_repeats(picture)
         image = picture
         text = caption
         if self.pools.direction == "text_to_image":
-            has_repeats |= self._have_repeats(picture)
             image = caption
             text = picture
         batches: list[Batch] = []
@@ -327,9 +347,11 @@ class PseudoCaptions(PairSource):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> pets = vilu.Embeddings(np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"])
+        >>> pets = vilu.Embeddings(
+        ...     np.eye(4)[:2], np.eye(4)[:2], target=[0, 1], class_names=["cat", "dog"]
+        ... )
         >>> food = vilu.Embeddings(
-        ...     np.eye(4)[2:], np.eye(4)[2:], [0, 1], class_names=["pie", "soup"]
+        ...     np.eye(4)[2:], np.eye(4)[2:], target=[0, 1], class_names=["pie", "soup"]
         ... )
         >>> data = vilu.PseudoCaptions(
         ...     [pets, food], vilu.Pools(4, seed=None), names=["pets", "food"]
@@ -423,7 +445,7 @@ class PseudoCaptions(PairSource):
         Examples:
             >>> import numpy as np, torch, vilu
             >>> pets = vilu.Embeddings(
-            ...     np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"]
+            ...     np.eye(4)[:2], np.eye(4)[:2], target=[0, 1], class_names=["cat", "dog"]
             ... )
             >>> captioned = vilu.Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)
             >>> vilu.PseudoCaptions([pets, captioned], 2).of_classes(torch.arange(6)).tolist()
@@ -506,6 +528,33 @@ def class_captions(
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(first_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(classes)]
+
+
+def first_linked(first: Tensor, second: Tensor) -> Tensor:
+    """Index (N,) int64, for every row, of the first row that is linked to it by two relations.
+
+    ``first`` and ``second`` (N,) have the first row that is equal to every row, in two regards. Two
+    rows are linked if they are equal in one regard, or if both are linked to a third row.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(first)
+    if torch.equal(second, torch.arange(n)):
+        return first
+    rows = np.tile(np.arange(n), 2)
+    leaders = torch.cat([first, second]).numpy()
+    graph = coo_array((np.ones(2 * n, np.int8), (rows, leaders)), shape=(n, n))
+    _, group = connected_components(graph, directed=False)
+    _, first_of_group, group = np.unique(group, return_index=True, return_inverse=True)
+    return torch.from_numpy(first_of_group[group])
+
+
+def _unless_all_differ(first: Tensor) -> Tensor | None:
+    """The first equal candidate (K,) of every candidate; None if all candidates differ."""
+    if torch.equal(first, torch.arange(len(first))):
+        return None
+    return first
 
 
 def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEAR_ROWS) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import compress
-from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from vilu.embeddings.checks import (
     Identifiers,
     Identity,
     RowNumbers,
+    as_array,
     check_indices,
     hash_names,
     hash_rows,
@@ -29,7 +30,7 @@ from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
-from vilu.validation import checked, require_mask
+from vilu.validation import checked, describe_value, require_mask
 
 if TYPE_CHECKING:
     from vilu.embeddings.split import SplitParts
@@ -392,7 +393,7 @@ class EmbeddingSource(ABC):
     Examples:
         >>> import numpy as np, torch, vilu
         >>> data = vilu.Embeddings(
-        ...     np.eye(4), np.eye(4)[:2], [0, 1, -1, 1], class_names=["cat", "dog"]
+        ...     np.eye(4), np.eye(4)[:2], target=[0, 1, -1, 1], class_names=["cat", "dog"]
         ... )
         >>> len(data), data.n_candidates, data.candidates(torch.tensor([3])).target.tolist()
         (4, 2, [1])
@@ -402,7 +403,7 @@ class EmbeddingSource(ABC):
     """
 
     how: ClassVar[str] = (
-        "embeddings (vilu.Embeddings(image, text, target) of arrays, "
+        "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store)"
     )
 
@@ -445,8 +446,49 @@ class EmbeddingSource(ABC):
     def __array__(self, *_: object, **_more: object) -> NoReturn:
         raise UsageError(
             "a source of embeddings is no array, so functions that take arrays, such as "
-            "scikit-learn's cross-validation, cannot use it. Select rows with data.take(rows)."
+            "scikit-learn's cross-validation, cannot use it. Select rows with data[rows]."
         )
+
+    def __repr__(self) -> str:
+        facts = {"n": len(self), "K": self.n_candidates, "D": self.space.embed_dim}
+        if self.pool_size is not None:
+            facts["pool_size"] = self.pool_size
+        else:
+            facts["labelled"] = int((self.target != UNKNOWN).sum())
+        n_outside = int(self.outside.sum())
+        if n_outside:
+            facts["outside"] = n_outside
+        shown = [f"{name}={value}" for name, value in facts.items()]
+        if self.columns:
+            shown.append(f"columns={sorted(self.columns)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __getitem__(
+        self, rows: slice | Sequence[int] | Sequence[bool] | Tensor | NDArray[Any]
+    ) -> EmbeddingSource:
+        """Some rows as a new source (``take``): a slice, a mask (N,) bool, or row indices (M,).
+
+        Raises:
+            DataError: If ``rows`` is one number, since a source has no single rows.
+            UsageError: If the source has captions, because its pools are made of all its rows.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], target=[0, 1, -1, -1])
+            >>> data[:3], data[data.target >= 0], data[[2, 0]].target.tolist()
+            (Taken(n=3, K=2, D=4, labelled=2), Taken(n=2, K=2, D=4, labelled=2), [-1, 0])
+        """
+        if isinstance(rows, slice):
+            return self.take(np.arange(len(self))[rows])
+        index = as_array(rows, "rows")
+        if index.ndim == 0:
+            raise DataError(
+                "rows must be a slice, a mask or a list of indices, as in data[3:4] or data[[3]]. "
+                f"Got {describe_value(rows)} instead."
+            )
+        if index.dtype == bool:
+            index = np.flatnonzero(require_mask("rows", index, len(self)))
+        return self.take(check_indices(index, len(self), "rows"))
 
     @property
     def has_vectors(self) -> bool:
@@ -625,7 +667,7 @@ class EmbeddingSource(ABC):
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings(
-            ...     np.eye(3), np.eye(3), [0, 1, 2], class_names=["cat", "dog", "cup"]
+            ...     np.eye(3), np.eye(3), target=[0, 1, 2], class_names=["cat", "dog", "cup"]
             ... )
             >>> pets = data.take([2, 1, 0], classes=[1, 0])
             >>> pets.class_names, pets.target.tolist()  # the class of the cup is not kept
@@ -681,7 +723,7 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(10), np.eye(10)[:2], [0, 1] * 5)
+            >>> data = vilu.Embeddings(np.eye(10), np.eye(10)[:2], target=[0, 1] * 5)
             >>> parts = data.split(fit=0.6, test=0.4)
             >>> len(parts.fit), len(parts.calibration), len(parts.test)
             (6, 0, 4)

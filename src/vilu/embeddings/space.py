@@ -9,6 +9,14 @@ from vilu.artifacts.hashing import digest
 from vilu.errors import ProvenanceError, UsageError
 from vilu.validation import checked_fields, require_at_least
 
+LOGARITHMS = (4.0, 5.0)
+"""Logit scales between these numbers are taken for the logarithm of a scale.
+
+Models keep the logarithm as a parameter. Released models have scales of 50 to 150: CLIP 100
+(logarithm 4.605), SigLIP 112 to 118 (4.72 to 4.77). None has a scale of 4 to 5, with which the
+probabilities of 1,000 classes would be nearly equal.
+"""
+
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
 
 
@@ -23,7 +31,7 @@ class EmbeddingSpace:
         embed_dim: Width D of the joint space. 0: the rows have logits and no vectors
             (``vilu.Embeddings.from_logits``).
         logit_scale: Multiplier of the cosine: the exponential of the learned parameter. It is 100
-            for OpenAI's CLIP.
+            for OpenAI's CLIP. A number between 4 and 5 is refused: it is the parameter itself.
         logit_bias: Added to every logit (SigLIP). It cancels in a softmax, but it is part of the
             model.
         backbone: Name of the backbone, as given to ``--backbone``; None for bare arrays.
@@ -57,6 +65,13 @@ class EmbeddingSpace:
         if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
             raise UsageError(
                 f"logit_scale must be a positive finite number. Got {self.logit_scale} instead."
+            )
+        smallest, largest = LOGARITHMS
+        if smallest < self.logit_scale < largest:
+            raise UsageError(
+                f"logit_scale must be the multiplier of the cosine. Got {self.logit_scale:g}, "
+                "which is probably its logarithm, the parameter of the model. Give its "
+                f"exponential: logit_scale={math.exp(self.logit_scale):.6g}."
             )
         if not math.isfinite(self.logit_bias):
             raise UsageError(f"logit_bias must be finite. Got {self.logit_bias} instead.")

@@ -383,6 +383,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
         "n_unusable": tally.n_unusable,
         "n_outside": tally.outside.n_failures,
         "n_pictures": n_pictures,
+        "sample": tally.sample,
     }
     rows = []
     for name, metric in metrics.items():

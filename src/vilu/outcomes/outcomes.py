@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -14,15 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 from vilu.artifacts.documents import plain_json
 from vilu.artifacts.paths import claim_file, inputs_entry
 from vilu.artifacts.tables import read_column, read_table, write_table
-from vilu.errors import OUTSIDE, UNKNOWN, DataError
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, MissingModelError, UsageError
 from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import check_codes, check_pictures, real_vector, repeated_pictures
 from vilu.metrics.histogram import Histogram
 from vilu.metrics.pictures import ScoredRows
 from vilu.outcomes.decisions import ACCEPT, REVIEW
+from vilu.outcomes.row_sample import RowSample, sample_of_rows
 from vilu.validation import checked, require_mask
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 
@@ -128,6 +132,7 @@ class Tally:
     split: str | None = None  # name of its split
     seed: int | None = None  # seed of the predictor
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
+    sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
 
     def asked(self, metric: Metric) -> Scores | None:
         """Rows from which a metric is computed; None if the needed probabilities are missing."""
@@ -187,7 +192,79 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+FILLED = ("prediction", "target", "reason", "picture")
+"""Optional columns whose values may be missing in some rows."""
+
+OF_PROBLEM = ("space", "predictor_space", "n_candidates", "pool_size")
+"""Entries of the provenance that say how hard the problem is."""
+
+ADDED_UP = ("n_seen_in_fit", "n_compared_with_fit")
+"""Entries of the provenance that are numbers of rows."""
+
+
+def _require_alike(first: Outcomes, part: Outcomes) -> None:
+    """Raise DataError if two outcomes are not of one method, or not of one problem."""
+    for name in ("method", "answer", "class_names", "is_probability"):
+        _require_equal(name, getattr(first, name), getattr(part, name))
+    for name in OF_PROBLEM:
+        _require_equal(name, first.provenance.get(name), part.provenance.get(name))
+    for name in OPTIONAL:
+        is_there = getattr(part, name) is not None
+        if name not in FILLED and is_there != (getattr(first, name) is not None):
+            raise DataError(
+                f"all parts must have the column {name}, or none of them. Some parts have it."
+            )
+
+
+def _require_equal(name: str, first: object, value: object) -> None:
+    if first != value:
+        raise DataError(
+            f"the parts must have the same {name}. Got {first!r:.100} and {value!r:.100}."
+        )
+
+
+def _joined_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noqa: ANN401
+    """An optional column of all parts, with missing values for the parts that do not have it."""
+    columns = [getattr(part, name) for part in parts]
+    if all(column is None for column in columns):
+        return None
+    joined: list[Any] = []
+    for part, column in zip(parts, columns, strict=True):
+        if column is None:
+            joined += [MISSING[kind]] * len(part)
+        else:
+            joined += list(column)
+    return joined
+
+
+def _joined_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries that are equal in all parts; numbers of rows are added up."""
+    joined: dict[str, Any] = {}
+    for name in parts[0]:
+        values: list[Any] = [part.get(name) for part in parts]
+        if name in ADDED_UP and None not in values:
+            joined[name] = sum(values)
+        elif _common(values) is not None:
+            joined[name] = values[0]
+    return joined
+
+
+def _common(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
+    """The value that all values are equal to; None if there is no such value."""
+    if any(value != values[0] for value in values):
+        return None
+    return values[0]
+
+
+def _label_sets(texts: Sequence[str | None]) -> pa.Array:
+    """Arrow column of lists of names, from JSON lists; null where there is no set."""
+    import pyarrow as pa
+
+    sets = [None if text is None else json.loads(text) for text in texts]
+    return pa.array(sets, pa.list_(pa.string()))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Outcomes:
     """Uncertainty and failure of N answers, and optional further columns.
 
@@ -239,29 +316,31 @@ class Outcomes:
         [0.9, 0.1]
         >>> vilu.Outcomes([0.1, 0.9], [0, 1], target=[3, -2]).outside.tolist()
         [False, True]
+        >>> outcomes
+        Outcomes(n=3, evaluable=2, accuracy=0.500, answer='zero_shot')
     """
 
-    uncertainty: NDArray[np.float64] = field(repr=False)
-    failure: NDArray[np.int64] = field(repr=False)
-    prediction: NDArray[np.int64] | None = field(default=None, repr=False)
-    target: NDArray[np.int64] | None = field(default=None, repr=False)
-    ids: Sequence[str] | None = field(default=None, repr=False)
-    class_names: Sequence[str] | None = field(default=None, repr=False)
+    uncertainty: NDArray[np.float64]
+    failure: NDArray[np.int64]
+    prediction: NDArray[np.int64] | None = None
+    target: NDArray[np.int64] | None = None
+    ids: Sequence[str] | None = None
+    class_names: Sequence[str] | None = None
     method: str | None = None
     dataset: str | None = None
     split: str | None = None
     seed: int | None = None
-    reason: Sequence[str | None] | None = field(default=None, repr=False)
+    reason: Sequence[str | None] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     is_probability: bool = False
-    failure_probability: NDArray[np.float64] | None = field(default=None, repr=False)
-    decision: Sequence[str] | None = field(default=None, repr=False)
-    decision_reason: Sequence[str | None] | None = field(default=None, repr=False)
-    label_set: Sequence[str | None] | None = field(default=None, repr=False)
-    outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), repr=False)
-    picture: NDArray[np.int64] | None = field(default=None, repr=False)
+    failure_probability: NDArray[np.float64] | None = None
+    decision: Sequence[str] | None = None
+    decision_reason: Sequence[str | None] | None = None
+    label_set: Sequence[str | None] | None = None
+    outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    picture: NDArray[np.int64] | None = None
     answer: str = "zero_shot"
-    zero_shot: NDArray[np.int64] | None = field(default=None, repr=False)
+    zero_shot: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
@@ -354,6 +433,19 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.failure)
 
+    def __repr__(self) -> str:
+        facts = [f"n={len(self)}"]
+        failure = self.failure[self.evaluable]
+        if len(failure):
+            facts += [f"evaluable={len(failure)}", f"accuracy={1 - failure.mean():.3f}"]
+        if self.decision is not None:
+            facts.append(f"accepted={self.decision.count(ACCEPT)}")
+        for name in FACTS:
+            value = getattr(self, name)
+            if value is not None:
+                facts.append(f"{name}={value!r}")
+        return f"Outcomes({', '.join(facts)})"
+
     @property
     def evaluable(self) -> NDArray[np.bool_]:
         """Mask (N,) of the rows with both an uncertainty and a known failure."""
@@ -394,6 +486,115 @@ class Outcomes:
                 taken[name] = [column[row] for row in chosen.tolist()]
         return replace(self, **taken)
 
+    @staticmethod
+    @checked
+    def concat(parts: Sequence[Outcomes]) -> Outcomes:
+        """The rows of several outcomes, one part after another.
+
+        The parts are scores of different rows by one method, such as the folds of a
+        cross-validation. Facts that differ between the parts (data set, split, seed, entries of
+        ``provenance``) are left out. Numbers of rows that were seen in the fit are added up.
+
+        Raises:
+            UsageError: If there is no part.
+            DataError: If the parts differ in their method, kind of answers, classes, embedding
+                space or pool size, or if only some parts have a column that cannot be filled in.
+
+        Examples:
+            >>> import vilu
+            >>> folds = [
+            ...     vilu.Outcomes([0.1, 0.9], [0, 1], method="mcm", seed=0),
+            ...     vilu.Outcomes([0.4], [1], method="mcm", seed=1),
+            ... ]
+            >>> vilu.Outcomes.concat(folds)
+            Outcomes(n=3, evaluable=3, accuracy=0.333, method='mcm', answer='zero_shot')
+        """
+        if not parts:
+            raise UsageError("concat needs at least one part. Got none.")
+        for part in parts[1:]:
+            _require_alike(parts[0], part)
+        joined: dict[str, Any] = {}
+        for name in ("uncertainty", "failure", "outside"):
+            joined[name] = np.concatenate([getattr(part, name) for part in parts])
+        for name, kind in OPTIONAL.items():
+            joined[name] = _joined_column(parts, name, kind)
+        for name in ("dataset", "split", "seed"):
+            joined[name] = _common([getattr(part, name) for part in parts])
+        joined["provenance"] = _joined_provenance([part.provenance for part in parts])
+        return replace(parts[0], **joined)
+
+    def to_arrow(self) -> pa.Table:
+        """One row per answer, as a table of pyarrow with names in place of numbers.
+
+        The columns ``id``, ``answer``, ``target``, ``zero_shot``, ``uncertainty``, ``failure`` and
+        ``failure_probability`` are there if the outcomes have them. ``answer``, ``target`` and
+        ``zero_shot`` are names of classes, or numbers if the classes have no names. The target of a
+        picture of none of the classes is "(outside)". With a rule there is ``accept``. ``reason``
+        says why an answer is not accepted, or why it has no uncertainty. ``label_set`` is a list of
+        names. ``picture`` numbers the pictures. Unknown values are null.
+
+        Examples:
+            >>> import vilu
+            >>> outcomes = vilu.Outcomes(
+            ...     [0.1, 0.9], [0, 1], [1, 0], target=[1, -2], class_names=["cat", "dog"]
+            ... )
+            >>> outcomes.to_arrow().to_pylist()[1]
+            {'answer': 'cat', 'target': '(outside)', 'uncertainty': 0.9, 'failure': True}
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        columns: dict[str, pa.Array] = {}
+        if self.ids is not None:
+            columns["id"] = pa.array(self.ids, pa.string())
+        for name, column in (("answer", "prediction"), ("target", "target"), ("zero_shot",) * 2):
+            codes = getattr(self, column)
+            if codes is not None:
+                columns[name] = self._named(codes)
+        if "target" in columns and self.outside.any():
+            texts = columns["target"].cast(pa.string())
+            columns["target"] = pc.if_else(pa.array(self.outside), OUTSIDE_NAME, texts)
+        columns["uncertainty"] = pa.array(self.uncertainty, mask=np.isnan(self.uncertainty))
+        columns["failure"] = nullable_codes(self.failure, len(self)).cast(pa.bool_())
+        if self.failure_probability is not None:
+            columns["failure_probability"] = pa.array(self.failure_probability, from_pandas=True)
+        reason = self.reason
+        if self.decision is not None:
+            columns["accept"] = pa.array([decision == ACCEPT for decision in self.decision])
+            reason = self.decision_reason
+        if reason is not None:
+            columns["reason"] = pa.array(reason, pa.string())
+        if self.label_set is not None:
+            columns["label_set"] = _label_sets(self.label_set)
+        if self.picture is not None:
+            columns["picture"] = pa.array(self.picture, mask=self.picture == UNKNOWN)
+        return pa.table(columns)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The table of ``to_arrow`` as a data frame of pandas.
+
+        Raises:
+            MissingModelError: If pandas is not installed; states how to install it.
+
+        Examples:
+            >>> import vilu
+            >>> frame = vilu.Outcomes([0.1, 0.9], [0, 1], ids=["a.jpg", "b.jpg"]).to_pandas()
+            >>> frame[frame.failure].id.tolist()
+            ['b.jpg']
+        """
+        if find_spec("pandas") is None:
+            raise MissingModelError("to_pandas needs pandas: pip install pandas.")
+        return self.to_arrow().to_pandas()
+
+    def _named(self, codes: NDArray[np.int64]) -> pa.Array:
+        """Names of the candidates with the codes (N,), or the codes if there are no names."""
+        import pyarrow as pa
+
+        column = nullable_codes(codes, len(codes))
+        if self.class_names is None:
+            return column
+        return pa.array(self.class_names, pa.string()).take(column)
+
     def tally(self) -> Tally:
         """The counts from which ``vilu.evaluate`` computes metrics.
 
@@ -407,9 +608,10 @@ class Outcomes:
         scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        picture = None
+        known_pictures = None
         if self.picture is not None:
-            picture = repeated_pictures(self.picture[rows])
+            known_pictures = self.picture[rows]
+        picture = repeated_pictures(known_pictures)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
         within = scores
         if self.outside.any():
@@ -418,6 +620,9 @@ class Outcomes:
         if self.failure_probability is not None:
             note = "of the calibrated failure_probability"
             probability = ScoredRows(self.failure_probability[rows], failure, note, picture)
+        ids = None
+        if self.ids is not None:
+            ids = [self.ids[row] for row in np.flatnonzero(rows).tolist()]
         return Tally(
             scores=scores,
             within=within,
@@ -425,6 +630,7 @@ class Outcomes:
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
+            sample=sample_of_rows(known_pictures, ids),
             **facts_of(self),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,6 +24,7 @@ from vilu.metrics.catalog import (
     evaluated_metrics,
     get_metric,
 )
+from vilu.outcomes.row_sample import RowSample, are_disjoint
 from vilu.text import aligned, in_markdown, markdown_rows, printable, span
 from vilu.validation import checked, describe_value
 
@@ -59,6 +60,8 @@ class ResultRow:
     n_outside: int = 0  # number of wrong answers for pictures of none of the classes
     n_pictures: int | None = None  # number of pictures; None if every row shows another picture
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
+    # some of the rows (``sample_of_rows``); None where they are not known, as in files
+    sample: RowSample | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
@@ -77,7 +80,13 @@ class ResultRow:
 ARROW = {"str": "string", "int": "int64", "float": "float64"}
 """Arrow type of a column, by the Python type of the field."""
 
-TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in fields(ResultRow)}
+TYPES = {
+    column.name: ARROW[str(column.type).removesuffix(" | None")]
+    for column in fields(ResultRow)
+    if column.compare
+}
+"""Type of every column; the sample of rows is in memory only."""
+
 COLUMNS = tuple(TYPES)
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 COUNTS = (*REQUIRED_COUNTS, "n_outside")
@@ -185,6 +194,11 @@ class ResultTable:
         None. A row with a single seed is unchanged. Rows that differ in their intervals only count
         once.
 
+        Raises:
+            UsageError: If no row was evaluated with two of the seeds. Such results are of folds of
+                one division, and their spread is not that of seeds. In results that were read from
+                a file, or that are of a folder of scores, this cannot be told.
+
         Examples:
             >>> import vilu
             >>> orders = [1, 2, 3, 4], [1, 3, 2, 4]  # an AUROC of 1 and of 3/4
@@ -201,7 +215,11 @@ class ResultTable:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
             without_interval = replace(row, ci_low=None, ci_high=None, interval=None)
             groups.setdefault(key, {}).setdefault(without_interval, row)
-        means = [_mean(list(seeds.values())) for seeds in groups.values()]
+        means = []
+        for rows_of_seed in groups.values():
+            rows = list(rows_of_seed.values())
+            _refuse_folds(rows)
+            means.append(_mean(rows))
         return ResultTable(tuple(means))
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -384,6 +402,19 @@ def _table_of_json(path: str | Path) -> pa.Table:
         return pa.Table.from_pylist(content["rows"], schema)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise DataError(f"{path} is not a table of results: {error}") from error
+
+
+def _refuse_folds(rows: Sequence[ResultRow]) -> None:
+    """Raise UsageError if the results of several seeds are of rows that have nothing in common."""
+    samples = [row.sample for row in rows if row.sample is not None]
+    if not are_disjoint(samples):
+        return
+    first = rows[0]
+    raise UsageError(
+        f"the {len(samples)} results of {name_of(first.method, first.answer)} on {_where(first)} "
+        "are of different rows, so they are folds and not seeds. Join the folds first: "
+        "vilu.evaluate(vilu.Outcomes.concat(folds))."
+    )
 
 
 def _mean(rows: Sequence[ResultRow]) -> ResultRow:

@@ -63,7 +63,7 @@ class MCMTS(FailurePredictor):
         >>> import numpy as np, vilu
         >>> image = np.tile([1.0, 0.0], (40, 1))  # 40 equal images, whose answer is class 0
         >>> target = [0, 0, 0, 1] * 10  # one of four answers is wrong
-        >>> data = vilu.Embeddings(image, np.eye(2), target)
+        >>> data = vilu.Embeddings(image, np.eye(2), target=target)
         >>> vilu.PREDICTORS["mcm_ts"]().fit(data).predict_uncertainty(data)[:2].round(2)
         array([0.25, 0.25])
     """
@@ -330,7 +330,7 @@ class Duo(WithSecondModel):
         >>> text = np.eye(2)
         >>> target = np.array([0, 0, 0, 1] * 10)  # every fourth answer is wrong
         >>> second = {"second_image": text[target], "second_text": text}  # it is always right
-        >>> data = vilu.Embeddings(image, text, target, columns=second)
+        >>> data = vilu.Embeddings(image, text, target=target, columns=second)
         >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
         array([0., 0., 0., 1.])
     """

@@ -122,7 +122,7 @@ def score(
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]
         >>> data = vilu.Embeddings(
-        ...     image, np.eye(2), [0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"]
+        ...     image, np.eye(2), target=[0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"]
         ... )
         >>> outcomes = vilu.score(
         ...     vilu.MCM(), data
@@ -440,7 +440,7 @@ def score_parts(
         >>> angle = np.linspace(0, np.pi / 2, 200)
         >>> image = np.stack([np.cos(angle), np.sin(angle)], axis=1)
         >>> data = vilu.Embeddings(
-        ...     image, np.eye(2), np.digitize(angle, [1.1])
+        ...     image, np.eye(2), target=np.digitize(angle, [1.1])
         ... )  # the model parts them at pi / 4
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     scores = vilu.score_parts(vilu.MCM(), data, folder)

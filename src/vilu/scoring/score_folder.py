@@ -366,7 +366,7 @@ class ScoreFolder(Reopened):
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], [0, 1, 0, 1])
+        >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], target=[0, 1, 0, 1])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = vilu.score_parts(vilu.MCM(), data, folder)
         ...     scores = vilu.ScoreFolder(folder)  # in any other process

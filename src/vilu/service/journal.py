@@ -20,8 +20,7 @@ import numpy as np
 
 from vilu.artifacts.disk import make_folder
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.calibration.shares import OUTSIDE_NAME
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, ViLUError
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.service.journals import GuaranteeState
 from vilu.service.rows import ROWS, AnsweredRow, AuditedRow, RowFile, set_aside

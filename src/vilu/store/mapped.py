@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, RowNumbers
+from vilu.embeddings.checks import Identifiers, RowNumbers
 from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -275,28 +275,6 @@ class MappedPairs(PairSource, MappedSource):
         usable = self.pair_rows
         require_full_pools(len(usable), self.pools.size, str(self.path))
         return self._order(usable)
-
-    @property
-    def pair_rows(self) -> Tensor:
-        """(M,) indices of the usable rows, ascending."""
-        if self._left is not None:
-            return self._left
-        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
-
-    @cached_property
-    def status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows.
-
-        To find the rows with the status "short_pool", the order of the pools is computed.
-        """
-        status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
-        status[self.usable_rows.numpy()] = VALID
-        return status
-
-    @cached_property
-    def _row_status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows by their embeddings alone, which is never "short_pool"."""
-        return np.broadcast_to(np.uint8(VALID), len(self))
 
     def _take(self, name: str, index: Tensor) -> Tensor:
         stored = index if self._chosen is None else self._chosen[index]

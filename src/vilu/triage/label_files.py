@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import text_among
-from vilu.errors import OUTSIDE, DataError, UsageError
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.text import plural
 from vilu.triage.labels import SKIPPED, name_of
 
 
@@ -93,8 +93,8 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
         targets.append(target_of[answer])
     if not rows:
         raise DataError(
-            f"none of the {len(labels)} labels is of a row of {scores}. The key of its first row "
-            f"is {outcomes.ids[0]!r}."
+            f"not one of {plural(len(labels), 'label')} is of a row of {scores}. The key of its "
+            f"first row is {outcomes.ids[0]!r}."
         )
     target = np.array(targets)
     failure = (np.array(outcomes.prediction)[rows] != target).astype(np.int64)

@@ -37,6 +37,7 @@ from vilu.artifacts.tables import csv_rows, read_table, write_table
 from vilu.datasets.files import path_of, portable_name, text_among
 from vilu.embeddings.source import say_once
 from vilu.errors import NO_NAME, DataError, UsageError, nearest
+from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
 STREAMS: Final = get_args(Stream)
@@ -345,7 +346,7 @@ class PhotoNames:
             return None
         if len(same_name) > 1:
             raise UsageError(
-                f"{name!r} is the name of {len(same_name)} photos: "
+                f"{name!r} is the name of {plural(len(same_name), 'photo')}: "
                 f"{', '.join(same_name[:SHOWN])}. Give their paths."
             )
         return same_name[0]
@@ -374,7 +375,7 @@ class PhotoNames:
             )
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         say_once(
-            f"{source}: {len(missing)} labels are of no photo in {self.root} and are left out: "
+            f"{source}: {plural(len(missing), 'label')} of no photo in {self.root} left out: "
             f"{', '.join(missing[:SHOWN])}{more}"
         )
 

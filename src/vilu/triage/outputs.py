@@ -20,6 +20,7 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
+from vilu.text import plural
 from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names
@@ -163,7 +164,7 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
     lost = filled_in.keys() - names - in_book
     if lost:
         raise UsageError(
-            f"{output / NEXT} holds {len(lost)} answers that were not given to a run, such as the "
+            f"{output / NEXT} holds {plural(len(lost), 'answer')} not given to a run, such as the "
             f"answer about {min(lost)!r}. They would be lost. Give them: --labels {output / NEXT}."
         )
 
@@ -179,7 +180,7 @@ def summary_of(
             parts.append(f"{counts[name]:,} {name}")
     new = f" ({result.n_new:,} of them new)" if result.n_new else ""
     return TriageSummary(
-        counts=f"{counts['photos']:,} photos{new}: {', '.join(parts)}",
+        counts=f"{plural(counts['photos'], 'photo')}{new}: {', '.join(parts)}",
         guarantee=guarantee_in_words(result, settings),
         n_asked=len(result.asked),
     )
@@ -310,7 +311,7 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
         )
     if result.progress is None:
         return (
-            f"Nothing is guaranteed ({goal}): there are {len(result.book.labels)} labels. The "
+            f"Nothing is guaranteed ({goal}) with {plural(len(result.book.labels), 'label')}. The "
             "photos are ranked without labels, by the model alone."
         )
     return f"Not guaranteed yet ({goal}): {_lacking_in_words(result.progress)}"

@@ -12,9 +12,8 @@ import numpy as np
 
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.tables import CsvRow, csv_rows
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.datasets.files import portable_name
-from vilu.errors import UNKNOWN, DataError
+from vilu.errors import OUTSIDE_NAME, UNKNOWN, DataError
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.answers import failure_probabilities

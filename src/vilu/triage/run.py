@@ -32,6 +32,7 @@ from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.storage import load
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
+from vilu.text import plural
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
 from vilu.triage.guarantee import (
@@ -199,7 +200,9 @@ def _require_photos(photos: Photos, folder: Path) -> None:
         return
     kinds = Counter(photos.bad.values()).most_common()
     why = ", ".join(f"{n} {kind}" for kind, n in kinds)
-    raise DataError(f"none of the {len(photos.bad)} photos in {folder} can be read: {why}.")
+    raise DataError(
+        f"not one of {plural(len(photos.bad), 'photo')} in {folder} can be read: {why}."
+    )
 
 
 def note_labels(

@@ -11,8 +11,7 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
-from vilu.calibration.shares import OUTSIDE_NAME
-from vilu.errors import DataError, UsageError
+from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from vilu.artifacts.tables import csv_rows
-from vilu.calibration.shares import OUTSIDE_NAME
 from vilu.embeddings.source import EmbeddingSource, say_once
-from vilu.errors import DataError, UsageError
+from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.store.reader import EmbeddingStore
+from vilu.text import plural
 from vilu.triage.labels import (
     SKIPPED,
     Entry,
@@ -124,7 +124,8 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
     rows = [row for row, path in enumerate(photos.ids) if path in wanted]
     if not rows:
         raise DataError(
-            f"no labelled row was picked at random: all {len(chosen)} rows were chosen to fit on."
+            "no labelled row was picked at random, but only "
+            f"{plural(len(chosen), 'row')} chosen to fit on."
         )
     n_skipped = sum(entry.label == SKIPPED and entry.stream == "given" for entry in book)
     if n_skipped:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vilu.artifacts.documents import fill
-from vilu.datasets.known import KnownDataset, add_dataset
+from vilu.datasets.known import KnownDataset, add_dataset, require_free
 from vilu.errors import UsageError
 from vilu.registry import toml_tables
 from vilu_bench import asset
@@ -29,8 +29,14 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
 
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
-    """Add the data sets of tables, by name; if a table is invalid, none is added."""
-    entries = [_entry(name, facts) for name, facts in tables.items()]
+    """Add the data sets of tables, by name; if one cannot be added, none is.
+
+    Raises:
+        UsageError: If a key is missing, unknown or of a wrong type, or a name is taken.
+    """
+    entries = [_entry(name, dict(facts)) for name, facts in tables.items()]
+    for entry in entries:
+        require_free(entry)
     return [add_dataset(entry) for entry in entries]
 
 

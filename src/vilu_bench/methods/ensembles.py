@@ -41,7 +41,7 @@ class DeepEnsemble(ViLU):
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
-        >>> train = vilu.Embeddings(image, text, target)
+        >>> train = vilu.Embeddings(image, text, target=target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, text)
         >>> method = vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10)
@@ -122,7 +122,7 @@ class MCDropout(ViLU):
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
-        >>> train = vilu.Embeddings(image, text, target)
+        >>> train = vilu.Embeddings(image, text, target=target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, text)
         >>> method = vilu.PREDICTORS["mc_dropout"](epochs=10)

@@ -114,7 +114,7 @@ class PVU(NetworkPredictor):
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
-        >>> train = vilu.Embeddings(image, text, target)
+        >>> train = vilu.Embeddings(image, text, target=target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, text)
         >>> uncertainty = vilu.PREDICTORS["pvu"](epochs=10).fit(train).predict_uncertainty(new)
@@ -241,7 +241,7 @@ class LMN(NetworkPredictor):
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
-        >>> train = vilu.Embeddings(image, text, target, logit_scale=10.0)
+        >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
         >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both

@@ -197,7 +197,7 @@ class ProbVLM(NetworkPredictor):
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # the answers between 45 and 63 degrees are wrong
-        >>> train = vilu.Embeddings(image, text, target)
+        >>> train = vilu.Embeddings(image, text, target=target)
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, text)
         >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}

@@ -55,7 +55,7 @@ class RelU(ClosedSet):
         >>> image = [[0.8, 0.6, 0.0], [0.8, 0.0, 0.6]]  # both are answered 0
         >>> text = np.eye(3)
         >>> target = [1, 0]  # the first answer is wrong, so confusing 0 and 1 is penalised
-        >>> data = vilu.Embeddings(image, text, target, logit_scale=5.0)
+        >>> data = vilu.Embeddings(image, text, target=target, logit_scale=5.0)
         >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
         array([0.15, 0.  ])
     """

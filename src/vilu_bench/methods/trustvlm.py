@@ -45,7 +45,7 @@ class TrustVLM(ClosedSet):
         >>> text = np.eye(2)
         >>> target = [0, 0, 1]
         >>> second = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # of a second encoder
-        >>> train = vilu.Embeddings(image, text, target, columns=second)
+        >>> train = vilu.Embeddings(image, text, target=target, columns=second)
         >>> new_second = {"features": [[1.0, 0.0], [0.0, 1.0]]}
         >>> new = vilu.Embeddings([[1.0, 0.0], [1.0, 0.0]], text, columns=new_second)
         >>> # both are answered 0; the features of the second are those of class 1

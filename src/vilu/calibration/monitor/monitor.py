@@ -172,7 +172,7 @@ class Monitor:
             >>> import numpy as np, tempfile, vilu
             >>> rows = np.random.default_rng(0).normal(size=(200, 8))
             >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
             >>> with (
             ...     tempfile.TemporaryDirectory() as folder
             ... ):  # as `vilu fit` and `vilu calibrate` leave one

@@ -70,11 +70,16 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
     Raises:
         UsageError: If another data set has its name.
     """
-    if KNOWN.here.setdefault(entry.name, entry) != entry:
+    require_free(entry)
+    return KNOWN.here.setdefault(entry.name, entry)
+
+
+def require_free(entry: KnownDataset) -> None:
+    """Raise UsageError if another data set has the name of this one."""
+    if KNOWN.here.get(entry.name, entry) != entry:
         raise UsageError(
             f"there is another data set {entry.name!r} already. Give this one another name."
         )
-    return entry
 
 
 def _add(entry: object) -> bool:

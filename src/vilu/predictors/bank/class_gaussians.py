@@ -242,7 +242,7 @@ class ClassGaussians(ClassDensity):
         >>> import numpy as np, vilu
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
-        >>> train = vilu.Embeddings(image, text, [0, 1, 1, 1])
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], text)  # at 16 and 37 degrees
         >>> # Both answers are class 0, with p = 1. But at 37 degrees class 1 has a training image:
         >>> # s_d is 0 there, so u is 1 / 2. At 16 degrees s_d is 0.97.

@@ -49,7 +49,7 @@ class LinearProbe(ClosedSet):
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
         >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
-        >>> train = vilu.Embeddings(image, text, target)
+        >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["linear_probe"]()
         >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong

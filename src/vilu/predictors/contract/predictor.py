@@ -360,7 +360,7 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), [0, 1] * 10)
+            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), target=[0, 1] * 10)
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
             >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
             [0, 1, 0, 1]
@@ -396,7 +396,7 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), [1, 0] * 10)
+            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), target=[1, 0] * 10)
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
             >>> batch = next(data.batches(2))
             >>> probe.judged(batch).prediction.tolist()  # of the zero-shot answers all are wrong
@@ -467,7 +467,7 @@ class FailurePredictor(ABC):
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings(
-            ...     [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), [0, 1, 1, 1]
+            ...     [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), target=[0, 1, 1, 1]
             ... )
             >>> predictor = vilu.PREDICTORS["knn_vote"](k=2).fit(data)
             >>> predictor.notes_["n_train"], predictor.notes_["n_failures"]
@@ -580,7 +580,7 @@ class FailurePredictor(ABC):
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings(
-            ...     np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10, logit_scale=1.0
+            ...     np.eye(2)[[0] * 40], np.eye(2), target=[0, 0, 0, 1] * 10, logit_scale=1.0
             ... )
             >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()  # m = log 3, so that p is 3/4
             >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
@@ -778,7 +778,7 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 2], ids=["a", "b", "c"])
+            >>> data = vilu.Embeddings(np.eye(3), np.eye(3), target=[0, 1, 2], ids=["a", "b", "c"])
             >>> predictor = vilu.PREDICTORS["knn_distance"]().fit(data.take([0, 1]))
             >>> predictor.seen(data).shared
             array([ True,  True, False])
@@ -933,7 +933,9 @@ class FailurePredictor(ABC):
             >>> import numpy as np, vilu
             >>> angle = np.arange(40)  # forty pictures, all as far from both texts
             >>> image = np.c_[np.ones(40), np.zeros(40), np.cos(angle), np.sin(angle)] / 2**0.5
-            >>> data = vilu.Embeddings(image, np.eye(2, 4), [0, 0, 0, 1] * 10)  # 3 of 4 are right
+            >>> data = vilu.Embeddings(
+            ...     image, np.eye(2, 4), target=[0, 0, 0, 1] * 10
+            ... )  # 3 of 4 are right
             >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
             array([0.25, 0.25])
         """

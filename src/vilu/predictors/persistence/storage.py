@@ -48,7 +48,7 @@ def load(folder: str | Path) -> FailurePredictor:
         >>> import tempfile, numpy as np, vilu
         >>> image = np.tile([1.0, 0.0], (40, 1))  # 40 equal images, whose answer is class 0
         >>> target = [0, 0, 0, 1] * 10  # one of four answers is wrong
-        >>> data = vilu.Embeddings(image, np.eye(2), target)
+        >>> data = vilu.Embeddings(image, np.eye(2), target=target)
         >>> folder = tempfile.mkdtemp()
         >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
         >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)

@@ -325,7 +325,11 @@ class SeesOutside(ABC):
             >>> import numpy as np, vilu
             >>> text, words = np.eye(6)[:2], {"negatives": np.eye(6)[2:]}
             >>> train = vilu.Embeddings(
-            ...     np.eye(6)[[0, 1] * 20], text, [0, 1] * 20, logit_scale=10.0, columns=words
+            ...     np.eye(6)[[0, 1] * 20],
+            ...     text,
+            ...     target=[0, 1] * 20,
+            ...     logit_scale=10.0,
+            ...     columns=words,
             ... )
             >>> new = vilu.Embeddings(
             ...     np.eye(6)[:3], text, logit_scale=10.0, columns=words

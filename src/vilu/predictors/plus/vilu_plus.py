@@ -162,7 +162,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         ...     0, np.pi / 2, 100
         ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
         >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30])
+        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), target=np.repeat([0, 1], [70, 30])
         ... )
         >>> new = vilu.Embeddings(
         ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)

@@ -230,7 +230,11 @@ def explain(
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.6, 0.8]]
         >>> data = vilu.Embeddings(
-        ...     image, np.eye(3), [0, 0, 2], logit_scale=10.0, class_names=["cat", "dog", "cup"]
+        ...     image,
+        ...     np.eye(3),
+        ...     target=[0, 0, 2],
+        ...     logit_scale=10.0,
+        ...     class_names=["cat", "dog", "cup"],
         ... )
         >>> (row,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
         >>> row.row, row.answer, row.truth, [rival.name for rival in row.competitors]

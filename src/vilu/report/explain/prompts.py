@@ -127,7 +127,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         ...     [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
         ... )  # the text of "cup" is wrong: the images of cups are near [0, 0, 1, 0]
         >>> gains = vilu.prompt_gains(
-        ...     vilu.Embeddings(image, text, target, class_names=["cat", "dog", "cup"])
+        ...     vilu.Embeddings(image, text, target=target, class_names=["cat", "dog", "cup"])
         ... )
         >>> best = gains.rows[0]
         >>> best.name, best.failures, best.saved, round(gains.accuracy, 2), round(best.gain, 2)

@@ -1,0 +1,56 @@
+"""All methods by the names of their classes: ``from vilu.methods import MCM, ViLUPlus``.
+
+The names come from the catalogue of methods, which also has those of installed distributions and
+those that were registered. A class is imported when it is first used, and ``dir(vilu.methods)``
+imports none. If two classes have one name, the class of vilu is taken.
+
+For a type checker every name of this module is ``Any``, since the catalogue is only known at run
+time. The classes that ``vilu`` itself has, such as ``vilu.MCM``, have their types.
+
+Examples:
+    >>> import vilu
+    >>> from vilu.methods import MCM
+    >>> MCM is vilu.MCM
+    True
+    >>> [name for name in dir(vilu.methods) if name.startswith("ViLU")]
+    ['ViLU', 'ViLUPlus', 'ViLUZero']
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vilu.errors import nearest
+from vilu.registry import METHODS, entry_points, load_plugins
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of its own
+    if name.startswith("__"):  # asked for by the import system and by tools
+        raise AttributeError(f"module 'vilu.methods' has no attribute {name!r}")
+    method_of_class = _methods_by_class()
+    if name not in method_of_class:
+        raise AttributeError(
+            f"there is no method with the class {name!r}.{nearest(name, method_of_class)}"
+        )
+    return METHODS[method_of_class[name]]
+
+
+def __dir__() -> list[str]:
+    return sorted(_methods_by_class())
+
+
+def _methods_by_class() -> dict[str, str]:
+    """Name of every method by the name of its class, without importing the classes."""
+    importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
+    load_plugins()
+    places = dict(METHODS.offered)
+    for entry in entry_points(METHODS.group):
+        places.setdefault(entry.name, entry.value)
+    methods: dict[str, str] = {}
+    for method, place in places.items():
+        _, _, class_name = place.partition(":")
+        methods.setdefault(class_name, method)
+    for method, cls in METHODS.here.items():
+        methods.setdefault(cls.__name__, method)
+    return methods
