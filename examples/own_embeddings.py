@@ -22,8 +22,8 @@ def main() -> Figure:
     # Three parts, for each label can serve only once: to learn from, to guarantee with, to check.
     predictor = vilu.ViLUPlus(seed=0).fit(vilu.Embeddings(image[train], text, label[train], scale))
     calibration = vilu.Embeddings(image[held_out], text, label[held_out], scale)
-    predictor.calibrate(calibration)
-    rule = vilu.calibrate(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
+    predictor.calibrate_probability(calibration)
+    rule = vilu.certify(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
     print(rule)
 
     arriving = vilu.Embeddings(image[new], text, logit_scale=scale)  # nobody knows what they show

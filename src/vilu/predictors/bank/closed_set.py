@@ -34,7 +34,7 @@ class ClosedSet(FailurePredictor):
         n_unknown = int((cosine < SAME_TEXT).sum())
         if n_unknown:
             raise self._misfit(len(text), f"{n_unknown} are not among them")
-        n_repeated = len(match) - len(match.unique())
+        n_repeated = int((match.sort().values.diff() == 0).sum())
         if n_repeated:
             raise self._misfit(len(text), f"{n_repeated} match the class of another one")
         return match

@@ -6,11 +6,12 @@ With them, the vision-language model and the predictor, a new image can be class
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import IMAGE_COLUMNS
+from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.new_images import NewImages, image_matrix
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -30,29 +32,57 @@ from vilu.predictors.persistence.files import VOCABULARY, VOCABULARY_KEY
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """K classes with their texts, and how the embeddings of a store were made.
+    """K classes with their texts, and how the embeddings of their images were made.
 
     Attributes:
-        names: K names of the classes.
+        names: K names of the classes; None if they have no names.
         text: (K, D) float32 unit-norm texts of the classes.
         space: Space of the embeddings.
-        dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
+        dtype: Number format of the image embeddings. New embeddings are rounded to it.
         columns: All columns that are not of images, by name (``vilu.embeddings.columns``).
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None
     text: Tensor
     space: EmbeddingSpace
     dtype: str
     columns: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
-        """The vocabulary of a source whose rows share their candidates."""
+    def of(cls, source: EmbeddingSource, dtype: str | None = None) -> Vocabulary:
+        """The vocabulary of a source whose rows share their candidates.
+
+        ``dtype`` is by default that of the store, or float32 for arrays in memory.
+        """
+        dtype = dtype or source.stored_dtype or "float32"
         nothing = torch.empty(0, dtype=torch.int64)
-        names = sorted(source.columns - IMAGE_COLUMNS.keys())
+        names = sorted(source.columns - OF_ROWS)
         columns = {name: source.column(name, nothing) for name in names}
-        return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
+        return cls(source.class_names, source.text, source.space, dtype, columns)
+
+    def new_images(
+        self,
+        image: ArrayLike | Tensor,
+        *,
+        columns: Mapping[str, Tensor] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> NewImages:
+        """New image embeddings (N, D) with the classes, rounded as the stored ones are.
+
+        Args:
+            image: (N, D) embeddings.
+            columns: Columns of the rows (``vilu.embeddings.columns``).
+            ids: N identifiers; by default the row numbers.
+        """
+        return NewImages(
+            image_matrix(image, self.space),
+            self.text,
+            self.space,
+            class_names=self.names,
+            columns={**self.columns, **(columns or {})},
+            ids=ids,
+            dtype=self.dtype,
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.safetensors``, whose metadata have a digest of the whole content."""
@@ -60,7 +90,7 @@ class Vocabulary:
         for name, values in self.columns.items():
             tensors[f"columns.{name}"] = values.contiguous()
         header = {
-            "names": list(self.names),
+            "names": list(self.names or ()),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
             "tensors": _hashes(tensors),
@@ -78,8 +108,9 @@ class Vocabulary:
         path = folder / VOCABULARY
         if not path.is_file():
             raise DataError(
-                f"{folder} does not say what its answers are chosen from: {path} is missing. "
-                f"{RECALIBRATE} on a store that `vilu embed` made; this writes it."
+                f"{folder} does not say what its answers are chosen from: {path} is missing. It "
+                f"was calibrated on captions, or not at all. {RECALIBRATE} on rows with classes; "
+                "this writes it."
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
@@ -106,7 +137,8 @@ class Vocabulary:
         if seal != digest(header) or _hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
-        names = check_class_names(tuple(header["names"]), len(text)) or ()
+        # an empty list says that the classes have no names
+        names = check_class_names(header["names"] or None, len(text))
         columns = {name.removeprefix("columns."): values for name, values in tensors.items()}
         space = EmbeddingSpace(**header["space"])
         return cls(names, text, space, header["dtype"], check_columns(columns, 0, len(text)))

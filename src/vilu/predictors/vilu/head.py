@@ -160,7 +160,7 @@ class HeadPredictor(FailurePredictor):
         return [cast("FailureHead", head) for head in heads]
 
     def _score(self, batch: Batch) -> Tensor:
-        logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
+        logits = [float64(head(batch)) for head in self.heads]
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
     @torch_defaults()
