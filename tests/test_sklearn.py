@@ -40,14 +40,14 @@ def test_it_keeps_every_convention_of_scikit_learn() -> None:
     "estimator", [LogisticRegression(), RandomForestClassifier(min_samples_leaf=50, random_state=0)]
 )
 def test_the_accepted_answers_keep_the_risk(estimator: object) -> None:
-    model = SelectiveClassifier(estimator, max_risk=0.05, random_state=0).fit(*rows(6_000, 1))
+    model = SelectiveClassifier(estimator, max_risk=0.08, random_state=0).fit(*rows(6_000, 1))
     image, label = rows(20_000, 2)
     wrong = model.predict(image) != label
     accepted = model.accept(image)
     assert wrong.mean() > 0.12
     assert accepted.mean() > 0.3
     # the guarantee, plus four standard errors of the share on these rows
-    assert wrong[accepted].mean() < 0.05 + 4 * np.sqrt(0.05 * 0.95 / accepted.sum())
+    assert wrong[accepted].mean() < 0.08 + 4 * np.sqrt(0.08 * 0.92 / accepted.sum())
     answers = model.predict_or_review(image)
     assert np.array_equal(answers == np.array(REVIEW), ~accepted)
     assert np.array_equal(answers[accepted], model.predict(image)[accepted])

@@ -18,7 +18,11 @@ def plain(n: int, seed: int, first: int) -> vilu.Embeddings:
     """Toy rows without columns, which bare embeddings have not either."""
     rows = toy_embeddings(n, seed=seed, ids_from=first)
     return vilu.Embeddings(
-        rows.image, rows.text, rows.target, logit_scale=20.0, class_names=rows.class_names
+        image=rows.image,
+        text=rows.text,
+        target=rows.target,
+        logit_scale=20.0,
+        class_names=rows.class_names,
     )
 
 
@@ -33,7 +37,9 @@ def test_they_are_answered_as_wrapped_ones(model: vilu.Selective) -> None:
     new = plain(N, 3, 9_000)
     image = new.image * torch.linspace(0.5, 2, N)[:, None]
     with pytest.warns(UserWarning, match="not of unit norm"):
-        wrapped = vilu.Embeddings(image, new.text, logit_scale=20.0, class_names=new.class_names)
+        wrapped = vilu.Embeddings(
+            image=image, text=new.text, logit_scale=20.0, class_names=new.class_names
+        )
     expected = model.predict(wrapped)
     for bare in (image, image.numpy(), image.double()):
         outcomes = model.predict(bare)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import vilu
 from tests.command import run
@@ -33,6 +34,12 @@ def parts() -> SplitParts[EmbeddingSource]:
 
 def fitted(train: EmbeddingSource, answer: str = "adapted") -> vilu.Selective:
     return vilu.Selective(vilu.PREDICTORS["linear_probe"](), answer=answer).fit(train)
+
+
+def nameless(part: EmbeddingSource) -> vilu.Embeddings:
+    """The rows of a part, whose classes have no names."""
+    image = part.image_rows(torch.arange(len(part)))
+    return vilu.Embeddings(image=image, text=part.text, target=part.target, logit_scale=20.0)
 
 
 def test_the_accepted_answers_are_those_of_the_command(tmp_path: Path, parts: tuple) -> None:
@@ -185,7 +192,7 @@ def test_it_stands_in_place_of_its_folder(tmp_path: Path, parts: tuple) -> None:
 
 def test_its_score_is_exported(tmp_path: Path, parts: tuple) -> None:
     pytest.importorskip("onnxscript")
-    data = [vilu.Embeddings(p.image_rows(p.usable_rows), p.text, p.target, 20.0) for p in parts[:2]]
+    data = [nameless(part) for part in parts[:2]]
     model = vilu.Selective(vilu.ViLUPlus()).fit(data[0]).calibrate(data[1], max_risk=0.3)
     assert export_onnx(model, tmp_path / "head.onnx") < 1e-4
 
@@ -199,11 +206,8 @@ def test_a_guard_takes_it_or_says_what_is_missing(parts: tuple) -> None:
     assert tuple(answer.decision for answer in answers) == model.predict(image).decision
     with pytest.raises(ProvenanceError, match="a model that is not named"):
         vilu.Guard(model)
-    without_names = vilu.Embeddings(
-        calibration.image_rows(calibration.usable_rows), calibration.text, calibration.target, 20.0
-    )
-    nameless = vilu.Selective(vilu.MCM()).calibrate(without_names, max_risk=0.5)
+    without_names = vilu.Selective(vilu.MCM()).calibrate(nameless(calibration), max_risk=0.5)
     with pytest.raises(DataError, match="have no names"):
-        vilu.Guard(nameless, vectors_only=True)
+        vilu.Guard(without_names, vectors_only=True)
     with pytest.raises(DataError, match="calibrated on captions, or not at all"):
         vilu.Guard(fitted(train), vectors_only=True)
