@@ -97,7 +97,7 @@ def calibrate_often(outcomes: Outcomes, draws: int, seed: int, figures: Figures)
     coverages = []
     for _ in range(draws):
         rows = rng.integers(len(u), size=len(u))
-        rule = vilu.calibrate(Outcomes(u[rows], failure[rows]), max_risk=MAX_RISK)
+        rule = vilu.certify(Outcomes(u[rows], failure[rows]), max_risk=MAX_RISK)
         accepted = rule.accept(u)
         coverages.append(float(accepted.mean()))
         if accepted.any():

@@ -11,8 +11,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vilu
 from benchmarks import contrast, head_training, plus_speed
@@ -94,6 +96,47 @@ def plus(device: str, n: int, k: int) -> dict[str, float]:
     }
 
 
+class Downloads(TorchDispatchMode):
+    """The most numbers that one copy has brought from the accelerator to the processor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - torch's own signature
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        """Note a copy, and make it."""
+        target = str((kwargs or {}).get("device"))
+        is_copy = func is torch.ops.aten._to_copy.default
+        if is_copy and args[0].is_cuda and target.startswith("cpu"):
+            self.largest = max(self.largest, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def bare(device: str, n: int, k: int) -> dict[str, float]:
+    """Scores of tensors where they lie: the result lies there, and no embedding leaves."""
+    test = plus_speed.data(k, n, 2)
+    image = test.image.to(device)
+    text = test.text.to(device)
+    predictor = vilu.MCM().fit(test)
+    with Downloads() as downloads:
+        uncertainty = predictor.predict_uncertainty(image, text)
+    if uncertainty.device != image.device or downloads.largest > n:
+        raise SystemExit(
+            f"bench-gpu: scores lie on {uncertainty.device}, and one copy to the CPU has "
+            f"{downloads.largest:,} numbers. Expected: {image.device}, and at most {n:,}."
+        )
+    floor = seconds(products([(n, plus_speed.D, k)], 1, device), device)
+    run = seconds(lambda: predictor.predict_uncertainty(image, text), device)
+    what = f"mcm, bare tensors of {n:,} rows, K = {k:,}"
+    return {"gpu_bare_mcm": say(what, run, floor, device)}
+
+
 def pool(device: str, n: int) -> dict[str, float]:
     """A step of one pool of captions, beside its six products of pool x pool."""
     step = contrast.ours(contrast.pairs(n), device)
@@ -114,6 +157,7 @@ def main(arguments: list[str]) -> dict[str, float]:
     print(f"{card}, torch {torch.__version__}")
     figures = {} if small else heads(device)
     figures |= plus(device, 8_000 if small else 200_000, 20 if small else 1_000)
+    figures |= bare(device, 8_000 if small else 200_000, 20 if small else 1_000)
     return figures | pool(device, 512 if small else 32_768)
 
 

@@ -28,7 +28,7 @@ SPLITS = 200
 
 def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
     """Which of some uncertainties are accepted after a calibration."""
-    return lambda rows, u: vilu.calibrate(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
+    return lambda rows, u: vilu.certify(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
 
 
 def replay(

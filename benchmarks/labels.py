@@ -48,7 +48,7 @@ from scipy import stats
 
 from vilu.artifacts.tables import csv_rows
 from vilu.calibration.anytime import BETS, Looks, grid_of, level_of
-from vilu.calibration.rules import calibrate
+from vilu.calibration.rules import certify
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -92,7 +92,7 @@ def one_look(
     yield (
         "random, exact",
         *judged(
-            calibrate(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong
+            certify(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong
         ),
     )
     yield "random, one look", *judged(u <= certified(u, wrong, held_out), wrong)
@@ -114,12 +114,12 @@ def divided(
         accepted = []
         for fold in np.array_split(order, k):
             u = fitted_scores(source, np.setdiff1d(order, fold), seed)
-            rule = calibrate(
+            rule = certify(
                 Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA / k
             )
             accepted.append(rule.accept(u))
             if k == 2 and len(accepted) == 1:
-                whole = calibrate(
+                whole = certify(
                     Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA
                 )
                 yield "half", *judged(whole.accept(u), wrong)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 import vilu
 from vilu.metrics.counts import Ints
+from vilu.predictors.persistence.storage import load_predictor
 
 N_CALIBRATION, N_BEFORE, N_AFTER = 3000, 1500, 1500
 LIMIT, AUDITED, MAX_RISK = 500, 0.1, 0.2
@@ -56,7 +57,7 @@ def replay(
     others = rng.permutation(np.setdiff1d(np.arange(len(clean)), twins))
     first, undisturbed, calibration = np.split(others, [N_BEFORE, N_BEFORE + N_AFTER])
     rows = part(clean, calibration[:N_CALIBRATION])
-    monitor = vilu.Monitor(rows, vilu.calibrate(rows, max_risk=MAX_RISK), seed=seed)
+    monitor = vilu.Monitor(rows, vilu.certify(rows, max_risk=MAX_RISK), seed=seed)
     audited = rng.random(N_BEFORE + N_AFTER) < AUDITED
     monitor.update(part(clean, first, audited[:N_BEFORE]))
     found = []
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
     figures: dict[str, float] = {}
     for folder in options.predictor:
-        predictor = vilu.load(folder)
+        predictor = load_predictor(folder)
         clean, *shifted = (
             vilu.score(predictor, vilu.open_source(path))
             for path in (options.clean, *options.shifted)

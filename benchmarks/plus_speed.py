@@ -87,6 +87,7 @@ def scores() -> dict[str, float]:
             data(k, n, 1)
         )
         test = data(k, 8_192, 2)
+        work: dict[str, Callable[..., object]]
         work = {"ours": predictor.predict_uncertainty, "floor": floor, "softmax": softmax}
         seconds = least({name: partial(run, test) for name, run in work.items()})
         share = figures[f"score_vilu_plus_k{k}"] = seconds["floor"] / seconds["ours"]

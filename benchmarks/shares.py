@@ -132,7 +132,7 @@ def replay(
     """Mean coverage, and share of broken guarantees."""
     rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
     for _ in range(draws):
-        rule = vilu.calibrate(
+        rule = vilu.certify(
             pot.draw(rng, drawn), max_risk=RISK, confidence=1 - DELTA, outside_share=stated
         )
         found, risk = pot.of(rule, share)

@@ -85,7 +85,7 @@ def verdict(rule: object, everything: Outcomes) -> str:
 def as_files(predictor: FailurePredictor, data: vilu.Embeddings, everything: Outcomes) -> str:
     """The verdict of a calibration that looks at scores alone."""
     rows = vilu.score(predictor, data)
-    rule = vilu.calibrate(Outcomes(rows.uncertainty, rows.failure), max_risk=MAX_RISK)
+    rule = vilu.certify(Outcomes(rows.uncertainty, rows.failure), max_risk=MAX_RISK)
     return verdict(rule, everything)
 
 
@@ -185,7 +185,7 @@ def halves(path: Path, seed: int) -> str:
         train, rest = parts
         predictor = KNNVote(k=10).fit(train)
         outcomes = vilu.score(predictor, rest)
-        as_before = vilu.calibrate(
+        as_before = vilu.certify(
             Outcomes(outcomes.uncertainty, outcomes.failure), max_risk=MAX_RISK
         )
         before.append(as_before.accept(outcomes.uncertainty).mean())

@@ -28,7 +28,7 @@ def main() -> None:
     """Before, after, and after that."""
     predictor = vilu.ViLUPlus(seed=0).fit(rows(600, seed=10))
     calibration = vilu.score(predictor, rows(1_000, seed=11))
-    rule = vilu.calibrate(calibration, max_risk=0.05)
+    rule = vilu.certify(calibration, max_risk=0.05)
     print(f"guaranteed: {rule}")
 
     monitor = vilu.Monitor(calibration, rule)
@@ -45,7 +45,7 @@ def main() -> None:
     # What to do: label new images, drawn at random, calibrate on them, and begin a new monitor. No
     # new fit is needed.
     after = vilu.score(predictor, rows(1_500, seed=14, blurred=0.9))
-    renewed = vilu.calibrate(after, max_risk=0.05)
+    renewed = vilu.certify(after, max_risk=0.05)
     print(f"guaranteed anew: {renewed}")
     assert renewed.feasible
     assert renewed.coverage < rule.coverage - 0.2  # the same guarantee now costs more abstentions

@@ -1,6 +1,6 @@
 """At most 5 % of the accepted may be wrong: which threshold, and how many labels does it take?
 
-Shows what `vilu.calibrate` guarantees, that too few labels guarantee nothing, what more labels
+Shows what `vilu.certify` guarantees, that too few labels guarantee nothing, what more labels
 bring, and that the guarantee is kept as often as it says. The scores are simulated, so that the
 truth is known: an answer with the uncertainty u is wrong with the probability 0.6 u², so that 5 %
 of those accepted are wrong where u ≤ 0.5 is accepted.
@@ -26,7 +26,7 @@ def labelled(n: int, seed: int) -> vilu.Outcomes:
 
 def main() -> Figure:
     """From 50 to 20,000 labels, then 300 times 1,000."""
-    few = vilu.calibrate(labelled(50, seed=0), max_risk=0.05, confidence=0.95)
+    few = vilu.certify(labelled(50, seed=0), max_risk=0.05, confidence=0.95)
     (certificate,) = few.thresholds.values()
     print(f"50 labels: nothing is guaranteed, {certificate.n_needed} are needed at least")
     assert not few.feasible
@@ -35,7 +35,7 @@ def main() -> Figure:
     mean = {}
     for n in (100, 500, 2_000, 20_000):
         found = [
-            vilu.calibrate(labelled(n, seed), max_risk=0.05, confidence=0.95) for seed in range(20)
+            vilu.certify(labelled(n, seed), max_risk=0.05, confidence=0.95) for seed in range(20)
         ]
         mean[n] = float(np.mean([one.coverage for one in found]))
         print(
@@ -47,15 +47,14 @@ def main() -> Figure:
 
     # Once is luck. In one calibration of twenty the guarantee may be broken, and not oftener.
     thresholds = [
-        vilu.calibrate(labelled(1_000, seed), max_risk=0.05).threshold
-        for seed in range(1_000, 1_300)
+        vilu.certify(labelled(1_000, seed), max_risk=0.05).threshold for seed in range(1_000, 1_300)
     ]
     broken = np.mean([threshold is not None and threshold > BEST for threshold in thresholds])
     print(f"of 300 such guarantees {broken:.1%} are broken, where 5 % may be")
     assert broken <= 0.08  # three standard deviations above 5 % would be 8.8 %
 
     # The other way round: a share has to be accepted, and what can be said of its errors?
-    asked = vilu.calibrate(labelled(2_000, seed=7), min_coverage=0.8, confidence=0.95)
+    asked = vilu.certify(labelled(2_000, seed=7), min_coverage=0.8, confidence=0.95)
     assert asked.risk_bound is not None
     print(
         f"who must accept 80 % has at most {asked.risk_bound:.1%} wrong ones (in truth 12.8 % at "

@@ -24,8 +24,8 @@ def main() -> Figure:
         vilu.Embeddings(image[train], text, target=label[train], logit_scale=scale)
     )
     calibration = vilu.Embeddings(image[held_out], text, target=label[held_out], logit_scale=scale)
-    predictor.calibrate(calibration)
-    rule = vilu.calibrate(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
+    predictor.calibrate_probability(calibration)
+    rule = vilu.certify(vilu.score(predictor, calibration), max_risk=0.05, confidence=0.95)
     print(rule)
 
     arriving = vilu.Embeddings(image[new], text, logit_scale=scale)  # nobody knows what they show

@@ -56,7 +56,7 @@ def main() -> None:
     print(vilu.compare(scored, vilu.score(vilu.MaxLogit(), test)))
     print(vilu.compare(scored, vilu.score(vilu.Margin(), test)))
 
-    mine.calibrate(held_out)
+    mine.calibrate_probability(held_out)
     stated = float(mine.predict_failure_probability(test).mean())
     print(f"wrong are {scored.failure.mean():.0%}, calibrated it says {stated:.0%}")
     with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ def main() -> Figure:
     )
 
     plus = vilu.ViLUPlus(seed=0).fit(train)
-    plus.calibrate(held_out)
+    plus.calibrate_probability(held_out)
     learned = vilu.score(plus, test)
     auroc = {
         "sigmoid": vilu.metrics.auroc(-sigmoid, mcm.failure),

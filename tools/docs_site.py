@@ -279,6 +279,7 @@ def api_pages() -> dict[str, str]:
         if module := vilu._HOME.get(name):
             names.setdefault(module.split(".")[1], []).append(name)
     names["metrics"] = [f"metrics.{name}" for name in vilu.metrics.__all__]
+    names["sklearn"] = ["sklearn.SelectiveClassifier"]
     table = re.findall(
         r"^\| `(\w+)/` \| (.*?) \|",
         (DOCS / "architecture.md").read_text(encoding="utf-8"),

@@ -86,6 +86,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "guard": DECIDING,
     "triage": DECIDING | {"report", "guard"},
     "service": DECIDING | {"guard"},
+    "sklearn": BASE | {"metrics", "outcomes", "calibration"},
     "cli": None,
 }
 """The rooms of vilu from the ground up, and which others each may import; None for all of them."""

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from vilu.calibration.monitor.monitor import Monitor as Monitor
     from vilu.calibration.procedure import calibrate_predictor as calibrate_predictor
     from vilu.calibration.rules import Rule as Rule
-    from vilu.calibration.rules import calibrate as calibrate
+    from vilu.calibration.rules import certify as certify
     from vilu.calibration.selective import Selective as Selective
+    from vilu.calibration.selective import load as load
     from vilu.calibration.target import Target as Target
     from vilu.datasets.catalog import open_dataset as open_dataset
     from vilu.embeddings.memory import Embeddings as Embeddings
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from vilu.predictors import PREDICTORS as PREDICTORS
     from vilu.predictors.contract.predictor import FailurePredictor as FailurePredictor
     from vilu.predictors.persistence.convert import convert_official as convert_official
-    from vilu.predictors.persistence.storage import load as load
     from vilu.predictors.plus.vilu_plus import ViLUPlus as ViLUPlus
     from vilu.predictors.vilu.vilu import LVU as LVU
     from vilu.predictors.vilu.vilu import ViLU as ViLU
@@ -69,8 +69,8 @@ _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
     "vilu.calibration.target": "Target",
-    "vilu.calibration.rules": "Rule calibrate",
-    "vilu.calibration.selective": "Selective",
+    "vilu.calibration.rules": "Rule certify",
+    "vilu.calibration.selective": "Selective load",
     "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",
     "vilu.calibration.procedure": "calibrate_predictor",
@@ -91,7 +91,6 @@ _NAMES = {
     "vilu.predictors.vilu.vilu": "LVU ViLU",
     "vilu.predictors.zero_shot": "MCM Doctor Entropy Margin MaxLogit",
     "vilu.predictors.persistence.convert": "convert_official",
-    "vilu.predictors.persistence.storage": "load",
     "vilu.process": "tune_process",
     "vilu.registry": "register",
     "vilu.report.explain.explain": "explain",

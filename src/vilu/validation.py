@@ -176,7 +176,8 @@ def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) 
 
     It is only searched for types with an attribute ``how``, which describes the type in messages.
     """
-    if not hasattr(hint, "how"):
+    kinds = get_args(hint) or (hint,)
+    if not any(hasattr(kind, "how") for kind in kinds):
         return None
     for candidate, value in arguments.items():
         if candidate != name and _fits(value, hint):

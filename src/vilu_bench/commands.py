@@ -285,10 +285,10 @@ def _print_sizes(table: ResultTable, draws: int, *, as_json: bool) -> None:
 def _predictor(name: str) -> FailurePredictor:
     """The predictor saved in a folder, or a new predictor of a method that needs no fit."""
     from vilu.predictors.contract.catalogue import find_method
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
 
     if _is_folder(name):
-        return load(existing(Path(name)))
+        return load_predictor(existing(Path(name)))
     cls = find_method(name)
     if cls.needs_fit:
         raise UsageError(

@@ -42,7 +42,7 @@ def calibration() -> vilu.Outcomes:
 
 
 def monitor_of(calibration: vilu.Outcomes) -> vilu.Monitor:
-    return vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.1))
+    return vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.1))
 
 
 def save_and_resume(monitor: vilu.Monitor, calibration: vilu.Outcomes, path: Path) -> vilu.Monitor:

@@ -22,6 +22,7 @@ from vilu.calibration.target import Target
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.persistence.files import RISK
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.predictors.plus.ood import SeesOutside
 
@@ -96,7 +97,7 @@ def test_captions(tmp_path: Path) -> None:
             calibrate_predictor(tmp_path, pairs, target)
     record = calibrate_predictor(tmp_path, pairs, Target(max_risk=0.4))
     assert (record.n, record.pool_size, record.n_candidates) == (512, 32, None)
-    predictor = vilu.load(tmp_path)
+    predictor = load_predictor(tmp_path)
     calibration = Calibration.load(tmp_path)
     outcomes = vilu.score(predictor, new, calibration=calibration)
     accepted = outcomes.uncertainty <= record.rule.threshold
@@ -109,7 +110,7 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
     data = toy_embeddings(n=300, k=2, ids_from=None)
     vilu.MCM().save(tmp_path)
     calibrate_predictor(tmp_path, data, Target(max_risk=0.5, label_sets="lac"))
-    predictor = vilu.load(tmp_path)
+    predictor = load_predictor(tmp_path)
     calibration = Calibration.load(tmp_path)
     broken = toy_embeddings(n=20, k=2, ids_from=None)
     broken.image[4] = np.nan
@@ -167,10 +168,10 @@ def test_stated_shares_are_kept_and_ood_images_named(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path) == record
     assert calibrate_predictor(tmp_path, with_ood(1500, 1), stated, overwrite=False) == record
     new = with_ood(400, 2)
-    scores = vilu.score(vilu.load(tmp_path), new, calibration=record)
+    scores = vilu.score(load_predictor(tmp_path), new, calibration=record)
     assert set(scores.decision_reason or ()) == {None, "above_threshold"}
     seeing = Seeing()
-    seeing.calibrator_ = vilu.load(tmp_path).calibrator_
+    seeing.calibrator_ = load_predictor(tmp_path).calibrator_
     seen = vilu.score(seeing, new, calibration=record)
     named = np.array([reason == "outside" for reason in seen.decision_reason or ()])
     to_review = np.array([decision == "review" for decision in scores.decision or ()])

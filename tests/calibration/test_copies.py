@@ -86,15 +86,15 @@ def test_without_a_sample_it_is_said_that_copies_cannot_be_looked_for(
 
 
 def test_outcomes_of_fitted_rows_are_refused() -> None:
-    """In Python, too, as the command and ``predictor.calibrate`` do."""
+    """In Python, too, as the command and ``predictor.calibrate_probability`` do."""
     train, fresh = joined(rows(200, seed=0)), joined(rows(200, seed=2))
     predictor = KNNVote(k=3).fit(train)
     with pytest.warns(UserWarning, match="were used to fit"):
         outcomes = vilu.score(predictor, train)
     for method in ("ltt", "selection"):
         with pytest.raises(DataError, match=r"200 of these rows were used to fit .* Score rows"):
-            vilu.calibrate(outcomes, max_risk=0.9, method=method)
-    assert vilu.calibrate(vilu.score(predictor, fresh), max_risk=0.9).feasible
+            vilu.certify(outcomes, max_risk=0.9, method=method)
+    assert vilu.certify(vilu.score(predictor, fresh), max_risk=0.9).feasible
 
 
 def test_a_few_fitted_rows_among_outcomes_are_said() -> None:
@@ -104,7 +104,7 @@ def test_a_few_fitted_rows_among_outcomes_are_said() -> None:
     with pytest.warns(UserWarning, match="were used to fit"):
         outcomes = vilu.score(predictor, joined(rows(200, seed=2), first))
     with pytest.warns(UserWarning, match=r"1 of these rows were used to fit .* Score rows"):
-        vilu.calibrate(outcomes, max_risk=0.9)
+        vilu.certify(outcomes, max_risk=0.9)
 
 
 def test_the_bounds_of_a_number_of_copies_hold() -> None:

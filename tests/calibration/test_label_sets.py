@@ -107,7 +107,10 @@ def test_the_calibrator_has_no_say() -> None:
     """
     data = toy_embeddings(n=300, seed=4, ids_from=None)
     plain = fit_label_sets(vilu.MCM(), data, max_miss=0.1, method="lac")
-    assert fit_label_sets(vilu.MCM().calibrate(data), data, max_miss=0.1, method="lac") == plain
+    assert (
+        fit_label_sets(vilu.MCM().calibrate_probability(data), data, max_miss=0.1, method="lac")
+        == plain
+    )
 
 
 def test_own_posterior_of_vilu_plus(train: Embeddings, test: Embeddings) -> None:

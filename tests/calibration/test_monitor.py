@@ -48,7 +48,7 @@ def calibration() -> vilu.Outcomes:
 
 @pytest.fixture(scope="module")
 def rule(calibration: vilu.Outcomes) -> vilu.Rule:
-    return vilu.calibrate(calibration, max_risk=0.1)
+    return vilu.certify(calibration, max_risk=0.1)
 
 
 @pytest.mark.parametrize("digits", few([1, 16], 1))
@@ -64,7 +64,7 @@ def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
     for seed in range(streams):
         rng = np.random.default_rng([seed, digits])
         rows = draw(rng, 200, digits=digits, audited=1)
-        rule = vilu.calibrate(rows, max_risk=0.3)
+        rule = vilu.certify(rows, max_risk=0.3)
         monitor = vilu.Monitor(rows, rule, false_alarm=level, seed=seed)
         status = monitor.update(draw(rng, 600, digits=digits))
         tests = {test.name: test for test in status.tests}
@@ -111,7 +111,7 @@ def test_other_changes_of_the_scores_are_seen(calibration: vilu.Outcomes, change
     shapes = {"lower": (1, 1.7), "narrower": (2, 2), "wider": (0.6, 0.6)}
     new = vilu.Outcomes(rng.beta(*shapes[change], 600), np.full(600, -1))
     scores = dataclasses.replace(calibration, class_names=None, method=None)
-    rule = vilu.calibrate(scores, max_risk=0.1)
+    rule = vilu.certify(scores, max_risk=0.1)
     assert vilu.Monitor(scores, rule).update(new).verdict == "shifted: guarantee void"
 
 
@@ -122,7 +122,7 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
     rng = np.random.default_rng(2)
     flat = dataclasses.replace(calibration, uncertainty=np.full(len(calibration), 0.5))
     new = draw(rng, 800, shift=0.4, audited=0)
-    rule = vilu.calibrate(flat, min_coverage=0.5)
+    rule = vilu.certify(flat, min_coverage=0.5)
     monitor = vilu.Monitor(flat, rule)
     status = monitor.update(dataclasses.replace(new, uncertainty=np.full(800, 0.5)))
     assert {t.name: t.raised_at is not None for t in status.tests} == {
@@ -131,7 +131,7 @@ def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> No
         "answers": True,
         "audit": False,
     }
-    per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
+    per_class = vilu.certify(calibration, max_risk=0.1, groups="prediction")
     assert per_class.grouped_by == "prediction"
     status = vilu.Monitor(calibration, per_class).update(new)
     assert {t.name for t in status.tests if t.raised_at is not None} >= {"acceptance", "answers"}
@@ -175,7 +175,7 @@ def test_late_labels_break_no_kept_guarantee_whatever_their_order() -> None:
         rng.random(3000), failure, target=target, ids=[f"{row}.jpg" for row in range(3000)]
     )
     before, late = rows.take(np.arange(2000)), rows.take(np.arange(2000, 3000))
-    rule = vilu.calibrate(before, max_risk=0.05)
+    rule = vilu.certify(before, max_risk=0.05)
     found = []
     for order in (
         np.arange(1000),
@@ -202,7 +202,7 @@ def test_a_kept_guarantee_is_said(calibration: vilu.Outcomes, rule: vilu.Rule) -
 
 
 def test_a_mean_over_calibrations_is_no_guarantee_to_audit(calibration: vilu.Outcomes) -> None:
-    crc = vilu.calibrate(calibration, max_risk=0.05, method="crc")
+    crc = vilu.certify(calibration, max_risk=0.05, method="crc")
     monitor = vilu.Monitor(calibration, crc)
     status = monitor.update(draw(np.random.default_rng(5), 400))
     assert status.audit is None
@@ -261,7 +261,7 @@ def test_a_state_of_something_else_is_refused(
     other = [
         vilu.Monitor(calibration, rule, false_alarm=0.01),
         vilu.Monitor(calibration, rule, seed=1),
-        vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.2)),
+        vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.2)),
         vilu.Monitor(part(calibration, slice(0, 1000)), rule),
     ]
     for one in other:
@@ -355,7 +355,7 @@ def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Rul
 
 
 def test_rows_of_which_nothing_is_guaranteed_are_not_watched(calibration: vilu.Outcomes) -> None:
-    out_of_reach = vilu.calibrate(calibration, max_risk=1e-6)
+    out_of_reach = vilu.certify(calibration, max_risk=1e-6)
     assert not out_of_reach.feasible
     for rule in (None, out_of_reach):
         with pytest.raises(InfeasibleError, match="no guarantee to watch"):
@@ -365,7 +365,7 @@ def test_rows_of_which_nothing_is_guaranteed_are_not_watched(calibration: vilu.O
 def test_a_csv_without_class_names_is_read_with_the_calibrations(
     calibration: vilu.Outcomes, tmp_path: Path
 ) -> None:
-    per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
+    per_class = vilu.certify(calibration, max_risk=0.1, groups="prediction")
     rows = draw(np.random.default_rng(15), 300)
     rows.save(tmp_path / "rows.csv")
     read = vilu.Outcomes.load(tmp_path / "rows.csv")
@@ -391,9 +391,7 @@ def test_calibration_rows_in_the_stream_are_told(
 def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
     calibration: vilu.Outcomes,
 ) -> None:
-    monitor = vilu.Monitor(
-        calibration, vilu.calibrate(calibration, max_risk=0.1, method="selection")
-    )
+    monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.1, method="selection"))
     status = monitor.update(draw(np.random.default_rng(12), 100))
     assert [test.name for test in status.tests] == ["scores", "answers"]
     assert sum(test.level for test in status.tests) == pytest.approx(0.05)
@@ -404,7 +402,7 @@ def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(
 
 def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
     groups = ["even" if i % 2 else "odd" for i in range(len(calibration))]
-    rule = vilu.calibrate(calibration, max_risk=0.1, groups=groups)
+    rule = vilu.certify(calibration, max_risk=0.1, groups=groups)
     monitor = vilu.Monitor(calibration, rule, groups=groups)
     rows = draw(np.random.default_rng(13), 200)
     with pytest.raises(UsageError, match="needs the group of each"):
@@ -420,7 +418,7 @@ def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Ou
     """
     groups = np.array(["even" if i % 2 else "odd" for i in range(len(calibration))])
     monitor = vilu.Monitor(
-        calibration, vilu.calibrate(calibration, max_risk=0.1, groups=groups), groups=groups
+        calibration, vilu.certify(calibration, max_risk=0.1, groups=groups), groups=groups
     )
     rows = dataclasses.replace(
         draw(np.random.default_rng(13), 200), ids=[f"{i}.jpg" for i in range(200)]
@@ -438,7 +436,7 @@ def test_strata_are_part_of_the_fingerprint() -> None:
     found = set()
     for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):
         rows = vilu.Outcomes(u, np.where(outside, 1, f), outside=outside)
-        rule = vilu.calibrate(
+        rule = vilu.certify(
             vilu.Outcomes(u, f, outside=np.arange(400) >= 300), max_risk=0.3, outside_share=0.2
         )
         found.add(vilu.Monitor(rows, rule).fingerprint)
@@ -454,7 +452,7 @@ def test_labels_below_a_limit_alone_are_compared_with_rows_below_it(tmp_path: Pa
         rng = np.random.default_rng(seed)
         rows = draw(rng, 500, audited=1)
         rows = rows.take(rows.uncertainty <= 0.4)
-        rule = vilu.calibrate(rows, max_risk=0.1).model_copy(update={"method": "anytime"})
+        rule = vilu.certify(rows, max_risk=0.1).model_copy(update={"method": "anytime"})
         monitor = vilu.Monitor(rows, rule, false_alarm=level, seed=seed)
         raised += monitor.update(draw(rng, 600, audited=0)).alarm
     assert raised <= streams * level + 3 * np.sqrt(streams * level * (1 - level))

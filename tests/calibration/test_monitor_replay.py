@@ -72,7 +72,7 @@ def test_the_guarantee_is_broken_by_the_corruption(
         return vilu.Outcomes(outcomes.uncertainty[chosen], outcomes.failure[chosen])
 
     calibration = rows(clean, order[:4000])
-    rule = vilu.calibrate(calibration, max_risk=0.2)
+    rule = vilu.certify(calibration, max_risk=0.2)
     calm, hard = vilu.Monitor(calibration, rule), vilu.Monitor(calibration, rule)
     kept = calm.update(rows(clean, order[4000:]))
     assert kept.audit is not None

@@ -32,7 +32,7 @@ def calibration() -> Outcomes:
 
 @pytest.fixture(scope="module")
 def rule(calibration: Outcomes) -> vilu.Rule:
-    return vilu.calibrate(calibration, max_risk=0.05, outside_share=STATED)
+    return vilu.certify(calibration, max_risk=0.05, outside_share=STATED)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, STATED])
@@ -44,7 +44,7 @@ def test_up_to_the_stated_share_there_is_no_alarm(share: float) -> None:
     for seed in range(streams):
         rng = np.random.default_rng([seed, int(100 * share)])
         rows = rows_of(rng, 900, 300)
-        rule = vilu.calibrate(rows, max_risk=0.05, outside_share=STATED)
+        rule = vilu.certify(rows, max_risk=0.05, outside_share=STATED)
         monitor = vilu.Monitor(rows, rule, false_alarm=level)
         assert {test.name for test in monitor.status.tests} == {"audit", "outside", "review"}
         raised += monitor.update(stream(rng, 600, share, labelled=0.3)).alarm
@@ -80,7 +80,7 @@ def test_the_rate_of_reviews_is_bounded_stratum_by_stratum(
 
 def test_a_stated_share_of_none_is_watched_too() -> None:
     rows = rows_of(np.random.default_rng(3), 800, 0)
-    rule = vilu.calibrate(rows, max_risk=0.05, outside_share=0.0)
+    rule = vilu.certify(rows, max_risk=0.05, outside_share=0.0)
     monitor = vilu.Monitor(rows, rule)
     assert monitor.rates["outside"].limit == 1e-3
     assert monitor.update(stream(np.random.default_rng(4), 500, 0.1, labelled=0.5)).alarm
@@ -100,7 +100,7 @@ def test_counts_go_on_from_a_state(calibration: Outcomes, rule: vilu.Rule, tmp_p
 
 
 def test_other_rules_are_watched_as_they_always_were(calibration: Outcomes) -> None:
-    plain = vilu.calibrate(calibration.take(~calibration.outside), max_risk=0.05)
+    plain = vilu.certify(calibration.take(~calibration.outside), max_risk=0.05)
     monitor = vilu.Monitor(calibration, plain)
     assert [test.name for test in monitor.status.tests] == ["scores", "acceptance", "audit"]
     assert monitor.state().counted == {}

@@ -15,6 +15,7 @@ import vilu
 from tests.conftest import toy_embeddings
 from vilu.artifacts.documents import write_json
 from vilu.errors import DataError, ProvenanceError
+from vilu.predictors.persistence.storage import load_predictor
 
 TARGETS = {
     "ltt": vilu.Target(max_risk=0.3),
@@ -40,7 +41,7 @@ def test_what_is_loaded_is_what_was_made(name: str, tmp_path: Path) -> None:
     loaded = vilu.Calibration.load(tmp_path)
     assert loaded == made
     assert loaded.target == TARGETS[name]
-    assert loaded.probability == vilu.load(tmp_path).calibrator_
+    assert loaded.probability == load_predictor(tmp_path).calibrator_
     assert np.array_equal(loaded.rows.uncertainty, made.rows.uncertainty)
 
 
@@ -102,7 +103,7 @@ def test_a_calibration_of_another_predictor_decides_nothing(tmp_path: Path) -> N
     calibration = calibrated(tmp_path / "a", vilu.Target(max_risk=0.3))
     vilu.Entropy().save(tmp_path / "b")
     vilu.calibrate_predictor(tmp_path / "b", toy_embeddings(500, seed=3), vilu.Target())
-    for predictor in (vilu.load(tmp_path / "b"), vilu.MCM()):
+    for predictor in (load_predictor(tmp_path / "b"), vilu.MCM()):
         with pytest.raises(ProvenanceError, match="Load both from one folder"):
             vilu.score(predictor, toy_embeddings(50), calibration=calibration)
 

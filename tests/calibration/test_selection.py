@@ -15,7 +15,7 @@ from vilu.outcomes.outcomes import Outcomes
 
 
 def select(rows: Outcomes, *, max_risk: float) -> Rule:
-    return vilu.calibrate(rows, max_risk=max_risk, method="selection")
+    return vilu.certify(rows, max_risk=max_risk, method="selection")
 
 
 def test_p_values_by_hand() -> None:

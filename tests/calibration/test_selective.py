@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import vilu
 from tests.command import run
 from tests.conftest import toy_embeddings
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.split import SplitParts
-from vilu.errors import DataError, InfeasibleError, NotFittedError, UsageError
-from vilu.predictors.persistence.storage import load
+from vilu.errors import (
+    DataError,
+    InfeasibleError,
+    NotFittedError,
+    ProvenanceError,
+    UsageError,
+)
+from vilu.predictors.persistence.hub import push
+from vilu.predictors.persistence.onnx import export_onnx
+from vilu.predictors.persistence.storage import load_predictor
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +36,12 @@ def fitted(train: EmbeddingSource, answer: str = "adapted") -> vilu.Selective:
     return vilu.Selective(vilu.PREDICTORS["linear_probe"](), answer=answer).fit(train)
 
 
+def nameless(part: EmbeddingSource) -> vilu.Embeddings:
+    """The rows of a part, whose classes have no names."""
+    image = part.image_rows(torch.arange(len(part)))
+    return vilu.Embeddings(image=image, text=part.text, target=part.target, logit_scale=20.0)
+
+
 def test_the_accepted_answers_are_those_of_the_command(tmp_path: Path, parts: tuple) -> None:
     train, calibration, test = parts
     model = fitted(train).calibrate(calibration, max_risk=0.2)
@@ -32,7 +49,7 @@ def test_the_accepted_answers_are_those_of_the_command(tmp_path: Path, parts: tu
     predictor.save(tmp_path / "p")
     by_hand = vilu.calibrate_predictor(tmp_path / "p", calibration, vilu.Target(max_risk=0.2))
     assert model.calibration.rule == by_hand.rule
-    expected = vilu.score(load(tmp_path / "p"), test, calibration=by_hand)
+    expected = vilu.score(load_predictor(tmp_path / "p"), test, calibration=by_hand)
     outcomes = model.predict(test)
     assert outcomes.decision == expected.decision
     assert np.array_equal(outcomes.failure_probability, expected.failure_probability)
@@ -113,7 +130,7 @@ def test_what_is_missing_is_said(tmp_path: Path, parts: tuple) -> None:
     unfitted = vilu.Selective(vilu.PREDICTORS["linear_probe"]())
     with pytest.raises(NotFittedError, match="Call fit first"):
         unfitted.calibrate(calibration, max_risk=0.1)
-    with pytest.raises(UsageError, match="a target or max_risk"):
+    with pytest.raises(UsageError, match="takes a target, or max_risk"):
         fitted(train).calibrate(calibration)
     with pytest.raises(UsageError, match="mcm has no posterior"):
         vilu.Selective(vilu.MCM(), answer="adapted")
@@ -123,3 +140,74 @@ def test_what_is_missing_is_said(tmp_path: Path, parts: tuple) -> None:
         fitted(train).calibrate(calibration.take(range(20)), max_risk=0.01)
     with pytest.raises(DataError, match="were used to fit"):
         fitted(train).calibrate(train, max_risk=0.2)
+
+
+def test_a_folder_is_loaded_as_what_it_is(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, test = parts
+    model = fitted(train)
+    model.predictor.save(tmp_path / "p")
+    assert type(vilu.load(tmp_path / "p")) is vilu.PREDICTORS["linear_probe"]
+    vilu.calibrate_predictor(tmp_path / "p", calibration, vilu.Target(max_risk=0.2))
+    loaded = vilu.load(tmp_path / "p")
+    assert isinstance(loaded, vilu.Selective)
+    expected = model.calibrate(calibration, max_risk=0.2).predict(test)
+    assert loaded.predict(test).decision == expected.decision
+    model.save(tmp_path / "model")
+    first, second = (sorted((tmp_path / name).glob("[!.]*")) for name in ("p", "model"))
+    assert [path.name for path in first] == [path.name for path in second]
+    for path, other in zip(first, second, strict=True):
+        assert path.read_bytes() == other.read_bytes(), path.name
+
+
+def test_every_field_of_a_target_is_an_argument(parts: tuple) -> None:
+    train, calibration, _ = parts
+    model = fitted(train)
+    fields = {field.name for field in dataclasses.fields(vilu.Target)}
+    assert fields <= inspect.signature(model.calibrate).parameters.keys()
+    for method in ("ltt", "crc", "selection"):
+        model.calibrate(calibration, max_risk=0.2, method=method)
+        assert model.calibration.rule.method == method
+    model.calibrate(calibration, label_sets="lac", max_miss=0.2)
+    assert model.calibration.label_sets.max_miss == 0.2
+    with pytest.raises(UsageError, match="one of the two"):
+        model.calibrate(calibration, vilu.Target(max_risk=0.2), confidence=0.9)
+
+
+def test_it_stands_in_place_of_its_folder(tmp_path: Path, parts: tuple) -> None:
+    train, calibration, test = parts
+    model = vilu.Selective(vilu.PREDICTORS["linear_probe"]()).fit(train)
+    model.calibrate(calibration, max_risk=0.2)
+    expected = model.predict(test)
+    assert vilu.score(model, test).decision == expected.decision
+    scores = vilu.score_parts(model, test, tmp_path / "scores")
+    assert scores.outcomes().decision == expected.decision
+    with pytest.raises(UsageError, match="decides by its own calibration"):
+        vilu.score(model, test, calibration=model.calibration)
+    monitor = vilu.Monitor.of_folder(model)
+    assert monitor.risk == model.calibration.fingerprint
+    push(model, str(tmp_path / "shelf"))
+    assert vilu.load(tmp_path / "shelf").calibration == model.calibration
+    assert model.calibration.guarantee_text in (tmp_path / "shelf" / "README.md").read_text()
+
+
+def test_its_score_is_exported(tmp_path: Path, parts: tuple) -> None:
+    pytest.importorskip("onnxscript")
+    data = [nameless(part) for part in parts[:2]]
+    model = vilu.Selective(vilu.ViLUPlus()).fit(data[0]).calibrate(data[1], max_risk=0.3)
+    assert export_onnx(model, tmp_path / "head.onnx") < 1e-4
+
+
+def test_a_guard_takes_it_or_says_what_is_missing(parts: tuple) -> None:
+    train, calibration, test = parts
+    model = fitted(train).calibrate(calibration, max_risk=0.2)
+    guard = vilu.Guard(model, vectors_only=True)
+    image = test.image_rows(test.usable_rows[:3])
+    answers, _ = guard.answer({guard.arrays[0]: image}, ["a", "b", "c"])
+    assert tuple(answer.decision for answer in answers) == model.predict(image).decision
+    with pytest.raises(ProvenanceError, match="a model that is not named"):
+        vilu.Guard(model)
+    without_names = vilu.Selective(vilu.MCM()).calibrate(nameless(calibration), max_risk=0.5)
+    with pytest.raises(DataError, match="have no names"):
+        vilu.Guard(without_names, vectors_only=True)
+    with pytest.raises(DataError, match="calibrated on captions, or not at all"):
+        vilu.Guard(fitted(train), vectors_only=True)

@@ -114,11 +114,11 @@ def test_the_guarantee_for_a_stated_share_of_ood_images_holds(share: float, draw
     coverage, broken, naive = [], 0, 0
     for _ in range(DRAWS // 5):
         rows = rows_of(rng, int(n * (1 - drawn)), int(n * drawn))
-        rule = vilu.calibrate(rows, max_risk=RISK, confidence=1 - DELTA, outside_share=share)
+        rule = vilu.certify(rows, max_risk=RISK, confidence=1 - DELTA, outside_share=share)
         found = truth(share, np.array([rule.threshold]))
         coverage.append(found[0][0])
         broken += found[1][0] > RISK
-        closed = vilu.calibrate(rows.take(~rows.outside), max_risk=RISK, confidence=1 - DELTA)
+        closed = vilu.certify(rows.take(~rows.outside), max_risk=RISK, confidence=1 - DELTA)
         naive += truth(share, np.array([closed.threshold]))[1][0] > RISK
     draws = DRAWS // 5
     assert broken / draws <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / draws)
@@ -138,7 +138,7 @@ def test_at_the_edge_a_stated_share_is_rarely_certified(n_outside: int) -> None:
         outside = np.arange(len(u)) >= 1000
         wrong = outside | (rng.random(len(u)) < (0.0501 - share) / (1 - share))
         rows = Outcomes(u, wrong.astype(int), outside=outside)
-        certified += vilu.calibrate(
+        certified += vilu.certify(
             rows, max_risk=RISK, confidence=1 - DELTA, outside_share=share
         ).feasible
     assert certified / (2 * DRAWS) <= DELTA
@@ -167,7 +167,7 @@ def test_more_is_certified_than_by_three_binomials() -> None:
 
 def test_strata_that_lack_rows_are_named() -> None:
     rng = np.random.default_rng(0)
-    rule = vilu.calibrate(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.2)
+    rule = vilu.certify(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.2)
     needed = fewest_rows(0.2, RISK, main_level(0.05), all_wrong=True)
     assert not rule.feasible
     assert rule.thresholds[""].why == (
@@ -178,10 +178,8 @@ def test_strata_that_lack_rows_are_named() -> None:
         np.mean([math.exp(n * bet * 4 * 0.05 / 0.95) for bet in BETS]) for n in (needed - 1, needed)
     ]
     assert growth[0] < 1 / (0.96 * 0.05) <= growth[1]
-    assert vilu.calibrate(
-        rows_of(rng, 8000, needed + 60), max_risk=RISK, outside_share=0.2
-    ).feasible
-    assert vilu.calibrate(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.0).feasible
+    assert vilu.certify(rows_of(rng, 8000, needed + 60), max_risk=RISK, outside_share=0.2).feasible
+    assert vilu.certify(rows_of(rng, 800, 0), max_risk=RISK, outside_share=0.0).feasible
 
 
 def classes_of(rng: np.random.Generator, sizes: list[int]) -> Outcomes:
@@ -195,20 +193,20 @@ def classes_of(rng: np.random.Generator, sizes: list[int]) -> Outcomes:
 def test_the_guarantee_is_for_the_classes_as_they_are_stated() -> None:
     rng = np.random.default_rng(1)
     rows = classes_of(rng, [900, 900, 200])  # 5.9 % wrong
-    few = vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.7, "cup": 0.29, "dog": 0.01})
+    few = vilu.certify(rows, max_risk=RISK, class_shares={"cat": 0.7, "cup": 0.29, "dog": 0.01})
     assert few.coverage > 0.9  # 1.5 % wrong at these shares
     assert "at the stated shares of 3 classes" in str(few)
-    assert not vilu.calibrate(
+    assert not vilu.certify(
         rows, max_risk=RISK, class_shares={"cat": 0.4, "cup": 0.4, "dog": 0.2}
     ).feasible
-    rare = vilu.calibrate(
+    rare = vilu.certify(
         classes_of(rng, [900, 900, 3]),
         max_risk=RISK,
         class_shares={"cat": 0.5, "dog": 0.5, "cup": 0},
     )
     assert "dog has 3 and needs" in str(rare.thresholds[""].why)
     with pytest.raises(UsageError, match=r"no share is stated of 1 of the 3 classes: 'cup'\."):
-        vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5})
+        vilu.certify(rows, max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5})
     assert type(few).model_validate_json(few.model_dump_json()) == few
 
 
@@ -236,15 +234,15 @@ def test_the_guarantee_is_for_the_classes_as_they_are_stated() -> None:
 )
 def test_shares_that_cannot_be(arguments: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        vilu.calibrate(classes_of(np.random.default_rng(2), [50, 50, 50]), **arguments)
+        vilu.certify(classes_of(np.random.default_rng(2), [50, 50, 50]), **arguments)
 
 
 def test_ood_images_need_a_stated_share_beside_classes() -> None:
     rows = Outcomes([0.1, 0.2], [0, 1], target=[0, -2], class_names=["cat"])
     with pytest.raises(UsageError, match="1 of these rows are of none of the classes"):
-        vilu.calibrate(rows, max_risk=0.1, class_shares={"cat": 1.0})
+        vilu.certify(rows, max_risk=0.1, class_shares={"cat": 1.0})
     with pytest.raises(DataError, match="class of every row"):
-        vilu.calibrate(
+        vilu.certify(
             Outcomes([0.1, 0.2], [0, 1], target=[0, -1], class_names=["cat"]),
             max_risk=0.1,
             class_shares={"cat": 1.0},
@@ -259,10 +257,10 @@ def test_the_least_coverage_is_that_at_the_stated_shares() -> None:
     rng = np.random.default_rng(5)
     u = np.r_[rng.uniform(0, 0.5, 500), rng.uniform(0.5, 1, 500)]
     rows = Outcomes(u, np.r_[np.zeros(500, int), np.ones(500, int)], outside=np.arange(1000) >= 500)
-    rule = vilu.calibrate(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.69)
+    rule = vilu.certify(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.69)
     assert 0.5 <= rule.n_accepted / rule.n < 0.69  # as the calibration rows are mixed
     accepted = 0.7 + 0.3 * np.mean(rule.accept(u)[500:])
-    short = vilu.calibrate(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.8)
+    short = vilu.certify(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.8)
     assert not short.feasible
     assert f"at {accepted:.1%} coverage at most" in str(short.thresholds[""].why)
 

@@ -164,7 +164,7 @@ def test_few_rows_have_one_sequence_at_full_level() -> None:
     last_wrong = counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5)
     assert learn_then_test(last_wrong, 0.05, 0.05).threshold == 58
     rows = Outcomes(np.arange(65), np.r_[np.zeros(59), 1, np.zeros(5)])
-    rule = vilu.calibrate(rows, max_risk=0.05)
+    rule = vilu.certify(rows, max_risk=0.05)
     assert (rule.n_accepted, rule.n_wrong) == (59, 0)
 
 
@@ -198,10 +198,10 @@ def test_a_bound_is_never_rounded_to_the_side_that_guarantees_more(share: float)
 
 def test_a_guarantee_in_words_is_the_guarantee() -> None:
     rows = Outcomes(np.arange(7000), np.zeros(7000))
-    told = [str(vilu.calibrate(rows, max_risk=risk, confidence=0.999)) for risk in (0.05, 0.001)]
+    told = [str(vilu.certify(rows, max_risk=risk, confidence=0.999)) for risk in (0.05, 0.001)]
     assert all("with confidence 99.9% at most" in one for one in told)
     assert [one.split("at most ")[1].split()[0] for one in told] == ["5.00%", "0.10%"]
-    bound = vilu.calibrate(rows, min_coverage=0.5, confidence=0.97)
+    bound = vilu.certify(rows, min_coverage=0.5, confidence=0.97)
     assert bound.risk_bound * 100 <= float(str(bound).split("at most ")[1].split("%")[0])
 
 
@@ -232,7 +232,7 @@ def test_what_lies_above_confident_mistakes_is_accepted() -> None:
         [np.r_[np.zeros(r), np.ones(w)] for r, w in zip(c.correct, c.wrong, strict=True)]
     )
     rows = Outcomes(np.repeat(c.value, c.size), labels)
-    rule = vilu.calibrate(rows, max_risk=0.05, confidence=0.9)
+    rule = vilu.certify(rows, max_risk=0.05, confidence=0.9)
     assert (rule.floor, rule.threshold) == (31, found.threshold)
     assert rule.n_accepted == c.size[inside].sum()
     scores = [0.0, 31.0, 31.5, rule.threshold, rule.threshold + 1, np.nan]
@@ -263,7 +263,7 @@ def test_coverage_first_bounds_both() -> None:
 def test_public_selector() -> None:
     u = np.r_[np.linspace(0, 0.5, 300), np.linspace(0.5, 1, 100)]
     f = np.r_[np.zeros(300), np.ones(100)]
-    selector = vilu.calibrate(Outcomes(u, f), max_risk=0.05, confidence=0.95)
+    selector = vilu.certify(Outcomes(u, f), max_risk=0.05, confidence=0.95)
     assert selector.feasible
     assert 0.5 <= selector.threshold < 0.55  # about 5 % of the accepted may be wrong
     assert selector.risk_bound == 0.05
@@ -284,7 +284,7 @@ def why(
         np.repeat(c.value, c.size),
         np.concatenate([np.r_[np.zeros(r), np.ones(w)] for r, w in blocks]),
     )
-    found = vilu.calibrate(Outcomes(u, f), max_risk=max_risk, method=method, confidence=confidence)
+    found = vilu.certify(Outcomes(u, f), max_risk=max_risk, method=method, confidence=confidence)
     assert (found.feasible, found.threshold, found.coverage, found.risk_bound) == (
         False,
         None,
@@ -311,7 +311,7 @@ def test_too_few_rows_say_how_many_must_be_accepted_and_right() -> None:
 
 def test_so_many_rows_are_enough_where_all_are_accepted_and_right() -> None:
     for risk, n in ((0.01, 300), (0.05, 60), (0.3, 10)):
-        assert vilu.calibrate(Outcomes(np.arange(n), np.zeros(n)), max_risk=risk).n_accepted == n
+        assert vilu.certify(Outcomes(np.arange(n), np.zeros(n)), max_risk=risk).n_accepted == n
         assert why([(1, 0)] * (n - 1), risk)[1] == n
 
 
@@ -342,9 +342,7 @@ def test_a_mean_of_few_rows() -> None:
     told, needed = why([(1, 0)] * 10, 0.05, "crc")
     assert (told, needed) == ("a mean risk of 5.00% needs at least 19 rows, and there are 10", 19)
     assert (
-        vilu.calibrate(
-            Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05, method="crc"
-        ).n_accepted
+        vilu.certify(Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05, method="crc").n_accepted
         == 19
     )
     assert why([(5, 5), (20, 0)], 0.05, "crc") == (
@@ -352,22 +350,22 @@ def test_a_mean_of_few_rows() -> None:
         None,
     )
     with pytest.raises(InfeasibleError, match="At least 19 rows are needed"):
-        vilu.calibrate(Outcomes(np.arange(18), np.zeros(18)), max_risk=0.05, method="selection")
+        vilu.certify(Outcomes(np.arange(18), np.zeros(18)), max_risk=0.05, method="selection")
     rows = Outcomes(np.arange(19), np.zeros(19))
-    assert vilu.calibrate(rows, max_risk=0.05, method="selection").accept([-1.0]).all()
+    assert vilu.certify(rows, max_risk=0.05, method="selection").accept([-1.0]).all()
 
 
 def test_a_coverage_alone_takes_so_many_rows() -> None:
     """0.8^n <= 0.05 / 2: n = 17."""
-    few = vilu.calibrate(Outcomes(np.arange(16), np.zeros(16)), min_coverage=0.8)
+    few = vilu.certify(Outcomes(np.arange(16), np.zeros(16)), min_coverage=0.8)
     assert few.thresholds[""].n_needed == 17
-    assert vilu.calibrate(Outcomes(np.arange(17), np.zeros(17)), min_coverage=0.8).feasible
+    assert vilu.certify(Outcomes(np.arange(17), np.zeros(17)), min_coverage=0.8).feasible
 
 
 def test_groups_say_what_each_takes() -> None:
     """Two groups share delta: ln 0.025 / ln 0.95 = 71.9, and one more."""
     groups = ["a"] * 200 + ["b"] * 30
-    found = vilu.calibrate(Outcomes(np.arange(230), np.zeros(230)), max_risk=0.05, groups=groups)
+    found = vilu.certify(Outcomes(np.arange(230), np.zeros(230)), max_risk=0.05, groups=groups)
     assert found.thresholds["a"].threshold is not None
     assert found.thresholds["(other)"].n_needed == 73
 
@@ -377,11 +375,11 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
     groups = np.repeat(["a", "b", "c", "d"], [400, 300, 20, 25])
     u = rng.random(len(groups))
     f = (rng.random(len(groups)) < np.where(groups == "a", 0.02, 0.5 * u)).astype(int)
-    selector = vilu.calibrate(Outcomes(u, f), max_risk=0.1, groups=groups.tolist())
+    selector = vilu.certify(Outcomes(u, f), max_risk=0.1, groups=groups.tolist())
     assert set(selector.thresholds) == {"a", "b", "(other)"}
     assert selector.thresholds["(other)"].n == 45
     # by itself each group is certified at a third of delta
-    alone = vilu.calibrate(Outcomes(u[:400], f[:400]), max_risk=0.1, confidence=1 - 0.05 / 3)
+    alone = vilu.certify(Outcomes(u[:400], f[:400]), max_risk=0.1, confidence=1 - 0.05 / 3)
     assert selector.thresholds["a"].threshold == alone.threshold
     limit = {name: one.threshold for name, one in selector.thresholds.items()}
     names = ["a", "b", "c", "never seen"]
@@ -404,7 +402,7 @@ def test_groups_of_their_own_have_enough_rows_for_their_share_of_delta() -> None
     # 1
     groups = np.repeat([f"class {i:02d}" for i in range(20)], 90).tolist()
     rng = np.random.default_rng(0)
-    selector = vilu.calibrate(
+    selector = vilu.certify(
         Outcomes(rng.random(1800), np.zeros(1800)), max_risk=0.05, groups=groups
     )
     assert selector.coverage == 1
@@ -418,19 +416,17 @@ def test_a_least_coverage_is_that_of_all_groups_together() -> None:
     u = rng.random(2000)
     f = (groups == "b") & (u > 0.5)
     outcomes = Outcomes(u, f.astype(int))
-    free = vilu.calibrate(outcomes, max_risk=0.05, groups=groups.tolist())
+    free = vilu.certify(outcomes, max_risk=0.05, groups=groups.tolist())
     assert free.thresholds["b"].coverage < 0.6 < free.coverage
     assert (
-        vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.6, groups=groups.tolist()).coverage
+        vilu.certify(outcomes, max_risk=0.05, min_coverage=0.6, groups=groups.tolist()).coverage
         == free.coverage
     )
-    assert not vilu.calibrate(
+    assert not vilu.certify(
         outcomes, max_risk=0.05, min_coverage=0.9, groups=groups.tolist()
     ).feasible
     many = np.r_[np.repeat("big", 600), np.repeat([f"small {i}" for i in range(100)], 4)].tolist()
-    alone = vilu.calibrate(
-        Outcomes(rng.random(1000), np.zeros(1000)), min_coverage=0.8, groups=many
-    )
+    alone = vilu.certify(Outcomes(rng.random(1000), np.zeros(1000)), min_coverage=0.8, groups=many)
     assert set(alone.thresholds) == {"big", "(other)"}
     assert min(one.coverage for one in alone.thresholds.values()) >= 0.8
 
@@ -439,11 +435,11 @@ def test_a_least_coverage_is_that_of_all_groups_together() -> None:
 def test_a_group_that_is_no_text_is_refused_wherever_it_stands(none: object) -> None:
     outcomes = Outcomes(np.arange(400), np.zeros(400))
     with pytest.raises(DataError, match="in row 250"):
-        vilu.calibrate(outcomes, max_risk=0.05, groups=["a", "b"] * 125 + [none] * 150)
+        vilu.certify(outcomes, max_risk=0.05, groups=["a", "b"] * 125 + [none] * 150)
 
 
 def test_groups_without_an_order_and_letters_of_a_word_are_none() -> None:
-    rule = vilu.calibrate(
+    rule = vilu.certify(
         Outcomes(np.arange(400), np.zeros(400)), max_risk=0.05, groups=["a", "b"] * 200
     )
     for groups in ({"a", "b"}, {"a": "b", "b": "a"}, "ab"):
@@ -457,12 +453,12 @@ def test_groups_by_prediction_are_names() -> None:
     outcomes = Outcomes(
         [0.1] * 110, [0] * 110, prediction=[0] * 80 + [1] * 30, class_names=["cat", "dog"]
     )
-    assert set(vilu.calibrate(outcomes, max_risk=0.05, groups="prediction").thresholds) == {
+    assert set(vilu.certify(outcomes, max_risk=0.05, groups="prediction").thresholds) == {
         "cat",
         "(other)",
     }
     with pytest.raises(DataError, match="what was answered"):
-        vilu.calibrate(Outcomes([0.1], [0]), max_risk=0.05, groups="prediction")
+        vilu.certify(Outcomes([0.1], [0]), max_risk=0.05, groups="prediction")
 
 
 @pytest.mark.parametrize(("n", "percent"), [(100, 55), (200, 56)])
@@ -471,9 +467,9 @@ def test_a_coverage_that_is_reached_to_the_row_is_no_less(n: int, percent: int) 
     k = n * percent // 100
     right = np.arange(n) < k
     rows = Outcomes(~right, ~right)
-    found = vilu.calibrate(rows, max_risk=0.1, min_coverage=percent / 100)
+    found = vilu.certify(rows, max_risk=0.1, min_coverage=percent / 100)
     assert found.n_accepted == k
-    assert not vilu.calibrate(rows, max_risk=0.1, min_coverage=(percent + 1) / 100).feasible
+    assert not vilu.certify(rows, max_risk=0.1, min_coverage=(percent + 1) / 100).feasible
 
 
 def test_all_rows_are_all_answers_at_any_stated_shares() -> None:
@@ -489,23 +485,23 @@ def test_all_rows_are_all_answers_at_any_stated_shares() -> None:
     )
     for _ in range(20):
         shares = dict(zip("abc", rng.dirichlet([5, 5, 5]).tolist(), strict=True))
-        found = vilu.calibrate(rows, max_risk=0.1, class_shares=shares, min_coverage=1.0)
+        found = vilu.certify(rows, max_risk=0.1, class_shares=shares, min_coverage=1.0)
         assert found.n_accepted == 1000, found
 
 
 def test_coverage_that_the_risk_does_not_allow() -> None:
     u = np.linspace(0, 1, 400)
     outcomes = Outcomes(u, (u > 0.5).astype(int))
-    both = vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.9)
+    both = vilu.certify(outcomes, max_risk=0.05, min_coverage=0.9)
     assert not both.feasible
     assert "less than the 90.0% asked for" in both.thresholds[""].why
-    assert vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.4).feasible
+    assert vilu.certify(outcomes, max_risk=0.05, min_coverage=0.4).feasible
 
 
 def test_rows_that_cannot_be_used_are_left_out() -> None:
     u = np.r_[np.linspace(0, 1, 100), np.nan, 0.5]
     outcomes = Outcomes(u, np.r_[np.zeros(100), 1, -1], reason=[None] * 100 + ["nonfinite", None])
-    assert vilu.calibrate(outcomes, max_risk=0.05).n == 100
+    assert vilu.certify(outcomes, max_risk=0.05).n == 100
 
 
 @pytest.mark.parametrize(
@@ -521,12 +517,12 @@ def test_rows_that_cannot_be_used_are_left_out() -> None:
 )
 def test_targets_that_cannot_be(arguments: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        vilu.calibrate(Outcomes([0.1, 0.2], [0, 1]), **arguments)
+        vilu.certify(Outcomes([0.1, 0.2], [0, 1]), **arguments)
 
 
 def test_nothing_to_calibrate_on() -> None:
     with pytest.raises(DataError, match="None of the 2 rows"):
-        vilu.calibrate(Outcomes([0.1, 0.2], [-1, -1]), max_risk=0.1)
+        vilu.certify(Outcomes([0.1, 0.2], [-1, -1]), max_risk=0.1)
 
 
 @settings(max_examples=50)
@@ -543,7 +539,7 @@ def test_the_order_of_rows_does_not_matter(
 ) -> None:
     shuffled = data.draw(st.permutations(rows))
     first, second = (
-        vilu.calibrate(Outcomes(*zip(*some, strict=True)), max_risk=0.2, confidence=0.9)
+        vilu.certify(Outcomes(*zip(*some, strict=True)), max_risk=0.2, confidence=0.9)
         for some in (rows, shuffled)
     )
     assert first == second

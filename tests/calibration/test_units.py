@@ -15,6 +15,7 @@ from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
 from vilu.errors import DataError, InfeasibleError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.persistence.storage import load_predictor
 
 
 def repeated(n: int, times: int, **columns: object) -> Outcomes:
@@ -26,8 +27,8 @@ def repeated(n: int, times: int, **columns: object) -> Outcomes:
 
 def test_forty_rows_ten_times_over_are_forty_rows() -> None:
     """Sixty rows without error show 5 %; forty do not, however often they are copied."""
-    many = vilu.calibrate(repeated(40, 10), max_risk=0.05)
-    once = vilu.calibrate(repeated(40, 1), max_risk=0.05)
+    many = vilu.certify(repeated(40, 10), max_risk=0.05)
+    once = vilu.certify(repeated(40, 1), max_risk=0.05)
     assert not many.feasible
     assert many.thresholds == once.thresholds
     assert many.thresholds[""].n_needed == 60
@@ -35,29 +36,29 @@ def test_forty_rows_ten_times_over_are_forty_rows() -> None:
 
 @pytest.mark.parametrize("method", ["ltt", "crc"])
 def test_the_sentence_gives_files_and_pictures(method: str) -> None:
-    selector = vilu.calibrate(repeated(400, 3), max_risk=0.1, method=method)
+    selector = vilu.certify(repeated(400, 3), max_risk=0.1, method=method)
     assert selector.n == 400
     assert "1,200 files show 400 pictures" in str(selector)
-    assert "files show" not in str(vilu.calibrate(repeated(400, 1), max_risk=0.1, method=method))
+    assert "files show" not in str(vilu.certify(repeated(400, 1), max_risk=0.1, method=method))
 
 
 def test_a_coverage_counts_pictures() -> None:
-    selector = vilu.calibrate(repeated(100, 5), min_coverage=0.5)
-    assert selector.threshold == vilu.calibrate(repeated(100, 1), min_coverage=0.5).threshold
+    selector = vilu.certify(repeated(100, 5), min_coverage=0.5)
+    assert selector.threshold == vilu.certify(repeated(100, 1), min_coverage=0.5).threshold
 
 
 def test_stated_shares_count_pictures() -> None:
     columns = {"target": np.tile([0, 1], 200), "class_names": ["cat", "dog"]}
     shares = {"cat": 0.5, "dog": 0.5}
-    once = vilu.calibrate(repeated(400, 1, **columns), max_risk=0.1, class_shares=shares)
+    once = vilu.certify(repeated(400, 1, **columns), max_risk=0.1, class_shares=shares)
     columns["target"] = np.repeat(columns["target"], 4)
-    many = vilu.calibrate(repeated(400, 4, **columns), max_risk=0.1, class_shares=shares)
+    many = vilu.certify(repeated(400, 4, **columns), max_risk=0.1, class_shares=shares)
     assert many.thresholds == once.thresholds
 
 
 def test_groups_count_pictures() -> None:
     groups = np.repeat(["day", "night"] * 100, 3).tolist()
-    selector = vilu.calibrate(repeated(200, 3), max_risk=0.1, groups=groups)
+    selector = vilu.certify(repeated(200, 3), max_risk=0.1, groups=groups)
     assert {name: one.n for name, one in selector.thresholds.items()} == {
         "day": 100,
         "night": 100,
@@ -66,27 +67,27 @@ def test_groups_count_pictures() -> None:
 
 def test_selection_counts_pictures() -> None:
     outcomes = repeated(40, 10)
-    assert vilu.calibrate(outcomes, max_risk=0.05, method="selection").n == 40
+    assert vilu.certify(outcomes, max_risk=0.05, method="selection").n == 40
     assert "400 files show 40 pictures" in str(
-        vilu.calibrate(outcomes, max_risk=0.05, method="selection")
+        vilu.certify(outcomes, max_risk=0.05, method="selection")
     )
     with pytest.raises(InfeasibleError, match="with 10 calibration rows"):
-        vilu.calibrate(repeated(10, 10), max_risk=0.05, method="selection")
+        vilu.certify(repeated(10, 10), max_risk=0.05, method="selection")
 
 
 def test_a_picture_with_contradictory_labels_is_wrong_once() -> None:
     failure = np.zeros(300)
     failure[3] = 1  # the first picture in its fourth file
     rows_of = Outcomes(np.repeat(np.arange(100) / 100, 3), failure, picture=np.arange(300) // 3)
-    assert vilu.calibrate(rows_of, max_risk=0.5).n_wrong == 1
+    assert vilu.certify(rows_of, max_risk=0.5).n_wrong == 1
     failure[4:6] = 1  # all files of the second picture are wrong now
     rows_of = Outcomes(rows_of.uncertainty, failure, picture=rows_of.picture)
-    assert vilu.calibrate(rows_of, max_risk=0.5).n_wrong == 1
+    assert vilu.certify(rows_of, max_risk=0.5).n_wrong == 1
 
 
 def test_rows_whose_picture_is_not_known_are_pictures_of_their_own() -> None:
     outcomes = Outcomes(np.linspace(0, 0.5, 100), np.zeros(100), picture=np.full(100, -1))
-    assert vilu.calibrate(outcomes, max_risk=0.05).n == 100
+    assert vilu.certify(outcomes, max_risk=0.05).n == 100
 
 
 def files(n: int, times: int, noise: float = 0.0) -> vilu.Embeddings:
@@ -105,12 +106,15 @@ def test_a_saved_predictor_is_calibrated_on_pictures(tmp_path: Path) -> None:
     assert many.rule.thresholds == once.rule.thresholds
     assert many.label_sets == once.label_sets
     assert "800 files show 200 pictures" in many.guarantee_text
-    calibrators = [vilu.load(tmp_path / name).calibrator_ for name in ("once", "many")]
+    calibrators = [load_predictor(tmp_path / name).calibrator_ for name in ("once", "many")]
     assert calibrators[0].n == calibrators[1].n == 200
 
 
 def test_the_probability_of_failure_is_learned_from_pictures() -> None:
-    once, many = vilu.MCM().calibrate(files(200, 1)), vilu.MCM().calibrate(files(200, 4))
+    once, many = (
+        vilu.MCM().calibrate_probability(files(200, 1)),
+        vilu.MCM().calibrate_probability(files(200, 4)),
+    )
     assert many.calibrator_.n == once.calibrator_.n == 200
     assert many.calibrator_ == once.calibrator_
 
@@ -145,7 +149,7 @@ def test_captions_of_one_picture_count_once() -> None:
     outcomes = Outcomes(
         np.linspace(0, 1, 600), failure, picture=picture, provenance={"pool_size": 100}
     )
-    selector = vilu.calibrate(outcomes, max_risk=0.05)
+    selector = vilu.certify(outcomes, max_risk=0.05)
     assert (selector.n, selector.n_wrong) == (120, 0)
 
 

@@ -14,6 +14,7 @@ from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.contract.parameters import parameters
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "width": 16, "members": 2}
@@ -290,7 +291,7 @@ def test_a_calibration_holds_for_its_kind_of_answers(
 ) -> None:
     make("linear_probe", answer="adapted").fit(train).save(tmp_path)
     calibration = vilu.calibrate_predictor(tmp_path, test, vilu.Target(max_risk=0.3))
-    predictor = vilu.load(tmp_path)
+    predictor = load_predictor(tmp_path)
     assert calibration.rows.answer == "adapted"
     assert "accept" in vilu.score(predictor, test, calibration=calibration).decision
     predictor.answer = "zero_shot"

@@ -33,7 +33,7 @@ def test_scores_rules_and_monitors_round_to_zero_in_silence(tmp_path: Path) -> N
     table = vilu.evaluate([later, later], n_resamples=50)
     assert table.rows[0].n == 3000
     assert vilu.compare(later, later, n_resamples=50).difference == 0
-    rule = vilu.calibrate(calibration, max_risk=0.3)
+    rule = vilu.certify(calibration, max_risk=0.3)
     monitor = vilu.Monitor(calibration, rule)
     for start in range(0, 3000, 500):
         monitor.update(later.take(range(start, start + 500)))
@@ -46,7 +46,7 @@ def test_scores_rules_and_monitors_round_to_zero_in_silence(tmp_path: Path) -> N
 
 def test_fits_round_to_zero_in_silence() -> None:
     predictor = vilu.PREDICTORS["vilu_plus"]().fit(toy_embeddings(200))
-    predictor.calibrate(toy_embeddings(200, seed=4, ids_from=None))
+    predictor.calibrate_probability(toy_embeddings(200, seed=4, ids_from=None))
     assert predictor.calibrator_ is not None
 
 

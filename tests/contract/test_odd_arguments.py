@@ -34,7 +34,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
     mcm, rows = vilu.MCM().fit(train), np.asarray(test.image)[:20]
     outcomes, pairs = vilu.score(mcm, test), toy_pairs(n=64)
     certain = vilu.Outcomes(np.linspace(0, 1, 300), np.zeros(300, dtype=int))
-    selector, table = vilu.calibrate(certain, max_risk=0.05), vilu.evaluate(outcomes, n_resamples=0)
+    selector, table = vilu.certify(certain, max_risk=0.05), vilu.evaluate(outcomes, n_resamples=0)
     mcm.save(folder / "p")
     model = FakeBackbone()
     seen = vilu.Embeddings(train.image, train.text, space=model.space, class_names=list("abc"))
@@ -121,7 +121,10 @@ def calls_of(folder: Path) -> dict[str, Call]:
         "predict_uncertainty": (mcm.predict_uncertainty, {"data": test}),
         "predict_failure_probability": (mcm.predict_failure_probability, {"data": test}),
         "failure_probability": (mcm.failure_probability, {"uncertainty": [0.1]}),
-        "FailurePredictor.calibrate": (mcm.calibrate, {"calibration": test}),
+        "FailurePredictor.calibrate_probability": (
+            mcm.calibrate_probability,
+            {"calibration": test},
+        ),
         "calibrate_scores": (mcm.calibrate_scores, {"uncertainty": [0.1, 0.3], "failure": [0, 1]}),
         "save": (mcm.save, {"folder": folder / "q"}),
         "Embeddings": (
@@ -185,8 +188,8 @@ def calls_of(folder: Path) -> dict[str, Call]:
                 "calibration": None,
             },
         ),
-        "calibrate": (
-            vilu.calibrate,
+        "certify": (
+            vilu.certify,
             {
                 "outcomes": certain,
                 "max_risk": 0.05,
@@ -418,7 +421,7 @@ NOT_CALLED = {
         "ViLUPlus",
     ),  # parameters: the test below
     *("Batch", "Answer"),  # made once a batch, or an image, from what has been checked
-    # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field
+    # a document: built by ``certify`` or read, and pydantic's ValidationError names the field
     *("Calibration", "Rule"),
 }
 
@@ -455,7 +458,7 @@ def test_parameters_of_every_method(odd_values: list[object]) -> None:
     [
         (
             lambda: vilu.MCM().predict_uncertainty(np.zeros((2, 3))),
-            r"data must be embeddings \(vilu\.Embeddings\(image, ",
+            r"give vilu\.Embeddings\(image, text, logit_scale=",
         ),
         (
             lambda: vilu.MCM().fit(np.zeros((4, 2)), [0, 1, 0, 1]),
@@ -475,7 +478,7 @@ def test_parameters_of_every_method(odd_values: list[object]) -> None:
         ),
         (lambda: vilu.score(vilu.MCM, toy_embeddings()), "Got the class MCM instead"),
         (
-            lambda: vilu.calibrate(vilu.Outcomes([0.1], [0]), max_risk="0.05"),
+            lambda: vilu.certify(vilu.Outcomes([0.1], [0]), max_risk="0.05"),
             "max_risk must be a number or None. Got '0.05'",
         ),
         (
@@ -525,7 +528,7 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
         number(4), torch.nn.Parameter(torch.tensor(8.0))
     )  # as a model holds it
     assert space.fingerprint == vilu.EmbeddingSpace(4, 8.0).fingerprint
-    rule = vilu.calibrate(scores, max_risk=np.array(0.7))
+    rule = vilu.certify(scores, max_risk=np.array(0.7))
     assert rule.max_risk == 0.7
     monitor = vilu.Monitor(scores, rule, false_alarm=np.float32(0.05), seed=number(3))
     monitor.save(tmp_path / "state.parquet")

@@ -632,7 +632,7 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
         assert np.array_equal(vilu.score(fitted["mcm"], doubled).failure, failure)
         again = {name: make(name).fit(doubled_train) for name in fitted}
         inside = {
-            name: predictor.calibrate(doubled).predict_uncertainty(doubled)
+            name: predictor.calibrate_probability(doubled).predict_uncertainty(doubled)
             for name, predictor in again.items()
         }
         sure = {
@@ -651,7 +651,7 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
         assert np.array_equal(inside[name], expected), name
         assert np.array_equal(again[name].predict_uncertainty(test), expected), name
         assert not any(tensor.is_inference() for tensor in again[name].state().values()), name
-        calibrator = copy.deepcopy(predictor).calibrate(test)
+        calibrator = copy.deepcopy(predictor).calibrate_probability(test)
         for one in (calibrator, again[name]):
             assert np.array_equal(one.predict_failure_probability(test), sure[name]), name
 

@@ -37,7 +37,7 @@ from vilu.guard.guard import Guard
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.nn.checkpoint import checkpointing
-from vilu.predictors.persistence.storage import load, write_card
+from vilu.predictors.persistence.storage import load_predictor, write_card
 from vilu.predictors.vilu.vilu import ViLU
 from vilu.progress import reporting
 from vilu.scoring.score_folder import ScoreFolder
@@ -248,7 +248,7 @@ def _predictor(root: Path, do: Do) -> Artefact:
     rows = vilu.open_source(root / "new")
 
     def read() -> object:
-        predictor = load(path)
+        predictor = load_predictor(path)
         write_card(path)
         calibration = Calibration.find(path)
         monitor = None if calibration is None else Monitor.of_folder(path)

@@ -21,6 +21,7 @@ from vilu.artifacts.documents import write_json
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.report.page.choice import read_calibrated
 from vilu.store.embed import embed
 
@@ -52,7 +53,7 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
     assert "with confidence 90% at most 80.00% of the accepted answers are wrong" in done.stdout
     record = json.loads((predictor / "risk.json").read_text())
     rows = Outcomes.load(predictor / "calibration.parquet")
-    selector = vilu.calibrate(rows, max_risk=0.8, confidence=0.9)
+    selector = vilu.certify(rows, max_risk=0.8, confidence=0.9)
     assert record["rule"] == selector.model_dump(mode="json")
     assert (record["n"], record["dataset"]) == (120, "calibration")
 
@@ -61,7 +62,7 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
     accepted = selector.accept(scores.uncertainty)
     assert scores.decision == tuple(np.where(accepted, "accept", "review"))
     assert scores.decision_reason == tuple(None if yes else "above_threshold" for yes in accepted)
-    loaded = vilu.load(predictor)
+    loaded = load_predictor(predictor)
     assert scores.failure_probability == pytest.approx(
         loaded.failure_probability(scores.uncertainty), abs=0
     )
@@ -119,14 +120,14 @@ def test_a_calibration_outlives_an_upgrade(work: Path, predictor: Path, monkeypa
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
-    vilu.load(predictor).save(predictor)  # the same fit, written by the other version
+    load_predictor(predictor).save(predictor)  # the same fit, written by the other version
     assert json.loads((predictor / "predictor.json").read_text())["vilu"] == "99.0"
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
 
 
 def test_other_candidates_are_another_problem(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
-    loaded, new = vilu.load(predictor), vilu.open_source(work / "new")
+    loaded, new = load_predictor(predictor), vilu.open_source(work / "new")
     fewer = Embeddings(
         new.image_rows(new.usable_rows), new.candidates(new.usable_rows).text[:2], space=new.space
     )

@@ -42,6 +42,7 @@ from tests.faults.saboteur import FAULTS
 from vilu.calibration.monitor.monitor import _read_state
 from vilu.errors import BusyError, ProvenanceError, UsageError, ViLUError
 from vilu.predictors.nn.checkpoint import FolderSession
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.reader import EmbeddingStore
 
 SEED = int(os.environ.get("SEED", "0"))
@@ -314,7 +315,7 @@ def _files(path: Path) -> bytes:
 
 
 def _predictor(folder: Path) -> str:
-    loaded = vilu.load(folder)
+    loaded = load_predictor(folder)
     return repr(None if loaded.calibrator_ is None else loaded.calibrator_.model_dump())
 
 

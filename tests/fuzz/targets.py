@@ -46,7 +46,7 @@ from vilu.embeddings.pairs import Pools
 from vilu.errors import ViLUError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.convert import convert_official
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.report.page.build import report_page
 from vilu.store.importing import import_arrays
 from vilu.store.reader import open_source
@@ -96,7 +96,7 @@ def kept() -> Path:
     vilu.LVU(epochs=1, hidden=(4,)).fit(toy_embeddings(400)).save(root / "head")
     vilu.MCM().fit(data).save(root / "predictor")
     calibrate_predictor(root / "predictor", data, Target(max_risk=0.9, confidence=0.5))
-    scores = vilu.score(load(root / "predictor"), data)
+    scores = vilu.score(load_predictor(root / "predictor"), data)
     scores.save(root / "scores.parquet")
     scores.save(root / "scores.csv")
     monitor = Monitor.of_folder(root / "predictor")
@@ -259,14 +259,14 @@ def safetensors(folder: Path, data: bytes) -> object:
     said = json.loads(path.read_bytes()) | {"weights_sha256": hashlib.sha256(data).hexdigest()}
     said = {key: value for key, value in said.items() if key not in {"digest", "fingerprint"}}
     put(path, json.dumps({**said, "fingerprint": digest(said)}).encode())
-    return load(folder / "head").predict_uncertainty(toy_embeddings(4))
+    return load_predictor(folder / "head").predict_uncertainty(toy_embeddings(4))
 
 
 def predictor(folder: Path, data: bytes) -> object:
     """``predictor.json`` with a right fingerprint, where it is an object at all."""
     shutil.copytree(kept() / "head", folder / "head")
     put(folder / "head" / "predictor.json", sealed(data, "fingerprint"))
-    return load(folder / "head").predict_uncertainty(toy_embeddings(4))
+    return load_predictor(folder / "head").predict_uncertainty(toy_embeddings(4))
 
 
 def parquet_seeds() -> list[bytes]:
@@ -506,7 +506,7 @@ def monitor_state(folder: Path, data: bytes) -> object:
 def risk(path: Path) -> object:
     return [
         Calibration.load(path).rows,
-        vilu.score(load(path), open_source(kept() / "store")),
+        vilu.score(load_predictor(path), open_source(kept() / "store")),
     ]
 
 

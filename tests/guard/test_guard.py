@@ -21,7 +21,7 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.guard.guard import Guard
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.files import VOCABULARY
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.predictors.zero_shot import MCM
 from vilu.scoring.score import score, score_rows
@@ -77,7 +77,7 @@ def test_in_batches_of_one_size_the_bits_are_those_of_embed_and_score(
     )
     import vilu
 
-    fitted, store = load(predictor), vilu.open_source(tmp_path / "store")
+    fitted, store = load_predictor(predictor), vilu.open_source(tmp_path / "store")
     guard = Guard(predictor, batch_size=32)
     answers = guard([photos / path for path, _ in listing])
     for start in (0, 32):

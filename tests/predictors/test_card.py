@@ -63,7 +63,7 @@ def test_facts_are_those_of_the_fit(tmp_path: Path) -> None:
     assert "Corbière et al., NeurIPS 2019" in body
     assert "--precision bf16" in body
     assert fingerprint in body
-    assert storage.load(tmp_path).name == "lvu"
+    assert storage.load_predictor(tmp_path).name == "lvu"
 
 
 def test_names_stay_names(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_description_is_still_written_last(
         MCM().fit(toy_embeddings(20)).save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "README.md"}
     with pytest.raises(DataError, match="no predictor here"):
-        storage.load(tmp_path)
+        storage.load_predictor(tmp_path)
 
 
 def test_pools_and_a_missing_space() -> None:

@@ -112,7 +112,8 @@ def test_a_predictor_goes_up_and_comes_down(
     assert (
         made["visibility"] == "private" if "visibility" in made else made["private"]
     )  # as new or old clients say it
-    calibrated = OURS | {"risk.json", "calibration.parquet", "looks.json"}
+    of_calibration = {"risk.json", "calibration.parquet", "looks.json", "vocabulary.safetensors"}
+    calibrated = OURS | of_calibration
     assert set(files) == calibrated | {"notes.txt", "evil.pkl"}
     assert all(files[name] == (predictor / name).read_bytes() for name in OURS)
 

@@ -220,7 +220,7 @@ def test_a_calibrated_predictor_is_better_calibrated(
     predictor = vilu.MCM()
     failure = vilu.score(predictor, test).failure
     before = predictor.predict_failure_probability(test)
-    after = predictor.calibrate(calibration).predict_failure_probability(test)
+    after = predictor.calibrate_probability(calibration).predict_failure_probability(test)
     assert ece(after, failure, binning="mass") < 0.7 * ece(before, failure, binning="mass")
     assert brier(after, failure) < brier(before, failure)
     order = np.argsort(before, kind="stable")
@@ -234,7 +234,7 @@ def test_a_score_becomes_a_probability(
     predictor = vilu.Entropy()
     with pytest.raises(UsageError, match="a score, not a probability"):
         predictor.predict_failure_probability(test)
-    predictor.calibrate(calibration)
+    predictor.calibrate_probability(calibration)
     probability = predictor.predict_failure_probability(test)
     assert probability.mean() == pytest.approx(
         vilu.score(predictor, test).failure.mean(), abs=0.06
@@ -279,15 +279,15 @@ def test_rows_that_were_fitted_on_are_refused(train: Embeddings, calibration: Em
         with pytest.raises(
             DataError, match=f"{len(used)} of {len(used)} calibration rows were used to fit"
         ):
-            predictor.calibrate(used)
-    assert predictor.calibrate(calibration).calibrator_ is not None
+            predictor.calibrate_probability(used)
+    assert predictor.calibrate_probability(calibration).calibrator_ is not None
     unlabelled = Embeddings(calibration.image, calibration.text, logit_scale=20.0)
     with pytest.raises(DataError, match="none of the 500 calibration rows"):
-        predictor.calibrate(unlabelled)
+        predictor.calibrate_probability(unlabelled)
 
 
 def test_a_damaged_calibrator_is_refused(calibration: Embeddings, tmp_path) -> None:
-    vilu.MCM().calibrate(calibration).save(tmp_path)
+    vilu.MCM().calibrate_probability(calibration).save(tmp_path)
     record = json.loads((tmp_path / "predictor.json").read_text())
     record["calibrator"]["weights"] = "many"
     write_json(tmp_path / "predictor.json", record, "fingerprint")
@@ -299,7 +299,7 @@ def test_unusable_rows_have_no_probability(calibration: Embeddings) -> None:
     image = calibration.image.clone()
     image[3] = torch.nan
     broken = Embeddings(image, calibration.text, target=calibration.target, logit_scale=20.0)
-    probability = vilu.MCM().calibrate(broken).predict_failure_probability(broken)
+    probability = vilu.MCM().calibrate_probability(broken).predict_failure_probability(broken)
     assert np.flatnonzero(np.isnan(probability)).tolist() == [3]
 
 

@@ -164,7 +164,7 @@ def test_names_say_nothing_where_the_rows_are_known(train: Embeddings) -> None:
     assert len(predictor.seen(other)) == 0
     assert len(predictor.seen(variant(train, ids=None))) == 600
     assert len(predictor.seen(train.take(np.array([5, 2, 2])))) == 3
-    assert predictor.calibrate(other).calibrator_ is not None
+    assert predictor.calibrate_probability(other).calibrator_ is not None
 
 
 def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
@@ -176,12 +176,12 @@ def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
         UserWarning,
         match=r"^1 of 100 calibration rows were used to fit this lvu \('row-1000'\); they are",
     ):
-        made = predictor.calibrate(one).calibrator_
-    assert made == predictor.calibrate(new.take(np.arange(1, 100))).calibrator_
+        made = predictor.calibrate_probability(one).calibrator_
+    assert made == predictor.calibrate_probability(new.take(np.arange(1, 100))).calibrator_
     with pytest.raises(
         DataError, match=r"2 of 100 calibration rows .* \('row-1000', 'row-1001'\), more than 1%"
     ):
-        predictor.calibrate(two)
+        predictor.calibrate_probability(two)
     with pytest.warns(UserWarning, match="1 of 100 validation rows are in the training set"):
         found = quick().fit(train, one)
     assert all(
@@ -216,7 +216,7 @@ def test_a_pair_is_its_picture_and_its_caption() -> None:
     assert not np.isin([0, 1], kept.usable_rows).any()
     assert np.bincount(kept.status, minlength=4).tolist() == [224, 0, 0, 32]
     with pytest.warns(UserWarning, match="2 of 256 calibration rows"):
-        predictor.calibrate(PairEmbeddings(*mixed, Pools(32), 20.0))
+        predictor.calibrate_probability(PairEmbeddings(*mixed, Pools(32), 20.0))
 
 
 def test_shards_of_laion_are_recognised_by_their_embeddings(tmp_path: Path) -> None:

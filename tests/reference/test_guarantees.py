@@ -197,7 +197,7 @@ def test_the_guarantees_of_several_groups_hold_at_once() -> None:
     groups = np.repeat(list(sizes), list(sizes.values())).tolist()
     for _ in range(draws):
         u, f = Flat().draw(rng, len(groups))
-        selector = vilu.calibrate(Outcomes(u, f), max_risk=0.1, confidence=1 - DELTA, groups=groups)
+        selector = vilu.certify(Outcomes(u, f), max_risk=0.1, confidence=1 - DELTA, groups=groups)
         given += len(selector.thresholds)
         broken += selector.feasible  # any certificate breaks its guarantee
     assert given == 3 * draws

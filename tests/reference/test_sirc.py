@@ -16,7 +16,7 @@ from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu_bench.methods.sirc import DOUBT, SIRC
 
 CONFIDENCES = {
@@ -101,7 +101,7 @@ def test_a_saved_subspace_scores_bit_for_bit_as_the_fitted_one(tmp_path: Path) -
     fitted = SIRC(typicality="residual").fit(data)
     fitted.save(tmp_path)
     assert np.array_equal(
-        load(tmp_path).predict_uncertainty(data), fitted.predict_uncertainty(data)
+        load_predictor(tmp_path).predict_uncertainty(data), fitted.predict_uncertainty(data)
     )
 
 

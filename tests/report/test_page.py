@@ -16,7 +16,7 @@ import scipy.stats
 
 from tests.builders.page_data import NAMES, outcomes_of, write_pictures
 from tests.conftest import toy_embeddings
-from vilu import MCM, calibrate, load, open_dataset, report_page, score
+from vilu import MCM, certify, load, open_dataset, report_page, score
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.rules import Rule
 from vilu.calibration.target import Target
@@ -132,7 +132,7 @@ def test_hindsight_is_the_largest_threshold_and_may_be_none() -> None:
 
 def test_rules_accept_as_they_say() -> None:
     one = outcomes_of()
-    rule = calibrate(outcomes_of(seed=5), max_risk=0.2)
+    rule = certify(outcomes_of(seed=5), max_risk=0.2)
     choice = by_rule(one, Calibrated(rule, "vilu_plus", facts={"source": "cafe"}))
     assert np.array_equal(choice.accepted, one.uncertainty <= rule.threshold)
     page = report_page([one], calibrated=Calibrated(rule, facts={"source": "cafe"}))
@@ -157,7 +157,7 @@ def test_rules_accept_as_they_say() -> None:
         report_page([one], calibrated=Calibrated(floored)),
     )
 
-    grouped = calibrate(outcomes_of(seed=5), max_risk=0.3, groups="prediction")
+    grouped = certify(outcomes_of(seed=5), max_risk=0.3, groups="prediction")
     limits = [grouped.thresholds[NAMES[k]].threshold for k in one.prediction]
     by_hand = [
         limit is not None and u <= limit for u, limit in zip(one.uncertainty, limits, strict=True)
@@ -167,7 +167,7 @@ def test_rules_accept_as_they_say() -> None:
     assert choice.threshold is None
     assert not data_of(report_page([one], calibrated=Calibrated(grouped)))["exact"]
 
-    of_batches = calibrate(outcomes_of(seed=5), max_risk=0.2, method="selection")
+    of_batches = certify(outcomes_of(seed=5), max_risk=0.2, method="selection")
     batch = by_rule(one, Calibrated(of_batches))
     assert batch.accepted.any()
     assert np.array_equal(batch.accepted, one.uncertainty <= batch.threshold)
@@ -180,7 +180,7 @@ def test_rules_accept_as_they_say() -> None:
 
 
 def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:
-    rule = calibrate(outcomes_of(40, seed=5), max_risk=0.01)
+    rule = certify(outcomes_of(40, seed=5), max_risk=0.01)
     page = report_page([outcomes_of()], calibrated=Calibrated(rule))
     assert "nothing is accepted" in page
     assert str(rule.thresholds[""].why) in page.replace("&gt;", ">")

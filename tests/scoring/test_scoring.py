@@ -15,6 +15,7 @@ from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.scoring.score import score_parts, source_fingerprint
 
 
@@ -141,7 +142,7 @@ def test_what_knows_no_probability_or_no_candidates_says_nothing(
     old.notes_ = {"n_train": 600, "n_failures": 200}
     vilu.score(old, prompts)  # of older code: not known
     vilu.score(
-        copy.copy(head).calibrate(toy_embeddings(seed=8, ids_from=40_000)), prompts
+        copy.copy(head).calibrate_probability(toy_embeddings(seed=8, ids_from=40_000)), prompts
     )  # on what, it may be these
 
 
@@ -150,7 +151,7 @@ def test_a_guarantee_is_none_for_the_same_names_in_other_prompts(
 ) -> None:
     vilu.MCM().fit(test).save(tmp_path)
     calibrate_predictor(tmp_path, toy_embeddings(seed=8, ids_from=40_000), Target(max_risk=0.5))
-    predictor = vilu.load(tmp_path)
+    predictor = load_predictor(tmp_path)
     calibration = vilu.Calibration.load(tmp_path)
     vilu.score(predictor, test, calibration=calibration)
     prompts = with_texts(

@@ -37,7 +37,7 @@ from vilu.metrics import METRICS
 from vilu.metrics.histogram import Histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.progress import Silence, reporting
 from vilu.scoring import score_folder
 from vilu.scoring.score import predictor_fingerprint, score_parts, source_fingerprint
@@ -452,7 +452,7 @@ def test_no_command_believes_a_damaged_part(data: Embeddings, tmp_path: Path) ->
     vilu.MCM().save(predictor)
     calibrate_predictor(predictor, data, Target(max_risk=0.9))
     calibration = vilu.Calibration.load(predictor)
-    score_parts(load(predictor), data, folder, rows_per_part=1, calibration=calibration)
+    score_parts(load_predictor(predictor), data, folder, rows_per_part=1, calibration=calibration)
     calls = {
         "histograms/histogram_00001.parquet": [("evaluate", folder)],
         "scores/scores_00001.parquet": [

@@ -30,7 +30,7 @@ from tests.command import command_line, run
 from tests.service.conftest import Running, hosted
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.calibration.rules import calibrate
+from vilu.calibration.rules import certify
 from vilu.calibration.target import Target
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.guard.guard import Guard
@@ -747,7 +747,7 @@ def accept_nothing(predictor: Path) -> None:
     """Give a calibrated predictor a rule that accepts nothing, as a triage leaves it at first."""
     before = Calibration.load(predictor)
     target = Target(max_risk=0.001)
-    rule = calibrate(before.rows, max_risk=target.max_risk)
+    rule = certify(before.rows, max_risk=target.max_risk)
     assert not rule.feasible
     after = before.model_copy(update={"target": target, "rule": rule, "guarantee_text": str(rule)})
     after.write(predictor / "risk.json")

@@ -147,12 +147,12 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
         "path,label,stream\n" + "".join(f"{path},{name},fit\n" for path, name in truth.items())
     )
     triage_photos(job, output, [labels])
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
 
     stores = PhotoStores(output / "embeddings")
     photos = stores.open([(path, (folder[0] / path).stat()) for path in sorted(truth)])
     vouches, _ = side_of(photos.pictures, job.seed)
-    seen = load(output / "predictor").seen(photos).shared
+    seen = load_predictor(output / "predictor").seen(photos).shared
     assert seen.sum() == (~vouches).sum()
     assert not (seen & vouches).any()
     # and labels that were chosen are none that a guarantee may rest on, until the draw has met them

@@ -25,7 +25,7 @@ from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors
@@ -78,7 +78,7 @@ def test_the_predictor_of_a_triage_is_exported(
     (work / "known.csv").write_text("\n".join(["path,label", *lines]))
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out")
     run(*arguments, "--labels", "known.csv", cwd=work)
-    predictor = load(work / "out" / "predictor")
+    predictor = load_predictor(work / "out" / "predictor")
     assert (predictor.name, predictor.outcome.columns) == ("vilu_plus", ("negatives",))
     # the fake tower checks how many images there are, which no graph can
     monkeypatch.setattr(fake_model, "encode_images", partial(encode, fake_model))

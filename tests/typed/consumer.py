@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, assert_type
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def numbers(
     outcomes = vilu.score(Narrow(), data)
     assert_type(outcomes, vilu.Outcomes)
     assert_type(vilu.evaluate([outcomes], metrics=["auroc"], n_resamples=0), vilu.ResultTable)
-    rule = vilu.calibrate(outcomes, max_risk=0.05, confidence=0.95)
+    rule = vilu.certify(outcomes, max_risk=0.05, confidence=0.95)
     assert_type(rule, vilu.Rule)
     assert_type(rule.accept(np.array([0.1, 0.9])), NDArray[np.bool_])
     assert_type(metrics.auroc([0.1, 0.9], [0, 1]), float)
@@ -58,7 +59,11 @@ def photos(folder: Path, images: list[Path]) -> list[str]:
     guard = vilu.Guard(folder)
     answers = guard(images)
     assert_type(answers, list[vilu.Answer])
-    assert_type(vilu.load(folder), vilu.FailurePredictor)
+    model = vilu.load(folder)
+    assert_type(model, vilu.FailurePredictor | vilu.Selective)
+    if isinstance(model, vilu.Selective):
+        assert_type(model.predict(np.eye(2)), vilu.Outcomes)
+    assert_type(model.predict_uncertainty(torch.eye(2)), Tensor)
     return [answer.label or "?" for answer in answers if answer.decision == "accept"]
 
 
@@ -68,8 +73,8 @@ def wrong(data: vilu.Embeddings, outcomes: vilu.Outcomes) -> None:
     vilu.Guard(3)  # type: ignore[arg-type]
     vilu.Guard("out").ask()  # type: ignore[attr-defined]
     vilu.evaluate(outcomes, metrics=[3])  # type: ignore[list-item]
-    vilu.calibrate(outcomes, risk=0.05)  # type: ignore[call-arg]
-    vilu.calibrate(outcomes, method="best")  # type: ignore[arg-type]
+    vilu.certify(outcomes, risk=0.05)  # type: ignore[call-arg]
+    vilu.certify(outcomes, method="best")  # type: ignore[arg-type]
     vilu.MCM(seed="x").fit(data)  # type: ignore[call-arg]
     vilu.ViLUPlus(seed="x")  # type: ignore[arg-type]
     Narrow(power="2")  # type: ignore[arg-type]

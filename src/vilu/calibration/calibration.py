@@ -79,9 +79,8 @@ class Calibration(Document):
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = vilu.MCM().save(folder)
         ...     _ = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
-        ...     predictor, calibration = vilu.load(folder), vilu.Calibration.load(folder)
-        >>> outcomes = vilu.score(predictor, data, calibration=calibration)
-        >>> outcomes.decision[:2], calibration.rule.max_risk
+        ...     model = vilu.load(folder)
+        >>> model.predict(data).decision[:2], model.calibration.rule.max_risk
         (('accept', 'accept'), 0.05)
     """
 

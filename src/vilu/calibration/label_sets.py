@@ -48,7 +48,7 @@ class LabelSets(Model):
     - "aps": s(x, j) = the probability of all candidates more probable than j. The coverage differs
       less between easy and hard rows. A set is never empty.
 
-    Ties can only make sets larger. f is the probability of failure before ``calibrate``, because
+    Ties can only make sets larger. f is the probability of failure before calibration, because
     the rows that determine c must not have changed the score.
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. There

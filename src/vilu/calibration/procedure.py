@@ -30,7 +30,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.description import claim
 from vilu.predictors.persistence.files import RISK
-from vilu.predictors.persistence.storage import load, write_card
+from vilu.predictors.persistence.storage import load_predictor, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.store.reader import EmbeddingStore
@@ -84,7 +84,9 @@ def calibrate_predictor(
         >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
         (0, 200, 'temperature')
     """
-    check_target(target, load(folder), data)  # before the lock file is made, which would remain
+    check_target(
+        target, load_predictor(folder), data
+    )  # before the lock file is made, which would remain
     claim(folder, same=True)
     with locked(Path(folder), "calibrating", who="calibration"):
         return _calibrate(Path(folder), data, target, (dataset, split), overwrite=overwrite)
@@ -121,7 +123,7 @@ def _calibrate(
     *,
     overwrite: bool,
 ) -> Calibration:
-    predictor = load(folder)
+    predictor = load_predictor(folder)
     predictor.calibrator_ = None
     inputs = _inputs(predictor, data, target, names)
     if not overwrite:
@@ -155,7 +157,6 @@ def _calibrate(
         target,
         rule,
         names,
-        dtype=data.stored_dtype,
         label_sets=sets,
         inputs=inputs,
         near_copies=tuple(near.tolist()),
@@ -285,7 +286,7 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
     rule: Rule | None,
     names: tuple[str | None, str | None],
     *,
-    dtype: str | None,
+    dtype: str | None = None,
     label_sets: LabelSets | None = None,
     draws: Mapping[str, Draw] | None = None,
     inputs: str | None = None,
@@ -294,14 +295,14 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 ) -> Calibration:
     """Write a calibrated predictor, the calibration rows of ``data``, and then the calibration.
 
-    ``names`` are the names of the data set and of its split. ``dtype`` is the type in which a store
-    keeps embeddings; None if the data are no store.
+    ``names`` are the names of the data set and of its split. ``dtype`` is the type to which
+    new embeddings are rounded; None: that of the data.
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    # ``vilu.Guard`` needs the vocabulary to score new images; without texts it cannot
-    if dtype is not None and data.has_texts:
+    # bare embeddings and new images are scored with the vocabulary; without texts there is none
+    if data.pool_size is None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
     guarantee = None
     if rule is not None:

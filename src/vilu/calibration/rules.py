@@ -82,7 +82,7 @@ class Rule(Model):
     Examples:
         >>> import numpy as np, vilu
         >>> uncertainty = np.linspace(0, 1, 101)
-        >>> rule = vilu.calibrate(vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05)
+        >>> rule = vilu.certify(vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05)
         >>> round(rule.threshold, 2), rule.n_wrong, rule.n_accepted
         (0.79, 0, 80)
         >>> rule.accept([0.2, 0.99, np.nan]).tolist()
@@ -182,7 +182,7 @@ class Rule(Model):
             ...     [*day, *night], [*(day > 0.9), *(night > 0.6)]
             ... )  # by night more is wrong
             >>> groups = ["day"] * 100 + ["night"] * 100
-            >>> rule = vilu.calibrate(outcomes, max_risk=0.1, groups=groups)
+            >>> rule = vilu.certify(outcomes, max_risk=0.1, groups=groups)
             >>> floors, thresholds = rule.limits(2, ["day", "night"])
             >>> thresholds.round(2).tolist()
             [0.93, 0.61]
@@ -226,7 +226,7 @@ class Rule(Model):
             >>> calibration = vilu.Outcomes(
             ...     np.linspace(0, 0.5, 100), np.zeros(100)
             ... )  # all are right
-            >>> rule = vilu.calibrate(calibration, max_risk=0.05)
+            >>> rule = vilu.certify(calibration, max_risk=0.05)
             >>> rule.accept([0.1, 0.5, 0.6, np.nan]).tolist()
             [True, True, False, False]
         """
@@ -244,7 +244,7 @@ class Rule(Model):
         Examples:
             >>> import numpy as np, vilu
             >>> calibration = vilu.Outcomes(np.linspace(0, 1, 19), np.zeros(19))
-            >>> rule = vilu.calibrate(calibration, max_risk=0.05, method="selection")
+            >>> rule = vilu.certify(calibration, max_risk=0.05, method="selection")
             >>> rule.p_values([0.5]).tolist()
             [0.05]
         """
@@ -318,7 +318,7 @@ class Rule(Model):
 
 
 @checked
-def calibrate(
+def certify(
     outcomes: Outcomes,
     *,
     max_risk: float | None = None,
@@ -373,10 +373,10 @@ def calibrate(
         >>> rng = np.random.default_rng(0)
         >>> uncertainty = rng.random(1000)
         >>> calibration = vilu.Outcomes(uncertainty, rng.random(1000) < uncertainty**2)
-        >>> rule = vilu.calibrate(calibration, max_risk=0.1)
+        >>> rule = vilu.certify(calibration, max_risk=0.1)
         >>> round(rule.threshold, 2), rule.n_accepted, rule.n_wrong
         (0.37, 338, 23)
-        >>> few = vilu.calibrate(vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50)), max_risk=0.05)
+        >>> few = vilu.certify(vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50)), max_risk=0.05)
         >>> (
         ...     few.feasible,
         ...     few.thresholds[""].n_needed,
@@ -398,7 +398,7 @@ def calibrate(
 def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
-    """The rule for a target, as ``calibrate`` makes it; the rule may accept nothing."""
+    """The rule for a target, as ``certify`` makes it; the rule may accept nothing."""
     keep, counted = count_once(outcomes, evaluable(outcomes))
     rows = outcomes.take(keep)
     thresholds: dict[str, Threshold] = {}

@@ -5,22 +5,30 @@ from __future__ import annotations
 import copy
 import shutil
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Self
+from typing import Self, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.calibration.answer_choice import AnswerChoice, choose_answer
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.methods import Method, SetMethod
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
+from vilu.embeddings.new_images import NewImages
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import NotFittedError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.predictor import AnswerKind, FailurePredictor
+from vilu.predictors.contract.predictor import AnswerKind, FailurePredictor, RowsLike
 from vilu.predictors.persistence.files import LOOKS, RISK, ROWS, VOCABULARY
-from vilu.predictors.persistence.storage import load, write_card
-from vilu.scoring.score import score
+from vilu.predictors.persistence.storage import load_predictor, write_card
+from vilu.predictors.persistence.vocabulary import Vocabulary
+from vilu.scoring.score import DecidingModel, score
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
@@ -30,11 +38,13 @@ OF_CALIBRATION = (ROWS, LOOKS, VOCABULARY, RISK)
 """Files of a calibration beside those of its predictor; the last one makes it valid."""
 
 
-class Selective:
+class Selective(DecidingModel):
     """A predictor with the calibration that accepts its answers or leaves them for review.
 
     ``vilu fit`` and ``vilu calibrate`` leave the same in a folder. ``save`` writes such a folder,
-    and ``load`` reads one, whichever way it was made.
+    and ``vilu.load`` reads one, whichever way it was made. ``vilu.score``, ``vilu.score_parts``,
+    ``vilu.Guard``, ``vilu.Monitor.of_folder``, ``vilu serve``, the export as ONNX and the push to a
+    hub take the object in place of the folder.
 
     Args:
         predictor: The method with its parameters, of which a copy is taken. The copy keeps its fit,
@@ -47,6 +57,8 @@ class Selective:
         predictor: The predictor; after ``calibrate`` with the calibrated probability of failure.
         calibration: The calibration; None before ``calibrate``.
         choice: The answers that were chosen, and why; None if nothing was to choose.
+        vocabulary: The classes of the calibration rows; None before ``calibrate``, and for
+            captions.
 
     Raises:
         UsageError: If the answer is "adapted" and the method has no posterior of its own.
@@ -77,7 +89,13 @@ class Selective:
         self.choice: AnswerChoice | None = None
         self._chooses = answer is None and predictor.answer == "zero_shot"
         self._fitted_on: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
+        self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
+
+    @property
+    def decides_by(self) -> Calibration | None:
+        """The calibration; None before ``calibrate``."""
+        return self.calibration
 
     def __repr__(self) -> str:
         decides = "not calibrated"
@@ -107,32 +125,50 @@ class Selective:
         self.calibration = None
         self.choice = None
         self._fitted_on = (train, unlabelled) if self._chooses else None
+        self.vocabulary = None
         self._folder = None
         return self
 
     @checked
-    def calibrate(
+    def calibrate(  # noqa: PLR0913 - one argument per field of a target
         self,
         data: EmbeddingSource,
         target: Target | None = None,
         *,
         max_risk: float | None = None,
+        min_coverage: float | None = None,
+        confidence: float = Target.confidence,
+        method: Method = Target.method,
+        per_class: bool = Target.per_class,
+        label_sets: SetMethod | None = None,
+        max_miss: float = Target.max_miss,
+        outside_share: float | None = None,
+        class_shares: Mapping[str, float] | None = None,
         dataset: str | None = None,
         split: str | None = None,
     ) -> Self:
-        """Learn a rule and the probability of failure, as ``vilu.calibrate_predictor``.
+        """Learn a rule, label sets and the probability of failure, as ``vilu calibrate``.
+
+        The arguments from ``max_risk`` to ``class_shares`` are those of ``vilu.Target``, in place
+        of a target. They have the names of the flags of the command.
 
         Args:
             data: Labelled rows that were not fitted on.
-            target: What the rule must reach.
-            max_risk: In place of a target: the largest share of wrong answers among the accepted
-                ones, with a confidence of 95 %.
+            target: What is to be guaranteed.
+            max_risk: Largest share of wrong answers among the accepted ones.
+            min_coverage: Smallest share of answers to accept.
+            confidence: Confidence with which the guarantee holds.
+            method: "ltt", "crc", "selection" or "anytime".
+            per_class: Whether every predicted class has a threshold of its own.
+            label_sets: "lac" or "aps"; None: no label sets.
+            max_miss: Largest share of label sets without the right label.
+            outside_share: Expected share of pictures of none of the classes.
+            class_shares: Expected share of each class among the other pictures.
             dataset: Name of the data set.
             split: Name of its part.
 
         Raises:
-            UsageError: If neither or both of ``target`` and ``max_risk`` are there, or the target
-                is not possible.
+            UsageError: If nothing is asked for, or twice, or the target is not possible.
             NotFittedError: If the predictor needs ``fit`` first.
             DataError: If more than 1 % of the rows were used in the fit.
             InfeasibleError: If the target cannot be reached; the message says what is missing.
@@ -146,23 +182,59 @@ class Selective:
             >>> model.calibration.rule.n_accepted
             200
         """
-        if (target is None) == (max_risk is None):
-            raise UsageError("calibrate takes a target or max_risk, one of the two.")
-        goal = Target(max_risk=max_risk) if target is None else target
+        asked = Target(
+            max_risk=max_risk,
+            min_coverage=min_coverage,
+            confidence=confidence,
+            method=method,
+            per_class=per_class,
+            label_sets=label_sets,
+            max_miss=max_miss,
+            outside_share=outside_share,
+            class_shares=class_shares,
+        )
+        is_asked = asked != Target()
+        if (target is not None) == is_asked:
+            raise UsageError(
+                "calibrate takes a target, or max_risk and other fields of a target. Give one of "
+                "the two."
+            )
+        goal = asked if target is None else target
         self._choose(goal.max_risk or RISK_OF_CHOICE)
-        folder = self._working_folder()
-        self.calibration = calibrate_predictor(folder, data, goal, dataset=dataset, split=split)
-        self.predictor = load(folder)
+        calibrate_predictor(self.folder, data, goal, dataset=dataset, split=split)
+        self._read(self.folder)
         return self
+
+    def _read(self, folder: Path) -> None:
+        """Take predictor, calibration and classes from a folder."""
+        self.predictor = load_predictor(folder)
+        self.calibration = Calibration.load(folder)
+        self.vocabulary = None
+        if (folder / VOCABULARY).is_file():
+            self.vocabulary = Vocabulary.load(folder)
 
     @checked
     def predict(
-        self, data: EmbeddingSource, *, dataset: str | None = None, split: str | None = None
+        self,
+        data: EmbeddingSource | RowsLike,
+        *,
+        dataset: str | None = None,
+        split: str | None = None,
     ) -> Outcomes:
         """Answers, probabilities of failure and decisions about every row of ``data``.
 
+        Args:
+            data: Embeddings; or only image embeddings (N, D), whose candidates are the classes of
+                the calibration. A tensor is scored on its device. The outcomes are arrays, so a few
+                numbers of every row come to the CPU, and for label sets (N, K) probabilities. No
+                embedding does: therefore rows on another device than the CPU are not recognised,
+                neither as rows of the fit nor as equal pictures.
+            dataset: Name of the data set.
+            split: Name of its part.
+
         Raises:
-            UsageError: If it is not calibrated.
+            UsageError: If it is not calibrated, or has no classes for bare image embeddings.
+            DataError: If there is no row, or a shape is wrong.
             ProvenanceError: If the rows come from another embedding space, or have other candidates
                 than the calibration.
 
@@ -174,13 +246,69 @@ class Selective:
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
             >>> model.predict(data.take([0, 1])).decision
             ('accept', 'accept')
+            >>> model.predict(rows[:2]).decision
+            ('accept', 'accept')
         """
-        calibration = self._require_calibrated()
-        return score(self.predictor, data, dataset=dataset, split=split, calibration=calibration)
+        self._require_calibrated()
+        return score(self, self._source_of(data), dataset=dataset, split=split)
+
+    @overload
+    def predict_uncertainty(self, data: Tensor) -> Tensor: ...
+
+    @overload
+    def predict_uncertainty(self, data: EmbeddingSource | ArrayLike) -> NDArray[np.float64]: ...
 
     @checked
-    def save(self, folder: str | Path) -> None:
-        """Write the folder that ``vilu calibrate`` leaves, for ``vilu score`` and ``vilu serve``.
+    def predict_uncertainty(self, data: EmbeddingSource | RowsLike) -> NDArray[np.float64] | Tensor:
+        """Uncertainty (N,) of every row, as ``FailurePredictor.predict_uncertainty``.
+
+        The candidates of bare image embeddings (N, D) are the classes of the calibration. The
+        result in place of a tensor is a tensor on its device.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
+            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
+            >>> bool(model.predict_uncertainty(rows[:1])[0] <= model.calibration.rule.threshold)
+            True
+        """
+        source = self._source_of(data)
+        if not isinstance(source, NewImages):
+            return self.predictor.predict_uncertainty(source)
+        uncertainty = self.predictor.uncertainty_of(source)
+        return uncertainty if isinstance(data, Tensor) else uncertainty.numpy()
+
+    @checked
+    def predict_failure_probability(self, data: EmbeddingSource | RowsLike) -> NDArray[np.float64]:
+        """P(failure) (N,) of every row as an array, calibrated after ``calibrate``.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
+            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
+            >>> bool(model.predict_failure_probability(rows[:1])[0] < 0.5)
+            True
+        """
+        return self.predictor.predict_failure_probability(self._source_of(data))
+
+    def _source_of(self, data: EmbeddingSource | RowsLike) -> EmbeddingSource:
+        """The data; bare image embeddings get the classes of the calibration."""
+        if isinstance(data, EmbeddingSource):
+            return data
+        if self.vocabulary is None:
+            raise UsageError(
+                "this model keeps no classes for bare image embeddings: it was calibrated on "
+                "captions, or not at all. Give vilu.Embeddings(image, text)."
+            )
+        return self.vocabulary.new_images(data)
+
+    @checked
+    def save(self, folder: str | Path) -> str:
+        """Write the folder that ``vilu calibrate`` leaves, and return the predictor's fingerprint.
 
         Raises:
             UsageError: If it is not calibrated, or the folder holds something else.
@@ -193,16 +321,16 @@ class Selective:
             >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     model.save(folder)
-            ...     again = vilu.Selective.load(folder)
+            ...     fingerprint = model.save(folder)
+            ...     again = vilu.load(folder)
             >>> again.calibration == model.calibration
             True
         """
         self._require_calibrated()
         path = Path(folder)
-        self.predictor.save(path)
-        _copy_calibration(self._working_folder(), path)
-        write_card(path)
+        fingerprint = self.predictor.save(path)
+        _copy_calibration(self.folder, path)
+        return fingerprint
 
     @classmethod
     @checked
@@ -223,9 +351,10 @@ class Selective:
             ...         print(str(error).endswith("is not calibrated. Run `vilu calibrate` first."))
             True
         """
-        model = cls(load(folder))
-        model.calibration = Calibration.load(folder)
-        _copy_calibration(Path(folder), model._working_folder())
+        model = cls(load_predictor(folder))
+        Calibration.load(folder)  # a damaged one is refused with the name of this folder
+        _copy_calibration(Path(folder), model.folder)
+        model._read(model.folder)
         return model
 
     def _choose(self, max_risk: float) -> None:
@@ -245,7 +374,8 @@ class Selective:
             )
         return self.calibration
 
-    def _working_folder(self) -> Path:
+    @property
+    def folder(self) -> Path:
         """A folder of this object with its predictor, where calibrations and looks are kept."""
         if self.predictor.needs_fit and self.predictor.space_ is None:
             raise NotFittedError(f"this {self.predictor.name} is not fitted yet. Call fit first.")
@@ -264,3 +394,29 @@ def _copy_calibration(source: Path, folder: Path) -> None:
             with or_refuse(f"read {source / name}"):
                 content = (source / name).read_bytes()
             write_bytes(folder / name, content)
+    write_card(folder)
+
+
+@checked
+def load(folder: str | Path) -> FailurePredictor | Selective:
+    """Load a ``Selective`` where the folder is calibrated, else a predictor.
+
+    Its scores equal those of the saved one bit for bit. ``vilu.Selective.load`` demands a
+    calibration.
+
+    Raises:
+        DataError: If the folder holds no predictor, or a damaged predictor or calibration.
+        ProvenanceError: If the files have the schema of another version of vilu, or do not belong
+            together.
+
+    Examples:
+        >>> import tempfile, numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> folder = tempfile.mkdtemp()
+        >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
+        >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)
+        array([0.25, 0.25])
+    """
+    if (Path(folder) / RISK).is_file():
+        return Selective.load(folder)
+    return load_predictor(folder)

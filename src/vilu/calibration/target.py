@@ -24,7 +24,7 @@ class Target:
             ``min_coverage`` too, only probabilities are calibrated.
         min_coverage: Smallest share of answers to accept; None: any share.
         confidence: 1 - delta.
-        method: "ltt", "crc" or "selection", as in ``vilu.calibrate``; "anytime" for labels that
+        method: "ltt", "crc" or "selection", as in ``vilu.certify``; "anytime" for labels that
             ``vilu next`` and ``vilu triage`` ask for.
         per_class: Whether every predicted class with enough rows has a threshold of its own.
         label_sets: "lac" or "aps" (``vilu.calibration.label_sets``); None: no label sets.

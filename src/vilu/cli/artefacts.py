@@ -17,7 +17,7 @@ from vilu.errors import DataError, StorageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.persistence.files import PREDICTOR
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.registry import entry_points, load_entry
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import StoreReport
@@ -120,7 +120,7 @@ def _with_rows(path: Path, kind: str, n_rows: int) -> Artefact:
 
 
 def _predictor(path: Path) -> Artefact:
-    predictor = load(path)
+    predictor = load_predictor(path)
     calibration = Calibration.find(path)
     state = "not calibrated"
     if calibration is not None:

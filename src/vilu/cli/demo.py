@@ -26,7 +26,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
 from vilu.predictors.contract.parameters import build
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.report import figures, style
 from vilu.report.figures import Photo
 from vilu.report.page.build import report_page
@@ -195,7 +195,7 @@ def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed
     name, parameters = METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
     if (folder / "predictor.json").exists():
-        predictor = load(folder)
+        predictor = load_predictor(folder)
     else:
         cls = PREDICTORS[name]
         values = dict(parameters)

@@ -102,7 +102,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     the score.
     """
     from vilu.artifacts.paths import write_with_inputs
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
 
@@ -132,7 +132,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
     )
     data = reading.open_both(store)
-    fitted = load(predictor)
+    fitted = load_predictor(predictor)
     command = console.shell("vilu", "explain", predictor, store)
     if summary:
         risk, gains = _summary(fitted, data, coverage, seed)

@@ -202,7 +202,7 @@ def _new_predictor(
     cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
 
     known = parameters(cls)
@@ -210,7 +210,7 @@ def _new_predictor(
     values |= parse_settings(settings)
     if init is None:
         return build(cls, values)
-    return initialise(cls, load(init), values)
+    return initialise(cls, load_predictor(init), values)
 
 
 def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
@@ -337,7 +337,7 @@ def score(
     the missing parts.
     """
     from vilu.calibration.calibration import Calibration
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
     from vilu.scoring.score import score as score_rows
     from vilu.scoring.score import score_parts
 
@@ -358,7 +358,7 @@ def score(
         reading=reading.settings,
     )
     data = reading.open_both(store)
-    fitted = load(predictor)
+    fitted = load_predictor(predictor)
     split = reading.split_of(data)
     calibration = Calibration.find(predictor)
     if is_folder:

@@ -167,7 +167,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
             f"{output} is one of --labels, so its labels would be lost. Give another file."
         )
     from vilu.artifacts.paths import claim_file, inputs_of
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.answers import write_next
     from vilu.triage.ask import next_of_store
@@ -179,7 +179,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     claim_file(output, "labels", inputs, overwrite=overwrite)
     asked, answers = next_of_store(
         EmbeddingStore(store),
-        load(predictor),
+        load_predictor(predictor),
         labels or (),
         n_next,
         max_risk,
@@ -352,7 +352,7 @@ def audit_labels(
         _require_new_figure(sheet)
     from vilu.artifacts.paths import claim_file
     from vilu.datasets.catalog import open_dataset
-    from vilu.predictors.persistence.storage import load
+    from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors
 
@@ -362,7 +362,7 @@ def audit_labels(
         pictures = open_dataset(images, split=split, root=root)
     judge = None
     if predictor is not None:
-        judge = load(predictor)
+        judge = load_predictor(predictor)
     errors = find_label_errors(EmbeddingStore(store), judge, seed=seed)
     errors.save(output)
     typer.echo(output)

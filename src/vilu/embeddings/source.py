@@ -258,6 +258,8 @@ class Batch:
         )
         if self._has_answers:
             batch.answered(self.zero_shot.at(part))
+        if "first_equal" in self.__dict__:
+            batch.__dict__["first_equal"] = self.first_equal
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
@@ -389,6 +391,7 @@ class EmbeddingSource(ABC):
             (``vilu.embeddings.two_models``). None if there is no second model.
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
             a store.
+        device: Device on which the rows are scored. None: the predictor chooses it.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -417,6 +420,7 @@ class EmbeddingSource(ABC):
     candidate_of: Tensor | None = None
     second: EmbeddingSource | None = None
     stored_dtype: str | None = None
+    device: torch.device | None = None
     _columns: Mapping[str, Tensor] = {}  # columns that are in memory
 
     def _merge_same(self) -> Tensor | None:

@@ -22,13 +22,14 @@ from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.device import torch_defaults
-from vilu.embeddings.columns import IMAGE_COLUMNS, OF_ROWS
-from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
-from vilu.errors import UNKNOWN, ProvenanceError, UsageError
+from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.source import Batch, log_posterior
+from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.files import SavedModel, folder_of
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.progress import Silence
 from vilu.scoring.score import provenance_of, require_streaming, score_rows
@@ -91,29 +92,6 @@ class Answer:
     zero_shot: str | None = None
 
 
-class Arrived(EmbeddingSource):
-    """Embeddings of new images, with the candidates of a predictor."""
-
-    def __init__(
-        self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]
-    ) -> None:
-        self.space = vocabulary.space
-        self.text = vocabulary.text
-        self.class_names = vocabulary.names
-        self.image = arrays[IMAGE]
-        self.ids = list(keys)
-        self._columns = dict(vocabulary.columns)
-        for name, rows in arrays.items():
-            if name in IMAGE_COLUMNS:
-                self._columns[name] = rows
-        self.columns = frozenset(self._columns)
-        self.target = torch.full((len(self.image),), UNKNOWN)
-
-    def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) embeddings of rows."""
-        return self.image[index]
-
-
 @dataclass(frozen=True)
 class ImageModel:
     """A model with decoder and encoder, which embed images as ``vilu embed`` does."""
@@ -145,10 +123,11 @@ class Guard:
         predictor: Gives the scores.
         calibration: Gives the decisions; None if the predictor is not calibrated.
         vocabulary: The candidate classes that answers are chosen from.
+        names: Their names.
         arrays: Names of the arrays of embeddings that the predictor uses.
 
     Args:
-        predictor: Folder of the predictor.
+        predictor: Folder of the predictor, or a calibrated ``vilu.Selective``.
         models: Folder with a sub-folder for each named backbone, in place of the model hub.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         batch_size: Number of images per forward pass.
@@ -158,7 +137,7 @@ class Guard:
         vectors_only: Load no model: the guard answers about embeddings only (``answer``).
 
     Raises:
-        DataError: If the folder holds no predictor or no candidates.
+        DataError: If the folder holds no predictor or no candidates, or these have no names.
         UsageError: If the rule needs all images at once, or if the predictor uses several views of
             an image.
         ProvenanceError: If the model is not the predictor's.
@@ -206,7 +185,7 @@ class Guard:
     @torch_defaults()
     def __init__(
         self,
-        predictor: str | os.PathLike[str],
+        predictor: str | os.PathLike[str] | SavedModel,
         *,
         models: str | os.PathLike[str] | None = None,
         device: str = "auto",
@@ -225,19 +204,31 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
                 "instead."
             )
-        self.folder = Path(predictor)
+        self._model_object = predictor  # its folder goes with it
+        self.folder = folder_of(predictor)
         self.batch_size = batch_size
         self.workers = workers
-        self.predictor = load(self.folder)
+        self.predictor = load_predictor(self.folder)
         self.calibration = Calibration.find(self.folder)
         require_streaming(self.calibration)
         self.vocabulary = Vocabulary.load(self.folder)
+        self.names = self._require_names()
         self.arrays = self._require_vectors()
         self._model: ImageModel | None = None
         if not vectors_only:
             if backbone is None:
                 backbone = self._load(models, device)
             self._model = self._open(backbone, limits)
+
+    def _require_names(self) -> tuple[str, ...]:
+        """Names of the classes; DataError if they have none."""
+        names = self.vocabulary.names
+        if names is None:
+            raise DataError(
+                f"the classes of {self.folder} have no names, so there is no answer in words. Give "
+                "class_names to vilu.Embeddings, and calibrate again."
+            )
+        return names
 
     def _require_vectors(self) -> tuple[str, ...]:
         """Names of the arrays that the predictor uses.
@@ -248,8 +239,7 @@ class Guard:
         """
         if self.calibration is not None:
             no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
-            empty_source = Arrived(self.vocabulary, {IMAGE: no_rows}, keys=[])
-            self.calibration.require_match(self.predictor, empty_source)
+            self.calibration.require_match(self.predictor, self.vocabulary.new_images(no_rows))
         if self.predictor.space_ is not None:
             self.predictor.space_.require_match(
                 self.vocabulary.space,
@@ -293,7 +283,7 @@ class Guard:
             arrays={name: (width,) for name, width in widths.items()},
             dtype=self.vocabulary.dtype,
         )
-        decoder = Decoder(backbone.preprocess, limits, len(self.vocabulary.names))
+        decoder = Decoder(backbone.preprocess, limits, len(self.names))
         return ImageModel(backbone, widths, encoder, decoder)
 
     def require_same_model(self, backbone: Backbone) -> None:
@@ -387,8 +377,10 @@ class Guard:
             >>> answers[0].label, outcomes.uncertainty.round(4).tolist()
             ('green', [0.0001])
         """
-        rows = {name: arrays[name].float() for name in self.arrays}
-        source = Arrived(self.vocabulary, rows, keys)
+        device = self.predictor.device_
+        rows = {name: arrays[name].float().to(device) for name in self.arrays}
+        image = rows.pop(IMAGE)
+        source = self.vocabulary.new_images(image, columns=rows, ids=keys)
         facts = {
             "is_probability": self.predictor.is_probability,
             "answer": self.predictor.answer,
@@ -399,16 +391,16 @@ class Guard:
         )
         runners_up: list[RunnersUp] = []
         for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
-            runners_up += self._runners_up(batch.to(self.predictor.device_))
+            runners_up += self._runners_up(batch)
         answers = [self._answer(outcomes, row, runners_up[row]) for row in range(len(keys))]
         return answers, outcomes
 
     def _runners_up(self, batch: Batch) -> list[RunnersUp]:
         """Runners-up of the judged answers of a batch."""
         if self.predictor.answer != "adapted":
-            return runners_up_of(batch, self.vocabulary.names)
+            return runners_up_of(batch, self.names)
         judged = self.predictor.judged(batch)
-        return runners_up_of(judged, self.vocabulary.names, self.predictor.log_posterior)
+        return runners_up_of(judged, self.names, self.predictor.log_posterior)
 
     def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
         """The answer about one row of the outcomes."""
@@ -423,10 +415,10 @@ class Guard:
             probability = uncertainty
         label: str | None = None
         if outcomes.prediction is not None:
-            label = self.vocabulary.names[int(outcomes.prediction[row])]
+            label = self.names[int(outcomes.prediction[row])]
         zero_shot: str | None = None
         if outcomes.zero_shot is not None:
-            zero_shot = self.vocabulary.names[int(outcomes.zero_shot[row])]
+            zero_shot = self.names[int(outcomes.zero_shot[row])]
         return Answer(
             key=key,
             label=label,

@@ -21,7 +21,7 @@ from vilu.guard.guard import Guard
 from vilu.predictors.contract.predictor import NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
-from vilu.predictors.persistence.files import VOCABULARY
+from vilu.predictors.persistence.files import VOCABULARY, SavedModel
 from vilu.predictors.persistence.onnx import (
     SAID,
     Trial,
@@ -123,7 +123,7 @@ def limits_of(guard: Guard) -> Tensor | None:
     rule = rule_of(guard)
     if rule is None:
         return None
-    names = guard.vocabulary.names
+    names = guard.names
     groups: Sequence[str] | None = None
     if rule.grouped_by == "prediction":
         groups = names
@@ -137,7 +137,7 @@ def fingerprint_of(folder: str | Path) -> str:
 
 
 def export_image_graph(
-    folder: str | Path,
+    folder: str | Path | SavedModel,
     path: str | Path,
     *,
     models: str | Path | None = None,
@@ -165,7 +165,8 @@ def export_image_graph(
     3. Decisions must be the rule's.
 
     Args:
-        folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` write it.
+        folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` write it; or
+            a ``vilu.Selective``.
         path: The file; it may replace only an earlier export.
         models: As in ``vilu.Guard``.
         backbone: As in ``vilu.Guard``; on the CPU.
@@ -201,7 +202,7 @@ def export_image_graph(
         trials.append((pixels, graph.embed(pixels)))
     example = {PIXELS: pixels}
     try:
-        content = write_graph(graph, example, graph.outputs, _metadata(guard, Path(folder)))
+        content = write_graph(graph, example, graph.outputs, _metadata(guard, guard.folder))
     except (torch.onnx.OnnxExporterError, NotExportable) as error:
         why = str(error.__cause__ or error).strip().split("\n")[0]
         raise NotExportable(
@@ -235,7 +236,7 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
     if guard.calibration is not None and guard.calibration.rule is not None:
         decision = guard.calibration.guarantee_text or ""
     return {
-        "vilu.classes": plain_json(list(guard.vocabulary.names)).decode(),
+        "vilu.classes": plain_json(list(guard.names)).decode(),
         "vilu.decision": decision,
         "vilu.preprocess": space.preprocess or "",
         "vilu.predictor": fit_fingerprint(folder),
@@ -281,7 +282,7 @@ def _check(
         for name, array, expected in zip(graph.arrays, arrays, by_torch, strict=True):
             _require_near(name, array, expected, step)
         if rule is not None:
-            names = [guard.vocabulary.names[index] for index in answer.tolist()]
+            names = [guard.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
         # Two comparisons: here the head alone, on the embeddings of the file; below the whole
         # graph, against the uncertainties of torch's embeddings.

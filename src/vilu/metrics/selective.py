@@ -135,7 +135,7 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
     """Largest coverage of a threshold whose selective risk is at most ``risk``, else 0.
 
     A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
-    given sample. It is no guarantee for new data (see ``vilu.calibrate``).
+    given sample. It is no guarantee for new data (see ``vilu.certify``).
 
     Raises:
         UsageError: If ``risk`` is not in [0, 1].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import candidates_of, counted, same_candidates, scored_of
 from vilu.predictors.persistence.description import describe, seen_tensors
+from vilu.predictors.persistence.files import SavedModel
 from vilu.predictors.plus.ood import SeesOutside
 from vilu.progress import Task, track
 from vilu.scoring.score_folder import (
@@ -81,6 +83,38 @@ class CalibrationLike(Protocol):
         """The outcomes with a decision for every row."""
 
 
+class DecidingModel(SavedModel):
+    """A predictor with the calibration that decides about its answers.
+
+    The base of ``vilu.Selective``, which lies above this module.
+    """
+
+    predictor: FailurePredictor
+
+    @property
+    @abstractmethod
+    def decides_by(self) -> CalibrationLike | None:
+        """The calibration; None before ``calibrate``."""
+
+
+def parts_of(
+    model: FailurePredictor | DecidingModel, calibration: CalibrationLike | None
+) -> tuple[FailurePredictor, CalibrationLike | None]:
+    """The predictor that scores, and the calibration that decides about its scores.
+
+    Raises:
+        UsageError: If there are two calibrations.
+    """
+    if isinstance(model, FailurePredictor):
+        return model, calibration
+    if calibration is not None:
+        raise UsageError(
+            "a vilu.Selective decides by its own calibration. Leave calibration out, or give its "
+            "predictor: vilu.score(model.predictor, data, calibration=...)."
+        )
+    return model.predictor, model.decides_by
+
+
 def require_streaming(calibration: CalibrationLike | None) -> None:
     """Refuse a rule that judges all rows of a batch together."""
     if calibration is not None and calibration.needs_batch:
@@ -94,7 +128,7 @@ def require_streaming(calibration: CalibrationLike | None) -> None:
 @checked
 @torch_defaults()
 def score(
-    predictor: FailurePredictor,
+    predictor: FailurePredictor | DecidingModel,
     data: EmbeddingSource,
     *,
     dataset: str | None = None,
@@ -103,9 +137,10 @@ def score(
 ) -> Outcomes:
     """Uncertainty, answer and, where labels are known, failure of every row.
 
-    Rows that cannot be scored are included, with the uncertainty NaN and a reason: "nonfinite" or
-    "zero_norm" (embedding), "k<2" (a single candidate), or "short_pool" (last pairs, too few for a
-    pool). If the predictor is calibrated, the outcomes also have probabilities of failure. With its
+    The predictor may be a ``vilu.Selective``, which decides by its own calibration. Rows that
+    cannot be scored are included, with the uncertainty NaN and a reason: "nonfinite" or "zero_norm"
+    (embedding), "k<2" (a single candidate), or "short_pool" (last pairs, too few for a pool). If
+    the predictor is calibrated, the outcomes also have probabilities of failure. With its
     ``calibration`` (``vilu.Calibration.load`` of the predictor's folder) they also have decisions.
 
     Warns:
@@ -130,6 +165,7 @@ def score(
         >>> outcomes.uncertainty.round(4).tolist(), outcomes.failure.tolist(), outcomes.reason[2]
         ([0.0, 0.1192, nan], [0, 1, -1], 'nonfinite')
     """
+    predictor, calibration = parts_of(predictor, calibration)
     _check(predictor, data, calibration)
     seen = predictor.seen(data)
     _warn_seen(seen.in_words(), predictor, len(seen))
@@ -385,7 +421,7 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
 @checked
 @torch_defaults()
 def score_parts(
-    predictor: FailurePredictor,
+    predictor: FailurePredictor | DecidingModel,
     source: EmbeddingSource,
     folder: str | Path,
     *,
@@ -412,7 +448,7 @@ def score_parts(
     them, in separate parts, with the same reasons as in ``vilu.score``.
 
     Args:
-        predictor: The predictor that scores.
+        predictor: The predictor that scores; or a ``vilu.Selective``, which also decides.
         source: The embeddings to score.
         folder: A new or empty folder, or the folder of the same run.
         rows_per_part: Number of rows in a part, rounded to whole pools or batches. No value depends
@@ -451,6 +487,7 @@ def score_parts(
         200 40
         0.88
     """
+    predictor, calibration = parts_of(predictor, calibration)
     ScoreLedger.check_place(Path(folder), overwrite=overwrite)
     _check(predictor, source, calibration)
     predictor.require_fitted()

@@ -22,6 +22,7 @@ from vilu.guard.guard import Answer, Guard, arrays_of, record_of
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
+from vilu.predictors.persistence.files import SavedModel
 from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, ServiceState, row_id
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
@@ -120,14 +121,17 @@ class Engine:
     Args:
         guard: The model with the first predictor.
         journals: Journals of all predictors; they also hold which predictor answers.
-        second: Folder of a second predictor, which judges the same embeddings.
+        second: Folder of a second predictor, which judges the same embeddings; or a
+            ``vilu.Selective``.
 
     Raises:
         UsageError: If the second predictor needs other arrays or another number format.
         ProvenanceError: If the second predictor was fitted on another model.
     """
 
-    def __init__(self, guard: Guard, journals: Journals, second: Path | None = None) -> None:
+    def __init__(
+        self, guard: Guard, journals: Journals, second: Path | SavedModel | None = None
+    ) -> None:
         self.guard = guard
         self.journals = journals
         self.served = {NAMES[0]: Served(guard)}
@@ -143,19 +147,19 @@ class Engine:
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
         self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
-    def _beside(self, folder: Path) -> Guard:
+    def _beside(self, model: Path | SavedModel) -> Guard:
         """Open a second predictor, which must use the arrays that the first one uses."""
         first = self.guard
-        second = Guard(folder, vectors_only=True)
+        second = Guard(model, vectors_only=True)
         second.require_same_model(first.backbone)
         has_same_arrays = second.arrays == first.arrays
         has_same_dtype = second.vocabulary.dtype == first.vocabulary.dtype
         if has_same_arrays and has_same_dtype:
             return second
         raise UsageError(
-            f"{folder} needs {', '.join(second.arrays)} of an image as {second.vocabulary.dtype}, "
-            f"the first predictor {', '.join(first.arrays)} as {first.vocabulary.dtype}. Serve "
-            f"{folder} by itself."
+            f"{second.folder} needs {', '.join(second.arrays)} of an image as "
+            f"{second.vocabulary.dtype}, the first predictor {', '.join(first.arrays)} as "
+            f"{first.vocabulary.dtype}. Serve {second.folder} by itself."
         )
 
     def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:

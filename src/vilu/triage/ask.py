@@ -23,7 +23,7 @@ from vilu.guard.guard import Answer
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.scoring.score import score_rows
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import answer_of
@@ -290,7 +290,7 @@ def calibrate_by_labels(
     """
     # One process at a time compares the calibration in the folder with the new one.
     with locked(folder, "calibrating", who="calibration"):
-        predictor = load(folder)
+        predictor = load_predictor(folder)
         predictor.calibrator_ = None
         if not predictor.is_probability:
             raise UsageError(

@@ -29,7 +29,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
@@ -261,7 +261,7 @@ def advance(
 def _result(
     run: TriageRun, state: TriageState, tested: Outcomes, progress: GuaranteeProgress | None
 ) -> TriageResult:
-    predictor = load(run.present)
+    predictor = load_predictor(run.present)
     calibration = Calibration.find(run.present)
     is_first_of_scene = None
     if progress is not None:
@@ -315,7 +315,7 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
-    predictor = load(folder)
+    predictor = load_predictor(folder)
     predictor.calibrator_ = None
     return predictor
 
@@ -367,7 +367,7 @@ def share_accepted(run: TriageRun) -> float:
     rule = rule_in_force(run.present)
     if rule is None or rule.threshold is None:
         return 0.0
-    uncertainty = load(run.present).predict_uncertainty(run.photos)
+    uncertainty = load_predictor(run.present).predict_uncertainty(run.photos)
     return float((uncertainty[run.split.for_calibration] <= rule.threshold).mean())
 
 

@@ -32,7 +32,7 @@ from vilu.errors import UNKNOWN, DataError, InfeasibleError, ProvenanceError, Us
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.description import read_description
-from vilu.predictors.persistence.files import PREDICTOR
+from vilu.predictors.persistence.files import PREDICTOR, SavedModel, folder_of
 from vilu.validation import checked, require_at_least, require_between
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Monitor:
 
     Args:
         calibration: The calibration rows; rows without an uncertainty are left out.
-        rule: The rule that ``calibrate`` returned, or label sets. There is no audit for label sets
+        rule: The rule that ``certify`` returned, or label sets. There is no audit for label sets
             and for a rule that judges whole batches.
         groups: Names of the groups of the N calibration rows; needed if the rule was made with a
             list of groups.
@@ -70,7 +70,7 @@ class Monitor:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
         >>> calibration = vilu.Outcomes(rng.random(1000), np.zeros(1000))
-        >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
+        >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
         >>> monitor.update(vilu.Outcomes(rng.random(500), np.full(500, -1))).verdict
         'holds'
         >>> monitor.update(vilu.Outcomes(rng.random(500) ** 0.5, np.full(500, -1))).verdict
@@ -92,7 +92,7 @@ class Monitor:
         if not has_guarantee(rule):
             raise InfeasibleError(
                 "there is no guarantee to watch, because nothing is guaranteed of these rows: give "
-                "the rule that vilu.calibrate(outcomes, max_risk=0.05) makes of them."
+                "the rule that vilu.certify(outcomes, max_risk=0.05) makes of them."
             )
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(
@@ -159,8 +159,10 @@ class Monitor:
 
     @classmethod
     @checked
-    def of_folder(cls, folder: str | Path, *, false_alarm: float = 0.05, seed: int = 0) -> Self:
-        """A monitor of the calibration that ``vilu calibrate`` wrote into a predictor's folder.
+    def of_folder(
+        cls, folder: str | Path | SavedModel, *, false_alarm: float = 0.05, seed: int = 0
+    ) -> Self:
+        """A monitor of the calibration in a predictor's folder, or of a ``vilu.Selective``.
 
         Raises:
             InfeasibleError: If nothing is guaranteed of the predictor, so that there is no
@@ -182,7 +184,7 @@ class Monitor:
             >>> len(monitor.calibration), monitor.rule.max_risk
             (200, 0.05)
         """
-        calibration, guarantee = _guaranteed(Path(folder))
+        calibration, guarantee = _guaranteed(folder_of(folder))
         monitor = cls(calibration.rows, guarantee, false_alarm=false_alarm, seed=seed)
         monitor.risk = calibration.fingerprint
         return monitor
@@ -218,7 +220,7 @@ class Monitor:
             >>> import numpy as np, vilu
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
-            >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
+            >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
             >>> status = monitor.update(
             ...     vilu.Outcomes(rng.random(300), np.full(300, -1))
             ... )  # labels are not needed
@@ -274,7 +276,7 @@ class Monitor:
             >>> import numpy as np, vilu
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
-            >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
+            >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
             >>> uncertainty, ids = rng.random(200), [f"{i}.jpg" for i in range(200)]
             >>> monitor.update(vilu.Outcomes(uncertainty, np.full(200, -1), ids=ids)).verdict
             'holds'
@@ -310,7 +312,7 @@ class Monitor:
             >>> import numpy as np, tempfile, vilu
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
-            >>> rule = vilu.calibrate(calibration, max_risk=0.05)
+            >>> rule = vilu.certify(calibration, max_risk=0.05)
             >>> monitor = vilu.Monitor(calibration, rule)
             >>> # -1: the failure is not known
             >>> _ = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))
@@ -356,7 +358,7 @@ class Monitor:
         Examples:
             >>> import numpy as np, tempfile, vilu
             >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
-            >>> rule = vilu.calibrate(calibration, max_risk=0.05)
+            >>> rule = vilu.certify(calibration, max_risk=0.05)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     monitor = vilu.Monitor(calibration, rule)
             ...     _ = monitor.update(vilu.Outcomes([0.2, 0.7, 0.4], [-1, -1, -1]))
@@ -400,7 +402,7 @@ class Monitor:
         Examples:
             >>> import numpy as np, vilu
             >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
-            >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
+            >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
             >>> _ = monitor.update(
             ...     vilu.Outcomes(
             ...         [0.2, np.nan, 0.4], [-1, -1, -1], reason=[None, "zero_norm", None]

@@ -37,7 +37,7 @@ class ClosedSet(FailurePredictor):
         n_unknown = int((cosine < SAME_TEXT).sum())
         if n_unknown:
             raise self._other_classes(len(text), f"{n_unknown} are not among them")
-        n_repeated = len(class_index) - len(class_index.unique())
+        n_repeated = int((class_index.sort().values.diff() == 0).sum())
         if n_repeated:
             raise self._other_classes(
                 len(text), f"{n_repeated} are the same class as another candidate"

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
 from vilu.embeddings.columns import ANSWER, HOW, SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import cached_rows
+from vilu.embeddings.similarity import cached_rows, float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, UsageError
@@ -29,6 +29,7 @@ from vilu.validation import checked
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from vilu.embeddings.new_images import NewImages
     from vilu.predictors.contract.coalitions import Coalitions
     from vilu.predictors.contract.held_out import HeldOut
     from vilu.predictors.contract.labelled import Needs
@@ -55,6 +56,8 @@ method, "given" the answer in the column "answer" of the data.
 """
 
 logger = logging.getLogger(__name__)
+RowsLike = ArrayLike | Tensor
+
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
@@ -138,7 +141,7 @@ class FailurePredictor(ABC):
         similarity_: Mean and standard deviation of the largest cosine of training rows; None before
             a fit.
         calibrator_: Function from uncertainty to P(failure), learned on calibration rows; None
-            before ``calibrate``.
+            before ``calibrate_probability``.
         sample_: Image vectors of random rows of the fit, at most 2 MB, with which near copies of
             these rows are detected; None where none is kept.
 
@@ -639,32 +642,96 @@ class FailurePredictor(ABC):
         """Device on which scores are computed."""
         return resolve_device(getattr(self, "device", "cpu"))
 
+    @overload
+    def predict_uncertainty(self, data: Tensor, text: RowsLike | None = None) -> Tensor: ...
+
+    @overload
+    def predict_uncertainty(
+        self, data: EmbeddingSource | ArrayLike, text: RowsLike | None = None
+    ) -> NDArray[np.float64]: ...
+
     @checked
-    def predict_uncertainty(self, data: EmbeddingSource) -> NDArray[np.float64]:
+    def predict_uncertainty(
+        self, data: EmbeddingSource | RowsLike, text: RowsLike | None = None
+    ) -> NDArray[np.float64] | Tensor:
         """Uncertainty (N,) float64 of every row, higher = more likely wrong.
 
         It is NaN where the embedding is not usable (``data.status``). If there is only one
         candidate, it is NaN for all rows, since no other answer is possible.
 
+        Args:
+            data: Embeddings; or, for a fitted predictor, only image embeddings (N, D) of its space.
+                A tensor is scored on its device, and the result is a tensor on this device: no
+                embedding leaves it. In place of an array the result is an array.
+            text: Candidates (K, D) of image embeddings, all different. By default they are the
+                classes of the fit, where the method keeps their texts.
+
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
             ProvenanceError: If the data come from another embedding space than the training data.
             UsageError: If a hyper-parameter is out of range, or the method does not work on
-                image-caption pairs.
-            DataError: If the data lack a column that the method needs.
+                image-caption pairs, or there are no candidates.
+            DataError: If the data lack a column that the method needs, or a shape is wrong.
 
         Examples:
-            >>> import numpy as np, vilu
+            >>> import numpy as np, torch, vilu
             >>> data = vilu.Embeddings(
             ...     [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]], np.eye(2), logit_scale=10.0
             ... )
             >>> vilu.MCM().predict_uncertainty(data).round(2)
             array([0.  , 0.12,  nan])
+            >>> predictor = vilu.MCM().fit(data)  # it keeps the space, with its logit scale
+            >>> predictor.predict_uncertainty(torch.tensor([[0.6, 0.8]]), np.eye(2)).round(
+            ...     decimals=2
+            ... )
+            tensor([0.1200], dtype=torch.float64)
         """
-        uncertainty = np.full(len(data), np.nan)
+        if not isinstance(data, EmbeddingSource):
+            uncertainty = self.uncertainty_of(self._new_images(data, text))
+            return uncertainty if isinstance(data, Tensor) else uncertainty.numpy()
+        if text is not None:
+            raise UsageError("text is for bare image embeddings: these data have their candidates.")
+        of_rows = np.full(len(data), np.nan)
         for batch, scores in self.scored(data):
-            uncertainty[batch.index.numpy(force=True)] = scores
-        return uncertainty
+            of_rows[batch.index.numpy(force=True)] = scores
+        return of_rows
+
+    def _new_images(self, image: RowsLike, text: RowsLike | None) -> NewImages:
+        """Bare image embeddings in the space of the fit."""
+        from vilu.embeddings.new_images import NewImages
+
+        self.require_fitted()
+        if self.space_ is None:
+            raise UsageError(
+                f"this {self.name} knows no embedding space, so it knows no logit scale for bare "
+                "embeddings. Fit it, or give vilu.Embeddings(image, text, logit_scale=...)."
+            )
+        if text is None:
+            text = self.learned_.get(CLASSES)
+        if text is None:
+            raise UsageError(
+                f"this {self.name} keeps no texts of classes. Give them too: "
+                "predict_uncertainty(image, text)."
+            )
+        return NewImages.of_arrays(image, text, self.space_)
+
+    @torch_defaults()
+    def uncertainty_of(self, data: NewImages) -> Tensor:
+        """Uncertainty (N,) float64 of new images, on their device.
+
+        NaN where the embedding is not usable.
+
+        Raises:
+            DataError: If a score is not finite. The errors of ``predict_uncertainty`` are raised as
+                well.
+        """
+        parts = [torch.empty(0, dtype=torch.float64, device=data.device)]
+        for _, scores in self._scored_on_device(data, torch.arange(len(data), device="cpu")):
+            parts.append(scores.to(data.device))  # stacking adds up scores on the CPU
+        uncertainty = torch.cat(parts)
+        if data.n_candidates >= FEWEST_CANDIDATES:
+            self._require_finite(int((~torch.isfinite(uncertainty)).sum()))
+        return uncertainty.masked_fill(~data.is_usable, torch.nan)
 
     @checked
     def scored(
@@ -693,8 +760,18 @@ class FailurePredictor(ABC):
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
+        for batch, scores in self._scored_on_device(data, rows):
+            of_batch = scores.numpy(force=True)
+            if batch.text.shape[-2] >= FEWEST_CANDIDATES:
+                self._require_finite(int(np.count_nonzero(~np.isfinite(of_batch))))
+            yield batch, of_batch
+
+    def _scored_on_device(
+        self, data: EmbeddingSource, rows: Tensor | None
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield batches of rows, each with its uncertainties (B,) float64 on the device."""
         self._check_ready(data)
-        device = self.device_
+        device = self.device_ if data.device is None else data.device
         take = data.batches
         size = SCORING_BATCH
         if self.looks_at == {"logits"}:
@@ -705,21 +782,21 @@ class FailurePredictor(ABC):
             batch = block.to(device)
             # equal captions of a pool are one candidate
             if batch.text.shape[-2] < FEWEST_CANDIDATES:
-                yield batch, np.full(len(batch.index), np.nan)
+                n_rows = len(batch.index)
+                yield batch, torch.full((n_rows,), torch.nan, dtype=torch.float64, device=device)
                 continue
             judged = self.judged(batch)
-            yield judged, self._finite_scores(judged)
+            with torch.no_grad():
+                scores = float64(self.score_batch(judged))
+            yield judged, scores
 
-    def _finite_scores(self, batch: Batch) -> NDArray[np.float64]:
-        with torch.no_grad():
-            scores = self.score_batch(batch).cpu().double().numpy()
-        n_broken = int(np.count_nonzero(~np.isfinite(scores)))
+    def _require_finite(self, n_broken: int) -> None:
+        """Refuse scores of which some are not finite."""
         if n_broken:
             raise DataError(
                 f"{self.name} gave {n_broken} scores that are not finite: "
                 "its weights are damaged. Refit it."
             )
-        return scores
 
     def score_batch(self, batch: Batch) -> Tensor:
         """(B,) uncertainty: ``constant_`` where there is one, else that of ``_score``.
@@ -735,7 +812,7 @@ class FailurePredictor(ABC):
             [0.0, 0.12]
         """
         if self.constant_ is not None:
-            return torch.full((len(batch.index),), self.constant_, dtype=torch.float64)
+            return torch.full_like(batch.image[:, 0], self.constant_, dtype=torch.float64)
         if self.network_ is not None:
             self.network_.to(batch.image.device)
         return self._score(batch)
@@ -879,7 +956,7 @@ class FailurePredictor(ABC):
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
-        After ``calibrate`` it is the calibrated probability. Before, it is the uncertainty of a
+        After calibration it is the calibrated probability. Before, it is the uncertainty of a
         method whose uncertainty is a probability, without the bias of a weighted loss
         (``_log_weight``).
 
@@ -897,7 +974,7 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(uncertainty))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """P(failure) (N,) without calibration: ``failure_probability`` before ``calibrate``.
+        """P(failure) (N,) without calibration: ``failure_probability`` before it.
 
         Examples:
             >>> import vilu
@@ -919,7 +996,7 @@ class FailurePredictor(ABC):
 
     @checked
     @torch_defaults()
-    def calibrate(self, calibration: EmbeddingSource) -> Self:
+    def calibrate_probability(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows.
 
         Rows that were used to fit are left out with a warning. All rows of one picture count as one
@@ -933,10 +1010,10 @@ class FailurePredictor(ABC):
             >>> import numpy as np, vilu
             >>> angle = np.arange(40)  # forty pictures, all as far from both texts
             >>> image = np.c_[np.ones(40), np.zeros(40), np.cos(angle), np.sin(angle)] / 2**0.5
-            >>> data = vilu.Embeddings(
-            ...     image, np.eye(2, 4), target=[0, 0, 0, 1] * 10
-            ... )  # 3 of 4 are right
-            >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
+            >>> target = [0, 0, 0, 1] * 10  # 3 of 4 answers are right
+            >>> data = vilu.Embeddings(image, np.eye(2, 4), target=target)
+            >>> predictor = vilu.MCM().calibrate_probability(data)
+            >>> predictor.predict_failure_probability(data)[:2].round(2)
             array([0.25, 0.25])
         """
         from vilu.predictors.contract.calibrating import counted_failures, scores_and_failures
@@ -947,7 +1024,7 @@ class FailurePredictor(ABC):
         return self.calibrate_scores(uncertainty[fresh], counted[fresh])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
-        """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,).
+        """As ``calibrate_probability``, from uncertainties (N,) and failures (N,).
 
         Rows without an uncertainty or a known failure are left out.
 

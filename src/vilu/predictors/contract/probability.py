@@ -42,7 +42,7 @@ def expit(log_odds: Floats) -> Floats:
     return probability
 
 
-@np.errstate(under="ignore")  # an underflow to 0 is exact enough
+@np.errstate(under="ignore", invalid="ignore")  # underflow is exact enough; NaN stays NaN
 def _logarithms(score: Floats) -> Floats:
     """(N, 2) features ln p and -ln(1 - p) of log-odds (N,)."""
     log_p = -np.logaddexp(0, -score)

@@ -1,8 +1,11 @@
-"""Names of the files of a saved predictor."""
+"""Names of the files of a saved predictor, and models that have such files."""
 
 from __future__ import annotations
 
-from typing import Final
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Final
 
 PREDICTOR: Final = "predictor.json"
 WEIGHTS: Final = "weights.safetensors"
@@ -20,3 +23,22 @@ LOOKS: Final = "looks.json"
 VOCABULARY: Final = "vocabulary.safetensors"
 VOCABULARY_KEY: Final = "vilu.vocabulary"
 """The file of the candidate classes (``Vocabulary``), and the key of its metadata."""
+
+
+class SavedModel(ABC):
+    """A model that can be given in place of the folder in which it would be saved.
+
+    The base of ``vilu.Selective``, for functions that lie below it.
+    """
+
+    how: ClassVar[str] = "a vilu.Selective"
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Folder with the files of the model; it goes with the object."""
+
+
+def folder_of(model: str | os.PathLike[str] | SavedModel) -> Path:
+    """The folder of a model, which is given by its path or as an object."""
+    return model.folder if isinstance(model, SavedModel) else Path(model)

@@ -52,9 +52,11 @@ from vilu.predictors.persistence.files import (
     SAMPLE,
     VOCABULARY,
     WEIGHTS,
+    SavedModel,
+    folder_of,
 )
 from vilu.predictors.persistence.fit_sample import MAX_FILE_BYTES
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -219,7 +221,7 @@ def check(folder: Path, name: Path) -> str:
     ``folder`` is the copy. Error messages have ``name``, the folder of the original, instead.
     """
     try:
-        load(folder)
+        load_predictor(folder)
         if (folder / RISK).is_file():
             _check_calibration(folder)
         if (folder / VOCABULARY).is_file():
@@ -298,7 +300,7 @@ A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
 
 
 def push(
-    folder: str | Path,
+    folder: str | Path | SavedModel,
     repository: str,
     *,
     private: bool | None = None,
@@ -312,7 +314,7 @@ def push(
     does not have are removed. Symbolic links are refused.
 
     Args:
-        folder: A saved predictor. It is loaded once before it is copied.
+        folder: A saved predictor, or a ``vilu.Selective``. It is loaded once before it is copied.
         repository: ORG/NAME, which is created if it does not exist; or a folder, as ./DIR, /DIR or
             file:///DIR.
         private: Whether only its owner can see a repository that is created. None: the settings of
@@ -328,9 +330,9 @@ def push(
     if not with_sample:
         without = frozenset({SAMPLE})
     if local is not None:
-        return str(_place_copy(Path(folder), local, overwrite=overwrite, without=without))
+        return str(_place_copy(folder_of(folder), local, overwrite=overwrite, without=without))
     with tempfile.TemporaryDirectory() as staged:
-        copy_files(Path(folder), Path(staged), without=without)
+        copy_files(folder_of(folder), Path(staged), without=without)
         return _upload(Path(staged), repository, private, revision)
 
 

@@ -31,7 +31,8 @@ from vilu.predictors.contract.predictor import FailurePredictor, NotExportable
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.persistence.description import fit_fingerprint
-from vilu.predictors.persistence.storage import load
+from vilu.predictors.persistence.files import SavedModel, folder_of
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.plus.ood import NEGATIVES
 
 
@@ -197,7 +198,7 @@ SAID = ("uncertainty", "prediction")
 """Names of the outputs of a graph."""
 
 
-def export_onnx(folder: str | Path, path: str | Path) -> float:
+def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file.
 
     Returns the largest difference between uncertainties by the file and by the predictor.
@@ -218,13 +219,14 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     logit scale or with a memory (``vilu.predictors.nn.experts.Memory``).
 
     Args:
-        folder: A saved predictor.
+        folder: A saved predictor, or a ``vilu.Selective``.
         path: The file to write. An earlier export is replaced, and any other file is refused.
     """
     for module in ("onnx", "onnxscript"):  # torch needs these modules for an export
         import_extra(module, "onnx")
     claim_file(path, "ONNX export", overwrite=True)
-    predictor = load(folder)
+    folder = folder_of(folder)
+    predictor = load_predictor(folder)
     content = to_onnx(predictor, fit_fingerprint(folder))
     run = runner(content)
     runs = ((trial, *run(trial)) for trial in trials(predictor, SIZES))

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @checked
 @torch_defaults()
-def load(folder: str | Path) -> FailurePredictor:
+def load_predictor(folder: str | Path) -> FailurePredictor:
     """Load a predictor; its scores equal those of the saved predictor bit for bit.
 
     Raises:
@@ -51,7 +51,8 @@ def load(folder: str | Path) -> FailurePredictor:
         >>> data = vilu.Embeddings(image, np.eye(2), target=target)
         >>> folder = tempfile.mkdtemp()
         >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
-        >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)
+        >>> from vilu.predictors.persistence.storage import load_predictor
+        >>> load_predictor(folder).predict_uncertainty(data)[:2].round(2)
         array([0.25, 0.25])
     """
     path = Path(folder)
@@ -129,7 +130,7 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     same = isinstance(notes, dict) and notes.get("inputs") == inputs
     if same and not overwrite:
         try:
-            load(folder)
+            load_predictor(folder)
         except ViLUError as error:
             logger.warning("%s is made again: %s", folder, error)
             same = False
@@ -168,4 +169,4 @@ def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee in ``risk.json`` if any."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
-    description.write_card(path, read_description(path / PREDICTOR), load(path), risk)
+    description.write_card(path, read_description(path / PREDICTOR), load_predictor(path), risk)

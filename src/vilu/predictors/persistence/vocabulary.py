@@ -7,11 +7,12 @@ model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.new_images import NewImages, image_matrix
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -34,26 +36,54 @@ class Vocabulary:
     """K classes with their text embeddings, and what is needed to embed new images in the same way.
 
     Attributes:
-        names: K names of the classes.
+        names: K names of the classes; None if they have no names.
         text: (K, D) float32 unit-norm text embeddings of the classes.
         space: Space of the embeddings.
         dtype: Number format of the stored image embeddings. New embeddings are rounded to it.
         columns: All columns that have no rows for images, by name (``vilu.embeddings.columns``).
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None
     text: Tensor
     space: EmbeddingSpace
     dtype: str
     columns: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
-        """The vocabulary of a source whose rows share their candidates."""
+    def of(cls, source: EmbeddingSource, dtype: str | None = None) -> Vocabulary:
+        """The vocabulary of a source whose rows share their candidates.
+
+        ``dtype`` is by default that of the store, or float32 for arrays in memory.
+        """
+        dtype = dtype or source.stored_dtype or "float32"
         no_rows = torch.empty(0, dtype=torch.int64)
         names = sorted(source.columns - OF_ROWS)
         columns = {name: source.column(name, no_rows) for name in names}
-        return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
+        return cls(source.class_names, source.text, source.space, dtype, columns)
+
+    def new_images(
+        self,
+        image: ArrayLike | Tensor,
+        *,
+        columns: Mapping[str, Tensor] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> NewImages:
+        """New image embeddings (N, D) with the classes, rounded as the stored ones are.
+
+        Args:
+            image: (N, D) embeddings.
+            columns: Columns of the rows (``vilu.embeddings.columns``).
+            ids: N identifiers; by default the row numbers.
+        """
+        return NewImages(
+            image_matrix(image, self.space),
+            self.text,
+            self.space,
+            class_names=self.names,
+            columns={**self.columns, **(columns or {})},
+            ids=ids,
+            dtype=self.dtype,
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.safetensors``, whose metadata have a digest of the whole content."""
@@ -61,7 +91,7 @@ class Vocabulary:
         for name, column in self.columns.items():
             tensors[f"columns.{name}"] = column.contiguous()
         header = {
-            "names": list(self.names),
+            "names": list(self.names or ()),
             "space": dataclasses.asdict(self.space),
             "dtype": self.dtype,
             "tensors": _hashes(tensors),
@@ -80,8 +110,9 @@ class Vocabulary:
         path = folder / VOCABULARY
         if not path.is_file():
             raise DataError(
-                f"{folder} does not say what its answers are chosen from: {path} is missing. "
-                f"{RECALIBRATE} on a store that `vilu embed` made, which writes this file."
+                f"{folder} does not say what its answers are chosen from: {path} is missing. It "
+                f"was calibrated on captions, or not at all. {RECALIBRATE} on rows with classes; "
+                "this writes it."
             )
         try:
             with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
@@ -108,7 +139,8 @@ class Vocabulary:
         if saved_digest != digest(header) or _hashes(tensors) != header["tensors"]:
             raise DataError("its content is not what its digest says")
         text = require_usable(tensors.pop("text"), "text")
-        names = check_class_names(tuple(header["names"]), len(text)) or ()
+        # an empty list means that the classes have no names
+        names = check_class_names(header["names"] or None, len(text))
         columns = {name.removeprefix("columns."): column for name, column in tensors.items()}
         space = EmbeddingSpace(**header["space"])
         return cls(names, text, space, header["dtype"], check_columns(columns, 0, len(text)))

@@ -168,8 +168,7 @@ class HeadPredictor(FailurePredictor):
         return [cast("FailureHead", head) for head in heads]
 
     def _score(self, batch: Batch) -> Tensor:
-        # converted to float64 on the CPU, because some devices have no float64
-        logits = [head(batch).cpu().double() for head in self.heads]
+        logits = [float64(head(batch)) for head in self.heads]
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
     @torch_defaults()

@@ -1,0 +1,202 @@
+"""Image embeddings without labels, on the device where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from vilu.embeddings.checks import (
+    NONFINITE,
+    NORM_TOLERANCE,
+    SAFE_NORMS,
+    VALID,
+    ZERO_NORM,
+    Identity,
+    RowNumbers,
+    as_matrix,
+    require_usable,
+)
+from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.similarity import first_equal
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import UNKNOWN, DataError
+
+
+class NewImages(EmbeddingSource):
+    """Embeddings of new images, with K shared candidates, on the device of the images.
+
+    Nothing with one row per image and D or K columns leaves the device. A row without a usable
+    embedding is replaced by a candidate, so that a batch needs no choice of rows. Its status
+    says so.
+
+    Args:
+        image: (N, D) embeddings. Rows are normalised to unit norm.
+        text: (K, D) candidates of unit norm, all different.
+        space: Space of the embeddings.
+        class_names: K names.
+        columns: Columns of rows, of candidates and of the model (``vilu.embeddings.columns``).
+        ids: N identifiers; by default the row numbers.
+        dtype: Number format to which the rows are rounded, as in a store; None: no rounding.
+    """
+
+    def __init__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        space: EmbeddingSpace,
+        *,
+        class_names: tuple[str, ...] | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        ids: Sequence[str] | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.device = image.device
+        self.space = space
+        self.class_names = class_names
+        self.text = text.to(self.device)
+        self.image, self._status = usable_rows(image, self.text[0])
+        if dtype is not None:
+            self.image = self.image.to(getattr(torch, dtype)).float()
+        self._columns = {name: rows.to(self.device) for name, rows in (columns or {}).items()}
+        self.columns = frozenset(self._columns)
+        self.ids = RowNumbers(len(image)) if ids is None else ids
+        self.target = torch.full((len(image),), UNKNOWN, device="cpu")
+
+    @classmethod
+    def of_arrays(
+        cls, image: ArrayLike | Tensor, text: ArrayLike | Tensor, space: EmbeddingSpace
+    ) -> NewImages:
+        """The images (N, D) with candidates (K, D), which are checked.
+
+        Raises:
+            DataError: If a shape is wrong, a candidate is not usable, or two candidates are equal.
+        """
+        candidates = require_usable(text, "text")
+        require_width("text", candidates, space)
+        if not torch.equal(first_equal(candidates), torch.arange(len(candidates))):
+            raise DataError(
+                "text must have different rows, because equal rows are one answer. Leave out the "
+                "repeats, or merge them: vilu.Embeddings(image, text)."
+            )
+        return cls(image_matrix(image, space), candidates, space)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the images are in the memory of the CPU."""
+        return self.image.device.type == "cpu"
+
+    @cached_property
+    def status(self) -> NDArray[np.uint8]:
+        """Status codes (N,), as in ``EmbeddingSource``."""
+        codes: NDArray[np.uint8] = self._status.numpy(force=True)
+        return codes
+
+    @property
+    def is_usable(self) -> Tensor:
+        """Mask (N,) of the rows with a usable embedding, on the device of the images."""
+        return self._status == VALID
+
+    @property
+    def identified_by(self) -> tuple[Identity, ...]:
+        """How rows are recognised. On another device they are not, since hashes need a copy."""
+        return super().identified_by if self.is_on_cpu else ()
+
+    def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Identities (M,) of the pictures; -1, which is unknown, on another device than the CPU."""
+        if self.is_on_cpu:
+            return super().picture_identities(rows)
+        n_rows = len(self) if rows is None else len(rows)
+        return np.full(n_rows, UNKNOWN, dtype=np.int64)
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) embeddings of rows; ``index`` (B,) is on the CPU."""
+        return self._rows_at(self.image, index)
+
+    def column(self, name: str, index: Tensor) -> Tensor:
+        """Column ``name``, as in ``EmbeddingSource``."""
+        if name in OF_ROWS and name in self._columns:
+            return self._rows_at(self._columns[name], index)
+        return super().column(name, index)
+
+    def _rows_at(self, rows: Tensor, index: Tensor) -> Tensor:
+        # The index stays on the CPU: a slice of rows then needs no answer from the device.
+        are_consecutive = len(index) > 0 and bool((index.diff() == 1).all())
+        if are_consecutive:
+            return rows[int(index[0]) : int(index[-1]) + 1]
+        return rows.index_select(0, index.to(self.device))
+
+    @cached_property
+    def _first_equal(self) -> Tensor:
+        """(K,) first candidate that equals each one: all candidates are different."""
+        return torch.arange(len(self.text), device=self.device)
+
+    def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
+        batch = Batch(
+            image=self.image_rows(index),
+            text=self.text,
+            target=torch.full((len(index),), UNKNOWN, device=self.device),
+            index=index,
+            logit_scale=self.space.logit_scale,
+            logit_bias=self.space.logit_bias,
+            columns={name: self.column(name, index) for name in columns},
+        )
+        batch.__dict__["first_equal"] = self._first_equal  # not computed again for every batch
+        return batch
+
+
+def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
+    """Image embeddings (N, D) as a tensor on their device.
+
+    Raises:
+        DataError: If they are no matrix of numbers of the width of the space.
+    """
+    if not isinstance(values, Tensor):
+        values = as_matrix(values, "image")
+    image = values.detach()
+    if image.is_complex() or image.dtype == torch.bool:
+        raise DataError(f"image must hold real numbers. Got dtype {image.dtype} instead.")
+    if image.ndim != 2:
+        shape = tuple(image.shape)
+        raise DataError(f"image must be a matrix (rows, width). Got shape {shape} instead.")
+    if not image.is_floating_point():
+        image = image.float()
+    require_width("image", image, space)
+    return image
+
+
+def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
+    """Refuse rows of another width than the space has."""
+    if rows.shape[1] != space.embed_dim:
+        raise DataError(
+            f"{name} must have rows of the width {space.embed_dim}, as the rows of the fit. Got "
+            f"{rows.shape[1]} instead."
+        )
+
+
+def usable_rows(rows: Tensor, harmless: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, D) float32 of unit norm, and their status codes (N,), without leaving the device.
+
+    The rows are those of ``vilu.embeddings.checks.unit_rows``, but a row that is not usable is
+    replaced by the row ``harmless`` (D,), and nothing is reported.
+    """
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    is_finite = torch.isfinite(largest)  # the largest of numbers with NaN is NaN
+    is_usable = is_finite & (largest > 0)
+    plain = rows.float()
+    norm = torch.linalg.vector_norm(plain, dim=1, keepdim=True)
+    is_safe = (norm > SAFE_NORMS[0]) & (norm < SAFE_NORMS[1])
+    # Divided by the largest number first, so that no square overflows or underflows.
+    scaled = (rows / largest).float()
+    unit_of_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    unit = torch.where(is_safe, plain / norm, unit_of_scaled)
+    has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE
+    unit = torch.where(has_unit_norm, plain, unit)
+    status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
+    status = status.masked_fill(largest == 0, ZERO_NORM).masked_fill(~is_finite, NONFINITE)
+    return torch.where(is_usable, unit, harmless), status.squeeze(1)

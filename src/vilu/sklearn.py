@@ -1,0 +1,208 @@
+"""A classifier of scikit-learn that accepts its answers or leaves them for review."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
+from sklearn.utils import Tags, _safe_indexing, check_random_state, get_tags, indexable
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d
+
+from vilu.calibration.rules import Rule, certify
+from vilu.callers import warn_caller
+from vilu.errors import UsageError
+from vilu.metrics.counts import Floats
+from vilu.outcomes.outcomes import Outcomes
+from vilu.validation import require_between
+
+REVIEW: Final = None
+"""What ``predict_or_review`` gives in place of a class, where the answer is left for review."""
+
+
+class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Any classifier with ``predict_proba``, with a guaranteed error rate of what it accepts.
+
+    ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the others. On
+    the calibration part it certifies a threshold of the uncertainty 1 - max_c p_c by "ltt"
+    (``vilu.certify``): with probability ``confidence`` over the draw of this part, at most the
+    share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified, nothing
+    is accepted, and a warning says why.
+
+    Args:
+        estimator: A classifier with ``predict_proba``. A clone of it is fitted.
+        max_risk: Largest share of wrong answers among the accepted ones, in (0, 1).
+        confidence: Confidence with which this holds, in (0, 1).
+        calibration_size: Share of the rows of every class that are set aside, in (0, 1).
+        prefit: Whether the estimator is fitted already. Then all rows of ``fit`` are for
+            calibration, and must be other rows than those it was fitted on.
+        random_state: Decides which rows are set aside.
+
+    Attributes:
+        estimator_: The fitted estimator.
+        classes_: The classes.
+        rule_: The ``vilu.Rule`` that accepts; None if there was no row to calibrate on.
+        n_features_in_: Number of features, where the estimator has it.
+        feature_names_in_: Names of the features, where the estimator has them.
+
+    Raises:
+        UsageError: If the estimator has no ``predict_proba``, or a parameter is out of range.
+
+    Examples:
+        >>> import numpy as np
+        >>> from sklearn.linear_model import LogisticRegression
+        >>> from vilu.sklearn import SelectiveClassifier
+        >>> X = np.random.default_rng(0).normal(size=(1000, 2))
+        >>> y = X[:, 0] > 0
+        >>> model = SelectiveClassifier(LogisticRegression(), max_risk=0.05, random_state=0)
+        >>> accepted = model.fit(X[:800], y[:800]).accept(X[800:])
+        >>> wrong = model.predict(X[800:]) != y[800:]
+        >>> bool(accepted.mean() > 0.9), bool(wrong[accepted].mean() <= 0.05)
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        estimator: Any,  # noqa: ANN401 - any classifier
+        *,
+        max_risk: float = 0.05,
+        confidence: float = 0.95,
+        calibration_size: float = 0.3,
+        prefit: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.estimator = estimator
+        self.max_risk = max_risk
+        self.confidence = confidence
+        self.calibration_size = calibration_size
+        self.prefit = prefit
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Tags:
+        """Tags of scikit-learn: what the estimator takes, this takes, too."""
+        tags = super().__sklearn_tags__()
+        of_estimator = get_tags(self.estimator)
+        tags.input_tags = of_estimator.input_tags
+        tags.classifier_tags = of_estimator.classifier_tags
+        return tags
+
+    def fit(self, X: Any, y: ArrayLike) -> Self:  # noqa: ANN401 - whatever the estimator takes
+        """Fit the estimator on a part of the rows, and certify a threshold on the others.
+
+        Warns:
+            UserWarning: If no threshold can be certified; it says what is missing.
+        """
+        self._check_parameters()
+        X, labels = _checked_rows(X, y)
+        rows = np.arange(len(labels))
+        if self.prefit:
+            check_is_fitted(self.estimator)
+            self.estimator_ = self.estimator
+        else:
+            is_calibration = _set_aside(labels, self.calibration_size, self.random_state)
+            fit_rows = rows[~is_calibration]
+            rows = rows[is_calibration]
+            self.estimator_ = clone(self.estimator)
+            self.estimator_.fit(_safe_indexing(X, fit_rows), labels[fit_rows])
+        self.classes_ = self.estimator_.classes_
+        for name in ("n_features_in_", "feature_names_in_"):
+            if hasattr(self.estimator_, name):
+                setattr(self, name, getattr(self.estimator_, name))
+        self.rule_ = self._certified(_safe_indexing(X, rows), labels[rows])
+        return self
+
+    def _check_parameters(self) -> None:
+        for name in ("max_risk", "confidence", "calibration_size"):
+            require_between(name, getattr(self, name))
+        if not hasattr(self.estimator, "predict_proba"):
+            raise UsageError(
+                f"{type(self.estimator).__name__} has no predict_proba. Wrap it in "
+                "sklearn.calibration.CalibratedClassifierCV."
+            )
+
+    def _certified(self, X: Any, labels: NDArray[Any]) -> Rule | None:  # noqa: ANN401
+        """The rule of the calibration rows; None if there are none."""
+        if not len(labels):
+            warn_caller(
+                "nothing is accepted: no row is left for calibration. Give more rows of each class."
+            )
+            return None
+        is_wrong = self.predict(X) != labels
+        outcomes = Outcomes(self.predict_uncertainty(X), is_wrong.astype(np.int64))
+        rule = certify(outcomes, max_risk=self.max_risk, confidence=self.confidence)
+        if not rule.feasible:
+            (threshold,) = rule.thresholds.values()
+            warn_caller(f"nothing is accepted: {threshold.why}.")
+        return rule
+
+    def predict_proba(self, X: Any) -> Floats:  # noqa: ANN401
+        """Probabilities (N, C) of the classes, by the estimator."""
+        check_is_fitted(self)
+        probabilities: Floats = self.estimator_.predict_proba(X)
+        return probabilities
+
+    def predict(self, X: Any) -> NDArray[Any]:  # noqa: ANN401
+        """The likeliest class (N,) of every row, whether it is accepted or not."""
+        likeliest = self.predict_proba(X).argmax(axis=1)
+        classes: NDArray[Any] = self.classes_[likeliest]
+        return classes
+
+    def predict_uncertainty(self, X: Any) -> Floats:  # noqa: ANN401
+        """Uncertainty (N,) of every row: 1 - max_c p_c."""
+        uncertainty: Floats = 1 - self.predict_proba(X).max(axis=1).astype(np.float64)
+        return uncertainty
+
+    def accept(self, X: Any) -> NDArray[np.bool_]:  # noqa: ANN401
+        """Whether the answer (N,) about every row is accepted."""
+        uncertainty = self.predict_uncertainty(X)
+        if self.rule_ is None:
+            return np.zeros(len(uncertainty), np.bool_)
+        return self.rule_.accept(uncertainty)
+
+    def predict_or_review(self, X: Any) -> NDArray[np.object_]:  # noqa: ANN401
+        """The class (N,) of every row that is accepted, and ``REVIEW`` (None) of the others."""
+        answers = self.predict(X).astype(object)
+        answers[~self.accept(X)] = REVIEW
+        return answers
+
+    def score(
+        self,
+        X: Any,  # noqa: ANN401
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+    ) -> float:
+        """Accuracy of the answers about all rows, accepted or not.
+
+        The error rate of the accepted answers is what ``max_risk`` is about:
+        ``(model.predict(X) != y)[model.accept(X)].mean()``.
+        """
+        return float(super().score(X, y, sample_weight))
+
+
+def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # noqa: ANN401
+    """Rows that can be indexed, and their classes (N,)."""
+    if y is None:
+        raise UsageError(
+            "SelectiveClassifier requires y to be passed, but the target y is None. Give the "
+            "classes of the rows."
+        )
+    labels = column_or_1d(y, warn=True)
+    if labels.dtype.kind == "f":
+        assert_all_finite(labels, input_name="y")
+    check_classification_targets(labels)
+    X, labels = indexable(X, labels)
+    return X, np.asarray(labels)
+
+
+def _set_aside(
+    labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
+) -> NDArray[np.bool_]:
+    """Mask (N,) of random rows for calibration: the share of every class, rounded down."""
+    generator = check_random_state(random_state)
+    is_calibration = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        is_calibration[rows[: int(share * len(rows))]] = True
+    return is_calibration
