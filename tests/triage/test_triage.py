@@ -37,6 +37,7 @@ from vilu.errors import OUTSIDE_NAME, DataError, MissingModelError, ProvenanceEr
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec
+from vilu.text import plural
 from vilu.triage import outputs
 from vilu.triage.guarantee import GuaranteeProgress, first_of_scene
 from vilu.triage.label_files import label_columns
@@ -221,7 +222,7 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
     triage_photos(job, output)
     asked = fill_in(output, truth, tmp_path / "filled.csv").rename(output / "next_labels.csv")
     filled = asked.read_bytes()
-    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers that were not given"):
+    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers not given"):
         triage_photos(job, output)
     assert asked.read_bytes() == filled
     head, _, *others = filled.splitlines(keepends=True)
@@ -463,7 +464,7 @@ def test_a_guarantee_holds_without_photos_of_the_calibration_side(
     for path in set(files) - set(kept):
         path.unlink()
     summary = triage_photos(job_on(home / "photos"), output)
-    assert summary.counts.startswith(f"{len(kept)} photos")
+    assert summary.counts.startswith(plural(len(kept), "photo"))
     assert summary.guarantee.startswith("Guaranteed: at most 10.0% wrong")
     assert n or sum(row["decision"] == "accept" for row in rows(output / "decisions.csv")) > 20
     assert n or "<td>yes</td></tr>" in (output / "report.html").read_text(encoding="utf-8")
