@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vilu.errors import UsageError
@@ -77,13 +77,15 @@ def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Ite
             yield item
 
 
-FILLING: set[Callable[..., object]] = {
-    *(Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_),
-    *(nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.orthogonal_),
-    *(nn.init.xavier_uniform_, nn.init.xavier_normal_),
-    *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
+FILLING = {
+    *("uniform_", "normal_", "bernoulli_", "trunc_normal_", "orthogonal_"),
+    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
 }
-"""Functions that fill their first argument, a tensor, with random numbers."""
+"""Names of functions that fill their first argument, a tensor, with random numbers.
+
+They are methods of tensors and functions of ``torch.nn.init``. While transformers makes a model,
+functions of its own with the same names stand in the place of the latter.
+"""
 
 MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
 """Functions that make a new tensor of random numbers."""
@@ -118,7 +120,7 @@ class OwnGenerator(TorchFunctionMode):
 def _draws_on_cpu(
     function: Callable[..., object], args: tuple[Any, ...], named: dict[str, Any]
 ) -> bool:
-    if function in FILLING:
+    if getattr(function, "__name__", None) in FILLING:
         tensor: Tensor = args[0] if args else named["tensor"]
         return tensor.device.type == "cpu"
     device = named.get("device") or "cpu"
