@@ -92,10 +92,7 @@ class FolderKeeper(Keeper):
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, or if that is damaged the one before it, with a warning."""
-        record = b""
-        weights = b""
-        if self.world.leads:
-            record, weights = self._newest()
+        record, weights = self.world.call_on_leader(self._newest) or (b"", b"")
         # every process takes the leading one's bytes: their disks may differ
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
@@ -105,9 +102,9 @@ class FolderKeeper(Keeper):
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove those that are neither this one nor the one before it."""
-        if not self.world.leads:
-            return
-        checkpoint = make()
+        self.world.call_on_leader(lambda: self._write(make()))
+
+    def _write(self, checkpoint: Checkpoint) -> None:
         last = max(self._serials(), default=0)
         name = f"{last + 1:08d}"
         tensors = {}
@@ -238,8 +235,7 @@ class FolderSession(Session):
 
     def name_fit(self, inputs: str) -> None:
         """Write down the inputs of the fit, for ``named``."""
-        if self.world.leads:
-            write_text(self.folder / NAMED, inputs)
+        self.world.call_on_leader(lambda: write_text(self.folder / NAMED, inputs))
 
     def named(self) -> str | None:
         """The inputs of the fit, as written down by ``name_fit``; None where nothing is."""
