@@ -16,7 +16,7 @@ from vilu.extras import import_extra
 from vilu.process import keep_freed_memory
 from vilu.registry import load_plugin, plugins
 from vilu.service.app import Service
-from vilu.service.journals import Scores, ServiceState
+from vilu.service.journals import LabelCounts, Scores, ServiceState
 from vilu.service.limits import Gate, log_access
 from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
@@ -32,9 +32,10 @@ HEALTH: Final = 5.0
 
 
 class RemoteJournals:
-    """Calls the methods of ``LocalJournals`` in a Ray actor.
+    """The journals in a Ray actor, which replicas of the model share.
 
-    After a failure of the actor Ray may repeat a call. A row that is written twice is stored once.
+    Every method calls the method of ``LocalJournals`` with the same name in the actor. After a
+    failure of the actor Ray may repeat a call. A row that is written twice is stored once.
     """
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
@@ -57,9 +58,9 @@ class RemoteJournals:
         """As ``LocalJournals``."""
         return cast("ServiceState", self._call("state"))
 
-    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
+    def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """As ``LocalJournals``."""
-        return cast("dict[str, tuple[int, list[str]]]", self._call("label", labels))
+        return cast("dict[str, LabelCounts]", self._call("label", labels))
 
     def statuses(self) -> dict[str, Status]:
         """As ``LocalJournals``."""
@@ -107,7 +108,7 @@ def begin(
     modules = plugins()
 
     def build() -> Gate:
-        """Build the application; every replica, a separate process, does this with a model."""
+        """Build the application with a model; every replica is a process that calls this."""
         for module in modules:
             load_plugin(module)
         keep_freed_memory()
@@ -198,15 +199,17 @@ def serve_ray(
 
 
 def _wait_for_signal() -> int:
-    """Wait for SIGTERM or SIGINT; the number of the signal."""
+    """Wait for SIGTERM or SIGINT, and return the number of the signal."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def note(number: int, _: object) -> None:
+    def put_number(number: int, _: object) -> None:
         arrived.put(number)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous_handlers[number] = signal.signal(number, put_number)
     try:
         return arrived.get()
     finally:
-        for number, handler in handlers.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
