@@ -109,7 +109,7 @@ def test_a_block_leaves_named_generators_and_other_threads_alone() -> None:
         assert torch.equal(block.generator.get_state(), start)
 
 
-def test_a_network_of_transformers_is_drawn_from_the_generator_of_the_block() -> None:
+def test_a_network_of_transformers_leaves_the_global_generator_alone() -> None:
     """open_clip builds its text towers in this way; torch's functions are replaced meanwhile."""
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(

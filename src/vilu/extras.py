@@ -1,4 +1,4 @@
-"""Late and silent import of optional libraries, and the check that the model hub is reachable."""
+"""Import of optional libraries, blocks without their messages, and a check of the model hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REACH_TIMEOUT = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional dependency; MissingModelError states how to install it."""
+    """Import a module of an optional library; MissingModelError states how to install it."""
     try:
         with quiet():
             return importlib.import_module(module)
@@ -35,9 +35,11 @@ def import_extra(module: str, extra: str) -> ModuleType:
 def quiet() -> Iterator[None]:
     """Suppress warnings, log lines below ERROR and progress bars of this thread in the block.
 
-    Other threads are not affected, because every hook asks which thread calls it. The last block
-    removes the hooks. Loaders of models only warn of missing or wrong weights. No such warning is
-    lost, because vilu checks the weights itself and raises an error.
+    Other threads are not affected, because every hook asks whether it is called from such a block.
+    When the last of all blocks ends, the hooks are removed.
+
+    Loaders of models only warn of missing or wrong weights. These warnings are not needed, because
+    vilu checks the weights itself and raises an error.
     """
     token = _is_quiet.set(True)
     try:
