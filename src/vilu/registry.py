@@ -253,7 +253,7 @@ def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any o
 
 def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
     message = f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
-    package = re.split(r"[.:]", entry.value, maxsplit=1)[0]  # of "package.module:object"
+    package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         message = f"{message}. Install {package.replace('_', '-')}."
     return UsageError(message)

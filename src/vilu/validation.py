@@ -236,7 +236,7 @@ def _expected(hint: object) -> str:
     if isinstance(kind, type) and inner and issubclass(kind, Sequence):
         return f"a list, each {_expected(inner[0])}"
     name = getattr(kind, "__name__", str(kind))
-    article = "an" if name[0] in "AEIO" else "a"
+    article = "an" if name.startswith(("A", "E", "I", "O")) else "a"
     return str(getattr(kind, "how", f"{article} {name}"))
 
 

@@ -204,7 +204,7 @@ def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | No
 
 def explain(error: ValidationError) -> str:
     """Describe the first error that pydantic found, on one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first, *_ = error.errors(include_url=False, include_context=False)
     where = ".".join(str(step) for step in first["loc"]) or "document"
     value = json.dumps(first["input"], default=str)
     return f"{where}: {first['msg']} (got {value:.80})"

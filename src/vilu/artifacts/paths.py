@@ -311,10 +311,10 @@ def _metadata(path: Path) -> dict[str, Any] | None:
     import pyarrow.parquet
 
     try:
-        content = (pyarrow.parquet.read_metadata(path).metadata or {}).get(METADATA_KEY)
-        if content is None:
+        metadata = pyarrow.parquet.read_metadata(path).metadata
+        if metadata is None or METADATA_KEY not in metadata:
             return None
-        return parse_json(content)
+        return parse_json(metadata[METADATA_KEY])
     except (pa.ArrowException, ValueError, RecursionError):
         return None
 
@@ -323,7 +323,8 @@ def _kind_at_ends(path: Path) -> KindAndInputs | None:
     """Kind and inputs of a file, by the first line of a CSV or by a mark at the end of the file."""
     with path.open("rb") as handle:
         start = handle.read(TAIL)
-        handle.seek(max(os.fstat(handle.fileno()).st_size - TAIL, 0))
+        size = os.fstat(handle.fileno()).st_size
+        handle.seek(max(size - TAIL, 0))
         end = handle.read()
     for header, kind in HEADERS.items():
         if start.startswith(header):

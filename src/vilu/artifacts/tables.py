@@ -373,14 +373,15 @@ def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> No
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     """Read the column names of a CSV file, without reading more than the beginning of the file."""
-    # Invalid UTF-8 is escaped, not refused: it may be in a later row, because the file is decoded
-    # in blocks. Such a row is refused when the rows are read.
+    # The file is decoded in blocks, which also contain rows. Invalid UTF-8 in a row is escaped here
+    # and refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.reader(_short_lines(file, path), delimiter=delimiter)
         names = next(table, [])
         require_width(path, len(names))
         if len(set(names)) < len(names):
-            require_distinct(f"{path} line 1", names, next(table, []))
+            first_row = next(table, [])
+            require_distinct(f"{path} line 1", names, first_row)
     "".join(names).encode()  # raises a ValueError if the names are no valid UTF-8
     return names
 

@@ -42,7 +42,8 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
-            panels[0].legend(fontsize=8)
+            first, *_ = panels
+            first.legend(fontsize=8)
     return figure
 
 
@@ -275,11 +276,12 @@ def _curve_panels(
             draw(axis, panel, styles)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
+        n_columns = int(np.clip(len(styles), 1, 4))
         figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=min(max(len(styles), 1), 4),
+            ncols=n_columns,
             fontsize=8,
         )
     return figure

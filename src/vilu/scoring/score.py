@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -348,7 +349,7 @@ def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
 
 
 def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
-    """Warn if rows were used in the fit; ``overlap`` states how many of how many."""
+    """Warn if rows were used in the fit; ``overlap`` is for example "5 of 100 rows"."""
     if n_seen:
         warn_caller(f"{overlap} were used to fit this {predictor.name}.")
 
@@ -541,7 +542,7 @@ def _rounded_size(rows_per_part: int, pool_size: int | None) -> int:
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
-    n_batches = -(-rows_per_part // SCORING_BATCH)  # integer division, rounded up
+    n_batches = math.ceil(rows_per_part / SCORING_BATCH)
     return n_batches * SCORING_BATCH
 
 

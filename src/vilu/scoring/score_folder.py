@@ -423,18 +423,18 @@ class ScoreFolder(Reopened):
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
         """Histograms of all evaluable rows, and of those that belong to none of the classes."""
-        ood = Histogram.empty()
+        total_ood = Histogram.empty()
 
-        def parts() -> Iterator[Histogram]:
-            nonlocal ood
-            # added part by part, so that at most two histograms of each kind are in memory
+        # a generator, so that not all histograms are in memory at once
+        def histograms() -> Iterator[Histogram]:
+            nonlocal total_ood
             for receipt in self._receipts:
                 histogram, histogram_ood = read_histogram(self.path, receipt)
-                ood = ood + histogram_ood
+                total_ood = total_ood + histogram_ood
                 yield histogram
 
-        total = Histogram.total(parts())
-        return total, ood
+        total = Histogram.total(histograms())
+        return total, total_ood
 
     def tally(self) -> Tally:
         """The counts for ``vilu.evaluate``: histograms, or all rows if a picture is repeated.

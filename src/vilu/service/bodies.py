@@ -110,7 +110,8 @@ class AnswersOut(BaseModel):
 
 def content_type(request: Request) -> str:
     """The content type of a request, without its parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, _, _ = request.headers.get("content-type", "").partition(";")
+    return kind.strip().lower()
 
 
 async def read_json(request: Request, kind: type[Body]) -> Body:
@@ -127,7 +128,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     try:
         return await asyncio.to_thread(kind.model_validate_json, content)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
+        first, *_ = error.errors(include_input=False, include_url=False)
         where = ".".join(map(str, first["loc"])) or "the body"
         detail = f"{where:.100}: {first['msg']:.200}."
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None

@@ -7,7 +7,7 @@ import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from vilu.artifacts.disk import locked, make_folder
 from vilu.calibration.monitor.status import Status
@@ -75,29 +75,34 @@ class RemoteJournals:
         self._call("close")
 
 
-def replicas_of(text: str) -> tuple[int, int]:
-    """Minimum and maximum number of replicas, from a text such as "2" or "1:8"."""
+class Replicas(NamedTuple):
+    """Minimum and maximum number of replicas."""
+
+    least: int
+    most: int
+
+
+def replicas_of(text: str) -> Replicas:
+    """The numbers of replicas in a text such as "2" or "1:8"."""
     first, _, second = text.partition(":")
     with suppress(ValueError):  # a text that is no number raises the error below
         least = int(first)
         most = int(second or first)
         if 1 <= least <= most:
-            return least, most
+            return Replicas(least, most)
     raise UsageError(
         f"--replicas is a number, or a minimum and a maximum such as 1:8. Got {text!r:.40} instead."
     )
 
 
-def begin(
-    setup: Setup, host: str, port: int, replicas: tuple[int, int]
-) -> tuple[str, RemoteJournals]:
+def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
     """Start the service in the Ray cluster that this process is connected to.
 
     Args:
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Minimum and maximum number of replicas.
+        replicas: Numbers of replicas.
 
     Returns:
         The URL, and the journals that all replicas share.
@@ -142,16 +147,16 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
     return journals
 
 
-def _size(replicas: tuple[int, int]) -> dict[str, Any]:
-    """Options of a deployment for a minimum and a maximum number of replicas."""
-    least, most = replicas
-    if least == most:
-        return {"num_replicas": least}
-    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
+def _size(replicas: Replicas) -> dict[str, Any]:
+    """Options of a deployment for its number of replicas."""
+    if replicas.least == replicas.most:
+        return {"num_replicas": replicas.least}
+    limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
+    return {"autoscaling_config": limits}
 
 
 def serve_ray(
-    setup: Setup, host: str, port: int, replicas: tuple[int, int], announce: Callable[[str], None]
+    setup: Setup, host: str, port: int, replicas: Replicas, announce: Callable[[str], None]
 ) -> None:
     """Serve until a signal; then drain the replicas, and save.
 
@@ -161,7 +166,7 @@ def serve_ray(
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Minimum and maximum number of replicas.
+        replicas: Numbers of replicas.
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:

@@ -211,9 +211,9 @@ class TrainingRows:
             is_own = torch.from_numpy(hashes == own.hashes.reshape(-1, 1))
         near = []
         for rows_of_image, cosines_of_image, are_own in zip(row, cosine, is_own, strict=True):
-            others = ~are_own
+            is_kept = ~are_own
             near_image = map(
-                Near, rows_of_image[others].tolist(), cosines_of_image[others].tolist()
+                Near, rows_of_image[is_kept].tolist(), cosines_of_image[is_kept].tolist()
             )
             near.append(list(near_image))
         return near

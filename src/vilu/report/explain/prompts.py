@@ -274,8 +274,7 @@ def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task
     Returns:
         (folds, mixes, 2, K) number of rows that become right, and that become wrong.
     """
-    n_classes = better[0].shape[1]
-    changes = torch.zeros(len(better), len(MIXES), 2, n_classes, dtype=torch.int64)
+    changes = torch.zeros(len(better), len(MIXES), 2, data.n_candidates, dtype=torch.int64)
     for batch in data.batches(ROWS, rows=rows):
         rivals = Rivals.of(batch)
         for left_out, texts in enumerate(better):

@@ -166,10 +166,11 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
     """One histogram per method; that of the main method, which is the first, has the threshold."""
-    threshold = points.threshold[points.start]
-    histograms = [charts.histogram(methods[0], threshold, number=0)]
-    for number in range(1, len(methods)):
-        histograms.append(charts.histogram(methods[number], threshold=None, number=number))
+    histograms = []
+    for number, of_method in enumerate(methods):
+        is_main = number == 0
+        threshold = points.threshold[points.start] if is_main else None
+        histograms.append(charts.histogram(of_method, threshold, number))
     return histograms
 
 

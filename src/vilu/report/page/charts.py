@@ -196,8 +196,11 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     n_accepted = per_class(choice.accepted)
     n_accepted_wrong = per_class(choice.accepted & wrong)
     per_independent = outcomes.tally().scores.rows_per_independent
-    # by descending number of wrong answers, then by descending number of answers
-    answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-n_wrong[c], -n[c], c))
+    # Sorted by the number of wrong answers, and of classes with equal numbers by the number of
+    # answers: a stable sort keeps the order of the sort before it.
+    answered = np.flatnonzero(n).tolist()
+    answered.sort(key=n.__getitem__, reverse=True)
+    answered.sort(key=n_wrong.__getitem__, reverse=True)
     listed = answered[:MAX_CLASSES]
     table = []
     for c in listed:
@@ -239,10 +242,11 @@ def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset,
 
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     """Chart of the selective risk against the coverage; the first method is the main method."""
+    main, *_ = methods
     curves = [risk_coverage_curve(*known(of_method)) for of_method in methods]
     top = max(_largest_risk(coverage, risk) for coverage, risk in curves)
-    _, failure = known(methods[0])
-    accepted = choice.accepted[methods[0].evaluable]
+    _, failure = known(main)
+    accepted = choice.accepted[main.evaluable]
     n_accepted = int(accepted.sum())
     risk_of_choice = float(failure[accepted].mean()) if n_accepted else 0.0
     rate = float(failure.mean())
@@ -275,11 +279,13 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
     None if all answers are right, or all are wrong.
     """
-    _, failure = known(methods[0])
-    if not 0 < failure.sum() < len(failure):
+    main, *_ = methods
+    _, failure = known(main)
+    n_wrong = failure.sum()
+    if n_wrong in {0, len(failure)}:
         return None
     curves = [roc_curve_points(*known(of_method)) for of_method in methods]
-    accepted = choice.accepted[methods[0].evaluable]
+    accepted = choice.accepted[main.evaluable]
     return Chart(
         key="roc",
         title="Right and wrong answers told apart (ROC)",
@@ -365,7 +371,8 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     Only methods that give probabilities have a line. None if the main method, which is the first,
     gives no probabilities.
     """
-    if probability(methods[0]) is None:
+    main, *_ = methods
+    if probability(main) is None:
         return None
     lines = []
     for look, of_method in enumerate(methods):
