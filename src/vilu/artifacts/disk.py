@@ -222,8 +222,8 @@ def locked(
         _write_holder(holder_file, this_process, host, f"{doing} {folder}")
         yield
     finally:
-        # Remove the file before the lock is released: after that, it may be of the next holder. If
-        # it names another process, a machine that the lock does not exclude works here. It stays.
+        # The file is removed before the lock is released, because afterwards the next holder may
+        # have written it. A file that names another process stays: the lock did not exclude it.
         holder = _holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):

@@ -534,6 +534,7 @@ class ScoreFolder(Reopened):
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
                 f"{AGAIN}."
             )
+        first_part, *_ = parts
         optional: dict[str, Any] = {"reason": [None] * len(order)}
         for name, type_name in OPTIONAL.items():
             column = _joined(parts, name, type_name, order)
@@ -544,7 +545,7 @@ class ScoreFolder(Reopened):
             failure=np.concatenate([part.failure for part in parts])[order],
             outside=np.concatenate([part.outside for part in parts])[order],
             **optional,
-            class_names=parts[0].class_names,
+            class_names=first_part.class_names,
             **facts_of(self.run),
             is_probability=self.run.is_probability,
             provenance={**self.run.provenance, "n_seen_in_fit": self.counts.n_seen},

@@ -87,7 +87,8 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
     if data.pool_size is not None:
         numbers = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
         pools = [_pool(data, int(number)) for number in np.sort(numbers)]
-        rows = torch.cat([rows[:0], *pools])
+        no_rows = rows[:0]  # so that there is something to join even if there is no pool
+        rows = torch.cat([no_rows, *pools])
     rows = rows[~torch.isin(rows, leave_out)]
     if not len(rows):
         raise DataError(

@@ -196,11 +196,12 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     n_accepted = per_class(choice.accepted)
     n_accepted_wrong = per_class(choice.accepted & wrong)
     per_independent = outcomes.tally().scores.rows_per_independent
-    # Sorted by the number of wrong answers, and of classes with equal numbers by the number of
-    # answers: a stable sort keeps the order of the sort before it.
-    answered = np.flatnonzero(n).tolist()
-    answered.sort(key=n.__getitem__, reverse=True)
-    answered.sort(key=n_wrong.__getitem__, reverse=True)
+
+    def wrong_then_all(c: int) -> tuple[int, int]:
+        """The number of wrong answers of a class, then its number of answers."""
+        return n_wrong[c], n[c]
+
+    answered = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
     listed = answered[:MAX_CLASSES]
     table = []
     for c in listed:
@@ -315,18 +316,19 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     uncertainty, _ = known(outcomes)
     low, high = _ends(outcomes)
     edges = np.linspace(low, high, BINS + 1)
-    kind_of = _kinds_of_answers(outcomes)
+    look_of_row = _looks_of_answers(outcomes)
     labels = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
-    if OUTSIDE_LOOK in kind_of:
+    if OUTSIDE_LOOK in look_of_row:
         labels[WRONG_LOOK] = "wrong within the classes"
         labels[OUTSIDE_LOOK] = "of none of the classes"
     # two points per bin, at its left and its right edge, draw the bins as steps
     x = np.repeat(edges, 2)[1:-1]
     lines = []
-    for kind, label in labels.items():
-        counts, _ = np.histogram(uncertainty[kind_of == kind], edges)
+    for look, label in labels.items():
+        counts, _ = np.histogram(uncertainty[look_of_row == look], edges)
         share = counts / max(counts.sum(), 1)
-        lines.append(Line(label, x, np.repeat(share, 2), kind, filled=kind != OUTSIDE_LOOK))
+        is_filled = look != OUTSIDE_LOOK
+        lines.append(Line(label, x=x, y=np.repeat(share, 2), look=look, filled=is_filled))
     top = max(float(line.y.max()) for line in lines)
     title = "Uncertainty of right and wrong answers"
     if number > 0:
@@ -357,7 +359,7 @@ def _ends(outcomes: Outcomes) -> tuple[float, float]:
     return low, high
 
 
-def _kinds_of_answers(outcomes: Outcomes) -> Ints:
+def _looks_of_answers(outcomes: Outcomes) -> Ints:
     """(M,) value of ``Line.look`` for each row that has both an uncertainty and a known failure."""
     _, failure = known(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]

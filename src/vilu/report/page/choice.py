@@ -161,7 +161,11 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 
 
 def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
-    """Name the method of each file; a name that several files have gets the name of the file."""
+    """Give the methods of files distinct names.
+
+    A method without a name gets the name of its file. A name that several files have gets the name
+    of the file behind it.
+    """
     counts = Counter(outcomes.method for _, outcomes in files)
     named = []
     for path, outcomes in files:
