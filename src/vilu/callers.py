@@ -6,10 +6,10 @@ import sys
 import warnings
 
 OWN = {"vilu", "vilu_bench"}
-"""Packages that are skipped in the search for the caller."""
+"""Packages whose code does not count as the caller."""
 
 WRAPPERS = {"contextlib", "functools"}
-"""Modules of Python that are also skipped, since decorators call functions from there."""
+"""Modules of Python whose code does not count either: it calls the functions that it decorates."""
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
@@ -33,4 +33,6 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def _is_own(module: str) -> bool:
-    return module in WRAPPERS or module.partition(".")[0] in OWN
+    """Whether code of this module does not count as the caller."""
+    package, _, _ = module.partition(".")
+    return module in WRAPPERS or package in OWN

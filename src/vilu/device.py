@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vilu.errors import UsageError
@@ -17,7 +17,7 @@ from vilu.errors import UsageError
 def resolve_device(name: str) -> torch.device:
     """The device with a name: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
-    "auto" is the first available device of cuda, mps and cpu.
+    "auto" is the first of cuda, mps and cpu that is available.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -26,15 +26,15 @@ def resolve_device(name: str) -> torch.device:
     }
     here = [kind for kind, is_here in available.items() if is_here]
     if name == "auto":
-        return torch.device(here[0])
-    kind, colon, number = name.partition(":")
-    is_numbered_gpu = kind == "cuda" and re.fullmatch("[0-9]{1,4}", number) is not None
-    if kind not in available or (colon and not is_numbered_gpu):
+        first, *_ = here
+        return torch.device(first)
+    if name not in available and re.fullmatch("cuda:[0-9]{1,4}", name) is None:
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
-    is_there = available[kind]
-    if is_there and kind == "cuda":
-        is_there = int(number or 0) < torch.cuda.device_count()
-    if not is_there:
+    kind, _, number = name.partition(":")
+    is_here = available[kind]
+    if is_here and number:
+        is_here = int(number) < torch.cuda.device_count()
+    if not is_here:
         raise UsageError(f"device {name!r} is not on this machine. Found: {', '.join(here)}.")
     return torch.device(name)
 
@@ -48,10 +48,12 @@ def torch_defaults() -> Iterator[None]:
 
     The settings are: gradients on, inference mode off, the CPU as default device, autocast off.
     They belong to the current thread. The default type of torch belongs to all threads, so it is
-    not changed: code in the block must name the type of every floating-point tensor that it makes.
+    not changed. Therefore code in the block must name the type of every floating-point tensor that
+    it makes.
 
-    This has two reasons. Results do not depend on the settings of the caller. Tensors made in the
-    block can be used anywhere, whereas a tensor made in inference mode can never be trained on.
+    There are two reasons for such a block. Results must not depend on the settings of the caller.
+    Tensors made in the block must be usable anywhere, and a tensor that was made in inference mode
+    can never be trained on.
     """
     with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
@@ -77,13 +79,15 @@ def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Ite
             yield item
 
 
-FILLING: set[Callable[..., object]] = {
-    *(Tensor.uniform_, Tensor.normal_, Tensor.bernoulli_),
-    *(nn.init.uniform_, nn.init.normal_, nn.init.trunc_normal_, nn.init.orthogonal_),
-    *(nn.init.xavier_uniform_, nn.init.xavier_normal_),
-    *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_),
+FILLING = {
+    *("uniform_", "normal_", "bernoulli_", "trunc_normal_", "orthogonal_"),
+    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
 }
-"""Functions that fill their first argument, a tensor, with random numbers."""
+"""Names of functions that fill their first argument, a tensor, with random numbers.
+
+They are methods of tensors and functions of ``torch.nn.init``. While transformers makes a model, it
+replaces these functions by functions of its own with the same names.
+"""
 
 MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
 """Functions that make a new tensor of random numbers."""
@@ -108,7 +112,7 @@ class OwnGenerator(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Call a function of torch; a random function without a generator gets the block's one."""
+        """Call a function of torch, with the generator of the block if it draws random numbers."""
         named = dict(kwargs or {})
         if named.get("generator") is None and _draws_on_cpu(func, args, named):
             named["generator"] = self.generator
@@ -118,7 +122,8 @@ class OwnGenerator(TorchFunctionMode):
 def _draws_on_cpu(
     function: Callable[..., object], args: tuple[Any, ...], named: dict[str, Any]
 ) -> bool:
-    if function in FILLING:
+    """Whether a call of a function of torch draws random numbers on the CPU."""
+    if getattr(function, "__name__", None) in FILLING:
         tensor: Tensor = args[0] if args else named["tensor"]
         return tensor.device.type == "cpu"
     device = named.get("device") or "cpu"

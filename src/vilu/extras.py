@@ -1,4 +1,4 @@
-"""Late and silent import of optional libraries, and the check that the model hub is reachable."""
+"""Import of optional libraries, blocks without their messages, and a check of the model hub."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import importlib
 import logging
 import socket
 import sys
+import threading
 import urllib.request
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from types import ModuleType
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError
@@ -20,7 +23,7 @@ REACH_TIMEOUT = 3.0
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional dependency; MissingModelError states how to install it."""
+    """Import a module of an optional library; MissingModelError states how to install it."""
     try:
         with quiet():
             return importlib.import_module(module)
@@ -30,38 +33,151 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, log lines below ERROR, and progress bars in the block.
+    """Suppress warnings, log lines below ERROR and progress bars of this thread in the block.
 
-    All settings are restored afterwards. Loaders of models only warn of missing or wrong weights.
-    No such warning is lost, because vilu checks the weights itself and raises an error.
+    Other threads are not affected, because every hook asks whether it is called from such a block.
+    When the last of all blocks ends, the hooks are removed.
+
+    Loaders of models only warn of missing or wrong weights. These warnings are not needed, because
+    vilu checks the weights itself and raises an error.
     """
-    root = logging.getLogger()
-    disabled = logging.root.manager.disable
-    # if the root logger had no handler, logging.info() in open_clip would add one and leave it
-    handler = logging.NullHandler()
-    root.addHandler(handler)
-    logging.disable(max(disabled, logging.WARNING))
+    token = _is_quiet.set(True)
     try:
-        with _no_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ExitStack() as stack:
+            for module, hook in HOOKS.items():
+                if module in sys.modules:
+                    stack.enter_context(hook)
             yield
     finally:
-        logging.disable(disabled)
-        root.removeHandler(handler)
+        _is_quiet.reset(token)
+
+
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+"""Whether the current thread is in a ``quiet`` block."""
+
+
+class _QuietCategory(type):
+    """Metaclass of a category that contains all warnings of quiet threads, and no others."""
+
+    def __subclasscheck__(cls, category: type) -> bool:
+        return _is_quiet.get()
+
+
+class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
+    """The category for the filter of warnings. No warning has this class."""
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Switch off the progress bars of transformers in the block, if transformers is imported."""
-    bars = sys.modules.get("transformers.utils.logging")
-    if bars is None or not bars.is_progress_bar_enabled():
-        yield
-        return
-    bars.disable_progress_bar()
+def _hook_warnings() -> Iterator[None]:
+    """Ignore the warnings of quiet threads in the block."""
+    filters = cast("list[object]", warnings.filters)
+    ignore_any = ("ignore", None, _AnyOfQuietThread, None, 0)
+    filters.insert(0, ignore_any)
     try:
         yield
     finally:
-        bars.enable_progress_bar()
+        if ignore_any in filters:  # warnings.resetwarnings() removes all filters
+            filters.remove(ignore_any)
+
+
+BELOW_ALL_HANDLERS = -1
+"""A level below that of every log handler. A record of this level is not shown."""
+
+
+@contextmanager
+def _hook_logging() -> Iterator[None]:
+    """Drop the log records of quiet threads below ERROR in the block."""
+    make = logging.getLogRecordFactory()
+    configure = logging.basicConfig
+
+    def make_silent(*args: object, **fields: object) -> logging.LogRecord:
+        record = make(*args, **fields)
+        if _is_quiet.get() and record.levelno < logging.ERROR:
+            record.levelno = BELOW_ALL_HANDLERS
+        return record
+
+    def configure_unless_quiet(**options: Any) -> None:  # noqa: ANN401 - as logging declares them
+        if not _is_quiet.get():
+            configure(**options)
+
+    logging.setLogRecordFactory(make_silent)
+    try:
+        # logging.info() in open_clip would add a handler to a root logger without handlers
+        with setting(logging, basicConfig=configure_unless_quiet):
+            yield
+    finally:
+        # another thread may have set a factory meanwhile, which stays
+        if logging.getLogRecordFactory() is make_silent:
+            logging.setLogRecordFactory(make)
+
+
+TRANSFORMERS_BARS = "transformers.utils.logging"
+HUB_BARS = "huggingface_hub.utils.tqdm"
+
+
+@contextmanager
+def _hook_transformers_bars() -> Iterator[None]:
+    """Hide the progress bars that transformers makes in quiet threads, in the block."""
+    bars = importlib.import_module(TRANSFORMERS_BARS)
+
+    def make_bar(
+        make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> object:
+        if _is_quiet.get():
+            options = options | {"disable": True}
+        if previous is not None:
+            return previous(make, args, options)
+        return make(*args, **options)
+
+    previous = bars.set_tqdm_hook(make_bar)
+    try:
+        yield
+    finally:
+        bars.set_tqdm_hook(previous)
+
+
+@contextmanager
+def _hook_hub_bars() -> Iterator[None]:
+    """Hide the progress bars that the client of the hub makes in quiet threads, in the block."""
+    bars = importlib.import_module(HUB_BARS)
+    are_disabled = bars.are_progress_bars_disabled
+
+    def are_disabled_here(name: str | None = None) -> bool:
+        return _is_quiet.get() or are_disabled(name)
+
+    with setting(bars, are_progress_bars_disabled=are_disabled_here):
+        yield
+
+
+class _SharedContext:
+    """A context for several threads at once. The first sets it up, and the last one ends it."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._context = context
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._ending = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._ending.enter_context(self._context())
+            self._n_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._ending.close()
+
+
+HOOKS = {
+    "warnings": _SharedContext(_hook_warnings),
+    "logging": _SharedContext(_hook_logging),
+    TRANSFORMERS_BARS: _SharedContext(_hook_transformers_bars),
+    HUB_BARS: _SharedContext(_hook_hub_bars),
+}
+"""What silences a quiet thread, by the module that it hooks into."""
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -49,9 +50,9 @@ IMPORTED: list[str] = []
 def register(thing: Added) -> Added:
     """Register a method, metric, data set or backbone by its name in this process.
 
-    Afterwards it can be listed, used, evaluated and benchmarked like those of vilu. The function
-    returns its argument, so it can be used as a decorator. There are two ways to register an object
-    in all processes (commands and workers):
+    Afterwards it can be listed, used, evaluated and benchmarked like the objects of vilu. The
+    function returns its argument, so it can be used as a decorator. There are two ways to register
+    an object in all processes (commands and workers):
 
     - Pass ``--plugin MODULE``, which imports a module that calls this function.
     - Install a distribution that has an entry point with the name of the object. The groups are
@@ -71,15 +72,16 @@ def register(thing: Added) -> Added:
 
     Examples:
         >>> import vilu
+        >>> def share_of_wrong(counts):
+        ...     return counts.n_wrong / counts.n
         >>> metric = vilu.metrics.Metric(
-        ...     "Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong"
+        ...     "Wrong", share_of_wrong, "share of wrong answers", name="wrong"
         ... )
-        >>> _ = vilu.register(metric)
-        >>> vilu.evaluate(
-        ...     vilu.Outcomes([1, 2, 3, 4] * 30, [0, 0, 0, 1] * 30), metrics=["wrong"]
-        ... ).value("wrong")
+        >>> registered = vilu.register(metric)  # until this process ends
+        >>> outcomes = vilu.Outcomes(uncertainty=[1, 2, 3, 4] * 30, failure=[0, 0, 0, 1] * 30)
+        >>> vilu.evaluate(outcomes, metrics=["wrong"]).value("wrong")
         0.25
-        >>> del vilu.metrics.METRICS["wrong"]  # undo
+        >>> del vilu.metrics.METRICS["wrong"]
     """
     if isinstance(thing, str | os.PathLike) and Path(thing).suffix == ".toml":
         _register_file(Path(thing))
@@ -90,38 +92,38 @@ def register(thing: Added) -> Added:
 
 
 def _register_file(path: Path) -> None:
+    """Register the tables of a TOML file."""
     tables_by_section = toml_tables(path)
-    takers = dict(SECTIONS)
+    functions = dict(SECTIONS)
     for entry in entry_points(SECTION_GROUP):
-        takers[entry.name] = entry.value
-    for name in tables_by_section:
-        if name not in takers:
-            known = ", ".join(f"[{section}.NAME]" for section in sorted(takers, reverse=True))
-            raise UsageError(f"{path} has a section [{name}]; there are {known}.")
-    for name, tables in tables_by_section.items():
-        module, _, function = takers[name].partition(":")
-        getattr(importlib.import_module(module), function)(tables)
+        functions[entry.name] = entry.value
+    for section in tables_by_section:
+        if section not in functions:
+            known = ", ".join(f"[{name}.NAME]" for name in sorted(functions, reverse=True))
+            raise UsageError(f"{path} has a section [{section}]; there are {known}.")
+    for section, tables in tables_by_section.items():
+        module, _, name = functions[section].partition(":")
+        register_tables = getattr(importlib.import_module(module), name)
+        register_tables(tables)
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     """Parse the tables of a TOML file, or of TOML text, by name."""
     try:
-        tables = tomllib.loads(
-            source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        )
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        tables = tomllib.loads(text)
     except PermissionError as error:
         raise StorageError(f"cannot read {source}: {error.strerror}.") from error
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}."
-        ) from error
-    bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
-    if bare is not None:
-        raise UsageError(
-            f"{bare!r} stands outside a table. Write [NAME], and its keys and values below it."
-        )
+        what = source if isinstance(source, Path) else "the text"
+        raise UsageError(f"{what} is not TOML: {error}.") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(
+                f"{name!r} stands outside a table. Write [NAME], and its keys and values below it."
+            )
     return tables
 
 
@@ -129,8 +131,8 @@ class Catalogue(MutableMapping[str, Added]):
     """Objects of one kind by name, from vilu, from ``register`` and from other distributions.
 
     Other distributions add objects by entry points. An entry point is imported when its name is
-    looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error. An
-    iteration leaves the entry point out with a warning.
+    looked up, or when the catalogue is iterated. If the import fails, a lookup raises an error, but
+    an iteration only logs a warning and leaves the entry point out.
     """
 
     def __init__(self, what: str, group: str) -> None:
@@ -139,7 +141,7 @@ class Catalogue(MutableMapping[str, Added]):
         self.here: dict[str, Added] = {}  # objects that are registered in this process
         # name -> "module:object" of this package, which is imported on first use
         self.offered: dict[str, str] = {}
-        self._all_taken = False
+        self._has_imported_all = False
 
     def names(self) -> list[str]:
         """All names, without importing any entry point."""
@@ -153,11 +155,13 @@ class Catalogue(MutableMapping[str, Added]):
 
     def __getitem__(self, name: str) -> Added:
         if name not in self.here and name in self.offered:
-            self._take_offered(name)
+            self._import_offered(name)
         if name not in self.here:
             load_plugins()
         if name not in self.here:
-            self._take_entry(name)
+            entry = next((entry for entry in self._entries() if entry.name == name), None)
+            if entry is not None:
+                self._import_entry(entry)
         return self.here[name]
 
     def __setitem__(self, name: str, thing: Added) -> None:
@@ -168,12 +172,12 @@ class Catalogue(MutableMapping[str, Added]):
 
     def __iter__(self) -> Iterator[str]:
         load_plugins()
-        if not self._all_taken:
-            self._all_taken = True
-            self._take_all()
+        if not self._has_imported_all:
+            self._has_imported_all = True
+            self._import_all()
         return iter(self.here)
 
-    def _take_all(self) -> None:
+    def _import_all(self) -> None:
         """Import all objects of the catalogue.
 
         Afterwards their order is: objects of this package in the order of ``offer``, registered
@@ -181,27 +185,22 @@ class Catalogue(MutableMapping[str, Added]):
         """
         for name in self.offered:
             if name not in self.here:
-                self._take_offered(name)
+                self._import_offered(name)
         in_order = {name: self.here[name] for name in self.offered}
         self.here = in_order | self.here
         reasons = []
         for entry in self._entries():
             try:
-                self._take(entry)
+                self._import_entry(entry)
             except UsageError as error:
                 reasons.append(str(error))
         for reason in dict.fromkeys(reasons):
             logger.warning("left out: %s", reason)
 
-    def _take_offered(self, name: str) -> None:
+    def _import_offered(self, name: str) -> None:
+        """Import an object of this package, and register it."""
         module, _, attribute = self.offered[name].partition(":")
         register(getattr(importlib.import_module(module), attribute))
-
-    def _take_entry(self, name: str) -> None:
-        for entry in self._entries():
-            if entry.name == name:
-                self._take(entry)
-                return
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -209,12 +208,14 @@ class Catalogue(MutableMapping[str, Added]):
     def _entries(self) -> list[EntryPoint]:
         return entry_points(self.group)
 
-    def _take(self, entry: EntryPoint) -> None:
+    def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
         loaded = register_entry(entry, self.what)
         # a TOML file registers every table by the table's own name
         is_file = isinstance(loaded, str | os.PathLike)
-        if entry.name not in self.here or not (is_file or self.here[entry.name] == loaded):
+        registered = self.here.get(entry.name)
+        has_its_name = registered is not None and (is_file or registered == loaded)
+        if not has_its_name:
             raise UsageError(
                 f"{_in_words(entry, self.what)} has another name than its entry point."
             )
@@ -252,7 +253,7 @@ def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any o
 
 def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
     message = f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
-    package = entry.value.partition(":")[0].partition(".")[0]
+    package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         message = f"{message}. Install {package.replace('_', '-')}."
     return UsageError(message)
@@ -296,7 +297,7 @@ def plugins() -> list[str]:
 
 
 METHODS = Catalogue[Any]("method", "vilu.predictors")
-"""All methods by their names, for whoever needs the names and must not import the methods.
+"""All methods by their names, for modules that need the names but must not import the methods.
 
 ``vilu.predictors.contract.catalogue.PREDICTORS`` is the same catalogue with its types.
 """

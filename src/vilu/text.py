@@ -33,7 +33,7 @@ _LATEX = str.maketrans(
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Format lines of cells as aligned text; all cells are left-aligned, also numbers.
+    """Format lines of cells as text whose columns are aligned at their left ends.
 
     Cells are escaped and shortened by ``shown``.
     """
@@ -107,7 +107,7 @@ def _cut(line: str, length: int) -> str:
 
 
 def span(values: Iterable[object]) -> str:
-    """Join the distinct values in order of first occurrence, such as "10/20"."""
+    """Join the distinct values by slashes, in order of first occurrence, such as "10/20"."""
     return "/".join(dict.fromkeys(map(str, values)))
 
 
@@ -122,7 +122,7 @@ def short(text: str, length: int) -> str:
 
 
 def rest(n: int, shown: int, what: str) -> list[str]:
-    """A list with one line that counts the rows a table leaves out; empty if it shows all rows."""
+    """A list with one line that counts the rows that are not shown; empty if all are shown."""
     if n <= shown:
         return []
     return [f"... and {n - shown:,} more {what} (--json has all)"]
@@ -137,8 +137,8 @@ def csp_hash(content: str) -> str:
 def page_of(package: str, name: str, images: str) -> tuple[str, str]:
     """Read an HTML page from templates, and make its Content-Security-Policy.
 
-    The style and the script are put into the page. The policy forbids to load anything else,
-    except images from ``images``, which is a source of the directive ``img-src``.
+    The style and the script are put into the page. The policy forbids to load anything else, except
+    images from ``images``. This is a source as in the directive ``img-src``, such as "blob:".
     """
     from importlib import resources  # imported here because it is slower than the whole module
 

@@ -23,7 +23,7 @@ CHECKED_ELEMENTS = 100
 """How many elements at the beginning of a list have their types checked."""
 
 MOST_WITH_OR = 2
-"""Up to this many choices are joined by "or" in a message; more are listed after "one of"."""
+"""Up to this many choices are joined by "or" in a message. More are listed after "one of"."""
 
 
 def require_at_least(name: str, value: int, least: int) -> None:
@@ -50,7 +50,7 @@ def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argument
-    """Raise DataError for a numpy array with masked numbers; vilu would ignore the mask."""
+    """Raise DataError for a numpy array with masked numbers, because vilu ignores the mask."""
     is_masked = type(values).__name__ == "MaskedArray"  # by name, without importing numpy
     if is_masked and values.mask.any():
         raise DataError(
@@ -71,13 +71,13 @@ def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays,
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function with a check of the types of its arguments by their annotations.
 
-    A number may be given as a numpy number or as an array without dimensions; the function gets a
-    Python number. Neither True nor "1" counts as a number. Arrays are not checked here.
+    A number may be given as a numpy number or as an array without dimensions. The function gets it
+    as a Python number. Neither True nor "1" counts as a number. Arrays are not checked here.
 
     Every error names the function as it was called, such as "score" or "MCM.fit".
 
     Raises:
-        UsageError: If an argument has another type; states what was found and what was expected.
+        UsageError: If an argument has another type. The message states both types.
         TypeError: If there are too many arguments, too few, or unknown ones.
     """
     shape = inspect.signature(function)
@@ -172,9 +172,9 @@ def _problem(
 
 
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Name of another argument that has the type which this argument should have, or None.
+    """Name of another argument that has the type which the argument ``name`` should have, or None.
 
-    It is only searched for types with an attribute ``how``, which describes the type in messages.
+    Only types of vilu with an attribute ``how`` are searched for. ``how`` describes the type.
     """
     kinds = get_args(hint) or (hint,)
     if not any(hasattr(kind, "how") for kind in kinds):
@@ -202,9 +202,10 @@ def _as_python(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
 
     This includes arrays without dimensions, such as the logit scale of a model.
     """
-    plain_is_asked_for = bool({int, float, bool, str} & {hint, *get_args(hint)})
+    types = {hint, *get_args(hint)}
+    wants_plain_type = not types.isdisjoint({int, float, bool, str})
     has_no_dimension = getattr(value, "shape", None) == ()
-    if not (plain_is_asked_for and has_no_dimension):
+    if not (wants_plain_type and has_no_dimension):
         return value
     if hasattr(value, "detach"):
         value = value.detach()
@@ -225,13 +226,17 @@ def _is_instance(value: object, kind: object, inner: tuple[object, ...]) -> bool
     """Whether a value is an instance of a type; True for types that cannot be tested."""
     if not isinstance(kind, type):
         return True
-    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+    is_protocol = getattr(kind, "_is_protocol", False)
+    is_runtime_protocol = getattr(kind, "_is_runtime_protocol", False)
+    if is_protocol and not is_runtime_protocol:
         return True
     is_array_type = hasattr(kind, "dtype")
+    is_mapping = issubclass(kind, Mapping)
     has_element_type = bool(inner) and issubclass(kind, Collection)
-    if is_array_type or not has_element_type or issubclass(kind, Mapping):
-        return isinstance(value, kind)
-    return _has_elements(value, kind, inner[0])
+    if has_element_type and not is_array_type and not is_mapping:
+        element, *_ = inner
+        return _has_elements(value, kind, element)
+    return isinstance(value, kind)
 
 
 def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN401 - any argument
@@ -264,7 +269,7 @@ def _expected(hint: object) -> str:
 def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
     """Whether a value is of one of the types; True if a numpy type is among the types.
 
-    The function itself checks an argument that can be an array.
+    An argument that can be an array is checked by the decorated function, not here.
     """
     for hint in types:
         module = getattr(get_origin(hint) or hint, "__module__", None) or ""
@@ -279,7 +284,7 @@ def _any_in_words(types: tuple[object, ...]) -> str:
 
 
 def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
-    """Whether a value equals a choice of the same type; so True is not 1."""
+    """Whether a value equals a choice of the same type, so that True does not count as 1."""
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 

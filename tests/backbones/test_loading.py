@@ -8,11 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import urllib.request
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import huggingface_hub.constants as hub
 import pytest
@@ -27,6 +30,9 @@ from vilu.backbones.loading import load_cached_first, load_local, tokenizer_iden
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 from vilu.extras import REACH_TIMEOUT, hub_reachable, import_extra, quiet
 from vilu.progress import reporting
+
+transformers_bars = import_module("transformers.utils.logging")
+hub_bars = import_module("huggingface_hub.utils.tqdm")
 
 
 def test_missing_extra_says_what_to_install() -> None:
@@ -90,48 +96,96 @@ def test_tokenizer_without_vocabulary() -> None:
         tokenizer_identity(object(), lambda texts: ids)
 
 
-def test_quiet_restores_everything() -> None:
-    from transformers.utils import logging as bars
-
-    root = logging.getLogger()
-    before = (
-        list(root.handlers),
-        list(warnings.filters),
+def settings_of_output() -> list[object]:
+    """The settings of the process that decide which output is shown."""
+    return [
+        list(logging.getLogger().handlers),
         logging.root.manager.disable,
-        bars.is_progress_bar_enabled(),
-    )
+        logging.getLogRecordFactory(),
+        logging.basicConfig,
+        list(warnings.filters),
+        transformers_bars.is_progress_bar_enabled(),
+        transformers_bars._tqdm_hook,
+        hub_bars.are_progress_bars_disabled,
+        hub_bars.are_progress_bars_disabled(),
+    ]
+
+
+def shown_output(caplog: pytest.LogCaptureFixture) -> set[str]:
+    """What this thread is shown of a warning, two log lines, and a bar of each library."""
+    shown = set()
+    name = f"thread {threading.get_ident()}"
+    try:
+        warnings.warn("heard", stacklevel=1)
+    except UserWarning:  # the filters of the tests make warnings errors
+        shown.add("warning")
+    logging.getLogger(name).warning("heard")
+    logging.getLogger(name).error("heard")
+    shown |= {record.levelname for record in caplog.records if record.name == name}
+    if not transformers_bars.tqdm(total=1).disable:
+        shown.add("bar of transformers")
+    if not hub_bars.tqdm(total=1).disable:
+        shown.add("bar of the hub")
+    return shown
+
+
+EVERYTHING = {"warning", "WARNING", "ERROR", "bar of transformers", "bar of the hub"}
+
+
+def test_quiet_restores_everything() -> None:
+    before = settings_of_output()
 
     def interrupted() -> None:
         with quiet():
-            warnings.warn("not heard", stacklevel=1)  # an error under the filters of the tests
-            assert not bars.is_progress_bar_enabled()
-            assert not logging.getLogger("x").isEnabledFor(logging.WARNING)
-            assert logging.getLogger("x").isEnabledFor(logging.ERROR)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         interrupted()
-    after = (
-        list(root.handlers),
-        list(warnings.filters),
-        logging.root.manager.disable,
-        bars.is_progress_bar_enabled(),
-    )
-    assert after == before
+    assert settings_of_output() == before
+
+
+def test_quiet_silences_its_thread_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """A second thread is shown everything, and may be in a block of its own that ends earlier."""
+
+    def in_own_block() -> set[str]:
+        with quiet():
+            return shown_output(caplog)
+
+    before = settings_of_output()
+    with ThreadPoolExecutor(1) as second_thread:
+        with quiet():
+            assert second_thread.submit(shown_output, caplog).result() == EVERYTHING
+            caplog.clear()
+            assert second_thread.submit(in_own_block).result() == {"ERROR"}
+            assert shown_output(caplog) == {"ERROR"}
+            with quiet():
+                pass
+            caplog.clear()
+            assert shown_output(caplog) == {"ERROR"}
+        caplog.clear()
+        assert second_thread.submit(shown_output, caplog).result() == EVERYTHING
+    assert shown_output(caplog) == EVERYTHING
+    assert settings_of_output() == before
 
 
 def test_quiet_leaves_no_handler_on_a_bare_root() -> None:
     # pytest's own handlers would hide it: logging.info() calls basicConfig() on a root without
     # handlers
     code = """if True:
-        import logging
+        import logging, sys
+        from concurrent.futures import ThreadPoolExecutor
         from vilu.extras import quiet
         with quiet():
             logging.info("x"); logging.warning("y")
-        raise SystemExit(len(logging.getLogger().handlers))
+        left = len(logging.getLogger().handlers)
+        with quiet(), ThreadPoolExecutor(1) as second_thread:
+            second_thread.submit(logging.basicConfig, stream=sys.stdout).result()
+            second_thread.submit(logging.warning, "of the second thread").result()
+        raise SystemExit(left)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "WARNING:root:of the second thread\n"
 
 
 def failing(error: Exception) -> Callable[[], None]:

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
+from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.predictors.nn.checkpoint import (
     Checkpoint,
     FolderKeeper,
@@ -365,7 +367,50 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_only_the_leading_process_writes(tmp_path: Path) -> None:
-    keeper = FolderKeeper(tmp_path / "run", {}, Group(1, 2, torch.device("cpu")))
+class QueueGroup(Group):
+    """One of two processes, here threads; what the leading one broadcasts goes through a queue."""
+
+    def __init__(self, rank: int, sent: Queue[bytes]) -> None:
+        super().__init__(rank, 2, torch.device("cpu"))
+        self.sent = sent
+
+    def broadcast(self, data: bytes) -> bytes:
+        if self.leads:
+            self.sent.put(data)
+            return data
+        return self.sent.get(timeout=10)
+
+
+def test_all_processes_raise_the_error_of_the_leading_one(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()  # a file where the folder of checkpoints should be
+    state = Checkpoint({"epoch": 1}, {})
+    sent: Queue[bytes] = Queue()
+
+    def error_of(rank: int) -> StorageError:
+        keeper = FolderKeeper(tmp_path / "run", {}, QueueGroup(rank, sent))
+        with pytest.raises(StorageError) as caught:
+            keeper.save(lambda: state)
+        return caught.value
+
+    with ThreadPoolExecutor(2) as processes:
+        leading, second = processes.map(error_of, range(2))
+    assert str(tmp_path / "run") in str(leading)
+    assert str(second) == f"the leading process stopped with StorageError: {leading}"
+
+    def fail() -> None:
+        raise ZeroDivisionError("in the code")
+
+    with pytest.raises(ZeroDivisionError):
+        QueueGroup(0, sent).call_on_leader(fail)
+    with pytest.raises(RuntimeError, match="stopped with ZeroDivisionError: in the code"):
+        QueueGroup(1, sent).call_on_leader(fail)
+    assert QueueGroup(0, sent).call_on_leader(lambda: 7) == 7
+    assert QueueGroup(1, sent).call_on_leader(lambda: 7) is None
+
+
+def test_only_the_leading_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(1, 2, torch.device("cpu"))
+    monkeypatch.setattr(group, "broadcast", lambda data: data)  # the leading one has no error
+    keeper = FolderKeeper(tmp_path / "run", {}, group)
     keeper.save(lambda: pytest.fail("made what is not written"))
     assert not (tmp_path / "run").exists()

@@ -51,12 +51,12 @@ def environment(**more: str) -> dict[str, str]:
     return here | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": str(torch.get_num_threads())} | more
 
 
-def by_hand(folder: Path) -> None:
-    """Two processes, with the variables that torchrun would set."""
+def by_hand(folder: Path, *program: str) -> list[str]:
+    """Two processes, with the variables that torchrun would set; returns what they print."""
     port = str(free_port())
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(folder)],
+            [sys.executable, *(program or ("-m", WORKER)), str(folder)],
             env=environment(
                 RANK=rank,
                 LOCAL_RANK=rank,
@@ -65,13 +65,15 @@ def by_hand(folder: Path) -> None:
                 MASTER_PORT=port,
             ),
             cwd=ROOT,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
-    said = [process.communicate(timeout=300)[1] for process in started]
+    said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
+    return [out for out, _ in said]
 
 
 def by_torchrun(folder: Path) -> None:
@@ -123,6 +125,54 @@ def test_the_number_of_processes_does_not_matter(
             assert np.array_equal(found[key], found[key.replace("resumed/", "classes/")]), key
 
 
+FITS_THAT_FAIL = """
+import sys
+from pathlib import Path
+from tests.conftest import toy_embeddings
+from tests.e2e.ddp_worker import QUICK
+from vilu.errors import ViLUError
+from vilu.predictors.nn.checkpoint import checkpointing
+from vilu.predictors.nn.processes import world
+from vilu.predictors.vilu.vilu import ViLU
+
+def fit_in(folder):
+    try:
+        with checkpointing(folder, resume=True) as session:
+            session.name_fit("these inputs")
+            ViLU(**QUICK).fit(toy_embeddings(n=330))
+    except ViLUError as error:
+        print(error.exit_code, error)
+
+with world(timeout=60):
+    for folder in sorted(Path(sys.argv[1]).iterdir()):
+        fit_in(folder)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_leading_process_reaches_the_others(tmp_path: Path) -> None:
+    """They ended with "connection closed by peer", or waited until the time was over."""
+    cannot_name = tmp_path / "0"
+    (cannot_name / "fit.txt").mkdir(parents=True)
+    cannot_save = tmp_path / "1"
+    cannot_save.mkdir()
+    (cannot_save / "run_0").touch()  # a file where the folder of checkpoints should be
+    cannot_read = tmp_path / "2"
+    (cannot_read / "run_0").mkdir(parents=True)
+    (cannot_read / "run_0" / "00000001.json").write_text("{")
+    leading, second = by_hand(tmp_path, "-c", FITS_THAT_FAIL)
+    errors = leading.splitlines()
+    assert [error[:2] for error in errors] == ["7 ", "7 ", "3 "]
+    assert "fit.txt" in errors[0]
+    assert "run_0" in errors[1]
+    assert "no checkpoint in" in errors[2]
+    kinds = ["StorageError", "StorageError", "DataError"]
+    assert second.splitlines() == [
+        f"{error[:2]}the leading process stopped with {kind}: {error[2:]}"
+        for error, kind in zip(errors, kinds, strict=True)
+    ]
+
+
 def test_one_process_is_a_world() -> None:
     values, gradient = torch.rand(5), torch.rand(3)
     before = gradient.clone()
@@ -135,6 +185,7 @@ def test_one_process_is_a_world() -> None:
         assert one.gather(values) is values
         assert one.total(7) == 7
         assert one.broadcast(b"abc") == b"abc"
+        assert one.call_on_leader(lambda: 7) == 7
     assert current_world().size == 1
 
 

@@ -507,7 +507,7 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
         histogram_bytes(good, replace(good, wrong=good.wrong + 1)),
     )
     files = {**receipt.files, receipt.part.histogram: info}
-    with pytest.raises(StorageError, match="more rows of none of the classes than wrong ones"):
+    with pytest.raises(StorageError, match="more rows of none of the classes than wrong answers"):
         read_histogram(tmp_path, receipt.model_copy(update={"files": files}))
 
 

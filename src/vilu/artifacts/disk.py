@@ -1,4 +1,4 @@
-"""Files on the disk: atomic writes, cleaning up after crashes, and locks."""
+"""Files on the disk: atomic writes, removal of what crashes left behind, and locks."""
 
 from __future__ import annotations
 
@@ -62,9 +62,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     number = secrets.token_hex(4)
     temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{number}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
-        for leftover in unfinished(target.parent.absolute()).pop(name, ()):
-            if is_leftover(leftover):
-                leftover.unlink(missing_ok=True)
+        # pop, so that this process looks at the leftovers of a name only once
+        for path_of_crash in unfinished(target.parent.absolute()).pop(name, ()):
+            if is_leftover(path_of_crash):
+                path_of_crash.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -83,7 +84,7 @@ def unfinished(folder: Path) -> dict[str, list[Path]]:
     """Temporary files and folders in a folder, by their final name.
 
     The folder is listed only once per process, because listing 100,000 files is slow. Therefore
-    only temporary files from before the first write of this process are found.
+    temporary files that other processes make after the first call are not found.
     """
     by_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
@@ -95,17 +96,17 @@ def unfinished(folder: Path) -> dict[str, list[Path]]:
 
 @contextmanager
 def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
-    """Convert an OSError in the block into a ``StorageError`` "cannot ``doing``: reason"."""
+    """Convert an OSError in the block into a ``StorageError`` "cannot ``doing``: reason. hint"."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-        which = f" ({file})" if file and file not in doing else ""
+        file_in_brackets = f" ({file})" if file and file not in doing else ""
         reason = error.strerror or error
         advice = f" {hint}" if hint else ""
-        raise StorageError(f"cannot {doing}: {reason}{which}.{advice}") from error
+        raise StorageError(f"cannot {doing}: {reason}{file_in_brackets}.{advice}") from error
 
 
 def host_hash() -> str:
@@ -145,9 +146,9 @@ def _is_alive(pid: int) -> bool:
     except OSError:  # the process is of another user, or this system has no /proc
         return True
     # "PID (NAME) STATE ...", where NAME may contain any character, also ")"
-    state = stat.rpartition(b")")[2].split()[:1]
-    # a zombie process has ended, but its parent has not read the exit status yet
-    return state != [b"Z"]
+    _, _, after_name = stat.rpartition(b")")
+    # in the state Z (zombie) a process has ended, but its parent has not read the exit status yet
+    return not after_name.lstrip().startswith(b"Z")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -203,54 +204,56 @@ def locked(
     """
     from filelock import FileLock, Timeout
 
-    signed = folder / f"{name}-holder"
+    holder_file = folder / f"{name}-holder"
     host = re.sub(r"\s", "_", socket.gethostname())
-    ours = f"process {os.getpid()} of {host}"
+    this_process = f"process {os.getpid()} of {host}"
     lock = FileLock(folder / name)
     with or_refuse(f"write to {folder}"):
         try:
             lock.acquire(timeout=patience)
         except Timeout as error:
-            holder = _holder(signed)
-            named = f" ({holder[0]})" if holder else ""
+            holder = _holder(holder_file)
+            holder_in_brackets = f" ({holder.group()})" if holder else ""
             raise BusyError(
-                f"another {who}{named} is {doing} {folder}. Wait for it, or give another folder."
+                f"another {who}{holder_in_brackets} is {doing} {folder}. Wait for it, or give "
+                "another folder."
             ) from error
     try:
-        _sign(signed, ours, host, f"{doing} {folder}")
+        _write_holder(holder_file, this_process, host, f"{doing} {folder}")
         yield
     finally:
-        # remove the holder's file before the lock: later it may be the file of the next holder
-        holder = _holder(signed)
-        if holder and holder[0] == ours:  # keep the file of another machine that also works here
+        # The file is removed before the lock is released, because afterwards the next holder may
+        # have written it. A file that names another process stays: the lock did not exclude it.
+        holder = _holder(holder_file)
+        if holder and holder.group() == this_process:
             with suppress(OSError):
-                signed.unlink()
+                holder_file.unlink()
         lock.release()
 
 
-def _sign(signed: Path, ours: str, host: str, work: str) -> None:
+def _write_holder(holder_file: Path, this_process: str, host: str, work: str) -> None:
     """Write this process into the holder's file, and warn if the file names another machine."""
-    holder = _holder(signed)
+    holder = _holder(holder_file)
     if holder and holder["host"] != host:
         logger.warning(
             "%s names %s. Either it died there, or it is %s too, because the locks of this file "
             "system do not exclude other machines. Make sure that only one machine works there.",
-            signed,
-            holder[0],
+            holder_file,
+            holder.group(),
             work,
         )
     # the file is only for messages, so go on if it cannot be written
     with suppress(OSError):
         if holder:
-            signed.unlink()
-        with signed.open("x") as handle:
-            handle.write(ours)
+            holder_file.unlink()
+        with holder_file.open("x") as handle:
+            handle.write(this_process)
 
 
-def _holder(path: Path) -> re.Match[str] | None:
+def _holder(holder_file: Path) -> re.Match[str] | None:
     """The process that holds a lock, or died while it held the lock; None if not known."""
     try:
-        with path.open("rb") as handle:
+        with holder_file.open("rb") as handle:
             return HOLDER.fullmatch(handle.read(1024).decode(errors="replace"))
     except OSError:  # the message then names no process
         return None

@@ -85,7 +85,7 @@ def read_document(path: Path, kind: type[D]) -> D:
 def read_json(
     path: Path, again: str, fault: type[ViLUError] = DataError, *, seal: str = SEAL
 ) -> dict[str, Any]:
-    """Read the content of a JSON document of vilu, without its digest, which is checked.
+    """Read a JSON document of vilu, check its digest, and return its content without the digest.
 
     Args:
         path: The file.
@@ -99,18 +99,18 @@ def read_json(
     text = read_bounded(path, again, fault)
     try:
         content = parse_json(text)
-        stated = content.pop(seal, None)
-        right = digest(content)
+        stated_digest = content.pop(seal, None)
+        actual_digest = digest(content)
     except (ValueError, RecursionError) as error:
         raise fault(
             f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it."
         ) from error
-    if stated is not None and stated != right:
+    if stated_digest is not None and stated_digest != actual_digest:
         raise fault(
             f"{path} is damaged: its content is not what its {seal} says. {again} to repair it."
         )
     require_schema(path, content, again, fault)
-    if stated is None:
+    if stated_digest is None:
         raise fault(f"{path} is damaged: it has no {seal}. {again} to repair it.")
     return content
 
@@ -125,7 +125,7 @@ def require_schema(
 ) -> None:
     """Raise unless a document or the metadata of a table have a schema version that can be read.
 
-    ``oldest`` is the lowest schema version that can be read.
+    Versions from ``oldest`` to ``SCHEMA_VERSION`` can be read.
     """
     version = content.get(SCHEMA)
     if version is None:
@@ -204,7 +204,7 @@ def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | No
 
 def explain(error: ValidationError) -> str:
     """Describe the first error that pydantic found, on one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first, *_ = error.errors(include_url=False, include_context=False)
     where = ".".join(str(step) for step in first["loc"]) or "document"
     value = json.dumps(first["input"], default=str)
     return f"{where}: {first['msg']} (got {value:.80})"

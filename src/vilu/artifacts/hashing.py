@@ -24,7 +24,7 @@ def digest(value: object) -> str:
 
     Examples:
         >>> from vilu.artifacts.hashing import digest
-        >>> digest({"a": 1, "b": [2.5]}) == digest({"b": [2.5], "a": 1})
+        >>> digest({"a": 1, "b": [2.5]}) == digest({"b": [2.5], "a": 1})  # in any order of keys
         True
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -52,9 +52,9 @@ def tensor_hash(tensor: Tensor) -> str:
         >>> import torch
         >>> from vilu.artifacts.hashing import tensor_hash
         >>> ones = torch.ones(3, 2)
-        >>> tensor_hash(ones) == tensor_hash(torch.ones(1, 1).expand(3, 2))
+        >>> tensor_hash(ones) == tensor_hash(torch.ones(1, 1).expand(3, 2))  # same numbers
         True
-        >>> tensor_hash(ones) == tensor_hash(ones.T)
+        >>> tensor_hash(ones) == tensor_hash(ones.T)  # another shape
         False
     """
     return tensors_hash({"": tensor})

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vilu.artifacts.disk import MANIFEST, RUN, file_hash, or_refuse
 from vilu.artifacts.documents import (
@@ -67,10 +67,12 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 """Allowed suffixes of files, for kinds that have a fixed format."""
 
 INPUTS = "inputs"  # key of the digest of the inputs that a file was made from
+# last line of a text (HTML, Markdown) that vilu wrote: its kind, and the digest of its inputs
+MARK = re.compile(rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z")
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
-# last line of a text (HTML, Markdown) that vilu wrote
-MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")
-ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
+"""Kind of a text, by the word in its last line."""
+# entry "vilu.fingerprint" in the metadata of an ONNX file; \x12 and the next byte are of protobuf
+ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
 TAIL = 4096  # bytes at the beginning and at the end of a file that are searched for a mark
 
 
@@ -86,11 +88,15 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# part of the names of temporary files and locks, which also begin with a dot
+# found in the names of temporary files and locks, which also begin with a dot
 PASSING = re.compile(r"\.tmp\Z|\.lock")
 
-# kind of a file of vilu, and the digest of its inputs; the digest is "" if the file has none
-KindAndInputs = tuple[Kind, str]
+
+class KindAndInputs(NamedTuple):
+    """What a file of vilu states about itself."""
+
+    kind: Kind
+    inputs: str  # digest of the inputs; "" if the file has none
 
 
 def mark(kind: str, inputs: str) -> str:
@@ -110,8 +116,8 @@ def claim_file(
         overwrite: Replace an existing file of the same kind, whatever its inputs.
 
     Returns:
-        True if the file already exists, is whole and was made from the same inputs. False if it
-        must be written.
+        True if the file already exists, is not damaged and was made from the same inputs. False if
+        it must be written.
 
     Raises:
         UsageError: If another file exists at this path, if the folder does not exist, or if the
@@ -149,12 +155,12 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 def _require_kind(target: Path, kind: Kind) -> str:
     """The digest of the inputs of a file; UsageError if the file is not of this kind."""
     ours = kind_and_inputs(target)
-    if ours is None or ours[0] != kind:
+    if ours is None or ours.kind != kind:
         raise UsageError(
             f"{target} is there and holds no {kind} of vilu, so it is left alone. "
             "Give another file, or remove it."
         )
-    return ours[1]
+    return ours.inputs
 
 
 def claim_folder(
@@ -170,8 +176,8 @@ def claim_folder(
     Args:
         path: The output folder. It is not made here.
         what: The kind of result that the folder will have, for messages.
-        ours: Function that returns whether a file in the folder belongs to such a result. It is not
-            called for temporary files and locks.
+        ours: Returns whether a file in the folder belongs to such a result. It is not called for
+            temporary files and locks.
         same: Whether the existing result was made from the same inputs.
         overwrite: Replace an existing result, whatever its inputs.
 
@@ -191,7 +197,8 @@ def claim_folder(
         present = entries(root)
     if present and same and not overwrite:
         return True
-    require_no_others(root, what, (entry for entry in present if not ours(entry)))
+    foreign = [entry for entry in present if not ours(entry)]
+    require_no_others(root, what, foreign)
     if present and not overwrite:
         raise UsageError(
             f"{root} holds another {what}. Give a new folder, or --overwrite to replace it."
@@ -212,7 +219,7 @@ def _is_passing(name: str) -> bool:
 
 
 def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
-    """Raise UsageError if there are ``foreign`` files, which do not belong to the result."""
+    """Raise UsageError if there are ``foreign`` files, that is, files of no such result."""
     first = min(foreign, default=None)
     if first is not None:
         raise UsageError(
@@ -238,7 +245,7 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
     kind = KINDS.get(str(facts.get("kind")))
     if kind is None:
         return None
-    return kind, str(facts.get(INPUTS) or "")
+    return KindAndInputs(kind, str(facts.get(INPUTS) or ""))
 
 
 def inputs_of(*paths: Path, **settings: object) -> str:
@@ -283,7 +290,7 @@ def _file_digest(path: Path) -> object:
 
 
 def _facts_of(path: Path) -> object:
-    """The content of a document without its version of vilu and digests; or the hash if damaged."""
+    """The content of a document without its version and digests; the hash of a damaged document."""
     facts = _content(path)
     if facts is None:
         return file_hash(path)
@@ -304,37 +311,38 @@ def _metadata(path: Path) -> dict[str, Any] | None:
     import pyarrow.parquet
 
     try:
-        content = (pyarrow.parquet.read_metadata(path).metadata or {}).get(METADATA_KEY)
-        if content is None:
+        metadata = pyarrow.parquet.read_metadata(path).metadata
+        if metadata is None or METADATA_KEY not in metadata:
             return None
-        return parse_json(content)
+        return parse_json(metadata[METADATA_KEY])
     except (pa.ArrowException, ValueError, RecursionError):
         return None
 
 
 def _kind_at_ends(path: Path) -> KindAndInputs | None:
-    """The kind and inputs of a file, by the header of a CSV or by a mark at the end of the file."""
+    """Kind and inputs of a file, by the first line of a CSV or by a mark at the end of the file."""
     with path.open("rb") as handle:
         start = handle.read(TAIL)
-        handle.seek(max(os.fstat(handle.fileno()).st_size - TAIL, 0))
+        size = os.fstat(handle.fileno()).st_size
+        handle.seek(max(size - TAIL, 0))
         end = handle.read()
     for header, kind in HEADERS.items():
         if start.startswith(header):
-            return kind, ""
+            return KindAndInputs(kind, "")
     exported = ONNX_MARK.search(end)
     if exported:
-        return "ONNX export", exported[1].decode()
+        return KindAndInputs("ONNX export", exported["inputs"].decode())
     text = MARK.search(end)
     if text:
-        return TEXTS[text[1]], text[2].decode()
+        return KindAndInputs(TEXTS[text["kind"]], text["inputs"].decode())
     # a page without a digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
-        return "page", ""
+        return KindAndInputs("page", "")
     return None
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the content of a file matches its digest; True for kinds without a digest."""
+    """Whether the content of a file matches its digest; True if its kind has no digest."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":

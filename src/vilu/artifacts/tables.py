@@ -75,13 +75,13 @@ def write_table(
 
 
 def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
-    """Encode columns of equal length as CSV in which no cell is run as a formula."""
+    """Encode columns of equal length as CSV in which no spreadsheet runs a cell as a formula."""
     import pyarrow as pa
     import pyarrow.csv
 
     table = pa.table(dict(columns))
     texts = [column.name for column in table.schema if pa.types.is_string(column.type)]
-    table = _replaced(table, texts, _FORMULA, r"'\1")
+    table = _replaced(table, texts, _FORMULA, r"'\1")  # an apostrophe before the cell
     buffer = BytesIO()
     heading = ",".join(table.column_names) + "\n"
     buffer.write(heading.encode())
@@ -169,8 +169,11 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     _, offsets, content = chunk.buffers()
     if not len(chunk) or content is None:
         return memoryview(b"")
-    ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-    return memoryview(content)[ends[0] : ends[-1]]
+    # string i has the bytes from offset i to offset i + 1
+    all_offsets = np.frombuffer(offsets, np.int32)
+    first = all_offsets[chunk.offset]
+    last = all_offsets[chunk.offset + len(chunk)]
+    return memoryview(content)[first:last]
 
 
 def _replaced(table: pa.Table, names: Collection[str], pattern: str, replacement: str) -> pa.Table:
@@ -224,7 +227,7 @@ def read_table(
                 table = _read_parquet(source)
                 is_ours = METADATA_IN_FOOTER.search(_footer(source)) is not None
             else:
-                csv_names(path)  # refuses headings that would take minutes
+                csv_names(path)  # raises DataError if the heading would take minutes to read
                 table = _parse_csv(source, text_columns)
         except DataError:
             raise
@@ -245,6 +248,7 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
 
 def _footer(source: pa.NativeFile) -> bytes:
     """The raw bytes of the footer of a Parquet file, even if they cannot be parsed."""
+    # a file ends with the footer, the length of the footer in four bytes, and the text "PAR1"
     end = source.size() - 8
     source.seek(end)
     start = max(end - int.from_bytes(source.read(4), "little"), 0)
@@ -310,7 +314,7 @@ def parse_csv(
         for cells in table:
             line = last_line + 1
             last_line = table.line_num
-            if not rows:
+            if not rows:  # then the message can show the cells of the first row
                 require_distinct(f"{source} line 1", names, cells)
             _require_named(f"{source} line {line}", names, cells)
             if not cells:
@@ -337,7 +341,10 @@ def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if not repeated:
         return
-    values = [repr(cell) for name, cell in zip(names, cells, strict=False) if name == repeated[0]]
+    first_repeated = repeated[0]
+    values = [
+        repr(cell) for name, cell in zip(names, cells, strict=False) if name == first_repeated
+    ]
     example = ""
     if values:
         example = f" The first row has {' and '.join(values)} there."
@@ -349,10 +356,10 @@ def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()
 
 def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> None:
     """Raise DataError if a row has a text to the right of the last named column."""
-    width = len(names)
-    while width and not names[width - 1].strip():
-        width -= 1
-    for column in range(width, len(cells)):
+    n_columns = len(names)
+    while n_columns and not names[n_columns - 1].strip():  # columns at the end without a name
+        n_columns -= 1
+    for column in range(n_columns, len(cells)):
         if not cells[column].strip():
             continue
         before = ""
@@ -366,14 +373,15 @@ def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> No
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     """Read the column names of a CSV file, without reading more than the beginning of the file."""
-    # Invalid UTF-8 is escaped, not refused: it may be in a later row, because the file is decoded
-    # in blocks. Such a row is refused when the rows are read.
+    # The file is decoded in blocks, which also contain rows. Invalid UTF-8 in a row is escaped here
+    # and refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.reader(_short_lines(file, path), delimiter=delimiter)
         names = next(table, [])
         require_width(path, len(names))
         if len(set(names)) < len(names):
-            require_distinct(f"{path} line 1", names, next(table, []))
+            first_row = next(table, [])
+            require_distinct(f"{path} line 1", names, first_row)
     "".join(names).encode()  # raises a ValueError if the names are no valid UTF-8
     return names
 
@@ -384,10 +392,11 @@ def read_columns(
     delimiter: str = ",",
     **convert: object,
 ) -> pa.Table:
-    """Read a CSV file as an Arrow table, with these column types where given.
+    """Read a CSV file as an Arrow table.
 
-    A row with more cells than there are columns raises ``pyarrow.ArrowInvalid``. ``convert`` are
-    further options of ``pyarrow.csv.ConvertOptions``.
+    ``types`` has the types of some columns; Arrow infers the types of all other columns. A row with
+    more cells than there are columns raises ``pyarrow.ArrowInvalid``. ``convert`` are further
+    options of ``pyarrow.csv.ConvertOptions``.
     """
     import pyarrow.csv
 
@@ -454,16 +463,15 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
         return {}
     try:
         metadata = parse_json(text or b"")
-        stated = metadata.pop(SEAL, None)
-        right = table_digest(table, metadata)
-    # The file may be damaged. Metadata that are no JSON are a ValueError, or a RecursionError if
-    # they are nested too deeply. A flipped bit can turn the type of a column into one that pyarrow
-    # cannot hash.
+        stated_digest = metadata.pop(SEAL, None)
+        actual_digest = table_digest(table, metadata)
+    # The file may be damaged. ValueError: the metadata are no JSON. RecursionError: they are nested
+    # too deeply. ArrowNotImplementedError: a flipped bit changed the type of a column.
     except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
         ) from error
-    if stated is not None and stated != right:
+    if stated_digest is not None and stated_digest != actual_digest:
         raise DataError(
             f"{path} is damaged, or was changed by another program: its rows are not what its "
             "digest says. Make it again."
@@ -471,7 +479,7 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
     kind = str(metadata.get("kind"))
     again = AGAIN.get(kind, "Make it again")
     require_schema(path, metadata, again, oldest=OLDEST.get(kind, SCHEMA_VERSION))
-    if stated is None:
+    if stated_digest is None:
         raise DataError(f"{path} is damaged: its metadata have no digest. {again}.")
     del metadata[SCHEMA]
     return metadata

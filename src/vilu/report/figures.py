@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
     """Draw histograms of the uncertainty of correct and of wrong answers, one panel per method.
 
     The figure is like Fig. 9 and 10 of the ViLU supplement. The bars of correct answers add up to
-    100 %, and so do the bars of wrong answers. So both are visible, even if one kind is rare.
+    100 %, and the bars of wrong answers add up to 100 %, too. So both kinds are visible, even if
+    one of them is rare.
     """
     with house_style():
         figure, panels = _panels(len(outcomes), columns=3, width=4.0, height=2.6)
@@ -40,7 +42,8 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
             head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
             axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
-            panels[0].legend(fontsize=8)
+            first, *_ = panels
+            first.legend(fontsize=8)
     return figure
 
 
@@ -83,15 +86,15 @@ def _line_per_method(
     outcomes: Sequence[Outcomes],
     curve: Callable[[Floats, Ints], tuple[Floats, Floats]],
     note: str,
-    number: Callable[[Floats, Ints], float],
+    metric: Callable[[Floats, Ints], float],
 ) -> tuple[Figure, Axes]:
     """Draw one curve per method.
 
     Args:
         outcomes: The outcomes of every method.
         curve: Function from uncertainties and failures to the x and y of the curve.
-        note: Format string for the number in the legend.
-        number: Function from uncertainties and failures to the number in the legend.
+        note: Format string for the value of the metric in the legend.
+        metric: Function from uncertainties and failures to this value.
 
     Returns:
         The figure and its axes. Lines are solid for the methods of ViLU and dashed for all other
@@ -103,7 +106,7 @@ def _line_per_method(
         uncertainty, failure = known(of_method)
         name = of_method.method or ""
         style = "-" if name.startswith("vilu") else "--"
-        value = number(uncertainty, failure)
+        value = metric(uncertainty, failure)
         label = f"{of_method.method}  ({note.format(value)})"
         x, y = curve(uncertainty, failure)
         axes.plot(x, y, color=colour, linestyle=style, label=label)
@@ -140,7 +143,7 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     """Draw the most and the least trusted photos, each with its answer and whether it is right."""
     columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(1.7 * columns, 5.2)
-    panels = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    panels = figure.subfigures(2, 1, squeeze=False).ravel()
     sections = {"Most trusted": trusted, "Least trusted": doubted}
     for panel, (title, photos) in zip(panels, sections.items(), strict=True):
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -171,7 +174,10 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
 
 @dataclass(frozen=True)
 class Series:
-    """A series of values with intervals; all sequences but ``published`` have one length."""
+    """Values with intervals, for one line or one kind of points.
+
+    All sequences but ``published`` have the same length.
+    """
 
     label: str
     x: Sequence[float]
@@ -247,7 +253,7 @@ def _panels(
     ``width`` and ``height`` of a panel are in inches, and so is the space ``below`` all panels for
     a legend.
     """
-    rows = -(-n // columns)
+    rows = math.ceil(n / columns)
     figure = new_figure(width * columns, height * rows + below)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
@@ -270,11 +276,12 @@ def _curve_panels(
             draw(axis, panel, styles)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
+        n_columns = int(np.clip(len(styles), 1, 4))
         figure.legend(
             list(handles.values()),
             list(handles),
             loc="outside lower center",
-            ncols=min(max(len(styles), 1), 4),
+            ncols=n_columns,
             fontsize=8,
         )
     return figure
@@ -283,7 +290,7 @@ def _curve_panels(
 def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     """Draw a series with its intervals, in ascending order of x.
 
-    A style without a line is for a scatter plot, in which x is drawn in percent, too.
+    y is drawn in percent. A style without a line means a scatter plot, whose x is in percent, too.
     """
     order = np.argsort(line.x, kind="stable")
     x = _ordered(line.x, order)
@@ -332,7 +339,7 @@ class Grid:
     columns: Sequence[str]  # labels of the columns, from the left
     # fraction of each cell (row, column), counted from 0; cells without a fraction stay white
     values: Mapping[tuple[int, int], float]
-    chosen: tuple[int, int] | None  # cell with a frame around it
+    chosen: tuple[int, int] | None  # (row, column) of a cell with a frame around it
 
 
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
@@ -353,12 +360,14 @@ def _draw_grid(axis: Axes, panel: Grid) -> None:
     low = float(np.nanmin(fractions))
     high = float(np.nanmax(fractions))
     spread = high - low
-    # the range of greys is wider than the values: no cell is white or too dark for its number
+    # The range of greys is wider than that of the values, so no cell is white or so dark that its
+    # number cannot be read.
     axis.imshow(fractions, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
     for (row, column), value in panel.values.items():
         axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
     if panel.chosen is not None:
         y, x = panel.chosen
+        # the frame goes through the four corners of the cell and back to the first one
         across = [x - 0.48, x + 0.48, x + 0.48, x - 0.48, x - 0.48]
         down = [y - 0.48, y - 0.48, y + 0.48, y + 0.48, y - 0.48]
         axis.plot(across, down, color=WRONG, linewidth=2)

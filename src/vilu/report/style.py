@@ -37,7 +37,7 @@ DARK = (
 Light and dark colours are swapped, and hues stay.
 """
 METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
-"""Metadata that matplotlib leaves out by suffix of the file, so equal figures have equal bytes."""
+"""Metadata that are left out, by the suffix of the file, so that equal figures have equal bytes."""
 SETTINGS: Any = {
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,

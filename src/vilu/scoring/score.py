@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +58,7 @@ class CalibrationLike(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the guarantee; saved with scores that the calibration decided."""
+        """Hash of the guarantee. It is saved with scores that the calibration decides about."""
 
     @property
     def has_rule(self) -> bool:
@@ -68,7 +69,7 @@ class CalibrationLike(Protocol):
         """Whether the rule judges all rows of a batch together."""
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse another predictor, and data with other candidates."""
+        """Refuse a predictor or candidates for which the calibration was not made."""
 
     def sets_of(
         self,
@@ -138,10 +139,15 @@ def score(
     """Uncertainty, answer and, where labels are known, failure of every row.
 
     The predictor may be a ``vilu.Selective``, which decides by its own calibration. Rows that
-    cannot be scored are included, with the uncertainty NaN and a reason: "nonfinite" or "zero_norm"
-    (embedding), "k<2" (a single candidate), or "short_pool" (last pairs, too few for a pool). If
-    the predictor is calibrated, the outcomes also have probabilities of failure. With its
-    ``calibration`` (``vilu.Calibration.load`` of the predictor's folder) they also have decisions.
+    cannot be scored are included, with the uncertainty NaN and one of these reasons:
+
+    - "nonfinite" or "zero_norm": the embedding of the image cannot be used.
+    - "k<2": there is only one candidate.
+    - "short_pool": the last pairs are too few for a pool.
+
+    If the predictor is calibrated, the outcomes also have probabilities of failure. With a
+    ``calibration`` they also have decisions. ``vilu.Calibration.load`` reads it from the folder of
+    the predictor.
 
     Warns:
         UserWarning: If rows of ``data`` were used to fit the predictor, so that metrics on these
@@ -155,15 +161,16 @@ def score(
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]
-        >>> data = vilu.Embeddings(
-        ...     image, np.eye(2), target=[0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"]
-        ... )
-        >>> outcomes = vilu.score(
-        ...     vilu.MCM(), data
-        ... )  # 1 - the largest probability: exp(-10), exp(-2) against 1
-        >>> outcomes.uncertainty.round(4).tolist(), outcomes.failure.tolist(), outcomes.reason[2]
-        ([0.0, 0.1192, nan], [0, 1, -1], 'nonfinite')
+        >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]  # the last row cannot be used
+        >>> text = np.eye(2)  # two classes
+        >>> data = vilu.Embeddings(image, text, target=[0, 0, 1], logit_scale=10.0)
+        >>> outcomes = vilu.score(vilu.MCM(), data)
+        >>> outcomes.failure.tolist()  # right, wrong, not known
+        [0, 1, -1]
+        >>> outcomes.uncertainty.round(4).tolist()  # 1 - the largest probability
+        [0.0, 0.1192, nan]
+        >>> outcomes.reason
+        (None, None, 'nonfinite')
     """
     predictor, calibration = parts_of(predictor, calibration)
     _check(predictor, data, calibration)
@@ -172,7 +179,7 @@ def score(
     counts = {"n_seen_in_fit": len(seen)}
     if len(seen):
         counts["n_compared_with_fit"] = seen.n_comparable
-    facts = _facts(predictor, data, calibration, (dataset, split), **counts)
+    facts = _facts(predictor, data, calibration, dataset=dataset, split=split, **counts)
     return score_rows(predictor, data, facts, calibration=calibration)
 
 
@@ -184,12 +191,12 @@ def score_fresh(
     dataset: str | None = None,
     split: str | None = None,
 ) -> Outcomes:
-    """As ``score``, for the rows in the mask ``fresh`` (N,), which were not used in the fit.
+    """Score only the rows in the mask ``fresh`` (N,), which were not used in the fit.
 
-    Pools of captions are the pools of all rows.
+    Pairs are still judged in the pools that all rows form.
     """
     _check(predictor, data, None)
-    facts = _facts(predictor, data, None, (dataset, split), n_seen_in_fit=0)
+    facts = _facts(predictor, data, None, dataset=dataset, split=split, n_seen_in_fit=0)
     return score_rows(predictor, data, facts, scored=scored_of(data, fresh)).take(fresh)
 
 
@@ -203,13 +210,13 @@ def score_rows(
     scored: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """The outcomes of some rows, in one pass over the rows that can be scored.
+    """Outcomes of some rows, from one pass over those that can be scored.
 
     Args:
         predictor: The predictor.
         source: The embeddings.
         facts: Fields of the outcomes that describe their origin.
-        calibration: Decides about the scores; None: no decisions.
+        calibration: Makes the decisions; None: the outcomes have no decisions.
         rows: Indices (M,) of the rows in the source, all different; None: all rows.
         scored: Indices (S,) of the rows to score, in the order of scoring; None: all usable rows.
         task: Progress bar to advance; None: a new one.
@@ -217,20 +224,22 @@ def score_rows(
     indices = np.arange(len(source)) if rows is None else rows
     order = np.argsort(indices, kind="stable")
     columns = _Columns.of(source, indices)
-    n = len(source.usable_rows if scored is None else scored)
-    with track("score", n, "rows") if task is None else nullcontext(task) as progress:
+    n_scored = len(source.usable_rows if scored is None else scored)
+    bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
+    with bar as progress:
         for batch, scores in predictor.scored(source, scored):
-            # positions in ``indices`` of the rows of the batch
-            at = order[np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)]
-            columns.fill(at, batch, scores)
+            # the position in ``indices``, and so in the columns, of each row of the batch
+            sorted_positions = np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)
+            positions = order[sorted_positions]
+            columns.fill(positions, batch, scores)
             if calibration is not None:
-                columns.ood[at] = _rather_ood(predictor, calibration, batch, scores)
+                columns.ood[positions] = _rather_ood(predictor, calibration, batch, scores)
                 sets = calibration.sets_of(predictor, batch, scores, source.class_names)
                 if sets is not None:
-                    columns.fill_sets(at, sets)
-            progress.advance(len(at))
+                    columns.fill_sets(positions, sets)
+            progress.advance(len(positions))
     reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # a part on disk has no column of reasons if all its rows have a score
+    # Outcomes of a part (``rows`` is not None) have no column of reasons if all rows have a score.
     has_reasons = rows is None or any(reasons)
     outcomes = Outcomes(
         uncertainty=columns.uncertainty,
@@ -263,7 +272,7 @@ class _Columns:
     prediction: Ints
     zero_shot: Ints
     failure: Ints
-    ood: NDArray[np.bool_]  # more probably out of distribution than answered wrongly
+    ood: NDArray[np.bool_]  # whether the row is rather out of distribution than answered wrongly
     has_one_candidate: NDArray[np.bool_]
     label_set: list[str | None]
 
@@ -282,19 +291,20 @@ class _Columns:
             label_set=[None] * n,
         )
 
-    def fill(self, at: Ints, batch: Batch, scores: Floats) -> None:
-        """Fill in the answers of a batch, whose rows are at these positions (B,) of the columns."""
-        self.uncertainty[at] = scores
-        self.target[at] = batch.target.numpy(force=True)
-        self.prediction[at] = batch.prediction.numpy(force=True)
-        self.zero_shot[at] = batch.zero_shot.prediction.numpy(force=True)
-        self.failure[at] = batch.failure.numpy(force=True)
-        self.has_one_candidate[at] = batch.text.shape[-2] < 2
+    def fill(self, positions: Ints, batch: Batch, scores: Floats) -> None:
+        """Write the answers of a batch to its ``positions`` (B,) in the columns."""
+        n_candidates = batch.text.shape[-2]
+        self.uncertainty[positions] = scores
+        self.target[positions] = batch.target.numpy(force=True)
+        self.prediction[positions] = batch.prediction.numpy(force=True)
+        self.zero_shot[positions] = batch.zero_shot.prediction.numpy(force=True)
+        self.failure[positions] = batch.failure.numpy(force=True)
+        self.has_one_candidate[positions] = n_candidates < 2
 
-    def fill_sets(self, at: Ints, sets: list[str]) -> None:
-        """Fill in the label sets of a batch, whose rows are at these positions of the columns."""
-        for row, label_set in zip(at.tolist(), sets, strict=True):
-            self.label_set[row] = label_set
+    def fill_sets(self, positions: Ints, sets: list[str]) -> None:
+        """Write the label sets of a batch to its ``positions`` (B,) in the columns."""
+        for position, label_set in zip(positions.tolist(), sets, strict=True):
+            self.label_set[position] = label_set
 
 
 def _rather_ood(
@@ -302,7 +312,8 @@ def _rather_ood(
 ) -> NDArray[np.bool_]:
     """Mask (B,) of the rows that are more probably out of distribution than answered wrongly.
 
-    P(failure) includes both cases, so the condition is P(outside) > P(failure) / 2.
+    ``uncertainty`` is P(failure) = P(outside) + P(wrong answer). So P(outside) > P(wrong answer) is
+    the same as P(outside) > P(failure) / 2.
     """
     if calibration.has_rule and isinstance(predictor, SeesOutside):
         outside = predictor.outside_probability(batch)
@@ -325,12 +336,13 @@ def _check(
         calibration.require_match(predictor, data)
         return
     is_calibrated = predictor.calibrator_ is not None
-    if is_calibrated or not predictor.needs_fit or not predictor.is_probability:
+    has_fitted_probability = predictor.needs_fit and predictor.is_probability
+    if is_calibrated or not has_fitted_probability:
         return
-    fitted = predictor.notes_
-    present = candidates_of(data)
-    are_comparable = "n_candidates" in fitted and "n_candidates" in present
-    if are_comparable and not same_candidates(fitted, present):
+    in_fit = predictor.notes_
+    in_data = candidates_of(data)
+    are_comparable = "n_candidates" in in_fit and "n_candidates" in in_data
+    if are_comparable and not same_candidates(in_fit, in_data):
         warn_caller(
             f"this {predictor.name} was fitted on other candidates (classes or prompts) than "
             "these. Its uncertainties still rank the answers, but as probabilities of failure they "
@@ -342,14 +354,16 @@ def _facts(
     predictor: FailurePredictor,
     source: EmbeddingSource,
     calibration: CalibrationLike | None,
-    names: tuple[str | None, str | None],
-    **more: object,
+    *,
+    dataset: str | None,
+    split: str | None,
+    **more_provenance: object,
 ) -> dict[str, Any]:
-    """Fields of the outcomes that describe their origin; ``names`` of data set and split."""
+    """Fields of the outcomes that describe their origin."""
     return {
         "method": predictor.label,
-        "dataset": names[0],
-        "split": names[1],
+        "dataset": dataset,
+        "split": split,
         "seed": getattr(predictor, "seed", None),
         "answer": predictor.answer,
         "is_probability": predictor.is_probability,
@@ -358,20 +372,21 @@ def _facts(
             "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
             "n_candidates": source.n_candidates,
             "pool_size": source.pool_size,
-            **more,
+            **more_provenance,
             **provenance_of(calibration),
         },
     }
 
 
 def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
-    """Provenance of decisions: the hash of their calibration; empty without a calibration."""
+    """The hash of the calibration that decides, as a field of the provenance; empty without one."""
     if calibration is None:
         return {}
     return {"risk": calibration.fingerprint}
 
 
 def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
+    """Warn if rows were used in the fit; ``overlap`` is for example "5 of 100 rows"."""
     if n_seen:
         warn_caller(f"{overlap} were used to fit this {predictor.name}.")
 
@@ -379,7 +394,7 @@ def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
 def _reasons(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, has_one_candidate: NDArray[np.bool_]
 ) -> list[str | None]:
-    """Reason for every row why it has no score, or None if it has a score."""
+    """Why a row has no score, for each row; None if it has a score."""
     missing = np.isnan(uncertainty)
     if not missing.any():
         return [None] * len(rows)
@@ -398,10 +413,9 @@ def _reasons(
 
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
-    """Identifiers of the rows with these indices.
+    """Identifiers of the rows with these indices; ``order`` sorts the indices.
 
-    ``order`` sorts the indices. Identifiers are looked up in ascending order, because a store reads
-    them part by part.
+    Identifiers are looked up in ascending order, because a store reads them part by part.
     """
     if not len(rows):
         return []
@@ -412,7 +426,8 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     if not are_consecutive:
         by_row = {row: source.ids[row] for row in ascending.tolist()}
         return [by_row[row] for row in rows.tolist()]
-    keys = list(source.ids[first : last + 1])  # one slice, as for most parts
+    # the rows of most parts are consecutive, so one slice reads all of their identifiers
+    keys = list(source.ids[first : last + 1])
     if np.array_equal(rows, ascending):
         return keys
     return [keys[row - first] for row in rows.tolist()]
@@ -451,12 +466,12 @@ def score_parts(
         predictor: The predictor that scores; or a ``vilu.Selective``, which also decides.
         source: The embeddings to score.
         folder: A new or empty folder, or the folder of the same run.
-        rows_per_part: Number of rows in a part, rounded to whole pools or batches. No value depends
-            on it.
+        rows_per_part: Number of rows in a part, rounded to whole pools or batches. It has no effect
+            on the scores.
         dataset: Name of the data set.
         split: Name of its split.
         overwrite: Whether to remove the scores of another run.
-        calibration: As for ``score``; None: no decisions.
+        calibration: As for ``score``; None: the scores have no decisions.
 
     Warns:
         UserWarning: If rows of ``source`` were used to fit the predictor.
@@ -475,24 +490,20 @@ def score_parts(
         >>> import numpy as np, tempfile, vilu
         >>> angle = np.linspace(0, np.pi / 2, 200)
         >>> image = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        >>> data = vilu.Embeddings(
-        ...     image, np.eye(2), target=np.digitize(angle, [1.1])
-        ... )  # the model parts them at pi / 4
+        >>> text = np.eye(2)  # the model answers 1 if the angle is above pi / 4 = 0.79
+        >>> target = (angle > 1.1).astype(int)  # so it is wrong from 0.79 to 1.1
+        >>> data = vilu.Embeddings(image, text, target=target)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     scores = vilu.score_parts(vilu.MCM(), data, folder)
         ...     print(scores.counts.n_scored, scores.counts.n_failures)
-        ...     print(
-        ...         round(vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).value("auroc"), 2)
-        ...     )
         200 40
-        0.88
     """
     predictor, calibration = parts_of(predictor, calibration)
     ScoreLedger.check_place(Path(folder), overwrite=overwrite)
     _check(predictor, source, calibration)
     predictor.require_fitted()
     require_streaming(calibration)
-    facts = _facts(predictor, source, calibration, (dataset, split))
+    facts = _facts(predictor, source, calibration, dataset=dataset, split=split)
     ledger = ScoreLedger(Path(folder), _run_of(predictor, source, facts, rows_per_part))
     with ledger.claim(ledger.root):
         ledger.resume(overwrite=overwrite)
@@ -513,13 +524,13 @@ def _run_of(
     rows_per_part: int,
 ) -> ScoreRun:
     """Description of a run of ``score_parts``: predictor, data and settings."""
-    usable, _ = _in_order(source)
+    scored, _ = _scored_and_unscored(source)
     return ScoreRun(
         predictor=predictor_fingerprint(predictor),
         source=source_fingerprint(source),
         n_in=len(source),
-        n_candidate=len(usable),
-        rows_per_part=_whole(rows_per_part, source.pool_size),
+        n_candidate=len(scored),
+        rows_per_part=_rounded_size(rows_per_part, source.pool_size),
         **facts,
     )
 
@@ -533,15 +544,15 @@ def _score_missing(
     calibration: CalibrationLike | None,
 ) -> None:
     """Score the missing parts of a folder and write them."""
-    usable, left_out = _in_order(source)
-    n_usable = len(usable)
+    all_scored, all_unscored = _scored_and_unscored(source)
+    n_scored = len(all_scored)
     seen = predictor.seen(source).shared
     with track("score", sum(map(len, missing)), "rows") as task:
         for part in missing:
-            scored = usable[part.start : part.stop]  # empty if none can be scored
+            scored = all_scored[part.start : part.stop]  # empty in parts of rows without a score
             rows = scored.numpy()
             if not len(scored):
-                rows = left_out[part.start - n_usable : part.stop - n_usable]
+                rows = all_unscored[part.start - n_scored : part.stop - n_scored]
             outcomes = score_rows(
                 predictor,
                 source,
@@ -556,7 +567,7 @@ def _score_missing(
 
 
 def _opened(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
-    """The scores in a complete folder; warns if some of their rows were used in the fit."""
+    """Open the scores in a complete folder, and warn if some of their rows were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
     is_whole = all(sketch.whole for sketch in predictor.seen_.values())
@@ -564,27 +575,27 @@ def _opened(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFold
     return scores
 
 
-def _whole(rows_per_part: int, pool_size: int | None) -> int:
+def _rounded_size(rows_per_part: int, pool_size: int | None) -> int:
     """Number of rows in a part, rounded down to whole pools, or up to whole batches of scoring."""
     require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
-    n_batches = -(-rows_per_part // SCORING_BATCH)  # integer division, rounded up
+    n_batches = math.ceil(rows_per_part / SCORING_BATCH)
     return n_batches * SCORING_BATCH
 
 
-def _in_order(source: EmbeddingSource) -> tuple[Tensor, Ints]:
+def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
     """Indices of the rows to score, in the order of scoring, and of the rows without a score."""
     scored = source.usable_rows
     if source.pool_size:
         n_pools = len(scored) // source.pool_size
         scored = scored[: n_pools * source.pool_size]
-    left_out = np.ones(len(source), dtype=np.bool_)
-    left_out[scored.numpy()] = False
-    return scored, np.flatnonzero(left_out)
+    is_unscored = np.ones(len(source), dtype=np.bool_)
+    is_unscored[scored.numpy()] = False
+    return scored, np.flatnonzero(is_unscored)
 
 
-SAMPLED = 256  # number of rows whose embeddings are part of the fingerprint of a source
+SAMPLED = 256  # number of rows whose embeddings enter the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
@@ -597,7 +608,7 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Hash of a source: its shape, labels, order and a sample of rows, and the seal of a store.
+    """Hash of a source: shape, labels, order, a sample of its rows, and the content of a store.
 
     A hash of all embeddings would need a second pass over the data. The sample is 256 rows, evenly
     spaced over the usable rows. The hash also includes the candidates of the first usable row or
@@ -605,11 +616,12 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     """
     rows = source.usable_rows
     stored = source.first if isinstance(source, TwoModels) else source
-    positions = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
+    n_sampled = min(SAMPLED, len(rows))
+    positions = np.linspace(0, len(rows) - 1, n_sampled).round().astype(np.int64)
     sample = rows[torch.from_numpy(positions)]
-    first_pool = rows[: source.pool_size or 1]
-    has_candidates = source.n_candidates > 0
-    is_whole_pool = has_candidates and len(first_pool) >= (source.pool_size or 1)
+    n_in_pool = source.pool_size or 1
+    first_pool = rows[:n_in_pool]
+    has_whole_pool = source.n_candidates > 0 and len(first_pool) >= n_in_pool
     facts: dict[str, Any] = {
         "content": None,
         "space": source.space.fingerprint,
@@ -637,7 +649,9 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     if source.outside.any():
         facts["outside"] = tensor_hash(source.outside)
     if len(sample):
-        facts["ids"] = [source.ids[int(sample[0])], source.ids[int(sample[-1])]]
-    if is_whole_pool:
+        first = int(sample[0])
+        last = int(sample[-1])
+        facts["ids"] = [source.ids[first], source.ids[last]]
+    if has_whole_pool:
         facts["texts"] = tensor_hash(source.candidates(first_pool).text)
     return digest(facts)

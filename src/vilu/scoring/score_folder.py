@@ -1,4 +1,4 @@
-"""Folder of scores of data of any size: parts, receipts and a manifest."""
+"""Folders that hold the scores of data of any size, as parts with receipts and a manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +43,7 @@ class ScoreRun(ScoreDocument):
     predictor: str  # fingerprint of the predictor and its weights
     source: str  # fingerprint of the embeddings
     n_in: Count  # number of rows of the embeddings
-    # number of rows that are usable (and fill pools); all others come after them, without a score
+    # number of rows to score: those that are usable and, for pairs, fill a whole pool
     n_candidate: Count
     # number of rows in a part: whole pools, or whole batches of scoring
     rows_per_part: int = Field(ge=1)
@@ -51,7 +51,7 @@ class ScoreRun(ScoreDocument):
     dataset: str | None  # name of the data set
     split: str | None  # name of its split
     seed: int | None  # seed of the predictor
-    answer: str  # kind of the answers that are judged, as in ``Outcomes``
+    answer: str  # which answer is judged, as in ``Outcomes``
     is_probability: bool  # whether the uncertainty is a probability of failure
     provenance: dict[str, Any]  # as in ``Outcomes``
 
@@ -88,7 +88,7 @@ class ScoreRun(ScoreDocument):
 
 
 class ScorePart(Model):
-    """Part with the rows ``start`` to ``stop - 1`` in the order of scoring."""
+    """One part of a folder: the rows ``start`` to ``stop - 1`` in the order of scoring."""
 
     number: Count
     start: Count
@@ -111,7 +111,7 @@ class ScorePart(Model):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files whose hashes the receipt holds."""
+        """The files whose hashes are in the receipt."""
         return self.scores, self.histogram
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ class Counts(Model):
     def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
         """The counts of some rows, of which ``n_seen`` were used to fit the predictor."""
         scored = np.isfinite(outcomes.uncertainty)
-        known = outcomes.evaluable
+        known = outcomes.evaluable  # scored rows whose failure is known
         unscored = Counter(reason for reason in outcomes.reason or () if reason)
         return cls(
             n_in=len(outcomes),
@@ -216,7 +216,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Rows of a part by its receipt, and as planned."""
+        """Part and number of rows: first as the receipt states them, then as the run planned."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
@@ -233,7 +233,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         self.begin(self.run, self.folders)
 
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
-        """Write a part: the outcomes of rows of the source, ``n_seen`` of which are of the fit."""
+        """Write the outcomes of the rows of a part, of which ``n_seen`` were used in the fit."""
         known = outcomes.evaluable
         ood = known & outcomes.outside
         histogram = Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])
@@ -252,7 +252,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
 def read_run(root: Path) -> ScoreRun:
     """The description of the run in a folder of scores."""
-    # other kinds of folders have a ``run.json``, too
+    # A store of embeddings also has a ``run.json``. So the kind is checked before the fields.
     content = read_json(root / RUN, AGAIN, StorageError)
     if content.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
@@ -266,7 +266,7 @@ def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
     """Parquet content of a histogram, with one row per occupied bin, ascending.
 
     ``ood`` is the histogram of the rows that belong to none of the classes. If there are such rows,
-    the column ``outside`` holds their number among the wrong answers of every bin.
+    the column ``outside`` states how many of the wrong answers in each bin they are.
     """
     columns = {
         "bin": pa.array(histogram.bins),
@@ -294,26 +294,31 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
         wrong_ood = table["outside"].to_numpy()
     is_possible = (wrong_ood >= 0) & (wrong_ood <= histogram.wrong)
     if not is_possible.all():
-        raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
-    counts = receipt.counts
-    counted = (histogram.n, histogram.n_failures)
-    expected = (counts.n_scored - counts.n_unlabelled, counts.n_failures)
-    if counted != expected or not _in_order(histogram):
-        raise _damaged(path, f"it counts {counted} rows and failures, its receipt {expected}")
+        raise _damaged(path, "a bin has more rows of none of the classes than wrong answers")
+    n_evaluable = receipt.counts.n_scored - receipt.counts.n_unlabelled
+    in_file = f"{histogram.n} rows with {histogram.n_failures} failures"
+    in_receipt = f"{n_evaluable} rows with {receipt.counts.n_failures} failures"
+    if in_file != in_receipt:
+        raise _damaged(path, f"it has {in_file}, but its receipt states {in_receipt}")
+    if not _has_valid_bins(histogram):
+        raise _damaged(path, "its bins are empty, not ascending, or do not fit to its ends")
     return histogram, histogram.counted(np.zeros_like(histogram.correct), wrong_ood)
 
 
 def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
-    """The histogram in a table, whose columns and metadata are checked."""
+    """The histogram in a table; StorageError if its columns or its metadata are not valid."""
     names = [name for name in table.column_names if name != "outside"]
-    has_counts = all(c.type == pa.int64() and not c.null_count for c in table.columns)
+    has_counts = all(
+        column.type == pa.int64() and column.null_count == 0 for column in table.columns
+    )
     if names != list(COLUMNS) or not has_counts:
         raise _damaged(path, f"its columns are {table.schema.names}")
-    level = metadata.get("level")
+    level: Any = metadata.get("level")
     ends = metadata.get("ends")
     # an empty histogram has no ends, and any other histogram has two
-    has_ends = ends is None if table.num_rows == 0 else _are_two_numbers(ends)
-    if not isinstance(level, int) or not 0 <= level < 64 or not has_ends:
+    has_right_ends = ends is None if table.num_rows == 0 else _are_two_numbers(ends)
+    has_right_level = isinstance(level, int) and 0 <= level < 64
+    if not (has_right_level and has_right_ends):
         raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
     low, high = ends or (math.inf, -math.inf)
     bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
@@ -326,7 +331,7 @@ def _are_two_numbers(ends: object) -> bool:
     return all(isinstance(end, float) and math.isfinite(end) for end in ends)
 
 
-def _in_order(histogram: Histogram) -> bool:
+def _has_valid_bins(histogram: Histogram) -> bool:
     """Whether the bins are ascending and not empty, and the ends lie in the first and last bin."""
     bins = histogram.bins
     if not len(bins):
@@ -337,27 +342,34 @@ def _in_order(histogram: Histogram) -> bool:
         return False
     if (histogram.correct + histogram.wrong == 0).any():
         return False
-    first, last = codes(np.array([histogram.low, histogram.high])) >> histogram.level
-    return bool(first == bins[0] and last == bins[-1])
+    ends = np.array([histogram.low, histogram.high])
+    bins_of_ends = codes(ends) >> histogram.level
+    return np.array_equal(bins_of_ends, bins[[0, -1]])
 
 
 def _damaged(path: Path, what: str) -> StorageError:
     return StorageError(f"{path} is no histogram: {what}. {AGAIN} into a new folder.")
 
 
-EvaluableRows = tuple[Floats, Ints, NDArray[np.bool_], Ints | None]
-"""Uncertainty, failure, mask of the rows of none of the classes, and picture (None: not known)."""
+class EvaluableRows(NamedTuple):
+    """Rows of a part that have a score and a known failure."""
+
+    uncertainty: Floats
+    failure: Ints
+    is_ood: NDArray[np.bool_]  # whether the row belongs to none of the classes
+    picture: Ints | None  # identities of the pictures; None if they are not known
+
 
 COMPARED = 2**24
-"""Number of picture identities that are compared at once, in 128 MB."""
+"""Number of picture identities that are compared at once. They take 128 MB."""
 
 
 class ScoreFolder(Reopened):
     """Folder of scores that ``score_parts`` wrote; ``vilu.evaluate`` accepts it like ``Outcomes``.
 
-    When a folder is opened, its documents are read, and the presence and size of every file are
-    checked. The bytes of a file are compared with its receipt when the file is first read;
-    ``verify`` compares all files. A pickled folder holds only its path.
+    Opening a folder reads its documents, and checks that every file exists and has the right size.
+    The bytes of a file are compared with its receipt when the file is first read. ``verify``
+    compares all files. A pickled folder holds only its path.
 
     Raises:
         DataError: If the folder holds no scores, or is not complete.
@@ -366,17 +378,14 @@ class ScoreFolder(Reopened):
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], target=[0, 1, 0, 1])
+        >>> image = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+        >>> text = np.eye(2)
+        >>> data = vilu.Embeddings(image, text, target=[0, 1, 1])  # the last answer is wrong
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = vilu.score_parts(vilu.MCM(), data, folder)
-        ...     scores = vilu.ScoreFolder(folder)  # in any other process
-        ...     scores.verify()
-        ...     print(
-        ...         len(scores),
-        ...         scores.outcomes().failure.tolist(),
-        ...         scores.tally().scores.n_failures,
-        ...     )
-        4 [0, 0, 0, 1] 1
+        ...     written = vilu.score_parts(vilu.MCM(), data, folder)
+        ...     scores = vilu.ScoreFolder(folder)  # works in any other process, too
+        ...     scores.outcomes().failure.tolist()
+        [0, 0, 1]
     """
 
     @checked
@@ -408,29 +417,30 @@ class ScoreFolder(Reopened):
 
         Evaluable rows have a score and a known failure.
         """
-        return self._histograms[0]
+        histogram, _ = self._histograms
+        return histogram
 
     @cached_property
     def _histograms(self) -> tuple[Histogram, Histogram]:
-        """``histogram``, and the histogram of the rows that belong to none of the classes."""
-        ood = Histogram.empty()
+        """Histograms of all evaluable rows, and of those that belong to none of the classes."""
+        total_ood = Histogram.empty()
 
-        def parts() -> Iterator[Histogram]:
-            nonlocal ood
-            # added part by part, so that at most two histograms of each kind are in memory
+        # a generator, so that not all histograms are in memory at once
+        def histograms() -> Iterator[Histogram]:
+            nonlocal total_ood
             for receipt in self._receipts:
                 histogram, histogram_ood = read_histogram(self.path, receipt)
-                ood = ood + histogram_ood
+                total_ood = total_ood + histogram_ood
                 yield histogram
 
-        total = Histogram.total(parts())
-        return total, ood
+        total = Histogram.total(histograms())
+        return total, total_ood
 
     def tally(self) -> Tally:
-        """The counts for ``vilu.evaluate``: histograms, or rows if some rows show one picture.
+        """The counts for ``vilu.evaluate``: histograms, or all rows if a picture is repeated.
 
-        To find such rows, the identities of the pictures are read, about ``COMPARED`` at a time. If
-        there are any, all rows are read, which takes about 33 bytes per row.
+        To find repeated pictures, their identities are read, about ``COMPARED`` at a time. If there
+        are any, all rows are read. They take about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
@@ -446,30 +456,34 @@ class ScoreFolder(Reopened):
         )
 
     def _has_repeats(self) -> bool:
-        """Whether some rows with a score and a known failure show one picture."""
+        """Whether two evaluable rows show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / COMPARED)
         for number in range(n_passes):
             # equal identities have equal remainders, so they are compared in the same pass
             pictures = [np.empty(0, np.int64)]
-            for *_, picture in self._evaluable_parts():
-                if picture is not None:
-                    pictures.append(picture[picture % n_passes == number])
+            for rows in self._evaluable_parts():
+                if rows.picture is not None:
+                    is_in_pass = rows.picture % n_passes == number
+                    pictures.append(rows.picture[is_in_pass])
             if repeated_pictures(np.concatenate(pictures)) is not None:
                 return True
         return False
 
     def _tally_of_rows(self) -> Tally:
-        """The counts for ``vilu.evaluate`` from all evaluable rows with their pictures."""
+        """The counts for ``vilu.evaluate``, from all evaluable rows and their pictures."""
         scores = []
         failures = []
         is_ood = []
         pictures = []
-        for uncertainty, failure, outside, picture in self._evaluable_parts():
-            scores.append(uncertainty)
-            failures.append(failure)
-            is_ood.append(outside)
-            pictures.append(np.full(len(failure), UNKNOWN) if picture is None else picture)
-        rows = Outcomes(
+        for rows in self._evaluable_parts():
+            picture = rows.picture
+            if picture is None:
+                picture = np.full(len(rows.failure), UNKNOWN)
+            scores.append(rows.uncertainty)
+            failures.append(rows.failure)
+            is_ood.append(rows.is_ood)
+            pictures.append(picture)
+        outcomes = Outcomes(
             np.concatenate(scores),
             np.concatenate(failures),
             outside=np.concatenate(is_ood),
@@ -478,20 +492,25 @@ class ScoreFolder(Reopened):
             **facts_of(self.run),
         )
         return replace(
-            rows.tally(),
+            outcomes.tally(),
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
         )
 
     def _evaluable_parts(self) -> Iterator[EvaluableRows]:
-        """Yield the rows with a score and a known failure, part by part."""
+        """Yield the evaluable rows of each part."""
         files = Vouched(self.path, self._receipts)
         for receipt in self._receipts:
             path = files(receipt.part.scores)
             part = Outcomes.load(path)
             known = part.evaluable
             picture = None if part.picture is None else part.picture[known]
-            yield part.uncertainty[known], part.failure[known], part.outside[known], picture
+            yield EvaluableRows(
+                uncertainty=part.uncertainty[known],
+                failure=part.failure[known],
+                is_ood=part.outside[known],
+                picture=picture,
+            )
 
     def outcomes(self) -> Outcomes:
         """All rows in memory, in the order of the data, as ``vilu.score`` returns them.
@@ -515,9 +534,10 @@ class ScoreFolder(Reopened):
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
                 f"{AGAIN}."
             )
+        first_part, *_ = parts
         optional: dict[str, Any] = {"reason": [None] * len(order)}
-        for name, kind in OPTIONAL.items():
-            column = _joined(parts, name, kind, order)
+        for name, type_name in OPTIONAL.items():
+            column = _joined(parts, name, type_name, order)
             if column is not None:
                 optional[name] = column
         return Outcomes(
@@ -525,7 +545,7 @@ class ScoreFolder(Reopened):
             failure=np.concatenate([part.failure for part in parts])[order],
             outside=np.concatenate([part.outside for part in parts])[order],
             **optional,
-            class_names=parts[0].class_names,
+            class_names=first_part.class_names,
             **facts_of(self.run),
             is_probability=self.run.is_probability,
             provenance={**self.run.provenance, "n_seen_in_fit": self.counts.n_seen},
@@ -543,17 +563,17 @@ class ScoreFolder(Reopened):
 def _joined(
     parts: list[Outcomes],
     name: str,
-    kind: str,
+    type_name: str,
     order: NDArray[np.int64],
-) -> Any:  # noqa: ANN401 - the type depends on the kind of the column
-    """Values of an optional column, in the order of the data; None if no part has the column.
+) -> Any:  # noqa: ANN401 - the type depends on the column
+    """Values of the optional column ``name``, in the order of the data; None if no part has it.
 
-    The rows of a part without the column have missing values.
+    The rows of a part without the column get the missing value of its type.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):
         return None
-    is_text = kind == "string"
+    is_text = type_name == "string"
     filled: list[Any] = []
     for part, values in zip(parts, columns, strict=True):
         if values is not None:
@@ -561,7 +581,7 @@ def _joined(
         elif is_text:
             filled.append([None] * len(part))
         else:
-            filled.append(np.full(len(part), MISSING[kind]))
+            filled.append(np.full(len(part), MISSING[type_name]))
     if is_text:
         texts = list(chain.from_iterable(filled))
         return [texts[row] for row in order]

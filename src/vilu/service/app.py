@@ -224,8 +224,8 @@ class Service:
         """The judgements of a request; Refused (503) if they take too long."""
         try:
             async with asyncio.timeout(self.limits.answer):
-                # With return_exceptions, gather waits for all images. An exception of one image is
-                # raised by result() in the next line.
+                # return_exceptions: gather waits for all images even if one of them has raised an
+                # exception. result() in the next line raises it.
                 await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
                 return [judgement.result() for judgement in awaited]
         except TimeoutError:  # the timeout has cancelled the unfinished judgements
@@ -251,12 +251,12 @@ class Service:
             )
         state = await asyncio.to_thread(engine.journals.state)
         audited = []
-        for name, (n_new, unknown) in counts.items():
+        for name, counts_of_predictor in counts.items():
             audited.append(
                 {
                     "predictor": engine.served[name].fingerprint,
-                    "new": n_new,
-                    "unknown": unknown,
+                    "new": counts_of_predictor.n_new,
+                    "unknown": counts_of_predictor.unknown,
                     "guarantee": state.guarantees[name],
                 }
             )
@@ -280,8 +280,8 @@ class Service:
     async def switch(self, request: Request) -> Response:
         """Let another predictor answer.
 
-        The answers then have the guarantee of this predictor. The monitor of the previous predictor
-        continues to run.
+        From then on, answers have the guarantee of that predictor. The monitor of the previous
+        predictor continues to run.
         """
         engine = self.ready
         choice = await read_json(request, ChoiceIn)
@@ -347,6 +347,7 @@ class Service:
 
 
 def _out(reply: Reply) -> AnswerOut:
+    """A reply as the body of an answer to a client."""
     answer = reply.answer
     runners_up = [
         RunnerUpOut(label=label, probability=probability)

@@ -110,7 +110,8 @@ class AnswersOut(BaseModel):
 
 def content_type(request: Request) -> str:
     """The content type of a request, without its parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, _, _ = request.headers.get("content-type", "").partition(";")
+    return kind.strip().lower()
 
 
 async def read_json(request: Request, kind: type[Body]) -> Body:
@@ -127,7 +128,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     try:
         return await asyncio.to_thread(kind.model_validate_json, content)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
+        first, *_ = error.errors(include_input=False, include_url=False)
         where = ".".join(map(str, first["loc"])) or "the body"
         detail = f"{where:.100}: {first['msg']:.200}."
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
@@ -150,17 +151,17 @@ async def read_images(request: Request) -> list[bytes]:
 
 
 class InMemory(MultiPartParser):
-    """A parser that keeps uploads in memory; the limit on the body limits their memory."""
+    """A parser of forms that keeps files in memory. The limit on the body limits this memory."""
 
     spool_max_size = 2**40  # larger than any body, so that no upload is written to disk
 
     def close(self, files: Sequence[UploadFile]) -> bool:
         """Close all files of the parser; returns whether the form was complete."""
-        # ``files`` lacks a file whose part of the form never ended.
-        begun = self._files_to_close_on_error
-        for file in begun:
+        # The parser also knows a file that the form never ended; ``files`` lacks such a file.
+        begun_files = self._files_to_close_on_error
+        for file in begun_files:
             file.close()
-        return len(begun) == len(files)
+        return len(begun_files) == len(files)
 
 
 async def _read_form(request: Request) -> list[bytes]:
@@ -175,8 +176,8 @@ async def _read_form(request: Request) -> list[bytes]:
         detail = f"the form cannot be read: {error}"[:200]
         raise Refused(HTTPStatus.BAD_REQUEST, detail) from None
     finally:
-        is_whole = parser.close(files)
-    if not is_whole:
+        is_complete = parser.close(files)
+    if not is_complete:
         raise Refused(HTTPStatus.BAD_REQUEST, "the form cannot be read: it ends within a file.")
     if not files:
         raise Refused(
@@ -199,9 +200,9 @@ IMAGE_FILES: Final = {
 
 
 def described_body(kind: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI's description of a body that a route reads itself: JSON, for images also a form.
+    """OpenAPI's description of a body that a route reads itself.
 
-    ``kind`` must not contain other models.
+    The body is JSON, or for images a form or JSON. ``kind`` must not contain other models.
     """
     content = {JSON: {"schema": kind.model_json_schema()}}
     if kind is ImagesIn:

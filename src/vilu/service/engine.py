@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +49,13 @@ class Reply:
     guarantee: GuaranteeState
 
 
+class Score(NamedTuple):
+    """What the journal of a predictor stores about one image or row."""
+
+    answer: int  # index of the answer
+    uncertainty: float
+
+
 @dataclass(frozen=True)
 class Judgement:
     """The answers of all predictors about one image or row.
@@ -55,13 +63,12 @@ class Judgement:
     Attributes:
         row: Id of the row.
         answers: Answers by the name of the predictor.
-        scores: Index of the answer, and uncertainty, by the name of the predictor; empty if the
-            image cannot be read.
+        scores: Scores by the name of the predictor; empty if the image cannot be read.
     """
 
     row: str
     answers: Mapping[str, Answer]
-    scores: Mapping[str, tuple[int, float]]
+    scores: Mapping[str, Score]
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Waiting:
     """A decoded image that the model has not embedded yet."""
 
     row: str
-    position: int  # among all images of this service
+    position: int  # number of the image among all images that this service has decoded
     item: Decoded | ErrorRow
     judgement: Future[Judgement]
 
@@ -136,7 +143,7 @@ class Engine:
         self.journals = journals
         self.served = {NAMES[0]: Served(guard)}
         if second is not None:
-            self.served[NAMES[1]] = Served(self._beside(second))
+            self.served[NAMES[1]] = Served(self._open_second(second))
         self.on_batch: Callable[[int], None] | None = None
         self._positions = count()
         self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten
@@ -147,7 +154,7 @@ class Engine:
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
         self._journal_writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-journal")
 
-    def _beside(self, model: Path | SavedModel) -> Guard:
+    def _open_second(self, model: Path | SavedModel) -> Guard:
         """Open a second predictor, which must use the arrays that the first one uses."""
         first = self.guard
         second = Guard(model, vectors_only=True)
@@ -163,7 +170,7 @@ class Engine:
         )
 
     def images(self, request: str, images: Sequence[bytes]) -> list[Future[Judgement]]:
-        """Submit the images of a request; futures of their judgements, in the same order."""
+        """Submit the images of a request; returns futures of judgements, in the same order."""
         judgements = []
         for index, content in enumerate(images):
             judgement: Future[Judgement] = Future()
@@ -182,11 +189,11 @@ class Engine:
         Raises:
             DataError: If an array has the wrong shape, or an embedding has no direction.
         """
-        given = {IMAGE: embeddings, FEATURES: features or []}
+        from_client = {IMAGE: embeddings, FEATURES: features or []}
         dtype = getattr(torch, self.guard.vocabulary.dtype)
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
-            rows = given[name]
+            rows = from_client[name]
             _require_shape(name, rows, len(embeddings), width)
             array = torch.tensor(rows, dtype=torch.float32)
             if name == IMAGE:
@@ -195,7 +202,7 @@ class Engine:
         return arrays
 
     def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Judgement]]:
-        """Submit rows of embeddings (B, D); B futures of their judgements, in the same order."""
+        """Submit rows of embeddings (B, D); returns B futures of judgements, in the same order."""
         contents = torch.cat([*arrays.values()], dim=1).numpy()
         ids = [row_id(request, index, row.tobytes()) for index, row in enumerate(contents)]
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
@@ -248,44 +255,44 @@ class Engine:
 
         If all judgements are cancelled, ``judge`` is not called.
         """
-        awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
-        if not any(awaited):
+        are_awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
+        if not any(are_awaited):
             return
         try:
             results = judge()
         # The exception would be lost in this thread. So every judgement raises it in its request.
         except BaseException as error:
             logger.exception("%d rows failed", len(judgements))
-            for judgement, is_awaited in zip(judgements, awaited, strict=True):
+            for judgement, is_awaited in zip(judgements, are_awaited, strict=True):
                 if is_awaited:
                     judgement.set_exception(error)
             return
-        for judgement, is_awaited, result in zip(judgements, awaited, results, strict=True):
+        for judgement, is_awaited, result in zip(judgements, are_awaited, results, strict=True):
             if is_awaited:
                 judgement.set_result(result)
 
     def _judge_images(self, batch: Sequence[Waiting]) -> list[Judgement]:
         """Judgements about decoded images, in their order; bad images have no scores."""
-        content = self.guard.embed([waiting.item for waiting in batch])
+        embedded = self.guard.embed([waiting.item for waiting in batch])
         ids = {waiting.position: waiting.row for waiting in batch}
         judgements: dict[int, Judgement] = {}
-        for error in content.errors:
+        for error in embedded.errors:
             row = ids[error.position]
             answers = {
                 name: served.guard.refused(row, error.kind) for name, served in self.served.items()
             }
             judgements[error.position] = Judgement(row, answers, {})
-        positions = [row.position for row in content.rows]
+        positions = [row.position for row in embedded.rows]
         if positions:
             good_ids = [ids[position] for position in positions]
-            judged = self._judged(arrays_of(content), good_ids)
+            judged = self._judged(arrays_of(embedded), good_ids)
             judgements.update(zip(positions, judged, strict=True))
         return [judgements[waiting.position] for waiting in batch]
 
     def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
         """Judgements about rows of embeddings by all predictors."""
         answers: dict[str, list[Answer]] = {}
-        scores: dict[str, list[tuple[int, float]]] = {}
+        scores: dict[str, list[Score]] = {}
         for name, served in self.served.items():
             answers[name], outcomes = served.guard.answer(arrays, ids)
             scores[name] = _scores(outcomes)
@@ -336,13 +343,13 @@ class Engine:
             request.replies.set_result(replies)
 
     def _recorded(self, judgements: Sequence[Judgement]) -> ServiceState:
-        """Write the rows that have scores to the journals; the state of the service afterwards."""
+        """Write the rows that have scores to the journals; returns the state of the service."""
         scored = [judgement for judgement in judgements if judgement.scores]
         ids = [judgement.row for judgement in scored]
         scores: dict[str, Scores] = {}
         for name in self.served:
-            answers = [judgement.scores[name][0] for judgement in scored]
-            uncertainty = [judgement.scores[name][1] for judgement in scored]
+            answers = [judgement.scores[name].answer for judgement in scored]
+            uncertainty = [judgement.scores[name].uncertainty for judgement in scored]
             scores[name] = (answers, uncertainty)
         return self.journals.record(ids, scores)
 
@@ -350,30 +357,31 @@ class Engine:
         """The reply with the answer of the predictor that answers in this state."""
         name = state.answering
         return Reply(
-            judgement.row,
-            judgement.answers[name],
-            self.served[name].fingerprint,
-            state.guarantees[name],
+            row=judgement.row,
+            answer=judgement.answers[name],
+            predictor=self.served[name].fingerprint,
+            guarantee=state.guarantees[name],
         )
 
     def close(self) -> None:
         """Finish all submitted work, then end the threads."""
         self._decoders.shutdown(wait=True)
+        # A run may schedule the next run. So wait for the thread until no run is scheduled.
         while self._is_scheduled:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
         self._journal_writer.shutdown(wait=True)
 
 
-def _require_shape(name: str, rows: list[list[float]], n: int, width: int) -> None:
-    """Raise DataError if ``rows`` are not n rows of ``width`` numbers."""
+def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) -> None:
+    """Raise DataError if ``rows`` are not ``n_rows`` rows of ``width`` numbers."""
     lengths = {len(row) for row in rows}
-    if len(rows) == n and lengths == {width}:
+    if len(rows) == n_rows and lengths == {width}:
         return
     shape = f"{len(rows)} rows"
     if rows:
         shape += f" of {min(lengths)} to {max(lengths)}"
-    raise DataError(f"{name} must be {n} rows of {width} numbers. Found {shape}.")
+    raise DataError(f"{name} must be {n_rows} rows of {width} numbers. Found {shape}.")
 
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
@@ -381,14 +389,15 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
     scaled, status, _ = normalised(embeddings)
     bad = np.flatnonzero(status != VALID)
     if bad.size:
-        why = STATUS[status[bad[0]]]
-        raise DataError(f"embeddings.{bad[0]} has no direction ({why}).")
+        first_bad = int(bad[0])
+        why = STATUS[status[first_bad]]
+        raise DataError(f"embeddings.{first_bad} has no direction ({why}).")
     return scaled
 
 
-def _scores(outcomes: Outcomes) -> list[tuple[int, float]]:
-    """Index of the answer, and uncertainty, of every row."""
+def _scores(outcomes: Outcomes) -> list[Score]:
+    """The scores of all rows, for the journals."""
     answers = [UNKNOWN] * len(outcomes)
     if outcomes.prediction is not None:
         answers = outcomes.prediction.tolist()
-    return list(zip(answers, outcomes.uncertainty.tolist(), strict=True))
+    return list(map(Score, answers, outcomes.uncertainty.tolist()))

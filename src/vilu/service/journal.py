@@ -22,7 +22,7 @@ from vilu.artifacts.disk import make_folder
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.service.journals import GuaranteeState
+from vilu.service.journals import GuaranteeState, LabelCounts
 from vilu.service.rows import ROWS, AnsweredRow, AuditedRow, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ After a kill, the next start reads at most about this many rows again.
 class Journal:
     """The file of the rows that one calibrated predictor has answered, and its monitor.
 
-    - A row is on disk before its answer is sent. A row that is in the file already is not changed.
+    - A row is on disk before its answer is sent. A row in the file is never changed.
     - The monitor takes in rows and labels only from the file, in the order in which they came. So
       after a crash it takes in every row and label once, and comes to the same verdict.
     - Damaged files are set aside with a warning when the journal is opened.
@@ -59,7 +59,7 @@ class Journal:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
-        self._saving: Future[None] = self._writer.submit(lambda: None)
+        self._saving: Future[None] = self._writer.submit(lambda: None)  # a save that ends at once
         new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
         self.monitor = self._resumed(new_monitor)
         self._rows = RowFile(folder, self.monitor.fingerprint)
@@ -95,14 +95,11 @@ class Journal:
             self._take_in_rows()
             self._update_status()
 
-    def label(self, labels: Mapping[str, str]) -> tuple[int, list[str]]:
+    def label(self, labels: Mapping[str, str]) -> LabelCounts:
         """Write the labels of rows; a row keeps its first label.
 
         Args:
             labels: Names of classes, or "(outside)", by the id of the row.
-
-        Returns:
-            The number of new labels, and the ids that are of no row.
 
         Raises:
             DataError: If a label is neither a class nor "(outside)".
@@ -121,7 +118,7 @@ class Journal:
             self._rows.add_labels(new_labels)
             self._take_in_labels(after=before)
             self._update_status()
-        return len(new_labels), unknown
+        return LabelCounts(len(new_labels), unknown)
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
         """Class index of every label, by the id of the row; ``OUTSIDE`` for "(outside)"."""
@@ -163,12 +160,12 @@ class Journal:
         """Save a copy of the monitor in another thread, so that answers do not wait for it."""
         self._last_saved = self.monitor.rows
         calibration = self.monitor.calibration
-        # The copy shares the calibration, which never changes: deepcopy takes an object that its
-        # second argument lists as copied already.
-        snapshot = copy.deepcopy(self.monitor, {id(calibration): calibration})
+        # The copy shares the calibration, because a calibration never changes. deepcopy does not
+        # copy an object that is in ``memo``.
+        snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        # Raises the exception of the previous save, if any; ``_save`` only handles storage errors.
+        # Raises the exception of the previous save, if any. ``_save`` only logs a ViLUError.
         previous.result()
 
     def _save(self, monitor: Monitor) -> None:
@@ -196,7 +193,7 @@ class Journal:
         return new_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_sizes(self) -> None:
-        """Number new rows after those that the monitor has seen; warn if the file has fewer."""
+        """Give new rows numbers after those that the monitor has seen; warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._rows.ends.n
         self._rows.number_above(n_seen)
@@ -233,17 +230,17 @@ class Journal:
         """Outcomes of rows for the monitor; without ``labels`` the failures are ``UNKNOWN``."""
         n = len(rows)
         answer = np.array([row.answer for row in rows], dtype=np.int64)
-        label = np.full(n, UNKNOWN, dtype=np.int64)
+        target = np.full(n, UNKNOWN, dtype=np.int64)
         failure = np.full(n, UNKNOWN, dtype=np.int64)
         if labels is not None:
-            label = np.array(labels, dtype=np.int64)
-            failure = (answer != label).astype(np.int64)
+            target = np.array(labels, dtype=np.int64)
+            failure = (answer != target).astype(np.int64)
         calibration = self.monitor.calibration
         return Outcomes(
-            np.array([row.uncertainty for row in rows]),
-            failure,
+            uncertainty=np.array([row.uncertainty for row in rows]),
+            failure=failure,
             prediction=answer,
-            target=label,
+            target=target,
             ids=[row.id for row in rows],
             class_names=calibration.class_names,
             method=calibration.method,

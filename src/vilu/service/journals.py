@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from vilu.calibration.monitor.status import Status
 
@@ -14,6 +14,14 @@ NAMES: Final = ("first", "second")
 
 Scores = tuple[list[int], list[float]]
 """Indices of the answers, and uncertainties, of some rows."""
+
+
+class LabelCounts(NamedTuple):
+    """What became of the labels that a client sent, in the journal of one predictor."""
+
+    n_new: int  # labels of rows that had none
+    unknown: list[str]  # ids that are of no row of the journal
+
 
 GuaranteeState = Literal["holds", "void", "none"]
 """State of a guarantee: "holds" before any alarm, "void" after one, "none" without guarantee."""
@@ -49,19 +57,19 @@ class Journals(Protocol):
     """The journals of all predictors of a service, by the names of the predictors."""
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
-        """Write rows with the answers of all predictors; the state of the service afterwards."""
+        """Write rows with the answers of all predictors; returns the state of the service."""
 
     def state(self) -> ServiceState:
         """The present state of the service."""
 
-    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """Write labels; by predictor the number of new labels, and the ids that are of no row."""
+    def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
+        """Write labels, by the id of the row; returns the counts by the name of the predictor."""
 
     def statuses(self) -> dict[str, Status]:
         """The status of every monitor, by the name of the predictor."""
 
     def switch(self, name: str) -> ServiceState:
-        """Let another predictor answer from now on; the state of the service afterwards."""
+        """Let another predictor answer from now on; returns the state of the service."""
 
     def close(self) -> None:
         """Save the monitors."""

@@ -14,7 +14,7 @@ from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
-from vilu.service.journals import NAMES, GuaranteeState, Scores, ServiceState
+from vilu.service.journals import NAMES, GuaranteeState, LabelCounts, Scores, ServiceState
 
 SERVING: Final = "serving.json"
 """Name of the file of ``AnsweringPredictor``."""
@@ -34,7 +34,7 @@ class LocalJournals:
     """The journals of the predictors of a service; a predictor without a guarantee has no journal.
 
     Args:
-        folder: Folder that is kept between restarts: it holds a folder for every journal, and
+        folder: Folder that is kept between restarts. It holds a folder for every journal, and
             ``serving.json``.
         predictors: Folders of the predictors by name.
 
@@ -74,7 +74,7 @@ class LocalJournals:
         )
 
     def record(self, ids: Sequence[str], scores: Mapping[str, Scores]) -> ServiceState:
-        """Write rows with the answers of all predictors; the state of the service afterwards.
+        """Write rows with the answers of all predictors; returns the state of the service.
 
         The rows are on disk when this returns. Answers are sent only after that.
         """
@@ -92,8 +92,8 @@ class LocalJournals:
             has_lost_journal |= journal.is_lost
         return ServiceState(self._answering, guarantees, has_lost_journal)
 
-    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """Write labels; by predictor the number of new labels, and the ids that are of no row.
+    def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
+        """Write labels, by the id of the row; returns the counts by the name of the predictor.
 
         Raises:
             DataError: As ``Journal.label``.
@@ -105,7 +105,7 @@ class LocalJournals:
         return {name: journal.status for name, journal in self._journals.items()}
 
     def switch(self, name: str) -> ServiceState:
-        """Let the predictor with this name answer from now on; the state afterwards.
+        """Let the predictor with this name answer from now on; returns the state of the service.
 
         Raises:
             UsageError: If there is no predictor with this name.

@@ -169,17 +169,17 @@ def _evidence(statuses: Mapping[str, Status]) -> Iterator[Metric]:
     for fingerprint, status in statuses.items():
         rows.add_metric([fingerprint], float(status.rows))
     yield rows
-    for part, description in EVIDENCE.items():
-        gauge = _gauge(f"monitor_{part}", description, "test")
+    for attribute, description in EVIDENCE.items():
+        gauge = _gauge(f"monitor_{attribute}", description, "test")
         for fingerprint, status in statuses.items():
             for test in status.tests:
-                gauge.add_metric([fingerprint, test.name], float(getattr(test, part)))
+                gauge.add_metric([fingerprint, test.name], float(getattr(test, attribute)))
         yield gauge
-    for part, description in AUDIT.items():
-        gauge = _gauge(f"audit_{part}", description)
+    for attribute, description in AUDIT.items():
+        gauge = _gauge(f"audit_{attribute}", description)
         for fingerprint, status in statuses.items():
             if status.audit is not None:
-                gauge.add_metric([fingerprint], float(getattr(status.audit, part)))
+                gauge.add_metric([fingerprint], float(getattr(status.audit, attribute)))
         yield gauge
 
 

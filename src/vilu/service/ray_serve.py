@@ -7,7 +7,7 @@ import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from vilu.artifacts.disk import locked, make_folder
 from vilu.calibration.monitor.status import Status
@@ -16,7 +16,7 @@ from vilu.extras import import_extra
 from vilu.process import keep_freed_memory
 from vilu.registry import load_plugin, plugins
 from vilu.service.app import Service
-from vilu.service.journals import Scores, ServiceState
+from vilu.service.journals import LabelCounts, Scores, ServiceState
 from vilu.service.limits import Gate, log_access
 from vilu.service.local_journals import LocalJournals
 from vilu.service.setup import Setup, load_engine
@@ -32,9 +32,10 @@ HEALTH: Final = 5.0
 
 
 class RemoteJournals:
-    """Calls the methods of ``LocalJournals`` in a Ray actor.
+    """The journals in a Ray actor, which replicas of the model share.
 
-    After a failure of the actor Ray may repeat a call. A row that is written twice is stored once.
+    Every method calls the method of ``LocalJournals`` with the same name in the actor. After a
+    failure of the actor Ray may repeat a call. A row that is written twice is stored once.
     """
 
     def __init__(self, actor: Any) -> None:  # noqa: ANN401 - a handle of Ray
@@ -57,9 +58,9 @@ class RemoteJournals:
         """As ``LocalJournals``."""
         return cast("ServiceState", self._call("state"))
 
-    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
+    def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """As ``LocalJournals``."""
-        return cast("dict[str, tuple[int, list[str]]]", self._call("label", labels))
+        return cast("dict[str, LabelCounts]", self._call("label", labels))
 
     def statuses(self) -> dict[str, Status]:
         """As ``LocalJournals``."""
@@ -74,29 +75,34 @@ class RemoteJournals:
         self._call("close")
 
 
-def replicas_of(text: str) -> tuple[int, int]:
-    """Minimum and maximum number of replicas, from a text such as "2" or "1:8"."""
+class Replicas(NamedTuple):
+    """Minimum and maximum number of replicas."""
+
+    least: int
+    most: int
+
+
+def replicas_of(text: str) -> Replicas:
+    """The numbers of replicas in a text such as "2" or "1:8"."""
     first, _, second = text.partition(":")
     with suppress(ValueError):  # a text that is no number raises the error below
         least = int(first)
         most = int(second or first)
         if 1 <= least <= most:
-            return least, most
+            return Replicas(least, most)
     raise UsageError(
         f"--replicas is a number, or a minimum and a maximum such as 1:8. Got {text!r:.40} instead."
     )
 
 
-def begin(
-    setup: Setup, host: str, port: int, replicas: tuple[int, int]
-) -> tuple[str, RemoteJournals]:
+def begin(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str, RemoteJournals]:
     """Start the service in the Ray cluster that this process is connected to.
 
     Args:
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Minimum and maximum number of replicas.
+        replicas: Numbers of replicas.
 
     Returns:
         The URL, and the journals that all replicas share.
@@ -107,7 +113,7 @@ def begin(
     modules = plugins()
 
     def build() -> Gate:
-        """Build the application; every replica, a separate process, does this with a model."""
+        """Build the application with a model; every replica is a process that calls this."""
         for module in modules:
             load_plugin(module)
         keep_freed_memory()
@@ -141,16 +147,16 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
     return journals
 
 
-def _size(replicas: tuple[int, int]) -> dict[str, Any]:
-    """Options of a deployment for a minimum and a maximum number of replicas."""
-    least, most = replicas
-    if least == most:
-        return {"num_replicas": least}
-    return {"autoscaling_config": {"min_replicas": least, "max_replicas": most}}
+def _size(replicas: Replicas) -> dict[str, Any]:
+    """Options of a deployment for its number of replicas."""
+    if replicas.least == replicas.most:
+        return {"num_replicas": replicas.least}
+    limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
+    return {"autoscaling_config": limits}
 
 
 def serve_ray(
-    setup: Setup, host: str, port: int, replicas: tuple[int, int], announce: Callable[[str], None]
+    setup: Setup, host: str, port: int, replicas: Replicas, announce: Callable[[str], None]
 ) -> None:
     """Serve until a signal; then drain the replicas, and save.
 
@@ -160,7 +166,7 @@ def serve_ray(
         setup: Settings of the service.
         host: The address.
         port: The port.
-        replicas: Minimum and maximum number of replicas.
+        replicas: Numbers of replicas.
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
@@ -198,15 +204,17 @@ def serve_ray(
 
 
 def _wait_for_signal() -> int:
-    """Wait for SIGTERM or SIGINT; the number of the signal."""
+    """Wait for SIGTERM or SIGINT, and return the number of the signal."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def note(number: int, _: object) -> None:
+    def put_number(number: int, _: object) -> None:
         arrived.put(number)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous_handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous_handlers[number] = signal.signal(number, put_number)
     try:
         return arrived.get()
     finally:
-        for number, handler in handlers.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,9 +1,9 @@
 """The file of answered rows and their labels; damage is found when the file is opened.
 
 - Rows and labels are only added, never changed.
-- Rows are a chain, and labels are another: a digest is computed from the content of the row and the
-  digest of the previous row. So an edit or a deletion breaks the chain.
-- The first digest is computed from the fingerprint of the monitor, so rows of another monitor do
+- Rows form a chain: the digest of a row is computed from its content and the digest of the previous
+  row. So an edit or a deletion breaks the chain. Labels form a second chain.
+- The chains begin with a digest of the fingerprint of the monitor, so rows of another monitor do
   not fit.
 - A small second file notes the last row and the last label, so that missing rows at the end are
   found too.
@@ -67,14 +67,20 @@ CREATE TABLE IF NOT EXISTS labels (
 ) STRICT;
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
-"""  # n numbers the rows, and came numbers the labels, in the order of their arrival
+"""
+"""SQL that creates the tables.
+
+``n`` is the number of a row, and ``came`` the number of a label, in the order of their arrival.
+"""
 
 DIGEST: Final = 16
 """Length of a digest in bytes."""
 
-ENDS_LINE: Final = re.compile(rb"(\d{20}) ([0-9a-f]{32}) (\d{20}) ([0-9a-f]{32})\n")
-ROW_NUMBERS = struct.Struct("<qdqd")
-LABEL_NUMBERS = struct.Struct("<qqq")
+ENDS_LINE: Final = re.compile(
+    rb"(?P<n>\d{20}) (?P<row>[0-9a-f]{32}) (?P<came>\d{20}) (?P<label>[0-9a-f]{32})\n"
+)
+ROW_NUMBERS = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
+LABEL_NUMBERS = struct.Struct("<qqq")  # number of the label, number of its row, label
 
 NO_DAMAGE: Final = {
     sqlite3.SQLITE_BUSY,
@@ -144,9 +150,9 @@ class Ends:
         match = ENDS_LINE.fullmatch(line)
         if match is None:
             return None
-        row = bytes.fromhex(match[2].decode())
-        label = bytes.fromhex(match[4].decode())
-        return cls(int(match[1]), row, int(match[3]), label)
+        row = bytes.fromhex(match["row"].decode())
+        label = bytes.fromhex(match["label"].decode())
+        return cls(n=int(match["n"]), row=row, came=int(match["came"]), label=label)
 
 
 class RowFile:
@@ -167,11 +173,12 @@ class RowFile:
     def __init__(self, folder: Path, monitor: str) -> None:
         self.path = folder / ROWS
         self._ends_path = folder / ENDS
-        first = hashlib.blake2b(monitor.encode(), digest_size=DIGEST).digest()
-        self._nothing = Ends(0, first, 0, first)
+        start = hashlib.blake2b(monitor.encode(), digest_size=DIGEST).digest()
+        self._nothing = Ends(n=0, row=start, came=0, label=start)  # ends of empty chains
         self.ends = self._verified()
-        self._last = self.ends.n
-        # The file of ends must exist before the first row: rows without it are taken for damaged.
+        self._last = self.ends.n  # number of the last row, also of a row that the file has lost
+        # The file of ends must exist before the first row, because a file of rows without it counts
+        # as damaged.
         with or_refuse(f"write {self._ends_path}"):
             self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         self._note_ends()
@@ -195,7 +202,7 @@ class RowFile:
     @property
     def is_lost(self) -> bool:
         """Whether the file was removed or replaced while it was open; then no row can be kept."""
-        return any(_identity(path) != file for path, file in self._identities.items())
+        return any(_identity(path) != before for path, before in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
         """Write the rows whose ids are not in the file yet; they are on disk when this returns.
@@ -364,7 +371,7 @@ class RowFile:
 
     @contextmanager
     def _until_damage(self) -> Iterator[None]:
-        """A block that ends silently at damage of the file; other errors become StorageError."""
+        """A block that ends silently at damage of the file. Other errors become StorageError."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -396,7 +403,7 @@ class RowFile:
         return ends
 
     def _copied_to(self, new: Path) -> tuple[Ends, int]:
-        """Copy the unbroken chains to a new file; the ends of the copy, and its number of rows."""
+        """Copy the unbroken chains to a new file; returns its ends and its number of rows."""
         ends = self._nothing
         n_rows = 0
         with self._sqlite_errors(), closing(sqlite3.connect(new, isolation_level=None)) as target:
@@ -435,7 +442,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
 def _insert_labels(
     table: sqlite3.Connection, labels: Iterable[tuple[int, int]], ends: Ends
 ) -> Ends:
-    """Add labels, as pairs of row number and label, to the chain; the new ends."""
+    """Add labels, as pairs of row number and label, to the chain; returns the new ends."""
     for n, label in labels:
         came = ends.came + 1
         digest = _label_digest(ends.label, came, n, label)
@@ -509,9 +516,10 @@ def _opened_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether an error means damaged content; the low eight bits of its code are its kind."""
+    """Whether an error means that the content of the file is damaged."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-    return code & 0xFF not in NO_DAMAGE
+    kind = code & 0xFF  # the other bits are details of the kind
+    return kind not in NO_DAMAGE
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

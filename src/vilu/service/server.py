@@ -32,7 +32,7 @@ STOP: Final = 60
 class Patient(H11Protocol):
     """HTTP/1.1 with a time limit on heads of requests, and with problem documents as errors.
 
-    The head of a request must be complete within ``IDLE`` seconds.
+    The head of a request (its first line and its headers) must be complete within ``IDLE`` seconds.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -88,7 +88,7 @@ class Patient(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that calls ``on_listening`` as soon as it listens."""
+    """A uvicorn server that calls a function as soon as it listens."""
 
     def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
         super().__init__(config)
@@ -197,7 +197,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _url(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
+    host, port, *_ = bound.getsockname()  # an IPv6 address has two more values
     if ":" in host:
         host = f"[{host}]"
     return f"http://{host}:{port}"

@@ -102,11 +102,8 @@ class FolderKeeper(Keeper):
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
-        record = b""
-        weights = b""
-        if self.world.leads:
-            record, weights = self._newest()
         # The other processes get the bytes from the leading one, because they may have other disks.
+        record, weights = self.world.call_on_leader(self._newest) or (b"", b"")
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
         if not record:
@@ -115,9 +112,9 @@ class FolderKeeper(Keeper):
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
         """Write a checkpoint, and remove all others except the one before it."""
-        if not self.world.leads:
-            return
-        checkpoint = make()
+        self.world.call_on_leader(lambda: self._write(make()))
+
+    def _write(self, checkpoint: Checkpoint) -> None:
         last = max(self._serials(), default=0)
         name = f"{last + 1:08d}"
         tensors = {}
@@ -265,8 +262,7 @@ class FolderSession(Session):
 
     def name_fit(self, inputs: str) -> None:
         """Write the digest of the inputs of the fit to a file, which ``named`` reads."""
-        if self.world.leads:
-            write_text(self.folder / NAMED, inputs)
+        self.world.call_on_leader(lambda: write_text(self.folder / NAMED, inputs))
 
     def named(self) -> str | None:
         """The digest that ``name_fit`` wrote; None if there is none."""

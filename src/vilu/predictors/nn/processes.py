@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vilu.device import resolve_device
-from vilu.errors import UsageError
+from vilu.errors import UsageError, ViLUError
+
+Result = TypeVar("Result")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets in its processes."""
@@ -65,6 +68,13 @@ class World:
     def broadcast(self, data: bytes) -> bytes:
         """The ``data`` of the leading process, in every process."""
         return data
+
+    def call_on_leader(self, act: Callable[[], Result]) -> Result | None:
+        """Call ``act`` on the leading process alone; if it raises, every process raises.
+
+        Returns what ``act`` returns on the leading process, and None on the others.
+        """
+        return act()
 
 
 class Group(World):
@@ -122,6 +132,31 @@ class Group(World):
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(content, leader)
         return content.cpu().numpy().tobytes()
+
+    def call_on_leader(self, act: Callable[[], Result]) -> Result | None:
+        """The others wait for the kind and the message of the error; both are empty without one."""
+        if not self.leads:
+            failure = self.broadcast(b"")
+            if failure:
+                raise _error_of_leader(failure.decode())
+            return None
+        try:
+            result = act()
+        except Exception as error:
+            self.broadcast(f"{type(error).__name__}\n{error}".encode())
+            raise
+        self.broadcast(b"")
+        return result
+
+
+def _error_of_leader(failure: str) -> Exception:
+    """The error of the leading process for another process, from its kind and its message."""
+    kind, _, message = failure.partition("\n")
+    text = f"the leading process stopped with {kind}: {message}"
+    for cls in ViLUError.__subclasses__():
+        if cls.__name__ == kind:  # so that all processes end with the same exit code
+            return cls(text)
+    return RuntimeError(text)
 
 
 # All contexts share the default world. That is harmless, because this world has no state.

@@ -31,7 +31,9 @@ def shapley(values: Tensor) -> Tensor:
     Examples:
         >>> import torch
         >>> from vilu.report.explain.attribution import shapley
-        >>> shapley(torch.tensor([[0.0], [1.0], [3.0], [6.0]]).double()).squeeze(1).tolist()
+        >>> nobody, first, second, both = 0.0, 1.0, 3.0, 6.0  # values of the four coalitions
+        >>> values = torch.tensor([[nobody], [first], [second], [both]], dtype=torch.float64)
+        >>> shapley(values).squeeze(1).tolist()  # (1 - 0 + 6 - 3) / 2 and (3 - 0 + 6 - 1) / 2
         [2.0, 4.0]
     """
     n = len(values).bit_length() - 1
@@ -51,7 +53,7 @@ def shapley(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Split of the difference between a score and the mean score of the background rows.
+    """The difference between a score and the mean background score, split into parts.
 
     The sum of the parts is ``score - baseline``.
     """
@@ -62,16 +64,13 @@ class Attribution:
 
 
 def coalitions_of(predictor: FailurePredictor) -> Coalitions:
-    """The coalitions of a method.
-
-    They are those that the predictor's own class defines, or otherwise the default ones.
-    """
+    """The coalitions that the predictor's own class defines, or else those of any method."""
     if predictor.constant_ is not None:
         raise NoAttribution(
             f"this {predictor.name} is a constant, fitted where there was nothing to learn"
         )
-    # Coalitions inherited from a parent class are not used: the class may compute its score in
-    # another way than its parent.
+    # Coalitions of a parent class are not used, because the class may compute its score in another
+    # way than its parent.
     defines_its_own = "coalitions" in vars(type(predictor))
     if defines_its_own:
         return predictor.coalitions()
@@ -101,6 +100,7 @@ class Attributor:
     def of(self, scored: Scored) -> list[Attribution]:
         """One attribution per row of a batch."""
         values = self.coalitions.values(*scored)
+        # the first coalition has no player, and the last one has all players
         score_of_nobody = values[0].tolist()
         score_of_all = values[-1].tolist()
         parts_of_rows = shapley(values).T.tolist()

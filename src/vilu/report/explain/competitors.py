@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +66,9 @@ def _zero_shot(batch: Batch) -> Tensor:
 
 def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
     """(B, K) posterior of the pooled experts."""
-    return predictor.experts.to(batch.image.device).pooled_parts(batch).logits.softmax(dim=1)
+    experts = predictor.experts.to(batch.image.device)
+    pooled = experts.pooled_parts(batch)
+    return pooled.logits.softmax(dim=1)
 
 
 def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
@@ -97,10 +100,14 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
         # ``scored`` gives the same answers as ``vilu.score``; its uncertainties are not needed
         for batch, _ in predictor.scored(data):
             weight = weights.of(batch)
-            # a candidate whose text equals the text of the answer is no competitor of the answer
-            is_answer = batch.first_equal[None] == batch.first_equal[batch.prediction][:, None]
-            others = weight.masked_fill(is_answer.to(weight.device), -1.0)  # weights are >= 0
-            best = others.argmax(dim=1)
+            # A candidate whose text equals the text of the answer is no competitor of the answer.
+            # Candidates of equal texts have the same value of ``first_equal``.
+            group = batch.first_equal
+            group_of_answer = group[batch.prediction].unsqueeze(1)
+            has_text_of_answer = group == group_of_answer
+            # weights are at least 0, so a candidate of weight -1 is not the best
+            weight_of_others = weight.masked_fill(has_text_of_answer.to(weight.device), -1.0)
+            best = weight_of_others.argmax(dim=1)
             competitor[batch.index.numpy(force=True)] = best.cpu().numpy()
     return competitor
 
@@ -115,9 +122,25 @@ class Neighbour:
     truth: str  # name of the right answer, or "none of the classes"
 
 
-Own = tuple[Identity, NDArray[np.uint64]]
-"""The kind of identity that rows are recognised by, and the (B,) hashes of the explained rows."""
-Near = tuple[int, float]  # position of a training row, and its cosine to the explained image
+class Own(NamedTuple):
+    """Identities of explained rows, by which these rows are recognised among training rows."""
+
+    kind: Identity
+    hashes: NDArray[np.uint64]  # (B,)
+
+
+class Near(NamedTuple):
+    """A training row near an explained row."""
+
+    row: int  # position of the training row
+    cosine: float  # cosine similarity of the two images
+
+
+class AnswerAndTruth(NamedTuple):
+    """Names of the zero-shot answer to a training row, and of the right answer."""
+
+    answer: str
+    truth: str
 
 
 class TrainingRows:
@@ -138,8 +161,8 @@ class TrainingRows:
         """
         failures = self._search(image, own, self.failures, n)
         successes = self._search(image, own, self.successes, n)
-        rows = {row for near in failures + successes for row, _ in near}
-        answers = self._answers(rows)
+        all_near = chain.from_iterable(failures + successes)
+        answers = self._answers({near.row for near in all_near})
         neighbours = []
         for near_failures, near_successes in zip(failures, successes, strict=True):
             wrong = self._neighbours(near_failures, answers)
@@ -147,11 +170,24 @@ class TrainingRows:
             neighbours.append((wrong, right))
         return neighbours
 
-    def _neighbours(self, near: list[Near], answers: dict[int, tuple[str, str]]) -> list[Neighbour]:
-        return [Neighbour(self.train.ids[row], cosine, *answers[row]) for row, cosine in near]
+    def _neighbours(
+        self, near_rows: list[Near], answers: dict[int, AnswerAndTruth]
+    ) -> list[Neighbour]:
+        """Add the keys and the names to training rows."""
+        neighbours = []
+        for near in near_rows:
+            named = answers[near.row]
+            neighbour = Neighbour(
+                key=self.train.ids[near.row],
+                cosine=near.cosine,
+                answer=named.answer,
+                truth=named.truth,
+            )
+            neighbours.append(neighbour)
+        return neighbours
 
     def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int) -> list[list[Near]]:
-        """The ``n`` nearest training rows with their cosines, per image."""
+        """The ``n`` nearest training rows of each image."""
         # More than n rows are searched for, because some may be the image itself. The number is
         # increased until every image has n neighbours or all training rows are searched.
         n_more = 1
@@ -166,29 +202,30 @@ class TrainingRows:
     def _near_but_own(
         self, image: Tensor, own: Own | None, rows: Tensor, k: int
     ) -> list[list[Near]]:
-        """The ``k`` nearest training rows per image, without rows that are the image itself."""
+        """The ``k`` nearest training rows of each image, without rows that are the image itself."""
         cosine, index = nearest_rows(image, Rows(self.train, rows), k)
-        row = rows[index]
+        row = rows[index]  # (B, k), as are ``cosine`` and ``is_own``
         is_own = torch.zeros(row.shape, dtype=torch.bool)
         if own is not None:
-            kind, own_hashes = own
-            hashes = self.train.identities(kind, row.flatten().numpy()).reshape(row.shape)
-            is_own = torch.from_numpy(hashes == own_hashes[:, None])
+            hashes = self.train.identities(own.kind, row.flatten().numpy()).reshape(row.shape)
+            is_own = torch.from_numpy(hashes == own.hashes.reshape(-1, 1))
         near = []
-        for rows_of, cosines_of, own_of in zip(row, cosine, is_own, strict=True):
-            keep = ~own_of
-            pairs = zip(rows_of[keep].tolist(), cosines_of[keep].tolist(), strict=True)
-            near.append(list(pairs))
+        for rows_of_image, cosines_of_image, are_own in zip(row, cosine, is_own, strict=True):
+            is_kept = ~are_own
+            near_image = map(
+                Near, rows_of_image[is_kept].tolist(), cosines_of_image[is_kept].tolist()
+            )
+            near.append(list(near_image))
         return near
 
-    def _answers(self, rows: set[int]) -> dict[int, tuple[str, str]]:
+    def _answers(self, rows: set[int]) -> dict[int, AnswerAndTruth]:
         """Names of the answer and of the truth, by training row."""
         names = Names(self.train)
         answers = {}
         for batch in plain_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
             columns = (batch.index.tolist(), batch.prediction.tolist(), truths(batch).tolist())
             for row, answer, truth in zip(*columns, strict=True):
-                answers[row] = (names.of(row, answer), names.of(row, truth))
+                answers[row] = AnswerAndTruth(names.of(row, answer), names.of(row, truth))
         return answers
 
 

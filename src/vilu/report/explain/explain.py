@@ -105,14 +105,14 @@ class Explanations(Findings):
 
     kind: ClassVar[str] = "explanations"
 
-    # in the order that was asked for; the most uncertain row first if no rows were chosen
+    # in the order of the chosen rows; if no rows were chosen, the most uncertain row comes first
     rows: tuple[Explanation, ...]
     method: str  # label of the predictor
     is_probability: bool  # whether the uncertainty is a probability of failure
     weights: str  # meaning of the weights of the competitors
     unit: str | None  # quantity that the attribution splits; None if there is no attribution
     attribution: str  # definition of the attribution, or the reason why there is none
-    neighbours: str  # source of the neighbours, or the reason why there are none
+    neighbours: str  # which rows were searched for neighbours, or why none were searched
     n_seen: int  # number of explained rows that are known to have been used to fit the predictor
 
     def __len__(self) -> int:
@@ -228,17 +228,12 @@ def explain(
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = [[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.6, 0.8]]
-        >>> data = vilu.Embeddings(
-        ...     image,
-        ...     np.eye(3),
-        ...     target=[0, 0, 2],
-        ...     logit_scale=10.0,
-        ...     class_names=["cat", "dog", "cup"],
-        ... )
-        >>> (row,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
-        >>> row.row, row.answer, row.truth, [rival.name for rival in row.competitors]
-        (1, 'dog', 'cat', ['dog', 'cat', 'cup'])
+        >>> image = [[1.0, 0.0], [0.6, 0.8]]  # the second image is a bit more like a dog
+        >>> text = np.eye(2)
+        >>> data = vilu.Embeddings(image, text, target=[0, 0], class_names=["cat", "dog"])
+        >>> (explanation,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
+        >>> explanation.row, explanation.answer, explanation.truth
+        (1, 'dog', 'cat')
     """
     counts = (depth.candidates, depth.neighbours, depth.background)
     if min(n, *counts) < 1:
@@ -284,17 +279,17 @@ def _attributor(
     """The attributor with a sentence that defines it, or None with the reason why there is none."""
     source = data
     leave_out = chosen
-    kind = "other"
+    kind_of_rows = "other"
     n_unexplained = len(data.usable_rows) - len(chosen)
     if train is not None and n_unexplained < depth.background:
         source = train
-        leave_out = chosen[:0]
-        kind = "training"
+        leave_out = torch.empty(0, dtype=torch.int64)
+        kind_of_rows = "training"
     try:
         attributor = Attributor(predictor, source, depth.background, depth.seed, leave_out)
     except NoAttribution as reason:
         return None, f"left out: {reason}"
-    background = f"{attributor.n_background} {kind} rows"
+    background = f"{attributor.n_background} {kind_of_rows} rows"
     return attributor, f"Shapley values against {background}: {attributor.coalitions.meaning}"
 
 
@@ -312,15 +307,22 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
     return torch.from_numpy(scored[order[:n]])
 
 
+class _Explained(NamedTuple):
+    """An explanation without neighbours, and the image for which neighbours are searched."""
+
+    explanation: Explanation
+    image: Tensor  # (D,) embedding
+
+
 def _explained(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     rows: Tensor,
     depth: Depth,
     attributor: Attributor | None,
-) -> list[tuple[Explanation, Tensor]]:
-    """One explanation without neighbours per row, with the row's image (D,), in order of rows."""
-    by_row: dict[int, tuple[Explanation, Tensor]] = {}
+) -> list[_Explained]:
+    """Explain rows without neighbours, in the order of ``rows``."""
+    by_row: dict[int, _Explained] = {}
     names = Names(data)
     weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
@@ -328,7 +330,7 @@ def _explained(
             batch, _ = scored
             explanations = _of_batch(scored, names, weights, depth, attributor)
             for explanation, image in zip(explanations, batch.image, strict=True):
-                by_row[explanation.row] = (explanation, image.cpu())
+                by_row[explanation.row] = _Explained(explanation, image.cpu())
                 task.advance(1)
     return [by_row[row] for row in rows.tolist()]
 
@@ -385,26 +387,26 @@ def _competitors(
 
 
 def _with_neighbours(
-    explained: list[tuple[Explanation, Tensor]],
+    explained: list[_Explained],
     data: EmbeddingSource,
     train: EmbeddingSource | None,
     depth: Depth,
 ) -> list[Explanation]:
     """Add the nearest training rows to the explanations.
 
-    All explained rows are searched for together, in one pass over the training rows.
+    One pass over the training rows finds the neighbours of all explained rows.
     """
     explanations = [explanation for explanation, _ in explained]
     if train is None or not explained:
         return explanations
     images = torch.stack([image for _, image in explained])
     rows = np.array([explanation.row for explanation in explanations])
-    by = common_identity(
+    kind_of_identity = common_identity(
         train.identified_by, data.identified_by, ("the training set", "the explained rows")
     )
     own: Own | None = None
-    if by is not None:
-        own = (by, data.identities(by, rows))
+    if kind_of_identity is not None:
+        own = Own(kind_of_identity, data.identities(kind_of_identity, rows))
     near = TrainingRows(train).near(images, own, depth.neighbours)
     with_neighbours = []
     for explanation, (failures, successes) in zip(explanations, near, strict=True):

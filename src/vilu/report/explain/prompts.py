@@ -27,10 +27,11 @@ STEPS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SHARED = (0.0, 0.1)
 """Shares kappa that are tried: how much of the mean of all images is added to a text."""
 MIXES = tuple(itertools.product(STEPS, SHARED))
+"""All pairs (m, kappa) that are tried."""
 
 FOLDS = 5
 MIN_FOLDS = 3  # one fold to measure on, one to choose the mix on, one or more to fit the means on
-NORMAL_95 = 1.959963984540054
+NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -120,26 +121,25 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
     Examples:
         >>> import numpy as np, vilu
-        >>> target = np.arange(60) % 3
-        >>> image = np.eye(4)[target] + 0.05 * np.random.default_rng(0).normal(size=(60, 4))
+        >>> noise = 0.05 * np.random.default_rng(0).normal(size=(60, 4))
+        >>> target = np.arange(60) % 3  # 20 cats, 20 dogs, 20 cups
+        >>> image = np.eye(4)[target] + noise  # images of cups are near [0, 0, 1, 0],
         >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
-        >>> text = np.array(
-        ...     [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
-        ... )  # the text of "cup" is wrong: the images of cups are near [0, 0, 1, 0]
-        >>> gains = vilu.prompt_gains(
-        ...     vilu.Embeddings(image, text, target=target, class_names=["cat", "dog", "cup"])
-        ... )
-        >>> best = gains.rows[0]
-        >>> best.name, best.failures, best.saved, round(gains.accuracy, 2), round(best.gain, 2)
-        ('cup', 14, 14, 0.77, 0.23)
+        >>> text = np.eye(4)[[0, 1, 3]]  # but the text of "cup" is [0, 0, 0, 1]
+        >>> data = vilu.Embeddings(image, text, target=target, class_names=["cat", "dog", "cup"])
+        >>> best = vilu.prompt_gains(data).rows[0]
+        >>> best.name, best.failures, best.saved  # a better text saves all failures
+        ('cup', 14, 14)
     """
     rows, n, failures = _labelled(data, folds)
-    text = data.candidates(rows[:0]).text
+    no_rows = rows[:0]
+    text = data.candidates(no_rows).text  # all rows have the same candidates
+    first_row_of_picture, picture = Rows(data, rows).pictures()
+    n_pictures = len(first_row_of_picture)
+    order = torch.randperm(n_pictures, generator=torch.Generator().manual_seed(int(seed)))
+    fold_of_picture = torch.empty(n_pictures, dtype=torch.int64)
+    fold_of_picture[order] = torch.arange(n_pictures) % folds
     fold = torch.empty(len(data), dtype=torch.int64)
-    first, picture = Rows(data, rows).pictures()
-    order = torch.randperm(len(first), generator=torch.Generator().manual_seed(int(seed)))
-    fold_of_picture = torch.empty_like(first)
-    fold_of_picture[order] = torch.arange(len(first)) % folds
     fold[rows] = fold_of_picture[picture]
     means = _Means(data, rows, fold, folds)
     changes = []
@@ -155,13 +155,14 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
 
 
 def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Usable labelled rows (N,), and per class their number (K,) and the wrong answers (K,)."""
+    """Usable labelled rows (N,), their number per class (K,), and the failures per class (K,)."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     require_at_least("folds", folds, MIN_FOLDS)
     if data.n_candidates < 2:
         raise DataError("with one candidate every answer is the same, so no text can be better.")
-    rows = data.usable_rows[data.target[data.usable_rows] != UNKNOWN]
+    has_label = data.target[data.usable_rows] != UNKNOWN
+    rows = data.usable_rows[has_label]
     if len(rows) < folds:
         raise DataError(
             f"better texts are estimated from labelled rows in {folds} folds. "
@@ -188,7 +189,7 @@ class _Means:
         total = torch.zeros(folds * k, data.space.embed_dim, dtype=torch.float64)
         n = torch.zeros(folds * k, dtype=torch.float64)
         for batch in data.batches(ROWS, rows=rows):
-            cell = fold[batch.index] * k + batch.target
+            cell = fold[batch.index] * k + batch.target  # number of the pair of fold and class
             total.index_add_(0, cell, batch.image.double())
             n += cell.bincount(minlength=folds * k)
         self.total = total.view(folds, k, -1)
@@ -200,12 +201,15 @@ class _Means:
         A class without images in these folds keeps its current text.
         """
         folds = [fold for fold in range(len(self.n)) if fold not in without]
-        n = self.n[folds].sum(dim=0)
+        n = self.n[folds].sum(dim=0).unsqueeze(1)  # (K, 1)
         has_images = n > 0
-        mean = self.total[folds].sum(dim=0) / n.clamp(min=1)[:, None]
-        shared = mean[has_images].mean(dim=0)
-        moved = [text.double() + step * (mean - shared + share * shared) for step, share in MIXES]
-        better = torch.where(has_images[:, None], torch.stack(moved), text.double())
+        mean = self.total[folds].sum(dim=0) / n.clamp(min=1)  # mu_c of every class
+        shared = mean[has_images.squeeze(1)].mean(dim=0)  # mu
+        moved = []
+        for m, kappa in MIXES:
+            delta = mean - shared
+            moved.append(text.double() + m * (delta + kappa * shared))
+        better = torch.where(has_images, torch.stack(moved), text.double())
         return normalize(better, dim=-1).float()
 
 
@@ -226,14 +230,14 @@ class Rivals(NamedTuple):
         # Give classes with equal texts the same logit: the one of the first of these classes.
         # Without this, a matrix product may round their logits differently and break the tie.
         logits = batch.logits[:, batch.first_equal]
-        largest, candidates = leaders(logits, 2)
-        answer = candidates[:, :1]
-        runner_up = candidates[:, 1:]
-        is_answer = answer == torch.arange(len(batch.text))
+        two_largest, two_classes = leaders(logits, 2)
+        logit_of_answer, logit_of_runner_up = two_largest.split(1, dim=1)  # (B, 1) each
+        answer, runner_up = two_classes.split(1, dim=1)
+        is_answer = answer == torch.arange(len(batch.text))  # (B, K)
         return cls(
             class_index=torch.where(is_answer, runner_up, answer),
-            logit=torch.where(is_answer, largest[:, 1:], largest[:, :1]),
-            answer_is_right=answer == batch.target[:, None],
+            logit=torch.where(is_answer, logit_of_runner_up, logit_of_answer),
+            answer_is_right=answer == batch.target.unsqueeze(1),
         )
 
     def changes(self, batch: Batch, better: Tensor) -> Tensor:
@@ -252,9 +256,9 @@ class Rivals(NamedTuple):
         wins_tie = (logits == self.logit) & (classes < self.class_index)
         wins = (logits > self.logit) | wins_tie
         new_answer = torch.where(wins, classes, self.class_index)
-        right = new_answer == batch.target[:, None]
-        saved = (right & ~self.answer_is_right).sum(dim=0)
-        lost = (self.answer_is_right & ~right).sum(dim=0)
+        new_is_right = new_answer == batch.target.unsqueeze(1)
+        saved = (new_is_right & ~self.answer_is_right).sum(dim=0)
+        lost = (self.answer_is_right & ~new_is_right).sum(dim=0)
         return torch.stack([saved, lost])
 
 
@@ -270,8 +274,7 @@ def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task
     Returns:
         (folds, mixes, 2, K) number of rows that become right, and that become wrong.
     """
-    n_classes = better[0].shape[1]
-    changes = torch.zeros(len(better), len(MIXES), 2, n_classes, dtype=torch.int64)
+    changes = torch.zeros(len(better), len(MIXES), 2, data.n_candidates, dtype=torch.int64)
     for batch in data.batches(ROWS, rows=rows):
         rivals = Rivals.of(batch)
         for left_out, texts in enumerate(better):
@@ -293,11 +296,12 @@ def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
     """
     measured = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
     on_other_folds = changes.sum(dim=0) - measured
-    gains = on_other_folds[:, :, 0] - on_other_folds[:, :, 1]
-    gain, mix = gains.max(dim=1, keepdim=True)
-    at_mix = measured.take_along_dim(mix[:, :, None], dim=1)
-    mix_gains = (gain > 0)[:, :, None]
-    saved, lost = (at_mix * mix_gains).sum(dim=(0, 1))
+    saved_on_others, lost_on_others = on_other_folds.unbind(dim=2)  # (folds, mixes, K) each
+    gains = saved_on_others - lost_on_others
+    best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
+    at_best_mix = measured.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
+    gains_anything = (best_gain > 0).unsqueeze(2)
+    saved, lost = (at_best_mix * gains_anything).sum(dim=(0, 1))
     return saved, lost
 
 
@@ -325,11 +329,14 @@ def _ranked(
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
     """95 % interval of (saved - lost) / n by Agresti and Min.
 
-    Half a row is added to each of the four cells of the paired table.
+    Half a row is added to each of the four cells of the paired table: right before and after, wrong
+    before and after, saved, and lost.
     """
-    b = saved + 0.5
-    c = lost + 0.5
-    m = n + 2
-    middle = (b - c) / m
-    half = NORMAL_95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
-    return middle - half, middle + half
+    more_saved = saved + 0.5
+    more_lost = lost + 0.5
+    more_rows = n + 2
+    difference = more_saved - more_lost
+    middle = difference / more_rows
+    variance_of_difference = more_saved + more_lost - difference**2 / more_rows
+    half_width = NORMAL_95 * math.sqrt(variance_of_difference) / more_rows
+    return middle - half_width, middle + half_width

@@ -20,17 +20,17 @@ from vilu.validation import checked, require_between
 
 @dataclass(frozen=True)
 class Confusion:
-    """The rows with one answer and one true class, as far as the answer is wrong.
+    """The failures with the same wrong answer and the same true class.
 
     Without labels, the strongest competitor of the answer takes the place of the true class, and a
-    row counts as many failures as its probability of failure.
+    row counts as a fraction of a failure: its probability of failure.
     """
 
     answer: str  # name of the answered class
     instead: str  # name of the true class, or "none of the classes"
     failures: float  # number of failures; without labels the sum of their probabilities
     share: float  # ``failures`` divided by the failures of all confusions
-    uncertainty: float  # mean uncertainty of the failures, weighted by probability without labels
+    uncertainty: float  # mean uncertainty of the failures; without labels weighted by probability
     # number of failures among the accepted answers; expected number for ties at the threshold
     accepted: float
     # share of the selective risk: ``accepted`` divided by the number of all accepted answers
@@ -121,15 +121,16 @@ def risk_map(
 
     Examples:
         >>> import vilu
-        >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4, 0.9], [0, 1, 0, 0, 1]
-        >>> answers = {"prediction": [0, 0, 1, 1, 2], "target": [0, 1, 1, 1, 0]}
         >>> outcomes = vilu.Outcomes(
-        ...     uncertainty, failure, **answers, class_names=["cat", "dog", "cup"]
+        ...     uncertainty=[0.1, 0.2, 0.3, 0.4, 0.9],
+        ...     failure=[0, 1, 0, 0, 1],
+        ...     prediction=[0, 0, 1, 1, 2],  # "cat" instead of "dog", "cup" instead of "cat"
+        ...     target=[0, 1, 1, 1, 0],
+        ...     class_names=["cat", "dog", "cup"],
         ... )
-        >>> for row in vilu.risk_map(outcomes, coverage=0.8).rows:  # four of five are accepted
-        ...     print(row.answer, "instead of", row.instead, row.accepted, row.risk)
-        cat instead of dog 1.0 0.25
-        cup instead of cat 0.0 0.0
+        >>> risks = vilu.risk_map(outcomes, coverage=0.8)  # all rows but the last are accepted
+        >>> [(row.answer, row.instead, row.risk) for row in risks.rows]  # 1 failure in 4 rows
+        [('cat', 'dog', 0.25), ('cup', 'cat', 0.0)]
     """
     if outcomes.provenance.get("pool_size") is not None:
         raise UsageError(
@@ -150,8 +151,9 @@ def risk_map(
     failure = outcomes.failure if labelled else _probability(outcomes)
     weight = failure[rows].astype(np.float64)
     accepted, threshold = acceptance(uncertainty, coverage)
-    pairs = (prediction[rows], instead[rows])
-    confusions = _confusions(pairs, uncertainty, weight, accepted, outcomes.class_names)
+    confusions = _confusions(
+        prediction[rows], instead[rows], uncertainty, weight, accepted, outcomes.class_names
+    )
     return RiskMap(
         rows=tuple(sorted(confusions, key=_costliest_first)),
         coverage=coverage,
@@ -200,7 +202,7 @@ def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
                 "and these outcomes have failures but no targets."
             )
         return np.where(outcomes.outside, OUTSIDE, outcomes.target)
-    _probability(outcomes)
+    _probability(outcomes)  # raises UsageError if there is no probability
     if competitor is None:
         raise UsageError(
             "without labels a risk map needs the strongest competitor of every answer."
@@ -222,23 +224,26 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
     ceil(coverage N).
     """
     # Round before taking the ceiling, because 0.07 · 100 is a little more than 7 in floating point.
-    n = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
-    threshold = float(np.partition(uncertainty, n - 1)[n - 1])
+    n_accepted = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))
+    last = n_accepted - 1
+    threshold = float(np.partition(uncertainty, last)[last])
     accepted = (uncertainty < threshold).astype(np.float64)
     tied = uncertainty == threshold
-    accepted[tied] = (n - accepted.sum()) / np.count_nonzero(tied)
+    accepted[tied] = (n_accepted - accepted.sum()) / np.count_nonzero(tied)
     return accepted, threshold
 
 
 def _confusions(
-    pairs: tuple[Ints, Ints],
+    answer_of_row: Ints,
+    instead_of_row: Ints,
     uncertainty: Floats,
     weight: Floats,
     accepted: Floats,
     names: Sequence[str] | None,
 ) -> list[Confusion]:
-    """One entry per pair of answer and truth that has a failure."""
-    distinct, inverse = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
+    """One confusion per pair of answer and truth with a failure; all arrays are (N,)."""
+    pairs = np.stack([answer_of_row, instead_of_row], axis=1)
+    distinct, inverse = np.unique(pairs, axis=0, return_inverse=True)
     group = inverse.ravel()
     n_groups = len(distinct)
     failures = np.bincount(group, weights=weight, minlength=n_groups).tolist()

@@ -30,8 +30,8 @@ def scored_rows(
 
     The rows come in the order of the source, or in the order of its pools.
 
-    The rounding of a matrix product depends on the shape of its block. Therefore every block of
-    ``vilu.score`` that contains a wanted row is scored as a whole: then answers and uncertainties
+    The rounding of a matrix product depends on the number of rows in it. Therefore every block of
+    ``vilu.score`` that contains a wanted row is scored as a whole. Then answers and uncertainties
     are equal to those of ``vilu.score`` in every digit. ``step`` is the number of rows of a block.
     With step 1 only the wanted rows are scored, for callers that do not use the uncertainties.
     """
@@ -87,7 +87,8 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
     if data.pool_size is not None:
         numbers = rng.permutation(len(rows) // data.pool_size)[:MAX_POOLS]
         pools = [_pool(data, int(number)) for number in np.sort(numbers)]
-        rows = torch.cat([rows[:0], *pools])
+        no_rows = rows[:0]  # so that there is something to join even if there is no pool
+        rows = torch.cat([no_rows, *pools])
     rows = rows[~torch.isin(rows, leave_out)]
     if not len(rows):
         raise DataError(
@@ -100,17 +101,17 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
     """(M,) distinct positions of rows, in the order of their numbers or keys in ``wanted``."""
-    keys = {name for name in wanted if isinstance(name, str)}
+    keys = {number_or_key for number_or_key in wanted if isinstance(number_or_key, str)}
     rows_by_key = _rows_by_key(data, keys)
     rows: list[int] = []
-    for name in wanted:
-        if not isinstance(name, str):
-            rows.append(int(name))
-        elif name in rows_by_key:
-            rows += rows_by_key[name]
+    for number_or_key in wanted:
+        if not isinstance(number_or_key, str):
+            rows.append(int(number_or_key))
+        elif number_or_key in rows_by_key:
+            rows += rows_by_key[number_or_key]
         else:
             example = data.ids[0] if len(data) else None
-            raise DataError(f"no row has the key {name!r}. Keys look like {example!r}.")
+            raise DataError(f"no row has the key {number_or_key!r}. Keys look like {example!r}.")
     for row in rows:
         if not 0 <= row < len(data):
             raise DataError(f"there is no row {row}: the data have {len(data)}, numbered from 0.")
@@ -126,7 +127,7 @@ def _rows_by_key(data: EmbeddingSource, keys: set[str]) -> dict[str, list[int]]:
     """Positions of the rows of each key."""
     rows_by_key: dict[str, list[int]] = {}
     if not keys:
-        return rows_by_key  # without reading all identifiers
+        return rows_by_key  # early, because reading the identifiers of a store takes long
     for row, key in enumerate(data.ids):
         if key in keys:
             rows_by_key.setdefault(key, []).append(row)
@@ -164,8 +165,8 @@ class Names:
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
-        self._pool: frozenset[int] = frozenset()
-        self._members = torch.empty(0, dtype=torch.int64)
+        self._pool: frozenset[int] = frozenset()  # rows of the pool that was read last
+        self._members = torch.empty(0, dtype=torch.int64)  # rows of the candidates of this pool
 
     def of(self, row: int, candidate: int) -> str:
         """Name of candidate number ``candidate`` of a row; also accepts any value of ``truths``."""

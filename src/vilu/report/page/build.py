@@ -64,7 +64,7 @@ TABLES = {
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Caption of a table -> its metrics; every table fits on a sheet of paper.
+"""Caption of a table -> its metrics. Every table fits on a sheet of paper.
 
 Metrics without a value are left out. The table ``ADDED`` also shows metrics of other packages.
 """
@@ -127,7 +127,7 @@ def report_page(
         main = calibrated.method
     about = choose_main(outcomes, main)
     methods = [about, *(of_method for of_method in outcomes if of_method is not about)]
-    table = evaluate(methods)  # first, because it raises DataError if no row can be evaluated
+    table = evaluate(methods)  # before the charts, because it raises DataError for unusable rows
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
     uncertainty, failure = known(about)
     n_accepted = int(choice.accepted[about.evaluable].sum())
@@ -165,11 +165,12 @@ def _curves(methods: Sequence[Outcomes], choice: Choice) -> list[Chart]:
 
 
 def _histograms(methods: Sequence[Outcomes], points: Points) -> list[Chart]:
-    """One histogram per method; the histogram of the first, main method shows the threshold."""
-    threshold = points.threshold[points.start]
-    histograms = [charts.histogram(methods[0], threshold, number=0)]
-    for number in range(1, len(methods)):
-        histograms.append(charts.histogram(methods[number], threshold=None, number=number))
+    """One histogram per method; that of the main method, which is the first, has the threshold."""
+    histograms = []
+    for number, of_method in enumerate(methods):
+        is_main = number == 0
+        threshold = points.threshold[points.start] if is_main else None
+        histograms.append(charts.histogram(of_method, threshold, number))
     return histograms
 
 
@@ -226,15 +227,15 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
     target = max_risk if choice.max_risk is None else choice.max_risk
     with_hindsight = by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
-    several = scores.rows_per_independent
+    per_independent = scores.rows_per_independent
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
-        "failures": Rate(int(failure.sum()), len(failure), several),
-        "outside": Rate(int(np.count_nonzero(outcomes.outside[rows])), len(failure), several),
-        "accepted": Rate(int(accepted.sum()), len(failure), several),
-        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), several),
+        "failures": Rate(int(failure.sum()), len(failure), per_independent),
+        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), per_independent),
+        "accepted": Rate(int(accepted.sum()), len(failure), per_independent),
+        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), per_independent),
         "target": target,
         "reachable": float(with_hindsight.accepted[rows].mean()),
         "n_unlabelled": int(np.count_nonzero(~rows & np.isfinite(outcomes.uncertainty))),
@@ -316,7 +317,7 @@ def competitors(
     for batch in source.batches(256, rows=torch.tensor(sorted(row_at), dtype=torch.int64)):
         probability = batch.logits.double().softmax(dim=1).numpy()
         columns = (batch.index.tolist(), batch.prediction.tolist(), probability)
-        for position, answer, p in zip(*columns, strict=True):
+        for position, answer, probabilities in zip(*columns, strict=True):
             row = row_at[position]
             if scored_answer[row] not in {UNKNOWN, answer}:
                 raise ProvenanceError(
@@ -324,20 +325,21 @@ def competitors(
                     f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
                     "Give the store that was scored."
                 )
-            best = np.argsort(-p, kind="stable")[:COMPETITORS]
-            likeliest[row] = [(names[k], float(p[k])) for k in best]
+            best = np.argsort(-probabilities, kind="stable")[:COMPETITORS]
+            likeliest[row] = [(names[k], float(probabilities[k])) for k in best]
     return likeliest
 
 
 def _rows_by_position(
     ids: Sequence[str], rows: Iterable[int], source: EmbeddingSource
 ) -> dict[int, int]:
-    """Position in the source -> row, for those of the rows that are in the source."""
+    """Row by its position in the source; rows that are not in the source are left out."""
     position_of_key = {key: position for position, key in enumerate(source.ids)}
     row_at = {}
     for row in map(int, rows):
-        if ids[row] in position_of_key:
-            row_at[position_of_key[ids[row]]] = row
+        position = position_of_key.get(ids[row])
+        if position is not None:
+            row_at[position] = row
     return row_at
 
 
@@ -348,8 +350,8 @@ class Points:
     threshold: Floats  # (P,) ascending, the first is -inf
     accepted: Ints  # (P,) number of rows that each threshold accepts
     wrong: Ints  # (P,) number of accepted rows that are wrong
-    # index of the chosen threshold; if accepted rows are not chosen by a threshold, index of the
-    # threshold that accepts about the same number of rows
+    # index of the chosen threshold; if no single threshold decides which rows are accepted, index
+    # of the threshold that accepts about the same number of rows
     start: int
 
 
@@ -365,8 +367,8 @@ def operating_points(
     Args:
         uncertainty: (N,) uncertainties.
         failure: (N,) 1 for a wrong answer, 0 for a right answer.
-        chosen: The chosen threshold, which is always included. None if the accepted rows are not
-            chosen by a single threshold.
+        chosen: The chosen threshold, which is always included. None if no single threshold decides
+            which rows are accepted.
         n_accepted: Number of accepted rows, for the start of the slider if ``chosen`` is None.
         limit: Maximum number of thresholds.
     """
@@ -390,7 +392,7 @@ def operating_points(
 
 
 def _script_data(outcomes: Outcomes, choice: Choice, points: Points) -> dict[str, Any]:
-    """The data of the slider, for JSON: exact thresholds, with null for the first one, -inf."""
+    """The data of the slider, for JSON. The first threshold, -inf, becomes null."""
     failure = outcomes.failure[outcomes.evaluable]
     accepts_nothing = not choice.accepted.any()
     exact = choice.threshold is not None or accepts_nothing
@@ -423,7 +425,7 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
 def harmless(text: str) -> str:
     r"""Escape the control characters and the direction marks of a text, as in ``\u202e``."""
     safe = ""
-    for character in text[: TOLD + 1]:
+    for character in text[: TOLD + 1]:  # no more characters are ever shown
         is_harmful = character in BIDI or unicodedata.category(character) in HARMFUL
         safe += f"\\u{ord(character):04x}" if is_harmful else character
     return safe

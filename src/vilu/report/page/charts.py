@@ -45,7 +45,7 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """A line through P points, with an interval at every point, if any."""
+    """A line through P points, which may have an interval at each point."""
 
     label: str
     x: Floats  # (P,)
@@ -66,7 +66,7 @@ class Chart:
     x: Axis
     y: Axis
     lines: tuple[Line, ...]  # the last line is drawn on top
-    # (x, y) of the operating point, or (x, None) for a vertical line; None to draw nothing
+    # (x, y) of the operating point, or (x, None) for a vertical line; None: nothing is drawn
     marker: tuple[float, float | None] | None = None
     # ends (x0, y0, x1, y1) of a reference line, and its text
     guide: tuple[tuple[float, float, float, float], str] | None = None
@@ -105,10 +105,14 @@ def _coordinate(value: float) -> str:
 
 
 def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten in [low, high], about ``wanted`` of them."""
-    raw = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.75 * raw)
+    """About ``wanted`` multiples of a round step in [low, high].
+
+    A round step is 1, 2 or 5 times a power of ten.
+    """
+    exact_step = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(exact_step))
+    round_steps = [factor * power for factor in (1, 2, 5, 10)]
+    step = next(step for step in round_steps if step >= 0.75 * exact_step)
     # the tolerance keeps ticks at the ends of the range in spite of rounding
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
@@ -121,9 +125,12 @@ def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
     ys = np.asarray(y, dtype=np.float64)
     if len(xs) <= limit:
         return xs, ys
-    length = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(xs), np.diff(ys)))])
-    evenly = np.unique(np.searchsorted(length, np.linspace(0, length[-1], limit)))
-    with_ends = np.union1d(evenly[1:-1], [0, len(xs) - 1])
+    segments = np.hypot(np.diff(xs), np.diff(ys))
+    length_up_to = np.concatenate([[0.0], np.cumsum(segments)])
+    evenly = np.linspace(0, length_up_to[-1], limit)
+    points = np.unique(np.searchsorted(length_up_to, evenly))
+    without_ends = points[1:-1]
+    with_ends = np.union1d(without_ends, [0, len(xs) - 1])
     return xs[with_ends], ys[with_ends]
 
 
@@ -137,8 +144,8 @@ class Rate:
 
     k: int
     n: int
-    # number of rows that have the information of one independent row (1: all are independent)
-    several: float = 1.0
+    # how many rows have as much information as one independent row; 1 if all are independent
+    per_independent: float = 1.0
 
     @property
     def value(self) -> float | None:
@@ -148,22 +155,22 @@ class Rate:
     @property
     def low(self) -> float:
         """Lower end of the interval: P[Bin(n, low) >= k] = 0.025."""
-        return lower_bound(self.k / self.several, self.n / self.several, DELTA)
+        return lower_bound(self.k / self.per_independent, self.n / self.per_independent, DELTA)
 
     @property
     def high(self) -> float:
         """Upper end of the interval: P[Bin(n, high) <= k] = 0.025."""
-        return upper_bound(self.k / self.several, self.n / self.several, DELTA)
+        return upper_bound(self.k / self.per_independent, self.n / self.per_independent, DELTA)
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """The rows with one answer of the model."""
+    """A row of the table of classes: the images that the model answered with one class."""
 
     name: str  # name of the answered class
-    failures: Rate  # wrong rows among all rows
-    accepted: Rate  # accepted rows among all rows
-    accepted_failures: Rate  # wrong rows among the accepted rows
+    failures: Rate  # wrong answers among all answers of this class
+    accepted: Rate  # accepted answers among all answers of this class
+    accepted_failures: Rate  # wrong answers among the accepted answers of this class
 
 
 def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
@@ -179,25 +186,30 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     rows = outcomes.evaluable & (answer >= 0)
     wrong = outcomes.failure == 1
 
-    def per_class(kind: NDArray[np.bool_]) -> list[int]:
-        counts: list[int] = np.bincount(answer[rows & kind], minlength=len(names)).tolist()
+    def per_class(mask: NDArray[np.bool_]) -> list[int]:
+        """Number of counted rows in the mask, by the class of the answer."""
+        counts: list[int] = np.bincount(answer[rows & mask], minlength=len(names)).tolist()
         return counts
 
     n = per_class(rows)
     n_wrong = per_class(wrong)
     n_accepted = per_class(choice.accepted)
     n_accepted_wrong = per_class(choice.accepted & wrong)
-    per_picture = outcomes.tally().scores.rows_per_independent
-    # by descending number of wrong answers, then by descending number of answers
-    answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-n_wrong[c], -n[c], c))
+    per_independent = outcomes.tally().scores.rows_per_independent
+
+    def wrong_then_all(c: int) -> tuple[int, int]:
+        """The number of wrong answers of a class, then its number of answers."""
+        return n_wrong[c], n[c]
+
+    answered = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
     listed = answered[:MAX_CLASSES]
     table = []
     for c in listed:
         row = ClassRow(
             names[c],
-            failures=Rate(n_wrong[c], n[c], per_picture),
-            accepted=Rate(n_accepted[c], n[c], per_picture),
-            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], per_picture),
+            failures=Rate(n_wrong[c], n[c], per_independent),
+            accepted=Rate(n_accepted[c], n[c], per_independent),
+            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], per_independent),
         )
         table.append(row)
     return table, len(answered) - len(listed)
@@ -231,10 +243,11 @@ def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset,
 
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     """Chart of the selective risk against the coverage; the first method is the main method."""
+    main, *_ = methods
     curves = [risk_coverage_curve(*known(of_method)) for of_method in methods]
     top = max(_largest_risk(coverage, risk) for coverage, risk in curves)
-    _, failure = known(methods[0])
-    accepted = choice.accepted[methods[0].evaluable]
+    _, failure = known(main)
+    accepted = choice.accepted[main.evaluable]
     n_accepted = int(accepted.sum())
     risk_of_choice = float(failure[accepted].mean()) if n_accepted else 0.0
     rate = float(failure.mean())
@@ -267,11 +280,13 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
     None if all answers are right, or all are wrong.
     """
-    _, failure = known(methods[0])
-    if not 0 < failure.sum() < len(failure):
+    main, *_ = methods
+    _, failure = known(main)
+    n_wrong = failure.sum()
+    if n_wrong in {0, len(failure)}:
         return None
     curves = [roc_curve_points(*known(of_method)) for of_method in methods]
-    accepted = choice.accepted[methods[0].evaluable]
+    accepted = choice.accepted[main.evaluable]
     return Chart(
         key="roc",
         title="Right and wrong answers told apart (ROC)",
@@ -301,18 +316,19 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     uncertainty, _ = known(outcomes)
     low, high = _ends(outcomes)
     edges = np.linspace(low, high, BINS + 1)
-    kind_of = _kinds_of_answers(outcomes)
+    look_of_row = _looks_of_answers(outcomes)
     labels = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
-    if OUTSIDE_LOOK in kind_of:
+    if OUTSIDE_LOOK in look_of_row:
         labels[WRONG_LOOK] = "wrong within the classes"
         labels[OUTSIDE_LOOK] = "of none of the classes"
     # two points per bin, at its left and its right edge, draw the bins as steps
     x = np.repeat(edges, 2)[1:-1]
     lines = []
-    for kind, label in labels.items():
-        counts, _ = np.histogram(uncertainty[kind_of == kind], edges)
+    for look, label in labels.items():
+        counts, _ = np.histogram(uncertainty[look_of_row == look], edges)
         share = counts / max(counts.sum(), 1)
-        lines.append(Line(label, x, np.repeat(share, 2), kind, filled=kind != OUTSIDE_LOOK))
+        is_filled = look != OUTSIDE_LOOK
+        lines.append(Line(label, x=x, y=np.repeat(share, 2), look=look, filled=is_filled))
     top = max(float(line.y.max()) for line in lines)
     title = "Uncertainty of right and wrong answers"
     if number > 0:
@@ -343,7 +359,7 @@ def _ends(outcomes: Outcomes) -> tuple[float, float]:
     return low, high
 
 
-def _kinds_of_answers(outcomes: Outcomes) -> Ints:
+def _looks_of_answers(outcomes: Outcomes) -> Ints:
     """(M,) value of ``Line.look`` for each row that has both an uncertainty and a known failure."""
     _, failure = known(outcomes)
     is_outside = outcomes.outside[outcomes.evaluable]
@@ -354,10 +370,11 @@ def _kinds_of_answers(outcomes: Outcomes) -> Ints:
 def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     """Chart of the failure rate against the mean failure probability, in bins of equal width.
 
-    Only methods that give probabilities have a line. None if the main method, the first, gives no
-    probabilities.
+    Only methods that give probabilities have a line. None if the main method, which is the first,
+    gives no probabilities.
     """
-    if probability(methods[0]) is None:
+    main, *_ = methods
+    if probability(main) is None:
         return None
     lines = []
     for look, of_method in enumerate(methods):
@@ -379,7 +396,7 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
 
 
 def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
-    """Line through the bins of the ECE, which include their upper ends; empty bins are left out."""
+    """Line through the bins of the ECE, without empty bins. A bin includes its upper end."""
     rows = outcomes.evaluable
     counts = tie_counts(stated[rows], outcomes.failure[rows])
     edges = np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS
@@ -388,13 +405,17 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     wrong = np.bincount(bin_of_score, counts.wrong, RELIABILITY_BINS)
     total = np.bincount(bin_of_score, counts.value * counts.size, RELIABILITY_BINS)
     has_rows = n > 0
-    n, wrong, total = n[has_rows], wrong[has_rows], total[has_rows]
-    line = Line(outcomes.method or "", total / n, wrong / n, look)
+    n = n[has_rows]
+    wrong = wrong[has_rows]
+    total = total[has_rows]
+    line = Line(outcomes.method or "", x=total / n, y=wrong / n, look=look)
     is_main = look == 0
     if not is_main:
         return line
-    several = outcomes.tally().scores.rows_per_independent
-    rates = [Rate(int(k), int(m), several) for k, m in zip(wrong, n, strict=True)]
+    per_independent = outcomes.tally().scores.rows_per_independent
+    rates = []
+    for n_wrong, n_rows in zip(wrong, n, strict=True):
+        rates.append(Rate(int(n_wrong), int(n_rows), per_independent))
     low = np.array([rate.low for rate in rates])
     high = np.array([rate.high for rate in rates])
     return replace(line, low=low, high=high)
@@ -403,7 +424,7 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
 def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
-    """One line per method, with few points; the main method is last, so it is drawn on top."""
+    """One line per method, with few points. The main method is last, so it is drawn on top."""
     limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
     lines = []
     for look, (of_method, curve) in enumerate(zip(methods, curves, strict=True)):
@@ -416,7 +437,7 @@ CEILINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 
 
 def _ceiling(value: float) -> float:
-    """The smallest of ``CEILINGS`` that is at least ``value``, or 1; used as end of an axis."""
+    """The end of an axis: the smallest of ``CEILINGS`` that is at least ``value``, or 1."""
     for top in CEILINGS:
         if value <= top:
             return top

@@ -56,7 +56,7 @@ class Choice:
 
 
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
-    """Choose the threshold with hindsight, that is on the same rows; it guarantees nothing.
+    """Choose a threshold on the same rows on which it is used, so it guarantees nothing.
 
     It is the largest uncertainty t of a row with
 
@@ -65,11 +65,11 @@ def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     require_between("max_risk", max_risk)
     uncertainty, failure = known(outcomes)
     counts = tie_counts(uncertainty, failure)
-    meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
-    if not len(meets):
+    is_low_enough = counts.accepted_wrong <= max_risk * counts.accepted
+    if not is_low_enough.any():
         nothing = np.zeros(len(outcomes), dtype=np.bool_)
         return Choice(nothing, threshold=None, max_risk=max_risk)
-    threshold = float(counts.value[meets[-1]])
+    threshold = float(counts.value[is_low_enough].max())
     return Choice(outcomes.uncertainty <= threshold, threshold, max_risk)
 
 
@@ -88,23 +88,28 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
         )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
-    guarantee: str | None = str(rule).splitlines()[0]
-    if not rule.needs_batch:
-        if not rule.feasible:
-            guarantee = None
-        is_one_threshold = rule.grouped_by is None and rule.floor is None
-        threshold = rule.threshold if is_one_threshold else None
-        return Choice(
-            accepted, threshold, rule.max_risk, guarantee, rule.thresholds, calibrated.facts
-        )
-    # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as a
-    # threshold at the largest accepted uncertainty.
-    threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
-    return Choice(accepted, threshold, rule.max_risk, guarantee, facts=calibrated.facts)
+    first_line, *_ = str(rule).splitlines()
+    if rule.needs_batch:
+        # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as
+        # a threshold at the largest accepted uncertainty.
+        threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
+        return Choice(accepted, threshold, rule.max_risk, first_line, facts=calibrated.facts)
+    is_one_threshold = rule.grouped_by is None and rule.floor is None
+    return Choice(
+        accepted=accepted,
+        threshold=rule.threshold if is_one_threshold else None,
+        max_risk=rule.max_risk,
+        guarantee=first_line if rule.feasible else None,
+        thresholds=rule.thresholds,
+        facts=calibrated.facts,
+    )
 
 
 def _require_match(link: str, of_rule: object, of_scores: object) -> None:
-    """Raise ProvenanceError if scores are known to be of another method or calibration."""
+    """Raise ProvenanceError if scores are known to be of another method or calibration.
+
+    The message says that the rule was ``link`` ``of_rule``, such as "calibrated for" 'vilu'.
+    """
     if of_rule is None or of_scores is None:
         return
     if of_rule != of_scores:
@@ -156,7 +161,11 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 
 
 def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
-    """Give every outcomes a distinct name of its method."""
+    """Give the methods of files distinct names.
+
+    A method without a name gets the name of its file. A name that several files have gets the name
+    of the file behind it.
+    """
     counts = Counter(outcomes.method for _, outcomes in files)
     named = []
     for path, outcomes in files:
@@ -171,7 +180,11 @@ def _with_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
 
 
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
-    """Choose the main method of a page: ``main`` if given, else ViLU+, ViLU or the first method."""
+    """Choose the main method of a page.
+
+    It is ``main``, or if that is None the first method whose name begins with one of ``PREFERRED``,
+    or else the first method.
+    """
     names = [of_method.method or "" for of_method in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")
@@ -179,11 +192,12 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
         if count > 1 or name == "":
             raise UsageError(
                 "every method of a page needs a name of its own. "
-                f"Several, or one without, are {name!r}."
+                f"Found {count} with the name {name!r}."
             )
-    for of_method in outcomes[1:]:
-        require_same_rows(outcomes[0], of_method)
-        require_same_answers(outcomes[0], of_method)
+    first, *further = outcomes
+    for of_method in further:
+        require_same_rows(first, of_method)
+        require_same_answers(first, of_method)
     if main is not None:
         if main not in names:
             hint = nearest(main, names)
@@ -195,4 +209,4 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
         for number, name in enumerate(names):
             if name.startswith(beginning):
                 return outcomes[number]
-    return outcomes[0]
+    return first

@@ -48,7 +48,7 @@ class Card:
 
 
 def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
-    """Pick at most ``PER_SECTION`` rows for every section, from the rows with an uncertainty.
+    """Pick at most ``PER_SECTION`` rows for each section, from the rows with an uncertainty.
 
     - "suspicious": the answers of largest uncertainty.
     - "confident": the wrong answers of smallest uncertainty.
@@ -103,7 +103,7 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
 def thumbnails(
     outcomes: Outcomes, rows: Iterable[int], images: ImageDataset
 ) -> dict[int, Thumbnail]:
-    """Make thumbnails of rows, whose ids are the keys of the images in the data set."""
+    """Make a thumbnail for each of the rows, whose ids are the keys of images in the data set."""
     if outcomes.ids is None:
         raise DataError(
             "these scores do not say which images they are about (they have no keys). "
@@ -136,7 +136,7 @@ def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[I
 
 
 def thumbnail(record: ImageRecord) -> Thumbnail:
-    """Make a thumbnail; the image is decoded with the usual checks against hostile files."""
+    """Make a thumbnail; ``read_image`` refuses hostile files."""
     try:
         image = read_image(record).image
     except BadImage as error:

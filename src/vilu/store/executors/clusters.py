@@ -161,8 +161,20 @@ class RayExecutor:
         }
         # some versions of Ray lack some of these settings
         available = {name: value for name, value in wanted.items() if hasattr(context, name)}
-        with setting(context, **available):
+        with setting(context, **available), _only_errors_of("ray.data"):
             yield
+
+
+@contextmanager
+def _only_errors_of(library: str) -> Iterator[None]:
+    """Drop the log lines of a library below ERROR in the block, also those of its own threads."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)
