@@ -13,10 +13,11 @@ from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
+from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import NotFittedError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.predictor import AnswerKind, FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.persistence.files import LOOKS, RISK, ROWS, VOCABULARY
 from vilu.predictors.persistence.storage import load, write_card
 from vilu.scoring.score import score

@@ -199,6 +199,7 @@ def score_rows(
         uncertainty=columns.uncertainty,
         failure=columns.failure,
         prediction=columns.prediction,
+        answer=predictor.answer,
         zero_shot=None if predictor.answer == "zero_shot" else columns.zero_shot,
         target=columns.target,
         outside=source.outside.numpy()[indices],
@@ -314,7 +315,6 @@ def _facts(
         "dataset": names[0],
         "split": names[1],
         "seed": getattr(predictor, "seed", None),
-        "answer": predictor.answer,
         "is_probability": predictor.is_probability,
         "provenance": {
             "space": source.space.fingerprint,
@@ -482,6 +482,7 @@ def _run_of(
         n_in=len(source),
         n_candidate=len(usable),
         rows_per_part=_whole(rows_per_part, source.pool_size),
+        answer=predictor.answer,
         **facts,
     )
 

@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from vilu.embeddings.columns import AnswerKind
 from vilu.metrics.counts import Ints
 from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.parameters import build
@@ -112,15 +113,25 @@ def method_for(photos: Photos, fit_rows: Ints) -> str:
     return FROM_LABELS if n_with_class >= LEAST_TO_FIT else ZERO_SHOT
 
 
-def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
-    """Fit a new predictor on the labels of ``fit_rows``, or without labels on all photos."""
+def fit(
+    method: str, photos: Photos, fit_rows: Ints, seed: int, answer: AnswerKind
+) -> FailurePredictor:
+    """Fit a new predictor on the labels of ``fit_rows``, or without labels on all photos.
+
+    Args:
+        method: The method.
+        photos: All photos.
+        fit_rows: (M,) labelled rows that a predictor may be fitted on.
+        seed: Seed of the fit.
+        answer: Kind of the answers that the predictor judges.
+    """
     predictor: FailurePredictor
     if method == FROM_LABELS:
-        predictor = build(find_method(method), {"seed": seed})
+        predictor = build(find_method(method), {"seed": seed, "answer": answer})
         predictor.fit(photos.take(fit_rows))
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor
-    predictor = find_method(method)()
+    predictor = build(find_method(method), {"answer": answer})
     predictor.fit(photos)
     logger.info("%s is fitted on %s photos, without labels", method, f"{len(photos):,}")
     return predictor

@@ -301,7 +301,7 @@ def competitors(
     """
     names = outcomes.class_names
     ids = outcomes.ids
-    scored_answer = outcomes.prediction
+    scored_answer = outcomes.prediction if outcomes.zero_shot is None else outcomes.zero_shot
     if source.class_names is None or names is None or ids is None or scored_answer is None:
         raise UsageError(
             "competitors need classes with names, in the scores and in the embeddings. "
@@ -415,6 +415,8 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
         "seed": outcomes.seed,
         "is_probability": outcomes.is_probability,
     }
+    if outcomes.answer != "zero_shot":
+        origin["answer"] = outcomes.answer
     facts = list(flat({**origin, **outcomes.provenance}))
     facts.append(("sha256 of scores and failures", fingerprint[:32]))
     return {"method": outcomes.method, "facts": facts}
