@@ -112,8 +112,10 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         adapted = outcomes_of(ADAPTED, stores, cache, seed, "adapted")
         trusted, doubtful = pick_photos(outcomes[0], photos)
         write_folder(photos, output, seed)
+        table = evaluate(outcomes, seed=seed)
         page = report_page(
             outcomes,
+            table=table,
             images=open_dataset(photos, split="test"),
             embeddings=stores["test"],
             title="Clothes, by a compact vision-language model",
@@ -123,7 +125,6 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
             images=open_dataset(photos, split="test"),
             title="Clothes, by answers that ViLU+ has adapted to labels",
         )
-    table = evaluate(outcomes, seed=seed)
     table.save(output / "results.json", inputs=key)
     outcomes[0].save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")

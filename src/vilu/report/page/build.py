@@ -85,6 +85,7 @@ def report_page(
     images: ImageDataset | None = None,
     embeddings: EmbeddingSource | None = None,
     title: str | None = None,
+    table: ResultTable | None = None,
 ) -> str:
     """Make an HTML page about one or several methods on the same rows.
 
@@ -104,6 +105,8 @@ def report_page(
         images: Data set for thumbnails, whose record keys are the ids of the outcomes.
         embeddings: The embeddings that were scored, for the likeliest classes of an answer.
         title: Title of the page.
+        table: The metrics of these outcomes, as ``vilu.evaluate`` gave them. By default they are
+            computed.
 
     Raises:
         UsageError: If the name of a method or another argument is invalid.
@@ -127,7 +130,8 @@ def report_page(
         main = calibrated.method
     about = choose_main(outcomes, main)
     methods = [about, *(of_method for of_method in outcomes if of_method is not about)]
-    table = evaluate(methods)  # first, because it raises DataError if no row can be evaluated
+    if table is None:
+        table = evaluate(methods)  # first, because it raises DataError if no row can be evaluated
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
     uncertainty, failure = known(about)
     n_accepted = int(choice.accepted[about.evaluable].sum())
