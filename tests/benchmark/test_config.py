@@ -99,6 +99,11 @@ def changed(path: str, value: object) -> dict[str, Any]:
             r"methods\.lvu: steps replace epochs, so the method must have the parameter epochs",
         ),
         (
+            "methods.mcm.params",
+            {"answer": "given"},
+            r"\[methods.mcm\] judges given answers, and a study compares",
+        ),
+        (
             "methods.lvu.params",
             {"epochs": 0},
             r"methods\.lvu: the 'epochs' parameter of lvu must be greater",

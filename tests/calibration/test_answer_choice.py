@@ -34,14 +34,14 @@ def test_answers_that_labels_mend_are_adapted() -> None:
     train = photos(300, 1.0, shift=1.5)  # texts nearer to the next class: answers are wrong
     choice = choose_answer(probe(train), train, 0.05)
     assert choice.answer == "adapted"
-    assert "of 300 held-out rows" in choice.reason or "of 240" in choice.reason
+    assert "of 300 held-out rows, 100% of the adapted" in choice.reason
 
 
 def test_a_poor_posterior_leaves_zero_shot_answers() -> None:
     train = photos(30 * K, 7.0)  # the texts are right, and the labels are few and noisy
     choice = choose_answer(probe(train), train, 0.05)
     assert choice.answer == "zero_shot"
-    assert "do not pay" in choice.reason
+    assert str(choice).startswith("The zero-shot answers of the model are judged: of 180 held-out")
 
 
 def test_no_comparison_where_a_class_has_one_label() -> None:
@@ -51,7 +51,7 @@ def test_no_comparison_where_a_class_has_one_label() -> None:
     few = train.take(np.sort(np.concatenate([one_label, rest])))
     choice = choose_answer(probe(few), few, 0.05)
     assert choice.answer == "adapted"
-    assert "not compared" in choice.reason
+    assert "nothing was compared" in choice.reason
 
 
 def test_a_method_without_a_posterior_stays_zero_shot() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 import vilu
 from tests.builders.photo_folders import photo, truth_of
 from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset
-from tests.triage.conftest import Folder
+from tests.triage.conftest import Folder, job_on, until_guaranteed
 from vilu.artifacts.paths import claim_file
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
@@ -34,6 +34,13 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.store.embed import ExtraColumns, embed
 
 IMAGES = [photo(kind, 1000 + kind) for kind in range(9)] * 3
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone) -> Folder:
+    """The triage of the other tests, with zero-shot answers: a graph gives no others."""
+    home = tmp_path_factory.mktemp("zero-shot")
+    return home, until_guaranteed(home, replace(job_on(home / "photos"), answer="zero_shot"))
 
 
 class Traceable(FakeBackbone):

@@ -783,3 +783,29 @@ def test_the_page_says_what_is_guaranteed_in_every_state(
         assert now["in_words"].startswith(words)
         assert "it nothing" not in now["in_words"]
         assert 'by("guarantee").textContent = now.in_words' in page
+
+
+def test_a_service_guards_adapted_answers_and_names_the_zero_shot_ones(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Callable[[int], list[bytes]]
+) -> None:
+    home = predictors[0].parent
+    adapted = tmp_path / "adapted"
+    run("fit", home / "train", "-o", adapted, "--method", "linear_probe", "--answer", "adapted")
+    run("calibrate", adapted, home / "cal", "--max-risk", "0.1", "--answer", "adapted")
+    sent = photos(2 * KINDS)
+    expected = Guard(adapted, backbone=FakeBackbone())(sent)
+    with hosted(adapted, tmp_path / "state") as running:
+        files = [("images", (f"{i}.png", content)) for i, content in enumerate(sent)]
+        answers = running.post("/v1/answers", files=files).json()["answers"]
+        kinds = [(answer["label"], answer["zero_shot"]) for answer in answers]
+        assert kinds == [(answer.label, answer.zero_shot) for answer in expected]
+        assert any(zero_shot not in {None, label} for label, zero_shot in kinds)
+        rows = {answers[i]["row"]: truth_of(i % KINDS) for i in range(len(sent))}
+        assert running.post("/v1/labels", json={"labels": rows}).status_code == 200
+        monitor = running.get("/v1/monitor").json()
+    # the journal judges the guarded answer, not the zero-shot one
+    accepted = [i for i, answer in enumerate(answers) if answer["decision"] == "accept"]
+    n_wrong = sum(answers[i]["label"] != truth_of(i % KINDS) for i in accepted)
+    audited = json.dumps(monitor)
+    assert f'"n": {len(accepted)}' in audited
+    assert f'"wrong": {n_wrong}' in audited or n_wrong == 0

@@ -63,11 +63,16 @@ def begun(
     guaranteed.
     """
     home = tmp_path_factory.mktemp("begun")
-    truth, labels = write_photos(home / "photos", 400), list[Path]()
+    return home, until_guaranteed(home, job_on(home / "photos"))
+
+
+def until_guaranteed(home: Path, job: TriageSettings) -> dict[str, str]:
+    """Answer a triage of 400 new photos until something is guaranteed; the right names."""
+    truth, labels = write_photos(job.photos, 400), list[Path]()
     for _ in range(8):
-        triage_photos(job_on(home / "photos"), home / "out", labels)
+        triage_photos(job, home / "out", labels)
         if any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv")):
-            return home, truth
+            return truth
         if (home / "half").exists():
             shutil.rmtree(home / "half")
         shutil.copytree(home / "out", home / "half")  # the run before the guarantee

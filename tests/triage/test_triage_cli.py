@@ -30,6 +30,7 @@ from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors
 from vilu.triage.ask import calibrate_by_labels
+from vilu.triage.guarantee import PhotoSplit
 from vilu.triage.label_errors import LabelErrors
 from vilu.triage.labels import SKIPPED, LabelBook
 from vilu.triage.store_labels import label_store
@@ -77,7 +78,7 @@ def test_the_predictor_of_a_triage_is_exported(
     ]
     (work / "known.csv").write_text("\n".join(["path,label", *lines]))
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out")
-    run(*arguments, "--labels", "known.csv", cwd=work)
+    run(*arguments, "--labels", "known.csv", "--answer", "zero_shot", cwd=work)
     predictor = load_predictor(work / "out" / "predictor")
     assert (predictor.name, predictor.outcome.columns) == ("vilu_plus", ("negatives",))
     # the fake tower checks how many images there are, which no graph can
@@ -158,6 +159,19 @@ def uncalibrated(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> Pat
     photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
     embed(photos, fake_model, tmp_path / "store", names=NAMES)
     return predictor
+
+
+@pytest.fixture
+def of_zero_shot(begun: Folder, uncalibrated: Path, tmp_path: Path) -> Path:
+    """A predictor of the zero-shot answers, fitted on the same labels."""
+    book = LabelBook.load(begun[0] / "out" / "labels.parquet")
+    photos, _ = label_store(EmbeddingStore(tmp_path / "store"), [])
+    photos.label(book.labels, ())
+    fit_rows = PhotoSplit.of(photos, book, seed=0).fit_rows
+    folder = tmp_path / "of zero-shot"
+    PREDICTORS["vilu_plus"]().fit(photos.take(fit_rows)).save(folder)
+    shutil.copy(uncalibrated / "vocabulary.safetensors", folder)
+    return folder
 
 
 def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackbone) -> None:
@@ -254,10 +268,10 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
 
 
 def test_a_guarantee_of_every_class_asks_first_where_labels_lack(
-    begun: Folder, tmp_path: Path, uncalibrated: Path
+    begun: Folder, tmp_path: Path, of_zero_shot: Path
 ) -> None:
     """Half of the answers "cat" are wrong, so that class comes last; the other two take turns."""
-    truth, predictor, given = begun[1], uncalibrated, list[object]()
+    truth, predictor, given = begun[1], of_zero_shot, list[object]()
     calibrate = (
         "calibrate",
         predictor,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from vilu.artifacts.documents import Model
+from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN
@@ -17,7 +18,7 @@ from vilu.metrics.selective import coverage_at_risk, coverage_at_risk_kernel
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.held_out import HeldOut, Judged, keep_every_class
 from vilu.predictors.contract.labelled import cross_fitting, with_failures
-from vilu.predictors.contract.predictor import AnswerKind, FailurePredictor
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.scoring.score import score
 
 ENOUGH_ROWS = 250
@@ -28,11 +29,25 @@ CONFIDENCE = 0.8
 missed gain."""
 
 
-class AnswerChoice(NamedTuple):
-    """Which answers are judged, and the reason as a sentence for people."""
+class AnswerChoice(Model):
+    """Which answers are judged, and the reason.
+
+    Attributes:
+        answer: Kind of the judged answers.
+        reason: The reason, as a part of a sentence.
+    """
 
     answer: AnswerKind
     reason: str
+
+    def __str__(self) -> str:
+        if self.answer == "adapted":
+            judged = (
+                "Adapted answers are judged, the likeliest by the posterior of the fitted predictor"
+            )
+        else:
+            judged = "The zero-shot answers of the model are judged"
+        return f"{judged}: {self.reason}."
 
 
 def choose_answer(
@@ -66,21 +81,22 @@ def choose_answer(
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> train = vilu.Embeddings(image, np.eye(2), target=np.repeat([0, 1], [70, 30]))
         >>> probe = vilu.PREDICTORS["linear_probe"]().fit(train)
-        >>> import textwrap
-        >>> print(textwrap.fill(choose_answer(probe, train, max_risk=0.05).reason, 88))
-        adapted answers: of 100 held-out rows 100% could be accepted at 0.05 risk, and 84% with
-        zero-shot answers
+        >>> choice = choose_answer(probe, train, max_risk=0.05)
+        >>> choice.answer
+        'adapted'
+        >>> print(choice.reason[:54])
+        of 100 held-out rows, 100% of the adapted and 84% of t
     """
     if not predictor.has_posterior:
-        return AnswerChoice("zero_shot", f"zero-shot answers: {predictor.name} knows no others")
+        return AnswerChoice(answer="zero_shot", reason=f"{predictor.name} knows no others")
     if not predictor.needs_labels:
-        return AnswerChoice("zero_shot", "zero-shot answers: the fit used no labels")
+        return AnswerChoice(answer="zero_shot", reason="the fit used no labels")
     held_out = predictor.held_out_ or _cross_fitted(predictor, train, unlabelled)
     if held_out is None:
         return AnswerChoice(
-            "adapted",
-            "adapted answers: they were not compared with the zero-shot answers, because that "
-            "needs two labels of every class, one of them in every fold",
+            answer="adapted",
+            reason="nothing was compared, because that needs two labels of every class, one of "
+            "them outside of every fold",
         )
     return _compared(held_out, max_risk)
 
@@ -92,18 +108,13 @@ def _compared(held_out: HeldOut, max_risk: float) -> AnswerChoice:
     adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
     zero_shot = coverage_at_risk(*held_out.zero_shot, risk=max_risk)
     n = len(held_out.adapted.failure)
-    if gain.ci_high < 0:
-        return AnswerChoice(
-            "zero_shot",
-            f"zero-shot answers, since adapted ones do not pay: of {n} held-out rows "
-            f"{zero_shot:.0%} could be accepted at {max_risk:.3g} risk, and {adapted:.0%} with "
-            "adapted answers",
-        )
-    return AnswerChoice(
-        "adapted",
-        f"adapted answers: of {n} held-out rows {adapted:.0%} could be accepted at "
-        f"{max_risk:.3g} risk, and {zero_shot:.0%} with zero-shot answers",
+    reason = (
+        f"of {n} held-out rows, {adapted:.0%} of the adapted and {zero_shot:.0%} of the zero-shot "
+        f"answers could be accepted at {max_risk:.3g} risk"
     )
+    if gain.ci_high < 0:
+        return AnswerChoice(answer="zero_shot", reason=reason)
+    return AnswerChoice(answer="adapted", reason=reason)
 
 
 def _cross_fitted(

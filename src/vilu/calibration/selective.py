@@ -20,11 +20,12 @@ from vilu.calibration.calibration import Calibration
 from vilu.calibration.methods import Method, SetMethod
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
+from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.new_images import NewImages
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import NotFittedError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.predictor import AnswerKind, FailurePredictor, RowsLike
+from vilu.predictors.contract.predictor import FailurePredictor, RowsLike
 from vilu.predictors.persistence.files import LOOKS, RISK, ROWS, VOCABULARY
 from vilu.predictors.persistence.storage import load_predictor, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary

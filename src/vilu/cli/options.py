@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
+from vilu.embeddings.columns import AnswerKind
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,6 +107,14 @@ Data = Annotated[
     path_argument(
         "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as "
         "LAION's."
+    ),
+]
+Answer = Annotated[
+    AnswerKind | None,
+    Option(
+        help="The answer that is judged. zero_shot: the candidate of the largest logit. adapted: "
+        "the likeliest candidate of the method's own posterior. given: the column answer of the "
+        "data."
     ),
 ]
 Overwrite = Annotated[

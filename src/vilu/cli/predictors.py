@@ -15,6 +15,7 @@ from vilu.cli.console import next_step
 from vilu.cli.options import (
     MOST_RESAMPLES,
     MOST_SEED,
+    Answer,
     Data,
     Device,
     Fold,
@@ -36,6 +37,7 @@ from vilu.text import plural
 if TYPE_CHECKING:
     from vilu.calibration.calibration import Calibration
     from vilu.calibration.target import Target
+    from vilu.embeddings.columns import AnswerKind
     from vilu.embeddings.source import EmbeddingSource
     from vilu.outcomes.outcomes import Tallied
     from vilu.predictors.contract.predictor import FailurePredictor
@@ -100,6 +102,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     stores: TrainingStores,
     output: Output,
     method: MethodName = "vilu_plus",
+    answer: Answer = None,
     validation: Validation = None,
     seed: Seed = 0,
     settings: Settings = None,
@@ -130,7 +133,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
         defaults: dict[str, object] = {"seed": seed, "device": device}
-        predictor = _new_predictor(find_method(method), defaults, settings or [], init)
+        chosen = _with_answer(settings or [], answer)
+        predictor = _new_predictor(find_method(method), defaults, chosen, init)
+        predictor.check_answer()
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
         flags = _flags_of_fit(
@@ -211,6 +216,25 @@ def _new_predictor(
     if init is None:
         return build(cls, values)
     return initialise(cls, load_predictor(init), values)
+
+
+def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
+    """The settings of --set, with that of --answer."""
+    if answer is None:
+        return settings
+    if any(setting.partition("=")[0].strip() == "answer" for setting in settings):
+        raise UsageError("--answer and --set answer=... are one setting. Give only one of them.")
+    return [*settings, f"answer={answer}"]
+
+
+def _require_answer(folder: Path, judged: AnswerKind, answer: AnswerKind | None) -> None:
+    """Raise UsageError if --answer is not the answer that the predictor judges."""
+    if answer is None or answer == judged:
+        return
+    raise UsageError(
+        f"the predictor in {folder} judges {judged} answers, and --answer asks for {answer}. Leave "
+        f"--answer out, or fit a predictor with `vilu fit --answer {answer}`."
+    )
 
 
 def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
@@ -325,11 +349,12 @@ def score(
         Path,
         Option("--output", "-o", help="File, .parquet or .csv; or a folder for very many rows."),
     ],
+    answer: Answer = None,
     *,
     reading: Reading,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the zero-shot answer and its uncertainty (higher = more likely wrong) of each image.
+    """Write the judged answer and its uncertainty (higher = more likely wrong) of each image.
 
     Prints the file or folder. A predictor that `vilu calibrate` has calibrated also gives the
     probability of failure, the decision (accept or review) with its reason, and label sets. A
@@ -357,8 +382,9 @@ def score(
         overwrite=overwrite,
         reading=reading.settings,
     )
-    data = reading.open_both(store)
     fitted = load_predictor(predictor)
+    _require_answer(predictor, fitted.answer, answer)
+    data = reading.open_both(store)
     split = reading.split_of(data)
     calibration = Calibration.find(predictor)
     if is_folder:
@@ -524,6 +550,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_risk: MaxRisk = None,
     confidence: Confidence = 0.95,
     min_coverage: MinCoverage = None,
+    answer: Answer = None,
     method: RuleMethod = "ltt",
     labels: Labels = None,
     seed: DrawSeed = 0,
@@ -549,7 +576,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
+    from vilu.predictors.persistence.storage import load_predictor
 
+    _require_answer(predictor, load_predictor(predictor).answer, answer)
     data = reading.open_both(store)
     shares = None
     if class_shares is not None:

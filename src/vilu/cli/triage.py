@@ -13,6 +13,7 @@ from vilu.cli.console import next_step
 from vilu.cli.images import backbone_spec, templates_of
 from vilu.cli.options import (
     MOST_SEED,
+    Answer,
     Backbone,
     BatchSize,
     DecodingThreads,
@@ -67,6 +68,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_risk: Risk = 0.05,
     confidence: Confidence = 0.95,
     n_next: HowMany = 50,
+    answer: Answer = None,
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
@@ -91,7 +93,8 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     more photos or labels only processes the new ones. Half of the photos, chosen by a hash of the
     picture, are used for fitting. The labels of the other half support the guarantee, which stays
     valid after every new label. Labels that are not from next_labels.csv must be of randomly picked
-    photos.
+    photos. Without --answer, the zero-shot answers are judged until there are labels to fit on, and
+    the answers of the fitted predictor afterwards.
     """
     if link and move:
         raise UsageError("--link and --move exclude each other. Give only one of them.")
@@ -111,7 +114,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         workers,
     )
     settings = TriageSettings(
-        photos, embedding, tuple(outside or ()), max_risk, confidence, n_next, seed
+        photos, embedding, tuple(outside or ()), max_risk, confidence, n_next, seed, answer
     )
     sort: Literal["move", "link"] | None = None
     if move:
@@ -120,6 +123,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         sort = "link"
     summary = triage_photos(settings, output, labels or (), sort=sort, overwrite=overwrite)
     typer.echo(output)
+    next_step(summary.answer)
     next_step(summary.counts)
     next_step(summary.guarantee)
     if summary.n_asked:
@@ -177,16 +181,17 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         settings["per_class"] = True
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
+    fitted = load_predictor(predictor)
     asked, answers = next_of_store(
         EmbeddingStore(store),
-        load_predictor(predictor),
+        fitted,
         labels or (),
         n_next,
         max_risk,
         seed,
         per_class=per_class,
     )
-    write_next(output, asked, answers)
+    write_next(output, asked, answers, fitted.answer)
     typer.echo(output)
     if asked:
         advice = "fill in the column label"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 IMAGE_COLUMNS = {
     "features": (
         2,
@@ -20,6 +22,13 @@ ANSWER = "answer"
 """Column (N,) int64 of answers of another model, as rows of ``text``.
 
 If it is there, these answers are judged in place of the zero-shot answers.
+"""
+
+AnswerKind = Literal["zero_shot", "adapted", "given"]
+"""Which answer is judged.
+
+"zero_shot" is the zero-shot answer, "adapted" the likeliest candidate under the posterior of the
+method, "given" the answer in the column "answer" of the data.
 """
 
 LOGITS = "logits"

@@ -27,6 +27,7 @@ from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.files import SavedModel, folder_of
 from vilu.predictors.persistence.storage import load_predictor
@@ -383,7 +384,6 @@ class Guard:
         source = self.vocabulary.new_images(image, columns=rows, ids=keys)
         facts = {
             "is_probability": self.predictor.is_probability,
-            "answer": self.predictor.answer,
             "provenance": provenance_of(self.calibration),
         }
         outcomes = score_rows(
@@ -391,16 +391,10 @@ class Guard:
         )
         runners_up: list[RunnersUp] = []
         for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
-            runners_up += self._runners_up(batch)
+            on_device = batch.to(self.predictor.device_)
+            runners_up += runners_up_of(self.predictor, on_device, self.names)
         answers = [self._answer(outcomes, row, runners_up[row]) for row in range(len(keys))]
         return answers, outcomes
-
-    def _runners_up(self, batch: Batch) -> list[RunnersUp]:
-        """Runners-up of the judged answers of a batch."""
-        if self.predictor.answer != "adapted":
-            return runners_up_of(batch, self.names)
-        judged = self.predictor.judged(batch)
-        return runners_up_of(judged, self.names, self.predictor.log_posterior)
 
     def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
         """The answer about one row of the outcomes."""
@@ -416,9 +410,6 @@ class Guard:
         label: str | None = None
         if outcomes.prediction is not None:
             label = self.names[int(outcomes.prediction[row])]
-        zero_shot: str | None = None
-        if outcomes.zero_shot is not None:
-            zero_shot = self.names[int(outcomes.zero_shot[row])]
         return Answer(
             key=key,
             label=label,
@@ -427,7 +418,7 @@ class Guard:
             decision=_at(outcomes.decision, row),
             reason=_at(outcomes.decision_reason, row),
             runners_up=runners_up,
-            zero_shot=None if zero_shot == label else zero_shot,
+            zero_shot=outcomes.zero_shot_beside(row),
         )
 
     def refused(self, key: str, reason: str | None) -> Answer:
@@ -462,21 +453,23 @@ def arrays_of(content: PartRows) -> dict[str, Tensor]:
 
 
 def runners_up_of(
-    batch: Batch,
-    names: Sequence[str],
-    posterior_of: Callable[[Batch], Tensor] = log_posterior,
+    predictor: FailurePredictor, batch: Batch, names: Sequence[str]
 ) -> list[RunnersUp]:
     """The runners-up of every row: the most likely answers except the judged one.
 
-    ``posterior_of`` gives (B, K) log probabilities of a batch, by default the zero-shot ones.
+    The probabilities are zero-shot, or of the predictor's posterior if it judges adapted answers.
     """
+    posterior_of: Callable[[Batch], Tensor] = log_posterior
+    if predictor.answer == "adapted":
+        posterior_of = predictor.log_posterior
+    judged = predictor.judged(batch)
     n_rows = len(batch.index)
     n_classes = len(batch.text)
     if n_rows == 0 or n_classes < 2:
         return [()] * n_rows
     with torch.no_grad():
-        posterior = posterior_of(batch).exp()
-    answer = batch.prediction.to(posterior.device)[:, None]
+        posterior = posterior_of(judged).exp()
+    answer = judged.prediction.to(posterior.device)[:, None]
     # -1 is below every probability, so the judged answer is never among the top k.
     without_answer = posterior.scatter(1, answer, -1.0)
     nearest = without_answer.topk(min(RUNNERS_UP, n_classes - 1), dim=1)

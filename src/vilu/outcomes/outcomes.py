@@ -452,6 +452,30 @@ class Outcomes:
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
 
+    def zero_shot_beside(self, row: int) -> str | None:
+        """Name of the zero-shot answer of a row; None if it is the judged answer, or not known.
+
+        Examples:
+            >>> import vilu
+            >>> outcomes = vilu.Outcomes(
+            ...     [0.1, 0.9],
+            ...     [0, 1],
+            ...     prediction=[0, 1],
+            ...     zero_shot=[0, 0],
+            ...     class_names=["cat", "dog"],
+            ...     answer="adapted",
+            ... )
+            >>> outcomes.zero_shot_beside(0), outcomes.zero_shot_beside(1)
+            (None, 'cat')
+        """
+        if self.zero_shot is None or self.class_names is None:
+            return None
+        answer = int(self.zero_shot[row])
+        is_judged = self.prediction is not None and self.prediction[row] == answer
+        if answer == UNKNOWN or is_judged:
+            return None
+        return str(self.class_names[answer])
+
     def take(self, rows: ArrayLike) -> Self:
         """The rows with these indices, in their order, or the rows in a mask (N,).
 

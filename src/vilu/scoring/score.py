@@ -245,6 +245,7 @@ def score_rows(
         uncertainty=columns.uncertainty,
         failure=columns.failure,
         prediction=columns.prediction,
+        answer=predictor.answer,
         zero_shot=None if predictor.answer == "zero_shot" else columns.zero_shot,
         target=columns.target,
         outside=source.outside.numpy()[indices],
@@ -365,7 +366,6 @@ def _facts(
         "dataset": dataset,
         "split": split,
         "seed": getattr(predictor, "seed", None),
-        "answer": predictor.answer,
         "is_probability": predictor.is_probability,
         "provenance": {
             "space": source.space.fingerprint,
@@ -531,6 +531,7 @@ def _run_of(
         n_in=len(source),
         n_candidate=len(scored),
         rows_per_part=_rounded_size(rows_per_part, source.pool_size),
+        answer=predictor.answer,
         **facts,
     )
 

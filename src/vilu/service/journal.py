@@ -244,4 +244,5 @@ class Journal:
             ids=[row.id for row in rows],
             class_names=calibration.class_names,
             method=calibration.method,
+            answer=calibration.answer,
         )

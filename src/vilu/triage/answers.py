@@ -16,6 +16,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.guard.guard import Answer, RunnersUp, runners_up_of
 from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON, REVIEW
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.triage.labels import Entry, columns_of
 from vilu.triage.photos import Photos
 from vilu.triage.state import DECISIONS_CSV, DECISIONS_PARQUET
@@ -27,9 +28,18 @@ NO_GUARANTEE: Final = "no_guarantee"
 """Reason of every decision while the predictor has no rule; no answer is accepted then."""
 
 
-def answers_of(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> list[Answer]:
-    """The answers about all photos, unreadable ones included, in the order of their paths."""
-    runners_up = all_runners_up(photos)
+def answers_of(
+    photos: Photos, predictor: FailurePredictor, outcomes: Outcomes, labels: Mapping[str, str]
+) -> list[Answer]:
+    """The answers about all photos, unreadable ones included, in the order of their paths.
+
+    Args:
+        photos: The embedded photos.
+        predictor: Judges the answers.
+        outcomes: The scores of the photos by the predictor.
+        labels: Label by path; it stands in place of the answer.
+    """
+    runners_up = all_runners_up(photos, predictor)
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
@@ -62,6 +72,7 @@ def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answe
         decision=decision,
         reason=reason,
         runners_up=runners_up,
+        zero_shot=outcomes.zero_shot_beside(row),
     )
 
 
@@ -96,12 +107,14 @@ def _unanswered(path: str, reason: str | None) -> Answer:
     )
 
 
-def all_runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
+def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list[RunnersUp]:
     """The runners-up of every row; empty for rows that cannot be scored."""
     runners_up: list[RunnersUp] = [()] * len(photos)
     names = photos.class_names or ()
-    for batch in photos.batches(SCORING_BATCH):
-        for row, of_row in zip(batch.index.tolist(), runners_up_of(batch, names), strict=True):
+    columns = (*predictor.columns_to_score, *predictor.answer_columns)
+    for batch in photos.batches(SCORING_BATCH, columns=columns):
+        of_batch = runners_up_of(predictor, batch.to(predictor.device_), names)
+        for row, of_row in zip(batch.index.tolist(), of_batch, strict=True):
             runners_up[row] = of_row
     return runners_up
 
@@ -119,7 +132,10 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 
 
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
-    """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does."""
+    """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does.
+
+    Where other answers than the zero-shot ones are judged, the zero-shot ones stand beside them.
+    """
     runners_up: list[str | None] = []
     for answer in answers:
         runners_up.append(answer.runners_up[0][0] if answer.runners_up else None)
@@ -128,21 +144,29 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
         **_answer_columns(answers),
         **columns_of(answers, ("decision", "reason")),
         "runner_up": _class_texts(runners_up),
+        **_zero_shot_column(outcomes.answer, answers),
     }
     write_table(root / DECISIONS_CSV, columns, {})
     outcomes.save(root / DECISIONS_PARQUET)
 
 
-def write_next(path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer]) -> None:
+def write_next(
+    path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer], kind: str
+) -> None:
     """Write the table of the photos to label, with an empty column for the labels.
 
-    ``answers`` are by path.
+    Args:
+        path: The file.
+        asked: Entries of the photos.
+        answers: The answers by path.
+        kind: Kind of the answers.
     """
     of_asked = [answers.get(entry.path, _unanswered(entry.path, None)) for entry in asked]
     columns = {
         **columns_of(asked, ("path", "label")),  # all labels are None: the column to fill in
         **_answer_columns(of_asked),
         **columns_of(asked, ("stream", "probability", "predictor", "asked")),
+        **_zero_shot_column(kind, of_asked),
     }
     write_table(path, columns, {})
 
@@ -151,6 +175,22 @@ def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
     labels = _class_texts([answer.label for answer in answers])
     probabilities = columns_of(answers, ("failure_probability",))
     return {"answer": labels, **probabilities}
+
+
+def _zero_shot_column(kind: str, answers: Sequence[Answer]) -> dict[str, pa.Array]:
+    """The zero-shot answers if another kind of answers is judged; no column otherwise.
+
+    A photo that has a label, or no answer, has an empty cell.
+    """
+    if kind == "zero_shot":
+        return {}
+    names: list[str | None] = []
+    for answer in answers:
+        if answer.decision == LABELLED:
+            names.append(None)
+        else:
+            names.append(answer.zero_shot or answer.label)
+    return {"zero_shot": _class_texts(names)}
 
 
 def _class_texts(names: Sequence[str | None]) -> pa.Array:

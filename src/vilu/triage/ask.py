@@ -50,8 +50,14 @@ Draws = dict[str, tuple[Ints, Trial]]
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """Name of a predictor in the tables of the labels that it asked for."""
+    """Name of a predictor in the tables of the labels that it asked for.
+
+    Equal weights that judge other answers are another predictor: its guarantee has a share of the
+    level of its own.
+    """
     sums = {name: str(values.sum().item()) for name, values in predictor.state().items()}
+    if predictor.answer != "zero_shot":
+        sums["answer"] = predictor.answer
     return digest(sums)[:16]
 
 

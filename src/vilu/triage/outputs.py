@@ -21,6 +21,7 @@ from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.text import plural
+from vilu.triage.answer_choice import require_possible
 from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names
@@ -52,11 +53,13 @@ class TriageSummary:
     """The summary of a run for people.
 
     Attributes:
+        answer: Which answers are judged, and why.
         counts: How many photos were accepted, are to be reviewed, and so on.
         guarantee: What is guaranteed, or what the guarantee lacks.
         n_asked: Number of photos whose labels are asked for.
     """
 
+    answer: str
     counts: str
     guarantee: str
     n_asked: int
@@ -104,9 +107,10 @@ def triage_photos(
     with locked(make_folder(output), "sorting into", who="triage"):
         # run_triage reads the state again: another run may have ended before the lock was taken.
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
-        answers = answers_of(result.photos, result.outcomes, result.book.labels)
+        answers = answers_of(result.photos, result.predictor, result.outcomes, result.book.labels)
         write_decisions(output, result.outcomes, answers)
-        write_next(output / NEXT, result.asked, {answer.key: answer for answer in answers})
+        answer_of_path = {answer.key: answer for answer in answers}
+        write_next(output / NEXT, result.asked, answer_of_path, result.outcomes.answer)
         write_page(output, listing, result, answers, settings)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
@@ -117,6 +121,7 @@ def check_settings(settings: TriageSettings) -> None:
     """Raise UsageError if a setting is not allowed, before the slow steps."""
     require_between("max_risk", settings.max_risk)
     require_between("confidence", settings.confidence)
+    require_possible(settings.answer)
     names = settings.embedding.names
     if len(set(names)) < 2:
         raise UsageError(
@@ -180,6 +185,7 @@ def summary_of(
             parts.append(f"{counts[name]:,} {name}")
     new = f" ({result.n_new:,} of them new)" if result.n_new else ""
     return TriageSummary(
+        answer=str(result.answer),
         counts=f"{plural(counts['photos'], 'photo')}{new}: {', '.join(parts)}",
         guarantee=guarantee_in_words(result, settings),
         n_asked=len(result.asked),
@@ -381,6 +387,7 @@ def write_page(
         title=f"Photos in {settings.photos.name}",
         counts=count_answers(answers),
         guarantee=guarantee_in_words(result, settings),
+        answer=result.answer,
         levels=_levels(result),
         sections=sections,
         pictures=pictures,

@@ -38,6 +38,7 @@ class ReviewTask:
         answer: The model's answer, as tables write it; None without an answer.
         failure_probability: Probability that the answer is wrong; None if it is not known.
         runner_up: The second most likely answer.
+        zero_shot: The zero-shot answer if it differs from ``answer``.
         stream: Why the label was asked for. Labels of photos that were not asked for may be used
             in fits only, so they have the stream ``CHOSEN``.
     """
@@ -46,6 +47,7 @@ class ReviewTask:
     answer: str | None
     failure_probability: float | None
     runner_up: str | None = None
+    zero_shot: str | None = None
     stream: str = CHOSEN
 
 
@@ -58,12 +60,14 @@ class Review:
         names: Class names as tables write them, then the labels for "none of the classes".
         photos: Folder that the paths are relative to; None if it is not known.
         model: Name of the model or method that gave the answers.
+        answer: Kind of the answers.
     """
 
     tasks: list[ReviewTask]
     names: tuple[str, ...]
     photos: Path | None
     model: str
+    answer: str = "zero_shot"
 
 
 def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
@@ -106,7 +110,9 @@ def _of_triage(folder: Path, which: Which) -> Review:
         return position.get(task.path, len(position)), -(task.failure_probability or 0.0)
 
     tasks.sort(key=rank)
-    return Review(tasks, _names(state.settings), Path(state.photos), "vilu triage")
+    return Review(
+        tasks, _names(state.settings), Path(state.photos), "vilu triage", state.answer.answer
+    )
 
 
 def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
@@ -159,11 +165,15 @@ def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which)
 
 def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
     cell = row["failure_probability"]
+    zero_shot = row.get("zero_shot")
+    if zero_shot in {"", row["answer"]}:
+        zero_shot = None
     return ReviewTask(
         path=row["path"],
         answer=row["answer"] or None,
         failure_probability=float(cell) if cell else None,
         runner_up=row["runner_up"] or None,
+        zero_shot=zero_shot,
         stream=stream,
     )
 
@@ -184,8 +194,17 @@ def _of_scores(path: Path, which: Which) -> Review:
         if which == "all" or not is_accepted:
             index = int(outcomes.prediction[row])
             answer = None if index == UNKNOWN else names[index]
-            tasks.append(ReviewTask(outcomes.ids[row], answer, _probability(outcomes, row)))
-    return Review(tasks, (*names, OUTSIDE_NAME), None, outcomes.method or "vilu")
+            zero_shot = outcomes.zero_shot_beside(row)
+            if zero_shot is not None:
+                zero_shot = portable_name(zero_shot)
+            task = ReviewTask(
+                path=outcomes.ids[row],
+                answer=answer,
+                failure_probability=_probability(outcomes, row),
+                zero_shot=zero_shot,
+            )
+            tasks.append(task)
+    return Review(tasks, (*names, OUTSIDE_NAME), None, outcomes.method or "vilu", outcomes.answer)
 
 
 def _probability(outcomes: Outcomes, row: int) -> float | None:

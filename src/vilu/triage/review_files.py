@@ -90,6 +90,8 @@ def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, A
         "vilu_runner_up": task.runner_up,
         "vilu_stream": task.stream,
     }
+    if task.zero_shot is not None:
+        data["vilu_zero_shot"] = task.zero_shot
     if task.answer is None:
         return {"data": data}
     result = {
@@ -127,6 +129,8 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
         "label": pa.nulls(len(review.tasks), pa.string()),
         **columns_of(review.tasks, ("answer", "failure_probability", "runner_up", "stream")),
     }
+    if review.answer != "zero_shot":
+        columns |= columns_of(review.tasks, ("zero_shot",))
     write_new(output, csv_bytes(columns))
     return [output]
 
@@ -140,6 +144,7 @@ FIELDS: Final = {
     TRUTH_FIELD: ("EmbeddedDocumentField", "fiftyone.core.labels.Classification", TRUTH_FIELD),
     "uncertainty": ("FloatField", None, "uncertainty"),
     "decision": ("StringField", None, "decision"),
+    "zero_shot": ("StringField", None, "zero_shot"),
     "path": ("StringField", None, "path"),
 }
 """Type, class of the embedded document, and name in the database of every field of a sample."""
@@ -195,6 +200,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
         TRUTH_FIELD: None,
         "uncertainty": task.failure_probability,
         "decision": "review",
+        "zero_shot": task.zero_shot,
         "path": task.path,
     }
 

@@ -18,6 +18,7 @@ from typing import Final
 
 import numpy as np
 
+from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
@@ -33,6 +34,7 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
+from vilu.triage.answer_choice import NOTHING_CHOSEN, answer_to_judge
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
 from vilu.triage.guarantee import (
@@ -133,6 +135,7 @@ class TriageResult:
         photos: The embedded photos.
         outcomes: Outcomes of all photos by the present predictor, with decisions.
         predictor: The present predictor, which decides.
+        answer: Which answers the present predictor judges, and why.
         rule: The guarantee of the present predictor; None if nothing is certified.
         progress: How far the guarantee of the tested predictor is; None if the predictor needs no
             labels, or if there is no calibration photo.
@@ -149,6 +152,7 @@ class TriageResult:
     photos: Photos
     outcomes: Outcomes
     predictor: FailurePredictor
+    answer: AnswerChoice
     rule: Rule | None
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
@@ -270,6 +274,7 @@ def _result(
         photos=run.photos,
         outcomes=run.score(predictor, calibration),
         predictor=predictor,
+        answer=state.answer,
         rule=rule_in_force(run.present),
         progress=progress,
         tested_outcomes=tested,
@@ -309,9 +314,12 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     if case.goes_on:
         return state, _load_uncalibrated(run.tested_folder(state))
     predictor = fit(method, run.photos, fit_rows, run.settings.seed)
+    labelled = run.photos.take(fit_rows)
+    answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
+    predictor = predictor.judging(answer.answer)
     if case is FitCase.NO_GUARANTEE:
-        return run.write(_let_decide(run, state, predictor, trial=None)), predictor
-    return _test_beside(run, state, predictor)
+        return run.write(_let_decide(run, state, predictor, None, answer)), predictor
+    return _test_beside(run, state, predictor, answer)
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
@@ -321,16 +329,28 @@ def _load_uncalibrated(folder: Path) -> FailurePredictor:
 
 
 def _let_decide(
-    run: TriageRun, state: TriageState, predictor: FailurePredictor, trial: Trial | None
+    run: TriageRun,
+    state: TriageState,
+    predictor: FailurePredictor,
+    trial: Trial | None,
+    answer: AnswerChoice,
 ) -> TriageState:
     """Save a predictor as the present one, which decides; the state is not written yet."""
     predictor.save(run.present)
     Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
-    return state.model_copy(update={"method": predictor.name, "trial": trial, "candidate": None})
+    return state.model_copy(
+        update={
+            "method": predictor.name,
+            "answer": answer,
+            "trial": trial,
+            "candidate": None,
+            "candidate_answer": NOTHING_CHOSEN,
+        }
+    )
 
 
 def _test_beside(
-    run: TriageRun, state: TriageState, predictor: FailurePredictor
+    run: TriageRun, state: TriageState, predictor: FailurePredictor, answer: AnswerChoice
 ) -> tuple[TriageState, FailurePredictor]:
     """Make a new predictor the candidate, if testing it is worth its labels."""
     n_labels = len(run.split.fit_rows)
@@ -341,7 +361,7 @@ def _test_beside(
     if not is_worth_testing(candidate, state, n_labels):
         return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate)
-    next_state = next_state.model_copy(update={"candidate": candidate})
+    next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
     return run.write(next_state), predictor
 
 
@@ -432,7 +452,7 @@ def keep_certified(
             100 * share,
             100 * share_before,
         )
-        state = _let_decide(run, state, predictor, state.candidate)
+        state = _let_decide(run, state, predictor, state.candidate, state.candidate_answer)
         # The old state names the folder of the candidate, so the new state is written first.
         state = run.write(state)
         shutil.rmtree(run.candidate)

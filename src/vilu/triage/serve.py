@@ -145,10 +145,16 @@ class ReviewSession:
                 "answer": task.answer,
                 "p": task.failure_probability,
                 "second": task.runner_up,
+                "zero_shot": task.zero_shot,
                 "label": self.answers.get(task.path),
             }
             tasks.append(facts)
-        return {"names": list(self.review.names), "skip": SKIPPED, "tasks": tasks}
+        return {
+            "names": list(self.review.names),
+            "skip": SKIPPED,
+            "kind": self.review.answer,
+            "tasks": tasks,
+        }
 
 
 def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:

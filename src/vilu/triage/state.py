@@ -11,7 +11,10 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
+from vilu.calibration.answer_choice import AnswerChoice
+from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
+from vilu.triage.answer_choice import NOTHING_CHOSEN
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
@@ -51,6 +54,7 @@ class TriageSettings:
         confidence: Confidence of the guarantee of ``max_risk``, in (0, 1).
         n_next: Number of labels that are asked for at a time.
         seed: Seed of the split, of the fits and of the choice of photos to label.
+        answer: Kind of the judged answers; None to let vilu choose with every fit.
     """
 
     photos: Path
@@ -60,6 +64,7 @@ class TriageSettings:
     confidence: float = 0.95
     n_next: int = 50
     seed: int = 0
+    answer: AnswerKind | None = None
 
     @property
     def of_no_class(self) -> tuple[str, ...]:
@@ -86,6 +91,7 @@ class TriageSettings:
             "max_risk": self.max_risk,
             "confidence": self.confidence,
             "seed": self.seed,
+            "answer": self.answer,
         }
 
 
@@ -96,8 +102,10 @@ class TriageState(Document):
         settings: Settings that may not change between runs (``TriageSettings.fixed``).
         photos: The folder of photos in the last run.
         method: Method of the present predictor; empty before the first fit.
+        answer: Which answers the present predictor judges, and why.
         trial: Test of the present predictor; None before its first test or if it needs no labels.
         candidate: Test of the candidate; None without a candidate.
+        candidate_answer: Which answers the candidate judges, and why.
         n_tested: Number of predictors that had enough labels to be certified.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
@@ -114,8 +122,10 @@ class TriageState(Document):
     settings: dict[str, object]
     photos: str = ""
     method: str = ""
+    answer: AnswerChoice = NOTHING_CHOSEN
     trial: Trial | None = None
     candidate: Trial | None = None
+    candidate_answer: AnswerChoice = NOTHING_CHOSEN
     n_tested: int = Field(default=0, ge=0)
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
     asked_up_to: int = Field(default=0, ge=0)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.predictors import PREDICTORS
 from vilu.predictors.contract.catalogue import find_method, method_names
@@ -393,6 +394,12 @@ class Config(Section):
             params["device"] = self.device
         predictor = build(cls, {**params, **self.entries[label].params})
         check_parameters(predictor)
+        if predictor.answer != "zero_shot":
+            raise UsageError(
+                f"[methods.{label}] judges {predictor.answer} answers, and a study compares "
+                "methods on the same, zero-shot answers. Compare other answers with `vilu fit "
+                f"--answer {predictor.answer}`, `vilu score` and vilu.compare."
+            )
         return predictor
 
     def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:

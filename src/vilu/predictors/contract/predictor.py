@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
-from vilu.embeddings.columns import ANSWER, HOW, SECOND
+from vilu.embeddings.columns import ANSWER, HOW, SECOND, AnswerKind
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import cached_rows, float64
 from vilu.embeddings.source import Batch, EmbeddingSource
@@ -47,13 +47,6 @@ CLASSES = "classes"
 
 FEWEST_CANDIDATES = 2
 """Minimum number of candidates. With fewer, no other answer is possible: uncertainty is NaN."""
-
-AnswerKind = Literal["zero_shot", "adapted", "given"]
-"""Which answer is judged.
-
-"zero_shot" is the zero-shot answer, "adapted" the likeliest candidate under the posterior of the
-method, "given" the answer in the column "answer" of the data.
-"""
 
 logger = logging.getLogger(__name__)
 RowsLike = ArrayLike | Tensor

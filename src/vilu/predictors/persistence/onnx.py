@@ -149,7 +149,8 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     if predictor.answer != "zero_shot":
         raise NotExportable(
             f"a graph answers zero-shot, and this {predictor.name} judges {predictor.answer} "
-            "answers. Export one that was fitted without answer."
+            "answers. Export a predictor of zero-shot answers: `vilu fit` or `vilu triage` with "
+            "--answer zero_shot."
         )
     predictor.require_fitted()
     space = predictor.fitted_space

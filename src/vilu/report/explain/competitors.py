@@ -39,6 +39,7 @@ def weights_of(predictor: FailurePredictor) -> Weights:
     - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
       averaged over the members of an ensemble.
     - ``vilu_plus``: the posterior q of its pooled experts.
+    - Any other method that judges its own answers: its posterior q.
     - Any other method: the zero-shot posterior p.
     """
     attentions = _attentions(predictor)
@@ -49,6 +50,8 @@ def weights_of(predictor: FailurePredictor) -> Weights:
         return Weights(meaning, partial(_attention, attentions))
     if isinstance(predictor, ViLUPlus):
         return Weights("posterior of the pooled experts", partial(_pooled, predictor))
+    if predictor.answer == "adapted":
+        return Weights(f"posterior of {predictor.name}", partial(_own, predictor))
     return Weights("zero-shot posterior", _zero_shot)
 
 
@@ -62,6 +65,11 @@ def _attentions(predictor: FailurePredictor) -> list[CrossAttention]:
 def _zero_shot(batch: Batch) -> Tensor:
     """(B, K) posterior of the zero-shot model."""
     return log_posterior(batch).exp()
+
+
+def _own(predictor: FailurePredictor, batch: Batch) -> Tensor:
+    """(B, K) posterior of a method that has one."""
+    return predictor.log_posterior(batch).exp()
 
 
 def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
@@ -85,7 +93,7 @@ def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) candidate of largest weight other than the zero-shot answer.
+    """(N,) candidate of largest weight other than the judged answer.
 
     Rows that cannot be scored have the value -1.
     """

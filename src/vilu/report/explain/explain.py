@@ -85,7 +85,7 @@ class Explanation:
 
     row: int  # position of the row in the data
     key: str  # identifier of the row
-    answer: str  # name of the zero-shot answer
+    answer: str  # name of the judged answer
     posterior: float  # zero-shot probability of the answer
     uncertainty: float  # uncertainty of the method, higher = more likely wrong
     # name of the right answer, or "none of the classes"; None if unknown
@@ -97,6 +97,7 @@ class Explanation:
     # nearest training rows with a right answer; None if no training rows were given
     successes: tuple[Neighbour, ...] | None
     attribution: Attribution | None  # shares of the inputs in the score; None if not available
+    zero_shot: str | None = None  # name of the zero-shot answer if it differs from ``answer``
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Explanations(Findings):
     attribution: str  # definition of the attribution, or the reason why there is none
     neighbours: str  # which rows were searched for neighbours, or why none were searched
     n_seen: int  # number of explained rows that are known to have been used to fit the predictor
+    answer: str = "zero_shot"  # kind of the judged answers, as in ``vilu.Outcomes``
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,8 +127,12 @@ class Explanations(Findings):
         kind = "a score, higher = more likely wrong"
         if self.is_probability:
             kind = "probability of failure"
+        judged = ""
+        if self.answer != "zero_shot":
+            judged = f"answers       {self.answer}; in brackets their zero-shot probability\n"
         head = (
             f"method        {self.method}; uncertainty: {kind}\n"
+            f"{judged}"
             f"competitors   {self.weights}\n"
             f"attribution   {self.attribution}\n"
             f"neighbours    {self.neighbours}"
@@ -149,6 +155,8 @@ def _row_text(row: Explanation, unit: str | None) -> str:
 
 def _answer_line(row: Explanation) -> str:
     answer = f"{shown(row.answer)} ({row.posterior:.1%})"
+    if row.zero_shot is not None:
+        answer += f"; zero-shot: {shown(row.zero_shot)}"
     line = f"  answer      {answer}   uncertainty {row.uncertainty:.4g}"
     if row.truth is None:
         return line
@@ -255,6 +263,8 @@ def explain(
             train.space, name="the data to explain", other_name="the training set"
         )
         neighbours = f"of {len(train)} training rows"
+        if predictor.answer != "zero_shot":
+            neighbours += ", right or wrong by their zero-shot answers"
     attributor, attribution = _attributor(predictor, data, train, chosen, depth)
     explained = _explained(predictor, data, chosen, depth, attributor)
     return Explanations(
@@ -266,6 +276,7 @@ def explain(
         attribution=attribution,
         neighbours=neighbours,
         n_seen=_seen(predictor, data, chosen),
+        answer=predictor.answer,
     )
 
 
@@ -344,6 +355,7 @@ def _of_batch(
     n_leaders = min(depth.candidates, len(batch.text))
     weight, leader = leaders(weights.of(batch).cpu(), n_leaders)
     truth = truths(batch).tolist()
+    zero_shot = batch.zero_shot.prediction.tolist()
     failure = batch.failure.tolist()
     attributions: list[Attribution] | None = None
     if attributor is not None:
@@ -364,6 +376,7 @@ def _of_batch(
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[i],
+            zero_shot=None if zero_shot[i] == answer else names.of(row, zero_shot[i]),
         )
 
 

@@ -65,6 +65,7 @@ class RiskMap(Findings):
     labelled: bool
     # rows without a score or answer and, if any row has a label, rows without a label
     n_left_out: int
+    answer: str = "zero_shot"  # kind of the judged answers, as in ``vilu.Outcomes``
 
     def __str__(self) -> str:
         if self.labelled:
@@ -78,8 +79,11 @@ class RiskMap(Findings):
         left_out = ""
         if self.n_left_out:
             left_out = f"; {self.n_left_out:,} rows without score or label left out"
+        judged = "answers"
+        if self.answer != "zero_shot":
+            judged = f"{self.answer} answers"
         head = (
-            f"{self.failures:,.1f} {failures} in {self.n:,} answers{left_out}. "
+            f"{self.failures:,.1f} {failures} in {self.n:,} {judged}{left_out}. "
             f"Of the {self.coverage:.0%} most trusted "
             f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {are} wrong."
         )
@@ -163,11 +167,12 @@ def risk_map(
         risk=float((weight * accepted).sum() / accepted.sum()),
         labelled=labelled,
         n_left_out=len(outcomes) - len(rows),
+        answer=outcomes.answer,
     )
 
 
 def _answers(outcomes: Outcomes) -> Ints:
-    """(N,) the zero-shot answers."""
+    """(N,) the judged answers."""
     if outcomes.prediction is None:
         raise DataError(
             "a risk map needs the answers, and these outcomes have none. "

@@ -85,6 +85,7 @@ def report_page(
     images: ImageDataset | None = None,
     embeddings: EmbeddingSource | None = None,
     title: str | None = None,
+    table: ResultTable | None = None,
 ) -> str:
     """Make an HTML page about one or several methods on the same rows.
 
@@ -104,6 +105,8 @@ def report_page(
         images: Data set for thumbnails, whose record keys are the ids of the outcomes.
         embeddings: The embeddings that were scored, for the likeliest classes of an answer.
         title: Title of the page.
+        table: The metrics of these outcomes, as ``vilu.evaluate`` gave them. By default they are
+            computed.
 
     Raises:
         UsageError: If the name of a method or another argument is invalid.
@@ -127,7 +130,8 @@ def report_page(
         main = calibrated.method
     about = choose_main(outcomes, main)
     methods = [about, *(of_method for of_method in outcomes if of_method is not about)]
-    table = evaluate(methods)  # before the charts, because it raises DataError for unusable rows
+    if table is None:
+        table = evaluate(methods)  # before the charts: it raises DataError for unusable rows
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
     uncertainty, failure = known(about)
     n_accepted = int(choice.accepted[about.evaluable].sum())
@@ -302,7 +306,7 @@ def competitors(
     """
     names = outcomes.class_names
     ids = outcomes.ids
-    scored_answer = outcomes.prediction
+    scored_answer = outcomes.prediction if outcomes.zero_shot is None else outcomes.zero_shot
     if source.class_names is None or names is None or ids is None or scored_answer is None:
         raise UsageError(
             "competitors need classes with names, in the scores and in the embeddings. "
@@ -417,6 +421,8 @@ def _provenance(outcomes: Outcomes) -> dict[str, Any]:
         "seed": outcomes.seed,
         "is_probability": outcomes.is_probability,
     }
+    if outcomes.answer != "zero_shot":
+        origin["answer"] = outcomes.answer
     facts = list(flat({**origin, **outcomes.provenance}))
     facts.append(("sha256 of scores and failures", fingerprint[:32]))
     return {"method": outcomes.method, "facts": facts}

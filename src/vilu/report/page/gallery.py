@@ -38,13 +38,14 @@ class Card:
     """One answer of the model, as the gallery shows it; unknown values are None."""
 
     key: str  # identifier of the row
-    answer: str | None  # name of the answered class
+    answer: str | None  # name of the judged class
     true: str | None  # name of the true class, or "none of the classes"
     wrong: bool | None  # whether the answer is wrong
     uncertainty: float
     accepted: bool
     picture: Thumbnail | None = None
     competitors: Sequence[tuple[str, float]] = ()  # (class name, zero-shot probability)
+    zero_shot: str | None = None  # the zero-shot answer if it differs from ``answer``
 
 
 def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
@@ -88,6 +89,7 @@ def make_card(
         accepted=bool(choice.accepted[row]),
         picture=picture,
         competitors=competitors,
+        zero_shot=outcomes.zero_shot_beside(row),
     )
 
 

@@ -24,6 +24,8 @@ function show(answer) {
   by("decision").className = answer.decision || "";
   by("decision").textContent = { accept: "Accept", review: "Have a person look" }[answer.decision] || "No rule: decide by the probability";
   by("label").textContent = answer.label === null ? "none" : answer.label;
+  by("zero-shot-row").hidden = answer.zero_shot === null;
+  by("zero-shot").textContent = answer.zero_shot || "";
   by("probability").textContent = percent(answer.failure_probability);
   by("meter").value = answer.failure_probability || 0;
   by("meter").hidden = answer.failure_probability === null;

@@ -32,6 +32,12 @@ const showClasses = () => {
   return fitting;
 };
 
+const said = (task) => {
+  if (task.answer === null) return "The model gives no answer.";
+  if (task.zero_shot === null) return `The model says: ${task.answer}`;
+  return `The model says: ${state.kind}: ${task.answer}; zero-shot: ${task.zero_shot}`;
+};
+
 const show = () => {
   const task = state.tasks[state.index];
   const answered = state.tasks.filter(({ label }) => label !== null).length;
@@ -43,7 +49,7 @@ const show = () => {
   at("photo").src = `photo/${state.index}?key=${encodeURIComponent(key)}`;
   at("photo").alt = task.answer === null ? "Photo" : `Photo, which the model calls ${task.answer}`;
   at("path").textContent = task.path;
-  at("said").replaceChildren(task.answer === null ? "The model gives no answer." : `The model says: ${task.answer}`);
+  at("said").replaceChildren(said(task));
   if (task.p !== null) {
     const small = document.createElement("small");
     small.textContent = percent(task.p);
