@@ -32,7 +32,7 @@ def test_labels_bring_adapted_answers_and_are_counted_against_them(begun: Folder
     home, truth = begun
     output = home / "out"
     state = read_document(output / STATE, TriageState)
-    assert state.answer.kind == "adapted"
+    assert state.answer.answer == "adapted"
     scores = Outcomes.load(output / "decisions.parquet")
     assert scores.answer == "adapted"
     names = scores.class_names or ()

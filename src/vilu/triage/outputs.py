@@ -21,8 +21,8 @@ from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.text import plural
-from vilu.triage.answer_choice import require_possible
 from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
+from vilu.triage.fitting import require_possible
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names
 from vilu.triage.photos import PhotoFolder

@@ -34,9 +34,15 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
-from vilu.triage.answer_choice import NOTHING_CHOSEN, answer_to_judge
 from vilu.triage.choose import choose_to_fit
-from vilu.triage.fitting import FitCase, fit, fit_case, is_worth_testing, method_for
+from vilu.triage.fitting import (
+    FitCase,
+    answer_to_judge,
+    fit,
+    fit_case,
+    is_worth_testing,
+    method_for,
+)
 from vilu.triage.guarantee import (
     POSITIONS,
     GuaranteeProgress,
@@ -53,6 +59,7 @@ from vilu.triage.state import (
     BOOK,
     CANDIDATE_FOLDER,
     MADE,
+    NOTHING_CHOSEN,
     PREDICTOR_FOLDER,
     STATE,
     TriageSettings,

@@ -14,7 +14,6 @@ from vilu.artifacts.paths import claim_folder
 from vilu.calibration.answer_choice import AnswerChoice
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
-from vilu.triage.answer_choice import NOTHING_CHOSEN
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
@@ -40,6 +39,10 @@ MADE: Final = (
     REPORT,
 )
 """Files and folders that ``--overwrite`` removes; moved photos and their table are kept."""
+
+
+NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
+"""The choice before the first fit."""
 
 
 @dataclass(frozen=True)
