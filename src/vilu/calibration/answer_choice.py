@@ -114,7 +114,8 @@ def _cross_fitted(
     """Answers about held-out rows by copies fitted on folds; None if some fit lacks a class."""
     has_class = train.target.numpy() != UNKNOWN
     usable = train.usable_rows.numpy()
-    rows = Rows(train, torch.from_numpy(usable[has_class[usable]]))
+    labelled = usable[has_class[usable]]
+    rows = Rows(train, torch.from_numpy(labelled))
     _, failure = with_failures(rows.batches(SCORING_BATCH))
     folds = cross_fitting(rows, failure, validation=None, seed=0)
     if not keep_every_class(folds):

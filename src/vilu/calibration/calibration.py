@@ -128,9 +128,10 @@ class Calibration(Document):
         """The calibration in a predictor's folder, checked against the predictor and the rows.
 
         Raises:
-            DataError: If there is no calibration, if it is damaged, or if its rule does not follow
-                from its rows.
-            ProvenanceError: If it was made for another predictor, or with another schema.
+            DataError: If there is no calibration, if its file is damaged, or if its rule does not
+                follow from its rows.
+            ProvenanceError: If the calibration was made for another predictor, or with another
+                schema.
 
         Examples:
             >>> import tempfile, vilu
@@ -193,8 +194,8 @@ class Calibration(Document):
     @property
     def guarantee(self) -> Rule | LabelSets | None:
         """The rule, or else the label sets; None if nothing is guaranteed."""
-        rule = self.label_sets if self.rule is None else self.rule
-        return rule if has_guarantee(rule) else None
+        guarantee = self.label_sets if self.rule is None else self.rule
+        return guarantee if has_guarantee(guarantee) else None
 
     @property
     def has_rule(self) -> bool:
@@ -302,21 +303,21 @@ class Calibration(Document):
         if self.rule is None:
             return None
         try:
-            rule = self._recomputed()
+            rule = self._recompute_rule()
         except ViLUError as error:
             return f"it has a rule ({error})"
         return _difference(self.rule, rule)
 
-    def _recomputed(self) -> Rule:
+    def _recompute_rule(self) -> Rule:
         """The rule, computed again from the calibration rows and the target."""
         is_counted = np.ones(len(self.rows), np.bool_)
         is_counted[list(self.near_copies)] = False
         rows = self.rows.take(is_counted)
         if self.target.method == "anytime":
-            return self._recomputed_from_draws(rows)
+            return self._recompute_from_draws(rows)
         return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
 
-    def _recomputed_from_draws(self, rows: Outcomes) -> Rule:
+    def _recompute_from_draws(self, rows: Outcomes) -> Rule:
         """The rule of labels that arrived one after another, computed again."""
         draws = self.draws or {}
         max_risk = self.target.max_risk or 0.0
@@ -353,7 +354,7 @@ def _same(threshold: Threshold, recomputed: Threshold) -> bool:
     if saved != recomputed.model_dump(exclude=not_compared):
         return False
     if threshold.risk_bound is None or recomputed.risk_bound is None:
-        return threshold.risk_bound is recomputed.risk_bound
+        return threshold.risk_bound is recomputed.risk_bound  # whether both are None
     return math.isclose(threshold.risk_bound, recomputed.risk_bound, rel_tol=ROUNDING)
 
 

@@ -15,7 +15,7 @@ from vilu.outcomes.outcomes import Outcomes
 MOST_ERRORS: Final = 3.0
 """Largest difference of the two accuracies without a warning, in standard errors.
 
-If all answers are alike, a warning comes once in about 700 calibrations.
+If both accuracies are equal apart from chance, about one calibration in 700 leads to a warning.
 """
 
 

@@ -73,8 +73,8 @@ def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Te
 
     With two candidates, q is 1 - f for the answer and f for the other candidate.
     """
-    answer = batch.prediction.cpu()[:, None]
-    f = failure_probability.double()[:, None]
+    answer = batch.prediction.cpu()[:, None]  # (B, 1)
+    f = failure_probability.double()[:, None]  # (B, 1)
     # p_j / (1 - p_a) is a softmax over the candidates without the answer. As a quotient it would be
     # 0 / 0 where p_a rounds to 1. This happens for the most trusted answers.
     other_posterior = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)

@@ -42,7 +42,7 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
         >>> import numpy as np
         >>> from vilu.calibration.selection import p_values
         >>> uncertainty = np.array([0.2, 0.3])
-        >>> p_values(uncertainty, wrong=[0.3, 0.9], n=4).tolist()  # 1 / 5 and 2 / 5
+        >>> p_values(uncertainty, wrong=[0.3, 0.9], n=4).tolist()  # (1 + 0) / 5, (1 + 1) / 5
         [0.2, 0.4]
     """
     # The new answer is counted as wrong: this is the 1 in the numerator. Without it, an answer more

@@ -32,17 +32,17 @@ from vilu.scoring.score import DecidingModel, score
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
-"""Risk at which kinds of answers are compared if the target names none."""
+"""Risk at which both kinds of answers are compared if the target has no ``max_risk``."""
 
 OF_CALIBRATION = (ROWS, LOOKS, VOCABULARY, RISK)
-"""Files of a calibration beside those of its predictor; the last one makes it valid."""
+"""Files of a calibration beside those of its predictor. The last file makes the others valid."""
 
 
 class Selective(DecidingModel):
     """A predictor with the calibration that accepts its answers or leaves them for review.
 
-    ``save`` writes it into a folder, as ``vilu fit`` and ``vilu calibrate`` do, and ``vilu.load``
-    reads such a folder. ``vilu.score``, ``vilu.score_parts``, ``vilu.Guard``,
+    ``save`` writes the object into a folder, as ``vilu fit`` and ``vilu calibrate`` do, and
+    ``vilu.load`` reads such a folder. ``vilu.score``, ``vilu.score_parts``, ``vilu.Guard``,
     ``vilu.Monitor.of_folder``, ``vilu serve``, the export as ONNX and the push to a hub take this
     object in place of the folder.
 
@@ -406,7 +406,7 @@ class Selective(DecidingModel):
 
 
 def _copy_calibration(source: Path, folder: Path) -> None:
-    """Copy the files of a calibration; the one that makes it valid comes last."""
+    """Copy the files of a calibration, in the order of ``OF_CALIBRATION``."""
     for name in OF_CALIBRATION:
         if (source / name).is_file():
             with or_refuse(f"read {source / name}"):

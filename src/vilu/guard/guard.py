@@ -65,7 +65,8 @@ class Answer:
         uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
-            the fault of the image ("truncated", "bomb", "read_error", ...); None if it is accepted.
+            the fault of the image ("truncated", "bomb", "read_error", ...); None if the answer is
+            accepted.
         runners_up: The next most likely answers with their probabilities, the most likely first.
             If the predictor's own answer is judged, the probabilities are those of its posterior,
             otherwise the zero-shot probabilities.

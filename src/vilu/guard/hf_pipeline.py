@@ -83,13 +83,13 @@ class SelectivePipeline:
         self.task = task
         if settings.get("dtype") == "auto":  # added by transformers
             settings.pop("dtype")
-        _refuse(settings)
+        _refuse_settings(settings)
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], **settings: object
     ) -> Entries | list[Entries] | Iterator[Entries]:
         """The entries of one image, or of every image of a list or iterable."""
-        _refuse(settings)
+        _refuse_settings(settings)
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             (answer,) = self.model([images])
             return _entries(answer)
@@ -99,13 +99,13 @@ class SelectivePipeline:
         return map(_entries, answers)
 
 
-def _refuse(settings: Iterable[str]) -> None:
+def _refuse_settings(settings: Iterable[str]) -> None:
     """Raise UsageError if there are any settings."""
     names = sorted(settings)
     if names:
         raise UsageError(
             f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the "
-            "predictor, and all other settings are made where the guard is made, as in "
+            "predictor, and all other settings are arguments of the guard, as in "
             "vilu.Guard(folder, device='cpu', batch_size=32)."
         )
 

@@ -148,9 +148,9 @@ def refuse_sorted(outcomes: Outcomes) -> None:
         return
     raise DataError(
         f"these {len(outcomes)} rows lie sorted by their {sorted_by}. That is no order of arrival "
-        "(a folder of classes has none), and would be taken for a shift. Give --shuffle (in Python: "
-        "take them in random order), or --in-order (in_order=True) if they did arrive in this "
-        "order. None of them was taken in."
+        "(a folder of classes has none), and would be taken for a shift. Give --shuffle (in "
+        "Python: take them in random order), or --in-order (in_order=True) if they did arrive in "
+        "this order. None of them was taken in."
     )
 
 

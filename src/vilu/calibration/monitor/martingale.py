@@ -236,7 +236,7 @@ class Reference:
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """P-values (B,) of new values (B,), which are added one after another.
+        """P-values (B,) of new values (B,). Each is compared with all values before it, and added.
 
         ``uniform`` (B,) are random numbers in [0, 1) that break ties.
         """
@@ -378,8 +378,9 @@ def _in_order(
             return False
     mean = shuffled.mean(axis=0)
     shuffled_total = shuffled.sum(axis=1)
-    possible = np.array([most(half) for half in halves]) - mean
-    is_much = (present > mean) & (present - mean >= least * possible)
-    excess = present.sum() - shuffled_total.mean()
-    is_clear = excess >= CLEAR * shuffled_total.std()
+    excess_of_half = present - mean
+    largest_excess = np.array([most(half) for half in halves]) - mean
+    is_much = (excess_of_half > 0) & (excess_of_half >= least * largest_excess)
+    total_excess = present.sum() - shuffled_total.mean()
+    is_clear = total_excess >= CLEAR * shuffled_total.std()
     return bool(is_much.all() and is_clear)

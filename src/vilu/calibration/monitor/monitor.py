@@ -561,7 +561,7 @@ class Monitor:
         """Mask (N,) of the rows that are compared with the calibration rows.
 
         They have an uncertainty. If the calibration is partial, the uncertainty is also below the
-        largest one of the calibration rows.
+        largest uncertainty of the calibration rows.
         """
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
