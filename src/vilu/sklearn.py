@@ -19,33 +19,33 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 REVIEW: Final = None
-"""What ``predict_or_review`` gives in place of a class, where the answer is left for review."""
+"""Value that ``predict_or_review`` returns for an answer that is left for review."""
 
 
 class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Any classifier with ``predict_proba``, with a guaranteed error rate of what it accepts.
+    """Classifier that accepts answers of a wrapped classifier, with a guaranteed error rate.
 
-    ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the others. On
-    the calibration part it certifies a threshold of the uncertainty 1 - max_c p_c by "ltt"
-    (``vilu.certify``): with probability ``confidence`` over the draw of this part, at most the
+    ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the other rows.
+    On the calibration part it certifies a threshold of the uncertainty 1 - max_c p_c by "ltt"
+    (``vilu.certify``). With probability ``confidence`` over the draw of this part, at most the
     share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified, nothing
     is accepted, and a warning says why.
 
     Args:
         estimator: A classifier with ``predict_proba``. A clone of it is fitted.
         max_risk: Largest share of wrong answers among the accepted ones, in (0, 1).
-        confidence: Confidence with which this holds, in (0, 1).
+        confidence: Confidence with which the guarantee holds, in (0, 1).
         calibration_size: Share of the rows of every class that are set aside, in (0, 1).
         prefit: Whether the estimator is fitted already. Then all rows of ``fit`` are for
-            calibration, and must be other rows than those it was fitted on.
-        random_state: Decides which rows are set aside.
+            calibration, and the estimator must not have been fitted on them.
+        random_state: Seed or generator that decides which rows are set aside.
 
     Attributes:
         estimator_: The fitted estimator.
         classes_: The classes.
-        rule_: The ``vilu.Rule`` that accepts; None if there was no row to calibrate on.
-        n_features_in_: Number of features, where the estimator has it.
-        feature_names_in_: Names of the features, where the estimator has them.
+        rule_: The ``vilu.Rule`` that accepts answers; None if there was no row to calibrate on.
+        n_features_in_: Number of features, if the estimator has this attribute.
+        feature_names_in_: Names of the features, if the estimator has this attribute.
 
     Raises:
         UsageError: If the estimator has no ``predict_proba``, or a parameter is out of range.
@@ -56,11 +56,15 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         >>> from vilu.sklearn import SelectiveClassifier
         >>> X = np.random.default_rng(0).normal(size=(1000, 2))
         >>> y = X[:, 0] > 0
+        >>> X_fit, X_new = np.split(X, [800])
+        >>> y_fit, y_new = np.split(y, [800])
         >>> model = SelectiveClassifier(LogisticRegression(), max_risk=0.05, random_state=0)
-        >>> accepted = model.fit(X[:800], y[:800]).accept(X[800:])
-        >>> wrong = model.predict(X[800:]) != y[800:]
-        >>> bool(accepted.mean() > 0.9), bool(wrong[accepted].mean() <= 0.05)
-        (True, True)
+        >>> accepted = model.fit(X_fit, y_fit).accept(X_new)
+        >>> wrong = model.predict(X_new) != y_new
+        >>> bool(accepted.mean() > 0.9)
+        True
+        >>> bool(wrong[accepted].mean() <= 0.05)
+        True
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Tags:
-        """Tags of scikit-learn: what the estimator takes, this takes, too."""
+        """Tags of scikit-learn: the same inputs and classes are allowed as for the estimator."""
         tags = super().__sklearn_tags__()
         of_estimator = get_tags(self.estimator)
         tags.input_tags = of_estimator.input_tags
@@ -89,10 +93,10 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return tags
 
     def fit(self, X: Any, y: ArrayLike) -> Self:  # noqa: ANN401 - whatever the estimator takes
-        """Fit the estimator on a part of the rows, and certify a threshold on the others.
+        """Fit the estimator on a part of the rows, and certify a threshold on the other rows.
 
         Warns:
-            UserWarning: If no threshold can be certified; it says what is missing.
+            UserWarning: If no threshold can be certified; the warning says what is missing.
         """
         self._check_parameters()
         X, labels = _checked_rows(X, y)
@@ -155,14 +159,14 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return uncertainty
 
     def accept(self, X: Any) -> NDArray[np.bool_]:  # noqa: ANN401
-        """Whether the answer (N,) about every row is accepted."""
+        """Mask (N,) of the rows whose answers are accepted."""
         uncertainty = self.predict_uncertainty(X)
         if self.rule_ is None:
             return np.zeros(len(uncertainty), np.bool_)
         return self.rule_.accept(uncertainty)
 
     def predict_or_review(self, X: Any) -> NDArray[np.object_]:  # noqa: ANN401
-        """The class (N,) of every row that is accepted, and ``REVIEW`` (None) of the others."""
+        """The class (N,) of every accepted row, and ``REVIEW`` (None) for every other row."""
         answers = self.predict(X).astype(object)
         answers[~self.accept(X)] = REVIEW
         return answers
@@ -175,7 +179,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
     ) -> float:
         """Accuracy of the answers about all rows, accepted or not.
 
-        The error rate of the accepted answers is what ``max_risk`` is about:
+        ``max_risk`` bounds another number, the error rate of the accepted answers:
         ``(model.predict(X) != y)[model.accept(X)].mean()``.
         """
         return float(super().score(X, y, sample_weight))
@@ -199,10 +203,11 @@ def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # n
 def _set_aside(
     labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of random rows for calibration: the share of every class, rounded down."""
+    """Mask (N,) of random rows for calibration: a share of each class, rounded down to rows."""
     generator = check_random_state(random_state)
     is_calibration = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
-        is_calibration[rows[: int(share * len(rows))]] = True
+        n_calibration = int(share * len(rows))
+        is_calibration[rows[:n_calibration]] = True
     return is_calibration

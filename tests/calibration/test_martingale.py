@@ -16,9 +16,9 @@ from vilu.calibration.monitor.martingale import (
     HISTOGRAMS,
     SHARES,
     Martingale,
-    asleep,
     beta_bets,
     histogram_bets,
+    unused_share,
 )
 
 
@@ -71,9 +71,11 @@ def test_a_histogram_learns_after_it_has_bet() -> None:
 def test_shares_of_bets_and_of_starts_sum_to_one() -> None:
     assert SHARES.sum() == pytest.approx(1, abs=1e-12)
     starts = np.arange(1000.0)
-    awakened = np.concatenate([[1 - asleep(np.array([0.0]))[0]], -np.diff(asleep(starts))])
+    awakened = np.concatenate(
+        [[1 - unused_share(np.array([0.0]))[0]], -np.diff(unused_share(starts))]
+    )
     assert (awakened > 0).all()
-    assert awakened.sum() + asleep(starts)[-1] == pytest.approx(1, abs=1e-12)
+    assert awakened.sum() + unused_share(starts)[-1] == pytest.approx(1, abs=1e-12)
 
 
 def test_wealth_is_the_sum_over_bets_and_starts() -> None:

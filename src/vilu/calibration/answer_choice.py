@@ -1,4 +1,4 @@
-"""Whether a predictor's own answers pay, compared with the zero-shot answers on held-out rows."""
+"""Choice between a predictor's own answers and the zero-shot answers, by held-out rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.scoring.score import score
 
 ENOUGH_ROWS = 250
-"""Number of held-out rows with which no further fold is fitted."""
+"""Number of held-out rows that are enough, so that no further fold is fitted."""
 
 CONFIDENCE = 0.8
-"""Confidence of the interval of the difference. It is low, since a missed loss costs as much as a
-missed gain."""
+"""Confidence of the interval of the difference. It is low, because a missed loss costs as much
+as a missed gain."""
 
 
 class AnswerChoice(Model):
@@ -59,14 +59,14 @@ def choose_answer(
 ) -> AnswerChoice:
     """Choose between the zero-shot answers and the own answers of a fitted predictor.
 
-    Both kinds of answers are judged on labelled rows that were held out. Of each kind, the largest
-    share of rows with at most ``max_risk`` wrong answers counts (coverage at a risk). The own
-    ("adapted") answers are chosen, unless they lose coverage: the 80 % interval of the difference
-    lies below zero (paired bootstrap over rows).
+    Both kinds of answers are compared on labelled rows that were held out. The measure is coverage
+    at a risk: the largest share of rows that can be accepted with a share ``max_risk`` of wrong
+    answers. The own ("adapted") answers are chosen unless they clearly lose coverage. They do if
+    the 80 % interval of the difference lies below zero (paired bootstrap over rows).
 
-    Held-out rows come from the fit, where it holds out rows anyway. Otherwise copies of the
-    predictor are fitted on folds of the training rows. No comparison is possible if a class has no
-    label in the rest of a fold. Then the adapted answers are chosen.
+    If the fit held out rows, these are used. Otherwise copies of the predictor are fitted on folds
+    of the training rows. No comparison is possible if the rows outside some fold have no label of a
+    class. Then the adapted answers are chosen.
 
     Args:
         predictor: A predictor that was fitted on ``train``.
@@ -77,15 +77,16 @@ def choose_answer(
     Examples:
         >>> import numpy as np, vilu
         >>> from vilu.calibration.answer_choice import choose_answer
-        >>> angle = np.linspace(0, np.pi / 2, 100)  # class 1 begins at 63 degrees
-        >>> image = np.c_[np.cos(angle), np.sin(angle)]
-        >>> train = vilu.Embeddings(image, np.eye(2), target=np.repeat([0, 1], [70, 30]))
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image, text = np.c_[np.cos(angle), np.sin(angle)], np.eye(2)
+        >>> target = np.repeat([0, 1], [70, 30])  # zero-shot: 50 and 50, so 20 are wrong
+        >>> train = vilu.Embeddings(image, text, target=target)
         >>> probe = vilu.PREDICTORS["linear_probe"]().fit(train)
         >>> choice = choose_answer(probe, train, max_risk=0.05)
         >>> choice.answer
         'adapted'
-        >>> print(choice.reason[:54])
-        of 100 held-out rows, 100% of the adapted and 84% of t
+        >>> "100% of the adapted and 84% of the zero-shot" in choice.reason  # at a risk of 5 %
+        True
     """
     if not predictor.has_posterior:
         return AnswerChoice(answer="zero_shot", reason=f"{predictor.name} knows no others")
@@ -98,11 +99,11 @@ def choose_answer(
             reason="nothing was compared, because that needs two labels of every class, one of "
             "them outside of every fold",
         )
-    return _compared(held_out, max_risk)
+    return _choose_by_coverage(held_out, max_risk)
 
 
-def _compared(held_out: HeldOut, max_risk: float) -> AnswerChoice:
-    """The choice from both kinds of answers about the held-out rows."""
+def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
+    """Choose by the coverage of both kinds of answers about the held-out rows."""
     kernel = partial(coverage_at_risk_kernel, risk=max_risk)
     gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
     adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
@@ -120,12 +121,13 @@ def _compared(held_out: HeldOut, max_risk: float) -> AnswerChoice:
 def _cross_fitted(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOut | None:
-    """Answers about held-out rows by copies that are fitted on folds; None if a class is lost."""
+    """Answers about held-out rows by copies fitted on folds; None if some fit lacks a class."""
     has_class = train.target.numpy() != UNKNOWN
     usable = train.usable_rows.numpy()
-    rows = Rows(train, torch.from_numpy(usable[has_class[usable]]))
+    labelled = usable[has_class[usable]]
+    rows = Rows(train, torch.from_numpy(labelled))
     _, failure = with_failures(rows.batches(SCORING_BATCH))
-    folds = cross_fitting(rows, failure, None, seed=0)
+    folds = cross_fitting(rows, failure, validation=None, seed=0)
     if not keep_every_class(folds):
         return None
     kinds: dict[AnswerKind, list[Outcomes]] = {"zero_shot": [], "adapted": []}
@@ -133,9 +135,9 @@ def _cross_fitted(
     for fitted_on, held_out in folds:
         fold_predictor = copy.copy(predictor)
         fold_predictor.fit(train.take(fitted_on.index), unlabelled=unlabelled)
-        new = train.take(held_out.index)
+        held_out_rows = train.take(held_out.index)
         for kind, outcomes in kinds.items():
-            outcomes.append(score(fold_predictor.judging(kind), new))
+            outcomes.append(score(fold_predictor.judging(kind), held_out_rows))
         n_held_out += len(held_out.index)
         if n_held_out >= ENOUGH_ROWS:
             break

@@ -40,16 +40,16 @@ exact test for a single look needs 59.
 """
 
 STARTS: Final = ((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6))
-"""For each sequence: number of the threshold at which it starts, from 1, and share of the level.
+"""A pair for every sequence: number of its first threshold (from 1), and share of the level.
 
-The first ``STEPS`` thresholds accept equal steps of the rows that may be accepted.
+The first ``STEPS`` thresholds divide the rows up to the limit into equal parts.
 """
 
 STEPS: Final = 64
 """Number of thresholds up to the limit of a grid."""
 
 GROWTH: Final = 1.02
-"""Beyond the limit, the number of rows that a threshold accepts, relative to the one before it."""
+"""Factor between the numbers of rows that neighbouring thresholds beyond the limit accept."""
 
 
 @np.errstate(under="ignore")  # a term far smaller than the others is rounded to 0
@@ -61,7 +61,9 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     Examples:
         >>> import math
         >>> from vilu.calibration.anytime import log_evidence
-        >>> [int(n) for n in range(65, 75) if log_evidence(0, n, 0.05) >= math.log(20)][0]
+        >>> # after n right answers: is the risk below 5 %, at level 1/20?
+        >>> is_certified = [log_evidence(0, n, 0.05) >= math.log(20) for n in range(100)]
+        >>> is_certified.index(True)
         72
     """
     bet, share = np.array(BETS).T
@@ -82,8 +84,8 @@ def flawless_labels(max_risk: float, delta: float) -> int:
     def evidence_of(n_labels: int) -> float:
         return float(log_evidence(0, n_labels, max_risk))
 
-    # Without a wrong answer every bet wins at every label. So the evidence rises and bisection is
-    # possible.
+    # Without a wrong answer every bet wins at every label. So the evidence rises with the number of
+    # labels, and bisection finds the smallest number.
     return bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
 
 
@@ -98,9 +100,9 @@ def level_of(attempt: int, delta: float) -> float:
 
 
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
-    """Thresholds (G,) from scores (N,): 64 at equal steps in rank up to a limit, and more beyond.
+    """Thresholds (G,) from scores (N,): 64 at equal steps in rank up to a limit, then more.
 
-    The thresholds depend on scores alone.
+    Labels are not used.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
     # scores where the labels happen to be right, and the test of a fixed threshold would be wrong.
@@ -108,17 +110,19 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     inside = int(np.searchsorted(ordered, limit, side="right"))
     if not inside:
         raise DataError(f"no score is at most {limit:.6g}, so nothing could be accepted.")
-    counts = [math.ceil(inside * step / STEPS) for step in range(1, STEPS + 1)]
-    while counts[-1] < len(ordered):
-        counts.append(min(math.ceil(counts[-1] * GROWTH), len(ordered)))
-    grid: Floats = ordered[np.array(counts) - 1]
+    n_accepted = [math.ceil(inside * step / STEPS) for step in range(1, STEPS + 1)]
+    while n_accepted[-1] < len(ordered):
+        n_next = math.ceil(n_accepted[-1] * GROWTH)
+        n_accepted.append(min(n_next, len(ordered)))
+    last_accepted = np.array(n_accepted) - 1
+    grid: Floats = ordered[last_accepted]
     return grid
 
 
 class Draw(Model):
-    """Saved settings of a draw of rows to label, fixed before any label is seen.
+    """Saved settings of the tests of labels that arrive one after another (``Looks``).
 
-    ``Looks`` makes the tests with these settings.
+    The settings are fixed before any label is seen.
     """
 
     grid: tuple[float, ...]  # thresholds, ascending
@@ -139,12 +143,12 @@ class Draw(Model):
 class Looks:
     """Tests of a grid of thresholds, which may be repeated after every label.
 
-    The hypothesis H_t, "the error rate at t is above max_risk", is rejected where E(t) >= 1 /
-    level. Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with its
+    The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
+    Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with its
     share of ``delta``. A sequence that reaches the start of the next sequence adds its level to
     that of the next sequence.
 
-    1. The level at a true H_t is made of the shares that started after the true H_t before it.
+    1. The level at a true H_t consists of the shares that started after the preceding true H_t.
     2. So the levels at all true H_t add up to at most delta.
     3. Ville's inequality holds for every level at all times. So
 
@@ -161,10 +165,12 @@ class Looks:
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.anytime import Looks
-        >>> looks = Looks(np.linspace(0.01, 0.64, 64), 0.05, 0.05)
-        >>> looks.certified(np.full(90, 0.005), np.zeros(90, int))
+        >>> looks = Looks(grid=np.linspace(0.01, 0.64, 64), max_risk=0.05, delta=0.05)
+        >>> uncertainty = np.full(90, 0.005)  # below all thresholds
+        >>> failure = np.zeros(90, int)  # no answer is wrong
+        >>> looks.certified(uncertainty, failure)  # the last threshold
         63
-        >>> print(looks.certified(np.full(50, 0.005), np.zeros(50, int)))
+        >>> print(looks.certified(uncertainty[:50], failure[:50]))  # too few labels
         None
     """
 
@@ -178,7 +184,7 @@ class Looks:
         require_between("delta", self.delta)
         if len(self.grid) < STEPS or (np.diff(self.grid) < 0).any():
             raise DataError(
-                f"a grid has {STEPS} thresholds at least, ascending. Got "
+                f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
                 f"{np.asarray(self.grid).tolist()}."
             )
 
@@ -189,8 +195,10 @@ class Looks:
 
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Numbers (G,) of wrong answers and (G,) of labels that every threshold accepts."""
-        inside = uncertainty <= self.grid[:, None]
-        return (inside & (failure == 1)).sum(axis=1), inside.sum(axis=1)
+        threshold = self.grid[:, None]  # (G, 1)
+        is_accepted = uncertainty <= threshold  # (G, N)
+        is_wrong = is_accepted & (failure == 1)
+        return is_wrong.sum(axis=1), is_accepted.sum(axis=1)
 
     def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Index of the laxest threshold that the labels (N,) so far certify; None: no threshold."""
@@ -199,20 +207,21 @@ class Looks:
     def can_certify(self, uncertainty: Floats) -> bool:
         """Whether labels of these rows (N,) would certify a threshold if all answers were right.
 
-        With fewer labels a test can certify nothing, so it does not count as a look.
+        If they would not, a test can certify nothing yet, so it does not count as a look.
         """
-        # the answers are taken for right, so that the result does not depend on the labels
+        # All answers are taken for right, so that the result does not depend on the labels.
         _, accepted = self.counts(uncertainty, np.zeros(len(uncertainty), dtype=np.int64))
         return self._certified(np.zeros_like(accepted), accepted) is not None
 
     def _certified(self, wrong: Ints, accepted: Ints) -> int | None:
-        starts = dict(STARTS)
+        share_at_start = dict(STARTS)
         level = 0.0
         laxest = None
         # Only rows up to the limit are labelled. There is no random sample of rows beyond it.
         evidence = log_evidence(wrong, accepted, self.max_risk)[: self.last + 1]
         for index, log_e in enumerate(evidence.tolist()):
-            level += self.delta * starts.get(index + 1, 0.0)
+            number = index + 1
+            level += self.delta * share_at_start.get(number, 0.0)
             is_rejected = level > 0 and log_e >= -math.log(level)
             if is_rejected:
                 # The next threshold is tested at the full level. A sequence makes an error only if
@@ -227,18 +236,21 @@ class Looks:
     def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
         """About how many more labels would certify a threshold, if the error rates stay the same.
 
-        The labels are of rows up to the limit. Without any label so far, no answer is assumed to be
-        wrong. None if no number of labels would be enough.
+        Only labels of rows up to the limit count. Without any label so far, all answers are assumed
+        to be right. None if no number of labels would be enough.
         """
         wrong, accepted = self.counts(uncertainty, failure)
-        share = np.minimum(np.arange(1, len(self.grid) + 1) / (self.last + 1), 1.0)
-        rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
+        # The thresholds up to the limit divide the rows into equal parts, so threshold number k of
+        # K accepts the share k / K of the new labels.
+        number = np.arange(1, len(self.grid) + 1)
+        share_accepted = np.minimum(number / (self.last + 1), 1.0)
+        error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
 
         def is_enough(more: int) -> bool:
-            grown = accepted + np.floor(more * share).astype(np.int64)
+            grown = accepted + np.floor(more * share_accepted).astype(np.int64)
             # Rounded up, so that the estimate is not too small. The tolerance 1e-9 keeps a
             # float64 like 3.0000000001 at 3.
-            grown_wrong = np.ceil(rate * grown - 1e-9).astype(np.int64)
+            grown_wrong = np.ceil(error_rate * grown - 1e-9).astype(np.int64)
             return self._certified(grown_wrong, grown) is not None
 
         if is_enough(0):

@@ -39,7 +39,7 @@ ROUNDING = 1e-9
 
 
 class Calibration(Document):
-    """Calibration of a predictor on labelled rows: rule, probabilities, label sets, and origin.
+    """Result of calibrating a predictor on labelled rows: rule, probabilities and label sets.
 
     ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write it into the folder of
     the predictor as ``risk.json``, beside the calibration rows. Its rule decides which answers are
@@ -63,8 +63,8 @@ class Calibration(Document):
         rule: Accepts answers or leaves them for review; None if only probabilities were calibrated.
         probability: Calibrator that turns scores into probabilities of failure.
         label_sets: Label sets; None without label sets.
-        draws: For every group the settings that were fixed before its first label was seen, if
-            labels arrived one after another; else None.
+        draws: Settings for every group, fixed before its first label was seen. None if labels did
+            not arrive one after another.
         inputs: Digest of everything that the calibration was made from; None if labels arrived one
             after another.
         near_copies: Indices of calibration rows that the rule leaves out, because they are near
@@ -73,9 +73,11 @@ class Calibration(Document):
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-        >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
+        >>> image = np.random.default_rng(0).normal(size=(200, 8))
+        >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+        >>> text = np.eye(8)
+        >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+        >>> data = vilu.Embeddings(image, text, target=target)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = vilu.MCM().save(folder)
         ...     _ = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
@@ -126,9 +128,10 @@ class Calibration(Document):
         """The calibration in a predictor's folder, checked against the predictor and the rows.
 
         Raises:
-            DataError: If there is no calibration, if it is damaged, or if its rule does not follow
-                from its rows.
-            ProvenanceError: If it was made for another predictor, or with another schema.
+            DataError: If there is no calibration, if its file is damaged, or if its rule does not
+                follow from its rows.
+            ProvenanceError: If the calibration was made for another predictor, or with another
+                schema.
 
         Examples:
             >>> import tempfile, vilu
@@ -151,10 +154,11 @@ class Calibration(Document):
                 "file."
             )
         calibration._rows = _read_rows(Path(folder), calibration.rows_sha256)
-        wrong = calibration._contradiction()
-        if wrong is not None:
+        contradiction = calibration._contradiction()
+        if contradiction is not None:
             raise DataError(
-                f"{path} is damaged: {wrong}, which does not follow from {ROWS}. {RECALIBRATE}."
+                f"{path} is damaged: {contradiction}, which does not follow from {ROWS}. "
+                f"{RECALIBRATE}."
             )
         return calibration
 
@@ -190,8 +194,8 @@ class Calibration(Document):
     @property
     def guarantee(self) -> Rule | LabelSets | None:
         """The rule, or else the label sets; None if nothing is guaranteed."""
-        rule = self.label_sets if self.rule is None else self.rule
-        return rule if has_guarantee(rule) else None
+        guarantee = self.label_sets if self.rule is None else self.rule
+        return guarantee if has_guarantee(guarantee) else None
 
     @property
     def has_rule(self) -> bool:
@@ -221,7 +225,7 @@ class Calibration(Document):
                 f"{RECALIBRATE}."
             )
         expected = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}
-        present = _problem(data)
+        present = _facts_of_candidates(data)
         difference = None
         if expected != present:
             difference = _in_words(present)
@@ -259,14 +263,16 @@ class Calibration(Document):
 
         Examples:
             >>> import numpy as np, tempfile, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
-            >>> target = vilu.Target(max_risk=0.05)
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     _ = vilu.MCM().save(folder)
-            ...     calibration = vilu.calibrate_predictor(folder, data, target)
-            >>> calibration.decide(vilu.Outcomes([0.1, 0.9], [-1, -1])).decision
+            ...     calibration = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
+            >>> outcomes = vilu.Outcomes(uncertainty=[0.1, 0.9], failure=[-1, -1])
+            >>> calibration.decide(outcomes).decision
             ('accept', 'review')
         """
         if self.rule is None:
@@ -285,7 +291,7 @@ class Calibration(Document):
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
-        """What does not follow from the rows and the target; None if everything does."""
+        """Text of what does not follow from the rows and the target; None if everything does."""
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
@@ -297,21 +303,21 @@ class Calibration(Document):
         if self.rule is None:
             return None
         try:
-            rule = self._recomputed()
+            rule = self._recompute_rule()
         except ViLUError as error:
             return f"it has a rule ({error})"
         return _difference(self.rule, rule)
 
-    def _recomputed(self) -> Rule:
+    def _recompute_rule(self) -> Rule:
         """The rule, computed again from the calibration rows and the target."""
-        counts = np.ones(len(self.rows), np.bool_)
-        counts[list(self.near_copies)] = False
-        rows = self.rows.take(counts)
+        is_counted = np.ones(len(self.rows), np.bool_)
+        is_counted[list(self.near_copies)] = False
+        rows = self.rows.take(is_counted)
         if self.target.method == "anytime":
-            return self._recomputed_from_draws(rows)
+            return self._recompute_from_draws(rows)
         return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
 
-    def _recomputed_from_draws(self, rows: Outcomes) -> Rule:
+    def _recompute_from_draws(self, rows: Outcomes) -> Rule:
         """The rule of labels that arrived one after another, computed again."""
         draws = self.draws or {}
         max_risk = self.target.max_risk or 0.0
@@ -331,28 +337,29 @@ def _difference(rule: Rule, recomputed: Rule) -> str | None:
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
     for name, threshold in rule.thresholds.items():
         if not _same(threshold, recomputed.thresholds[name]):
-            of = f" for {name!r}" if name else ""
-            return f"{threshold}{of}"
-    apart = {"thresholds", "counted"}
-    facts = rule.model_dump(exclude=apart)
-    for name, value in recomputed.model_dump(exclude=apart).items():
-        if facts.get(name) != value:
+            for_group = f" for {name!r}" if name else ""
+            return f"{threshold}{for_group}"
+    not_compared = {"thresholds", "counted"}
+    saved = rule.model_dump(exclude=not_compared)
+    for name, value in recomputed.model_dump(exclude=not_compared).items():
+        if saved.get(name) != value:
             return f"its rule has another {name} than its rows and its target lead to"
     return None
 
 
 def _same(threshold: Threshold, recomputed: Threshold) -> bool:
     """Whether both thresholds accept the same and have equal bounds; texts are not compared."""
-    words = {"why", "risk_bound"}
-    if threshold.model_dump(exclude=words) != recomputed.model_dump(exclude=words):
+    not_compared = {"why", "risk_bound"}
+    saved = threshold.model_dump(exclude=not_compared)
+    if saved != recomputed.model_dump(exclude=not_compared):
         return False
     if threshold.risk_bound is None or recomputed.risk_bound is None:
-        return threshold.risk_bound is recomputed.risk_bound
+        return threshold.risk_bound is recomputed.risk_bound  # whether both are None
     return math.isclose(threshold.risk_bound, recomputed.risk_bound, rel_tol=ROUNDING)
 
 
-def _problem(data: EmbeddingSource) -> dict[str, Any]:
-    """Number of candidates, hash of the class names, and pool size: a guarantee depends on them."""
+def _facts_of_candidates(data: EmbeddingSource) -> dict[str, Any]:
+    """Number of candidates, hash of the class names, and pool size. A guarantee depends on them."""
     classes = None
     if data.class_names is not None:
         classes = digest(list(data.class_names))
@@ -360,10 +367,10 @@ def _problem(data: EmbeddingSource) -> dict[str, Any]:
     return {"n_candidates": n_candidates, "classes": classes, "pool_size": data.pool_size}
 
 
-def _in_words(problem: dict[str, Any]) -> str:
-    if problem["pool_size"] is not None:
-        return f"pools of {problem['pool_size']}"
-    return f"{problem['n_candidates']} candidates (names {problem['classes'] or 'unknown'})"
+def _in_words(facts: dict[str, Any]) -> str:
+    if facts["pool_size"] is not None:
+        return f"pools of {facts['pool_size']}"
+    return f"{facts['n_candidates']} candidates (names {facts['classes'] or 'unknown'})"
 
 
 def save_calibration(
@@ -373,7 +380,7 @@ def save_calibration(
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
     facts = {
-        **_problem(data),
+        **_facts_of_candidates(data),
         "predictor": fit_fingerprint(folder),
         "texts": candidates_of(data).get("texts"),
         "n": int(rows.evaluable.sum()),

@@ -56,31 +56,31 @@ class Copies:
         """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
         # How many of the fitted rows that have copies are in the sample depends on chance. If the
         # sample happens to hold few of them, k / f is too low, so an upper bound is returned.
-        numbers = np.arange(self.n_seen, self.n + 1)
-        likely = self._at_most(self.n_seen, numbers) >= DELTA
-        return int(numbers[likely][-1])
+        n_copies = np.arange(self.n_seen, self.n + 1)
+        is_likely = self._at_most(self.n_seen, n_copies) >= DELTA
+        return int(n_copies[is_likely].max())
 
     @property
     def least(self) -> int:
         """Lower bound of the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
-        numbers = np.arange(self.n_seen, self.n + 1)
-        at_least = 1 - self._at_most(self.n_seen - 1, numbers)  # P[X >= k] = 1 - P[X <= k - 1]
-        likely = at_least >= DELTA
-        # Even K = n makes so many seen copies unlikely where k is much larger than f n.
-        if not likely.any():
+        n_copies = np.arange(self.n_seen, self.n + 1)
+        at_least = 1 - self._at_most(self.n_seen - 1, n_copies)  # P[X >= k] = 1 - P[X <= k - 1]
+        is_likely = at_least >= DELTA
+        # If k is much larger than f n, so many seen copies are unlikely even for K = n.
+        if not is_likely.any():
             return self.n
-        return int(numbers[likely][0])
+        return int(n_copies[is_likely].min())
 
-    def _at_most(self, limit: int, numbers: Ints) -> Floats:
-        """Probability P[Bin(K, f) <= limit] for every K in ``numbers``."""
-        # The sample is drawn without replacement, so the number varies a little less than a
-        # binomial one. The bounds are therefore conservative.
+    def _at_most(self, limit: int, n_copies: Ints) -> Floats:
+        """Probability P[Bin(K, f) <= limit] for every K in ``n_copies``."""
+        # The sample is drawn without replacement, so the number of seen copies varies a little less
+        # than a binomial number. The bounds are therefore conservative.
         if limit < 0:
-            return np.zeros(len(numbers))
-        return tail(np.full(len(numbers), limit), numbers, self.share)
+            return np.zeros(len(n_copies))
+        return tail(np.full(len(n_copies), limit), n_copies, self.share)
 
     def in_words(self, cosine: float) -> str:
-        """Text on the number of copies, with a bound if the sample is not the whole fit."""
+        """Text on the number of copies, with a bound if the sample lacks rows of the fit."""
         if self.share == 1:
             return (
                 f"{self.n_seen} of {self.n} calibration rows have a cosine of at least {cosine} "
@@ -122,7 +122,7 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
         raise DataError(
             f"{same.in_words(SAME)}: more than {MAX_SHARED:.0%}, and more than the fitted rows "
             "have among themselves. What is measured on copies of fitted rows holds for no "
-            f"others. Calibrate on pictures that the fit has not seen."
+            "others. Calibrate on pictures that the fit has not seen."
         )
     words = near.in_words(NEAR_COPY)
     logger.warning("%s. What is measured on copies of fitted rows holds for no others", words)

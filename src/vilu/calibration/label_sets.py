@@ -1,4 +1,4 @@
-"""Split-conformal label sets: several candidates per row, among which is the right one.
+"""Split-conformal label sets: candidates of a row, among which is probably the right one.
 
 The sets are built on a posterior q that includes the probability of failure. Let f be the
 probability that the answer a is wrong, and p the predictor's own posterior over the candidates, or
@@ -43,16 +43,16 @@ class LabelSets(Model):
 
         {j: s(x, j) <= c},    c the ceil((n + 1)(1 - max_miss))-th smallest s_i.
 
-    - "lac": s(x, j) = 1 - q_j. These are the smallest sets on average. A set can be empty if no
+    - "lac": s(x, j) = 1 - q_j. These sets are the smallest on average. A set is empty if no
       candidate is probable enough.
-    - "aps": s(x, j) = the probability of all candidates more probable than j. The coverage differs
-      less between easy and hard rows. A set is never empty.
+    - "aps": s(x, j) = the total probability of the candidates that are more probable than j. The
+      coverage of easy rows differs less from that of hard rows. A set is never empty.
 
-    Ties can only make sets larger. f is the probability of failure before calibration, because
-    the rows that determine c must not have changed the score.
+    Ties can only make sets larger. f is the probability of failure before calibration, because the
+    rows that determine c must not change the scores s.
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. There
-    the last label of a set is included at random; here it is always included, so that a set depends
+    the last label of a set is included at random. Here it is always included, so that a set depends
     on the row alone. The posterior q is ours.
     """
 
@@ -69,14 +69,14 @@ class LabelSets(Model):
 
 
 def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
-    """Posterior q (B, K) of the module's docstring, float64 on the CPU.
+    """Posterior q (B, K), as defined at the top of this module, float64 on the CPU.
 
     With two candidates, q is 1 - f for the answer and f for the other candidate.
     """
-    answer = batch.prediction.cpu()[:, None]
-    f = failure_probability.double()[:, None]
-    # p_j / (1 - p_a) is a softmax over the candidates without the answer. Computed as a quotient it
-    # would be 0 / 0 where p_a rounds to 1, which happens for the most trusted answers.
+    answer = batch.prediction.cpu()[:, None]  # (B, 1)
+    f = failure_probability.double()[:, None]  # (B, 1)
+    # p_j / (1 - p_a) is a softmax over the candidates without the answer. As a quotient it would be
+    # 0 / 0 where p_a rounds to 1. This happens for the most trusted answers.
     other_posterior = log_p.scatter(1, answer, -torch.inf).softmax(dim=1)
     return (f * other_posterior).scatter(1, answer, 1 - f)
 
@@ -111,18 +111,20 @@ def fit_label_sets(
     if n_ood:
         warn_caller(
             f"label sets leave out {n_ood} of {len(data)} calibration rows, which are of none of "
-            "the classes: no set holds their label, so the guarantee is of pictures of the classes "
-            "only.",
+            "the classes: no set holds their label, so the guarantee holds only for pictures of "
+            "the classes.",
         )
     parts = []
-    for scores, target in _labelled(predictor, data, method):
-        parts.append(scores.gather(1, target[:, None]).squeeze(1))
+    for all_scores, target in _labelled_scores(predictor, data, method):
+        score_of_target = all_scores.gather(1, target[:, None]).squeeze(1)
+        parts.append(score_of_target)
     scores = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
     # n + 1, because the new row has each of n + 1 ranks among the calibration rows with equal
-    # probability. With n the sets would miss more often than max_miss (Vovk et al. 2005). Rounded
-    # to nine decimals first, because 0.9 * 10 may be a little more than 9 in float64.
+    # probability. With n the sets would miss more often than max_miss (Vovk et al. 2005). The
+    # product is rounded to nine decimals first, because in float64 a whole number may come out a
+    # little larger.
     rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))
     if rank > len(scores):
         raise InfeasibleError(
@@ -131,7 +133,7 @@ def fit_label_sets(
         )
     limit = float(scores.sort().values[rank - 1])
     sizes = []
-    for all_scores, _ in _labelled(predictor, data, method):
+    for all_scores, _ in _labelled_scores(predictor, data, method):
         sizes.append((all_scores <= limit).sum(dim=1))
     return LabelSets(
         method=method,
@@ -154,14 +156,15 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
     predictor.raw_failure_probability([])
 
 
-def _labelled(
+def _labelled_scores(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield scores s(x, j) (B, K) and true labels (B,) of the labelled rows, batch by batch."""
     for batch, uncertainty in predictor.scored(data):
-        known = batch.target.cpu() != UNKNOWN
+        target = batch.target.cpu()
+        is_known = target != UNKNOWN
         scores = nonconformity(predictor, batch, uncertainty, method)
-        yield scores[known], batch.target.cpu()[known]
+        yield scores[is_known], target[is_known]
 
 
 def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
@@ -170,7 +173,7 @@ def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
     if names is None:
         names = [str(j) for j in range(members.shape[1])]
     texts = []
-    for row in members.tolist():
-        members_of_row = list(compress(names, row))
-        texts.append(json.dumps(members_of_row, ensure_ascii=False))
+    for is_member in members.tolist():
+        names_of_row = list(compress(names, is_member))
+        texts.append(json.dumps(names_of_row, ensure_ascii=False))
     return texts

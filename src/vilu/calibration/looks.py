@@ -28,17 +28,17 @@ ORDINALS: Final = (
 
 
 class LookedAt(Model):
-    """Smallest hashes of a set of rows, and digests of the targets tried on it, earliest first."""
+    """Set of rows, saved by its smallest hashes, and digests of its targets, earliest first."""
 
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH)
     targets: tuple[str, ...]
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
         """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
-        # The 64 smallest hashes of the union are a random sample of the union. The share of them
-        # that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes of
-        # both sets would be no such sample: if one set is smaller, its saved hashes are larger
-        # numbers than those of the other set.
+        # The 64 smallest hashes of the union are a random sample of the union. The share of this
+        # sample that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes
+        # of both sets would not be a random sample: the saved hashes of a smaller set are larger
+        # numbers than those of a larger set.
         union = sorted({*self.hashes, *hashes})[:SKETCH]
         common = set(self.hashes) & set(hashes) & set(union)
         return len(common) >= SAME_ROWS * len(union)
@@ -51,33 +51,33 @@ class LookRecord(Document):
     fault = DataError
 
     kind: Literal["looks"] = "looks"
-    weights_sha256: str  # of the fit
+    weights_sha256: str  # hash of the weights of the fit
     rows: tuple[LookedAt, ...] = ()
 
 
 def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Record that rows, given by the identities (N,) of their pictures, are tried for a target.
+    """Record that rows are tried for a target; return the number of their targets so far.
 
-    Returns the number of targets that these rows have been tried for, including this target.
+    ``picture`` (N,) holds the identities of the pictures of the rows. The number includes this
+    target.
     """
     smallest = np.unique(picture[picture >= 0])[:SKETCH]
     if not len(smallest):
         return 1
     hashes = tuple(smallest.tolist())
-    wanted = digest(target)
     before = _load(folder)
-    entries = []
-    targets: tuple[str, ...] = (wanted,)
-    for rows in before.rows:
-        if not rows.is_same_set(hashes):
-            entries.append(rows)
+    different = []
+    targets: tuple[str, ...] = (digest(target),)
+    for recorded in before.rows:
+        if not recorded.is_same_set(hashes):
+            different.append(recorded)
             continue
         # Recorded sets that overlap with these rows become one set with all their targets. If they
         # were counted separately, a few new rows would reset the count, and the best of many
         # targets would be reported as the first.
-        new = [name for name in targets if name not in rows.targets]
-        targets = (*rows.targets, *new)
-    after = (*entries, LookedAt(hashes=hashes, targets=targets))
+        new = [name for name in targets if name not in recorded.targets]
+        targets = (*recorded.targets, *new)
+    after = (*different, LookedAt(hashes=hashes, targets=targets))
     before.model_copy(update={"rows": after}).write(folder / LOOKS)
     return len(targets)
 
@@ -94,13 +94,13 @@ def _load(folder: Path) -> LookRecord:
 
 
 def in_words(n_looks: int) -> str:
-    """Text on the number of targets that were tried, and what it means; "" for the first target."""
+    """Text on the number of targets that were tried, and its meaning; "" for the first target."""
     if n_looks == 1:
         return ""
-    which = f"look number {n_looks}"
+    look = f"look number {n_looks}"
     if n_looks <= len(ORDINALS):
-        which = f"{ORDINALS[n_looks - 1]} look"
+        look = f"{ORDINALS[n_looks - 1]} look"
     return (
-        f" ({which} at these rows: {n_looks} targets were tried on them, and the confidence is "
+        f" ({look} at these rows: {n_looks} targets were tried on them, and the confidence is "
         "that of a target which is chosen before the first look)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 RowsMethod = Literal["ltt", "crc", "selection"]
-"""Methods that need all labels of the calibration rows before the first test."""
+"""Methods that need the labels of all calibration rows before the first test."""
 
 Method = Literal[RowsMethod, "anytime"]
 """All methods for a rule; "anytime" is for labels that arrive one after another."""

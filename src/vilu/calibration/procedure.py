@@ -75,18 +75,19 @@ def calibrate_predictor(
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-        >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
+        >>> image = np.random.default_rng(0).normal(size=(200, 8))
+        >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+        >>> text = np.eye(8)
+        >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+        >>> data = vilu.Embeddings(image, text, target=target)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = vilu.MCM().save(folder)
         ...     calibration = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
         >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
         (0, 200, 'temperature')
     """
-    check_target(
-        target, load_predictor(folder), data
-    )  # before the lock file is made, which would remain
+    # The target is checked first. If it were refused later, the lock file would remain.
+    check_target(target, load_predictor(folder), data)
     claim(folder, same=True)
     with locked(Path(folder), "calibrating", who="calibration"):
         return _calibrate(Path(folder), data, target, (dataset, split), overwrite=overwrite)
@@ -133,21 +134,22 @@ def _calibrate(
             return calibration
     fresh = predictor.unseen(data, "calibration")
     check_copies(predictor, data, np.flatnonzero(fresh))
-    rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
+    dataset, split = names
+    rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
     n_looks = 1
     if rows.picture is not None and target.has_rule:
         n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
-    rule, counts, near = _rule_of_units(target, rows, data, np.flatnonzero(fresh))
-    rows = rows.take(counts)
+    rule, saved, near = _rule_of_pictures(target, rows, data, np.flatnonzero(fresh))
+    rows = rows.take(saved)
     warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
     sets: LabelSets | None = None
     if target.label_sets is not None:
-        left_out = np.ones(len(data), np.bool_)
-        left_out[np.flatnonzero(fresh)[counts]] = False
-        counted = data.without(left_out)
+        is_left_out = np.ones(len(data), np.bool_)
+        is_left_out[np.flatnonzero(fresh)[saved]] = False
+        saved_data = data.without(is_left_out)
         sets = fit_label_sets(
-            predictor, counted, max_miss=target.max_miss, method=target.label_sets
+            predictor, saved_data, max_miss=target.max_miss, method=target.label_sets
         )
     calibration = keep_calibration(
         folder,
@@ -176,19 +178,21 @@ def _inputs(
     source = source_fingerprint(data)
     asked = dataclasses.asdict(target)
     made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
-    if not isinstance(data, EmbeddingStore):  # the fingerprint of other sources is of a sample
+    # The fingerprint of a store covers all rows. That of other sources covers a sample of the rows,
+    # so the identities of all rows are added.
+    if not isinstance(data, EmbeddingStore):
         made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
     return digest(made_from)
 
 
-def _rule_of_units(
+def _rule_of_pictures(
     target: Target, rows: Outcomes, data: EmbeddingSource, places: Ints
 ) -> tuple[Rule | None, Ints, Ints]:
-    """The rule of N calibration rows, where pictures count once.
+    """The rule of N calibration rows, where every picture counts once.
 
-    Rows of one picture count once. Near copies are counted and reported with a warning. If some
-    pictures differ by noise only (``ALIKE``), a second rule is made from one picture of each group
-    of copies. The rule that accepts less is returned.
+    Near copies are counted and reported with a warning. If some pictures differ by noise only
+    (``ALIKE``), a second rule is made from one picture of each group of copies. The rule that
+    accepts less is returned.
 
     Args:
         target: The target.
@@ -200,10 +204,10 @@ def _rule_of_units(
         The rule; indices (M,) of the rows to save, which are one row per picture and all rows
         without a label; and indices, among these M, of the copies that the rule leaves out.
     """
-    labelled = evaluable(rows)
-    chosen, counted = count_once(rows, labelled)
+    is_labelled = evaluable(rows)
+    chosen, counted = count_once(rows, is_labelled)
     rule = _certified(rows, target)
-    left_out = chosen[:0]
+    left_out = chosen[:0]  # empty
     is_first = _first_of_near_copies(data, places[chosen])
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
@@ -217,14 +221,14 @@ def _rule_of_units(
             left_out = chosen[~is_different]
     if rule is not None:
         rule = rule.model_copy(update={"counted": counted})
-    is_saved = ~labelled
+    is_saved = ~is_labelled
     is_saved[chosen] = True
     saved = np.flatnonzero(is_saved)
     return rule, saved, np.flatnonzero(np.isin(saved, left_out))
 
 
 def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.bool_]:
-    """Mask (M,) of the pictures that are no near copy of an earlier one.
+    """Mask (M,) of the pictures that are no near copy of an earlier picture.
 
     If there are too many pictures to compare, a warning is logged and the mask is True everywhere.
     """
@@ -232,7 +236,7 @@ def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.b
     if n_pictures <= MOST_COMPARED:
         return first_of_scenes(data, pictures, NEAR_COPY)
     logger.warning(
-        "near copies are searched among at most %s pictures, and these are %s. If some of them are "
+        "near copies are searched among at most %s pictures, and there are %s. If some of them are "
         "near copies of others, the guarantee is too optimistic",
         f"{MOST_COMPARED:,}",
         f"{n_pictures:,}",
@@ -241,7 +245,7 @@ def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.b
 
 
 def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> CountedRows:
-    """The numbers of files and pictures with the number of scenes; logged as a warning."""
+    """Add the number of scenes to the numbers of files and pictures, and log them as a warning."""
     n_pictures = len(is_first)
     n_files = n_pictures if counted is None else counted.files
     n_scenes = int(is_first.sum())
@@ -269,7 +273,7 @@ def _certified(rows: Outcomes, target: Target) -> Rule | None:
 
 
 def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> bool:
-    """Whether a rule accepts fewer of these pictures than the rule ``than``."""
+    """Whether ``rule`` accepts fewer of these pictures than the rule ``than``."""
     if rule is None or than is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
@@ -277,7 +281,7 @@ def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> b
     return n_accepted < int(than.accept(pictures.uncertainty, groups).sum())
 
 
-def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
+def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     folder: Path,
     predictor: FailurePredictor,
     rows: Outcomes,
@@ -295,15 +299,16 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 ) -> Calibration:
     """Write a calibrated predictor, the calibration rows of ``data``, and then the calibration.
 
-    ``names`` are the names of the data set and of its split. ``dtype`` is the type to which
-    new embeddings are rounded; None: that of the data.
+    ``names`` are the names of the data set and of its split. ``dtype`` is the number format to
+    which new embeddings are rounded; None: the format of the data.
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
     predictor.save(folder)
-    # bare embeddings and new images are scored with the vocabulary; without texts there is none
+    # The vocabulary is needed to score bare embeddings and new images. Without texts there is none.
     if data.pool_size is None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
+    dataset, split = names
     guarantee = None
     if rule is not None:
         guarantee = f"{rule}{in_words(n_looks)}"
@@ -312,8 +317,8 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
         rows,
         data,
         source=source_fingerprint(data),
-        dataset=names[0],
-        split=names[1],
+        dataset=dataset,
+        split=split,
         guarantee_text=guarantee,
         target=target,
         rule=rule,
@@ -327,20 +332,22 @@ def keep_calibration(  # noqa: PLR0913 - all that a calibration is made of
 
 
 def take_back(folder: Path, changed: set[str]) -> bool:
-    """Remove a calibration if labels of its rows, given by their keys, have changed.
+    """Remove a calibration if labels of its rows have changed; return whether it was removed.
 
-    Returns whether it was removed.
+    ``changed`` holds the keys of all rows whose labels have changed.
     """
     calibration = Calibration.find(folder) if changed else None
     if calibration is None:
         return False
-    wrong = changed & set(calibration.rows.ids or ())
-    if not wrong:
+    changed_rows = changed & set(calibration.rows.ids or ())
+    if not changed_rows:
         return False
     (folder / RISK).unlink()
     write_card(folder)
     logger.warning(
-        "%d labels that the guarantee rests on have changed: it has to be shown again", len(wrong)
+        "%d labels that the guarantee rests on have changed, so the calibration was removed. "
+        "Calibrate again",
+        len(changed_rows),
     )
     return True
 
@@ -364,7 +371,7 @@ def _made_before(folder: Path, inputs: str) -> Calibration | None:
     raise UsageError(
         f"{folder} is calibrated already, on {calibration.n:,} rows of {calibration.dataset} "
         f"({calibration.guarantee_text or 'no rule'}). --overwrite replaces that calibration; "
-        "monitors of it then begin anew."
+        "its monitors must then begin anew."
     )
 
 
@@ -372,11 +379,11 @@ def _infeasible(rule: Rule) -> str:
     """Message that says why nothing can be accepted, and what is missing."""
     reasons = []
     for name, threshold in list(rule.thresholds.items())[:SHOWN]:
-        of = f"{name}: " if name else ""
+        group = f"{name}: " if name else ""
         needed = ""
         if threshold.n_needed is not None:
             needed = f" At least {threshold.n_needed:,} calibration rows are needed."
-        reasons.append(f"{of}{threshold.why}.{needed}")
+        reasons.append(f"{group}{threshold.why}.{needed}")
     n_more = len(rule.thresholds) - SHOWN
     if n_more > 0:
         reasons.append(f"And {n_more} more groups.")

@@ -54,10 +54,10 @@ ROUNDING = 1e-9
 
 
 class Rule(Model):
-    """Accepts an answer or leaves it for review.
+    """A rule that accepts an answer or leaves it for review.
 
     A rule has one threshold for all rows or one per group, and may have floors. Only a rule of the
-    method "selection" has no threshold: it judges all rows of a batch together (``needs_batch``,
+    method "selection" has no threshold. It judges all rows of a batch together (``needs_batch``,
     ``vilu.calibration.selection``).
 
     Attributes:
@@ -76,17 +76,18 @@ class Rule(Model):
             holds; None: the share among the calibration rows.
         class_shares: Share of each class, among the pictures of the classes, for which the
             guarantee holds; None: the shares among the calibration rows.
-        counted: Numbers of files and pictures of the calibration rows; None if every file shows
-            another picture, or if it is not known which files show one picture.
+        counted: Numbers of files and pictures of the calibration rows. None if every file shows a
+            picture of its own, or if it is not known which files show the same picture.
 
     Examples:
         >>> import numpy as np, vilu
         >>> uncertainty = np.linspace(0, 1, 101)
-        >>> rule = vilu.certify(vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05)
-        >>> round(rule.threshold, 2), rule.n_wrong, rule.n_accepted
-        (0.79, 0, 80)
-        >>> rule.accept([0.2, 0.99, np.nan]).tolist()
-        [True, False, False]
+        >>> failure = uncertainty > 0.795  # the 80 most trusted answers are right
+        >>> rule = vilu.certify(vilu.Outcomes(uncertainty, failure), max_risk=0.05)
+        >>> round(rule.threshold, 2), rule.n_accepted, rule.n_wrong
+        (0.79, 80, 0)
+        >>> rule.accept([0.2, 0.99]).tolist()
+        [True, False]
         >>> rule.reasons([0.2, 0.99])
         [None, 'above_threshold']
     """
@@ -149,7 +150,7 @@ class Rule(Model):
         Raises:
             UsageError: If there is one threshold per group, or if whole batches are judged.
         """
-        return self._only("threshold").threshold
+        return self._single_threshold("threshold").threshold
 
     @property
     def floor(self) -> float | None:
@@ -158,13 +159,14 @@ class Rule(Model):
         Raises:
             UsageError: If there is one floor per group, or if whole batches are judged.
         """
-        return self._only("floor").floor
+        return self._single_threshold("floor").floor
 
-    def _only(self, what: str) -> Threshold:
+    def _single_threshold(self, wanted: str) -> Threshold:
+        """The threshold for all rows; ``wanted`` is the word for messages."""
         if self.needs_batch:
-            raise UsageError(f"this rule judges whole batches, so it has no {what} of its own.")
+            raise UsageError(f"this rule judges whole batches, so it has no {wanted} of its own.")
         if self.grouped_by is not None:
-            raise UsageError(f"this rule has a {what} per group: see its thresholds.")
+            raise UsageError(f"this rule has a {wanted} per group: see its thresholds.")
         return self.thresholds[ALL]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
@@ -177,11 +179,10 @@ class Rule(Model):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> day, night = np.linspace(0, 1, 100), np.linspace(0, 1, 100)
-            >>> outcomes = vilu.Outcomes(
-            ...     [*day, *night], [*(day > 0.9), *(night > 0.6)]
-            ... )  # by night more is wrong
             >>> groups = ["day"] * 100 + ["night"] * 100
+            >>> uncertainty = np.tile(np.linspace(0, 1, 100), 2)
+            >>> failure = uncertainty > np.repeat([0.9, 0.6], 100)  # by night more is wrong
+            >>> outcomes = vilu.Outcomes(uncertainty, failure)
             >>> rule = vilu.certify(outcomes, max_risk=0.1, groups=groups)
             >>> floors, thresholds = rule.limits(2, ["day", "night"])
             >>> thresholds.round(2).tolist()
@@ -191,9 +192,10 @@ class Rule(Model):
             raise UsageError("this rule judges whole batches, so no row has a limit of its own.")
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
         without_group = intervals.get(OTHER, (-math.inf, -math.inf))
-        rows = [intervals.get(name, without_group) for name in self._group_of_each(n, groups)]
-        ends = np.array(rows, dtype=np.float64).reshape(n, 2)
-        return ends[:, 0], ends[:, 1]
+        group_of_row = self._group_of_each(n, groups)
+        interval_of_row = [intervals.get(name, without_group) for name in group_of_row]
+        floors, thresholds = np.array(interval_of_row, dtype=np.float64).reshape(n, 2).T
+        return floors, thresholds
 
     def _group_of_each(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
         """Name of the group of every one of n rows, as in ``thresholds``."""
@@ -218,15 +220,15 @@ class Rule(Model):
             groups: Names of the groups of the N rows; needed if the rule has groups.
 
         Raises:
-            UsageError: If the rule has groups and there is not one name for every row.
-            DataError: If ``uncertainty`` is no vector of numbers, or ``groups`` no list of texts.
+            UsageError: If the rule has groups and ``groups`` does not name one for every row.
+            DataError: If ``uncertainty`` is not a vector of numbers, or if ``groups`` is not a list
+                of texts.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> calibration = vilu.Outcomes(
-            ...     np.linspace(0, 0.5, 100), np.zeros(100)
-            ... )  # all are right
-            >>> rule = vilu.certify(calibration, max_risk=0.05)
+            >>> uncertainty = np.linspace(0, 0.5, 100)
+            >>> failure = np.zeros(100)  # all answers are right
+            >>> rule = vilu.certify(vilu.Outcomes(uncertainty, failure), max_risk=0.05)
             >>> rule.accept([0.1, 0.5, 0.6, np.nan]).tolist()
             [True, True, False, False]
         """
@@ -243,9 +245,10 @@ class Rule(Model):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> calibration = vilu.Outcomes(np.linspace(0, 1, 19), np.zeros(19))
+            >>> failure = np.zeros(19)  # all answers are right
+            >>> calibration = vilu.Outcomes(np.linspace(0, 1, 19), failure)
             >>> rule = vilu.certify(calibration, max_risk=0.05, method="selection")
-            >>> rule.p_values([0.5]).tolist()
+            >>> rule.p_values([0.5]).tolist()  # (1 + 0) / (1 + 19)
             [0.05]
         """
         if not self.needs_batch:
@@ -267,7 +270,8 @@ class Rule(Model):
             reasons[~self.accept(scores)] = "not_selected"
         else:
             floors, thresholds = self.limits(len(scores), groups)
-            reasons[~(scores <= thresholds)] = "above_threshold"
+            is_below = scores <= thresholds  # False for NaN, so such a row gets a reason too
+            reasons[~is_below] = "above_threshold"
             reasons[scores <= floors] = "below_floor"
             reasons[thresholds == -np.inf] = "not_certified"
         texts: list[str | None] = reasons.tolist()
@@ -293,28 +297,25 @@ class Rule(Model):
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        sure = f"with confidence {exactly(self.confidence)}"
-        what = "of the accepted answers are wrong"
+        certainty = f"with confidence {exactly(self.confidence)}"
+        errors = "of the accepted answers are wrong"
         if self.method == "crc":
-            sure = "on average"
-            what = "of all answers are accepted and wrong"
-        rows = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
-        share = ""
-        shares = ""
+            certainty = "on average"
+            errors = "of all answers are accepted and wrong"
+        counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
+        accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted:
-            rows += ", which have other shares"
-            share = " of the calibration rows"
-            shares = f" {in_words(self.outside_share, self.class_shares)}"
+            counts += ", which have other shares"
+            accepts += " of the calibration rows"
+            errors += f" {in_words(self.outside_share, self.class_shares)}"
         if self.counted is not None:
-            rows += f": {self.counted}"
+            counts += f": {self.counted}"
         if self.method == "anytime":
-            rows += ", at whatever moment one looks"
-            share = " of the calibration rows"
-        but = ""
+            counts += ", at whatever moment one looks"
+            accepts += " of the calibration rows"
         if any(threshold.floor is not None for threshold in self.thresholds.values()):
-            but = ", and leaves the most trusted for review, which are too often wrong"
-        accepts = f"accepts {self.coverage:.1%}{share}{but}"
-        return f"{accepts}; {sure} at most {percent(bound)} {what}{shares} ({rows})"
+            accepts += ", and leaves the most trusted for review, which are too often wrong"
+        return f"{accepts}; {certainty} at most {percent(bound)} {errors} ({counts})"
 
 
 @checked
@@ -346,42 +347,41 @@ def certify(
         min_coverage: Smallest share to accept, at the stated shares if shares are stated. Together
             with ``max_risk``, a threshold that accepts less is infeasible. Without ``max_risk``,
             the strictest threshold with this coverage is taken, and its risk is bounded.
-        method: "ltt" or "crc", see ``vilu.calibration.thresholds``; or "selection", which accepts
-            part of a batch such that E[share of wrong answers among the accepted] <= max_risk, see
-            ``vilu.calibration.selection``. The method "anytime" needs labels that arrive one after
-            another; ``vilu calibrate --method anytime`` uses it.
+        method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
+            accepts part of a batch such that E[share of wrong answers among the accepted] <=
+            max_risk (``vilu.calibration.selection``). The method "anytime" needs labels that arrive
+            one after another; ``vilu calibrate --method anytime`` uses it.
         groups: Names of the groups of the N rows, or "prediction" for the zero-shot answers. Every
-            group with enough rows has a threshold of its own. All other groups share one threshold,
-            "(other)"; so does a group of that name. delta is divided among the thresholds, so that
-            all guarantees hold at once. Without ``max_risk``, every group has ``min_coverage``.
+            group with enough rows has a threshold of its own. All other groups, and a group with
+            the name "(other)", share the threshold "(other)". delta is divided among the
+            thresholds, so that all guarantees hold at once. Without ``max_risk``, every group has
+            ``min_coverage``.
         outside_share: Expected share of pictures of none of the classes, in [0, 1), if it differs
             from the share among the calibration rows. Calibration rows with ``outside`` represent
-            these pictures. The guarantee also holds for every smaller share of such pictures. For
-            "ltt" without groups only.
-        class_shares: Expected share of each class, by name, among the pictures of the classes. All
-            classes must be named, those with a share of 0, too. For "ltt" without groups only.
+            these pictures. The guarantee also holds for every smaller share of such pictures. Only
+            for "ltt" without groups.
+        class_shares: Expected share of each class, by name, among the pictures of the classes.
+            Every class must be named, even if its share is 0. Only for "ltt" without groups.
 
     Raises:
         UsageError: If neither ``max_risk`` nor ``min_coverage`` is given, or if an argument is out
             of range.
         DataError: If no row can be used, if more than 1 % of the rows were used to fit the
-            predictor (as counted by ``vilu.score``), or if there is not one group per row.
+            predictor (as counted by ``vilu.score``), or if ``groups`` does not name one group per
+            row.
         InfeasibleError: If "selection" has too few rows to select anything.
 
     Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
         >>> uncertainty = rng.random(1000)
-        >>> calibration = vilu.Outcomes(uncertainty, rng.random(1000) < uncertainty**2)
-        >>> rule = vilu.certify(calibration, max_risk=0.1)
+        >>> failure = rng.random(1000) < uncertainty**2  # P(wrong) rises with the uncertainty
+        >>> rule = vilu.certify(vilu.Outcomes(uncertainty, failure), max_risk=0.1)
         >>> round(rule.threshold, 2), rule.n_accepted, rule.n_wrong
         (0.37, 338, 23)
-        >>> few = vilu.certify(vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50)), max_risk=0.05)
-        >>> (
-        ...     few.feasible,
-        ...     few.thresholds[""].n_needed,
-        ... )  # 0.95**59 < 0.05, and a row for the threshold
-        (False, 60)
+        >>> few = vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50))  # all right, but too few
+        >>> vilu.certify(few, max_risk=0.05).feasible
+        False
     """
     target = Target(
         max_risk=max_risk,
@@ -399,18 +399,18 @@ def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
     """The rule for a target, as ``certify`` makes it; the rule may accept nothing."""
-    keep, counted = count_once(outcomes, evaluable(outcomes))
-    rows = outcomes.take(keep)
+    chosen, counted = count_once(outcomes, evaluable(outcomes))
+    rows = outcomes.take(chosen)
     thresholds: dict[str, Threshold] = {}
     wrong: tuple[float, ...] = ()
     n = len(rows)
     if target.method == "selection":
         n, wrong = _rows_for_selection(rows, target)
     elif target.states_shares:
-        thresholds = {ALL: _for_shares(rows, target)}
+        thresholds = {ALL: _threshold_for_shares(rows, target)}
     else:
-        names = None if groups is None else _names(outcomes, groups, keep)
-        thresholds = _for_groups(rows, names, target)
+        names = None if groups is None else _groups_of_rows(outcomes, groups, chosen)
+        thresholds = _thresholds_of_groups(rows, names, target)
     grouped_by: Literal["prediction", "groups"] | None = None
     if groups is not None:
         grouped_by = "prediction" if isinstance(groups, str) else "groups"
@@ -452,14 +452,14 @@ def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[floa
 def rule_at_any_time(
     groups: Mapping[str, tuple[Looks, Outcomes]], max_risk: float, confidence: float
 ) -> Rule:
-    """The rule that labels certify which have arrived one after another, with every group's tests.
+    """The rule that is certified by labels which have arrived one after another.
 
     ``groups`` holds for every group the tests of its thresholds, and its labelled rows. A single
     group of all rows has the name "".
     """
     thresholds: dict[str, Threshold] = {}
     for name, (looks, rows) in groups.items():
-        thresholds[name] = _by_labels(looks, rows, max_risk)
+        thresholds[name] = _laxest_so_far(looks, rows, max_risk)
     return Rule(
         method="anytime",
         max_risk=max_risk,
@@ -470,16 +470,16 @@ def rule_at_any_time(
     )
 
 
-def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
+def _laxest_so_far(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
     """The laxest threshold that the labels certify so far, or the reason why there is none."""
-    at = looks.certified(rows.uncertainty, rows.failure)
+    index = looks.certified(rows.uncertainty, rows.failure)
     wrong, accepted = looks.counts(rows.uncertainty, rows.failure)
-    if at is not None:
+    if index is not None:
         return Threshold(
-            threshold=float(looks.grid[at]),
+            threshold=float(looks.grid[index]),
             n=len(rows),
-            n_accepted=int(accepted[at]),
-            n_wrong=int(wrong[at]),
+            n_accepted=int(accepted[index]),
+            n_wrong=int(wrong[index]),
             risk_bound=max_risk,
         )
     more = looks.more_needed(rows.uncertainty, rows.failure)
@@ -499,22 +499,22 @@ def _by_labels(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
 def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
     """Mask (N,) of the rows that a calibration can use.
 
-    Raises a DataError if there is no such row, or if too many rows are of the fit.
+    Raises a DataError if there is no such row, or if too many rows were used in the fit.
     """
     refuse_fitted(outcomes)
-    keep = outcomes.evaluable
-    if not keep.any():
+    is_usable = outcomes.evaluable
+    if not is_usable.any():
         raise DataError(
             "calibration needs rows with an uncertainty and a known failure. "
             f"None of the {len(outcomes)} rows has both."
         )
-    return keep
+    return is_usable
 
 
 def refuse_fitted(outcomes: Outcomes) -> None:
-    """Refuse outcomes if more than 1 % of them are of rows of the predictor's fit.
+    """Refuse outcomes if more than 1 % of their rows were used in the predictor's fit.
 
-    If fewer are, there is a warning.
+    A smaller share leads to a warning.
     """
     provenance = outcomes.provenance
     n_seen = provenance.get("n_seen_in_fit")
@@ -553,8 +553,8 @@ def group_names(outcomes: Outcomes) -> list[str]:
     return names
 
 
-def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
-    """Name of the group of every row with an index in ``keep`` (M,)."""
+def _groups_of_rows(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) -> list[str]:
+    """Name of the group of every row with an index in ``chosen`` (M,)."""
     names: Sequence[str] | None
     if isinstance(groups, str):
         names = group_names(outcomes)
@@ -564,7 +564,7 @@ def _names(outcomes: Outcomes, groups: Sequence[str], keep: Ints) -> list[str]:
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
         )
-    return [names[row] for row in keep.tolist()]
+    return [names[row] for row in chosen.tolist()]
 
 
 def members_of(
@@ -581,8 +581,8 @@ def members_of(
     if names is None:
         return {ALL: np.arange(n)}
     sizes = Counter(names)
-    # from the largest group to the smallest, groups of equal size by name
-    ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
+    # from the largest group to the smallest; groups of equal size stay in the order of their names
+    ranked = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
     n_own = 0
     for n_groups in range(1, len(ranked) + 1):
         # one more share is for "(other)", unless no group is left for it
@@ -600,7 +600,9 @@ def members_of(
     return members
 
 
-def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict[str, Threshold]:
+def _thresholds_of_groups(
+    rows: Outcomes, names: list[str] | None, target: Target
+) -> dict[str, Threshold]:
     """The best threshold of every group.
 
     If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
@@ -617,8 +619,8 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
     thresholds = {}
     for name, members_of_group in members.items():
         counts = tie_counts(rows.uncertainty[members_of_group], rows.failure[members_of_group])
-        thresholds[name] = _best(counts, target, level)
-    why = _why_not_all(thresholds, target)
+        thresholds[name] = _best_threshold(counts, target, level)
+    why = _why_coverage_missed(thresholds, target)
     if why is None:
         return thresholds
     for name, threshold in thresholds.items():
@@ -626,7 +628,7 @@ def _for_groups(rows: Outcomes, names: list[str] | None, target: Target) -> dict
     return thresholds
 
 
-def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
+def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
     """Why the groups together do not reach ``min_coverage``; None if they do."""
     if target.min_coverage is None:
         return None
@@ -637,7 +639,8 @@ def _why_not_all(thresholds: Mapping[str, Threshold], target: Target) -> str | N
         return None
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
-    if 0 < n_accepted < (target.min_coverage - ROUNDING) * n:
+    n_asked = (target.min_coverage - ROUNDING) * n
+    if 0 < n_accepted < n_asked:
         return _coverage_too_small(n_accepted / n, target.min_coverage)
     return None
 
@@ -649,7 +652,7 @@ def _coverage_too_small(coverage: float, asked: float) -> str:
     )
 
 
-def _for_shares(rows: Outcomes, target: Target) -> Threshold:
+def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
     """The best threshold for stated shares, or the reason why there is none."""
     strata = Strata(rows, target.outside_share, target.class_shares)
     max_risk = target.max_risk or 0.0
@@ -669,7 +672,7 @@ def _for_shares(rows: Outcomes, target: Target) -> Threshold:
     return best
 
 
-def _best(counts: TieCounts, target: Target, delta: float) -> Threshold:
+def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshold:
     """The best threshold of a group at level delta, or the reason why there is none."""
     if target.max_risk is None:
         best = coverage_first(counts, target.min_coverage or 1.0, delta)

@@ -4,11 +4,11 @@ The p-value of an answer with uncertainty u, from n calibration answers with unc
 
     p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n).
 
-It is small if calibration answers that were trusted as much are rarely wrong. The procedure of
-Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as its level. It
-bounds the mean share of wrong answers among the accepted ones (0 if no answer is accepted). The
-mean is over draws of calibration rows and batch. The decision about a row depends on the other rows
-of its batch, so all rows of a batch must be judged together.
+It is small if calibration answers that were trusted at least as much are rarely wrong. The
+procedure of Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as
+its level. It bounds the mean share of wrong answers among the accepted ones (0 if no answer is
+accepted). The mean is over draws of calibration rows and batch. The decision about a row depends on
+the other rows of its batch, so all rows of a batch must be judged together.
 
 Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
 hypothesis "the answer is wrong" and their clipped score. With 1 + #wrong in place of 1 + n (Bates
@@ -41,7 +41,8 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.selection import p_values
-        >>> p_values(np.array([0.2, 0.3]), [0.3, 0.9], 4).tolist()
+        >>> uncertainty = np.array([0.2, 0.3])
+        >>> p_values(uncertainty, wrong=[0.3, 0.9], n=4).tolist()  # (1 + 0) / 5, (1 + 1) / 5
         [0.2, 0.4]
     """
     # The new answer is counted as wrong: this is the 1 in the numerator. Without it, an answer more
@@ -66,16 +67,17 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
     steps = level * np.arange(1, len(ordered) + 1) / len(ordered)
     # A step-up procedure: the largest p-value below its step sets the limit, even if a smaller
     # p-value is above its own step.
-    passed = np.flatnonzero(ordered <= steps)
+    passed = ordered[ordered <= steps]
     if not len(passed):
         return np.zeros_like(scored)
-    accepted: NDArray[np.bool_] = scored & (p <= ordered[passed[-1]])
+    limit = passed.max()
+    accepted: NDArray[np.bool_] = scored & (p <= limit)
     return accepted
 
 
 def drawn(n: int) -> Ints:
-    """Indices of the rows, out of n, that a rule is made from; a fixed random sample."""
-    # A random sample, because rows may be sorted by class, and the first million would then hold
+    """Indices of a fixed random sample of n calibration rows; the rule uses these rows."""
+    # The sample is random, because rows may be sorted by class. The first million would then hold
     # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the
     # methods of a Generator may change.
     stream = np.random.PCG64([MAX_ROWS, n]).random_raw(n)

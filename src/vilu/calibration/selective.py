@@ -33,31 +33,31 @@ from vilu.scoring.score import DecidingModel, score
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
-"""Risk at which kinds of answers are compared if the target names none."""
+"""Risk at which both kinds of answers are compared if the target has no ``max_risk``."""
 
 OF_CALIBRATION = (ROWS, LOOKS, VOCABULARY, RISK)
-"""Files of a calibration beside those of its predictor; the last one makes it valid."""
+"""Files of a calibration beside those of its predictor. The last file makes the others valid."""
 
 
 class Selective(DecidingModel):
     """A predictor with the calibration that accepts its answers or leaves them for review.
 
-    ``vilu fit`` and ``vilu calibrate`` leave the same in a folder. ``save`` writes such a folder,
-    and ``vilu.load`` reads one, whichever way it was made. ``vilu.score``, ``vilu.score_parts``,
-    ``vilu.Guard``, ``vilu.Monitor.of_folder``, ``vilu serve``, the export as ONNX and the push to a
-    hub take the object in place of the folder.
+    ``save`` writes the object into a folder, as ``vilu fit`` and ``vilu calibrate`` do, and
+    ``vilu.load`` reads such a folder. ``vilu.score``, ``vilu.score_parts``, ``vilu.Guard``,
+    ``vilu.Monitor.of_folder``, ``vilu serve``, the export as ONNX and the push to a hub take this
+    object in place of the folder.
 
     Args:
-        predictor: The method with its parameters, of which a copy is taken. The copy keeps its fit,
-            unless ``answer`` is another one.
-        answer: Which answer is judged ("zero_shot", "adapted" or "given"). None: ``fit`` and
-            ``calibrate`` choose between zero-shot and adapted answers (``choose_answer``), if the
-            method learns a posterior from labels; otherwise it is that of the predictor.
+        predictor: The method with its parameters, of which a copy is taken. The copy keeps the fit,
+            unless ``answer`` differs from the answer of the predictor.
+        answer: Which answer is judged ("zero_shot", "adapted" or "given"). None: the answer of the
+            predictor. If this is the zero-shot answer and the method learns a posterior from
+            labels, ``calibrate`` chooses between zero-shot and adapted answers (``choose_answer``).
 
     Attributes:
         predictor: The predictor; after ``calibrate`` with the calibrated probability of failure.
         calibration: The calibration; None before ``calibrate``.
-        choice: The answers that were chosen, and why; None if nothing was to choose.
+        choice: The kind of answers that was chosen, and why; None if there was no choice.
         vocabulary: The classes of the calibration rows; None before ``calibrate``, and for
             captions.
 
@@ -67,17 +67,20 @@ class Selective(DecidingModel):
     Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
+        >>> text = np.eye(4, 8)
         >>> target = rng.integers(4, size=600)
-        >>> image = np.eye(4, 8)[target] + 0.3 * rng.normal(size=(600, 8))
+        >>> image = text[target] + 0.3 * rng.normal(size=(600, 8))
         >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
-        >>> data = vilu.Embeddings(image, np.eye(4, 8), target=target)
+        >>> data = vilu.Embeddings(image, text, target=target)
         >>> parts = data.split(fit=0.4, calibration=0.4, test=0.2)
         >>> model = vilu.Selective(vilu.PREDICTORS["linear_probe"](), answer="adapted")
         >>> _ = model.fit(parts.fit).calibrate(parts.calibration, max_risk=0.05)
         >>> outcomes = model.predict(parts.test)
         >>> accepted = np.array(outcomes.decision) == "accept"
-        >>> bool(accepted.mean() > 0.5), bool(outcomes.failure[accepted].mean() < 0.05)
-        (True, True)
+        >>> bool(accepted.mean() > 0.5)
+        True
+        >>> bool(outcomes.failure[accepted].mean() < 0.05)
+        True
     """
 
     @checked
@@ -112,13 +115,14 @@ class Selective(DecidingModel):
         *,
         unlabelled: EmbeddingSource | None = None,
     ) -> Self:
-        """Fit the predictor, as ``FailurePredictor.fit``; an earlier calibration is dropped.
+        """Fit the predictor, as ``FailurePredictor.fit`` does, and drop an earlier calibration.
 
         Examples:
             >>> import numpy as np, vilu
             >>> angle = np.linspace(0, np.pi / 2, 100)
-            >>> image = np.c_[np.cos(angle), np.sin(angle)]
-            >>> train = vilu.Embeddings(image, np.eye(2), target=np.repeat([0, 1], [70, 30]))
+            >>> image, text = np.c_[np.cos(angle), np.sin(angle)], np.eye(2)
+            >>> target = np.repeat([0, 1], [70, 30])
+            >>> train = vilu.Embeddings(image, text, target=target)
             >>> vilu.Selective(vilu.PREDICTORS["linear_probe"]()).fit(train)
             Selective(LinearProbe(), not calibrated)
         """
@@ -148,10 +152,10 @@ class Selective(DecidingModel):
         dataset: str | None = None,
         split: str | None = None,
     ) -> Self:
-        """Learn a rule, label sets and the probability of failure, as ``vilu calibrate``.
+        """Learn a rule, label sets and the probability of failure, as ``vilu calibrate`` does.
 
-        The arguments from ``max_risk`` to ``class_shares`` are those of ``vilu.Target``, in place
-        of a target. They have the names of the flags of the command.
+        In place of ``target``, its fields may be given: the arguments from ``max_risk`` to
+        ``class_shares``.
 
         Args:
             data: Labelled rows that were not fitted on.
@@ -169,21 +173,24 @@ class Selective(DecidingModel):
             split: Name of its part.
 
         Raises:
-            UsageError: If nothing is asked for, or twice, or the target is not possible.
+            UsageError: If neither ``target`` nor fields of it are given, or if both are, or if the
+                target is not possible.
             NotFittedError: If the predictor needs ``fit`` first.
             DataError: If more than 1 % of the rows were used in the fit.
             InfeasibleError: If the target cannot be reached; the message says what is missing.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, vilu.Target(max_risk=0.05))
             >>> model.calibration.rule.n_accepted
             200
         """
-        asked = Target(
+        fields = Target(
             max_risk=max_risk,
             min_coverage=min_coverage,
             confidence=confidence,
@@ -194,13 +201,14 @@ class Selective(DecidingModel):
             outside_share=outside_share,
             class_shares=class_shares,
         )
-        is_asked = asked != Target()
-        if (target is not None) == is_asked:
+        has_fields = fields != Target()
+        has_target = target is not None
+        if has_target == has_fields:
             raise UsageError(
                 "calibrate takes a target, or max_risk and other fields of a target. Give one of "
                 "the two."
             )
-        goal = asked if target is None else target
+        goal = fields if target is None else target
         self._choose(goal.max_risk or RISK_OF_CHOICE)
         calibrate_predictor(self.folder, data, goal, dataset=dataset, split=split)
         self._read(self.folder)
@@ -226,28 +234,31 @@ class Selective(DecidingModel):
 
         Args:
             data: Embeddings; or only image embeddings (N, D), whose candidates are the classes of
-                the calibration. A tensor is scored on its device. The outcomes are arrays, so a few
-                numbers of every row come to the CPU, and for label sets (N, K) probabilities. No
-                embedding does: therefore rows on another device than the CPU are not recognised,
-                neither as rows of the fit nor as equal pictures.
+                the calibration. A tensor is scored on its device. Only results are copied to the
+                CPU: a few numbers per row, and for label sets (N, K) probabilities. Embeddings are
+                not copied, so rows on a GPU are not recognised as rows of the fit, nor as equal
+                pictures.
             dataset: Name of the data set.
             split: Name of its part.
 
         Raises:
-            UsageError: If it is not calibrated, or has no classes for bare image embeddings.
-            DataError: If there is no row, or a shape is wrong.
+            UsageError: If the model is not calibrated, or if it has no classes for bare image
+                embeddings.
+            DataError: If there is no row, or if a shape is wrong.
             ProvenanceError: If the rows come from another embedding space, or have other candidates
                 than the calibration.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
             >>> model.predict(data.take([0, 1])).decision
             ('accept', 'accept')
-            >>> model.predict(rows[:2]).decision
+            >>> model.predict(image[:2]).decision  # bare embeddings
             ('accept', 'accept')
         """
         self._require_calibrated()
@@ -263,16 +274,18 @@ class Selective(DecidingModel):
     def predict_uncertainty(self, data: EmbeddingSource | RowsLike) -> NDArray[np.float64] | Tensor:
         """Uncertainty (N,) of every row, as ``FailurePredictor.predict_uncertainty``.
 
-        The candidates of bare image embeddings (N, D) are the classes of the calibration. The
-        result in place of a tensor is a tensor on its device.
+        The candidates of bare image embeddings (N, D) are the classes of the calibration. For a
+        tensor, the result is a tensor on the same device.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
-            >>> bool(model.predict_uncertainty(rows[:1])[0] <= model.calibration.rule.threshold)
+            >>> bool(model.predict_uncertainty(image[:1])[0] <= model.calibration.rule.threshold)
             True
         """
         source = self._source_of(data)
@@ -283,15 +296,17 @@ class Selective(DecidingModel):
 
     @checked
     def predict_failure_probability(self, data: EmbeddingSource | RowsLike) -> NDArray[np.float64]:
-        """P(failure) (N,) of every row as an array, calibrated after ``calibrate``.
+        """Probability of failure (N,) of every row as an array, calibrated by ``calibrate``.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), rows.argmax(axis=1))
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
-            >>> bool(model.predict_failure_probability(rows[:1])[0] < 0.5)
+            >>> bool(model.predict_failure_probability(image[:1])[0] < 0.5)
             True
         """
         return self.predictor.predict_failure_probability(self._source_of(data))
@@ -312,14 +327,16 @@ class Selective(DecidingModel):
         """Write the folder that ``vilu calibrate`` leaves, and return the predictor's fingerprint.
 
         Raises:
-            UsageError: If it is not calibrated, or the folder holds something else.
-            StorageError: If the file system refuses.
+            UsageError: If the model is not calibrated, or if the folder holds something else.
+            StorageError: If a file cannot be written.
 
         Examples:
             >>> import numpy as np, tempfile, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
             >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     fingerprint = model.save(folder)
@@ -353,7 +370,7 @@ class Selective(DecidingModel):
             True
         """
         model = cls(load_predictor(folder))
-        Calibration.load(folder)  # a damaged one is refused with the name of this folder
+        Calibration.load(folder)  # an error about a damaged calibration names this folder
         _copy_calibration(Path(folder), model.folder)
         model._read(model.folder)
         return model
@@ -365,7 +382,8 @@ class Selective(DecidingModel):
         train, unlabelled = self._fitted_on
         self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
         self.predictor = self.predictor.judging(self.choice.answer)
-        self._fitted_on = None  # a second calibration keeps the choice, and the rows can go
+        # A second calibration keeps the choice, so the rows are no longer needed.
+        self._fitted_on = None
 
     def _require_calibrated(self) -> Calibration:
         if self.calibration is None:
@@ -377,19 +395,19 @@ class Selective(DecidingModel):
 
     @property
     def folder(self) -> Path:
-        """A folder of this object with its predictor, where calibrations and looks are kept."""
+        """Temporary folder of this object, with its predictor, calibration and looks."""
         if self.predictor.needs_fit and self.predictor.space_ is None:
             raise NotFittedError(f"this {self.predictor.name} is not fitted yet. Call fit first.")
         if self._folder is None:
             self._folder = Path(mkdtemp(prefix="vilu-selective-"))
-            # the folder goes with this object
+            # The folder is removed together with this object.
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             self.predictor.save(self._folder)
         return self._folder
 
 
 def _copy_calibration(source: Path, folder: Path) -> None:
-    """Copy the files of a calibration; the one that makes it valid comes last."""
+    """Copy the files of a calibration, in the order of ``OF_CALIBRATION``."""
     for name in OF_CALIBRATION:
         if (source / name).is_file():
             with or_refuse(f"read {source / name}"):
@@ -412,7 +430,9 @@ def load(folder: str | Path) -> FailurePredictor | Selective:
 
     Examples:
         >>> import tempfile, numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> text = np.eye(2)
+        >>> image = text[[0] * 40]  # all answers are class 0
+        >>> data = vilu.Embeddings(image, text, target=[0, 0, 0, 1] * 10)  # a quarter is wrong
         >>> folder = tempfile.mkdtemp()
         >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
         >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,20 +76,22 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
         for name, share in dict[str, Any](class_shares).items():
-            if not isinstance(share, int | float | np.number) or not 0 <= share <= 1:
+            is_number = isinstance(share, int | float | np.number)
+            is_share = is_number and 0 <= share <= 1
+            if not is_share:
                 raise UsageError(
                     f"the share of {name!r} must be a number in [0, 1]. Got {share!r} instead."
                 )
         total = sum(class_shares.values())
         if abs(total - 1) > SUM_TOLERANCE:
             raise UsageError(
-                "the shares of the classes are of the rows within the classes, and must add up to "
-                f"1. They add up to {total:g}."
+                "the shares of the classes are shares of the rows that belong to a class, so they "
+                f"must add up to 1. They add up to {total:g}."
             )
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that leave out a class of the rows; a share of 0 must be stated, too."""
+    """Refuse stated shares that leave out a class of the rows, even if its share is 0."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -100,6 +102,14 @@ def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None
             f"{', '.join(map(repr, missing))}. State the share of every class, 0 where none of its "
             "pictures is to be expected."
         )
+
+
+class LackingStratum(NamedTuple):
+    """A stratum with too few rows for any guarantee."""
+
+    name: str
+    n: int  # number of rows
+    n_needed: int | None  # smallest number of rows that is needed; None if no number is enough
 
 
 class Strata:
@@ -160,24 +170,21 @@ class Strata:
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 
-    def lacking(self, max_risk: float, delta: float) -> list[tuple[str, int, int | None]]:
-        """Strata with too few rows for any guarantee: name, number of rows, smallest number needed.
-
-        The smallest number is None if no number of rows is enough.
-        """
+    def lacking(self, max_risk: float, delta: float) -> list[LackingStratum]:
+        """Strata with too few rows for any guarantee."""
         level = main_level(delta)
-        lacking: list[tuple[str, int, int | None]] = []
+        lacking: list[LackingStratum] = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
-            if not share:
+            if share == 0:
                 continue
             needed = fewest_rows(share, max_risk, level, all_wrong=name == OUTSIDE_NAME)
             if needed is None or n < needed:
-                lacking.append((name, n, needed))
+                lacking.append(LackingStratum(name, n, needed))
         return lacking
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
-    """Stated share of every class, 0 if not stated; index (N,) of the class of every row.
+    """Stated share of every class (0 if not stated), and index (N,) of the class of every row.
 
     The index of out-of-distribution rows is 0.
     """
@@ -241,7 +248,7 @@ def weighted_learn_then_test(
     """
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    # No threshold separates rows with equal scores. So sums are read at the last row of each score.
+    # No threshold separates rows with equal scores. So sums are taken at the last row of a score.
     last = counts.accepted - 1
     accepted = np.cumsum(weight[order])[last]
     evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
@@ -252,17 +259,18 @@ def weighted_learn_then_test(
         evidence_above = evidence[:, floor + 1 :]
         accepted_below = 0.0
         if floor != NO_FLOOR:
-            evidence_above = evidence_above - evidence[:, floor : floor + 1]
+            evidence_at_floor = evidence[:, floor][:, None]  # (B, 1)
+            evidence_above = evidence_above - evidence_at_floor
             accepted_below = float(accepted[floor])
         certified = np.flatnonzero(log_mean(evidence_above) >= -math.log(level))
         if not len(certified):
             continue
         # The laxest certified threshold is taken, even if a stricter one is not certified. The
         # bound holds for the supremum over all thresholds, so their order does not matter.
-        index = floor + 1 + int(certified[-1])
-        share_accepted = float(accepted[index]) - accepted_below
-        if share_accepted > most_accepted:
-            most_accepted = share_accepted
+        index = floor + 1 + int(certified.max())
+        weight_accepted = float(accepted[index]) - accepted_below
+        if weight_accepted > most_accepted:
+            most_accepted = weight_accepted
             best = Threshold.at(counts, index, max_risk, floor)
     return best
 
@@ -279,7 +287,7 @@ def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
 def cumulated_evidence(
     wrong: NDArray[np.bool_], weight: Floats, max_risk: float, largest: float
 ) -> Floats:
-    """Log (B, N) of the product over the first 1, 2, ... N rows, for each of B bets.
+    """Log evidence (B, N): log of the product over the first 1, 2, ... N rows, for B bets.
 
     ``largest`` is the largest weight of any row.
     """

@@ -1,4 +1,4 @@
-"""The target of a calibration, and checks of what is asked for."""
+"""The target of a calibration, and checks of whether it is possible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Target:
 
     Examples:
         >>> import vilu
-        >>> vilu.Target(max_risk=0.05).confidence
+        >>> target = vilu.Target(max_risk=0.05)  # "at most 5 % of the accepted are wrong"
+        >>> target.confidence
         0.95
     """
 
@@ -73,8 +74,8 @@ class Target:
         require_between("confidence", self.confidence)
         if self.method == "anytime":
             raise UsageError(
-                f"method must be one of {', '.join(get_args(RowsMethod))} where the rows are all "
-                'there. Got "anytime" instead, which is for labels one after another: '
+                f"method must be one of {', '.join(get_args(RowsMethod))} if all labels are there "
+                'already. Got "anytime" instead, which is for labels that arrive one by one: '
                 "`vilu calibrate --method anytime --labels FILE`."
             )
         if self.method == "selection":

@@ -16,9 +16,10 @@ from vilu.artifacts.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
 MAX_ROWS = 2**40
+"""Largest number of rows that a search tries."""
 
 Starts = tuple[tuple[float, float], ...]
-"""For every sequence: share of the rows at which it starts, and share of the level."""
+"""A pair for every sequence: share of the rows at which it starts, and share of the level."""
 
 
 def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
@@ -105,9 +106,9 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
 
 
 def first_enough(is_enough: Callable[[int], bool], high: int) -> int | None:
-    """A number m that is enough while m - 1 is not, by doubling ``high`` and by bisection.
+    """Find a number m that is enough while m - 1 is not: double ``high``, then bisect.
 
-    None where m is above 2^40.
+    None if m is above 2^40.
     """
     while not is_enough(high):
         high *= 2
@@ -133,7 +134,7 @@ WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
 NEAR = 2 / 3
-"""Two sequences are merged if the first must start later than at this share of the second's rows.
+"""Two sequences are merged if the first cannot start before this share of the second's rows.
 
 The merged sequence starts where the second one would, with the levels of both.
 """
@@ -148,7 +149,7 @@ FLOOR_SHARE = 0.01
 """Share of delta that each floor takes."""
 
 FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
-"""As ``STARTS``, for the rows above a floor."""
+"""The same pairs as in ``STARTS``, for the rows above a floor."""
 
 FLOOR_ROWS = 500
 """Number of rows from which on floors are tried.
@@ -360,7 +361,8 @@ def _fallback_procedure(
     """
     accepted = _count_above_floor(counts.accepted, floor)
     wrong = _count_above_floor(counts.accepted_wrong, floor)
-    is_all_wrong = counts.size == counts.wrong
+    first_score = floor + 1  # index of the first score above the floor
+    is_all_wrong = (counts.size == counts.wrong)[first_score:]
     levels = _level_at_start(accepted, starts, whole, max_risk, delta)
     carried = 0.0
     laxest = None
@@ -369,7 +371,7 @@ def _fallback_procedure(
         # The row at the first threshold determines where the sequence starts. So it is no random
         # draw, and the binomial law holds for the other rows only. The row is taken for right,
         # unless all rows with its score are wrong.
-        wrong_of_others = wrong[start] - is_all_wrong[floor + 1 + start]
+        wrong_of_others = wrong[start] - is_all_wrong[start]
         first_not_rejected = start
         if tail(wrong_of_others, accepted[start] - 1, max_risk) <= level:
             first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
@@ -381,7 +383,7 @@ def _fallback_procedure(
         carried = level if first_not_rejected == end else 0.0
     if laxest is None:
         return None
-    return Threshold.at(counts, floor + 1 + laxest, max_risk, floor)
+    return Threshold.at(counts, first_score + laxest, max_risk, floor)
 
 
 def _level_at_start(
@@ -450,14 +452,16 @@ def beginnings(
         sequences.append(Beginning(fewest=n, best=n, level=level))
         level_left = delta - level
     carried = 0.0
-    for (at, share), (next_at, next_share) in pairwise([*starts, (0.0, 0.0)]):
+    no_start = (0.0, 0.0)  # follows the last start
+    for (at, share), (next_at, next_share) in pairwise([*starts, no_start]):
         level = carried + level_left * share
         trials_wanted = math.ceil(n * at) - 1
         trials_needed = rows_without_error(max_risk, level)
         trials_needed_next = rows_without_error(max_risk, level + level_left * next_share)
         next_rows = max(math.ceil(n * next_at), trials_needed_next + 1)
+        has_next = next_at > 0
         is_late = trials_wanted < trials_needed and trials_needed + 1 > NEAR * next_rows
-        if next_at > 0 and is_late:
+        if has_next and is_late:
             # One sequence with the levels of both certifies more than two sequences that start
             # close together.
             carried = level
@@ -465,21 +469,22 @@ def beginnings(
         trials = max(trials_wanted, trials_needed)
         # Where one more wrong answer has just become admissible, the test uses nearly all of its
         # level. With fewer trials the level between two steps of the tail would be unused.
-        best = accepted_needed(admissible(trials - 1, max_risk, level) + 1, max_risk, level)
+        one_more_wrong = admissible(trials - 1, max_risk, level) + 1
+        best_trials = accepted_needed(one_more_wrong, max_risk, level) or trials
         carried = 0.0
         if trials < n:
-            best_rows = min((best or trials) + 1, n)
+            best_rows = min(best_trials + 1, n)
             sequences.append(Beginning(fewest=trials + 1, best=best_rows, level=level))
     return tuple(sequences)
 
 
-def admissible(rows: int, max_risk: float, level: float) -> int:
-    """Largest k with P[Bin(rows, max_risk) <= k] <= level; -1 if there is no such k."""
+def admissible(n: int, max_risk: float, level: float) -> int:
+    """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level, else -1."""
 
     def tail_of(wrong: int) -> float:
-        return float(tail(np.asarray(wrong), np.asarray(rows), max_risk))
+        return float(tail(np.asarray(wrong), np.asarray(n), max_risk))
 
-    return bisect_right(range(rows), level, key=tail_of) - 1
+    return bisect_right(range(n), level, key=tail_of) - 1
 
 
 def conformal_risk_control(
@@ -514,7 +519,7 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     Coverage and bound hold together with probability >= 1 - delta; each takes delta / 2.
 
     t is the smallest score at which the lower Clopper-Pearson bound of the acceptance rate reaches
-    ``min_coverage``. Without ties this choice depends on n only and not on wrong answers. So the
+    ``min_coverage``. Without ties the rank of t depends on n only and not on wrong answers. So the
     risk at t is bounded by a test of a single threshold. (Scores with ties are simulated in the
     tests.) The row at t is no trial, because only the other rows are random given t. All wrong
     answers up to t are counted.
@@ -532,7 +537,8 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     trials = int(counts.accepted[index]) - 1
     # Coverage and risk take half of delta each. With all of delta for each, the probability that
     # one of them is false could exceed delta (union bound).
-    return Threshold.at(counts, index, upper_bound(min(wrong, trials), trials, delta / 2))
+    risk_bound = upper_bound(min(wrong, trials), trials, delta / 2)
+    return Threshold.at(counts, index, risk_bound)
 
 
 PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
@@ -544,6 +550,7 @@ PROCEDURES: dict[str, Callable[[TieCounts, float, float], Threshold | None]] = {
 
 def rows_for_mean(max_risk: float) -> int:
     """Smallest number n of rows with 1 / (n + 1) <= max_risk."""
+    # Rounded to nine decimals first: in float64 a whole number may come out a little larger.
     return math.ceil(round(1 / max_risk, 9)) - 1
 
 
@@ -553,4 +560,5 @@ def rows_for_coverage(min_coverage: float, delta: float) -> int:
     If all n rows are accepted, at least the share ``min_coverage`` of all answers is accepted, with
     confidence 1 - delta / 2.
     """
-    return math.ceil(math.log(delta / 2) / math.log(min_coverage) - 1e-9)
+    quotient = math.log(delta / 2) / math.log(min_coverage)
+    return math.ceil(quotient - 1e-9)  # with the tolerance of ``rows_without_error``

@@ -34,7 +34,7 @@ class CountedRows(Model):
 
     files: int = Field(ge=1)
     pictures: int = Field(ge=1)
-    # pictures where near copies count once; None: the same number as ``pictures``
+    # number of pictures if near copies count once; None: the same number as ``pictures``
     scenes: int | None = Field(default=None, ge=1)
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
 
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
-    """Mask (M,) of the rows that are no near copy of an earlier row, at this smallest cosine."""
+    """Mask (M,) of the rows that have no earlier row with at least this cosine (near copies)."""
     # The first row of each group is chosen, whether it is right or wrong. A choice that depends on
     # failures would bias the error rate.
     first: NDArray[np.bool_] = near_copies(source, rows, cosine) == np.arange(len(rows))

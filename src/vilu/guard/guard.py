@@ -56,7 +56,7 @@ PNG_MODES: Final = {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"}
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer for one image.
+    """Answer about one image, with its score and the decision.
 
     Attributes:
         key: Path of the image, or its index among the images as text.
@@ -66,21 +66,25 @@ class Answer:
         uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
-            the fault of the image ("truncated", "bomb", "read_error", ...); None if it is accepted.
+            the fault of the image ("truncated", "bomb", "read_error", ...); None if the answer is
+            accepted.
         runners_up: The next most likely answers with their probabilities, the most likely first.
-            The probabilities are zero-shot, or of the predictor's posterior if the predictor's own
-            answer is judged.
+            If the predictor's own answer is judged, the probabilities are those of its posterior,
+            otherwise the zero-shot probabilities.
         zero_shot: The zero-shot answer if it differs from ``label``; else None.
 
     Examples:
         >>> import vilu
         >>> answer = vilu.Answer(
-        ...     "a.jpg", "cat", 0.03, 0.2, "accept", None, runners_up=(("dog", 0.02), ("cup", 0.01))
+        ...     key="a.jpg",
+        ...     label="cat",
+        ...     failure_probability=0.03,
+        ...     uncertainty=0.2,
+        ...     decision="accept",
+        ...     reason=None,
         ... )
-        >>> f"{answer.label}, wrong with {answer.failure_probability:.0%}"
-        'cat, wrong with 3%'
-        >>> answer.runners_up[0]
-        ('dog', 0.02)
+        >>> f"{answer.label}, wrong with probability {answer.failure_probability}"
+        'cat, wrong with probability 0.03'
     """
 
     key: str
@@ -95,7 +99,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A model with decoder and encoder, which embed images as ``vilu embed`` does."""
+    """A model with its decoder and encoder, which embed images as ``vilu embed`` does."""
 
     backbone: Backbone
     widths: dict[str, int]  # number of columns of every array of embeddings
@@ -104,17 +108,17 @@ class ImageModel:
 
 
 class Guard:
-    """Answers about images, each with the probability that it is wrong and a decision.
+    """A predictor with its model, which answers about images and decides about each answer.
 
-    - The folder holds a predictor and its candidate classes, as ``vilu triage`` and ``vilu
-      calibrate`` write it.
+    - The predictor's folder also holds its candidate classes, as ``vilu triage`` and ``vilu
+      calibrate`` write them.
     - The model must be the one that the predictor was fitted on. Fingerprints of weights,
       preprocessing and prompts are compared.
     - Images are decoded in threads and embedded in batches. The memory does not grow with the
       number of images.
     - The scores are those of ``vilu embed`` and ``vilu score``, except for rounding: the order of
       sums depends on the batch size.
-    - A bad image gets an answer without a label, with a reason.
+    - The answer about a bad image has a reason and no label.
     - A rule that judges whole batches (``--method selection``) cannot decide about one image, so it
       is refused.
     - Any number of threads may use one guard at once.
@@ -124,12 +128,12 @@ class Guard:
         predictor: Gives the scores.
         calibration: Gives the decisions; None if the predictor is not calibrated.
         vocabulary: The candidate classes that answers are chosen from.
-        names: Their names.
+        names: Names of the candidate classes.
         arrays: Names of the arrays of embeddings that the predictor uses.
 
     Args:
         predictor: Folder of the predictor, or a calibrated ``vilu.Selective``.
-        models: Folder with a sub-folder for each named backbone, in place of the model hub.
+        models: Folder with one sub-folder per named backbone, in place of the model hub.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         batch_size: Number of images per forward pass.
         workers: Number of decoding threads; by default one per core.
@@ -138,7 +142,8 @@ class Guard:
         vectors_only: Load no model: the guard answers about embeddings only (``answer``).
 
     Raises:
-        DataError: If the folder holds no predictor or no candidates, or these have no names.
+        DataError: If the folder holds no predictor or no candidates, or if the candidates have no
+            names.
         UsageError: If the rule needs all images at once, or if the predictor uses several views of
             an image.
         ProvenanceError: If the model is not the predictor's.
@@ -150,33 +155,28 @@ class Guard:
         >>> from vilu.backbones.base import DualEncoder
         >>> from vilu.predictors.persistence.vocabulary import Vocabulary
         >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
-        >>> model = DualEncoder(  # your own model: it compares the mean colour with three colours
+        >>> names, text = ("red", "green", "blue"), torch.eye(3)
+        >>> def pixels_of(image):
+        ...     return torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
+        >>> model = DualEncoder(  # your own model: the embedding of an image is its mean colour
         ...     space,
         ...     torch.device("cpu"),
-        ...     transform=lambda image: (
-        ...         torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float()
-        ...     ),
+        ...     transform=pixels_of,
         ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
-        ...     text_tower=lambda texts: torch.eye(3),
+        ...     text_tower=lambda texts: text,
         ...     truncates=lambda texts: [False] * len(texts),
         ... )
-        >>> with (
-        ...     tempfile.TemporaryDirectory() as folder
-        ... ):  # `vilu triage` and `vilu calibrate` write such a folder
+        >>> with tempfile.TemporaryDirectory() as folder:  # `vilu triage` writes such a folder
         ...     _ = vilu.MCM().save(folder)
-        ...     Vocabulary(("red", "green", "blue"), torch.eye(3), space, "float32", {}).save(
-        ...         pathlib.Path(folder)
-        ...     )
+        ...     Vocabulary(names, text, space, "float32", {}).save(pathlib.Path(folder))
         ...     guard = vilu.Guard(folder, backbone=model, workers=1)
-        ...     answers = guard([Image.new("RGB", (8, 8), colour) for colour in ("red", "yellow")])
-        >>> [
-        ...     (answer.label, round(answer.failure_probability, 2)) for answer in answers
-        ... ]  # yellow is as near to red as to green
-        [('red', 0.0), ('red', 0.5)]
-        >>> next(guard.stream([b"no image"])).reason
-        'unidentified'
-        >>> guard.columns([Image.new("RGB", (8, 8), "blue")])["label"]
-        ['blue']
+        >>> red, yellow = (Image.new("RGB", (8, 8), colour) for colour in ("red", "yellow"))
+        >>> answers = guard([red, yellow])
+        >>> [answer.label for answer in answers]
+        ['red', 'red']
+        >>> # yellow is as near to red as to green
+        >>> [round(answer.failure_probability, 2) for answer in answers]
+        [0.0, 0.5]
     """
 
     # `transformers.pipeline` reads this attribute of a model.
@@ -205,7 +205,8 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
                 "instead."
             )
-        self._model_object = predictor  # its folder goes with it
+        # A ``Selective`` removes its folder when it is collected, so it must live as long as this.
+        self._model_object = predictor
         self.folder = folder_of(predictor)
         self.batch_size = batch_size
         self.workers = workers
@@ -311,7 +312,7 @@ class Guard:
     def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
         """Answers about images, in the order of the images."""
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
-            raise UsageError("give a list of images, also of a single one: guard([image]).")
+            raise UsageError("give a list of images, even for a single image: guard([image]).")
         return list(self.stream(images))
 
     def columns(self, images: Iterable[ImageLike]) -> dict[str, list[Any]]:
@@ -369,12 +370,15 @@ class Guard:
             >>> import pathlib, tempfile, torch, vilu
             >>> from vilu.predictors.persistence.vocabulary import Vocabulary
             >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
-            >>> names = ("red", "green", "blue")
+            >>> names, text = ("red", "green", "blue"), torch.eye(3)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     _ = vilu.MCM().save(folder)
-            ...     Vocabulary(names, torch.eye(3), space, "float32", {}).save(pathlib.Path(folder))
+            ...     Vocabulary(names, text, space, "float32", {}).save(pathlib.Path(folder))
             ...     guard = vilu.Guard(folder, vectors_only=True)
-            >>> answers, outcomes = guard.answer({guard.arrays[0]: torch.eye(3)[1:2]}, ["a.jpg"])
+            >>> image = torch.tensor([[0.0, 1.0, 0.0]])  # the embedding of "green"
+            >>> guard.arrays
+            ('img_emb',)
+            >>> answers, outcomes = guard.answer({"img_emb": image}, keys=["a.jpg"])
             >>> answers[0].label, outcomes.uncertainty.round(4).tolist()
             ('green', [0.0001])
         """
@@ -443,12 +447,12 @@ class Guard:
 
 
 def _at(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """The text of a row; None if there is no column of texts."""
+    """The text of a row; None without a column of texts."""
     return None if texts is None else texts[row]
 
 
 def arrays_of(content: PartRows) -> dict[str, Tensor]:
-    """The arrays of embedded images by name; the blocks of every array are joined."""
+    """Join the blocks of every array of embedded images; return the arrays by name."""
     return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
 
 

@@ -16,11 +16,11 @@ TASK: Final = "zero-shot-image-classification-selective"
 """Name of the pipeline."""
 
 Entries = list[dict[str, Any]]
-"""The entries of one image: a list with one entry, the model's answer."""
+"""List with one entry, the model's answer about one image."""
 
 
 def register() -> None:
-    """Register ``TASK`` with ``transformers.pipeline``, which cannot make the pipeline before.
+    """Register ``TASK``, so that ``transformers.pipeline`` can make the pipeline.
 
     Example::
 
@@ -53,11 +53,11 @@ class SelectivePipeline:
 
     Values that are not known are None: a bad image has a reason and no label.
 
-    This class is no ``transformers.Pipeline``, since that class moves a network and its processors
-    between devices. The guard holds the network and its preprocessing.
+    This class is no ``transformers.Pipeline``. Such a pipeline moves a network and its processors
+    between devices, but here the guard holds the network and its preprocessing.
 
     Args:
-        model: The guard; it defines classes, prompts, device and batch size.
+        model: The guard, which has classes, prompts, device and batch size.
         task: Name of the task.
         settings: Only ``dtype="auto"``, which ``transformers.pipeline`` adds, is allowed.
 
@@ -66,7 +66,7 @@ class SelectivePipeline:
             path, bytes or Pillow image.
     """
 
-    # Without these ``transformers.pipeline`` would load processors beside the model.
+    # Without these attributes ``transformers.pipeline`` would load processors beside the model.
     _load_feature_extractor = False
     _load_image_processor = False
     _load_processor = False
@@ -83,13 +83,13 @@ class SelectivePipeline:
         self.task = task
         if settings.get("dtype") == "auto":  # added by transformers
             settings.pop("dtype")
-        _refuse(settings)
+        _refuse_settings(settings)
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], **settings: object
     ) -> Entries | list[Entries] | Iterator[Entries]:
         """The entries of one image, or of every image of a list or iterable."""
-        _refuse(settings)
+        _refuse_settings(settings)
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             (answer,) = self.model([images])
             return _entries(answer)
@@ -99,19 +99,19 @@ class SelectivePipeline:
         return map(_entries, answers)
 
 
-def _refuse(settings: Iterable[str]) -> None:
+def _refuse_settings(settings: Iterable[str]) -> None:
     """Raise UsageError if there are any settings."""
     names = sorted(settings)
     if names:
         raise UsageError(
             f"this pipeline takes no {', '.join(names)}: classes and prompts are those of the "
-            "predictor, and all other settings are made where the guard is made, as in "
+            "predictor, and all other settings are arguments of the guard, as in "
             "vilu.Guard(folder, device='cpu', batch_size=32)."
         )
 
 
 def _entries(answer: Answer) -> Entries:
-    """The entries of one image."""
+    """The entries of one image, from the answer about it."""
     score: float | None = None
     if answer.failure_probability is not None:
         score = 1 - answer.failure_probability

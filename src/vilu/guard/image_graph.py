@@ -1,4 +1,4 @@
-"""Exports image tower, classes, predictor and rule as one ONNX file, from pixels to decisions."""
+"""Export of image tower, classes, predictor and rule as one ONNX file, from pixels to decisions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ PIXELS = "pixels"
 """Name of the input."""
 
 EMBEDDINGS = "image"
-"""Name of the embeddings: an output here, an input of a graph that scores embeddings."""
+"""Name of the embeddings. They are an output here, and an input of a graph of a predictor alone."""
 
 ACCEPT = "accept"
 """Name of the output with the decisions."""
 
-ALONE = "Without --with-backbone the head alone is exported; it takes embeddings."
+ALONE = "Without --with-backbone, only the predictor is exported; its inputs are embeddings."
 """Advice of errors about the image tower."""
 
 BATCHES = (1, 2, 7)
@@ -56,7 +56,7 @@ class ImageGraph(nn.Module):
     Attributes:
         arrays: Names of the arrays that the image tower makes: embeddings, and for some predictors
             features.
-        limits: (2, K) floor and threshold of every answer (``limits_of``); None without a rule.
+        limits: Floor and threshold (2, K) of every answer (``limits_of``); None without a rule.
         outputs: Names of the outputs of ``forward``, in order.
     """
 
@@ -68,7 +68,7 @@ class ImageGraph(nn.Module):
         self.text = nn.Buffer(vocabulary.text)
         self.dtype = getattr(torch, vocabulary.dtype)
         columns = guard.predictor.columns_to_score
-        words: Tensor | None = None
+        words: Tensor | None = None  # embeddings of everyday words, if the score compares with them
         if NEGATIVES in columns:
             words = nn.Buffer(vocabulary.columns[NEGATIVES])
         self.words = words
@@ -93,18 +93,19 @@ class ImageGraph(nn.Module):
         return tuple(array.to(self.dtype).float() for array in arrays)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Uncertainty (N,), answer (N,), with a rule is_accepted (N,), and the arrays."""
+        """Uncertainty (N,), answer (N,), and the arrays; with a rule also is_accepted (N,)."""
         arrays = self.embed(pixels)
         uncertainty, answer = self.score(**self.inputs(arrays))
         if self.limits is None:
             return uncertainty, answer, *arrays
-        floor = self.limits[0][answer]
-        threshold = self.limits[1][answer]
+        floors, thresholds = self.limits[0], self.limits[1]
+        floor = floors[answer]
+        threshold = thresholds[answer]
         is_accepted = (uncertainty > floor) & (uncertainty <= threshold)
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
-        """The inputs of the score by name: the arrays, the text embeddings, and the words."""
+        """The inputs of the score by name: arrays, text embeddings, and embeddings of the words."""
         trial = {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
         if self.words is not None:
             trial[NEGATIVES] = self.words
@@ -112,14 +113,14 @@ class ImageGraph(nn.Module):
 
 
 def rule_of(guard: Guard) -> Rule | None:
-    """The rule that decides which answers are accepted; None without a rule."""
+    """The rule that decides which answers of a guard are accepted; None without a rule."""
     if guard.calibration is None:
         return None
     return guard.calibration.rule
 
 
 def limits_of(guard: Guard) -> Tensor | None:
-    """(2, K) floor and threshold of every answer; None without a rule."""
+    """Floor and threshold (2, K) of every answer; None without a rule."""
     rule = rule_of(guard)
     if rule is None:
         return None
@@ -167,9 +168,9 @@ def export_image_graph(
     Args:
         folder: A predictor with its classes, as ``vilu triage`` and ``vilu calibrate`` write it; or
             a ``vilu.Selective``.
-        path: The file; it may replace only an earlier export.
+        path: The file to write; an existing file must be an earlier export.
         models: As in ``vilu.Guard``.
-        backbone: As in ``vilu.Guard``; on the CPU.
+        backbone: As in ``vilu.Guard``. It must be on the CPU.
 
     Returns:
         The largest difference between an uncertainty of the file and of torch for the same pixels.
@@ -199,7 +200,8 @@ def export_image_graph(
     trials = []
     for n in BATCHES:
         pixels = _pictures(n, guard.backbone)
-        trials.append((pixels, graph.embed(pixels)))
+        by_torch = graph.embed(pixels)
+        trials.append((pixels, by_torch))
     example = {PIXELS: pixels}
     try:
         content = write_graph(graph, example, graph.outputs, _metadata(guard, guard.folder))
@@ -214,7 +216,7 @@ def export_image_graph(
 
 
 def _require_graph(guard: Guard) -> None:
-    """Raise NotExportable if another runtime could not give the answers of the guard."""
+    """Raise NotExportable if another runtime could give other answers than the guard."""
     space = guard.backbone.space
     if space.precision == "bf16":
         raise NotExportable(
@@ -245,7 +247,7 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
 
 
 def _pictures(n: int, backbone: Backbone) -> Tensor:
-    """(n, 3, H, W) pixels of random pictures, from large patches to fine grain."""
+    """Pixels (n, 3, H, W) of random pictures, from large patches to fine grain."""
     random = np.random.default_rng(n)
     pictures = []
     for index in range(n):
@@ -259,7 +261,7 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
 def _check(
     guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]
 ) -> float:
-    """Run a file on the trials; the largest difference of its uncertainties from torch's.
+    """Run a file on the trials; return the largest difference of its uncertainties from torch's.
 
     Args:
         guard: The guard that was exported.
@@ -284,9 +286,9 @@ def _check(
         if rule is not None:
             names = [guard.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, names))
-        # Two comparisons: here the head alone, on the embeddings of the file; below the whole
-        # graph, against the uncertainties of torch's embeddings.
+        # The predictor alone is compared after the loop, on the embeddings of the file.
         answered.append((graph.inputs(arrays), uncertainty, answer))
+        # The whole graph is compared here, with the uncertainties of torch's embeddings.
         expected_uncertainty, _, is_clear = reference(guard.predictor, graph.inputs(by_torch))
         differences = np.abs(uncertainty - expected_uncertainty)[is_clear]
         worst = max(worst, float(differences.max(initial=0.0)))

@@ -25,7 +25,7 @@ repetition.
 
 
 class Seen:
-    """Rows that were added, and their names, as 64-bit hashes in sorted runs of decreasing length.
+    """Set of rows and their names, as 64-bit hashes in sorted runs of decreasing length.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
@@ -69,14 +69,14 @@ class Seen:
         """As ``new``, for rows with identifiers."""
         numbers = _content(outcomes)
         hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
-        _, first = np.unique(hashes, return_index=True)
+        _, first = np.unique(hashes, return_index=True)  # equal rows of this batch count once
         is_first = np.isin(np.arange(len(outcomes)), first)
         name_hashes = hash_names(ids).view(np.int64)
         is_known = self._holds(hashes)
         is_mixed = is_known.any() and not is_known.all()
-        # If some names of this batch were seen with other scores, names are used again for new
-        # rows. Then a score that many rows share may meet the same name by chance, and only scores
-        # that a single row has show a repetition.
+        # If some names of this batch were seen with other scores, the names are used again for new
+        # rows. Then a score that many rows share may occur with the same name by chance. Only a
+        # score that a single row has shows a repetition.
         if is_mixed and not np.array_equal(self._holds(name_hashes), is_known):
             is_known &= ~_tied_by_chance(numbers, is_known)
         return np.concatenate([hashes, name_hashes]), is_first & ~is_known
@@ -86,9 +86,10 @@ class Seen:
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
-        # sorted, because the same rows in another order are the same batch
+        # The rows are sorted, because the same rows in another order are the same batch.
         in_order = numbers[np.lexsort(numbers.T)]
-        batch_hash = hash_of_each([np.ascontiguousarray(in_order).tobytes()]).view(np.int64)
+        content = np.ascontiguousarray(in_order).tobytes()
+        batch_hash = hash_of_each([content]).view(np.int64)
         return batch_hash, np.full(n, not self._holds(batch_hash).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
@@ -117,10 +118,10 @@ def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
 
 
 def _tied_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows with tied scores, if these seem to be known only by chance.
+    """Mask (N,) of the rows with tied scores, if these rows seem to be known only by chance.
 
-    This is so if rows with an untied score are known less than a tenth as often. Otherwise the mask
-    is False everywhere.
+    They seem so if the share of known rows is more than ten times as large among rows with tied
+    scores as among all other rows. Otherwise the mask is False everywhere.
     """
     _, index, count = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
     is_tied = count[index.ravel()] > 1
@@ -140,21 +141,21 @@ def _is_numbered(ids: Sequence[str]) -> bool:
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse sorted rows: the order of exchangeable rows does not depend on their values."""
+    """Refuse sorted rows: rows that arrive at random are not in the order of their values."""
     scored = np.isfinite(outcomes.uncertainty)
-    what = _sorted_by(outcomes, scored)
-    if what is None:
+    sorted_by = _sorted_by(outcomes, scored)
+    if sorted_by is None:
         return
     raise DataError(
-        f"these {len(outcomes)} rows lie sorted by their {what}. That is no order of arrival (a "
-        "folder of classes has none), and would be taken for a shift. Give --shuffle (in Python: "
-        "take them in random order), or --in-order (in_order=True) if they did arrive in this "
-        "order. None of them was taken in."
+        f"these {len(outcomes)} rows lie sorted by their {sorted_by}. That is no order of arrival "
+        "(a folder of classes has none), and would be taken for a shift. Give --shuffle (in "
+        "Python: take them in random order), or --in-order (in_order=True) if they did arrive in "
+        "this order. None of them was taken in."
     )
 
 
 def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
-    """What the scored rows (mask (N,)) are sorted by; None if they are not sorted."""
+    """Word for what the scored rows (mask (N,)) are sorted by; None if they are not sorted."""
     if outcomes.target is not None:
         labels = outcomes.target[scored]
         if (labels != UNKNOWN).all() and in_blocks(labels):
@@ -167,10 +168,10 @@ def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
 
 
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """The scores of new rows, checked to be of the calibrated predictor and its candidates.
+    """Check that scores of new rows are of the calibrated predictor and its candidates.
 
-    Class names that are missing, as in a CSV file, are taken from the calibration. ``risk`` is the
-    hash of the calibration; None if it has no record.
+    The scores are returned. Class names that are missing, as in a CSV file, are taken from the
+    calibration. ``risk`` is the hash of the saved calibration; None if it is not saved.
     """
     for name in ("method", "class_names"):
         expected = getattr(calibration, name)
@@ -197,7 +198,8 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
             f"{n_known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
             "ones.",
         )
-    # checked before rows are left out, because the remaining numbers would look like keys
+    # This is checked before rows are left out. Afterwards the numbers of the remaining rows would
+    # look like keys.
     if outcomes.ids is not None and _is_numbered(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
@@ -219,8 +221,8 @@ def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0
-    # Compared by uncertainty first, which is fast: only few calibration rows have the uncertainties
-    # of a small batch.
+    # Uncertainties are compared first, because this is fast and only few calibration rows have the
+    # uncertainties of a small batch.
     alike = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))
     known = {(calibration.ids[row], calibration.uncertainty[row]) for row in alike.tolist()}
     rows = zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True)

@@ -5,7 +5,7 @@ Let k of m answers be wrong. The wealth of bets against "the error rate is at mo
     M(r) = P[theta <= r] + integral over theta > r of (theta/r)^k ((1 - theta)/(1 - r))^(m - k),
     theta ~ Beta(a, b).
 
-This is a mixture of bets on all rates theta above r. The part of the wealth for rates below r is
+This is a mixture of bets on all rates theta above r. The part of the wealth for rates up to r is
 not bet. If the error rate of every answer, given the answers before it, is at most r, then the
 probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
 looked at after every label.
@@ -43,7 +43,7 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     right = n - wrong
     # Only rates theta above ``rate`` are bet on. A bet on a smaller rate would gain on average if
     # the true rate is small, and M would reject "at most ``rate``" although it is true.
-    # One of the two parts may be 0, and its logarithm -inf; this is no error.
+    # Either part of M may be 0. Its logarithm is then -inf, which is no error.
     with np.errstate(divide="ignore", under="ignore"):
         above = np.log(special.betaincc(a + wrong, b + right, rate))
         below = np.log(special.betainc(a, b, rate))
@@ -54,7 +54,7 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
 
 
 def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """Lower bound of an error rate, valid at all times together with confidence 1 - delta."""
+    """Lower bound of an error rate. All its values over time hold with confidence 1 - delta."""
     if not wrong:
         return 0.0
 
@@ -62,7 +62,9 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
         return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
     # M falls for rates below k / n and is at most 1 above k / n. So it crosses 1 / delta once.
-    return float(optimize.brentq(excess, 1e-300, min(wrong / n, 1 - 2**-53), xtol=1e-14))
+    smallest = 1e-300  # the rate itself must be above 0 and below 1
+    largest = min(wrong / n, 1 - 2**-53)
+    return float(optimize.brentq(excess, smallest, largest, xtol=1e-14))
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class Audit:
         return 1.0, 1 / self.limit - 1
 
     @property
+    def prior_of_right(self) -> Prior:
+        """The same prior as a distribution of the rate of right answers, 1 - theta."""
+        a, b = self.prior
+        return b, a
+
+    @property
     def lower(self) -> float:
         """Lower bound of the error rate."""
         return lower_bound(self.wrong, self.n, self.delta, self.prior)
@@ -87,7 +95,8 @@ class Audit:
     @property
     def upper(self) -> float:
         """Upper bound of the error rate."""
-        return 1 - lower_bound(self.n - self.wrong, self.n, self.delta, self.prior[::-1])
+        right = self.n - self.wrong
+        return 1 - lower_bound(right, self.n, self.delta, self.prior_of_right)
 
     @property
     def verdict(self) -> AuditVerdict:
@@ -99,15 +108,15 @@ class Audit:
         n = np.asarray(self.n)
         if log_wealth(wrong, n, self.limit, self.prior) >= enough:
             return "broken"
-        if log_wealth(n - wrong, n, 1 - self.limit, self.prior[::-1]) >= enough:
+        if log_wealth(n - wrong, n, 1 - self.limit, self.prior_of_right) >= enough:
             return "holds so far"
         return "not enough audited answers"
 
     def path(self, failure: Ints) -> Floats:
         """Log wealth (B,), log M(limit), after each of the next B audited answers (1 = wrong).
 
-        Where it reaches log(1/delta), the lower bound reaches the limit, and the guarantee is
-        broken.
+        Where the log wealth reaches log(1/delta), the lower bound reaches the limit. Then the
+        guarantee is broken.
         """
         n = self.n + np.arange(1, len(failure) + 1)
         return log_wealth(self.wrong + np.cumsum(failure), n, self.limit, self.prior)
@@ -119,7 +128,7 @@ class Audit:
     def n_needed(self) -> int | None:
         """About how many more audited answers lead to a verdict, if the error rate stays the same.
 
-        Without audited answers so far, no answer is assumed to be wrong. None if no number of
+        Without audited answers so far, all answers are assumed to be right. None if no number of
         answers is enough.
         """
         rate = self.wrong / self.n if self.n else 0.0

@@ -6,6 +6,7 @@ that are sorted instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +27,7 @@ BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
 HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
 """For every histogram bet: number of cells, and weight of the uniform prior in p-values."""
 
-DECAY: Final = 1 - 1 / 400  # factor by which the weight of a p-value falls with every row
+DECAY: Final = 1 - 1 / 400  # the weight of a p-value is multiplied by it at every row
 
 SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS), len(HISTOGRAMS)])
 """Share (K,) of the wealth of every bet: half for the beta densities, half for the histograms."""
@@ -39,7 +40,8 @@ EPS: Final = 2.0**-53
 def beta_bets(p: Floats) -> Floats:
     """Log densities (B, K') of the K' beta bets at p-values (B,) in (0, 1)."""
     a, b = np.array(BETAS).T
-    powers = (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None]
+    p = p[:, None]  # (B, 1), because every bet is made at every p-value
+    powers = (a - 1) * np.log(p) + (b - 1) * np.log1p(-p)
     # A fair bet has mean 1 under uniform p-values. So it must be a normalised density.
     log_density: Floats = powers - special.betaln(a, b)
     return log_density
@@ -54,12 +56,12 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
 
         f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t).
 
-    N_t counts the p-values before t. Its counts are multiplied by ``DECAY`` at every row. (Plug-in
-    martingale: Fedorova et al., ICML 2012.)
+    N_t counts the p-values before t in every cell. The counts are multiplied by ``DECAY`` at every
+    row. (Plug-in martingale: Fedorova et al., ICML 2012.)
 
     Args:
         p: P-values (B,).
-        counts: N_t (m,) before the first of them.
+        counts: N_t (m,) before the first of these p-values.
         weight: Weight of the uniform prior.
     """
     m = len(counts)
@@ -68,16 +70,17 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
     is_in_cell = np.zeros((len(p), m))
     is_in_cell[row, cell] = 1
     # a recursive filter computes N_{t+1} = DECAY N_t + is_in_cell for all rows at once
-    after, _ = signal.lfilter([1.0], [1.0, -DECAY], is_in_cell, axis=0, zi=DECAY * counts[None])
+    first = counts[None]  # (1, m)
+    after, _ = signal.lfilter([1.0], [1.0, -DECAY], is_in_cell, axis=0, zi=DECAY * first)
     # The density for a row depends only on the rows before it. If it also depended on the p-value
     # of the row itself, the bet would win even when nothing changes.
-    before = np.concatenate([counts[None], after[:-1]])
+    before = np.concatenate([first, after[:-1]])
     density = m * (weight / m + before[row, cell]) / (weight + before.sum(axis=1))
     return np.log(density), after[-1]
 
 
-def asleep(start: Floats) -> Floats:
-    """Share of the wealth that no bet uses yet after start number 0, 1, 2, ...
+def unused_share(start: Floats) -> Floats:
+    """Share of the initial wealth that no bet uses yet after start number 0, 1, 2, ...
 
     The share is (start + 2)^(-1/2). Before the first start it is 1.
     """
@@ -88,8 +91,9 @@ def asleep(start: Floats) -> Floats:
 class Martingale:
     """Total wealth of all bets from all starts.
 
-    Let bet j start at row s. Its wealth is the product of f_j over the rows from s on. Let L_t be
-    the sum of log f_j up to row t. Then the wealth of bet j from all starts together is
+    If bet j starts at row s, its wealth is the product of its densities f_j over the rows from s
+    on. Let L_t be the sum of log f_j up to row t. Then the wealth of bet j from all starts together
+    is
 
         exp(L_t) sum_s share_s exp(-L_{s-1}).
 
@@ -97,8 +101,9 @@ class Martingale:
     """
 
     n: int = 0  # number of rows so far
-    growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))  # (K,) L_t
-    # (K,) log sum_s share_s exp(-L_{s-1})
+    # (K,) L_t of every bet
+    growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))
+    # (K,) log sum_s share_s exp(-L_{s-1}) of every bet
     started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
     # counts N_t of every histogram bet
     counts: list[Floats] = field(
@@ -116,21 +121,27 @@ class Martingale:
     @np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
     def _update(self, p: Floats) -> Floats:
         p = np.clip(p, EPS, 1 - EPS)  # rounding can make a p-value exactly 0 or 1
-        growth = np.cumsum(np.concatenate([self.growth[None], self._bets(p)]), axis=0)
+        log_densities = self._bets(p)
+        growth = np.cumsum(np.concatenate([self.growth[None], log_densities]), axis=0)
+        growth_before = growth[:-1]  # L_{t-1} for each of the B rows
+        growth_after = growth[1:]  # L_t
         row = self.n + np.arange(len(p))
         # Every start takes a share of the wealth that is not used yet. Bets that all start at row 0
         # would lose wealth as long as nothing changes. After a late shift they would first have to
         # win back these losses.
         start = (row // EVERY).astype(np.float64)
-        share = np.where(start > 0, asleep(start - 1), 1.0) - asleep(start)
+        unused_before = np.where(start > 0, unused_share(start - 1), 1.0)
+        share = unused_before - unused_share(start)
+        share_of_row = np.where(row % EVERY == 0, share, 0.0)[:, None]  # (B, 1)
         with np.errstate(divide="ignore"):  # log 0 = -inf at rows without a start
-            new = np.log(np.where(row % EVERY == 0, share, 0.0))[:, None] - growth[:-1]
+            new = np.log(share_of_row) - growth_before
         started = np.logaddexp.accumulate(np.concatenate([self.started[None], new]), axis=0)
+        started_after = started[1:]
         self.n = self.n + len(p)
         self.growth = growth[-1]
         self.started = started[-1]
-        awake = special.logsumexp(growth[1:] + started[1:] + np.log(SHARES), axis=1)
-        wealth: Floats = np.logaddexp(awake, np.log(asleep(start)))
+        used = special.logsumexp(growth_after + started_after + np.log(SHARES), axis=1)
+        wealth: Floats = np.logaddexp(used, np.log(unused_share(start)))
         return wealth
 
     def _bets(self, p: Floats) -> Floats:
@@ -162,7 +173,7 @@ class SortedRun:
 
     @classmethod
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
-        """The run of values in any order, of which each occurred ``counts`` times."""
+        """The run of values in any order, each of which occurred ``counts`` times."""
         distinct, index = np.unique(values, return_inverse=True)
         return cls(distinct, np.cumsum(np.bincount(index, counts)).astype(np.int64))
 
@@ -178,7 +189,7 @@ class SortedRun:
         return np.diff(self.up_to, prepend=0)
 
     def compare(self, values: Floats) -> tuple[Ints, Ints]:
-        """For each of these values, how many values of the run are greater, and how many equal."""
+        """For each of these values, how many in the run are greater, and how many are equal."""
         padded = np.concatenate([[0], self.up_to])
         up_to = padded[np.searchsorted(self.values, values, "right")]
         below = padded[np.searchsorted(self.values, values, "left")]
@@ -225,33 +236,35 @@ class Reference:
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """P-values (B,) of new values (B,), which are added one after another.
+        """P-values (B,) of new values (B,). Each is compared with all values before it, and added.
 
         ``uniform`` (B,) are random numbers in [0, 1) that break ties.
         """
-        greater, equal = earlier(values)
+        greater, equal = compare_with_earlier(values)
         for run in self.runs:
-            more, same = run.compare(values)
-            greater = greater + more
-            equal = equal + same
-        before = self.n + np.arange(len(values))
+            greater_in_run, equal_in_run = run.compare(values)
+            greater = greater + greater_in_run
+            equal = equal + equal_in_run
+        n_before = self.n + np.arange(len(values))
         self.add(values)
         # Ties are broken at random, and each row is also compared with itself. Otherwise p-values
         # of tied scores would not be uniform, and the bets would win although nothing changes
         # (Vovk et al. 2005).
-        return (greater + uniform * (equal + 1)) / (before + 1)
+        return (greater + uniform * (equal + 1)) / (n_before + 1)
 
 
-def earlier(values: Floats) -> tuple[Ints, Ints]:
-    """For each value, how many earlier values are greater, and how many equal, in O(B log^2 B).
+def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
+    """For each value, how many earlier values are greater, and how many are equal.
 
-    For blocks of 1, 2, 4, ... values: the values of every odd block are compared with the values of
-    the block before it. Over all block sizes, every pair of values is compared once.
+    Blocks of 1, 2, 4, ... values are numbered from 0. The values of every odd block are compared
+    with the values of the block before it. Over all block sizes, every pair of values is compared
+    once. This takes O(B log^2 B) time.
     """
     n = len(values)
     greater = np.zeros(n, np.int64)
     equal = np.zeros(n, np.int64)
-    rank = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    _, rank = np.unique(values, return_inverse=True)
+    rank = rank.astype(np.int64)
     index = np.arange(n)
     width = 1
     while width < n:
@@ -264,20 +277,21 @@ def earlier(values: Floats) -> tuple[Ints, Ints]:
         odd_keys = key[odd]
         up_to = np.searchsorted(even_keys, odd_keys, "right")
         below = np.searchsorted(even_keys, odd_keys, "left")
-        # if an odd block has values, all even blocks up to its own are full
+        # If an odd block has values, the even blocks up to its pair are full, so they hold
+        # (pair + 1) * width values.
         greater[odd] += (pair[odd] + 1) * width - up_to
         equal[odd] += up_to - below
         width *= 2
     return greater, equal
 
 
-# Number of shuffles, which must all have less order than the rows. For exchangeable rows this
+# Number of shuffles. All of them must have less order than the rows. For exchangeable rows this
 # happens with probability 1/1000, whatever their distribution.
 SHUFFLES: Final = 999
 # The order of the rows must also exceed the mean of the shuffles by so many standard deviations. A
 # normal variable does so with probability 3/100,000.
 CLEAR: Final = 4.0
-SAMPLED: Final = 4096  # largest number of rows of a half that are compared, evenly spaced
+SAMPLED: Final = 4096  # from each half at most so many evenly spaced rows are compared
 FEWEST: Final = 20  # with fewer rows no order is searched
 
 
@@ -285,8 +299,8 @@ def grouped(codes: Ints) -> bool:
     """Whether equal codes (N,) are neighbours, as in a list of files by class.
 
     In both halves of the rows, the excess of equal neighbours over shuffled rows must be at least a
-    tenth of that of sorted rows. So rows that may have arrived in this order are not taken for
-    sorted: after one change of the mix at least one half has no order, and a slow drift makes only
+    tenth of the excess of sorted rows. So rows that may have arrived in this order are not taken
+    for sorted. After one change of the mix at least one half has no order. A slow drift makes only
     few neighbours equal.
     """
 
@@ -302,8 +316,8 @@ def grouped(codes: Ints) -> bool:
 def rising(values: Floats) -> bool:
     """Whether neighbours among values (N,) have similar ranks, as in sorted values.
 
-    In both halves, the excess over shuffled rows must be at least three quarters of that of sorted
-    rows. Two kinds of rows, one after the other, reach one half.
+    In both halves, the excess over shuffled rows must be at least three quarters of the excess of
+    sorted rows. Two kinds of rows, one after the other, reach only one half of it.
     """
 
     def near(rank: Floats) -> float:
@@ -317,7 +331,7 @@ def rising(values: Floats) -> bool:
 
 
 def in_blocks(codes: Ints) -> bool:
-    """Whether all rows with the same code (N,) lie in one block, and this cannot be chance.
+    """Whether all rows with the same code (N,) lie in one block, more than by chance.
 
     Exchangeable rows have one block per code with a probability of less than 1e-6.
     """
@@ -352,8 +366,10 @@ def _in_order(
     if len(values) < FEWEST:
         return False
     rng = np.random.default_rng(0)
-    # every k-th value of each half, where k is the length of the half / SAMPLED, rounded up
-    halves = [half[:: -(-len(half) // SAMPLED)] for half in np.array_split(values, 2)]
+    halves = []
+    for half in np.array_split(values, 2):
+        step = math.ceil(len(half) / SAMPLED)
+        halves.append(half[::step])
     present = np.array([order(half) for half in halves])
     shuffled = np.empty((SHUFFLES, 2))
     for number in range(SHUFFLES):
@@ -361,8 +377,10 @@ def _in_order(
         if shuffled[number].sum() >= present.sum():
             return False
     mean = shuffled.mean(axis=0)
-    total = shuffled.sum(axis=1)
-    possible = np.array([most(half) for half in halves]) - mean
-    is_much = (present > mean) & (present - mean >= least * possible)
-    is_clear = present.sum() - total.mean() >= CLEAR * total.std()
+    shuffled_total = shuffled.sum(axis=1)
+    excess_of_half = present - mean
+    largest_excess = np.array([most(half) for half in halves]) - mean
+    is_much = (excess_of_half > 0) & (excess_of_half >= least * largest_excess)
+    total_excess = present.sum() - shuffled_total.mean()
+    is_clear = total_excess >= CLEAR * shuffled_total.std()
     return bool(is_much.all() and is_clear)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Monitor:
-    """Tests, batch by batch, whether new rows are still like those of a calibration.
+    """Monitor that tests, batch by batch, whether new rows are still like the calibration rows.
 
     Args:
         calibration: The calibration rows; rows without an uncertainty are left out.
@@ -57,8 +57,8 @@ class Monitor:
         unscored: Number of these rows without an uncertainty; they are left out.
         accepted: Number of these rows that are accepted.
         repeated: Number of rows and labels that were given again to this object and left out.
-        risk: Hash of the record of the calibration, which is saved with scores that were made with
-            it; None without a record.
+        risk: Hash of the saved calibration, which its scores contain too; None if the calibration
+            is not saved.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
@@ -71,9 +71,10 @@ class Monitor:
         >>> rng = np.random.default_rng(0)
         >>> calibration = vilu.Outcomes(rng.random(1000), np.zeros(1000))
         >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
-        >>> monitor.update(vilu.Outcomes(rng.random(500), np.full(500, -1))).verdict
+        >>> unknown = np.full(500, -1)  # the failure of new rows
+        >>> monitor.update(vilu.Outcomes(rng.random(500), unknown)).verdict
         'holds'
-        >>> monitor.update(vilu.Outcomes(rng.random(500) ** 0.5, np.full(500, -1))).verdict
+        >>> monitor.update(vilu.Outcomes(rng.random(500) ** 0.5, unknown)).verdict  # larger scores
         'shifted: guarantee void'
     """
 
@@ -119,26 +120,26 @@ class Monitor:
             # The stated shares differ from those of the calibration rows. So these tests would
             # raise an alarm although the guarantee holds.
             columns = {}
-        self._share_out(columns)
+        self._make_tests(columns)
         self.fingerprint = self._fingerprint()
 
-    def _share_out(self, columns: Mapping[TestName, Floats]) -> None:
+    def _make_tests(self, columns: Mapping[TestName, Floats]) -> None:
         """Make the tests of columns, audit and rates, each with a share of ``false_alarm``."""
-        limit = self._limit()
+        limit = self._guaranteed_risk()
         names: list[TestName] = list(columns)
         if limit is not None:
             names.append("audit")
         names += rates_of(self.rule, self.calibration, self.false_alarm)
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
-        parts = sum(PARTS[name] for name in names)
+        total_parts = sum(PARTS[name] for name in names)
         tests: dict[TestName, Test] = {}
         for name in names:
-            tests[name] = Test(name=name, level=self.false_alarm * PARTS[name] / parts)
+            tests[name] = Test(name=name, level=self.false_alarm * PARTS[name] / total_parts)
         self.watches: dict[TestName, Watch] = {}
         for name, column in columns.items():
             self.watches[name] = Watch(tests[name], Reference.of(column))
-        self.rates = rates_of(self.rule, self.calibration, self.false_alarm / max(parts, 1))
+        self.rates = rates_of(self.rule, self.calibration, self.false_alarm / max(total_parts, 1))
         self.rate_tests: dict[TestName, Test] = {}
         for name, rate in self.rates.items():
             self.rate_tests[name] = Test(name=name, level=rate.delta)
@@ -172,19 +173,19 @@ class Monitor:
 
         Examples:
             >>> import numpy as np, tempfile, vilu
-            >>> rows = np.random.default_rng(0).normal(size=(200, 8))
-            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            >>> data = vilu.Embeddings(rows, np.eye(8), target=rows.argmax(axis=1))
-            >>> with (
-            ...     tempfile.TemporaryDirectory() as folder
-            ... ):  # as `vilu fit` and `vilu calibrate` leave one
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> text = np.eye(8)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, text, target=target)
+            >>> with tempfile.TemporaryDirectory() as folder:
             ...     _ = vilu.MCM().save(folder)
             ...     _ = vilu.calibrate_predictor(folder, data, vilu.Target(max_risk=0.05))
             ...     monitor = vilu.Monitor.of_folder(folder)
             >>> len(monitor.calibration), monitor.rule.max_risk
             (200, 0.05)
         """
-        calibration, guarantee = _guaranteed(folder_of(folder))
+        calibration, guarantee = _load_guarantee(folder_of(folder))
         monitor = cls(calibration.rows, guarantee, false_alarm=false_alarm, seed=seed)
         monitor.risk = calibration.fingerprint
         return monitor
@@ -200,7 +201,7 @@ class Monitor:
         Args:
             outcomes: Scores of the same predictor. Rows that were monitored before are left out and
                 counted in ``repeated``. They are recognised by identifier, uncertainty and answer.
-                Without identifiers the whole batch is recognised.
+                Rows without identifiers are recognised only as a whole batch.
             groups: Names of the groups of the N rows; needed if the rule was made with a list of
                 groups.
             in_order: Whether the rows are known to be in the order of their arrival. If not, sorted
@@ -221,9 +222,8 @@ class Monitor:
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
             >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
-            >>> status = monitor.update(
-            ...     vilu.Outcomes(rng.random(300), np.full(300, -1))
-            ... )  # labels are not needed
+            >>> unknown = np.full(300, -1)  # labels are not needed
+            >>> status = monitor.update(vilu.Outcomes(rng.random(300), unknown))
             >>> status.verdict, status.rows
             ('holds', 300)
         """
@@ -245,7 +245,7 @@ class Monitor:
         for name, column in self._columns(outcomes, accepted).items():
             if name in self.watches:
                 self.watches[name].update(column, rows[watched], self.seed)
-        self._take_rate("review", ~accepted[scored], rows[scored])
+        self._count_for_rate("review", ~accepted[scored], rows[scored])
         self.rows += len(outcomes)
         self.unscored += int(np.count_nonzero(~scored))
         self.accepted += int(np.count_nonzero(accepted))
@@ -260,10 +260,10 @@ class Monitor:
     ) -> Status:
         """Audit labels that arrived later, of rows that were monitored before.
 
-        A label counts once. Labels of rows that were audited before are left out; such rows are
-        recognised as in ``update``. The order of the labels has no meaning by default, so the test
-        looks at the evidence once, after the last label. With ``in_order`` it looks after every
-        label.
+        A label counts once. Labels of rows that were audited before are left out. Such rows are
+        recognised as in ``update``. By default the order of the labels has no meaning, so the test
+        looks at the evidence once, after the last label. With ``in_order`` the test looks after
+        every label.
 
         Warns:
             UserWarning: If some labels were given before.
@@ -277,11 +277,12 @@ class Monitor:
             >>> rng = np.random.default_rng(0)
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
             >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
-            >>> uncertainty, ids = rng.random(200), [f"{i}.jpg" for i in range(200)]
-            >>> monitor.update(vilu.Outcomes(uncertainty, np.full(200, -1), ids=ids)).verdict
+            >>> uncertainty, unknown = rng.random(200), np.full(200, -1)
+            >>> ids = [f"{i}.jpg" for i in range(200)]
+            >>> monitor.update(vilu.Outcomes(uncertainty, unknown, ids=ids)).verdict
             'holds'
-            >>> wrong = rng.random(200) < 0.2  # known later, and more than is guaranteed
-            >>> monitor.audit(vilu.Outcomes(uncertainty, wrong, ids=ids)).verdict
+            >>> failure = rng.random(200) < 0.2  # 20 % are wrong, and 5 % are guaranteed
+            >>> monitor.audit(vilu.Outcomes(uncertainty, failure, ids=ids)).verdict
             'broken'
         """
         if self.audited is None:
@@ -305,7 +306,7 @@ class Monitor:
         An existing file is replaced only if it is the state of a monitor.
 
         Raises:
-            UsageError: If the file has another suffix, or if an existing file is no such state.
+            UsageError: If the file has another suffix, or if it exists and is no such state.
             StorageError: If the file cannot be written.
 
         Examples:
@@ -314,13 +315,13 @@ class Monitor:
             >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
             >>> rule = vilu.certify(calibration, max_risk=0.05)
             >>> monitor = vilu.Monitor(calibration, rule)
-            >>> # -1: the failure is not known
-            >>> _ = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))
+            >>> unknown = np.full(300, -1)
+            >>> _ = monitor.update(vilu.Outcomes(rng.random(300), unknown))
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     monitor.save(f"{folder}/state.parquet")
             ...     tomorrow = vilu.Monitor(calibration, rule).resume(f"{folder}/state.parquet")
-            >>> tomorrow.update(vilu.Outcomes(rng.random(200), np.full(200, -1))).rows
-            500
+            >>> tomorrow.update(vilu.Outcomes(rng.random(300), unknown)).rows
+            600
         """
         import pyarrow as pa
 
@@ -331,7 +332,7 @@ class Monitor:
             tables.append(
                 pa.table({"test": [name] * len(counts), "value": values, "count": counts})
             )
-        # so that the columns "value" and "count" exist even if there is no test
+        # This empty table makes sure that the columns "value" and "count" exist without any test.
         empty = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         tables.append(pa.table(empty))
         # The hashes of rows and labels that were seen are in the same table. For them, the column
@@ -339,7 +340,7 @@ class Monitor:
         for kind, seen in ((ROWS_SEEN, self.monitored), (LABELS_SEEN, self.labelled)):
             test = pa.array([kind] * len(seen), pa.string())
             tables.append(pa.table({"test": test, "row": seen.hashes()}))
-        # with this option, a column that a table lacks is filled with null
+        # With this option, a column that a table lacks is filled with null.
         whole = pa.concat_tables(tables, promote_options="default")
         columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
@@ -359,9 +360,9 @@ class Monitor:
             >>> import numpy as np, tempfile, vilu
             >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
             >>> rule = vilu.certify(calibration, max_risk=0.05)
+            >>> monitor = vilu.Monitor(calibration, rule)
+            >>> _ = monitor.update(vilu.Outcomes([0.2, 0.7, 0.4], [-1, -1, -1]))
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     monitor = vilu.Monitor(calibration, rule)
-            ...     _ = monitor.update(vilu.Outcomes([0.2, 0.7, 0.4], [-1, -1, -1]))
             ...     monitor.save(f"{folder}/state.parquet")
             ...     vilu.Monitor(calibration, rule).resume(f"{folder}/state.parquet").rows
             3
@@ -371,7 +372,8 @@ class Monitor:
         _require_parquet(path)
         if self.rows:
             raise UsageError(
-                f"only a new monitor can go on from a state. This one has seen {self.rows} rows."
+                "only a new monitor can continue from a saved state. This monitor has seen "
+                f"{self.rows} rows."
             )
         table, state = _read_state(path)
         if state.fingerprint != self.fingerprint:
@@ -403,13 +405,9 @@ class Monitor:
             >>> import numpy as np, vilu
             >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
             >>> monitor = vilu.Monitor(calibration, vilu.certify(calibration, max_risk=0.05))
-            >>> _ = monitor.update(
-            ...     vilu.Outcomes(
-            ...         [0.2, np.nan, 0.4], [-1, -1, -1], reason=[None, "zero_norm", None]
-            ...     )
-            ... )
-            >>> monitor.state().rows, monitor.state().unscored
-            (3, 1)
+            >>> _ = monitor.update(vilu.Outcomes([0.2, 0.7, 0.4], [-1, -1, -1]))
+            >>> monitor.state().rows, monitor.state().accepted
+            (3, 3)
         """
         audited = (0, 0)
         if self.audited is not None:
@@ -457,29 +455,30 @@ class Monitor:
     def _require_tests(self, state: State) -> None:
         """Raise a ValueError if a state has other tests or impossible counts."""
         levels = {test.name: test.level for test in self._tests()}
-        levels_there = {test.name: test.level for test in state.tests}
+        saved_levels = {test.name: test.level for test in state.tests}
         n, wrong = state.audited
-        has_tests = levels_there.keys() == levels.keys()
+        has_tests = saved_levels.keys() == levels.keys()
         has_wealth = state.wealth.keys() == self.watches.keys()
         if not has_tests or not has_wealth or wrong > n:
             raise ValueError(f"its tests are not {', '.join(levels)}")
-        too_many = any(n_happened > n_rows for n_rows, n_happened in state.counted.values())
-        if state.counted.keys() != self.rates.keys() or too_many:
+        has_rates = state.counted.keys() == self.rates.keys()
+        is_impossible = any(n_happened > n_rows for n_rows, n_happened in state.counted.values())
+        if not has_rates or is_impossible:
             raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
-        if levels_there != levels:
+        if saved_levels != levels:
             raise ValueError("its tests have other levels")
 
     def _remember(
         self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
     ) -> None:
-        """Add the hashes of monitored and labelled rows; a ValueError if their number is wrong."""
+        """Add the hashes of monitored and labelled rows; ValueError if their number is wrong."""
         n_monitored, n_labelled = state.remembered
-        for seen, rows, n in (
+        for seen, hashes, n in (
             (self.monitored, monitored, n_monitored),
             (self.labelled, labelled, n_labelled),
         ):
-            seen.add(rows.drop_null().to_numpy())
-            if len(rows) != n or len(seen) != n:
+            seen.add(hashes.drop_null().to_numpy())
+            if len(hashes) != n or len(seen) != n:
                 raise ValueError("it does not hold the rows that were taken in")
 
     @property
@@ -511,8 +510,8 @@ class Monitor:
         audit = () if self.audit_test is None else (self.audit_test,)
         return [*watched, *audit, *self.rate_tests.values()]
 
-    def _limit(self) -> float | None:
-        """The guaranteed largest error rate.
+    def _guaranteed_risk(self) -> float | None:
+        """The guaranteed largest error rate of accepted answers.
 
         None if nothing is accepted, or if only a mean over calibrations is guaranteed.
         """
@@ -523,12 +522,12 @@ class Monitor:
             # have a risk above the target, so an audit would raise alarms although the guarantee
             # holds.
             return None
-        limit = self.rule.max_risk
-        if limit is None:
-            limit = self.rule.risk_bound
-        if limit is None or not 0 < limit < 1:
+        risk = self.rule.max_risk
+        if risk is None:
+            risk = self.rule.risk_bound
+        if risk is None or not 0 < risk < 1:
             return None
-        return limit
+        return risk
 
     def _accepted(self, outcomes: Outcomes, groups: Sequence[str] | None) -> NDArray[np.bool_]:
         """Mask (N,) of the accepted answers; False everywhere without a rule."""
@@ -547,7 +546,7 @@ class Monitor:
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
-                    "the calibration rows say what was answered, these scores do not. Score them "
+                    "the calibration rows have answers, and these scores have none. Score the rows "
                     "again."
                 )
             columns["answers"] = outcomes.prediction[watched].astype(np.float64)
@@ -562,7 +561,7 @@ class Monitor:
         """Mask (N,) of the rows that are compared with the calibration rows.
 
         They have an uncertainty. If the calibration is partial, the uncertainty is also below the
-        largest one of the calibration rows.
+        largest uncertainty of the calibration rows.
         """
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
@@ -579,11 +578,11 @@ class Monitor:
         """
         if self.audited is None or self.audit_test is None:
             return
-        counts = accepted
+        is_counted = accepted
         if "outside" in self.rates:
             # every labelled row counts for the share of out-of-distribution images
-            counts = np.ones(len(outcomes), dtype=np.bool_)
-        known = np.flatnonzero((outcomes.failure != UNKNOWN) & counts)
+            is_counted = np.ones(len(outcomes), dtype=np.bool_)
+        known = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
             warn_caller(
@@ -593,14 +592,14 @@ class Monitor:
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)
         known = known[new]
-        self._take_rate("outside", outcomes.outside[known], rows[known], judged)
-        known = known[accepted[known]]
-        wrong = outcomes.failure[known] == 1
+        self._count_for_rate("outside", outcomes.outside[known], rows[known], judged)
+        audited = known[accepted[known]]
+        wrong = outcomes.failure[audited] == 1
         evidence = self.audited.path(wrong)
-        self.audit_test = self.audit_test.after(evidence[judged], rows[known][judged])
+        self.audit_test = self.audit_test.after(evidence[judged], rows[audited][judged])
         self.audited = self.audited.more(wrong)
 
-    def _take_rate(
+    def _count_for_rate(
         self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
     ) -> None:
         """Count rows for the rate of a test, if there is this test.
@@ -638,12 +637,12 @@ class Monitor:
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
 
-def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
+def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     """The calibration of a predictor, and its guarantee; InfeasibleError if there is none."""
     command = f"vilu calibrate {shlex.quote(str(folder))} STORE --max-risk 0.05"
     calibration = Calibration.find(folder)
     if calibration is None:
-        read_description(folder / PREDICTOR)  # another error is raised if there is no predictor
+        read_description(folder / PREDICTOR)  # raises a better error if there is no predictor
     elif calibration.guarantee is not None:
         return calibration, calibration.guarantee
     else:
@@ -654,7 +653,7 @@ def _guaranteed(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
     )
 
 
-# the two kinds of hashes in a saved state, in its column "test"
+# Names of the two kinds of hashes in the column "test" of a saved state.
 ROWS_SEEN = "rows seen"
 LABELS_SEEN = "labels seen"
 

@@ -58,12 +58,15 @@ def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
     bounds = []
     for k, n in zip(n_reviewed.tolist(), strata.n.tolist(), strict=True):
         bounds.append(upper_bound(k, n, delta_of_stratum))
+    *inside_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
     ood_share = float(strata.share[-1])
-    within = float(strata.share[:-1] @ np.array(bounds[:-1])) / (1 - ood_share)
-    # The true share may be any number from 0 to the stated share. The rate is linear in the share,
-    # so its maximum is at 0 or at the stated share. If only the stated share were used, a smaller
-    # share of such images could raise an alarm.
-    return max(within, (1 - ood_share) * within + ood_share * bounds[-1])
+    inside_shares = strata.share[:-1]
+    within = float(inside_shares @ np.array(inside_bounds)) / (1 - ood_share)
+    # The true share of out-of-distribution images may be any number from 0 to the stated share. The
+    # rate is linear in this share, so its maximum is at 0 or at the stated share. If only the
+    # stated share were used, a smaller share of such images could raise an alarm.
+    at_stated_share = (1 - ood_share) * within + ood_share * ood_bound
+    return max(within, at_stated_share)
 
 
 def ood_in_words(audit: Audit, stated: float) -> str:

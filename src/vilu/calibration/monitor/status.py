@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import itemgetter
-from typing import Literal
+from operator import attrgetter
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -49,7 +49,7 @@ class Test(Model):
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
-        """The test with the log wealth (B,) after each of B further rows with these numbers."""
+        """The test after B further rows, from the log wealth (B,) after each, and their numbers."""
         if not len(log_wealth):
             return self
         raised_at = self.raised_at
@@ -88,9 +88,10 @@ class Audited(Model):
     n: int  # number of audited accepted answers
     wrong: int  # number of wrong ones among them
     guarantee: float  # guaranteed largest error rate
-    lower: float  # lower bound of the error rate, valid at all times together
-    upper: float  # upper bound, valid at all times together
-    confidence: float  # 1 - delta, of each of the two bounds
+    # Bounds of the error rate. They may be looked at after every label.
+    lower: float
+    upper: float
+    confidence: float  # 1 - delta, separately for each bound
     verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
     # about how many more audited answers lead to a verdict; None if no number of them is enough
     n_needed: int | None
@@ -170,24 +171,41 @@ def _odds(log_wealth: float) -> str:
     return f"1e{log_wealth / math.log(10):.0f}"
 
 
-def conclude(tests: Sequence[Test], audit: Audited | None) -> tuple[Verdict, int | None, str, str]:
-    """Verdict, row, reason and advice that follow from the tests."""
+class Alarm(NamedTuple):
+    """An alarm: the row at which it was raised, and the test that raised it."""
+
+    row: int
+    test: TestName
+
+
+class Conclusion(NamedTuple):
+    """What follows from all tests; the fields are those of ``Status``."""
+
+    verdict: Verdict
+    raised_at: int | None
+    reason: str
+    advice: str
+
+
+def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
+    """The conclusion from the tests and the audit."""
     alarms = []
     for test in tests:
         if test.raised_at is not None:
-            alarms.append((test.raised_at, test.name))
-    alarms.sort(key=itemgetter(0))
+            alarms.append(Alarm(test.raised_at, test.name))
+    alarms.sort(key=attrgetter("row"))
     if alarms:
-        first, _ = alarms[0]
-        is_broken = any(name == "audit" for _, name in alarms)
+        first = alarms[0]
+        is_broken = any(alarm.test == "audit" for alarm in alarms)
         verdict: Verdict = "broken" if is_broken else "shifted: guarantee void"
-        reason = "; ".join(f"{MEANING[name]} (row {row:,})" for row, name in alarms)
-        return verdict, first, reason, RECALIBRATE
+        reason = "; ".join(f"{MEANING[alarm.test]} (row {alarm.row:,})" for alarm in alarms)
+        return Conclusion(verdict, first.row, reason, RECALIBRATE)
     if audit is None:
-        return "holds", None, "no sign of a shift", "Nothing to do; go on monitoring."
+        advice = "Nothing to do; go on monitoring."
+        return Conclusion("holds", None, "no sign of a shift", advice)
     if audit.verdict == "holds so far":
         reason = "no sign of a shift, and the audited answers keep the guarantee"
-        return "holds", None, reason, "Go on monitoring."
+        return Conclusion("holds", None, reason, "Go on monitoring.")
     more = "some"
     if audit.n_needed is not None:
         more = f"about {audit.n_needed} more"
@@ -196,4 +214,4 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> tuple[Verdict, int
         f"Go on monitoring; to see the guarantee itself, label {more} accepted answers, drawn at "
         "random."
     )
-    return "holds", None, reason, advice
+    return Conclusion("holds", None, reason, advice)

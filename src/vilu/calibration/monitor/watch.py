@@ -30,14 +30,14 @@ Only tests that are used count, so their shares add up to the whole probability.
 
 @dataclass
 class Watch:
-    """Test whether one number per row stays exchangeable."""
+    """Test of whether one number per row stays exchangeable, with its evidence so far."""
 
     test: Test
     reference: Reference
     martingale: Martingale = field(default_factory=Martingale)
 
     def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Test the next values (B,), which belong to rows with these numbers."""
+        """Test the next values (B,) of the rows with the numbers ``rows`` (B,)."""
         generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
         # Every value has its own random number, however the values are divided into batches.
         # Otherwise the evidence would depend on the division, and a user could choose a division
@@ -50,7 +50,7 @@ class Watch:
     def resumed(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
-        """The test after n rows, with saved wealth, and saved values with their counts."""
+        """The test after n rows, from its saved wealth, and from saved values with their counts."""
         martingale = Martingale()
         if wealth is not None:
             martingale = wealth.martingale()
@@ -113,6 +113,6 @@ class State(Model):
     tests: tuple[Test, ...]
     wealth: dict[str, Wealth | None]
     audited: tuple[Count, Count]  # numbers of audited answers, and of wrong ones among them
-    remembered: tuple[Count, Count]  # numbers of hashes of rows, and of labels
-    # for every rate: number of rows, and number of those among them that the rate counts
+    remembered: tuple[Count, Count]  # number of hashes of rows, and number of hashes of labels
+    # for every rate: number of all rows, and number of the rows that the rate counts
     counted: dict[str, tuple[Count, Count]]
