@@ -101,8 +101,7 @@ def trainable_rows(
     if outside.any() and not has_class.any():
         raise DataError(
             f"all {int(outside.sum())} labelled {role} rows are of none of the classes, so nothing "
-            "can be learned about the classes. Add rows of the classes to these "
-            f"{len(source)}."
+            "can be learned about the classes. Add rows that belong to a class."
         )
     n_ood = 0
     if needs == "class":
