@@ -45,16 +45,17 @@ def evaluate(
         outcomes: One or several ``Outcomes`` or ``ScoreFolder``. They may differ in method, data
             set, split and seed.
         metrics: Names from ``vilu.metrics.METRICS``. By default these are ``DEFAULT_METRICS`` and
-            all metrics that were added. Metrics of probabilities are then computed only if there is
-            a calibrated ``failure_probability`` or an uncertainty that is a probability. Metrics of
-            the questions "within" and "outside" are then computed only if some rows belong to none
-            of the classes.
+            all metrics that were added, with two exceptions. Metrics of probabilities are left out
+            if there is neither a calibrated ``failure_probability`` nor an uncertainty that is a
+            probability. Metrics of the questions "within" and "outside" are left out if all rows
+            belong to one of the classes.
         n_resamples: Number of bootstrap resamples; 0: no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
 
     Returns:
-        One row per outcomes and metric. The value of an undefined metric is None, with the reason.
+        One row per set of outcomes and metric. The value of an undefined metric is None, and the
+        row has the reason.
 
     If several rows show one picture (``Outcomes.picture``), the numbers of rows and of pictures are
     reported, and pictures are resampled in place of rows. A data set that contains every row twice
@@ -400,13 +401,14 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
         interval = None
         if not math.isnan(measured.ci_low):
             interval = how.describe(metric.kernel, source)
+        conventions = [text for text in (metric.convention, source.note) if text]
         row = ResultRow(
             **facts,
             metric=name,
             value=_null(measured.value),
             ci_low=_null(measured.ci_low),
             ci_high=_null(measured.ci_high),
-            convention="; ".join(filter(None, (metric.convention, source.note))),
+            convention="; ".join(conventions),
             interval=interval,
             why=why,
         )
@@ -419,6 +421,7 @@ def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> 
 
     Metrics that need probabilities are left out if there are none.
     """
+    # by ``id``, because the rows are not hashable
     sources: dict[int, Scores] = {}
     kernels: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():

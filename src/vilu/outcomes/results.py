@@ -99,11 +99,12 @@ REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows of results. ``print`` shows a table of methods by metrics; ``+`` joins two tables.
+    """Rows of results. ``print`` shows a table of methods by metrics, and ``+`` joins two tables.
 
     Examples:
         >>> import vilu
-        >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+        >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+        >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine")
         >>> table = vilu.evaluate(perfect, metrics=["auroc", "augrc"])
         >>> table.value("auroc", method="mine")
         1.0
@@ -240,7 +241,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """The columns that are written: all columns, but those of ``SELDOM`` only with values."""
+        """The columns that are written: all but the columns of ``SELDOM`` without any value."""
         columns = list(COLUMNS)
         for name in SELDOM:
             if not any(getattr(row, name) for row in self.rows):
@@ -517,12 +518,12 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
         lines.setdefault((name, row.seed, repeats[key]), {})[row.metric] = row
         repeats[key] += 1  # a second row with the same key gets a line of its own
     n_seeds = len({row.seed for row in rows})
-    table = [["method", *[_metric(name).title for name in metrics]]]
+    table = [["method", *[_metric(metric).title for metric in metrics]]]
     for (name, seed, _), line in lines.items():
         label = printable(name)
         if n_seeds > 1 and seed is not None:
             label = f"{label} (seed {seed})"
-        table.append([label, *[_cell(line.get(name)) for name in metrics]])
+        table.append([label, *[_cell(line.get(metric)) for metric in metrics]])
     return _title(rows), table
 
 

@@ -213,8 +213,8 @@ class PoolCoalitions(Coalitions):
 
     unit = LOG_ODDS
     meaning = (
-        "parts of the pooled logits are added or left out, less what that does to background rows "
-        "on average"
+        "log-odds from the parts of the pooled logits in a coalition, plus what the missing parts "
+        "add to background rows on average"
     )
 
     def __init__(

@@ -170,7 +170,7 @@ def shown(self: Parametrised) -> str:
     return f"{type(self).__name__}({', '.join(changed)})"
 
 
-def is_no_estimator(self: Parametrised) -> object:
+def refuse_scikit_learn(self: Parametrised) -> object:
     """Refuse use in scikit-learn: its cross-validation, searches and pipelines call this first.
 
     Raises:

@@ -224,7 +224,7 @@ class FailurePredictor(ABC):
 
     get_params = parameters.get_params
     set_params = parameters.set_params
-    __sklearn_tags__ = parameters.is_no_estimator
+    __sklearn_tags__ = parameters.refuse_scikit_learn
 
     # Definitions of a method.
 
@@ -371,7 +371,7 @@ class FailurePredictor(ABC):
         raise self._without_posterior()
 
     def judged(self, batch: Batch) -> Batch:
-        """The batch with the answers that are judged, which ``answer`` chooses.
+        """The batch with the answers that are judged, as the parameter ``answer`` says.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior.
@@ -386,12 +386,13 @@ class FailurePredictor(ABC):
         if self.answer != "adapted":
             return batch
         with torch.no_grad():
-            return batch.judging(self.log_posterior(batch).argmax(dim=1))
+            likeliest = self.log_posterior(batch).argmax(dim=1)
+            return batch.judging(likeliest)
 
     def judging(self, answer: AnswerKind) -> Self:
         """A copy with the same fit that judges another kind of answers.
 
-        It is not calibrated: a calibration holds for one kind of answers.
+        The copy loses the calibration, which holds for one kind of answers only.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior, or if the method
@@ -444,7 +445,7 @@ class FailurePredictor(ABC):
         *,
         unlabelled: EmbeddingSource | None = None,
     ) -> Self:
-        """Learn from embeddings, labelled ones unless ``needs_labels`` is false.
+        """Learn from embeddings, which must have labels unless ``needs_labels`` is false.
 
         A method without ``_learn`` only stores the embedding space.
 
@@ -515,7 +516,10 @@ class FailurePredictor(ABC):
         require_comparable(train, unlabelled)
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Learn from the rows that have what the method ``needs``, and store sketches of rows."""
+        """Learn from the rows that have what the method ``needs``.
+
+        Sketches and a sample of the rows are stored, by which these rows are recognised later.
+        """
         from vilu.predictors.contract import labelled, seen
         from vilu.predictors.persistence.fit_sample import FitSample
 
@@ -908,6 +912,7 @@ class FailurePredictor(ABC):
             raise self._without_posterior()
 
     def _without_posterior(self) -> UsageError:
+        """The error for adapted answers of a method that has no posterior."""
         from vilu.registry import METHODS
 
         able = [name for name in METHODS.names() if METHODS[name].has_posterior]

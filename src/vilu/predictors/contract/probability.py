@@ -117,9 +117,9 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     A smoother form is preferred if its log-loss is within one standard error of the least.
 
     Platt scaling is always tried. Temperature scaling and beta calibration are tried if the scores
-    are log-odds, isotonic regression with at least 1,000 rows. With fewer than 20 failures or 20
-    successes nothing is compared: temperature scaling is fitted to log-odds, and Platt scaling to
-    other scores.
+    are log-odds. Isotonic regression is tried with at least 1,000 rows. With fewer than 20 failures
+    or 20 successes no forms are compared: temperature scaling is fitted to log-odds, and Platt
+    scaling to other scores.
 
     Args:
         score: (N,) finite scores; higher = more likely wrong.
@@ -129,15 +129,14 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     Examples:
         >>> import numpy as np
         >>> from vilu.predictors.contract.probability import fit_calibrator
-        >>> calibrator = fit_calibrator(
-        ...     np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True
-        ... )
-        >>> calibrator.form
+        >>> score, failure = np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1])
+        >>> fit_calibrator(score, failure, is_log_odds=True).form  # of so few rows
         'temperature'
     """
     forms = [name for name, form in FORMS.items() if is_log_odds or not form.of_probability]
     if min(failure.sum(), (1 - failure).sum()) < FEW_OF_A_KIND:
-        return _fit(forms[0], score, failure)
+        smoothest = forms[0]
+        return _fit(smoothest, score, failure)
     if len(score) >= FEW_ROWS:
         forms.append("isotonic")
     losses = {name: _held_out_losses(name, score, failure) for name in forms}
@@ -247,6 +246,7 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
     pooled = n_rows
     begins = _begin_pools(wrong, pooled)
     while not begins.all():
+        # join every pool whose rate does not rise to the pool before it
         first = np.flatnonzero(begins)
         wrong = np.add.reduceat(wrong, first)
         pooled = np.add.reduceat(pooled, first)
@@ -293,7 +293,8 @@ def _least_log_loss(
     """Weights and intercept of a logistic regression without a penalty, on smoothed targets."""
     n_features = features.shape[1]
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
-    x = np.column_stack([features / scale, np.ones((len(features), int(intercept)))])
+    ones = np.ones((len(features), int(intercept)))  # (N, 1) for the intercept, or (N, 0)
+    x = np.column_stack([features / scale, ones])
     weights = _by_newton(x, _smoothed(failure))
     constant = 0.0
     if intercept:

@@ -190,7 +190,7 @@ class Overlap:
         if len(self) > MAX_SHARED * self.n_comparable:
             of_sample = ""
             if not self.whole:
-                of_sample = f" of the {self.n_comparable} that can be told"
+                of_sample = f" of the {self.n_comparable} that can be compared"
             raise DataError(f"{problem}, more than {MAX_SHARED:.0%}{of_sample}. {remedy}")
         warn_caller(f"{problem}; {then}.")
         return ~self.shared
@@ -327,8 +327,9 @@ def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> N
     """
     alone = np.flatnonzero(picture == UNKNOWN)
     known = np.flatnonzero(picture != UNKNOWN)
-    # np.lexsort sorts by its last key first: by picture, then failures before others, then by index
-    order = known[np.lexsort((known, failure[known] != 1, picture[known]))]
+    is_no_failure = failure[known] != 1
+    # by picture, then failures before other rows, then by index: np.lexsort has the last key first
+    order = known[np.lexsort((known, is_no_failure, picture[known]))]
     _, first = np.unique(picture[order], return_index=True)
     return np.sort(np.concatenate([alone, order[first]]))
 

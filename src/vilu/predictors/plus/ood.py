@@ -184,7 +184,7 @@ class Outside:
 
     weight: Tensor  # (D,) w; (0,) where nothing was learned
     bias: Tensor  # () b
-    words: Tensor  # () g, the weight of the margin m
+    word_weight: Tensor  # () g, the weight of the margin m
     slope: Tensor  # (1,) for all answers, or (K + 1,); (0,) where nothing was learned
     offset: Tensor  # of the shape of ``slope``
     notes: Mapping[str, Any] = field(default_factory=dict)  # plain JSON, for people to read
@@ -200,28 +200,23 @@ class Outside:
         """The outcome where nothing was learned: P(outside) is zero."""
         # five separate tensors: safetensors refuses to save one tensor under two names
         shapes = (0,), (), (), (0,), (0,)
-        weight, bias, words, slope, offset = (
+        weight, bias, word_weight, slope, offset = (
             torch.zeros(shape, dtype=torch.float64) for shape in shapes
         )
-        return cls(weight, bias, words, slope, offset, notes)
+        return cls(weight, bias, word_weight, slope, offset, notes)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The outcome of saved tensors by name; ``nothing()`` where one of them is missing."""
         if not tensors.keys() >= set(cls.names):
             return cls.nothing()
-        weight, bias, words, slope, offset = (tensors[name] for name in cls.names)
-        return cls(weight, bias, words, slope, offset)
+        weight, bias, word_weight, slope, offset = (tensors[name] for name in cls.names)
+        return cls(weight, bias, word_weight, slope, offset)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to save, by name."""
-        return dict(
-            zip(
-                self.names,
-                (self.weight, self.bias, self.words, self.slope, self.offset),
-                strict=True,
-            )
-        )
+        tensors = (self.weight, self.bias, self.word_weight, self.slope, self.offset)
+        return dict(zip(self.names, tensors, strict=True))
 
     def __bool__(self) -> bool:
         return len(self.slope) > 0
@@ -229,7 +224,7 @@ class Outside:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the data must have to be scored."""
-        return (NEGATIVES,) if bool(self.words != 0) else ()
+        return (NEGATIVES,) if bool(self.word_weight != 0) else ()
 
     def log_odds(self, batch: Batch, classes: Tensor | None = None) -> Tensor:
         """(B,) float64 log(P(outside) / P(inside)); minus infinity where nothing was learned.
@@ -242,13 +237,13 @@ class Outside:
         image = float64(batch.image)
         if not self:
             return torch.full_like(image[:, 0], -torch.inf)
-        weight, bias, words, slope, offset = (
+        weight, bias, word_weight, slope, offset = (
             tensor.to(image.device) for tensor in self.tensors().values()
         )
         evidence = image @ weight + bias
         if self.columns:
             far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
-            evidence = evidence + words * margin(batch, far).to(image.device)
+            evidence = evidence + word_weight * margin(batch, far).to(image.device)
         if classes is None or len(slope) == 1:
             return slope[-1] * evidence + offset[-1]  # the entry for no class, or for all answers
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
@@ -268,7 +263,7 @@ class OutsideGraph(nn.Module):
         self.is_per_class = len(outcome.slope) > 1
         self.weight = nn.Buffer(outcome.weight)
         self.bias = nn.Buffer(outcome.bias)
-        self.words = nn.Buffer(outcome.words)
+        self.word_weight = nn.Buffer(outcome.word_weight)
         self.slope = nn.Buffer(outcome.slope)
         self.offset = nn.Buffer(outcome.offset)
 
@@ -276,7 +271,7 @@ class OutsideGraph(nn.Module):
         """(B,) float64 log-odds; ``classes`` is as in ``Outside.log_odds``."""
         log_odds = float64(batch.image) @ self.weight + self.bias
         if self.looks_at_words:
-            log_odds = log_odds + self.words * self.margin(batch)
+            log_odds = log_odds + self.word_weight * self.margin(batch)
         if classes is None or not self.is_per_class:
             return self.slope[-1] * log_odds + self.offset[-1]
         # not every runtime reads the index -1 as the last entry
@@ -292,9 +287,8 @@ class OutsideGraph(nn.Module):
         # The sort need not be stable, because words of equal nearness are equal words. ONNX sorts
         # the lower index first.
         order = nearness.argsort()
-        rank = torch.empty_like(order).scatter(
-            0, order, torch.arange(words.shape[0], device=words.device)
-        )
+        positions = torch.arange(words.shape[0], device=words.device)
+        rank = torch.empty_like(order).scatter(0, order, positions)  # 0 for the farthest word
         # counted by a sum, since the size of a tensor would be a constant in the graph
         n_words = torch.ones_like(nearness, dtype=torch.float64).sum()
         n_far = (WORD_SHARE * n_words).round().clamp_min(1)
@@ -456,8 +450,8 @@ def fit_mixture(
     """
     n = len(value)
     ordered = value.sort().values
-    low = float(ordered[int(0.05 * (n - 1))])
-    centre = float(ordered[int(0.25 * (n - 1))])
+    low = float(ordered[int(0.05 * (n - 1))])  # the 5 % quantile
+    centre = float(ordered[int(0.25 * (n - 1))])  # the lower quartile
     expected = balance - centre
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
     # deviation is therefore at least (expected - centre) / MAX_SEPARATION.
@@ -466,10 +460,10 @@ def fit_mixture(
     # deviations apart
     deviation = max((centre - low) / 0.97, min_deviation)
     mixture = Mixture(
-        torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
-        expected,
-        deviation**2,
-        ASSUMED_OUTSIDE_SHARE,
+        inside=torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
+        outside=expected,
+        variance=deviation**2,
+        share=ASSUMED_OUTSIDE_SHARE,
     )
     count = torch.bincount(answer, minlength=n_classes).double()
     n_passes = 1 if known_inside else EM_PASSES
@@ -482,11 +476,10 @@ def fit_mixture(
         mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
         mass = torch.zeros_like(count).index_add_(0, answer, inside)
         sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
-        means = torch.cat(
-            [(sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS), mean[None]]
-        )
-        # without this prior, EM would split rows that are all inside into two halves
+        class_means = (sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS)
+        means = torch.cat([class_means, mean[None]])  # the last one is for any other candidate
         n_outside = outside.sum()
+        # without this prior, EM would split rows that are all inside into two halves
         n_prior = OUTSIDE_PRIOR * n
         outside_total = float((outside * value).sum() + n_prior * expected)
         outside_mean = outside_total / float(n_outside + n_prior)
@@ -523,7 +516,7 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     zero = torch.zeros((), dtype=torch.float64)
     weight = torch.zeros_like(margins.mean)
     bias = zero
-    words = torch.ones((), dtype=torch.float64)
+    word_weight = torch.ones((), dtype=torch.float64)
     mixture = None
     if not known_inside and len(margins.margin) >= DIRECTION_ROWS:
         share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
@@ -537,7 +530,7 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         if mixture.share >= MIN_OUTSIDE_SHARE:
             weight = along
             bias = level
-            words = (1 - share) * words
+            word_weight = (1 - share) * word_weight
         else:
             mixture = None
     if mixture is None:
@@ -555,7 +548,7 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     if mixture.separation < MIN_SEPARATION:
         return Outside.nothing(**notes)
     slope, offset = mixture.log_odds()
-    return Outside(weight, bias, words, slope, offset - CAUTION, notes)
+    return Outside(weight, bias, word_weight, slope, offset - CAUTION, notes)
 
 
 class Regressors(NamedTuple):
@@ -633,11 +626,12 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     level = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    words = zero[0].clone()
+    word_weight = zero[0].clone()
     if len(direction) > dim:  # the weight of the margin comes after those of the image
-        words = direction[dim].clone()
+        word_weight = direction[dim].clone()
     bias = level - direction @ centre
-    return Outside(direction[:dim].clone(), bias, words, slope, zero, {"n_outside": len(outside)})
+    notes = {"n_outside": len(outside)}
+    return Outside(direction[:dim].clone(), bias, word_weight, slope, zero, notes)
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:

@@ -67,13 +67,13 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         mixed = np.einsum("m,nmk->nk", weights, log_p)
         log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
-        slope = np.einsum("nk,nmk->m", np.exp(log_q), log_p) - log_p[rows, :, target].sum(axis=0)
+        gradient = np.einsum("nk,nmk->m", np.exp(log_q), log_p) - log_p[rows, :, target].sum(axis=0)
         distance = weights - prior
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
-        return float(value), slope + distance / POOL_SD**2
+        return float(value), gradient + distance / POOL_SD**2
 
-    # The objective is convex, so there is one optimum. A negative weight would use an expert
-    # because it is wrong, so weights are at least 0.
+    # The objective is convex, so there is one optimum. A negative weight would follow the opposite
+    # of an expert, so weights are at least 0.
     bounds = [(0, None)] * len(prior)
     best = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds)
     return np.asarray(best.x)
@@ -323,6 +323,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
 
     def _fit_adapter(self, attention: SupervisedAttention, rows: Rows) -> Adapter:
+        """Train the network, which adds a residual to the logits ``attention.offset``."""
+
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
@@ -333,7 +335,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        # computed for all rows at once: the batch keeps the zero-shot answer for later uses
+        # zero-shot answers are computed here for all rows at once, and the batch keeps them
         answered = batch.answered(batch.zero_shot)
         blocks = self.experts.blocks(answered)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
@@ -344,7 +346,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def outcome_of(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
         match = self.experts.attention.match(batch.text)
-        return self.outcome.log_odds(batch, torch.where(match.known, match.row, -1))
+        classes = torch.where(match.known, match.row, -1)  # -1: no training class
+        return self.outcome.log_odds(batch, classes)
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64 log probabilities of the candidates under the pool of experts."""
@@ -417,7 +420,9 @@ class PlusGraph(nn.Module):
         pooled = pool(float64(logits).log_softmax(dim=-1), weights)
         log_odds = failure_log_odds(pooled, batch)
         if self.outside is not None:
-            classes = None if match is None else torch.where(match.known, match.row, -1)
+            classes = None
+            if match is not None:
+                classes = torch.where(match.known, match.row, -1)  # -1: no training class
             log_odds = with_outside(log_odds, self.outside(batch, classes))
         return torch.sigmoid(log_odds)
 

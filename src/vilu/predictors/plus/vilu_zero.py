@@ -348,7 +348,8 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
         The variance is the mean square, weighted by the counts, less the noise K / N of K means.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
-        return float((moments.members * squares).sum()) / (within_square * n) - len(count) / n
+        mean_square = float((moments.members * squares).sum()) / (within_square * n)
+        return mean_square - len(count) / n
 
     anchor = 1 / max(variance_of(centred - slope * centred_text), 1 / MAX_ANCHOR)
     summed = moments.members[:, None] * centred + anchor * slope * centred_text
