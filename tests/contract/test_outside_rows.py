@@ -122,7 +122,7 @@ def test_what_learns_failures_learns_that_they_are_wrong(
 def test_a_training_set_of_nothing_else_is_refused(name: str, more_train: Embeddings) -> None:
     nothing_else = more_train.take(np.flatnonzero(more_train.outside.numpy()))
     with pytest.raises(
-        DataError, match=f"the {N_OUTSIDE} labelled training rows are of none of the classes"
+        DataError, match=f"all {N_OUTSIDE} labelled training rows are of none of the classes"
     ):
         make(name).fit(nothing_else)
 

@@ -1,4 +1,4 @@
-"""Names of decisions, and of reasons why an answer is not accepted."""
+"""Names of decisions, and names of the reasons why an answer is not accepted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ REVIEW = "review"
 """Decision about an answer that is not accepted: a person or another model should review it."""
 
 ABOVE = "above_threshold"
-"""Reason of an answer that is not accepted: its uncertainty is above the threshold."""
+"""Reason why an answer is not accepted: its uncertainty is above the threshold."""
 
 OUTSIDE_REASON = "outside"
-"""The same, if the picture is more probably out of distribution than answered wrongly."""
+"""Reason why an answer is not accepted: probably the picture is of none of the classes.
+
+It is more probably out of distribution than within the classes and answered wrongly.
+"""

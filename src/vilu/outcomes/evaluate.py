@@ -25,9 +25,8 @@ from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
-# share of rows that show the picture of another row, above which a warning is given
-MANY_REPEATS = 0.01
-FEW = 30  # with fewer wrong (or right) answers a warning is given, because intervals are wide
+MANY_REPEATS = 0.01  # a warning follows if a larger share of rows show the picture of another row
+FEW = 30  # a warning follows if fewer answers are wrong, or right, because intervals are wide
 LISTED = 3  # largest number of sentences in a warning
 
 
@@ -46,20 +45,21 @@ def evaluate(
         outcomes: One or several ``Outcomes`` or ``ScoreFolder``. They may differ in method, data
             set, split and seed.
         metrics: Names from ``vilu.metrics.METRICS``. By default these are ``DEFAULT_METRICS`` and
-            all metrics that were added. Metrics of probabilities are then computed only if there is
-            a calibrated ``failure_probability`` or an uncertainty that is a probability. Metrics of
-            the questions "within" and "outside" are then computed only if some rows belong to none
-            of the classes.
+            all metrics that were added, with two exceptions. Metrics of probabilities are left out
+            if there is neither a calibrated ``failure_probability`` nor an uncertainty that is a
+            probability. Metrics of the questions "within" and "outside" are left out if all rows
+            belong to one of the classes.
         n_resamples: Number of bootstrap resamples; 0: no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
 
     Returns:
-        One row per outcomes and metric. The value of an undefined metric is None, with the reason.
+        One row per set of outcomes and metric. The value of an undefined metric is None, and the
+        row has the reason.
 
     If several rows show one picture (``Outcomes.picture``), the numbers of rows and of pictures are
-    reported, and pictures are resampled in place of rows. So a data set that contains every row
-    twice has the same intervals as the data set itself.
+    reported, and pictures are resampled in place of rows. A data set that contains every row twice
+    therefore has the same intervals as one that contains every row once.
 
     Warns:
         UserWarning: If fewer than 30 answers are wrong, or fewer than 30 are right, or if more than
@@ -72,10 +72,9 @@ def evaluate(
     Examples:
         >>> import vilu
         >>> failure = [0, 1, 0, 1] * 20
-        >>> mine = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, failure, method="mine", dataset="pets")
-        >>> other = vilu.Outcomes(
-        ...     [0.4, 0.3, 0.2, 0.1] * 20, failure, method="other", dataset="pets"
-        ... )
+        >>> rising, falling = [0.1, 0.2, 0.3, 0.4] * 20, [0.4, 0.3, 0.2, 0.1] * 20
+        >>> mine = vilu.Outcomes(rising, failure, method="mine", dataset="pets")
+        >>> other = vilu.Outcomes(falling, failure, method="other", dataset="pets")
         >>> print(vilu.evaluate([mine, other], metrics=["auroc", "augrc"], n_resamples=0))
         pets: 80 answers, 40 wrong, accuracy 50.0 %
         method  AUROC  AUGRC
@@ -110,7 +109,7 @@ def evaluate(
 
 
 def _listed(sentences: list[str]) -> str:
-    """The first different sentences, and the number of further ones."""
+    """The first ``LISTED`` different sentences, and the number of further sentences."""
     different = list(dict.fromkeys(sentences))
     listed = "; ".join(different[:LISTED])
     if len(different) <= LISTED:
@@ -138,7 +137,7 @@ def _has_meaning(metric: Metric, tally: Tally) -> bool:
 
 
 def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
-    """The counts of one or several scored data."""
+    """The counts of one or several ``Outcomes`` or ``ScoreFolder``."""
     if isinstance(outcomes, Tallied):
         return [outcomes.tally()]
     tallies = []
@@ -260,7 +259,7 @@ def compare(
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
-    if chosen.question == "within":
+    if chosen.question == "within":  # only rows that belong to one of the classes
         rows &= ~a.outside
     u_a, failure = _evaluable(a, rows)
     u_b, failure_b = _evaluable(b, rows)
@@ -288,8 +287,8 @@ def compare(
         n_pictures = int(picture.max()) + 1
     return Comparison(
         metric,
-        method_a=a.method and name_of(a.method, a.answer),
-        method_b=b.method and name_of(b.method, b.answer),
+        method_a=_method_name(a),
+        method_b=_method_name(b),
         value_a=float(chosen.kernel(tie_counts(u_a, failure))),
         value_b=float(chosen.kernel(tie_counts(u_b, failure_b))),
         difference=result.difference,
@@ -304,8 +303,15 @@ def compare(
     )
 
 
+def _method_name(outcomes: Outcomes) -> str | None:
+    """Name of the method with the kind of answers; None if the method is not known."""
+    if not outcomes.method:
+        return outcomes.method
+    return name_of(outcomes.method, outcomes.answer)
+
+
 def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
-    """Message that a metric cannot compare two kinds of answers, with the metrics that can."""
+    """Message that a metric cannot compare two kinds of answers. It names metrics that can."""
     across = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
         f"{metric.title} says how well wrong answers are told from right ones. {_name(a)} judges "
@@ -315,9 +321,9 @@ def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 
 
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Number of the picture of every selected row, from the outcomes that have pictures.
+    """Picture number of every row in a mask (N,), from whichever outcomes have pictures.
 
-    None if no picture has two rows.
+    None if every row shows another picture.
     """
     for outcomes in (a, b):
         if outcomes.picture is not None:
@@ -395,13 +401,14 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
         interval = None
         if not math.isnan(measured.ci_low):
             interval = how.describe(metric.kernel, source)
+        conventions = [text for text in (metric.convention, source.note) if text]
         row = ResultRow(
             **facts,
             metric=name,
             value=_null(measured.value),
             ci_low=_null(measured.ci_low),
             ci_high=_null(measured.ci_high),
-            convention="; ".join(filter(None, (metric.convention, source.note))),
+            convention="; ".join(conventions),
             interval=interval,
             why=why,
         )
@@ -410,10 +417,11 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
 
 
 def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> dict[str, Interval]:
-    """Metrics with intervals; metrics of the same rows share their resamples.
+    """Values of the metrics with intervals, by name. Metrics of the same rows share the resamples.
 
-    Metrics without rows are left out.
+    Metrics that need probabilities are left out if there are none.
     """
+    # by ``id``, because the rows are not hashable
     sources: dict[int, Scores] = {}
     kernels: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():
@@ -437,7 +445,10 @@ def _why_undefined(metric: Metric, tally: Tally) -> str:
 def _measured(
     source: Scores, kernels: Mapping[str, Kernel], how: Resampling
 ) -> dict[str, Interval]:
-    """Metrics of the rows, with intervals if resamples are asked for and both classes have rows."""
+    """Values of the metrics by name.
+
+    They have intervals if ``how.n`` is not 0, and if there are both failures and successes.
+    """
     if how.n and 0 < source.n_failures < source.n:
         return intervals_of(
             source, kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
@@ -460,6 +471,7 @@ def _null(value: float) -> float | None:
 def _evaluable(
     outcomes: Outcomes, rows: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Uncertainties and failures of the rows in a mask (N,); refuses an empty mask."""
     if not rows.any():
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
         n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
@@ -488,7 +500,7 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
 
 
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes of different answers, which is seen from different failures."""
+    """Refuse outcomes whose failures differ, because then they judge different answers."""
     _require_equal(a, b, "failures", a.failure, b.failure)
 
 
@@ -505,7 +517,7 @@ def _require_equal(
 
 
 def _repeated(tally: Tally) -> list[str]:
-    """Warning if more than ``MANY_REPEATS`` of the rows show the picture of another row."""
+    """A warning, as a list, if more than ``MANY_REPEATS`` of the rows repeat a picture."""
     scores = tally.scores
     if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
         return []
@@ -532,16 +544,18 @@ ASKED = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""Text for the positive rows of every question."""
+"""What a row counts as if the answer to the question is yes, in words."""
 
 
 def _why(n: int, n_failures: int, question: Question) -> str:
+    """Why a metric is undefined: none or all of the answers are of the kind of the question."""
     if n_failures == 0:
         return f"none of {n} answers is {ASKED[question]}"
     return f"all of {n} answers are {ASKED[question]}"
 
 
 def _name(outcomes: Outcomes | Tally) -> str:
+    """Name of scores in messages, such as "mcm on pets"."""
     name = "the scores"
     if outcomes.method is not None:
         name = name_of(outcomes.method, outcomes.answer)

@@ -121,11 +121,11 @@ class Tally:
 
     scores: Scores  # evaluable rows: those with an uncertainty and a known failure
     within: Scores  # evaluable rows that belong to one of the classes
-    outside: Scores  # all evaluable rows, but "wrong" means that a row is of none of the classes
+    outside: Scores  # all evaluable rows, where "wrong" means that a row is of none of the classes
     n_unlabelled: int  # number of rows with an uncertainty whose failure is unknown
     n_unusable: int  # number of rows without an uncertainty
-    # The evaluable rows with a probability of failure in place of the uncertainty. This is the
-    # calibrated probability, or else the uncertainty if it is a probability. None without both.
+    # The evaluable rows with a probability of failure in place of the uncertainty: the calibrated
+    # probability, or else the uncertainty if that is a probability. None if there is neither.
     probability: Scores | None
     method: str | None = None  # name of the predictor
     dataset: str | None = None  # name of the data set
@@ -135,7 +135,7 @@ class Tally:
     sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
 
     def asked(self, metric: Metric) -> Scores | None:
-        """Rows from which a metric is computed; None if the needed probabilities are missing."""
+        """Rows from which a metric is computed; None if it needs probabilities that are missing."""
         if metric.of_probability:
             return self.probability
         rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
@@ -143,7 +143,7 @@ class Tally:
 
 
 def facts_of(scores: object) -> dict[str, Any]:
-    """The fields in ``FACTS``, which identify scores."""
+    """Names and values of the fields in ``FACTS``, which identify scores."""
     return {name: getattr(scores, name) for name in FACTS}
 
 
@@ -170,10 +170,10 @@ OPTIONAL = {
     "zero_shot": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
-"""Types of the optional columns."""
+"""The optional columns and their types."""
 
 STORED_AS = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
-"""Names of columns in a table, if they differ from the names of the fields."""
+"""Name of a column in a table, by the name of the field, where the two names differ."""
 
 MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
 """Value for a missing entry, by the type of the column."""
@@ -190,16 +190,16 @@ KINDS = {
     "provenance": Mapping,
     "is_probability": bool,
 }
-
+"""Types of the fields that are not columns."""
 
 FILLED = ("prediction", "target", "reason", "picture")
-"""Optional columns whose values may be missing in some rows."""
+"""Optional columns whose values may be missing in some rows, or in some parts of ``concat``."""
 
 OF_PROBLEM = ("space", "predictor_space", "n_candidates", "pool_size")
 """Entries of the provenance that say how hard the problem is."""
 
 ADDED_UP = ("n_seen_in_fit", "n_compared_with_fit")
-"""Entries of the provenance that are numbers of rows."""
+"""Entries of the provenance that are numbers of rows, which ``concat`` adds up."""
 
 
 def _require_alike(first: Outcomes, part: Outcomes) -> None:
@@ -209,8 +209,9 @@ def _require_alike(first: Outcomes, part: Outcomes) -> None:
     for name in OF_PROBLEM:
         _require_equal(name, first.provenance.get(name), part.provenance.get(name))
     for name in OPTIONAL:
-        is_there = getattr(part, name) is not None
-        if name not in FILLED and is_there != (getattr(first, name) is not None):
+        first_has_it = getattr(first, name) is not None
+        part_has_it = getattr(part, name) is not None
+        if name not in FILLED and part_has_it != first_has_it:
             raise DataError(
                 f"all parts must have the column {name}, or none of them. Some parts have it."
             )
@@ -224,7 +225,7 @@ def _require_equal(name: str, first: object, value: object) -> None:
 
 
 def _joined_column(parts: Sequence[Outcomes], name: str, kind: str) -> Any:  # noqa: ANN401
-    """An optional column of all parts, with missing values for the parts that do not have it."""
+    """An optional column of all parts; parts without this column get missing values."""
     columns = [getattr(part, name) for part in parts]
     if all(column is None for column in columns):
         return None
@@ -250,7 +251,7 @@ def _joined_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _common(values: Sequence[Any]) -> Any:  # noqa: ANN401 - any value
-    """The value that all values are equal to; None if there is no such value."""
+    """The first value if all values are equal to it, else None."""
     if any(value != values[0] for value in values):
         return None
     return values[0]
@@ -275,9 +276,9 @@ class Outcomes:
         prediction: Judged answers (N,) int64, -1 where there is no answer.
         target: Right answers (N,) int64, -1 where unknown or where there is none (``outside``). As
             an argument, -2 means outside.
-        outside: Mask (N,) of the rows that belong to none of the classes, so that any answer is
-            wrong. As an argument, an empty array means no row.
-        picture: Identities (N,) int64 of the pictures, -1 where not known. Rows that show one
+        outside: Mask (N,) of the rows that belong to none of the classes. Any answer is wrong in
+            such a row. As an argument, an empty array means that there is no such row.
+        picture: Identities (N,) int64 of the pictures, -1 where not known. Rows that show the same
             picture have the same number. None if no picture is known.
         ids: Identifiers of the N rows.
         class_names: Names of the candidates; predictions and targets are indices of this list.
@@ -286,8 +287,8 @@ class Outcomes:
         split: Name of its split.
         seed: Seed of the predictor.
         answer: Kind of the judged answers: "zero_shot", "adapted" or "given".
-        zero_shot: Zero-shot answers (N,) int64, -1 where there is none; None if these answers are
-            the judged ones.
+        zero_shot: Zero-shot answers (N,) int64, -1 where there is none; None if zero-shot answers
+            are judged.
         reason: Reason for every row why it has no uncertainty ("nonfinite", "zero_norm", "k<2",
             "short_pool"); None in rows with an uncertainty.
         provenance: Origin of the scores as plain JSON (fingerprints, number of candidates, pool
@@ -307,13 +308,14 @@ class Outcomes:
 
     Examples:
         >>> import vilu
-        >>> outcomes = vilu.Outcomes(
-        ...     [0.1, 0.9, 0.4], [0, 1, -1]
-        ... )  # it is not known whether the third answer is wrong
+        >>> uncertainty = [0.1, 0.9, 0.4]
+        >>> failure = [0, 1, -1]  # it is not known whether the third answer is wrong
+        >>> outcomes = vilu.Outcomes(uncertainty, failure)
         >>> outcomes.evaluable.tolist()
         [True, True, False]
         >>> outcomes.take([1, 0]).uncertainty.tolist()
         [0.9, 0.1]
+        >>> # the second picture is of none of the classes
         >>> vilu.Outcomes([0.1, 0.9], [0, 1], target=[3, -2]).outside.tolist()
         [False, True]
         >>> outcomes
@@ -375,20 +377,21 @@ class Outcomes:
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
-        """Set ``outside`` from targets -2 and argument, and check that such answers are wrong."""
+        """Set ``outside`` from the argument and from targets of -2; such answers must be wrong."""
         target = self.target
         if target is None:
             target = np.full(len(self.uncertainty), UNKNOWN)
         outside: NDArray[np.bool_] = target == OUTSIDE
-        # A mask without True is not checked. Its length may be wrong after ``dataclasses.replace``
-        # with fewer rows.
+        # A mask without True is not checked, because its length may be wrong after
+        # ``dataclasses.replace`` with fewer rows.
         if np.any(self.outside):
             outside |= check_outside(self.outside, target)
         bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
         if len(bad):
+            row = bad[0]
             raise DataError(
                 "an answer for a picture of none of the classes is wrong: failure must be 1 where "
-                f"the target is {OUTSIDE}. Got {self.failure[bad[0]]} in row {bad[0]} instead."
+                f"the target is {OUTSIDE}. Got {self.failure[row]} in row {row} instead."
             )
         if outside.any():
             object.__setattr__(self, "target", np.where(outside, UNKNOWN, target))
@@ -484,9 +487,8 @@ class Outcomes:
 
         Examples:
             >>> import vilu
-            >>> outcomes = vilu.Outcomes(
-            ...     [0.1, 0.9, 0.4], [0, 1, 1], ids=["a.jpg", "b.jpg", "c.jpg"]
-            ... )
+            >>> ids = ["a.jpg", "b.jpg", "c.jpg"]
+            >>> outcomes = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, 1], ids=ids)
             >>> outcomes.take(outcomes.failure == 1).ids
             ('b.jpg', 'c.jpg')
         """
@@ -550,18 +552,22 @@ class Outcomes:
     def to_arrow(self) -> pa.Table:
         """One row per answer, as a table of pyarrow with names in place of numbers.
 
-        The columns ``id``, ``answer``, ``target``, ``zero_shot``, ``uncertainty``, ``failure`` and
-        ``failure_probability`` are there if the outcomes have them. ``answer``, ``target`` and
-        ``zero_shot`` are names of classes, or numbers if the classes have no names. The target of a
-        picture of none of the classes is "(outside)". With a rule there is ``accept``. ``reason``
-        says why an answer is not accepted, or why it has no uncertainty. ``label_set`` is a list of
-        names. ``picture`` numbers the pictures. Unknown values are null.
+        The table has those of the following columns that the outcomes have. Unknown values are
+        null.
+
+        - ``id``, ``uncertainty``, ``failure`` and ``failure_probability``.
+        - ``answer``, ``target`` and ``zero_shot``: names of classes, or numbers if the classes have
+          no names. The target of a picture of none of the classes is "(outside)".
+        - ``accept``: whether a rule accepts the answer.
+        - ``reason``: why the answer is not accepted, or why it has no uncertainty.
+        - ``label_set``: a list of names.
+        - ``picture``: the identity of the picture.
 
         Examples:
             >>> import vilu
-            >>> outcomes = vilu.Outcomes(
-            ...     [0.1, 0.9], [0, 1], [1, 0], target=[1, -2], class_names=["cat", "dog"]
-            ... )
+            >>> prediction, target = [1, 0], [1, -2]
+            >>> names = ["cat", "dog"]
+            >>> outcomes = vilu.Outcomes([0.1, 0.9], [0, 1], prediction, target, class_names=names)
             >>> outcomes.to_arrow().to_pylist()[1]
             {'answer': 'cat', 'target': '(outside)', 'uncertainty': 0.9, 'failure': True}
         """
@@ -571,8 +577,9 @@ class Outcomes:
         columns: dict[str, pa.Array] = {}
         if self.ids is not None:
             columns["id"] = pa.array(self.ids, pa.string())
-        for name, column in (("answer", "prediction"), ("target", "target"), ("zero_shot",) * 2):
-            codes = getattr(self, column)
+        fields = {"answer": "prediction", "target": "target", "zero_shot": "zero_shot"}
+        for name, of_field in fields.items():
+            codes = getattr(self, of_field)
             if codes is not None:
                 columns[name] = self._named(codes)
         if "target" in columns and self.outside.any():
@@ -660,11 +667,12 @@ class Outcomes:
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
-        """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
+        """Write a ``.parquet`` or ``.csv`` file atomically, with the columns of ``table``.
 
-        An existing file is replaced only if it holds scores. In a CSV file, an apostrophe is put
-        before a text that a spreadsheet would run as a formula. ``inputs`` is the digest of what
-        the scores were made from (``vilu.artifacts.paths``).
+        A Parquet file has all of the outcomes. A CSV file has only the columns, and an apostrophe
+        is put before a text that a spreadsheet would run as a formula. An existing file is replaced
+        only if it holds scores. ``inputs`` is the digest of what the scores were made from
+        (``vilu.artifacts.paths``).
 
         Raises:
             UsageError: If the file has another suffix, or if an existing file holds no scores.
@@ -673,9 +681,8 @@ class Outcomes:
 
         Examples:
             >>> import pathlib, tempfile, vilu
-            >>> outcomes = vilu.Outcomes(
-            ...     [0.1, 0.9], [0, -1], [2, 0], ids=["a.jpg", "b.jpg"], method="mine"
-            ... )
+            >>> prediction, ids = [2, 0], ["a.jpg", "b.jpg"]
+            >>> outcomes = vilu.Outcomes([0.1, 0.9], [0, -1], prediction, ids=ids, method="mine")
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     outcomes.save(f"{folder}/scores.csv")
             ...     print(pathlib.Path(folder, "scores.csv").read_text())
@@ -691,19 +698,18 @@ class Outcomes:
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """The columns and the metadata that ``save`` writes.
 
-        Unknown values are null. The label is -2 in rows that are ``outside``. There are always the
-        columns row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason,
-        score_name and answer. The columns zero_shot, zero_shot_name, failure_probability, decision,
-        decision_reason, label_set and picture_id are there if the outcomes have them.
+        Every table has the columns row_id, key, pred, pred_name, label, label_name, uncertainty,
+        failure, reason, score_name and answer. It has the columns zero_shot, zero_shot_name,
+        failure_probability, decision, decision_reason, label_set and picture_id if the outcomes
+        have them. Unknown values are null. The label is -2 in rows that are ``outside``.
 
         Args:
             row_id: Indices (N,) of the rows in their data set; None: 0 to N-1.
 
         Examples:
             >>> import vilu
-            >>> columns, metadata = vilu.Outcomes([0.1, 0.9], [0, -1], method="mine").table(
-            ...     row_id=[7, 3]
-            ... )
+            >>> outcomes = vilu.Outcomes([0.1, 0.9], [0, -1], method="mine")
+            >>> columns, metadata = outcomes.table(row_id=[7, 3])
             >>> columns["row_id"].to_pylist(), columns["failure"].to_pylist()
             ([7, 3], [0, None])
         """
@@ -717,9 +723,9 @@ class Outcomes:
         pred = nullable_codes(self.prediction, n)
         target = nullable_codes(self.target, n)
         label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), target)
-        nothing = pa.nulls(n, pa.string())
-        pred_name = nothing
-        label_name = nothing
+        no_names = pa.nulls(n, pa.string())
+        pred_name = no_names
+        label_name = no_names
         names = None
         try:
             if self.class_names is not None:
@@ -742,7 +748,7 @@ class Outcomes:
             if self.zero_shot is not None:
                 zero_shot = nullable_codes(self.zero_shot, n)
                 columns["zero_shot"] = zero_shot
-                columns["zero_shot_name"] = nothing if names is None else names.take(zero_shot)
+                columns["zero_shot_name"] = no_names if names is None else names.take(zero_shot)
             for name in ("failure_probability", *DECISION):
                 values = getattr(self, name)
                 if values is not None:
@@ -763,7 +769,7 @@ class Outcomes:
     def load(cls, path: str | Path) -> Self:
         """Read a file of ``save``, or any table with the columns ``uncertainty`` and ``failure``.
 
-        A Parquet file gives exactly the outcomes that were saved, a CSV file only its columns.
+        A Parquet file of ``save`` has all of the outcomes. A CSV file has only the columns.
 
         Raises:
             UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
@@ -772,17 +778,10 @@ class Outcomes:
             ProvenanceError: If a newer version of vilu wrote the file.
 
         Examples:
-            >>> import numpy as np, tempfile, vilu
+            >>> import pandas as pd, tempfile, vilu
+            >>> frame = pd.DataFrame({"uncertainty": [0.1, 0.9], "failure": [0, 1]})
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     rows = [[0.1, 0], [0.9, 1]]  # written by another program
-            ...     np.savetxt(
-            ...         f"{folder}/scores.csv",
-            ...         rows,
-            ...         "%g",
-            ...         ",",
-            ...         header="uncertainty,failure",
-            ...         comments="",
-            ...     )
+            ...     frame.to_csv(f"{folder}/scores.csv", index=False)
             ...     outcomes = vilu.Outcomes.load(f"{folder}/scores.csv")
             >>> outcomes.uncertainty.tolist(), outcomes.failure.tolist()
             ([0.1, 0.9], [0, 1])

@@ -60,7 +60,7 @@ class ResultRow:
     n_outside: int = 0  # number of wrong answers for pictures of none of the classes
     n_pictures: int | None = None  # number of pictures; None if every row shows another picture
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
-    # some of the rows (``sample_of_rows``); None where they are not known, as in files
+    # sample of the evaluated rows (``sample_of_rows``); None if unknown, as in results from a file
     sample: RowSample | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ TYPES = {
     for column in fields(ResultRow)
     if column.compare
 }
-"""Type of every column; the sample of rows is in memory only."""
+"""Arrow type of every column of a file. The sample of rows is not written to files."""
 
 COLUMNS = tuple(TYPES)
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
@@ -99,11 +99,12 @@ REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows of results. ``print`` shows a table of methods by metrics; ``+`` joins two tables.
+    """Rows of results. ``print`` shows a table of methods by metrics, and ``+`` joins two tables.
 
     Examples:
         >>> import vilu
-        >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+        >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+        >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine")
         >>> table = vilu.evaluate(perfect, metrics=["auroc", "augrc"])
         >>> table.value("auroc", method="mine")
         1.0
@@ -134,18 +135,13 @@ class ResultTable:
         Examples:
             >>> import vilu
             >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
-            >>> scores = [
-            ...     vilu.Outcomes(uncertainty, failure, method=name, seed=seed)
-            ...     for name in "ab"
-            ...     for seed in range(3)
-            ... ]
-            >>> table = vilu.evaluate(scores, metrics=["auroc", "augrc"], n_resamples=0)
-            >>> (
-            ...     len(table),
-            ...     len(table.filter(method="a")),
-            ...     len(table.filter(method="a", metric="auroc", seed=2)),
-            ... )
-            (12, 6, 1)
+            >>> a = vilu.Outcomes(uncertainty, failure, method="a")
+            >>> b = vilu.Outcomes(uncertainty, failure, method="b")
+            >>> table = vilu.evaluate([a, b], metrics=["auroc", "augrc"], n_resamples=0)
+            >>> len(table)  # 2 methods and 2 metrics
+            4
+            >>> len(table.filter(method="a"))
+            2
         """
         for name in fields:
             if name not in COLUMNS:
@@ -172,11 +168,10 @@ class ResultTable:
 
         Examples:
             >>> import vilu
-            >>> wrong_half = vilu.Outcomes(
-            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 1, 0, 1] * 20, method="mine"
-            ... )
-            >>> vilu.evaluate(wrong_half, metrics=["auroc", "augrc"], n_resamples=0).value("augrc")
-            0.1875
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 1, 0, 1] * 20
+            >>> outcomes = vilu.Outcomes(uncertainty, failure, method="mine")
+            >>> vilu.evaluate(outcomes, metrics=["auroc", "augrc"], n_resamples=0).value("auroc")
+            0.75
         """
         fitting = self.filter(metric=metric, **fields)
         if len(fitting) != 1:
@@ -189,15 +184,15 @@ class ResultTable:
     def mean_over_seeds(self) -> ResultTable:
         """The means over seeds, one row per method, kind of answer, data set, split and metric.
 
-        The ends of the interval are the mean minus and plus the standard deviation over seeds; the
+        The ends of the interval are the mean minus and plus the standard deviation over seeds. The
         field ``interval`` says how many seeds there are. A mean is None if the value of any seed is
-        None. A row with a single seed is unchanged. Rows that differ in their intervals only count
-        once.
+        None. A row with a single seed is unchanged. Several rows that differ only in their
+        intervals count as one row.
 
         Raises:
-            UsageError: If no row was evaluated with two of the seeds. Such results are of folds of
-                one division, and their spread is not that of seeds. In results that were read from
-                a file, or that are of a folder of scores, this cannot be told.
+            UsageError: If no row was evaluated with two of the seeds. Such results are folds of a
+                cross-validation, whose spread is not that of seeds. This is not checked for results
+                that were read from a file, or that are of a folder of scores.
 
         Examples:
             >>> import vilu
@@ -210,14 +205,16 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
+        # rows of several seeds, by what they have in common; of rows that differ only in their
+        # intervals, the first one
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
             without_interval = replace(row, ci_low=None, ci_high=None, interval=None)
             groups.setdefault(key, {}).setdefault(without_interval, row)
         means = []
-        for rows_of_seed in groups.values():
-            rows = list(rows_of_seed.values())
+        for group in groups.values():
+            rows = list(group.values())
             _refuse_folds(rows)
             means.append(_mean(rows))
         return ResultTable(tuple(means))
@@ -225,13 +222,13 @@ class ResultTable:
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries.
 
-        They have ``n_outside`` and ``n_pictures`` only if some row has a value for them.
+        ``n_outside`` and ``n_pictures`` are in the dictionaries only if some row has a value for
+        them.
 
         Examples:
             >>> import vilu
-            >>> perfect = vilu.Outcomes(
-            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
-            ... )
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+            >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine", dataset="pets")
             >>> (row,) = vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_dicts()
             >>> row["method"], row["dataset"], row["metric"], row["value"], row["n"]
             ('mine', 'pets', 'auroc', 1.0, 80)
@@ -244,7 +241,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """The columns that are written: all columns but those of ``SELDOM`` without any value."""
+        """The columns that are written: all but the columns of ``SELDOM`` without any value."""
         columns = list(COLUMNS)
         for name in SELDOM:
             if not any(getattr(row, name) for row in self.rows):
@@ -255,14 +252,13 @@ class ResultTable:
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """The results as aligned text, with methods as rows and metrics as columns.
 
-        By default the main metrics are shown. If the results were made for a choice of metrics, all
-        of these are shown.
+        By default the main metrics are shown. If ``evaluate`` was called with ``metrics``, all of
+        these metrics are shown.
 
         Examples:
             >>> import vilu
-            >>> perfect = vilu.Outcomes(
-            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
-            ... )
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+            >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine", dataset="pets")
             >>> print(vilu.evaluate(perfect, n_resamples=0).table(["auroc", "augrc"]))
             pets: 80 answers, 40 wrong, accuracy 50.0 %
             method  AUROC  AUGRC
@@ -274,7 +270,7 @@ class ResultTable:
         """
         shown = _shown(self.rows, metrics)
         blocks = []
-        for title, lines in _parts(self.rows, shown):
+        for title, lines in _tables_by_data_set(self.rows, shown):
             blocks.append("\n".join([title, *aligned(lines)]))
         blocks.append("\n".join(_notes(self.rows, shown)))
         return "\n\n".join(blocks)
@@ -285,9 +281,8 @@ class ResultTable:
 
         Examples:
             >>> import vilu
-            >>> perfect = vilu.Outcomes(
-            ...     [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets"
-            ... )
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+            >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine", dataset="pets")
             >>> print(vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_markdown())
             **pets: 80 answers, 40 wrong, accuracy 50.0 %**
             <BLANKLINE>
@@ -300,7 +295,7 @@ class ResultTable:
         """
         shown = _shown(self.rows, metrics)
         blocks = []
-        for title, lines in _parts(self.rows, shown):
+        for title, lines in _tables_by_data_set(self.rows, shown):
             heading, *body = [[in_markdown(cell) for cell in line] for line in lines]
             rows = markdown_rows(heading, body)
             blocks.append("\n".join([f"**{in_markdown(title)}**", "", *rows]))
@@ -321,12 +316,14 @@ class ResultTable:
 
         Examples:
             >>> import json, pathlib, tempfile, vilu
-            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+            >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine")
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     vilu.evaluate(perfect, metrics=["auroc"]).save(f"{folder}/results.json")
-            ...     kept = json.loads(pathlib.Path(folder, "results.json").read_text())
-            >>> [(row["metric"], row["value"], row["ci_low"]) for row in kept["rows"]]
-            [('auroc', 1.0, 1.0)]
+            ...     content = json.loads(pathlib.Path(folder, "results.json").read_text())
+            >>> (row,) = content["rows"]
+            >>> row["metric"], row["value"], row["ci_low"]
+            ('auroc', 1.0, 1.0)
         """
         claim_file(path, "results", overwrite=True)
         self.write(path, inputs)
@@ -358,7 +355,8 @@ class ResultTable:
 
         Examples:
             >>> import tempfile, vilu
-            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+            >>> perfect = vilu.Outcomes(uncertainty, failure, method="mine")
             >>> table = vilu.evaluate(perfect, metrics=["auroc"])
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     table.save(f"{folder}/results.parquet")
@@ -385,6 +383,7 @@ class ResultTable:
 
 
 def _table_of_json(path: str | Path) -> pa.Table:
+    """Table of the rows in a JSON file of ``ResultTable.save``; refuses any other content."""
     import pyarrow as pa
 
     if not Path(path).is_file():
@@ -405,7 +404,7 @@ def _table_of_json(path: str | Path) -> pa.Table:
 
 
 def _refuse_folds(rows: Sequence[ResultRow]) -> None:
-    """Raise UsageError if the results of several seeds are of rows that have nothing in common."""
+    """Raise UsageError if results of several seeds have no evaluated row in common."""
     samples = [row.sample for row in rows if row.sample is not None]
     if not are_disjoint(samples):
         return
@@ -452,13 +451,14 @@ def _mean(rows: Sequence[ResultRow]) -> ResultRow:
 
 
 def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
-    """Mean number of pictures over seeds; None if every seed has as many pictures as rows."""
+    """Mean number of pictures over seeds; None if for every seed each row shows another picture."""
     if all(row.n_pictures is None for row in rows):
         return None
     return round(fmean(_n_pictures(row) for row in rows))
 
 
 def _n_pictures(row: ResultRow) -> int:
+    """Number of pictures, which is the number of rows if every row shows another picture."""
     if row.n_pictures is None:
         return row.n
     return row.n_pictures
@@ -468,14 +468,18 @@ UNDEFINED = "undefined"
 
 
 Titled = tuple[str, list[list[str]]]
-"""Table of the results on one data set: its title; its lines of cells, the heading first."""
+"""Results on one data set: the title, and the lines of a table as lists of cells.
+
+The first line is the heading of the table.
+"""
 
 
 def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
     """Names of the metrics to show.
 
-    These are the metrics asked for here, or else when the rows were made. If no metrics were asked
-    for, these are the metrics with ``wanted="always"``.
+    1. The ``metrics``, if there are any.
+    2. Otherwise all metrics of the rows, if ``evaluate`` was called with a choice of metrics.
+    3. Otherwise the metrics of the rows that have ``wanted="always"``.
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
@@ -495,33 +499,36 @@ def _are_the_usual(present: set[str]) -> bool:
     return needed <= present <= set(evaluated_metrics())
 
 
-def _parts(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
+def _tables_by_data_set(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
+    """One table per data set and split, with the metrics ``shown`` as columns."""
     groups: dict[str, list[ResultRow]] = {}
     for row in rows:
         groups.setdefault(_where(row), []).append(row)
-    return [_part(group, shown) for group in groups.values()]
+    return [_table_of_data_set(group, shown) for group in groups.values()]
 
 
-def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
+def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
+    """The table of rows on one data set, with a line per method and seed."""
+    # by name of the scores, seed and number of the repeat: the results of a line, by metric
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
     repeats: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
         name = name_of(row.method, row.answer)
         key = (name, row.seed, row.metric)
         lines.setdefault((name, row.seed, repeats[key]), {})[row.metric] = row
-        repeats[key] += 1  # a second row of the same name gets a line of its own
+        repeats[key] += 1  # a second row with the same key gets a line of its own
     n_seeds = len({row.seed for row in rows})
-    table = [["method", *[_metric(name).title for name in metrics]]]
+    table = [["method", *[_metric(metric).title for metric in metrics]]]
     for (name, seed, _), line in lines.items():
         label = printable(name)
         if n_seeds > 1 and seed is not None:
             label = f"{label} (seed {seed})"
-        table.append([label, *[_cell(line.get(name)) for name in metrics]])
+        table.append([label, *[_cell(line.get(metric)) for metric in metrics]])
     return _title(rows), table
 
 
 def _metric(name: str) -> Metric:
-    """The metric with this name; for an unknown name, a metric whose title is the name."""
+    """The metric with this name. An unknown name gets a metric whose title is the name."""
     if name not in METRICS:
         return replace(METRICS["auroc"], title=printable(name))
     return METRICS[name]
@@ -536,6 +543,7 @@ def name_of(method: str | None, answer: str) -> str:
 
 
 def _cell(row: ResultRow | None) -> str:
+    """Text of a result in a table: the value, and the interval if there is one."""
     if row is None:
         return ""
     if row.value is None:
@@ -547,6 +555,7 @@ def _cell(row: ResultRow | None) -> str:
 
 
 def _title(rows: Sequence[ResultRow]) -> str:
+    """Title of the table of one data set: its name, and the counts of its rows."""
     accuracy = span(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
         f"{_span(rows, 'n')} answers{_pictures(rows)}",
@@ -563,19 +572,19 @@ def _title(rows: Sequence[ResultRow]) -> str:
 
 
 def _span(rows: Sequence[ResultRow], count: str) -> str:
-    """Text of the values that a count has in the rows; "0" if it is 0 in all rows."""
+    """Text of the different values that a count has in the rows, such as "10/20" or "0"."""
     return span(getattr(row, count) for row in rows)
 
 
 def _pictures(rows: Sequence[ResultRow]) -> str:
-    """Text on the number of pictures; "" if every row shows another picture."""
+    """Phrase on the number of pictures; "" if every row shows another picture."""
     if all(row.n_pictures is None for row in rows):
         return ""
     return f" for {span(_n_pictures(row) for row in rows)} pictures"
 
 
 def _shares(rows: Sequence[ResultRow]) -> str:
-    """Text on the two kinds of wrong answers; "" if no row is of none of the classes."""
+    """Phrase on the two kinds of wrong answers; "" if all rows belong to one of the classes."""
     if not any(row.n_outside for row in rows):
         return ""
     within = span(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
@@ -588,18 +597,21 @@ def _percent(count: int, n: int) -> str:
 
 
 def _where(row: ResultRow) -> str:
+    """Name of the data set and its split; "results" if neither is known."""
     names = [name for name in (row.dataset, row.split) if name]
     return printable(" ".join(names)) or "results"
 
 
 def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
-    """Notes on unit, intervals, conventions, and reasons of undefined values, each note once."""
+    """Notes on the unit, intervals, conventions and undefined values, each note once."""
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown]
     unit = f"in percent{but_for(map(_metric, shown))}"
     intervals = _intervals_in_words(rows)
-    notes = [f"{unit}; in brackets: {intervals}" if intervals else unit]
+    if intervals:
+        unit += f"; in brackets: {intervals}"
+    notes = [unit]
     for row in rows:
         notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}")
     notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
@@ -607,14 +619,18 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
 
 
 def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
-    """Text on how intervals were made; with the methods if there are several kinds of intervals."""
+    """Text on how intervals were made.
+
+    It names the methods of each kind of interval if there are several kinds.
+    """
+    # methods by kind of interval; a dict without values instead of a set, to have them in order
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
             name = printable(name_of(row.method, row.answer))
             methods.setdefault(row.interval, {})[name] = None
     if len(methods) <= 1:
-        return "".join(methods)
+        return next(iter(methods), "")
     return "; ".join(f"{how} ({', '.join(names)})" for how, names in methods.items())
 
 

@@ -14,14 +14,14 @@ from vilu.errors import UNKNOWN
 SAMPLED = 256
 """Number of rows of a sample.
 
-The sample has the rows with the smallest hashes. If two outcomes share a part J of all their rows,
-their samples have no row in common with a probability of about (1 - J)^256, which is 2e-6 for a
-part of 5 %.
+The sample has the rows with the smallest hashes. If a part J of all rows of two outcomes is in
+both, their samples have no row in common with a probability of about (1 - J)^256. This is 2e-6 for
+J = 5 %.
 """
 
 
 class RowSample(NamedTuple):
-    """Hashes of some rows, and what of a row is hashed: "pictures" or "names"."""
+    """Hashes of some rows, and what was hashed: the "pictures" or the "names" of the rows."""
 
     by: Literal["pictures", "names"]
     hashes: frozenset[int]
@@ -37,17 +37,20 @@ def sample_of_rows(
     Examples:
         >>> from vilu.outcomes.row_sample import sample_of_rows
         >>> first = sample_of_rows(None, ["a.jpg", "b.jpg"])
-        >>> len(first.hashes & sample_of_rows(None, ["b.jpg", "c.jpg"]).hashes)
+        >>> second = sample_of_rows(None, ["b.jpg", "c.jpg"])
+        >>> len(first.hashes & second.hashes)
         1
     """
     if picture is not None and (picture != UNKNOWN).any():
         return RowSample("pictures", _smallest(picture[picture != UNKNOWN]))
     if ids:
-        return RowSample("names", _smallest(np.fromiter(map(_hash, ids), np.int64, len(ids))))
+        hashes = np.fromiter(map(_hash, ids), np.int64, len(ids))
+        return RowSample("names", _smallest(hashes))
     return None
 
 
 def _smallest(hashes: NDArray[np.int64]) -> frozenset[int]:
+    """The ``SAMPLED`` smallest of the different hashes."""
     return frozenset(np.unique(hashes)[:SAMPLED].tolist())
 
 
@@ -57,8 +60,9 @@ def _hash(identifier: str) -> int:
 
 
 def are_disjoint(samples: Sequence[RowSample]) -> bool:
-    """Whether no two samples share a row; False if that cannot be told."""
-    if len(samples) < 2 or len({sample.by for sample in samples}) > 1:
+    """Whether no two samples share a row; False if the samples cannot be compared."""
+    kinds = {sample.by for sample in samples}
+    if len(samples) < 2 or len(kinds) > 1:
         return False
-    n_rows = sum(len(sample.hashes) for sample in samples)
-    return len(frozenset[int]().union(*(sample.hashes for sample in samples))) == n_rows
+    hashes = [row for sample in samples for row in sample.hashes]
+    return len(set(hashes)) == len(hashes)

@@ -99,7 +99,7 @@ class ClassDensity(ClosedSet):
     The Gaussians are in the space of the first principal components of the centred images.
     """
 
-    cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
+    cost: ClassVar[str] = "fit: four passes, one covariance per class; score: K x 128^2 per row"
     # see ``require_forms``; R principal components, G covariances
     _forms: ClassVar[str] = (
         "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"

@@ -37,9 +37,10 @@ def log_odds(probability: Floats) -> Floats:
 def scores_and_failures(
     predictor: Scorer, calibration: EmbeddingSource, fresh: NDArray[np.bool_]
 ) -> tuple[Floats, Ints]:
-    """(N,) uncertainties and (N,) failures of the rows that are ``fresh`` (N,) bool.
+    """(N,) uncertainties and (N,) failures of the rows: NaN and -1 where they are unknown.
 
-    Where they are not known, the uncertainty is NaN and the failure -1.
+    They are computed for the rows in the mask ``fresh`` (N,). In image-caption pairs all rows are
+    scored, since every pool needs all its rows.
     """
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
@@ -55,8 +56,8 @@ def counted_failures(
 ) -> Ints:
     """(N,) failure of one row of every picture, and -1 (unknown) for all other rows.
 
-    The row is a failure if any row of the picture is. In pools it is the first row of the picture,
-    since a failure depends on the other captions of the pool.
+    A row that is a failure is taken if the picture has one. In pools the first row of the picture
+    is taken, since a failure depends on the other captions of the pool.
     """
     is_known = fresh & np.isfinite(uncertainty) & (failure != UNKNOWN)
     known = np.flatnonzero(is_known)

@@ -43,7 +43,7 @@ def add_predictor(cls: object) -> bool:
         )
     without_default = []
     for field in dataclasses.fields(cls):
-        # without a default and a default factory, both are MISSING; otherwise they differ
+        # a field without ``default`` and without ``default_factory`` has MISSING in both
         has_default = field.default is not field.default_factory
         if field.init and not has_default:
             without_default.append(field.name)
@@ -60,12 +60,12 @@ ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 
 def method_names() -> list[str]:
-    """Names of all methods, also of methods of entry points, which are not imported."""
+    """Names of all methods. Methods of entry points are listed without being imported."""
     return PREDICTORS.names()
 
 
 def find_method(name: str) -> type[FailurePredictor]:
-    """The class of a method by its name; a method of an entry point is imported now.
+    """The class of the method with this name. A method of an entry point is imported now.
 
     Examples:
         >>> import vilu

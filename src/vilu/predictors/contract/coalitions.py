@@ -19,9 +19,9 @@ from vilu.predictors.nn.pooled import Pooled
 
 
 class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
-    """A method has no attribution; the message gives the reason.
+    """The method has no Shapley values. The message gives the reason.
 
-    The rest of an explanation is made without it.
+    An explanation then has all its parts but the attribution.
     """
 
 
@@ -30,20 +30,20 @@ IMAGE = "image"
 TEXTS = "texts"
 NONE = "none of the classes"
 PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
-"""The player of a method with one input, by ``looks_at``."""
+"""The player of a method with one input, by the name of the input in ``looks_at``."""
 PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
-"""The player of every part of the input of a head."""
+"""The player of every input of a ``FailureHead``, by the name of the input."""
 
 LOG_ODDS = "log-odds of failure"
 
 Scored = tuple[Batch, NDArray[np.float64]]
 """A batch and its uncertainties (B,)."""
 Parts = dict[str, Tensor]
-"""By player, the summand (B, H) of its inputs in the first hidden layer of a head."""
+"""For every player the term (B, H) that its inputs add to the first hidden layer of a head."""
 
 
 class Coalitions(ABC):
-    """Values of the coalitions of players, which are groups of inputs."""
+    """Players, which are groups of inputs of a score, and the values of their coalitions."""
 
     players: tuple[str, ...]
     unit: str  # unit of the values
@@ -58,7 +58,8 @@ class Coalitions(ABC):
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
         """(2^G, B) float64 on the CPU: values v(S) of all coalitions S of G players.
 
-        The bits of the first index are the members of S. Subclasses use the batch or its scores.
+        Bit i of the first index says whether player i is in S. Some subclasses compute the values
+        from the batch, others from its scores (B,).
         """
 
 
@@ -82,7 +83,7 @@ class SingleCoalitions(Coalitions):
         self._mean = float(scores.mean())
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
-        """(2, B): the background mean for the empty coalition, and the scores."""
+        """(2, B): the background mean for the empty coalition, and the scores for the player."""
         score = torch.from_numpy(scores).double()
         empty = torch.full_like(score, self._mean)
         return torch.stack([empty, score])
@@ -116,15 +117,15 @@ class HeadCoalitions(Coalitions):
             "inputs that a coalition lacks are taken from background rows, and the score is "
             "averaged"
         )
-        self._background: list[Parts] = []  # one entry for every head
+        self._background: list[Parts] = []  # one entry per head
 
     def see(self, background: list[Scored]) -> None:
-        """Store the summands of the background rows in the first layer of every head."""
+        """Store what the background rows add to the first layer of every head."""
         with torch.no_grad():
             self._background = [self._parts_of(head, background) for head in self.heads]
 
     def _parts_of(self, head: FailureHead, background: list[Scored]) -> Parts:
-        """The summands of the inputs of the background rows in the first layer of a head."""
+        """What the inputs of the background rows add to the first layer of a head, by player."""
         batches = [first_layer_parts(head, batch) for batch, _ in background]
         parts: Parts = {}
         for player in self.players:
@@ -133,11 +134,12 @@ class HeadCoalitions(Coalitions):
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2^G, B): means of v(S) over heads and background rows."""
-        total = torch.zeros(1 << len(self.players), len(batch.image), dtype=torch.float64)
+        n_coalitions = 2 ** len(self.players)
+        total = torch.zeros(n_coalitions, len(batch.image), dtype=torch.float64)
         with torch.no_grad():
             for head, background in zip(self.heads, self._background, strict=True):
                 own = first_layer_parts(head, batch)
-                for coalition in range(len(total)):
+                for coalition in range(n_coalitions):
                     total[coalition] += self._value(head, own, background, coalition)
         return total / len(self.heads)
 
@@ -145,10 +147,10 @@ class HeadCoalitions(Coalitions):
         """(B,) float64 v(S) of one head."""
         # The first layer is the sum of two parts: summands of the members, from this row, and
         # summands of all other players, from the background rows.
-        lacking = torch.zeros_like(head.first_bias)[None]
+        lacking = torch.zeros_like(head.first_bias)[None]  # (1, H)
         inside = head.first_bias + lacking
         for bit, player in enumerate(self.players):
-            if coalition >> bit & 1:
+            if is_member(bit, coalition):
                 inside = inside + own[player]
             else:
                 lacking = lacking + background[player]
@@ -159,15 +161,21 @@ class HeadCoalitions(Coalitions):
         step = max(TILE_CELLS // (len(lacking) * inside.shape[1]), 1)
         means = []
         for part in inside.split(step):
-            logits = head.rest(part[:, None] + lacking).squeeze(-1)
+            pairs = part[:, None] + lacking  # (b, M, H): every row with every background row
+            logits = head.rest(pairs).squeeze(-1)
             means.append(self.link(logits.cpu().double()).mean(dim=1))
         return torch.cat(means)
 
 
-def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
-    """The summand of every player in the first hidden layer of a head.
+def is_member(player: int, coalition: int) -> bool:
+    """Whether the player with this number is in a coalition, whose bits are its players."""
+    return bool(coalition >> player & 1)
 
-    Their sum plus the bias is ``head.first_layer``.
+
+def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
+    """What every player adds to the first hidden layer of a head.
+
+    The sum over the players plus the bias is ``head.first_layer``.
     """
     parts: Parts = {}
     for part, added in head.to(batch.image.device).parts(batch).items():
@@ -205,8 +213,8 @@ class PoolCoalitions(Coalitions):
 
     unit = LOG_ODDS
     meaning = (
-        "parts of the pooled logits are added or left out, less what that does to background rows "
-        "on average"
+        "log-odds from the parts of the pooled logits in a coalition, plus what the missing parts "
+        "add to background rows on average"
     )
 
     def __init__(
@@ -217,7 +225,7 @@ class PoolCoalitions(Coalitions):
         self.players: tuple[str, ...] = (ZERO_SHOT, IMAGE, TEXTS)
         if outside is not None:
             self.players = (*self.players, NONE)
-        self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
+        self._mean = torch.zeros(2 ** len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:
         """Store the mean over the background rows of f(S), for every coalition S."""
@@ -226,7 +234,9 @@ class PoolCoalitions(Coalitions):
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2^G, B): v(S) of every coalition S."""
-        return self._log_odds(batch) + (self._mean[-1] - self._mean)[:, None]
+        mean_of_all = self._mean[-1]  # the last coalition has all players
+        missing_effect = mean_of_all - self._mean
+        return self._log_odds(batch) + missing_effect[:, None]
 
     def _log_odds(self, batch: Batch) -> Tensor:
         """(2^G, B): f(S) of every coalition S."""
@@ -234,15 +244,15 @@ class PoolCoalitions(Coalitions):
             parts = self.parts(batch)
             summands = [parts.zero_shot, parts.image, parts.texts]  # in the order of the players
             values = [torch.zeros(len(batch.image), dtype=torch.float64)]  # the empty coalition
-            for coalition in range(1, 1 << len(summands)):
+            for coalition in range(1, 2 ** len(summands)):
                 logits = torch.zeros_like(parts.zero_shot)
                 for bit, summand in enumerate(summands):
-                    if coalition >> bit & 1:
+                    if is_member(bit, coalition):
                         logits = logits + summand
                 values.append(failure_log_odds(logits, batch).cpu())
             if self.outside is not None:
-                # The last player is the highest bit. So all coalitions without it are followed by
-                # the same coalitions with it.
+                # "outside" is the last player, which is the highest bit. Therefore all coalitions
+                # without it come first, and the same coalitions with it follow.
                 outside = self.outside(batch).cpu()
                 values += [with_outside(log_odds, outside) for log_odds in values]
         return torch.stack(values)

@@ -1,4 +1,4 @@
-"""Which methods work on rows whose logits were given, and on which of them after a fit."""
+"""Checks whether a method, and a fitted predictor, works on rows whose logits were given."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ def require_inputs(method: type[Any], data: EmbeddingSource) -> None:
     if not looks_at:
         raise DataError(
             f"{method.name} needs embeddings of the candidates (texts), and these rows have given "
-            f"logits without texts. On logits alone work {_listed(frozenset({'logits'}))}; with "
-            f"features of the rows also {_with_features()}. Take one of these, or give "
+            f"logits without texts. On logits alone work {_methods_on_logits()}; with "
+            f"features of the rows also {_methods_on_vectors()}. Take one of these, or give "
             "vilu.Embeddings(image, text)."
         )
     if "image" in looks_at and not data.has_vectors:
         raise DataError(
             f"{method.name} needs a vector of every row, and these rows have logits alone. Give "
             "vilu.Embeddings.from_logits(logits, features), or `vilu import --features FILE`. On "
-            f"logits alone work {_listed(frozenset({'logits'}))}."
+            f"logits alone work {_methods_on_logits()}."
         )
 
 
 def refuse_unlabelled(method: str, train: EmbeddingSource) -> None:
-    """Refuse rows without labels beside given logits: they teach about the texts of classes."""
+    """Refuse rows without labels if the logits of the training rows were given.
+
+    Methods learn from such rows through the texts of the classes, and given logits have no texts.
+    """
     if train.has_texts:
         return
     raise UsageError(
@@ -53,12 +56,14 @@ def inputs_of(method: type[Any]) -> frozenset[str]:
     return stated
 
 
-def _listed(looks_at: frozenset[str]) -> str:
-    names = [name for name in METHODS.names() if inputs_of(METHODS[name]) == looks_at]
+def _methods_on_logits() -> str:
+    """Names of the methods whose only inputs are logits, for a message."""
+    names = [name for name in METHODS.names() if inputs_of(METHODS[name]) == {"logits"}]
     return ", ".join(names)
 
 
-def _with_features() -> str:
+def _methods_on_vectors() -> str:
+    """Names of the methods that need vectors of the rows, but no texts, for a message."""
     able = []
     for name in METHODS.names():
         if "image" in inputs_of(METHODS[name]):
@@ -69,8 +74,8 @@ def _with_features() -> str:
 def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingSource) -> None:
     """Refuse logits of other classes than those of the fit.
 
-    A candidate without embedding is known by its place alone, so all classes must be the same, in
-    their order.
+    A candidate without embedding is known by its place alone. The classes must therefore be the
+    same, in the same order.
 
     Args:
         method: Name of the fitted method.
@@ -78,7 +83,8 @@ def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingS
         data: The rows to score.
 
     Raises:
-        ProvenanceError: If only one of the two has given logits, or if their classes differ.
+        ProvenanceError: If only the fit or only ``data`` has given logits, or if their classes
+            differ.
     """
     was_given = are_given(fitted)
     if data.has_texts and not was_given:
@@ -99,6 +105,7 @@ def are_given(candidates: Mapping[str, Any]) -> bool:
 
 
 def _in_words(candidates: Mapping[str, Any]) -> str:
+    """Phrase for a message, such as "given logits of 10 candidates (no names)"."""
     kind = "embeddings of texts"
     if are_given(candidates):
         kind = "given logits"

@@ -1,4 +1,4 @@
-"""Answers about labelled rows that were held out of a fit: the zero-shot and the adapted ones."""
+"""Zero-shot and adapted answers for labelled rows that were held out of a fit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vilu.embeddings.rows import Rows
 
 
 class Judged(NamedTuple):
-    """One kind of answers about N rows."""
+    """Uncertainties and failures of N answers of one kind."""
 
     uncertainty: NDArray[np.float64]  # (N,)
     failure: NDArray[np.int64]  # (N,) 1 if the answer is wrong, 0 if it is right
 
 
 class HeldOut(NamedTuple):
-    """Both kinds of answers about the same N held-out rows."""
+    """Zero-shot and adapted answers for the same N held-out rows."""
 
     zero_shot: Judged
     adapted: Judged
@@ -43,7 +43,8 @@ class HeldOut(NamedTuple):
             log_q_of_answer = np.take_along_axis(log_q, answer[:, None], axis=1).squeeze(1)
             return Judged(-np.expm1(log_q_of_answer), (answer != target).astype(np.int64))
 
-        return cls(judged(zero_shot), judged(log_q.argmax(axis=1)))
+        adapted = log_q.argmax(axis=1)
+        return cls(judged(zero_shot), judged(adapted))
 
 
 def keep_every_class(folds: list[tuple[Rows, Rows]]) -> bool:

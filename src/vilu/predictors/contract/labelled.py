@@ -21,8 +21,8 @@ from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.contract.seen import overlap
 from vilu.predictors.nn.processes import current_world
 
-MAX_UNUSABLE = 0.01  # largest share of rows without a usable embedding
-FEW = 20  # with fewer rows, or fewer failures, a fit is unreliable
+MAX_UNUSABLE = 0.01  # maximum share of rows without a usable embedding
+FEW = 20  # a fit to fewer rows, or to fewer failures, is unreliable
 GROUP_BLOCK = 16_384  # number of captions in memory at the same time
 
 
@@ -54,7 +54,9 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
     if len(train_text) == len(unlabelled_text):
         cosine = (train_text * unlabelled_text).sum(dim=1)
         n_alike = int((cosine >= SAME_TEXT).sum())
-    if n_alike < max(len(train_text), 1):
+    # image-caption pairs have no shared texts, and are never comparable
+    are_comparable = n_alike > 0 and n_alike == len(train_text)
+    if not are_comparable:
         raise DataError(
             "unlabelled rows must have the candidates of the training set, in their order. Of its "
             f"{len(train_text)} shared texts, {n_alike} are at the same place here. Embed both "
@@ -66,7 +68,8 @@ def _shared_texts(source: EmbeddingSource) -> Tensor:
     """(K, D) texts of the candidates that all rows share; (0, D) for image-caption pairs."""
     if source.pool_size is not None:
         return torch.empty(0, source.space.embed_dim, dtype=torch.float32)
-    return source.candidates(torch.arange(0)).text
+    no_rows = torch.arange(0)
+    return source.candidates(no_rows).text
 
 
 Needs = Literal["failure", "class", "nothing"]
@@ -76,9 +79,11 @@ Needs = Literal["failure", "class", "nothing"]
 def trainable_rows(
     source: EmbeddingSource, role: str, needs: Needs = "class", columns: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Indices (M,) of the usable rows of which the needed is known, and their failures (M,).
+    """Indices (M,) of the rows that a fit can learn from, and their failures (M,).
 
-    Failures are those of the answers in the column "answer" where ``columns`` names it, else of the
+    These are the usable rows of which it is known what ``needs`` names.
+
+    Failures are those of the answers in the column "answer" if ``columns`` names it, else of the
     zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing". Rows of none of the
     classes have a failure, but no class.
 
@@ -92,15 +97,15 @@ def trainable_rows(
         return rows, failure
     outside = source.outside[rows]
     known = failure != UNKNOWN
-    if outside.any() and not (known & ~outside).any():
+    has_class = known & ~outside
+    if outside.any() and not has_class.any():
         raise DataError(
-            f"the {int(outside.sum())} labelled {role} rows are of none of the classes, all of "
-            "them, so nothing can be learned of the classes. Add rows of the classes to these "
-            f"{len(source)}."
+            f"all {int(outside.sum())} labelled {role} rows are of none of the classes, so nothing "
+            "can be learned about the classes. Add rows that belong to a class."
         )
     n_ood = 0
     if needs == "class":
-        known &= ~outside
+        known = has_class
         n_ood = int(outside.sum())
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
@@ -173,11 +178,12 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
     """The error rate, 0 or 1, if failures (M,) are all equal; else None.
 
     Raises:
-        DataError: If they are all equal and that is not ``allowed``.
+        DataError: If they are all equal, unless that is ``allowed``.
     """
     n = len(failure)
     n_failures = int(failure.sum())
-    n_rare, kind = min((n_failures, "failures"), (n - n_failures, "successes"))
+    n_rare = min(n_failures, n - n_failures)
+    kind = "failures" if n_rare == n_failures else "successes"
     if n_rare == 0 and not allowed:
         raise DataError(
             f"{name} learns to tell failures from successes. Found {n_rare} {kind} among {n} "
@@ -202,13 +208,14 @@ def warn_few(failure: Tensor, name: str) -> None:
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """The column "answer" where the fit reads it, that is, where given answers are judged."""
+    """("answer",) if the fit reads this column, because given answers are judged; else ()."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
 def class_texts(train: Rows) -> Tensor:
     """(K, D) texts of the training classes, by which a method recognises classes in any order."""
-    return train.source.candidates(train.index[:0]).text.clone()
+    no_rows = train.index[:0]
+    return train.source.candidates(no_rows).text.clone()
 
 
 def fit_and_selection(
@@ -217,8 +224,8 @@ def fit_and_selection(
     """Rows to fit on, and rows for model selection.
 
     The rows for selection are the validation set. Without one, a ``fraction`` of the training rows
-    is held out. If the failures of these rows are all equal, they cannot select anything: then all
-    training rows are returned to fit on, and None.
+    is held out. Rows whose failures are all equal cannot select anything. In this case all training
+    rows are for the fit, and the rows for selection are None.
     """
     rows = train.index
     if validation is not None:
@@ -232,19 +239,20 @@ def fit_and_selection(
             groups = caption_groups(train.source, rows)
         else:
             _, groups = train.pictures()
-        part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
-        selection = Rows(train.source, rows[part], train.columns)
-        # computed again: captions of the held-out rows are in new pools
+        positions = hold_out(failure, fraction, train.source.pool_size, generator, groups)
+        selection = Rows(train.source, rows[positions], train.columns)
+        # failures are computed again, because captions of the held-out rows are in new pools
         _, held_failure = with_failures(selection.batches(SCORING_BATCH))
-        stays = ~torch.isin(torch.arange(len(rows)), part)
+        stays = ~torch.isin(torch.arange(len(rows)), positions)
         rows = rows[stays]
-        n_kinds = 2
+        min_kinds = 2  # failures and successes
         if train.source.pool_size is not None:  # every pass draws new pools, with other failures
-            n_kinds = 1
-        if len(failure[stays].unique()) < n_kinds:
+            min_kinds = 1
+        if len(failure[stays].unique()) < min_kinds:
             raise DataError(
-                f"validation_fraction={fraction} holds out {len(part)} of {len(failure)} training "
-                "rows, so that no failure or no success is left to learn from. Make it smaller."
+                f"validation_fraction={fraction} holds out {len(positions)} of {len(failure)} "
+                "training rows, so that no failure or no success is left to learn from. Make it "
+                "smaller."
             )
     is_blind = len(held_failure.unique()) < 2
     if is_blind:
@@ -264,9 +272,9 @@ def hold_out(
     Without pools the rows are stratified by failure. Rows with the same number in ``groups`` (M,)
     stay together.
 
-    With pools the part is rounded to whole pools; it is empty if there are fewer than two pools.
-    Groups stay together as well, unless there are fewer groups than rows of a pool. Such groups are
-    like classes: each of them is in every pool.
+    With pools the held-out rows fill whole pools. There are none if the rows make fewer than two
+    pools. Groups stay together as well, unless there are fewer groups than rows in a pool. So few
+    groups are like classes: each of them is in every pool.
     """
     if pool_size is not None:
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
@@ -275,10 +283,11 @@ def hold_out(
     _, first_indices = np.unique(groups.numpy(), return_index=True)
     first = torch.from_numpy(first_indices)  # the first row of a group decides its failure
     parts = []
-    for value in (0, 1):
-        kind = first[failure[first] == value]
-        order = torch.randperm(len(kind), generator=generator)
-        parts.append(kind[order[: round(len(kind) * fraction)]])
+    for is_failure in (0, 1):
+        first_of_kind = first[failure[first] == is_failure]
+        order = torch.randperm(len(first_of_kind), generator=generator)
+        n_held_out = round(len(first_of_kind) * fraction)
+        parts.append(first_of_kind[order[:n_held_out]])
     held_out = torch.isin(groups, groups[torch.cat(parts)])
     return held_out.nonzero().squeeze(1)
 
@@ -286,7 +295,7 @@ def hold_out(
 def _hold_out_pools(
     n: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
-    """Sorted indices (H,) of random rows for whole pools, with whole groups as far as they fit."""
+    """Sorted indices (H,) of random rows that fill whole pools; whole groups where possible."""
     n_pools = n // pool_size
     n_held_out = 0
     if n_pools > 1 and fraction > 0:
@@ -337,14 +346,14 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
 
         sum_i a_i x_i mod 2^64
 
-    Two different captions have the same hash with a probability below 2^-48. They would then only
-    stay together.
+    Two different captions have the same hash with a probability below 2^-48. The only effect is
+    that they are in one group.
     """
     rng = np.random.default_rng(0)
     factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
     sums = []
     for block in rows.split(block_rows):
-        # adding 0 turns -0 into 0, so that equal numbers have equal bits
+        # the sum of -0 and 0 is 0, so that equal numbers have equal bits
         captions = (source.caption_rows(block).half() + 0).numpy()
         sums.append(captions.view(np.uint16).astype(np.uint64) @ factors)
     groups = torch.from_numpy(np.concatenate(sums).view(np.int64))
@@ -358,7 +367,7 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     candidate than the answer may have the largest logit. The result is exact also where p would
     round to zero or one.
     """
-    if batch.same is None:
+    if batch.same is None:  # all candidates are different answers
         return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
     alike = batch.alike(batch.prediction).to(logits.device)
@@ -374,7 +383,7 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
 
         u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
 
-    since u itself would round to one earlier.
+    since u itself would round to one at smaller odds.
 
     Args:
         log_odds: (B,) log((1 - q) / q).
@@ -400,8 +409,8 @@ def cross_fitting(
 
     1. With a validation set there is one pair: all training rows, and the validation set.
     2. Up to ``folded_rows`` training rows there is one pair for each of five folds.
-    3. With more rows there is one pair, whose held-out rows are a fifth of the rows, and at most
-       ``folded_rows``.
+    3. With more rows there is one pair. Its held-out rows are a fifth of the training rows, but at
+       most ``folded_rows``.
 
     Folds are stratified by failure (M,). All rows of a picture are in the same fold, and the
     failure of its first row counts for the picture.
@@ -413,8 +422,10 @@ def cross_fitting(
     generator = torch.Generator().manual_seed(seed)
     first, picture = train.pictures()
     order = torch.randperm(len(first), generator=generator)
-    # sort successes before failures: dealing this order out to the folds in turn stratifies them
-    order = order[failure[first][order].argsort(stable=True)]
+    # Successes are sorted before failures. Dealing out the rows in this order, one to each fold in
+    # turn, stratifies the folds.
+    shuffled_failure = failure[first][order]
+    order = order[shuffled_failure.argsort(stable=True)]
     fold_of_picture = torch.empty(len(first), dtype=torch.long)
     fold_of_picture[order] = torch.arange(len(first)) % FOLDS
     fold = fold_of_picture[picture]

@@ -57,7 +57,8 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
 def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
     """Convert the value of a parameter to its annotated type.
 
-    With ``strict`` the strings "3" and the value True are not numbers. Numbers of numpy are.
+    With ``strict`` the string "3" and the value True are not accepted as numbers. Numbers of numpy
+    are accepted.
     """
     hint, adapter = _checker(cls, name)
     if strict:
@@ -83,7 +84,7 @@ def _plain(value: object) -> object:
 
 
 def _parsed(value: object, *, is_tuple: bool) -> object:
-    """Parse "none" and tuples in a string of the command line; pydantic parses all other values."""
+    """Parse "none" and tuples from the command line. Pydantic parses all other values."""
     if value in ("none", "None", "null"):
         return None
     if is_tuple and isinstance(value, str):
@@ -93,9 +94,9 @@ def _parsed(value: object, *, is_tuple: bool) -> object:
 
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
-    """Type of a parameter and its checker; cached, since making it takes as long as some fits."""
+    """Type of a parameter and its checker. Making a checker takes as long as some fits."""
     hint = _hint(cls, name)
-    # the seed has the same range in all methods: what every random number generator accepts
+    # in all methods the seed has the range that every random number generator accepts
     if name == "seed":
         hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
@@ -132,7 +133,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001
     """The parameters by name, as in scikit-learn.
 
-    ``deep`` has no effect, since no parameter is itself a method.
+    ``deep`` has no effect, since no parameter has parameters of its own.
 
     Examples:
         >>> import vilu
@@ -143,7 +144,7 @@ def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa
 
 
 def set_params(self: Made, **values: object) -> Made:
-    """Change parameters by name, as in scikit-learn; they are checked at the next use.
+    """Change parameters by name, as in scikit-learn. Their values are checked at the next use.
 
     Raises:
         UsageError: If there is no such parameter.
@@ -169,7 +170,7 @@ def shown(self: Parametrised) -> str:
     return f"{type(self).__name__}({', '.join(changed)})"
 
 
-def is_no_estimator(self: Parametrised) -> object:
+def refuse_scikit_learn(self: Parametrised) -> object:
     """Refuse use in scikit-learn: its cross-validation, searches and pipelines call this first.
 
     Raises:

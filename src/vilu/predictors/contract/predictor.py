@@ -37,16 +37,16 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.seen import Overlap, Sketches
     from vilu.predictors.persistence.fit_sample import FitSample
 
-# Modules that only a fit, a file or an explanation needs are imported inside the functions that use
-# them. A program that only computes scores of the logits then imports a third of the modules.
+# Modules that are needed only for a fit, a file or an explanation are imported inside functions. A
+# program that only computes scores from logits then imports a third of the modules.
 
 CONSTANT = "constant"
-"""Name of the tensor with the one score of a fit that had nothing to learn."""
+"""Name of the saved tensor that has the score of all rows, where a fit had nothing to learn."""
 CLASSES = "classes"
-"""Name of the tensor with the texts of the classes."""
+"""Name of the saved tensor that has the embedded texts of the classes."""
 
 FEWEST_CANDIDATES = 2
-"""Minimum number of candidates. With fewer, no other answer is possible: uncertainty is NaN."""
+"""Minimum number of candidates. With one candidate no other answer is possible, and u is NaN."""
 
 logger = logging.getLogger(__name__)
 RowsLike = ArrayLike | Tensor
@@ -55,7 +55,7 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 class NotExportable(UsageError):  # noqa: N818 - an expected outcome, not an error
-    """A method has no graph of image and text; the message gives the reason."""
+    """The method cannot be exported as a graph of image and text. The message gives the reason."""
 
 
 class Learnt(NamedTuple):
@@ -64,7 +64,7 @@ class Learnt(NamedTuple):
     Attributes:
         tensors: The tensors to save, on the CPU.
         notes: Notes for people to read, as plain JSON.
-        held_out: Answers about held-out rows, if the method holds out rows in its fit anyway.
+        held_out: Uncertainties and failures of held-out rows, where the fit computes them anyway.
     """
 
     tensors: dict[str, Tensor]
@@ -74,10 +74,10 @@ class Learnt(NamedTuple):
 
 @dataclasses.dataclass
 class FailurePredictor(ABC):
-    """Estimates for every image, from embeddings alone, how likely an answer is wrong.
+    """Base class of the methods, which estimate from embeddings how likely an answer is wrong.
 
-    Higher uncertainty means that the answer is more likely wrong. ``answer`` chooses which answer
-    is judged:
+    Higher uncertainty means that the answer is more likely wrong. The parameter ``answer`` chooses
+    which answer is judged:
 
     - "zero_shot", the default: the candidate of the largest logit.
     - "adapted": argmax_j q_j, where q is the posterior of the method (``log_posterior``). Only
@@ -87,16 +87,16 @@ class FailurePredictor(ABC):
     A subclass is a dataclass of hyper-parameters. ``get_params``, ``set_params`` and ``repr`` are
     as in scikit-learn, and ``sklearn.base.clone`` works. Names of attributes that ``fit`` sets end
     in an underscore. A method has to define ``name``, ``summary``, ``reference`` and ``_score``. A
-    method that learns from labels also defines ``_learn``, and ``tensors`` or ``module``. All other
-    attributes have defaults. ``graph``, ``coalitions`` and ``looks_at`` count only if the class
-    itself defines them, since inherited ones may be wrong for it.
+    method that learns also defines ``_learn``, and ``tensors`` or ``module``. All other attributes
+    have defaults. ``graph``, ``coalitions`` and ``looks_at`` are used only if the class itself
+    defines them, since inherited ones may be wrong for the class.
 
     Parameters of the same name have the same meaning in all methods:
 
     - ``seed`` decides everything random in ``fit``.
     - ``device`` is "auto", "cpu", "cuda", "cuda:N" or "mps". It is not saved.
-    - ``allow_degenerate``: a method that learns from failures fits a constant, instead of refusing
-      the training rows, if all or none of them are failures.
+    - ``allow_degenerate`` is for methods that learn from failures. If all or none of the training
+      rows are failures, the fit is then a constant. Otherwise such training rows are refused.
     - ``max_bank`` is the maximum number of training images to keep; a larger set is sampled with
       ``seed``.
 
@@ -105,21 +105,20 @@ class FailurePredictor(ABC):
         summary: One line for ``vilu list predictors``.
         reference: Where the method comes from, in a few words.
         cost: What fitting and scoring cost, in a few words.
-        columns: Columns that the data must have beside the embeddings
+        columns: Columns that the data must have in addition to the embeddings
             (``vilu.embeddings.columns``).
-        optional_columns: Columns that the method uses where the data have all of them.
+        optional_columns: Columns that the method uses where the data have them.
         no_captions: Why the method cannot work on image-caption pairs; None where it can.
         closed_set: Whether the method scores only the classes that it was fitted on.
         is_probability: Whether the uncertainty estimates P(failure).
         has_posterior: Whether the method has a posterior of its own over the candidates, that is,
             whether it defines ``log_posterior``.
-        learns_failure: Whether the method learns to tell failures from successes; it then needs
-            training rows of both kinds.
-        looks_at: The inputs of the score, of "logits" and "image", where it has no others. Empty
+        learns_failure: Whether the method learns to tell failures from successes. Such a method
+            needs training rows of both kinds.
+        looks_at: The inputs of the score, if they are only "logits", only "image", or both. Empty
             where the score also uses the embeddings of the candidates. Only methods that state
             their inputs work on given logits (``vilu.Embeddings.from_logits``).
-        knows_answer: Whether the score depends on the answer. Otherwise it is the same whichever
-            answer is judged.
+        knows_answer: Whether the score depends on which answer is judged.
         tensors: Names of the saved tensors, without those of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
@@ -133,6 +132,8 @@ class FailurePredictor(ABC):
             cannot be recognised.
         similarity_: Mean and standard deviation of the largest cosine of training rows; None before
             a fit.
+        notes_: Notes on the fit for people to read, as plain JSON.
+        held_out_: Uncertainties and failures of held-out rows; None where the fit computed none.
         calibrator_: Function from uncertainty to P(failure), learned on calibration rows; None
             before ``calibrate_probability``.
         sample_: Image vectors of random rows of the fit, at most 2 MB, with which near copies of
@@ -146,12 +147,12 @@ class FailurePredictor(ABC):
         ...
         ...     def _score(self, batch):
         ...         return 1 - (batch.image @ batch.text.T).amax(dim=1)
-        >>> Farness().predict_uncertainty(
-        ...     vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2))
-        ... ).round(2)
+        >>> image, text = [[1.0, 0.0], [0.6, 0.8]], np.eye(2)  # the largest cosines are 1 and 0.8
+        >>> Farness().predict_uncertainty(vilu.Embeddings(image, text)).round(2)
         array([0. , 0.2])
     """
 
+    # how to get one, in messages about a wrong argument
     how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -170,7 +171,8 @@ class FailurePredictor(ABC):
     has_posterior: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
-    # names, types and shapes of the saved tensors (``state.require_forms``); sets ``tensors``
+    # Names, types and shapes of the saved tensors, in the notation of ``state.require_forms``. A
+    # class that defines them needs no ``tensors``.
     _forms: ClassVar[str] = ""
 
     answer: AnswerKind = dataclasses.field(default="zero_shot", kw_only=True)
@@ -207,14 +209,14 @@ class FailurePredictor(ABC):
         cls.has_posterior = cls.log_posterior is not FailurePredictor.log_posterior
         forms = vars(cls).get("_forms", "").split()
         if forms:
-            cls.tensors = tuple(form.partition(":")[0] for form in forms)
-        # Set here, since the dataclass decorator would otherwise add a __repr__ of its own. A class
-        # that defines one keeps it. mypy does not allow to assign a method.
+            cls.tensors = tuple(form.split(":")[0] for form in forms)  # a form is "name:shape"
+        # __repr__ is set here, because the dataclass decorator would otherwise add its own. A class
+        # keeps a __repr__ that it defines itself. mypy does not allow to assign a method.
         cls.__repr__ = vars(cls).get("__repr__", parameters.shown)  # type: ignore[method-assign]
 
     get_params = parameters.get_params
     set_params = parameters.set_params
-    __sklearn_tags__ = parameters.is_no_estimator
+    __sklearn_tags__ = parameters.refuse_scikit_learn
 
     # Definitions of a method.
 
@@ -223,12 +225,12 @@ class FailurePredictor(ABC):
         """(B,) uncertainty of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Learn from usable labelled rows and their failures (M,) in {0, 1}.
+        """Return what rows teach, whose failures (M,) are 1, 0, or -1 (unknown).
 
-        The result is returned; the predictor itself is not changed.
+        The predictor itself is not changed. Only methods that need no labels get unknown failures.
         """
-        # Nothing is missing here. Scores of the logits have no fit; a class that has one replaces
-        # this method, and ``fit`` calls it only then (``needs_fit``).
+        # Methods without a fit do not define ``_learn``, and ``fit`` calls it only where a class
+        # defines it (``needs_fit``).
         raise NotImplementedError(f"{self.name} has nothing to learn: it scores without a fit")
 
     def module(
@@ -248,10 +250,10 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import vilu
-            >>> head = vilu.LVU(hidden=(4,)).module(
-            ...     {}, vilu.EmbeddingSpace(embed_dim=2, logit_scale=100.0)
-            ... )
-            >>> sum(weight.numel() for weight in head.parameters())  # 2 x 4 + 4 and 4 + 1
+            >>> space = vilu.EmbeddingSpace(embed_dim=2, logit_scale=100.0)
+            >>> head = vilu.LVU(hidden=(4,)).module({}, space)
+            >>> # the two layers have 2 x 4 + 4 and 4 + 1 weights
+            >>> sum(weight.numel() for weight in head.parameters())
             17
         """
         return None
@@ -273,11 +275,9 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> batch = next(
-            ...     vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(
-            ...         2
-            ...     )
-            ... )
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+            >>> batch = next(data.batches(2))
+            >>> # the logits are (10, 0) and (6, 8)
             >>> vilu.Margin().graph()(batch).round(decimals=2).tolist()
             [-10.0, -2.0]
         """
@@ -319,7 +319,7 @@ class FailurePredictor(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a training row; a row of which it is unknown is left out."""
+        """What must be known of a training row. Rows of which it is unknown are left out."""
         if not self.needs_labels:
             return "nothing"
         if self.learns_failure:
@@ -332,14 +332,12 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(
-            ...     np.eye(2), np.eye(2), columns={"features": np.eye(2), "negatives": np.eye(2)}
-            ... )
-            >>> (
-            ...     vilu.ViLUPlus().columns_to_fit(data),
-            ...     vilu.ViLUPlus(features=False).columns_to_fit(data),
-            ... )
-            (('features', 'negatives'), ('negatives',))
+            >>> columns = {"features": np.eye(2), "negatives": np.eye(2)}
+            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns=columns)
+            >>> vilu.ViLUPlus().columns_to_fit(data)
+            ('features', 'negatives')
+            >>> vilu.ViLUPlus(features=False).columns_to_fit(data)
+            ('negatives',)
         """
         return self.columns
 
@@ -356,7 +354,8 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), target=[0, 1] * 10)
+            >>> image = np.eye(2)[[0, 1] * 10]  # images of class 0 and of class 1 in turn
+            >>> data = vilu.Embeddings(image, np.eye(2), target=[0, 1] * 10)
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
             >>> probe.log_posterior(next(data.batches(4))).argmax(dim=1).tolist()
             [0, 1, 0, 1]
@@ -364,7 +363,7 @@ class FailurePredictor(ABC):
         raise self._without_posterior()
 
     def judged(self, batch: Batch) -> Batch:
-        """The batch with the answers that are judged, which ``answer`` chooses.
+        """The batch with the answers that are judged, as the parameter ``answer`` says.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior.
@@ -379,12 +378,13 @@ class FailurePredictor(ABC):
         if self.answer != "adapted":
             return batch
         with torch.no_grad():
-            return batch.judging(self.log_posterior(batch).argmax(dim=1))
+            likeliest = self.log_posterior(batch).argmax(dim=1)
+            return batch.judging(likeliest)
 
     def judging(self, answer: AnswerKind) -> Self:
         """A copy with the same fit that judges another kind of answers.
 
-        It is not calibrated: a calibration holds for one kind of answers.
+        The copy loses the calibration, which holds for one kind of answers only.
 
         Raises:
             UsageError: If the answer is "adapted" and the method has no posterior, or if the method
@@ -392,10 +392,11 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(2)[[0, 1] * 10], np.eye(2), target=[1, 0] * 10)
+            >>> image = np.eye(2)[[0, 1] * 10]
+            >>> data = vilu.Embeddings(image, np.eye(2), target=[1, 0] * 10)
             >>> probe = vilu.PREDICTORS["linear_probe"]().fit(data)
             >>> batch = next(data.batches(2))
-            >>> probe.judged(batch).prediction.tolist()  # of the zero-shot answers all are wrong
+            >>> probe.judged(batch).prediction.tolist()  # all zero-shot answers are wrong
             [0, 1]
             >>> probe.judging("adapted").judged(batch).prediction.tolist()
             [1, 0]
@@ -418,7 +419,7 @@ class FailurePredictor(ABC):
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, kind: type[Settings], **changed: object) -> Settings:
-        """A ``kind`` with the parameters of the same names as fields, except for ``changed``."""
+        """A ``kind`` whose fields have the parameters of the same names, except for ``changed``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
         values["device"] = self.device_
         return kind(**values | changed)
@@ -436,7 +437,7 @@ class FailurePredictor(ABC):
         *,
         unlabelled: EmbeddingSource | None = None,
     ) -> Self:
-        """Learn from embeddings, labelled ones unless ``needs_labels`` is false.
+        """Learn from embeddings, which must have labels unless ``needs_labels`` is false.
 
         A method without ``_learn`` only stores the embedding space.
 
@@ -462,9 +463,13 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(
-            ...     [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), target=[0, 1, 1, 1]
-            ... )
+            >>> image = [
+            ...     [1.0, 0.0],
+            ...     [0.8, 0.6],
+            ...     [0.6, 0.8],
+            ...     [0.0, 1.0],
+            ... ]  # the answers are 0, 0, 1, 1
+            >>> data = vilu.Embeddings(image, np.eye(2), target=[0, 1, 1, 1])
             >>> predictor = vilu.PREDICTORS["knn_vote"](k=2).fit(data)
             >>> predictor.notes_["n_train"], predictor.notes_["n_failures"]
             (4, 1)
@@ -475,7 +480,7 @@ class FailurePredictor(ABC):
         if self.answer == "given" and not self.knows_answer:
             logger.warning(
                 "%s knows no answer: its uncertainties are the same for given answers as for "
-                "zero-shot ones. Which of them are wrong does change",
+                "zero-shot ones. Only the failures differ",
                 self.name,
             )
         columns = (*self.columns_to_fit(train), *self.answer_columns)
@@ -503,7 +508,10 @@ class FailurePredictor(ABC):
         require_comparable(train, unlabelled)
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        """Learn from the rows of which the needed is known, and store how to recognise them."""
+        """Learn from the rows that have what the method ``needs``.
+
+        Sketches and a sample of the rows are stored, by which these rows are recognised later.
+        """
         from vilu.predictors.contract import labelled, seen
         from vilu.predictors.persistence.fit_sample import FitSample
 
@@ -534,7 +542,7 @@ class FailurePredictor(ABC):
     def learn(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None
     ) -> Learnt:
-        """As ``_learn``; a constant if failures are to be learned and all rows are of one kind."""
+        """As ``_learn``, but a constant if failures are learned and all rows or no rows fail."""
         from vilu.predictors.contract.labelled import degenerate_rate, warn_few
 
         if self.learns_failure:
@@ -575,10 +583,12 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
+            >>> target = [0, 0, 0, 1] * 10  # 3 of 4 answers are right
             >>> data = vilu.Embeddings(
-            ...     np.eye(2)[[0] * 40], np.eye(2), target=[0, 0, 0, 1] * 10, logit_scale=1.0
+            ...     np.eye(2)[[0] * 40], np.eye(2), target=target, logit_scale=1.0
             ... )
-            >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()  # m = log 3, so that p is 3/4
+            >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()
+            >>> # the logits are (1, 0), and the softmax of (log 3, 0) is (3/4, 1/4): log 3 = 1.1
             >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
             {'log_multiplier': 1.1}
         """
@@ -595,9 +605,8 @@ class FailurePredictor(ABC):
             >>> predictor = vilu.PREDICTORS["mcm_ts"]()
             >>> predictor.space_ = vilu.EmbeddingSpace(embed_dim=2, logit_scale=1.0)
             >>> predictor.restore({"log_multiplier": torch.tensor(np.log(np.log(3)))})
-            >>> predictor.predict_uncertainty(
-            ...     vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=1.0)
-            ... ).round(2)
+            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=1.0)
+            >>> predictor.predict_uncertainty(data).round(2)  # softmax of (log 3, 0) is (3/4, 1/4)
             array([0.25, 0.25])
         """
         self.take(state, self.space_)
@@ -653,9 +662,9 @@ class FailurePredictor(ABC):
         candidate, it is NaN for all rows, since no other answer is possible.
 
         Args:
-            data: Embeddings; or, for a fitted predictor, only image embeddings (N, D) of its space.
-                A tensor is scored on its device, and the result is a tensor on this device: no
-                embedding leaves it. In place of an array the result is an array.
+            data: Embeddings. A fitted predictor also takes bare image embeddings (N, D) of its
+                space, as an array or a tensor. For a tensor the scores are computed on its device,
+                and the result is a tensor on the same device.
             text: Candidates (K, D) of image embeddings, all different. By default they are the
                 classes of the fit, where the method keeps their texts.
 
@@ -668,15 +677,13 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> data = vilu.Embeddings(
-            ...     [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]], np.eye(2), logit_scale=10.0
-            ... )
+            >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]
+            >>> data = vilu.Embeddings(image, np.eye(2), logit_scale=10.0)
             >>> vilu.MCM().predict_uncertainty(data).round(2)
             array([0.  , 0.12,  nan])
-            >>> predictor = vilu.MCM().fit(data)  # it keeps the space, with its logit scale
-            >>> predictor.predict_uncertainty(torch.tensor([[0.6, 0.8]]), np.eye(2)).round(
-            ...     decimals=2
-            ... )
+            >>> predictor = vilu.MCM().fit(data)  # stores the logit scale of the data
+            >>> bare_image = torch.tensor([[0.6, 0.8]])
+            >>> predictor.predict_uncertainty(bare_image, np.eye(2)).round(decimals=2)
             tensor([0.1200], dtype=torch.float64)
         """
         if not isinstance(data, EmbeddingSource):
@@ -720,10 +727,11 @@ class FailurePredictor(ABC):
         """
         parts = [torch.empty(0, dtype=torch.float64, device=data.device)]
         for _, scores in self._scored_on_device(data, torch.arange(len(data), device="cpu")):
-            parts.append(scores.to(data.device))  # stacking adds up scores on the CPU
+            parts.append(scores.to(data.device))  # the method ``stacking`` scores on the CPU
         uncertainty = torch.cat(parts)
         if data.n_candidates >= FEWEST_CANDIDATES:
-            self._require_finite(int((~torch.isfinite(uncertainty)).sum()))
+            is_broken = ~torch.isfinite(uncertainty)
+            self._require_finite(int(is_broken.sum()))
         return uncertainty.masked_fill(~data.is_usable, torch.nan)
 
     @checked
@@ -742,11 +750,9 @@ class FailurePredictor(ABC):
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
-            >>> [
-            ...     (batch.prediction.tolist(), u.round(2).tolist())
-            ...     for batch, u in vilu.MCM().scored(data)
-            ... ]
-            [([0, 1], [0.0, 0.12])]
+            >>> for batch, uncertainty in vilu.MCM().scored(data):
+            ...     print(batch.prediction.tolist(), uncertainty.round(2))
+            [0, 1] [0.   0.12]
         """
         return each_with_torch_defaults(self._scored(data, rows))
 
@@ -755,8 +761,10 @@ class FailurePredictor(ABC):
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
         for batch, scores in self._scored_on_device(data, rows):
             of_batch = scores.numpy(force=True)
-            if batch.text.shape[-2] >= FEWEST_CANDIDATES:
-                self._require_finite(int(np.count_nonzero(~np.isfinite(of_batch))))
+            n_candidates = batch.text.shape[-2]
+            if n_candidates >= FEWEST_CANDIDATES:
+                is_broken = ~np.isfinite(of_batch)
+                self._require_finite(int(np.count_nonzero(is_broken)))
             yield batch, of_batch
 
     def _scored_on_device(
@@ -773,8 +781,8 @@ class FailurePredictor(ABC):
         columns = (*self.columns_to_score, *self.answer_columns)
         for block in take(size, rows=rows, columns=columns):
             batch = block.to(device)
-            # equal captions of a pool are one candidate
-            if batch.text.shape[-2] < FEWEST_CANDIDATES:
+            n_candidates = batch.text.shape[-2]  # equal captions of a pool are one candidate
+            if n_candidates < FEWEST_CANDIDATES:
                 n_rows = len(batch.index)
                 yield batch, torch.full((n_rows,), torch.nan, dtype=torch.float64, device=device)
                 continue
@@ -784,23 +792,20 @@ class FailurePredictor(ABC):
             yield judged, scores
 
     def _require_finite(self, n_broken: int) -> None:
-        """Refuse scores of which some are not finite."""
+        """Refuse scores if any of them is not finite."""
         if n_broken:
             raise DataError(
                 f"{self.name} gave {n_broken} scores that are not finite: "
-                "its weights are damaged. Refit it."
+                "its weights are damaged. Fit it again."
             )
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty: ``constant_`` where there is one, else that of ``_score``.
+        """(B,) uncertainty by ``_score``, or ``constant_`` where the fit is a constant.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> batch = next(
-            ...     vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(
-            ...         2
-            ...     )
-            ... )
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+            >>> batch = next(data.batches(2))
             >>> vilu.MCM().score_batch(batch).round(decimals=2).tolist()
             [0.0, 0.12]
         """
@@ -844,7 +849,7 @@ class FailurePredictor(ABC):
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
         """Find which of the ``rows`` (M,), by default all, were used to fit.
 
-        Of a fit of more than 16,384 rows only a sample is known.
+        If the fit used more than 16,384 rows, only a sample of these rows is recognised.
 
         Examples:
             >>> import numpy as np, vilu
@@ -863,7 +868,7 @@ class FailurePredictor(ABC):
         return self.seen_[by].overlap(data, by, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
-        """(N,) bool: the rows that were not used to fit. Warns if some were.
+        """(N,) bool: the rows that were not used to fit. Warns if some rows were used.
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit.
@@ -899,6 +904,7 @@ class FailurePredictor(ABC):
             raise self._without_posterior()
 
     def _without_posterior(self) -> UsageError:
+        """The error for adapted answers of a method that has no posterior."""
         from vilu.registry import METHODS
 
         able = [name for name in METHODS.names() if METHODS[name].has_posterior]
@@ -949,8 +955,8 @@ class FailurePredictor(ABC):
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
-        After calibration it is the calibrated probability. Before, it is the uncertainty of a
-        method whose uncertainty is a probability, without the bias of a weighted loss
+        After calibration this is the calibrated probability. Before calibration it is the
+        uncertainty, if that is a probability, without the bias of a weighted loss
         (``_log_weight``).
 
         Raises:
@@ -967,16 +973,16 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(uncertainty))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """P(failure) (N,) without calibration: ``failure_probability`` before it.
+        """P(failure) (N,) that ``failure_probability`` returns before calibration.
 
         Examples:
             >>> import vilu
-            >>> predictor = vilu.MCM().calibrate_scores([0.1] * 40, [0, 0, 0, 1] * 10)
-            >>> (
-            ...     predictor.raw_failure_probability([0.1]).round(2),
-            ...     predictor.failure_probability([0.1]).round(2),
-            ... )
-            (array([0.1]), array([0.25]))
+            >>> failure = [0, 0, 0, 1] * 10  # a quarter of the answers is wrong
+            >>> predictor = vilu.MCM().calibrate_scores([0.1] * 40, failure)
+            >>> predictor.raw_failure_probability([0.1]).round(2)
+            array([0.1])
+            >>> predictor.failure_probability([0.1]).round(2)
+            array([0.25])
         """
         from vilu.predictors.contract.probability import expit
 
@@ -1001,7 +1007,7 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> angle = np.arange(40)  # forty pictures, all as far from both texts
+            >>> angle = np.arange(40)  # 40 different pictures, with the cosines 0.71 and 0
             >>> image = np.c_[np.ones(40), np.zeros(40), np.cos(angle), np.sin(angle)] / 2**0.5
             >>> target = [0, 0, 0, 1] * 10  # 3 of 4 answers are right
             >>> data = vilu.Embeddings(image, np.eye(2, 4), target=target)
@@ -1026,9 +1032,9 @@ class FailurePredictor(ABC):
 
         Examples:
             >>> import vilu
-            >>> margin = vilu.Margin().calibrate_scores(
-            ...     [-3.0, -2.0, -1.0, 0.0] * 10, [0, 0, 0, 1] * 10
-            ... )
+            >>> uncertainty = [-3.0, -2.0, -1.0, 0.0] * 10
+            >>> failure = [0, 0, 0, 1] * 10  # the answers with uncertainty 0 are wrong
+            >>> margin = vilu.Margin().calibrate_scores(uncertainty, failure)
             >>> margin.failure_probability([-3.0, 0.0]).round(2)
             array([0.  , 0.83])
         """
@@ -1041,7 +1047,7 @@ class FailurePredictor(ABC):
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """Input of the calibrator: the uncertainty, or log-odds where it is a probability.
+        """Inputs (N,) of the calibrator: uncertainties, or log-odds if they are probabilities.
 
         The bias of a weighted loss is subtracted from log-odds.
         """
@@ -1055,7 +1061,7 @@ class FailurePredictor(ABC):
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:
-    """The ``graph`` of a method whose ``_score`` does not depend on values or sizes in Python."""
+    """A ``graph`` for methods whose ``_score`` does not branch in Python on values or sizes."""
     from vilu.predictors.nn.head import Graph
 
     return Graph(predictor._score, predictor.network_)

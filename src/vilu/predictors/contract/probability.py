@@ -18,7 +18,7 @@ from vilu.metrics.counts import Floats
 
 FOLDS = 10
 STEPS = 100  # maximum number of steps of Newton's method, which needs about eight
-# with fewer failures, or fewer successes, the smoothest form is used without cross-validation
+# with fewer failures, or with fewer successes, the smoothest form is used without cross-validation
 FEW_OF_A_KIND = 20
 FEW_ROWS = 1000  # with fewer rows, the steps of isotonic regression would fit the noise
 
@@ -51,6 +51,7 @@ def _logarithms(score: Floats) -> Floats:
 
 
 def _as_column(score: Floats) -> Floats:
+    """(N, 1) features: the scores (N,) themselves."""
     return score[:, None]
 
 
@@ -95,7 +96,7 @@ class Logistic(_Fitted):
 
 
 class Isotonic(_Fitted):
-    """p never falls with the score: linear between knots, constant before and after all knots."""
+    """p never falls as the score rises: linear between knots, constant before and after them."""
 
     form: Literal["isotonic"]
     score: tuple[float, ...] = Field(min_length=1)
@@ -116,9 +117,9 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     A smoother form is preferred if its log-loss is within one standard error of the least.
 
     Platt scaling is always tried. Temperature scaling and beta calibration are tried if the scores
-    are log-odds, isotonic regression with at least 1,000 rows. With fewer than 20 failures or 20
-    successes nothing is compared: temperature scaling is fitted to log-odds, and Platt scaling to
-    other scores.
+    are log-odds. Isotonic regression is tried with at least 1,000 rows. With fewer than 20 failures
+    or 20 successes no forms are compared: temperature scaling is fitted to log-odds, and Platt
+    scaling to other scores.
 
     Args:
         score: (N,) finite scores; higher = more likely wrong.
@@ -128,15 +129,14 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     Examples:
         >>> import numpy as np
         >>> from vilu.predictors.contract.probability import fit_calibrator
-        >>> calibrator = fit_calibrator(
-        ...     np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True
-        ... )
-        >>> calibrator.form
+        >>> score, failure = np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1])
+        >>> fit_calibrator(score, failure, is_log_odds=True).form  # of so few rows
         'temperature'
     """
     forms = [name for name, form in FORMS.items() if is_log_odds or not form.of_probability]
     if min(failure.sum(), (1 - failure).sum()) < FEW_OF_A_KIND:
-        return _fit(forms[0], score, failure)
+        smoothest = forms[0]
+        return _fit(smoothest, score, failure)
     if len(score) >= FEW_ROWS:
         forms.append("isotonic")
     losses = {name: _held_out_losses(name, score, failure) for name in forms}
@@ -149,8 +149,8 @@ def _smoothest_good(losses: dict[str, Floats]) -> str:
     """The smoothest form whose mean log-loss is within one standard error of the least.
 
     ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error is
-    that of the mean of differences row by row. Rows that are hard for all forms then add nothing to
-    it.
+    that of the mean difference of two losses of a row. Rows that are hard for all forms then add
+    nothing to the error.
     """
     least = min(losses.values(), key=np.mean)
     for name, loss in losses.items():
@@ -162,7 +162,7 @@ def _smoothest_good(losses: dict[str, Floats]) -> str:
 
 
 def read_calibrator(value: object) -> Calibrator:
-    """Read a calibrator from plain JSON; refuses anything else with a DataError."""
+    """Read a calibrator from plain JSON; raises DataError for anything else."""
     try:
         calibrator = _READER.validate_python(value)
     except ValidationError as error:
@@ -196,11 +196,14 @@ def _require_weights(calibrator: Logistic) -> None:
 
 
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
-    """(N,) log-loss of every row under a fit to all other folds; they are stratified by failure."""
+    """(N,) log-loss of every row under a fit to all other folds.
+
+    The folds are stratified by failure.
+    """
     rng = np.random.default_rng(0)
     fold = np.empty(len(score), np.int64)
-    for kind in (0, 1):
-        rows = np.flatnonzero(failure == kind)
+    for is_failure in (0, 1):
+        rows = np.flatnonzero(failure == is_failure)
         fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
     losses = np.empty(len(score))
     for number in range(FOLDS):
@@ -243,13 +246,14 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
     pooled = n_rows
     begins = _begin_pools(wrong, pooled)
     while not begins.all():
+        # join every pool whose rate does not rise to the pool before it
         first = np.flatnonzero(begins)
         wrong = np.add.reduceat(wrong, first)
         pooled = np.add.reduceat(pooled, first)
         begins = _begin_pools(wrong, pooled)
-    # repeat the rate of a pool for its rows; then the last row of every score has its rate
-    of_rows = np.repeat(wrong / pooled, pooled)
-    return of_rows[np.cumsum(n_rows) - 1]
+    rate_of_rows = np.repeat(wrong / pooled, pooled)
+    last_row_of_score = np.cumsum(n_rows) - 1
+    return rate_of_rows[last_row_of_score]
 
 
 def _begin_pools(wrong: NDArray[np.int64], pooled: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -259,11 +263,11 @@ def _begin_pools(wrong: NDArray[np.int64], pooled: NDArray[np.int64]) -> NDArray
     return np.append(True, rises)
 
 
-# ``form`` is a key of FORMS, or "isotonic"
 def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401
     """Fit a calibrator of one form: isotonic regression, or logistic regression without a penalty.
 
-    The targets of the logistic regression are smoothed (``_smoothed``).
+    ``form`` is a key of ``FORMS``, or "isotonic". The targets of the logistic regression are
+    smoothed (``_smoothed``).
     """
     counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
     if form == "isotonic":
@@ -271,10 +275,11 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
     falling = np.flatnonzero(np.array(weights) < 0)
-    # Beta calibration has no negative weights: drop the feature of the first one, and fit the
-    # other feature again (Kull et al.).
+    # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
+    # and the other feature is fitted again (Kull et al.).
     if form == "beta" and len(falling):
-        rising = 1 - int(falling[0])
+        dropped = int(falling[0])
+        rising = 1 - dropped
         refitted, intercept = _least_log_loss(features[:, [rising]], failure, intercept=True)
         weights = [0.0, 0.0]
         weights[rising] = max(refitted[0], 0.0)
@@ -288,7 +293,8 @@ def _least_log_loss(
     """Weights and intercept of a logistic regression without a penalty, on smoothed targets."""
     n_features = features.shape[1]
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
-    x = np.column_stack([features / scale, np.ones((len(features), int(intercept)))])
+    ones = np.ones((len(features), int(intercept)))  # (N, 1) for the intercept, or (N, 0)
+    x = np.column_stack([features / scale, ones])
     weights = _by_newton(x, _smoothed(failure))
     constant = 0.0
     if intercept:
@@ -316,7 +322,8 @@ def _by_newton(x: Floats, target: Floats) -> Floats:
     for _ in range(STEPS):
         p = expit(x @ weights)
         gradient = x.T @ (p - target)
-        curvature = x.T @ (x * (p * (1 - p))[:, None])
+        variance = p * (1 - p)
+        curvature = x.T @ (x * variance[:, None])
         # least squares instead of solve: a direction without curvature (equal scores) gets weight 0
         step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
         descent = _descend(weights, step, least, x, target)
@@ -342,6 +349,6 @@ def _descend(
 
 
 def _log_loss(weights: Floats, x: Floats, target: Floats) -> float:
-    """Log-loss summed over all rows, as ln(1 + exp(s)) - t s of log-odds s, which is finite."""
+    """Log-loss summed over all rows: ln(1 + exp(s)) - t s of log-odds s and targets t."""
     log_odds = x @ weights
     return float((np.logaddexp(0, log_odds) - target * log_odds).sum())

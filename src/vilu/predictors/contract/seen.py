@@ -1,4 +1,4 @@
-"""Rows of a fit: choosing a few of every class, and recognising rows of a fit later.
+"""Rows of a fit: the choice of a few rows per class, and the recognition of rows after the fit.
 
 Rows are recognised by hashes of their pictures, embeddings or names (``Identity``).
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
-    """Sorted indices of ``n`` random usable labelled rows of every class.
+    """Sorted indices of ``n`` random usable labelled rows per class.
 
     Of a class with fewer rows, all rows are taken. All usable rows of none of the classes are taken
     as well.
@@ -40,7 +40,8 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
         raise UsageError(
             "shots are rows per class, and image-caption pairs have no classes. Leave shots out."
         )
-    rows = source.usable_rows[source.target[source.usable_rows] != UNKNOWN].sort().values
+    usable = source.usable_rows
+    rows = usable[source.target[usable] != UNKNOWN].sort().values
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
@@ -57,7 +58,7 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
             f"{n_small} of {len(sizes)} classes have fewer than {n} labelled rows "
             f"(the fewest: {min(sizes)}); all their rows are taken.",
         )
-    of_none = source.usable_rows[source.outside[source.usable_rows]]
+    of_none = usable[source.outside[usable]]
     return torch.cat([*parts, of_none]).sort().values
 
 
@@ -66,9 +67,9 @@ BLOCK = 1 << 20  # number of rows whose hashes are in memory at the same time
 LARGEST_HASH = np.iinfo(np.int64).max
 
 MAX_SHARED = 0.01
-"""Largest share of rows that two sets may have in common: these rows are left out.
+"""Largest share of rows that two sets may have in common.
 
-Real data contain some rows twice. A larger share is refused, since it is a mistake.
+Real data contain some rows twice, which are left out. A larger share is a mistake and is refused.
 """
 
 SHOWN = 3  # number of row names that a message lists
@@ -87,7 +88,7 @@ class RowSketch:
     """
 
     hashes: torch.Tensor  # (min(number of different rows, SIZE),) int64, ascending
-    n_rows: int  # of the set, repeats included
+    n_rows: int  # number of rows of the set, including repeats
 
     @classmethod
     def of(cls, source: EmbeddingSource, by: Identity) -> RowSketch:
@@ -132,10 +133,11 @@ class RowSketch:
 def _hashes(
     source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """Yield block by block: the slice of a block within the rows, and the hashes of the block."""
+    """Yield for every block of rows its slice within ``rows``, and the hashes of its rows."""
     for start in range(0, len(rows), BLOCK):
         identities = source.identities(by, rows[start : start + BLOCK])
-        block = identities & np.uint64(LARGEST_HASH)  # torch has no unsigned 64-bit integers
+        # the highest bit is dropped, because torch has no unsigned 64-bit integers
+        block = identities & np.uint64(LARGEST_HASH)
         yield slice(start, start + len(block)), block.astype(np.int64)
 
 
@@ -188,7 +190,7 @@ class Overlap:
         if len(self) > MAX_SHARED * self.n_comparable:
             of_sample = ""
             if not self.whole:
-                of_sample = f" of the {self.n_comparable} that can be told"
+                of_sample = f" of the {self.n_comparable} that can be compared"
             raise DataError(f"{problem}, more than {MAX_SHARED:.0%}{of_sample}. {remedy}")
         warn_caller(f"{problem}; {then}.")
         return ~self.shared
@@ -214,26 +216,26 @@ def sketch(source: EmbeddingSource) -> Sketches:
 MAX_ESTIMATED_REPEATS = 0.05
 """Largest share of repeated rows without a warning, where the share is estimated from a sample.
 
-It is five standard errors of the estimate.
+This limit is five standard errors of the estimate.
 """
 
 
 def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
-    """Warn if more than 1 % of the training rows are repeats; 5 % where that is an estimate.
+    """Warn if more than 1 % of the training rows are repeats, or 5 % by an estimate.
 
     The warning reports the number of different pictures, or of different image-caption pairs. Rows
     that are recognised by their names alone are not checked.
     """
     if not source.has_vectors:
         return
-    by = source.identified_by[0]
+    by = source.identified_by[0]  # the most reliable kind
     if by == "names":
         return
     known = sketches[by]
     n_rows = known.n_rows
     n_distinct = known.n_distinct
     is_marked = _marked(source, by)
-    if not is_marked.all():  # the rows without a usable embedding share one hash: leave them out
+    if not is_marked.all():  # leave out rows without a usable embedding, which share one hash
         n_rows = int(is_marked.sum())
         n_distinct -= 1
     max_repeats = MAX_SHARED
@@ -259,7 +261,7 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
 def join(first: Sketches, second: Sketches) -> Sketches:
     """Sketches of the union of two sets, for the kinds of identity that both sets have.
 
-    If they have none in common, the sketches of each set alone are returned.
+    If the sets have no kind in common, the sketches of each set are returned unchanged.
     """
     common = first.keys() & second.keys()
     if not common:
@@ -316,7 +318,7 @@ def overlap(
 
 
 def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ascending indices (M,) of one row for every picture, a failure if the picture has one.
+    """Ascending indices (M,) of one row per picture: a failure if the picture has one.
 
     Args:
         picture: (N,) identity of the picture of every row. Every row with an unknown picture (-1)
@@ -325,8 +327,9 @@ def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> N
     """
     alone = np.flatnonzero(picture == UNKNOWN)
     known = np.flatnonzero(picture != UNKNOWN)
-    # np.lexsort sorts by its last key first: by picture, then failures before others, then by index
-    order = known[np.lexsort((known, failure[known] != 1, picture[known]))]
+    is_no_failure = failure[known] != 1
+    # by picture, then failures before other rows, then by index: np.lexsort has the last key first
+    order = known[np.lexsort((known, is_no_failure, picture[known]))]
     _, first = np.unique(picture[order], return_index=True)
     return np.sort(np.concatenate([alone, order[first]]))
 
@@ -342,7 +345,8 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
-    min_deviation = 1e-3 * math.sqrt(len(best))  # equal rows have a standard deviation of zero
+    # equal rows have a standard deviation of zero, with which any other mean would be a warning
+    min_deviation = 1e-3 * math.sqrt(len(best))
     deviation = min_deviation
     if len(best) > 1:
         deviation = max(float(best.std()), min_deviation)
@@ -353,7 +357,8 @@ DIRECTIONS = 8  # number of random projections in the sketch of the candidate te
 SAME_CANDIDATES = 0.02
 """Largest difference between two sketches of the same candidate texts.
 
-Rounding to bfloat16 changes a sketch by less, another prompt template by ten times as much.
+Rounding to bfloat16 changes a sketch by less. Another prompt template changes it by ten times as
+much.
 """
 
 
@@ -361,9 +366,9 @@ def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
     """Describe the candidates of the images, as plain JSON.
 
     The description has the number of candidates, the hash of their names, and a sketch of their
-    texts. The sketch is the mean text vector in eight fixed random directions, rounded; it does not
-    depend on the order of the candidates. It is empty if logits were given and there are no texts.
-    Of captions only the size of the pools is described.
+    texts. The sketch is the mean text vector in eight fixed random directions, rounded. It does not
+    depend on the order of the candidates. Without texts (given logits) the sketch is empty. For
+    image-caption pairs the description is only the size of the pools.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}
@@ -404,10 +409,10 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 
 
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
-    """Warn if the mean largest cosine is more than 4 ``deviation`` from ``mean``, that of the fit.
+    """Warn if the mean largest cosine differs by more than 4 ``deviation`` from the ``mean``.
 
-    For embeddings without provenance there is no other sign that they come from another model of
-    the same width.
+    ``mean`` and ``deviation`` are those of the fit (``similarity_range``). For embeddings without
+    provenance, no other check shows that they come from another model of the same width.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return

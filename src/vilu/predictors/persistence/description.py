@@ -227,10 +227,7 @@ def _has_our_content(path: Path) -> bool:
     if path.name != ROWS:
         return False
     known = kind_and_inputs(path)
-    if known is None:
-        return False
-    kind, _ = known
-    return kind == "scores"
+    return known is not None and known.kind == "scores"
 
 
 def _has_our_header(name: str, header: dict[str, Any]) -> bool:

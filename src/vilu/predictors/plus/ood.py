@@ -32,7 +32,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 NEGATIVES = "negatives"  # the column of everyday words
 
 
-@lru_cache(maxsize=4)  # tensors hash by identity, and all batches hold the same two tensors
+@lru_cache(maxsize=4)  # tensors are hashed by identity, and all batches have the same two tensors
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """Return the ascending indices (M',) of the words (M, D) that are far from the classes (K, D).
 
@@ -43,7 +43,8 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
     # a word near a class would take softmax mass from images of that class, which are inside
     cosine = words @ text.T
     rank = max(math.ceil(nearest * cosine.shape[1]), 1)  # of the quantile, without interpolation
-    nearness = cosine.topk(rank, dim=1).values[:, -1]
+    largest = cosine.topk(rank, dim=1).values
+    nearness = largest[:, -1]  # of every word, the cosine with this rank
     n_far = max(round(share * len(words)), 1)
     return nearness.argsort(stable=True)[:n_far].sort().values
 
@@ -51,7 +52,7 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
 def word_mass(batch: Batch, far: Tensor) -> Tensor:
     """(B,) float64: log sum of exp(logit) over the words with the indices ``far``.
 
-    The logit bias is left out: it is the same for all words and classes.
+    The logit bias is left out, because it is the same for all words and classes.
     """
     words = batch.columns[NEGATIVES][far]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -59,7 +60,7 @@ def word_mass(batch: Batch, far: Tensor) -> Tensor:
 
 
 def margin(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64 margins m(x), with the words of the indices ``far``."""
+    """(B,) float64 margins m(x), over the words with the indices ``far``."""
     return word_mass(batch, far) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
 
 
@@ -67,7 +68,7 @@ def margin(batch: Batch, far: Tensor) -> Tensor:
 class NegLabel(FailurePredictor):
     """Everyday words as further candidates.
 
-    u = 1 - (softmax mass on the classes, or on the answer alone). The softmax is over the classes c
+    u = 1 - (softmax mass on all classes, or on the answer alone). The softmax is over the classes c
     and the everyday words w.
 
     of="classes" detects images of none of the classes:
@@ -84,22 +85,21 @@ class NegLabel(FailurePredictor):
     with the least nearness is kept.
 
     Args:
-        of: What counts as no failure: "classes" or "answer".
+        of: Whose softmax mass lowers the uncertainty: that of all "classes", or of the "answer".
         share: Share of the words that is kept.
         nearest: Share of the classes that a word may be near to without being left out.
 
     Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; ``nearest`` 5 %,
     ``share`` 15 %). In the paper the words are the nouns and adjectives of WordNet, in another
     prompt than the classes, and the score is averaged over groups of words. Here there is one group
-    of about two thousand words, in the prompts of the classes. As there are fewer words, a larger
-    share of the words is kept.
+    of about two thousand words, in the prompts of the classes. A larger share of the words is kept,
+    because there are fewer words.
 
     Examples:
         >>> import torch, vilu
-        >>> words = torch.eye(4)[2:]
-        >>> data = vilu.Embeddings(
-        ...     torch.eye(4), torch.eye(4)[:2], logit_scale=10.0, columns={"negatives": words}
-        ... )
+        >>> image, text, words = torch.eye(4), torch.eye(4)[:2], torch.eye(4)[2:]
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0, columns={"negatives": words})
+        >>> # the first two images are like classes, and the last two like words
         >>> vilu.PREDICTORS["neglabel"](share=1.0).predict_uncertainty(data).round(3)
         array([0., 0., 1., 1.])
     """
@@ -136,7 +136,7 @@ class NegLabel(FailurePredictor):
 
 
 WORD_SHARE = 0.25
-"""Share of the words that the outcome "outside" uses: those farthest from the classes."""
+"""Share of the words that the outcome "outside" uses: the words farthest from the classes."""
 
 DIRECTION_ROWS = 100
 """Minimum number of rows from which a direction and a share of images outside are estimated."""
@@ -147,28 +147,28 @@ DIRECTION_WEIGHT = 2.0
 """Weight of the predicted margin when it is averaged with the margin, whose weight is 1."""
 
 CLASS_PRIOR_ROWS = 5.0
-"""Weight of the mean over all classes, in rows, in the estimated mean of one class."""
+"""Weight, in rows, that the mean over all classes has in the estimated mean of one class."""
 OUTSIDE_PRIOR = 0.05
-"""Weight of the expected mean of images outside, as a share of the N rows."""
+"""Weight that the expected mean of images outside has in their mean, as a share of the N rows."""
 MIN_OUTSIDE_SHARE = 0.02
-"""Estimated share of images outside from which the predicted margin is used."""
+"""Minimum estimated share of images outside with which the predicted margin is used."""
 MIN_SEPARATION = 2.0
-"""Standard deviations between the means inside and outside from which the words are used."""
+"""Minimum distance of the means inside and outside, in standard deviations, to use the words."""
 MAX_SEPARATION = 10.0
-"""Largest standard deviations between inside and outside: a few equal rows prove no more."""
+"""Maximum distance of the means, in standard deviations: a few equal rows show no larger one."""
 ASSUMED_OUTSIDE_SHARE = 0.1
 """Share of images outside that is assumed where the rows cannot show it."""
 CAUTION = 1.0
-"""Subtracted from log-odds that were estimated without examples of images outside."""
+"""Number subtracted from log-odds that were estimated without examples of images outside."""
 
 LABEL_VARIANCE = 100.0
 """Prior variance of the weights of the image, where there are examples of images outside."""
 MARGIN_VARIANCE = 10.0
 """Prior variance of the weight of the margin, where there are examples of images outside."""
 
-EM_PASSES = 500
-EM_TOLERANCE = 1e-9
-LBFGS_STEPS = 200
+EM_PASSES = 500  # maximum number of passes of EM
+EM_TOLERANCE = 1e-9  # EM ends if the mean and the share outside change by less in sum
+LBFGS_STEPS = 200  # maximum number of steps of L-BFGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,14 +177,14 @@ class Outside:
 
         log-odds = slope_a (w . x + b + g m(x)) + offset_a
 
-    a is the index of the zero-shot answer among the classes of the fit. An answer that is no class
-    of the fit has the last entry of ``slope`` and ``offset``. Where g is zero, the words are not
+    a is the index of the zero-shot answer among the classes of the fit. Answers that are no class
+    of the fit use the last entry of ``slope`` and ``offset``. Where g is zero, the words are not
     used. Where ``slope`` is empty, nothing was learned and P(outside) is zero.
     """
 
     weight: Tensor  # (D,) w; (0,) where nothing was learned
     bias: Tensor  # () b
-    words: Tensor  # () g, the weight of the margin m
+    word_weight: Tensor  # () g, the weight of the margin m
     slope: Tensor  # (1,) for all answers, or (K + 1,); (0,) where nothing was learned
     offset: Tensor  # of the shape of ``slope``
     notes: Mapping[str, Any] = field(default_factory=dict)  # plain JSON, for people to read
@@ -192,35 +192,31 @@ class Outside:
     forms: ClassVar[str] = (
         "outside.weight:dd outside.bias:d outside.words:d outside.slope:ds outside.offset:ds"
     )
-    names: ClassVar[tuple[str, ...]] = tuple(form.partition(":")[0] for form in forms.split())
+    # a form is "name:shape"
+    names: ClassVar[tuple[str, ...]] = tuple(form.split(":")[0] for form in forms.split())
 
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """The outcome where nothing was learned: P(outside) is zero."""
         # five separate tensors: safetensors refuses to save one tensor under two names
         shapes = (0,), (), (), (0,), (0,)
-        weight, bias, words, slope, offset = (
+        weight, bias, word_weight, slope, offset = (
             torch.zeros(shape, dtype=torch.float64) for shape in shapes
         )
-        return cls(weight, bias, words, slope, offset, notes)
+        return cls(weight, bias, word_weight, slope, offset, notes)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The outcome of saved tensors by name; ``nothing()`` where one of them is missing."""
         if not tensors.keys() >= set(cls.names):
             return cls.nothing()
-        weight, bias, words, slope, offset = (tensors[name] for name in cls.names)
-        return cls(weight, bias, words, slope, offset)
+        weight, bias, word_weight, slope, offset = (tensors[name] for name in cls.names)
+        return cls(weight, bias, word_weight, slope, offset)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to save, by name."""
-        return dict(
-            zip(
-                self.names,
-                (self.weight, self.bias, self.words, self.slope, self.offset),
-                strict=True,
-            )
-        )
+        tensors = (self.weight, self.bias, self.word_weight, self.slope, self.offset)
+        return dict(zip(self.names, tensors, strict=True))
 
     def __bool__(self) -> bool:
         return len(self.slope) > 0
@@ -228,7 +224,7 @@ class Outside:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the data must have to be scored."""
-        return (NEGATIVES,) if bool(self.words != 0) else ()
+        return (NEGATIVES,) if bool(self.word_weight != 0) else ()
 
     def log_odds(self, batch: Batch, classes: Tensor | None = None) -> Tensor:
         """(B,) float64 log(P(outside) / P(inside)); minus infinity where nothing was learned.
@@ -241,15 +237,15 @@ class Outside:
         image = float64(batch.image)
         if not self:
             return torch.full_like(image[:, 0], -torch.inf)
-        weight, bias, words, slope, offset = (
+        weight, bias, word_weight, slope, offset = (
             tensor.to(image.device) for tensor in self.tensors().values()
         )
         evidence = image @ weight + bias
         if self.columns:
             far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
-            evidence = evidence + words * margin(batch, far).to(image.device)
+            evidence = evidence + word_weight * margin(batch, far).to(image.device)
         if classes is None or len(slope) == 1:
-            return slope[-1] * evidence + offset[-1]
+            return slope[-1] * evidence + offset[-1]  # the entry for no class, or for all answers
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * evidence + offset[answer]
 
@@ -257,8 +253,8 @@ class Outside:
 class OutsideGraph(nn.Module):
     """``Outside.log_odds`` as a graph for export, in which the number M of words is not fixed.
 
-    ``far_words`` selects rows of the words. A graph of open size keeps all M rows instead, and
-    gives the words that are not far a mass of zero.
+    ``far_words`` selects some of the words. In this graph all M words stay, and the words that are
+    not far get a mass of zero.
     """
 
     def __init__(self, outcome: Outside) -> None:
@@ -267,7 +263,7 @@ class OutsideGraph(nn.Module):
         self.is_per_class = len(outcome.slope) > 1
         self.weight = nn.Buffer(outcome.weight)
         self.bias = nn.Buffer(outcome.bias)
-        self.words = nn.Buffer(outcome.words)
+        self.word_weight = nn.Buffer(outcome.word_weight)
         self.slope = nn.Buffer(outcome.slope)
         self.offset = nn.Buffer(outcome.offset)
 
@@ -275,7 +271,7 @@ class OutsideGraph(nn.Module):
         """(B,) float64 log-odds; ``classes`` is as in ``Outside.log_odds``."""
         log_odds = float64(batch.image) @ self.weight + self.bias
         if self.looks_at_words:
-            log_odds = log_odds + self.words * self.margin(batch)
+            log_odds = log_odds + self.word_weight * self.margin(batch)
         if classes is None or not self.is_per_class:
             return self.slope[-1] * log_odds + self.offset[-1]
         # not every runtime reads the index -1 as the last entry
@@ -288,12 +284,12 @@ class OutsideGraph(nn.Module):
         """(B,) float64 margins m(x), as by the function ``margin``."""
         words = batch.columns[NEGATIVES]
         nearness = (words @ batch.text.T).amax(dim=1)
-        # Not stable: words of equal nearness are equal words, so their order has no effect. ONNX
-        # sorts the lower index first.
+        # The sort need not be stable, because words of equal nearness are equal words. ONNX sorts
+        # the lower index first.
         order = nearness.argsort()
-        rank = torch.empty_like(order).scatter(
-            0, order, torch.arange(words.shape[0], device=words.device)
-        )
+        positions = torch.arange(words.shape[0], device=words.device)
+        rank = torch.empty_like(order).scatter(0, order, positions)  # 0 for the farthest word
+        # counted by a sum, since the size of a tensor would be a constant in the graph
         n_words = torch.ones_like(nearness, dtype=torch.float64).sum()
         n_far = (WORD_SHARE * n_words).round().clamp_min(1)
         on_words = replace(batch, text=words, logit_bias=0.0).logits
@@ -323,18 +319,13 @@ class SeesOutside(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> text, words = np.eye(6)[:2], {"negatives": np.eye(6)[2:]}
-            >>> train = vilu.Embeddings(
-            ...     np.eye(6)[[0, 1] * 20],
-            ...     text,
-            ...     target=[0, 1] * 20,
-            ...     logit_scale=10.0,
-            ...     columns=words,
-            ... )
-            >>> new = vilu.Embeddings(
-            ...     np.eye(6)[:3], text, logit_scale=10.0, columns=words
-            ... )  # the third is a word
+            >>> vectors, target = np.eye(6), [0, 1] * 20
+            >>> text, words = vectors[:2], {"negatives": vectors[2:]}
+            >>> image = vectors[target]
+            >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0, columns=words)
             >>> predictor = vilu.ViLUPlus(width=32, epochs=1).fit(train)
+            >>> # the third new image is like a word
+            >>> new = vilu.Embeddings(vectors[:3], text, logit_scale=10.0, columns=words)
             >>> batch = next(new.batches(3, columns=["negatives"]))
             >>> predictor.outside_probability(batch).round(decimals=1).tolist()
             [0.0, 0.0, 1.0]
@@ -345,9 +336,9 @@ class SeesOutside(ABC):
 def learn_outside(train: Rows) -> Outside:
     """Learn the outcome "outside" from the best evidence that the training rows offer.
 
-    1. Examples of images outside, where the data are no image-caption pairs.
-    2. Else everyday words, with rows without labels where there are some.
-    3. Else nothing is learned.
+    1. Examples of images outside, unless the data are image-caption pairs.
+    2. Otherwise everyday words, together with rows without labels if there are any.
+    3. Otherwise nothing is learned.
     """
     if train.source.pool_size is None and len(train.outside):
         return from_examples(train, train.outside)
@@ -362,7 +353,7 @@ def learn_outside(train: Rows) -> Outside:
 class Margins(NamedTuple):
     """Margins and zero-shot answers of N rows, and the moments of their images z.
 
-    The moments are what the ridge regression of the margin on the image needs.
+    The ridge regression of the margin on the image needs only these moments.
     """
 
     margin: Tensor  # (N,)
@@ -373,7 +364,7 @@ class Margins(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows) -> Margins:
-        """Compute them in one pass over the rows, block by block."""
+        """Compute margins, answers and moments in one pass over the rows, block by block."""
         dim = rows.source.space.embed_dim
         n = len(rows.index)
         total, gram, cross = (
@@ -389,14 +380,14 @@ class Margins(NamedTuple):
             cross += image.T @ m
             margins.append(m)
             answers.append(batch.prediction)
-        every = torch.cat(margins)
+        all_margins = torch.cat(margins)
         mean = total / n
         return cls(
-            every,
+            all_margins,
             torch.cat(answers),
             mean,
             gram - n * torch.outer(mean, mean),
-            cross - mean * every.sum(),
+            cross - mean * all_margins.sum(),
         )
 
     def direction(self) -> tuple[Tensor, Tensor]:
@@ -444,7 +435,7 @@ class Mixture(NamedTuple):
 def fit_mixture(
     value: Tensor, answer: Tensor, n_classes: int, balance: float, *, known_inside: bool
 ) -> Mixture:
-    """Fit the mixture of largest posterior to values (N,) of images with answers (N,), by EM.
+    """Fit the mixture with the largest posterior to values (N,) of images with answers (N,), by EM.
 
     The lower quartile of the values is taken as the initial mean inside, since images outside have
     larger values. The priors are:
@@ -459,24 +450,25 @@ def fit_mixture(
     """
     n = len(value)
     ordered = value.sort().values
-    low = float(ordered[int(0.05 * (n - 1))])
-    centre = float(ordered[int(0.25 * (n - 1))])
+    low = float(ordered[int(0.05 * (n - 1))])  # the 5 % quantile
+    centre = float(ordered[int(0.25 * (n - 1))])  # the lower quartile
     expected = balance - centre
-    # the likelihood grows without bound if a Gaussian narrows around equal values, so the standard
-    # deviation is at least the distance from centre to expected over MAX_SEPARATION
+    # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
+    # deviation is therefore at least (expected - centre) / MAX_SEPARATION.
     min_deviation = max(abs(balance - 2 * centre) / MAX_SEPARATION, 1e-6)
     # the 5 % and 25 % quantiles of a normal distribution are 1.645 - 0.674 = 0.97 standard
     # deviations apart
     deviation = max((centre - low) / 0.97, min_deviation)
-    state = Mixture(
-        torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
-        expected,
-        deviation**2,
-        ASSUMED_OUTSIDE_SHARE,
+    mixture = Mixture(
+        inside=torch.full((n_classes + 1,), centre, dtype=torch.float32).double(),
+        outside=expected,
+        variance=deviation**2,
+        share=ASSUMED_OUTSIDE_SHARE,
     )
     count = torch.bincount(answer, minlength=n_classes).double()
-    for _ in range(1 if known_inside else EM_PASSES):
-        slope, offset = state.log_odds()
+    n_passes = 1 if known_inside else EM_PASSES
+    for _ in range(n_passes):
+        slope, offset = mixture.log_odds()
         outside = torch.zeros_like(value)
         if not known_inside:
             outside = torch.sigmoid(slope[answer] * value + offset[answer])
@@ -484,11 +476,10 @@ def fit_mixture(
         mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
         mass = torch.zeros_like(count).index_add_(0, answer, inside)
         sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
-        means = torch.cat(
-            [(sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS), mean[None]]
-        )
-        # without this prior, EM would split rows that are all inside into two halves
+        class_means = (sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS)
+        means = torch.cat([class_means, mean[None]])  # the last one is for any other candidate
         n_outside = outside.sum()
+        # without this prior, EM would split rows that are all inside into two halves
         n_prior = OUTSIDE_PRIOR * n
         outside_total = float((outside * value).sum() + n_prior * expected)
         outside_mean = outside_total / float(n_outside + n_prior)
@@ -496,14 +487,15 @@ def fit_mixture(
         squares = inside * (value - means[answer]).square() + squares_outside
         share = ASSUMED_OUTSIDE_SHARE
         if not known_inside:
-            share = (float(n_outside) + 0.5) / (n + 5)  # EM never leaves a share of zero
+            # the added 0.5 and 5 keep the share above zero, which EM could never leave
+            share = (float(n_outside) + 0.5) / (n + 5)
         variance = max(float(squares.mean()), min_deviation**2)
         after = Mixture(means, outside_mean, variance, min(max(share, 1e-3), 1 - 1e-3))
-        moved = abs(after.outside - state.outside) + abs(after.share - state.share)
-        state = after
+        moved = abs(after.outside - mixture.outside) + abs(after.share - mixture.share)
+        mixture = after
         if moved < EM_TOLERANCE:
             break
-    return state
+    return mixture
 
 
 def from_words(rows: Rows, *, known_inside: bool) -> Outside:
@@ -516,45 +508,47 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     are outside, the value of a row is its margin, averaged with the margin that a ridge regression
     predicts from the image (``Margins.direction``). Otherwise the value is the margin alone.
     """
-    seen = Margins.of(rows)
+    margins = Margins.of(rows)
     n_classes = rows.source.n_candidates
-    n_words = max(round(WORD_SHARE * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
+    words_of_data = rows.source.column(NEGATIVES, rows.index[:0])  # the same for all rows
+    n_words = max(round(WORD_SHARE * len(words_of_data)), 1)
     balance = math.log(n_words / n_classes)
     zero = torch.zeros((), dtype=torch.float64)
-    weight = torch.zeros_like(seen.mean)
+    weight = torch.zeros_like(margins.mean)
     bias = zero
-    words = torch.ones((), dtype=torch.float64)
+    word_weight = torch.ones((), dtype=torch.float64)
     mixture = None
-    if not known_inside and len(seen.margin) >= DIRECTION_ROWS:
+    if not known_inside and len(margins.margin) >= DIRECTION_ROWS:
         share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
-        along, level = (share * tensor for tensor in seen.direction())
+        along, level = (share * tensor for tensor in margins.direction())  # weights, intercept
         value = torch.cat(
             [float64(batch.image) @ along + level for batch in rows.batches(SCORING_BATCH)]
         )
-        value = value + (1 - share) * seen.margin
-        mixture = fit_mixture(value, seen.answer, n_classes, balance, known_inside=False)
-        # with hardly any image outside, the regression follows another property of the images
+        value = value + (1 - share) * margins.margin
+        mixture = fit_mixture(value, margins.answer, n_classes, balance, known_inside=False)
+        # with hardly any image outside, the regression fits another property of the images
         if mixture.share >= MIN_OUTSIDE_SHARE:
             weight = along
             bias = level
-            words = (1 - share) * words
+            word_weight = (1 - share) * word_weight
         else:
             mixture = None
     if mixture is None:
-        # too few rows cannot show a share of images outside either
-        assume_inside = known_inside or len(seen.margin) < DIRECTION_ROWS
+        # too few rows do not show a share of images outside, so it is not estimated
+        assume_inside = known_inside or len(margins.margin) < DIRECTION_ROWS
         mixture = fit_mixture(
-            seen.margin, seen.answer, n_classes, balance, known_inside=assume_inside
+            margins.margin, margins.answer, n_classes, balance, known_inside=assume_inside
         )
     notes = {
         "outside_share": None if known_inside else mixture.share,
         "outside_apart": mixture.separation,
     }
-    # the two Gaussians are halves of one mode: P(outside) would only reorder the images inside
+    # With less separation the two Gaussians are two halves of one mode. P(outside) would then only
+    # reorder the images inside.
     if mixture.separation < MIN_SEPARATION:
         return Outside.nothing(**notes)
     slope, offset = mixture.log_odds()
-    return Outside(weight, bias, words, slope, offset - CAUTION, notes)
+    return Outside(weight, bias, word_weight, slope, offset - CAUTION, notes)
 
 
 class Regressors(NamedTuple):
@@ -565,7 +559,7 @@ class Regressors(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
-        """The regressors of some rows; the margins are computed here, once."""
+        """The regressors of some rows. The margins are computed here, and only once."""
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
         margins = []
@@ -580,11 +574,10 @@ class Regressors(NamedTuple):
         for batch in self.rows.batches(SCORING_BATCH):
             image = float64(batch.image)
             stop = start + len(batch.image)
-            yield (
-                image
-                if self.margins is None
-                else torch.cat([image, self.margins[start:stop, None]], dim=1)
-            )
+            if self.margins is None:
+                yield image
+            else:
+                yield torch.cat([image, self.margins[start:stop, None]], dim=1)
             start = stop
 
 
@@ -594,8 +587,8 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     Where there are words, the margin is a further regressor. ``outside`` are the indices of the
     examples of images outside.
 
-    Images are centred and divided by their root mean square norm; margins are standardised. The
-    prior variances then have the same meaning for every model. L-BFGS reads the rows in blocks.
+    Images are centred and divided by their root mean square norm. Margins are standardised. The
+    prior variances then have the same meaning for every backbone. L-BFGS reads the rows in blocks.
     """
     parts = [Regressors.of(train), Regressors.of(replace(train, index=outside))]
     dim = train.source.space.embed_dim
@@ -617,7 +610,7 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
         total = (precision * weights.square()).sum() / (2 * n)
         total.backward()
         value = total.detach()
-        for is_outside, part in enumerate(parts):
+        for is_outside, part in enumerate(parts):  # 0 for rows inside, 1 for rows outside
             for inputs in part.blocks():
                 logits = (inputs - centre) / scale @ weights[:-1] + weights[-1]
                 target = torch.full_like(logits, is_outside)
@@ -633,9 +626,12 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     level = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)
-    words = direction[dim].clone() if len(direction) > dim else zero[0].clone()
+    word_weight = zero[0].clone()
+    if len(direction) > dim:  # the weight of the margin comes after those of the image
+        word_weight = direction[dim].clone()
     bias = level - direction @ centre
-    return Outside(direction[:dim].clone(), bias, words, slope, zero, {"n_outside": len(outside)})
+    notes = {"n_outside": len(outside)}
+    return Outside(direction[:dim].clone(), bias, word_weight, slope, zero, notes)
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:

@@ -62,18 +62,18 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
     from scipy.optimize import minimize
 
     rows = np.arange(len(target))
-    prior = np.eye(log_p.shape[1])[0]
+    prior = np.eye(log_p.shape[1])[0]  # (1, 0, ...)
 
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         mixed = np.einsum("m,nmk->nk", weights, log_p)
         log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
-        slope = np.einsum("nk,nmk->m", np.exp(log_q), log_p) - log_p[rows, :, target].sum(axis=0)
+        gradient = np.einsum("nk,nmk->m", np.exp(log_q), log_p) - log_p[rows, :, target].sum(axis=0)
         distance = weights - prior
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
-        return float(value), slope + distance / POOL_SD**2
+        return float(value), gradient + distance / POOL_SD**2
 
-    # The objective is convex, so there is one optimum. A negative weight would use an expert
-    # because it is wrong, so weights are at least 0.
+    # The objective is convex, so there is one optimum. A negative weight would follow the opposite
+    # of an expert, so weights are at least 0.
     bounds = [(0, None)] * len(prior)
     best = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds)
     return np.asarray(best.x)
@@ -82,7 +82,7 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
 MEMORY_ROWS = 4_096
 """Maximum number of training rows with which the memory is one of the experts.
 
-With more rows the network learns enough without it (docs/methods/vilu_plus.md).
+With more rows the network learns enough without the memory (docs/methods/vilu_plus.md).
 """
 
 MIN_LABELS = 10
@@ -94,9 +94,10 @@ With fewer labels, folds lack classes, and the experts overfit.
 POOL_ROWS = 250
 """Number of held-out rows that suffice to fit the three weights of the pool.
 
-No more folds are fitted than this number needs.
+Only as many folds are fitted as give this number of rows.
 """
 
+# names of saved tensors
 POOL = "pool"
 CLASSES = "attention.classes"
 FEATURE_MEAN = "attention.inputs.features.mean"
@@ -140,16 +141,16 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Args:
         features: Whether to use the column "features" as an input beside the embedding, where the
-            data have it. It holds the output of the image encoder before its projection, or that of
-            a second encoder. The label of the results then names it.
+            data have this column. It has the output of the image encoder before the projection, or
+            the output of a second encoder. If the column is used, the ``label`` says so.
         variance: Prior variance of what the attention adds to the logits, in units of the variance
             of the tempered zero-shot logits.
         sharing: Share rho of that variance which all classes have in common. Only this part changes
             the logits of unseen candidates.
         width: Hidden width of the network.
         dropout: Dropout probability of the network.
-        epochs: Passes over the rows in training the network; None: 20, or as many as make 300
-            steps.
+        epochs: Number of passes over the rows in training the network; None: 20, or as many as
+            make 300 steps.
         batch_size: Batch size of the network; None: a twentieth of the rows, between 64 and 256.
         learning_rate: Initial learning rate of the network (AdamW, cosine schedule).
         weight_decay: Weight decay of the network.
@@ -158,16 +159,13 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> angle = np.linspace(
-        ...     0, np.pi / 2, 100
-        ... )  # the answer is class 0 up to 45 degrees, the truth up to 63
-        >>> train = vilu.Embeddings(
-        ...     np.c_[np.cos(angle), np.sin(angle)], np.eye(2), target=np.repeat([0, 1], [70, 30])
-        ... )
-        >>> new = vilu.Embeddings(
-        ...     [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2)
-        ... )  # at 0, 53 and 90 degrees
-        >>> vilu.ViLUPlus(width=32, epochs=1).fit(train).predict_uncertainty(new).round()
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> target = np.repeat([0, 1], [70, 30])  # the truth is class 0 up to 63 degrees
+        >>> predictor = vilu.ViLUPlus(width=32, epochs=1)
+        >>> predictor = predictor.fit(vilu.Embeddings(image, np.eye(2), target=target))
+        >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
+        >>> predictor.predict_uncertainty(vilu.Embeddings(new_image, np.eye(2))).round()
         array([0., 1., 0.])
     """
 
@@ -177,7 +175,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     )
     reference: ClassVar[str] = "this project, 2026"
     cost: ClassVar[str] = (
-        "fit: convex + 300 steps or 20 epochs, cross-fitted; score: 0.8 MFLOP a row"
+        "fit: convex + 300 steps or 20 epochs, cross-fitted; score: 0.8 MFLOP per row"
     )
     optional_columns: ClassVar[tuple[str, ...]] = (FEATURES, NEGATIVES)
     is_probability: ClassVar[bool] = True
@@ -214,9 +212,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return f"{self.name} ({', '.join(kinds)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Those of the columns of features and words that the data have and this fit uses.
+        """The columns of features and of words, as far as the data have them and the fit uses them.
 
-        The words are not used for image-caption pairs, nor the features if ``features`` is false.
+        Words are not used for image-caption pairs. Features are not used if ``features`` is false.
         """
         wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
         return tuple(
@@ -225,9 +223,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Those of the columns of features and words that the fit used."""
-        on_features = self.network_ is not None and self.experts.attention.inputs.on_features
-        return ((FEATURES,) if on_features else ()) + self.outcome.columns
+        """The columns of features and of words, as far as the fit used them."""
+        if self.network_ is not None and self.experts.attention.inputs.on_features:
+            return (FEATURES, *self.outcome.columns)
+        return self.outcome.columns
 
     @property
     def experts(self) -> Experts:
@@ -244,7 +243,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         if classes is not None:
             start = classes.start(class_texts(train), train.source.space.logit_scale)
         experts = None
-        rows = None
+        fitted_on = None
         held_out_answers = None
         if kinds:
             # The pool is fitted on rows that its experts were not fitted on. Otherwise the memory
@@ -253,16 +252,16 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             _, first_held_out = folds[0]
             n_folds = math.ceil(POOL_ROWS / len(first_held_out.index))
             parts = []
-            for rows, held_out in folds[:n_folds]:
-                experts = self._fit_experts(rows, kinds, weights, start, experts)
+            for fitted_on, held_out in folds[:n_folds]:
+                experts = self._fit_experts(fitted_on, kinds, weights, start, experts)
                 parts.extend(log_posteriors(experts, held_out, self.device_))
             log_p, target, answer = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
             if keep_every_class(folds):
                 log_q = pool(torch.from_numpy(log_p), weights).log_softmax(dim=1).numpy()
                 held_out_answers = HeldOut.of_posterior(log_q, answer, target)
-        # with a validation set, the last experts were already fitted on all training rows
-        if experts is None or rows is not train:
+        # with a validation set, the experts above were already fitted on all training rows
+        if experts is None or fitted_on is not train:
             experts = self._fit_experts(train, kinds, weights, start, experts)
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
         tensors[POOL] = weights
@@ -298,9 +297,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         start: Start | None,
         near: Experts | None,
     ) -> Experts:
-        """Fit the attention and its companions of some ``kinds``.
+        """Fit the attention, and its companions of these ``kinds``.
 
-        The fit of the attention starts from that of ``near``, the experts of another fold.
+        The fit of the attention starts from the attention of ``near``, the experts of another fold.
         """
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         feature_dim = 0
@@ -324,6 +323,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
 
     def _fit_adapter(self, attention: SupervisedAttention, rows: Rows) -> Adapter:
+        """Train the network, which adds a residual to the logits ``attention.offset``."""
+
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
@@ -334,7 +335,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        # computed for all rows at once, and kept for later uses of the batch
+        # zero-shot answers are computed here for all rows at once, and the batch keeps them
         answered = batch.answered(batch.zero_shot)
         blocks = self.experts.blocks(answered)
         log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
@@ -345,7 +346,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def outcome_of(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds that the image is of none of the classes."""
         match = self.experts.attention.match(batch.text)
-        return self.outcome.log_odds(batch, torch.where(match.known, match.row, -1))
+        classes = torch.where(match.known, match.row, -1)  # -1: no training class
+        return self.outcome.log_odds(batch, classes)
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64 log probabilities of the candidates under the pool of experts."""
@@ -377,11 +379,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout, self.seed)
         if BANK in tensors:
             companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
-        n = 1 + len(companions)
+        n_experts = 1 + len(companions)
         n_weights = len(tensors[POOL])
-        if n_weights != n:
+        if n_weights != n_experts:
             raise DataError(
-                f"{POOL} of {self.name} must have a weight for each of {n} experts. "
+                f"{POOL} of {self.name} must have a weight for each of {n_experts} experts. "
                 f"Got {n_weights}."
             )
         return Experts(
@@ -392,7 +394,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 class PlusGraph(nn.Module):
     """The score of ``ViLUPlus`` as a graph for export, which cannot branch on values.
 
-    All experts are computed. Their weights depend on whether all candidates are training classes.
+    All experts are computed. If some candidate is no training class, the weights of all experts but
+    the attention are zero.
     """
 
     def __init__(self, experts: Experts, outcome: Outside) -> None:
@@ -403,6 +406,7 @@ class PlusGraph(nn.Module):
         self.classes = attention.classes
         self.widths = {FEATURES: len(attention.inputs.features.mean)}
         self.pool = nn.Buffer(experts.weights)
+        # weights (1, 0, ...) of the attention alone
         self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
 
     def forward(self, batch: Batch) -> Tensor:
@@ -416,13 +420,15 @@ class PlusGraph(nn.Module):
         pooled = pool(float64(logits).log_softmax(dim=-1), weights)
         log_odds = failure_log_odds(pooled, batch)
         if self.outside is not None:
-            classes = None if match is None else torch.where(match.known, match.row, -1)
+            classes = None
+            if match is not None:
+                classes = torch.where(match.known, match.row, -1)  # -1: no training class
             log_odds = with_outside(log_odds, self.outside(batch, classes))
         return torch.sigmoid(log_odds)
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
-    """Refuse validation rows with a candidate that is no training class, by its text (K, D).
+    """Refuse validation rows with a candidate whose text is not among the ``classes`` (K, D).
 
     Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """
@@ -443,7 +449,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 def log_posteriors(
     experts: Experts, rows: Rows, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For every batch: log probabilities (B, M, K) of M experts, targets (B,), answers (B,)."""
+    """Per batch: log probabilities (B, M, K) by M experts, targets (B,), zero-shot answers (B,)."""
     with torch.no_grad():
         parts = []
         for batch in rows.batches(SCORING_BATCH):

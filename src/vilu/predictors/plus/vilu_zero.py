@@ -41,18 +41,18 @@ NO_SPREAD = 1e-12
 ABSENT_SCALE = 0.5
 """Mean count, in rows, of a class that does not occur."""
 KNOWN_TO_OCCUR = 5.0
-"""Prior, in classes that are known to occur.
+"""Number of further classes that are taken to occur, as a prior.
 
-Without it, a few classes with a count of zero would make most classes count as absent.
+Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 LOST_SHARE = 0.1
-"""Share of the occurring classes with a count near zero, since other classes take their rows."""
+"""Share of the occurring classes whose count is near zero: their rows count for other classes."""
 MAX_ANCHOR = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
 FULL_TRUST_VARIANCE = 0.2
-"""Variance between class means, in units of the variance within, from which trust is full."""
+"""Variance between class means, in units of that within classes, from which trust is full."""
 MIN_MEMBERS = 2.0
-"""Mean number of rows per occurring class up to which prototypes get no weight."""
+"""Largest mean number of rows per occurring class with which prototypes get no weight."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 """Candidate values of lambda, by which the log occurrence probabilities are multiplied."""
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
@@ -74,18 +74,18 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi under which the
     rows are most likely, with the posterior p(c | z) ~ pi_c exp(l_c). The counts n_c = N pi_c are
-    modelled as a mixture of two exponential distributions: absent classes, a share rho, have a mean
-    count of 1/2, the other classes of N / (K (1 - rho)). Then o_c = lambda log P(c occurs | n_c).
-    lambda in [0, 1] is chosen by cross-validation between two halves of the rows. It maximises the
-    mean of
+    modelled as a mixture of two exponential distributions. The mean count is 1/2 for absent
+    classes, which are a share rho of all classes, and N / (K (1 - rho)) for the other classes. Then
+    o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is chosen by cross-validation between two
+    halves of the rows. It maximises the mean of
 
         log [sum_c exp(l_c + o_c) / sum_c exp(o_c)]
 
     *Prototypes* (g, linear in z). g are the discriminants of one Gaussian per class with a common
     covariance. The posteriors of the rows are their soft memberships in the classes. The prior mean
-    of a class is m + a (t_c - t), with the mean image m and the mean text t. The mean moves from
-    there towards the mean of its members by the factor n_c / (n_c + kappa). kappa, a and the
-    covariance are estimated from the rows.
+    of a class is m + a (t_c - t), with the mean image m and the mean text t. The estimated mean is
+    between the prior mean and the mean of the members, which has the weight n_c / (n_c + kappa).
+    kappa, a and the covariance are estimated from the rows.
 
     tau minimises the cross-entropy with which prototypes of one half of the rows predict the
     posterior of the other half. It is 0 where they cannot predict it.
@@ -112,10 +112,10 @@ class ViLUZero(SeesOutside, ClosedSet):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(
-        ...     np.eye(8)[np.arange(400) % 4], np.eye(8), logit_scale=2.0
-        ... )  # of classes 0 to 3
-        >>> new = vilu.Embeddings(np.eye(8)[[0, 7]], np.eye(8), logit_scale=2.0)
+        >>> text = np.eye(8)
+        >>> image = text[np.arange(400) % 4]  # only classes 0 to 3 occur
+        >>> data = vilu.Embeddings(image, text, logit_scale=2.0)
+        >>> new = vilu.Embeddings(text[[0, 7]], text, logit_scale=2.0)  # classes 0 and 7
         >>> vilu.MCM().predict_uncertainty(new).round(1)
         array([0.5, 0.5])
         >>> vilu.PREDICTORS["vilu_zero"]().fit(data).predict_uncertainty(new).round(1)
@@ -174,11 +174,12 @@ class ViLUZero(SeesOutside, ClosedSet):
             learned_classes.bias + learned_classes.occurrence,
             class_texts(train),
         )
+        # not strict, because the names after these five are those of ``Outside``
         learned = dict(zip(self.tensors, parts, strict=False))
         return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> Pooled:
-        """The parts of the pooled logits l'; ``texts`` is what is added for the mean image."""
+        """The parts of the pooled logits l'. The part ``texts`` is that of the mean image."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
         scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
@@ -203,7 +204,9 @@ class ViLUZero(SeesOutside, ClosedSet):
 
 
 class Classes(NamedTuple):
-    """What rows without labels teach: how to pool zero-shot logits l with prototypes.
+    """What rows without labels teach about K classes: the terms of the pooled logits l'.
+
+    The zero-shot logits l are pooled with prototypes:
 
         l'_c = (1 - share) l_c + (z - centre) . weight_c + bias_c + occurrence_c
 
@@ -238,7 +241,7 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     known = Classifier.nothing(text)
     occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    # with fewer rows no half could check the other one, and the score is that of MCM
+    # with fewer rows no half could check the other half, so nothing is learned, as in MCM
     if len(rows.index) >= FEW:
         pool = Pool(rows, seed, device)
         occurrence, absent = pool.occurrence()
@@ -276,7 +279,7 @@ class SoftMembers(NamedTuple):
             whole[half] += part.cpu()
 
     def part(self, half: int | None) -> SoftMembers:
-        """The sums over one half; None: over both halves."""
+        """The sums over one half of the rows, or over both halves if ``half`` is None."""
         return SoftMembers(*(whole.sum(0) if half is None else whole[half] for whole in self))
 
 
@@ -328,33 +331,32 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     variance = float(within.trace()) / dim
     if variance <= NO_SPREAD:
         return Classifier.nothing(text)
-    # few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues: so
-    # the covariance is mixed with a spherical one
+    # Few rows estimate D^2 / 2 covariances badly, and the inverse magnifies small eigenvalues. The
+    # covariance is therefore mixed with a spherical one.
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
     centred_text = text - (moments.members @ text) / n
     weighted = moments.members[:, None] * (centred_text @ precision)
-    slope = float(
-        ((weighted * centred).sum() / (weighted * centred_text).sum().clamp(min=1e-12)).clamp(min=0)
-    )
+    of_means = (weighted * centred).sum()
+    of_texts = (weighted * centred_text).sum().clamp(min=1e-12)
+    slope = float((of_means / of_texts).clamp(min=0))
     within_square = float((precision * within).sum())  # mean square of an image in the metric of W
 
-    def variance_of(rows: Tensor) -> float:
+    def variance_of(vectors: Tensor) -> float:
         """Variance of vectors (K, D), one per class, in units of W and without sampling noise.
 
-        It is the mean square, weighted by the counts. The sampling noise of the K means is K / N.
+        The variance is the mean square, weighted by the counts, less the noise K / N of K means.
         """
-        squares = ((rows @ precision) * rows).sum(1)
-        return float((moments.members * squares).sum()) / (within_square * n) - len(count) / n
+        squares = ((vectors @ precision) * vectors).sum(1)
+        mean_square = float((moments.members * squares).sum()) / (within_square * n)
+        return mean_square - len(count) / n
 
     anchor = 1 / max(variance_of(centred - slope * centred_text), 1 / MAX_ANCHOR)
-    means = (moments.members[:, None] * centred + anchor * slope * centred_text) / (
-        moments.members + anchor
-    )[:, None]
+    summed = moments.members[:, None] * centred + anchor * slope * centred_text
+    means = summed / (moments.members + anchor)[:, None]
     weight = means @ precision
-    return Classifier(
-        mean, weight, -(weight * means).sum(1) / 2, slope, anchor, variance_of(centred)
-    )
+    bias = -(weight * means).sum(1) / 2
+    return Classifier(mean, weight, bias, slope, anchor, variance_of(centred))
 
 
 class Pool:
@@ -374,7 +376,7 @@ class Pool:
     def blocks(self, half: int, max_rows: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield unit images (b, D) and zero-shot logits (b, K), float32, block by block.
 
-        They are of all rows of a half, or of its first ``max_rows`` rows.
+        The blocks have all rows of a half, or its first ``max_rows`` rows.
         """
         index = self.rows.index[self.halves[half][:max_rows]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
@@ -404,13 +406,16 @@ class Pool:
         log_presence, absent = presence(self.counts((0, 1)))
         if not bool(log_presence.any()):
             return log_presence, 0.0
-        # on the rows of the counts themselves the full strength would always have the most evidence
+        # The evidence of a half is computed with the counts of the other half. With the counts of
+        # the same rows, the full strength would always have the most evidence.
         evidence = torch.zeros(len(STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
             of_other_half, _ = presence(self.counts((1 - half,)))
             evidence += self._evidence(half, of_other_half)
         strength = STRENGTHS[int(evidence.argmax())]
-        return strength * log_presence, absent * (strength > 0)
+        if strength == 0:
+            absent = 0.0
+        return strength * log_presence, absent
 
     def _evidence(self, half: int, log_presence: Tensor) -> Tensor:
         """(S,) log-evidence of a half of the rows under each of the S strengths s.
@@ -435,7 +440,7 @@ class Pool:
         text = float64(self.text).cpu()
         share = 0.0
         trust = 0.0
-        crossed = [Classifier.nothing(text)] * 2
+        crossed = [Classifier.nothing(text)] * 2  # for each half, the prototypes of the other half
         whole = Classifier.nothing(text)
         for _ in range(ROUNDS):
             moments = self._moments(occurrence, crossed, trust, share)
@@ -458,7 +463,7 @@ class Pool:
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled = logits + occurrence.float().to(self.device)
-                # prototypes of the same half would only confirm the memberships they come from
+                # prototypes of the same half would only confirm their own memberships
                 if trust:
                     pooled = pooled + share * (trust * crossed[half].of(image) - logits)
                 moments.add(half, pooled.softmax(1), image)
@@ -497,9 +502,9 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), with f(m) = exp(-n_c / m) / m
 
     where s = ``ABSENT_SCALE`` and m = N / (K (1 - rho)). The 0.1 is ``LOST_SHARE``: a tenth of the
-    occurring classes have counts like absent ones, since their rows are counted for other classes.
-    rho is found by EM, as if ``KNOWN_TO_OCCUR`` further classes were known to occur. If m is at
-    most s, all classes are taken to occur.
+    occurring classes have counts like absent classes, since their rows count for other classes. rho
+    is found by EM, as if ``KNOWN_TO_OCCUR`` further classes occurred. If m is at most s, all
+    classes are taken to occur.
     """
     n = float(count.sum())
     k = len(count)
@@ -510,9 +515,9 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
-        # without LOST_SHARE, every class that the model overlooks would count as absent
-        seen = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean
-        present = (1 - absent) * (seen + LOST_SHARE * low)
+        # without LOST_SHARE, every class that the zero-shot model overlooks would count as absent
+        high = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean
+        present = (1 - absent) * (high + LOST_SHARE * low)
         p_absent = absent * low / (absent * low + present)
         absent = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
     return torch.log1p(-p_absent), absent

@@ -53,7 +53,7 @@ class LVU(HeadPredictor):
         "image-only head: regression of the true-class probability or the loss, or BCE"
     )
     reference: ClassVar[str] = "Corbière et al., NeurIPS 2019"
-    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP per row"
 
     loss: Literal["mse", "loss", "bce"] = "mse"
 
@@ -133,7 +133,7 @@ class ViLU(HeadPredictor):
         "cross-attention over all texts + predicted caption + image (ViLU, ICCV 2025)"
     )
     reference: ClassVar[str] = "Lafon et al., ICCV 2025"
-    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP per row"
 
     attention: Literal["official", "paper"] | None = "official"
     predicted_caption: bool = True
