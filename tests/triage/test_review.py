@@ -57,7 +57,12 @@ def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(
     [
         ("next_labels.csv", "stream", "strexm", "no column 'stream'"),
         ("decisions.csv", "path,", "qath,", "no column 'path'"),
-        ("decisions.csv", ",0.", ",0.x", " has no failure_probability, but '0.x"),
+        (
+            "decisions.csv",
+            ",0.",
+            ",0.x",
+            " has no probability in the column failure_probability, but '0.x",
+        ),
         ("decisions.csv", "\n", "\nonly-a-path.png\n", "row 2 is not complete"),
     ],
 )

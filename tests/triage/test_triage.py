@@ -681,7 +681,7 @@ def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
     job = dataclasses.replace(job, embedding=embedding)
     with pytest.raises(
         UsageError,
-        match="is one of the classes, and as a label it says that a photo is of no class",
+        match="is the name of a class, and also the label of photos that are of no class",
     ):
         triage_photos(job, tmp_path / "out")
 
