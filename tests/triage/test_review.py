@@ -227,7 +227,7 @@ def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: P
     assert late.failure[:30].tolist() == [int(one) for one in wrong]
     with pytest.raises(DataError, match="'bird' is no class"):
         write_labels({scores.ids[0]: "bird"}, tmp_path / "x.parquet", half / "decisions.parquet")
-    with pytest.raises(DataError, match="not one of 1 label is of a row"):
+    with pytest.raises(DataError, match="not one of 1 label belongs to a row"):
         write_labels({"nobody": "cat"}, tmp_path / "x.parquet", half / "decisions.parquet")
 
 

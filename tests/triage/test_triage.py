@@ -222,7 +222,7 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
     triage_photos(job, output)
     asked = fill_in(output, truth, tmp_path / "filled.csv").rename(output / "next_labels.csv")
     filled = asked.read_bytes()
-    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers not given"):
+    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers that no run has read"):
         triage_photos(job, output)
     assert asked.read_bytes() == filled
     head, _, *others = filled.splitlines(keepends=True)

@@ -164,12 +164,15 @@ def write_next(
         answers: The answers by path.
         kind: Kind of the answers, such as "zero_shot".
     """
-    of_asked = [answers.get(entry.path, _unanswered(entry.path, None)) for entry in asked]
+    asked_answers = []
+    for entry in asked:
+        without_answer = _unanswered(entry.path, reason=None)
+        asked_answers.append(answers.get(entry.path, without_answer))
     columns = {
         **columns_of(asked, ("path", "label")),  # all labels are None: the column to fill in
-        **_answer_columns(of_asked),
+        **_answer_columns(asked_answers),
         **columns_of(asked, ("stream", "probability", "predictor", "asked")),
-        **_zero_shot_column(kind, of_asked),
+        **_zero_shot_column(kind, asked_answers),
     }
     write_table(path, columns, {})
 

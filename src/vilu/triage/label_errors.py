@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Labelled rows, ordered by rising quality of the label.
+    """Labelled rows with a score of each label; the label most likely wrong comes first.
 
     Attributes:
         keys: N names of the rows.

@@ -94,8 +94,8 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
         targets.append(target_of[answer])
     if not rows:
         raise DataError(
-            f"not one of {plural(len(labels), 'label')} is of a row of {scores}. The key of its "
-            f"first row is {outcomes.ids[0]!r}."
+            f"not one of {plural(len(labels), 'label')} belongs to a row of {scores}. The key of "
+            f"its first row is {outcomes.ids[0]!r}."
         )
     target = np.array(targets)
     failure = (np.array(outcomes.prediction)[rows] != target).astype(np.int64)

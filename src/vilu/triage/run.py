@@ -598,12 +598,12 @@ def n_to_draw(
 
 
 def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
-    """The trial; if the threshold at its limit is certified, the limit moves ``FURTHER`` up."""
+    """Move the limit of a trial ``FURTHER`` thresholds up if the threshold there is certified."""
     last = progress.looks.last
     if progress.certified != last:
         return trial
-    limit = trial.grid[min(last + FURTHER, len(trial.grid) - 1)]
-    return trial.model_copy(update={"limit": limit})
+    next_last = min(last + FURTHER, len(trial.grid) - 1)
+    return trial.model_copy(update={"limit": trial.grid[next_last]})
 
 
 def next_of_draw(
@@ -618,8 +618,8 @@ def next_of_draw(
     is_open = split.for_calibration & (uncertainty <= limit) & ~split.answered
     rows = np.flatnonzero(is_open)
     rows = rows[np.argsort(split.position[rows])]
-    passed = rows[split.position[rows] < asked_up_to]
-    return passed if len(passed) else rows[:n]
+    rows_before = rows[split.position[rows] < asked_up_to]
+    return rows_before if len(rows_before) else rows[:n]
 
 
 def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
