@@ -57,7 +57,12 @@ def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(
     [
         ("next_labels.csv", "stream", "strexm", "no column 'stream'"),
         ("decisions.csv", "path,", "qath,", "no column 'path'"),
-        ("decisions.csv", ",0.", ",0.x", " has no failure_probability, but '0.x"),
+        (
+            "decisions.csv",
+            ",0.",
+            ",0.x",
+            " has no probability in the column failure_probability, but '0.x",
+        ),
         ("decisions.csv", "\n", "\nonly-a-path.png\n", "row 2 is not complete"),
     ],
 )
@@ -222,7 +227,7 @@ def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: P
     assert late.failure[:30].tolist() == [int(one) for one in wrong]
     with pytest.raises(DataError, match="'bird' is no class"):
         write_labels({scores.ids[0]: "bird"}, tmp_path / "x.parquet", half / "decisions.parquet")
-    with pytest.raises(DataError, match="not one of 1 label is of a row"):
+    with pytest.raises(DataError, match="not one of 1 label belongs to a row"):
         write_labels({"nobody": "cat"}, tmp_path / "x.parquet", half / "decisions.parquet")
 
 

@@ -222,7 +222,7 @@ def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) 
     triage_photos(job, output)
     asked = fill_in(output, truth, tmp_path / "filled.csv").rename(output / "next_labels.csv")
     filled = asked.read_bytes()
-    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers not given"):
+    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers that no run has read"):
         triage_photos(job, output)
     assert asked.read_bytes() == filled
     head, _, *others = filled.splitlines(keepends=True)
@@ -681,7 +681,7 @@ def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(
     job = dataclasses.replace(job, embedding=embedding)
     with pytest.raises(
         UsageError,
-        match="is one of the classes, and as a label it says that a photo is of no class",
+        match="is the name of a class, and also the label of photos that are of no class",
     ):
         triage_photos(job, tmp_path / "out")
 

@@ -250,7 +250,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     assert len(wrong) > 100
     assert np.mean(wrong) <= 0.1
     assert (
-        "drew from what could be accepted"
+        "drew some of these labels from the rows that could be accepted"
         in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
     )
     assert "anytime needs --labels" in run(*calibrate, code=2).stderr

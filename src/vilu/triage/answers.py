@@ -25,7 +25,7 @@ LABELLED: Final = "labelled"
 """Decision about a photo whose label is known."""
 
 NO_GUARANTEE: Final = "no_guarantee"
-"""Reason of every decision while the predictor has no rule; no answer is accepted then."""
+"""Reason of every decision while the predictor has no rule, so that no answer is accepted."""
 
 
 def answers_of(
@@ -37,7 +37,7 @@ def answers_of(
         photos: The embedded photos.
         predictor: Judges the answers.
         outcomes: The scores of the photos by the predictor.
-        labels: Label by path; it stands in place of the answer.
+        labels: Label by path; a label takes the place of the model's answer.
     """
     runners_up = all_runners_up(photos, predictor)
     answers = []
@@ -52,7 +52,7 @@ def answers_of(
 
 
 def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answer:
-    """The answer about a row whose label is not known."""
+    """The model's answer about a row; its label is not used."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     probabilities = failure_probabilities(outcomes)
     if np.isnan(probabilities[row]) or outcomes.prediction is None:
@@ -77,7 +77,7 @@ def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answe
 
 
 def failure_probabilities(outcomes: Outcomes) -> np.ndarray:
-    """(N,) calibrated probabilities of failure; without a calibration the uncertainties."""
+    """(N,) calibrated probabilities of failure, or the uncertainties if nothing is calibrated."""
     if outcomes.failure_probability is None:
         return outcomes.uncertainty
     return outcomes.failure_probability
@@ -120,7 +120,7 @@ def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """Numbers of photos by decision; unreadable photos do not count as "review"."""
+    """Number of photos by decision; unreadable photos do not count as "review"."""
     counts = dict.fromkeys(("accepted", "labelled", "outside", "unreadable", "review"), 0)
     for answer in answers:
         counts["accepted"] += answer.decision == ACCEPT
@@ -134,16 +134,19 @@ def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
     """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does.
 
-    Where other answers than the zero-shot ones are judged, the zero-shot ones stand beside them.
+    If adapted answers are judged, the CSV has a column of the zero-shot answers too.
     """
-    runners_up: list[str | None] = []
+    first_runners_up: list[str | None] = []
     for answer in answers:
-        runners_up.append(answer.runners_up[0][0] if answer.runners_up else None)
+        first_name = None
+        if answer.runners_up:
+            first_name, _ = answer.runners_up[0]
+        first_runners_up.append(first_name)
     columns = {
         "path": pa.array([answer.key for answer in answers], pa.string()),
         **_answer_columns(answers),
         **columns_of(answers, ("decision", "reason")),
-        "runner_up": _class_texts(runners_up),
+        "runner_up": _class_texts(first_runners_up),
         **_zero_shot_column(outcomes.answer, answers),
     }
     write_table(root / DECISIONS_CSV, columns, {})
@@ -159,19 +162,23 @@ def write_next(
         path: The file.
         asked: Entries of the photos.
         answers: The answers by path.
-        kind: Kind of the answers.
+        kind: Kind of the answers, such as "zero_shot".
     """
-    of_asked = [answers.get(entry.path, _unanswered(entry.path, None)) for entry in asked]
+    asked_answers = []
+    for entry in asked:
+        without_answer = _unanswered(entry.path, reason=None)
+        asked_answers.append(answers.get(entry.path, without_answer))
     columns = {
         **columns_of(asked, ("path", "label")),  # all labels are None: the column to fill in
-        **_answer_columns(of_asked),
+        **_answer_columns(asked_answers),
         **columns_of(asked, ("stream", "probability", "predictor", "asked")),
-        **_zero_shot_column(kind, of_asked),
+        **_zero_shot_column(kind, asked_answers),
     }
     write_table(path, columns, {})
 
 
 def _answer_columns(answers: Sequence[Answer]) -> dict[str, pa.Array]:
+    """The columns "answer" and "failure_probability"."""
     labels = _class_texts([answer.label for answer in answers])
     probabilities = columns_of(answers, ("failure_probability",))
     return {"answer": labels, **probabilities}

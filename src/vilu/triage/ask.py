@@ -1,4 +1,4 @@
-"""Rows of a store to label next, and the guarantee that their labels show; no triage folder."""
+"""Asks for labels of the rows of a store, and gives a guarantee by them, without a triage."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from vilu.validation import checked
 CONFIDENCE: Final = 0.95
 
 Draws = dict[str, tuple[Ints, Trial]]
-"""Calibration rows of every group of answers, and the trial with the thresholds to test on them."""
+"""Calibration rows and trial of every group of answers. The trial is tested on these rows."""
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """Name of a predictor in the tables of the labels that it asked for.
+    """Name of a predictor in the tables of the labels that were asked for it.
 
-    Equal weights that judge other answers are another predictor: its guarantee has a share of the
-    level of its own.
+    The name depends on the weights and on the judged answers. So predictors with equal weights that
+    judge different answers are two predictors, each with a share of the level.
     """
     sums = {name: str(values.sum().item()) for name, values in predictor.state().items()}
     if predictor.answer != "zero_shot":
@@ -71,8 +71,8 @@ class StoreDraws:
         book: The labels of the rows.
         outcomes: The scores of all rows.
         split: Which rows are for fits, and which for the guarantee.
-        draws: One draw for all answers, or one for each class of answers and one for all small
-            classes together. They are planned from the scores alone, without labels.
+        draws: One draw for all answers, or one for each large class of answers and one for all
+            small classes together. Draws are planned from the scores alone, without labels.
     """
 
     predictor: str
@@ -136,9 +136,11 @@ class StoreDraws:
             waiting = waiting[np.argsort(self.split.position[waiting])]
             n_asked = len(below_limit) - len(waiting)
             is_certified = all_progress[group].certified is not None
-            for n_more, row in enumerate(waiting[:n].tolist()):
+            is_unlikely = not trial.likely
+            for n_earlier, row in enumerate(waiting[:n].tolist()):
+                n_asked_before = n_asked + n_earlier
                 # Sorted in ascending order, so that False comes before True.
-                priority = (is_certified, not trial.likely, n_asked + n_more)
+                priority = (is_certified, is_unlikely, n_asked_before)
                 queue.append((priority, group, row))
         chosen: dict[str, list[int]] = {group: [] for group in self.draws}
         for _, group, row in sorted(queue)[:n]:
@@ -149,7 +151,7 @@ class StoreDraws:
         """How far the guarantee of each draw is; all draws have equal shares of ``delta``."""
         predictor_of = {entry.path: entry.predictor for entry in self.book if _is_drawn(entry)}
         is_own = np.array(
-            [predictor_of.get(p) == self.predictor for p in self.photos.ids], np.bool_
+            [predictor_of.get(path) == self.predictor for path in self.photos.ids], np.bool_
         )
         n_before = len(set(predictor_of.values()) - {self.predictor})
         all_progress = {}
@@ -157,13 +159,14 @@ class StoreDraws:
             in_group = np.zeros(len(self.photos.ids), np.bool_)
             in_group[rows] = True
             asked_rows = rows[is_own[rows]]
+            last_position = int(self.split.position[asked_rows].max(initial=-1))
             all_progress[group] = progress_of(
                 trial,
                 self.outcomes,
                 dataclasses.replace(self.split, usable=in_group),
                 max_risk=max_risk,
                 delta=delta / len(self.draws),
-                up_to=int(self.split.position[asked_rows].max(initial=-1)) + 1,
+                up_to=last_position + 1,
                 n_before=n_before,
             )
         return all_progress
@@ -182,10 +185,12 @@ class StoreDraws:
 
 
 def _unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
-    """(N,) which rows the predictor was not fitted on.
+    """(N,) bool, which rows the predictor was not fitted on.
 
-    A predictor records only a sample of the rows of a large fit. Then DataError is raised if more
-    than 1 % of the rows are in this sample.
+    A predictor records only a sample of the rows of a large fit.
+
+    Raises:
+        DataError: If only a sample was recorded and more than 1 % of the rows are in it.
     """
     seen = predictor.seen(photos)
     if seen.whole:
@@ -239,8 +244,8 @@ def next_of_store(
         n: Number of rows.
         max_risk: Error rate that the guarantee is to stay below.
         seed: Seed of the split, and of the choice of rows to fit on.
-        per_class: Whether the guarantee is about every class of answers. Then classes that lack
-            labels come first.
+        per_class: Whether each class of answers gets a guarantee of its own. Then classes that
+            lack labels come first.
 
     Returns:
         Entries of the chosen rows, first those to fit on, and the answers by path.
@@ -254,9 +259,10 @@ def next_of_store(
     free = np.flatnonzero(split.for_fit & ~asked)
     calibration_rows: list[int] = []
     for drawn in store_draws.next_calibration_rows(n // 2, asked, max_risk):
-        probability = (split.position[drawn].max(initial=-1) + 1) / POSITIONS
+        last_position = int(split.position[drawn].max(initial=-1))
+        probability = (last_position + 1) / POSITIONS
         drawn_paths = [paths[row] for row in drawn]
-        book.ask(drawn_paths, "calibration", predictor=name, probability=float(probability))
+        book.ask(drawn_paths, "calibration", predictor=name, probability=probability)
         calibration_rows += drawn.tolist()
     n_to_fit = n - len(calibration_rows)
     uncertainty = store_draws.outcomes.uncertainty
@@ -280,21 +286,25 @@ def calibrate_by_labels(
     per_class: bool = False,
     overwrite: bool = False,
 ) -> Calibration:
-    """Calibrate a predictor by the labels that `vilu next` asked for; valid after every label.
+    """Calibrate a predictor by the labels that `vilu next` asked for.
 
-    Two kinds of labels count: all labels of a draw up to the last position that was asked for with
-    this predictor, and labels of rows that were picked at random ("given"). Every predictor that
-    labels were asked for has a share of the level (``level_of``). So ``files`` must hold the tables
-    of all these predictors.
+    The guarantee is valid even if the calibration is repeated after every label.
+
+    Two kinds of labels count: labels of rows that were picked at random ("given"), and all labels
+    of a draw up to the last position that was asked for with this predictor.
+
+    Every predictor for which labels were asked has a share of the level (``level_of``). So
+    ``files`` must hold the tables of all these predictors.
 
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another goal.
-        DataError: If labels that were asked for are missing, or if the predictor has recorded only
-            a sample of its fit and more than 1 % of these rows are in it.
-        InfeasibleError: If nothing is certified yet. Then no calibration is written. A calibration
-            that rests on labels which have changed is removed.
+        DataError: If labels that were asked for are missing, if the predictor was fitted on all
+            calibration rows, or if it has recorded only a sample of its fit and more than 1 % of
+            the rows are in the sample.
+        InfeasibleError: If nothing is certified yet. Then no calibration is written. An earlier
+            calibration is removed if its labels have changed.
     """
-    # One process at a time compares the calibration in the folder with the new one.
+    # The lock lets only one process at a time compare the folder's calibration with a new one.
     with locked(folder, "calibrating", who="calibration"):
         predictor = load_predictor(folder)
         predictor.calibrator_ = None
@@ -325,7 +335,7 @@ def calibrate_by_labels(
 def _rule_before(
     folder: Path, calibration: Calibration, max_risk: float, confidence: float, groups: set[str]
 ) -> Rule | None:
-    """The rule of a calibration; UsageError if it is for another goal, so it is not replaced."""
+    """The rule of a calibration; UsageError if the rule is for another goal or other groups."""
     rule = calibration.rule
     if rule is None:
         return None
@@ -348,13 +358,13 @@ def _keep_better(
     *,
     max_risk: float,
 ) -> Calibration:
-    """Write the new rule, or keep the rule before if it accepts at least as many rows.
+    """Write the new rule, or keep the rule ``before`` if it accepts at least as many rows.
 
-    The rule before may be kept, because a rule that was certified once stays certified.
+    The rule ``before`` may be kept, because a rule that was certified once stays certified.
     """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
-        # Here rows whose picture nobody could name are failures.
+        # The outcomes of the progress count pictures that nobody could name as failures.
         outcomes.failure[progress.rows] = progress.outcomes.failure
     if before is not None and not _take_back_if_changed(folder, outcomes):
         names = group_names(outcomes)
@@ -362,7 +372,7 @@ def _keep_better(
         if n_before >= rule.accept(outcomes.uncertainty, names).sum():
             return Calibration.load(folder)
     if not rule.feasible:
-        _take_back_if_changed(folder, outcomes)  # with overwrite the check above was left out
+        _take_back_if_changed(folder, outcomes)  # not called above if ``before`` is None
         reasons = []
         for group, threshold in rule.thresholds.items():
             reasons.append(f"{group}: {threshold.why}".removeprefix(": "))
@@ -377,9 +387,9 @@ def _keep_better(
 
 
 def _take_back_if_changed(folder: Path, outcomes: Outcomes) -> bool:
-    """Remove a calibration by labels if the failure of one of its rows has changed.
+    """Remove a calibration by labels if an answer among its rows is judged differently now.
 
-    Returns whether it was removed.
+    Returns whether the calibration was removed.
     """
     calibration = Calibration.find(folder)
     if calibration is None or calibration.target.method != "anytime":

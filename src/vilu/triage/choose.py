@@ -1,14 +1,14 @@
 """Which photos to label next: photos to fit on and, apart from them, photos for the guarantee.
 
 *Photos to fit on* are uncertain and differ from one another. k-means clusters the embeddings, each
-photo weighted by its uncertainty; the photo nearest to the centre of each cluster is chosen.
+photo weighted by its uncertainty. The photo nearest to the centre of each cluster is chosen.
 Source: Prabhu et al., Active Domain Adaptation via Clustering Uncertainty-weighted Embeddings, ICCV
 2021; we use the probability of failure in place of their entropy.
 
 *Photos for the guarantee* are drawn at random from the photos with an uncertainty of at most a
 limit. So their labels are independent draws, and every threshold up to the limit can be tested on
 them. Photos above the limit would be reviewed anyway and need no label. The limit is chosen from
-scores alone: the largest limit at which n labels are expected to show the risk.
+scores alone. It is the largest at which n labels are expected to show that few answers are wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vilu.metrics.counts import Floats, Ints
 POOL: Final = 20_000
 """Maximum number of photos that are clustered.
 
-Of more photos, half of the pool are the most uncertain, and half are random others.
+If there are more, the pool is the most uncertain photos and as many random photos of the rest.
 """
 
 ITERATIONS: Final = 20
@@ -42,9 +42,9 @@ LEAST_PHOTOS: Final = 100
 def choose_to_fit(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int
 ) -> Ints:
-    """Choose at most ``n`` of the ``rows`` (M,) to fit on.
+    """Choose at most ``n`` of the ``rows`` (M,) to fit on, and put the most uncertain first.
 
-    ``uncertainty`` (N,) is of all rows of the source. The most uncertain rows come first.
+    ``uncertainty`` (N,) holds the uncertainties of all rows of the source.
     """
     from sklearn.cluster import KMeans
 
@@ -52,12 +52,12 @@ def choose_to_fit(
     if len(rows) <= n:
         return _doubtful_first(rows, uncertainty)
     image = source.image_rows(torch.from_numpy(rows)).numpy()
-    weight = uncertainty[rows] - np.nanmin(uncertainty)
-    weight = weight / max(float(weight.max()), 1e-12) + 1e-3
-    centres = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed).fit(
-        image, sample_weight=weight
-    )
-    distance = centres.transform(image)
+    excess = uncertainty[rows] - np.nanmin(uncertainty)
+    largest_excess = max(float(excess.max()), 1e-12)
+    weight = excess / largest_excess + 1e-3  # no photo has the weight 0
+    clusters = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed)
+    clusters.fit(image, sample_weight=weight)
+    distance = clusters.transform(image)  # of each row to each centre
     chosen = np.empty(n, dtype=np.int64)
     is_free = np.ones(len(rows), dtype=np.bool_)
     for cluster in range(n):
@@ -68,11 +68,13 @@ def choose_to_fit(
 
 
 def _pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
+    """The rows that are clustered: all, or the pool (``POOL``) if there are too many."""
     if len(rows) <= POOL:
         return rows
-    order = rows[np.argsort(-uncertainty[rows], kind="stable")]
-    rest = np.random.default_rng(seed).permutation(order[POOL // 2 :])[: POOL // 2]
-    return np.sort(np.concatenate([order[: POOL // 2], rest]))
+    ordered = _doubtful_first(rows, uncertainty)
+    half = POOL // 2
+    rest = np.random.default_rng(seed).permutation(ordered[half:])
+    return np.sort(np.concatenate([ordered[:half], rest[:half]]))
 
 
 def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
@@ -82,25 +84,28 @@ def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
 def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
     """Choose the limit of a draw from the probabilities of failure alone.
 
-    It is the largest limit up to which ``n`` labels are expected to show the risk. It always
-    includes at least an eighth of the photos and at least 100 photos.
+    The limit is the largest up to which ``n`` labels are expected to show that the error rate is at
+    most ``max_risk``. It always includes at least an eighth of the photos and at least 100 photos.
 
     Args:
         uncertainty: (N,) probabilities of failure; rows with NaN are left out.
         n: Number of labels.
-        max_risk: Error rate that is to be shown.
+        max_risk: Largest error rate that is allowed.
         delta: Level of the test.
 
     Returns:
-        The limit, and whether the labels are expected to show the risk there.
+        The limit, and whether ``n`` labels are expected to be enough at this limit.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
+    # Expected error rate up to each photo, and the evidence of n labels with this error rate.
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
     evidence = log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk)
     expected_to_show = np.flatnonzero(evidence >= -math.log(delta))
     n_least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
     least_index = min(n_least, len(ordered)) - 1
     last_index = int(expected_to_show[-1]) if len(expected_to_show) else -1
-    return float(ordered[max(last_index, least_index)]), last_index >= least_index
+    limit = float(ordered[max(last_index, least_index)])
+    is_expected = last_index >= least_index
+    return limit, is_expected

@@ -24,16 +24,16 @@ ZERO_SHOT: Final = "vilu_zero"
 FROM_LABELS: Final = "vilu_plus"
 
 LEAST_TO_FIT: Final = 10
-"""Fewest labels that are a class, not "none of the classes", for a fit on labels."""
+"""Smallest number of labels for a fit; labels "none of the classes" do not count."""
 
 GROWN_AFTER_A_LOOK: Final = 1.5
-"""Factor by which the number of labels must grow before a predictor is replaced by a new fit."""
+"""Factor by which the number of labels must grow before a tested predictor is fitted anew."""
 
 GROWN_FOR_A_CANDIDATE: Final = 1.25
-"""Factor by which the number of labels must grow since the last candidate before the next one."""
+"""Factor by which the number of labels must grow from one candidate to the next."""
 
 GROWN_ANYHOW: Final = 3
-"""Growth of the number of labels at which a candidate is tested even if it is not likely."""
+"""Growth factor at which a candidate is tested even if its guarantee is not likely."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +41,18 @@ logger = logging.getLogger(__name__)
 class FitCase(Enum):
     """Whether a new predictor is fitted, and why.
 
-    A present predictor with a guarantee goes on deciding while a candidate is tested. The candidate
-    replaces it as soon as it is certified to accept more photos.
+    A present predictor with a guarantee goes on deciding while a candidate is tested. Once the
+    candidate is certified to accept more photos, it replaces the present predictor.
     """
 
-    UP_TO_DATE = "go on: the method is the same, and there is little more to learn from"
+    UP_TO_DATE = "go on: the method is the same, and there are few new labels"
     NOTHING_TO_COMPARE = "go on: no photo can show which predictor accepts more"
     NO_GUARANTEE = "fit anew and replace: nothing is guaranteed of the present predictor"
     CANDIDATE = "fit anew and test beside the present predictor, which has a guarantee"
 
     @property
     def goes_on(self) -> bool:
-        """Whether the present predictor is kept and nothing is fitted."""
+        """Whether nothing is fitted, so that the tested predictor stays."""
         return self in {FitCase.UP_TO_DATE, FitCase.NOTHING_TO_COMPARE}
 
 
@@ -65,7 +65,7 @@ def fit_case(
     is_guaranteed: bool,
     has_calibration_photos: bool,
 ) -> FitCase:
-    """The case that a triage is in.
+    """Decide whether a triage fits a new predictor.
 
     Args:
         state: State after the last run.
@@ -99,7 +99,7 @@ def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
     """Whether to test a candidate: it is likely to accept more, or has far more labels.
 
-    Likely means by its own probabilities. They are computed without calibration labels, so a
+    The candidate's own probabilities tell what is likely. They need no calibration labels. So a
     candidate that is not tested uses none of the level.
     """
     has_far_more_labels = n_labels >= GROWN_ANYHOW * max(_n_fit(state.tested_trial), 1)
@@ -111,13 +111,13 @@ def _n_fit(trial: Trial | None) -> int:
 
 
 def method_for(photos: Photos, fit_rows: Ints) -> str:
-    """The method to fit: ``FROM_LABELS`` if enough of the rows have a class, else ``ZERO_SHOT``."""
+    """The method to fit: ``FROM_LABELS`` if enough of the rows have a class, or ``ZERO_SHOT``."""
     n_with_class = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
     return FROM_LABELS if n_with_class >= LEAST_TO_FIT else ZERO_SHOT
 
 
 def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
-    """Fit a new predictor on the labels of ``fit_rows``, or without labels on all photos."""
+    """Fit a predictor on the labels of ``fit_rows``, or ``ZERO_SHOT`` on all photos, unlabelled."""
     predictor: FailurePredictor
     if method == FROM_LABELS:
         predictor = build(find_method(method), {"seed": seed})
@@ -151,10 +151,10 @@ def answer_to_judge(
     answers are judged, because the guarantee of these answers depends on the same labels.
 
     Args:
-        asked: Kind that the user asked for; None if vilu chooses.
+        asked: Kind of answers that the user asked for; None if vilu chooses.
         predictor: The new predictor.
-        labelled: Rows that it was fitted on, with their labels.
-        max_risk: The error rate that is to be guaranteed.
+        labelled: Rows that the predictor was fitted on, with their labels.
+        max_risk: Largest error rate that the guarantee allows.
     """
     if asked is not None:
         return AnswerChoice(answer=asked, reason=f"--answer {asked} asks for them")

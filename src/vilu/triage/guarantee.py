@@ -29,14 +29,14 @@ from vilu.triage.photos import Photos
 from vilu.triage.trial import Trial
 
 POSITIONS: Final = 2**63
-"""Number of possible positions in the random order."""
+"""Number of possible positions in the random order of the photos."""
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class PhotoSplit:
-    """Side, position in the random order, and state of the label of every photo.
+    """For every photo: its side, its position in the random order, and the state of its label.
 
     Attributes:
         usable: (N,) bool, which photos may be used in fits or for a guarantee.
@@ -44,8 +44,8 @@ class PhotoSplit:
         position: (N,) int64 position in the random order.
         labelled: (N,) bool, which photos have a label: a class, or "none of the classes".
         answered: (N,) bool, which photos have a label or were skipped.
-        skipped: (N,) bool, which photos were skipped, since nobody could name them.
-        unasked: (N,) bool, which photos are random picks whose answer was given unasked.
+        skipped: (N,) bool, which photos were skipped because nobody could name them.
+        unasked: (N,) bool, which photos were picked at random and labelled without a request.
     """
 
     usable: Mask
@@ -58,16 +58,17 @@ class PhotoSplit:
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> PhotoSplit:
-        """Split photos whose labels were set; of equal pictures only the first is usable.
+        """Split photos by the book of their labels; of equal pictures only the first is usable.
 
-        If the picture of a photo has changed since its label was given, the photo may have been on
-        the fit side before. So such a photo is never used as a calibration photo.
+        The picture decides the side. If a picture has changed since the photo was labelled, the
+        photo may have been on the fit side before. So it is never used as a calibration photo.
         """
         pictures = photos.pictures
         is_calibration, hashes = side_of(pictures, seed)
         n = len(photos)
         is_first = np.zeros(n, np.bool_)
-        is_first[np.unique(hashes, return_index=True)[1]] = True
+        _, first_rows = np.unique(hashes, return_index=True)
+        is_first[first_rows] = True
         usable = np.zeros(n, np.bool_)
         usable[photos.usable_rows.numpy()] = True
         answered = np.zeros(n, np.bool_)
@@ -81,7 +82,7 @@ class PhotoSplit:
                 skipped[row] = entry.label == SKIPPED
                 unasked[row] = entry.stream == "given"
                 has_changed[row] = entry.is_of_another(pictures[row])
-        # Shifted by one bit, a hash below 2^64 fits into int64 and is below ``POSITIONS``.
+        # A hash is below 2^64. Shifted by one bit, it is below ``POSITIONS`` and fits into int64.
         position = (hashes >> np.uint64(1)).astype(np.int64)
         return cls(
             usable=usable & is_first & ~(is_calibration & has_changed),
@@ -95,12 +96,12 @@ class PhotoSplit:
 
     @property
     def for_calibration(self) -> Mask:
-        """(N,) which photos may count for a guarantee."""
+        """(N,) bool, which photos may count for a guarantee."""
         return self.usable & self.is_calibration
 
     @property
     def for_fit(self) -> Mask:
-        """(N,) which photos a predictor may be fitted on once they have labels."""
+        """(N,) bool, which photos a predictor may be fitted on once they have labels."""
         return self.usable & ~self.is_calibration
 
     @property
@@ -110,7 +111,7 @@ class PhotoSplit:
 
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
-    """(M,) which ``rows`` are near copies of no ``known`` row and of no earlier row."""
+    """(M,) bool, which ``rows`` are near copies of no ``known`` row and of no earlier row."""
     known_and_rows = np.concatenate([known, rows])
     first_copy = near_copies(photos, known_and_rows)
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
@@ -119,15 +120,15 @@ def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
 
 @dataclass(frozen=True)
 class GuaranteeProgress:
-    """How far a guarantee is.
+    """What the labels of a predictor certify so far, and what they still lack.
 
     Attributes:
         looks: The test: thresholds, risk and level.
         rows: (M,) rows of the photos whose labels count.
         outcomes: Outcomes of these photos. A photo that nobody could name counts as a failure.
-        missing: Rows of the photos that were asked for and have no label, in the random order.
+        missing: (K,) rows of photos that were asked for and have no label, in the random order.
         certified: Index of the laxest certified threshold; None if none is certified.
-        more: About how many more labels would certify a threshold; None if no number would.
+        more: Estimated number of labels that are still needed; None if no number is enough.
     """
 
     looks: Looks
@@ -148,7 +149,7 @@ class GuaranteeProgress:
 def rule_of(
     all_progress: Mapping[str, GuaranteeProgress], max_risk: float, confidence: float
 ) -> Rule:
-    """The rule for all answers, or for each class of answers; infeasible if none is certified."""
+    """The rule for all groups of answers; it is infeasible if no threshold is certified."""
     groups = {}
     for group, progress in all_progress.items():
         groups[group] = (progress.looks, progress.outcomes)
@@ -167,15 +168,16 @@ def progress_of(
 ) -> GuaranteeProgress:
     """What the labels of all photos before a position in the random order show.
 
-    While one of these labels is missing, no label counts.
+    While one of these labels is missing, no label counts. Once none is missing, labels that came
+    without a request (``split.unasked``) count too.
 
     Args:
-        trial: Plan of the tested predictor.
+        trial: Plan of the test of the predictor.
         outcomes: Outcomes of all photos, by the tested predictor.
         split: Side, position and state of the label of every photo.
-        max_risk: The error rate that is to be shown.
-        delta: The level of all predictors together.
-        up_to: The position.
+        max_risk: Largest error rate that is allowed among the accepted answers.
+        delta: The level of the tests of all predictors together.
+        up_to: The position. Labels were asked for of the photos before it.
         n_before: Number of predictors that were tested before.
     """
     below_limit = split.for_calibration & (outcomes.uncertainty <= trial.limit)
@@ -186,9 +188,10 @@ def progress_of(
         rows = np.zeros(0, np.int64)
     else:
         rows = np.flatnonzero(drawn | (below_limit & split.unasked))
-    level = level_of(trial.attempt or n_before + 1, delta)
-    looks = Looks(np.array(trial.grid), max_risk, level, trial.limit)
+    attempt = trial.attempt or n_before + 1  # a trial has no number before its first test
+    looks = Looks(np.array(trial.grid), max_risk, level_of(attempt, delta), trial.limit)
     counted = outcomes.take(rows)
+    # A photo that nobody could name counts as a failure.
     failure = np.where(split.skipped[rows], 1, counted.failure)
     counted = dataclasses.replace(counted, failure=failure)
     return GuaranteeProgress(
@@ -211,8 +214,8 @@ def keep_guarantee(
     dataset: str,
 ) -> Calibration:
     """Write a rule and its labelled ``rows`` beside the predictor, as ``vilu calibrate`` does."""
-    # The identity: the score is a probability already. A calibrator that is fitted on labels up to
-    # the limit alone would be biased.
+    # This calibrator is the identity, because the score is a probability already. A calibrator
+    # that is fitted on these labels would be biased, because they all have scores up to the limit.
     predictor.calibrator_ = Logistic(
         form="temperature",
         weights=(1.0,),
@@ -227,6 +230,7 @@ def keep_guarantee(
         per_class=ALL not in all_progress,
     )
     draws = {group: Draw.of(progress.looks) for group, progress in all_progress.items()}
+    dataset_and_split = (dataset, None)
     calibration = keep_calibration(
         folder,
         predictor,
@@ -234,7 +238,7 @@ def keep_guarantee(
         photos,
         target,
         rule,
-        (dataset, None),
+        dataset_and_split,
         dtype=photos.first.manifest.dtype,
         draws=draws,
     )

@@ -44,12 +44,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Labelled rows, ordered by rising quality of the label.
+    """Labelled rows with a score of each label; the label most likely wrong comes first.
 
     Attributes:
         keys: N names of the rows.
         label: N labels.
-        suggested: N classes that the posterior makes most likely.
+        suggested: N classes that are the most likely by the posterior.
         quality: (N,) cleanlab's label score in [0, 1]: the lower, the more likely the label is
             wrong.
         is_error: (N,) which labels cleanlab takes for wrong.
@@ -78,18 +78,19 @@ def find_label_errors(
     """Order the labels of a source by cleanlab's confident learning, the least likely label first.
 
     The posterior of a row is held-out: it comes from a predictor that was not fitted on its label.
-    This is the given ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near
+    The predictor is ``predictor``, or by default ``vilu_plus``, cross-fitted in five folds. Near
     copies of a picture (``near_copies``) are in the same fold. Classes without a labelled row are
-    left out of the posterior, since their error rates cannot be estimated.
+    left out of the posterior, because their error rates cannot be estimated.
 
     Args:
         source: Rows with labels; rows whose label is none of the classes are left out.
-        predictor: Gives the posterior. Rows that it was fitted on are left out with a warning; if
-            they are more than 1 % of the rows, DataError is raised. None: cross-fit ``vilu_plus``.
+        predictor: Gives the posterior; None to cross-fit ``vilu_plus``. Rows that the predictor
+            was fitted on are left out with a warning.
         seed: Seed of the folds and the fits.
 
     Raises:
-        DataError: If fewer than two classes have labels, or ``predictor`` was fitted on these rows.
+        DataError: If fewer than two classes have labels, or if ``predictor`` was fitted on more
+            than 1 % of the rows.
         UsageError: If the source has captions.
         MissingModelError: If cleanlab is not installed.
 
@@ -102,7 +103,7 @@ def find_label_errors(
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
     if predictor is not None:
-        # Raises DataError if the predictor was fitted on many of these rows; drops a few.
+        # If the predictor was fitted on a few of these rows, they are dropped; on many: DataError.
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
     present = np.unique(target)
@@ -120,7 +121,7 @@ def find_label_errors(
     lab = datalab(
         data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0
     )
-    # One job, so that cleanlab does not fork: a fork of a process with threads may hang.
+    # With one job cleanlab does not fork. A fork of a process with threads may hang.
     in_one_process = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
     lab.find_issues(pred_probs=of_present, issue_types={"label": in_one_process})
     issues = lab.get_issues("label")
@@ -154,7 +155,7 @@ def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -
 
 
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """(N,) fold of every row; near copies share a fold, since a copy would reveal the label."""
+    """(N,) fold of every row; near copies share a fold, because a copy would reveal the label."""
     first_copy = near_copies(source, rows)
     _, picture = np.unique(first_copy, return_inverse=True)
     n_pictures = int(picture.max()) + 1
@@ -181,7 +182,7 @@ def posterior_of(
         SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
     )
     log_posterior_of = predictor.log_posterior if predictor.has_posterior else log_posterior
-    parts = [np.empty((0, source.n_candidates))]
+    parts = [np.empty((0, source.n_candidates))]  # the result if there are no rows
     with torch.no_grad():
         for batch in batches:
             log_p = log_posterior_of(batch.to(predictor.device_))
@@ -193,11 +194,13 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     """Draw the pictures with the best and the worst labels, with label and suggested class.
 
     Raises:
-        DataError: If the images are not those of the labels.
+        DataError: If ``images`` has no pictures with the keys of the labels.
     """
     n_rows = len(errors.keys)
     n = min(SHOWN, n_rows // 2)
-    photos = _photos(errors, [*range(n), *range(n_rows - n, n_rows)], images)
+    worst_rows = range(n)
+    best_rows = range(n_rows - n, n_rows)
+    photos = _photos(errors, [*worst_rows, *best_rows], images)
     worst = [photos[row] for row in photos if row < n]
     best = [photos[row] for row in photos if row >= n]
     style.save(figures.contact_sheet(best, worst), path)

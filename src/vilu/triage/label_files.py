@@ -1,4 +1,4 @@
-"""Writes labels to files: a CSV of paths and labels, or scores with the failures."""
+"""Writes labels to files: as a CSV of paths and labels, or as scores with failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vilu.triage.labels import SKIPPED, name_of
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
-    """Columns of a table of photos with their labels and streams, in the order of the paths."""
+    """Make the columns of a table of labels; rows are in the order of the paths."""
     names = sorted(labels)
     columns = {
         "path": names,
@@ -48,7 +48,7 @@ def write_labels(
 
     Raises:
         UsageError: If the output has another suffix, or exists and is no CSV of the same labels.
-        DataError: If no label is of a row of the scores, or if a label is no class of the scores.
+        DataError: If no label belongs to a row of the scores, or if a label is no class of them.
     """
     if scores is None:
         require_suffix(output, ".csv")
@@ -64,7 +64,7 @@ def write_labels(
 
 
 def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
-    """The labelled rows of scores, with targets and failures."""
+    """Read scores and return their labelled rows, with targets and failures."""
     outcomes = Outcomes.load(scores)
     if outcomes.ids is None or outcomes.class_names is None or outcomes.prediction is None:
         raise DataError(
@@ -74,7 +74,8 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
     known = set(outcomes.ids)
     by_key: dict[str, str] = {}
     for name, label in labels.items():
-        add_label(by_key, scores, text_among(name, known) or name, label)
+        key = text_among(name, known) or name
+        add_label(by_key, scores, key, label)
     target_of = {name: index for index, name in enumerate(outcomes.class_names)}
     target_of.setdefault(OUTSIDE_NAME, OUTSIDE)
     rows = []
@@ -93,8 +94,8 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
         targets.append(target_of[answer])
     if not rows:
         raise DataError(
-            f"not one of {plural(len(labels), 'label')} is of a row of {scores}. The key of its "
-            f"first row is {outcomes.ids[0]!r}."
+            f"not one of {plural(len(labels), 'label')} belongs to a row of {scores}. The key of "
+            f"its first row is {outcomes.ids[0]!r}."
         )
     target = np.array(targets)
     failure = (np.array(outcomes.prediction)[rows] != target).astype(np.int64)
@@ -102,7 +103,7 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
 
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
-    """Add a label unless it is None; DataError if the photo has a different label already."""
+    """Add a label unless it is None; DataError if the photo already has a different label."""
     if label is not None and labels.setdefault(path, label) != label:
         raise DataError(f"{source}: {path!r} has the labels {labels[path]!r} and {label!r}.")
 

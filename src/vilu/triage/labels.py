@@ -1,20 +1,20 @@
 """The book of labels: what was asked and answered about every photo, and which labels count.
 
-The hash of its picture puts every photo on one of two sides for good:
+Every photo is on one of two sides for good. The hash of its picture decides which:
 
-- Predictors are fitted on labels of the fit side.
-- Guarantees rest on labels of the calibration side. No predictor is ever fitted on them.
+- Fit side: predictors are fitted on the labels of these photos.
+- Calibration side: guarantees rest on the labels of these photos. No predictor is fitted on them.
 
 The same hash puts the photos of the calibration side into one random order. These labels count for
 a guarantee:
 
 1. A position in the order is fixed before labels are asked for.
-2. Labels are asked for of all photos before this position that the rule may accept. They count once
-   all of them have come. They are an independent draw, since no photo was chosen for its
-   uncertainty.
+2. Labels are asked for of all photos before this position that the rule may accept. These labels
+   count once all of them have come. They are a random sample of the photos that the rule may
+   accept, because the order is random.
 3. A skipped photo, which nobody can name, counts as a wrong answer.
-4. Labels that came unasked count too if the user says that their photos were picked at random
-   ("given").
+4. Labels that nobody asked for ("given") count too, because their photos are taken for a random
+   pick. A file of labels that names another stream prevents this.
 5. No other label counts. So the label of a photo that was chosen for its uncertainty counts only if
    the photo is also in the draw.
 """
@@ -42,6 +42,7 @@ from vilu.text import plural
 Stream = Literal["given", "fit", "calibration"]
 STREAMS: Final = get_args(Stream)
 SKIPPED: Final = NO_NAME
+"""The label of a photo that nobody can name."""
 
 KEYS: Final = ("path", "file", "filename", "image", "key")
 """Columns that may name the photo in a file of labels; the first that is present is used."""
@@ -52,19 +53,20 @@ SHOWN: Final = 3
 
 @dataclass(frozen=True)
 class Entry:
-    """A photo whose label was asked for or given.
+    """The label of a photo, and when and why the label was asked for.
 
     Attributes:
         path: Path of the photo, as tables write it.
         label: The label; None if it was asked for and has not come.
-        stream: Why the label was asked for ("fit" or "calibration"), or "given" for the label of a
-            random pick that came unasked.
-        probability: Probability that the draw takes a photo of the calibration side; NaN for labels
-            that are not of the draw.
-        predictor: Fingerprint of the predictor that the label was asked for.
+        stream: Why the label was asked for ("fit" or "calibration"). "given" for the label of a
+            random pick that nobody asked for.
+        probability: Probability that the draw takes a photo of the calibration side; NaN for photos
+            outside the draw.
+        predictor: Fingerprint of the predictor for which the label was asked.
         asked: Time of the request in seconds since 1970; 0 for a label that came unasked.
         answered: Time of the label in seconds since 1970; 0 without a label.
-        picture: Digest of the picture that was labelled; empty in books of version 0.1.0.
+        picture: Digest of the picture that was labelled; empty if it is not known, as in books of
+            version 0.1.0.
     """
 
     path: str
@@ -77,7 +79,7 @@ class Entry:
     picture: str = ""
 
     def is_of_another(self, picture: bytes) -> bool:
-        """Whether the label is of another picture than ``picture``, which now has this path."""
+        """Whether the photo had another picture than ``picture`` when it was labelled."""
         return self.picture not in {"", picture.hex()}
 
 
@@ -101,7 +103,7 @@ NUMBERS: Final = {
 
 
 def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
-    """Columns of a table from the attributes ``names`` of rows; NaN becomes an empty cell."""
+    """Make a column of every attribute in ``names`` of the rows; NaN becomes an empty cell."""
     columns = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
@@ -116,12 +118,11 @@ class LabelBook:
     Examples:
         >>> from vilu.triage.labels import LabelBook
         >>> book = LabelBook()
-        >>> book.ask(["a.jpg", "b.jpg"], "calibration", probability=0.1, predictor="f00")
-        >>> book.answer({"b.jpg": "cat", "c.jpg": "dog"})
-        2
-        >>> [(entry.path, entry.label, entry.stream) for entry in book]
-        [('a.jpg', None, 'calibration'), ('b.jpg', 'cat', 'calibration'), ('c.jpg', 'dog', 'given')]
-        >>> [entry.path for entry in book.waiting()]
+        >>> book.ask(["a.jpg", "b.jpg"], "calibration", predictor="fingerprint")
+        >>> n_changed = book.answer({"b.jpg": "cat", "c.jpg": "dog"})
+        >>> book.entries["c.jpg"].stream  # nobody asked for this label
+        'given'
+        >>> [entry.path for entry in book.waiting()]  # asked for, but not answered
         ['a.jpg']
     """
 
@@ -148,10 +149,17 @@ class LabelBook:
         """Note requests for the labels of photos that have no label yet."""
         now = int(time.time())
         for path in paths:
-            self.entries[path] = Entry(path, None, stream, probability, predictor, now)
+            self.entries[path] = Entry(
+                path=path,
+                label=None,
+                stream=stream,
+                probability=probability,
+                predictor=predictor,
+                asked=now,
+            )
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels; ``streams`` are used for labels that this book has not asked for.
+        """Note labels by path; ``streams`` by path are used for photos that have no entry yet.
 
         Returns the number of labels that are new or have changed.
         """
@@ -167,9 +175,9 @@ class LabelBook:
         return n_changed
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note the digests of the pictures of new labels; ``pictures`` are digests by path.
+        """Note which pictures the new labels are of; ``pictures`` are digests by path.
 
-        Returns the number of paths that had another picture when they were labelled.
+        Returns the number of photos that had another picture when they were labelled.
         """
         n_of_another = 0
         for path, picture in pictures.items():
@@ -183,10 +191,11 @@ class LabelBook:
         return n_of_another
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
-        """Withdraw the waiting requests for which ``which`` is true."""
+        """Remove the waiting entries for which ``which`` is true."""
         kept_entries = {}
         for path, entry in self.entries.items():
-            if entry.label is not None or not which(entry):
+            is_forgotten = entry.label is None and which(entry)
+            if not is_forgotten:
                 kept_entries[path] = entry
         self.entries = kept_entries
 
@@ -199,9 +208,9 @@ class LabelBook:
         """
         present = set(paths)
         for path in present - self.entries.keys():
-            before = former(path)
-            if before in self.entries and before not in present:
-                self.entries[path] = replace(self.entries.pop(before), path=path)
+            former_path = former(path)
+            if former_path in self.entries and former_path not in present:
+                self.entries[path] = replace(self.entries.pop(former_path), path=path)
 
     def waiting(self) -> list[Entry]:
         """Entries whose label was asked for and has not come."""
@@ -238,11 +247,12 @@ class LabelBook:
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
-    """Stream of a label that came unasked: "given" (a random pick) unless its file names another.
+    """Stream of a label that nobody asked for: "given" unless its file names another stream.
 
-    Any other stream becomes "fit": this book has not drawn the photo.
+    Every other stream becomes "fit", because this book has not drawn the photo.
     """
-    return "given" if streams.get(path, "given") == "given" else "fit"
+    stream = streams.get(path, "given")
+    return "given" if stream == "given" else "fit"
 
 
 def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
@@ -258,6 +268,7 @@ def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], ND
         (N,) bool, True on the calibration side, and (N,) uint64 positions in the random order.
     """
     hashes = [hashlib.sha256(b"vilu.side:%d:" % seed + picture).digest() for picture in pictures]
+    # The first 8 bytes of a hash are the position. A bit of the next byte is the side.
     positions = np.frombuffer(b"".join(digest[:8] for digest in hashes), "<u8")
     is_calibration = np.array([digest[8] & 1 for digest in hashes], dtype=np.bool_)
     return is_calibration, positions
@@ -266,8 +277,8 @@ def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], ND
 def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Read labels and streams from a file, both by the name that the file gives the photo.
 
-    The file is a CSV or TSV table, or the book of another triage (Parquet). A row without a label
-    was asked for and not answered yet; it is left out.
+    The file is a CSV or TSV table, or the book of another triage (Parquet). Rows without a label
+    are left out: they were asked for and are not answered yet.
 
     Raises:
         DataError: If the file is no table of labels, or gives a photo two different labels.
@@ -322,7 +333,8 @@ class PhotoNames:
         self.paths = set(photos)
         self.by_name: dict[str, list[str]] = {}
         for photo in photos:
-            self.by_name.setdefault(photo.rpartition("/")[2], []).append(photo)
+            _, _, file_name = photo.rpartition("/")
+            self.by_name.setdefault(file_name, []).append(photo)
 
     def find(self, name: str) -> str | None:
         """The photo with a name; None if there is none.
@@ -341,9 +353,10 @@ class PhotoNames:
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
                 return text_among(path.relative_to(root).as_posix(), self.paths)
-        same_name = self.by_name.get(text_among(plain, self.by_name) or "", [])
-        if not same_name:
+        file_name = text_among(plain, self.by_name)
+        if file_name is None:
             return None
+        same_name = self.by_name[file_name]
         if len(same_name) > 1:
             raise UsageError(
                 f"{name!r} is the name of {plural(len(same_name), 'photo')}: "
@@ -364,7 +377,7 @@ class PhotoNames:
             )
 
     def report_missing(self, missing: Sequence[str], source: Path, *, none_matches: bool) -> None:
-        """Warn of names in the file ``source`` that are no photo; DataError if none is a photo."""
+        """Warn of the names in ``source`` that no photo has; DataError if ``none_matches``."""
         if not missing:
             return
         if none_matches:
@@ -375,15 +388,15 @@ class PhotoNames:
             )
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         say_once(
-            f"{source}: {plural(len(missing), 'label')} of no photo in {self.root} left out: "
-            f"{', '.join(missing[:SHOWN])}{more}"
+            f"{source}: {plural(len(missing), 'label')} left out, since no photo in {self.root} "
+            f"has the name: {', '.join(missing[:SHOWN])}{more}"
         )
 
 
 def match_photos(
     labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
 ) -> dict[str, str]:
-    """Path of the photo by its name in the file ``source`` of labels (``PhotoNames.find``).
+    """Paths of the photos by their names in ``source``, a file of labels (``PhotoNames.find``).
 
     Raises:
         DataError: If no name is a photo of the folder, or if two names with different labels are
@@ -398,10 +411,11 @@ def match_photos(
         if photo is None:
             missing.append(name)
         else:
-            before = labels[first_name.setdefault(photo, name)]
-            if before != label:
+            earlier_name = first_name.setdefault(photo, name)
+            earlier = labels[earlier_name]
+            if earlier != label:
                 raise DataError(
-                    f"{source}: {photo!r} has the labels {before!r} and, as {name!r}, {label!r}."
+                    f"{source}: {photo!r} has the labels {earlier!r} and, as {name!r}, {label!r}."
                 )
             matches[name] = photo
         names.warn_of_backslash(name, source)
@@ -412,8 +426,7 @@ def match_photos(
 def name_of(label: str, names: Collection[str]) -> str | None:
     """The name in ``names`` that a label from a table means; None if there is none.
 
-    Tables write some characters of a name differently (``portable_name``). So the label may be a
-    name itself, or the text that tables write for a name.
+    The label is the name itself, or the text that tables write for the name (``portable_name``).
     """
     name = path_of(label)
     for candidate in (label, name):

@@ -36,16 +36,16 @@ PHOTOS_SHOWN: Final = 24
 """Maximum number of photos in a section of the page."""
 
 LEVELS_SHOWN: Final = 20
-"""Maximum number of thresholds in the table of the page."""
+"""Number of thresholds in the table of the page, or fewer if the grid is smaller."""
 
 FEW_REPEATED: Final = 0.05
-"""Largest share of near copies among the labels that the page does not mention."""
+"""The page mentions near copies if they are more than this share of the labelled photos."""
 
 RISKS: Final = np.arange(1, 1000) / 1000
-"""Error rates that ``least_risk`` tries, ascending."""
+"""Upper bounds on the error rate that ``least_risk`` tries, ascending."""
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
-"""Labels and streams of every file of labels, both by the name that the file gives the photo."""
+"""For every file of labels: labels and streams, both by the name that the file gives a photo."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ def triage_photos(
         settings: The settings of the triage.
         output: The folder of the triage: new, empty, or of an earlier run with the same settings.
         labels: Files of labels (``labels.read_labels``).
-        sort: "link": also make sorted links to the photos. "move": also move and sort the photos.
-        overwrite: Begin anew: remove the results and labels of earlier runs. Photos that were moved
-            stay where they are.
+        sort: "link": also make sorted links to the photos. "move": also move the photos into sorted
+            folders.
+        overwrite: Begin anew and remove the results and labels of earlier runs. Photos that were
+            moved stay where they are.
 
     Raises:
         UsageError: If a setting is not allowed or differs from the earlier runs, or if
@@ -131,8 +132,8 @@ def check_settings(settings: TriageSettings) -> None:
     ambiguous = sorted({*settings.of_no_class, SKIPPED} & {*names})
     if ambiguous:
         raise UsageError(
-            f"{ambiguous[0]!r} is one of the classes, and as a label it says that a photo is of "
-            "no class. Rename the class, or the label."
+            f"{ambiguous[0]!r} is the name of a class, and also the label of photos that are of no "
+            "class. Rename the class, or the label."
         )
 
 
@@ -152,12 +153,14 @@ def _labels_by_path(
 
 
 def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) -> None:
-    """Refuse to overwrite ``next_labels.csv`` if it holds answers that no run was given.
+    """Raise UsageError if ``next_labels.csv`` holds answers that would be lost.
+
+    Answers are lost if they are neither in the book nor in the files of this run.
 
     Args:
         output: The folder of the triage.
         files: The files of labels of this run.
-        by_path: Paths of the photos in these files.
+        by_path: Paths of the photos that these files label.
     """
     if not (output / NEXT).is_file():
         return
@@ -169,8 +172,8 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
     lost = filled_in.keys() - names - in_book
     if lost:
         raise UsageError(
-            f"{output / NEXT} holds {plural(len(lost), 'answer')} not given to a run, such as the "
-            f"answer about {min(lost)!r}. They would be lost. Give them: --labels {output / NEXT}."
+            f"{output / NEXT} holds {plural(len(lost), 'answer')} that no run has read, such as "
+            f"that about {min(lost)!r}. They would be lost. Give them: --labels {output / NEXT}."
         )
 
 
@@ -201,8 +204,8 @@ class Level:
         threshold: Largest uncertainty that is accepted.
         accepted: Number of counted labels whose photo the threshold accepts.
         wrong: Number of these photos whose answer is wrong.
-        bound: Least error rate that the labels show if only this threshold is tested; None if they
-            show none.
+        bound: Upper bound on the error rate that the labels show if only this threshold is tested;
+            None if they show none.
         expected: Mean probability of failure of the unlabelled photos that the threshold accepts.
         certified: Whether the guarantee in force covers this threshold.
     """
@@ -219,7 +222,7 @@ class Level:
 def levels_of(
     uncertainty: Floats, progress: GuaranteeProgress | None, in_force: float | None
 ) -> list[Level]:
-    """Levels for the table of the page.
+    """Make the rows of the table of the page.
 
     The thresholds are spread over the grid of the test. Without a test they are the deciles of the
     uncertainties.
@@ -241,11 +244,12 @@ def levels_of(
     )
     evidence = log_evidence(wrong, accepted, progress.looks.max_risk)
     levels = []
-    for index in np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int)):
+    indices = np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int))
+    for index in indices:
         threshold = float(grid[index])
         # The guarantee is about all photos up to the threshold in force. The photos up to a lower
         # threshold may have a higher error rate, so that threshold needs evidence of its own.
-        is_shown = bool(evidence[index] >= -math.log(delta)) or threshold == in_force
+        has_evidence = bool(evidence[index] >= -math.log(delta))
         is_within = in_force is not None and threshold <= in_force
         level = Level(
             coverage=float((uncertainty <= threshold).mean()),
@@ -254,7 +258,7 @@ def levels_of(
             wrong=int(wrong[index]),
             bound=least_risk(int(wrong[index]), int(accepted[index]), delta),
             expected=_mean_up_to(uncertainty, threshold),
-            certified=is_within and is_shown,
+            certified=is_within and (has_evidence or threshold == in_force),
         )
         levels.append(level)
     return levels
@@ -274,29 +278,36 @@ def _unlabelled_level(uncertainty: Floats, threshold: float, in_force: float | N
 
 
 def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
+    """Mean of the uncertainties up to a threshold; 0 if there are none."""
     below = uncertainty[uncertainty <= threshold]
     return float(below.mean()) if len(below) else 0.0
 
 
 def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
-    """The least error rate in ``RISKS`` that labels show at one threshold; None if they show none.
+    """The lowest bound in ``RISKS`` on the error rate at a threshold; None if labels show none.
 
-    The evidence is valid after every label. ``delta`` is the level.
+    The bound is valid after every label, at the level ``delta``.
+
+    Args:
+        wrong: Number of wrong answers among the accepted ones.
+        accepted: Number of labelled answers that the threshold accepts.
+        delta: The level.
     """
     if not accepted:
         return None
     evidence = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS])
-    shown = np.flatnonzero(evidence >= -np.log(delta))
-    return float(RISKS[shown[0]]) if len(shown) else None
+    shown_risks = RISKS[evidence >= -np.log(delta)]
+    return float(shown_risks[0]) if len(shown_risks) else None
 
 
 def _levels(result: TriageResult) -> list[Level]:
-    """The levels of the tested predictor, for which labels are asked."""
+    """Levels of the tested predictor, from the photos that have no label."""
     labels = result.book.labels
     has_no_label = np.array([path not in labels for path in result.photos.ids], dtype=np.bool_)
     uncertainty = result.tested_outcomes.uncertainty
     uncertainty = uncertainty[has_no_label & np.isfinite(uncertainty)]
     in_force = None
+    # The rule belongs to the present predictor. A candidate has no rule yet.
     if result.rule is not None and not result.has_candidate:
         in_force = result.rule.threshold
     return levels_of(uncertainty, result.progress, in_force)
@@ -324,6 +335,7 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
 
 
 def _lacking_in_words(progress: GuaranteeProgress) -> str:
+    """What a guarantee lacks: labels that were asked for, or more labels."""
     if len(progress.missing):
         return (
             f"{len(progress.missing):,} of the labels that were asked for are missing. The "
@@ -344,9 +356,9 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
 
 
 def scenes_in_words(result: TriageResult) -> str:
-    """What the labels show about new scenes; "" if few labelled photos are near copies of others.
+    """What the labels show about new scenes; "" if few labelled photos are near copies.
 
-    Near copies count once: only the first photo of every scene is tested.
+    The test is repeated with only the first photo of every scene.
     """
     progress = result.progress
     is_first = result.is_first_of_scene
@@ -363,8 +375,8 @@ def scenes_in_words(result: TriageResult) -> str:
     else:
         threshold = float(progress.looks.grid[certified])
         share = float((result.tested_outcomes.uncertainty <= threshold).mean())
-        is_the_same = threshold >= (result.rule.threshold or 0.0)
-        shown = "the same" if is_the_same else f"the guarantee for {share:.0%} of the photos"
+        accepts_as_many = threshold >= (result.rule.threshold or 0.0)
+        shown = "the same" if accepts_as_many else f"the guarantee for {share:.0%} of the photos"
     return (
         f" But {n_repeated:,} of the {len(is_first):,} labels that count are of photos nearly like "
         "another labelled photo, as in bursts and films. With one label for each scene the labels "
@@ -405,7 +417,9 @@ def write_page(
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
     """The answers about photos that people should look at, by the heading of the section."""
-    doubtful_first = sorted(answers, key=lambda answer: -(answer.failure_probability or 0.0))
+    doubtful_first = sorted(
+        answers, key=lambda answer: answer.failure_probability or 0.0, reverse=True
+    )
     to_label = [answer for answer in answers if answer.key in asked]
     accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
     to_review = []

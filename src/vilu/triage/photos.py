@@ -41,7 +41,7 @@ Bad photos never stop a run: the result names every one of them.
 logger = logging.getLogger(__name__)
 
 Version = tuple[int, int]
-"""Size in bytes and modification time in nanoseconds of a file; they change with the photo."""
+"""Size in bytes and modification time in nanoseconds. A photo that changes gets a new version."""
 
 NO_VERSION: Final[Version] = (-1, -1)
 """Version of a file whose status cannot be read; no real file has it."""
@@ -61,7 +61,16 @@ def versions_of(photos: Sequence[Listed]) -> dict[str, Version]:
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """How photos are embedded, and between which classes the model chooses."""
+    """How photos are embedded, and between which classes the model chooses.
+
+    Attributes:
+        backbone: The model.
+        names: Names of the classes.
+        templates: Prompts with ``{}`` for the name of a class; None for the default prompts.
+        negatives: Negative words, which name no class.
+        batch_size: Number of photos that are embedded at a time.
+        workers: Number of threads that decode photos; None for one per core.
+    """
 
     backbone: BackboneSpec
     names: tuple[str, ...]
@@ -91,7 +100,7 @@ class PhotoFolder:
         return [portable_name(path) for path, _ in self.listing]
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
-        """The photos with these paths, as a data set with the class ``names``."""
+        """A data set of the photos with these paths; ``names`` are its classes."""
         chosen = [listed for listed in self.listing if portable_name(listed[0]) in paths]
         return PhotoFiles(self.root, chosen, names, self.moved)
 
@@ -148,7 +157,8 @@ class PhotoStores:
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.
 
-        An interrupted store is finished first. Returns the number of photos in the new store.
+        An interrupted store is finished first. Returns the number of photos in the new store, 0
+        without a new store.
         """
         now = versions_of(photos.listing)
         stored = self._stored(now)
@@ -220,13 +230,14 @@ class PhotoStores:
         chosen: Collection[str],
         settings: EmbeddingSettings,
     ) -> None:
+        """Embed the ``chosen`` paths into a store, or finish a store that was interrupted."""
         model = settings.backbone.load()
         complete = next((store for store in self.numbers() if self.is_complete(store)), None)
         if complete is not None:
             # A store of another model would make every later run fail, so it must not be written.
-            store = self.store(complete)
-            EmbeddingStore(store).space.require_match(
-                model.space, name=str(store), other_name="the model of this run"
+            folder = self.store(complete)
+            EmbeddingStore(folder).space.require_match(
+                model.space, name=str(folder), other_name="the model of this run"
             )
         embed(
             photos.files_of(chosen, settings.names),
@@ -241,6 +252,7 @@ class PhotoStores:
         )
 
     def _remove(self, number: int) -> None:
+        """Remove an interrupted store and its list."""
         logger.info(
             "%s was begun with photos that have changed since, so it is removed",
             self.store(number),
@@ -272,11 +284,16 @@ class PhotoStores:
 
 
 class Photos(EmbeddingSource):
-    """Rows of several stores, joined in one source; the stores share the model and the classes.
+    """Chosen rows of several stores with the same model and classes, joined in one source.
 
-    All rows begin without a label. ``label`` sets the labels.
+    No row has a label until ``label`` sets the labels.
+
+    Args:
+        parts: The stores, and the numbers of the chosen rows in each.
+        bad: Why a photo has no embedding, by the path of the photo.
 
     Attributes:
+        first: The first of the stores.
         bad: Why a photo has no embedding, by the path of the photo.
         pictures: (N,) digest of the picture of every row.
     """
@@ -284,10 +301,11 @@ class Photos(EmbeddingSource):
     def __init__(
         self, parts: Sequence[tuple[EmbeddingStore, NDArray[np.int64]]], bad: Mapping[str, str]
     ) -> None:
-        first = parts[0][0]
+        first, _ = parts[0]
         for store, _ in parts[1:]:
             first.space.require_match(store.space, name=str(first.path), other_name=str(store.path))
         self._parts = [(store, torch.from_numpy(rows)) for store, rows in parts]
+        # Number of the first row of every part, and then the number of all rows.
         self._starts = np.cumsum([0, *(len(rows) for _, rows in parts)])
         self.space = first.space
         self.text = first.text
@@ -308,7 +326,7 @@ class Photos(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """What rows are recognised by: the same as in the stores."""
+        """Kinds of identity by which rows are recognised, as in the stores."""
         return self.first.identified_by
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
@@ -316,46 +334,48 @@ class Photos(EmbeddingSource):
         if rows is None:
             rows = np.arange(len(self))
         identities = np.empty(len(rows), np.uint64)
-        for part, positions, inside in self._split(rows):
-            identities[positions] = self._parts[part][0].identities(by, inside)
+        for store, positions, store_rows in self._split(rows):
+            identities[positions] = store.identities(by, store_rows)
         return identities
 
     @property
     def pictures(self) -> list[bytes]:
         """(N,) digest of the picture of every row."""
-        return [value.tobytes() for value in self.identities(self.identified_by[0])]
+        best_identity = self.identified_by[0]
+        return [value.tobytes() for value in self.identities(best_identity)]
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 embeddings of rows, gathered from the stores."""
         image = torch.empty(len(index), self.space.embed_dim, dtype=torch.float32)
-        for part, positions, inside in self._split(index.numpy()):
-            rows = self._parts[part][0].image_rows(torch.from_numpy(inside))
+        for store, positions, store_rows in self._split(index.numpy()):
+            rows = store.image_rows(torch.from_numpy(store_rows))
             image[torch.from_numpy(positions)] = rows
         return image
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """A column of the classes or of the model; photos have no columns of their own."""
+        """A column of the classes or of the model, which all stores share."""
         return self.first.column(name, index)
 
     def _split(
         self, rows: NDArray[np.int64]
-    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    ) -> Iterator[tuple[EmbeddingStore, NDArray[np.int64], NDArray[np.int64]]]:
         """Split ``rows`` (M,) by store.
 
-        Yields the number of a store, the indices in ``rows`` of the rows that are in this store,
-        and the numbers of these rows in the store.
+        Yields a store, the positions in ``rows`` of the rows from this store, and the numbers of
+        these rows in the store.
         """
         part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(part_of_row).tolist():
+            store, rows_of_part = self._parts[part]
             positions = np.flatnonzero(part_of_row == part)
-            inside = rows[positions] - self._starts[part]
-            yield part, positions, self._parts[part][1].numpy()[inside]
+            rows_inside = rows[positions] - self._starts[part]
+            yield store, positions, rows_of_part.numpy()[rows_inside]
 
     def label(self, labels: Mapping[str, str], outside: Sequence[str]) -> None:
         """Set the labels of all photos.
 
         Args:
-            labels: Label by path; a photo that is missing here has no label.
+            labels: Label by path; a photo without an entry here has no label.
             outside: Labels that mean "none of the classes".
         """
         candidate_of = self.candidates_by_name()
@@ -369,7 +389,7 @@ class Photos(EmbeddingSource):
                 self.target[row] = candidate_of[label]
 
     def candidates_by_name(self) -> dict[str, int]:
-        """Index of the candidate of every class; classes with equal text share a candidate."""
+        """Index of the candidate of every class name; classes with equal text share a candidate."""
         names = self.first.manifest.names
         merged = self.first.candidate_of
         if merged is None:

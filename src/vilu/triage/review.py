@@ -20,13 +20,16 @@ from vilu.triage.answers import failure_probabilities
 from vilu.triage.state import DECISIONS_CSV, NEXT, STATE, TriageState
 
 CHOSEN: Final = "fit"
-"""Stream of a photo that no draw has asked for; its label counts for no guarantee."""
+"""Stream of a photo that no draw has asked for. Its label counts for no guarantee."""
 
 DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", "runner_up")
+"""Columns that ``decisions.csv`` must have."""
+
 NEXT_COLUMNS: Final = ("path", "stream")
-"""Columns that the tables of a triage must have, ``decisions.csv`` and ``next_labels.csv``."""
+"""Columns that ``next_labels.csv`` must have."""
 
 Which = Literal["asked", "review", "all"]
+"""Which photos to look at (``open_review``)."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class ReviewTask:
         answer: The model's answer, as tables write it; None without an answer.
         failure_probability: Probability that the answer is wrong; None if it is not known.
         runner_up: The second most likely answer.
-        zero_shot: The zero-shot answer if it differs from ``answer``.
-        stream: Why the label was asked for. Labels of photos that were not asked for may be used
-            in fits only, so they have the stream ``CHOSEN``.
+        zero_shot: The zero-shot answer; None if it is ``answer``.
+        stream: Why the label was asked for. Photos that were not asked for have the stream
+            ``CHOSEN``, because their labels may be used in fits only.
     """
 
     path: str
@@ -85,7 +88,8 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
         n: Maximum number of photos; None for all.
 
     Raises:
-        DataError: If the source is neither, or if the scores do not name their images and classes.
+        DataError: If the source is neither a triage nor scores, or if the scores do not name their
+            images and classes.
     """
     if (source / STATE).is_file():
         review = _of_triage(source, which)
@@ -95,6 +99,7 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
 
 
 def _of_triage(folder: Path, which: Which) -> Review:
+    """The review of a triage, from the tables in its folder."""
     state = read_document(folder / STATE, TriageState)
     streams = {}
     for row in _read_written(folder / NEXT, NEXT_COLUMNS):
@@ -103,11 +108,14 @@ def _of_triage(folder: Path, which: Which) -> Review:
     for row in _read_written(folder / DECISIONS_CSV, DECISION_COLUMNS):
         if _is_wanted(row, streams, which):
             tasks.append(_task(row, streams.get(row["path"], CHOSEN)))
-    position = {path: index for index, path in enumerate(streams)}
+    request_of = {path: number for number, path in enumerate(streams)}
+    n_requests = len(request_of)
 
     def rank(task: ReviewTask) -> tuple[int, float]:
-        """Ascending: photos that were asked for, in their order; then the most doubtful first."""
-        return position.get(task.path, len(position)), -(task.failure_probability or 0.0)
+        """Photos that were asked for, in the order of the requests; then the most doubtful."""
+        request = request_of.get(task.path, n_requests)
+        doubt = task.failure_probability or 0.0
+        return request, -doubt
 
     tasks.sort(key=rank)
     return Review(
@@ -123,6 +131,7 @@ def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _texts(settings: Mapping[str, object], name: str) -> list[str]:
+    """A setting that is a list, as texts; empty if it is no list."""
     values = settings.get(name)
     return [str(value) for value in values] if isinstance(values, list) else []
 
@@ -140,7 +149,8 @@ def _read_written(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
         probability = row.get("failure_probability", "")
         if "failure_probability" in wanted and not _is_probability(probability):
             raise DataError(
-                f"{path}: row {number} has no failure_probability, but {probability!r:.40}. {again}"
+                f"{path}: row {number} has no probability in the column failure_probability, but "
+                f"{probability!r:.40}. {again}"
             )
     return rows
 
@@ -156,6 +166,7 @@ def _is_probability(cell: str) -> bool:
 
 
 def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:
+    """Whether a row of ``decisions.csv`` is one that ``which`` selects."""
     if which == "asked":
         return row["path"] in streams
     if which == "review":
@@ -164,6 +175,7 @@ def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which)
 
 
 def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
+    """The task for a row of ``decisions.csv``; empty cells become None."""
     cell = row["failure_probability"]
     zero_shot = row.get("zero_shot")
     if zero_shot in {"", row["answer"]}:
@@ -179,11 +191,11 @@ def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
 
 
 def _of_scores(path: Path, which: Which) -> Review:
+    """The review of a file of scores."""
     outcomes = Outcomes.load(path)
     if outcomes.class_names is None or outcomes.prediction is None or outcomes.ids is None:
         raise DataError(
-            f"{path} does not say which images and classes it is of. Give scores that `vilu score` "
-            "wrote."
+            f"{path} does not name its images and classes. Give scores that `vilu score` wrote."
         )
     names = [portable_name(str(name)) for name in outcomes.class_names]
     # Rows without a score come first: people have to look at them.
@@ -208,7 +220,7 @@ def _of_scores(path: Path, which: Which) -> Review:
 
 
 def _probability(outcomes: Outcomes, row: int) -> float | None:
-    """Probability that an answer is wrong; None if the scores are neither that nor calibrated."""
+    """Probability that an answer is wrong; None if the scores hold no such probability."""
     is_known = outcomes.is_probability or outcomes.failure_probability is not None
     probability = float(failure_probabilities(outcomes)[row])
     return probability if is_known and math.isfinite(probability) else None

@@ -1,6 +1,6 @@
 """Writes tasks for labelling tools, and reads the labels of finished tasks.
 
-The formats are those that the tools define:
+The tools define the formats:
 
 - Label Studio: tasks with predictions (JSON), and a labelling configuration (XML).
 - FiftyOne: a data set on disk (``metadata.json`` and ``samples.json``).
@@ -30,10 +30,10 @@ from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
 from vilu.triage.review import CHOSEN, Review, ReviewTask
 
 CHOICE: Final = "label"
-"""Name of a person's choice in a labelling configuration of Label Studio."""
+"""Name of the control with which a person chooses a label in Label Studio."""
 
 IMAGE: Final = "image"
-"""Name of the image in a labelling configuration of Label Studio."""
+"""Name of the image in a task and in a labelling configuration of Label Studio."""
 
 MODEL_FIELD: Final = "vilu"
 """Field of a FiftyOne sample with the model's answer."""
@@ -42,12 +42,13 @@ TRUTH_FIELD: Final = "ground_truth"
 """Field of a FiftyOne sample with a person's label."""
 
 FIFTYONE_VERSION: Final = "1.9.0"
-"""FiftyOne version whose format is written; newer versions migrate it."""
+"""FiftyOne version whose format is written; newer versions convert the files."""
 
 DATABASE_LIMIT: Final = 256 * 2**20
 """Maximum size of a file of finished tasks, in bytes."""
 
 Tool = Literal["label-studio", "fiftyone", "csv"]
+"""Names of the labelling tools."""
 
 Labels = tuple[dict[str, str], dict[str, str]]
 """Labels by path, and streams by path for the labels whose stream is known."""
@@ -110,7 +111,7 @@ def _confidence(task: ReviewTask) -> float | None:
 
 
 def label_config(names: Sequence[str]) -> str:
-    """Label Studio's labelling configuration for one choice among names."""
+    """Make Label Studio's configuration (XML) for the choice of one name among ``names``."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name=IMAGE, value=f"${IMAGE}")
     choices = ElementTree.SubElement(
@@ -147,7 +148,7 @@ FIELDS: Final = {
     "zero_shot": ("StringField", None, "zero_shot"),
     "path": ("StringField", None, "path"),
 }
-"""Type, class of the embedded document, and name in the database of every field of a sample."""
+"""Fields of a FiftyOne sample: type, class of the embedded document, and name in the database."""
 
 
 def _write_fiftyone(review: Review, output: Path) -> list[Path]:
@@ -189,13 +190,15 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
             "confidence": _confidence(task),
         }
     identifier = _object_id(task.path)
+    # FiftyOne draws samples by this number in [0, 1).
+    rand = int(identifier["$oid"][:8], 16) / 2**32
     return {
         "_id": identifier,
         "filepath": _text_of_path(task.path),
         "tags": [task.stream] if task.stream else [],
         "metadata": None,
         "_media_type": "image",
-        "_rand": int(identifier["$oid"][:8], 16) / 2**32,
+        "_rand": rand,
         MODEL_FIELD: classification,
         TRUTH_FIELD: None,
         "uncertainty": task.failure_probability,
@@ -206,7 +209,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
 
 
 def _text_of_path(portable: str) -> str:
-    """The path of a file, or its portable text if the path is no UTF-8, which JSON requires."""
+    """The path of a file; its portable text if the path cannot be written as UTF-8 in JSON."""
     path = path_of(portable)
     try:
         path.encode()
@@ -225,10 +228,10 @@ def read_done(path: Path) -> Labels:
     """Read the labels of finished tasks and their streams, by path.
 
     ``path`` is an export of Label Studio, a FiftyOne data set on disk, or a CSV. A skipped task has
-    the label "(skip)". Tasks without an answer are left out.
+    the label "(skip)". Tasks without a label are left out.
 
     Raises:
-        DataError: If the file is none of these, or if a photo has two labels.
+        DataError: If the file has none of these formats, or if a photo has two labels.
     """
     if path.is_dir():
         return _of_samples(_read_json(path / "samples.json"), path)
@@ -274,12 +277,13 @@ def _of_tasks(tasks: list[Any], source: Path) -> Labels:
 
 
 def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
-    """The path of the photo of a task; without a path, it is read from the address of the image."""
+    """The path of the photo of a task, or the path in the address of its image."""
+    # An export as JSON-MIN has no "data": the fields of the data are those of the task.
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
-        address = data[IMAGE].rpartition("?d=")[2]
-        path = portable_name(unquote(address, errors="surrogateescape"))
+        _, _, quoted_path = data[IMAGE].rpartition("?d=")
+        path = portable_name(unquote(quoted_path, errors="surrogateescape"))
     if not isinstance(path, str):
         raise DataError(f"{source}: a task does not say which photo it is about: {task!r:.100}.")
     return path
@@ -289,11 +293,11 @@ def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | No
     """The label of a task; None without a label."""
     if "annotations" not in task:  # an export as JSON-MIN
         return _only_choice(task.get(CHOICE), path, source)
-    annotations = [entry for entry in task["annotations"] if isinstance(entry, dict)]
+    annotations = [item for item in task["annotations"] if isinstance(item, dict)]
     if not annotations:
         return None
-    last = annotations[-1]
-    if last.get("was_cancelled"):
+    last = annotations[-1]  # a later annotation replaces the earlier ones
+    if last.get("was_cancelled"):  # the person skipped the task
         return SKIPPED
     choices = []
     for result in last.get("result", []):
@@ -303,6 +307,7 @@ def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | No
 
 
 def _only_choice(chosen: object, path: str, source: Path) -> str | None:
+    """The chosen name; None without a choice, DataError for more than one."""
     if chosen is None or chosen == []:
         return None
     names = chosen if isinstance(chosen, list) else [chosen]
@@ -331,6 +336,7 @@ def _of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - any con
 
 
 def _stream_of_tags(tags: Sequence[object]) -> str:
+    """The first tag that is the name of a stream; ``CHOSEN`` without such a tag."""
     for tag in tags:
         if tag in STREAMS:
             return str(tag)

@@ -2,7 +2,7 @@
 
 ``advance`` calls the steps in order. A step first writes its files, then writes the next state to
 ``triage.json``, then returns this state. So a run that was killed between two steps continues with
-the second step, and a run that was killed inside a step repeats this step.
+the second of them. A run that was killed inside a step repeats this step.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ FURTHER: Final = 8
 """Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
 
 CALIBRATION_PART: Final = 3
-"""With a guarantee, every third label that is asked for is of the calibration side."""
+"""If there is a guarantee, every third photo to label is of the calibration side."""
 
 WORTH_MORE: Final = 1.1
-"""A candidate's limit includes this many times as many photos as the guarantee accepts."""
+"""Factor: the limit of a candidate includes at least 1.1 times the photos accepted at present."""
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class TriageRun:
     def score(
         self, predictor: FailurePredictor, calibration: Calibration | None = None
     ) -> Outcomes:
-        """Score all photos with a predictor; with a calibration the outcomes have decisions."""
+        """Score all photos with a predictor; a calibration adds decisions to the outcomes."""
         facts = {
             "method": predictor.label,
             "dataset": self.settings.photos.name,
@@ -148,8 +148,8 @@ class TriageResult:
             labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
-        is_first_of_scene: (M,) which photos that count for the guarantee are near copies of no
-            photo to fit on and of no earlier photo; None without ``progress``.
+        is_first_of_scene: (M,) bool for the photos that count for the guarantee: True for a near
+            copy of no photo to fit on and of no earlier photo; None without ``progress``.
         asked: Entries of the photos whose labels are asked for.
         book: All labels that were asked for or given.
         n_fit: Number of labels that the present predictor was fitted on.
@@ -192,7 +192,7 @@ def run_triage(
 
 
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """The state from which a run goes on; ``overwrite`` removes all files of earlier runs."""
+    """Open the state in which a run begins; ``overwrite`` removes all files of earlier runs."""
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
         for name in MADE:
@@ -207,10 +207,11 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
 
 
 def _require_photos(photos: Photos, folder: Path) -> None:
+    """Raise DataError if no photo was embedded."""
     if len(photos):
         return
-    kinds = Counter(photos.bad.values()).most_common()
-    why = ", ".join(f"{n} {kind}" for kind, n in kinds)
+    reasons = Counter(photos.bad.values()).most_common()
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons)
     raise DataError(
         f"not one of {plural(len(photos.bad), 'photo')} in {folder} can be read: {why}."
     )
@@ -226,12 +227,12 @@ def note_labels(
     """Add the new labels to the book; remove a guarantee if one of its labels has changed."""
     book = LabelBook.load(root / BOOK)
     book.rename(former_text, paths)
-    # The guarantee is removed before the book is saved. So a run that is killed here never leaves
-    # a guarantee whose labels have changed.
+    # The guarantee is removed before the book is saved. So a run that is killed in between leaves
+    # no guarantee whose labels have changed.
     take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
     n_changed = book.answer(labels, streams)
     if n_changed:
-        logger.info("%d labels are new, of %d in all", n_changed, len(book.labels))
+        logger.info("%d labels are new or changed; %d in all", n_changed, len(book.labels))
     n_of_another = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
     if n_of_another:
         logger.warning(
@@ -256,7 +257,7 @@ def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
 def advance(
     root: Path, settings: TriageSettings, state: TriageState, photos: Photos, book: LabelBook
 ) -> tuple[TriageState, TriageResult]:
-    """Take all steps of a run after its photos were embedded; the next state, and the result."""
+    """Take all steps after the photos were embedded; return the next state and the result."""
     photos.label(book.labels, settings.of_no_class)
     run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
     state, predictor = choose_predictor(run, state)
@@ -303,11 +304,11 @@ def rule_in_force(folder: Path) -> Rule | None:
     return None
 
 
-# The first step: choose the tested predictor, which labels are asked for.
+# The first step: choose the predictor to test. Labels are asked for its test.
 
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
-    """The tested predictor; ``FitCase`` decides whether a new one is fitted."""
+    """Load the tested predictor or fit a new one, as the ``FitCase`` of the run says."""
     fit_rows = run.split.fit_rows
     method = method_for(run.photos, fit_rows)
     case = fit_case(
@@ -325,7 +326,8 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
     predictor = predictor.judging(answer.answer)
     if case is FitCase.NO_GUARANTEE:
-        return run.write(_let_decide(run, state, predictor, None, answer)), predictor
+        state = _let_decide(run, state, predictor, trial=None, answer=answer)
+        return run.write(state), predictor
     return _test_beside(run, state, predictor, answer)
 
 
@@ -339,10 +341,11 @@ def _let_decide(
     run: TriageRun,
     state: TriageState,
     predictor: FailurePredictor,
+    *,
     trial: Trial | None,
     answer: AnswerChoice,
 ) -> TriageState:
-    """Save a predictor as the present one, which decides; the state is not written yet."""
+    """Save a predictor as the present one, which decides. The caller writes the returned state."""
     predictor.save(run.present)
     Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
     return state.model_copy(
@@ -359,7 +362,7 @@ def _let_decide(
 def _test_beside(
     run: TriageRun, state: TriageState, predictor: FailurePredictor, answer: AnswerChoice
 ) -> tuple[TriageState, FailurePredictor]:
-    """Make a new predictor the candidate, if testing it is worth its labels."""
+    """Make a new predictor the candidate if its test is worth the labels."""
     n_labels = len(run.split.fit_rows)
     scores = run.score(predictor).uncertainty
     least_share = min(WORTH_MORE * share_accepted(run), 1.0)
@@ -375,7 +378,7 @@ def _test_beside(
 def plan_trial(
     run: TriageRun, state: TriageState, scores: Floats, *, least_share: float = 0.0
 ) -> Trial:
-    """Plan the trial of a predictor; ``least_share`` is the smallest share it may accept."""
+    """Plan the trial of a predictor; its limit includes at least ``least_share`` of the photos."""
     settings = run.settings
     for_calibration = run.split.for_calibration
     n_answered = int((for_calibration & run.split.answered).sum())
@@ -395,7 +398,8 @@ def share_accepted(run: TriageRun) -> float:
     if rule is None or rule.threshold is None:
         return 0.0
     uncertainty = load_predictor(run.present).predict_uncertainty(run.photos)
-    return float((uncertainty[run.split.for_calibration] <= rule.threshold).mean())
+    accepted = uncertainty[run.split.for_calibration] <= rule.threshold
+    return float(accepted.mean())
 
 
 # The second step: count the labels for the guarantee.
@@ -406,7 +410,7 @@ def count_labels(
 ) -> tuple[TriageState, GuaranteeProgress]:
     """Count the labels for the guarantee.
 
-    If a label that was asked for is missing, only the labels of the last complete count are used.
+    If a label that was asked for is missing, only the labels of the last complete draw count.
     """
     trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
     progress = _progress(run, state, trial, tested, up_to=state.asked_up_to)
@@ -416,7 +420,7 @@ def count_labels(
         progress = dataclasses.replace(progress, missing=missing)
     else:
         state = state.model_copy(update={"counted_up_to": state.asked_up_to})
-    # Too few labels to certify anything use none of the level, so this test is not counted yet.
+    # A test with too few labels to certify anything uses none of the level. So it is not counted.
     is_first_look = not trial.attempt and progress.looks.can_certify(progress.outcomes.uncertainty)
     if is_first_look:
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
@@ -450,20 +454,24 @@ def keep_certified(
 ) -> TriageState:
     """Write a better guarantee; a candidate replaces the present predictor if it accepts more."""
     if state.candidate is not None:
-        share = float((tested.uncertainty[run.split.for_calibration] <= progress.threshold).mean())
+        accepted = tested.uncertainty[run.split.for_calibration] <= progress.threshold
+        share = float(accepted.mean())
         share_before = share_accepted(run)
         if share <= share_before:
             return state
         logger.info(
-            "a predictor that was fitted on more labels accepts %.1f %%, before %.1f %%",
+            "a predictor that was fitted on more labels accepts %.1f %% of the photos, not %.1f %%",
             100 * share,
             100 * share_before,
         )
-        state = _let_decide(run, state, predictor, state.candidate, state.candidate_answer)
-        # The old state names the folder of the candidate, so the new state is written first.
+        state = _let_decide(
+            run, state, predictor, trial=state.candidate, answer=state.candidate_answer
+        )
+        # The old state needs the folder of the candidate. So the new state is written before the
+        # folder is removed.
         state = run.write(state)
         shutil.rmtree(run.candidate)
-    if _accepts_more(progress, rule_in_force(run.present)):
+    if _replaces(progress, rule_in_force(run.present)):
         settings = run.settings
         all_progress = {ALL: progress}
         rule = rule_of(all_progress, settings.max_risk, settings.confidence)
@@ -479,8 +487,11 @@ def keep_certified(
     return state
 
 
-def _accepts_more(progress: GuaranteeProgress, rule: Rule | None) -> bool:
-    """Whether the progress certifies more than the rule; a certified rule stays certified."""
+def _replaces(progress: GuaranteeProgress, rule: Rule | None) -> bool:
+    """Whether a rule is written from the progress, in place of the rule in force if there is one.
+
+    A rule stays certified. So only a rule that accepts more replaces it.
+    """
     if not len(progress.rows):
         return False
     if rule is None:
@@ -495,7 +506,8 @@ def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
     """Ask for the missing labels of the draw; if none is missing, for new labels of both sides."""
-    predictor = str(read_description(run.tested_folder(state) / PREDICTOR)["weights_sha256"])[:16]
+    description = read_description(run.tested_folder(state) / PREDICTOR)
+    predictor = str(description["weights_sha256"])[:16]
     missing: list[str] = []
     drawn: list[str] = []
     if progress is not None:
@@ -517,7 +529,7 @@ def ask_for_labels(
 def _draw(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
 ) -> tuple[TriageState, list[str]]:
-    """Draw the next calibration photos; the state after the draw, and the paths of the photos."""
+    """Draw the next calibration photos; return the state after the draw, and their paths."""
     n_drawn = n_to_draw(
         state,
         run.settings.n_next,
@@ -539,9 +551,10 @@ def _paths(run: TriageRun, rows: Ints) -> list[str]:
 
 
 def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
-    """Withdraw the requests of other predictors.
+    """Withdraw the requests that were made for other predictors than ``predictor``.
 
-    While labels are ``missing`` and nothing is guaranteed, withdraw all requests but these.
+    Requests for ``missing`` labels stay. If there are any and nothing is guaranteed, all other
+    requests are withdrawn.
     """
     only_missing = bool(missing) and rule_in_force(run.present) is None
 
@@ -563,8 +576,8 @@ def n_to_draw(
 ) -> int:
     """How many of the next ``n`` labels are of the calibration side.
 
-    - With a guarantee: one of three.
-    - Without a guarantee: all, if a guarantee is likely and there are enough labels to fit on.
+    - If there is a guarantee: every third label.
+    - If a guarantee is likely and there are enough labels to fit on: all labels.
     - Otherwise: none.
 
     Args:
@@ -585,40 +598,43 @@ def n_to_draw(
 
 
 def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
-    """The trial; if its last threshold is certified, with a limit that is ``FURTHER`` up."""
+    """Move the limit of a trial ``FURTHER`` thresholds up if the threshold there is certified."""
     last = progress.looks.last
     if progress.certified != last:
         return trial
-    limit = trial.grid[min(last + FURTHER, len(trial.grid) - 1)]
-    return trial.model_copy(update={"limit": limit})
+    next_last = min(last + FURTHER, len(trial.grid) - 1)
+    return trial.model_copy(update={"limit": trial.grid[next_last]})
 
 
 def next_of_draw(
     split: PhotoSplit, uncertainty: Floats, limit: float, n: int, asked_up_to: int
 ) -> Ints:
-    """Rows of the next photos up to a limit, in the random order.
+    """Rows of the next photos to draw: unanswered, up to the limit, in the random order.
 
-    After the limit has moved up, there are such photos before the position ``asked_up_to``. Then
-    all of these are returned, and no others. Otherwise the next ``n`` photos are returned.
+    If the limit has moved up, some of these photos are before the position ``asked_up_to``. Then
+    all photos before this position are returned, so that the draw has no gap. Otherwise the next
+    ``n`` photos are returned.
     """
     is_open = split.for_calibration & (uncertainty <= limit) & ~split.answered
     rows = np.flatnonzero(is_open)
     rows = rows[np.argsort(split.position[rows])]
-    passed = rows[split.position[rows] < asked_up_to]
-    return passed if len(passed) else rows[:n]
+    rows_before = rows[split.position[rows] < asked_up_to]
+    return rows_before if len(rows_before) else rows[:n]
 
 
 def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
+    """Position up to which labels are asked for after ``rows``, in the random order, were drawn."""
     if not len(rows):
         return asked_up_to
-    return max(asked_up_to, int(split.position[rows[-1]]) + 1)
+    last_position = int(split.position[rows[-1]])
+    return max(asked_up_to, last_position + 1)
 
 
 def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:
     """Ask for ``n`` labels of the fit side."""
     if n <= 0:
         return
-    asked = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)
-    rows = np.flatnonzero(run.split.for_fit & ~run.split.answered & ~asked)
+    is_in_book = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)
+    rows = np.flatnonzero(run.split.for_fit & ~run.split.answered & ~is_in_book)
     chosen = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
     run.book.ask(_paths(run, chosen), "fit", predictor=predictor)

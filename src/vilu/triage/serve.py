@@ -32,6 +32,8 @@ from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review
 
 LOOPBACK: Final = "127.0.0.1"
+"""Address at which only this machine can reach the page."""
+
 SIDE: Final = 1600
 """Longest side of a photo on the page, in pixels."""
 
@@ -45,17 +47,18 @@ class ReviewSession:
 
     Args:
         review: Photos to look at; their folder must be known.
-        output: CSV of labels; an existing file is continued.
+        output: CSV of labels. If it exists, its labels are read first.
 
     Attributes:
         answers: Labels by the path of the photo.
         streams: Streams by the path of the photo, as the file had them.
-        written: Content of the file when it was last read or written; None if there was no file.
+        written: Content of the file when this session last read or wrote it; None if there was no
+            file.
         lock: Held while an answer is saved.
 
     Raises:
         UsageError: If there is no photo to look at, or the folder of the photos is not known.
-        DataError: If the file of labels cannot be read, or is of other photos.
+        DataError: If the file of labels is damaged, or holds labels of other photos only.
     """
 
     review: Review
@@ -82,10 +85,10 @@ class ReviewSession:
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
     def answer(self, index: object, label: object) -> None:
-        """Set the label of a photo, or remove it (None), and save all labels.
+        """Set the label of the photo number ``index``, and save all labels; None removes the label.
 
         Raises:
-            DataError: If there is no such photo or label.
+            DataError: If there is no photo with this number, or if the label is no name to choose.
             BusyError: If another program has changed the file. Then nothing is written.
             StorageError: If the file cannot be written.
         """
@@ -104,13 +107,14 @@ class ReviewSession:
             self.answers = answers
 
     def _save(self, answers: dict[str, str]) -> None:
-        """Write answers; BusyError if the file holds what another program has written."""
+        """Write the answers; BusyError if another program has changed the file."""
         if self._on_disk() not in {None, self.written}:
             raise BusyError(
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        streams = dict(self.streams)  # the file may also hold photos that are not shown now
+        # The file may also hold photos that are not shown now: they keep their streams.
+        streams = dict(self.streams)
         for task in self.review.tasks:
             streams[task.path] = task.stream
         content = csv_bytes(label_columns(answers, streams))
@@ -123,7 +127,7 @@ class ReviewSession:
             return self.output.read_bytes() if self.output.exists() else None
 
     def picture(self, index: int) -> bytes:
-        """A photo as WebP, decoded with the same protection against hostile files as elsewhere.
+        """Encode a photo as WebP; it is decoded with the protection against hostile files.
 
         Raises:
             BadImage: If the file is no picture that can be decoded.
@@ -137,7 +141,7 @@ class ReviewSession:
         return content.getvalue()
 
     def tasks(self) -> dict[str, Any]:
-        """The data of the page: the names to choose from and the photos, ready for JSON."""
+        """Data of the page, ready for JSON: the names to choose from, and the photos."""
         tasks = []
         for task in self.review.tasks:
             facts = {
@@ -201,7 +205,11 @@ class PageServer(ThreadingHTTPServer):
 class PageHandler(BaseHTTPRequestHandler):
     """Handles the requests of the page.
 
-    Requests without the key are refused, and requests to other host names of this machine.
+    A request is refused without the secret key, or with another host name of this machine.
+
+    Attributes:
+        page_session: The photos and the answers.
+        token: The secret key.
     """
 
     page_session: ReviewSession
@@ -214,17 +222,13 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self._allowed():
             return
         kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
+        n_photos = len(self.page_session.review.tasks)
         if not kind:
             self._page()
         elif kind == "tasks":
-            self._send(
-                HTTPStatus.OK, json.dumps(self.page_session.tasks()).encode(), "application/json"
-            )
-        elif (
-            kind == "photo"
-            and number.isdigit()
-            and int(number) < len(self.page_session.review.tasks)
-        ):
+            content = json.dumps(self.page_session.tasks()).encode()
+            self._send(HTTPStatus.OK, content, "application/json")
+        elif kind == "photo" and number.isdigit() and int(number) < n_photos:
             self._photo(int(number))
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
@@ -254,10 +258,12 @@ class PageHandler(BaseHTTPRequestHandler):
         self._send(HTTPStatus.OK, b"{}", "application/json")
 
     def _allowed(self) -> bool:
-        key = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
-        port = self.connection.getsockname()[1]
+        """Whether a request has the key and the right host name; otherwise refuse it."""
+        query = parse_qs(urlsplit(self.path).query)
+        key, *_ = query.get("key", [""])
+        _, port = self.connection.getsockname()
         host = self.headers.get("Host", "")
-        # DNS rebinding: another site may let its own host name lead to this machine.
+        # Against DNS rebinding: a hostile site may let its own host name lead to this machine.
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False

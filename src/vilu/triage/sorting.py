@@ -45,12 +45,12 @@ def list_folder(photos: Path, root: Path) -> PhotoFolder:
     moved = moved_photos(root)
     listing = list(list_photos(photos, least=0 if moved else 1))
     names = {portable_name(path) for path, _ in listing}
-    both = sorted(names & moved.keys())
-    if both:
-        name = both[0]
+    moved_and_new = sorted(names & moved.keys())
+    if moved_and_new:
+        name = moved_and_new[0]
         raise DataError(
-            f"{name!r} was moved to {moved[name]} and is in {photos} again. Rename the new photo; "
-            "if both files are the same photo, remove the moved file."
+            f"{name!r} was moved to {moved[name]} and is in {photos} again. Rename the new photo. "
+            "If both files are the same photo, remove the moved file instead."
         )
     for name, target in moved.items():
         listing.append((path_of(name), target.stat()))
@@ -61,21 +61,21 @@ def _without_output(listing: list[Listed], photos: Path, root: Path) -> list[Lis
     """The listing without the files in the triage folder ``root``."""
     if not root.is_relative_to(photos):
         return listing
-    below = f"{root.relative_to(photos).as_posix()}/"
-    return [listed for listed in listing if not listed[0].startswith(below)]
+    start = f"{root.relative_to(photos).as_posix()}/"
+    return [(path, status) for path, status in listing if not path.startswith(start)]
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
     """Present location of every moved photo, by its path in the folder of photos.
 
-    Photos that are not there any more, or were replaced by a link, are left out.
+    Moved photos that were since deleted or replaced by a link are left out.
     """
     if not (root / MOVED).exists():
         return {}
     table, _ = read_table(root / MOVED, ())
     moved = {}
-    for name, below in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
-        target = root / below
+    for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
+        target = root / place
         if target.is_file() and not target.is_symlink():
             moved[portable_name(path_of(name))] = target
     return moved
@@ -141,7 +141,7 @@ def _targets(home: Path, answers: Sequence[Answer], settings: TriageSettings) ->
 
 
 def folder_of(answer: Answer, of_no_class: Collection[str]) -> str:
-    """The folder below ``sorted`` that a photo belongs in."""
+    """The folder below ``sorted`` for the photo of an answer."""
     if answer.reason == OUTSIDE_REASON or answer.label in of_no_class:
         return "outside"
     if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
@@ -159,10 +159,10 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """The same name after a hash of the path, cut from the left to the longest allowed name.
+    """The flat name of a photo after a hash of its path; a long name loses its start.
 
-    The hash makes names different that would be equal: of ``a/b.jpg`` and ``a__b.jpg``, and of long
-    names with the same end.
+    Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name, and so would two long
+    paths with the same end.
     """
     start = f"{bytes_hash(path.encode())[:HASH_DIGITS]}__"
     content = path.replace("/", "__").encode()
@@ -190,7 +190,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _copy(source: str | Path, target: str | Path) -> None:
-    """Copy a photo to another disk, with its time; a killed process leaves no partial file."""
+    """Copy a photo to another disk with its times; a killed process leaves no partial file."""
     with atomic_write(target) as copy:
         copy.write(Path(source).read_bytes())
         copy.flush()
@@ -198,6 +198,7 @@ def _copy(source: str | Path, target: str | Path) -> None:
 
 
 def _note_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
+    """Write the table of moved photos: path and new location of each."""
     paths = []
     targets = []
     for path, target in moves:

@@ -38,11 +38,11 @@ MADE: Final = (
     NEXT,
     REPORT,
 )
-"""Files and folders that ``--overwrite`` removes; moved photos and their table are kept."""
+"""Files and folders that ``--overwrite`` removes. Moved photos and their table stay."""
 
 
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
-"""The choice before the first fit."""
+"""The choice of answers before the first fit."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TriageSettings:
 
     @property
     def fixed(self) -> dict[str, object]:
-        """Settings that may not change between runs, since labels were counted under them."""
+        """Settings that may not change between runs, because labels were counted under them."""
         backbone = self.embedding.backbone
         templates = self.embedding.templates
         return {
@@ -112,8 +112,9 @@ class TriageState(Document):
         n_tested: Number of predictors that had enough labels to be certified.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
-        asked_up_to: Labels were asked for of all photos before this position in the random order.
-        counted_up_to: All labels before this position had come when they were last counted.
+        asked_up_to: Position in the random order. Labels were asked for of the photos before it.
+        counted_up_to: Position in the random order. At the last count no label before it was
+            missing.
     """
 
     again = (
@@ -140,14 +141,14 @@ class TriageState(Document):
         return self.trial if self.candidate is None else self.candidate
 
     def with_trial(self, trial: Trial) -> TriageState:
-        """The state with another trial of the tested predictor."""
+        """The state with ``trial`` as the trial of the tested predictor."""
         if self.candidate is None:
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
 
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """The state in a folder, or a new state.
+    """Read the state of a folder, or make a new state.
 
     Raises:
         UsageError: If the folder holds a triage with other settings, or other files.

@@ -28,7 +28,9 @@ from vilu.triage.photos import Photos
 def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, LabelBook]:
     """Label the rows of a store by the store's own labels and by tables.
 
-    A table is one that ``vilu next`` wrote, or has plain columns of paths and labels.
+    Args:
+        store: The rows.
+        files: Tables that ``vilu next`` wrote, or plain tables of paths and labels.
 
     Returns:
         The rows of the store with their labels, and the book of these labels.
@@ -65,7 +67,7 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
 
 
 def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Entries of a table of ``vilu next`` for the rows ``keys``; empty for any other table."""
+    """Entries of a table that ``vilu next`` wrote, for the rows ``keys``; {} for other tables."""
     columns, rows = csv_rows(path)
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
@@ -80,7 +82,7 @@ def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
 
 
 def _add_asked(book: LabelBook, asked: dict[str, Entry]) -> None:
-    """Note entries of ``vilu next``; an entry without a label keeps the label before."""
+    """Note entries of ``vilu next``; an entry without a label keeps the label in the book."""
     for path, entry in asked.items():
         before = book.entries.get(path)
         if entry.label is None and before is not None:
@@ -110,14 +112,14 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
     Raises:
         UsageError: If some labels were drawn by ``vilu next`` for a guarantee. Such labels are not
             a random sample of all rows, only of rows that could be accepted.
-        DataError: As ``label_store``, or if no row is left.
+        DataError: In the cases of ``label_store``, or if no row is left.
     """
     photos, book = label_store(store, files)
     if any(entry.stream == "calibration" for entry in book):
         raise UsageError(
-            "these labels hold some that `vilu next` drew from what could be accepted. Calibrate "
-            "by them with `--method anytime`. The other methods need rows that were picked at "
-            "random from all rows."
+            "`vilu next` drew some of these labels from the rows that could be accepted. "
+            "Calibrate by these labels with `--method anytime`. The other methods need rows that "
+            "were picked at random from all rows."
         )
     chosen = {entry.path for entry in book if entry.stream == "fit"}
     wanted = book.labels.keys() - chosen
@@ -132,6 +134,6 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
         say_once(
             f"{n_skipped} of {n_skipped + len(rows)} picked rows have the label {SKIPPED} and are "
             "left out: the guarantee is about pictures that somebody can name. With "
-            f"{OUTSIDE_NAME} they count as answered wrong."
+            f"the label {OUTSIDE_NAME} they would count as wrong answers."
         )
     return photos.take(rows)

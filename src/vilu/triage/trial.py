@@ -15,7 +15,7 @@ from vilu.triage.choose import choose_limit
 PLANNED: Final = 200
 """Number of calibration labels that a limit is chosen for.
 
-With 200 labels an error rate of 1 % is shown to be below 5 %.
+If 1 % of 200 labelled answers are wrong, the error rate is shown to be below 5 %.
 """
 
 
@@ -28,7 +28,7 @@ class Trial(Model):
         limit: Only labels of photos up to this uncertainty count.
         likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
         attempt: Number of the predictor (1, 2, ...) among the predictors that had enough labels to
-            be certified; 0 if it has not had enough labels yet.
+            be certified; 0 until the predictor has enough labels.
     """
 
     n_fit: int = Field(ge=0)
@@ -54,9 +54,9 @@ class Trial(Model):
             n_fit: Number of labels that the predictor was fitted on.
             scores: (M,) uncertainties of the calibration photos.
             n_labels: Number of calibration labels that are expected.
-            max_risk: Error rate that is to be shown.
+            max_risk: Largest error rate that is allowed.
             delta: Level of the test.
-            least_share: Smallest share of the photos whose uncertainty may be up to the limit.
+            least_share: Smallest share of the photos that the limit may include.
         """
         limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, delta)
         least_limit = float(np.quantile(scores, least_share, method="higher"))
