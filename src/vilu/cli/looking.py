@@ -110,8 +110,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         require_json(output)
     if coverage is not None and not summary:
         raise UsageError("--coverage needs --summary. Give both, or neither.")
-    is_of_rows = train is not None or key or row
-    if summary and is_of_rows:
+    asks_for_rows = train is not None or key or row
+    if summary and asks_for_rows:
         raise UsageError(
             "--summary is about all rows of the store. Leave --train, --key and --row out."
         )
@@ -143,7 +143,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
             fitted_on = reading.open(train, "train")
         asked = [*(key or ()), *(row or ())] or None
         explanations = explain_rows(fitted, data, fitted_on, asked, n=n, depth=depth)
-        has_summary = data.pool_size is None  # there is no summary of captions
+        has_summary = data.pool_size is None  # captions have no classes, so no summary
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
     keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
     if as_json:
@@ -162,6 +162,7 @@ class ExplainOutput(NamedTuple):
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
+    """The output with --summary. ``command`` is the same command without --summary."""
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -175,6 +176,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
+    """The output without --summary. ``command`` is the start of the command with --summary."""
     closing = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing += f"; where the failures are: {command} --summary"
@@ -193,7 +195,7 @@ def _summary(
 
     outcomes = score(predictor, data)
     has_labels = bool((data.target != UNKNOWN).any())
-    # an answer to a picture of none of the classes is a failure, although the target is UNKNOWN
+    # Pictures of none of the classes have no label, but every answer to them is a failure.
     has_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
     if not has_failures:
@@ -280,8 +282,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            # The state may always be updated, without --overwrite. It is never reset, because it
-            # has no other copy.
+            # ``overwrite`` is True, because a state is updated without the flag --overwrite. It is
+            # never reset, because there is no other copy of it.
             claim_file(state, "monitor state", overwrite=True)
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {
@@ -290,7 +292,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
-        watching = _open(predictor, state, false_alarm, seed)
+        watching = _open_monitor(predictor, state, false_alarm, seed)
         # the state is no part of the digest, because this command changes it
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
         is_there = False
@@ -314,7 +316,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         document = {"kind": "monitoring", **facts}
         if output is not None:
             _write_report(output, document, inputs, is_there=is_there)
-        if state is not None:  # saved last: the rows of a saved state are never read again
+        # The state is saved last. If the report fails, the next run can count the same rows.
+        if state is not None:
             watching.save(state)
     console.print_result(document, str(watching.status), as_json=as_json)
     if watching.status.alarm:
@@ -328,8 +331,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_there: bool) -> None:
     """Write the report, unless the file already has an equal report of the same command.
 
-    ``batches`` are not compared: a second call with the same rows takes in no new row, so its
-    batches are different.
+    ``batches`` are not compared. They are different in a second call with the same rows, because
+    that call takes in no new row.
     """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
@@ -344,7 +347,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_the
     write_with_inputs(output, document, inputs)
 
 
-def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
+def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
     """The monitor of a calibrated predictor, in its saved state if there is one."""
     from vilu.calibration.monitor.monitor import Monitor
 
@@ -362,7 +365,7 @@ def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) ->
 def _take_in(
     watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool
 ) -> dict[str, Any]:
-    """Give the rows of a file to a monitor, and return its verdict.
+    """Give the rows of a file to a monitor, and return what the report says about this file.
 
     The rows are shuffled with the seed ``shuffle``, unless it is None.
     """
@@ -372,7 +375,7 @@ def _take_in(
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
-    outcomes = _scores(path)
+    outcomes = _load_scores(path)
     n_repeated_before = watching.repeated
     if shuffle is not None:
         rng = np.random.default_rng([shuffle, watching.rows])
@@ -393,7 +396,8 @@ def _take_in(
     }
 
 
-def _scores(path: Path) -> Outcomes:
+def _load_scores(path: Path) -> Outcomes:
+    """Load the scores in a file or in a folder."""
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
 
@@ -467,17 +471,17 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if images is not None:
         pictures = open_dataset(images, split=split, root=root)
         fingerprint = pictures.fingerprint
-    scored = [run]
-    if run.is_dir():
-        scored = sorted(run.glob("*.parquet")) or [run]
+    score_files = [run]
+    if run.is_dir():  # a folder without such files has its scores in parts
+        score_files = sorted(run.glob("*.parquet")) or [run]
     settings = {
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        "with": [predictor is None, store is None],
+        "with": [predictor is None, store is None],  # which paths ``beside`` lacks
     }
     beside = console.named_paths(predictor, store)
-    inputs = inputs_of(*scored, *beside, images=fingerprint, **settings)
+    inputs = inputs_of(*score_files, *beside, images=fingerprint, **settings)
     if claim_file(output, "page", inputs, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)

@@ -127,11 +127,12 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(summary.counts)
     next_step(summary.guarantee)
     if summary.n_asked:
-        table = console.shell(output / "next_labels.csv")
-        page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
+        to_fill_in = console.shell(output / "next_labels.csv")
+        on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
         next_step(
-            f"next: fill in the column label of {table} ({plural(summary.n_asked, 'photo')}; "
-            f"or label them on a page: {page}), then the same command with --labels {table}"
+            f"next: fill in the column label of {to_fill_in} ({plural(summary.n_asked, 'photo')}; "
+            f"or label them on a page: {on_a_page}), then the same command with --labels "
+            f"{to_fill_in}"
         )
 
 
@@ -341,7 +342,7 @@ def audit_labels(
     ] = None,
     sheet: Annotated[
         Path | None,
-        Option(help="Also write a contact sheet of the worst and the best labels, .png."),
+        Option(help="Also draw the worst and the best labels: a .png, .svg or .webp file."),
     ] = None,
     split: ImagesSplit = None,
     root: ImagesRoot = None,
@@ -351,7 +352,9 @@ def audit_labels(
 
     Prints the file of the table.
     """
-    if (sheet is None) != (images is None):
+    has_sheet = sheet is not None
+    has_images = images is not None
+    if has_sheet != has_images:
         raise UsageError("--sheet needs --images, and --images needs --sheet. Give both or none.")
     if sheet is not None:
         _require_new_figure(sheet)
