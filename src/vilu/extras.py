@@ -71,6 +71,7 @@ class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
 def _hook_warnings() -> Iterator[None]:
     """Ignore the warnings of quiet threads in the block."""
     filters = cast("list[object]", warnings.filters)
+    # the action, the message, the category, the module and the line; None and 0 match all
     ignore_any = ("ignore", None, _AnyOfQuietThread, None, 0)
     filters.insert(0, ignore_any)
     try:
@@ -81,7 +82,7 @@ def _hook_warnings() -> Iterator[None]:
 
 
 BELOW_ALL_HANDLERS = -1
-"""A level below that of every log handler. A record of this level is not shown."""
+"""A level below the levels of all log handlers. A record of this level is not shown."""
 
 
 @contextmanager
@@ -200,7 +201,8 @@ def hub_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlsplit(constants.ENDPOINT)
-    if {endpoint.scheme, "all"} & urllib.request.getproxies().keys():
+    schemes_with_proxy = urllib.request.getproxies().keys()
+    if {endpoint.scheme, "all"} & schemes_with_proxy:
         return True  # the connection behind a proxy cannot be tested
     usual_port = 443 if endpoint.scheme == "https" else 80
     address = (endpoint.hostname, endpoint.port or usual_port)
