@@ -103,11 +103,11 @@ def _hook_logging() -> Iterator[None]:
 
     logging.setLogRecordFactory(make_silent)
     try:
-        # logging.info() in open_clip would add a handler to a root logger without handlers
+        # ``logging.info``, which open_clip calls, would add a handler to a root logger without any
         with setting(logging, basicConfig=configure_unless_quiet):
             yield
     finally:
-        # another thread may have set a factory meanwhile, which stays
+        # a factory that another thread has set meanwhile stays
         if logging.getLogRecordFactory() is make_silent:
             logging.setLogRecordFactory(make)
 
@@ -130,7 +130,7 @@ def _hook_transformers_bars() -> Iterator[None]:
             return previous(make, args, options)
         return make(*args, **options)
 
-    previous = bars.set_tqdm_hook(make_bar)
+    previous = bars.set_tqdm_hook(make_bar)  # the hook that was set before, which make_bar calls
     try:
         yield
     finally:

@@ -141,8 +141,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         fitted_on = None
         if train is not None:
             fitted_on = reading.open(train, "train")
-        asked = [*(key or ()), *(row or ())] or None
-        explanations = explain_rows(fitted, data, fitted_on, asked, n=n, depth=depth)
+        asked = [*(key or ()), *(row or ())]
+        rows = asked or None  # None: the n most uncertain rows
+        explanations = explain_rows(fitted, data, fitted_on, rows, n=n, depth=depth)
         has_summary = data.pool_size is None  # captions have no classes, so no summary
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
     keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
@@ -295,9 +296,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         watching = _open_monitor(predictor, state, false_alarm, seed)
         # the state is no part of the digest, because this command changes it
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
-        is_there = False
+        has_report = False
         if output is not None:
-            is_there = claim_file(output, "monitor report", inputs, overwrite=overwrite)
+            has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
         shuffle_seed = None
@@ -315,7 +316,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
-            _write_report(output, document, inputs, is_there=is_there)
+            _write_report(output, document, inputs, has_report=has_report)
         # The state is saved last. If the report fails, the next run can count the same rows.
         if state is not None:
             watching.save(state)
@@ -328,7 +329,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
 
 
-def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_there: bool) -> None:
+def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_report: bool) -> None:
     """Write the report, unless the file already has an equal report of the same command.
 
     ``batches`` are not compared. They are different in a second call with the same rows, because
@@ -337,7 +338,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_the
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
 
-    if is_there:
+    if has_report:
         written = read_json(output, "Run `vilu monitor` again")
         facts = dict(document)
         del facts["batches"]
@@ -465,7 +466,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if images is None and (split is not None or root is not None):
-        raise UsageError("--split and --root need --images. Give it, too, or leave them out.")
+        raise UsageError("--split and --root need --images. Give --images, too, or leave them out.")
     pictures = None
     fingerprint = None
     if images is not None:
@@ -482,7 +483,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     }
     beside = console.named_paths(predictor, store)
     inputs = inputs_of(*score_files, *beside, images=fingerprint, **settings)
-    if claim_file(output, "page", inputs, overwrite=overwrite):
+    has_page = claim_file(output, "page", inputs, overwrite=overwrite)
+    if has_page:
         typer.echo(output)
         console.nothing_to_do(output)
         return

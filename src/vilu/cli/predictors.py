@@ -149,7 +149,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         )
         read = [*stores, *console.named_paths(validation, init, unlabelled), *reading.read]
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
-        if storage.claim(output, inputs, overwrite=overwrite):
+        is_fitted = storage.claim(output, inputs, overwrite=overwrite)
+        if is_fitted:
             if team.leads:
                 _drop_checkpoints(stack, predictor, output, inputs)
                 typer.echo(output)
@@ -479,7 +480,8 @@ def convert(
     from vilu.predictors.persistence.convert import convert_official
 
     inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
-    if storage.claim(output, inputs, overwrite=overwrite):
+    is_converted = storage.claim(output, inputs, overwrite=overwrite)
+    if is_converted:
         typer.echo(output)
         console.nothing_to_do(output)
         return
@@ -685,7 +687,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
     if not isinstance(data, EmbeddingStore):
         raise UsageError(
-            "--labels need a single store with classes. Leave them out for pairs and for two "
+            "--labels need a single store with classes. Leave --labels out for pairs and for two "
             "models."
         )
     return data
@@ -754,7 +756,8 @@ def export(
         fingerprint = fingerprint_of(predictor)
     else:
         fingerprint = fit_fingerprint(predictor)
-    if claim_file(output, "ONNX export", fingerprint, overwrite=overwrite):
+    is_exported = claim_file(output, "ONNX export", fingerprint, overwrite=overwrite)
+    if is_exported:
         typer.echo(output)
         console.nothing_to_do(output)
         return

@@ -43,7 +43,7 @@ class ScoreRun(ScoreDocument):
     predictor: str  # fingerprint of the predictor and its weights
     source: str  # fingerprint of the embeddings
     n_in: Count  # number of rows of the embeddings
-    # number of rows to score: those that are usable and, for pairs, fill a whole pool
+    # number of rows to score: the usable rows and, for pairs, only those in whole pools
     n_candidate: Count
     # number of rows in a part: whole pools, or whole batches of scoring
     rows_per_part: int = Field(ge=1)
@@ -287,7 +287,8 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
     The histograms are checked against the receipt of the part.
     """
-    path = Vouched(root, [receipt])(receipt.part.histogram)
+    files = Vouched(root, [receipt])  # compares the bytes of a file with the receipt
+    path = files(receipt.part.histogram)
     table, metadata = read_table(path, ())
     histogram = _histogram_of(path, table, metadata)
     wrong_ood = np.zeros_like(histogram.wrong)
