@@ -28,7 +28,8 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         first, *_ = here
         return torch.device(first)
-    if name not in available and re.fullmatch("cuda:[0-9]{1,4}", name) is None:
+    is_numbered = re.fullmatch("cuda:[0-9]{1,4}", name) is not None
+    if name not in available and not is_numbered:
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
     kind, _, number = name.partition(":")
     is_here = available[kind]
@@ -80,8 +81,15 @@ def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Ite
 
 
 FILLING = {
-    *("uniform_", "normal_", "bernoulli_", "trunc_normal_", "orthogonal_"),
-    *("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
+    "uniform_",
+    "normal_",
+    "bernoulli_",
+    "trunc_normal_",
+    "orthogonal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
 }
 """Names of functions that fill their first argument, a tensor, with random numbers.
 

@@ -71,6 +71,7 @@ class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
 def _hook_warnings() -> Iterator[None]:
     """Ignore the warnings of quiet threads in the block."""
     filters = cast("list[object]", warnings.filters)
+    # the action, the message, the category, the module and the line; None and 0 match all
     ignore_any = ("ignore", None, _AnyOfQuietThread, None, 0)
     filters.insert(0, ignore_any)
     try:
@@ -81,7 +82,7 @@ def _hook_warnings() -> Iterator[None]:
 
 
 BELOW_ALL_HANDLERS = -1
-"""A level below that of every log handler. A record of this level is not shown."""
+"""A level below the levels of all log handlers. A record of this level is not shown."""
 
 
 @contextmanager
@@ -102,11 +103,11 @@ def _hook_logging() -> Iterator[None]:
 
     logging.setLogRecordFactory(make_silent)
     try:
-        # logging.info() in open_clip would add a handler to a root logger without handlers
+        # ``logging.info``, which open_clip calls, would add a handler to a root logger without any
         with setting(logging, basicConfig=configure_unless_quiet):
             yield
     finally:
-        # another thread may have set a factory meanwhile, which stays
+        # a factory that another thread has set meanwhile stays
         if logging.getLogRecordFactory() is make_silent:
             logging.setLogRecordFactory(make)
 
@@ -129,7 +130,7 @@ def _hook_transformers_bars() -> Iterator[None]:
             return previous(make, args, options)
         return make(*args, **options)
 
-    previous = bars.set_tqdm_hook(make_bar)
+    previous = bars.set_tqdm_hook(make_bar)  # the hook that was set before, which make_bar calls
     try:
         yield
     finally:
@@ -200,7 +201,8 @@ def hub_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urlsplit(constants.ENDPOINT)
-    if {endpoint.scheme, "all"} & urllib.request.getproxies().keys():
+    schemes_with_proxy = urllib.request.getproxies().keys()
+    if {endpoint.scheme, "all"} & schemes_with_proxy:
         return True  # the connection behind a proxy cannot be tested
     usual_port = 443 if endpoint.scheme == "https" else 80
     address = (endpoint.hostname, endpoint.port or usual_port)

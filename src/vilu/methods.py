@@ -2,9 +2,9 @@
 
 The names come from the catalogue of methods, which also has those of installed distributions and
 those that were registered. A class is imported when it is first used, and ``dir(vilu.methods)``
-imports none. If two classes have one name, the class of vilu is taken.
+imports none. If two classes have the same name, the class of vilu is taken.
 
-For a type checker every name of this module is ``Any``, since the catalogue is only known at run
+For a type checker every name of this module is ``Any``, because the catalogue is only known at run
 time. The classes that ``vilu`` itself has, such as ``vilu.MCM``, have their types.
 
 Examples:
@@ -44,10 +44,10 @@ def _methods_by_class() -> dict[str, str]:
     """Name of every method by the name of its class, without importing the classes."""
     importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
     load_plugins()
-    places = dict(METHODS.offered)
+    places = dict(METHODS.offered)  # "module:class" by the name of the method
     for entry in entry_points(METHODS.group):
         places.setdefault(entry.name, entry.value)
-    methods: dict[str, str] = {}
+    methods: dict[str, str] = {}  # the first method that has a class name keeps it
     for method, place in places.items():
         _, _, class_name = place.partition(":")
         methods.setdefault(class_name, method)

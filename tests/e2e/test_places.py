@@ -295,7 +295,7 @@ def test_a_missing_path_is_one_error_everywhere(words: str, here: Path) -> None:
 @pytest.mark.parametrize("more", [("--split", "train"), ("--root", ".")])
 def test_what_is_of_the_images_of_a_page_goes_with_them(more: tuple[str, str], here: Path) -> None:
     done = run("report", "s.parquet", "-o", "lone.html", *more, code=2)
-    assert "--split and --root need --images. Give it, too, or leave them out" in done.stderr
+    assert "--split and --root need --images. Give --images, too, or leave them out" in done.stderr
     assert not (here / "lone.html").exists()
 
 

@@ -55,7 +55,7 @@ def entry() -> None:
     second.
     """
     tune_process()
-    code = 1
+    code = 1  # stays 1 if ``main`` fails with a traceback
 
     def leave() -> None:
         logging.shutdown()
@@ -81,7 +81,7 @@ def main() -> None:
     sys.stdout = _open_stream(sys.stdout)
     sys.stderr = _open_stream(sys.stderr)
     signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _again
+    sys.unraisablehook = _send_signal_again
     with careful_output():
         code = _run()
         # the work is done, so a signal from now on ends the process without a message
@@ -91,7 +91,10 @@ def main() -> None:
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
-    """The stream, or a stream to nowhere if it is None (closed by the caller, as by ``2>&-``)."""
+    """The stream itself, or a stream to nowhere if it is None.
+
+    It is None if the caller closed it, as a shell does for ``2>&-``.
+    """
     if stream is not None:
         return stream
     return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
@@ -113,20 +116,20 @@ def _run() -> int:
         complain("error", str(error))
         return error.exit_code
     except OSError as error:
-        if error.filename is None:  # not about a file, so this is a bug
+        if error.filename is None:  # the error is not about a file, so it is a bug
             raise
         complain("error", f"the file system refused {error.filename}: {error.strerror}.")
         return StorageError.exit_code
 
 
-def _again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
+def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
     """Send a signal again if its exception was lost in code that cannot raise exceptions.
 
-    Such code is, for example, a destructor or a callback of C code. Any other lost exception is
-    reported as Python does by default.
+    Such code is, for example, a destructor or a callback of C code. Python reports any other lost
+    exception as it does by default.
     """
-    signals = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
-    number = signals.get(failure.exc_type)
+    signal_of_exception = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+    number = signal_of_exception.get(failure.exc_type)
     if number is None:
         sys.__unraisablehook__(failure)
     else:

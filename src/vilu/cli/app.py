@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -89,23 +89,26 @@ def common(
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command so that it prints a message when Ctrl-C or SIGTERM stops it.
+    """Wrap a command: check its input paths, and print a message when Ctrl-C or SIGTERM stops it.
 
-    The message says what the same command would do if it is run again.
+    The message says what the same command would do if it were run again.
     """
 
     @wraps(command)
-    def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
+    def run(**values: Any) -> None:  # noqa: ANN401 - arguments of the command
         name = name_of(command)
-        require_kinds(name, values, WANTED_BY.get(command.__name__, WANTED.get(name, {})))
+        wanted: Mapping[str, str] = WANTED.get(name, {})
+        if command.__name__ in WANTED_BY:  # a command of another package
+            wanted = WANTED_BY[command.__name__]
+        require_kinds(name, values, wanted)
         try:
             command(**values)
         except KeyboardInterrupt:
-            complain("stopped", _afterwards(command, values))
+            complain("stopped", _stop_message(command, values))
             raise
         except SystemExit as stop:
             if stop.code == TERMINATED:
-                complain("stopped", _afterwards(command, values))
+                complain("stopped", _stop_message(command, values))
             raise
 
     return run
@@ -116,14 +119,14 @@ def name_of(command: Callable[..., None]) -> str:
     return command.__name__.removesuffix("_").replace("_", "-")
 
 
-def _afterwards(command: Callable[..., None], values: dict[str, Any]) -> str:
+def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
     """Message of a stopped command: which results are kept, and what running it again would do."""
     name = name_of(command)
     output: Path | None = values.get("output")
-    goes_on = command.__name__ in RESUMABLE
+    is_resumed = command.__name__ in RESUMABLE
     if name == "score" and output is not None:
-        goes_on = not output.suffix  # no suffix: a folder, which is written in parts
-    if goes_on:
+        is_resumed = not output.suffix  # no suffix: a folder, which is written in parts
+    if is_resumed:
         return f"finished parts are in {output}; the same command goes on with the rest."
     if name == "serve":
         return (
@@ -156,6 +159,8 @@ ON_DATA = (
     labels,
     audit_labels,
 )
+"""The first commands of ``vilu --help``, in this order."""
+
 for command in ON_DATA:
     app.command(name_of(command))(with_stop_message(command))
 app.command("list")(list_catalogue)
@@ -165,7 +170,7 @@ app.add_typer(datasets, name="datasets")
 
 
 def refusing(error: UsageError) -> Callable[[], None]:
-    """A command that raises ``error``, for a command whose package cannot be imported."""
+    """Make a command that raises ``error``, in place of a command that cannot be imported."""
 
     def command() -> None:
         raise error
@@ -175,11 +180,12 @@ def refusing(error: UsageError) -> Callable[[], None]:
 
 
 def add_command_of(entry: EntryPoint) -> None:
-    """Add the command of another package, or a command that raises why it cannot be imported."""
+    """Add a command of another package; if its import fails, the command raises the error."""
     try:
         command = load_entry(entry, "command")
         app.command(entry.name)(with_stop_message(command))
     except UsageError as error:
+        # any arguments are accepted, because the command only raises the error
         settings = {"ignore_unknown_options": True, "allow_extra_args": True}
         app.command(entry.name, context_settings=settings)(refusing(error))
 

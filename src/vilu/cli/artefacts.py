@@ -1,4 +1,4 @@
-"""The checks of ``vilu inspect``; every artefact is checked like by the code that reads it."""
+"""The checks of ``vilu inspect``. Each artefact is checked as the code that reads it does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Artefact(NamedTuple):
     """An artefact that passed its check."""
 
     path: Path
-    what: str  # short description
+    what: str  # short description of the artefact
 
 
 def check(path: Path) -> Iterator[Artefact]:
@@ -44,12 +44,12 @@ def check(path: Path) -> Iterator[Artefact]:
         yield check_file(path)
         return
     if (path / PREDICTOR).is_file():
-        yield _predictor(path)
+        yield _check_predictor(path)
         return
     if (path / RUN).is_file():
-        yield _store(path) if is_store(path) else _scores(path)
+        yield _check_store(path) if is_store(path) else _check_scores(path)
         return
-    artefact = _of_plugins(path)
+    artefact = _recognised_by_plugin(path)
     if artefact is not None:
         yield artefact
         return
@@ -63,39 +63,42 @@ def check(path: Path) -> Iterator[Artefact]:
         yield check_file(file)
 
 
-def _of_plugins(path: Path) -> Artefact | None:
+def _recognised_by_plugin(path: Path) -> Artefact | None:
     """The artefact at a path if another package recognises it, or None."""
     for entry in entry_points("vilu.artefacts"):
-        artefact: Artefact | None = load_entry(entry, "artefact")(path)
+        recognise = load_entry(entry, "artefact")
+        artefact: Artefact | None = recognise(path)
         if artefact is not None:
             return artefact
     return None
 
 
 def is_store(path: Path) -> bool:
-    """Whether a folder is a store, by its ``run.json``."""
+    """Whether a folder is a store, complete or not, as its ``run.json`` says."""
     return StoreLedger.has_begun(path)
 
 
 def check_file(path: Path) -> Artefact:
     """Check a file of vilu, as the code that reads it does."""
     if path.suffix == ".json":
-        return _document(path)
+        return _check_document(path)
     if path.suffix == ".parquet":
-        return _table(path)
+        return _check_table(path)
     raise DataError(
         f"{path} cannot be checked by itself: only .json and .parquet files have a digest. Give "
         "its folder."
     )
 
 
-def _document(path: Path) -> Artefact:
+def _check_document(path: Path) -> Artefact:
+    """Check a JSON file."""
     kind = read_json(path, "Make it again").get("kind", "document")
     n_rows = len(ResultTable.load(path)) if kind == "results" else 0
-    return _with_rows(path, kind, n_rows)
+    return _described(path, kind, n_rows)
 
 
-def _table(path: Path) -> Artefact:
+def _check_table(path: Path) -> Artefact:
+    """Check a Parquet file."""
     table, metadata = read_table(path, ())
     kind = str(metadata.get("kind", "table of another program"))
     n_rows = len(table)
@@ -105,21 +108,24 @@ def _table(path: Path) -> Artefact:
         n_rows = len(Outcomes.load(path))
     elif kind == "results":
         n_rows = len(ResultTable.load(path))
-    return _with_rows(path, kind, n_rows)
+    return _described(path, kind, n_rows)
 
 
 def _check_state(path: Path, metadata: dict[str, object]) -> None:
+    """Raise DataError if the state of a monitor is not valid."""
     try:
         State.model_validate(metadata)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. Begin a new monitor.") from error
 
 
-def _with_rows(path: Path, kind: str, n_rows: int) -> Artefact:
+def _described(path: Path, kind: str, n_rows: int) -> Artefact:
+    """The artefact, described by its kind and, if it has rows, by their number."""
     return Artefact(path, f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind)
 
 
-def _predictor(path: Path) -> Artefact:
+def _check_predictor(path: Path) -> Artefact:
+    """Load a predictor and its calibration, if any, which checks both."""
     predictor = load_predictor(path)
     calibration = Calibration.find(path)
     state = "not calibrated"
@@ -128,7 +134,8 @@ def _predictor(path: Path) -> Artefact:
     return Artefact(path, f"predictor {predictor.label}, {state}")
 
 
-def _store(path: Path) -> Artefact:
+def _check_store(path: Path) -> Artefact:
+    """Read every byte of a store."""
     report = inspect_store(path, deep=True)
     require_sound(report, path)
     return Artefact(path, str(report))
@@ -142,7 +149,8 @@ def require_sound(report: StoreReport, path: Path) -> None:
         )
 
 
-def _scores(path: Path) -> Artefact:
+def _check_scores(path: Path) -> Artefact:
+    """Read every byte of a folder of scores."""
     folder = ScoreFolder(path)
     folder.verify()
     folder.tally()

@@ -44,6 +44,8 @@ FACTS = (
     "coop_template",
     "reference",
 )
+"""Fields of a data set that ``vilu datasets list --json`` prints."""
+
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -92,7 +94,7 @@ def check_known(
     rows = []
     for presence in presences:
         facts.append(presence.to_dict())
-        rows.append(_row(presence))
+        rows.append(_presence_in_brief(presence))
     print_result(facts, columns(rows, below=BELOW), as_json=as_json)
     not_whole = []
     for presence in presences:
@@ -108,6 +110,7 @@ def check_known(
 
 
 def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
+    """The cells of a data set in the table of ``vilu datasets list``."""
     classes = "captions"
     if entry.n_classes is not None:
         classes = str(entry.n_classes)
@@ -116,14 +119,15 @@ def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
         "name": entry.name,
         "classes": classes,
         "images": " ".join(images),
-        "download": _size(entry.n_bytes),
+        "download": _size_text(entry.n_bytes),
         "licence": entry.licence,
         "how": entry.how,
         "url": f"{entry.url}  {entry.reference}",
     }
 
 
-def _size(n_bytes: int | None) -> str:
+def _size_text(n_bytes: int | None) -> str:
+    """Text of a size, such as "4.2 GB"; "?" if the size is not known."""
     if n_bytes is None:
         return "?"
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
@@ -132,17 +136,18 @@ def _size(n_bytes: int | None) -> str:
     return f"{n_bytes / 1e3:.3g} kB"
 
 
-def _row(presence: Presence) -> dict[str, str]:
+def _presence_in_brief(presence: Presence) -> dict[str, str]:
+    """The cells of a data set in the table of ``vilu datasets check``."""
     problems = [presence.problem]
     missing: list[str] = []
     counts: list[str] = []
     for name, split in presence.splits.items():
         problems.append(split.problem)
         missing += split.missing
-        counts.append(f"{name} {_counts(split)}")
+        counts.append(f"{name} {_count_text(split)}")
     if missing:
         problems.append(f"missing: {', '.join(missing)}")
-    different = dict.fromkeys(problem for problem in problems if problem)
+    distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
     if presence.folder is not None:
         folder = str(presence.folder)
@@ -153,23 +158,27 @@ def _row(presence: Presence) -> dict[str, str]:
         "state": presence.state,
         "images": " ".join(counts) or "-",
         "folder": folder,
-        "archives": _by_state(presence.archives),
-        "trouble": " ".join(different),
+        "archives": _grouped_by_state(presence.archives),
+        "trouble": " ".join(distinct_problems),
         "to do": presence.advice,
     }
     return {key: printable(text) for key, text in row.items()}
 
 
-def _by_state(archives: Mapping[str, str]) -> str:
-    """The names of archives, grouped by their state."""
-    names: dict[str, list[str]] = {}
+def _grouped_by_state(archives: Mapping[str, str]) -> str:
+    """The names of archives, grouped by their state: "right: a.zip, b.zip; wrong: c.zip"."""
+    names_of_state: dict[str, list[str]] = {}
     for name, state in archives.items():
-        names.setdefault(state, []).append(name)
-    return "; ".join(f"{state}: {', '.join(of_state)}" for state, of_state in names.items())
+        names_of_state.setdefault(state, []).append(name)
+    groups = [f"{state}: {', '.join(names)}" for state, names in names_of_state.items()]
+    return "; ".join(groups)
 
 
-def _counts(split: Count) -> str:
-    """Number of found images / listed images, and the published number if it is different."""
+def _count_text(split: Count) -> str:
+    """Numbers of images, such as "90/100 (published 120)" for 90 found of 100 listed images.
+
+    The published number is left out if it is not known, or equal to the listed number.
+    """
     listed = split.listed
     if listed is None:
         listed = split.expected
@@ -231,7 +240,7 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     else:
         needs_labels = "images"  # it is fitted on images without labels
     classes = "any"
-    if cls.closed_set:
+    if cls.closed_set:  # the method only works on the classes that it was fitted on
         classes = "those of training"
     return {
         "name": name,
@@ -262,6 +271,7 @@ def _metrics() -> list[dict[str, Any]]:
 
 
 def _metric(name: str, metric: Metric) -> dict[str, Any]:
+    """The row of a metric; its cell "computed" says when the metric is computed."""
     better = "lower"
     if metric.higher_is_better:
         better = "higher"
@@ -269,7 +279,7 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
     if metric.of_probability:
         what = "probability"
     computed: str = metric.wanted
-    if metric.question != "failure":
+    if metric.question != "failure":  # it needs pictures of none of the classes
         computed = "with outside rows"
     return {
         "name": name,
@@ -332,6 +342,7 @@ def _backbones() -> list[dict[str, Any]]:
 
 
 def _installed_by(kind: BackboneKind) -> str:
+    """Extra of vilu that installs the packages of a backbone; "-" if no extra is needed."""
     if kind.extra == "":
         return "-"
     return f"vilu[{kind.extra}]"

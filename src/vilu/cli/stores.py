@@ -39,12 +39,12 @@ Features = Annotated[
 ]
 Labels = Annotated[
     Path | None,
-    path_option("The array target: an .npy file, or text with one label a line.", "FILE"),
+    path_option("The array target: an .npy file, or text with one label per line.", "FILE"),
 ]
 Answers = Annotated[
     Path | None,
     path_option(
-        "Answers of another model, for --answer given: an .npy file, or text with one a line.",
+        "Answers of another model, for --answer given: an .npy file, or text with one per line.",
         "FILE",
     ),
 ]
@@ -107,8 +107,9 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Prints the folder of the store. The values of target are row numbers of text, -1 if unknown, and
     -2 for none of the classes (or names of classes, "" if unknown). Rows are scaled to unit norm.
     Rows that are zero or not finite are unusable; if their share is more than --max-error-rate, the
-    exit code is 3. Nothing is unpickled, and at most one part is in memory. As the model is only
-    known in part, such stores are compared by width, logit scale and logit bias.
+    exit code is 3. Nothing is unpickled, and at most one part is in memory. Such
+    stores are compared by width, logit scale and logit bias, because little else is known of the
+    model.
     """
     from vilu.datasets.classes import read_classes
     from vilu.store.importing import import_arrays
@@ -117,7 +118,9 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if classes is not None:
         folders, names = read_classes(classes)
         if folders is not None:
-            raise UsageError(f"{classes} must have one name per line: arrays have no folders.")
+            raise UsageError(
+                f"{classes} must have one name per line, without folders, because arrays have none."
+            )
     given = {"logits": logits, "features": features, "target": labels, "answer": answers}
     files = {name: file for name, file in given.items() if file is not None}
     store = import_arrays(

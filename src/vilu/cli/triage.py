@@ -127,11 +127,12 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(summary.counts)
     next_step(summary.guarantee)
     if summary.n_asked:
-        table = console.shell(output / "next_labels.csv")
-        page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
+        to_fill_in = console.shell(output / "next_labels.csv")
+        on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
         next_step(
-            f"next: fill in the column label of {table} ({plural(summary.n_asked, 'photo')}; "
-            f"or label them on a page: {page}), then the same command with --labels {table}"
+            f"next: fill in the column label of {to_fill_in} ({plural(summary.n_asked, 'photo')}; "
+            f"or label them on a page: {on_a_page}), then the same command with --labels "
+            f"{to_fill_in}"
         )
 
 
@@ -258,21 +259,21 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.review import open_review
     from vilu.triage.review_files import write_review
 
-    tasks = open_review(source, which, n_most)
+    chosen = open_review(source, which, n_most)
     if photos is not None:
-        tasks = dataclasses.replace(tasks, photos=photos)
-    if not tasks.tasks:
+        chosen = dataclasses.replace(chosen, photos=photos)
+    if not chosen.tasks:
         raise UsageError(f"{source} has nothing to look at ({which}). Choose others with --which.")
     if serve:
-        _serve_review(tasks, output, port)
+        _serve_review(chosen, output, port)
         return
-    for path in write_review(tasks, to, output, prefix=prefix):
+    for path in write_review(chosen, to, output, prefix=prefix):
         typer.echo(path)
-    following = console.shell("vilu", "labels", "DONE", "-o", "labels.csv")
-    next_step(f"{plural(len(tasks.tasks), 'task')}; afterwards: {following}")
+    afterwards = console.shell("vilu", "labels", "DONE", "-o", "labels.csv")
+    next_step(f"{plural(len(chosen.tasks), 'task')}; afterwards: {afterwards}")
 
 
-def _serve_review(tasks: Review, output: Path, port: int) -> None:
+def _serve_review(chosen: Review, output: Path, port: int) -> None:
     """Show the photos on a page until the user stops it."""
     from vilu.artifacts.disk import locked, make_folder
     from vilu.triage.serve import ReviewSession, serve_page
@@ -282,7 +283,7 @@ def _serve_review(tasks: Review, output: Path, port: int) -> None:
 
     def announce(address: str) -> None:
         next_step(
-            f"{plural(len(tasks.tasks), 'photo')}; open this address, and stop with Ctrl-C "
+            f"{plural(len(chosen.tasks), 'photo')}; open this address, and stop with Ctrl-C "
             "when you are done"
         )
         typer.echo(address)
@@ -290,7 +291,7 @@ def _serve_review(tasks: Review, output: Path, port: int) -> None:
     doing = f"labelling into {output.name} in"
     lock = f".{output.name}.lock"
     with locked(make_folder(output.parent), doing, name=lock, who="review"):
-        session = ReviewSession(tasks, output)
+        session = ReviewSession(chosen, output)
         serve_page(session, port, announce)
     next_step(
         f"{plural(len(session.answers), 'answer')} in {output}; "
@@ -341,7 +342,7 @@ def audit_labels(
     ] = None,
     sheet: Annotated[
         Path | None,
-        Option(help="Also write a contact sheet of the worst and the best labels, .png."),
+        Option(help="Also draw the worst and the best labels: a .png, .svg or .webp file."),
     ] = None,
     split: ImagesSplit = None,
     root: ImagesRoot = None,
@@ -351,7 +352,9 @@ def audit_labels(
 
     Prints the file of the table.
     """
-    if (sheet is None) != (images is None):
+    has_sheet = sheet is not None
+    has_images = images is not None
+    if has_sheet != has_images:
         raise UsageError("--sheet needs --images, and --images needs --sheet. Give both or none.")
     if sheet is not None:
         _require_new_figure(sheet)

@@ -58,7 +58,7 @@ class CalibrationLike(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the guarantee. It is saved with scores that the calibration decides about."""
+        """Hash of the guarantee, which is saved with the scores that it decides about."""
 
     @property
     def has_rule(self) -> bool:
@@ -142,12 +142,12 @@ def score(
     cannot be scored are included, with the uncertainty NaN and one of these reasons:
 
     - "nonfinite" or "zero_norm": the embedding of the image cannot be used.
-    - "k<2": there is only one candidate.
-    - "short_pool": the last pairs are too few for a pool.
+    - "k<2": there are fewer than two candidates.
+    - "short_pool": the image-caption pairs that are left for the last pool do not fill it.
 
     If the predictor is calibrated, the outcomes also have probabilities of failure. With a
-    ``calibration`` they also have decisions. ``vilu.Calibration.load`` reads it from the folder of
-    the predictor.
+    ``calibration`` they also have decisions. ``vilu.Calibration.load`` reads the calibration from
+    the folder of the predictor.
 
     Warns:
         UserWarning: If rows of ``data`` were used to fit the predictor, so that metrics on these
@@ -210,13 +210,13 @@ def score_rows(
     scored: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """Outcomes of some rows, from one pass over those that can be scored.
+    """Outcomes of some rows, from one pass over the rows that can be scored.
 
     Args:
         predictor: The predictor.
         source: The embeddings.
         facts: Fields of the outcomes that describe their origin.
-        calibration: Makes the decisions; None: the outcomes have no decisions.
+        calibration: The calibration that decides; None: the outcomes have no decisions.
         rows: Indices (M,) of the rows in the source, all different; None: all rows.
         scored: Indices (S,) of the rows to score, in the order of scoring; None: all usable rows.
         task: Progress bar to advance; None: a new one.
@@ -228,7 +228,8 @@ def score_rows(
     bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
     with bar as progress:
         for batch, scores in predictor.scored(source, scored):
-            # the position in ``indices``, and so in the columns, of each row of the batch
+            # Find the position of each row of the batch in ``indices``. The row has the same
+            # position in the columns.
             sorted_positions = np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)
             positions = order[sorted_positions]
             columns.fill(positions, batch, scores)
@@ -239,8 +240,9 @@ def score_rows(
                     columns.fill_sets(positions, sets)
             progress.advance(len(positions))
     reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # Outcomes of a part (``rows`` is not None) have no column of reasons if all rows have a score.
-    has_reasons = rows is None or any(reasons)
+    # The column of reasons is left out in a part of the rows that all have a score.
+    is_part = rows is not None
+    has_reasons = not is_part or any(reasons)
     outcomes = Outcomes(
         uncertainty=columns.uncertainty,
         failure=columns.failure,
@@ -273,7 +275,7 @@ class _Columns:
     prediction: Ints
     zero_shot: Ints
     failure: Ints
-    ood: NDArray[np.bool_]  # whether the row is rather out of distribution than answered wrongly
+    ood: NDArray[np.bool_]  # whether "out of distribution" is likelier than "answered wrongly"
     has_one_candidate: NDArray[np.bool_]
     label_set: list[str | None]
 
@@ -329,7 +331,8 @@ def _check(
 ) -> None:
     """Refuse data without rows, and data that do not match the calibration.
 
-    Without a calibration, warn if a fitted predictor has other candidates than in its fit.
+    Without a calibration, warn if fitted probabilities are used for other candidates than in the
+    fit.
     """
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
@@ -402,20 +405,21 @@ def _reasons(
         return ["k<2"] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
     for position in np.flatnonzero(missing).tolist():
-        code = int(source.status[rows[position]])
+        status = int(source.status[rows[position]])
         if has_one_candidate[position]:
             reasons[position] = "k<2"
-        elif code == VALID:
+        elif status == VALID:  # the embedding is usable, so only the pool can be at fault
             reasons[position] = "short_pool"
         else:
-            reasons[position] = STATUS[code]
+            reasons[position] = STATUS[status]
     return reasons
 
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
-    """Identifiers of the rows with these indices; ``order`` sorts the indices.
+    """Identifiers of the rows with the indices ``rows``, which ``order`` sorts.
 
-    Identifiers are looked up in ascending order, because a store reads them part by part.
+    Identifiers are looked up in ascending order of the indices, because a store reads them part by
+    part.
     """
     if not len(rows):
         return []
@@ -451,10 +455,10 @@ def score_parts(
     The values are equal to those of ``vilu.score`` on the same machine. Each part has three files,
     each written atomically:
 
-    1. the outcomes of its rows, in Parquet (``Outcomes.load`` reads them; ``row_id`` is the index
-       of the row in the source),
-    2. the counts from which the whole folder is evaluated,
-    3. a receipt, which is written last.
+    1. The outcomes of its rows, in Parquet, which ``Outcomes.load`` reads. The column ``row_id``
+       has the index of each row in the source.
+    2. The counts from which the whole folder is evaluated.
+    3. A receipt, which is written last.
 
     If a run is interrupted, the next run makes the missing parts. The files in the folder are then
     the same as without an interruption.
@@ -466,8 +470,8 @@ def score_parts(
         predictor: The predictor that scores; or a ``vilu.Selective``, which also decides.
         source: The embeddings to score.
         folder: A new or empty folder, or the folder of the same run.
-        rows_per_part: Number of rows in a part, rounded to whole pools or batches. It has no effect
-            on the scores.
+        rows_per_part: Number of rows in a part, rounded to whole pools or batches. The scores do
+            not depend on this number.
         dataset: Name of the data set.
         split: Name of its split.
         overwrite: Whether to remove the scores of another run.
@@ -488,15 +492,14 @@ def score_parts(
 
     Examples:
         >>> import numpy as np, tempfile, vilu
-        >>> angle = np.linspace(0, np.pi / 2, 200)
-        >>> image = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        >>> text = np.eye(2)  # the model answers 1 if the angle is above pi / 4 = 0.79
-        >>> target = (angle > 1.1).astype(int)  # so it is wrong from 0.79 to 1.1
+        >>> text = np.eye(2)
+        >>> image = text[[0, 1] * 100]  # the model answers 0, 1, 0, 1, ...
+        >>> target = np.zeros(200, int)  # so every second answer is wrong
         >>> data = vilu.Embeddings(image, text, target=target)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     scores = vilu.score_parts(vilu.MCM(), data, folder)
         ...     print(scores.counts.n_scored, scores.counts.n_failures)
-        200 40
+        200 100
     """
     predictor, calibration = parts_of(predictor, calibration)
     ScoreLedger.check_place(Path(folder), overwrite=overwrite)
@@ -514,7 +517,7 @@ def score_parts(
         else:
             logger.info("%s is complete: there is nothing to do", folder)
         ledger.seal(ScoreManifest.of(ledger.run, ledger.receipts()))
-    return _opened(ledger.root, predictor, len(source))
+    return _open_and_warn(ledger.root, predictor, len(source))
 
 
 def _run_of(
@@ -567,8 +570,8 @@ def _score_missing(
             task.advance(len(part) - len(scored))
 
 
-def _opened(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
-    """Open the scores in a complete folder, and warn if some of their rows were used in the fit."""
+def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> ScoreFolder:
+    """Open a complete folder of scores, and warn if some of its rows were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
     is_whole = all(sketch.whole for sketch in predictor.seen_.values())
@@ -586,7 +589,7 @@ def _rounded_size(rows_per_part: int, pool_size: int | None) -> int:
 
 
 def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
-    """Indices of the rows to score, in the order of scoring, and of the rows without a score."""
+    """Two sets of indices: rows to score, in the order of scoring, and rows without a score."""
     scored = source.usable_rows
     if source.pool_size:
         n_pools = len(scored) // source.pool_size
@@ -611,9 +614,9 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 def source_fingerprint(source: EmbeddingSource) -> str:
     """Hash of a source: shape, labels, order, a sample of its rows, and the content of a store.
 
-    A hash of all embeddings would need a second pass over the data. The sample is 256 rows, evenly
-    spaced over the usable rows. The hash also includes the candidates of the first usable row or
-    pool, and the identifiers of the first and the last row of the sample.
+    Only a sample is hashed, because all embeddings would need a second pass over the data. The
+    sample is 256 rows, evenly spaced over the usable rows. The hash also includes the candidates of
+    the first usable row or pool, and the identifiers of the first and the last row of the sample.
     """
     rows = source.usable_rows
     stored = source.first if isinstance(source, TwoModels) else source

@@ -33,7 +33,7 @@ AGAIN = "Run the same `vilu score` again"
 class ScoreDocument(Document):
     """A JSON file of a folder of scores."""
 
-    again = AGAIN
+    again = AGAIN  # advice in messages about a damaged file
 
 
 class ScoreRun(ScoreDocument):
@@ -43,7 +43,7 @@ class ScoreRun(ScoreDocument):
     predictor: str  # fingerprint of the predictor and its weights
     source: str  # fingerprint of the embeddings
     n_in: Count  # number of rows of the embeddings
-    # number of rows to score: those that are usable and, for pairs, fill a whole pool
+    # number of rows to score: the usable rows and, for pairs, only those in whole pools
     n_candidate: Count
     # number of rows in a part: whole pools, or whole batches of scoring
     rows_per_part: int = Field(ge=1)
@@ -66,6 +66,7 @@ class ScoreRun(ScoreDocument):
         size = self.rows_per_part
         starts_scored = range(0, self.n_candidate, size)
         starts_unscored = range(self.n_candidate, self.n_in, size)
+        # a part ends where the next one starts, and the last part ends at the last row
         cuts = [*starts_scored, *starts_unscored, self.n_in]
         parts = []
         for number, (start, stop) in enumerate(pairwise(cuts)):
@@ -73,7 +74,7 @@ class ScoreRun(ScoreDocument):
         return parts
 
     def require_same(self, run: ScoreRun, path: Path) -> None:
-        """Refuse another run, with a message that names the fields that differ."""
+        """Raise ProvenanceError for another run; the message names the fields that differ."""
         before = self.model_dump(mode="json")
         now = run.model_dump(mode="json")
         differences = []
@@ -216,7 +217,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def stated_and_planned(
         self, part: ScorePart, receipt: ScoreReceipt
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """Part and number of rows: first as the receipt states them, then as the run planned."""
+        """The part and its number of rows, as the receipt states them and as the run planned."""
         return (receipt.part, receipt.counts.n_in), (part, len(part))
 
     def resume(self, *, overwrite: bool) -> None:
@@ -252,7 +253,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
 def read_run(root: Path) -> ScoreRun:
     """The description of the run in a folder of scores."""
-    # A store of embeddings also has a ``run.json``. So the kind is checked before the fields.
+    # The kind is checked before the fields, because a store of embeddings also has a ``run.json``.
     content = read_json(root / RUN, AGAIN, StorageError)
     if content.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
@@ -265,8 +266,8 @@ COLUMNS = ("bin", "correct", "wrong")
 def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
     """Parquet content of a histogram, with one row per occupied bin, ascending.
 
-    ``ood`` is the histogram of the rows that belong to none of the classes. If there are such rows,
-    the column ``outside`` states how many of the wrong answers in each bin they are.
+    ``ood`` is the histogram of the rows that belong to none of the classes. Every answer to such a
+    row is wrong. If there are such rows, the column ``outside`` has their number in each bin.
     """
     columns = {
         "bin": pa.array(histogram.bins),
@@ -286,7 +287,8 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
     The histograms are checked against the receipt of the part.
     """
-    path = Vouched(root, [receipt])(receipt.part.histogram)
+    files = Vouched(root, [receipt])  # compares the bytes of a file with the receipt
+    path = files(receipt.part.histogram)
     table, metadata = read_table(path, ())
     histogram = _histogram_of(path, table, metadata)
     wrong_ood = np.zeros_like(histogram.wrong)
@@ -301,7 +303,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     if in_file != in_receipt:
         raise _damaged(path, f"it has {in_file}, but its receipt states {in_receipt}")
     if not _has_valid_bins(histogram):
-        raise _damaged(path, "its bins are empty, not ascending, or do not fit to its ends")
+        raise _damaged(path, "its bins are empty, not ascending, or do not match its ends")
     return histogram, histogram.counted(np.zeros_like(histogram.correct), wrong_ood)
 
 
@@ -320,12 +322,13 @@ def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> H
     has_right_level = isinstance(level, int) and 0 <= level < 64
     if not (has_right_level and has_right_ends):
         raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
-    low, high = ends or (math.inf, -math.inf)
+    low, high = ends or (math.inf, -math.inf)  # as in ``Histogram.empty``
     bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
     return Histogram(bins, correct, wrong, level, low, high)
 
 
 def _are_two_numbers(ends: object) -> bool:
+    """Whether a value from a file is a list of two finite numbers."""
     if not isinstance(ends, list) or len(ends) != 2:
         return False
     return all(isinstance(end, float) and math.isfinite(end) for end in ends)
@@ -344,7 +347,8 @@ def _has_valid_bins(histogram: Histogram) -> bool:
         return False
     ends = np.array([histogram.low, histogram.high])
     bins_of_ends = codes(ends) >> histogram.level
-    return np.array_equal(bins_of_ends, bins[[0, -1]])
+    first_and_last_bin = bins[[0, -1]]
+    return np.array_equal(bins_of_ends, first_and_last_bin)
 
 
 def _damaged(path: Path, what: str) -> StorageError:
@@ -361,7 +365,7 @@ class EvaluableRows(NamedTuple):
 
 
 COMPARED = 2**24
-"""Number of picture identities that are compared at once. They take 128 MB."""
+"""About how many picture identities are compared at once. They take 128 MB."""
 
 
 class ScoreFolder(Reopened):
@@ -439,8 +443,8 @@ class ScoreFolder(Reopened):
     def tally(self) -> Tally:
         """The counts for ``vilu.evaluate``: histograms, or all rows if a picture is repeated.
 
-        To find repeated pictures, their identities are read, about ``COMPARED`` at a time. If there
-        are any, all rows are read. They take about 33 bytes per row.
+        The identities of the pictures are compared, about ``COMPARED`` at a time. Only if a picture
+        is repeated, all rows are read into memory. They take about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
@@ -459,8 +463,9 @@ class ScoreFolder(Reopened):
         """Whether two evaluable rows show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / COMPARED)
         for number in range(n_passes):
-            # equal identities have equal remainders, so they are compared in the same pass
-            pictures = [np.empty(0, np.int64)]
+            # Each pass compares the identities of one remainder. Equal identities have equal
+            # remainders, so they are compared in the same pass.
+            pictures = [np.empty(0, np.int64)]  # an array to begin with, if no part adds any
             for rows in self._evaluable_parts():
                 if rows.picture is not None:
                     is_in_pass = rows.picture % n_passes == number
@@ -535,6 +540,7 @@ class ScoreFolder(Reopened):
                 f"{AGAIN}."
             )
         first_part, *_ = parts
+        # ``vilu.score`` always returns reasons, so they are there even if no part has the column
         optional: dict[str, Any] = {"reason": [None] * len(order)}
         for name, type_name in OPTIONAL.items():
             column = _joined(parts, name, type_name, order)

@@ -295,12 +295,12 @@ def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
             [f, g] counts the rows of fold f with texts made without the folds f and g.
     """
     measured = changes.diagonal().movedim(-1, 0)  # (folds, mixes, 2, K), the entries with f = g
-    on_other_folds = changes.sum(dim=0) - measured
+    on_other_folds = changes.sum(dim=0) - measured  # entry g is the sum over all folds f but g
     saved_on_others, lost_on_others = on_other_folds.unbind(dim=2)  # (folds, mixes, K) each
     gains = saved_on_others - lost_on_others
     best_gain, best_mix = gains.max(dim=1, keepdim=True)  # (folds, 1, K) each
     at_best_mix = measured.take_along_dim(best_mix.unsqueeze(2), dim=1)  # (folds, 1, 2, K)
-    gains_anything = (best_gain > 0).unsqueeze(2)
+    gains_anything = (best_gain > 0).unsqueeze(2)  # (folds, 1, 1, K)
     saved, lost = (at_best_mix * gains_anything).sum(dim=(0, 1))
     return saved, lost
 

@@ -232,6 +232,7 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
     with_hindsight = by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
     per_independent = scores.rows_per_independent
+    has_score = np.isfinite(outcomes.uncertainty)
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
@@ -242,8 +243,8 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
         "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), per_independent),
         "target": target,
         "reachable": float(with_hindsight.accepted[rows].mean()),
-        "n_unlabelled": int(np.count_nonzero(~rows & np.isfinite(outcomes.uncertainty))),
-        "n_unusable": int(np.count_nonzero(~np.isfinite(outcomes.uncertainty))),
+        "n_unlabelled": int(np.count_nonzero(has_score & ~rows)),
+        "n_unusable": int(np.count_nonzero(~has_score)),
     }
 
 

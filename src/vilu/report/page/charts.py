@@ -287,6 +287,8 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
         return None
     curves = [roc_curve_points(*known(of_method)) for of_method in methods]
     accepted = choice.accepted[main.evaluable]
+    wrong_accepted = float(accepted[failure == 1].mean())
+    right_accepted = float(accepted[failure == 0].mean())
     return Chart(
         key="roc",
         title="Right and wrong answers told apart (ROC)",
@@ -297,7 +299,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
         x=Axis("wrong answers accepted, %", "wrong accepted", low=0.0, high=1.0),
         y=Axis("right answers accepted, %", "right accepted", low=0.0, high=1.0),
         lines=_thin_lines(methods, curves),
-        marker=(float(accepted[failure == 1].mean()), float(accepted[failure == 0].mean())),
+        marker=(wrong_accepted, right_accepted),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
     )
 
