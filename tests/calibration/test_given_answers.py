@@ -20,7 +20,7 @@ def rows(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def embeddings(image: np.ndarray, target: np.ndarray, answer: np.ndarray) -> vilu.Embeddings:
-    return vilu.Embeddings(image, np.eye(5, 20), target, columns={"answer": answer})
+    return vilu.Embeddings(image, np.eye(5, 20), target=target, columns={"answer": answer})
 
 
 def calibrated(fit: vilu.Embeddings, calibration: vilu.Embeddings) -> vilu.Selective:
