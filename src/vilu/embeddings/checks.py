@@ -178,7 +178,7 @@ class Norms:
 
 
 def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Normalise rows; return them (N, D), their status codes (N,), and the norms they had before."""
+    """Normalise rows; return them (N, D), their status codes (N,), and their previous norms."""
     status, norms = row_status(rows)
     usable = torch.from_numpy(status == VALID)
     has_other_norm = usable & ((norms - 1).abs() > NORM_TOLERANCE)
