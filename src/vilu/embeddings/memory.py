@@ -196,8 +196,8 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
-        pool_size: Number of pairs of a pool, or ``Pools`` for all choices. With a number, pools are
-            consecutive rows.
+        pool_size: Number of pairs of a pool, or ``Pools`` for all choices. If it is a number, a
+            pool consists of consecutive rows.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.

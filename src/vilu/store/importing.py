@@ -115,10 +115,8 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         output: Folder of the store.
         files: Files of arrays, by the names above. A file is ``.npy``, or text (``.txt``, ``.csv``)
             with one entry per line and no header.
-        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP). None: it is in the array of
-            this name.
-        logit_bias: Added to every logit (0 except for SigLIP). None: it is in the array of this
-            name.
+        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP). None: the array is used.
+        logit_bias: Added to every logit (0 except for SigLIP). None: the array is used.
         keys: Names of arrays in the source that differ from the names above. For example,
             {"image": "embeddings"} reads ``image`` from the array "embeddings".
         class_names: K names, instead of the array ``class_names``.
@@ -139,8 +137,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         UsageError: If an argument is invalid, if the scale or the bias is neither an argument nor
             in the source, or if ``output`` holds something else than a store.
         ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
-        DataError: If an array is missing, damaged, of Python objects, or does not fit the other
-            arrays.
+        DataError: If an array is missing, damaged, of Python objects, or does not fit the rest.
         StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process writes to ``output``.
 
@@ -196,7 +193,7 @@ class SourceArrays:
     """
 
     arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``NAMES``
-    target: NDArray[np.int64]  # (N,) int64 label of each row, -1 if unknown, -2 if of no class
+    target: NDArray[np.int64]  # (N,) label of each row; -1 if unknown, -2 if of none of the classes
     names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
@@ -795,7 +792,7 @@ def _describe(
         "imported": imported.model_dump(),
         **settings,
     }
-    # ``where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
+    # ``where`` is a text such as "FILE.npz, array 'image'", or "FOLDER/image.npy"
     source_path, _, _ = content.rows_of.where.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
@@ -807,8 +804,8 @@ def _write_store(
 ) -> None:
     """Write the missing parts and seal the store."""
     with StoreLedger.claim(root):
-        classes = (content.text, content.class_columns)
-        run = begin(root, run, lambda: classes, overwrite=overwrite)
+        texts_and_columns = (content.text, content.class_columns)
+        run = begin(root, run, lambda: texts_and_columns, overwrite=overwrite)
         ledger = StoreLedger(root, run)
         missing, done = ledger.survey()
         if missing:

@@ -166,13 +166,13 @@ class Sealed(Reopened):
 
         Each part is read once. Without ``captions``, only the pictures are hashed.
         """
-        # order[bounds[p] : bounds[p + 1]] are the indices into ``rows`` of the rows in part p
+        # In ``order``, the rows of one part are neighbours: part p is from bounds[p] to bounds[p + 1].
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         parts_in_use = np.flatnonzero(np.diff(bounds))
         hashes = np.empty(len(rows), np.uint64)
         for number in parts_in_use.tolist():
-            in_part = order[bounds[number] : bounds[number + 1]]
+            in_part = order[bounds[number] : bounds[number + 1]]  # positions in ``rows``
             index_in_part = pa.array(rows[in_part] - self.rows.starts[number])
             hashes[in_part] = self._hashes(by, number, index_in_part, captions=captions)
         return hashes

@@ -270,7 +270,8 @@ class Experts(nn.Module):
         """Logits (B, M, K) of all experts, without a check of the candidates.
 
         The logits of the companions are wrong for candidates that are no training classes.
-        ``match`` is the result of ``match`` for the candidates. None: there are no companions.
+        ``match`` is the result of ``match`` for the candidates. It is None if there are no
+        training classes.
         """
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
@@ -313,10 +314,10 @@ class Experts(nn.Module):
 def _with_columns(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
     """Return a function that computes the columns ``index`` (K,) of ``residual``."""
 
-    def picked(batch: Batch) -> Tensor:
+    def columns_of_residual(batch: Batch) -> Tensor:
         return residual(batch)[:, index]
 
-    return picked
+    return columns_of_residual
 
 
 def pool(rows: Tensor, weights: Tensor) -> Tensor:
