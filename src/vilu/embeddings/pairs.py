@@ -468,8 +468,9 @@ class PseudoCaptions(PairSource):
 
         Returns their positions in ``index``, and their row numbers in the source.
         """
-        here = (self._source[index] == number).nonzero().squeeze(1)
-        return here, self._row[index[here]]
+        is_of_source = self._source[index] == number
+        positions = is_of_source.nonzero().squeeze(1)
+        return positions, self._row[index[positions]]
 
     def origin(self, row: int) -> tuple[int, int]:
         """The number of the source of a row, and the row number in that source."""

@@ -519,7 +519,8 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             ", ".join(unused),
         )
     for name, key in used.items():
-        # arrays of one number or text per row may have any size, because they may compress well
+        # Embeddings never compress very well, so such an array is refused. Arrays with one number
+        # or text per row may compress very well.
         if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
     opened = {name: arrays.open(key) for name, key in used.items()}

@@ -166,7 +166,7 @@ class Sealed(Reopened):
 
         Each part is read once. Without ``captions``, only the pictures are hashed.
         """
-        # In ``order``, the rows of one part are neighbours: part p is from bounds[p] to bounds[p + 1].
+        # In ``order``, rows of one part are neighbours: part p is at bounds[p] to bounds[p + 1].
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         parts_in_use = np.flatnonzero(np.diff(bounds))

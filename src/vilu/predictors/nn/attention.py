@@ -525,13 +525,14 @@ class Problem:
         """Minimise the objective by L-BFGS.
 
         Args:
-            weight: (N,) number of times that each held row counts; None: once.
+            weight: (N,) number of times that each held row counts. None: every row counts once.
             near: An attention that was fitted to most of the rows. If the rows are streamed, the
                 search begins at its solution.
         """
         shared, own = self._first_guess(near)
+        unknowns = [shared, own] if len(own) else [shared]
         optimizer = torch.optim.LBFGS(
-            [shared, own] if len(own) else [shared],
+            unknowns,
             max_iter=STEPS,
             history_size=10,
             tolerance_grad=1e-7,
