@@ -1,4 +1,4 @@
-"""Checks of arrays, names and identifiers that users give, and hashes of rows.
+"""Checks of the arrays, names and identifiers of users, and hashes of rows.
 
 Every check raises a DataError that says what is wrong.
 """
@@ -34,9 +34,18 @@ STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
 NORM_TOLERANCE = 1e-3
 """Tolerance of a unit norm. Rounding to float16 changes a unit norm by less."""
 SAFE_NORMS = (1e-15, 1e15)
-"""Range of float32 norms that are right. Outside it, a square may underflow or overflow."""
+"""Between these bounds, a norm that is computed in float32 is right.
+
+Otherwise a square may have underflowed or overflowed.
+"""
 SAFE_VALUES = (1e-30, 1e30)
-"""Range of the largest number of a row in which float32 keeps the direction of the row."""
+"""Float32 keeps the direction of a row whose largest number is between these bounds."""
+WHOLE = "iu"
+"""Kinds of NumPy's types for whole numbers."""
+REAL = "fiu"
+"""Kinds of NumPy's types for real numbers."""
+TEXTS = "UTO"
+"""Kinds of NumPy's types that can hold texts: of fixed length, of any length, and objects."""
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
@@ -73,52 +82,57 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> 
     or zero.
     """
     array = as_array(values, name)
-    if array.dtype.kind not in "fiu":
+    if array.dtype.kind not in REAL:
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
     is_wide = array.dtype.kind == "f" and array.dtype.itemsize > 4
     if scaled and is_wide:
-        array = _within_float32(array, name)
+        array = _scale_into_float32(array, name)
     with np.errstate(over="ignore"):
         return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
-def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """The rows (N, D); rows whose numbers float32 cannot hold are scaled.
+def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Scale those rows of an array (N, D) whose numbers float32 cannot hold.
 
     Scaling keeps the direction of a row.
     """
+    # largest absolute number of each row
     largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
-    is_safe = (largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1])
-    is_beyond = np.isfinite(largest) & (largest > 0) & ~is_safe
-    if not is_beyond.any():
+    smallest_safe, largest_safe = SAFE_VALUES
+    is_safe = (largest > smallest_safe) & (largest < largest_safe)
+    has_direction = np.isfinite(largest) & (largest > 0)
+    is_scaled = has_direction & ~is_safe
+    if not is_scaled.any():
         return array
-    low = largest[is_beyond].min()
-    high = largest[is_beyond].max()
+    low = largest[is_scaled].min()
+    high = largest[is_scaled].max()
     warn_caller(
-        f"{np.count_nonzero(is_beyond)} of {len(array)} {name} rows hold numbers that float32 "
+        f"{np.count_nonzero(is_scaled)} of {len(array)} {name} rows hold numbers that float32 "
         f"cannot hold (largest numbers {low:.3g} to {high:.3g}). These rows were scaled, which "
         "changes no cosine."
     )
     # A row is scaled by the power of two that brings its largest number into [1/2, 1). A power of
     # two changes the exponent only, so no digit is lost.
-    _, exponents = np.frexp(largest[is_beyond])
+    _, exponents = np.frexp(largest[is_scaled])
+    exponent_column = exponents[:, None]
     array = array.copy()
-    array[is_beyond] = np.ldexp(array[is_beyond], -exponents[:, None])
+    array[is_scaled] = np.ldexp(array[is_scaled], -exponent_column)
     return array
 
 
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
     """Status codes (N,) and norms (N,) of the rows of a float32 matrix (N, D).
 
-    The norms of rows of very small or very large numbers are right, too.
+    The norms of rows with very small or very large numbers are right, too.
     """
     norms = torch.linalg.vector_norm(rows, dim=1)
-    is_safe = (norms > SAFE_NORMS[0]) & (norms < SAFE_NORMS[1])
-    unsafe = ~is_safe  # includes rows with NaN
+    smallest_safe, largest_safe = SAFE_NORMS
+    is_safe = (norms > smallest_safe) & (norms < largest_safe)
+    unsafe = ~is_safe  # NaN is unsafe, too, because comparisons with it are false
     if bool(unsafe.any()):
-        # A square may underflow or overflow in float32, but not in float64.
+        # In float32 a square may underflow or overflow. In float64 it cannot.
         norms = norms.double()
         norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
@@ -128,9 +142,9 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Rows (N, D) float32 of unit norm, and their status codes (N,).
+    """Normalise rows, and return them as (N, D) float32 with their status codes (N,).
 
-    Rows that already have unit norm are not changed. A warning reports rows that were changed.
+    Rows that already have unit norm are not changed. If rows are changed, a warning is given.
     """
     rows, status, norms = normalised(as_matrix(values, name))
     norms.warn(name)
@@ -155,7 +169,7 @@ class Norms:
         )
 
     def warn(self, name: str) -> None:
-        """Warn that rows were normalised, if there are any."""
+        """Warn if rows were normalised."""
         if self.n_changed:
             warn_caller(
                 f"{self.n_changed} of {self.n_rows} {name} rows are not of unit norm "
@@ -164,7 +178,7 @@ class Norms:
 
 
 def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Rows (N, D) of unit norm, their status codes (N,), and their norms before."""
+    """Normalise rows; return them (N, D), their status codes (N,), and their previous norms."""
     status, norms = row_status(rows)
     usable = torch.from_numpy(status == VALID)
     has_other_norm = usable & ((norms - 1).abs() > NORM_TOLERANCE)
@@ -172,14 +186,16 @@ def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
         return rows, status, Norms(len(rows))
     low = norms[usable].min().item()
     high = norms[usable].max().item()
-    unit = (rows / norms[:, None]).float()
-    # rows that already have unit norm are not changed
-    unit = torch.where(has_other_norm[:, None], unit, rows)
+    norm_column = norms[:, None]
+    unit = (rows / norm_column).float()
+    # rows that already have unit norm, and rows that are not usable, are not changed
+    is_changed_column = has_other_norm[:, None]
+    unit = torch.where(is_changed_column, unit, rows)
     return unit, status, Norms(len(rows), int(has_other_norm.sum()), low, high)
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """Rows (N, D) of unit norm.
+    """Normalise rows (N, D), all of which must be usable.
 
     Raises:
         DataError: If there is no row, or if a row is not usable.
@@ -187,11 +203,12 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
     rows, status = unit_rows(values, name)
     if not len(rows):
         raise DataError(f"{name} must have at least one row. Got none.")
-    if status.any():
-        first = int(np.flatnonzero(status)[0])
+    bad_rows = np.flatnonzero(status)
+    if len(bad_rows):
+        first = int(bad_rows[0])
         raise DataError(
             f"every {name} row must be finite and of non-zero norm. "
-            f"Got {np.count_nonzero(status)} bad rows of {len(rows)}, "
+            f"Got {len(bad_rows)} bad rows of {len(rows)}, "
             f"first row {first} ({STATUS[status[first]]})."
         )
     return rows
@@ -203,14 +220,14 @@ def check_targets(
     n_candidates: int,
     class_names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Targets (N,) int64 from -1 to K - 1, and a mask (N,) of rows of none of the classes.
+    """Check targets; return them (N,) as int64, and a mask (N,) of rows of none of the classes.
 
-    ``values`` are numbers or names of candidates. A row of none of the classes has the number -2 or
-    the name "(outside)"; its returned target is -1. An unknown target has the number -1 or the name
-    "". If ``values`` is None, all targets are unknown.
+    ``values`` are indices or names of candidates. An unknown target is -1 or "". A row of none of
+    the classes has the target -2 or "(outside)". The returned target of such a row is -1, so the
+    returned targets are from -1 to K - 1. If ``values`` is None, all targets are unknown.
     """
     if values is None:
-        unknown = torch.full((n_rows,), -1, dtype=torch.int64)
+        unknown = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)
         return unknown, torch.zeros(n_rows, dtype=torch.bool)
     array = as_array(values, "target")
     if array.shape != (n_rows,):
@@ -220,25 +237,25 @@ def check_targets(
     names = _texts_in(array)
     if names is not None:
         no_class = {"": UNKNOWN, OUTSIDE_NAME: OUTSIDE}
-        array = _numbers_of(names, "target", class_names, no_class)
-    if array.size and array.dtype.kind not in "iu":
+        array = _indices_of_names(names, "target", class_names, no_class)
+    if array.size and array.dtype.kind not in WHOLE:
         raise DataError(
             "target must hold whole numbers (rows of text), or names of classes. "
             f"Got dtype {array.dtype} instead."
         )
-    if array.size and (array.min() < -2 or array.max() >= n_candidates):
+    if array.size and (array.min() < OUTSIDE or array.max() >= n_candidates):
         raise DataError(
             f"target must be a row of text, 0 to {n_candidates - 1}, -1 where unknown, or -2 for "
             f"none of them. Got values from {array.min()} to {array.max()} instead."
         )
     target = torch.from_numpy(array.astype(np.int64))
-    return target.clamp(min=-1), target == -2
+    return target.clamp(min=UNKNOWN), target == OUTSIDE
 
 
 def check_answers(
     values: ArrayLike | Tensor, n_rows: int, class_names: Sequence[str] | None, n_candidates: int
 ) -> Tensor:
-    """Answers (N,) int64 from 0 to K - 1; ``values`` are numbers or names of candidates."""
+    """Check answers, which are indices or names of candidates; return their indices (N,) int64."""
     array = as_array(values, "answer")
     if array.shape != (n_rows,):
         raise DataError(
@@ -246,8 +263,8 @@ def check_answers(
         )
     names = _texts_in(array)
     if names is not None:
-        array = _numbers_of(names, "answer", class_names, no_class={})
-    if array.size and array.dtype.kind not in "iu":
+        array = _indices_of_names(names, "answer", class_names, no_class={})
+    if array.size and array.dtype.kind not in WHOLE:
         raise DataError(
             "answer must hold rows of text, or names of candidates. "
             f"Got dtype {array.dtype} instead."
@@ -261,8 +278,8 @@ def check_answers(
 
 
 def _texts_in(array: NDArray[np.generic]) -> list[str] | None:
-    """The texts (N,) of an array; None if it holds anything else. A missing text is ""."""
-    if not array.size or array.dtype.kind not in "UTO":
+    """The texts (N,) in an array. A missing text is "". None: the array does not hold texts."""
+    if not array.size or array.dtype.kind not in TEXTS:
         return None
     values = ["" if value is None else value for value in array.tolist()]
     if not all(isinstance(value, str) for value in values):
@@ -270,7 +287,7 @@ def _texts_in(array: NDArray[np.generic]) -> list[str] | None:
     return values
 
 
-def _numbers_of(
+def _indices_of_names(
     names: Sequence[str],
     argument: str,
     class_names: Sequence[str] | None,
@@ -278,35 +295,36 @@ def _numbers_of(
 ) -> NDArray[np.generic]:
     """Indices (N,) int64 of the candidates that have the names (N,).
 
-    ``no_class`` has the numbers of names that are no candidate, but allowed.
+    ``no_class`` has the numbers of further allowed names, which are no candidates.
     """
     if class_names is None:
         raise DataError(
             f"{argument} holds names, and the candidates have none: give class_names too."
         )
-    number = dict(no_class)
-    number.update({name: row for row, name in enumerate(class_names)})
-    unknown = sorted({name for name in names if name not in number})
+    index_of = dict(no_class)
+    index_of.update({name: index for index, name in enumerate(class_names)})
+    unknown = sorted({name for name in names if name not in index_of})
     if unknown:
         listed = ", ".join(map(repr, unknown[:5]))
         raise DataError(
             f"{argument} must hold names of the {len(class_names)} candidates. Got {listed} too."
             f"{nearest(unknown[0], class_names)} {_REMEDY[argument]}"
         )
-    return np.array([number[name] for name in names], np.int64)
+    return np.array([index_of[name] for name in names], np.int64)
 
 
 _REMEDY = {
     "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
     "answer": ("Such an answer cannot be judged. Add the candidate, or leave these rows out."),
 }
-"""What to do about a name that is no candidate, by the argument."""
+"""What a user can do if a name is no candidate, for each argument that holds names."""
 
 
 def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
-    """``values`` (M,) as int64; they must be whole numbers from 0 to n - 1."""
+    """Check indices (M,), which must be whole numbers from 0 to n - 1; return them as int64."""
     array = as_array(values, name)
-    is_whole = array.dtype.kind in "iu" or array.size == 0  # numpy makes an empty list float64
+    # an empty list becomes a float64 array, and is accepted
+    is_whole = array.dtype.kind in WHOLE or array.size == 0
     if array.ndim != 1 or not is_whole:
         raise DataError(
             f"{name} must be a vector of whole numbers. "
@@ -320,7 +338,7 @@ def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """The K class names as a tuple; no name may be blank.
+    """Check the K class names, none of which may be blank; return them as a tuple.
 
     Classes with the same text may have the same name (``source.first_same``).
     """
@@ -339,7 +357,7 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
 
 
 def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
-    """The N row identifiers; by default they are the row numbers."""
+    """Check the number of row identifiers; by default the row numbers are the identifiers."""
     if ids is None:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
@@ -352,17 +370,17 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """Identifiers of ``n_rows`` rows; each identifier is made when it is needed."""
+    """A sequence of row identifiers, each of which is made only when it is needed."""
 
     def __init__(self, n_rows: int) -> None:
         self._n_rows = n_rows
 
     @abstractmethod
     def _of(self, row: int) -> str:
-        """The identifier of a row.
+        """The identifier of a row. Subclasses override this method.
 
-        Subclasses override this method. A bound method in an attribute would be a reference cycle,
-        which would keep files open until the garbage collector runs.
+        A function in an attribute would also be possible. But a bound method of the source would
+        make a reference cycle, and files would stay open until the garbage collector runs.
         """
 
     def __len__(self) -> int:
@@ -379,6 +397,7 @@ class Identifiers(Sequence[str]):
         return self._of(rows)
 
     def _several(self, rows: range) -> list[str]:
+        """The identifiers of several rows."""
         return [self._of(row) for row in rows]
 
 
@@ -403,10 +422,11 @@ Identity = Literal["pictures", "embeddings", "names"]
 """
 
 HASH_BYTES = 8
+"""Number of bytes of a hash."""
 
 
 def hash_of_each(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
-    """First 8 bytes (N,) of the BLAKE2b hash of each item."""
+    """BLAKE2b hash of 8 bytes (N,) of each item."""
     digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
@@ -419,9 +439,10 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
     """Hashes (N,) of float rows (N, D), which are rounded to float16 first.
 
-    So the hashes of rows that were stored in float16 and in float32 are the same.
+    Because of the rounding, a row that was stored in float32 has the same hash as in float16.
     """
     rounded = rows.half() + 0  # adding 0 turns -0 into 0
     content = memoryview(rounded.numpy().astype("<f2").tobytes())
-    width = 2 * rows.shape[1]
-    return hash_of_each(content[start : start + width] for start in range(0, len(content), width))
+    row_bytes = 2 * rows.shape[1]  # a number in float16 has 2 bytes
+    starts = range(0, len(content), row_bytes)
+    return hash_of_each(content[start : start + row_bytes] for start in starts)

@@ -1,4 +1,4 @@
-"""Checks of columns that users give. ``vilu.embeddings.columns`` defines the columns."""
+"""Checks of the columns of users, which ``vilu.embeddings.columns`` defines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vilu.embeddings.columns import (
     COLUMNS,
     IMAGE_COLUMNS,
     MODEL_COLUMNS,
-    TEXT_COLUMNS,
     UNIT_NORM,
 )
 from vilu.errors import DataError, UsageError
@@ -41,7 +40,7 @@ def check_columns(
             tensor = as_matrix(rows, name, scaled=False)
         else:
             _require_width(name, rows.shape[1], width)
-            if name in IMAGE_COLUMNS:  # a row of an image may be unusable, other rows may not
+            if name in IMAGE_COLUMNS:  # the view of an image may have norm zero
                 tensor, _ = unit_rows(rows, name)
             else:
                 tensor = require_usable(rows, name)
@@ -56,17 +55,14 @@ def check_columns(
 def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int) -> None:
     """Refuse a column with a wrong number of dimensions, or a wrong number of entries."""
     n_dims, meaning = COLUMNS[name]
-    expected: int | str = "one or more"
-    if name in IMAGE_COLUMNS:
-        expected = n_rows
-    elif name in TEXT_COLUMNS:
-        expected = n_texts
-    fits = len(shape) == n_dims and all(shape[1:])
-    if fits and name in MODEL_COLUMNS:
-        fits = shape[0] > 0
-    elif fits:
-        fits = shape[0] == expected
-    if not fits:
+    n_entries = shape[0] if shape else 0
+    expected: int | str = n_rows if name in IMAGE_COLUMNS else n_texts
+    has_entries = n_entries == expected
+    if name in MODEL_COLUMNS:
+        expected = "one or more"
+        has_entries = n_entries > 0
+    has_dims = len(shape) == n_dims and all(shape[1:])
+    if not (has_dims and has_entries):
         raise DataError(
             f"column {name!r} must be {meaning}, with {expected} entries. "
             f"Got shape {shape} instead."
@@ -74,7 +70,7 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
 
 
 def _require_width(name: str, actual: int, width: int | None) -> None:
-    """Refuse a column whose width is not that of the embeddings, if the latter is known."""
+    """Refuse a column of another width than the embeddings have, if their width is known."""
     if width and actual != width:
         raise DataError(
             f"column {name!r} must be of the width of the embeddings, {width}. Got {actual}."

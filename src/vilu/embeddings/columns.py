@@ -1,4 +1,4 @@
-"""Columns: data beside the embeddings that a source may contain, for methods that need more."""
+"""Columns: further data that a source may contain besides the embeddings, as some methods need."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ IMAGE_COLUMNS = {
 """Columns with one entry per image: number of dimensions, and meaning."""
 
 ANSWER = "answer"
-"""Column (N,) int64 of answers of another model, as rows of ``text``.
+"""Name of the column (N,) int64 of answers of another model, as indices of candidates.
 
-If it is there, these answers are judged in place of the zero-shot answers.
+If a source has this column, these answers are judged in place of the zero-shot answers.
 """
 
 AnswerKind = Literal["zero_shot", "adapted", "given"]
@@ -32,16 +32,17 @@ method, "given" the answer in the column "answer" of the data.
 """
 
 LOGITS = "logits"
-"""Column (N, K) float32 of logits that another classifier has given.
+"""Name of the column (N, K) float32 of logits that another classifier has computed.
 
-If it is there, the candidates have no embeddings, and these are the logits of the rows.
+If a source has this column, its candidates have no embeddings, and these are the logits of its
+rows.
 """
 
 OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS})
 """Names of all columns with one entry per row."""
 
 ANY_NORM = frozenset({"features", "second_image", LOGITS})
-"""Columns of images whose rows need not have unit norm."""
+"""Columns with one entry per image that are not normalised to unit norm."""
 
 TEXT_COLUMNS = {
     "text_features": (2, "(K, F) output of the VLM's text encoder before its projection"),
@@ -64,9 +65,10 @@ MODEL_COLUMNS = {
 """Columns of the model as a whole: number of dimensions, and meaning."""
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
+"""All columns except ``ANSWER`` and ``LOGITS``: number of dimensions, and meaning."""
 
 UNIT_NORM = frozenset({"views", "prompts", "negatives"})
-"""Columns whose rows have unit norm, because they are compared with the embeddings."""
+"""Columns that are normalised to unit norm, because they are compared with the embeddings."""
 
 SECOND = frozenset({"second_image", "second_text"})
 """Columns that come from a second source of the same rows (``vilu.embeddings.two_models``)."""
@@ -82,4 +84,4 @@ HOW = {
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"
     ),
 }
-"""Command or call that makes each column."""
+"""Command or call that makes each column. Messages print it between two backticks."""

@@ -1,4 +1,4 @@
-"""Near-duplicate pictures: a burst, frames of a film, one photo saved twice."""
+"""Groups of near-duplicate pictures, such as frames of a film, or one photo saved twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NEAR_COPY: Final = 0.98
 """Two pictures count as near copies if their cosine is at least this number.
 
 With embeddings of CLIP, 0 to 1 % of 3,000 separately taken photos (Oxford pets, food) have a
-neighbour at this cosine. Of frames of videos of 101 actions 4 % have one.
+neighbour at this cosine. Of the frames of videos of 101 actions, 4 % have such a neighbour.
 """
 
 
@@ -28,14 +28,13 @@ def near_copies(
 ) -> NDArray[np.int64]:
     """Group near copies: for every row the index (M,) of the first row of its group.
 
-    The indices count the ``rows`` (M,), from 0. Rows with equal numbers are one group, and
-    ``len(np.unique(...))`` is the number of groups.
+    An index is a position in ``rows`` (M,). Rows with the same index are one group.
 
     A row is compared with the first row of every group, in order. It joins the first group where
     the two rows are near copies. If there is no such group, the row starts a new group. So two rows
     of a group need not be near copies of each other (``first_alike``). For an image-caption pair
-    only the image is compared. The cosines are computed block by block; the M embeddings are in
-    memory.
+    only the image is compared. The cosines are computed block by block, but all M embeddings are
+    in memory.
 
     Args:
         source: Source of the rows.
@@ -46,18 +45,19 @@ def near_copies(
     Examples:
         >>> import numpy as np, vilu
         >>> from vilu.embeddings.copies import near_copies
-        >>> data = vilu.Embeddings(np.eye(3)[[0, 1, 0, 2]], np.eye(3))
-        >>> near_copies(data, np.arange(4)).tolist()
+        >>> image = np.eye(3)[[0, 1, 0, 2]]  # rows 0 and 2 are equal
+        >>> data = vilu.Embeddings(image, text=np.eye(3))
+        >>> near_copies(data, rows=np.arange(4)).tolist()
         [0, 1, 0, 3]
     """
-    if not source.has_vectors:  # nothing tells how alike two rows are
+    if not source.has_vectors:  # without vectors, no cosine can be computed: every row is a group
         return np.arange(len(rows))
     image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
     return first_alike(image, cosine, block_rows).numpy()
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:
-    """Image embeddings (B, D) of the rows ``index``; of a pair the embedding of its image."""
+    """Image embeddings (B, D) of the rows ``index``, also if a pair is searched by its caption."""
     if isinstance(source, PairSource):
         return source.picture_rows(index)
     return source.image_rows(index)

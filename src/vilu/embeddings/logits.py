@@ -1,4 +1,4 @@
-"""Rows with the logits of any classifier, whose candidates have no embeddings."""
+"""Rows that have the logits of any classifier, while the candidates have no embeddings."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ class LogitEmbeddings(EmbeddingSource):
     """Rows with K logits each, from any classifier, and optionally a vector of each row.
 
     The logits may be those of a ResNet, of a fine-tuned CLIP, of SigLIP with its bias, or the
-    decision function of scikit-learn. The answer of a row is the candidate of its largest logit;
-    the lowest index wins ties. Methods that look at the logits alone work. With ``features``,
-    methods also work that look at a vector of the row, such as ``vilu_plus``. Methods that need
+    decision function of scikit-learn. The answer of a row is the candidate with the largest logit,
+    the first of equal logits. Methods that use only logits can score these rows. With ``features``,
+    methods that use a vector of each row can score them, too (``vilu_plus``). Methods that need
     embeddings of the candidates refuse these rows.
 
     Args:
-        logits: (N, K) logits, numpy or torch, any float dtype. They are kept in float32 as they
-            are: nothing is normalised, and a bias stays. Where float32 would give two logits of a
-            row the same value, the answer remains the largest logit of the array.
-        features: (N, D) vectors of the rows, for example what the last layer of the classifier
-            takes. They are normalised to unit norm. None: the rows have no vector.
-        target: (N,) integer candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of
+        logits: (N, K) logits, numpy or torch, any float dtype. They are converted to float32 and
+            not normalised. Different logits of a row may be equal in float32. The answer is still
+            the candidate with the largest logit of the array.
+        features: (N, D) vectors of the rows, for example the inputs of the classifier's last layer.
+            They are normalised to unit norm. None: the rows have no vector.
+        target: (N,) indices of candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of
             none of the classes. None if no label is known.
         class_names: K different names.
         ids: N row identifiers; by default the row numbers. Without ``features`` rows can be
             recognised by their identifiers only.
         answer: (N,) answers to judge with ``answer="given"``: candidates, or their names.
 
-    A row with a logit that is not finite is kept, but marked in ``status``, as is a row whose
-    features have no direction. It is never used for training, and its uncertainty is NaN.
+    A row is not usable if one of its logits is not finite, or if its features have no direction. It
+    is marked in ``status``, it is never used for training, and its uncertainty is NaN.
 
     Raises:
         DataError: If shapes disagree, a target is no candidate, or two candidates have one name.
@@ -62,8 +62,10 @@ class LogitEmbeddings(EmbeddingSource):
         >>> logits = np.array([[3.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
         >>> data = vilu.Embeddings.from_logits(logits, target=[0, 1])
         >>> (batch,) = data.batches(8)
-        >>> batch.prediction.tolist(), batch.failure.tolist()
-        ([0, 0], [0, 1])
+        >>> batch.prediction.tolist()  # in the second row, the first of two equal logits
+        [0, 0]
+        >>> batch.failure.tolist()  # the second answer is wrong
+        [0, 1]
     """
 
     @checked
@@ -78,18 +80,18 @@ class LogitEmbeddings(EmbeddingSource):
         ids: Sequence[str] | None = None,
         answer: ArrayLike | Tensor | None = None,
     ) -> None:
-        values = float32_logits(logits)
-        n_rows, n_candidates = values.shape
+        rounded = float32_logits(logits)
+        n_rows, n_candidates = rounded.shape
         self.image, self.status = _vectors(features, n_rows)
-        is_broken = ~torch.isfinite(values).all(dim=1).numpy()
-        self.status[is_broken] = NONFINITE
+        is_finite = torch.isfinite(rounded).all(dim=1).numpy()
+        self.status[~is_finite] = NONFINITE
         self.space = logit_space(self.image.shape[1])
         self.text = no_texts(n_candidates, self.space)
         self.target, self.outside = check_targets(target, n_rows, n_candidates)
         self.class_names = check_class_names(class_names, n_candidates)
         require_different(self.class_names)
         self.ids = check_ids(ids, n_rows)
-        self._columns = {LOGITS: values}
+        self._columns = {LOGITS: rounded}
         if answer is not None:
             self._columns[ANSWER] = check_answers(answer, n_rows, self.class_names, n_candidates)
         self.columns = frozenset(self._columns)
@@ -99,15 +101,19 @@ class LogitEmbeddings(EmbeddingSource):
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> data = vilu.Embeddings.from_logits(np.eye(2), features=[[3.0, 4.0], [0.0, 1.0]])
-            >>> data.image_rows(torch.tensor([1])).tolist()
-            [[0.0, 1.0]]
+            >>> data = vilu.Embeddings.from_logits(np.eye(2), features=[[3.0, 0.0], [0.0, 1.0]])
+            >>> data.image_rows(torch.tensor([0])).tolist()  # (3, 0) was normalised
+            [[1.0, 0.0]]
         """
         return rows_at(self.image, index)
 
 
 def logit_space(width: int) -> EmbeddingSpace:
-    """The space of rows with given logits and vectors of this width, which nothing scales."""
+    """The space of rows that have logits. Its scale is 1, because logits need no scaling.
+
+    Args:
+        width: Width D of the vectors of the rows; 0 if they have none.
+    """
     return EmbeddingSpace(width, logit_scale=1.0)
 
 
@@ -117,22 +123,24 @@ def no_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
 
 
 def float32_logits(logits: ArrayLike | Tensor) -> Tensor:
-    """Logits (N, K) in float32, with the answer of every row that the given numbers have."""
-    given = as_array(logits, "logits")
-    rows = as_matrix(given, "logits", scaled=False)
-    if not len(rows):
-        return rows
-    answer = torch.from_numpy(given.argmax(axis=1))
-    is_rounded_away = (rows.argmax(dim=1) != answer) & torch.isfinite(rows).all(dim=1)
-    moved = is_rounded_away.nonzero().squeeze(1)
-    # The next number of float32 above the largest: two logits that were different had become equal.
-    above = torch.nextafter(rows[moved].amax(dim=1), torch.tensor(torch.inf))
-    rows[moved, answer[moved]] = above
-    return rows
+    """Convert logits (N, K) to float32 without a change of any row's answer."""
+    exact = as_array(logits, "logits")
+    rounded = as_matrix(exact, "logits", scaled=False)
+    if not len(rounded):
+        return rounded
+    answer = torch.from_numpy(exact.argmax(axis=1))
+    has_other_answer = rounded.argmax(dim=1) != answer
+    is_finite = torch.isfinite(rounded).all(dim=1)
+    affected = (has_other_answer & is_finite).nonzero().squeeze(1)
+    # In these rows, rounding made a second logit equal to the largest one. Therefore the logit of
+    # the answer becomes the next larger number of float32.
+    next_larger = torch.nextafter(rounded[affected].amax(dim=1), torch.tensor(torch.inf))
+    rounded[affected, answer[affected]] = next_larger
+    return rounded
 
 
 def require_different(names: Sequence[str] | None) -> None:
-    """Raise DataError if two candidates with logits of their own have one name."""
+    """Raise DataError if two candidates have the same name, because their logits may differ."""
     if names is None or len(set(names)) == len(names):
         return
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -144,7 +152,7 @@ def require_different(names: Sequence[str] | None) -> None:
 
 
 def _vectors(features: ArrayLike | Tensor | None, n_rows: int) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Unit vectors (N, D) of the rows and their status codes; (N, 0) if there are none."""
+    """Unit vectors (N, D) and status codes (N,) of the rows; vectors (N, 0) without features."""
     if features is None:
         return torch.zeros(n_rows, 0, dtype=torch.float32), np.full(n_rows, VALID, np.uint8)
     n_features = len(as_array(features, "features"))

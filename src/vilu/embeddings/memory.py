@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 
 class Embeddings(EmbeddingSource):
-    """Embeddings in memory, with K candidates shared by all rows.
+    """Image embeddings in memory, with K candidates that all rows share.
 
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
-        target: (N,) rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of none
-            of the classes. Or (N,) names in ``class_names``, "" where unknown, "(outside)" for
-            pictures of none of the classes. None if no label is known.
+        target: (N,) row numbers of ``text``, or names in ``class_names``. An unknown target is -1
+            or "". A picture of none of the classes has the target -2 (``vilu.OUTSIDE``) or
+            "(outside)". None if no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
@@ -50,15 +50,16 @@ class Embeddings(EmbeddingSource):
         space: Full identity of the space, if it is known. Then ``logit_scale`` and ``logit_bias``
             are taken from it.
         columns: Further data that some methods need, by name (``vilu.embeddings.columns``). The
-            column "answer" has N answers of another model: rows of ``text``, or names of classes.
+            column "answer" has N answers of another model: row numbers of ``text``, or names of
+            classes.
 
     All arrays are copied. Rows are normalised to unit norm, with a warning if they had another
-    norm. An image row with NaN, infinity or zero norm is kept, but marked in ``status``. It is
-    never used for training, and its uncertainty is NaN.
+    norm. An image row with NaN, infinity or zero norm is not usable. It is marked in ``status``, it
+    is never used for training, and its uncertainty is NaN.
 
-    Classes with exactly equal texts, or with equal names, are one answer. They are merged into
-    their first class, and a warning is logged. Then K, names and targets are those of the merged
-    candidates, and ``candidate_of`` has the candidate of every given class.
+    Classes with exactly equal texts, or with equal names, are one answer. They are merged into the
+    first of them, and a warning is logged. Then K, names and targets are those of the merged
+    candidates, and ``candidate_of`` has the candidate of every original class.
 
     Raises:
         DataError: If shapes disagree, a target is not a row of ``text`` or its name, a text row is
@@ -67,16 +68,18 @@ class Embeddings(EmbeddingSource):
     Examples:
         >>> import numpy as np, vilu
         >>> names = ["cat", "dog", "cup"]
-        >>> data = vilu.Embeddings(
-        ...     np.eye(3), np.eye(3), target=["cat", "dog", "dog"], class_names=names
-        ... )
-        >>> (batch,) = data.batches(8)
-        >>> [names[i] for i in batch.prediction], batch.failure.tolist()
-        (['cat', 'dog', 'cup'], [0, 0, 1])
+        >>> image = text = np.eye(3)  # image i is most similar to text i
+        >>> target = ["cat", "dog", "dog"]  # but image 2 is a dog
+        >>> data = vilu.Embeddings(image, text, target=target, class_names=names)
         >>> data
         Embeddings(n=3, K=3, D=3, labelled=3)
-        >>> data[1:].target.tolist(), data[data.target == 0].target.tolist(), data[[2, 0]]
-        ([1, 1], [0], Taken(n=2, K=3, D=3, labelled=2))
+        >>> (batch,) = data.batches(8)
+        >>> [names[i] for i in batch.prediction]
+        ['cat', 'dog', 'cup']
+        >>> batch.failure.tolist()  # the third answer is wrong
+        [0, 0, 1]
+        >>> data[1:].target.tolist()  # rows are selected by a slice, a mask or indices
+        [1, 1]
     """
 
     @checked
@@ -110,26 +113,28 @@ class Embeddings(EmbeddingSource):
             target, len(self.image), len(self.text), self.class_names
         )
         self.ids = check_ids(ids, len(self.image))
-        encoded = dict(columns or {})
-        answer = encoded.pop(ANSWER, None)
-        self._columns = check_columns(encoded, len(self.image), len(self.text), self.image.shape[1])
+        unchecked = dict(columns or {})
+        answer = unchecked.pop(ANSWER, None)
+        self._columns = check_columns(
+            unchecked, len(self.image), len(self.text), self.image.shape[1]
+        )
         if answer is not None:
             self._columns[ANSWER] = check_answers(
                 answer, len(self.image), self.class_names, len(self.text)
             )
         self.columns = frozenset(self._columns)
-        distinct = self._merge_same()
-        if distinct is not None:
+        class_of_candidate = self._merge_same()
+        if class_of_candidate is not None:
             for name in TEXT_COLUMNS:
                 if name in self._columns:
-                    self._columns[name] = self._columns[name][distinct]
+                    self._columns[name] = self._columns[name][class_of_candidate]
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Rows (B, D) of ``image``.
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> data = vilu.Embeddings(np.eye(3), np.eye(3)[:2])
+            >>> data = vilu.Embeddings(image=np.eye(3), text=np.eye(3)[:2])
             >>> data.image_rows(torch.tensor([2, 0])).tolist()
             [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
         """
@@ -153,7 +158,8 @@ class Embeddings(EmbeddingSource):
             >>> import vilu
             >>> logits = [[2.0, 0.0], [-1.0, 1.0]]
             >>> data = vilu.Embeddings.from_logits(logits, class_names=["cat", "dog"])
-            >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 / (1 + exp(2))
+            >>> # in both rows the logits differ by 2, so the uncertainty is 1 / (1 + exp(2))
+            >>> vilu.MCM().predict_uncertainty(data).round(2)
             array([0.12, 0.12])
         """
         from vilu.embeddings.logits import LogitEmbeddings
@@ -173,9 +179,10 @@ class Embeddings(EmbeddingSource):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=3)
-            >>> data.n_candidates, [batch.index.tolist() for batch in data.batches(3)]
-            (3, [[0, 1, 2], [3, 4, 5]])
+            >>> data = vilu.Embeddings.pairs(image=np.eye(6), text=np.eye(6), pool_size=3)
+            >>> # six pairs fill two pools: an image is matched against three captions
+            >>> [batch.index.tolist() for batch in data.batches(3)]
+            [[0, 1, 2], [3, 4, 5]]
         """
         return PairEmbeddings(image, text, pool_size, logit_scale)
 
@@ -183,14 +190,14 @@ class Embeddings(EmbeddingSource):
 class PairEmbeddings(PairSource):
     """Image-caption pairs in memory: each image is matched against the captions of its pool.
 
-    The last rows have no score if they do not fill a pool, since a short pool would be an easier
-    problem. An image with several captions is given in several rows, once with each caption.
+    The last rows have no score if they do not fill a pool, because a smaller pool would be an
+    easier problem. An image with several captions is in several rows, once with each caption.
 
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
-        pool_size: Number of pairs of a pool, or ``Pools`` for all choices. With a number, pools are
-            consecutive rows.
+        pool_size: Number of pairs of a pool, or ``Pools`` for all choices. If it is a number, a
+            pool consists of consecutive rows.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.
@@ -203,20 +210,29 @@ class PairEmbeddings(PairSource):
 
     Examples:
         >>> import numpy as np, torch, vilu
-        >>> data = vilu.PairEmbeddings(
-        ...     np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2
-        ... )  # two captions are swapped
+        >>> image = np.eye(4)
+        >>> text = np.eye(4)[[0, 1, 3, 2]]  # the last two captions are swapped
+        >>> data = vilu.PairEmbeddings(image, text, pool_size=2)
         >>> [batch.failure.tolist() for batch in data.batches(2)]
         [[0, 0], [1, 1]]
-        >>> several = vilu.PairEmbeddings(  # the first image has two captions: either is right
-        ...     np.eye(4)[[0, 0, 2, 3]], np.eye(4)[[1, 0, 2, 3]], pool_size=3
-        ... )
-        >>> (batch,) = several.batches(3)
-        >>> batch.prediction.tolist(), batch.failure.tolist(), several.status.tolist()
-        ([1, 1, 2], [0, 0, 0], [0, 0, 0, 3])
         >>> last = torch.tensor([3])
-        >>> data.picture_rows(last).tolist(), data.caption_rows(last).tolist()
-        ([[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]])
+        >>> data.picture_rows(last).tolist()
+        [[0.0, 0.0, 0.0, 1.0]]
+        >>> data.caption_rows(last).tolist()
+        [[0.0, 0.0, 1.0, 0.0]]
+
+        One image in two rows, with two captions:
+
+        >>> image = np.eye(4)[[0, 0, 2, 3]]
+        >>> text = np.eye(4)[[1, 0, 2, 3]]
+        >>> data = vilu.PairEmbeddings(image, text, pool_size=3)
+        >>> (batch,) = data.batches(3)
+        >>> batch.prediction.tolist()  # both rows find the second caption
+        [1, 1, 2]
+        >>> batch.failure.tolist()  # each caption of the image is right
+        [0, 0, 0]
+        >>> data.status.tolist()  # 3, "short_pool": the last row fills no pool
+        [0, 0, 0, 3]
     """
 
     @checked

@@ -1,4 +1,4 @@
-"""Image embeddings without labels, on the device where they lie."""
+"""Image embeddings without labels, on the device where they are."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from vilu.errors import UNKNOWN, DataError
 
 
 class NewImages(EmbeddingSource):
-    """Embeddings of new images, with K shared candidates, on the device of the images.
+    """Embeddings of new images on their device, with K candidates that all images share.
 
-    Nothing with one row per image and D or K columns leaves the device. A row without a usable
-    embedding is replaced by a candidate, so that a batch needs no choice of rows. Its status
-    says so.
+    Embeddings and logits of images do not leave the device. A row without a usable embedding is
+    marked in ``status``. In its place, batches have the embedding of a candidate, so that no row
+    has to be left out of a batch.
 
     Args:
-        image: (N, D) embeddings. Rows are normalised to unit norm.
+        image: (N, D) embeddings, which are normalised to unit norm.
         text: (K, D) candidates of unit norm, all different.
         space: Space of the embeddings.
         class_names: K names.
         columns: Columns of rows, of candidates and of the model (``vilu.embeddings.columns``).
         ids: N identifiers; by default the row numbers.
-        dtype: Number format to which the rows are rounded, as in a store; None: no rounding.
+        dtype: Number format to which the rows are rounded, as in a store. None: no rounding.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class NewImages(EmbeddingSource):
         self.space = space
         self.class_names = class_names
         self.text = text.to(self.device)
-        self.image, self._status = usable_rows(image, self.text[0])
+        any_candidate = self.text[0]
+        self.image, self._status = usable_rows(image, substitute=any_candidate)
         if dtype is not None:
             self.image = self.image.to(getattr(torch, dtype)).float()
         self._columns = {name: rows.to(self.device) for name, rows in (columns or {}).items()}
@@ -72,7 +73,7 @@ class NewImages(EmbeddingSource):
     def of_arrays(
         cls, image: ArrayLike | Tensor, text: ArrayLike | Tensor, space: EmbeddingSpace
     ) -> NewImages:
-        """The images (N, D) with candidates (K, D), which are checked.
+        """Check images (N, D) and candidates (K, D), and make a source of them.
 
         Raises:
             DataError: If a shape is wrong, a candidate is not usable, or two candidates are equal.
@@ -104,11 +105,14 @@ class NewImages(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """How rows are recognised. On another device they are not, since hashes need a copy."""
+        """Kinds of identity of the rows; none on another device than the CPU.
+
+        There, hashes would need a copy of the embeddings on the CPU.
+        """
         return super().identified_by if self.is_on_cpu else ()
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Identities (M,) of the pictures; -1, which is unknown, on another device than the CPU."""
+        """Identities (M,) of the pictures; -1 (unknown) on another device than the CPU."""
         if self.is_on_cpu:
             return super().picture_identities(rows)
         n_rows = len(self) if rows is None else len(rows)
@@ -125,15 +129,19 @@ class NewImages(EmbeddingSource):
         return super().column(name, index)
 
     def _rows_at(self, rows: Tensor, index: Tensor) -> Tensor:
-        # The index stays on the CPU: a slice of rows then needs no answer from the device.
+        """The rows (B, ...) at the indices ``index`` (B,) on the CPU.
+
+        On the CPU, indices can be compared without waiting for the device of the rows.
+        """
         are_consecutive = len(index) > 0 and bool((index.diff() == 1).all())
         if are_consecutive:
-            return rows[int(index[0]) : int(index[-1]) + 1]
+            start = int(index[0])
+            return rows[start : start + len(index)]
         return rows.index_select(0, index.to(self.device))
 
     @cached_property
     def _first_equal(self) -> Tensor:
-        """(K,) first candidate that equals each one: all candidates are different."""
+        """Index (K,) of every candidate itself, because all candidates are different."""
         return torch.arange(len(self.text), device=self.device)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
@@ -146,15 +154,16 @@ class NewImages(EmbeddingSource):
             logit_bias=self.space.logit_bias,
             columns={name: self.column(name, index) for name in columns},
         )
-        batch.__dict__["first_equal"] = self._first_equal  # not computed again for every batch
+        # set the cached property of the batch, so that it is not computed for every batch
+        batch.__dict__["first_equal"] = self._first_equal
         return batch
 
 
 def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
-    """Image embeddings (N, D) as a tensor on their device.
+    """Check image embeddings (N, D), and return them as a tensor on their device.
 
     Raises:
-        DataError: If they are no matrix of numbers of the width of the space.
+        DataError: If they are no matrix of real numbers, or have another width than the space.
     """
     if not isinstance(values, Tensor):
         values = as_matrix(values, "image")
@@ -174,24 +183,25 @@ def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
     """Refuse rows of another width than the space has."""
     if rows.shape[1] != space.embed_dim:
         raise DataError(
-            f"{name} must have rows of the width {space.embed_dim}, as the rows of the fit. Got "
-            f"{rows.shape[1]} instead."
+            f"{name} must have rows of the width {space.embed_dim}, as the rows of the fit have. "
+            f"Got {rows.shape[1]} instead."
         )
 
 
-def usable_rows(rows: Tensor, harmless: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, D) float32 of unit norm, and their status codes (N,), without leaving the device.
+def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalise rows (N, D) on their device; return them in float32, and their status codes (N,).
 
-    The rows are those of ``vilu.embeddings.checks.unit_rows``, but a row that is not usable is
-    replaced by the row ``harmless`` (D,), and nothing is reported.
+    The result is that of ``vilu.embeddings.checks.unit_rows``, except that a row that is not usable
+    is replaced by ``substitute`` (D,), and that no warning is given.
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
-    is_finite = torch.isfinite(largest)  # the largest of numbers with NaN is NaN
+    is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number of the row is NaN
     is_usable = is_finite & (largest > 0)
     plain = rows.float()
     norm = torch.linalg.vector_norm(plain, dim=1, keepdim=True)
-    is_safe = (norm > SAFE_NORMS[0]) & (norm < SAFE_NORMS[1])
-    # Divided by the largest number first, so that no square overflows or underflows.
+    smallest_safe, largest_safe = SAFE_NORMS
+    is_safe = (norm > smallest_safe) & (norm < largest_safe)
+    # division by the largest number first, so that no square overflows or underflows
     scaled = (rows / largest).float()
     unit_of_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     unit = torch.where(is_safe, plain / norm, unit_of_scaled)
@@ -199,4 +209,4 @@ def usable_rows(rows: Tensor, harmless: Tensor) -> tuple[Tensor, Tensor]:
     unit = torch.where(has_unit_norm, plain, unit)
     status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
     status = status.masked_fill(largest == 0, ZERO_NORM).masked_fill(~is_finite, NONFINITE)
-    return torch.where(is_usable, unit, harmless), status.squeeze(1)
+    return torch.where(is_usable, unit, substitute), status.squeeze(1)

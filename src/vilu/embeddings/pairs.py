@@ -25,43 +25,45 @@ from vilu.validation import checked, checked_fields, require_at_least, require_m
 Direction = Literal["image_to_text", "text_to_image"]
 
 HARD_ROWS = 2**17
-"""Number of rows that are sorted into hard pools together.
+"""Maximum number of rows that are sorted into hard pools together.
 
-The captions of these rows are in memory at the same time: 256 MiB at a width of 512.
+The captions of so many rows are in memory at the same time: 256 MiB at a width of 512.
 """
 
 NEAR_ROWS = 1024
-"""Rows of a block. The cosines between two blocks are computed together."""
+"""Number of rows of a block. The cosines of two blocks are computed together."""
 
 
 @checked_fields
 @dataclass(frozen=True)
 class Pools:
-    """How image-caption pairs are grouped into pools.
+    """Rule by which image-caption pairs are grouped into pools.
 
-    A row is matched only against the candidates of its own pool. So the pools define how hard the
-    problem is. They are recorded with the results, and they do not depend on how pairs are loaded.
+    A row is matched only against the candidates of its own pool. So the pools decide how hard the
+    problem is. The rule is recorded with the results, and the pools do not depend on how pairs are
+    loaded.
 
     Attributes:
         size: Number of rows of a pool. The captions (or images) of these rows are the candidates of
             every row of the pool.
-        direction: "image_to_text" searches the caption of an image, "text_to_image" the image of a
-            caption.
+        direction: With "image_to_text", the caption of an image is searched. With "text_to_image",
+            the image of a caption is searched.
         hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
             ``HARD_ROWS`` rows). If false, a pool is a random choice of rows.
         near_duplicates: Two captions of a pool count as the same answer if their cosine is at least
-            this number. None: only equal captions do.
-        seed: Seed of the pools in scoring. None: the rows are taken in the order of the data.
+            this number. None: only equal captions count as the same answer.
+        seed: Seed of the random pools in scoring. None: the rows are in the order of the data.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]]
-        >>> caption = np.eye(3)[[0, 0, 2]]  # the first two images have the same caption
-        >>> data = vilu.Embeddings.pairs(image, caption, vilu.Pools(3, "text_to_image", seed=None))
-        >>> (batch,) = data.batches(3)
-        >>> # for this caption both images are right answers
-        >>> batch.prediction.tolist(), batch.failure.tolist()
-        ([0, 0, 2], [0, 0, 0])
+        >>> text = np.eye(3)[[0, 0, 2]]  # the first two images have the same caption
+        >>> pools = vilu.Pools(size=3, direction="text_to_image", seed=None)
+        >>> (batch,) = vilu.Embeddings.pairs(image, text, pools).batches(3)
+        >>> batch.prediction.tolist()  # the image that each caption finds
+        [0, 0, 2]
+        >>> batch.failure.tolist()  # row 1 finds image 0, which has the same caption
+        [0, 0, 0]
     """
 
     size: int = 1024
@@ -79,30 +81,30 @@ class Pools:
 
 
 class PairSource(EmbeddingSource):
-    """Image-caption pairs: row i of the images belongs to row i of the captions.
+    """A source of image-caption pairs: row i of the images belongs to row i of the captions.
 
     Equal captions of a pool are the same answer. With "image_to_text" they become one candidate,
     the first of the equal captions. With "text_to_image" the images of equal captions are all right
     answers (``Candidates.same``).
 
-    An image with several captions stands in several rows, once with each caption. Rows of a pool
-    with equal images are the same answer, too: with "image_to_text" all captions of the image are
-    right, with "text_to_image" it does not matter which of the equal images is found. Rows that are
-    the same answer as a third row are the same answer.
+    An image with several captions is in several rows, once with each caption. Rows of a pool with
+    equal images are the same answer, too. With "image_to_text" all captions of the image are right.
+    With "text_to_image" all equal images are right. Two rows are also the same answer if each of
+    them is the same answer as a third row.
 
-    The row that is matched is the query; it is an image or a caption, depending on the direction.
-    Columns of images belong to the queries, and columns of candidates to the candidates. So with
-    "text_to_image" the column "features" holds features of captions, and "text_features" holds
-    features of images. Otherwise a caption would come with features of its own image, which is the
-    right answer.
+    The query of a row is what is matched: its image with "image_to_text", its caption with
+    "text_to_image". Columns of images belong to the queries, and columns of candidates to the
+    candidates. So with "text_to_image" the column "features" holds features of captions, and
+    "text_features" holds features of images. Otherwise a caption would come with features of its
+    own image, and these would reveal the right answer.
 
     Attributes:
-        pools: How the pairs are grouped into pools.
+        pools: The rule by which the pairs are grouped into pools.
     """
 
     class_names = None
     pools: Pools
-    # (M,) indices of the pairs that ``without`` kept, ascending; None: all pairs
+    # (M,) ascending indices of the pairs that ``without`` did not leave out; None: all pairs
     _left: Tensor | None = None
 
     @cached_property
@@ -119,9 +121,9 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
-        """Status codes (N,); usable rows that belong to no full pool have that of "short_pool".
+        """Status codes (N,); usable rows that belong to no full pool have the code of "short_pool".
 
-        The order of the pools is computed to find these rows.
+        To find these rows, the order of the pools is computed.
         """
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID
@@ -129,7 +131,7 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """Status codes (N,) of the rows by their embeddings alone, without "short_pool"."""
+        """Status codes (N,) that depend only on the embeddings, so never "short_pool"."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     @abstractmethod
@@ -143,7 +145,7 @@ class PairSource(EmbeddingSource):
     def of_classes(self, index: Tensor) -> Tensor:
         """Mask (B,) of rows whose caption is the text of a class, which many images share.
 
-        A source may override this method; by default no caption is the text of a class.
+        By default no caption is the text of a class.
         """
         return torch.zeros(len(index), dtype=torch.bool, device="cpu")
 
@@ -170,20 +172,26 @@ class PairSource(EmbeddingSource):
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> data = vilu.Embeddings.pairs(np.eye(3), np.eye(3)[[0, 1, 1]], pool_size=3)
-            >>> found = data.candidates(torch.arange(3))
-            >>> len(found.text), found.target.tolist()  # equal captions are one candidate
-            (2, [0, 1, 1])
+            >>> text = np.eye(3)[[0, 1, 1]]  # the last two captions are equal
+            >>> data = vilu.Embeddings.pairs(np.eye(3), text, pool_size=3)
+            >>> candidates = data.candidates(torch.arange(3))
+            >>> len(candidates.text)  # equal captions are one candidate
+            2
+            >>> candidates.target.tolist()
+            [0, 1, 1]
         """
         caption = self.caption_rows(index)
         picture = self.picture_rows(index)
-        of_caption = first_alike(caption, self.pools.near_duplicates)
-        answer = first_linked(of_caption, first_equal(picture))
+        # for every row, the first row with the same caption, and the first that is the same answer
+        first_of_caption = first_alike(caption, self.pools.near_duplicates)
+        first_of_answer = first_linked(first_of_caption, first_equal(picture))
         if self.pools.direction == "text_to_image":
             rows = torch.arange(len(index))
-            return Candidates(picture, rows, _unless_all_differ(answer), members=index)
-        distinct, target = torch.unique(of_caption, return_inverse=True)
-        same = target[answer[distinct]]
+            same = _unless_all_differ(first_of_answer)
+            return Candidates(picture, rows, same, members=index)
+        distinct, target = torch.unique(first_of_caption, return_inverse=True)
+        # the same answer as an index of a candidate, not of a row
+        same = target[first_of_answer[distinct]]
         return Candidates(
             caption[distinct], target, _unless_all_differ(same), members=index[distinct]
         )
@@ -192,9 +200,9 @@ class PairSource(EmbeddingSource):
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
         """As ``EmbeddingSource.many``; a pool with possibly equal rows is a batch of its own."""
-        n = self._in_whole_pools(size)
+        n_together = self._in_whole_pools(size)
         has_near_duplicates = self.pools.near_duplicates is not None
-        if n <= self.pools.size or columns or has_near_duplicates:
+        if n_together <= self.pools.size or columns or has_near_duplicates:
             yield from self.batches(size, rows=rows, columns=columns)
             return
         if rows is None:
@@ -202,7 +210,7 @@ class PairSource(EmbeddingSource):
         whole = rows[: self._in_whole_pools(len(rows))]
         if not len(whole):
             return
-        for batches in self._map_parts(self._pooled, whole.split(n)):
+        for batches in self._map_parts(self._pooled_batches, whole.split(n_together)):
             yield from batches
 
     def _in_whole_pools(self, n_rows: int) -> int:
@@ -210,8 +218,8 @@ class PairSource(EmbeddingSource):
         return n_rows // self.pools.size * self.pools.size
 
     @torch_defaults()
-    def _pooled(self, index: Tensor) -> list[Batch]:
-        """Batches of consecutive pools whose rows all differ; the other pools come one by one."""
+    def _pooled_batches(self, index: Tensor) -> list[Batch]:
+        """Batches of consecutive pools whose rows all differ; each other pool is its own batch."""
         size = self.pools.size
         picture = self.picture_rows(index)
         caption = self.caption_rows(index)
@@ -244,35 +252,37 @@ class PairSource(EmbeddingSource):
     def _have_repeats(self, rows: Tensor) -> Tensor:
         """Mask (P,) of pools in which rows (P * size, D) may be equal, judged by their keys."""
         keys = row_keys(rows).view(-1, self.pools.size).sort(dim=1).values
-        return (keys[:, 1:] == keys[:, :-1]).any(dim=1)
+        # after sorting, equal keys of a pool are neighbours
+        equals_next = keys[:, :-1] == keys[:, 1:]
+        return equals_next.any(dim=1)
 
     @torch_defaults()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
-        """The source without the rows of the mask ``rows`` (N,); the kept rows form new pools.
+        """The source without the rows of the mask ``rows`` (N,); the remaining rows form new pools.
 
-        Rows that are left out get the status "short_pool". So do the last rows, if they do not fill
-        a pool.
+        Rows that are left out get the status "short_pool". If the last rows do not fill a pool,
+        they get this status, too.
 
         Raises:
-            DataError: If ``rows`` is no mask (N,), or if the kept rows do not fill a pool.
+            DataError: If ``rows`` is no mask (N,), or if the remaining rows do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
             >>> fewer = data.without(np.arange(6) == 1)
-            >>> # five rows are kept; they fill two pools of two rows, so the last row is left out
+            >>> # five rows remain; they fill two pools of two rows, so row 5 is left out, too
             >>> [batch.index.tolist() for batch in fewer.batches(2)]
             [[0, 2], [3, 4]]
         """
         is_left_out = require_mask("rows", np.asarray(rows), len(self))
         if not is_left_out.any():
             return self
-        is_left = torch.from_numpy(~is_left_out)
-        left = self.pair_rows[is_left[self.pair_rows]]
-        require_full_pools(len(left), self.pools.size, "what is left")
+        remains = torch.from_numpy(~is_left_out)
+        remaining = self.pair_rows[remains[self.pair_rows]]
+        require_full_pools(len(remaining), self.pools.size, "what is left")
         fewer = copy.copy(self)
-        fewer._left = left
-        fewer.usable_rows = self._order(left)
+        fewer._left = remaining
+        fewer.usable_rows = self._order(remaining)
         status = np.full(len(self), SHORT_POOL, np.uint8)
         status[fewer.usable_rows.numpy()] = VALID
         is_usable = np.isin(self.status, (VALID, SHORT_POOL))
@@ -283,7 +293,7 @@ class PairSource(EmbeddingSource):
         """The rows in the order of new random pools, for one pass of training."""
         rows = super().shuffled(rows, generator)
         if self.pools.hard:
-            return self._alike(rows, generator)
+            return self._in_hard_pools(rows, generator)
         return rows
 
     def _order(self, rows: Tensor) -> Tensor:
@@ -291,30 +301,31 @@ class PairSource(EmbeddingSource):
 
         The last rows are left out if they do not fill a pool.
         """
+        # without a seed the rows are not shuffled; hard pools then use seed 0
         generator = torch.Generator().manual_seed(self.pools.seed or 0)
         if self.pools.seed is not None:
             rows = super().shuffled(rows, generator)
         rows = rows[: self._in_whole_pools(len(rows))]
         if self.pools.hard:
-            return self._alike(rows, generator)
+            return self._in_hard_pools(rows, generator)
         return rows
 
     @torch_defaults()
-    def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _in_hard_pools(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in the order of hard pools, which are formed block by block.
 
-        A block consists of whole pools, and of at least one pool.
+        A block consists of one or more whole pools.
         """
-        n = max(self._in_whole_pools(HARD_ROWS), self.pools.size)
-        parts = []
-        for block in rows.split(n):
+        block_rows = max(self._in_whole_pools(HARD_ROWS), self.pools.size)
+        ordered_blocks = []
+        for block in rows.split(block_rows):
             order = hard_order(self.caption_rows(block), self.pools.size, generator)
-            parts.append(block[order])
-        return torch.cat(parts)
+            ordered_blocks.append(block[order])
+        return torch.cat(ordered_blocks)
 
 
 def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
-    """Yield runs of equal values as (start, stop, value); ``stop`` is the index after the run."""
+    """Yield (start, stop, value) of each run of equal values, which is ``values[start:stop]``."""
     start = 0
     for value, group in itertools.groupby(values):
         stop = start + len(list(group))
@@ -339,7 +350,7 @@ class PseudoCaptions(PairSource):
             prefix is the number of the source.
 
     Raises:
-        UsageError: If there is no source, or if there is not one different name per source.
+        UsageError: If there is no source, or if the sources do not have as many different names.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 
@@ -347,18 +358,14 @@ class PseudoCaptions(PairSource):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> pets = vilu.Embeddings(
-        ...     np.eye(4)[:2], np.eye(4)[:2], target=[0, 1], class_names=["cat", "dog"]
-        ... )
-        >>> food = vilu.Embeddings(
-        ...     np.eye(4)[2:], np.eye(4)[2:], target=[0, 1], class_names=["pie", "soup"]
-        ... )
-        >>> data = vilu.PseudoCaptions(
-        ...     [pets, food], vilu.Pools(4, seed=None), names=["pets", "food"]
-        ... )
-        >>> # An image of food is matched with the texts of pets, too. Row 3 is row 1 of source 1.
-        >>> data.n_candidates, data.origin(3)
-        (4, (1, 1))
+        >>> first, second = np.eye(4)[:2], np.eye(4)[2:]
+        >>> pets = vilu.Embeddings(first, first, target=[0, 1], class_names=["cat", "dog"])
+        >>> food = vilu.Embeddings(second, second, target=[0, 1], class_names=["pie", "soup"])
+        >>> data = vilu.PseudoCaptions([pets, food], vilu.Pools(4, seed=None))
+        >>> data.n_candidates  # an image of food is matched against the texts of pets, too
+        4
+        >>> data.origin(3)  # row 3 is row 1 of source 1
+        (1, 1)
     """
 
     @checked
@@ -379,9 +386,12 @@ class PseudoCaptions(PairSource):
         self.pool_size = self.pools.size
         self.space = sources[0].space
         chosen = [labelled_rows(source) for source in sources]
+        n_of_source = torch.tensor([len(rows) for rows in chosen])
+        # of every row, the number of its source, and its row number in that source
+        self._source = torch.repeat_interleave(n_of_source)
         self._row = torch.cat(chosen)
-        self._source = torch.repeat_interleave(torch.tensor([len(rows) for rows in chosen]))
         require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
+        # class texts, and of every row the index of its text: 0 if it has a caption of its own
         self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
         if any(isinstance(source.ids, RowNumbers) for source in sources):
@@ -401,7 +411,7 @@ class PseudoCaptions(PairSource):
         return pictures
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """Captions (B, D): class texts, or the own captions of rows whose source has captions."""
+        """Captions (B, D): the text of the class, or the caption if the source has captions."""
         captions = self._text[self._caption[index]]
         for i, source in enumerate(self.sources):
             if isinstance(source, PairSource):
@@ -420,8 +430,8 @@ class PseudoCaptions(PairSource):
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """Identities (M,) of the rows in their own sources.
 
-        So a row whose caption is a class text is recognised by its image alone, since the images of
-        a class share the caption.
+        A row whose caption is a class text is identified by its image alone, because all images of
+        the class share the caption.
         """
         if by == "names":
             return super().identities(by, rows)
@@ -444,30 +454,31 @@ class PseudoCaptions(PairSource):
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> pets = vilu.Embeddings(
-            ...     np.eye(4)[:2], np.eye(4)[:2], target=[0, 1], class_names=["cat", "dog"]
-            ... )
-            >>> captioned = vilu.Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)
-            >>> vilu.PseudoCaptions([pets, captioned], 2).of_classes(torch.arange(6)).tolist()
-            [True, True, False, False, False, False]
+            >>> image = text = np.eye(4)[:2]
+            >>> pets = vilu.Embeddings(image, text, target=[0, 1], class_names=["cat", "dog"])
+            >>> captioned = vilu.Embeddings.pairs(image, text, pool_size=2)
+            >>> data = vilu.PseudoCaptions([pets, captioned], pools=2)
+            >>> data.of_classes(torch.arange(4)).tolist()  # the rows of the pets come first
+            [True, True, False, False]
         """
         return self._caption[index] > 0
 
     def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Find the rows of source ``number`` in ``index``.
 
-        Returns where they are in ``index``, and their row numbers in the source.
+        Returns their positions in ``index``, and their row numbers in the source.
         """
-        here = (self._source[index] == number).nonzero().squeeze(1)
-        return here, self._row[index[here]]
+        is_of_source = self._source[index] == number
+        positions = is_of_source.nonzero().squeeze(1)
+        return positions, self._row[index[positions]]
 
     def origin(self, row: int) -> tuple[int, int]:
-        """Number of the source of a row, and the row number in that source."""
+        """The number of the source of a row, and the row number in that source."""
         return int(self._source[row]), int(self._row[row])
 
 
 class PrefixedIds(Identifiers):
-    """Identifiers of the rows of several sources, with the name of the source."""
+    """Identifiers of the rows of several sources: "name of the source/identifier"."""
 
     def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
         super().__init__(len(rows))
@@ -496,7 +507,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
 
 
 def labelled_rows(source: EmbeddingSource) -> Tensor:
-    """Indices (M,) of the rows whose caption is known, ascending: labelled rows, or all pairs."""
+    """Ascending indices (M,) of the usable rows that have a label or a caption."""
     if isinstance(source, PairSource):
         return source.pair_rows
     rows = source.usable_rows.sort().values
@@ -506,21 +517,24 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 def class_captions(
     sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts (1 + sum of K, D) of all classes, and the text index of every chosen row.
+    """Texts of all classes of all sources, and the index of the text of every chosen row.
 
-    Text 0 is a placeholder of zeros. It belongs to rows of pairs, which have their own captions.
+    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So there are
+    1 + sum of K texts, each of width D.
     """
+    # Class numbers are counted over all sources. Number 0 is the placeholder.
     first_of_name: dict[str, int] = {}
-    text_of_class = [0]  # text index of every class: that of the first class of the same name
+    text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
-    classes = []  # class number of every chosen row, counted from 1 over all sources
+    classes = []  # for every source, the class numbers of its chosen rows
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):
             classes.append(torch.zeros(len(rows), dtype=torch.int64))
             continue
         n_before = len(text_of_class)
         classes.append(source.target[rows] + n_before)
-        texts.append(source.candidates(rows[:0]).text)
+        no_rows = rows[:0]  # the candidates are the same for all rows
+        texts.append(source.candidates(no_rows).text)
         numbers = range(n_before, n_before + source.n_candidates)
         if source.class_names is None:
             text_of_class += numbers
@@ -531,10 +545,12 @@ def class_captions(
 
 
 def first_linked(first: Tensor, second: Tensor) -> Tensor:
-    """Index (N,) int64, for every row, of the first row that is linked to it by two relations.
+    """For every row, the index (N,) int64 of the first row that is linked to it.
 
-    ``first`` and ``second`` (N,) have the first row that is equal to every row, in two regards. Two
-    rows are linked if they are equal in one regard, or if both are linked to a third row.
+    Rows may be equal in two regards, for example in caption and image. ``first`` has, for every
+    row, the first row (N,) that equals it in one regard, and ``second`` has it for the other
+    regard. Two rows are linked if they are equal in one regard, or if both are linked to a third
+    row.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -542,31 +558,32 @@ def first_linked(first: Tensor, second: Tensor) -> Tensor:
     n = len(first)
     if torch.equal(second, torch.arange(n)):
         return first
-    rows = np.tile(np.arange(n), 2)
-    leaders = torch.cat([first, second]).numpy()
-    graph = coo_array((np.ones(2 * n, np.int8), (rows, leaders)), shape=(n, n))
-    _, group = connected_components(graph, directed=False)
-    _, first_of_group, group = np.unique(group, return_index=True, return_inverse=True)
+    # a graph with an edge from every row to ``first``, and an edge to ``second``
+    edge_start = np.tile(np.arange(n), 2)
+    edge_end = torch.cat([first, second]).numpy()
+    graph = coo_array((np.ones(2 * n, np.int8), (edge_start, edge_end)), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    _, first_of_group, group = np.unique(component, return_index=True, return_inverse=True)
     return torch.from_numpy(first_of_group[group])
 
 
 def _unless_all_differ(first: Tensor) -> Tensor | None:
-    """The first equal candidate (K,) of every candidate; None if all candidates differ."""
+    """``first`` (K,), the first equal candidate of each candidate; None if all are different."""
     if torch.equal(first, torch.arange(len(first))):
         return None
     return first
 
 
 def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEAR_ROWS) -> Tensor:
-    """Index (N,) int64, for every unit-norm row, of the leader of its group of similar rows.
+    """For every unit-norm row, the index (N,) int64 of the leader of its group of similar rows.
 
     Without ``cosine``, the leader is the first row that equals the row.
 
-    With ``cosine``, rows are visited in order. A row joins the first leader to which it has at
-    least this cosine. If there is none, the row becomes a leader itself. So two rows that are both
-    near a third row, but not near each other, need not be in one group.
+    With ``cosine``, rows are visited in order. A row joins the first leader with which it has at
+    least this cosine. If there is no such leader, the row becomes a leader itself. So two rows that
+    are near a third row, but not near each other, need not be in one group.
 
-    Time grows with N times the number of leaders. The cosines are computed in blocks of
+    The time is proportional to N times the number of leaders. The cosines are computed in blocks of
     ``block_rows`` rows and as many leaders.
     """
     first = first_equal(rows)
@@ -579,36 +596,41 @@ def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEA
         leader = _first_near(rows, block, leaders.split(block_rows), cosine)
         is_led = leader >= 0
         leader_of[block[is_led]] = leader[is_led]
-        # Rows that are near no leader of earlier blocks. Some of them are the new leaders.
+        # rows that are near no leader of earlier blocks; some of them become leaders
         new = block[~is_led]
-        leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
-        leaders = torch.cat([leaders, leader_of[new].unique()])
+        are_near = rows[new] @ rows[new].T >= cosine
+        leader_of[new] = new[_greedy_leaders(are_near)]
+        new_leaders = leader_of[new].unique()
+        leaders = torch.cat([leaders, new_leaders])
     return leader_of[first]
 
 
 def _first_near(rows: Tensor, block: Tensor, leaders: Sequence[Tensor], cosine: float) -> Tensor:
-    """Index (B,) of the first leader near each row of a block; -1 if no leader is near.
+    """For each row of a block, the index (B,) of the first leader near it; -1 if no leader is near.
 
-    The leaders are given in tiles. One tile is compared with the block at a time.
+    ``block`` has indices of ``rows``. So have the tiles of leaders, one of which is compared with
+    the block at a time.
     """
     leader = torch.full_like(block, -1)
     for tile in leaders:
         if not len(tile):
             continue
-        has_no_leader = (leader < 0)[:, None]
-        near = (rows[block] @ rows[tile].T >= cosine) & has_no_leader
+        has_no_leader = leader < 0
+        are_near = rows[block] @ rows[tile].T >= cosine
         # argmax of a row of 0 and 1 is the index of its first 1
-        first_in_tile = tile[near.byte().argmax(dim=1)]
-        leader = torch.where(near.any(dim=1), first_in_tile, leader)
+        first_in_tile = tile[are_near.byte().argmax(dim=1)]
+        joins = has_no_leader & are_near.any(dim=1)
+        leader = torch.where(joins, first_in_tile, leader)
     return leader
 
 
-def _greedy(near: Tensor) -> Tensor:
-    """Index (N,) int64 of the first leader near each row of a symmetric relation (N, N).
+def _greedy_leaders(are_near: Tensor) -> Tensor:
+    """For each of N rows, the index (N,) int64 of the first leader near it.
 
-    A row that is near no earlier leader is a leader itself.
+    A row that is near no earlier leader is a leader itself. ``are_near`` (N, N) is a symmetric
+    relation.
     """
-    relation = near.numpy()
+    relation = are_near.numpy()
     if not len(relation):
         return torch.arange(0)
     np.fill_diagonal(relation, val=True)
@@ -616,18 +638,18 @@ def _greedy(near: Tensor) -> Tensor:
     # Only rows that are near an earlier row can have a leader. Usually these are few.
     first_near = relation.argmax(axis=1)  # argmax of a boolean row: the index of its first True
     for row in np.flatnonzero(first_near < np.arange(len(relation))):
-        is_led = (relation[row, :row] & is_leader[:row]).any()
-        is_leader[row] = not is_led
-    relation &= is_leader  # keep the leaders' columns, so that argmax finds the first leader
+        near_leaders = relation[row, :row] & is_leader[:row]
+        is_leader[row] = not near_leaders.any()
+    relation &= is_leader  # only columns of leaders remain, so that argmax finds the first leader
     return torch.from_numpy(relation.argmax(axis=1))
 
 
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
     """Order (N,) of the rows in which the rows of each pool are similar: hard negatives.
 
-    1. The generator draws a row. The row farthest from it and the row farthest from that row are
-       two rows that are far apart.
-    2. All rows are sorted by their projection on the direction between these two rows, and split in
+    1. The generator draws a row. Two ends are chosen that are far apart: the row farthest from the
+       drawn row, and the row farthest from this first end.
+    2. All rows are sorted by their projection on the direction between the two ends, and split in
        the middle, at a multiple of the pool size.
     3. Both halves are split in the same way, until every part is one pool.
 
@@ -642,15 +664,17 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
             pools.append(part)
             continue
         block = rows[part]
-        start = int(torch.randint(len(part), (1,), generator=generator))
-        far = int((block @ block[start]).argmin())
-        farther = int((block @ block[far]).argmin())
-        along = (block @ (block[far] - block[farther])).argsort(stable=True)
+        drawn = int(torch.randint(len(part), (1,), generator=generator))
+        # the farthest unit vector has the smallest cosine
+        first_end = int((block @ block[drawn]).argmin())
+        second_end = int((block @ block[first_end]).argmin())
+        projection = block @ (block[first_end] - block[second_end])
+        ordered = part[projection.argsort(stable=True)]
         n_pools = len(part) // pool_size
         middle = max(n_pools // 2, 1) * pool_size
         # the first half is appended last, because ``pop`` takes the last part
-        pending.append(part[along[middle:]])
-        pending.append(part[along[:middle]])
+        pending.append(ordered[middle:])
+        pending.append(ordered[:middle])
     return torch.cat(pools)
 
 

@@ -26,9 +26,9 @@ class Rows:
         index: (M,) int64 indices of the rows in the source.
         columns: Names of the columns that batches contain.
         unlabelled: Source of further rows without labels.
-        examples: (E,) int64 indices of rows of none of the classes. None: all rows of the source
-            that are known to be of none of the classes.
-        answers: (N,) zero-shot answers of all rows of the source, if they were computed before
+        examples: (E,) int64 indices of rows of none of the classes. None: all usable rows of the
+            source that are known to be of none of the classes.
+        answers: Zero-shot answers of all N rows of the source, if they were computed before
             (``vilu.predictors.nn.train.with_answers``).
     """
 
@@ -41,9 +41,10 @@ class Rows:
 
     @property
     def outside(self) -> Tensor:
-        """Indices (E,) int64 of rows of none of the classes: ``examples``, or their default.
+        """Indices (E,) int64 of rows of none of the classes.
 
-        The default has usable rows only.
+        If ``examples`` is None, they are the usable rows of the source that are known to be of none
+        of the classes.
         """
         if self.examples is not None:
             return self.examples
@@ -51,17 +52,17 @@ class Rows:
         return usable[self.source.outside[usable]]
 
     def pictures(self) -> tuple[Tensor, Tensor]:
-        """Number the pictures of the rows.
+        """Number the P pictures of the rows.
 
-        Returns the index (P,) of the first row of every picture, ascending, and the picture number
-        (M,) of every row, from 0 to P - 1.
+        Returns the position (P,) in ``index`` of the first row of every picture, ascending. Also
+        returns the picture number (M,) of every row, from 0 to P - 1.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
         first, picture = np.unique(first_rows(identities), return_inverse=True)
         return torch.from_numpy(first), torch.from_numpy(picture)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield the rows in order, in batches whose logits fit into memory.
+        """Yield batches of the rows, in order; all logits of a batch fit into memory.
 
         See ``EmbeddingSource.batches``.
         """
@@ -80,6 +81,7 @@ class Rows:
         return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:
+        """The batch, with the part of ``answers`` that belongs to its rows, if there are any."""
         if self.answers is None:
             return batch
         return batch.answered(self.answers.at(batch.index))

@@ -1,6 +1,6 @@
 """Zero-shot answers without the matrix of all similarities.
 
-The similarities are computed in float32 tiles, with a running maximum over the tiles.
+The similarities are computed in float32, tile by tile, and the summaries of the tiles are merged.
 Shapes: B images, K candidate texts, D embedding width.
 """
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 MAX_CELLS = 2**24
-"""Maximum number of logits of a batch.
+"""Maximum number of logits (rows times candidates) of a batch.
 
-The logits take 64 MiB in float32. A method that uses the logits may need several times as much
+So many logits take 64 MiB in float32. A method that uses the logits may need several times as much
 memory for its float64 copies.
 """
 
@@ -30,19 +30,21 @@ A tile of this size takes 16 MiB. It is still in the cache when it is read a sec
 """
 
 TILE_ROWS = 1_024
-"""Rows of a tile where there are many candidates.
+"""Number of rows of a tile if there are at least 4,096 candidates.
 
-The matrix product of a nearly square tile is 1.5 times as fast as that of a long, narrow tile.
+The tile then has 4,096 columns. The matrix product of such a tile is 1.5 times as fast as that of a
+long, narrow tile.
 """
 
 CACHED_CELLS = 2**19
-"""Number of logits of a batch that stay in the cache together with results of the same size.
+"""Number of logits that stay in the cache together with results of the same size.
 
-The logits take 2 MiB. Products of fewer rows are slow, and larger results do not stay in the cache.
+So many logits take 2 MiB. With fewer logits, the matrix products are slow. With more, the results
+do not stay in the cache.
 """
 
 KEY_COLUMNS = 8
-"""Number of leading columns of a row from which its key is computed."""
+"""Number of leading columns of a row that ``row_keys`` uses."""
 
 
 class ZeroShot(NamedTuple):
@@ -58,11 +60,11 @@ class ZeroShot(NamedTuple):
         return (self.max_logit - self.log_norm).exp()
 
     def at(self, rows: slice | Tensor) -> ZeroShot:
-        """The summary of some rows, which are given by a slice or by their indices."""
+        """Return the summary of some rows, which are selected by a slice or by indices."""
         return ZeroShot(self.prediction[rows], self.max_logit[rows], self.log_norm[rows])
 
     def to(self, device: torch.device | str) -> ZeroShot:
-        """The same summary on another device."""
+        """Copy the summary to another device."""
         return ZeroShot(
             self.prediction.to(device), self.max_logit.to(device), self.log_norm.to(device)
         )
@@ -77,46 +79,51 @@ def zero_shot(
     *,
     tile_cells: int = TILE_CELLS,
 ) -> ZeroShot:
-    """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias.
+    """Answers, largest logits and log-normalisers of logit_scale * image . text + logit_bias.
 
-    They are computed in float32, tile by tile. Beside the images (B, D), the texts (K, D) and the
+    They are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and the
     result, at most one tile of ``tile_cells`` numbers is in memory.
 
     ``first`` (K,) is the result of ``first_equal`` for the texts. It replaces an answer by the
-    first candidate that equals the answer. Without it, the winner among equal candidates would
-    depend on the size of the tiles, because a matrix product rounds differently at the edge of a
-    block.
+    first candidate that equals the answer. Otherwise the winner among equal candidates would depend
+    on the size of the tiles, because a matrix product rounds differently at the edge of a block.
     """
     if not len(text):
         raise ValueError("there is no candidate")
-    # with fewer than 4 * TILE_ROWS candidates a tile gets fewer rows
-    square_rows = min(TILE_ROWS, len(text) // 4)
-    rows = min(max(cached_rows(len(text)), square_rows), tile_cells)
-    columns = min(len(text), tile_cells // rows)
+    n_candidates = len(text)
+    # with at least this number of rows, a tile has at most about four columns per row
+    square_rows = min(TILE_ROWS, n_candidates // 4)
+    wanted_rows = max(cached_rows(n_candidates), square_rows)
+    n_rows = min(wanted_rows, tile_cells)
+    n_columns = min(n_candidates, tile_cells // n_rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        parts = [
-            _over_tiles(block, text, logit_scale, logit_bias, columns)
-            for block in image.split(rows)
+        summaries = [
+            _summary_over_tiles(block, text, logit_scale, logit_bias, n_columns)
+            for block in image.split(n_rows)
         ]
-    prediction, largest, norm = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ZeroShot(first[prediction], largest, norm)
+    # one tuple per field of ``ZeroShot``: the tensors of all blocks of images
+    fields = zip(*summaries, strict=True)
+    prediction, max_logit, log_norm = (torch.cat(of_blocks) for of_blocks in fields)
+    return ZeroShot(first[prediction], max_logit, log_norm)
 
 
 @dataclass(frozen=True, eq=False)
 class Others:
     """Softmax weights of all candidates except the answer, from logits l (B, K) with K > 1.
 
-    The logits keep their precision. With l_a the logit of the answer, s the largest logit of the
-    other candidates and T the temperature, the weight of another candidate j is
+    l_a is the logit of the answer, s is the largest logit of the other candidates, and T is the
+    temperature. The weight of another candidate j is
 
         e_j = exp((l_j - s) / T)
 
-    The largest weight is 1, so the sum of the weights is never 0. With p the probability of the
+    The largest weight is 1, so the sum of the weights is never 0. If p is the probability of the
     answer, the odds against the answer are
 
         (1 - p) / p = exp((s - l_a) / T) sum_j e_j
 
-    Computed in this way, a small 1 - p loses no digits.
+    A small 1 - p is computed from the odds, because the subtraction would lose its digits.
+
+    ``own``, ``logits``, ``second`` and ``weight`` have the number format of the logits.
     """
 
     answer: Tensor  # (B, 1) int64 index of the answer
@@ -129,23 +136,23 @@ class Others:
 
     @classmethod
     def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
-        """The weights beside the answers (B, 1).
+        """Compute the weights of all candidates except the answers (B, 1).
 
-        By default the answer is the candidate of the largest logit, the first of equal logits.
+        By default the answer is the candidate with the largest logit, the first of equal logits.
         """
         if answer is None:
             answer = logits.argmax(dim=1, keepdim=True)
         own = logits.gather(1, answer).squeeze(1)
-        beside = logits.scatter(1, answer, NEGLIGIBLE)
-        second = beside.amax(dim=1, keepdim=True)
+        other_logits = logits.scatter(1, answer, NEGLIGIBLE)
+        second = other_logits.amax(dim=1, keepdim=True)
         # exp(x) is computed as 2^(x log2 e), because torch computes exp2 twice as fast as exp
-        weight = (beside - second).mul_(LOG2_E / temperature).exp2_()
+        weight = (other_logits - second).mul_(LOG2_E / temperature).exp2_()
         total = float64(weight.sum(dim=1))
-        return cls(answer, own, beside, second, weight, total, temperature)
+        return cls(answer, own, other_logits, second, weight, total, temperature)
 
     @cached_property
     def gap(self) -> Tensor:
-        """Gap (s - l_a) / T (B,) float64: largest other logit minus logit of the answer, over T."""
+        """Gap (s - l_a) / T (B,) float64 between the largest other logit and that of the answer."""
         return (float64(self.second.squeeze(1)) - float64(self.own)) / self.temperature
 
     @property
@@ -164,63 +171,70 @@ class Others:
         return self.odds / (1 + self.odds)
 
     def zero_shot(self, first: Tensor) -> ZeroShot:
-        """The summary of the logits, if every answer has the largest logit of its row.
+        """Return the summary of the logits, if every answer has the largest logit of its row.
 
-        ``first`` (K,) is the result of ``first_equal`` for the candidates.
+        The temperature must be 1. ``first`` (K,) is the result of ``first_equal`` for the
+        candidates.
         """
-        # log sum_j exp(l_j) = l_a + log(1 + odds): log1p keeps the digits of small odds
+        # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
+        # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
         log_norm = self.own + torch.log1p(self.odds).to(self.own)
         return ZeroShot(first[self.answer.squeeze(1)], self.own, log_norm)
 
 
 NEGLIGIBLE = torch.finfo(torch.float32).min / 2
-"""A logit below all other logits. It is finite, so that its product with a weight of 0 is 0."""
+"""A logit below all other logits.
+
+It is finite, so that its product with a weight of 0 is 0. Minus infinity times 0 would be NaN.
+"""
 
 LOG2_E = math.log2(math.e)
-"""exp(x) = 2^(x log2 e)."""
+"""Logarithm of e to base 2: exp(x) = 2^(x LOG2_E)."""
 
 
 def first_equal(rows: Tensor) -> Tensor:
-    """Index (N,) int64, for every row (N, D) float32, of the first row that equals it.
+    """For every row (N, D) float32, the index (N,) int64 of the first row that equals it.
 
-    ``torch.unique`` of the rows would give the same groups of equal rows. But it sorts whole rows,
-    which is slow. Here only rows whose keys occur more than once are sorted.
+    ``torch.unique`` of all rows would also find the groups of equal rows. But it sorts whole rows,
+    which is slow. Here only rows whose key occurs more than once are sorted.
     """
-    _, group, count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
-    repeated = (count[group] > 1).nonzero().squeeze(1)  # rows whose key occurs more than once
+    _, key_number, key_count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
+    has_repeated_key = key_count[key_number] > 1
+    repeated = has_repeated_key.nonzero().squeeze(1)
     first = torch.arange(len(rows), device=rows.device)
     if len(repeated):
-        _, same = torch.unique(rows[repeated], dim=0, return_inverse=True)
-        # find the lowest index of each group of equal rows, then give it to every row of the group
-        n_rows = torch.full_like(repeated, len(rows))
-        lowest = n_rows.scatter_reduce(0, same, repeated, "amin")
-        first[repeated] = lowest[same]
+        _, group = torch.unique(rows[repeated], dim=0, return_inverse=True)
+        # the lowest index of each group; the search begins at len(rows), which is above all of them
+        above_all = torch.full_like(repeated, len(rows))
+        lowest = above_all.scatter_reduce(0, group, repeated, "amin")
+        first[repeated] = lowest[group]
     return first
 
 
 def row_keys(rows: Tensor) -> Tensor:
-    """Keys (N,) int64 of the rows (N, D) float32, from their first columns.
+    """Keys (N,) int64 of the rows (N, D) float32, computed from their first columns.
 
     Equal rows have equal keys. Different rows may have equal keys, too.
     """
     columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
-    bits = columns.view(torch.int32).long()
-    # The key is a polynomial in 31, so that the same numbers in another order give another key.
-    powers = 31 ** torch.arange(bits.shape[1], device=rows.device)
-    return (bits * powers).sum(dim=1)
+    bits = columns.view(torch.int32).long()  # the four bytes of each float as a whole number
+    # Each column has another factor, so that the same numbers in another order give another key.
+    factors = 31 ** torch.arange(bits.shape[1], device=rows.device)
+    return (bits * factors).sum(dim=1)
 
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
-    """The rows (B, ...) at the indices ``index`` (B,) of ``rows`` (N, ...).
+    """Return the rows (B, ...) of ``rows`` (N, ...) that have the indices ``index`` (B,).
 
     If the indices are consecutive, the result is a view and nothing is copied.
     """
     n = len(index)
-    if not n or int(index.min()) < 0:
+    if not n or int(index.min()) < 0:  # ``index_select`` takes no negative indices
         return rows[index]
     start = int(index[0])
-    spans_n = int(index[-1]) - start == n - 1  # a cheap test before all indices are compared
-    if spans_n and bool((index.diff() == 1).all()):
+    last = int(index[-1])
+    may_be_consecutive = last - start == n - 1  # a cheap test before all indices are compared
+    if may_be_consecutive and bool((index.diff() == 1).all()):
         return rows[start : start + n]
     return rows.index_select(0, index)  # takes a third of the time of rows[index]
 
@@ -230,24 +244,31 @@ def cached_rows(n_candidates: int) -> int:
 
     A matrix product of fewer rows would be slow.
     """
-    return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 32_768)
+    n_fitting = CACHED_CELLS // max(n_candidates, 1)
+    return min(max(n_fitting, 256), 32_768)
 
 
 def row_blocks(
     n_rows: int, n_candidates: int, size: int, max_cells: int = MAX_CELLS
 ) -> Iterator[slice]:
-    """Yield slices of at most ``size`` rows with at most ``max_cells`` logits each."""
-    step = max(min(size, max_cells // max(n_candidates, 1)), 1)
+    """Yield slices of at most ``size`` rows with at most ``max_cells`` logits each.
+
+    A slice has at least one row, even if the logits of one row are more than ``max_cells``.
+    """
+    n_fitting = max_cells // max(n_candidates, 1)
+    step = max(min(size, n_fitting), 1)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
 
 def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine (N,) of every row (N, D) with the known rows (M, D), and its index (N,).
+    """Largest cosine (N,) of every row (N, D) with the known rows (M, D).
 
-    The cosines are computed block by block, so memory is bounded.
+    Returns this cosine, and the index (N,) of the known row that has it. The cosines are computed
+    block by block, so memory is bounded.
     """
-    if torch.compiler.is_exporting():  # in an exported graph the number of rows is not fixed
+    # an exported graph is for any number of rows, so it cannot split them into blocks
+    if torch.compiler.is_exporting():
         cosine, index = (rows @ known.T).max(dim=1)
         return cosine, index
     if torch.equal(rows, known):  # the usual case: the rows are the candidates of the fit
@@ -261,18 +282,21 @@ def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(cosines), torch.cat(indices)
 
 
-def _over_tiles(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:
-    """Summary of the logits of some images and all texts, from tiles of ``columns`` texts."""
-    tiles = (
-        _of_tile((image @ part.T).mul_(scale).add_(bias), number * columns)
-        for number, part in enumerate(text.split(columns))
+def _summary_over_tiles(
+    image: Tensor, text: Tensor, scale: float, bias: float, n_columns: int
+) -> ZeroShot:
+    """Summary of the logits of some images and all texts, from tiles of ``n_columns`` texts."""
+    summaries = (
+        _summary_of_tile((image @ part.T).mul_(scale).add_(bias), number * n_columns)
+        for number, part in enumerate(text.split(n_columns))
     )
-    return functools.reduce(_merge, tiles)
+    return functools.reduce(_merge, summaries)
 
 
-def _of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
+def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     """Summary of the logits (B, k) of k consecutive candidates from ``first_candidate`` on."""
-    # torch.max(dim) is not used: its documentation does not define which of equal values it takes
+    # torch.max(dim) is not used, because its documentation does not say which of equal values it
+    # takes
     column = logits.argmax(dim=1)
     return ZeroShot(column + first_candidate, logits.amax(dim=1), logits.logsumexp(dim=1))
 
@@ -291,7 +315,7 @@ def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:
 
 
 def float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64; on the CPU, if the device of the tensor has no float64."""
+    """Convert a tensor to float64, on the CPU if the device of the tensor has no float64."""
     if tensor.device.type == "mps":
         tensor = tensor.cpu()
     return tensor.double()

@@ -1,4 +1,4 @@
-"""Data of predictors: a source of embeddings, batches of its rows, and selections of rows."""
+"""Data that predictors use: a source of embeddings, batches of its rows, selections of rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
+Result = TypeVar("Result")  # of the function that ``EmbeddingSource._map_parts`` calls
 
 
 @dataclass(frozen=True)
@@ -51,41 +51,45 @@ class Candidates:
     """The candidate texts of some rows, and the right candidate of each row."""
 
     text: Tensor  # (K, D) float32 unit-norm candidates
-    target: Tensor  # (B,) int64 rows of ``text`` that are right, -1 where unknown
-    # (K,) int64: for every candidate the first candidate that is the same answer. An answer is
+    target: Tensor  # (B,) int64 index of the right candidate; -1 where unknown
+    # (K,) int64: for every candidate, the first candidate that is the same answer. An answer is
     # right if this number is equal for the answer and the target. None: all answers differ.
     same: Tensor | None = None
-    # (K,) int64: for every candidate its row in the source. None: the candidates are shared.
+    # (K,) int64: for every candidate, its row in the source. None: all rows share the candidates.
     members: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images and the candidate texts they are matched against, all in float32 on one device.
+    """Some images with the candidate texts for them, all in float32 on one device.
 
-    The candidates are shared by all rows (K class prompts), or they are the captions of the pool.
-    In both cases targets are rows of ``text``. If texts are matched against images, ``image`` holds
-    the texts and ``text`` holds the images.
+    The candidates are the prompts of K classes, or the captions of a pool. In both cases all rows
+    share the candidates, and a target is the index of a candidate. If texts are matched against
+    images, ``image`` holds the texts and ``text`` holds the images.
 
     Attributes:
         image: (B, D) unit-norm image embeddings.
         text: (K, D) unit-norm candidate embeddings.
-        target: (B,) int64 rows of ``text``; -1 where unknown.
+        target: (B,) int64 index of the right candidate; -1 where unknown.
         index: (B,) int64 row numbers in the source.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         columns: The requested columns, by name (``vilu.embeddings.columns``).
         same: As in ``Candidates``.
-        outside: (B,) bool, true for rows that are of none of the candidates, so that any answer is
+        outside: (B,) bool, true for rows to which no candidate belongs, so that any answer is
             wrong. None: there is no such row.
 
     Examples:
         >>> import torch, vilu
-        >>> image, text = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.eye(2)
-        >>> batch = vilu.Batch(image, text, torch.tensor([0, 0]), torch.arange(2), logit_scale=10.0)
-        >>> batch.prediction.tolist(), batch.failure.tolist()
-        ([1, 0], [1, 0])
-        >>> batch.rows(slice(1)).logits.round(decimals=3).tolist()
+        >>> image = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+        >>> text = torch.eye(2)
+        >>> target = torch.tensor([0, 0])
+        >>> batch = vilu.Batch(image, text, target, index=torch.arange(2), logit_scale=10.0)
+        >>> batch.prediction.tolist()
+        [1, 0]
+        >>> batch.failure.tolist()  # the first answer is wrong
+        [1, 0]
+        >>> batch.rows(slice(1)).logits.round(decimals=3).tolist()  # 10 * cosine, of row 0
         [[6.0, 8.0]]
     """
 
@@ -101,7 +105,7 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Logits (B, K) float32: logit_scale * cosine + logit_bias, never under autocast."""
+        """Logits (B, K) float32: logit_scale * cosine + logit_bias, also under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
             logits = (self.image @ self.text.T).mul_(self.logit_scale)
             if self.logit_bias:
@@ -110,7 +114,7 @@ class Batch:
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
-        """Answers, largest logits and log-normalisers, in bounded memory."""
+        """Answers, largest logits and log-normalisers, computed in bounded memory."""
         if "logits" in self.__dict__:
             return self.rivals.zero_shot(self.first_equal)
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
@@ -129,14 +133,14 @@ class Batch:
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """Index (K,) int64, for every candidate, of the first candidate with equal embedding."""
+        """For every candidate, the index (K,) int64 of the first with an equal embedding."""
         return first_equal(self.text)
 
     @property
     def prediction(self) -> Tensor:
-        """Judged answers (B,) int64: the column "answer", or else the zero-shot answers.
+        """Judged answers (B,) int64: the column "answer" if there is one, or zero-shot answers.
 
-        The zero-shot answer is the candidate of the largest logit, the first of equal logits.
+        The zero-shot answer is the candidate with the largest logit, the first of equal logits.
         """
         if ANSWER in self.columns:
             return self.columns[ANSWER]
@@ -147,8 +151,9 @@ class Batch:
         """Zero-shot probability (B,) float32 of the judged answer."""
         if ANSWER not in self.columns:
             return self.zero_shot.max_probability
-        of_answer = self.logits.gather(1, self.prediction[:, None]).squeeze(1)
-        return (of_answer - self.zero_shot.log_norm).exp()
+        answer_column = self.prediction[:, None]
+        answer_logit = self.logits.gather(1, answer_column).squeeze(1)
+        return (answer_logit - self.zero_shot.log_norm).exp()
 
     @cached_property
     def failure(self) -> Tensor:
@@ -167,8 +172,8 @@ class Batch:
     def target_log_probability(self) -> Tensor:
         """Zero-shot log-probability log p_y (B,) float32 of the target y.
 
-        It is -inf for a row that is of none of the candidates. For a row with an unknown target it
-        is the log-probability of candidate 0.
+        It is -inf for a row to which no candidate belongs. For a row with an unknown target, it is
+        the log-probability of candidate 0.
         """
         log_probability = self._target_log_probability()
         if self.outside is None:
@@ -176,15 +181,16 @@ class Batch:
         return log_probability.masked_fill(self.outside, -torch.inf)
 
     def _target_log_probability(self) -> Tensor:
+        """As ``target_log_probability``, without regard to ``outside``."""
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.same is not None:
-                parts = []
+                of_blocks = []
                 for block in row_blocks(len(target), len(self.text), len(target)):
-                    part = self.rows(block)
-                    parts.append(part.log_probability(part.logits, target[block]))
-                return torch.cat(parts)
-            # Each target is one candidate, so one dot product per row replaces all logits.
+                    batch = self.rows(block)
+                    of_blocks.append(batch.log_probability(batch.logits, target[block]))
+                return torch.cat(of_blocks)
+            # Each target is one candidate, so one dot product per row is enough.
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
@@ -195,29 +201,33 @@ class Batch:
 
         Examples:
             >>> import torch, vilu
-            >>> image, text = torch.tensor([[0.6, 0.8]]), torch.eye(2)
-            >>> batch = vilu.Batch(
-            ...     image, text, torch.tensor([0]), torch.arange(1), logit_scale=10.0
+            >>> image, target, index = (
+            ...     torch.tensor([[0.6, 0.8]]),
+            ...     torch.tensor([0]),
+            ...     torch.arange(1),
             ... )
-            >>> probability = batch.log_probability(batch.logits, batch.prediction).exp()
-            >>> round(probability.item(), 4)  # 1 / (1 + exp(6 - 8))
+            >>> batch = vilu.Batch(image, torch.eye(2), target, index, logit_scale=10.0)
+            >>> # the logits are 6 and 8: candidate 1 has the probability 1 / (1 + exp(6 - 8))
+            >>> probability = batch.log_probability(batch.logits, torch.tensor([1])).exp()
+            >>> round(probability.item(), 4)
             0.8808
         """
         answer = answer.to(logits.device)
         if self.same is None:
-            return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+            answer_logit = logits.gather(1, answer[:, None]).squeeze(1)
+            return answer_logit - logits.logsumexp(dim=1)
         same_answer_logits = logits.masked_fill(~self.alike(answer), -torch.inf)
         return same_answer_logits.logsumexp(dim=1) - logits.logsumexp(dim=1)
 
     def alike(self, answer: Tensor) -> Tensor:
-        """Mask (B, K): whether each candidate is the same answer as the candidate ``answer`` (B,).
+        """Mask (B, K): whether each candidate is the same answer as the row's ``answer`` (B,).
 
         Examples:
             >>> import torch, vilu
+            >>> image, text = torch.eye(2, 3), torch.eye(3)
+            >>> target = index = torch.arange(2)
             >>> same = torch.tensor([0, 0, 2])  # the first two candidates are one answer
-            >>> batch = vilu.Batch(
-            ...     torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), 10.0, same=same
-            ... )
+            >>> batch = vilu.Batch(image, text, target, index, logit_scale=10.0, same=same)
             >>> batch.alike(torch.tensor([1, 2])).int().tolist()
             [[1, 1, 0], [0, 0, 1]]
         """
@@ -225,10 +235,11 @@ class Batch:
             same = torch.arange(len(self.text), device=answer.device)
         else:
             same = self.same.to(answer.device)
-        return same == same[answer][:, None]
+        same_as_answer = same[answer]
+        return same == same_as_answer[:, None]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         if self.image.device == torch.device(device):
             return self
         moved = {}
@@ -243,7 +254,7 @@ class Batch:
         return batch
 
     def rows(self, part: slice | Tensor) -> Batch:
-        """A batch of some of the rows, given by a slice or by indices, with all candidates."""
+        """Return a batch of some rows, selected by a slice or by indices, with all candidates."""
         columns = dict(self.columns)
         for name in columns:
             if name in OF_ROWS:
@@ -263,23 +274,28 @@ class Batch:
         return batch
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield the rows and the batch of each pool. Here all rows share the candidates."""
+        """Yield the slice of rows and the batch of each pool: here one pool of all rows."""
         yield slice(0, len(self.index)), self
 
     def judging(self, answer: Tensor) -> Batch:
-        """The same batch, but with answers (B,) that are judged in place of the zero-shot answers.
+        """Return the same batch with answers (B,) to judge in place of the zero-shot answers.
 
         Examples:
             >>> import torch, vilu
-            >>> image, text = torch.tensor([[0.6, 0.8]]), torch.eye(2)
-            >>> batch = vilu.Batch(image, text, torch.tensor([0]), torch.arange(1), 10.0)
-            >>> judged = batch.judging(torch.tensor([0]))
-            >>> batch.failure.tolist(), judged.failure.tolist()
-            ([1], [0])
+            >>> image, target, index = (
+            ...     torch.tensor([[0.6, 0.8]]),
+            ...     torch.tensor([0]),
+            ...     torch.arange(1),
+            ... )
+            >>> batch = vilu.Batch(image, torch.eye(2), target, index, logit_scale=10.0)
+            >>> batch.failure.tolist()  # the zero-shot answer is candidate 1, which is wrong
+            [1]
+            >>> batch.judging(torch.tensor([0])).failure.tolist()  # candidate 0 is right
+            [0]
         """
         batch = replace(self, columns={**self.columns, ANSWER: answer})
         for name in ("logits", "zero_shot", "rivals", "first_equal"):
-            # copy what was cached, so that it is not computed again
+            # copy cached properties, so that they are not computed again
             if name in self.__dict__:
                 batch.__dict__[name] = self.__dict__[name]
         return batch
@@ -291,13 +307,13 @@ class Batch:
 
     @property
     def _has_answers(self) -> bool:
-        """Whether the zero-shot answers were computed already."""
+        """Whether the zero-shot answers have been computed."""
         return "zero_shot" in self.__dict__
 
 
 @dataclass(frozen=True)
 class WholeLogits(Batch):
-    """A batch whose logits are in memory anyway, and whose candidates all differ."""
+    """A batch whose logits are all in memory, and whose candidates all differ."""
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
@@ -306,10 +322,11 @@ class WholeLogits(Batch):
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """Index (K,) int64 of every candidate, since all differ."""
+        """Index (K,) int64 of every candidate itself, because all candidates differ."""
         return torch.arange(self.text.shape[-2], device=self.text.device)
 
     def _target_log_probability(self) -> Tensor:
+        """As in ``Batch``, but from the logits that are in memory."""
         target = self.target.clamp(min=0)
         target_logit = self.logits.gather(1, target[:, None]).squeeze(1)
         return target_logit - self.zero_shot.log_norm
@@ -317,24 +334,23 @@ class WholeLogits(Batch):
 
 @dataclass(frozen=True)
 class LogitBatch(WholeLogits):
-    """Rows with the logits that another classifier has given: the column "logits".
+    """A batch of rows whose logits come from another classifier: the column "logits".
 
-    The candidates have no embeddings: ``text`` (K, D) is zero.
+    The candidates have no embeddings, so ``text`` (K, D) is zero.
     """
 
     @cached_property
     def logits(self) -> Tensor:
-        """The given logits (B, K) float32."""
+        """Logits (B, K) float32 of the other classifier."""
         return self.columns[LOGITS]
 
 
 @dataclass(frozen=True)
 class PooledBatch(WholeLogits):
-    """Several pools of one size, one after another.
+    """A batch of several pools of one size, one after another, for methods that use only logits.
 
-    ``text`` is (P, K, D), and a target is a candidate's index within its own pool. Such a batch is
-    for methods that use only the logits. The logits are bit for bit the same as for one pool at a
-    time. No two candidates of a pool are equal.
+    ``text`` is (P, K, D), and a target is the index of a candidate within its own pool. The logits
+    are bit for bit those of batches of one pool. No two candidates of a pool are equal.
     """
 
     @cached_property
@@ -353,7 +369,10 @@ class PooledBatch(WholeLogits):
             return logits
 
     def by_pool(self) -> Iterator[tuple[slice, Batch]]:
-        """Yield the rows and the batch of each pool, with zero-shot answers computed before."""
+        """Yield the slice of rows and the batch of each pool.
+
+        If the zero-shot answers have been computed, these batches have them, too.
+        """
         size = self.text.shape[1]
         for number, text in enumerate(self.text):
             part = slice(number * size, (number + 1) * size)
@@ -372,22 +391,20 @@ class PooledBatch(WholeLogits):
 
 
 class EmbeddingSource(ABC):
-    """Rows of image embeddings with their candidate texts.
-
-    Predictors are fitted on a source, and they score a source.
+    """Rows of image embeddings with their candidate texts, on which predictors fit and score.
 
     Attributes:
         space: The embedding space.
         class_names: Names of the candidates, or None (captions, or bare arrays).
         ids: (N,) row identifiers for display. Rows are compared by ``identities``.
-        target: (N,) int64 targets, -1 where unknown.
+        target: (N,) int64 index of the right candidate of every row; -1 where unknown.
         text: (K, D) candidates, if they are shared by all rows.
         pool_size: Number of rows of a pool, whose captions are the candidates of the pool. None if
             the candidates are shared by all rows.
         columns: Names of the available columns (``vilu.embeddings.columns``).
-        candidate_of: (classes given,) int64 candidate of every class that was given. Classes with
-            equal texts were merged into one candidate. None if all texts were different.
-        second: Source of a second model that contains the same rows, and possibly more
+        candidate_of: int64 index of the candidate of every original class. Classes with equal texts
+            were merged into one candidate. None if all texts were different.
+        second: Source of a second model, which contains the same rows and possibly further rows
             (``vilu.embeddings.two_models``). None if there is no second model.
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
             a store.
@@ -395,16 +412,18 @@ class EmbeddingSource(ABC):
 
     Examples:
         >>> import numpy as np, torch, vilu
-        >>> data = vilu.Embeddings(
-        ...     np.eye(4), np.eye(4)[:2], target=[0, 1, -1, 1], class_names=["cat", "dog"]
-        ... )
-        >>> len(data), data.n_candidates, data.candidates(torch.tensor([3])).target.tolist()
-        (4, 2, [1])
-        >>> known = data.without(data.target.numpy() < 0)
-        >>> [batch.index.tolist() for batch in known.steps(2)]
+        >>> image, text = np.eye(4), np.eye(4)[:2]
+        >>> data = vilu.Embeddings(image, text, target=[0, 1, -1, 1])
+        >>> len(data), data.n_candidates
+        (4, 2)
+        >>> data.candidates(torch.tensor([3])).target.tolist()  # of row 3
+        [1]
+        >>> labelled = data.without(data.target.numpy() < 0)  # three rows
+        >>> [batch.index.tolist() for batch in labelled.steps(2)]
         [[0, 1], [2]]
     """
 
+    # how to make a source, for messages about an argument that is no source
     how: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store)"
@@ -426,7 +445,7 @@ class EmbeddingSource(ABC):
     def _merge_same(self) -> Tensor | None:
         """Merge classes with the same text into one candidate.
 
-        Returns (K,) int64 the class that each candidate is taken from; None if no class is merged.
+        Returns the class (K,) int64 from which each candidate is taken; None if no class is merged.
         """
         first = first_same(self.text, self.class_names)
         distinct: Tensor
@@ -470,17 +489,24 @@ class EmbeddingSource(ABC):
     def __getitem__(
         self, rows: slice | Sequence[int] | Sequence[bool] | Tensor | NDArray[Any]
     ) -> EmbeddingSource:
-        """Some rows as a new source (``take``): a slice, a mask (N,) bool, or row indices (M,).
+        """Take some rows as a new source: a slice, a mask (N,) bool, or row indices (M,).
+
+        See ``take``.
 
         Raises:
-            DataError: If ``rows`` is one number, since a source has no single rows.
+            DataError: If ``rows`` is one number, because a source has no single rows.
             UsageError: If the source has captions, because its pools are made of all its rows.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], target=[0, 1, -1, -1])
-            >>> data[:3], data[data.target >= 0], data[[2, 0]].target.tolist()
-            (Taken(n=3, K=2, D=4, labelled=2), Taken(n=2, K=2, D=4, labelled=2), [-1, 0])
+            >>> image, text = np.eye(4), np.eye(4)[:2]
+            >>> data = vilu.Embeddings(image, text, target=[0, 1, -1, -1])
+            >>> data[:3]
+            Taken(n=3, K=2, D=4, labelled=2)
+            >>> data[data.target >= 0]  # the labelled rows
+            Taken(n=2, K=2, D=4, labelled=2)
+            >>> data[[2, 0]].target.tolist()
+            [-1, 0]
         """
         if isinstance(rows, slice):
             return self.take(np.arange(len(self))[rows])
@@ -496,12 +522,12 @@ class EmbeddingSource(ABC):
 
     @property
     def has_vectors(self) -> bool:
-        """Whether the rows have embeddings, not logits alone."""
+        """Whether the rows have embeddings. If not, they have only logits."""
         return self.space.embed_dim > 0
 
     @property
     def has_texts(self) -> bool:
-        """Whether the candidates have embeddings. If not, the logits were given."""
+        """Whether the candidates have embeddings. If not, the rows have the column "logits"."""
         return LOGITS not in self.columns
 
     @property
@@ -514,21 +540,21 @@ class EmbeddingSource(ABC):
         """Image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
 
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``: the shared ones, or the captions of these rows."""
+        """Candidates of the rows ``index``: the shared candidates, or the captions of the rows."""
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name``: the entries of the rows ``index``, or all entries.
+        """Return column ``name``: the entries of the rows ``index``, or all entries.
 
         A column of candidates or of the model as a whole is returned with all its entries. If the
-        source has pools, its candidates are rows, so a column of candidates is indexed, too.
+        source has pools, its candidates are rows. Then a column of candidates is indexed, too.
 
         Examples:
             >>> import numpy as np, torch, vilu
-            >>> # two augmented views of each image
-            >>> views = np.stack([np.eye(2), np.eye(2)[::-1]], axis=1)
-            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
-            >>> data.column("views", torch.tensor([1])).tolist()
+            >>> image = text = np.eye(2)
+            >>> views = np.stack([image, image[::-1]], axis=1)  # two augmented views of each image
+            >>> data = vilu.Embeddings(image, text, columns={"views": views})
+            >>> data.column("views", torch.tensor([1])).tolist()  # both views of image 1
             [[[0.0, 1.0], [1.0, 0.0]]]
         """
         if name not in self._columns:
@@ -555,7 +581,7 @@ class EmbeddingSource(ABC):
 
         The target of such a row is -1, and any answer is wrong. By default no row is outside.
         """
-        # all False: one element, expanded, so that N rows take no memory
+        # one False, expanded to N rows without taking memory for each
         return torch.zeros(1, dtype=torch.bool, device="cpu").expand(len(self))
 
     @cached_property
@@ -570,7 +596,7 @@ class EmbeddingSource(ABC):
     def identified_by(self) -> tuple[Identity, ...]:
         """Kinds of identity by which rows can be found in another source, best first.
 
-        Equal logits may be of different pictures, so rows without a vector have at most a name.
+        Different pictures may have equal logits. So rows without a vector have at most a name.
         """
         kinds: list[Identity] = []
         if self.has_vectors:
@@ -591,10 +617,10 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> train = vilu.Embeddings(np.eye(3)[:2], np.eye(3))
-            >>> test = vilu.Embeddings(np.eye(3)[1:], np.eye(3))
-            >>> # one row is in both
-            >>> np.isin(test.identities("embeddings"), train.identities("embeddings")).tolist()
+            >>> image = text = np.eye(3)
+            >>> train = vilu.Embeddings(image[:2], text).identities("embeddings")
+            >>> test = vilu.Embeddings(image[1:], text).identities("embeddings")
+            >>> np.isin(test, train).tolist()  # image 1 is in both sources
             [True, False]
         """
         if by == "names":
@@ -613,17 +639,16 @@ class EmbeddingSource(ABC):
         """Identities (M,) int64 of the pictures of the ``rows`` (M,), by default of all rows.
 
         Rows with equal identities show the same picture. An identity is a hash of the encoded bytes
-        of the picture, or of its embedding if the bytes are not known. The picture of an
-        image-caption pair is its image, whatever the caption and the direction. Identities are
-        from 0 to 2^63 - 1. The identity of a row is -1 if its embedding is not usable, or if it has
-        none.
+        of the picture, or of its embedding if the bytes are not known. It is from 0 to 2^63 - 1.
+        The identity of a row without a usable embedding is -1. The picture of an image-caption pair
+        is its image, whatever the caption and the direction.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> image = np.eye(4)[[0, 0, 1, 1]]
-            >>> data = vilu.Embeddings.pairs(image, np.eye(4), pool_size=2)
+            >>> image = np.eye(4)[[0, 0, 1, 1]]  # each image has two captions
+            >>> data = vilu.Embeddings.pairs(image, text=np.eye(4), pool_size=2)
             >>> first, second, third, _ = data.picture_identities().tolist()
-            >>> first == second, second == third  # two captions of one image
+            >>> first == second, second == third
             (True, False)
         """
         positions = rows
@@ -643,7 +668,7 @@ class EmbeddingSource(ABC):
         return self.identities(by, rows)
 
     def _content(self, index: Tensor) -> Tensor:
-        """Numbers (B, ...) of every row that are hashed as its identity of kind "embeddings"."""
+        """Numbers (B, ...) of every row; their hash is its identity of kind "embeddings"."""
         return self.image_rows(index)
 
     @checked
@@ -653,7 +678,7 @@ class EmbeddingSource(ABC):
         classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> EmbeddingSource:
-        """Some rows of a source with shared candidates, as a new source.
+        """Take some rows of a source with shared candidates, as a new source.
 
         The new source is a view. Rows are read from this source only when they are needed.
 
@@ -661,8 +686,8 @@ class EmbeddingSource(ABC):
             rows: (M,) int64 row indices, in the order of the new source.
             classes: (K',) int64 candidates to keep, in their new order; by default all. A row of
                 a class that is not kept gets an unknown target.
-            columns: Names of the columns to keep; by default all columns are kept. Given logits
-                always stay.
+            columns: Names of the columns to keep; by default all. The column "logits" is always
+                kept.
 
         Raises:
             UsageError: If the source has captions, because its pools are made of all its rows.
@@ -670,12 +695,14 @@ class EmbeddingSource(ABC):
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(
-            ...     np.eye(3), np.eye(3), target=[0, 1, 2], class_names=["cat", "dog", "cup"]
-            ... )
-            >>> pets = data.take([2, 1, 0], classes=[1, 0])
-            >>> pets.class_names, pets.target.tolist()  # the class of the cup is not kept
-            (('dog', 'cat'), [-1, 0, 1])
+            >>> image = text = np.eye(3)
+            >>> names = ["cat", "dog", "cup"]
+            >>> data = vilu.Embeddings(image, text, target=[0, 1, 2], class_names=names)
+            >>> pets = data.take(rows=[2, 1, 0], classes=[1, 0])
+            >>> pets.class_names
+            ('dog', 'cat')
+            >>> pets.target.tolist()  # row 2 is a cup, which is no class of the new source
+            [-1, 0, 1]
         """
         if self.pool_size is not None:
             raise UsageError(
@@ -710,7 +737,7 @@ class EmbeddingSource(ABC):
     def split(
         self, fit: float, calibration: float = 0.0, test: float = 0.0, *, seed: int = 0
     ) -> SplitParts[EmbeddingSource]:
-        """Divide the rows into rows to fit on, to calibrate on and to test on.
+        """Divide the rows into three parts: to fit on, to calibrate on and to test on.
 
         Rows of one picture are in one part. Every part has its share of every class, up to one
         picture. Rows beyond the sum of the shares are in no part. A part of share 0 is empty.
@@ -722,12 +749,13 @@ class EmbeddingSource(ABC):
             seed: Seed of the division.
 
         Raises:
-            UsageError: If a share is not from 0 to 1, the shares add up to more than 1, or the
-                source has captions: their pools would change.
+            UsageError: If a share is not from 0 to 1, if the shares add up to more than 1, or if
+                the source has captions, because their pools would change.
 
         Examples:
             >>> import numpy as np, vilu
-            >>> data = vilu.Embeddings(np.eye(10), np.eye(10)[:2], target=[0, 1] * 5)
+            >>> image, text = np.eye(10), np.eye(10)[:2]
+            >>> data = vilu.Embeddings(image, text, target=[0, 1] * 5)
             >>> parts = data.split(fit=0.6, test=0.4)
             >>> len(parts.fit), len(parts.calibration), len(parts.test)
             (6, 0, 4)
@@ -743,8 +771,8 @@ class EmbeddingSource(ABC):
             )
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
         part = part_of_rows(self.picture_identities(), stratum, shares, seed)
-        first, second, third = (self.take(np.flatnonzero(part == k)) for k in range(3))
-        return SplitParts(first, second, third)
+        sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
+        return SplitParts(*sources)
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The row indices in a random order, for one pass of training.
@@ -753,7 +781,7 @@ class EmbeddingSource(ABC):
             >>> import numpy as np, torch, vilu
             >>> data = vilu.Embeddings(np.eye(4), np.eye(4))
             >>> rows = data.shuffled(data.usable_rows, torch.Generator().manual_seed(0))
-            >>> rows.sort().values.tolist()
+            >>> sorted(rows.tolist())  # every row occurs once
             [0, 1, 2, 3]
         """
         return rows[torch.randperm(len(rows), generator=generator, device="cpu")]
@@ -763,19 +791,19 @@ class EmbeddingSource(ABC):
     ) -> Iterator[Batch]:
         """Yield batches of at most ``size`` of the ``rows``, in order, with the named ``columns``.
 
-        By default all usable rows are taken. All logits of a batch fit into memory
-        (``similarity.MAX_CELLS``).
+        ``rows`` are indices; by default they are all usable rows. All logits of a batch fit into
+        memory (``similarity.MAX_CELLS``).
 
         If the source has pools, consecutive ``rows`` form a pool. The rows of a pool may be spread
-        over several batches, but each of these batches has all candidates of the pool, since their
-        number is part of the problem. The last rows are left out if they do not fill a pool.
+        over several batches, each of which has all candidates of the pool, because their number is
+        part of the problem. The last rows are left out if they do not fill a pool.
 
         Examples:
             >>> import numpy as np, vilu
             >>> image = np.eye(4)
-            >>> image[1] = np.nan
-            >>> data = vilu.Embeddings(image, np.eye(4))
-            >>> [batch.index.tolist() for batch in data.batches(2)]  # one row cannot be used
+            >>> image[1] = np.nan  # a row that is not usable
+            >>> data = vilu.Embeddings(image, text=np.eye(4))
+            >>> [batch.index.tolist() for batch in data.batches(2)]
             [[0, 2], [3]]
         """
         for step in self.steps(self.pool_size or size, rows=rows, columns=columns):
@@ -798,16 +826,16 @@ class EmbeddingSource(ABC):
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """As ``batches``, for methods that use only the logits.
+        """Yield batches as ``batches`` does, for methods that use only the logits.
 
         A batch may hold several small pools (``PooledBatch``).
 
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
-            >>> [tuple(batch.text.shape) for batch in data.batches(4)]
+            >>> [tuple(batch.text.shape) for batch in data.batches(4)]  # one pool per batch
             [(2, 6), (2, 6), (2, 6)]
-            >>> [tuple(batch.text.shape) for batch in data.many(4)]
+            >>> [tuple(batch.text.shape) for batch in data.many(4)]  # two pools, then one
             [(2, 2, 6), (1, 2, 6)]
         """
         return self.batches(size, rows=rows, columns=columns)
@@ -815,23 +843,24 @@ class EmbeddingSource(ABC):
     def _map_parts(
         self, make: Callable[[Tensor], Result], parts: Sequence[Tensor]
     ) -> Iterator[Result]:
-        """Yield ``make(part)`` of each part of the rows, in order."""
+        """Yield ``make(part)`` for each part of the row indices, in order."""
         return map(make, parts)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
+        """The rows ``index`` as a batch, with the named ``columns``."""
         candidates = self.candidates(index)
         members = index
         if candidates.members is not None:
             members = candidates.members
         tensors = {}
         for name in columns:
-            of_images = name in OF_ROWS
-            tensors[name] = self.column(name, index if of_images else members)
-        kind = Batch
+            is_of_images = name in OF_ROWS
+            tensors[name] = self.column(name, index if is_of_images else members)
+        batch_type = Batch
         if not self.has_texts:
-            kind = LogitBatch
+            batch_type = LogitBatch
             tensors[LOGITS] = self.column(LOGITS, index)
-        return kind(
+        return batch_type(
             image=self.image_rows(index),
             text=candidates.text,
             target=candidates.target,
@@ -845,18 +874,18 @@ class EmbeddingSource(ABC):
 
 
 def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
-    """Hashes (M,) of the content of the rows ``index`` (M,), computed block by block."""
+    """Hashes (M,) of the rows ``index`` (M,), whose numbers ``content`` returns block by block."""
     return np.concatenate([hash_rows(content(block)) for block in index.split(HASHED_ROWS)])
 
 
 @cache
 def say_once(message: str) -> None:
-    """Log a warning once per process. A store may be opened many times."""
+    """Log a warning once per process, even if a store is opened many times."""
     logger.warning(message)
 
 
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
-    """Message that lists the merged classes; ``first`` has the earliest equal class of each."""
+    """Message that lists the merged classes; ``first`` has the first equal class of every class."""
     merged = [candidate for candidate, earliest in enumerate(first) if earliest != candidate]
     examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
     listed = ", ".join(examples)
@@ -869,7 +898,7 @@ def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
 
 
 def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
-    """Index (K,) int64, for every text (K, D), of the first candidate that is the same answer.
+    """For every text (K, D), the index (K,) int64 of the first candidate that is the same answer.
 
     Two candidates are the same answer if their texts are equal or if their names are equal.
 
@@ -883,7 +912,7 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
     for i, name in enumerate(names):
         first_index.setdefault(name, i)
     first_of_name = torch.tensor([first_index[name] for name in names])
-    cosine = (text * text[first_of_name]).sum(dim=1)
+    cosine = (text * text[first_of_name]).sum(dim=1)  # with the first text of the same name
     differing = (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()
     if differing:
         listed = ", ".join(map(repr, sorted({names[i] for i in differing})))
@@ -891,8 +920,8 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
             f"classes of one name must have one text. Different texts: {listed:.200}. "
             "Rename them, or give both the same row of text."
         )
-    # A candidate may have the name of a second candidate, which has the text of a third one. Such
-    # chains are followed to their end.
+    # A candidate may have the name of a second candidate, which has the text of a third candidate.
+    # Such chains are followed to their end.
     first = first[first_of_name]
     while not torch.equal(first, first[first]):
         first = first[first]
@@ -900,7 +929,7 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
 
 
 class Taken(EmbeddingSource):
-    """Result of ``EmbeddingSource.take``: a view of a source, which reads rows only on demand."""
+    """A view of some rows of a source, which are read only on demand: ``EmbeddingSource.take``."""
 
     def __init__(
         self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]
@@ -919,7 +948,8 @@ class Taken(EmbeddingSource):
             self.ids = RowNumbers(len(rows))
         else:
             self.ids = TakenIds(source.ids, rows)
-        self.text = source.candidates(rows[:0]).text
+        no_rows = rows[:0]  # the candidates are the same for all rows
+        self.text = source.candidates(no_rows).text
         self.class_names = source.class_names
         if classes is not None:
             self._take_classes(classes)
@@ -929,8 +959,8 @@ class Taken(EmbeddingSource):
 
         Rows of a class that is not kept get an unknown target.
         """
-        # One entry more than candidates: the last entry stays unknown. Target -1, which is unknown,
-        # indexes this last entry.
+        # There is one entry per candidate, and a last entry, which stays unknown. An unknown target
+        # is -1, so it is an index of the last entry.
         new_target = classes.new_full((len(self.text) + 1,), UNKNOWN)
         new_target[classes] = torch.arange(len(classes), device="cpu")
         self.target = new_target[self.target]
@@ -959,7 +989,7 @@ class Taken(EmbeddingSource):
         return self._source._picture_hashes(self._rows.numpy()[rows])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name`` of the original source, for the rows or candidates of this one."""
+        """Column ``name`` of the original source, for the rows or candidates of this source."""
         if name not in self.columns:
             return super().column(name, index)
         if name == LOGITS:
@@ -967,10 +997,10 @@ class Taken(EmbeddingSource):
             return logits if self._classes is None else logits[:, self._classes]
         if name in OF_ROWS:
             return self._source.column(name, self._rows[index])
-        values = self._source.column(name, index)
+        all_entries = self._source.column(name, index)
         if self._classes is not None and name in TEXT_COLUMNS:
-            return values[self._classes]
-        return values
+            return all_entries[self._classes]
+        return all_entries
 
 
 class TakenIds(Identifiers):
@@ -987,10 +1017,10 @@ class TakenIds(Identifiers):
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)
         chosen[self._rows] = True
-        # a single pass in stored order, since identifiers on disk are read part by part
-        distinct = list(compress(self._ids, chosen))
+        # one pass in stored order, because identifiers on disk are read part by part
+        in_stored_order = list(compress(self._ids, chosen))
         _, index_of_row = self._rows.unique(return_inverse=True)
-        return (distinct[i] for i in index_of_row.tolist())
+        return (in_stored_order[i] for i in index_of_row.tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
@@ -998,12 +1028,16 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
 
     The temperature is positive: one number, or one per row (B, 1).
 
-    log p_max is computed as -log1p(sum of the other exponentials), relative to the largest logit.
-    So confident rows keep their order even where p_max rounds to 1. A float32 softmax at the logit
+    With d_j = (l_j - l_max) / temperature, the result is
+
+        log p_j = d_j - log1p(sum of exp(d_k) over all k except the largest logit)
+
+    So confident rows keep their order even if p_max rounds to 1. A float32 softmax at the logit
     scale of CLIP would give many rows the same p_max.
     """
     logits = float64(batch.logits)
-    largest = batch.zero_shot.prediction[:, None].to(logits.device)
-    below = (logits - logits.gather(1, largest)) / temperature
-    beside = below.exp().scatter(1, largest, 0.0).sum(dim=-1, keepdim=True)
-    return below - torch.log1p(beside)
+    answer_column = batch.zero_shot.prediction[:, None].to(logits.device)
+    largest_logit = logits.gather(1, answer_column)
+    difference = (logits - largest_logit) / temperature
+    without_answer = difference.exp().scatter(1, answer_column, 0.0)
+    return difference - torch.log1p(without_answer.sum(dim=-1, keepdim=True))

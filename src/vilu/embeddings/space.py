@@ -10,14 +10,15 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.validation import checked_fields, require_at_least
 
 LOGARITHMS = (4.0, 5.0)
-"""Logit scales between these numbers are taken for the logarithm of a scale.
+"""A logit scale between these numbers is refused, because it is probably a logarithm of a scale.
 
-Models keep the logarithm as a parameter. Released models have scales of 50 to 150: CLIP 100
+Models have the logarithm as a parameter. Released models have scales of 50 to 150: CLIP 100
 (logarithm 4.605), SigLIP 112 to 118 (4.72 to 4.77). None has a scale of 4 to 5, with which the
 probabilities of 1,000 classes would be nearly equal.
 """
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
+"""Attributes that are compared only if something is known about both models."""
 
 
 @checked_fields
@@ -28,10 +29,11 @@ class EmbeddingSpace:
     The zero-shot logit of image v and text t is ``logit_scale * cos(v, t) + logit_bias``.
 
     Attributes:
-        embed_dim: Width D of the joint space. 0: the rows have logits and no vectors
-            (``vilu.Embeddings.from_logits``).
+        embed_dim: Width D of the joint space. It is 0 for rows that have logits and no
+            vectors (``vilu.Embeddings.from_logits``).
         logit_scale: Multiplier of the cosine: the exponential of the learned parameter. It is 100
-            for OpenAI's CLIP. A number between 4 and 5 is refused: it is the parameter itself.
+            for OpenAI's CLIP. A number between 4 and 5 is refused, because it is probably the
+            parameter itself.
         logit_bias: Added to every logit (SigLIP). It cancels in a softmax, but it is part of the
             model.
         backbone: Name of the backbone, as given to ``--backbone``; None for bare arrays.
@@ -43,7 +45,7 @@ class EmbeddingSpace:
     Examples:
         >>> import vilu
         >>> clip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0, backbone="clip-vit-b32")
-        >>> # bare arrays: the model is not known
+        >>> # the model of bare arrays is not known
         >>> bare = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0)
         >>> clip.anonymous, bare.anonymous
         (False, True)
@@ -83,7 +85,7 @@ class EmbeddingSpace:
 
     @property
     def fingerprint(self) -> str:
-        """Hash over every attribute."""
+        """Hash of all attributes."""
         return digest(asdict(self))
 
     def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:
@@ -95,15 +97,13 @@ class EmbeddingSpace:
         Examples:
             >>> import vilu
             >>> from vilu.errors import ProvenanceError
-            >>> clip, siglip = (
-            ...     vilu.EmbeddingSpace(512, 100.0),
-            ...     vilu.EmbeddingSpace(512, 112.0, -16.5),
-            ... )
+            >>> clip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0)
+            >>> siglip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=112.0, logit_bias=-16.5)
             >>> try:
             ...     clip.require_match(siglip, name="store", other_name="query")
             ... except ProvenanceError as error:
-            ...     print(str(error).partition(": ")[2].partition(";")[0])
-            logit_scale: 100.0 (store) against 112.0 (query)
+            ...     print("logit_scale: 100.0 (store) against 112.0 (query)" in str(error))
+            True
         """
         fields = ["embed_dim", "logit_scale", "logit_bias"]
         if not (self.anonymous or other.anonymous):
@@ -113,7 +113,7 @@ class EmbeddingSpace:
             here = getattr(self, field)
             there = getattr(other, field)
             if here is None or there is None:
-                continue  # nothing is known on one side
+                continue  # the attribute is not known for one of the spaces
             if here != there:
                 differences.append(f"{field}: {here!r} ({name}) against {there!r} ({other_name})")
         if differences:

@@ -13,7 +13,7 @@ from vilu.errors import UsageError
 Rows = TypeVar("Rows")
 
 ROUNDING = 1e-9
-"""Shares may add up to so much more than 1."""
+"""Tolerance of rounding errors: the shares may add up to this much more than 1."""
 
 
 class SplitParts(NamedTuple, Generic[Rows]):
@@ -37,15 +37,17 @@ def require_shares(shares: Sequence[float]) -> None:
 def part_of_rows(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:
-    """Number (N,) of the part of every row; a row that is in no part has the number of parts.
+    """Number (N,) of the part of every row, from 0.
 
-    Rows of one picture are in one part. Pictures of one stratum are shuffled. With m pictures and a
-    random offset o in [0, 1), picture i is at the quantile (i + o) / m, and the cumulative shares
-    are the borders of the parts. So every part gets its share of every stratum up to one picture,
-    and exactly its share on average, however few pictures a stratum has.
+    A row that is in no part has the number of parts, for example 3 if there are three parts.
+
+    Rows of one picture are in one part. The m pictures of a stratum are shuffled. With one random
+    offset o in [0, 1), picture i is put at the quantile (i + o) / m. The cumulative shares are the
+    borders of the parts between these quantiles. So every part gets its share of every stratum, up
+    to one picture. On average it gets exactly its share, however few pictures the stratum has.
 
     Args:
-        picture: (N,) identities of the pictures; -1: the row is a picture of its own.
+        picture: (N,) identities of the pictures. -1: the picture is in no other row.
         stratum: (N,) classes of the rows. A picture is in the stratum of its first row.
         shares: Shares of the parts.
         seed: Seed of the division.
@@ -53,15 +55,17 @@ def part_of_rows(
     rng = np.random.default_rng(seed)
     identity = picture.copy()
     is_alone = identity < 0
-    identity[is_alone] = identity.max(initial=-1) + 1 + np.arange(np.count_nonzero(is_alone))
-    _, first, of_row = np.unique(identity, return_index=True, return_inverse=True)
+    first_new = identity.max(initial=-1) + 1
+    identity[is_alone] = first_new + np.arange(np.count_nonzero(is_alone))
+    _, first_row, picture_of_row = np.unique(identity, return_index=True, return_inverse=True)
+    stratum_of_picture = stratum[first_row]
     borders = np.cumsum(shares)
-    part = np.empty(len(first), np.int64)
-    for value in np.unique(stratum[first]):
-        members = rng.permutation(np.flatnonzero(stratum[first] == value))
+    part = np.empty(len(first_row), np.int64)  # of every picture
+    for number in np.unique(stratum_of_picture):
+        members = rng.permutation(np.flatnonzero(stratum_of_picture == number))
         quantile = (np.arange(len(members)) + rng.random()) / len(members)
         part[members] = np.searchsorted(borders - ROUNDING, quantile, side="right")
-    if sum(shares) >= 1 - ROUNDING:  # rounding must leave no row out
-        last_with_rows = int(np.flatnonzero(np.asarray(shares) > 0)[-1])
-        part = np.minimum(part, last_with_rows)
-    return part[of_row]
+    if sum(shares) >= 1 - ROUNDING:  # every row is in a part, whatever the rounding of the borders
+        nonempty_parts = np.flatnonzero(np.asarray(shares) > 0)
+        part = np.minimum(part, nonempty_parts.max())
+    return part[picture_of_row]

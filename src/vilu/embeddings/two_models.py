@@ -16,12 +16,12 @@ from vilu.embeddings.source import EmbeddingSource, Taken
 from vilu.errors import DataError, UsageError
 from vilu.validation import checked
 
-TELLING: tuple[Identity, ...] = ("pictures", "names")
+MODEL_INDEPENDENT: tuple[Identity, ...] = ("pictures", "names")
 """Kinds of identity that do not depend on the model that embedded a row, best first."""
 
 
 class TwoModels(Taken):
-    """The rows of one source, with the embeddings of the same pictures by a second model.
+    """The rows of one source, with embeddings of the same pictures by a second model.
 
     All data are those of the first source, except two additional columns:
 
@@ -29,8 +29,8 @@ class TwoModels(Taken):
     - ``second_text`` (K, E): embeddings of the candidates by the second model, times its logit
       scale.
 
-    The products of both columns are the zero-shot logits of the second model, without its bias. The
-    bias cancels in a softmax.
+    The products of both columns are the zero-shot logits of the second model, without its bias,
+    because a bias cancels in a softmax.
 
     The rows are searched in the second source by their pictures. If one source has no hashes of
     pictures, they are searched by name. The order of the second source does not matter, and it may
@@ -42,8 +42,8 @@ class TwoModels(Taken):
         second: Source of the other model.
 
     Attributes:
-        first: The source ``first``.
-        second: The source ``second``.
+        first: The source of the model whose failures are to be predicted.
+        second: The source of the other model.
 
     Raises:
         UsageError: If a source has captions. Each model has its own pools of captions, so the rows
@@ -54,14 +54,13 @@ class TwoModels(Taken):
     Examples:
         >>> import numpy as np, torch, vilu
         >>> large = vilu.Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
-        >>> images = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
-        >>> candidates = images
-        >>> # embeddings of another width, with the images in another order
-        >>> small = vilu.Embeddings(images, candidates, ids=["c", "b", "a"])
+        >>> # the small model has width 2; its source has the images in another order
+        >>> image = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
+        >>> small = vilu.Embeddings(image, text=image, ids=["c", "b", "a"])
         >>> both = vilu.TwoModels(large, small)
-        >>> # embeddings of "b" and "c" by the small model
-        >>> both.column("second_image", torch.tensor([1, 2])).tolist()
-        [[0.0, 1.0], [1.0, 0.0]]
+        >>> c = torch.tensor([2])  # row number of "c" in the first source
+        >>> both.column("second_image", c).tolist()  # "c" is row 0 of the second source
+        [[1.0, 0.0]]
     """
 
     first: EmbeddingSource
@@ -95,28 +94,32 @@ class TwoModels(Taken):
         if name == "second_image":
             return self.second.image_rows(self._row_of_second[index])
         if name == "second_text":
-            return self.second.candidates(index[:0]).text * self.second.space.logit_scale
+            no_rows = index[:0]  # the candidates are the same for all rows
+            return self.second.candidates(no_rows).text * self.second.space.logit_scale
         return super().column(name, index)
 
 
 def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
-    """Index (N,), in the second source, of every row of the first source."""
+    """For every row of the first source, its index (N,) in the second source."""
     by = _common_identity(first, second)
     sought = first.identities(by)
     identities = second.identities(by)
     order = np.argsort(identities, kind="stable")
     ordered = identities[order]
     if by == "names":
-        repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+        equals_next = ordered[:-1] == ordered[1:]
+        repeated = np.flatnonzero(equals_next)
         if repeated.size:
             name = second.ids[int(order[repeated[0]])]
             raise DataError(
                 f"rows are found by their names, and the second source has {name!r} twice. Give "
                 "every row a name of its own."
             )
+    # Where each identity is in ``ordered``, or would be. The rank may be beyond the last entry.
     rank = np.searchsorted(ordered, sought)
-    is_there = rank < len(ordered)
-    is_there[is_there] = ordered[rank[is_there]] == sought[is_there]
+    is_in_range = rank < len(ordered)
+    is_there = np.zeros(len(sought), dtype=bool)
+    is_there[is_in_range] = ordered[rank[is_in_range]] == sought[is_in_range]
     if not is_there.all():
         missing = np.flatnonzero(~is_there)
         raise DataError(
@@ -128,8 +131,8 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
 
 
 def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identity:
-    """The best kind of identity that both sources have."""
-    for by in TELLING:
+    """The best kind of identity that both sources have; DataError if there is none."""
+    for by in MODEL_INDEPENDENT:
         if by in first.identified_by and by in second.identified_by:
             return by
     raise DataError(
@@ -156,8 +159,8 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
 
 
 def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """Description of the first difference between two different lists of names."""
-    for number, (name, counterpart) in enumerate(zip_longest(first, second)):
+    """Describe the first difference between two lists of names, which must differ."""
+    for position, (name, counterpart) in enumerate(zip_longest(first, second)):
         if name != counterpart:
-            return f"the first difference is at {number}: {name!r} against {counterpart!r}"
+            return f"the first difference is at {position}: {name!r} against {counterpart!r}"
     raise AssertionError("the names are equal")

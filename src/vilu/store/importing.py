@@ -59,16 +59,11 @@ NAMES = (
 )
 """Names of the arrays that are read."""
 
-OF_SPACE = frozenset({"logit_scale", "logit_bias"})  # arrays that are part of the embedding space
-BY_ROW = (
-    "image",
-    "logits",
-    "target",
-    "answer",
-    "ids",
-    *IMAGE_COLUMNS,
-)  # arrays with one entry per image row
-# Values of ``kind`` of NumPy's types.
+OF_SPACE = frozenset({"logit_scale", "logit_bias"})
+"""Arrays that belong to the embedding space."""
+BY_ROW = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
+"""Arrays with one entry per image row."""
+# The kinds of NumPy's types (``dtype.kind``).
 NUMBERS = "fiu"  # floats and whole numbers
 WHOLE = "iu"  # whole numbers
 TEXTS = "US"  # texts and bytes
@@ -97,7 +92,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     max_error_rate: float = 0.01,
     overwrite: bool = False,
 ) -> EmbeddingStore:
-    """Make a store from arrays, or resume an earlier run with the same inputs.
+    """Write arrays into a store, or resume an earlier run with the same inputs.
 
     Required arrays are ``image`` (N, D), ``text`` (K, D) and ``class_names`` (K,). Optional arrays
     are ``target`` (N,), ``ids`` (N,), ``logit_scale``, ``logit_bias`` and the columns of
@@ -106,53 +101,52 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     belongs to none of the classes.
 
     In place of ``image`` and ``text`` there may be ``logits`` (N, K) and ``features`` (N, D), as
-    for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) holds answers of another model,
-    to judge with ``answer="given"``: row numbers of ``text``, or names of classes.
+    for ``vilu.Embeddings.from_logits``. The array ``answer`` (N,) holds answers of another model:
+    row numbers of ``text``, or names of classes. Methods with ``answer="given"`` judge them.
 
     Rows are normalised to unit norm, with one warning if they did not have unit norm. Image rows
-    that are not finite, or have norm zero, become errors. Every array is read twice, to compute the
-    fingerprint of the store and to write the rows. Memory is bounded by the rows of one part.
+    that are not finite, or have norm zero, become errors. Every array is read twice: to compute the
+    fingerprint of the store, and to write the rows. Only the rows of one part are in memory.
     Nothing is unpickled. The process can be killed at any moment. Finished parts stay, and the next
-    run gives the same bytes as a run without interruption.
+    run writes the same bytes as a run without interruption.
 
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files. None: all arrays are in ``files``.
         output: Folder of the store.
-        files: Arrays in files of their own, by the names above: ``.npy``, or text (``.txt``,
-            ``.csv``) with one entry a line and no header.
-        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP); None to take it from the
-            array of this name.
-        logit_bias: Added to every logit (0 except for SigLIP); None to take it from the array of
-            this name.
+        files: Files of arrays, by the names above. A file is ``.npy``, or text (``.txt``, ``.csv``)
+            with one entry per line and no header.
+        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP). None: the array is used.
+        logit_bias: Added to every logit (0 except for SigLIP). None: the array is used.
         keys: Names of arrays in the source that differ from the names above. For example,
             {"image": "embeddings"} reads ``image`` from the array "embeddings".
         class_names: K names, instead of the array ``class_names``.
         outside: Names of classes to leave out, or values of ``target`` that are no class. Rows with
             these targets get the target ``vilu.OUTSIDE``.
-        model: Name of the model that made the embeddings, if known; stores of different models
-            cannot be combined.
-        origin: Where the arrays come from, recorded in the store.
-        split: Name of the split, recorded in the store.
+        model: Name of the model that made the embeddings, if it is known. Stores of different
+            models cannot be combined.
+        origin: Where the arrays come from. This text is recorded in the store.
+        split: Name of the split, which is recorded in the store.
         dtype: Number format of the stored rows; by default float16 if ``image`` is float16, else
             float32.
         part_size: Rows per part. One part is in memory, and a kill loses at most one part.
-        max_error_rate: Largest share of rows that may be unusable. If more are, the store is not
-            sealed, but all finished parts stay.
+        max_error_rate: Largest share of rows that may be unusable. If more rows are unusable, the
+            store is not sealed, but all finished parts stay.
         overwrite: Whether to replace a store in ``output``.
 
     Raises:
-        UsageError: If an argument is invalid, the scale or the bias is neither given nor in the
-            source, or ``output`` holds something else than a store.
+        UsageError: If an argument is invalid, if the scale or the bias is neither an argument nor
+            in the source, or if ``output`` holds something else than a store.
         ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
-        DataError: If an array is missing, damaged, of Python objects, or does not fit the others.
+        DataError: If an array is missing, damaged, of Python objects, or does not fit the rest.
         StorageError: If reading or writing a file fails; finished parts are intact.
         BusyError: If another process writes to ``output``.
 
     Examples:
         >>> import numpy as np, tempfile, vilu
         >>> arrays = {"image": np.eye(3), "text": np.eye(3), "class_names": ["cat", "dog", "cup"]}
+        >>> scale = {"logit_scale": 100, "logit_bias": 0}
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.savez(f"{folder}/arrays.npz", **arrays, logit_scale=100, logit_bias=0)
+        ...     np.savez(f"{folder}/arrays.npz", **arrays, **scale)
         ...     store = vilu.import_arrays(f"{folder}/arrays.npz", f"{folder}/store")
         ...     print(len(store), store.class_names)
         3 ('cat', 'dog', 'cup')
@@ -176,12 +170,12 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         )
         _require_shapes(content, run)
         budget = Budget(max_error_rate, bad_shards=False)
-        _drive(root, run, content, budget, overwrite=overwrite)
+        _write_store(root, run, content, budget, overwrite=overwrite)
     return EmbeddingStore(root)
 
 
 def _require_shapes(content: SourceArrays, run: Run) -> None:
-    """Raise DataError where a column of the classes or of the model has a wrong shape."""
+    """Raise DataError if a column of the classes or of the model has a wrong shape."""
     for name, values in content.class_columns.items():
         shape = tuple(values.shape)
         if not has_shape(run, name, shape):
@@ -193,19 +187,19 @@ def _require_shapes(content: SourceArrays, run: Run) -> None:
 
 @dataclass
 class SourceArrays:
-    """The checked content of a source, except for the numbers in the rows of the images.
+    """The arrays of a source, all checked except for the numbers in the rows of the images.
 
-    These arrays are open. ``rows`` reads and checks the rows of one part.
+    ``arrays`` are open. ``rows`` reads and checks the rows of one part.
     """
 
     arrays: dict[str, StoredArray]  # all arrays that are used, by the names in ``NAMES``
-    target: NDArray[np.int64]  # (N,) int64 label of each row, -1 if unknown, -2 if of no class
+    target: NDArray[np.int64]  # (N,) label of each row; -1 if unknown, -2 if of none of the classes
     names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # columns of the classes and of the model
     outside: tuple[str, ...]  # names of classes that were left out, and targets that are no class
     norms: Norms = field(default_factory=Norms)  # norms of the rows read so far
-    answer: NDArray[np.int64] | None = None  # (N,) given answers, if there are any
+    answer: NDArray[np.int64] | None = None  # (N,) classes that another model answered, if any
 
     @property
     def rows_of(self) -> StoredArray:
@@ -214,7 +208,7 @@ class SourceArrays:
 
     @property
     def width(self) -> int:
-        """Width D of the embeddings; 0 if there are logits alone."""
+        """Width D of the embeddings; 0 if the rows have only logits."""
         return _width(self.arrays)
 
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
@@ -228,7 +222,7 @@ class SourceArrays:
     def space(
         self, logit_scale: float | None, logit_bias: float | None, model: str | None
     ) -> EmbeddingSpace:
-        """The embedding space; the flags of a user come before the numbers in the source."""
+        """The embedding space. Flags of the user replace the numbers in the source."""
         if LOGITS not in self.arrays:
             scale = self.number("logit_scale", logit_scale)
             bias = self.number("logit_bias", logit_bias)
@@ -243,7 +237,7 @@ class SourceArrays:
     def number_format(
         self, asked: Literal["float16", "float32"] | None
     ) -> Literal["float16", "float32"]:
-        """Number format of the stored rows: ``asked``, or by default that of the image."""
+        """Number format of the stored rows: ``asked``, or by default that of the images."""
         if LOGITS in self.arrays:
             if asked == "float16":
                 raise UsageError(
@@ -297,7 +291,7 @@ class SourceArrays:
             return digest({name: array.hash(advance) for name, array in hashed.items()})
 
     def rows(self, part: Part) -> PartRows:
-        """Read the rows of a part, and return usable rows and errors."""
+        """Read the rows of a part, and return the usable rows and the errors."""
         content = PartRows()
         status = np.full(len(part), VALID, np.uint8)
         blocks: dict[str, Tensor] = {}
@@ -324,7 +318,7 @@ class SourceArrays:
         return content
 
     def _row(self, position: int, key: str, label: int | None) -> LabelledRow:
-        """The metadata of a row, with its given answer if there are any."""
+        """The metadata of a row, with the answer of another model if there are such answers."""
         if self.answer is None:
             return LabelledRow(position, key, label)
         return RowWithAnswer(position, key, label, int(self.answer[position]))
@@ -353,8 +347,8 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     """Return the rows to be stored, the status of each, and the norms before normalisation.
 
-    Columns that may have any norm are not normalised. If an image has several views, its status is
-    the worst status of its views.
+    Columns that may have any norm are not normalised. If an image has several views, the highest
+    status code of its views is its status.
     """
     may_have_any_norm = name in ANY_NORM
     if name == LOGITS:
@@ -368,8 +362,8 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     # in ``rows``, every view of an image is a row
     rows, status, norms = normalised(rows)
     status_of_views = status.reshape(len(block), -1)
-    worst = status_of_views.max(axis=1, initial=VALID)
-    return rows.view(block.shape), worst, norms
+    status_of_images = status_of_views.max(axis=1, initial=VALID)
+    return rows.view(block.shape), status_of_images, norms
 
 
 def _read(
@@ -402,59 +396,70 @@ def _read(
     _check_ids(opened.get("ids"), n_rows)
     columns = _class_columns(opened, text_rows)
     answer = _answers(opened.get(ANSWER), n_rows, names, classes)
-    return SourceArrays(opened, target, classes, text, columns, outside, answer=answer)
+    return SourceArrays(
+        arrays=opened,
+        target=target,
+        names=classes,
+        text=text,
+        class_columns=columns,
+        outside=outside,
+        answer=answer,
+    )
 
 
 def _rows_of(opened: Mapping[str, StoredArray]) -> StoredArray:
-    """The array that decides the number of rows: image embeddings, or logits alone."""
+    """The array that decides the number of rows: image embeddings, or logits without them."""
     if "image" in opened:
         return opened["image"]
     return opened[LOGITS]
 
 
 def _width(opened: Mapping[str, StoredArray]) -> int:
-    """Width of the embeddings; 0 if there are logits alone."""
+    """Width of the embeddings; 0 if the rows have only logits."""
     if "image" not in opened:
         return 0
     return opened["image"].shape[1]
 
 
 def _texts(opened: Mapping[str, StoredArray], text_rows: Tensor, classes: Sequence[str]) -> Tensor:
-    """Return the (K, D) unit-norm texts of the classes after a check."""
+    """Check the texts of the classes, and return them (K, D) with unit norm."""
     text = require_usable(opened["text"].whole(), "text")[text_rows]
     if text.shape[1] != _width(opened):
         raise DataError(
             f"image and text must share one width. Got {_width(opened)} ({opened['image'].where}) "
             f"and {text.shape[1]} ({opened['text'].where})."
         )
-    first_same(text, classes)
+    first_same(text, classes)  # raises DataError if classes of one name have different texts
     return text
 
 
 def _answers(
     stored: StoredArray | None, n: int, names: Sequence[str], classes: Sequence[str]
 ) -> NDArray[np.int64] | None:
-    """Return the (N,) given answers as classes of the store; None if there is no array.
+    """Return the answers (N,) as numbers of classes of the store; None if there is no array.
 
-    ``names`` are all names in the source, by whose numbers an answer may be given; ``classes`` are
-    those of the store, without the classes outside.
+    In the array, answers are numbers or names of the classes in the source. ``names`` are these
+    classes. ``classes`` are those of the store, from which the classes outside are left out.
     """
     if stored is None:
         return None
-    given = _read_targets(stored, n)
-    values = given.values
+    in_source = _read_targets(stored, n)
+    values = in_source.values
     if values.dtype.kind in WHOLE:
         numbers = check_answers(values, len(values), None, len(names))
         values = np.array([names[number] for number in numbers.tolist()], dtype=np.str_)
-    codes = check_answers(values, len(values), classes, len(classes)).numpy()
-    answers: NDArray[np.int64] = codes[given.value_of_row]
+    class_of_value = check_answers(values, len(values), classes, len(classes)).numpy()
+    answers: NDArray[np.int64] = class_of_value[in_source.value_of_row]
     return answers
 
 
 def _classes_of_logits(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """As ``_leave_out``, where each class has a column of logits."""
+    """Return what ``_leave_out`` returns, if each class has a column of logits.
+
+    No class is left out. ``outside`` may have labels that are no class.
+    """
     n_logits = logits.shape[1]
     if n_logits != len(names):
         raise DataError(
@@ -472,7 +477,7 @@ def _classes_of_logits(
 
 
 def _require_matrix(image: StoredArray) -> None:
-    """Raise DataError where the images are not a matrix of numbers."""
+    """Raise DataError if the images are not a matrix of numbers."""
     is_matrix = len(image.shape) == 2 and image.shape[1] >= 1
     if image.dtype.kind not in NUMBERS or not is_matrix:
         raise DataError(
@@ -484,14 +489,14 @@ def _require_matrix(image: StoredArray) -> None:
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """Open the arrays of a source, and return them by the names in ``NAMES``.
 
-    ``keys`` has the names in the source of arrays that have another name there.
+    If an array has another name in the source, ``keys`` has this name.
     """
     unknown = sorted(keys.keys() - set(NAMES))
     if unknown:
         raise UsageError(
             f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
         )
-    key_of = {name: keys.get(name, name) for name in NAMES}
+    key_of = {name: keys.get(name, name) for name in NAMES}  # names in the source
     needed = ["image", "text"]
     if key_of[LOGITS] in arrays.names:
         needed = [LOGITS]
@@ -501,7 +506,8 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
                 "take the place of texts: leave one of them out."
             )
         if key_of["image"] not in arrays.names:
-            key_of["image"] = key_of["features"]  # the vectors of the rows
+            # with logits, the features are the vectors of the rows, which are read as ``image``
+            key_of["image"] = key_of["features"]
             key_of["features"] = ""
     needed_keys = [key_of[name] for name in needed]
     _require_present(arrays, key_of, [*needed_keys, *keys.values()])
@@ -513,7 +519,8 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             ", ".join(unused),
         )
     for name, key in used.items():
-        # these may have any size, because one number or text per row can compress very well
+        # Embeddings never compress very well, so such an array is refused. Arrays with one number
+        # or text per row may compress very well.
         if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
     opened = {name: arrays.open(key) for name, key in used.items()}
@@ -524,7 +531,7 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
 
 
 def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed: Sequence[str]) -> None:
-    """Raise DataError where a source lacks an array; ``needed`` are names in the source."""
+    """Raise DataError if an array is missing; ``needed`` are names in the source."""
     missing = [key for key in needed if key not in arrays.names]
     if not missing:
         return
@@ -538,7 +545,7 @@ def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed: Sequence
 
 
 def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
-    """Raise DataError where texts or columns have a wrong type or shape, or no entries."""
+    """Raise DataError if texts or columns have a wrong type or shape, or no entries."""
     # number of dimensions and meaning of each array
     expected = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected.items():
@@ -575,7 +582,7 @@ def _class_names(stored: StoredArray | None, names: Sequence[str] | None) -> tup
 
 
 def _require_names(stored: StoredArray) -> None:
-    """Raise DataError where an array is not a vector of short texts."""
+    """Raise DataError if an array is not a vector of short texts."""
     max_bytes = 4 * MAX_TEXT  # NumPy stores a character in 4 bytes
     if len(stored.shape) != 1 or stored.dtype.itemsize > max_bytes:
         raise DataError(
@@ -585,7 +592,7 @@ def _require_names(stored: StoredArray) -> None:
 
 
 def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
-    """Raise DataError where an identifier occurs twice."""
+    """Raise DataError if an identifier occurs twice."""
     if stored is None:
         return
     _require_names(stored)
@@ -609,12 +616,13 @@ def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
 
 
 def _name_of_row(stored: StoredArray, row: int) -> str:
+    """Read the identifier of a row."""
     (name,) = texts_of(stored.read(row, row + 1), stored.where)
     return name
 
 
 class Targets(NamedTuple):
-    """Targets as they are in the source, without repeated values in memory."""
+    """Targets as they are in the source, with every distinct value once in memory."""
 
     values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
     value_of_row: NDArray[np.int64]  # (N,) index into ``values`` of the target of each row
@@ -653,10 +661,10 @@ def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
 def _leave_out(
     outside: tuple[str, ...], names: tuple[str, ...], targets: Targets, text: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """Leave out the classes in ``outside``.
+    """Leave out the classes in ``outside``, so that K classes remain.
 
-    Return (N,) targets among the K classes that are left, (K,) row numbers of their texts in
-    ``text``, and their K names.
+    Returns the targets (N,) among these classes, the row numbers (K,) of their texts in ``text``,
+    and their K names.
     """
     inside = [i for i, name in enumerate(names) if name not in outside]
     n_texts = len(text)
@@ -669,7 +677,7 @@ def _leave_out(
         raise UsageError(
             f"all of the {len(names)} classes would be outside. At least one must be left."
         )
-    # new_label[i] is the label of name i in the store: its index in ``inside``, or OUTSIDE
+    # new_label[i] is the label of class i in the store: its index in ``inside``, or OUTSIDE
     new_label = np.full(len(names), OUTSIDE, np.int64)
     new_label[inside] = np.arange(len(inside))
     target = _index_targets(targets, names, outside)
@@ -698,11 +706,12 @@ def _index_targets(
 
 
 def _require_used(labels_outside: Sequence[str], targets: Targets, names: tuple[str, ...]) -> None:
-    """Raise UsageError where a label in ``labels_outside`` is the target of no row."""
-    known = {"", *names}
-    beyond: list[str] = []
+    """Raise UsageError if a label in ``labels_outside`` is the target of no row."""
+    known_names = {"", *names}
+    known_numbers = range(len(names))
+    beyond: list[str] = []  # targets that are no class
     for value in targets.values.tolist():
-        if value not in known and value not in range(len(names)):
+        if value not in known_names and value not in known_numbers:
             beyond.append(str(value))
     unknown = [name for name in labels_outside if name not in beyond]
     if not unknown:
@@ -747,9 +756,10 @@ def _indices_of_numbers(
 def _class_columns(
     opened: Mapping[str, StoredArray], text_rows: Tensor
 ) -> dict[ClassColumn, Tensor]:
-    """Check the columns of classes and model, and return them for the classes ``text_rows``.
+    """Check the columns of the classes and of the model, and return them.
 
-    Columns that must have unit norm are normalised.
+    Columns of the classes are returned for the classes ``text_rows``. Columns that must have unit
+    norm are normalised.
     """
     columns: dict[ClassColumn, Tensor] = {}
     for name in get_args(ClassColumn):
@@ -770,7 +780,7 @@ def _class_columns(
 def _describe(
     content: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
-    """Return the description of a run; reads all arrays once for the fingerprint."""
+    """Describe a run. For its fingerprint, all arrays are read once."""
     described: dict[str, object] = {
         "dataset_fingerprint": content.fingerprint(),
         "n_in": len(content.rows_of),
@@ -783,22 +793,25 @@ def _describe(
         "imported": imported.model_dump(),
         **settings,
     }
-    # ``where`` is "FILE.npz, array 'image'" or "FOLDER/image.npy"
+    # ``where`` is a text such as "FILE.npz, array 'image'", or "FOLDER/image.npy"
     source_path, _, _ = content.rows_of.where.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
     return describe_run(described, source.name or path.stem)
 
 
-def _drive(root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool) -> None:
+def _write_store(
+    root: Path, run: Run, content: SourceArrays, budget: Budget, *, overwrite: bool
+) -> None:
     """Write the missing parts and seal the store."""
     with StoreLedger.claim(root):
-        classes = (content.text, content.class_columns)
-        run = begin(root, run, lambda: classes, overwrite=overwrite)
+        texts_and_columns = (content.text, content.class_columns)
+        run = begin(root, run, lambda: texts_and_columns, overwrite=overwrite)
         ledger = StoreLedger(root, run)
         missing, done = ledger.survey()
         if missing:
-            # before the first part is written, because a manifest states that all parts are done
+            # The manifest is removed before the first part is written, because a manifest states
+            # that all parts are done.
             ledger.unseal()
             require_room(root, run, missing)
         else:

@@ -55,9 +55,10 @@ def open_source(
 
     Args:
         path: A folder that ``vilu embed`` wrote, or one in a layout of ``LaionPairs``.
-        pools: How pairs are grouped into pools, in which captions and images are matched; by
-            default pools of 1024.
-        fold: Only the pairs whose caption is in this fold: "train", "validation" or "test".
+        pools: How pairs are grouped into pools, in which captions and images are matched. By
+            default a pool has 1024 pairs.
+        fold: "train", "validation" or "test". Only pairs whose caption is in this fold are used.
+            None: all pairs.
         logit_scale: Multiplier of the cosine. Required for embeddings of another tool; a store has
             its own.
 
@@ -75,8 +76,8 @@ def open_source(
         ...     np.savez(f"{folder}/arrays.npz", **arrays)
         ...     _ = vilu.import_arrays(f"{folder}/arrays.npz", f"{folder}/store", **scale)
         ...     source = vilu.open_source(f"{folder}/store")
-        >>> type(source).__name__, source.class_names
-        ('EmbeddingStore', ('cat', 'dog'))
+        >>> source.class_names
+        ('cat', 'dog')
     """
     root = Path(path)
     if not (root / RUN).is_file():
@@ -105,8 +106,8 @@ def open_source(
 class Sealed(Reopened):
     """The documents and the parts of a complete store, without its classes.
 
-    Opening checks documents, sizes, shapes and numbers of rows. The hash of a file is compared with
-    its receipt when the file is first read (``files``).
+    The constructor checks documents, sizes, shapes and numbers of rows. The hash of a file is
+    compared with its receipt when the file is first read (``files``).
     """
 
     def __init__(self, path: Path) -> None:
@@ -128,19 +129,19 @@ class Sealed(Reopened):
         self.rows = MappedParts(
             starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
         )
-        # Every array is mapped once, which checks its header. ``path.joinpath`` in place of
-        # ``self.files`` avoids hashing. A file is hashed when a row of its part is first read.
+        # Every array is mapped once, to check its header. ``self.files`` would also hash the file.
+        # ``path.joinpath`` does not: a file is hashed when a row of its part is first read.
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, path.joinpath, name, part.number)
 
     @property
     def named(self) -> bool:
-        """Whether rows have identifiers of their own; imported rows may have only their numbers."""
+        """Whether rows have identifiers. If not, imported rows have only their row numbers."""
         return self.manifest.imported is None or self.manifest.imported.ids
 
     def require_seal(self, agrees: bool) -> None:
-        """Raise ProvenanceError if ``agrees`` is False: the folder differs from its manifest."""
+        """Raise ProvenanceError if ``agrees`` is False, which means that the seal is wrong."""
         if not agrees:
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make "
@@ -161,17 +162,17 @@ class Sealed(Reopened):
     def identities(
         self, by: Identity, rows: NDArray[np.int64], *, captions: bool = True
     ) -> NDArray[np.uint64]:
-        """Return (M,) hashes of what identifies the M ``rows``: keys, or pictures and captions.
+        """Return hashes (M,) of the M ``rows``: of their keys, or of their pictures and captions.
 
         Each part is read once. Without ``captions``, only the pictures are hashed.
         """
-        # order[bounds[p] : bounds[p + 1]] are the indices into ``rows`` of the rows in part p
+        # In ``order``, rows of one part are neighbours: part p is at bounds[p] to bounds[p + 1].
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
         parts_in_use = np.flatnonzero(np.diff(bounds))
         hashes = np.empty(len(rows), np.uint64)
         for number in parts_in_use.tolist():
-            in_part = order[bounds[number] : bounds[number + 1]]
+            in_part = order[bounds[number] : bounds[number + 1]]  # positions in ``rows``
             index_in_part = pa.array(rows[in_part] - self.rows.starts[number])
             hashes[in_part] = self._hashes(by, number, index_in_part, captions=captions)
         return hashes
@@ -179,13 +180,13 @@ class Sealed(Reopened):
     def _hashes(
         self, by: Identity, number: int, index: pa.Array, *, captions: bool
     ) -> NDArray[np.uint64]:
-        """Return (m,) hashes of what identifies the rows ``index`` of part ``number``."""
+        """Return hashes (m,) of the rows ``index`` of part ``number``, as ``identities``."""
         if by == "names":
             return hash_names(self.metadata("key", number).take(index).to_pylist())
         pictures: list[bytes] = self.metadata("picture", number).take(index).to_pylist()
         has_captions = self.manifest.captions and captions
         if not has_captions:
-            # a picture is stored as its hash, which only has to be shortened
+            # The column "picture" has hashes of pictures, which only have to be shortened.
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
         texts: list[str] = self.metadata("caption", number).take(index).to_pylist()
@@ -203,7 +204,7 @@ def _map_part(
 ) -> NDArray[np.floating]:
     """Map array ``name`` of part ``number`` into memory.
 
-    ``find`` takes the name of a file and returns its path.
+    ``find`` returns the path of a file from its name.
     """
     n_rows = int(starts[number + 1] - starts[number])
     shape = (n_rows, *ledger.run.arrays[name])
@@ -212,24 +213,23 @@ def _map_part(
 
 
 class StoredRows(EmbeddingSource):
-    """A source of all or some rows of a store. The metadata of the store identify the rows."""
+    """A source of all or some rows of a store, which are identified by the store's metadata."""
 
     _sealed: Sealed
     _chosen: Tensor | None = None  # (M,) numbers of the rows in the store; None for all
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """What identifies a row: the picture (with its caption), or the name.
+        """Kinds of identity of the rows: "pictures" (with captions, if there are any) and "names".
 
-        Imported rows have no picture. They are identified by the embedding, and by the name if
-        there are names.
+        Imported rows have no picture. Their kinds are "embeddings", and "names" if there are names.
         """
         if self._sealed.manifest.imported is not None:
             return super().identified_by
         return ("pictures", "names")
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
-        """Return (M,) hashes of what identifies the rows, as ``EmbeddingSource.identities``."""
+        """Return the identities (M,) of the rows, as ``EmbeddingSource.identities``."""
         if by == "embeddings":
             return super().identities(by, rows)
         index = np.arange(len(self)) if rows is None else rows
@@ -241,17 +241,17 @@ class StoredRows(EmbeddingSource):
         return self._sealed.identities("pictures", self._stored(rows), captions=False)
 
     def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the (M,) indices in the whole store that belong to (M,) indices in this source."""
+        """Convert indices (M,) of rows in this source to indices in the whole store."""
         return rows if self._chosen is None else self._chosen.numpy()[rows]
 
 
 class EmbeddingStore(Reopened, StoredRows, MappedSource):
     """A sealed store of images and classes; predictors use it like ``Embeddings`` in memory.
 
-    Opening checks documents, sizes, shapes, numbers of rows and labels. The bytes of a part are
-    compared with the SHA-256 in its receipt when a row of the part is first read in this process.
-    Later changes of an open file are not noticed. A store is pickled as its path. Unpickling opens
-    the store again, and raises ProvenanceError if the store has changed.
+    The constructor checks documents, sizes, shapes, numbers of rows and labels. The bytes of a part
+    are compared with the SHA-256 in its receipt when a row of the part is first read in this
+    process. Later changes of an open file are not noticed. A store is pickled as its path.
+    Unpickling opens the store again, and raises ProvenanceError if the store has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -259,8 +259,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     Attributes:
         path: The folder.
         manifest: The content of ``manifest.json``: inputs and counts of the store.
-        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are merged
-            (``Embeddings``).
+        text: (K, D) float32 unit-norm texts of the candidates. Classes with equal texts are merged,
+            as in ``Embeddings``.
 
     Raises:
         DataError: If the folder is no store, is not complete, or is a store of captions.
@@ -277,8 +277,10 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         ...     path = f"{folder}/store"
         ...     _ = vilu.import_arrays(f"{folder}/arrays.npz", path, max_error_rate=0.5)
         ...     store = vilu.EmbeddingStore(path)
-        ...     print(list(store.ids), list(store.bad_images()))
-        ['a', 'b'] [('c', 'zero_norm')]
+        ...     print(list(store.ids))
+        ...     print(list(store.bad_images()))
+        ['a', 'b']
+        [('c', 'zero_norm')]
     """
 
     @checked
@@ -303,7 +305,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.columns = image_columns | frozenset(self._classes.columns)
         labels_of_parts = map(self._read_labels, self._sealed.parts)
         labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *labels_of_parts]))
-        # ``outside`` marks the label -2, which the target has as -1 (unknown)
+        # A row with the label -2 (outside) has the target -1, and is marked in ``outside``.
         self.target = labels.clamp(min=UNKNOWN)
         self.outside = labels == OUTSIDE
         self.ids = self._sealed.keys()
@@ -335,11 +337,11 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         has_row_per_class = name in TEXT_COLUMNS
         if self._kept_classes is None or not has_row_per_class:
             return values
-        # of classes with equal texts, one row is kept
+        # of classes with equal texts, which were merged, one row is kept
         return values[self._kept_classes]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Yield the key of every image without a row, and the kind of its error ("truncated")."""
+        """Yield the key of every image without a row, and the kind of error, e.g. "truncated"."""
         for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
             if n_error:
                 path = self._sealed.files(part.errors)
@@ -347,7 +349,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_labels(self, part: Part) -> NDArray[np.int64]:
-        """Return the labels of a part: -1 if unknown, -2 if outside; StorageError if invalid."""
+        """Read the labels of a part: -1 is unknown, -2 is outside. StorageError if invalid."""
         column: pa.Array = self._sealed.metadata("label", part.number)
         labels = np.asarray(column.fill_null(UNKNOWN), dtype=np.int64)
         if not len(labels):
@@ -360,9 +362,9 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         return labels
 
     def _read_answers(self, part: Part) -> NDArray[np.int64]:
-        """Return the given answers of a part; StorageError if one is no class."""
-        answers: pa.Array = self._sealed.metadata(ANSWER, part.number)
-        answer = np.asarray(answers, dtype=np.int64)
+        """Read the answers of another model of a part. StorageError if one is no class."""
+        column: pa.Array = self._sealed.metadata(ANSWER, part.number)
+        answer = np.asarray(column, dtype=np.int64)
         n_classes = len(self.manifest.names)
         if len(answer) and (answer.min() < 0 or answer.max() >= n_classes):
             raise StorageError(
@@ -373,7 +375,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
-    """Return a column of the classes or of the model after a check of its numbers."""
+    """Read a column of the classes or of the model, and check its numbers."""
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
     return check_columns({name: values}, 0, len(classes.names))[name]
 
@@ -387,8 +389,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
     Args:
         path: The folder that ``vilu embed`` wrote.
         pools: How pairs are grouped into pools, in which captions and images are matched.
-        fold: The fold whose rows are used, by the caption of a row (``folds.fold_of``); None for
-            all rows.
+        fold: Only rows whose caption is in this fold are used (``folds.fold_of``). None: all rows.
     """
 
     @checked
@@ -399,7 +400,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         sealed = Sealed(Path(path))
         self.manifest = sealed.manifest
         self.seal = sealed.seal
-        self.options = {"pools": pools, "fold": fold}
+        self.options = {"pools": pools, "fold": fold}  # arguments with which unpickling opens it
         if not self.manifest.captions:
             raise DataError(
                 f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
@@ -416,8 +417,8 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # Columns are used only in this direction. In the other one, the images are the
-            # candidates of a caption, and a column of the right image would reveal it.
+            # Columns are used only in this direction. In the other direction the images are the
+            # candidates of a caption. A column of the right image would reveal the answer.
             self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.ids = sealed.keys(chosen)
         self._sealed = sealed
@@ -430,7 +431,7 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
 
 
 def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows whose caption is in a fold."""
+    """Return the ascending numbers (M,) of the rows whose caption is in a fold."""
     part_sizes = np.diff(sealed.rows.starts).tolist()
     parts = zip(sealed.parts, part_sizes, strict=True)
     files = ((sealed.files(part.metadata), n_rows) for part, n_rows in parts)

@@ -1,4 +1,4 @@
-"""Attention of images to texts. Its training from labels is a convex problem."""
+"""Attention of images to texts, which is fitted to labels by solving a convex problem."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ The mean of the prior is 0.
 """
 
 BIAS_SHARE = 0.02
-"""Prior variance of the bias of a class, divided by the prior variance of its logits.
+"""Prior variance of the bias of a class, relative to the prior variance of its weights.
 
-It is small, because training sets often have the same number of labels for every class. Such labels
-say nothing about how frequent a class is.
+The share is small, because training sets often have the same number of labels for every class. Such
+labels say nothing about how frequent a class is.
 """
 
 CAUTION = 8
 """With n labels, the solution is multiplied by n / (n + 8).
 
-The factor is below one, because a few images have properties in common by chance.
+The factor is below one, because a few images may have a property in common by chance.
 """
 
 MISSED = 0.1
-"""Assumed share of the images whose class has no label, if no class has two labels."""
+"""Assumed share of images of classes without labels, if no class has two labels."""
 
 STEPS = 150
 """Maximum number of L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
-"""Number of rows of a streamed block. The logits of so few rows stay in the cache."""
+"""Number of rows of a streamed block. It is so small that the logits stay in the cache."""
 
 SOME_ROWS = 4_096
 """Maximum number of rows of a ``sample``, on which statistics of all rows are estimated."""
@@ -50,7 +50,7 @@ CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this."""
 
 STREAMED_CHANGE = 3e-5
-"""``CHANGE`` for streamed rows. Fifty further steps would not increase the AUROC."""
+"""As ``CHANGE``, for streamed rows. Fifty further steps would not increase the AUROC."""
 
 FEATURES = "features"
 """Name of the column of image features."""
@@ -60,7 +60,7 @@ TINY = 1e-6
 
 
 class Moments:
-    """Number n, float64 sum (D,) and sum of squared norms of rows (n, D), which come in blocks."""
+    """Number n of rows (n, D), their sum (D,) and the sum of their squared norms, in float64."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -78,7 +78,7 @@ class Moments:
 class Standard(nn.Module):
     """Standardisation of rows: they are centred and divided by their root mean square norm.
 
-    What is learned from standardised rows does not depend on the scale of the embeddings.
+    Because of the division, training does not depend on the scale of the embeddings.
     """
 
     def __init__(self, dim: int) -> None:
@@ -89,10 +89,10 @@ class Standard(nn.Module):
     def fit(self, moments: Moments) -> None:
         """Set mean and norm from the moments of the training rows."""
         mean = moments.total / moments.n
-        # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 this subtraction leaves enough digits.
+        # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 the difference has enough digits.
         mean_square = moments.squares / moments.n
         variance = (mean_square - mean.square().sum()).clamp_min(0)
-        norm = torch.ones((), dtype=torch.float32)  # used if all rows are equal
+        norm = torch.ones((), dtype=torch.float32)  # for rows that are all equal
         if variance > TINY:
             norm = variance.sqrt()
         self.mean.copy_(mean)
@@ -104,7 +104,7 @@ class Standard(nn.Module):
 
 
 class ImageInputs(nn.Module):
-    """Input vectors (D + F) of the experts: standardised embedding (D) and features (F).
+    """Computes the inputs (D + F) of the experts: standardised embedding (D) and features (F).
 
     F is 0 if the images have no features. Otherwise both parts have the same mean square norm.
     """
@@ -139,7 +139,7 @@ class ImageInputs(nn.Module):
 
     @property
     def image_gain(self) -> float:
-        """Factor from the embedding's part of the inputs to the standardised embedding."""
+        """Factor by which the first D inputs are multiplied to give the standardised embedding."""
         return math.sqrt(2) if self.on_features else 1
 
 
@@ -148,19 +148,19 @@ class Match(NamedTuple):
 
     ``reach`` is 1 for a candidate that is a training class. For any other candidate it is the
     squared cosine between its standardised text and that of the nearest class, or 0 if the cosine
-    is negative. A squared cosine is the share of variance that two vectors have in common.
+    is negative. The square is the share of variance that the two texts have in common.
     """
 
     row: Tensor  # (K,) int64 index of the training class with the most similar text
-    known: Tensor  # (K,) bool, whether the candidate is that class
-    reach: Tensor  # (K,) from 0 to 1, how similar the candidate is to the training classes
+    known: Tensor  # (K,) bool: whether the candidate is that class
+    reach: Tensor  # (K,) from 0 to 1: how similar the candidate is to the training classes
 
 
 class Start(NamedTuple):
-    """What is known about K classes before labels are used, from images without labels.
+    """Logits of K classes that were estimated from images without labels.
 
-    The logit of class c for a unit-norm image z is l_c + (z - centre) . weight_c + bias_c, where
-    l_c is the zero-shot logit.
+    The logit of class c for a unit-norm image z is l_c + (z - centre) . weight_c + bias_c. l_c is
+    the zero-shot logit.
     """
 
     centre: Tensor  # (D,) float64
@@ -172,25 +172,26 @@ class Start(NamedTuple):
 class SupervisedAttention(nn.Module):
     """Logits of K candidates: tempered zero-shot logits, plus a bilinear form in image and text.
 
-    With l0 the zero-shot logits, x the ``ImageInputs`` and t standardised texts, the logit of
+    If l0 are the zero-shot logits, x the ``ImageInputs`` and t the standardised texts, the logit of
     candidate j is
 
         l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j)
 
-    a is the temperature. A is shared by all classes. v_j belongs to class j of the training set,
-    and is zero for a candidate that is no training class. So any candidates can be scored.
+    a is the temperature. All classes share A (``shared``). v_j (``own``) belongs to class j of the
+    training set, and is zero for a candidate that is no training class. So any candidate can be
+    scored.
 
-    For candidates that are no training classes, the effect of A and of the temperature is reduced
-    with ``Match.reach``. Candidates whose texts are unlike those of all classes have nearly their
-    zero-shot logits.
+    For candidates that are no training classes, ``Match.reach`` reduces the effect of A and of the
+    temperature. If the text of a candidate is unlike those of all classes, its logit is nearly its
+    zero-shot logit.
 
-    If the logits were given, the texts t_j are zero, and only v_j is learned.
+    If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
 
     Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior that was
     estimated from images without labels (``start_from``).
 
     The logits are computed as products of queries (x, 1) of the images with keys of the candidates.
-    If the logits were given, the tempered logits are added to the product (``given_offset``).
+    For a ``LogitBatch``, its tempered logits are added to the product (``given_offset``).
 
     Args:
         inputs: Fitted ``ImageInputs``.
@@ -211,8 +212,8 @@ class SupervisedAttention(nn.Module):
 
     def start_from(self, start: Start) -> None:
         """Set ``own``, the v of the classes, so that the logits are those of ``start``."""
-        # With x the first D inputs, the image is z = image.mean + image.norm * image_gain * x. So
-        # (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
+        # If x are the first D inputs, the image is z = image.mean + image.norm * image_gain * x.
+        # So (z - centre) . weight + bias is a product of (x, 1) with a vector of each class.
         image = self.inputs.image
         dim = self.text.mean.shape[0]
         own = torch.zeros(self.own.shape, dtype=torch.float64)
@@ -233,7 +234,7 @@ class SupervisedAttention(nn.Module):
         return keys
 
     def given_offset(self, batch: Batch) -> Tensor | None:
-        """(B, K) ``offset`` of given logits, which no product with keys gives; else None."""
+        """(B, K) ``offset`` of a ``LogitBatch``, which is no product with keys; otherwise None."""
         if isinstance(batch, LogitBatch):
             return self.offset(batch)
         return None
@@ -241,10 +242,10 @@ class SupervisedAttention(nn.Module):
     def offset_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes.
 
-        They are zero if the logits were given.
+        They are zero for a ``LogitBatch``.
         """
-        # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x, so
-        # it is a product of (x, 1) with a key, too.
+        # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x.
+        # So it is a product of (x, 1) with a key, too.
         image = self.inputs.image
         dim = batch.text.shape[1]
         scaled = self.temperature * batch.logit_scale * batch.text
@@ -256,26 +257,26 @@ class SupervisedAttention(nn.Module):
         return keys
 
     def queries(self, batch: Batch) -> Tensor:
-        """(B, D + F + 1) the vectors (x, 1): the ``ImageInputs``, and a one."""
+        """(B, D + F + 1) vectors (x, 1): the ``ImageInputs``, and the number 1."""
         return functional.pad(self.inputs(batch), (0, 1), value=1.0)
 
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits, without the logit bias.
 
-        The temperature is nearer to one for candidates that are less similar to the training
-        classes. ``match`` is the result of ``match`` for the candidates; None: they are the
+        The less similar the candidates are to the training classes, the nearer to one is the
+        temperature. ``match`` is the result of ``match`` for the candidates. None: they are the
         training classes.
         """
         temperature: Tensor = self.temperature
         if match is not None:
-            # one temperature for all candidates, because their logits are compared
+            # All candidates have the same temperature, because their logits are compared.
             temperature = temperature ** match.reach.mean()
         return temperature * (batch.logits - batch.logit_bias)
 
     def match(self, text: Tensor) -> Match:
         """Compare candidates (K, D) with the training classes.
 
-        If the attention was trained on captions there are no classes, and ``reach`` is 1.
+        If the attention was fitted to captions, there are no classes, and ``reach`` is 1.
         """
         if not len(self.classes):
             no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
@@ -291,7 +292,7 @@ class SupervisedAttention(nn.Module):
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits.
 
-        ``match`` is the result of ``match`` for the candidates; None: they are the training
+        ``match`` is the result of ``match`` for the candidates. None: they are the training
         classes, in their order.
         """
         learned: Tensor = self.queries(batch) @ self.learned_keys(batch.text, match).T
@@ -312,11 +313,11 @@ class SupervisedAttention(nn.Module):
         return keys
 
 
-def plus(logits: Tensor, given: Tensor | None) -> Tensor:
-    """Logits (B, K) of a product with keys, plus the offset (B, K) of given logits, if any."""
-    if given is None:
+def plus(logits: Tensor, offset: Tensor | None) -> Tensor:
+    """Add to logits (B, K) the ``given_offset`` (B, K) of their batch, if there is any."""
+    if offset is None:
         return logits
-    return logits + given
+    return logits + offset
 
 
 def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many arguments
@@ -333,12 +334,12 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 ) -> SupervisedAttention:
     """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
 
-    1. The start is the zero-shot logits, or those of ``start``, times a fitted temperature. The
-       bias of each class starts at ``class_log_prior``. With a ``start``, the bias of a class
-       without labels starts at ``start.occurrence`` if that is lower.
-    2. The learned part, which is added to the start, has a normal prior. With C = ``variance`` *
-       ``zero_shot_variance`` it is N(0, C) for the weights of x, and N(0, C / 50) for the biases.
-       Finding its posterior mode is a convex problem.
+    1. The start is the zero-shot logits, or those of ``start``, times a fitted temperature.
+       ``class_log_prior`` is added to the bias of each class. With a ``start``, the number that is
+       added for a class without labels is ``start.occurrence``, if this is lower.
+    2. The learned part, which is added to the start, has a normal prior. For the weights of x it is
+       N(0, C) with C = ``variance`` * ``zero_shot_variance``. For the biases it is N(0, C / 50).
+       Finding the posterior mode is a convex problem.
     3. The solution is multiplied by n / (n + 8). If ``is_few``, it is also multiplied by the result
        of ``held_out_share``.
 
@@ -348,11 +349,11 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
         n_classes: Number of training classes; 0 for captions.
         variance: Prior variance, relative to the variance of the zero-shot logits.
         sharing: The share rho of the prior variance that the classes have in common.
-        device: Where the problem is solved.
-        start: Knowledge from images without labels.
-        is_few: Whether there are few rows.
-        near: An attention that was fitted to most of the rows. Solving streamed rows from its
-            solution saves steps.
+        device: Device on which the problem is solved.
+        start: Logits that were estimated from images without labels.
+        is_few: Whether the rows are few.
+        near: An attention that was fitted to most of the rows. For streamed rows, the search begins
+            at its solution, which saves steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
@@ -379,21 +380,21 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 def _set_start(
     attention: SupervisedAttention, rows: Rows, prior: Tensor, device: torch.device
 ) -> None:
-    """Multiply the start by the temperature that fits the rows; add the log prior (K,) to it."""
+    """Multiply the start by the temperature that fits the rows, and add the log prior (K,)."""
     temperature = fit_temperature(attention, rows, device)
     attention.temperature.mul_(temperature)
     attention.own.data.mul_(temperature)
     # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is one
     bias = attention.own.data[:, -1]
-    # ``own`` is multiplied by sqrt(1 - rho) in the logits; the division undoes that
+    # in the logits, ``own`` is multiplied by sqrt(1 - rho); the division cancels this factor
     bias.add_(prior.to(device) / math.sqrt(1 - attention.sharing))
 
 
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    Their logits are image @ (before + text @ A^T + sqrt(1 - rho) V)^T, plus the offset of given
-    logits.
+    Their logits are image @ (before + text @ A^T + sqrt(1 - rho) V)^T, plus ``offset`` if there is
+    any.
 
     Attributes:
         batch: The rows.
@@ -401,7 +402,7 @@ class Block(NamedTuple):
             A and V is N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
         before: (K, P) keys of the logits with which training begins.
-        offset: (B, K) tempered given logits; None if the logits were not given.
+        offset: (B, K) ``given_offset`` of the batch, or None.
     """
 
     batch: Batch
@@ -420,10 +421,11 @@ class Block(NamedTuple):
         They are the softmax over all candidates, minus the softmax over the right candidates.
         """
         target_column = self.batch.target[:, None]
-        if self.batch.same is None:  # one candidate is right: the softmax over it is one
-            one = torch.ones_like(logits[:, :1])
-            return torch.softmax(logits, dim=1, out=logits).scatter_add_(1, target_column, -one)
-        # several captions are right: the loss is -log of the sum of their probabilities
+        if self.batch.same is None:  # one candidate is right, so the softmax over it is 1
+            minus_one = torch.full_like(logits[:, :1], -1)
+            posterior = torch.softmax(logits, dim=1, out=logits)
+            return posterior.scatter_add_(1, target_column, minus_one)
+        # Several captions may be right. The loss is -log of the sum of their probabilities.
         posterior = logits.softmax(dim=1)
         is_wrong = ~self.batch.alike(self.batch.target)
         posterior_of_right = logits.masked_fill_(is_wrong, -torch.inf).softmax(dim=1)
@@ -438,7 +440,7 @@ class Solution(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys of successive blocks with the same texts, and the gradient of the loss in them."""
+    """Keys of successive blocks with the same texts, and the gradient of the loss in the keys."""
 
     text: Tensor  # (K, Q) texts of the blocks
     keys: Tensor  # (K, P)
@@ -448,13 +450,14 @@ class Keys(NamedTuple):
 class Problem:
     """The convex problem of ``fit_attention``: mean loss plus penalty, as a function of A and V.
 
-    The rows are either held in one block, or streamed in blocks at every evaluation.
+    The rows are either held in memory as one block, or streamed in blocks at every evaluation.
 
-    For a class without labels only A is learned. Its own v would only decrease its logits, below
-    the start that ``class_log_prior`` gives.
+    For a class without labels only A is learned. Its own v would only decrease its logits further,
+    although ``class_log_prior`` has already decreased them.
 
-    Held rows and texts are expressed in orthonormal bases of their spans. The optimum is in these
-    spans. So with fewer rows than coordinates, the problem has fewer unknowns and the same optimum.
+    Held rows and texts are expressed in orthonormal bases of their spans, which contain the
+    optimum. So with fewer rows than coordinates, the problem has fewer unknowns, but the same
+    optimum.
 
     Attributes:
         held: All rows as one block, in the bases; None if the rows are streamed.
@@ -465,8 +468,8 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n = len(rows.index)
-        # Prior standard deviation of the weight of each input; the last input is the constant one.
-        # The inputs are multiplied by it, so that the prior of A and V is N(0, 1).
+        # Prior standard deviation of the weight of each input. The last input is always 1. The
+        # inputs are multiplied by ``scale``, so that the prior of A and V is N(0, 1).
         scale = torch.full(
             (attention.inputs.width + 1,),
             math.sqrt(variance),
@@ -499,7 +502,7 @@ class Problem:
     def _streamed(self) -> Iterator[Block]:
         """Yield all rows, block by block."""
         attention = self.attention
-        # until rows are held, all are read as one block if they are few enough (``_hold``)
+        # ``_hold`` reads all rows as one block, if they are few enough
         is_one_block = self.held is None and self.n <= SCORING_BATCH
         size = SCORING_BATCH if is_one_block else STREAMED_ROWS
         has_classes = len(attention.classes) > 0
@@ -509,7 +512,7 @@ class Problem:
             moved = batch.to(self.device)
             with torch.no_grad():
                 image = attention.queries(moved) * self.scale
-                # classes are the same in every batch; captions differ from batch to batch
+                # classes are the same in every batch, but captions differ from batch to batch
                 if text is None or before is None or not has_classes:
                     text = math.sqrt(attention.sharing) * attention.text(moved.text)
                     before = attention.begin_keys(moved) / self.scale
@@ -522,13 +525,14 @@ class Problem:
         """Minimise the objective by L-BFGS.
 
         Args:
-            weight: (N,) number of times that each held row counts; None: once.
+            weight: (N,) number of times that each held row counts. None: every row counts once.
             near: An attention that was fitted to most of the rows. If the rows are streamed, the
                 search begins at its solution.
         """
         shared, own = self._first_guess(near)
+        unknowns = [shared, own] if len(own) else [shared]
         optimizer = torch.optim.LBFGS(
-            [shared, own] if len(own) else [shared],
+            unknowns,
             max_iter=STEPS,
             history_size=10,
             tolerance_grad=1e-7,
@@ -543,7 +547,7 @@ class Problem:
         return Solution(shared, own)
 
     def _first_guess(self, near: SupervisedAttention | None) -> Solution:
-        """Where the search begins: at zero, or for streamed rows at the solution of ``near``."""
+        """Where the search begins: at zero, or at the solution of ``near`` for streamed rows."""
         if near is not None and self.held is None:
             scale_column = self.scale[:, None]
             shared = near.shared.detach() / scale_column
@@ -559,9 +563,9 @@ class Problem:
     def _objective_with_gradient(
         self, shared: Tensor, own: Tensor, weight: Tensor | None
     ) -> Tensor:
-        """The objective (negative log-posterior) over n; its gradient is set on the arguments.
+        """The negative log-posterior divided by n; sets its gradient on ``shared`` and ``own``.
 
-        The gradient is computed by formulas, because autograd would keep the (B, K) logits of every
+        The gradient is computed by formulas, because autograd would keep the logits (B, K) of every
         block in memory.
         """
         penalty = torch.stack([shared.square().sum(), own.square().sum()]).sum()
@@ -597,9 +601,10 @@ class Problem:
         return weight / self.n
 
     def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
-        """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule."""
-        # Classes are the same in all blocks, so they need this once. Captions need it once per
-        # pool.
+        """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
+
+        It is called once if all blocks have the same classes, and once per pool of captions.
+        """
         if current is None:
             return
         gradient.shared.add_(current.slope.T @ current.text)
@@ -614,7 +619,7 @@ class Problem:
         return keys
 
     def full(self, solution: Solution) -> Solution:
-        """The solution in the attention's own coordinates: (D + F + 1, D) and (K, D + F + 1)."""
+        """Convert a solution to coordinates of the attention: (D + F + 1, D) and (K, D + F + 1)."""
         shared, own = solution
         if self.held is not None:
             shared = self.image_basis @ shared @ self.text_basis.T
@@ -624,7 +629,7 @@ class Problem:
 
 
 def basis(rows: Tensor) -> Tensor:
-    """(P, R) orthonormal basis of a space that contains the rows (N, P); R = min(N, P)."""
+    """Orthonormal basis (P, R) of a space that contains the rows (N, P), with R = min(N, P)."""
     n_rows, width = rows.shape
     if n_rows >= width:
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
@@ -636,18 +641,18 @@ FOLDS = 5
 """Number of folds of the rows. One fold is held out at a time."""
 
 HELD_OUT = 200
-"""Number of held-out rows that is enough. No further fold is held out when it is reached."""
+"""Sufficient number of held-out rows. When it is reached, no further fold is held out."""
 
 SHARE_SD = 0.2
 """Standard deviation of the normal prior of the held-out share. The mean of the prior is 1."""
 
 
 def held_out_share(problem: Problem) -> float:
-    """The factor w of the learned logits that fits rows which they were not learned from.
+    """The factor w in [0, 1] of the learned logits that fits held-out rows best.
 
-    Labels of held-out rows are modelled as drawn from softmax(b + w r). b are the logits with which
-    training begins, and r are the logits learned without these rows. w in [0, 1] is the posterior
-    mode under the prior w ~ N(1, 0.2^2).
+    The model is that labels of held-out rows are drawn from softmax(b + w r). b are the logits with
+    which training begins, and r are the logits that are learned without these rows. w is the
+    posterior mode under the prior w ~ N(1, 0.2^2).
     """
     from scipy.optimize import minimize_scalar
 
@@ -656,9 +661,9 @@ def held_out_share(problem: Problem) -> float:
     block = cast("Block", problem.held)
     before = plus(block.image @ block.before.T, block.offset)
     fold = _folds(problem, block)
-    folds_needed = math.ceil(FOLDS * HELD_OUT / problem.n)
-    n_folds = min(folds_needed, FOLDS, problem.n)
-    learned = torch.zeros_like(before)
+    sufficient_folds = math.ceil(FOLDS * HELD_OUT / problem.n)
+    n_folds = min(sufficient_folds, FOLDS, problem.n)
+    learned = torch.zeros_like(before)  # for each row, the logits that are learned without it
     for k in range(n_folds):
         is_fitted = fold != k
         solution = problem.solve(is_fitted.to(before))
@@ -676,32 +681,34 @@ def held_out_share(problem: Problem) -> float:
 
 
 def _folds(problem: Problem, block: Block) -> Tensor:
-    """(N,) number of the fold of every row; all rows of one picture are in the same fold."""
-    first, picture = problem.rows.pictures()
-    first = first.to(problem.device)
-    picture = picture.to(problem.device)
+    """Number (N,) of the fold of every row; all rows of one picture are in the same fold."""
+    first_row, picture_of_row = problem.rows.pictures()
+    first_row = first_row.to(problem.device)
+    picture_of_row = picture_of_row.to(problem.device)
     # The pictures are sorted by class, and the folds are assigned in turn. So the rows of a class
     # are spread over the folds, and a class loses few rows when one fold is held out.
-    by_class = block.batch.target[first].argsort(stable=True)
-    fold_of_picture = torch.empty_like(first)
-    fold_of_picture[by_class] = torch.arange(len(first), device=problem.device) % FOLDS
-    return fold_of_picture[picture]
+    by_class = block.batch.target[first_row].argsort(stable=True)
+    fold_of_picture = torch.empty_like(first_row)
+    fold_of_picture[by_class] = torch.arange(len(first_row), device=problem.device) % FOLDS
+    return fold_of_picture[picture_of_row]
 
 
 def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
-    """(K,) log of the frequency of each class, relative to the classes with labels.
+    """Logarithm (K,) of the frequency of each class, relative to the classes with labels.
 
-    It is 0 for a class with labels, and at most 0 for a class without labels.
+    The logarithm is 0 for a class with labels, and at most 0 for a class without labels.
 
-    With n labels, f of which are the only label of their class, the estimate of Good and Turing for
-    the share of images of classes without labels is s = f / n (here at least 1 / n). This share is
-    divided equally among the K - m classes without labels. The rest, 1 - s, is divided equally
-    among the m classes with labels. So the relative frequency of a class without labels is
+    Let f of the n labels be the only label of their class. The share s of all images that belong to
+    classes without labels is estimated by the formula of Good and Turing, s = f / n. Here it is at
+    least 1 / n. This share is divided equally among the K - m classes without labels. The share
+    1 - s is divided equally among the m classes with labels. So the relative frequency of a class
+    without labels is
 
         s m / ((1 - s) (K - m))
 
-    It is replaced by 1 if it is larger. If each of the m classes has exactly one label, the images
-    were probably chosen one per class. They then say nothing about s, and s = 0.1 is assumed.
+    If it is above 1, it is replaced by 1. If each of the m classes has exactly one label, the
+    images were probably chosen one per class. They then say nothing about s, and s = 0.1 is
+    assumed.
 
     Source: Good, Biometrika 1953.
     """
@@ -713,8 +720,8 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     if n == m:
         share = MISSED
     else:
-        n_single = max(int((count == 1).sum()), 1)
-        share = n_single / n
+        n_single = int((count == 1).sum())
+        share = max(n_single, 1) / n
     prior = torch.zeros(n_classes, dtype=torch.float32)
     if 0 < m < n_classes:
         ratio = share * m / ((1 - share) * (n_classes - m))
@@ -723,7 +730,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Variance of the tempered zero-shot logits of a row, averaged over a ``sample`` of rows."""
+    """Mean, over a ``sample`` of rows, of the variance of a row's tempered zero-shot logits."""
     total = 0.0
     n = 0
     for batch in sample(rows).batches(SCORING_BATCH):
@@ -742,7 +749,7 @@ def sample(rows: Rows) -> Rows:
 
 
 def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
-    """Store the texts of the classes, and fit the standardisation of texts."""
+    """Copy the texts of the classes into the attention, and fit the standardisation of texts."""
     text_moments = Moments()
     for batch in rows.batches(SCORING_BATCH):
         text_moments.add(batch.text)
@@ -753,10 +760,10 @@ def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
 
 
 def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Posterior mode of the temperature a > 0, with labels drawn from softmax(a l).
+    """Posterior mode of the temperature a > 0, if labels are drawn from softmax(a l).
 
-    l are the logits with which training begins. The prior is log a ~ N(0, 0.5^2), so with few
-    labels a stays near one. The likelihood of all rows is estimated on a ``sample`` of them.
+    l are the logits with which training begins. The prior is log a ~ N(0, 0.5^2), so a stays near
+    one if there are few labels. The likelihood of all rows is estimated from a ``sample``.
     """
     from scipy.optimize import minimize_scalar
 

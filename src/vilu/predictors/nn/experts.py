@@ -1,6 +1,6 @@
-"""Experts beside the attention, and the pool of all experts.
+"""Experts besides the attention, and the pool of all experts.
 
-An expert gives logits of the candidates, from which follows which candidate is true.
+An expert computes logits of the candidates: of each candidate, how probably it is the true class.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Its value matters little, because the pool also gives the memory a weight.
 """
 
 FEWEST_ROWS = 256
-"""Minimum number of images of a block of ``Memory``. Products of fewer rows are slow."""
+"""Minimum number of images that ``Memory`` scores together. Products of fewer rows are slow."""
 
 
 class Adapter(nn.Module):
-    """Expert that is a network with one hidden layer, whose input is the image.
+    """Expert that is a network with one hidden layer, applied to the image.
 
     Its outputs are added to the tempered zero-shot logits of the training classes.
     """
@@ -61,8 +61,8 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, K) outputs, which are added to the logits of the training classes in their order."""
-        # the mean square norm of the inputs is 1; this factor makes it 1 per coordinate
+        """Outputs (B, K) that are added to the logits of the training classes, in their order."""
+        # The mean square norm of the inputs is 1. The factor makes it 1 per coordinate.
         image = self.inputs(batch) * math.sqrt(self.inputs.width)
         hidden = functional.gelu(self.first(image))
         if self.training:
@@ -74,13 +74,15 @@ class Adapter(nn.Module):
 class Memory(nn.Module):
     """Expert that is a kernel ridge regression of the zero-shot errors on M labelled images.
 
-    It adds to the tempered zero-shot logits of an image with ``ImageInputs`` x
+    If x are the ``ImageInputs`` of an image, it adds to the tempered zero-shot logits of the image
 
         8 k(x) (G + 0.1 I)^-1 (Y - P)
 
-    k(x) (M,) has the Gaussian kernels exp(-|x - x'|^2 / 2) of x with the labelled images x'. G is
-    the Gram matrix of the labelled images, Y are their labels, one-hot, and P is their tempered
-    zero-shot posterior.
+    k(x) (M,) are the Gaussian kernels exp(-|x - x'|^2 / 2) of x and the labelled images x'. G is
+    the Gram matrix of the labelled images, Y (M, K) are their one-hot labels, and P (M, K) is their
+    tempered zero-shot posterior.
+
+    ``bank`` has the inputs of the labelled images. ``values`` has the factor after k(x), times 8.
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
@@ -91,22 +93,23 @@ class Memory(nn.Module):
 
     @staticmethod
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
-        """(N, M) Gaussian kernel of rows and bank, which are results of ``exponent_factor``.
+        """Gaussian kernels (N, M) of rows and bank, which are results of ``exponent_factor``.
 
-        The exponent is computed in float64. Its terms are as large as 10 and cancel, so in float32
-        the kernel would have an error of 1e-4.
+        The exponent is computed in float64. It is a small difference of terms as large as 10, so in
+        float32 the kernel would have an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
-        """(N, D + F + 2) float64 rows, whose products with rows of the bank are exponents.
+        """Longer rows (N, D + F + 2) float64, whose products are the exponents of the kernel.
 
-        The exponent of inputs x and x' is -|x - x'|^2 / 2. It is the product of two longer vectors:
+        The exponent of inputs x and x' is -|x - x'|^2 / 2. It is a product of two longer vectors,
+        the second of which belongs to the bank:
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
-        So the kernel needs no other (N, M) matrix.
+        So the exponents are one matrix product, and no second matrix (N, M) is needed.
         """
         double = float64(rows)
         minus_half_square = -double.square().sum(dim=1, keepdim=True) / 2
@@ -117,7 +120,7 @@ class Memory(nn.Module):
 
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
-        """Fit a memory to labelled rows. They are few, so they are read as one batch."""
+        """Fit a memory to labelled rows, which are so few that they are read as one batch."""
         device = attention.classes.device
         (whole,) = rows.steps(len(rows.index))
         batch = whole.to(device)
@@ -130,13 +133,13 @@ class Memory(nn.Module):
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, K) what is added to the logits of the training classes, in their order."""
+        """Outputs (B, K) that are added to the logits of the training classes, in their order."""
         return self.ready()(batch)
 
     def ready(self) -> Callable[[Batch], Tensor]:
-        """Return ``forward`` as a function for several batches.
+        """Return a function that does the same as ``forward``, but faster for several batches.
 
-        What all batches have in common is computed once.
+        The vectors of the bank, which all batches have in common, are computed only once.
         """
         bank = self.exponent_factor(self.bank, is_bank=True)
         values = float64(self.values)
@@ -154,7 +157,7 @@ class Memory(nn.Module):
 
 
 def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
-    """(M, K) float64 solution (G + 0.1 I)^-1 ``errors``. G is the Gram matrix of ``bank``."""
+    """Solution (G + 0.1 I)^-1 ``errors`` (M, K) float64. G is the Gram matrix of ``bank``."""
     rows = Memory.exponent_factor(bank, is_bank=False)
     gram = Memory.kernel(rows, Memory.exponent_factor(bank, is_bank=True))
     # G is positive semi-definite. With the ridge it is positive definite, as Cholesky requires.
@@ -166,8 +169,10 @@ class Experts(nn.Module):
     """M experts on which candidate is true: an attention, and its ``companions``.
 
     A companion is an ``Adapter`` or a ``Memory``. It has outputs for the training classes only.
-    ``weights`` (M,) float64 are the weights of the experts in a log-linear pool, that of the
-    attention first. If a candidate is foreign, that is, no training class, then the attention is
+    ``weights`` (M,) float64 are the weights of the experts in a log-linear pool. The first weight
+    is that of the attention.
+
+    A candidate is foreign if it is no training class. If a candidate is foreign, the attention is
     the only expert, and its weight is 1.
     """
 
@@ -180,14 +185,14 @@ class Experts(nn.Module):
         self.weights = weights  # no buffer: some devices have no float64
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, K) logits of the pool, sum_m w_m l_m."""
+        """Logits (B, K) of the pool: sum_m w_m l_m, where w_m is the weight of expert m."""
         return torch.cat([logits for _, logits in self.blocks(batch)])
 
     def blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
-        """Yield blocks of rows with their pooled logits, which are few enough for the cache.
+        """Yield blocks of rows with their pooled logits.
 
-        The part of the logits that is linear in the image is one matrix product. Its keys are
-        computed once per batch.
+        A block is so small that its logits stay in the cache. The part of the logits that is linear
+        in the image is one matrix product, whose keys are computed once per batch.
         """
         attention = self.attention
         match = attention.match(batch.text)
@@ -211,19 +216,20 @@ class Experts(nn.Module):
             yield rows, logits
 
     def _pooled_keys(self, batch: Batch, match: Match) -> Tensor:
-        """(K, D + F + 1) keys of the part of the pool that is linear in the image.
+        """Keys (K, D + F + 1) of the part of the pool that is linear in the image.
 
         All candidates must be training classes.
         """
-        # Expert m has the logits l_m = offset + r_m, so the pool is (sum_m w_m) offset + sum_m w_m
-        # r_m. The offset and the residual r of the attention are linear in the image.
+        # Expert m has the logits l_m = offset + r_m. So the pool is
+        # (sum_m w_m) offset + sum_m w_m r_m.
+        # The offset is linear in the image, and so is the residual r_m of the attention.
         weights: list[float] = self.weights.tolist()
         attention_weight = weights[0]
         keys = attention_weight * self.attention.learned_keys(batch.text, match)
         return keys + sum(weights) * self.attention.offset_keys(batch)
 
     def _given_offset(self, batch: Batch) -> Tensor | None:
-        """(B, K) part of the pool that given logits are, beside that of ``_pooled_keys``."""
+        """Part (B, K) of the pool that ``_pooled_keys`` lacks for a ``LogitBatch``; else None."""
         offset = self.attention.given_offset(batch)
         if offset is None:
             return None
@@ -246,13 +252,13 @@ class Experts(nn.Module):
         return ready
 
     def log_posteriors(self, batch: Batch) -> Tensor:
-        """(B, M, K) float64 log probabilities of the experts."""
+        """Log-probabilities (B, M, K) float64 of the experts."""
         return float64(self.logits(batch)).log_softmax(dim=-1)
 
     def logits(self, batch: Batch) -> Tensor:
-        """(B, M, K) logits of all experts, or (B, 1, K) logits of the attention.
+        """Logits (B, M, K) of all experts.
 
-        The attention is the only expert if a candidate is foreign.
+        If a candidate is foreign, the attention is the only expert: (B, 1, K).
         """
         match = self.attention.match(batch.text)
         if bool(match.known.all()):
@@ -261,9 +267,11 @@ class Experts(nn.Module):
         return logits.unsqueeze(1)
 
     def all_logits(self, batch: Batch, match: Match | None) -> Tensor:
-        """(B, M, K) logits of all experts.
+        """Logits (B, M, K) of all experts, without a check of the candidates.
 
         The logits of the companions are wrong for candidates that are no training classes.
+        ``match`` is the result of ``match`` for the candidates. It is None if there are no
+        training classes.
         """
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
@@ -277,7 +285,7 @@ class Experts(nn.Module):
 
         Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, a is their
         temperature, and r_m is the residual of the expert. x is the standardised image, which is 0
-        for the mean training image. With R = sum_m w_m r_m, the pooled logits are
+        for the mean training image. If R = sum_m w_m r_m, the pooled logits are
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
@@ -286,7 +294,7 @@ class Experts(nn.Module):
         return Pooled(total_weight * offset, residual_at_mean, residual - residual_at_mean)
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, K) R(x), the (B, K) offset a l0, and the () total weight of the experts, float64."""
+        """R(x) (B, K), the offset a l0 (B, K), and the total weight () of the experts: float64."""
         offset = float64(self.attention.offset(batch, self.attention.match(batch.text)))
         logits = float64(self.logits(batch))
         residual = pool(logits - offset.unsqueeze(1), self.weights)
@@ -304,23 +312,23 @@ class Experts(nn.Module):
 
 
 def _with_columns(residual: Callable[[Batch], Tensor], index: Tensor) -> Callable[[Batch], Tensor]:
-    """Return ``residual`` with its columns, the training classes, picked by ``index`` (K,)."""
+    """Return a function that computes the columns ``index`` (K,) of ``residual``."""
 
-    def picked(batch: Batch) -> Tensor:
+    def columns_of_residual(batch: Batch) -> Tensor:
         return residual(batch)[:, index]
 
-    return picked
+    return columns_of_residual
 
 
 def pool(rows: Tensor, weights: Tensor) -> Tensor:
-    """(B, K) float64 weighted sum of the rows (B, M, K) of M experts; see ``weights_of``."""
-    # Logits are log-probabilities up to a constant. So their sum is the logit of a product of
-    # probabilities, the log-linear pool q ~ prod_m p_m^w_m.
+    """Weighted sum (B, K) float64 of the logits ``rows`` (B, M, K) of M experts."""
+    # Logits are log-probabilities up to a constant. So their weighted sum belongs to a product of
+    # probabilities: the log-linear pool q ~ prod_m p_m^w_m.
     return torch.einsum("m,bmk->bk", weights_of(rows, weights), rows)
 
 
 def weights_of(rows: Tensor, weights: Tensor) -> Tensor:
-    """(M,) weights of the experts in rows (B, M, K); M = 1: the attention alone has weight 1."""
+    """Weights (M,) of the experts in rows (B, M, K). The attention alone (M = 1) has weight 1."""
     if rows.shape[1] > 1:
         return weights.to(rows.device)
     return torch.ones_like(rows[0, :1, 0])
