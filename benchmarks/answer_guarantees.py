@@ -11,7 +11,8 @@ one-sided 95 % bound (Clopper and Pearson), and the mean coverage.
 
 Without ``--arrays`` the data are simulated: 20 Gaussian classes, texts that are noisy class means,
 and a population of 25,000 rows. With it, every set is divided into halves by a seed. Methods are
-fitted on 16 labels a class of the first half, and the second half is the population.
+fitted on 16 labels a class of the first half, and the second half is the population. For given
+answers these labels are divided: half of them for the probe, half for ViLU+.
 
 Three kinds of answers are judged:
 
@@ -81,11 +82,12 @@ class World:
 
 
 class Problem(NamedTuple):
-    """Rows to fit on, rows that another model is fitted on, and a population, labels included."""
+    """Rows to fit on and a population, labels included."""
 
     text: Floats
-    fit: tuple[Floats, Ints]
-    elsewhere: tuple[Floats, Ints]
+    fit: tuple[Floats, Ints]  # for methods that judge their own answers
+    fit_of_judge: tuple[Floats, Ints]  # for the method that judges given answers
+    elsewhere: tuple[Floats, Ints]  # for the model that gives these answers
     population: tuple[Floats, Ints]
     outside: Floats  # images of none of the classes, a fifth of all rows of the population
 
@@ -109,9 +111,9 @@ def simulated(seed: int = 0) -> Problem:
     """A problem with the images of a second world as images of none of the classes."""
     world = World(seed)
     outside, _ = World(seed + 1).draw(n_outside(N_POPULATION))
-    return Problem(
-        world.text, world.draw(N_FIT), world.draw(N_FIT), world.draw(N_POPULATION), outside
-    )
+    fit = world.draw(N_FIT)
+    elsewhere = world.draw(N_FIT)
+    return Problem(world.text, fit, fit, elsewhere, world.draw(N_POPULATION), outside)
 
 
 def n_outside(n: int) -> int:
@@ -124,7 +126,7 @@ def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
     arrays = sets[name]
     rows = Division.of(arrays.target, Cell(name, LABELS, division))
     rng = np.random.default_rng([division, 2])
-    fit, elsewhere = halves(arrays.target, rows.labelled, rng)
+    fit_of_judge, elsewhere = halves(arrays.target, rows.labelled, rng)
     names = list(sets)
     next_name = names[(names.index(name) + 1) % len(names)]
     images = sets[next_name].image
@@ -136,7 +138,12 @@ def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
         return arrays.image[index], arrays.target[index]
 
     return Problem(
-        arrays.text, labelled(fit), labelled(elsewhere), labelled(rows.second), images[drawn]
+        arrays.text,
+        labelled(rows.labelled),
+        labelled(fit_of_judge),
+        labelled(elsewhere),
+        labelled(rows.second),
+        images[drawn],
     )
 
 
@@ -148,16 +155,17 @@ def answers(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
 
 def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, Judged]]:
     """Every kind of answers about the population and the images of none of the classes."""
-    train = problem.data(problem.fit)
     everything = problem.data(problem.everything)
     own = {
         "adapted, vilu_plus": vilu.ViLUPlus(seed=seed, answer="adapted"),
         "adapted, linear_probe": linear_probe(),
     }
     for name, predictor in own.items():
-        yield name, _judged(predictor.fit(train), everything)
+        yield name, _judged(predictor.fit(problem.data(problem.fit)), everything)
     another = linear_probe().fit(problem.data(problem.elsewhere))
-    given_train = problem.data(problem.fit, answers(another, train))
+    given_train = problem.data(
+        problem.fit_of_judge, answers(another, problem.data(problem.fit_of_judge))
+    )
     given_all = problem.data(problem.everything, answers(another, everything))
     plus = vilu.ViLUPlus(seed=seed, answer="given").fit(given_train)
     yield "given", _judged(plus, given_all)

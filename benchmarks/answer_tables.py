@@ -53,6 +53,10 @@ TITLES = {
 }
 """Titles of the sets; † marks those in view when the predictors were developed."""
 
+MARK = "†"
+MODEL = "_b32"  # the end of the files' names
+NOT_COMPARED = "they were not compared"  # in the reason of a choice
+
 APART = "imagenet1k"
 """The set whose rows are training images; means are shown with it and without it."""
 
@@ -115,31 +119,49 @@ Readings = dict[tuple[str, int, str], Reading]
 """By set, number of labels and method."""
 
 
-def read(path: Path, resamples: int) -> tuple[Readings, list[str], list[int]]:
-    """All readings, the sets, and the divisions of which every cell is there."""
-    cells: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        cell = json.loads(line)
-        name = cell["name"].removesuffix("_b32")
-        cells[name, cell["n_labels"], cell["division"]] = cell
-    names = [name for name in TITLES if any(key[0] == name for key in cells)]
-    divisions = []
-    for division in sorted({key[2] for key in cells}):
-        if all((name, n, division) in cells for name in names for n in LABELS):
-            divisions.append(division)
+class Cells(NamedTuple):
+    """The cells of a file."""
+
+    by_key: dict[tuple[str, int, int], dict[str, Any]]  # set, number of labels, division
+    names: list[str]  # of the sets
+    divisions: list[int]  # those of which every cell is there
+
+    @classmethod
+    def load(cls, path: Path) -> Cells:
+        """Read a file of ``benchmarks.answers``."""
+        by_key = {}
+        for line in path.read_text().splitlines():
+            cell = json.loads(line)
+            name = cell["name"].removesuffix(MODEL)
+            by_key[name, cell["n_labels"], cell["division"]] = cell
+        present = {key[0] for key in by_key}
+        names = [name for name in TITLES if name in present]
+        divisions = []
+        for division in sorted({key[2] for key in by_key}):
+            if all((name, n, division) in by_key for name in names for n in LABELS):
+                divisions.append(division)
+        return cls(by_key, names, divisions)
+
+    def of(self, name: str, n_labels: int) -> list[dict[str, Any]]:
+        """The cells of a set and a number of labels."""
+        return [self.by_key[name, n_labels, division] for division in self.divisions]
+
+
+def read(cells: Cells, resamples: int) -> Readings:
+    """What every method shows."""
     readings: Readings = {}
-    for number, name in enumerate(names):
-        n = cells[name, LABELS[0], divisions[0]]["n"]
+    for number, name in enumerate(cells.names):
+        n = cells.of(name, LABELS[0])[0]["n"]
         rng = np.random.default_rng(number)
         weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
         for n_labels in LABELS:
-            of_set = [cells[name, n_labels, division] for division in divisions]
+            of_set = cells.of(name, n_labels)
             for method in ANSWERS:
                 readings[name, n_labels, method] = reading(of_set, method, weights)
             mixes = [readings[name, n_labels, method] for method in ("mix", "pool")]
             best = max(mixes, key=lambda mix: mix.values[RISKS[0]].value)
             readings[name, n_labels, "best_mix"] = best
-    return readings, names, divisions
+    return readings
 
 
 def difference(
@@ -192,9 +214,7 @@ def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
     """Accuracy and coverage at 5 % of every method, a column for every number of labels."""
     columns = []
     for n_labels in LABELS:
-        label = f"{n_labels} a class"
-        if n_labels == 0:
-            label = "all labels"
+        label = title_of(n_labels)
         columns.append(f"{label}<br>accuracy | {label}<br>coverage")
     lines = [f"| answers | {' | '.join(columns)} |", f"|---|{'---|' * 2 * len(LABELS)}"]
     for method, title in ANSWERS.items():
@@ -211,20 +231,31 @@ def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def differences_table(readings: Readings, names: Sequence[str]) -> list[str]:
-    """Differences in coverage at 5 % of every set, then their means."""
-    heads = " | ".join(f"{first} − {second}" for first, second in PAIRS)
-    lines = [f"| labels a class | set | {heads} |", f"|---|---|{'---|' * len(PAIRS)}"]
+def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    """Differences in coverage at 5 %: every set, then means, by number of labels."""
     without = [name for name in names if name != APART]
+    not_in_view = [name for name in names if MARK not in TITLES[name]]
     groups = [([name], TITLES[name]) for name in names]
-    groups += [(list(names), "**mean**"), (without, "**mean without ImageNet**")]
-    for n_labels in LABELS:
-        for members, title in groups:
-            row = [str(n_labels or "all"), title]
-            for pair in PAIRS:
-                row.append(in_points(difference(readings, members, n_labels, pair), "+"))
-            lines.append(f"| {' | '.join(row)} |")
+    groups += [
+        (list(names), "**mean**"),
+        (without, "**mean without ImageNet**"),
+        (not_in_view, f"**mean without sets with {MARK}**"),
+    ]
+    heads = " | ".join(title_of(n_labels) for n_labels in LABELS)
+    lines = [f"| set | {heads} |", f"|---|{'---|' * len(LABELS)}"]
+    for members, title in groups:
+        row = [title]
+        for n_labels in LABELS:
+            row.append(in_points(difference(readings, members, n_labels, pair), "+"))
+        lines.append(f"| {' | '.join(row)} |")
     return lines
+
+
+def title_of(n_labels: int) -> str:
+    """Head of a column."""
+    if n_labels == 0:
+        return "all labels"
+    return f"{n_labels} a class"
 
 
 def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
@@ -243,22 +274,46 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
     return lines
 
 
+def notes_table(cells: Cells) -> list[str]:
+    """In how many cells the answers were compared or chosen, and the mixes cross-fitted."""
+    lines = [
+        "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for n_labels in LABELS:
+        notes = []
+        for name in cells.names:
+            notes += [cell["notes"] for cell in cells.of(name, n_labels)]
+        compared = [note for note in notes if NOT_COMPARED not in note["choice"][1]]
+        row = [str(n_labels or "all"), str(len(notes)), str(len(compared))]
+        for key in ("choice", "choice_images"):
+            row.append(str(sum(note[key][0] == "zero_shot" for note in notes)))
+        row.append(str(sum(note["cross_fitted"] for note in notes)))
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print all tables as Markdown."""
     parser = argparse.ArgumentParser(description="What adapted answers gain: tables.")
     parser.add_argument("cells", type=Path, help="what benchmarks.answers has written")
     parser.add_argument("--resamples", type=int, default=1_000)
     options = parser.parse_args(arguments)
-    readings, names, divisions = read(options.cells, options.resamples)
+    cells = Cells.load(options.cells)
+    names = cells.names
     without = [name for name in names if name != APART]
-    print(f"Divisions: {divisions}; sets: {len(names)}.\n")
+    print(f"Divisions: {cells.divisions}; sets: {len(names)}.\n")
+    readings = read(cells, options.resamples)
     sections = {
-        "Short": short_table(readings, names),
+        "Short, all sets": short_table(readings, names),
+        "Short, without ImageNet": short_table(readings, without),
         "Means over all sets": means_table(readings, names),
         "Means without ImageNet": means_table(readings, without),
-        "Differences in coverage at 5 %": differences_table(readings, names),
-        "What chosen answers keep": kept_table(readings, names),
     }
+    for pair in PAIRS:
+        sections[f"{pair[0]} − {pair[1]}"] = differences_table(readings, names, pair)
+    sections["What chosen answers keep"] = kept_table(readings, names)
+    sections["Cells"] = notes_table(cells)
     for title, lines in sections.items():
         print(f"## {title}\n")
         print("\n".join(lines), end="\n\n")
