@@ -269,7 +269,10 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
             for kind in ("chosen", "adapted"):
                 pair = (f"{kind}{suffix}", zero_shot)
                 gains.append(difference(readings, names, n_labels, pair).value)
-            row.append(f"{100 * gains[0] / gains[1]:.0f} %")
+            if gains[1] > 0:
+                row.append(f"{100 * gains[0] / gains[1]:.0f} %")
+            else:
+                row.append("no gain")
         lines.append(f"| {' | '.join(row)} |")
     return lines
 

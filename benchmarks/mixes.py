@@ -4,8 +4,9 @@
 - ``pool``: log q = a log p_zero_shot + w log p_probe - const, with a, w >= 0.
 
 The weights have the largest likelihood on labelled rows that the probe was not fitted on: five
-folds, stratified by class. If a class would lose its only label, no fold can be held out. Then
-w = 1/2 in the mix, and a = w = 1/2 in the pool, which is the geometric mean of both posteriors.
+folds, stratified by class. A row that is the only label of its class is never held out. If there
+are no other rows, w = 1/2 in the mix, and a = w = 1/2 in the pool, which is the geometric mean of
+both posteriors.
 
 The answer is the likeliest candidate of q, and its uncertainty is 1 - q_a.
 """
@@ -72,17 +73,18 @@ def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
 
 def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
     """Weights of largest cross-fitted likelihood."""
-    n_labels = np.bincount(target)
-    if n_labels[n_labels > 0].min() < 2:
+    is_only_label = np.bincount(target)[target] == 1
+    if is_only_label.all():
         return Weights(mix=0.5, pool=np.array([0.5, 0.5]), cross_fitted=False)
     parts = []
     targets = []
     fold = folds(target, seed)
     for number in range(FOLDS):
-        held_out = np.flatnonzero(fold == number)
-        if not len(held_out):
+        is_held_out = (fold == number) & ~is_only_label
+        if not is_held_out.any():
             continue
-        probe = linear_probe().fit(train.take(np.flatnonzero(fold != number)))
+        held_out = np.flatnonzero(is_held_out)
+        probe = linear_probe().fit(train.take(np.flatnonzero(~is_held_out)))
         parts.append(experts(probe, train.take(held_out)))
         targets.append(target[held_out])
     held_out_experts = Experts(
