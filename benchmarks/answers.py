@@ -1,66 +1,99 @@
-"""What the method's own answers gain over zero-shot ones, and whether guarantees about them hold.
+"""What a method's own answers gain over zero-shot ones and over simple mixes: the measurement.
 
-    python -m benchmarks.answers ARRAYS [--divisions 2] [--draws 200] [--labels 5 16 0]
+    python -m benchmarks.answers ARRAYS CELLS.jsonl [--divisions 5] [--labels 1 5 16 0]
+    python -m benchmarks.answer_tables CELLS.jsonl
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
-100). Each set is divided into halves, which a seed draws. Methods are fitted on the labels of one
-half, so many a class (0: all of them), and the other half is read:
+100). Each set is divided into halves, which a seed draws. Methods are fitted on the labels of the
+first half, so many a class (0: all of them), and the second half is read:
 
-- ``zero-shot``: the zero-shot answers, judged by ViLU+;
-- ``adapted``: the answers of ViLU+, and ``+ images``: with the images of the fitted half beside;
-- ``probe``: the answers of the linear probe, judged by itself.
+- ``mcm``: zero-shot answers, no fit;
+- ``zero_shot``, ``adapted``: one fit of ViLU+ that judges zero-shot answers, or its own;
+- ``chosen``: one of these two, as ``choose_answer`` chooses at a risk of 5 %;
+- ``adapted_images``, ``chosen_images``: the same with the images of the first half beside;
+- ``probe``: the answers of the linear probe, judged by itself;
+- ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
-Per method: accuracy, and the largest coverage with at most 5, 10 and 20 % wrong (hindsight). Then
-calibrations: rows of the other half, as many as it has, are drawn with replacement, so that this
-half is the population and the risk of every threshold is known. ``certified`` is the mean coverage
-of the rules at 5 % with a confidence of 95 %, ``broken`` the share of rules whose true risk is
-above 5 %, with its one-sided 95 % bound (Clopper and Pearson).
+A *cell* is a set, a number of labels and a division. It is one line of CELLS.jsonl: for every
+method the rank of the uncertainty and the failure of each row of the second half, and what was
+certified. For that, the labels are divided into halves, stratified by class: one is fitted on, the
+other one calibrates a rule (``ltt``, 95 %), and the rule is read on the second half of the set.
+Images of calibration rows are not among the images beside a fit.
+
+Cells that are in the file already are left out. All sets are measured for a division before the
+next division begins.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import beta
+import torch
 
 import vilu
-from vilu.metrics import coverage_at_risk
+from benchmarks.mixes import experts, fit_weights, judged_by_mixes, linear_probe
+from vilu.calibration.answer_choice import choose_answer
+from vilu.embeddings.source import SAME_TEXT
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.predictor import FailurePredictor
 
 RISKS = (0.05, 0.1, 0.2)
-MAX_RISK = RISKS[0]
-METHODS = ("zero-shot", "adapted", "+ images", "probe")
+RISK_OF_CHOICE = RISKS[0]
+LABELS = (1, 5, 16, 0)
+LEFT_OUT = "words"  # a set of words, not of classes
 
 
-@dataclass
-class Figures:
-    """What was read of one method at one number of labels, over sets and divisions."""
+class Cell(NamedTuple):
+    """A set, a number of labels a class (0: all), and the seed of a division."""
 
-    accuracy: list[float] = field(default_factory=list)
-    coverage: list[list[float]] = field(default_factory=list)  # at each of ``RISKS``
-    certified: list[float] = field(default_factory=list)  # mean over the calibrations of a set
-    n_broken: int = 0
-    n_calibrations: int = 0
+    name: str
+    n_labels: int
+    division: int
 
-    def __iadd__(self, other: Figures) -> Figures:
-        self.accuracy += other.accuracy
-        self.coverage += other.coverage
-        self.certified += other.certified
-        self.n_broken += other.n_broken
-        self.n_calibrations += other.n_calibrations
-        return self
+
+@dataclass(frozen=True)
+class Arrays:
+    """Embeddings and targets of a set."""
+
+    image: Floats
+    text: Floats
+    target: Ints
+
+    @classmethod
+    def load(cls, path: Path) -> Arrays:
+        """Read a file; candidates of one text become one candidate."""
+        with np.load(path) as arrays:
+            image = arrays["image"].astype(np.float32)
+            text = arrays["text"].astype(np.float32)
+            target = arrays["target"]
+        unit = text / np.linalg.norm(text, axis=1, keepdims=True)
+        first_of_text = (unit @ unit.T >= SAME_TEXT).argmax(axis=1)
+        kept, candidate = np.unique(first_of_text, return_inverse=True)
+        return cls(image, text[kept], candidate[target])
+
+    def labelled(self, rows: Ints) -> vilu.Embeddings:
+        """These rows with their labels."""
+        return vilu.Embeddings(self.image[rows], self.text, target=self.target[rows])
+
+    def images(self, rows: Ints) -> vilu.Embeddings:
+        """These rows without labels."""
+        return vilu.Embeddings(self.image[rows], self.text)
 
 
 def few_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) -> Ints:
     """At most ``n`` random rows of every class, of these; all of them where n is 0."""
     if n == 0:
-        return rows
+        return np.sort(rows)
     chosen = []
     for label in np.unique(target[rows]):
         of_class = rows[target[rows] == label]
@@ -68,99 +101,176 @@ def few_per_class(target: Ints, rows: Ints, n: int, rng: np.random.Generator) ->
     return np.sort(np.concatenate(chosen))
 
 
-def outcomes_of(
-    arrays: dict[str, np.ndarray], n_labels: int, seed: int
-) -> Iterator[tuple[str, Outcomes]]:
-    """Scores of the second half by every method that is fitted on the first."""
-    image, text = arrays["image"].astype(np.float32), arrays["text"].astype(np.float32)
-    target = arrays["target"]
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(target))
-    first, second = order[: len(order) // 2], order[len(order) // 2 :]
-    labelled = few_per_class(target, first, n_labels, rng)
-    train = vilu.Embeddings(image[labelled], text, target=target[labelled])
-    new = vilu.Embeddings(image[second], text, target=target[second])
-    images = vilu.Embeddings(image[first], text)
-    zero_shot = vilu.ViLUPlus(seed=seed).fit(train)
-    yield "zero-shot", vilu.score(zero_shot, new)
-    yield "adapted", vilu.score(vilu.ViLUPlus(seed=seed, answer="adapted").fit(train), new)
-    beside = vilu.ViLUPlus(seed=seed, answer="adapted").fit(train, unlabelled=images)
-    yield "+ images", vilu.score(beside, new)
-    probe = vilu.PREDICTORS["linear_probe"](answer="adapted").fit(train)
-    yield "probe", vilu.score(probe, new)
+def halves(target: Ints, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """These rows in two halves with equal shares of every class."""
+    shuffled = rng.permutation(rows)
+    by_class = shuffled[np.argsort(target[shuffled], kind="stable")]
+    return np.sort(by_class[0::2]), np.sort(by_class[1::2])
 
 
-def calibrate_often(outcomes: Outcomes, draws: int, seed: int, figures: Figures) -> None:
-    """Add the rules of so many calibrations, whose true risk these outcomes are."""
-    rng = np.random.default_rng(seed)
-    u, failure = outcomes.uncertainty, outcomes.failure
-    coverages = []
-    for _ in range(draws):
-        rows = rng.integers(len(u), size=len(u))
-        rule = vilu.certify(Outcomes(u[rows], failure[rows]), max_risk=MAX_RISK)
-        accepted = rule.accept(u)
-        coverages.append(float(accepted.mean()))
+class Measured(NamedTuple):
+    """The answers of every method about some rows, and how they came about."""
+
+    judged: dict[str, Judged]
+    seconds: dict[str, float]  # of the fits; of chosen answers with the choice
+    notes: dict[str, Any]
+
+
+def measure(arrays: Arrays, fitted_on: Ints, beside: Ints, new_rows: Ints, seed: int) -> Measured:
+    """Fit all methods on some rows, with images ``beside``, and judge new ones."""
+    train = arrays.labelled(fitted_on)
+    images = arrays.images(beside)
+    new = arrays.labelled(new_rows)
+    judged = {"mcm": outcomes_of(vilu.MCM(), new)}
+    seconds = {"mcm": 0.0}
+    notes: dict[str, Any] = {}
+    for suffix, unlabelled in (("", None), ("_images", images)):
+        start = time.perf_counter()
+        plus = vilu.ViLUPlus(seed=seed).fit(train, unlabelled=unlabelled)
+        fitted = time.perf_counter()
+        choice = choose_answer(plus, train, RISK_OF_CHOICE, unlabelled=unlabelled)
+        chosen = time.perf_counter()
+        judged[f"zero_shot{suffix}"] = outcomes_of(plus, new)
+        judged[f"adapted{suffix}"] = outcomes_of(plus.judging("adapted"), new)
+        judged[f"chosen{suffix}"] = judged[f"{choice.answer}{suffix}"]
+        seconds[f"zero_shot{suffix}"] = fitted - start
+        seconds[f"adapted{suffix}"] = fitted - start
+        seconds[f"chosen{suffix}"] = chosen - start
+        notes[f"choice{suffix}"] = (choice.answer, choice.reason)
+    start = time.perf_counter()
+    probe = linear_probe().fit(train)
+    fitted = time.perf_counter()
+    weights = fit_weights(train, arrays.target[fitted_on], seed)
+    mixed = time.perf_counter()
+    judged["probe"] = outcomes_of(probe, new)
+    judged |= judged_by_mixes(experts(probe, new), weights, arrays.target[new_rows])
+    seconds |= {"probe": fitted - start, "mix": mixed - start, "pool": mixed - start}
+    notes |= {"mix": weights.mix, "pool": weights.pool.tolist()}
+    notes["cross_fitted"] = weights.cross_fitted
+    return Measured(judged, seconds, notes)
+
+
+def outcomes_of(predictor: FailurePredictor, new: vilu.Embeddings) -> Judged:
+    """Uncertainties and failures of all rows."""
+    outcomes = vilu.score(predictor, new)
+    return Judged(outcomes.uncertainty, outcomes.failure)
+
+
+def certified(calibration: Judged, new: Judged) -> list[dict[str, float | None]]:
+    """Coverage and risk on new rows of a rule for each risk; risk None if it accepts nothing."""
+    rules = []
+    for max_risk in RISKS:
+        rule = vilu.certify(Outcomes(*calibration), max_risk=max_risk)
+        accepted = rule.accept(new.uncertainty)
+        risk = None
         if accepted.any():
-            figures.n_broken += bool(failure[accepted].mean() > MAX_RISK)
-    figures.n_calibrations += draws
-    figures.certified.append(float(np.mean(coverages)))
+            risk = float(new.failure[accepted].mean())
+        rules.append({"coverage": float(accepted.mean()), "risk": risk})
+    return rules
 
 
-def add(outcomes: Outcomes, draws: int, seed: int, figures: Figures) -> None:
-    """Add everything that is read of one set."""
-    u, failure = outcomes.uncertainty, outcomes.failure
-    figures.accuracy.append(1 - float(failure.mean()))
-    figures.coverage.append([float(coverage_at_risk(u, failure, risk=risk)) for risk in RISKS])
-    calibrate_often(outcomes, draws, seed, figures)
+class Division(NamedTuple):
+    """The rows of a cell: both halves of the set, and the labelled rows of the first."""
+
+    first: Ints
+    second: Ints
+    labelled: Ints
+    fit_half: Ints  # of the labelled rows
+    calibration_half: Ints
+
+    @classmethod
+    def of(cls, target: Ints, cell: Cell) -> Division:
+        """Rows as the seed of the division draws them; few labels are among many labels."""
+        rng = np.random.default_rng(cell.division)
+        order = rng.permutation(len(target))
+        middle = len(order) // 2
+        first = np.sort(order[:middle])
+        labelled = few_per_class(target, first, cell.n_labels, rng)
+        # A generator of its own, so that equal labelled rows have equal halves.
+        fit_half, calibration_half = halves(
+            target, labelled, np.random.default_rng([cell.division, 1])
+        )
+        return cls(first, np.sort(order[middle:]), labelled, fit_half, calibration_half)
 
 
-def upper_bound(n_broken: int, n: int) -> float:
-    """One-sided 95 % upper bound of a share."""
-    if n_broken == n:
-        return 1.0
-    return float(beta.ppf(0.95, n_broken + 1, n - n_broken))
+def results_of(arrays: Arrays, rows: Division, seed: int) -> dict[str, Any]:
+    """Everything that is kept of a cell."""
+    whole = measure(arrays, rows.labelled, rows.first, rows.second, seed)
+    beside = np.setdiff1d(rows.first, rows.calibration_half)
+    both = np.concatenate([rows.calibration_half, rows.second])
+    half = measure(arrays, rows.fit_half, beside, both, seed)
+    n = len(rows.calibration_half)
+    methods = {}
+    for name, judged in whole.judged.items():
+        u, failure = half.judged[name]
+        calibration = Judged(u[:n], failure[:n])
+        new = Judged(u[n:], failure[n:])
+        _, rank = np.unique(judged.uncertainty, return_inverse=True)
+        methods[name] = {
+            "rank": rank.tolist(),
+            "failure": "".join(map(str, judged.failure)),
+            "certified": certified(calibration, new),
+            "seconds": whole.seconds[name],
+        }
+    return {
+        "n": len(arrays.target),
+        "n_classes": len(arrays.text),
+        "n_labelled": len(rows.labelled),
+        "rows": rows.second.tolist(),
+        "methods": methods,
+        "notes": whole.notes,
+        "notes_of_half": half.notes,
+    }
 
 
-def line(name: str, figures: Figures) -> str:
-    """The means of a method."""
-    means: Floats = 100 * np.mean(figures.coverage, axis=0)
-    broken = figures.n_broken / figures.n_calibrations
-    bound = upper_bound(figures.n_broken, figures.n_calibrations)
-    hindsight = "  ".join(f"{value:5.1f}" for value in means)
-    return (
-        f"{name:10} accuracy {100 * np.mean(figures.accuracy):5.1f}  coverage {hindsight}  "
-        f"certified {100 * np.mean(figures.certified):5.1f}  "
-        f"broken {100 * broken:4.1f} (at most {100 * bound:.1f}) of {figures.n_calibrations:,}"
-    )
+def cells_in(path: Path) -> set[Cell]:
+    """The cells of a file."""
+    if not path.exists():
+        return set()
+    cells = set()
+    for line in path.read_text().splitlines():
+        written = json.loads(line)
+        cells.add(Cell(written["name"], written["n_labels"], written["division"]))
+    return cells
+
+
+def wanted(names: Sequence[str], labels: Sequence[int], divisions: int) -> Iterator[Cell]:
+    """All cells, division after division."""
+    for division in range(divisions):
+        for name in names:
+            for n_labels in labels:
+                yield Cell(name, n_labels, division)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line for every set, and the means over the sets."""
-    parser = argparse.ArgumentParser(description="What adapted answers gain.")
+    """Measure the cells that are missing, and add each to the file."""
+    parser = argparse.ArgumentParser(description="What adapted answers gain: measurement.")
     parser.add_argument("arrays", type=Path, help="folder of .npz files")
-    parser.add_argument("--divisions", type=int, default=2)
-    parser.add_argument("--draws", type=int, default=200, help="calibrations of a set")
-    parser.add_argument("--labels", type=int, nargs="+", default=[5, 16, 0], help="0: all")
-    parser.add_argument("--leave-out", nargs="+", default=["words", "imagenet1k"])
+    parser.add_argument("cells", type=Path, help="JSON lines, one for each cell")
+    parser.add_argument("--divisions", type=int, default=5)
+    parser.add_argument("--labels", type=int, nargs="+", default=LABELS, help="0: all")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore", UserWarning)  # classes with few rows
-    files = []
+    torch.set_num_threads(1)
+    sets = {}
     for path in sorted(options.arrays.glob("*.npz")):
-        if not path.name.startswith(tuple(options.leave_out)):
-            files.append(path)
-    for n_labels in options.labels:
-        total = {name: Figures() for name in METHODS}
-        for path in files:
-            arrays = dict(np.load(path))
-            of_set = {name: Figures() for name in METHODS}
-            for seed in range(options.divisions):
-                for name, outcomes in outcomes_of(arrays, n_labels, seed):
-                    add(outcomes, options.draws, seed, of_set[name])
-            for name, figures in of_set.items():
-                total[name] += figures
-                print(f"{n_labels or 'all':>4} {path.stem:24} {line(name, figures)}", flush=True)
-        for name, figures in total.items():
-            print(f"{n_labels or 'all':>4} {'MEAN':24} {line(name, figures)}", flush=True)
+        if not path.name.startswith(LEFT_OUT):
+            sets[path.stem] = Arrays.load(path)
+    present = cells_in(options.cells)
+    measured: dict[tuple[str, int, bytes], dict[str, Any]] = {}
+    for cell in wanted(list(sets), options.labels, options.divisions):
+        if cell in present:
+            continue
+        start = time.perf_counter()
+        arrays = sets[cell.name]
+        rows = Division.of(arrays.target, cell)
+        # Where no class has more labels, two numbers of labels are the same rows.
+        key = (cell.name, cell.division, rows.labelled.tobytes())
+        if key not in measured:
+            measured[key] = results_of(arrays, rows, cell.division)
+        with options.cells.open("a") as file:
+            file.write(json.dumps({**cell._asdict(), **measured[key]}) + "\n")
+        print(*cell, f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,9 @@ def render(
     ] = None,
     title: Annotated[str, Option(help="Title of that file.")] = "Results",
     intro: Annotated[str, Option(help="First paragraph of that file.")] = "",
+    first: Annotated[
+        Path | None, path_option("Markdown file that is shown first, before that paragraph.")
+    ] = None,
     submitted: Annotated[
         Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
     ] = None,
@@ -149,7 +152,9 @@ def render(
     """Write the tables and figures of finished studies again, from their cells alone."""
     from vilu_bench.studies.study import render_studies
 
-    studies = render_studies(run, document, title, intro, submitted=submitted, overwrite=overwrite)
+    studies = render_studies(
+        run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
+    )
     _print(studies, as_json=as_json)
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:

@@ -649,6 +649,19 @@ def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:
         assert (document.parent / link).is_file()
 
 
+def test_a_document_shows_a_written_part_first(run: Path, tmp_path: Path) -> None:
+    document, first = tmp_path / "results.md", tmp_path / "first.txt"
+    first.write_text("Read this.\n", encoding="utf-8")
+    render_studies(run, document, intro="Then this.", first=first, overwrite=False)
+    assert document.read_text().startswith("# Results\n\nRead this.\n\nThen this.\n\n")
+    first.write_text("Read that.\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="other inputs"):
+        render_studies(run, document, intro="Then this.", first=first, overwrite=False)
+    first.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="must be Markdown in UTF-8"):
+        render_studies(run, tmp_path / "another.md", first=first)
+
+
 def test_a_cell_that_was_made_anew(run: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(run, tmp_path / "copy"))
     path = moved / "cells/one/all/lvu/seed-0.json"

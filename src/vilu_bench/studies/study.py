@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from vilu.artifacts.disk import LOG, make_folder, write_bytes, write_text
+from vilu.artifacts.disk import LOG, make_folder, or_refuse, write_bytes, write_text
 from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, write_json
 from vilu.artifacts.paths import claim_file, claim_folder, inputs_of, kind_and_inputs, mark
 from vilu.errors import DataError
@@ -370,6 +370,7 @@ def render_studies(
     title: str = "Results",
     intro: str = "",
     *,
+    first: Path | None = None,
     submitted: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
@@ -383,6 +384,7 @@ def render_studies(
             folder beside it that has the name of the file without suffix.
         title: Heading of the document.
         intro: First paragraph of the document.
+        first: Markdown file, UTF-8, that the document shows between its heading and ``intro``.
         submitted: Folder of submitted cells, to show beside the cells of the run folder.
         overwrite: Whether to replace a document that exists already.
     """
@@ -393,6 +395,8 @@ def render_studies(
         boards = take_in(boards, output, files)
     if document is None:
         return [render(board, output) for board in boards]
+    if first is not None:
+        intro = f"{_written_part(first)}\n\n{intro}".strip()
     sources = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
     inputs = inputs_of(*sources, *files, title=title, intro=intro)
     is_ours = kind_and_inputs(document) is not None
@@ -404,3 +408,18 @@ def render_studies(
     else:
         write_document(studies, output, document, title, intro, inputs)
     return studies
+
+
+def _written_part(path: Path) -> str:
+    """Markdown of a file that somebody wrote.
+
+    Raises:
+        DataError: If it is not UTF-8.
+        StorageError: If it cannot be read.
+    """
+    with or_refuse(f"read {path}"):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} must be Markdown in UTF-8: {error}. Save it as UTF-8.") from error

@@ -1,0 +1,267 @@
+"""Whether guarantees hold for adapted and for given answers.
+
+    python -m benchmarks.answer_guarantees [--calibrations 10000]
+    python -m benchmarks.answer_guarantees --arrays ARRAYS [--divisions 2] [--calibrations 200]
+
+The scored rows of a predictor are a population, so that the risk of every threshold is known.
+Calibration rows (500) are drawn from it with replacement, and a rule is made at a risk of 5 % with
+a confidence of 95 % (``ltt``). A rule is *broken* if the answers that it accepts in the population
+are wrong more often than 5 %. That may happen to 5 % of the rules. Shown are their share, its
+one-sided 95 % bound (Clopper and Pearson), and the mean coverage.
+
+Without ``--arrays`` the data are simulated: 20 Gaussian classes, texts that are noisy class means,
+and a population of 25,000 rows. With it, every set is divided into halves by a seed. Methods are
+fitted on 16 labels a class of the first half, and the second half is the population. For given
+answers these labels are divided: half of them for the probe, half for ViLU+.
+
+Three kinds of answers are judged:
+
+- ``adapted, vilu_plus`` and ``adapted, linear_probe``: the method's own answers;
+- ``given``: answers of a linear probe that was fitted on other rows, judged by ViLU+.
+
+Each population is taken as it is, and with 20 % of its rows out of distribution: images of classes
+of another world or set. Their label is ``(outside)``, so every answer about them is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import vilu
+from benchmarks.answers import LEFT_OUT, Arrays, Cell, Division, halves
+from benchmarks.mixes import BATCH, linear_probe
+from vilu.calibration.thresholds import upper_bound
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.predictor import FailurePredictor
+
+MAX_RISK = 0.05
+ALLOWED = 0.05
+"""Share of the rules that may be broken."""
+
+N_CALIBRATION = 500
+OUTSIDE_SHARE = 0.2
+LABELS = 16
+
+K = 20
+DIM = 64
+N_FIT = 1_000
+N_POPULATION = 20_000
+IMAGE_NOISE = 0.28
+TEXT_NOISE = 0.1
+"""Standard deviation of every coordinate; class means have unit norm."""
+
+
+class World:
+    """Gaussian classes of images, with a noisy text for each."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.mean = self._unit(self.rng.normal(size=(K, DIM)))
+        self.text = self._unit(self.mean + TEXT_NOISE * self.rng.normal(size=(K, DIM)))
+
+    def draw(self, n: int) -> tuple[Floats, Ints]:
+        """Images (n, D) and their classes (n,)."""
+        target = self.rng.integers(K, size=n)
+        noise = IMAGE_NOISE * self.rng.normal(size=(n, DIM))
+        return self._unit(self.mean[target] + noise), target
+
+    @staticmethod
+    def _unit(rows: Floats) -> Floats:
+        normed: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return normed
+
+
+class Problem(NamedTuple):
+    """Rows to fit on and a population, labels included."""
+
+    text: Floats
+    fit: tuple[Floats, Ints]  # for methods that judge their own answers
+    fit_of_judge: tuple[Floats, Ints]  # for the method that judges given answers
+    elsewhere: tuple[Floats, Ints]  # for the model that gives these answers
+    population: tuple[Floats, Ints]
+    outside: Floats  # images of none of the classes, a fifth of all rows of the population
+
+    def data(self, rows: tuple[Floats, Ints], answer: Ints | None = None) -> vilu.Embeddings:
+        """Labelled rows, with given answers where there are some."""
+        image, target = rows
+        columns = {}
+        if answer is not None:
+            columns = {"answer": answer}
+        return vilu.Embeddings(image, self.text, target=target, columns=columns)
+
+    @property
+    def everything(self) -> tuple[Floats, Ints]:
+        """The population, and behind it the images of none of the classes."""
+        image, target = self.population
+        of_no_class = np.full(len(self.outside), vilu.OUTSIDE)
+        return np.concatenate([image, self.outside]), np.concatenate([target, of_no_class])
+
+
+def simulated(seed: int = 0) -> Problem:
+    """A problem with the images of a second world as images of none of the classes."""
+    world = World(seed)
+    outside, _ = World(seed + 1).draw(n_outside(N_POPULATION))
+    fit = world.draw(N_FIT)
+    elsewhere = world.draw(N_FIT)
+    return Problem(world.text, fit, fit, elsewhere, world.draw(N_POPULATION), outside)
+
+
+def n_outside(n: int) -> int:
+    """Number of rows that are a share of ``OUTSIDE_SHARE`` beside n rows."""
+    return round(n * OUTSIDE_SHARE / (1 - OUTSIDE_SHARE))
+
+
+def real(name: str, sets: dict[str, Arrays], division: int) -> Problem:
+    """A problem of a set, with images of the next set as images of none of the classes."""
+    arrays = sets[name]
+    rows = Division.of(arrays.target, Cell(name, LABELS, division))
+    rng = np.random.default_rng([division, 2])
+    fit_of_judge, elsewhere = halves(arrays.target, rows.labelled, rng)
+    names = list(sets)
+    next_name = names[(names.index(name) + 1) % len(names)]
+    images = sets[next_name].image
+    n = n_outside(len(rows.second))
+    # a small set has fewer images than that, so they are drawn with replacement
+    drawn = rng.integers(len(images), size=n)
+
+    def labelled(index: Ints) -> tuple[Floats, Ints]:
+        return arrays.image[index], arrays.target[index]
+
+    return Problem(
+        arrays.text,
+        labelled(rows.labelled),
+        labelled(fit_of_judge),
+        labelled(elsewhere),
+        labelled(rows.second),
+        images[drawn],
+    )
+
+
+def answers(predictor: FailurePredictor, data: vilu.Embeddings) -> Ints:
+    """(N,) likeliest candidates of the posterior of a predictor."""
+    parts = [predictor.log_posterior(batch).argmax(dim=1) for batch in data.batches(BATCH)]
+    return torch.cat(parts).numpy()
+
+
+def judged_kinds(problem: Problem, seed: int) -> Iterator[tuple[str, Judged]]:
+    """Every kind of answers about the population and the images of none of the classes."""
+    everything = problem.data(problem.everything)
+    own = {
+        "adapted, vilu_plus": vilu.ViLUPlus(seed=seed, answer="adapted"),
+        "adapted, linear_probe": linear_probe(),
+    }
+    for name, predictor in own.items():
+        yield name, _judged(predictor.fit(problem.data(problem.fit)), everything)
+    another = linear_probe().fit(problem.data(problem.elsewhere))
+    given_train = problem.data(
+        problem.fit_of_judge, answers(another, problem.data(problem.fit_of_judge))
+    )
+    given_all = problem.data(problem.everything, answers(another, everything))
+    plus = vilu.ViLUPlus(seed=seed, answer="given").fit(given_train)
+    yield "given", _judged(plus, given_all)
+
+
+def _judged(predictor: FailurePredictor, data: vilu.Embeddings) -> Judged:
+    outcomes = vilu.score(predictor, data)
+    return Judged(outcomes.uncertainty, outcomes.failure)
+
+
+class Broken(NamedTuple):
+    """How many of some rules are broken, and what they accept."""
+
+    n: int
+    n_broken: int
+    coverage: float  # mean over the rules
+
+    def __str__(self) -> str:
+        share = self.n_broken / self.n
+        bound = upper_bound(self.n_broken, self.n, 0.05)
+        return f"{100 * self.coverage:.1f} | {100 * share:.2f} (≤ {100 * bound:.2f}) | {self.n:,}"
+
+
+def calibrate_often(population: Judged, n_rules: int, seed: int) -> Broken:
+    """Rules of so many calibrations, read on the population that their rows are drawn from."""
+    rng = np.random.default_rng(seed)
+    order = population.uncertainty.argsort(kind="stable")
+    uncertainty = population.uncertainty[order]
+    n_wrong_before = np.concatenate([[0], population.failure[order].cumsum()])
+    n_broken = 0
+    coverages = []
+    for _ in range(n_rules):
+        rows = rng.integers(len(order), size=N_CALIBRATION)
+        calibration = Outcomes(population.uncertainty[rows], population.failure[rows])
+        rule = vilu.certify(calibration, max_risk=MAX_RISK)
+        if rule.threshold is None:
+            coverages.append(0.0)
+            continue
+        # accepted are the rows with floor < u <= threshold
+        first = 0
+        if rule.floor is not None:
+            first = int(np.searchsorted(uncertainty, rule.floor, side="right"))
+        end = int(np.searchsorted(uncertainty, rule.threshold, side="right"))
+        n_accepted = end - first
+        n_wrong = n_wrong_before[end] - n_wrong_before[first]
+        n_broken += bool(n_wrong > MAX_RISK * n_accepted)
+        coverages.append(n_accepted / len(order))
+    return Broken(n_rules, n_broken, float(np.mean(coverages)))
+
+
+def both_populations(problem: Problem, judged: Judged) -> dict[str, Judged]:
+    """The population as it is, and with the images of none of the classes."""
+    n = len(problem.population[1])
+    within = Judged(judged.uncertainty[:n], judged.failure[:n])
+    return {"0 %": within, "20 %": judged}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line of JSON for every kind of answers, share of outside rows, set and division."""
+    parser = argparse.ArgumentParser(description="Guarantees of adapted and given answers.")
+    parser.add_argument("--arrays", type=Path, help="folder of .npz files; without: simulated")
+    parser.add_argument("--divisions", type=int, default=2)
+    parser.add_argument("--calibrations", type=int, default=10_000)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore", UserWarning)  # classes with few rows
+    torch.set_num_threads(1)
+    total: dict[tuple[str, str], list[Broken]] = {}
+    for name, division, problem in problems(options.arrays, options.divisions):
+        for kind, judged in judged_kinds(problem, division):
+            for share, population in both_populations(problem, judged).items():
+                broken = calibrate_often(population, options.calibrations, division)
+                total.setdefault((kind, share), []).append(broken)
+                accuracy = 1 - float(population.failure.mean())
+                facts = {"set": name, "division": division, "answers": kind, "outside": share}
+                print(json.dumps({**facts, "accuracy": accuracy, **broken._asdict()}), flush=True)
+    print("| answers | outside | certified at 5 % | broken | rules |\n|---|---|---|---|---|")
+    for (kind, share), parts in total.items():
+        n = sum(part.n for part in parts)
+        n_broken = sum(part.n_broken for part in parts)
+        coverage = float(np.mean([part.coverage for part in parts]))
+        print(f"| {kind} | {share} | {Broken(n, n_broken, coverage)} |")
+
+
+def problems(folder: Path | None, divisions: int) -> Iterator[tuple[str, int, Problem]]:
+    """The simulated problem, or those of all sets, division after division."""
+    if folder is None:
+        yield "simulated", 0, simulated()
+        return
+    sets = {}
+    for path in sorted(folder.glob("*.npz")):
+        if not path.name.startswith(LEFT_OUT):
+            sets[path.stem] = Arrays.load(path)
+    for division in range(divisions):
+        for name in sets:
+            yield name, division, real(name, sets, division)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""What a method's own answers gain over zero-shot ones and over simple mixes: the tables.
+
+    python -m benchmarks.answer_tables CELLS.jsonl [--resamples 1000]
+
+CELLS.jsonl is written by ``benchmarks.answers``. Divisions that lack a cell are left out. Values
+are means over divisions, then over sets. Intervals are 95 % percentile intervals of 1,000
+resamples: the rows of every whole set are resampled, all divisions, methods and numbers of labels
+of the set share the resample, and the methods stay as they were fitted. So a difference is paired.
+
+The *best mix* of a set and a number of labels is the one of ``mix`` and ``pool`` with more coverage
+at 5 % on the read rows. So hindsight favours the mixes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.answers import LABELS, RISKS
+from vilu.metrics.bootstrap import Quantity
+from vilu.metrics.counts import Floats, Ints, TieCounts
+from vilu.metrics.selective import coverage_at_risk_kernel
+
+ANSWERS = {
+    "mcm": "zero-shot, MCM",
+    "zero_shot": "zero-shot, ViLU+",
+    "adapted": "adapted, ViLU+",
+    "chosen": "chosen, ViLU+",
+    "zero_shot_images": "zero-shot, ViLU+ with images",
+    "adapted_images": "adapted, ViLU+ with images",
+    "chosen_images": "chosen, ViLU+ with images",
+    "probe": "linear probe's own",
+    "mix": "mix of probabilities",
+    "pool": "pool of log probabilities",
+}
+"""What the methods are called in the tables."""
+
+TITLES = {
+    "imagenet1k": "ImageNet (training images)",
+    "pets_in123": "pets among 123 †",
+    "caltech66": "Caltech, 66 †",
+    "food9": "Food, 9 †",
+    "cifar10": "CIFAR-10",
+    "cars_text": "cars",
+    "proto_ucf101": "UCF-101 (prototypes)",
+    "proto_dtd": "DTD (prototypes) †",
+    "proto_oxfordpets": "Oxford pets (prototypes)",
+}
+"""Titles of the sets; † marks those in view when the predictors were developed."""
+
+MARK = "†"
+MODEL = "_b32"  # the end of the files' names
+NOT_COMPARED = "nothing was compared"  # in the reason of a choice
+
+APART = "imagenet1k"
+"""The set whose rows are training images; means are shown with it and without it."""
+
+Measure = float | str
+"""A risk, at which coverage is measured, or "accuracy"."""
+
+MEASURES: tuple[Measure, ...] = ("accuracy", *RISKS)
+PAIRS = (("adapted", "zero_shot"), ("adapted", "best_mix"), ("chosen", "zero_shot"))
+
+
+class Certified(NamedTuple):
+    """Rules at one risk: coverage of each, and whether its risk on the read rows is above."""
+
+    coverage: Floats
+    above: Ints
+
+
+class Reading(NamedTuple):
+    """What a method shows of a set at a number of labels, over the divisions."""
+
+    values: dict[Measure, Quantity]  # by measure
+    certified: tuple[Certified, ...]  # by risk
+    seconds: float  # median time of a fit
+
+
+def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, Quantity]:
+    """Accuracy and coverages of a method in a cell; ``weights`` (R, N) of resampled rows."""
+    rank = np.array(cell["methods"][method]["rank"])
+    failure = np.array(list(cell["methods"][method]["failure"]), dtype=np.int64)
+    order = rank.argsort(kind="stable")
+    starts = np.flatnonzero(np.diff(rank[order], prepend=-1))
+    own = np.ones((1, len(rank)), dtype=np.int64)  # the sample itself is the first resample
+    weights = np.concatenate([own, weights[:, cell["rows"]]])[:, order]
+    wrong = np.add.reduceat(weights * failure[order], starts, axis=1)
+    size = np.add.reduceat(weights, starts, axis=1)
+    counts = TieCounts(np.arange(len(starts), dtype=np.float64), size - wrong, wrong)
+    values: dict[Measure, Floats] = {"accuracy": counts.n_correct / counts.n}
+    for risk in RISKS:
+        values[risk] = coverage_at_risk_kernel(counts, risk)
+    return {name: Quantity(float(drawn[0]), drawn[1:]) for name, drawn in values.items()}
+
+
+def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Reading:
+    """Means of a method over the divisions of a set."""
+    of_division = [measured(cell, method, weights) for cell in cells]
+    values = {}
+    for measure in MEASURES:
+        values[measure] = Quantity.mean([quantities[measure] for quantities in of_division])
+    certified = []
+    for index, risk in enumerate(RISKS):
+        rules = [cell["methods"][method]["certified"][index] for cell in cells]
+        coverage = np.array([rule["coverage"] for rule in rules])
+        above = np.array([(rule["risk"] or 0.0) > risk for rule in rules], dtype=np.int64)
+        certified.append(Certified(coverage, above))
+    seconds = float(np.median([cell["methods"][method]["seconds"] for cell in cells]))
+    return Reading(values, tuple(certified), seconds)
+
+
+Readings = dict[tuple[str, int, str], Reading]
+"""By set, number of labels and method."""
+
+
+class Cells(NamedTuple):
+    """The cells of a file."""
+
+    by_key: dict[tuple[str, int, int], dict[str, Any]]  # set, number of labels, division
+    names: list[str]  # of the sets
+    divisions: list[int]  # those of which every cell is there
+
+    @classmethod
+    def load(cls, path: Path) -> Cells:
+        """Read a file of ``benchmarks.answers``."""
+        by_key = {}
+        for line in path.read_text().splitlines():
+            cell = json.loads(line)
+            name = cell["name"].removesuffix(MODEL)
+            by_key[name, cell["n_labels"], cell["division"]] = cell
+        present = {key[0] for key in by_key}
+        names = [name for name in TITLES if name in present]
+        divisions = []
+        for division in sorted({key[2] for key in by_key}):
+            if all((name, n, division) in by_key for name in names for n in LABELS):
+                divisions.append(division)
+        return cls(by_key, names, divisions)
+
+    def of(self, name: str, n_labels: int) -> list[dict[str, Any]]:
+        """The cells of a set and a number of labels."""
+        return [self.by_key[name, n_labels, division] for division in self.divisions]
+
+
+def read(cells: Cells, resamples: int) -> Readings:
+    """What every method shows."""
+    readings: Readings = {}
+    for number, name in enumerate(cells.names):
+        n = cells.of(name, LABELS[0])[0]["n"]
+        rng = np.random.default_rng(number)
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+        for n_labels in LABELS:
+            of_set = cells.of(name, n_labels)
+            for method in ANSWERS:
+                readings[name, n_labels, method] = reading(of_set, method, weights)
+            mixes = [readings[name, n_labels, method] for method in ("mix", "pool")]
+            best = max(mixes, key=lambda mix: mix.values[RISKS[0]].value)
+            readings[name, n_labels, "best_mix"] = best
+    return readings
+
+
+def difference(
+    readings: Readings, names: Sequence[str], n_labels: int, pair: tuple[str, str]
+) -> Quantity:
+    """Mean over sets of the difference of two methods in coverage at 5 %."""
+    differences = []
+    for name in names:
+        first, second = (readings[name, n_labels, method].values[RISKS[0]] for method in pair)
+        differences.append(first - second)
+    return Quantity.mean(differences)
+
+
+def in_points(quantity: Quantity, sign: str = "") -> str:
+    """A quantity in percent with its interval."""
+    ends = quantity.interval(0.95)
+    shown = [format(100 * number, f"{sign}.1f") for number in ends]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def means_table(readings: Readings, names: Sequence[str]) -> list[str]:
+    """Means of every method over sets, by number of labels."""
+    lines = [
+        "| labels a class | answers | accuracy | coverage at 5 % | at 10 % | at 20 % "
+        "| certified at 5 % | at 10 % | at 20 % | seen above | fit, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for n_labels in LABELS:
+        for method, title in ANSWERS.items():
+            of_sets = [readings[name, n_labels, method] for name in names]
+            row = [str(n_labels or "all"), title]
+            for measure in MEASURES:
+                mean = Quantity.mean([of_set.values[measure] for of_set in of_sets])
+                row.append(in_points(mean))
+            above = []
+            for index in range(len(RISKS)):
+                rules = [of_set.certified[index] for of_set in of_sets]
+                coverage = np.mean([rule.coverage.mean() for rule in rules])
+                row.append(f"{100 * coverage:.1f}")
+                n_above = sum(int(rule.above.sum()) for rule in rules)
+                above.append(str(n_above))
+            n_rules = sum(len(of_set.certified[0].above) for of_set in of_sets)
+            row.append(f"{', '.join(above)} of {n_rules}")
+            row.append(f"{np.mean([of_set.seconds for of_set in of_sets]):.1f}")
+            lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
+    """Accuracy and coverage at 5 % of every method, a column for every number of labels."""
+    columns = []
+    for n_labels in LABELS:
+        label = title_of(n_labels)
+        columns.append(f"{label}<br>accuracy | {label}<br>coverage")
+    lines = [f"| answers | {' | '.join(columns)} |", f"|---|{'---|' * 2 * len(LABELS)}"]
+    for method, title in ANSWERS.items():
+        row = [title]
+        for n_labels in LABELS:
+            of_sets = [readings[name, n_labels, method].values for name in names]
+            accuracy = Quantity.mean([values["accuracy"] for values in of_sets])
+            coverage = Quantity.mean([values[RISKS[0]] for values in of_sets])
+            ends = coverage.interval(0.95)
+            interval = f"<sub>[{100 * ends.ci_low:.1f}, {100 * ends.ci_high:.1f}]</sub>"
+            row.append(f"{100 * accuracy.value:.1f}")
+            row.append(f"{100 * coverage.value:.1f} {interval}")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    """Differences in coverage at 5 %: every set, then means, by number of labels."""
+    without = [name for name in names if name != APART]
+    not_in_view = [name for name in names if MARK not in TITLES[name]]
+    groups = [([name], TITLES[name]) for name in names]
+    groups += [
+        (list(names), "**mean**"),
+        (without, "**mean without ImageNet**"),
+        (not_in_view, f"**mean without sets with {MARK}**"),
+    ]
+    heads = " | ".join(title_of(n_labels) for n_labels in LABELS)
+    lines = [f"| set | {heads} |", f"|---|{'---|' * len(LABELS)}"]
+    for members, title in groups:
+        row = [title]
+        for n_labels in LABELS:
+            row.append(in_points(difference(readings, members, n_labels, pair), "+"))
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def title_of(n_labels: int) -> str:
+    """Head of a column."""
+    if n_labels == 0:
+        return "all labels"
+    return f"{n_labels} a class"
+
+
+def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
+    """Share of the mean gain of adapted answers that chosen answers keep."""
+    lines = ["| labels a class | chosen keeps of the gain | with images |", "|---|---|---|"]
+    for n_labels in LABELS:
+        row = [str(n_labels or "all")]
+        for suffix in ("", "_images"):
+            zero_shot = f"zero_shot{suffix}"
+            gains = []
+            for kind in ("chosen", "adapted"):
+                pair = (f"{kind}{suffix}", zero_shot)
+                gains.append(difference(readings, names, n_labels, pair).value)
+            if gains[1] > 0:
+                row.append(f"{100 * gains[0] / gains[1]:.0f} %")
+            else:
+                row.append("no gain")
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def notes_table(cells: Cells) -> list[str]:
+    """In how many cells the answers were compared or chosen, and the mixes cross-fitted."""
+    lines = [
+        "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
+        "|---|---|---|---|---|---|",
+    ]
+    for n_labels in LABELS:
+        notes = []
+        for name in cells.names:
+            notes += [cell["notes"] for cell in cells.of(name, n_labels)]
+        compared = [note for note in notes if NOT_COMPARED not in note["choice"][1]]
+        row = [str(n_labels or "all"), str(len(notes)), str(len(compared))]
+        for key in ("choice", "choice_images"):
+            row.append(str(sum(note[key][0] == "zero_shot" for note in notes)))
+        row.append(str(sum(note["cross_fitted"] for note in notes)))
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print all tables as Markdown."""
+    parser = argparse.ArgumentParser(description="What adapted answers gain: tables.")
+    parser.add_argument("cells", type=Path, help="what benchmarks.answers has written")
+    parser.add_argument("--resamples", type=int, default=1_000)
+    options = parser.parse_args(arguments)
+    cells = Cells.load(options.cells)
+    names = cells.names
+    without = [name for name in names if name != APART]
+    print(f"Divisions: {cells.divisions}; sets: {len(names)}.\n")
+    readings = read(cells, options.resamples)
+    sections = {
+        "Short, all sets": short_table(readings, names),
+        "Short, without ImageNet": short_table(readings, without),
+        "Means over all sets": means_table(readings, names),
+        "Means without ImageNet": means_table(readings, without),
+    }
+    for pair in PAIRS:
+        sections[f"{pair[0]} − {pair[1]}"] = differences_table(readings, names, pair)
+    sections["What chosen answers keep"] = kept_table(readings, names)
+    sections["Cells"] = notes_table(cells)
+    for title, lines in sections.items():
+        print(f"## {title}\n")
+        print("\n".join(lines), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

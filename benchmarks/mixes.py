@@ -1,0 +1,157 @@
+"""Two simple mixes of the zero-shot posterior and a linear probe, to compare methods with.
+
+- ``mix``: q = (1 - w) p_zero_shot + w p_probe. w is the best of 21 weights from 0 to 1.
+- ``pool``: log q = a log p_zero_shot + w log p_probe - const, with a, w >= 0.
+
+The weights have the largest likelihood on labelled rows that the probe was not fitted on: five
+folds, stratified by class. A row that is the only label of its class is never held out. If there
+are no other rows, w = 1/2 in the mix, and a = w = 1/2 in the pool, which is the geometric mean of
+both posteriors.
+
+The answer is the likeliest candidate of q, and its uncertainty is 1 - q_a.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+import vilu
+from vilu.embeddings.source import EmbeddingSource
+from vilu.metrics.counts import Floats, Ints
+from vilu.predictors.contract.held_out import Judged
+from vilu.predictors.contract.predictor import FailurePredictor
+
+FOLDS = 5
+GRID = np.linspace(0, 1, 21)
+FLOOR = 1e-6
+"""Smallest probability that the probe gives a class in the pool; a class without labels has 0."""
+
+BATCH = 4_096
+
+
+class Experts(NamedTuple):
+    """Log probabilities (N, K) of the candidates by the logits and by the linear probe."""
+
+    zero_shot: Floats
+    probe: Floats
+
+    def mixed(self, weight: float) -> Floats:
+        """(N, K) probabilities of the mix."""
+        return (1 - weight) * np.exp(self.zero_shot) + weight * np.exp(self.probe)
+
+    def pooled(self, weights: Floats) -> Floats:
+        """(N, K) log probabilities of the pool."""
+        log_q = weights[0] * self.zero_shot + weights[1] * self.floored_probe
+        normed: Floats = log_q - np.logaddexp.reduce(log_q, axis=1, keepdims=True)
+        return normed
+
+    @property
+    def floored_probe(self) -> Floats:
+        """Log probabilities of the probe, none of them infinite."""
+        return np.maximum(self.probe, np.log(FLOOR))
+
+
+class Weights(NamedTuple):
+    """The fitted weights of both mixes."""
+
+    mix: float
+    pool: Floats  # (2,) of the logits and of the probe
+    cross_fitted: bool
+
+
+def experts(probe: FailurePredictor, data: EmbeddingSource) -> Experts:
+    """What logits and probe say about every row."""
+    by_logits = []
+    by_probe = []
+    for batch in data.batches(BATCH):
+        by_logits.append(batch.logits.double().log_softmax(dim=1).numpy())
+        by_probe.append(probe.log_posterior(batch).numpy())
+    return Experts(np.concatenate(by_logits), np.concatenate(by_probe))
+
+
+def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
+    """Weights of largest cross-fitted likelihood."""
+    is_only_label = np.bincount(target)[target] == 1
+    if is_only_label.all():
+        return Weights(mix=0.5, pool=np.array([0.5, 0.5]), cross_fitted=False)
+    parts = []
+    targets = []
+    fold = folds(target, seed)
+    for number in range(FOLDS):
+        is_held_out = (fold == number) & ~is_only_label
+        if not is_held_out.any():
+            continue
+        held_out = np.flatnonzero(is_held_out)
+        probe = linear_probe().fit(train.take(np.flatnonzero(~is_held_out)))
+        parts.append(experts(probe, train.take(held_out)))
+        targets.append(target[held_out])
+    held_out_experts = Experts(
+        np.concatenate([part.zero_shot for part in parts]),
+        np.concatenate([part.probe for part in parts]),
+    )
+    held_out_target = np.concatenate(targets)
+    return Weights(
+        mix=_mix_weight(held_out_experts, held_out_target),
+        pool=_pool_weights(held_out_experts, held_out_target),
+        cross_fitted=True,
+    )
+
+
+def linear_probe() -> FailurePredictor:
+    """The linear probe, which judges its own answers."""
+    return vilu.PREDICTORS["linear_probe"](answer="adapted")
+
+
+def folds(target: Ints, seed: int) -> Ints:
+    """Fold (N,) of every row; the rows of a class are dealt out in turn."""
+    shuffled = np.random.default_rng(seed).permutation(len(target))
+    by_class = shuffled[np.argsort(target[shuffled], kind="stable")]
+    fold = np.empty(len(target), dtype=np.int64)
+    fold[by_class] = np.arange(len(target)) % FOLDS
+    return fold
+
+
+def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, Judged]:
+    """The answers of both mixes."""
+    return {
+        "mix": _judged(both.mixed(weights.mix), target),
+        "pool": _judged(np.exp(both.pooled(weights.pool)), target),
+    }
+
+
+def _judged(q: Floats, target: Ints) -> Judged:
+    answer = q.argmax(axis=1)
+    rows = np.arange(len(q))
+    # The sum of all other probabilities, since 1 - q_a would be 0 for many confident rows.
+    rest = q.copy()
+    rest[rows, answer] = 0.0
+    return Judged(rest.sum(axis=1), (answer != target).astype(np.int64))
+
+
+def _mix_weight(held_out: Experts, target: Ints) -> float:
+    rows = np.arange(len(target))
+    likelihoods = []
+    for weight in GRID:
+        with np.errstate(divide="ignore"):  # the probe alone may give a class nothing
+            likelihoods.append(np.log(held_out.mixed(weight)[rows, target]).sum())
+    return float(GRID[np.argmax(likelihoods)])
+
+
+def _pool_weights(held_out: Experts, target: Ints) -> Floats:
+    from scipy.optimize import minimize
+
+    rows = np.arange(len(target))
+    logs = np.stack([held_out.zero_shot, held_out.floored_probe], axis=1)  # (N, 2, K)
+    of_target = logs[rows, :, target]
+
+    def loss(weights: Floats) -> tuple[float, Floats]:
+        log_q = held_out.pooled(weights)
+        expected = np.einsum("nk,nmk->nm", np.exp(log_q), logs)
+        slope = (expected - of_target).mean(axis=0)
+        return float(-log_q[rows, target].mean()), slope
+
+    start = np.array([0.5, 0.5])
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
+    return np.asarray(best.x)

@@ -1,0 +1,78 @@
+"""The measurement behind docs/answers.md, on small sets with a known outcome."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import answer_guarantees, answer_tables, answers
+from benchmarks.mixes import experts, fit_weights, judged_by_mixes, linear_probe
+
+import vilu
+from vilu.predictors.contract.held_out import Judged
+
+K, DIM = 4, 8
+
+
+def rows(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images near the axis of their class; the texts of two classes will be exchanged."""
+    rng = np.random.default_rng(seed)
+    target = np.arange(n) % K
+    image = np.eye(K, DIM)[target] + 0.1 * rng.normal(size=(n, DIM))
+    return image / np.linalg.norm(image, axis=1, keepdims=True), target
+
+
+TEXT = np.eye(K, DIM)[[1, 0, 2, 3]]
+
+
+def test_mixes_follow_the_probe_where_it_is_right() -> None:
+    image, target = rows(80, seed=0)
+    train = vilu.Embeddings(image, TEXT, target)
+    weights = fit_weights(train, target, seed=0)
+    assert weights.cross_fitted
+    assert weights.mix > 0.9  # half of the zero-shot answers are wrong
+    new_image, new_target = rows(40, seed=1)
+    both = experts(linear_probe().fit(train), vilu.Embeddings(new_image, TEXT))
+    for judged in judged_by_mixes(both, weights, new_target).values():
+        assert judged.failure.mean() < 0.1
+        assert ((judged.uncertainty >= 0) & (judged.uncertainty <= 1)).all()
+
+
+def test_one_label_a_class_leaves_equal_weights() -> None:
+    image, target = rows(K, seed=0)
+    weights = fit_weights(vilu.Embeddings(image, TEXT, target), target, seed=0)
+    assert not weights.cross_fitted
+    assert (weights.mix, *weights.pool) == (0.5, 0.5, 0.5)
+
+
+def test_a_run_is_taken_up_again_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, target = rows(64, seed=0)  # eight labels a class in a half: no network is trained
+    np.savez(tmp_path / "cifar10_b32.npz", image=image, text=TEXT, target=target)
+    cells = tmp_path / "cells.jsonl"
+    answers.main([str(tmp_path), str(cells), "--divisions", "1"])
+    written = cells.read_text()
+    assert len(written.splitlines()) == len(answers.LABELS)
+    capsys.readouterr()
+    answers.main([str(tmp_path), str(cells), "--divisions", "1"])
+    assert cells.read_text() == written
+    assert not capsys.readouterr().out
+    answer_tables.main([str(cells), "--resamples", "20"])
+    shown = capsys.readouterr().out
+    assert "Divisions: [0]; sets: 1." in shown
+    assert "| all | adapted, ViLU+ | 100.0 [100.0, 100.0] |" in shown
+
+
+def test_a_rule_is_broken_where_its_population_says_so() -> None:
+    n = 2_000
+    uncertainty = np.linspace(0, 1, n)
+    right = Judged(uncertainty, np.zeros(n, dtype=np.int64))
+    all_right = answer_guarantees.calibrate_often(right, n_rules=5, seed=0)
+    assert all_right.n_broken == 0
+    assert all_right.coverage > 0.98
+    # every 15th answer is wrong, so whatever is accepted breaks the rule
+    wrong = Judged(uncertainty, (np.arange(n) % 15 == 14).astype(np.int64))
+    sure = answer_guarantees.calibrate_often(wrong, n_rules=200, seed=0)
+    assert sure.n_broken <= 20  # 5 % of 200, and three standard deviations
