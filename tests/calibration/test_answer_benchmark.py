@@ -28,7 +28,7 @@ TEXT = np.eye(K, DIM)[[1, 0, 2, 3]]
 
 def test_mixes_follow_the_probe_where_it_is_right() -> None:
     image, target = rows(80, seed=0)
-    train = vilu.Embeddings(image, TEXT, target)
+    train = vilu.Embeddings(image, TEXT, target=target)
     weights = fit_weights(train, target, seed=0)
     assert weights.cross_fitted
     assert weights.mix > 0.9  # half of the zero-shot answers are wrong
@@ -41,7 +41,7 @@ def test_mixes_follow_the_probe_where_it_is_right() -> None:
 
 def test_one_label_a_class_leaves_equal_weights() -> None:
     image, target = rows(K, seed=0)
-    weights = fit_weights(vilu.Embeddings(image, TEXT, target), target, seed=0)
+    weights = fit_weights(vilu.Embeddings(image, TEXT, target=target), target, seed=0)
     assert not weights.cross_fitted
     assert (weights.mix, *weights.pool) == (0.5, 0.5, 0.5)
 

@@ -193,7 +193,8 @@ def test_it_stands_in_place_of_its_folder(tmp_path: Path, parts: tuple) -> None:
 def test_its_score_is_exported(tmp_path: Path, parts: tuple) -> None:
     pytest.importorskip("onnxscript")
     data = [nameless(part) for part in parts[:2]]
-    model = vilu.Selective(vilu.ViLUPlus()).fit(data[0]).calibrate(data[1], max_risk=0.3)
+    model = vilu.Selective(vilu.ViLUPlus(), answer="zero_shot").fit(data[0])
+    model.calibrate(data[1], max_risk=0.3)
     assert export_onnx(model, tmp_path / "head.onnx") < 1e-4
 
 

@@ -46,13 +46,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vilu.MCM().fit(toy_embeddings()).save(folder / "mcm")
     data = toy_embeddings(3000, seed=1, ids_from=10_000)
     calibrate_predictor(folder / "mcm", data, Target(max_risk=0.2), dataset="toy", split=None)
-    predictor = vilu.load(folder / "mcm")
-    calibration = vilu.Calibration.load(folder / "mcm")
+    model = vilu.load(folder / "mcm")
 
     def scored(seed: int) -> vilu.Outcomes:
-        return vilu.score(
-            predictor, toy_embeddings(800, seed=seed, ids_from=20_000), calibration=calibration
-        )
+        return vilu.score(model, toy_embeddings(800, seed=seed, ids_from=20_000))
 
     calm, rows = scored(2), scored(3)
     unlabelled = np.full(800, -1)
