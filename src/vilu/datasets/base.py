@@ -452,7 +452,7 @@ def _no_row(
 ) -> str:
     """Return the message that no row has ``value`` in column ``name``. It lists existing values.
 
-    ``cells`` is the column. ``is_chosen`` marks the rows that fulfil the conditions before this one.
+    ``cells`` is the column. ``is_chosen`` marks the rows that fulfil the earlier conditions.
     """
     among = "" if is_chosen.all() else " among those chosen so far"
     values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())

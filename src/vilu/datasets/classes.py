@@ -127,7 +127,7 @@ def class_table(
     name_of = {clean_name(name): name for name in raw}
     name_of |= {name: name for name in raw}  # an unchanged name has precedence over a cleaned name
     _require_all_named(raw, name_of, prompts, file, outside)
-    return _default(raw)  # the file has the same names as the data, so it changes nothing
+    return _default(raw)  # all names in the file are also in the data, so it changes nothing
 
 
 def _labels_of(keys: Sequence[str], file: Path) -> tuple[str, ...] | None:
@@ -272,8 +272,8 @@ def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) ->
 def refuse_numbers(classes: ClassTable, source: str) -> None:
     """Raise DataError if class names are numbers that differ from the labels of the classes.
 
-    This function is called if labels in the data are numbers, too. Then it is not clear whether such
-    a label is the name of a class or the number of a line in the classes file.
+    This function is called if labels in the data are numbers, too. Then it is not clear whether
+    such a label is the name of a class or the number of a line in the classes file.
     """
     names = classes.names
     are_numbers = all(map(str.isdecimal, names))

@@ -121,9 +121,9 @@ class Bounds:
         return full
 
     def _full(self, path: str) -> str:
-        """Return the full path of a path that starts from ``folder`` or from ``home``.
+        """Return the full path for a path that starts from ``folder`` or from ``home``.
 
-        Absolute paths and paths with ".." start from ``home``, if it is given.
+        Absolute paths and paths with ".." start from ``home``, if ``home`` is given.
         """
         if self._home is None or stays_below(path):
             return resolve_below(self.folder, path)
@@ -186,7 +186,7 @@ def stays_below(path: str) -> bool:
     return is_relative and ".." not in parsed.parts
 
 
-_UNREADABLE = re.compile(
+_CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 """Characters that control a terminal: control characters, line ends, marks of text direction."""
@@ -220,7 +220,7 @@ def portable_name(path: str) -> str:
     # the backslash of a text that only looks like an escape is escaped itself
     marked = _ESCAPE.sub(rb"\\x5cx\1", _encoded(path))
     text = marked.decode("utf-8", "backslashreplace")
-    return _UNREADABLE.sub(_escaped, text)
+    return _CONTROLS.sub(_escaped, text)
 
 
 def _encoded(path: str) -> bytes:

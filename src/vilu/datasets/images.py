@@ -297,7 +297,8 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 Stage = Literal["open", "decode", "geometry", "text"]
 """The steps at which an image can fail (``BadImage.stage``)."""
 
-# The kinds of errors (``BadImage.kind``), grouped by what is wrong: the picture, its file, ...
+# The kinds of errors (``BadImage.kind``), grouped by what is wrong: the picture, its file, its
+# shard, the members of its sample in a shard, or its text.
 OfPicture = Literal[
     "empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"
 ]
