@@ -97,7 +97,8 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
         "outside_class": 1,
     }
     found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored.items())
-    assert f"{root}: left out {found}. Put folders in place of links" in caplog.text
+    advice = "Put folders in place of links. Put images into class folders."
+    assert f"{root}: left out {found}. {advice}" in caplog.text
     assert dataset.class_names == ("a", "b")
     caplog.clear()
     assert [path for path, _ in list_photos(root)] == ["a/1.png", "a/linked.png", "beside.png"]

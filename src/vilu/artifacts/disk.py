@@ -45,7 +45,8 @@ Temporary names of older versions of vilu have no host hash.
 # age in seconds after which a temporary file counts as abandoned, whichever process made it
 STALE = 24 * 3600.0
 
-# maximum bytes of the final name in a temporary name, so that the whole name is short enough
+# Maximum number of bytes that a temporary name takes from the final name. File systems allow 255
+# bytes for the whole name.
 LONGEST_NAME = 220
 
 
@@ -58,14 +59,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Temporary files that earlier crashes left for ``path`` are removed.
     """
     target = Path(path)
+    # a character that is cut in two at ``LONGEST_NAME`` bytes is left out ("ignore")
     name = os.fsencode(target.name)[:LONGEST_NAME].decode("utf-8", "ignore")
-    number = secrets.token_hex(4)
-    temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{number}.tmp")
+    random_digits = secrets.token_hex(4)
+    temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{random_digits}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
         # pop, so that this process looks at the leftovers of a name only once
-        for path_of_crash in unfinished(target.parent.absolute()).pop(name, ()):
-            if is_leftover(path_of_crash):
-                path_of_crash.unlink(missing_ok=True)
+        for earlier_temporary in unfinished(target.parent.absolute()).pop(name, ()):
+            if is_leftover(earlier_temporary):
+                earlier_temporary.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -90,20 +92,25 @@ def unfinished(folder: Path) -> dict[str, list[Path]]:
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match is not None:
+            # the first path with a final name begins a new list, and the others are added to it
             by_name.setdefault(match["name"], []).append(path)
     return by_name
 
 
 @contextmanager
 def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
-    """Convert an OSError in the block into a ``StorageError`` "cannot ``doing``: reason. hint"."""
+    """Convert an OSError in the block into a ``StorageError``.
+
+    The message is "cannot DOING: REASON. HINT", where REASON is the message of the OSError.
+    """
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-        file_in_brackets = f" ({file})" if file and file not in doing else ""
+        is_new = file != "" and file not in doing  # the message does not name the file yet
+        file_in_brackets = f" ({file})" if is_new else ""
         reason = error.strerror or error
         advice = f" {hint}" if hint else ""
         raise StorageError(f"cannot {doing}: {reason}{file_in_brackets}.{advice}") from error
@@ -116,11 +123,11 @@ def host_hash() -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a temporary file (its name matches ``TEMPORARY``) was abandoned by its process.
+    """Whether a file is temporary (its name matches ``TEMPORARY``) and abandoned by its process.
 
-    A file of this machine is abandoned if its process has ended. Whether a process of another
-    machine still runs cannot be checked, so any file counts as abandoned if it was last changed
-    more than a day ago.
+    A file is abandoned if its process ran on this machine and has ended. Whether a process of
+    another machine still runs cannot be checked from here. Therefore a file of any machine also
+    counts as abandoned if it was last changed more than a day ago.
     """
     match = TEMPORARY.fullmatch(path.name)
     if match is None:
@@ -131,15 +138,17 @@ def is_leftover(path: Path) -> bool:
         return False
     if age > STALE:
         return True
-    # a process number is only meaningful on the machine of the process
-    return match["host"] == host_hash() and not _is_alive(int(match["pid"]))
+    # a process number has a meaning only on the machine of the process
+    is_of_this_machine = match["host"] == host_hash()
+    return is_of_this_machine and not _is_alive(int(match["pid"]))
 
 
 def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # on Windows, os.kill would end the process
+    """Whether a process of this machine still runs; True if this cannot be checked."""
+    if os.name == "nt":  # os.kill is no check on Windows, because it would end the process
         return True
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # the signal 0 does nothing, but raises an error if there is no process
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (ProcessLookupError, OverflowError):
         return False
@@ -174,7 +183,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""Content of the file that names the process that holds a lock.
+"""Pattern of the content of a holder file, which names the process that holds a lock.
 
 If the process dies, the file stays until another process takes the lock.
 """
@@ -188,8 +197,8 @@ def locked(
 
     The operating system releases the lock when the process dies. Some network file systems give the
     same lock to several machines at once. Folders that are written in parts stay correct even then,
-    because all writers of a part write the same bytes. A file next to the lock names the holder. A
-    warning is logged if it names another machine.
+    because all writers of a part write the same bytes. A file next to the lock names the holder. If
+    this file names a process of another machine when the lock is taken, a warning is logged.
 
     Args:
         folder: The folder, which must exist.
@@ -222,8 +231,9 @@ def locked(
         _write_holder(holder_file, this_process, host, f"{doing} {folder}")
         yield
     finally:
-        # The file is removed before the lock is released, because afterwards the next holder may
-        # have written it. A file that names another process stays: the lock did not exclude it.
+        # The file is removed while this process still has the lock. After the release, the file
+        # could be that of the next holder. If the file names another process, the lock did not
+        # exclude that process, which may still be at work. So the file stays.
         holder = _holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):
@@ -242,7 +252,7 @@ def _write_holder(holder_file: Path, this_process: str, host: str, work: str) ->
             holder.group(),
             work,
         )
-    # the file is only for messages, so go on if it cannot be written
+    # the file is only read for messages, so the work goes on if the file cannot be written
     with suppress(OSError):
         if holder:
             holder_file.unlink()
@@ -251,11 +261,14 @@ def _write_holder(holder_file: Path, this_process: str, host: str, work: str) ->
 
 
 def _holder(holder_file: Path) -> re.Match[str] | None:
-    """The process that holds a lock, or died while it held the lock; None if not known."""
+    """The match of ``HOLDER`` in a holder file; None if there is no such file or no match.
+
+    It names the process that holds the lock, or that died while it held the lock.
+    """
     try:
         with holder_file.open("rb") as handle:
             return HOLDER.fullmatch(handle.read(1024).decode(errors="replace"))
-    except OSError:  # the message then names no process
+    except OSError:  # without the file, messages name no process
         return None
 
 

@@ -27,19 +27,21 @@ if TYPE_CHECKING:
 
 
 def identity(content: Mapping[str, object], *left_out: str) -> str:
-    """Digest of a document's content without the version of vilu and the keys in ``left_out``."""
+    """Digest of what ``without_version`` returns for the content of a document."""
     return digest(without_version(content, *left_out))
 
 
 def without_version(content: Mapping[str, object], *left_out: str) -> dict[str, object]:
-    """A document's content without the version of vilu and the keys in ``left_out``."""
+    """The content of a document, except the version of vilu and the keys in ``left_out``."""
     return {key: value for key, value in content.items() if key not in {MADE_WITH, *left_out}}
 
 
 MADE_WITH: Final = "vilu"
-"""Key of the version of vilu that wrote a document. It is information and never compared."""
+"""Key of the version of vilu that wrote a document. Versions are information, never compared."""
 
-SEAL: Final = "digest"  # last key of a document; its value is the ``digest`` of all other keys
+SEAL: Final = "digest"
+"""Last key of a document. The value is the ``digest`` of the content without this key."""
+
 SCHEMA: Final = "schema_version"
 """Key of the schema version, in every document and table of vilu."""
 
@@ -154,10 +156,11 @@ def parse_json(content: bytes) -> dict[str, Any]:
     document = json.loads(
         content.decode(),
         object_pairs_hook=each_once,
-        parse_float=_finite,
-        parse_constant=_no_number,
+        parse_float=_parse_finite,
+        parse_constant=_refuse_number,
     )
-    # refuse an escaped lone surrogate: it is no character, so it could not be written as UTF-8
+    # An escape from \ud800 to \udfff without its other half is no character. Encoding it as UTF-8
+    # raises a ValueError.
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
     if not isinstance(document, dict):
@@ -174,14 +177,15 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
+    """Parse a number for ``json.loads``; ValueError if it is too large for a float ("1e999")."""
     value = float(text)
     if not math.isfinite(value):
-        _no_number(text)
+        _refuse_number(text)
     return value
 
 
-def _no_number(text: str) -> NoReturn:
+def _refuse_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
 
 
@@ -196,7 +200,7 @@ def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | No
         if not path.is_file():
             raise fault(f"{path} is missing. {again} to complete the folder.")
         with path.open("rb") as handle:
-            content = handle.read(limit + 1)
+            content = handle.read(limit + 1)  # one byte more shows that a file is too large
     if len(content) > limit:
         raise fault(f"{path} is larger than {limit} bytes, so it is no file of vilu.")
     return content
@@ -213,12 +217,13 @@ def explain(error: ValidationError) -> str:
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
     """Write a JSON document atomically, and return its digest.
 
-    The schema version is put before the content and the digest after it. The file is UTF-8 and
-    indented, and the keys keep their order.
+    The file begins with the schema version and ends with the digest. It is UTF-8 and indented, and
+    the keys keep their order.
     """
     what = f"cannot write {path}: its content"
     content = {SCHEMA: SCHEMA_VERSION, **value}
-    content.pop(seal, None)
+    content.pop(seal, None)  # a document that was read and changed may have its earlier digest
+    # the digest is that of the values as they will be read: a tuple becomes a list
     plain = json.loads(plain_json(content, what))
     plain[seal] = digest(plain)
     write_bytes(path, plain_json(plain, what, indent=2) + b"\n")

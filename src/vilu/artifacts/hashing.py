@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_NUMBERS = 2**20
-"""Maximum numbers of a tensor that are copied at once, so that memory use stays small."""
+"""How many numbers of a tensor are copied at once, at most. So the copy needs little memory."""
 
 
 def digest(value: object) -> str:
@@ -28,7 +28,8 @@ def digest(value: object) -> str:
         True
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    content = text.encode("utf-8", "surrogatepass")  # file names may not be valid UTF-8
+    # file names that are not valid UTF-8 contain surrogates
+    content = text.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -46,7 +47,7 @@ def stream_hash(handle: BufferedReader) -> str:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of the type, the shape and the numbers of a tensor, on any device.
+    """SHA-256 of the type, the shape and the numbers of a tensor; the same on every device.
 
     Examples:
         >>> import torch
@@ -74,8 +75,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in blocks of at most about ``BLOCK_NUMBERS`` numbers.
 
-    So an expanded tensor, which repeats its numbers (``Tensor.expand``), is never copied as a
-    whole.
+    So a tensor that repeats its rows (``Tensor.expand``) is not copied as a whole.
     """
     import torch
 
@@ -84,5 +84,6 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     n_rows = tensor.shape[0] if tensor.ndim else 1
     width = math.prod(tensor.shape[1:])
     rows = tensor.reshape(n_rows, width)
-    for block in rows.split(max(BLOCK_NUMBERS // width, 1)):
+    rows_per_block = max(BLOCK_NUMBERS // width, 1)  # a block has at least one row
+    for block in rows.split(rows_per_block):
         yield block.cpu().contiguous().view(torch.uint8).numpy().data

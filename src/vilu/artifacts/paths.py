@@ -67,13 +67,15 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 """Allowed suffixes of files, for kinds that have a fixed format."""
 
 INPUTS = "inputs"  # key of the digest of the inputs that a file was made from
-# last line of a text (HTML, Markdown) that vilu wrote: its kind, and the digest of its inputs
+# pattern of the last line of a text (HTML, Markdown) that vilu wrote: the kind of the text, and the
+# digest of its inputs
 MARK = re.compile(rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z")
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
 """Kind of a text, by the word in its last line."""
-# entry "vilu.fingerprint" in the metadata of an ONNX file; \x12 and the next byte are of protobuf
+# pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file, where protobuf puts two
+# bytes between key and value: \x12 and the length of the value
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
-TAIL = 4096  # bytes at the beginning and at the end of a file that are searched for a mark
+TAIL = 4096  # number of bytes that are searched at the end of a file, and at its beginning
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
@@ -88,7 +90,7 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# found in the names of temporary files and locks, which also begin with a dot
+# occurs in the names of temporary files and locks; these names also begin with a dot
 PASSING = re.compile(r"\.tmp\Z|\.lock")
 
 
@@ -127,16 +129,16 @@ def claim_file(
     target = Path(path)
     _require_suffix(target, kind)
     if os.path.lexists(target):
-        its_inputs = _require_kind(target, kind)
-        is_same = bool(inputs) and its_inputs == inputs
-        if is_same and not overwrite and _is_whole(target):
+        stated_inputs = _require_kind(target, kind)
+        has_same_inputs = bool(inputs) and stated_inputs == inputs
+        if has_same_inputs and not overwrite and _is_whole(target):
             return True
-        if not is_same and not overwrite:
-            source = "inputs that it does not name"
-            if its_inputs:
-                source = "other inputs"
+        if not has_same_inputs and not overwrite:
+            which_inputs = "inputs that it does not name"
+            if stated_inputs:
+                which_inputs = "other inputs"
             raise UsageError(
-                f"{target} holds the {kind} of {source}. "
+                f"{target} holds the {kind} of {which_inputs}. "
                 "Give another file, or --overwrite to replace it."
             )
     _require_room(target)
@@ -154,13 +156,13 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 
 def _require_kind(target: Path, kind: Kind) -> str:
     """The digest of the inputs of a file; UsageError if the file is not of this kind."""
-    ours = kind_and_inputs(target)
-    if ours is None or ours.kind != kind:
+    stated = kind_and_inputs(target)
+    if stated is None or stated.kind != kind:
         raise UsageError(
             f"{target} is there and holds no {kind} of vilu, so it is left alone. "
             "Give another file, or remove it."
         )
-    return ours.inputs
+    return stated.inputs
 
 
 def claim_folder(
@@ -203,7 +205,7 @@ def claim_folder(
         raise UsageError(
             f"{root} holds another {what}. Give a new folder, or --overwrite to replace it."
         )
-    _require_room(root / what, parents=True)
+    _require_room(root / what, parents=True)  # the last part of this path is only for the message
     return False
 
 
@@ -219,7 +221,10 @@ def _is_passing(name: str) -> bool:
 
 
 def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
-    """Raise UsageError if there are ``foreign`` files, that is, files of no such result."""
+    """Raise UsageError if the folder ``root`` has ``foreign`` files: files of no such result.
+
+    ``what`` is the kind of result that the folder will have, for the message.
+    """
     first = min(foreign, default=None)
     if first is not None:
         raise UsageError(
@@ -256,16 +261,19 @@ def inputs_of(*paths: Path, **settings: object) -> str:
 def content_of(path: Path) -> object:
     """A JSON value that identifies the content of a file or folder.
 
-    - A JSON document with a version of vilu: its content without this version and digests.
-    - A table of vilu: its digest.
-    - Any other file: its hash.
-    - A folder with documents of vilu (``predictor.json``, ...): the contents of these documents.
+    - A JSON document that states which version of vilu wrote it: the content of the document. The
+      version and the document's own digest are not included.
+    - A Parquet table of vilu: the digest in the metadata of the table.
+    - Any other file: the SHA-256 of its bytes.
+    - A folder with documents of vilu (``predictor.json``, ...): names and contents of these
+      documents, without versions and digests as above.
     - Any other folder: names, sizes and modification times of all files.
     """
-    is_document = path.suffix.lower() == ".json"
-    if is_document and MADE_WITH in (_content(path) or {}):
+    content = _content(path) if path.suffix.lower() == ".json" else None
+    is_document_of_vilu = content is not None and MADE_WITH in content
+    if is_document_of_vilu:
         return _facts_of(path)
-    if path.is_file():
+    if path.is_file():  # a table of vilu, or any other file: the function handles both
         return _file_digest(path)
     names = ["predictor.json", "risk.json", RUN, MANIFEST]
     documents = [[name, _facts_of(path / name)] for name in names if (path / name).is_file()]
@@ -280,7 +288,7 @@ def content_of(path: Path) -> object:
 
 
 def _file_digest(path: Path) -> object:
-    """The digest in the metadata of a table of vilu, or the hash of any other file."""
+    """The digest in the metadata of a Parquet table of vilu; for any other file, its SHA-256."""
     if path.suffix.lower() == ".parquet":
         with or_refuse(f"read {path}"):
             metadata = _metadata(path) or {}
@@ -290,10 +298,14 @@ def _file_digest(path: Path) -> object:
 
 
 def _facts_of(path: Path) -> object:
-    """The content of a document without its version and digests; the hash of a damaged document."""
+    """The content of a document, without the version of vilu and the document's own digest.
+
+    For a damaged document, the SHA-256 of the file.
+    """
     facts = _content(path)
     if facts is None:
         return file_hash(path)
+    # the key of the digest is "fingerprint" in ``predictor.json``, and ``SEAL`` in other documents
     return without_version(facts, "fingerprint", SEAL)
 
 
@@ -320,7 +332,10 @@ def _metadata(path: Path) -> dict[str, Any] | None:
 
 
 def _kind_at_ends(path: Path) -> KindAndInputs | None:
-    """Kind and inputs of a file, by the first line of a CSV or by a mark at the end of the file."""
+    """Kind and inputs of a file, by the first line of a CSV file or a mark at the end of another.
+
+    None if the file has neither.
+    """
     with path.open("rb") as handle:
         start = handle.read(TAIL)
         size = os.fstat(handle.fileno()).st_size
@@ -329,26 +344,27 @@ def _kind_at_ends(path: Path) -> KindAndInputs | None:
     for header, kind in HEADERS.items():
         if start.startswith(header):
             return KindAndInputs(kind, "")
-    exported = ONNX_MARK.search(end)
-    if exported:
-        return KindAndInputs("ONNX export", exported["inputs"].decode())
-    text = MARK.search(end)
-    if text:
-        return KindAndInputs(TEXTS[text["kind"]], text["inputs"].decode())
-    # a page without a digest of its inputs
+    mark_of_onnx = ONNX_MARK.search(end)
+    if mark_of_onnx:
+        return KindAndInputs("ONNX export", mark_of_onnx["inputs"].decode())
+    mark_of_text = MARK.search(end)
+    if mark_of_text:
+        kind_of_text = TEXTS[mark_of_text["kind"]]
+        return KindAndInputs(kind_of_text, mark_of_text["inputs"].decode())
+    # such a page has no digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", "")
     return None
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the content of a file matches its digest; True if its kind has no digest."""
+    """Whether the content of a file matches its digest; True for kinds of files without digest."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
             read_json(path, "Make it again")
         elif suffix == ".parquet":
-            read_table(path, ())
+            read_table(path, text_columns=())
     except ViLUError as error:
         logger.warning("it is made again: %s", error)
         return False
@@ -365,7 +381,8 @@ def _first_existing(folder: Path) -> Path:
 def _require_room(target: Path, *, parents: bool = False) -> None:
     """Raise if the folder of ``target`` does not exist or cannot be written to.
 
-    With ``parents``, the folder may be missing if its nearest existing parent can be written to.
+    If ``parents`` is True, a folder that does not exist is accepted if it can be made, because its
+    nearest existing parent can be written to.
     """
     folder = target.parent
     if parents:
@@ -377,6 +394,7 @@ def _require_room(target: Path, *, parents: bool = False) -> None:
         raise UsageError(
             f"cannot write {target}: the folder {folder} {fault}. Make it, or give another place."
         )
+    # the rights of the user as whom the process acts count, where the system can check them
     as_effective_user = os.access in os.supports_effective_ids
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(

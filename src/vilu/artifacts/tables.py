@@ -53,9 +53,10 @@ MAX_COLUMNS = 10_000
 MAX_HEADER = 2**20
 """Maximum number of characters of a line in the header of a CSV file."""
 
-# A spreadsheet runs a cell as a formula if the cell starts with one of these characters. Writing
-# puts an apostrophe before such a cell, which makes it a text. Cells that already have apostrophes
-# before such a character get one more, so that reading can always remove exactly one.
+# A spreadsheet runs a cell as a formula if the cell starts with one of the characters in these
+# patterns. When a CSV file is written, such a cell (_FORMULA) gets an apostrophe before it, which
+# makes it a text. A cell that already has apostrophes before such a character gets one more. So
+# when the file is read, exactly one apostrophe is removed from each such cell (_DEFUSED).
 _FORMULA = r"^('*[=+\-@\t\r])"
 _DEFUSED = r"^'('*[=+\-@\t\r])"
 
@@ -169,7 +170,8 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     _, offsets, content = chunk.buffers()
     if not len(chunk) or content is None:
         return memoryview(b"")
-    # string i has the bytes from offset i to offset i + 1
+    # String i of the buffers has the bytes from offset i to offset i + 1. The array has the strings
+    # from ``chunk.offset`` on.
     all_offsets = np.frombuffer(offsets, np.int32)
     first = all_offsets[chunk.offset]
     last = all_offsets[chunk.offset + len(chunk)]
@@ -177,7 +179,7 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
 
 
 def _replaced(table: pa.Table, names: Collection[str], pattern: str, replacement: str) -> pa.Table:
-    """Replace a pattern in the named text columns of a table."""
+    """Return a table with a pattern replaced in the text columns ``names``."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
@@ -242,7 +244,7 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True).read()
-    table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+    table.validate(full=True)  # checks that strings are UTF-8 and offsets are within their buffers
     return table
 
 
@@ -251,7 +253,8 @@ def _footer(source: pa.NativeFile) -> bytes:
     # a file ends with the footer, the length of the footer in four bytes, and the text "PAR1"
     end = source.size() - 8
     source.seek(end)
-    start = max(end - int.from_bytes(source.read(4), "little"), 0)
+    length = int.from_bytes(source.read(4), "little")
+    start = max(end - length, 0)  # 0 if the length is damaged, and larger than the file
     source.seek(start)
     return bytes(source.read(end - start))
 
@@ -314,20 +317,21 @@ def parse_csv(
         for cells in table:
             line = last_line + 1
             last_line = table.line_num
-            if not rows:  # then the message can show the cells of the first row
+            if not rows:  # checked only now, so that the message can show the first row's cells
                 require_distinct(f"{source} line 1", names, cells)
             _require_named(f"{source} line {line}", names, cells)
             if not cells:
                 continue
             texts = [re.sub(_DEFUSED, r"\1", cell) for cell in cells]
-            missing = [""] * (len(names) - len(cells))
+            missing = [""] * (len(names) - len(cells))  # empty if no cells are missing
+            # any further cells, which are empty (_require_named), are left out: strict=False
             by_column = dict(zip(names, texts + missing, strict=False))
             rows.append(CsvRow(by_column, line, ends_early=bool(missing)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."
         ) from error
-    require_distinct(f"{source} line 1", names)
+    require_distinct(f"{source} line 1", names)  # not checked above if there are no rows
     return names, rows
 
 
@@ -458,11 +462,12 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
     """
     import pyarrow as pa
 
-    text = (table.schema.metadata or {}).get(METADATA_KEY)
+    all_metadata = table.schema.metadata or {}  # None in a table without metadata
+    text = all_metadata.get(METADATA_KEY)
     if text is None and not is_ours:
         return {}
     try:
-        metadata = parse_json(text or b"")
+        metadata = parse_json(text or b"")  # ValueError for b"": pyarrow does not find the metadata
         stated_digest = metadata.pop(SEAL, None)
         actual_digest = table_digest(table, metadata)
     # The file may be damaged. ValueError: the metadata are no JSON. RecursionError: they are nested

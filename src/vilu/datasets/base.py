@@ -37,9 +37,9 @@ class ImageRecord:
             called from a decoding thread.
         caption: Function that returns the caption. It may raise OSError or ``BadImage`` (stage
             "text"). None if the data set has no captions.
-        position: Position in the data set; None if it follows from the order of the records.
-        content: Function that returns the bytes that identify the picture, to be called after
-            ``read``. None if the encoded bytes identify it.
+        position: Position in the data set; None if the order of the records gives the position.
+        content: Function that returns the bytes that identify the picture. It must be called after
+            ``read``. None if the bytes that ``read`` returns identify the picture.
     """
 
     key: str
@@ -55,11 +55,11 @@ class ImageDataset(Protocol):
     """Images in a fixed order. They are read by position, so any part can be read separately.
 
     Attributes:
-        source: Name of the source of the images, for people.
+        source: Name of the source of the images, as messages show it.
         class_names: Class names in label order, the same for all splits; None if unlabelled.
         captioned: Whether records have captions. The captions are then the candidates, and there
             are no class names.
-        fingerprint: Hash of keys, labels and sizes. If it has changed, a run is not resumed.
+        fingerprint: Hash of keys, labels and sizes. If the hash has changed, a run is not resumed.
     """
 
     source: str
@@ -93,7 +93,7 @@ class ShardedDataset(ImageDataset, Protocol):
     Every sample is a record with a ``position`` (see ``SHARD``). A sample that cannot be used is a
     record whose ``read`` raises ``BadImage``, so that it is counted and listed. ``fingerprint``
     covers only the names of the shards. Their sizes and times are in ``shard_fingerprint``, which
-    is stored per part. So after a change of a shard, only its part is done again.
+    is stored per part. So after a change of a shard, only the part with this shard is done again.
     """
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
@@ -107,7 +107,7 @@ FAULTS: Final = {
     ELSEWHERE: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""The faults, with the text of the message."""
+"""The part of the message about each of the three faults."""
 
 
 def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
@@ -130,13 +130,19 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults of the N files of a listing that are known without reading the files."""
+    """What is known, without reading them, of the faults of the N files of a listing.
 
-    kinds: NDArray[np.uint8]  # (N,) uint8 fault of each file (``fault_of``)
-    folder: Path  # folder of the files
-    path: Callable[[int], str]  # function that returns the path of a position, as listed
-    # function that takes the positions of files that are out of bounds, and returns a sentence on
-    # where files must be
+    Attributes:
+        kinds: (N,) uint8 fault of each file (``fault_of``).
+        folder: Folder of the files.
+        path: Function that takes a position and returns the path of the file, as listed.
+        rule: Function that takes the positions of files that are out of bounds, and returns a
+            sentence on where files must be.
+    """
+
+    kinds: NDArray[np.uint8]
+    folder: Path
+    path: Callable[[int], str]
     rule: Callable[[NDArray[np.int64]], str]
 
     def of(self, positions: Sequence[int]) -> Faults:
@@ -164,7 +170,8 @@ class Faults:
             return
         faults = "; ".join(self._summaries())
         summary = f"{source}: of {n_files:,} images, {faults}."
-        if n_bad <= budget * n_files:
+        is_within_budget = n_bad <= budget * n_files
+        if is_within_budget:
             log.warning("%s They will be counted as errors", summary)
             return
         elsewhere = np.flatnonzero(self.kinds == ELSEWHERE)
@@ -218,7 +225,8 @@ class Chosen:
         self.fingerprint = digest({"dataset": images.fingerprint, **mark})
         self._images = images
         self._positions = positions
-        if isinstance(images, ShardedDataset):  # this attribute makes it a ShardedDataset, too
+        # with this attribute, ``isinstance`` takes this data set for a ShardedDataset, too
+        if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
 
@@ -246,8 +254,8 @@ class Chosen:
         records = self._images.records(first, last + 1)
         has_gap = last - first >= len(wanted)
         if not has_gap:
-            # Numbers of shards always take this way. Below, each position has one record, but a
-            # shard has many.
+            # Numbers of shards have no gap, so they always end here. The loop below would be wrong
+            # for them: it counts one record per position, but a shard has many records.
             yield from records
             return
         positions = set(wanted)
@@ -294,7 +302,8 @@ class WithOutside:
         self.outside = tuple(sorted(set(outside)))
         self._images = images
         self._new_labels = {old: new for new, old in enumerate(labels)}
-        if isinstance(images, ShardedDataset):  # this attribute makes it a ShardedDataset, too
+        # with this attribute, ``isinstance`` takes this data set for a ShardedDataset, too
+        if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
 
     @property
@@ -312,6 +321,7 @@ class WithOutside:
             if record.label is None:
                 yield record
             else:
+                # the label of a class that is left out is not in ``_new_labels``
                 yield replace(record, label=self._new_labels.get(record.label, OUTSIDE))
 
 
@@ -344,7 +354,10 @@ def _labels_inside(
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
-    """Return the names in ``split``, which "+" joins; UsageError for a wrong or repeated name."""
+    """Return the names that are joined by "+" in ``split``, for example "validation+test".
+
+    UsageError if a name is not in ``available``, is empty or is repeated.
+    """
     names = tuple(name.strip() for name in split.split("+"))
     has_repeated = len(set(names)) < len(names)
     if "" in names or has_repeated:
@@ -370,16 +383,23 @@ SHOWN: Final = 10  # maximum number of names or values that a message lists
 
 @dataclass(frozen=True)
 class Selection:
-    """The options of opening a table, a folder or tar files."""
+    """The options of opening a table, a folder or tar files.
 
-    split: str | None = None  # names of splits joined by ``+``; None for all rows
-    classes: Path | None = None  # a classes file; None if the table has the class names
-    captions: bool = False  # whether to use captions even if the table has labels
-    # values that a row must have, by column; they are compared as text
+    Attributes:
+        split: Names of splits joined by ``+``; None for all rows.
+        classes: A classes file; None if the table has the class names.
+        captions: Whether to use captions even if the table has labels.
+        where: Values that a row must have, by column. The values are compared as text.
+        root: Folder that paths start from and must stay below; None for the folder of the table.
+        outside: Classes to leave out, and labels that are no class. Images with these labels belong
+            to none of the classes.
+    """
+
+    split: str | None = None
+    classes: Path | None = None
+    captions: bool = False
     where: Mapping[str, str] = field(default_factory=dict)
-    # folder that paths start from and must stay below; None for the folder of the table
     root: Path | None = None
-    # classes to leave out, and labels that are no class: their images belong to none of the classes
     outside: tuple[str, ...] = ()
 
     def bounds(self, table: Path) -> Bounds:
@@ -401,7 +421,7 @@ class Selection:
         return list(self.where)
 
     def fingerprint(self) -> dict[str, object]:
-        """Return the options besides the split that select rows; empty if there are none."""
+        """Return the options that select rows, except the split; empty if there are none."""
         if not self.where:
             return {}
         return {"where": sorted(self.where.items())}
@@ -410,7 +430,7 @@ class Selection:
         """Return the (N,) positions in the table of the selected rows."""
         is_chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
-            splits = pa.array([], pa.string())
+            splits = pa.array([], pa.string())  # without the column, parse_split raises an error
             if split_column is not None:
                 splits = table[split_column].cast(pa.string())
             available = [name for name in splits.unique().to_pylist() if name]
@@ -419,7 +439,7 @@ class Selection:
         for name, value in self.where.items():
             cells = bytes_of(table[name], f"{source}, column {name!r}")
             values = pa.array([value.encode()], cells.type)
-            has_value = pc.is_in(cells, value_set=values).to_numpy(False)
+            has_value = pc.is_in(cells, value_set=values).to_numpy(zero_copy_only=False)
             still_chosen = is_chosen & has_value
             if not still_chosen.any():
                 raise UsageError(_no_row(source, name, value, cells, is_chosen))
@@ -430,12 +450,13 @@ class Selection:
 def _no_row(
     source: str, name: str, value: str, cells: pa.Array, is_chosen: NDArray[np.bool_]
 ) -> str:
-    """Return the message that no row has ``value`` in column ``name``, with values that exist.
+    """Return the message that no row has ``value`` in column ``name``. It lists existing values.
 
-    ``is_chosen`` marks the rows that fulfil the other conditions, and ``cells`` is the column.
+    ``cells`` is the column. ``is_chosen`` marks the rows that fulfil the earlier conditions.
     """
     among = "" if is_chosen.all() else " among those chosen so far"
     values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())
+    # one value more than ``_listed`` shows, so that it ends the list with "..."
     first = values.slice(0, SHOWN + 1).to_pylist()
     present = _listed([data.decode("utf-8", "backslashreplace") for data in first])
     return f"{source} has no row with {name}={value}{among}; column {name!r} has {present}."

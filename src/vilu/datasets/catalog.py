@@ -69,8 +69,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         source: A folder, a file or a pattern of files, of a kind in ``DATASETS``. With ``dataset``,
             the folder that holds all data sets, or the folder of this data set.
         split: Names of splits joined by ``+`` ("validation+test"); None for all images.
-        limit: Use only the first ``limit`` images. They are no random sample, since folders are
-            sorted by class.
+        limit: Use only the first ``limit`` images. These are no random sample: the images in
+            folders are sorted by class, so the first images have few classes.
         classes: A classes file: one name per line, or ``folder<TAB>name``.
         captions: Use the captions of a table that also has labels. A table that has captions and no
             labels needs no option.
@@ -110,7 +110,14 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
                 "Name one with --dataset, or leave --raw-names out."
             )
         _require_root(root)
-        selection = Selection(split, classes, captions, dict(where or {}), root, tuple(outside))
+        selection = Selection(
+            split=split,
+            classes=classes,
+            captions=captions,
+            where=dict(where or {}),
+            root=root,
+            outside=tuple(outside),
+        )
         images = _open(source, selection)
     else:
         has_table_options = captions or where or root
@@ -205,7 +212,7 @@ def _refuse_captions(source: Path | str, selection: Selection) -> None:
 
 
 def _no_source(path: Path) -> UsageError | DataError:
-    """Return the error for a path that no reader fits."""
+    """Return the error for a path that no reader can open."""
     expected = "a folder of images, a CSV or Parquet file, or tar files"
     if not path.exists():
         return UsageError(f"{path} does not exist. Expected {expected}.")

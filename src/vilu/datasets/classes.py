@@ -19,7 +19,7 @@ class ClassTable:
 
     # names in the data: class folders, texts of labels, or names in the metadata of a table
     folders: tuple[str, ...]
-    # names for prompts; classes with equal names have equal texts, and are merged by predictors
+    # names for prompts; predictors merge classes that have the same name, and so the same texts
     names: tuple[str, ...]
     # whether ``names`` are ``folders`` with spaces in place of underscores
     cleaned: bool = False
@@ -33,7 +33,9 @@ class ClassTable:
         _require_texts("class", self.folders)
         _require_texts("prompt", self.names)
         if self.folders == self.names:
-            return  # classes may have equal names here, because labels are numbers and not names
+            # Equal names are accepted here. They only occur if labels are numbers, which tell
+            # classes of the same name apart.
+            return
         repeated = _repeated(Counter(self.folders))
         if repeated:
             raise DataError(
@@ -85,7 +87,7 @@ def class_table(
     names: Sequence[str] | None = None,
     outside: Collection[str] = (),
 ) -> ClassTable | None:
-    """Return the class table of a data set, from names in the data and the user's classes file.
+    """Return the class table of a data set; None if neither the data nor a file name the classes.
 
     All lines of a classes file are ``name``, or all are ``folder<TAB>name``. They are assigned to
     labels as follows:
@@ -106,6 +108,7 @@ def class_table(
             is matched with ``raw``.
     """
     if file is None and names is not None:
+        # without ``raw``, the empty tuple of folders makes ClassTable raise an error
         return ClassTable(tuple(raw or ()), tuple(names))
     if file is None:
         if raw is None:
@@ -124,7 +127,7 @@ def class_table(
     name_of = {clean_name(name): name for name in raw}
     name_of |= {name: name for name in raw}  # an unchanged name has precedence over a cleaned name
     _require_all_named(raw, name_of, prompts, file, outside)
-    return _default(raw)
+    return _default(raw)  # all names in the file are also in the data, so it changes nothing
 
 
 def _labels_of(keys: Sequence[str], file: Path) -> tuple[str, ...] | None:
@@ -160,7 +163,9 @@ def _named_by_keys(
 
 
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Return the folders and names of a classes file; no folders (None) if lines are names only.
+    """Return the folders and the names in a classes file.
+
+    The folders are None if the lines of the file are names without folders.
 
     A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are accepted.
     """
@@ -224,7 +229,7 @@ def _require_all_named(
         first = unknown[0]
         hint = nearest(first, name_of)
         if hint:
-            # the question gets the unknown name at its end
+            # " Did you mean 'cat'?" becomes " Did you mean 'cat' for 'cta'?"
             hint = f"{hint.removesuffix('?')} for {first!r}?"
         raise DataError(
             f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
@@ -265,10 +270,10 @@ def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) ->
 
 
 def refuse_numbers(classes: ClassTable, source: str) -> None:
-    """Raise DataError where class names are numbers that differ from their labels.
+    """Raise DataError if class names are numbers that differ from the labels of the classes.
 
-    This function is called if labels are numbers. A label could then be either a name or the number
-    of a line.
+    This function is called if labels in the data are numbers, too. Then it is not clear whether
+    such a label is the name of a class or the number of a line in the classes file.
     """
     names = classes.names
     are_numbers = all(map(str.isdecimal, names))

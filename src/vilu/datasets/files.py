@@ -53,9 +53,10 @@ def read_below(folder: Path, path: str) -> bytes:
 
 
 def status_below(folder: Path, path: str) -> os.stat_result | None:
-    """Return the status of a file below a folder; None where it is missing or not below it.
+    """Return the status of a file below a folder.
 
-    ``read_below`` raises different errors in these two cases.
+    None if the file is missing, or if ``path`` leads out of the folder. (In the second case,
+    ``read_below`` raises OutsideError.)
     """
     try:
         return os.stat(resolve_below(folder, path))  # noqa: PTH116  for speed
@@ -120,9 +121,9 @@ class Bounds:
         return full
 
     def _full(self, path: str) -> str:
-        """Return the full path of a path that starts from ``folder`` or from ``home``.
+        """Return the full path for a path that starts from ``folder`` or from ``home``.
 
-        Absolute paths and paths with ".." start from ``home``, if it is given.
+        Absolute paths and paths with ".." start from ``home``, if ``home`` is given.
         """
         if self._home is None or stays_below(path):
             return resolve_below(self.folder, path)
@@ -145,8 +146,8 @@ class Bounds:
 
     def real(self, path: str) -> str:
         """Return the real path of a file, with all links followed. It may be out of bounds."""
-        start = self._home or self.folder
-        without_nul = path.replace("\0", "")
+        start = self._home or self.folder  # ``folder`` if no home is given
+        without_nul = path.replace("\0", "")  # os.path.realpath raises an error at a NUL
         return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
 
     def read(self, path: str) -> bytes:
@@ -185,7 +186,7 @@ def stays_below(path: str) -> bool:
     return is_relative and ".." not in parsed.parts
 
 
-_UNREADABLE = re.compile(
+_CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\N{ARABIC LETTER MARK}\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 """Characters that control a terminal: control characters, line ends, marks of text direction."""
@@ -216,9 +217,10 @@ def portable_name(path: str) -> str:
     is_plain = path.isascii() and path.isprintable()
     if is_plain and "\\x" not in path:
         return path
+    # the backslash of a text that only looks like an escape is escaped itself
     marked = _ESCAPE.sub(rb"\\x5cx\1", _encoded(path))
     text = marked.decode("utf-8", "backslashreplace")
-    return _UNREADABLE.sub(_escaped, text)
+    return _CONTROLS.sub(_escaped, text)
 
 
 def _encoded(path: str) -> bytes:
@@ -263,7 +265,7 @@ def path_of(text: str) -> str:
 
 
 def text_among(name: str, texts: Collection[str]) -> str | None:
-    """Return the text among ``texts`` that a name in a user's table stands for; None without one.
+    """Return the text among ``texts`` that a name in a user's table stands for; None if none fits.
 
     The name is such a text itself, or the path from which ``portable_name`` makes the text.
     """
@@ -296,7 +298,7 @@ def subfolders(folder: str | Path) -> list[str]:
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Yield path below ``folder`` and status of every image file, in the byte order of the paths.
+    """Yield every image file in the byte order of the paths: its path below ``folder``, its status.
 
     Each file costs one call of ``stat``. Links to files are followed. Links to folders are not, so
     that the walk ends and no image is listed twice. Where a link leads to itself or out of
@@ -393,7 +395,7 @@ class ListingHash:
     def __init__(self, *context: str) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
         for text in context:
-            self.add(text, MISSING, None)
+            self.add(text, label=MISSING, status=None)
 
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
         """Add one file; ``status`` is None or an error if the file is missing or not readable."""
@@ -403,7 +405,7 @@ class ListingHash:
         if isinstance(status, os.stat_result):
             size = status.st_size
             time = status.st_mtime_ns
-        # four whole numbers of 64 bits, then the name; its length tells where it ends
+        # four whole numbers of 64 bits, then the name; the first number says where the name ends
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:

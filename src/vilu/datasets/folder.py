@@ -48,11 +48,11 @@ class ListedFiles:
         self._folder = folder
         self._paths: list[str] = []
         self._labels = array("i")
-        self._faults = array("B")  # fault of each file, as numbers of ``fault_of``
+        self._faults = array("B")  # fault of each file: the number that ``fault_of`` returns
 
     @property
     def faults(self) -> Faults:
-        """The faults of the files that are known without reading the files."""
+        """The faults that are known without reading the files."""
         faults = np.empty(0, np.uint8)
         if self._faults:  # NumPy refuses an empty buffer
             faults = np.frombuffer(self._faults, dtype=np.uint8)
@@ -82,7 +82,7 @@ class ListedFiles:
 
 
 def _rule(_positions: NDArray[np.int64]) -> str:
-    """Return the sentence on where files must be, which is the same for all files."""
+    """Return a sentence on where files must be. Here it is the same for files at all positions."""
     return OUT_OF_FOLDER
 
 
@@ -98,9 +98,9 @@ class FolderDataset(ListedFiles):
         root: The folder.
         split: Names of split folders, joined by ``+``; None if there are no split folders.
         classes: A classes file, whose names are matched with the class folders.
-        beside: A second folder, besides ``root``, that links to files may lead into. A link to a
-            file elsewhere is a read error.
-        outside: Classes that may be missing in the classes file.
+        beside: A second folder, besides ``root``, that links to files may lead into. Reading a link
+            to a file outside of both folders raises OutsideError.
+        outside: Classes that may be missing in the classes file, because they will be left out.
 
     Attributes:
         ignored: Number of skipped files and folders by reason: the reasons of
@@ -141,7 +141,7 @@ class FolderDataset(ListedFiles):
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
-        # the name exactly as listed, because names can have a special meaning on Windows
+        # the path is joined as it was listed: Path could change a name that is special on Windows
         full = os.path.join(self._folder, path)  # noqa: PTH118
         if self._bounds.leads_out(full):
             raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
@@ -166,7 +166,7 @@ class FolderDataset(ListedFiles):
 
 
 Listed = tuple[str, os.stat_result | OSError]
-"""Path of an image below a folder, and its status, or the error of asking for it."""
+"""Path of an image below a folder, and the status of the file, or the error of asking for it."""
 
 
 def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
@@ -200,14 +200,14 @@ def _refuse_empty(ignored: Counter[str], root: Path, expected: str) -> NoReturn:
 
 
 def _warn_of_left_out(ignored: Counter[str], root: Path) -> None:
-    """Warn of skipped entries that the user may expect in the data set."""
+    """Warn if entries were skipped that the user may expect in the data set."""
     unexpected = ignored.keys() - {"hidden", "not_image"}
     if not unexpected:
         return
-    remedy = "Put folders in place of links"
+    advice = "Put folders in place of links."
     if ignored["outside_class"]:
-        remedy += ", images into class folders"
-    logger.warning("%s: left out %s. %s.", root, _counted(ignored), remedy)
+        advice = "Put folders in place of links. Put images into class folders."
+    logger.warning("%s: left out %s. %s", root, _counted(ignored), advice)
 
 
 def _counted(ignored: Counter[str]) -> str:
@@ -222,8 +222,8 @@ class PhotoFiles(ListedFiles):
         root: The folder.
         photos: Paths of the photos below the folder, with their status.
         names: Class names of the data set.
-        elsewhere: New paths of photos that were moved after they were listed. The keys are the
-            listed paths, as texts of ``portable_name``.
+        elsewhere: New path of each photo that was moved after it was listed. The key of a photo is
+            the text that ``portable_name`` returns for its listed path.
     """
 
     def __init__(
@@ -264,27 +264,28 @@ def _as_bytes(name: str) -> bytes:
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the chosen split folders, and all split folders.
+    """Return the chosen split folders, from which images are listed, and all split folders.
 
-    The classes are those of all split folders. Without ``split``, both results are [""], which is
-    ``root`` itself.
+    All split folders are needed because each of them may have class folders that the others lack.
+    If ``split`` is None, both results are [""], which stands for ``root`` itself.
     """
     folders = subfolders(root)
     if split is None:
         _require_no_splits(root, folders)
         return [""], [""]
     chosen = parse_split(split, folders, str(root))
-    usual = SPLIT_FOLDERS.intersection(folders)
-    return chosen, sorted(usual.union(chosen))
+    with_usual_name = SPLIT_FOLDERS.intersection(folders)
+    return chosen, sorted(with_usual_name.union(chosen))
 
 
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
     """Raise UsageError where all sub-folders are splits, and ``split`` was not given."""
-    if not folders or not SPLIT_FOLDERS.issuperset(folders):
+    are_all_splits = SPLIT_FOLDERS.issuperset(folders)
+    if not folders or not are_all_splits:
         return
     options = f"--split {folders[0]}"
     if len(folders) > 1:
-        options += f", or --split {'+'.join(folders)}"
+        options = f"--split {folders[0]}, or --split {'+'.join(folders)}"
     raise UsageError(
         f"{root} holds splits, not classes: {', '.join(folders)}. Choose with {options}."
     )

@@ -41,12 +41,15 @@ ORIENTATION: Final = 0x0112  # number of the orientation tag
 # The codes of ``struct`` for the types BYTE (1), SHORT (3) and LONG (4). The standard prescribes
 # SHORT, but cameras also write the other types.
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I"}
-# first four bytes of a TIFF file, and the code of ``struct`` for its byte order
+# The code of ``struct`` for the byte order of a TIFF file, by the first four bytes of the file. "+"
+# marks BigTIFF.
 BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def orientation(block: bytes) -> int | None:
-    """Return the orientation in a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), 1 to 8, or None.
+    """Return the orientation (1 to 8) in a TIFF file or EXIF block; None if it is not stated.
+
+    Source: EXIF 3.0, tag 0x0112.
 
     Raises:
         ValueError: If the block is damaged.
@@ -58,7 +61,7 @@ def orientation(block: bytes) -> int | None:
         raise ValueError(f"damaged EXIF block: {error!r}") from error
     if value is None:
         return None
-    if value == 0:  # "unknown"
+    if value == 0:  # stands for "unknown"
         return None
     if not 1 <= value <= 8:
         raise ValueError(f"EXIF orientation must be 1 to 8. Got {value} instead.")
@@ -71,7 +74,8 @@ def _orientation_tag(block: bytes) -> int | None:
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
     begin = directory + struct.calcsize(layout.count_code)
-    # The range ends at the end of the block, because the stated number of entries may be too large.
+    # The positions of the entries: the first ``n_entries`` positions, or fewer if the stated number
+    # is too large, because the range ends at the end of the block.
     possible_entries = range(begin, len(block), layout.entry_bytes)
     for entry in possible_entries[:n_entries]:
         tag, value_type = struct.unpack_from(layout.order + "HH", block, entry)
@@ -93,6 +97,7 @@ def count_directories(data: bytes, limit: int) -> int:
     with suppress(struct.error, OverflowError):
         layout = _layout(data)
         directory = layout.read(layout.offset_code, data, layout.first_offset)
+        # the last directory has the offset 0 in place of that of a next directory
         while directory and directory not in seen and len(seen) < limit:
             n_entries = layout.read(layout.count_code, data, directory)
             seen.add(directory)
@@ -180,8 +185,8 @@ def _looks_like_svg(data: bytes) -> bool:
 def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     """Return the number of frames, at most ``MAX_FRAMES``, without decoding a frame.
 
-    Pillow does not count the frames of GIF and TIFF here. It has no limit, and for TIFF its time is
-    quadratic in the number of frames.
+    Frames of GIF and TIFF are not counted by Pillow, because its counting has no limit. For TIFF,
+    its time would also be quadratic in the number of frames.
     """
     if name == "GIF":
         return _count_gif_frames(data)
@@ -228,8 +233,8 @@ def _colour_table_bytes(flags: int) -> int:
     return 3 * n_colours
 
 
-# Pillow's pixel modes with one channel of more than 8 bits
 DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
+"""Pillow's pixel modes with one channel of more than 8 bits."""
 MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 """Pillow's pixel modes that are converted to RGB."""
 
@@ -290,6 +295,10 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 
 Stage = Literal["open", "decode", "geometry", "text"]
+"""The steps at which an image can fail (``BadImage.stage``)."""
+
+# The kinds of errors (``BadImage.kind``), grouped by what is wrong: the picture, its file, its
+# shard, the members of its sample in a shard, or its text.
 OfPicture = Literal[
     "empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"
 ]
@@ -302,9 +311,8 @@ Kind = OfPicture | OfFile | OfShard | OfSample | OfText
 
 CORRUPT: Final = (
     OSError,  # truncated data, error of a codec, impossible header field
-    SyntaxError,  # the file is not of this format; Pillow's parsers raise this anywhere in a file
-    # values out of range: tile outside the image, oversized text chunk, unknown conversion
-    ValueError,
+    SyntaxError,  # data at any place in the file are not in the file's format
+    ValueError,  # a value is out of range: tile outside the image, oversized text chunk
     EOFError,  # a header without a first frame
     struct.error,  # the file is too short for a field
     zlib.error,  # damaged compressed profile or text
@@ -338,7 +346,10 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         self.kind: Kind = kind
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, Kind, str]]:
-        """Return how to make the error again, since workers send it to the driver as a pickle."""
+        """Return how to make the error again when it is unpickled.
+
+        Workers send errors to the driver as pickles.
+        """
         return BadImage, (self.stage, self.kind, str(self))
 
 
@@ -361,8 +372,8 @@ class ImageLimits:
     max_bytes: int = MAX_FILE_BYTES
 
     def __post_init__(self) -> None:
-        _require_limit("max_pixels", self.max_pixels, 89_478_485)
-        _require_limit("max_bytes", self.max_bytes, MAX_FILE_BYTES)
+        _require_limit("max_pixels", self.max_pixels, ceiling=89_478_485)  # the limit of Pillow
+        _require_limit("max_bytes", self.max_bytes, ceiling=MAX_FILE_BYTES)
         if self.min_side < 1 or self.max_aspect < 1:
             raise UsageError(
                 f"min_side and max_aspect must be at least 1. Got {self.min_side} and "
@@ -377,17 +388,24 @@ def _require_limit(name: str, limit: int, ceiling: int) -> None:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded image, and facts about its file."""
+    """A decoded image, and facts about its file.
 
-    # RGB pixels of the first frame, not rotated by the EXIF orientation (CLIP's preprocessing does
-    # not rotate them either)
+    Attributes:
+        image: RGB pixels of the first frame. They are not rotated by the EXIF orientation, because
+            CLIP's preprocessing does not rotate them either.
+        width: Width in the file.
+        height: Height in the file.
+        n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
+        exif_orientation: Orientation tag of EXIF or TIFF, 1 to 8; None where there is no such tag.
+        flags: Conversions and defects.
+    """
+
     image: Image.Image
-    width: int  # width in the file
-    height: int  # height in the file
-    n_frames: int  # number of frames (counting stops at ``MAX_FRAMES``)
-    # orientation tag of EXIF or TIFF, 1 to 8; None where there is no such tag
+    width: int
+    height: int
+    n_frames: int
     exif_orientation: int | None
-    flags: ImageFlag  # conversions and defects
+    flags: ImageFlag
 
 
 DEFAULT_LIMITS: Final = ImageLimits()
@@ -429,11 +447,11 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
     with file as opened:
         _require_geometry(*opened.size, limits)
         with _damage("decode", "damaged pixels"):
-            if name == "TIFF":  # Pillow rotates the pixels of a TIFF by this tag on loading
+            if name == "TIFF":  # without this tag, Pillow does not rotate the pixels of a TIFF
                 opened.getexif().pop(ORIENTATION, None)
             opened.load()
         exif = opened.info.get("exif")
-        if name == "TIFF":  # an EXIF block has the format of TIFF, so a TIFF is read like a block
+        if name == "TIFF":  # the whole file takes the place of the block: both have one format
             exif = data
         exif_orientation, flags = _orientation(exif)
         n_frames = count_frames(name, data, opened)
@@ -444,12 +462,20 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
         with _damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion = to_rgb(opened)
     return DecodedImage(
-        image, image.width, image.height, n_frames, exif_orientation, flags | conversion
+        image,
+        width=image.width,
+        height=image.height,
+        n_frames=n_frames,
+        exif_orientation=exif_orientation,
+        flags=flags | conversion,
     )
 
 
 def _require_format(data: bytes, limits: ImageLimits) -> str:
-    """Return the name of the format; BadImage if the data are empty, too large or not decoded."""
+    """Return the name of the format of encoded bytes.
+
+    BadImage if there are no bytes or too many, or if their format is unknown or not decoded.
+    """
     if not data:
         raise BadImage("open", "empty", "the file has no bytes")
     if len(data) > limits.max_bytes:
@@ -517,14 +543,15 @@ MAX_CAPTION_BYTES: Final = 2**20
 INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
-Category Cn (unassigned) is not included. To an old Python, all newer characters seem unassigned.
+Category Cn (unassigned) is not included, because it has visible characters, too: an old Python puts
+all characters there that are newer than itself.
 """
 
 
 def read_caption(record: ImageRecord) -> str:
     """Return the caption of a record; BadImage where it is missing or cannot be read."""
     if record.caption is None:
-        return decode_caption(None)
+        return decode_caption(None)  # raises BadImage
     try:
         return record.caption()
     except OSError as error:
@@ -569,7 +596,8 @@ def caption_readers(
 ) -> Iterator[Callable[[], str] | None]:
     """Yield, for each of the rows start ... stop - 1, the function that returns its caption.
 
-    ``captions`` is the column of bytes. If there is no such column, yield None for each row.
+    ``captions`` is the column with the bytes of the captions. If it is None, None is yielded for
+    each row.
     """
     if captions is None:
         return repeat(None, max(stop - start, 0))

@@ -20,9 +20,8 @@ class FolderLayout:
     """A layout of folders, and how to recognise and open a folder that has it."""
 
     name: str
-    description: str  # text for people
-    # function that returns the opener of a folder; None if the folder has another layout
-    find: Callable[[Path], Opener | None]
+    description: str  # what messages say about the layout
+    find: Callable[[Path], Opener | None]  # the opener of a folder; None for another layout
 
 
 LAYOUTS: Final = Catalogue[FolderLayout]("layout of folders", "vilu.layouts")
@@ -50,6 +49,7 @@ def _add(layout: object) -> bool:
     """Add a layout to the catalogue; return False if the object is not a layout."""
     if not isinstance(layout, FolderLayout):
         return False
+    # setdefault adds the layout and returns it, or returns an earlier layout with the same name
     if LAYOUTS.here.setdefault(layout.name, layout) is not layout:
         raise UsageError(f"there is another layout {layout.name!r} already. Rename this one.")
     return True

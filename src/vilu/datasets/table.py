@@ -44,29 +44,38 @@ LABEL: Final = ("label", "class", "target")
 SPLIT: Final = ("split",)
 KEY: Final = ("key",)
 CAPTION: Final = ("caption", "text")
+
 CLASS_NAMES: Final = b"class_names"  # key in the metadata of a schema: names joined by commas
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """The selected rows of a table, in order."""
+    """The selected rows of a table, in order.
 
-    rows: NDArray[np.int64]  # (N,) int64 positions in the file
-    # (N,) int32 labels, -1 if unknown, -2 if the image belongs to none of the classes
+    Attributes:
+        rows: (N,) int64 positions in the file.
+        labels: (N,) int32 labels, -1 if unknown, -2 if the image belongs to none of the classes.
+        keys: (N,) keys; the paths or the numbers of the rows if there is no key column.
+        classes: Class table of the whole file; None without labels.
+        captions: (N,) bytes of the captions, null in a row without caption; None if captions are
+            not used.
+        strays: Labels that are no class, and that the user names as outside.
+    """
+
+    rows: NDArray[np.int64]
     labels: NDArray[np.int32]
-    keys: pa.Array  # (N,) keys; the numbers of the rows if there is no key column
-    classes: ClassTable | None  # class table of the whole file; None without labels
-    # (N,) bytes of the captions, null if a row has no caption; None if captions are not used
+    keys: pa.Array
+    classes: ClassTable | None
     captions: pa.Array | None
-    # labels that are no class, and that the user names as outside
     strays: frozenset[str] = frozenset()
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
     """Return the column whose name is one of the aliases; None without such a column.
 
-    If columns have different aliases, the first alias counts. Case and outer blanks of column names
-    are ignored. DataError if several columns have the same alias.
+    If several columns have aliases as names, the column with the first of these aliases is
+    returned. Case and outer blanks of column names are ignored. DataError if two columns have the
+    same alias.
     """
     for alias in aliases:
         matching = [name for name in names if name.strip().lower() == alias]
@@ -80,7 +89,10 @@ def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
 def caption_column(
     names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection
 ) -> str | None:
-    """Return the column of captions if it is used: on request, or if there are no classes."""
+    """Return the column of captions; None if captions are not used.
+
+    They are used if the user asks for them, or if the table has captions and no classes.
+    """
     name = find_column(names, CAPTION)
     if not selection.captions:
         has_labels = find_column(names, LABEL) is not None
@@ -112,7 +124,7 @@ def table_rows(
     """Check the columns of a whole table, and return the selected rows.
 
     If there is no key column, keys are in the column ``default_key``. If ``default_key`` is None,
-    they are row numbers.
+    too, keys are row numbers.
     """
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions: pa.Array | None = None
@@ -137,7 +149,7 @@ def table_rows(
 
 
 class _Labelling(NamedTuple):
-    """Labels of all rows of a table, classes and strays; the fields are those of ``TableRows``."""
+    """Labels of all rows of a table, classes and strays. ``TableRows`` describes these fields."""
 
     labels: NDArray[np.int32]
     classes: ClassTable | None
@@ -145,7 +157,7 @@ class _Labelling(NamedTuple):
 
 
 def _unlabelled(table: pa.Table) -> _Labelling:
-    return _Labelling(np.full(len(table), UNKNOWN, dtype=np.int32), None)
+    return _Labelling(labels=np.full(len(table), UNKNOWN, dtype=np.int32), classes=None)
 
 
 def _read_labels(table: pa.Table, source: str, selection: Selection) -> _Labelling:
@@ -156,13 +168,14 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _Labelli
     """
     name = find_column(table.column_names, LABEL)
     raw = _names_in_schema(table.schema, name, source)
-    column = pa.nulls(len(table))
+    column = pa.nulls(len(table))  # without the column, all labels are missing
     if name is not None:
         column = table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if _is_text(column.type):
         labels, raw = _encode(column)
+        # ``raw`` is empty, and the data have no names, if all labels are missing
         classes = class_table(raw or None, selection.classes, outside=selection.outside)
         return _Labelling(labels, classes)
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
@@ -190,7 +203,10 @@ def _is_text(kind: pa.DataType) -> bool:
 def _check_numbers(
     numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
 ) -> _Labelling:
-    """Check and return labels that are numbers; DataError if one is neither a class nor outside."""
+    """Check and return labels that are numbers.
+
+    DataError if a label is neither missing, nor a class, nor outside.
+    """
     n_classes = len(classes.names)
     numbers, strays = _replace_strays(numbers, n_classes, outside)
     _require_in_range(numbers, n_classes, source)
@@ -217,13 +233,13 @@ def _replace_strays(
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
-    """Return the label of each text, and the sorted distinct texts, of which label i is text i."""
+    """Return the label of each text, and the sorted distinct texts. Label i stands for text i."""
     encoded = _null_if_unknown(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
     label_of = np.empty(len(names) + 1, dtype=np.int32)
-    label_of[order] = np.arange(len(names))
-    label_of[-1] = UNKNOWN  # a missing label has index -1, so it gets this last entry
+    label_of[order] = np.arange(len(names))  # the first name in sorted order gets label 0
+    label_of[-1] = UNKNOWN  # a missing label has index -1 below, so it gets this last entry
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return label_of[indices], [names[i] for i in order]
 
@@ -261,7 +277,8 @@ def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
 def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[str] | None:
     """Return the class names in the metadata of a schema; None where there are none.
 
-    They are joined by commas under the key ``class_names``, or in the ClassLabel of Hugging Face.
+    They are either joined by commas under the key ``class_names``, or a list in the ClassLabel with
+    which Hugging Face describes the column ``label``.
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
@@ -306,7 +323,7 @@ def _read_keys(table: pa.Table, name: str, source: str) -> pa.Array:
 
 def _escape_keys(keys: pa.Array) -> pa.Array:
     """Return the keys with escapes (``portable_name``) that make them safe for terminals."""
-    # other characters than printable ASCII, or the beginning of an escape
+    # whether a key has other characters than printable ASCII, or the beginning of an escape
     needs_escape = pc.match_substring_regex(keys, r"[^ -~]|\\x")
     if not pc.any(needs_escape).as_py():
         return keys
@@ -315,12 +332,12 @@ def _escape_keys(keys: pa.Array) -> pa.Array:
 
 IMAGE: Final = "image"  # column of encoded images
 BATCH_ROWS: Final = 32  # number of images in memory at a time
-# Options of ParquetFile. Without them, it would read a column of a whole row group at once.
+# Options of ParquetFile. Without these, a column of a whole row group would be read at once.
 STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
-    """Whether there is a column ``image`` of bytes, or of structs with bytes (Hugging Face)."""
+    """Whether the column ``image`` has bytes, or structs with bytes as Hugging Face writes them."""
     if IMAGE not in schema.names:
         return False
     kind = schema.field(IMAGE).type
@@ -367,9 +384,9 @@ class ParquetDataset(_RowsOfTable):
     """Images stored in a Parquet file.
 
     ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
-    images, whatever the size of the file and its row groups. A page has up to about a thousand
+    images, whatever the size of the file and of the row groups. A page has up to about a thousand
     images. If a call starts where the last call ended, the reading goes on there. Otherwise, the
-    row group is read from its beginning, and rows before ``start`` are skipped.
+    row group of ``start`` is read from its beginning, and rows before ``start`` are skipped.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
@@ -407,6 +424,7 @@ class ParquetDataset(_RowsOfTable):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
         n_rows = len(self._labels[start:stop])
+        # the iterator of the last call if that call ended at ``start``, otherwise a new iterator
         images = self._resume.pop(start, None) or self._images(start)
         readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n_rows))
         yield from self._records(start, n_rows, readers)
@@ -419,12 +437,13 @@ class ParquetDataset(_RowsOfTable):
     def _images(self, first: int) -> Iterator[pa.Scalar]:
         """Yield the image cells of the rows from position ``first`` to the end."""
         rows = self._rows[first:]
-        # for each row group, the range of ``rows`` that are in it
+        # for each row group, the positions in ``rows`` between which the rows of this group are
         bounds_of_groups = pairwise(np.searchsorted(rows, self._starts))
         try:
             with pq.ParquetFile(self._path, metadata=self._metadata, **STREAMED) as file:
                 for group, (begin, end) in enumerate(bounds_of_groups):
-                    if begin < end:
+                    has_rows = begin < end
+                    if has_rows:
                         rows_in_group = rows[begin:end] - self._starts[group]
                         yield from _image_cells(file, group, rows_in_group)
         except (pa.ArrowException, OSError) as error:
@@ -436,10 +455,11 @@ def _image_cells(file: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> I
     first = 0  # position in the row group of the first row of the batch
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE]):
         images = batch.column(IMAGE)
+        # the positions in ``rows`` between which the rows of this batch are
         begin, end = np.searchsorted(rows, [first, first + len(batch)])
         for row in rows[begin:end].tolist():
             yield images[row - first]
-        if end == len(rows):  # the other batches have none of the rows
+        if end == len(rows):  # no row is in a later batch
             return
         first += len(batch)
 
@@ -466,8 +486,8 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 
     - ``path`` (or file, filename, image_path, filepath): paths relative to the folder of the table,
       or to ``selection.root``.
-    - In Parquet, ``image`` may take its place: encoded bytes, or Hugging Face's struct of bytes and
-      path.
+    - In Parquet, ``image`` may take the place of ``path``: encoded bytes, or Hugging Face's struct
+      of bytes and path.
     - Optional: ``label`` (or class, target), ``caption`` (or text), ``split``, ``key``, and any
       other columns, by which rows can be selected.
     """
@@ -494,11 +514,12 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 class PathTable(_RowsOfTable):
     """Images whose paths are listed in a table.
 
-    Paths are relative to the folder of the table and must stay below it. With ``selection.root``,
-    paths are relative to this folder and must stay below it. Absolute paths, and paths with ".."
-    (from the folder of the table), are then accepted if they end below ``selection.root``. If the
-    file of a row is elsewhere, also through a link, the row is a read error. Keys are in the column
-    ``key``; without this column, keys are the paths. The listing needs two system calls per image.
+    Paths are relative to the folder of the table and must stay below it. If ``selection.root`` is
+    given, paths are relative to the folder ``selection.root`` and must stay below that folder.
+    Absolute paths, and paths with ".." (from the folder of the table), are then accepted if they
+    end below ``selection.root``. If the file of a row is elsewhere, also through a link, reading
+    the row raises an error. Keys are in the column ``key``; without this column, keys are the
+    paths. The listing needs two system calls per image.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
@@ -534,12 +555,12 @@ class PathTable(_RowsOfTable):
         return str(self._paths[row].as_py())
 
     def _rule(self, out_of_bounds: NDArray[np.int64]) -> str:
-        """Return a sentence on where files must be, and a ``--root`` that holds these files."""
+        """Return a sentence on where files must be, with a ``--root`` that holds these files."""
         files = [self._bounds.real(self._path(row)) for row in out_of_bounds]
         common = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
         hint = ""
-        is_root = Path(common).parent == Path(common)
-        if not is_root:
+        is_top_folder = Path(common).parent == Path(common)  # "/" is no advice
+        if not is_top_folder:
             hint = f" --root {shlex.quote(common)} holds these."
         return (
             "Paths are relative to the table's folder, or to --root DIR. Neither paths nor links "
@@ -560,9 +581,9 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 
 
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
-    """Read the columns that are used, as text.
+    """Read the columns of a CSV file that are used: as text, but captions as bytes.
 
-    Captions are read as bytes. Labels become numbers if all labels are numbers.
+    Labels become numbers if all labels are numbers.
     """
     delimiter = ","
     if source.suffix.lower() == ".tsv":
@@ -586,7 +607,7 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
 def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return labels as int64 if all are whole numbers or missing, else as text."""
     labels = _null_if_unknown(column)
-    # float64, too, because pandas writes a whole number as 3.0 if labels are missing
+    # float64 is tried, too, because pandas writes the label 3 as 3.0 if other labels are missing
     for number_type in (pa.int64(), pa.float64()):
         try:
             return labels.cast(number_type).cast(pa.int64())

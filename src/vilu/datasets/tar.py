@@ -32,9 +32,9 @@ from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decod
 from vilu.datasets.tar_members import Member, members
 from vilu.errors import OUTSIDE, DataError, UsageError
 
-IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)  # their extensions
+IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)  # extensions of images
 CAPTION: Final = "txt"  # extension of captions
-# messages of the errors in the order of members
+# the two errors in the order of members, with their messages
 FAULTS: Final = {
     "interleaved": "members of other samples are between its members. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
@@ -91,7 +91,10 @@ class Sample:
         return member
 
     def companion(self, extension: str) -> Member | None:
-        """Return the member with an extension; None without it, BadImage if it is no plain file."""
+        """Return the member with an extension; None if there is no such member.
+
+        BadImage if the member is no plain file.
+        """
         member = self.members.get(extension)
         if member is not None and not member.is_file:
             raise BadImage(
@@ -152,8 +155,8 @@ def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | N
     samples = list(by_key.values())
     if error_of_shard is None or not samples:
         return samples, error_of_shard
-    # The last sample may lack members that were behind the damage. In this case, the error of the
-    # shard counts for this sample, which gets no record of its own.
+    # The last sample may lack members that were behind the damage. In this case, the sample gets no
+    # record of its own, because the error of the shard counts for all samples that are lost.
     last = samples[-1]
     is_cut = last.fault is None and not last.is_whole(companion)
     if is_cut:
@@ -171,7 +174,7 @@ def _size(path: Path) -> int:
 
 def _group_by_key(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
     """Add the members of a shard to the samples of their keys, and mark errors in their order."""
-    last = None  # sample of the member before
+    last = None  # the sample to which the previous member belongs
     for member in shard:
         key_and_extension = split_name(member.name)
         if key_and_extension is None:
@@ -180,13 +183,13 @@ def _group_by_key(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
             # a name that leads out of the folder is always reported, as a sample with a bad image
             key_and_extension = (member.name, "")
         key, extension = key_and_extension
-        sample = samples.setdefault(key, Sample(key))
+        sample = samples.setdefault(key, Sample(key))  # a new sample at its first member
         is_new = not sample.members
         if not is_new and sample is not last:
             sample.fault = "interleaved"
         elif extension in sample.members and sample.fault is None:
             sample.fault = "duplicate"
-        sample.members.setdefault(extension, member)
+        sample.members.setdefault(extension, member)  # of two equal names, the first member counts
         last = sample
 
 
@@ -249,7 +252,7 @@ class TarShards:
         self._names = _shard_names(self._paths)
         listing = ListingHash(*context)
         for name in self._names:
-            listing.add(name, MISSING, None)
+            listing.add(name, label=MISSING, status=None)
         self.fingerprint = listing.hexdigest()
 
     @property
@@ -267,7 +270,7 @@ class TarShards:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the samples of shards start ... stop - 1, and after a damaged shard its error."""
         companion = CAPTION if self.captioned else LABEL
-        for number in range(len(self))[start:stop]:
+        for number in range(len(self))[start:stop]:  # the slice ends at the last shard
             samples, error_of_shard = list_samples(self._paths[number], companion)
             # Every shard has a fixed range of positions. So if a damaged shard loses samples, the
             # positions in later shards stay the same.
@@ -283,9 +286,9 @@ class TarShards:
         listing = ListingHash()
         for name, path in zip(self._names[start:stop], self._paths[start:stop], strict=True):
             try:
-                listing.add(name, MISSING, path.stat())
-            except OSError:  # hashed as missing; reading the shard reports the error
-                listing.add(name, MISSING, None)
+                listing.add(name, label=MISSING, status=path.stat())
+            except OSError:  # the shard is hashed as missing, and reading it reports the error
+                listing.add(name, label=MISSING, status=None)
         return listing.hexdigest()
 
     def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
@@ -309,13 +312,14 @@ class TarShards:
         """Return the label in a member; None without a member, -2 for none of the classes."""
         if member is None:
             return None
+        size = min(member.size, MAX_LABEL_BYTES + 1)  # one byte more shows that a label is too long
         try:
-            text = _read_at(path, member.start, min(member.size, MAX_LABEL_BYTES + 1)).strip()
+            text = _read_at(path, member.start, size).strip()
         except OSError as error:
             raise BadImage(
                 "text", "read_error", f"cannot read the label: {error.strerror}"
             ) from error
-        # decoding as Latin-1 accepts any bytes
+        # Latin-1, because it decodes any bytes without an error
         if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
             return OUTSIDE
         is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES
@@ -329,9 +333,9 @@ class TarShards:
 
 
 def _shard_names(paths: Sequence[Path]) -> list[str]:
-    """Return the paths of the shards relative to their common folder, with "#" as "%23".
+    """Return the paths of the shards relative to their common folder.
 
-    In a key, "#" separates the name of the shard from the rest.
+    "#" is replaced by "%23", because in a key "#" separates the name of the shard from the rest.
     """
     common = os.path.commonpath({path.parent for path in paths})
     names = []
@@ -364,7 +368,7 @@ def _read_caption(path: Path, member: Member) -> str:
 
 
 def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
-    """Return a record without a label. It raises a copy of the error when it is read."""
+    """Return a record without a label. Reading the record raises a copy of the error."""
     raise_error = partial(_raise_bad_image, error.stage, error.kind, str(error))
     caption = raise_error if captioned else None
     return ImageRecord(key, None, raise_error, caption, position)
@@ -405,7 +409,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
     exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
         return _in_folder(path)
-    _refuse_others(text, exists)
+    _refuse_others(text, exists=exists)
     if exists:
         return [path] if path.suffix.lower() == SUFFIX else None
     if "{" not in text:
@@ -467,7 +471,7 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     last = int(last_text)
     if abs(last - first) >= MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    n_digits = 0
+    n_digits = 0  # without leading zeros, zfill adds none
     if _has_leading_zero(first_text) or _has_leading_zero(last_text):
         n_digits = max(len(first_text), len(last_text))
     step = 1 if last >= first else -1
@@ -481,8 +485,8 @@ def _has_leading_zero(digits: str) -> bool:
 def _in_folder(folder: Path) -> list[Path] | None:
     """Return the tar files of a folder; None where it has no uncompressed tar files.
 
-    UsageError where it has tar files and also images or sub-folders. DataError where it has
-    compressed tar files, but no images or sub-folders.
+    UsageError where the folder has tar files and also images or sub-folders. DataError where all
+    tar files are compressed, and there are no images or sub-folders.
     """
     names = _visible_files(folder)
     shards = sorted(_ending_in(SUFFIX, names), key=os.fsencode)
@@ -514,9 +518,9 @@ def _ending_in(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[st
     return [name for name in names if name.lower().endswith(suffixes)]
 
 
-def _refuse_others(text: str, exists: bool) -> None:
+def _refuse_others(text: str, *, exists: bool) -> None:
     """Refuse URLs, commands and compressed tar files."""
-    # at least two letters before the colon: one letter is a drive of Windows
+    # A URL or command has at least two letters before its colon. One letter is a drive of Windows.
     if not exists and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
         raise UsageError(
             f"{text} is no file: nothing is downloaded and no command is run. Give files on a disk."

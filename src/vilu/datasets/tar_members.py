@@ -15,13 +15,14 @@ from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
 BLOCK: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this size
-# Larger extension headers are refused. A normal one holds only a name and a few times.
+# Larger extension headers are refused. A normal header holds only a name and a few times.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
+# types of plain files
 FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
-"""Types without data: links, devices, folders. The size in their header does not count.
+"""Types of members without data: links, devices, folders. The size in their header is ignored.
 
 A member of an unknown type has as many bytes of data as its header states.
 """
@@ -106,7 +107,8 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     is_end_mark = block == bytes(BLOCK)  # a block of zeros
     if is_end_mark:
         # Most readers ignore members behind the end mark, as `cat a.tar b.tar` writes them.
-        if any(file.read(MAX_HEADER_BYTES)):
+        has_more = any(file.read(MAX_HEADER_BYTES))  # a byte that is not 0
+        if has_more:
             raise BadImage(
                 "open",
                 "bad_shard",
@@ -204,7 +206,8 @@ def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: in
     elif kind in PAX:
         extended |= _pax_fields(body, position)
     elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
-        # with one size for all members, the positions of all later headers would be wrong
+        # The name or size in a global header is valid for all members. With a wrong size, the
+        # positions of all later headers would be wrong.
         raise BadImage(
             "open", "bad_shard", f"the header at byte {position} gives all members one name or size"
         )
@@ -250,9 +253,10 @@ def _member(
 ) -> Member:
     """Return the member of a header, with name and size from extension headers where they exist.
 
-    ``start`` is the position of its data, and ``position`` that of its header.
+    ``start`` is the position of the member's data, and ``position`` that of the header.
     """
     is_sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
+    # in a sparse file, "path" is a made-up name, so "GNU.sparse.name" has precedence
     extended_name = extended.get(b"GNU.sparse.name", extended.get(b"path"))
     name = header.name
     if extended_name is not None:

@@ -36,7 +36,10 @@ KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")
 
 
 def find_known(name: str) -> KnownDataset:
-    """Return the entry of a data set; UsageError with the most similar name if there is none."""
+    """Return the entry of a data set.
+
+    If there is no entry, UsageError with the most similar name, or with all names.
+    """
     if name in KNOWN:
         return KNOWN[name]
     hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
@@ -54,14 +57,15 @@ def open_known(
     classes: Path | None = None,
     outside: tuple[str, ...] = (),
 ) -> ImageDataset:
-    """Open a data set of the catalogue. Its ``source`` names the list of splits that is used."""
+    """Open a data set of the catalogue; ``source`` of the result names the list of splits used."""
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError(
             "raw names and a classes file both name the classes. Give --raw-names or --classes."
         )
     place = require_place(entry, Path(root))
-    return entry.reader.open(place, Request(split, raw_names, classes, outside))
+    request = Request(split=split, raw_names=raw_names, classes=classes, outside=outside)
+    return entry.reader.open(place, request)
 
 
 def add_dataset(entry: KnownDataset) -> KnownDataset:
@@ -71,12 +75,14 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
         UsageError: If another data set has its name.
     """
     require_free(entry)
+    # setdefault adds the entry and returns it, or returns an equal entry that was added before
     return KNOWN.here.setdefault(entry.name, entry)
 
 
 def require_free(entry: KnownDataset) -> None:
     """Raise UsageError if another data set has the name of this one."""
-    if KNOWN.here.get(entry.name, entry) != entry:
+    entry_with_name = KNOWN.here.get(entry.name, entry)  # ``entry`` itself if its name is free
+    if entry_with_name != entry:
         raise UsageError(
             f"there is another data set {entry.name!r} already. Give this one another name."
         )
@@ -102,25 +108,36 @@ MEBIBYTE: Final = 2**20
 
 @dataclass(frozen=True)
 class Presence:
-    """The state of one data set on a disk."""
+    """The state of one data set on a disk.
 
-    name: str  # name of the data set in the catalogue
-    title: str  # name for people
-    folder: Path | None  # folder of the data set; None if it is absent
-    origin: str = ""  # description of the list of splits that is used; "" if absent
-    splits: Mapping[str, Count] = field(default_factory=dict)  # number of files, by split
-    # state by name, for existing archives and files with a published checksum: "right" or "wrong"
-    # if the checksum was compared, else "present"
+    Attributes:
+        name: Name of the data set in the catalogue.
+        title: Name of the data set as messages show it.
+        folder: Folder of the data set; None if the data set is absent.
+        origin: Description of the list of splits that is used; "" if the data set is absent.
+        splits: Number of files, by split.
+        archives: State by name, for existing archives and files with a published checksum: "right"
+            or "wrong" if the checksum was compared, else "present".
+        problem: Error that ended the check early, if any.
+        state: "complete" means that all listed files exist. "present" means that there is no error,
+            but also no list of the files.
+        advice: What the user can do next.
+    """
+
+    name: str
+    title: str
+    folder: Path | None
+    origin: str = ""
+    splits: Mapping[str, Count] = field(default_factory=dict)
     archives: Mapping[str, ArchiveState] = field(default_factory=dict)
-    problem: str | None = None  # error that ended the check early, if any
-    # "complete" means that all listed files exist. "present" means that there is no error, but also
-    # no list of the files.
+    problem: str | None = None
     state: State = "absent"
-    advice: str = ""  # what the user can do next
+    advice: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as plain JSON values."""
-        return {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
+        folder = None if self.folder is None else str(self.folder)
+        return {**asdict(self), "folder": folder}
 
 
 def check(
@@ -143,12 +160,12 @@ def check(
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """Check one data set; ``named`` is whether the user has named it (``find_place``)."""
+    """Check one data set; ``named`` says whether the user has named it (``find_place``)."""
     place = find_place(entry, root, named=named)
     paths = _archives(entry, root, place)
     archives = {name: _verify(entry, path, deep) for name, path in paths.items()}
     advice = _how_to_get(entry, archives)
-    presence = Presence(entry.name, entry.title, None, archives=archives, advice=advice)
+    presence = Presence(entry.name, entry.title, folder=None, archives=archives, advice=advice)
     if place is None:
         return presence
     presence = replace(presence, folder=place.folder, state="incomplete")
@@ -172,13 +189,15 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
 def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
     """Return the counts by split, with the published sizes.
 
-    If only the sum of some splits is published, these splits are added up ("train+val").
+    If only the sum of some splits is published ("train+val"), the counts of these splits are added
+    up.
     """
     expected = entry.expected(survey.counts)
     splits = {}
+    # without published sizes, ``expected`` is empty, and each split has its own count
     for names in expected or survey.counts:
         counts = [survey.counts[name] for name in names.split("+")]
-        splits[names] = Count.sum(counts, expected.get(names))
+        splits[names] = Count.sum(counts, expected=expected.get(names))
     return splits
 
 
@@ -200,7 +219,11 @@ def _state(splits: Collection[Count], survey: Survey) -> State:
 
 
 def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
-    """Return existing files with published checksums by name, from the usual folders for them."""
+    """Return the paths, by name, of those files with published checksums that exist.
+
+    They are looked for in the folder of the data set and in the folders where users usually put
+    archives. The first file with a name counts.
+    """
     folders = [root]
     for folder in entry.folders:
         top_folder, _, _ = folder.partition("/")
@@ -217,7 +240,7 @@ def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str,
 
 
 def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
-    """Return the state of an archive. Its checksum is only computed if ``deep``."""
+    """Return the state of an archive; if ``deep`` is False, without computing its checksum."""
     if not deep:
         return "present"
     try:

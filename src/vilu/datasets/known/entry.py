@@ -22,8 +22,7 @@ class Count:
 
     found: int | None  # number of files that exist; None if they were not counted
     listed: int | None  # number of files in the list of the split; None if there is no list
-    # published number of files; None if none is published for this list
-    expected: int | None = None
+    expected: int | None = None  # published number of files in this list; None if not published
     missing: tuple[str, ...] = ()  # the first listed files that do not exist
     problem: str | None = None  # error because of which the files were not counted, if any
 
@@ -51,7 +50,7 @@ class Count:
             return False
         if not binding or self.expected is None:
             return True
-        n_listed = self.listed or 0
+        n_listed = self.listed or 0  # 0 if there is no list
         return n_listed >= self.expected
 
 
@@ -59,7 +58,7 @@ class Count:
 class Survey:
     """The counts of the files of a data set."""
 
-    origin: str  # description of the list of splits that is used, for people
+    origin: str  # description of the list of splits that is used, as messages show it
     counts: Mapping[str, Count]  # counts by split
     # whether the published sizes must be reached; False if the user made the list, or if some of
     # the images are no longer on the web
@@ -83,8 +82,7 @@ class Request:
     split: str | None = None  # names of splits joined by ``+``; None for all
     raw_names: bool = False  # whether to use the class names as they are in the data
     classes: Path | None = None  # a classes file; None if the data have the class names
-    # classes that will be left out, so they may be missing in the classes file
-    outside: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()  # classes that will be left out: ``classes`` may lack them
 
     def unfit(self) -> list[str]:
         """Return the options in use that do not fit a data set without classes and splits."""
@@ -110,7 +108,7 @@ class Reader(Protocol):
         """
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """Count the existing files without decoding images; ``deep`` may read all bytes.
+        """Count the existing files without decoding images; if ``deep``, all bytes may be read.
 
         Raises:
             DataError: If the files cannot be counted.
@@ -123,7 +121,7 @@ class KnownDataset:
 
     Attributes:
         name: Key in the catalogue.
-        title: Name for people.
+        title: Name of the data set as messages show it.
         sizes: Number of images by split (or by splits joined by ``+`` if only their sum is known).
         url: Web page of the data set.
         how: How to get and unpack the data set.
@@ -131,8 +129,8 @@ class KnownDataset:
             conventions of torchvision and CoOp.
         reader: Object that reads the files; a TOML file names it as ``layout``.
         n_classes: Number of classes; None if there are captions.
-        marks: Glob patterns by which the folder of the data set is recognised. It holds a match of
-            at least one pattern.
+        marks: Glob patterns by which the folder of the data set is recognised. The folder has a
+            match of at least one pattern.
         licence: Short name of the licence; "see the site" if it is not simple.
         n_bytes: Approximate size of the download in bytes; None if unknown.
         reference: Paper that describes the data set.
@@ -180,8 +178,8 @@ class Place:
 
     entry: KnownDataset  # the data set
     folder: Path  # folder of the data set; keys are paths below it
-    # Further folders that may have lists of its splits. They are the folders above ``folder``, up
-    # to and including the folder that the user gave.
+    # Further folders that may have lists of the splits: all folders above ``folder``, up to and
+    # including the folder that the user gave.
     around: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
@@ -215,8 +213,8 @@ class Place:
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """Find a data set below ``root``, or in ``root`` itself; None if it is in neither.
 
-    ``named`` is True if the user has named the data set. In this case, ``root`` may be the folder
-    of the data set under any name. Otherwise, the name of ``root`` must be one of its usual names.
+    ``named`` says whether the user has named the data set. If so, ``root`` itself may be the folder
+    of the data set under any name. Otherwise, it may be so only under a usual name of that folder.
     """
     if not root.is_dir():
         raise UsageError(
