@@ -284,8 +284,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            # A state is updated even without the flag --overwrite, so ``overwrite`` is True. The flag
-            # does not reset a state, because there is no other copy of the state.
+            # A state is updated even without the flag --overwrite, so ``overwrite`` is True. The
+            # flag does not reset a state, because there is no other copy of the state.
             claim_file(state, "monitor state", overwrite=True)
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {
