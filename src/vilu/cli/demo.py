@@ -115,7 +115,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
         adapted = outcomes_of(ADAPTED, stores, cache, seed, answer="adapted")
-        best, *_ = outcomes  # the first method in METHODS is the best
+        best, *_ = outcomes  # of the first method in METHODS, vilu_plus
         trusted, doubtful = pick_photos(best, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)

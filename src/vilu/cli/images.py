@@ -255,7 +255,7 @@ def backbone_spec(
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates that the flags give by name or as text; None if there are no such flags."""
+    """The templates that the flags give by name or as text; None without such flags."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:
@@ -292,10 +292,10 @@ def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, s
     what = "bad images"
     if manifest.imported is not None:
         what = "unusable rows"
-    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - n_bad_shards:,} {what}"
+    counts = [f"{manifest.n_ok:,} embeddings", f"{manifest.n_error - n_bad_shards:,} {what}"]
     if n_bad_shards:
-        counts += f", {n_bad_shards:,} bad shards"
-    return f"{counts}; next: {_following(output, *names)}"
+        counts.append(f"{n_bad_shards:,} bad shards")
+    return f"{', '.join(counts)}; next: {_following(output, *names)}"
 
 
 USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}

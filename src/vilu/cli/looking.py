@@ -179,9 +179,10 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
     """The output without --summary. ``command`` is the start of the command with --summary."""
-    closing = f"{plural(len(explanations), 'row')} explained"
+    what_was_done = f"{plural(len(explanations), 'row')} explained"
+    closing = what_was_done
     if has_summary:
-        closing += f"; where the failures are: {command} --summary"
+        closing = f"{what_was_done}; where the failures are: {command} --summary"
     return ExplainOutput(explanations.to_dict(), str(explanations), closing)
 
 

@@ -110,7 +110,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _require_protection(host, key_file, allow_host)
     if queue is None:
-        queue = batch_size + batch_size // 8  # 9/8 of a batch, so the next batch can begin to fill
+        queue = batch_size + batch_size // 8  # 9/8 of a batch
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = _limits(

@@ -185,7 +185,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.ask import next_of_store
 
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    if per_class:  # a newer flag, left out by default, so that earlier digests stay valid
+    if per_class:  # only if it was asked for, so that the digests without it do not change
         settings["per_class"] = True
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)

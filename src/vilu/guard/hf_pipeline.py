@@ -62,8 +62,8 @@ class SelectivePipeline:
         settings: Only ``dtype="auto"``, which ``transformers.pipeline`` adds, is allowed.
 
     Raises:
-        UsageError: If ``model`` is no guard, if there are other settings, or if an image is no
-            path, bytes or Pillow image.
+        UsageError: If ``model`` is no guard, if there are other settings, or if an image is neither
+            a path, nor bytes, nor a Pillow image.
     """
 
     # Without these attributes ``transformers.pipeline`` would load processors beside the model.

@@ -96,7 +96,7 @@ class StoreDraws:
     ) -> StoreDraws:
         """Label and score a store, and plan its draws.
 
-        Rows that the predictor was fitted on are no calibration rows (``_unseen``).
+        Rows that the predictor was fitted on are left out of the calibration rows (``_unseen``).
 
         Args:
             store: The rows.

@@ -348,6 +348,7 @@ class PhotoNames:
         self.by_name: dict[str, list[str]] = {}  # photos by their file name
         for photo in photos:
             _, _, file_name = photo.rpartition("/")
+            # Usually the photo is the first with this file name, and begins a new list.
             self.by_name.setdefault(file_name, []).append(photo)
 
     def find(self, name: str) -> str | None:

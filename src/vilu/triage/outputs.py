@@ -110,7 +110,8 @@ def triage_photos(
     if not overwrite:
         _require_answers(output, files, by_path)
     with locked(make_folder(output), "sorting into", who="triage"):
-        # run_triage reads the state again: another run may have ended before the lock was taken.
+        # ``run_triage`` reads the state again, because another run may have changed it before the
+        # lock was taken.
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
         answers = answers_of(result.photos, result.predictor, result.outcomes, result.book.labels)
         write_decisions(output, result.outcomes, answers)

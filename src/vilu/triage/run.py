@@ -249,7 +249,9 @@ def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
     paths = set()
     for path, label in labels.items():
         entry = book.entries.get(path)
-        if entry is not None and entry.label not in {None, label}:
+        if entry is None or entry.label is None:
+            continue  # there is no label that could be replaced
+        if entry.label != label:
             paths.add(path)
     return paths
 

@@ -59,7 +59,7 @@ class ReviewSession:
 
     Raises:
         UsageError: If there is no photo to look at, or the folder of the photos is not known.
-        DataError: If the file of labels is damaged, or holds labels of other photos only.
+        DataError: If the file of labels is damaged, or has only labels of other photos.
     """
 
     review: Review
@@ -89,7 +89,7 @@ class ReviewSession:
         """Set the label of the photo number ``index``, and save all labels; None removes the label.
 
         Raises:
-            DataError: If there is no photo with this number, or if the label is no name to choose.
+            DataError: If there is no photo with this number, or if the label is not among the names.
             BusyError: If another program has changed the file. Then nothing is written.
             StorageError: If the file cannot be written.
         """
@@ -133,7 +133,7 @@ class ReviewSession:
         """Encode a photo as WebP; it is decoded with the protection against hostile files.
 
         Raises:
-            BadImage: If the file is no picture that can be decoded.
+            BadImage: If the file cannot be decoded as a picture.
             OSError: If the file cannot be read.
         """
         path = path_of(self.review.tasks[index].path)
