@@ -89,7 +89,7 @@ class ReviewSession:
         """Set the label of the photo number ``index``, and save all labels; None removes the label.
 
         Raises:
-            DataError: If there is no photo with this number, or if the label is not among the names.
+            DataError: If there is no photo with this number, or if the label is no known name.
             BusyError: If another program has changed the file. Then nothing is written.
             StorageError: If the file cannot be written.
         """
