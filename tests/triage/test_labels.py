@@ -170,7 +170,8 @@ def test_photos_are_found_by_path_full_path_and_unique_name(tmp_path: Path) -> N
 
 def test_a_photo_under_two_names_has_one_label(tmp_path: Path) -> None:
     names = {"x/1.jpg": "cat", "./x/1.jpg": "cat", "1.jpg": "dog"}
-    with pytest.raises(DataError, match=r"'x/1.jpg' has the labels 'cat' and, as '1.jpg', 'dog'"):
+    message = r"photo 'x/1.jpg': 'cat' \(as 'x/1.jpg'\) and 'dog' \(as '1.jpg'\)"
+    with pytest.raises(DataError, match=message):
         match_photos(names, ["x/1.jpg"], tmp_path, tmp_path)
 
 

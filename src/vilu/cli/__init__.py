@@ -64,7 +64,8 @@ def entry() -> None:
                 stream.flush()
         os._exit(code)
 
-    # Imports make a million objects and no garbage. A high threshold saves 0.1 s of searching.
+    # Imports make a million objects and no garbage. With a high threshold, the garbage collector
+    # searches them less often, which saves 0.1 s.
     gc.set_threshold(50_000)
     # Functions of atexit run in reverse order, after all threads have ended. ``leave`` is
     # registered first, so it runs last.
@@ -84,16 +85,16 @@ def main() -> None:
     sys.unraisablehook = _send_signal_again
     with careful_output():
         code = _run()
-        # the work is done, so a signal from now on ends the process without a message
+        # The work is done, so a signal from now on ends the process without a message.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(code)
 
 
 def _open_stream(stream: TextIO | None) -> TextIO:
-    """The stream itself, or a stream to nowhere if it is None.
+    """The stream itself; or, in place of None, a stream to nowhere.
 
-    It is None if the caller closed it, as a shell does for ``2>&-``.
+    Python sets ``sys.stderr`` to None if the caller closed it, as a shell does for ``2>&-``.
     """
     if stream is not None:
         return stream
@@ -105,7 +106,7 @@ def _run() -> int:
     try:
         with show_warnings():
             return int(app(standalone_mode=False) or 0)
-    except KeyboardInterrupt:  # a command that has begun has already printed a message
+    except KeyboardInterrupt:  # the command has already printed a message, if it had begun
         return INTERRUPTED
     except MISUSE as error:
         message = io.StringIO()
@@ -123,7 +124,7 @@ def _run() -> int:
 
 
 def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type
-    """Send a signal again if its exception was lost in code that cannot raise exceptions.
+    """Send SIGINT or SIGTERM again if its exception was lost in code that cannot raise exceptions.
 
     Such code is, for example, a destructor or a callback of C code. Python reports any other lost
     exception as it does by default.

@@ -51,7 +51,8 @@ app = typer.Typer(
 def show_version(value: bool) -> None:
     """Print the version and exit."""
     if value:
-        import importlib.metadata  # imported here because it takes as long as the rest of --help
+        # This import is here, because it takes as long as all else that `vilu --help` does.
+        import importlib.metadata
 
         typer.echo(importlib.metadata.version("vilu"))
         raise typer.Exit
@@ -72,7 +73,7 @@ def common(
             help="Import a module that registers methods, before the command; repeatable.",
         ),
     ] = None,
-    version: Annotated[  # noqa: ARG001 - its callback does the work
+    version: Annotated[  # noqa: ARG001 - the callback of the option does the work
         bool,
         Option(
             "--version", callback=show_version, is_eager=True, help="Print the version and exit."
@@ -120,12 +121,13 @@ def name_of(command: Callable[..., None]) -> str:
 
 
 def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
-    """Message of a stopped command: which results are kept, and what running it again would do."""
+    """Message of a stopped command: the results so far, and what the same command would do next."""
     name = name_of(command)
     output: Path | None = values.get("output")
     is_resumed = command.__name__ in RESUMABLE
     if name == "score" and output is not None:
-        is_resumed = not output.suffix  # no suffix: a folder, which is written in parts
+        is_folder = not output.suffix
+        is_resumed = is_folder  # a folder is written in parts, a file at once
     if is_resumed:
         return f"finished parts are in {output}; the same command goes on with the rest."
     if name == "serve":
@@ -159,7 +161,7 @@ ON_DATA = (
     labels,
     audit_labels,
 )
-"""The first commands of ``vilu --help``, in this order."""
+"""The commands that ``vilu --help`` lists first, in this order."""
 
 for command in ON_DATA:
     app.command(name_of(command))(with_stop_message(command))
@@ -185,7 +187,7 @@ def add_command_of(entry: EntryPoint) -> None:
         command = load_entry(entry, "command")
         app.command(entry.name)(with_stop_message(command))
     except UsageError as error:
-        # any arguments are accepted, because the command only raises the error
+        # Any arguments are accepted, because the command only raises the error.
         settings = {"ignore_unknown_options": True, "allow_extra_args": True}
         app.command(entry.name, context_settings=settings)(refusing(error))
 

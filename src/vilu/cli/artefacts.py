@@ -1,4 +1,4 @@
-"""The checks of ``vilu inspect``. Each artefact is checked as the code that reads it does."""
+"""The checks of ``vilu inspect``. Each artefact is checked by the code that reads it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check(path: Path) -> Iterator[Artefact]:
 
 
 def _recognised_by_plugin(path: Path) -> Artefact | None:
-    """The artefact at a path if another package recognises it, or None."""
+    """The artefact at a path, as another package recognises it; None if no package does."""
     for entry in entry_points("vilu.artefacts"):
         recognise = load_entry(entry, "artefact")
         artefact: Artefact | None = recognise(path)
@@ -79,7 +79,7 @@ def is_store(path: Path) -> bool:
 
 
 def check_file(path: Path) -> Artefact:
-    """Check a file of vilu, as the code that reads it does."""
+    """Check a file of vilu, with the code that reads such a file."""
     if path.suffix == ".json":
         return _check_document(path)
     if path.suffix == ".parquet":
@@ -120,12 +120,13 @@ def _check_state(path: Path, metadata: dict[str, object]) -> None:
 
 
 def _described(path: Path, kind: str, n_rows: int) -> Artefact:
-    """The artefact, described by its kind and, if it has rows, by their number."""
-    return Artefact(path, f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind)
+    """The artefact, described by its kind and, if it has rows, by the number of its rows."""
+    what = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
+    return Artefact(path, what)
 
 
 def _check_predictor(path: Path) -> Artefact:
-    """Load a predictor and its calibration, if any, which checks both."""
+    """Check a predictor and its calibration, if any, by loading them."""
     predictor = load_predictor(path)
     calibration = Calibration.find(path)
     state = "not calibrated"

@@ -26,7 +26,8 @@ datasets = typer.Typer(
     help="Data sets that vilu can open by name: their description, and which are on this disk."
 )
 BELOW = ("folder", "archives", "trouble", "to do")
-"""Columns that are printed on lines of their own, below the row."""
+"""Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
+
 FACTS = (
     "name",
     "title",
@@ -89,7 +90,7 @@ def check_known(
     from vilu.datasets.known import check
     from vilu.errors import DataError
 
-    presences = check(path, names or None, deep=deep)
+    presences = check(path, names or None, deep=deep)  # None: all data sets
     facts = []
     rows = []
     for presence in presences:
@@ -147,6 +148,7 @@ def _presence_in_brief(presence: Presence) -> dict[str, str]:
         counts.append(f"{name} {_count_text(split)}")
     if missing:
         problems.append(f"missing: {', '.join(missing)}")
+    # Without empty texts and repetitions, in the same order.
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
     if presence.folder is not None:
@@ -169,6 +171,7 @@ def _grouped_by_state(archives: Mapping[str, str]) -> str:
     """The names of archives, grouped by their state: "right: a.zip, b.zip; wrong: c.zip"."""
     names_of_state: dict[str, list[str]] = {}
     for name, state in archives.items():
+        # The first archive of a state makes the list, and further archives are added to it.
         names_of_state.setdefault(state, []).append(name)
     groups = [f"{state}: {', '.join(names)}" for state, names in names_of_state.items()]
     return "; ".join(groups)
@@ -179,17 +182,18 @@ def _count_text(split: Count) -> str:
 
     The published number is left out if it is not known, or equal to the listed number.
     """
+    published = split.expected
     listed = split.listed
     if listed is None:
-        listed = split.expected
-    text = "?"
+        listed = published
+    count = "?"
     if split.found is not None:
-        text = f"{split.found:,}"
+        count = f"{split.found:,}"
     if listed is not None:
-        text = f"{text}/{listed:,}"
-    if split.expected in {None, listed}:
-        return text
-    return f"{text} (published {split.expected:,})"
+        count = f"{count}/{listed:,}"
+    if published is None or published == listed:
+        return count
+    return f"{count} (published {published:,})"
 
 
 def list_catalogue(
@@ -238,7 +242,7 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     elif cls.needs_labels:
         needs_labels = "yes"
     else:
-        needs_labels = "images"  # it is fitted on images without labels
+        needs_labels = "images"  # the method is fitted on images without labels
     classes = "any"
     if cls.closed_set:  # the method only works on the classes that it was fitted on
         classes = "those of training"
@@ -279,7 +283,7 @@ def _metric(name: str, metric: Metric) -> dict[str, Any]:
     if metric.of_probability:
         what = "probability"
     computed: str = metric.wanted
-    if metric.question != "failure":  # it needs pictures of none of the classes
+    if metric.question != "failure":  # the metric needs pictures of none of the classes
         computed = "with outside rows"
     return {
         "name": name,
@@ -316,7 +320,7 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _flags(needed: list[str]) -> list[str]:
-    """The flags of `vilu embed` that keep these columns, without repetition."""
+    """The flags with which `vilu embed` stores these columns, without repetition."""
     from vilu.embeddings.columns import HOW
 
     flags = [HOW[column].removeprefix("vilu embed ") for column in needed]
@@ -337,7 +341,7 @@ def _backbones() -> list[dict[str, Any]]:
             f"hf:{model.hf}"
         )
         row = {"name": name, "install": "vilu[clip]", "what it is": description}
-        rows.append(row | asdict(model))
+        rows.append(row | asdict(model))  # all facts are printed with --json
     return rows
 
 
@@ -358,5 +362,6 @@ def _datasets() -> list[dict[str, Any]]:
     for name, layout in LAYOUTS.items():
         descriptions[name] = layout.description
     for name, entry in KNOWN.items():
+        # A layout of the same name keeps its own description.
         descriptions.setdefault(name, f"{entry.title}, by --dataset {name}")
     return [{"name": name, "what it is": text} for name, text in descriptions.items()]

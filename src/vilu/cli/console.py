@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from vilu.artifacts.paths import Kind
 
 LOG = logging.getLogger("vilu")
-LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
-# exit codes: 128 + the number of the signal (SIGINT, SIGPIPE, SIGTERM)
+LOG_EVERY = 10.0  # seconds between progress lines, if stderr is no terminal
+
+# Exit codes: 128 + the number of the signal (SIGINT, SIGPIPE, SIGTERM).
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 TERMINATED = 143
@@ -63,7 +64,8 @@ class CarefulOutput:
 
     def write(self, text: str) -> int:
         """Write a text. Characters that the encoding lacks are escaped."""
-        if text == "":  # typer writes "" to test the stream, and would hide the error
+        if text == "":
+            # Typer writes "" to test the stream, and would hide an error of this test.
             return 0
         with self._errors_of_vilu():
             try:
@@ -93,9 +95,9 @@ class CarefulOutput:
 
 @contextmanager
 def careful_output() -> Iterator[None]:
-    """A block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
+    """Make a block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # print a path as its original bytes, even if they are no valid UTF-8
+        # Print a path as its original bytes, even if they are no valid UTF-8.
         sys.stdout.reconfigure(errors="surrogateescape")
     with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
         yield
@@ -200,7 +202,7 @@ class LoggedTask:
         self.description = description
         self.total = total
         self.unit = unit
-        self.done = 0.0  # steps that are done
+        self.done = 0.0  # number of steps that are done
         self.logged_done = 0.0  # value of ``done`` in the last progress line
         self.note = ""
         self.started = time.monotonic()
@@ -248,7 +250,7 @@ class Lines:
 
 def next_step(message: str) -> None:
     """Log the closing line of a command, usually what to do next."""
-    # escaped here, because log handlers cannot write names that are no valid UTF-8
+    # The message is escaped, because log handlers cannot write names that are no valid UTF-8.
     LOG.info("%s", printable(message))
 
 
@@ -274,7 +276,7 @@ def keeping(
     inputs = ""
     is_there = False
     if output is not None:
-        # imported here, so that `vilu --help` does not import pydantic
+        # This import is here, so that `vilu --help` does not import pydantic.
         from vilu.artifacts.paths import claim_file, inputs_of
 
         inputs = inputs_of(*read, **settings)
@@ -291,10 +293,12 @@ def keeping(
     return keep
 
 
+# Kinds of input, in the words of the messages.
 STORE = "a store of embeddings"
 PREDICTOR = "a predictor"
 SCORES = "scores"
 STUDIES = "the output of a benchmark"
+# Inputs by parameter, which are the same for several commands.
 PAIR = {"predictor": PREDICTOR, "store": STORE}
 WITH_SECOND = {**PAIR, "second": STORE}
 WANTED: dict[str, dict[str, str]] = {
@@ -378,15 +382,15 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
     wrong = []
-    for name, wanted in wanted_kinds.items():
-        for path in _paths(values.get(name)):
+    for parameter, wanted in wanted_kinds.items():
+        for path in _paths(values.get(parameter)):
             kind = kind_of(path)
             if kind not in {None, wanted}:
                 wrong.append(f"{path} is {kind}, where {wanted} should be")
     if wrong:
         advice = ""
-        are_swapped = len(wrong) == len(PAIR)
-        if are_swapped:
+        are_both_wrong = len(wrong) == len(PAIR)  # so the predictor and the store were swapped
+        if are_both_wrong:
             advice = " They are in the wrong order."
         raise UsageError(f"{', and '.join(wrong)}.{advice} See vilu {command} --help.")
 
@@ -399,7 +403,7 @@ def pairs_of(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -
         if not (name and sign):
             raise UsageError(f"{option} must be {form}. Got {text!r} instead.")
         if name in pairs:
-            what, _, _ = form.lower().partition("=")
+            what, _, _ = form.lower().partition("=")  # "name" for the form NAME=KEY
             raise UsageError(f"{option} can name a {what} only once.")
         pairs[name] = value
     return pairs

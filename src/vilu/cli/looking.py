@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vilu.report.explain.prompts import PromptGains
     from vilu.report.explain.risk import RiskMap
 
-ALARM = 8  # exit code: the guarantee should no longer be relied on
+ALARM = 8  # exit code of `vilu monitor`: the guarantee should no longer be relied on
 
 FittedOn = Annotated[
     Path | None,
@@ -144,7 +144,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         asked = [*(key or ()), *(row or ())]
         rows = asked or None  # None: the n most uncertain rows
         explanations = explain_rows(fitted, data, fitted_on, rows, n=n, depth=depth)
-        has_summary = data.pool_size is None  # captions have no classes, so no summary
+        is_of_classes = data.pool_size is None
+        has_summary = is_of_classes  # a summary is about classes, which captions do not have
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
     keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
     if as_json:
@@ -178,9 +179,10 @@ def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) ->
 
 def _rows_in_words(explanations: Explanations, command: str, *, has_summary: bool) -> ExplainOutput:
     """The output without --summary. ``command`` is the start of the command with --summary."""
-    closing = f"{plural(len(explanations), 'row')} explained"
+    what_was_done = f"{plural(len(explanations), 'row')} explained"
+    closing = what_was_done
     if has_summary:
-        closing += f"; where the failures are: {command} --summary"
+        closing = f"{what_was_done}; where the failures are: {command} --summary"
     return ExplainOutput(explanations.to_dict(), str(explanations), closing)
 
 
@@ -283,8 +285,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
         if state is not None:
-            # ``overwrite`` is True, because a state is updated without the flag --overwrite. It is
-            # never reset, because there is no other copy of it.
+            # A state is updated even without the flag --overwrite, so ``overwrite`` is True. The
+            # flag does not reset a state, because there is no other copy of the state.
             claim_file(state, "monitor state", overwrite=True)
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {
@@ -294,7 +296,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "seed": seed,
         }
         watching = _open_monitor(predictor, state, false_alarm, seed)
-        # the state is no part of the digest, because this command changes it
+        # The state is no part of the digest, because this command changes the state.
         inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
         has_report = False
         if output is not None:
@@ -306,7 +308,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             shuffle_seed = seed
         for number, path in enumerate([*new, *late]):
             is_late = number >= len(new)
-            batch = _take_in(watching, path, shuffle_seed, in_order, is_late=is_late)
+            batch = _take_in(
+                watching, path, shuffle_seed=shuffle_seed, in_order=in_order, is_late=is_late
+            )
             batches.append(batch)
             task.advance(1, batch["verdict"])
         facts = {
@@ -317,7 +321,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         document = {"kind": "monitoring", **facts}
         if output is not None:
             _write_report(output, document, inputs, has_report=has_report)
-        # The state is saved last. If the report fails, the next run can count the same rows.
+        # The state is saved last, so that the next run counts the same rows if the report fails.
         if state is not None:
             watching.save(state)
     console.print_result(document, str(watching.status), as_json=as_json)
@@ -332,8 +336,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, has_report: bool) -> None:
     """Write the report, unless the file already has an equal report of the same command.
 
-    ``batches`` are not compared. They are different in a second call with the same rows, because
-    that call takes in no new row.
+    The fact ``batches`` is not compared. A second call with the same rows takes in no new row, so
+    its ``batches`` are different.
     """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
@@ -364,24 +368,24 @@ def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed:
 
 
 def _take_in(
-    watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool
+    watching: Monitor, path: Path, *, shuffle_seed: int | None, in_order: bool, is_late: bool
 ) -> dict[str, Any]:
     """Give the rows of a file to a monitor, and return what the report says about this file.
 
-    The rows are shuffled with the seed ``shuffle``, unless it is None.
+    If ``shuffle_seed`` is None, the rows are not shuffled.
     """
     import numpy as np
 
-    if shuffle is not None and in_order:
+    if shuffle_seed is not None and in_order:
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
     outcomes = _load_scores(path)
     n_repeated_before = watching.repeated
-    if shuffle is not None:
-        rng = np.random.default_rng([shuffle, watching.rows])
+    if shuffle_seed is not None:
+        rng = np.random.default_rng([shuffle_seed, watching.rows])
         outcomes = outcomes.take(rng.permutation(len(outcomes)))
-    has_known_order = in_order or shuffle is not None
+    has_known_order = in_order or shuffle_seed is not None
     try:
         if is_late:
             status = watching.audit(outcomes)
@@ -473,16 +477,17 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         pictures = open_dataset(images, split=split, root=root)
         fingerprint = pictures.fingerprint
     score_files = [run]
-    if run.is_dir():  # a folder without such files has its scores in parts
+    if run.is_dir():
+        # A folder without such files is itself one result of `vilu score`, in parts.
         score_files = sorted(run.glob("*.parquet")) or [run]
     settings = {
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        "with": [predictor is None, store is None],  # which paths ``beside`` lacks
+        "with": [predictor is None, store is None],  # which of the ``optional_paths`` are missing
     }
-    beside = console.named_paths(predictor, store)
-    inputs = inputs_of(*score_files, *beside, images=fingerprint, **settings)
+    optional_paths = console.named_paths(predictor, store)
+    inputs = inputs_of(*score_files, *optional_paths, images=fingerprint, **settings)
     has_page = claim_file(output, "page", inputs, overwrite=overwrite)
     if has_page:
         typer.echo(output)

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
 
-# Maximum values of options; larger numbers are taken for typing errors.
+# Maximum values of options. A larger number is refused as a typing error.
 MOST_SEED = 2**63 - 1
 MOST_RESAMPLES = 10**6
 MOST_WORKERS = 4096
 
 
 def existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """Callback of typer: return the value; UsageError if a path in it does not exist."""
+    """Callback of typer: return the value of a path option; UsageError if a path does not exist."""
     paths = [value]
     if isinstance(value, list | tuple):
         paths = list(value)
@@ -177,7 +177,8 @@ class Reading:
     def settings(self) -> dict[str, object]:
         """The values of the flags, for the digest of the inputs of a command.
 
-        A second store only counts as True: its path is no part of the digest.
+        A second store only adds the flag "second" with the value True. The path of the store is no
+        part of the digest.
         """
         flags = asdict(self)
         if flags.pop("second") is not None:
@@ -193,7 +194,10 @@ class Reading:
 
     @property
     def pools(self) -> Pools | None:
-        """The pools of the flags; None if all flags have defaults, as for data with classes."""
+        """The pools that the flags describe; None if all flags have their default values.
+
+        So data with classes, for which the flags are not used, have no pools.
+        """
         flags = (self.pool_size, self.direction, self.hard, self.near_duplicates)
         defaults = (None, "image_to_text", False, None)
         if flags == defaults:
@@ -203,12 +207,17 @@ class Reading:
         size = Pools.size
         if self.pool_size is not None:
             size = self.pool_size
-        return Pools(size, self.direction, self.hard, self.near_duplicates)
+        return Pools(
+            size=size,
+            direction=self.direction,
+            hard=self.hard,
+            near_duplicates=self.near_duplicates,
+        )
 
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """Open a store, with the pools of the flags.
 
-        If a fold was asked for, ``role`` replaces that fold.
+        If the flags name a fold, the fold ``role`` is read in its place, unless ``role`` is None.
         """
         return self.open_in(self.pools, store, role)
 
@@ -271,7 +280,7 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
             expanded += flags.values()
         else:
             expanded.append(parameter)
-    vars(flagged)["__signature__"] = Signature(expanded)  # typer reads the options from here
+    vars(flagged)["__signature__"] = Signature(expanded)  # typer reads the options from it
     return flagged
 
 

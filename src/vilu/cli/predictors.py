@@ -139,8 +139,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
         flags = _flags_of_fit(
-            [validation is None, init is None],
             stores,
+            left_out=[validation is None, init is None],
             n_shots=shots,
             seed=seed,
             pseudo=pseudo,
@@ -157,12 +157,12 @@ def fit(  # noqa: PLR0913 - one parameter per flag
                 console.nothing_to_do(output)
             return
         train = _training_set(stores, reading, n_shots=shots, seed=seed, pseudo=pseudo)
-        selection = _open_any(reading, validation, "validation")
-        more = _open_any(reading, unlabelled)
+        validation_rows = _open_any(reading, validation, "validation")
+        unlabelled_rows = _open_any(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
             _begin_fit(checkpoints, inputs, restart=restart)
-        predictor.fit(train, selection, unlabelled=more)
+        predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
             predictor.sample_ = None
@@ -177,9 +177,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
 
 def _flags_of_fit(
-    left_out: list[bool],
     stores: list[Path],
     *,
+    left_out: list[bool],
     n_shots: int | None,
     seed: int,
     pseudo: bool,
@@ -190,6 +190,8 @@ def _flags_of_fit(
 
     ``left_out`` says for --validation and --init whether the flag was left out.
     """
+    # The key is "with", although its values say what was left out. Another key would change the
+    # digest of every fit.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
     if n_shots is not None:
         flags["shots"] = [n_shots, seed]
@@ -205,14 +207,14 @@ def _flags_of_fit(
 
 
 def _to_score(predictor: Path) -> str:
-    """End of a closing line, with the command that scores with the predictor."""
+    """End of the closing line of a command: the next command, which scores with the predictor."""
     return f"next: {console.shell('vilu', 'score', predictor, 'STORE', '-o', 'scores.parquet')}"
 
 
 def _new_predictor(
     cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
 ) -> FailurePredictor:
-    """Make the predictor to fit, with the weights of the predictor ``init`` if there is one."""
+    """Make the predictor to fit. It starts from the weights of the predictor ``init``, if any."""
     from vilu.predictors.contract.parameters import build, parameters, parse_settings
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
@@ -226,7 +228,7 @@ def _new_predictor(
 
 
 def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
-    """The settings of --set, with the setting of --answer."""
+    """The settings of --set, and the flag --answer as one more setting."""
     if answer is None:
         return settings
     for setting in settings:
@@ -239,7 +241,7 @@ def _with_answer(settings: list[str], answer: AnswerKind | None) -> list[str]:
 
 
 def _require_answer(folder: Path, judged: AnswerKind, answer: AnswerKind | None) -> None:
-    """Raise UsageError if --answer is not the answer that the predictor judges."""
+    """Raise UsageError if --answer asks for other answers than the predictor judges."""
     if answer is None or answer == judged:
         return
     raise UsageError(
@@ -254,20 +256,20 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
 
     if cls.uses_unlabelled:
         return
-    with_labelled = []  # methods that use labelled rows and rows without labels
-    without_labelled = []  # methods that only need rows without labels
+    users = []  # methods that use --unlabelled
+    without_labels = []  # methods that are fitted on rows without labels
     for method in PREDICTORS.values():
         if method.uses_unlabelled:
-            with_labelled.append(method.name)
+            users.append(method.name)
         if method.needs_fit and not method.needs_labels:
-            without_labelled.append(method.name)
-    if cls.name in without_labelled:
+            without_labels.append(method.name)
+    if cls.name in without_labels:
         instead = f"or give them as the STORE to fit {cls.name} on"
     else:
-        instead = f"or fit {_names(without_labelled)} with them as the STORE"
+        instead = f"or fit {_names(without_labels)} with them as the STORE"
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_names(with_labelled)}, {instead}."
+        f"{_names(users)}, {instead}."
     )
 
 
@@ -303,7 +305,8 @@ def _training_set(
             "two flags out."
         )
     pools_of_store = pools
-    if pseudo:  # ``PseudoCaptions`` makes the pools, because a store of classes has none
+    if pseudo:
+        # A store of classes has no pools. ``PseudoCaptions`` makes them below.
         pools_of_store = None
     sources = []
     for store in stores:
@@ -386,8 +389,8 @@ def score(
             f"{output} instead."
         )
     file: Path | None = output
-    if is_folder:  # ``score_parts`` checks the folder itself
-        file = None
+    if is_folder:
+        file = None  # ``keeping`` checks nothing then, because ``score_parts`` checks the folder
     keep = console.keeping(
         file,
         "scores",
@@ -635,6 +638,7 @@ def _calibrate_at_any_time(
     from vilu.triage.ask import calibrate_by_labels
 
     max_risk = target.max_risk
+    # A target that sets only what method anytime allows; all else has its default value.
     allowed = Target(
         max_risk=max_risk,
         confidence=target.confidence,
@@ -694,15 +698,15 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _summary(calibration: Calibration) -> str:
-    """One line about the probability, one about the decisions, one about the label sets."""
+    """Lines about the probability, the decisions and the label sets, as far as there are any."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability
-    line = f"probability: {probability.form}"
+    log_loss = ""
     if probability.log_loss:
         losses = [f"{name} {loss:.4f}" for name, loss in probability.log_loss.items()]
-        line += f" (log-loss in cross-validation: {', '.join(losses)})"
-    lines = [line]
+        log_loss = f" (log-loss in cross-validation: {', '.join(losses)})"
+    lines = [f"probability: {probability.form}{log_loss}"]
     if calibration.rule is not None:
         lines.append(f"decision: {calibration.guarantee_text}")
     sets = calibration.label_sets

@@ -110,7 +110,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _require_protection(host, key_file, allow_host)
     if queue is None:
-        queue = batch_size + batch_size // 8
+        queue = batch_size + batch_size // 8  # 9/8 of a batch
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = _limits(
@@ -122,7 +122,17 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         max_images=max_images,
         timeout=timeout,
     )
-    setup = Setup(predictor, second, state, limits, keep, models, device, batch_size, workers)
+    setup = Setup(
+        predictor=predictor,
+        second=second,
+        state=state,
+        limits=limits,
+        keep=keep,
+        models=models,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+    )
     log_access()
     if executor == "local":
         Hosted(setup, host, port, _announce).run()
@@ -168,7 +178,7 @@ def _limits(
     max_images: int,
     timeout: float,
 ) -> ClientLimits:
-    """The limits for clients: allowed host names and keys, size and duration of a request."""
+    """The limits for clients: allowed hosts and keys, and the size and duration of requests."""
     from vilu.service.limits import LOOPBACK, ClientLimits, read_keys
 
     hosts = frozenset(name.lower() for name in [*LOOPBACK, host, *names])
@@ -176,11 +186,18 @@ def _limits(
     if key_file is not None:
         keys = read_keys(key_file)
     n_bytes = max_body * 2**20
-    return ClientLimits(hosts, keys, queue, n_bytes, max_images, answer=timeout)
+    return ClientLimits(
+        hosts=hosts,
+        keys=keys,
+        queue=queue,
+        body=n_bytes,
+        images=max_images,
+        answer=timeout,
+    )
 
 
 def _announce(message: str) -> None:
-    """Print an address, which is the result of the command, and log any other message."""
+    """Print a message that is the address, the result of the command; log any other message."""
     if message.startswith("http"):
         typer.echo(message)
     else:

@@ -121,8 +121,8 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
             raise UsageError(
                 f"{classes} must have one name per line, without folders, because arrays have none."
             )
-    given = {"logits": logits, "features": features, "target": labels, "answer": answers}
-    files = {name: file for name, file in given.items() if file is not None}
+    file_options = {"logits": logits, "features": features, "target": labels, "answer": answers}
+    files = {array: file for array, file in file_options.items() if file is not None}
     store = import_arrays(
         source,
         output,

@@ -106,15 +106,22 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _, names = read_classes(classes)
     embedding = EmbeddingSettings(
-        backbone_spec(backbone, device, precision, models),
-        names,
-        templates_of(template),
-        everyday_words(),
-        batch_size,
-        workers,
+        backbone=backbone_spec(backbone, device, precision, models),
+        names=names,
+        templates=templates_of(template),
+        negatives=everyday_words(),
+        batch_size=batch_size,
+        workers=workers,
     )
     settings = TriageSettings(
-        photos, embedding, tuple(outside or ()), max_risk, confidence, n_next, seed, answer
+        photos=photos,
+        embedding=embedding,
+        outside=tuple(outside or ()),
+        max_risk=max_risk,
+        confidence=confidence,
+        n_next=n_next,
+        seed=seed,
+        answer=answer,
     )
     sort: Literal["move", "link"] | None = None
     if move:
@@ -178,7 +185,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.ask import next_of_store
 
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    if per_class:
+    if per_class:  # only if it was asked for, so that the digests without it do not change
         settings["per_class"] = True
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
@@ -187,9 +194,9 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         EmbeddingStore(store),
         fitted,
         labels or (),
-        n_next,
-        max_risk,
-        seed,
+        n=n_next,
+        max_risk=max_risk,
+        seed=seed,
         per_class=per_class,
     )
     write_next(output, asked, answers, fitted.answer)
@@ -382,7 +389,7 @@ def audit_labels(
 
 
 def _require_new_figure(path: Path) -> None:
-    """Raise UsageError if no new figure can be written to this path."""
+    """Raise UsageError unless a new figure can be written to this path."""
     is_figure = path.suffix.lower() in {".png", ".svg", ".webp"}
     if not is_figure or path.exists() or not path.parent.is_dir():
         raise UsageError(

@@ -59,19 +59,20 @@ class Answer:
     """Answer about one image, with its score and the decision.
 
     Attributes:
-        key: Path of the image, or its index among the images as text.
+        key: Path of the image. The key of an image without a path is its number in the list of
+            images: "0", "1", and so on.
         label: The answer that is judged; None if the image could not be read.
-        failure_probability: Probability that the answer is wrong. None if the scores of the
-            predictor are no probabilities and it is not calibrated.
+        failure_probability: Probability that the answer is wrong. None without an answer, or if the
+            predictor is not calibrated and its scores are not probabilities.
         uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
             the fault of the image ("truncated", "bomb", "read_error", ...); None if the answer is
             accepted.
         runners_up: The next most likely answers with their probabilities, the most likely first.
-            If the predictor's own answer is judged, the probabilities are those of its posterior,
+            If adapted answers are judged, the probabilities are those of the predictor's posterior,
             otherwise the zero-shot probabilities.
-        zero_shot: The zero-shot answer if it differs from ``label``; else None.
+        zero_shot: The zero-shot answer if it differs from ``label``; otherwise None.
 
     Examples:
         >>> import vilu
@@ -108,7 +109,7 @@ class ImageModel:
 
 
 class Guard:
-    """A predictor with its model, which answers about images and decides about each answer.
+    """Answers about images with a predictor and its model, and decides about each answer.
 
     - The predictor's folder also holds its candidate classes, as ``vilu triage`` and ``vilu
       calibrate`` write them.
@@ -116,8 +117,8 @@ class Guard:
       preprocessing and prompts are compared.
     - Images are decoded in threads and embedded in batches. The memory does not grow with the
       number of images.
-    - The scores are those of ``vilu embed`` and ``vilu score``, except for rounding: the order of
-      sums depends on the batch size.
+    - The scores equal those of ``vilu embed`` and ``vilu score`` up to rounding, because the order
+      of the sums depends on the batch size.
     - The answer about a bad image has a reason and no label.
     - A rule that judges whole batches (``--method selection``) cannot decide about one image, so it
       is refused.
@@ -139,7 +140,8 @@ class Guard:
         workers: Number of decoding threads; by default one per core.
         limits: Limits on the size of an image.
         backbone: A loaded model with the same weights, in place of the model that the folder names.
-        vectors_only: Load no model: the guard answers about embeddings only (``answer``).
+        vectors_only: Load no model. Then only the method ``answer`` can be called, which takes
+            embeddings.
 
     Raises:
         DataError: If the folder holds no predictor or no candidates, or if the candidates have no
@@ -205,7 +207,8 @@ class Guard:
                 f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} "
                 "instead."
             )
-        # A ``Selective`` removes its folder when it is collected, so it must live as long as this.
+        # A ``Selective`` removes its folder when it is garbage-collected. This reference keeps the
+        # folder in existence as long as the guard.
         self._model_object = predictor
         self.folder = folder_of(predictor)
         self.batch_size = batch_size
@@ -215,7 +218,7 @@ class Guard:
         require_streaming(self.calibration)
         self.vocabulary = Vocabulary.load(self.folder)
         self.names = self._require_names()
-        self.arrays = self._require_vectors()
+        self.arrays = self._require_arrays()
         self._model: ImageModel | None = None
         if not vectors_only:
             if backbone is None:
@@ -232,7 +235,7 @@ class Guard:
             )
         return names
 
-    def _require_vectors(self) -> tuple[str, ...]:
+    def _require_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that the predictor uses.
 
         Raises:
@@ -240,6 +243,7 @@ class Guard:
             UsageError: If the predictor uses an array that cannot be made from one image.
         """
         if self.calibration is not None:
+            # The calibration is compared with the candidates. A source without rows has them, too.
             no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
             self.calibration.require_match(self.predictor, self.vocabulary.new_images(no_rows))
         if self.predictor.space_ is not None:
@@ -249,14 +253,14 @@ class Guard:
                 other_name="its candidates",
             )
         used = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
-        wanted = used & OF_ROWS
-        not_of_one_image = sorted(wanted - {FEATURES})
+        used_of_rows = used & OF_ROWS  # without the columns of the candidates
+        not_of_one_image = sorted(used_of_rows - {FEATURES})
         if not_of_one_image:
             raise UsageError(
                 f"this {self.predictor.name} uses {', '.join(not_of_one_image)}, which cannot be "
                 "made from one image. Embed and score with `vilu embed` and `vilu score`."
             )
-        return (IMAGE, *sorted(wanted))
+        return (IMAGE, *sorted(used_of_rows))
 
     def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
         """Load the model that the predictor was fitted on."""
@@ -331,7 +335,7 @@ class Guard:
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """Answers about any number of images, in their order, yielded batch by batch."""
         records = ((index, record_of(index, image)) for index, image in enumerate(images))
-        n_ahead = self.batch_size + self.workers  # images that are decoded before they are needed
+        n_ahead = self.batch_size + self.workers  # images that may be decoded ahead of their use
         with in_threads(self.model.decoder, records, self.workers, n_ahead) as decoded:
             batch = list(islice(decoded, self.batch_size))
             while batch:
@@ -383,9 +387,9 @@ class Guard:
             ('green', [0.0001])
         """
         device = self.predictor.device_
-        rows = {name: arrays[name].float().to(device) for name in self.arrays}
-        image = rows.pop(IMAGE)
-        source = self.vocabulary.new_images(image, columns=rows, ids=keys)
+        columns = {name: arrays[name].float().to(device) for name in self.arrays}
+        image = columns.pop(IMAGE)  # all other arrays stay
+        source = self.vocabulary.new_images(image, columns=columns, ids=keys)
         facts = {
             "is_probability": self.predictor.is_probability,
             "provenance": provenance_of(self.calibration),
@@ -447,7 +451,7 @@ class Guard:
 
 
 def _at(texts: Sequence[str | None] | None, row: int) -> str | None:
-    """The text of a row; None without a column of texts."""
+    """The text of a row; None if the outcomes have no such column of texts."""
     return None if texts is None else texts[row]
 
 
@@ -461,25 +465,28 @@ def runners_up_of(
 ) -> list[RunnersUp]:
     """The runners-up of every row: the most likely answers except the judged one.
 
-    The probabilities are zero-shot, or of the predictor's posterior if it judges adapted answers.
+    If the predictor judges adapted answers, the probabilities are those of its posterior. Otherwise
+    they are the zero-shot probabilities.
     """
     posterior_of: Callable[[Batch], Tensor] = log_posterior
     if predictor.answer == "adapted":
         posterior_of = predictor.log_posterior
-    judged = predictor.judged(batch)
+    judged_batch = predictor.judged(batch)  # its ``prediction`` is the judged answer
     n_rows = len(batch.index)
     n_classes = len(batch.text)
     if n_rows == 0 or n_classes < 2:
         return [()] * n_rows
     with torch.no_grad():
-        posterior = posterior_of(judged).exp()
-    answer = judged.prediction.to(posterior.device)[:, None]
-    # -1 is below every probability, so the judged answer is never among the top k.
+        posterior = posterior_of(judged_batch).exp()
+    answer = judged_batch.prediction.to(posterior.device)[:, None]
+    # The judged answer gets -1, which is below the probability of every other answer. There are at
+    # least k other answers, so the judged answer is never among the top k.
     without_answer = posterior.scatter(1, answer, -1.0)
-    nearest = without_answer.topk(min(RUNNERS_UP, n_classes - 1), dim=1)
+    k = min(RUNNERS_UP, n_classes - 1)
+    likeliest = without_answer.topk(k, dim=1)
     runners_up: list[RunnersUp] = []
     for indices, probabilities in zip(
-        nearest.indices.tolist(), nearest.values.tolist(), strict=True
+        likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
     ):
         labels = [names[index] for index in indices]
         runners_up.append(tuple(zip(labels, probabilities, strict=True)))
@@ -487,7 +494,7 @@ def runners_up_of(
 
 
 def record_of(index: int, image: ImageLike) -> ImageRecord:
-    """The record of an image; its key is its path, or its index among the images."""
+    """The record of an image. Its key is its path, or the number ``index`` if it has no path."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         return ImageRecord(str(path), None, lambda: read_file(path))

@@ -16,7 +16,7 @@ TASK: Final = "zero-shot-image-classification-selective"
 """Name of the pipeline."""
 
 Entries = list[dict[str, Any]]
-"""List with one entry, the model's answer about one image."""
+"""A list with one entry: the answer about one image, as a dictionary."""
 
 
 def register() -> None:
@@ -62,8 +62,8 @@ class SelectivePipeline:
         settings: Only ``dtype="auto"``, which ``transformers.pipeline`` adds, is allowed.
 
     Raises:
-        UsageError: If ``model`` is no guard, if there are other settings, or if an image is no
-            path, bytes or Pillow image.
+        UsageError: If ``model`` is no guard, if there are other settings, or if an image is neither
+            a path, nor bytes, nor a Pillow image.
     """
 
     # Without these attributes ``transformers.pipeline`` would load processors beside the model.
@@ -81,7 +81,7 @@ class SelectivePipeline:
             )
         self.model = model
         self.task = task
-        if settings.get("dtype") == "auto":  # added by transformers
+        if settings.get("dtype") == "auto":  # ``transformers.pipeline`` has added it
             settings.pop("dtype")
         _refuse_settings(settings)
 
@@ -122,6 +122,8 @@ def _entries(answer: Answer) -> Entries:
         "decision": answer.decision,
         "reason": answer.reason,
         "zero_shot": answer.zero_shot,
-        "runners_up": [{"label": name, "score": share} for name, share in answer.runners_up],
+        "runners_up": [
+            {"label": name, "score": probability} for name, probability in answer.runners_up
+        ],
     }
     return [entry]

@@ -34,17 +34,18 @@ from vilu.predictors.persistence.onnx import (
 )
 from vilu.predictors.plus.ood import NEGATIVES
 
+# Names of the inputs and outputs of a graph.
 PIXELS = "pixels"
 """Name of the input."""
 
 EMBEDDINGS = "image"
-"""Name of the embeddings. They are an output here, and an input of a graph of a predictor alone."""
+"""Name of the output with the embeddings. In a graph of a predictor alone, it names the input."""
 
 ACCEPT = "accept"
 """Name of the output with the decisions."""
 
 ALONE = "Without --with-backbone, only the predictor is exported; its inputs are embeddings."
-"""Advice of errors about the image tower."""
+"""Last sentence of errors about the image tower."""
 
 BATCHES = (1, 2, 7)
 """Sizes of the batches of random pictures that an export is tested with."""
@@ -83,7 +84,7 @@ class ImageGraph(nn.Module):
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Embeddings (N, D), and features (N, F) if the score uses them.
 
-        They are rounded to the number format of the store.
+        All numbers are rounded to the number format of the store.
         """
         arrays: tuple[Tensor, ...]
         if FEATURES in self.arrays:
@@ -93,7 +94,7 @@ class ImageGraph(nn.Module):
         return tuple(array.to(self.dtype).float() for array in arrays)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Uncertainty (N,), answer (N,), and the arrays; with a rule also is_accepted (N,)."""
+        """Uncertainty (N,), answer (N,), is_accepted (N,) if there is a rule, then the arrays."""
         arrays = self.embed(pixels)
         uncertainty, answer = self.score(**self.inputs(arrays))
         if self.limits is None:
@@ -105,7 +106,7 @@ class ImageGraph(nn.Module):
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> Trial:
-        """The inputs of the score by name: arrays, text embeddings, and embeddings of the words."""
+        """The inputs of the score by name: arrays, texts, and everyday words if it uses them."""
         trial = {**dict(zip(self.arrays, arrays, strict=True)), "text": self.text}
         if self.words is not None:
             trial[NEGATIVES] = self.words
@@ -125,6 +126,8 @@ def limits_of(guard: Guard) -> Tensor | None:
     if rule is None:
         return None
     names = guard.names
+    # The limits are computed for K answers, one for each class. If there is a threshold per class,
+    # the group of such an answer is its class.
     groups: Sequence[str] | None = None
     if rule.grouped_by == "prediction":
         groups = names
@@ -202,9 +205,9 @@ def export_image_graph(
         pixels = _pictures(n, guard.backbone)
         by_torch = graph.embed(pixels)
         trials.append((pixels, by_torch))
-    example = {PIXELS: pixels}
+    example = {PIXELS: pixels}  # the last batch of the loop
     try:
-        content = write_graph(graph, example, graph.outputs, _metadata(guard, guard.folder))
+        content = write_graph(graph, example, graph.outputs, _metadata(guard))
     except (torch.onnx.OnnxExporterError, NotExportable) as error:
         why = str(error.__cause__ or error).strip().split("\n")[0]
         raise NotExportable(
@@ -227,7 +230,7 @@ def _require_graph(guard: Guard) -> None:
         raise NotExportable("with only one class there is nothing to decide. Give more classes.")
 
 
-def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
+def _metadata(guard: Guard) -> dict[str, str]:
     """The metadata of the file: entries of the whole graph, then those of the predictor alone.
 
     The entries of the predictor are last, since ``vilu.artifacts.paths`` looks for them near the
@@ -241,8 +244,8 @@ def _metadata(guard: Guard, folder: Path) -> dict[str, str]:
         "vilu.classes": plain_json(list(guard.names)).decode(),
         "vilu.decision": decision,
         "vilu.preprocess": space.preprocess or "",
-        "vilu.predictor": fit_fingerprint(folder),
-        **metadata(guard.predictor, space, fingerprint_of(folder)),
+        "vilu.predictor": fit_fingerprint(guard.folder),
+        **metadata(guard.predictor, space, fingerprint_of(guard.folder)),
     }
 
 
@@ -251,9 +254,9 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
     random = np.random.default_rng(n)
     pictures = []
     for index in range(n):
-        side = 2 ** (1 + index % 7)
-        grain = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        picture = grain.resize((256, 256), Image.Resampling.BICUBIC)
+        side = 2 ** (1 + index % 7)  # number of patches in a row: 2, 4, ..., 128
+        patches = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        picture = patches.resize((256, 256), Image.Resampling.BICUBIC)
         pictures.append(backbone.preprocess(picture))
     return torch.stack(pictures)
 

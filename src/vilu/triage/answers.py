@@ -25,7 +25,7 @@ LABELLED: Final = "labelled"
 """Decision about a photo whose label is known."""
 
 NO_GUARANTEE: Final = "no_guarantee"
-"""Reason of every decision while the predictor has no rule, so that no answer is accepted."""
+"""Reason of every decision of a predictor without a rule, which accepts no answer."""
 
 
 def answers_of(
@@ -52,7 +52,7 @@ def answers_of(
 
 
 def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answer:
-    """The model's answer about a row; its label is not used."""
+    """The model's answer about a row; the label of the row is not used."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     probabilities = failure_probabilities(outcomes)
     if np.isnan(probabilities[row]) or outcomes.prediction is None:
@@ -109,7 +109,7 @@ def _unanswered(path: str, reason: str | None) -> Answer:
 
 def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list[RunnersUp]:
     """The runners-up of every row; empty for rows that cannot be scored."""
-    runners_up: list[RunnersUp] = [()] * len(photos)
+    runners_up: list[RunnersUp] = [()] * len(photos)  # in the order of the rows
     names = photos.class_names or ()
     columns = (*predictor.columns_to_score, *predictor.answer_columns)
     for batch in photos.batches(SCORING_BATCH, columns=columns):
@@ -120,7 +120,11 @@ def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """Number of photos by decision; unreadable photos do not count as "review"."""
+    """Number of photos by decision, and of all photos.
+
+    Unreadable photos do not count as "review". Photos counted as "outside" also count by their
+    decision.
+    """
     counts = dict.fromkeys(("accepted", "labelled", "outside", "unreadable", "review"), 0)
     for answer in answers:
         counts["accepted"] += answer.decision == ACCEPT

@@ -44,13 +44,14 @@ from vilu.triage.trial import PLANNED, Trial
 from vilu.validation import checked
 
 CONFIDENCE: Final = 0.95
+"""Confidence of the guarantee for which draws are planned."""
 
 Draws = dict[str, tuple[Ints, Trial]]
-"""Calibration rows and trial of every group of answers. The trial is tested on these rows."""
+"""Calibration rows and trial, by group of answers. The trial of a group is tested on its rows."""
 
 
 def fingerprint_of(predictor: FailurePredictor) -> str:
-    """Name of a predictor in the tables of the labels that were asked for it.
+    """Name of a predictor in the tables of labels that were asked for to test this predictor.
 
     The name depends on the weights and on the judged answers. So predictors with equal weights that
     judge different answers are two predictors, each with a share of the level.
@@ -95,7 +96,7 @@ class StoreDraws:
     ) -> StoreDraws:
         """Label and score a store, and plan its draws.
 
-        Rows that the predictor was fitted on are no calibration rows (``_unseen``).
+        Rows that the predictor was fitted on are left out of the calibration rows (``_unseen``).
 
         Args:
             store: The rows.
@@ -112,7 +113,7 @@ class StoreDraws:
         is_calibration = split.is_calibration & _unseen(predictor, photos)
         split = dataclasses.replace(split, is_calibration=is_calibration)
         draws: Draws = {}
-        if predictor.is_probability:
+        if predictor.is_probability:  # otherwise no limit can be chosen, and there is no draw
             rows = np.flatnonzero(split.for_calibration)
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
         return cls(fingerprint_of(predictor), photos, book, outcomes, split, draws)
@@ -149,16 +150,18 @@ class StoreDraws:
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
         """How far the guarantee of each draw is; all draws have equal shares of ``delta``."""
+        # Every calibration label was asked for to test one predictor.
         predictor_of = {entry.path: entry.predictor for entry in self.book if _is_drawn(entry)}
-        is_own = np.array(
+        is_for_this = np.array(
             [predictor_of.get(path) == self.predictor for path in self.photos.ids], np.bool_
         )
-        n_before = len(set(predictor_of.values()) - {self.predictor})
+        other_predictors = set(predictor_of.values()) - {self.predictor}
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
             in_group = np.zeros(len(self.photos.ids), np.bool_)
             in_group[rows] = True
-            asked_rows = rows[is_own[rows]]
+            asked_rows = rows[is_for_this[rows]]
+            # -1 if no label was asked for
             last_position = int(self.split.position[asked_rows].max(initial=-1))
             all_progress[group] = progress_of(
                 trial,
@@ -167,7 +170,7 @@ class StoreDraws:
                 max_risk=max_risk,
                 delta=delta / len(self.draws),
                 up_to=last_position + 1,
-                n_before=n_before,
+                n_before=len(other_predictors),
             )
         return all_progress
 
@@ -192,9 +195,10 @@ def _unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
     Raises:
         DataError: If only a sample was recorded and more than 1 % of the rows are in it.
     """
-    seen = predictor.seen(photos)
-    if seen.whole:
-        unseen: Mask = ~seen.shared
+    overlap = predictor.seen(photos)
+    has_recorded_all = overlap.whole
+    if has_recorded_all:
+        unseen: Mask = ~overlap.shared
         return unseen
     return predictor.unseen(photos, "calibration")
 
@@ -217,7 +221,13 @@ def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bo
     for group, members in groups.items():
         rows_of_group = rows[members]
         scores = outcomes.uncertainty[rows_of_group]
-        trial = Trial.plan(0, scores, PLANNED, max_risk, delta / len(groups))
+        trial = Trial.plan(
+            n_fit=0,
+            scores=scores,
+            n_labels=PLANNED,
+            max_risk=max_risk,
+            delta=delta / len(groups),
+        )
         draws[group] = (rows_of_group, trial)
     return draws
 
@@ -254,20 +264,20 @@ def next_of_store(
     paths = store_draws.photos.ids
     book = store_draws.book
     split = store_draws.split
-    name = store_draws.predictor
+    fingerprint = store_draws.predictor
     asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
     free = np.flatnonzero(split.for_fit & ~asked)
     calibration_rows: list[int] = []
     for drawn in store_draws.next_calibration_rows(n // 2, asked, max_risk):
-        last_position = int(split.position[drawn].max(initial=-1))
+        last_position = int(split.position[drawn].max(initial=-1))  # -1 if no row is drawn
         probability = (last_position + 1) / POSITIONS
         drawn_paths = [paths[row] for row in drawn]
-        book.ask(drawn_paths, "calibration", predictor=name, probability=probability)
+        book.ask(drawn_paths, "calibration", predictor=fingerprint, probability=probability)
         calibration_rows += drawn.tolist()
     n_to_fit = n - len(calibration_rows)
     uncertainty = store_draws.outcomes.uncertainty
     fit_rows = choose_to_fit(store_draws.photos, free, uncertainty, n_to_fit, seed)
-    book.ask([paths[row] for row in fit_rows], "fit", predictor=name)
+    book.ask([paths[row] for row in fit_rows], "fit", predictor=fingerprint)
     rows = [*fit_rows.tolist(), *calibration_rows]
     answers = {paths[row]: answer_of(store_draws.outcomes, row) for row in rows}
     return [book.entries[paths[row]] for row in rows], answers
@@ -358,13 +368,13 @@ def _keep_better(
     *,
     max_risk: float,
 ) -> Calibration:
-    """Write the new rule, or keep the rule ``before`` if it accepts at least as many rows.
+    """Keep the rule ``before`` if it accepts at least as many rows, or write the new rule.
 
     The rule ``before`` may be kept, because a rule that was certified once stays certified.
     """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
-        # The outcomes of the progress count pictures that nobody could name as failures.
+        # In the outcomes of the progress, a picture that nobody could name is a failure.
         outcomes.failure[progress.rows] = progress.outcomes.failure
     if before is not None and not _take_back_if_changed(folder, outcomes):
         names = group_names(outcomes)
@@ -372,9 +382,10 @@ def _keep_better(
         if n_before >= rule.accept(outcomes.uncertainty, names).sum():
             return Calibration.load(folder)
     if not rule.feasible:
-        _take_back_if_changed(folder, outcomes)  # not called above if ``before`` is None
+        _take_back_if_changed(folder, outcomes)  # this is the first call if ``before`` is None
         reasons = []
         for group, threshold in rule.thresholds.items():
+            # The group of all answers has the name "", which needs no colon.
             reasons.append(f"{group}: {threshold.why}".removeprefix(": "))
         raise InfeasibleError(
             f"a risk of at most {max_risk:.2%} is not shown: {'; '.join(reasons)}."
@@ -393,11 +404,12 @@ def _take_back_if_changed(folder: Path, outcomes: Outcomes) -> bool:
     """
     calibration = Calibration.find(folder)
     if calibration is None or calibration.target.method != "anytime":
-        return False  # the rows of another method may be of another store
+        return False  # another method may have calibrated on rows of another store
     rows = calibration.rows
     now = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
     changed = set()
     for key, failure in zip(rows.ids or (), rows.failure.tolist(), strict=True):
+        # An answer without a label now (UNKNOWN) is not judged differently.
         if now.get(key, UNKNOWN) not in {UNKNOWN, failure}:
             changed.add(key)
     return take_back(folder, changed)

@@ -6,9 +6,10 @@ Source: Prabhu et al., Active Domain Adaptation via Clustering Uncertainty-weigh
 2021; we use the probability of failure in place of their entropy.
 
 *Photos for the guarantee* are drawn at random from the photos with an uncertainty of at most a
-limit. So their labels are independent draws, and every threshold up to the limit can be tested on
-them. Photos above the limit would be reviewed anyway and need no label. The limit is chosen from
-scores alone. It is the largest at which n labels are expected to show that few answers are wrong.
+limit. Because they are drawn at random, every threshold up to the limit can be tested on their
+labels. Photos above the limit would be reviewed anyway and need no label. The limit is chosen from
+scores alone: it is the largest limit at which n labels are expected to show that few answers are
+wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from vilu.metrics.counts import Floats, Ints
 POOL: Final = 20_000
 """Maximum number of photos that are clustered.
 
-If there are more, the pool is the most uncertain photos and as many random photos of the rest.
+If there are more photos, half of this number are the most uncertain photos, and the other half are
+random photos of the rest.
 """
 
 ITERATIONS: Final = 20
@@ -52,18 +54,18 @@ def choose_to_fit(
     if len(rows) <= n:
         return _doubtful_first(rows, uncertainty)
     image = source.image_rows(torch.from_numpy(rows)).numpy()
-    excess = uncertainty[rows] - np.nanmin(uncertainty)
-    largest_excess = max(float(excess.max()), 1e-12)
-    weight = excess / largest_excess + 1e-3  # no photo has the weight 0
+    excess = uncertainty[rows] - np.nanmin(uncertainty)  # at least 0
+    largest_excess = max(float(excess.max()), 1e-12)  # not 0, because it divides
+    weight = excess / largest_excess + 1e-3  # above 0, so that no photo is left out
     clusters = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed)
     clusters.fit(image, sample_weight=weight)
     distance = clusters.transform(image)  # of each row to each centre
     chosen = np.empty(n, dtype=np.int64)
     is_free = np.ones(len(rows), dtype=np.bool_)
     for cluster in range(n):
-        nearest = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
-        chosen[cluster] = nearest
-        is_free[nearest] = False
+        nearest_free = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
+        chosen[cluster] = nearest_free
+        is_free[nearest_free] = False
     return _doubtful_first(rows[chosen], uncertainty)
 
 
@@ -78,6 +80,7 @@ def _pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
 
 
 def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
+    """The rows, ordered by falling uncertainty."""
     return rows[np.argsort(-uncertainty[rows], kind="stable")]
 
 
@@ -101,11 +104,12 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
         return -math.inf, False
     # Expected error rate up to each photo, and the evidence of n labels with this error rate.
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
-    evidence = log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk)
-    expected_to_show = np.flatnonzero(evidence >= -math.log(delta))
+    expected_wrong = np.round(risk * n)
+    evidence = log_evidence(wrong=expected_wrong, accepted=np.full(len(risk), n), max_risk=max_risk)
+    enough = np.flatnonzero(evidence >= -math.log(delta))  # indices of limits
     n_least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
     least_index = min(n_least, len(ordered)) - 1
-    last_index = int(expected_to_show[-1]) if len(expected_to_show) else -1
+    last_index = int(enough[-1]) if len(enough) else -1
     limit = float(ordered[max(last_index, least_index)])
     is_expected = last_index >= least_index
     return limit, is_expected

@@ -21,7 +21,10 @@ from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
 
 ZERO_SHOT: Final = "vilu_zero"
+"""Method of a triage with few labels; it needs none."""
+
 FROM_LABELS: Final = "vilu_plus"
+"""Method of a triage with at least ``LEAST_TO_FIT`` labels."""
 
 LEAST_TO_FIT: Final = 10
 """Smallest number of labels for a fit; labels "none of the classes" do not count."""
@@ -89,6 +92,7 @@ def fit_case(
 def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
     """Whether there are enough new labels for a new fit."""
     n_fit = _n_fit(state.tested_trial)
+    # A candidate needs more labels than the last candidate, even if that one was not tested.
     looks_for_a_candidate = is_guaranteed and state.candidate is None
     if looks_for_a_candidate:
         n_before = max(n_fit, state.n_fit_of_last_candidate, 1)
@@ -97,10 +101,10 @@ def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
-    """Whether to test a candidate: it is likely to accept more, or has far more labels.
+    """Whether to test a candidate: it is likely to accept more, or is fitted on far more labels.
 
-    The candidate's own probabilities tell what is likely. They need no calibration labels. So a
-    candidate that is not tested uses none of the level.
+    Whether it is likely to accept more is estimated from its probabilities, without calibration
+    labels. So a candidate that is not tested uses none of the level.
     """
     has_far_more_labels = n_labels >= GROWN_ANYHOW * max(_n_fit(state.tested_trial), 1)
     return candidate.likely or has_far_more_labels
@@ -111,13 +115,13 @@ def _n_fit(trial: Trial | None) -> int:
 
 
 def method_for(photos: Photos, fit_rows: Ints) -> str:
-    """The method to fit: ``FROM_LABELS`` if enough of the rows have a class, or ``ZERO_SHOT``."""
+    """The method to fit: ``FROM_LABELS`` if enough rows have a class, otherwise ``ZERO_SHOT``."""
     n_with_class = np.count_nonzero(photos.target.numpy()[fit_rows] >= 0)
     return FROM_LABELS if n_with_class >= LEAST_TO_FIT else ZERO_SHOT
 
 
 def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredictor:
-    """Fit a predictor on the labels of ``fit_rows``, or ``ZERO_SHOT`` on all photos, unlabelled."""
+    """Fit ``FROM_LABELS`` on the labels of ``fit_rows``, or ``ZERO_SHOT`` on all photos."""
     predictor: FailurePredictor
     if method == FROM_LABELS:
         predictor = build(find_method(method), {"seed": seed})
@@ -131,7 +135,7 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
 
 
 def require_possible(answer: AnswerKind | None) -> None:
-    """Raise UsageError for answers that no photo of a folder has."""
+    """Raise UsageError for given answers, because photos of a folder have none."""
     if answer == "given":
         raise UsageError(
             "photos in a folder have no given answers. Choose --answer zero_shot or adapted. For "

@@ -60,14 +60,16 @@ class PhotoSplit:
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> PhotoSplit:
         """Split photos by the book of their labels; of equal pictures only the first is usable.
 
-        The picture decides the side. If a picture has changed since the photo was labelled, the
-        photo may have been on the fit side before. So it is never used as a calibration photo.
+        The picture decides the side. If the picture of a photo has changed since the photo was
+        labelled, the photo may have been on the fit side before. So this photo is not used for
+        calibration.
         """
         pictures = photos.pictures
-        is_calibration, hashes = side_of(pictures, seed)
+        is_calibration, unsigned_position = side_of(pictures, seed)
         n = len(photos)
         is_first = np.zeros(n, np.bool_)
-        _, first_rows = np.unique(hashes, return_index=True)
+        # Equal pictures have equal positions. So this finds the first row of every picture.
+        _, first_rows = np.unique(unsigned_position, return_index=True)
         is_first[first_rows] = True
         usable = np.zeros(n, np.bool_)
         usable[photos.usable_rows.numpy()] = True
@@ -82,8 +84,8 @@ class PhotoSplit:
                 skipped[row] = entry.label == SKIPPED
                 unasked[row] = entry.stream == "given"
                 has_changed[row] = entry.is_of_another(pictures[row])
-        # A hash is below 2^64. Shifted by one bit, it is below ``POSITIONS`` and fits into int64.
-        position = (hashes >> np.uint64(1)).astype(np.int64)
+        # These positions are below 2^64. Halved, they are below ``POSITIONS`` and fit into int64.
+        position = (unsigned_position >> np.uint64(1)).astype(np.int64)
         return cls(
             usable=usable & is_first & ~(is_calibration & has_changed),
             is_calibration=is_calibration,
@@ -114,6 +116,7 @@ def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     """(M,) bool, which ``rows`` are near copies of no ``known`` row and of no earlier row."""
     known_and_rows = np.concatenate([known, rows])
     first_copy = near_copies(photos, known_and_rows)
+    # A row is the first of its scene if the first near copy of the row is the row itself.
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
     return is_first[len(known) :]
 
@@ -149,7 +152,7 @@ class GuaranteeProgress:
 def rule_of(
     all_progress: Mapping[str, GuaranteeProgress], max_risk: float, confidence: float
 ) -> Rule:
-    """The rule for all groups of answers; it is infeasible if no threshold is certified."""
+    """The rule for all groups of answers. The rule is infeasible if no threshold is certified."""
     groups = {}
     for group, progress in all_progress.items():
         groups[group] = (progress.looks, progress.outcomes)
@@ -183,7 +186,7 @@ def progress_of(
     below_limit = split.for_calibration & (outcomes.uncertainty <= trial.limit)
     drawn = below_limit & (split.position < up_to)
     missing = np.flatnonzero(drawn & ~split.answered)
-    missing = missing[np.argsort(split.position[missing])]
+    missing = missing[np.argsort(split.position[missing])]  # in the random order
     if len(missing):
         rows = np.zeros(0, np.int64)
     else:
@@ -227,10 +230,10 @@ def keep_guarantee(
         max_risk=rule.max_risk,
         confidence=rule.confidence,
         method="anytime",
-        per_class=ALL not in all_progress,
+        per_class=ALL not in all_progress,  # ``ALL`` would be the only group
     )
     draws = {group: Draw.of(progress.looks) for group, progress in all_progress.items()}
-    dataset_and_split = (dataset, None)
+    dataset_and_split = (dataset, None)  # photos have no split
     calibration = keep_calibration(
         folder,
         predictor,

@@ -49,10 +49,10 @@ class LabelErrors:
     Attributes:
         keys: N names of the rows.
         label: N labels.
-        suggested: N classes that are the most likely by the posterior.
+        suggested: N names: for every row the most likely class by the posterior.
         quality: (N,) cleanlab's label score in [0, 1]: the lower, the more likely the label is
             wrong.
-        is_error: (N,) which labels cleanlab takes for wrong.
+        is_error: (N,) bool, which labels cleanlab takes for wrong.
     """
 
     keys: list[str]
@@ -106,7 +106,7 @@ def find_label_errors(
         # If the predictor was fitted on a few of these rows, they are dropped; on many: DataError.
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
-    present = np.unique(target)
+    present = np.unique(target)  # the classes that have labels
     if len(present) < 2:
         raise DataError(
             "finding wrong labels needs labels of at least two classes. These rows have labels of "
@@ -118,15 +118,15 @@ def find_label_errors(
         posterior = posterior_of(predictor, source, rows)
     of_present = posterior[:, present]
     of_present /= of_present.sum(axis=1, keepdims=True)
-    lab = datalab(
-        data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0
-    )
+    index_in_present = np.searchsorted(present, target)
+    lab = datalab(data={"label": index_in_present.tolist()}, label_name="label", verbosity=0)
     # With one job cleanlab does not fork. A fork of a process with threads may hang.
     in_one_process = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
     lab.find_issues(pred_probs=of_present, issue_types={"label": in_one_process})
     issues = lab.get_issues("label")
     quality = issues["label_score"].to_numpy(dtype=np.float64)
     order = np.argsort(quality, kind="stable")
+    # Classes without names are called "class 0", "class 1", and so on.
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
     suggested = present[of_present.argmax(axis=1)]
     keys = TakenIds(source.ids, torch.from_numpy(rows[order]))  # read from a store block by block
@@ -156,6 +156,7 @@ def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -
 
 def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """(N,) fold of every row; near copies share a fold, because a copy would reveal the label."""
+    # All near copies of a picture have the same ``first_copy``. So its values number the pictures.
     first_copy = near_copies(source, rows)
     _, picture = np.unique(first_copy, return_inverse=True)
     n_pictures = int(picture.max()) + 1
@@ -201,8 +202,9 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
     worst_rows = range(n)
     best_rows = range(n_rows - n, n_rows)
     photos = _photos(errors, [*worst_rows, *best_rows], images)
-    worst = [photos[row] for row in photos if row < n]
-    best = [photos[row] for row in photos if row >= n]
+    # Photos that cannot be read are missing in ``photos``.
+    worst = [photos[row] for row in photos if row in worst_rows]
+    best = [photos[row] for row in photos if row in best_rows]
     style.save(figures.contact_sheet(best, worst), path)
 
 
@@ -214,9 +216,9 @@ def _photos(errors: LabelErrors, rows: Sequence[int], images: ImageDataset) -> d
         row = row_of[record.key]
         with suppress(BadImage):
             photos[row] = Photo(
-                read_image(record).image,
-                errors.suggested[row],
-                errors.label[row],
-                1 - float(errors.quality[row]),
+                image=read_image(record).image,
+                prediction=errors.suggested[row],
+                truth=errors.label[row],
+                uncertainty=1 - float(errors.quality[row]),
             )
     return {row: photos[row] for row in sorted(photos)}

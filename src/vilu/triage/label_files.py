@@ -20,11 +20,11 @@ from vilu.triage.labels import SKIPPED, name_of
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
     """Make the columns of a table of labels; rows are in the order of the paths."""
-    names = sorted(labels)
+    paths = sorted(labels)
     columns = {
-        "path": names,
-        "label": [labels[name] for name in names],
-        "stream": [streams.get(name) for name in names],
+        "path": paths,
+        "label": [labels[path] for path in paths],
+        "stream": [streams.get(path) for path in paths],
     }
     return {name: pa.array(values, pa.string()) for name, values in columns.items()}
 
@@ -47,8 +47,10 @@ def write_labels(
         The number of labels that were written.
 
     Raises:
-        UsageError: If the output has another suffix, or exists and is no CSV of the same labels.
-        DataError: If no label belongs to a row of the scores, or if a label is no class of them.
+        UsageError: With ``scores`` if the output exists. Without ``scores`` if the output is no
+            .csv file, or exists and has other content.
+        DataError: If no label belongs to a row of the scores, or if a label is no class of the
+            scores.
     """
     if scores is None:
         require_suffix(output, ".csv")
@@ -73,25 +75,25 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
         )
     known = set(outcomes.ids)
     by_key: dict[str, str] = {}
-    for name, label in labels.items():
-        key = text_among(name, known) or name
+    for path, label in labels.items():
+        key = text_among(path, known) or path  # a path that no row has stays as it is
         add_label(by_key, scores, key, label)
     target_of = {name: index for index, name in enumerate(outcomes.class_names)}
-    target_of.setdefault(OUTSIDE_NAME, OUTSIDE)
+    target_of.setdefault(OUTSIDE_NAME, OUTSIDE)  # unless a class has this name
     rows = []
     targets = []
     for row, key in enumerate(outcomes.ids):
-        label = by_key.get(key, SKIPPED)
+        label = by_key.get(key, SKIPPED)  # a row without a label is treated like a skipped one
         if label == SKIPPED:
             continue
-        answer = name_of(label, target_of)
-        if answer is None:
+        name = name_of(label, target_of)
+        if name is None:
             raise DataError(
                 f"{label!r} is no class of {scores}. Its classes: "
                 f"{', '.join(map(str, outcomes.class_names))[:200]}."
             )
         rows.append(row)
-        targets.append(target_of[answer])
+        targets.append(target_of[name])
     if not rows:
         raise DataError(
             f"not one of {plural(len(labels), 'label')} belongs to a row of {scores}. The key of "
@@ -104,6 +106,7 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
     """Add a label unless it is None; DataError if the photo already has a different label."""
+    # The first label of a photo is added. Further labels are only compared with it.
     if label is not None and labels.setdefault(path, label) != label:
         raise DataError(f"{source}: {path!r} has the labels {labels[path]!r} and {label!r}.")
 

@@ -9,12 +9,12 @@ The same hash puts the photos of the calibration side into one random order. The
 a guarantee:
 
 1. A position in the order is fixed before labels are asked for.
-2. Labels are asked for of all photos before this position that the rule may accept. These labels
-   count once all of them have come. They are a random sample of the photos that the rule may
-   accept, because the order is random.
+2. Then the labels of all photos before this position that the rule may accept are asked for. These
+   labels count once all of them have come. Because the order is random, they are a random sample of
+   the photos that the rule may accept.
 3. A skipped photo, which nobody can name, counts as a wrong answer.
 4. Labels that nobody asked for ("given") count too, because their photos are taken for a random
-   pick. A file of labels that names another stream prevents this.
+   pick. They do not count if their file names another stream.
 5. No other label counts. So the label of a photo that was chosen for its uncertainty counts only if
    the photo is also in the draw.
 """
@@ -40,7 +40,11 @@ from vilu.errors import NO_NAME, DataError, UsageError, nearest
 from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
+"""Why a label was asked for, or that it came without a request (``Entry.stream``)."""
+
 STREAMS: Final = get_args(Stream)
+"""All streams."""
+
 SKIPPED: Final = NO_NAME
 """The label of a photo that nobody can name."""
 
@@ -58,10 +62,10 @@ class Entry:
     Attributes:
         path: Path of the photo, as tables write it.
         label: The label; None if it was asked for and has not come.
-        stream: Why the label was asked for ("fit" or "calibration"). "given" for the label of a
-            random pick that nobody asked for.
-        probability: Probability that the draw takes a photo of the calibration side; NaN for photos
-            outside the draw.
+        stream: Why the label was asked for ("fit" or "calibration"). "given" if nobody asked for
+            the label, because the photo was picked at random.
+        probability: Probability with which the draw takes a photo of the calibration side; NaN if
+            the label was not asked for by a draw.
         predictor: Fingerprint of the predictor for which the label was asked.
         asked: Time of the request in seconds since 1970; 0 for a label that came unasked.
         answered: Time of the label in seconds since 1970; 0 without a label.
@@ -79,7 +83,10 @@ class Entry:
     picture: str = ""
 
     def is_of_another(self, picture: bytes) -> bool:
-        """Whether the photo had another picture than ``picture`` when it was labelled."""
+        """Whether the photo had another picture than ``picture`` when it was labelled.
+
+        False if it is not known which picture the photo had.
+        """
         return self.picture not in {"", picture.hex()}
 
 
@@ -93,13 +100,15 @@ COLUMNS: Final = (
     "asked",
     "answered",
 )
+"""Columns of a book, in the order of its file: the attributes of ``Entry``."""
+
 NUMBERS: Final = {
     "probability": pa.float64(),
     "failure_probability": pa.float64(),
     "asked": pa.int64(),
     "answered": pa.int64(),
 }
-"""Types of the columns that hold numbers; all other columns of photo tables hold text."""
+"""Types of the columns that hold numbers, in all tables of photos; other columns hold text."""
 
 
 def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Array]:
@@ -159,17 +168,18 @@ class LabelBook:
             )
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
-        """Note labels by path; ``streams`` by path are used for photos that have no entry yet.
+        """Note labels by path. Return the number of labels that are new or have changed.
 
-        Returns the number of labels that are new or have changed.
+        ``streams``, also by path, are used for photos that have no entry yet.
         """
         now = int(time.time())
         n_changed = 0
         for path, label in labels.items():
             entry = self.entries.get(path)
             if entry is None:
-                entry = Entry(path, None, _unasked_stream(path, streams or {}))
+                entry = Entry(path, label=None, stream=_unasked_stream(path, streams or {}))
             if entry.label != label:
+                # The picture is not known here. ``note_pictures`` notes it.
                 self.entries[path] = replace(entry, label=label, answered=now, picture="")
                 n_changed += 1
         return n_changed
@@ -191,7 +201,7 @@ class LabelBook:
         return n_of_another
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
-        """Remove the waiting entries for which ``which`` is true."""
+        """Remove the entries without a label for which ``which`` is true."""
         kept_entries = {}
         for path, entry in self.entries.items():
             is_forgotten = entry.label is None and which(entry)
@@ -209,6 +219,7 @@ class LabelBook:
         present = set(paths)
         for path in present - self.entries.keys():
             former_path = former(path)
+            # If a photo has the former path now, the entry belongs to that photo.
             if former_path in self.entries and former_path not in present:
                 self.entries[path] = replace(self.entries.pop(former_path), path=path)
 
@@ -239,7 +250,7 @@ class LabelBook:
         entries = {}
         for row in table.to_pylist():
             facts = {name: value for name, value in row.items() if value is not None}
-            facts.setdefault("label", None)
+            facts.setdefault("label", None)  # an entry without a label has an empty cell
             if facts["stream"] == "promise":  # name of the stream in version 0.1.0
                 facts["stream"] = "calibration"
             entries[row["path"]] = Entry(**facts)
@@ -268,7 +279,7 @@ def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], ND
         (N,) bool, True on the calibration side, and (N,) uint64 positions in the random order.
     """
     hashes = [hashlib.sha256(b"vilu.side:%d:" % seed + picture).digest() for picture in pictures]
-    # The first 8 bytes of a hash are the position. A bit of the next byte is the side.
+    # The first 8 bytes of a hash are the position. The lowest bit of the next byte is the side.
     positions = np.frombuffer(b"".join(digest[:8] for digest in hashes), "<u8")
     is_calibration = np.array([digest[8] & 1 for digest in hashes], dtype=np.bool_)
     return is_calibration, positions
@@ -287,8 +298,8 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     if path.suffix.lower() == ".parquet":
         return _labels_of_book(path)
     columns, rows = csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-    key = next((name for name in KEYS if name in columns), None)
-    if key is None or "label" not in columns:
+    path_column = next((name for name in KEYS if name in columns), None)
+    if path_column is None or "label" not in columns:
         raise DataError(
             f"{path} must have the columns path (or {', '.join(KEYS[1:])}) and label. It has "
             f"{', '.join(columns) or 'none'}."
@@ -298,12 +309,15 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for row in rows:
-        name = row[key] if is_ours else row[key].strip()
+        name = row[path_column] if is_ours else row[path_column].strip()
         label = row["label"].strip()
         if not name:
-            raise DataError(f"{path} line {row.line}: it names no photo in the column {key!r}.")
+            raise DataError(
+                f"{path} line {row.line}: it names no photo in the column {path_column!r}."
+            )
         if not label:
             continue
+        # The first line of a photo sets its label. Further lines must have the same label.
         if labels.setdefault(name, label) != label:
             raise DataError(
                 f"{path} line {row.line}: {name!r} has the labels {labels[name]!r} and {label!r}."
@@ -331,21 +345,22 @@ class PhotoNames:
         self.photos = photos
         self.root = root
         self.paths = set(photos)
-        self.by_name: dict[str, list[str]] = {}
+        self.by_name: dict[str, list[str]] = {}  # photos by their file name
         for photo in photos:
             _, _, file_name = photo.rpartition("/")
+            # Usually the photo is the first with this file name, and begins a new list.
             self.by_name.setdefault(file_name, []).append(photo)
 
     def find(self, name: str) -> str | None:
-        """The photo with a name; None if there is none.
+        """The photo with a name; None if no photo has the name.
 
         The name is a path relative to the folder, a full path, or a file name.
 
         Raises:
             UsageError: If several photos have this file name.
         """
-        plain = name.removeprefix("./")
-        photo = text_among(plain, self.paths)
+        relative = name.removeprefix("./")
+        photo = text_among(relative, self.paths)
         if photo is not None:
             return photo
         path = Path(name)
@@ -353,7 +368,7 @@ class PhotoNames:
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
                 return text_among(path.relative_to(root).as_posix(), self.paths)
-        file_name = text_among(plain, self.by_name)
+        file_name = text_among(relative, self.by_name)
         if file_name is None:
             return None
         same_name = self.by_name[file_name]
@@ -396,40 +411,51 @@ class PhotoNames:
 def match_photos(
     labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path
 ) -> dict[str, str]:
-    """Paths of the photos by their names in ``source``, a file of labels (``PhotoNames.find``).
+    """Find the photos of the names in a file of labels (``PhotoNames.find``).
+
+    Args:
+        labels: Labels by the name that the file gives the photo.
+        photos: Paths of all photos.
+        root: The folder of the photos.
+        source: The file, for messages.
+
+    Returns:
+        Path of the photo by name. Names that no photo has are left out with a warning.
 
     Raises:
-        DataError: If no name is a photo of the folder, or if two names with different labels are
-            the same photo.
+        DataError: If no name is a photo of the folder, or if two names of one photo have different
+            labels.
     """
-    names = PhotoNames(photos, root)
+    photo_names = PhotoNames(photos, root)
     matches: dict[str, str] = {}
     missing = []
-    first_name: dict[str, str] = {}
+    first_name_of: dict[str, str] = {}  # first name in the file, by photo
     for name, label in labels.items():
-        photo = names.find(name)
+        photo = photo_names.find(name)
         if photo is None:
             missing.append(name)
         else:
-            earlier_name = first_name.setdefault(photo, name)
-            earlier = labels[earlier_name]
-            if earlier != label:
+            # Usually this is the first name of the photo, and its label is compared with itself.
+            first_name = first_name_of.setdefault(photo, name)
+            first_label = labels[first_name]
+            if label != first_label:
                 raise DataError(
-                    f"{source}: {photo!r} has the labels {earlier!r} and, as {name!r}, {label!r}."
+                    f"{source}: two labels for the photo {photo!r}: {first_label!r} (as "
+                    f"{first_name!r}) and {label!r} (as {name!r})."
                 )
             matches[name] = photo
-        names.warn_of_backslash(name, source)
-    names.report_missing(missing, source, none_matches=not matches)
+        photo_names.warn_of_backslash(name, source)
+    photo_names.report_missing(missing, source, none_matches=not matches)
     return matches
 
 
 def name_of(label: str, names: Collection[str]) -> str | None:
-    """The name in ``names`` that a label from a table means; None if there is none.
+    """The name in ``names`` that a label from a table means; None if it means none of them.
 
     The label is the name itself, or the text that tables write for the name (``portable_name``).
     """
-    name = path_of(label)
-    for candidate in (label, name):
+    without_escapes = path_of(label)
+    for candidate in (label, without_escapes):
         if candidate in names:
             return candidate
     return None
@@ -438,16 +464,19 @@ def name_of(label: str, names: Collection[str]) -> str | None:
 def require_names(
     labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path
 ) -> dict[str, str]:
-    """Labels by path, with the text of each label replaced by the name that it means.
+    """Replace each label, a text from a table, by the name that it means (``name_of``).
 
     Args:
-        labels: Label by path, as tables write it.
+        labels: Texts from a table, by path.
         names: Names of the classes.
         outside: Labels that mean "none of the classes".
         source: File of the labels, for the error.
 
+    Returns:
+        Names by path.
+
     Raises:
-        DataError: If a label is no class, not in ``outside`` and not "(skip)".
+        DataError: If a label is neither a class, nor in ``outside``, nor "(skip)".
     """
     known = {*names, *outside, SKIPPED}
     by_path: dict[str, str] = {}

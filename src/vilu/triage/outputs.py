@@ -32,6 +32,8 @@ from vilu.triage.state import BOOK, NEXT, REPORT, TriageSettings, open_state
 from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
+"""File name of the template of the page."""
+
 PHOTOS_SHOWN: Final = 24
 """Maximum number of photos in a section of the page."""
 
@@ -97,16 +99,19 @@ def triage_photos(
     find_template(PAGE)  # fails before the slow steps if the page cannot be written
     files = {}
     for file in labels:
-        by_name, streams = read_labels(file)
-        names = require_names(by_name, settings.embedding.names, settings.of_no_class, file)
-        files[file] = (names, streams)
-    open_state(output, settings, overwrite=overwrite)  # fails early on other settings, too
+        texts, streams_of_file = read_labels(file)
+        labels_of_file = require_names(
+            texts, settings.embedding.names, settings.of_no_class, source=file
+        )
+        files[file] = (labels_of_file, streams_of_file)
+    open_state(output, settings, overwrite=overwrite)  # fails here if the settings have changed
     listing = list_folder(settings.photos, output)
     by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
         _require_answers(output, files, by_path)
     with locked(make_folder(output), "sorting into", who="triage"):
-        # run_triage reads the state again: another run may have ended before the lock was taken.
+        # ``run_triage`` reads the state again, because another run may have changed it before the
+        # lock was taken.
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
         answers = answers_of(result.photos, result.predictor, result.outcomes, result.book.labels)
         write_decisions(output, result.outcomes, answers)
@@ -144,7 +149,7 @@ def _labels_by_path(
     by_path: dict[str, str] = {}
     streams: dict[str, str] = {}
     for file, (labels, streams_of_file) in files.items():
-        photo_of = match_photos(labels, listing.paths, listing.root, file)
+        photo_of = match_photos(labels, listing.paths, listing.root, source=file)
         for name, photo in photo_of.items():
             by_path[photo] = labels[name]
             if name in streams_of_file:
@@ -164,12 +169,12 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
     """
     if not (output / NEXT).is_file():
         return
-    names = set(by_path)
+    in_files = set(by_path)  # paths of photos, and below also their names in the files
     for by_name, _ in files.values():
-        names |= by_name.keys()
+        in_files |= by_name.keys()
     in_book = {entry.path for entry in LabelBook.load(output / BOOK) if entry.label is not None}
     filled_in, _ = read_labels(output / NEXT)
-    lost = filled_in.keys() - names - in_book
+    lost = filled_in.keys() - in_files - in_book
     if lost:
         raise UsageError(
             f"{output / NEXT} holds {plural(len(lost), 'answer')} that no run has read, such as "
@@ -239,6 +244,7 @@ def levels_of(
         return [_unlabelled_level(uncertainty, float(decile), in_force) for decile in deciles]
     grid = progress.looks.grid
     delta = progress.looks.delta
+    # Numbers of labels for every threshold of the grid, and what they show of it.
     wrong, accepted = progress.looks.counts(
         progress.outcomes.uncertainty, progress.outcomes.failure
     )
@@ -284,7 +290,7 @@ def _mean_up_to(uncertainty: Floats, threshold: float) -> float:
 
 
 def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
-    """The lowest bound in ``RISKS`` on the error rate at a threshold; None if labels show none.
+    """The lowest bound in ``RISKS`` that labels show at a threshold; None if they show no bound.
 
     The bound is valid after every label, at the level ``delta``.
 
@@ -345,7 +351,7 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     wrong, accepted = progress.looks.counts(
         progress.outcomes.uncertainty, progress.outcomes.failure
     )
-    last = progress.looks.last
+    last = progress.looks.last  # index of the laxest threshold that is tested
     counts = f"{int(wrong[last])} of {int(accepted[last])} labelled answers that count are wrong."
     if progress.more is None:
         return (
@@ -356,7 +362,9 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
 
 
 def scenes_in_words(result: TriageResult) -> str:
-    """What the labels show about new scenes; "" if few labelled photos are near copies.
+    """What the labels show about new scenes, as a sentence after those of the guarantee.
+
+    "" if nothing is guaranteed, or if few labelled photos are near copies.
 
     The test is repeated with only the first photo of every scene.
     """
@@ -373,7 +381,7 @@ def scenes_in_words(result: TriageResult) -> str:
     if certified is None:
         shown = "nothing"
     else:
-        threshold = float(progress.looks.grid[certified])
+        threshold = float(progress.looks.grid[certified])  # ``certified`` is an index
         share = float((result.tested_outcomes.uncertainty <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
         shown = "the same" if accepts_as_many else f"the guarantee for {share:.0%} of the photos"

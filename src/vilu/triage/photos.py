@@ -133,7 +133,8 @@ class PhotoStores:
         """Numbers of all stores that were begun, ascending."""
         return sorted(int(path.stem) for path in self.root.glob("*.parquet") if path.stem.isdigit())
 
-    def _list(self, number: int) -> Path:
+    def _list_file(self, number: int) -> Path:
+        """File that lists the photos of a store."""
         return self.root / f"{number:03}.parquet"
 
     def store(self, number: int) -> Path:
@@ -146,13 +147,16 @@ class PhotoStores:
 
     def listed(self, number: int) -> dict[str, Version]:
         """Versions of the photos of a store, by path."""
-        table, metadata = read_table(self._list(number), ())
+        table, metadata = read_table(self._list_file(number), ())
         if metadata.get("kind") != "photos":
             raise DataError(
-                f"{self._list(number)} is no list of photos of vilu. Remove the folder {self.root}."
+                f"{self._list_file(number)} is no list of photos of vilu. Remove the folder "
+                f"{self.root}."
             )
-        columns = [table[name].to_pylist() for name in ("path", "size", "time")]
-        return {path: (size, time) for path, size, time in zip(*columns, strict=True)}
+        paths = table["path"].to_pylist()
+        sizes = table["size"].to_pylist()
+        times = table["time"].to_pylist()
+        return dict(zip(paths, zip(sizes, times, strict=True), strict=True))
 
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.
@@ -170,7 +174,7 @@ class PhotoStores:
             done |= resumed
             unread -= resumed.keys()
         for path in self._readable_again(photos, unread):
-            del done[path]
+            del done[path]  # so that the photo is embedded now
         new = {path: version for path, version in now.items() if done.get(path) != version}
         if new:
             number = max(self.numbers(), default=0) + 1
@@ -187,10 +191,11 @@ class PhotoStores:
             listed = self.listed(number)
             if self.is_complete(number):
                 done |= listed
+                # What this store says about its photos replaces what older stores say about them.
                 unread -= listed.keys()
                 unread |= self._unread(number)
             elif all(now.get(path) == version for path, version in listed.items()):
-                begun = number  # its photos are unchanged, so it can be continued
+                begun = number  # the listed photos are unchanged, so this store can be continued
             else:
                 self._remove(number)
         return _StoredPhotos(done, unread, begun)
@@ -221,7 +226,7 @@ class PhotoStores:
             "size": pa.array(sizes, pa.int64()),
             "time": pa.array(times, pa.int64()),
         }
-        write_table(self._list(number), columns, {"kind": "photos"})
+        write_table(self._list_file(number), columns, {"kind": "photos"})
 
     def _embed(
         self,
@@ -232,10 +237,11 @@ class PhotoStores:
     ) -> None:
         """Embed the ``chosen`` paths into a store, or finish a store that was interrupted."""
         model = settings.backbone.load()
-        complete = next((store for store in self.numbers() if self.is_complete(store)), None)
-        if complete is not None:
-            # A store of another model would make every later run fail, so it must not be written.
-            folder = self.store(complete)
+        complete_stores = [n for n in self.numbers() if self.is_complete(n)]
+        if complete_stores:
+            # All stores must be of one model, or every later run fails. So this is checked before
+            # the new store is written.
+            folder = self.store(complete_stores[0])
             EmbeddingStore(folder).space.require_match(
                 model.space, name=str(folder), other_name="the model of this run"
             )
@@ -260,7 +266,7 @@ class PhotoStores:
         with or_refuse(f"remove {self.store(number)}"):
             if self.store(number).exists():
                 shutil.rmtree(self.store(number))
-            self._list(number).unlink()
+            self._list_file(number).unlink()
 
     def open(self, photos: Sequence[Listed]) -> Photos:
         """The listed photos, each from the newest store that holds its present version."""
@@ -270,7 +276,7 @@ class PhotoStores:
         for number in numbers:
             for path, version in self.listed(number).items():
                 if now.get(path) == version:
-                    newest[path] = number
+                    newest[path] = number  # replaces the number of an older store
         parts = []
         bad: dict[str, str] = {}
         for number in numbers:
@@ -341,7 +347,7 @@ class Photos(EmbeddingSource):
     @property
     def pictures(self) -> list[bytes]:
         """(N,) digest of the picture of every row."""
-        best_identity = self.identified_by[0]
+        best_identity = self.identified_by[0]  # "pictures", unless the rows were imported
         return [value.tobytes() for value in self.identities(best_identity)]
 
     def image_rows(self, index: Tensor) -> Tensor:
@@ -364,6 +370,7 @@ class Photos(EmbeddingSource):
         Yields a store, the positions in ``rows`` of the rows from this store, and the numbers of
         these rows in the store.
         """
+        # The part of a row is the last part that starts at this row or before it.
         part_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(part_of_row).tolist():
             store, rows_of_part = self._parts[part]
@@ -391,7 +398,7 @@ class Photos(EmbeddingSource):
     def candidates_by_name(self) -> dict[str, int]:
         """Index of the candidate of every class name; classes with equal text share a candidate."""
         names = self.first.manifest.names
-        merged = self.first.candidate_of
-        if merged is None:
+        candidate_of_class = self.first.candidate_of
+        if candidate_of_class is None:  # every class is a candidate of its own
             return {name: index for index, name in enumerate(names)}
-        return {name: int(merged[index]) for index, name in enumerate(names)}
+        return {name: int(candidate_of_class[index]) for index, name in enumerate(names)}

@@ -41,7 +41,7 @@ class ReviewTask:
         answer: The model's answer, as tables write it; None without an answer.
         failure_probability: Probability that the answer is wrong; None if it is not known.
         runner_up: The second most likely answer.
-        zero_shot: The zero-shot answer; None if it is ``answer``.
+        zero_shot: The zero-shot answer; None if it is the same as ``answer``.
         stream: Why the label was asked for. Photos that were not asked for have the stream
             ``CHOSEN``, because their labels may be used in fits only.
     """
@@ -95,7 +95,7 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
         review = _of_triage(source, which)
     else:
         review = _of_scores(source, which)
-    return replace(review, tasks=review.tasks[:n])
+    return replace(review, tasks=review.tasks[:n])  # all tasks if ``n`` is None
 
 
 def _of_triage(folder: Path, which: Which) -> Review:
@@ -108,18 +108,23 @@ def _of_triage(folder: Path, which: Which) -> Review:
     for row in _read_written(folder / DECISIONS_CSV, DECISION_COLUMNS):
         if _is_wanted(row, streams, which):
             tasks.append(_task(row, streams.get(row["path"], CHOSEN)))
-    request_of = {path: number for number, path in enumerate(streams)}
+    request_of = {path: number for number, path in enumerate(streams)}  # place of each request
     n_requests = len(request_of)
 
     def rank(task: ReviewTask) -> tuple[int, float]:
         """Photos that were asked for, in the order of the requests; then the most doubtful."""
+        # All photos that were not asked for share the place after the last request.
         request = request_of.get(task.path, n_requests)
         doubt = task.failure_probability or 0.0
         return request, -doubt
 
     tasks.sort(key=rank)
     return Review(
-        tasks, _names(state.settings), Path(state.photos), "vilu triage", state.answer.answer
+        tasks,
+        names=_names(state.settings),
+        photos=Path(state.photos),
+        model="vilu triage",
+        answer=state.answer.answer,
     )
 
 
@@ -131,7 +136,7 @@ def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _texts(settings: Mapping[str, object], name: str) -> list[str]:
-    """A setting that is a list, as texts; empty if it is no list."""
+    """The values of a setting that is a list; [] if the setting is missing or is no list."""
     values = settings.get(name)
     return [str(value) for value in values] if isinstance(values, list) else []
 
@@ -143,7 +148,7 @@ def _read_written(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}. {again}")
-    for number, row in enumerate(rows, start=2):
+    for number, row in enumerate(rows, start=2):  # row 1 is the heading
         if row.ends_early:
             raise DataError(f"{path}: row {number} is not complete. {again}")
         probability = row.get("failure_probability", "")
@@ -198,7 +203,7 @@ def _of_scores(path: Path, which: Which) -> Review:
             f"{path} does not name its images and classes. Give scores that `vilu score` wrote."
         )
     names = [portable_name(str(name)) for name in outcomes.class_names]
-    # Rows without a score come first: people have to look at them.
+    # People have to look at rows without a score, so these rows come first.
     doubt = np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty)
     tasks = []
     for row in np.argsort(-doubt, kind="stable").tolist():
@@ -216,11 +221,18 @@ def _of_scores(path: Path, which: Which) -> Review:
                 zero_shot=zero_shot,
             )
             tasks.append(task)
-    return Review(tasks, (*names, OUTSIDE_NAME), None, outcomes.method or "vilu", outcomes.answer)
+    return Review(
+        tasks,
+        names=(*names, OUTSIDE_NAME),
+        photos=None,
+        model=outcomes.method or "vilu",
+        answer=outcomes.answer,
+    )
 
 
 def _probability(outcomes: Outcomes, row: int) -> float | None:
     """Probability that an answer is wrong; None if the scores hold no such probability."""
-    is_known = outcomes.is_probability or outcomes.failure_probability is not None
+    has_probabilities = outcomes.is_probability or outcomes.failure_probability is not None
     probability = float(failure_probabilities(outcomes)[row])
-    return probability if is_known and math.isfinite(probability) else None
+    has_score = math.isfinite(probability)
+    return probability if has_probabilities and has_score else None

@@ -136,6 +136,7 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     return [output]
 
 
+# A field has a type, the class of an embedded document or None, and a name in the database.
 FIELDS: Final = {
     "id": ("ObjectIdField", None, "_id"),
     "filepath": ("StringField", None, "filepath"),
@@ -148,7 +149,7 @@ FIELDS: Final = {
     "zero_shot": ("StringField", None, "zero_shot"),
     "path": ("StringField", None, "path"),
 }
-"""Fields of a FiftyOne sample: type, class of the embedded document, and name in the database."""
+"""Fields of a FiftyOne sample, in the order of FiftyOne's own fields and then ours."""
 
 
 def _write_fiftyone(review: Review, output: Path) -> list[Path]:
@@ -209,7 +210,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
 
 
 def _text_of_path(portable: str) -> str:
-    """The path of a file; its portable text if the path cannot be written as UTF-8 in JSON."""
+    """The path of a file for JSON: the real path, or ``portable`` if the path is no valid UTF-8."""
     path = path_of(portable)
     try:
         path.encode()
@@ -282,6 +283,7 @@ def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
     data = task.get("data", task)
     path = data.get("path") if isinstance(data, dict) else None
     if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
+        # The path is all that follows "?d=", or the whole address if it has no "?d=".
         _, _, quoted_path = data[IMAGE].rpartition("?d=")
         path = portable_name(unquote(quoted_path, errors="surrogateescape"))
     if not isinstance(path, str):
@@ -307,7 +309,7 @@ def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | No
 
 
 def _only_choice(chosen: object, path: str, source: Path) -> str | None:
-    """The chosen name; None without a choice, DataError for more than one."""
+    """The name in a choice; None if nothing is chosen, DataError if several names are."""
     if chosen is None or chosen == []:
         return None
     names = chosen if isinstance(chosen, list) else [chosen]
@@ -329,6 +331,7 @@ def _of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - any con
         truth = sample.get(TRUTH_FIELD) if isinstance(sample, dict) else None
         label = truth.get("label") if isinstance(truth, dict) else None
         if label is not None:
+            # Samples of another program have no field "path".
             path = str(sample.get("path") or sample.get("filepath"))
             add_label(labels, source, path, str(label))
             streams[path] = _stream_of_tags(sample.get("tags") or ())

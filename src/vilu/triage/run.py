@@ -78,7 +78,7 @@ CALIBRATION_PART: Final = 3
 """If there is a guarantee, every third photo to label is of the calibration side."""
 
 WORTH_MORE: Final = 1.1
-"""Factor: the limit of a candidate includes at least 1.1 times the photos accepted at present."""
+"""The limit of a candidate includes at least this multiple of the photos accepted at present."""
 
 logger = logging.getLogger(__name__)
 
@@ -144,12 +144,12 @@ class TriageResult:
         predictor: The present predictor, which decides.
         answer: Which answers the present predictor judges, and why.
         rule: The guarantee of the present predictor; None if nothing is certified.
-        progress: How far the guarantee of the tested predictor is; None if the predictor needs no
-            labels, or if there is no calibration photo.
+        progress: How far the guarantee of the tested predictor is; None if the tested predictor
+            needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
-        is_first_of_scene: (M,) bool for the photos that count for the guarantee: True for a near
-            copy of no photo to fit on and of no earlier photo; None without ``progress``.
+        is_first_of_scene: (M,) bool, which of the photos that count for the guarantee are near
+            copies neither of a photo to fit on nor of an earlier photo; None without ``progress``.
         asked: Entries of the photos whose labels are asked for.
         book: All labels that were asked for or given.
         n_fit: Number of labels that the present predictor was fitted on.
@@ -192,7 +192,7 @@ def run_triage(
 
 
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """Open the state in which a run begins; ``overwrite`` removes all files of earlier runs."""
+    """Open the state in which a run begins; ``overwrite`` removes earlier results (``MADE``)."""
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
         for name in MADE:
@@ -227,8 +227,8 @@ def note_labels(
     """Add the new labels to the book; remove a guarantee if one of its labels has changed."""
     book = LabelBook.load(root / BOOK)
     book.rename(former_text, paths)
-    # The guarantee is removed before the book is saved. So a run that is killed in between leaves
-    # no guarantee whose labels have changed.
+    # The guarantee is removed before the book is saved. Otherwise a run that is killed in between
+    # could leave a guarantee whose labels have changed.
     take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
     n_changed = book.answer(labels, streams)
     if n_changed:
@@ -249,7 +249,9 @@ def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
     paths = set()
     for path, label in labels.items():
         entry = book.entries.get(path)
-        if entry is not None and entry.label not in {None, label}:
+        if entry is None or entry.label is None:
+            continue  # there is no label that could be replaced
+        if entry.label != label:
             paths.add(path)
     return paths
 
@@ -304,7 +306,7 @@ def rule_in_force(folder: Path) -> Rule | None:
     return None
 
 
-# The first step: choose the predictor to test. Labels are asked for its test.
+# The first step: choose the predictor to test. The labels of the last step are for its test.
 
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
@@ -398,8 +400,8 @@ def share_accepted(run: TriageRun) -> float:
     if rule is None or rule.threshold is None:
         return 0.0
     uncertainty = load_predictor(run.present).predict_uncertainty(run.photos)
-    accepted = uncertainty[run.split.for_calibration] <= rule.threshold
-    return float(accepted.mean())
+    is_accepted = uncertainty[run.split.for_calibration] <= rule.threshold
+    return float(is_accepted.mean())
 
 
 # The second step: count the labels for the guarantee.
@@ -420,7 +422,7 @@ def count_labels(
         progress = dataclasses.replace(progress, missing=missing)
     else:
         state = state.model_copy(update={"counted_up_to": state.asked_up_to})
-    # A test with too few labels to certify anything uses none of the level. So it is not counted.
+    # A test with too few labels to certify anything uses none of the level, so it is not counted.
     is_first_look = not trial.attempt and progress.looks.can_certify(progress.outcomes.uncertainty)
     if is_first_look:
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
@@ -454,8 +456,8 @@ def keep_certified(
 ) -> TriageState:
     """Write a better guarantee; a candidate replaces the present predictor if it accepts more."""
     if state.candidate is not None:
-        accepted = tested.uncertainty[run.split.for_calibration] <= progress.threshold
-        share = float(accepted.mean())
+        is_accepted = tested.uncertainty[run.split.for_calibration] <= progress.threshold
+        share = float(is_accepted.mean())
         share_before = share_accepted(run)
         if share <= share_before:
             return state
@@ -467,8 +469,8 @@ def keep_certified(
         state = _let_decide(
             run, state, predictor, trial=state.candidate, answer=state.candidate_answer
         )
-        # The old state needs the folder of the candidate. So the new state is written before the
-        # folder is removed.
+        # The old state refers to the folder of the candidate. So the new state is written before
+        # the folder is removed.
         state = run.write(state)
         shutil.rmtree(run.candidate)
     if _replaces(progress, rule_in_force(run.present)):
@@ -488,9 +490,9 @@ def keep_certified(
 
 
 def _replaces(progress: GuaranteeProgress, rule: Rule | None) -> bool:
-    """Whether a rule is written from the progress, in place of the rule in force if there is one.
+    """Whether a new rule is written from the progress.
 
-    A rule stays certified. So only a rule that accepts more replaces it.
+    A rule in force stays certified. So it is only replaced by a rule that accepts more.
     """
     if not len(progress.rows):
         return False
@@ -505,8 +507,9 @@ def _replaces(progress: GuaranteeProgress, rule: Rule | None) -> bool:
 def ask_for_labels(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress | None
 ) -> TriageState:
-    """Ask for the missing labels of the draw; if none is missing, for new labels of both sides."""
+    """Ask for the labels of the draw that are missing, or else for new labels of both sides."""
     description = read_description(run.tested_folder(state) / PREDICTOR)
+    # The predictor is named in the book by the start of its digest.
     predictor = str(description["weights_sha256"])[:16]
     missing: list[str] = []
     drawn: list[str] = []
@@ -576,9 +579,11 @@ def n_to_draw(
 ) -> int:
     """How many of the next ``n`` labels are of the calibration side.
 
+    None if the predictor has no trial yet. Otherwise:
+
     - If there is a guarantee: every third label.
     - If a guarantee is likely and there are enough labels to fit on: all labels.
-    - Otherwise: none.
+    - In all other cases: none.
 
     Args:
         state: State of the triage.
@@ -598,7 +603,10 @@ def n_to_draw(
 
 
 def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
-    """Move the limit of a trial ``FURTHER`` thresholds up if the threshold there is certified."""
+    """The trial with its limit ``FURTHER`` thresholds higher, if the threshold there is certified.
+
+    Otherwise the trial itself.
+    """
     last = progress.looks.last
     if progress.certified != last:
         return trial
@@ -623,7 +631,7 @@ def next_of_draw(
 
 
 def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
-    """Position up to which labels are asked for after ``rows``, in the random order, were drawn."""
+    """Position up to which labels are asked for after a draw of ``rows``, sorted by position."""
     if not len(rows):
         return asked_up_to
     last_position = int(split.position[rows[-1]])

@@ -51,14 +51,15 @@ class ReviewSession:
 
     Attributes:
         answers: Labels by the path of the photo.
-        streams: Streams by the path of the photo, as the file had them.
+        streams: Streams by the path of the photo, as they were in the file at the start.
         written: Content of the file when this session last read or wrote it; None if there was no
             file.
         lock: Held while an answer is saved.
+        bounds: Reads files of the folder of photos, and of no other folder.
 
     Raises:
         UsageError: If there is no photo to look at, or the folder of the photos is not known.
-        DataError: If the file of labels is damaged, or holds labels of other photos only.
+        DataError: If the file of labels is damaged, or has only labels of other photos.
     """
 
     review: Review
@@ -88,10 +89,11 @@ class ReviewSession:
         """Set the label of the photo number ``index``, and save all labels; None removes the label.
 
         Raises:
-            DataError: If there is no photo with this number, or if the label is no name to choose.
+            DataError: If there is no photo with this number, or if the label is no known name.
             BusyError: If another program has changed the file. Then nothing is written.
             StorageError: If the file cannot be written.
         """
+        # The type is compared, because True and False would pass as numbers.
         if type(index) is not int or not 0 <= index < len(self.review.tasks):
             raise DataError(f"there is no photo number {index!r}.")
         if label is not None and label not in {*self.review.names, SKIPPED}:
@@ -108,12 +110,13 @@ class ReviewSession:
 
     def _save(self, answers: dict[str, str]) -> None:
         """Write the answers; BusyError if another program has changed the file."""
+        # A file that was removed (None) is written again.
         if self._on_disk() not in {None, self.written}:
             raise BusyError(
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        # The file may also hold photos that are not shown now: they keep their streams.
+        # The file may also hold labels of photos that are not shown now. These keep their streams.
         streams = dict(self.streams)
         for task in self.review.tasks:
             streams[task.path] = task.stream
@@ -130,7 +133,7 @@ class ReviewSession:
         """Encode a photo as WebP; it is decoded with the protection against hostile files.
 
         Raises:
-            BadImage: If the file is no picture that can be decoded.
+            BadImage: If the file cannot be decoded as a picture.
             OSError: If the file cannot be read.
         """
         path = path_of(self.review.tasks[index].path)
@@ -221,6 +224,7 @@ class PageHandler(BaseHTTPRequestHandler):
         """Send the page, the data of its tasks, or a photo."""
         if not self._allowed():
             return
+        # The paths are /, /tasks and /photo/NUMBER.
         kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
         n_photos = len(self.page_session.review.tasks)
         if not kind:
@@ -260,10 +264,11 @@ class PageHandler(BaseHTTPRequestHandler):
     def _allowed(self) -> bool:
         """Whether a request has the key and the right host name; otherwise refuse it."""
         query = parse_qs(urlsplit(self.path).query)
-        key, *_ = query.get("key", [""])
+        key, *_ = query.get("key", [""])  # the first if there are several
         _, port = self.connection.getsockname()
         host = self.headers.get("Host", "")
-        # Against DNS rebinding: a hostile site may let its own host name lead to this machine.
+        # The host is checked because a hostile site may let its own host name lead to this machine
+        # (DNS rebinding).
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
@@ -311,4 +316,4 @@ class PageHandler(BaseHTTPRequestHandler):
         )
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-        """Log nothing: the terminal shows only the messages of the command."""
+        """Log nothing, because the terminal shows only the messages of the command."""

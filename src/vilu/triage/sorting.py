@@ -43,7 +43,8 @@ def list_folder(photos: Path, root: Path) -> PhotoFolder:
         DataError: If there is no photo, or if a new photo has the name of a photo that was moved.
     """
     moved = moved_photos(root)
-    listing = list(list_photos(photos, least=0 if moved else 1))
+    n_least = 0 if moved else 1  # if all photos were moved, the folder may have none
+    listing = list(list_photos(photos, least=n_least))
     names = {portable_name(path) for path, _ in listing}
     moved_and_new = sorted(names & moved.keys())
     if moved_and_new:
@@ -113,7 +114,8 @@ def sort_photos(
             for path, target in targets.items():
                 _link(sources[path], target)
             return
-        targets = {path: to for path, to in targets.items() if not sources[path].is_symlink()}
+        links = {path for path in targets if sources[path].is_symlink()}
+        targets = {path: target for path, target in targets.items() if path not in links}
         _note_moves(root, [*listing.moved.items(), *targets.items()])
         for path, target in targets.items():
             _move(sources[path], target)
@@ -146,7 +148,7 @@ def folder_of(answer: Answer, of_no_class: Collection[str]) -> str:
         return "outside"
     if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
         name = NOT_IN_A_NAME.sub("_", answer.label).strip(". ")
-        return f"accepted/{name or '_'}"
+        return f"accepted/{name or '_'}"  # "_" if nothing is left of the name
     return "review"
 
 

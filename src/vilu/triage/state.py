@@ -17,6 +17,7 @@ from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
+# Files and folders in the folder of a triage.
 STATE: Final = "triage.json"
 BOOK: Final = "labels.parquet"
 PREDICTOR_FOLDER: Final = "predictor"
@@ -42,7 +43,7 @@ MADE: Final = (
 
 
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
-"""The choice of answers before the first fit."""
+"""The choice of answers before the first fit, and of the candidate if there is none."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,13 @@ class TriageState(Document):
         trial: Test of the present predictor; None before its first test or if it needs no labels.
         candidate: Test of the candidate; None without a candidate.
         candidate_answer: Which answers the candidate judges, and why.
-        n_tested: Number of predictors that had enough labels to be certified.
+        n_tested: Number of predictors so far that had enough labels to be certified.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
-        asked_up_to: Position in the random order. Labels were asked for of the photos before it.
-        counted_up_to: Position in the random order. At the last count no label before it was
-            missing.
+        asked_up_to: Position in the random order. The photos before it are drawn: labels of those
+            that the rule may accept were asked for.
+        counted_up_to: Position in the random order: the value of ``asked_up_to`` when last none of
+            the labels that were asked for was missing.
     """
 
     again = (

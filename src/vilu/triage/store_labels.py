@@ -38,7 +38,8 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
     Raises:
         DataError: If a table names no row of the store, or a label is no class.
     """
-    photos = Photos([(store, np.arange(len(store)))], {})
+    all_rows = np.arange(len(store))
+    photos = Photos([(store, all_rows)], bad={})
     book = LabelBook()
     book.answer(_own_labels(store, photos.ids))
     for file in files:
@@ -47,7 +48,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
             _add_asked(book, asked)
         else:
             _add_labels(book, file, photos.ids, store.path)
-    source = files[0] if files else store.path
+    source = files[0] if files else store.path  # named in the error about a label
     classes = tuple(photos.candidates_by_name())
     book.answer(require_names(book.labels, classes, (OUTSIDE_NAME,), source))
     photos.label(book.labels, (OUTSIDE_NAME,))
@@ -67,17 +68,21 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
 
 
 def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Entries of a table that ``vilu next`` wrote, for the rows ``keys``; {} for other tables."""
+    """Entries by path of a table that ``vilu next`` wrote; {} for any other table.
+
+    Only rows whose path is among ``keys`` are read.
+    """
     columns, rows = csv_rows(path)
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
     known = set(keys)
     asked = {}
     for row in rows:
-        name = row["path"]
-        if name in known:
+        key = row["path"]
+        if key in known:
             stream: Stream = "calibration" if row["stream"] == "calibration" else "fit"
-            asked[name] = Entry(name, row["label"] or None, stream, predictor=row["predictor"])
+            label = row["label"] or None  # an empty cell: the label has not come
+            asked[key] = Entry(key, label, stream, predictor=row["predictor"])
     return asked
 
 
@@ -107,7 +112,7 @@ def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -
 def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
     """The labelled rows that were picked at random.
 
-    Rows that were chosen to fit on and skipped rows are left out.
+    Skipped rows, and rows that were chosen to fit on, are left out.
 
     Raises:
         UsageError: If some labels were drawn by ``vilu next`` for a guarantee. Such labels are not

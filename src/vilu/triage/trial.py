@@ -15,7 +15,7 @@ from vilu.triage.choose import choose_limit
 PLANNED: Final = 200
 """Number of calibration labels that a limit is chosen for.
 
-If 1 % of 200 labelled answers are wrong, the error rate is shown to be below 5 %.
+This number is enough to show that the error rate is below 5 % if 1 % of the answers are wrong.
 """
 
 
@@ -56,9 +56,10 @@ class Trial(Model):
             n_labels: Number of calibration labels that are expected.
             max_risk: Largest error rate that is allowed.
             delta: Level of the test.
-            least_share: Smallest share of the photos that the limit may include.
+            least_share: The limit includes at least this share of the photos.
         """
         limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, delta)
+        # The smallest limit that includes this share of the photos.
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
             limit = least_limit
