@@ -101,9 +101,9 @@ def level_of(attempt: int, delta: float) -> float:
 
 
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
-    """Thresholds (G,) from scores (N,): 64 at equal steps in rank up to a limit, then more.
+    """Thresholds (G,) from scores (N,), without labels.
 
-    Labels are not used.
+    The first 64 thresholds rise in equal steps of rank to a limit, all others in growing steps.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
     # scores where the labels happen to be right, and the test of a fixed threshold would be wrong.

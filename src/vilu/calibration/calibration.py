@@ -42,8 +42,8 @@ class Calibration(Document):
     """Result of calibrating a predictor on labelled rows: rule, probabilities and label sets.
 
     ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write it into the folder of
-    the predictor as ``risk.json``, beside the calibration rows. Its rule decides which answers are
-    accepted.
+    the predictor as ``risk.json``, beside the calibration rows. The rule of a
+    calibration decides which answers are accepted.
 
     Attributes:
         vilu: Version of vilu that made the calibration.
@@ -129,7 +129,7 @@ class Calibration(Document):
 
         Raises:
             DataError: If there is no calibration, if its file is damaged, or if its rule does not
-                follow from its rows.
+                follow from the calibration rows.
             ProvenanceError: If the calibration was made for another predictor, or with another
                 schema.
 

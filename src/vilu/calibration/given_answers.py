@@ -45,21 +45,21 @@ def warn_of_in_sample(fitted: Mapping[str, int] | None, rows: Outcomes) -> None:
         is_known &= ~rows.outside
     failure = rows.failure[is_known]
     n_fit = fitted["n"]
-    n = len(failure)
-    if min(n_fit, n) == 0:
+    m = len(failure)
+    if n_fit == 0 or m == 0:
         return
     n_right = int(np.count_nonzero(failure == 0))
     accuracy_of_fit = fitted["n_right"] / n_fit
-    accuracy = n_right / n
+    accuracy = n_right / m
     difference = accuracy_of_fit - accuracy
-    accuracy_of_all = (fitted["n_right"] + n_right) / (n_fit + n)
+    accuracy_of_all = (fitted["n_right"] + n_right) / (n_fit + m)
     variance_of_one = accuracy_of_all * (1 - accuracy_of_all)
-    standard_error = math.sqrt(variance_of_one * (1 / n_fit + 1 / n))
+    standard_error = math.sqrt(variance_of_one * (1 / n_fit + 1 / m))
     if difference <= MOST_ERRORS * standard_error:
         return
     warn_caller(
         f"the given answers are right for {accuracy_of_fit:.1%} of {n_fit:,} fit rows and for "
-        f"{accuracy:.1%} of {n:,} calibration rows: a difference of {difference:.1%}, whose "
+        f"{accuracy:.1%} of {m:,} calibration rows: a difference of {difference:.1%}, whose "
         f"standard error is {standard_error:.1%}. Was the answering model trained on the fit rows? "
         "Then the predictor has learned from answers that are too good. Fit it on answers that are "
         "out-of-fold, such as those of sklearn.model_selection.cross_val_predict."

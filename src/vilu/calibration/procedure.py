@@ -124,6 +124,7 @@ def _calibrate(
     *,
     overwrite: bool,
 ) -> Calibration:
+    """Calibrate in a locked folder; ``names`` are the names of the data set and of its split."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
     inputs = _inputs(predictor, data, target, names)
@@ -273,14 +274,14 @@ def _certified(rows: Outcomes, target: Target) -> Rule | None:
     return rule
 
 
-def _accepts_less(rule: Rule | None, other: Rule | None, pictures: Outcomes) -> bool:
-    """Whether ``rule`` accepts fewer of these pictures than ``other``; False without rules."""
-    if rule is None or other is None:
+def _accepts_less(rule: Rule | None, rival: Rule | None, pictures: Outcomes) -> bool:
+    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False without rules."""
+    if rule is None or rival is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
     n_accepted = int(rule.accept(pictures.uncertainty, groups).sum())
-    n_accepted_by_other = int(other.accept(pictures.uncertainty, groups).sum())
-    return n_accepted < n_accepted_by_other
+    n_accepted_by_rival = int(rival.accept(pictures.uncertainty, groups).sum())
+    return n_accepted < n_accepted_by_rival
 
 
 def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration

@@ -6,7 +6,7 @@ The p-value of an answer with uncertainty u, from n calibration answers with unc
 
 It is small if few calibration answers that were trusted at least as much are wrong. The
 procedure of Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as
-its level. It bounds the mean share of wrong answers among the accepted ones (0 if no answer is
+its level. This bounds the mean share of wrong answers among the accepted ones (0 if no answer is
 accepted). The mean is over draws of calibration rows and batch. The decision about a row depends on
 the other rows of its batch, so all rows of a batch must be judged together.
 
@@ -66,8 +66,8 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
     # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
     # p-values depend on the same calibration rows (Jin & Candès).
     steps = level * np.arange(1, len(ordered) + 1) / len(ordered)
-    # A step-up procedure: the largest p-value below its step sets the limit, even if a smaller
-    # p-value is above its own step.
+    # This is a step-up procedure: the largest p-value that is at most its step sets the limit, even
+    # if a smaller p-value is above its own step.
     passed = ordered[ordered <= steps]
     if not len(passed):
         return np.zeros_like(scored)

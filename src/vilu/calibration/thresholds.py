@@ -260,7 +260,8 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
 
     **Fixed sequences.** Thresholds are tested from strict to lax, all at the same level, until one
     H_t is not rejected. R need not be monotone. A sequence must start where enough rows are
-    accepted for a rejection to be possible. One unlucky wrong answer near its start ends it.
+    accepted for a rejection to be possible. One unlucky wrong answer near the start ends the
+    sequence.
     Therefore there are three sequences. They start near 1/16 of the rows, near 1/4 of the rows,
     and at all rows. A sequence that reaches the start of the next sequence adds its level to that
     of the next sequence (fallback procedure of Wiens). If there are few rows, one sequence has all
@@ -463,6 +464,7 @@ def beginnings(
         trials_needed_next = rows_without_error(max_risk, level + level_left * next_share)
         next_rows = max(math.ceil(n * next_at), trials_needed_next + 1)
         has_next = next_at > 0
+        # This sequence must start later than it should, and then close to the next sequence.
         is_late = trials_wanted < trials_needed and trials_needed + 1 > NEAR * next_rows
         if has_next and is_late:
             # One sequence with the levels of both certifies more than two sequences that start

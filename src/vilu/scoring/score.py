@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 class CalibrationLike(Protocol):
     """The part of ``vilu.Calibration`` that scoring needs.
 
-    It is a protocol, because this module cannot import ``vilu.calibration``, which imports it.
+    It is a protocol, because ``vilu.calibration`` imports this module. So this module cannot import
+    the class itself.
     """
 
     @property
@@ -87,8 +88,8 @@ class CalibrationLike(Protocol):
 class DecidingModel(SavedModel):
     """A predictor with the calibration that decides about its answers.
 
-    It is the base of ``vilu.Selective``, because this module cannot import that class, whose module
-    imports it.
+    It is the base of ``vilu.Selective``, whose module imports this module. So this module cannot
+    import the class itself.
     """
 
     predictor: FailurePredictor
@@ -229,8 +230,8 @@ def score_rows(
     bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
     with bar as progress:
         for batch, scores in predictor.scored(source, scored):
-            # Find the position of each row of the batch in ``indices``. The row has the same
-            # position in the columns.
+            # A row has the same position in the columns as in ``indices``. Bisection in the sorted
+            # indices finds the positions of the rows of the batch.
             sorted_positions = np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)
             positions = order[sorted_positions]
             columns.fill(positions, batch, scores)

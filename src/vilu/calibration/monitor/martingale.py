@@ -109,7 +109,7 @@ class Martingale:
     started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
     # counts N_t of every histogram bet
     counts: list[Floats] = field(
-        default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS]
+        default_factory=lambda: [np.zeros(n_cells) for n_cells, _ in HISTOGRAMS]
     )
 
     def update(self, p: Floats) -> Floats:
@@ -283,8 +283,8 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
         odd_keys = key[odd]
         up_to = np.searchsorted(even_keys, odd_keys, "right")
         below = np.searchsorted(even_keys, odd_keys, "left")
-        # If an odd block has values, the even blocks up to its pair are full, so they hold
-        # (pair + 1) * width values.
+        # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
+        # Together they hold (pair + 1) * width values.
         greater[odd] += (pair[odd] + 1) * width - up_to
         equal[odd] += up_to - below
         width *= 2
@@ -351,8 +351,9 @@ def in_blocks(codes: Ints) -> bool:
     if n_blocks != len(sizes):
         return False
     # out of N! orders, K! n_1! ... n_K! have one block for each of the K codes
-    in_one_block = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
-    return bool(in_one_block - special.gammaln(len(codes) + 1) < np.log(1e-6))
+    log_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
+    log_all_orders = special.gammaln(len(codes) + 1)
+    return bool(log_in_blocks - log_all_orders < np.log(1e-6))
 
 
 def _in_order(

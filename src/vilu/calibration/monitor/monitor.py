@@ -57,8 +57,8 @@ class Monitor:
         unscored: Number of these rows without an uncertainty; they are left out.
         accepted: Number of these rows that are accepted.
         repeated: Number of rows and labels that were given again to this object and left out.
-        risk: Hash of the saved calibration, which is also saved with the scores that it decides
-            about; None if the calibration is not saved.
+        risk: Hash of the saved calibration; None if the calibration is not saved. Scores that were
+            decided on by this calibration contain the same hash.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.

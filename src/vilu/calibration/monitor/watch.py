@@ -68,7 +68,7 @@ class Watch:
         return Watch(test, reference, martingale)
 
 
-# a number of things, and one number for every bet
+# Types of fields: a number of rows, answers or hashes; and one number for every bet.
 Count = Annotated[int, Field(ge=0)]
 Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
 
