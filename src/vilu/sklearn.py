@@ -100,21 +100,22 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         """
         self._check_parameters()
         X, labels = _checked_rows(X, y)
-        rows = np.arange(len(labels))
         if self.prefit:
             check_is_fitted(self.estimator)
             self.estimator_ = self.estimator
+            calibration_rows = np.arange(len(labels))
         else:
             is_calibration = _set_aside(labels, self.calibration_size, self.random_state)
-            fit_rows = rows[~is_calibration]
-            rows = rows[is_calibration]
+            fit_rows = np.flatnonzero(~is_calibration)
+            calibration_rows = np.flatnonzero(is_calibration)
             self.estimator_ = clone(self.estimator)
             self.estimator_.fit(_safe_indexing(X, fit_rows), labels[fit_rows])
         self.classes_ = self.estimator_.classes_
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(self.estimator_, name):
                 setattr(self, name, getattr(self.estimator_, name))
-        self.rule_ = self._certified(_safe_indexing(X, rows), labels[rows])
+        X_calibration = _safe_indexing(X, calibration_rows)
+        self.rule_ = self._certified(X_calibration, labels[calibration_rows])
         return self
 
     def _check_parameters(self) -> None:
@@ -127,17 +128,18 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
             )
 
     def _certified(self, X: Any, labels: NDArray[Any]) -> Rule | None:  # noqa: ANN401
-        """The rule of the calibration rows; None if there are none."""
+        """The rule from the calibration rows; None if there are no calibration rows."""
         if not len(labels):
             warn_caller(
                 "nothing is accepted: no row is left for calibration. Give more rows of each class."
             )
             return None
         is_wrong = self.predict(X) != labels
-        outcomes = Outcomes(self.predict_uncertainty(X), is_wrong.astype(np.int64))
+        uncertainty = self.predict_uncertainty(X)
+        outcomes = Outcomes(uncertainty, failure=is_wrong.astype(np.int64))
         rule = certify(outcomes, max_risk=self.max_risk, confidence=self.confidence)
         if not rule.feasible:
-            (threshold,) = rule.thresholds.values()
+            (threshold,) = rule.thresholds.values()  # without groups there is one threshold
             warn_caller(f"nothing is accepted: {threshold.why}.")
         return rule
 
@@ -148,7 +150,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return probabilities
 
     def predict(self, X: Any) -> NDArray[Any]:  # noqa: ANN401
-        """The likeliest class (N,) of every row, whether it is accepted or not."""
+        """The likeliest class (N,) of every row, whether this answer is accepted or not."""
         likeliest = self.predict_proba(X).argmax(axis=1)
         classes: NDArray[Any] = self.classes_[likeliest]
         return classes
@@ -186,7 +188,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
 
 
 def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # noqa: ANN401
-    """Rows that can be indexed, and their classes (N,)."""
+    """The rows in a form that can be indexed, and their classes (N,), both checked."""
     if y is None:
         raise UsageError(
             "SelectiveClassifier requires y to be passed, but the target y is None. Give the "
@@ -203,7 +205,10 @@ def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # n
 def _set_aside(
     labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
 ) -> NDArray[np.bool_]:
-    """Mask (N,) of random rows for calibration: a share of each class, rounded down to rows."""
+    """Mask (N,) of random rows for calibration: the share of each class, in whole rows.
+
+    The number of rows of each class is rounded down.
+    """
     generator = check_random_state(random_state)
     is_calibration = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):

@@ -261,7 +261,7 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     for more in ((), ("--overwrite",)):
         shutil.copytree(kept, predictor, dirs_exist_ok=True)
         done = run(*calibrate, *given, *more, code=4)
-        assert "labels that the guarantee rests on have changed" in done.stderr
+        assert "labels behind the guarantee have changed" in done.stderr
         assert Calibration.find(predictor) is None, (
             "a guarantee outlives the labels that it rests on"
         )

@@ -25,8 +25,10 @@ ENOUGH_ROWS = 250
 """Number of held-out rows that are enough, so that no further fold is fitted."""
 
 CONFIDENCE = 0.8
-"""Confidence of the interval of the difference. It is low, because a missed loss costs as much
-as a missed gain."""
+"""Confidence of the interval of the gain in coverage, adapted minus zero-shot answers.
+
+It is low, because to overlook a loss of coverage costs as much as to overlook a gain.
+"""
 
 
 class AnswerChoice(Model):
@@ -62,7 +64,7 @@ def choose_answer(
     Both kinds of answers are compared on labelled rows that were held out. The measure is coverage
     at a risk: the largest share of rows that can be accepted with a share ``max_risk`` of wrong
     answers. The own ("adapted") answers are chosen unless they clearly lose coverage. They do if
-    the 80 % interval of the difference lies below zero (paired bootstrap over rows).
+    the 80 % interval of their gain in coverage lies below zero (paired bootstrap over rows).
 
     If the fit held out rows, these are used. Otherwise copies of the predictor are fitted on folds
     of the training rows. No comparison is possible if the rows outside some fold have no label of a
@@ -103,7 +105,7 @@ def choose_answer(
 
 
 def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
-    """Choose by the coverage of both kinds of answers about the held-out rows."""
+    """Choose the kind of answers by the coverage of both kinds on the held-out rows."""
     kernel = partial(coverage_at_risk_kernel, risk=max_risk)
     gain = paired_across(kernel, held_out.adapted, held_out.zero_shot, confidence=CONFIDENCE)
     adapted = coverage_at_risk(*held_out.adapted, risk=max_risk)
@@ -121,30 +123,34 @@ def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
 def _cross_fitted(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOut | None:
-    """Answers about held-out rows by copies fitted on folds; None if some fit lacks a class."""
-    has_class = train.target.numpy() != UNKNOWN
+    """Both kinds of answers to the rows of folds, each by a copy that is fitted on the other folds.
+
+    None if the rows of some fit lack a class.
+    """
+    is_labelled = train.target.numpy() != UNKNOWN
     usable = train.usable_rows.numpy()
-    labelled = usable[has_class[usable]]
+    labelled = usable[is_labelled[usable]]
     rows = Rows(train, torch.from_numpy(labelled))
     _, failure = with_failures(rows.batches(SCORING_BATCH))
     folds = cross_fitting(rows, failure, validation=None, seed=0)
     if not keep_every_class(folds):
         return None
-    kinds: dict[AnswerKind, list[Outcomes]] = {"zero_shot": [], "adapted": []}
+    outcomes_of: dict[AnswerKind, list[Outcomes]] = {"zero_shot": [], "adapted": []}
     n_held_out = 0
     for fitted_on, held_out in folds:
         fold_predictor = copy.copy(predictor)
         fold_predictor.fit(train.take(fitted_on.index), unlabelled=unlabelled)
         held_out_rows = train.take(held_out.index)
-        for kind, outcomes in kinds.items():
-            outcomes.append(score(fold_predictor.judging(kind), held_out_rows))
+        for kind, outcomes_of_folds in outcomes_of.items():
+            outcomes_of_folds.append(score(fold_predictor.judging(kind), held_out_rows))
         n_held_out += len(held_out.index)
         if n_held_out >= ENOUGH_ROWS:
             break
-    return HeldOut(_joined(kinds["zero_shot"]), _joined(kinds["adapted"]))
+    return HeldOut(_joined(outcomes_of["zero_shot"]), _joined(outcomes_of["adapted"]))
 
 
 def _joined(parts: list[Outcomes]) -> Judged:
+    """Uncertainties and failures of the rows of all parts."""
     uncertainty = np.concatenate([part.uncertainty for part in parts])
     failure = np.concatenate([part.failure for part in parts])
     return Judged(uncertainty, failure)

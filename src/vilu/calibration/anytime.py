@@ -42,11 +42,11 @@ exact test for a single look needs 59.
 STARTS: Final = ((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6))
 """A pair for every sequence: number of its first threshold (from 1), and share of the level.
 
-The first ``STEPS`` thresholds divide the rows up to the limit into equal parts.
+Numbers up to ``STEPS`` are thresholds that divide the rows up to the limit into equal parts.
 """
 
 STEPS: Final = 64
-"""Number of thresholds up to the limit of a grid."""
+"""Number of thresholds in a grid up to its limit."""
 
 GROWTH: Final = 1.02
 """Factor between the numbers of rows that neighbouring thresholds beyond the limit accept."""
@@ -69,7 +69,8 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     bet, share = np.array(BETS).T
     k = np.asarray(wrong, dtype=np.float64)[..., None]
     m = np.asarray(accepted, dtype=np.float64)[..., None]
-    # In logarithms, because after thousands of labels the wealth is outside the range of float64.
+    # The sums are of logarithms, because after thousands of labels the wealth itself is outside the
+    # range of float64.
     lost = k * np.log1p(-bet)
     won = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
     # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds for
@@ -100,9 +101,9 @@ def level_of(attempt: int, delta: float) -> float:
 
 
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
-    """Thresholds (G,) from scores (N,): 64 at equal steps in rank up to a limit, then more.
+    """Thresholds (G,) from scores (N,), without labels.
 
-    Labels are not used.
+    The first 64 thresholds rise in equal steps of rank to a limit, all others in growing steps.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
     # scores where the labels happen to be right, and the test of a fixed threshold would be wrong.
@@ -194,7 +195,7 @@ class Looks:
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
-        """Numbers (G,) of wrong answers and (G,) of labels that every threshold accepts."""
+        """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
         threshold = self.grid[:, None]  # (G, 1)
         is_accepted = uncertainty <= threshold  # (G, N)
         is_wrong = is_accepted & (failure == 1)
@@ -214,6 +215,7 @@ class Looks:
         return self._certified(np.zeros_like(accepted), accepted) is not None
 
     def _certified(self, wrong: Ints, accepted: Ints) -> int | None:
+        """As ``certified``, from the numbers (G,) that ``counts`` returns."""
         share_at_start = dict(STARTS)
         level = 0.0
         laxest = None

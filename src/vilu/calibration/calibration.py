@@ -42,29 +42,29 @@ class Calibration(Document):
     """Result of calibrating a predictor on labelled rows: rule, probabilities and label sets.
 
     ``vilu calibrate``, ``vilu.calibrate_predictor`` and ``vilu triage`` write it into the folder of
-    the predictor as ``risk.json``, beside the calibration rows. Its rule decides which answers are
-    accepted.
+    the predictor as ``risk.json``, beside the calibration rows. The rule of a
+    calibration decides which answers are accepted.
 
     Attributes:
         vilu: Version of vilu that made the calibration.
-        predictor: Hash of the predictor, its weights and its probabilities; it does not depend on
-            the version of vilu that loads it.
+        predictor: Hash of the predictor with its weights and its probabilities. The hash does not
+            depend on the version of vilu that loads the predictor.
         n_candidates: Number of candidates of the calibration rows; None for pools.
         classes: Hash of the class names; None without class names.
         texts: Sketch of the candidates' texts; None for pools.
         pool_size: Number of pairs in a pool; None for classes.
         source: Fingerprint of the calibration data.
-        dataset: Name of the calibration data.
-        split: Name of their split.
+        dataset: Name of the data set of the calibration rows.
+        split: Name of its split.
         n: Number of calibration rows with an uncertainty and a known failure.
         rows_sha256: Hash of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
-        guarantee_text: Text of the guarantee.
+        guarantee_text: Text of the guarantee; None without a rule.
         target: The target that was asked for.
         rule: Accepts answers or leaves them for review; None if only probabilities were calibrated.
         probability: Calibrator that turns scores into probabilities of failure.
         label_sets: Label sets; None without label sets.
-        draws: Settings for every group, fixed before its first label was seen. None if labels did
-            not arrive one after another.
+        draws: Settings of the tests of every group, fixed before the first label of the group was
+            seen. None if labels did not arrive one after another.
         inputs: Digest of everything that the calibration was made from; None if labels arrived one
             after another.
         near_copies: Indices of calibration rows that the rule leaves out, because they are near
@@ -129,7 +129,7 @@ class Calibration(Document):
 
         Raises:
             DataError: If there is no calibration, if its file is damaged, or if its rule does not
-                follow from its rows.
+                follow from the calibration rows.
             ProvenanceError: If the calibration was made for another predictor, or with another
                 schema.
 
@@ -186,8 +186,8 @@ class Calibration(Document):
     def fingerprint(self) -> str:
         """Hash of the guarantee, its predictor and its data; saved with scores and monitors.
 
-        It depends neither on the version of vilu nor on the bytes of the file of rows, which
-        contains the version of pyarrow.
+        The hash depends neither on the version of vilu nor on the bytes of
+        ``calibration.parquet``, which contain the version of pyarrow.
         """
         return identity(self.model_dump(mode="json"), "rows_sha256")
 
@@ -251,7 +251,7 @@ class Calibration(Document):
         return named_sets(self.label_sets.of(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
-        """The outcomes with a decision for every row, and the reason if it is not accepted.
+        """The outcomes with a decision for every row, and a reason for every row not accepted.
 
         Without a rule the outcomes are returned unchanged.
 
@@ -325,6 +325,7 @@ class Calibration(Document):
             raise DataError("its levels add up to more than 1 - confidence")
         groups: dict[str, tuple[Looks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
+        # groups without settings of their own are tested together as "(other)"
         group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
         for name, draw in draws.items():
             groups[name] = draw.looks(max_risk), rows.take(group_of == name)
@@ -354,7 +355,7 @@ def _same(threshold: Threshold, recomputed: Threshold) -> bool:
     if saved != recomputed.model_dump(exclude=not_compared):
         return False
     if threshold.risk_bound is None or recomputed.risk_bound is None:
-        return threshold.risk_bound is recomputed.risk_bound  # whether both are None
+        return threshold.risk_bound is None and recomputed.risk_bound is None
     return math.isclose(threshold.risk_bound, recomputed.risk_bound, rel_tol=ROUNDING)
 
 
@@ -368,6 +369,7 @@ def _facts_of_candidates(data: EmbeddingSource) -> dict[str, Any]:
 
 
 def _in_words(facts: dict[str, Any]) -> str:
+    """Text on the facts of candidates, for messages."""
     if facts["pool_size"] is not None:
         return f"pools of {facts['pool_size']}"
     return f"{facts['n_candidates']} candidates (names {facts['classes'] or 'unknown'})"

@@ -1,4 +1,4 @@
-"""Estimate of how many calibration rows are near copies of rows of the fit, and its limit."""
+"""Estimate of how many calibration rows are near copies of fitted rows; too many are refused."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ from vilu.predictors.persistence.fit_sample import FitSample
 SAME: Final = 0.995
 """Smallest cosine at which a row counts as a copy of a fitted row, such as a picture saved again.
 
-Between random halves of five data sets, 0 to 0.24 % of the rows have such a neighbour (CLIP).
+Five data sets were halved at random (CLIP). Of the rows of one half, 0 to 0.24 % have such a
+neighbour in the other half.
 """
 
 DELTA: Final = 0.05
 """Level of each bound of the number of copies."""
 
 CHANCE: Final = 0.001
-"""Level of the lower bound that is compared with the copies of fitted rows among themselves."""
+"""Level of the lower bound of the share of copies.
+
+The bound is compared with the share of copies among the fitted rows themselves.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Number of rows that are copies of fitted rows, seen in a sample of the fitted rows.
+    """Number of rows that are copies of fitted rows, as far as a sample of the fitted rows shows.
 
     The sample holds every fitted row with probability f. A copy is seen only if its fitted row is
     in the sample. So k ~ Bin(K, f) of K copies are seen.
@@ -66,7 +70,8 @@ class Copies:
         n_copies = np.arange(self.n_seen, self.n + 1)
         at_least = 1 - self._at_most(self.n_seen - 1, n_copies)  # P[X >= k] = 1 - P[X <= k - 1]
         is_likely = at_least >= DELTA
-        # If k is much larger than f n, so many seen copies are unlikely even for K = n.
+        # If k is much larger than f n, so many seen copies are unlikely even for K = n. Then no K
+        # is likely, and the bound is the largest possible K, which is n.
         if not is_likely.any():
             return self.n
         return int(n_copies[is_likely].min())
@@ -129,8 +134,12 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
 
 
 def _copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
+    """Number of copies among rows, from their cosines (M,) with the nearest row of the sample.
+
+    A row with at least the cosine ``cosine`` is a copy.
+    """
     n_seen = int((nearest >= cosine).sum())
-    return Copies(n_seen, len(nearest), sample.share)
+    return Copies(n_seen=n_seen, n=len(nearest), share=sample.share)
 
 
 def _too_many(copies: Copies, sample: FitSample) -> bool:

@@ -1,4 +1,4 @@
-"""Warning if the given answers of the fit rows were better than those of calibration rows."""
+"""Warning if given answers are right for more of the fit rows than of the calibration rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ If both accuracies are equal apart from chance, about one calibration in 700 lea
 
 
 def warn_of_in_sample(fitted: Mapping[str, int] | None, rows: Outcomes) -> None:
-    """Warn if the given answers of the fit rows were clearly better than those of these rows.
+    """Warn if given answers are right for clearly more of the fit rows than of these rows.
 
     A model is better on the rows that it was trained on. A predictor that is fitted on such answers
     has seen too few failures, or failures unlike those of new rows. Let a be the accuracy of n fit
@@ -45,22 +45,22 @@ def warn_of_in_sample(fitted: Mapping[str, int] | None, rows: Outcomes) -> None:
         is_known &= ~rows.outside
     failure = rows.failure[is_known]
     n_fit = fitted["n"]
-    n = len(failure)
-    if min(n_fit, n) == 0:
+    m = len(failure)
+    if n_fit == 0 or m == 0:
         return
     n_right = int(np.count_nonzero(failure == 0))
     accuracy_of_fit = fitted["n_right"] / n_fit
-    accuracy = n_right / n
+    accuracy = n_right / m
     difference = accuracy_of_fit - accuracy
-    accuracy_of_all = (fitted["n_right"] + n_right) / (n_fit + n)
+    accuracy_of_all = (fitted["n_right"] + n_right) / (n_fit + m)
     variance_of_one = accuracy_of_all * (1 - accuracy_of_all)
-    error = math.sqrt(variance_of_one * (1 / n_fit + 1 / n))
-    if difference <= MOST_ERRORS * error:
+    standard_error = math.sqrt(variance_of_one * (1 / n_fit + 1 / m))
+    if difference <= MOST_ERRORS * standard_error:
         return
     warn_caller(
         f"the given answers are right for {accuracy_of_fit:.1%} of {n_fit:,} fit rows and for "
-        f"{accuracy:.1%} of {n:,} calibration rows: a difference of {difference:.1%}, whose "
-        f"standard error is {error:.1%}. Was the answering model trained on the fit rows? Then the "
-        "predictor has learned from answers that are too good. Fit it on answers that are "
+        f"{accuracy:.1%} of {m:,} calibration rows: a difference of {difference:.1%}, whose "
+        f"standard error is {standard_error:.1%}. Was the answering model trained on the fit rows? "
+        "Then the predictor has learned from answers that are too good. Fit it on answers that are "
         "out-of-fold, such as those of sklearn.model_selection.cross_val_predict."
     )

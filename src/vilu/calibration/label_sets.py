@@ -49,7 +49,7 @@ class LabelSets(Model):
       coverage of easy rows differs less from that of hard rows. A set is never empty.
 
     Ties can only make sets larger. f is the probability of failure before calibration, because the
-    rows that determine c must not change the scores s.
+    rows that determine c must not determine f, and with it the scores s, as well.
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. There
     the last label of a set is included at random. Here it is always included, so that a set depends
@@ -58,7 +58,7 @@ class LabelSets(Model):
 
     method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
-    limit: float = Field(ge=0, le=2)  # c, in [0, 1]
+    limit: float = Field(ge=0, le=2)  # c, in [0, 1] apart from rounding
     n: int = Field(ge=1)  # number of calibration rows
     mean_size: float = Field(ge=0)  # mean size of the sets of the calibration rows
     empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label
@@ -104,7 +104,7 @@ def fit_label_sets(
 ) -> LabelSets:
     """Label sets from the calibration rows that were not used in the predictor's ``fit``."""
     check_label_sets(predictor, data, max_miss)
-    # Rows of the fit have better scores than new rows. With them the limit would be too small, and
+    # Rows of the fit have smaller scores than new rows. With them the limit would be too small, and
     # sets of new rows would miss the right label more often than max_miss.
     data = data.without(~predictor.unseen(data, "calibration"))
     n_ood = int(data.outside.sum())
@@ -121,10 +121,10 @@ def fit_label_sets(
     scores = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
-    # n + 1, because the new row has each of n + 1 ranks among the calibration rows with equal
-    # probability. With n the sets would miss more often than max_miss (Vovk et al. 2005). The
-    # product is rounded to nine decimals first, because in float64 a whole number may come out a
-    # little larger.
+    # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
+    # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
+    # 2005). The product is rounded to nine decimals first, because in float64 a whole number may
+    # come out a little larger.
     rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))
     if rank > len(scores):
         raise InfeasibleError(
@@ -153,7 +153,7 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
             "label sets need classes; these are image-caption pairs, each with candidates of its "
             "own pool."
         )
-    predictor.raw_failure_probability([])
+    predictor.raw_failure_probability([])  # an error if the scores are not probabilities
 
 
 def _labelled_scores(
@@ -168,7 +168,11 @@ def _labelled_scores(
 
 
 def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
-    """Label sets (B, K) as JSON lists of class names, in the order of the candidates."""
+    """The label sets of B rows, each as a JSON list of class names in the order of the candidates.
+
+    ``members`` (B, K) is the mask of the candidates in the sets. Without class names, the names are
+    the numbers of the candidates.
+    """
     names = class_names
     if names is None:
         names = [str(j) for j in range(members.shape[1])]

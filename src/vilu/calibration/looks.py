@@ -16,7 +16,7 @@ from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 
 SKETCH: Final = 64
-"""Number of smallest hashes that are saved of a set of rows, to recognise the set later."""
+"""How many hashes of a set of rows, its smallest ones, are saved to recognise the set later."""
 
 SAME_ROWS: Final = 0.5
 """Two sets A and B of rows are taken for the same if |A and B| / |A or B| is at least this."""
@@ -25,23 +25,24 @@ ORDINALS: Final = (
     *("first", "second", "third", "fourth", "fifth"),
     *("sixth", "seventh", "eighth", "ninth", "tenth"),
 )
+"""Words for the number of a look; larger numbers are written in digits."""
 
 
 class LookedAt(Model):
-    """Set of rows, saved by its smallest hashes, and digests of its targets, earliest first."""
+    """A set of rows, and the targets that were tried on it."""
 
-    hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH)
-    targets: tuple[str, ...]
+    hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH)  # smallest hashes of the rows
+    targets: tuple[str, ...]  # digests of the targets, earliest first
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
         """Whether rows with these smallest hashes are the same set (``SAME_ROWS``)."""
         # The 64 smallest hashes of the union are a random sample of the union. The share of this
         # sample that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes
-        # of both sets would not be a random sample: the saved hashes of a smaller set are larger
-        # numbers than those of a larger set.
-        union = sorted({*self.hashes, *hashes})[:SKETCH]
-        common = set(self.hashes) & set(hashes) & set(union)
-        return len(common) >= SAME_ROWS * len(union)
+        # of both sets together would not be a random sample of the union: the 64 smallest hashes of
+        # a small set reach up to larger numbers than those of a large set.
+        sample = sorted({*self.hashes, *hashes})[:SKETCH]
+        common = set(self.hashes) & set(hashes) & set(sample)
+        return len(common) >= SAME_ROWS * len(sample)
 
 
 class LookRecord(Document):
@@ -56,29 +57,29 @@ class LookRecord(Document):
 
 
 def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
-    """Record that rows are tried for a target; return the number of their targets so far.
+    """Record that a target is tried on rows; return how many targets were tried on them so far.
 
-    ``picture`` (N,) holds the identities of the pictures of the rows. The number includes this
-    target.
+    ``picture`` (N,) holds the identities of the pictures in the rows. The target itself is counted,
+    too.
     """
     smallest = np.unique(picture[picture >= 0])[:SKETCH]
     if not len(smallest):
-        return 1
+        return 1  # without known pictures the rows cannot be recognised, so nothing is recorded
     hashes = tuple(smallest.tolist())
-    before = _load(folder)
+    record = _load(folder)
     different = []
     targets: tuple[str, ...] = (digest(target),)
-    for recorded in before.rows:
+    for recorded in record.rows:
         if not recorded.is_same_set(hashes):
             different.append(recorded)
             continue
-        # Recorded sets that overlap with these rows become one set with all their targets. If they
+        # Recorded sets that are mostly these rows become one set with all their targets. If they
         # were counted separately, a few new rows would reset the count, and the best of many
         # targets would be reported as the first.
-        new = [name for name in targets if name not in recorded.targets]
+        new = [tried for tried in targets if tried not in recorded.targets]
         targets = (*recorded.targets, *new)
-    after = (*different, LookedAt(hashes=hashes, targets=targets))
-    before.model_copy(update={"rows": after}).write(folder / LOOKS)
+    all_sets = (*different, LookedAt(hashes=hashes, targets=targets))
+    record.model_copy(update={"rows": all_sets}).write(folder / LOOKS)
     return len(targets)
 
 
@@ -94,7 +95,7 @@ def _load(folder: Path) -> LookRecord:
 
 
 def in_words(n_looks: int) -> str:
-    """Text on the number of targets that were tried, and its meaning; "" for the first target."""
+    """Text that says how many targets were tried, and what follows; "" for the first target."""
     if n_looks == 1:
         return ""
     look = f"look number {n_looks}"

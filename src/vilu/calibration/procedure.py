@@ -61,7 +61,7 @@ def calibrate_predictor(
        therefore has no rule, or the old rule, which is refused when it is loaded.
 
     If the target cannot be reached, no calibration is written. Without ``overwrite``, an existing
-    calibration with the same rows and target is kept, and any other one is refused.
+    calibration is kept if it has the same rows and target. Otherwise there is a UsageError.
 
     Warns:
         UserWarning: If some rows were used in the fit; they are left out.
@@ -124,6 +124,7 @@ def _calibrate(
     *,
     overwrite: bool,
 ) -> Calibration:
+    """Calibrate in a locked folder; ``names`` are the names of the data set and of its split."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
     inputs = _inputs(predictor, data, target, names)
@@ -133,20 +134,21 @@ def _calibrate(
             write_card(folder)
             return calibration
     fresh = predictor.unseen(data, "calibration")
-    check_copies(predictor, data, np.flatnonzero(fresh))
+    places = np.flatnonzero(fresh)
+    check_copies(predictor, data, places)
     dataset, split = names
     rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
     n_looks = 1
     if rows.picture is not None and target.has_rule:
         n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
-    rule, saved, near = _rule_of_pictures(target, rows, data, np.flatnonzero(fresh))
+    rule, saved, copies = _rule_of_pictures(target, rows, data, places)
     rows = rows.take(saved)
     warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
     sets: LabelSets | None = None
     if target.label_sets is not None:
         is_left_out = np.ones(len(data), np.bool_)
-        is_left_out[np.flatnonzero(fresh)[saved]] = False
+        is_left_out[places[saved]] = False
         saved_data = data.without(is_left_out)
         sets = fit_label_sets(
             predictor, saved_data, max_miss=target.max_miss, method=target.label_sets
@@ -161,7 +163,7 @@ def _calibrate(
         names,
         label_sets=sets,
         inputs=inputs,
-        near_copies=tuple(near.tolist()),
+        near_copies=tuple(copies.tolist()),
         n_looks=n_looks,
     )
     write_card(folder)  # the last file of a calibration
@@ -179,7 +181,7 @@ def _inputs(
     asked = dataclasses.asdict(target)
     made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
     # The fingerprint of a store covers all rows. That of other sources covers a sample of the rows,
-    # so the identities of all rows are added.
+    # so the identities of all rows are added: the best kind of identity, or none if there is none.
     if not isinstance(data, EmbeddingStore):
         made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
     return digest(made_from)
@@ -207,14 +209,14 @@ def _rule_of_pictures(
     is_labelled = evaluable(rows)
     chosen, counted = count_once(rows, is_labelled)
     rule = _certified(rows, target)
-    left_out = chosen[:0]  # empty
+    left_out = chosen[:0]  # no row is left out so far
     is_first = _first_of_near_copies(data, places[chosen])
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
         is_different = first_of_scenes(data, places[chosen], ALIKE)
         # Pictures that differ by noise only are one draw. If all of them count, the bound is too
-        # small. If one counts, its answer may be right by chance. So both rules are made, and the
-        # rule that accepts less is used.
+        # small. If only one of them counts, its answer may be right by chance. So both rules are
+        # made, and the rule that accepts less is used.
         rule_without_copies = _certified(rows.take(chosen[is_different]), target)
         if _accepts_less(rule_without_copies, rule, rows.take(chosen)):
             rule = rule_without_copies
@@ -228,7 +230,7 @@ def _rule_of_pictures(
 
 
 def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.bool_]:
-    """Mask (M,) of the pictures that are no near copy of an earlier picture.
+    """Mask (M,) of the pictures that are the first of their group of near copies.
 
     If there are too many pictures to compare, a warning is logged and the mask is True everywhere.
     """
@@ -272,13 +274,14 @@ def _certified(rows: Outcomes, target: Target) -> Rule | None:
     return rule
 
 
-def _accepts_less(rule: Rule | None, than: Rule | None, pictures: Outcomes) -> bool:
-    """Whether ``rule`` accepts fewer of these pictures than the rule ``than``."""
-    if rule is None or than is None:
+def _accepts_less(rule: Rule | None, rival: Rule | None, pictures: Outcomes) -> bool:
+    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False without rules."""
+    if rule is None or rival is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
     n_accepted = int(rule.accept(pictures.uncertainty, groups).sum())
-    return n_accepted < int(than.accept(pictures.uncertainty, groups).sum())
+    n_accepted_by_rival = int(rival.accept(pictures.uncertainty, groups).sum())
+    return n_accepted < n_accepted_by_rival
 
 
 def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
@@ -345,18 +348,18 @@ def take_back(folder: Path, changed: set[str]) -> bool:
     (folder / RISK).unlink()
     write_card(folder)
     logger.warning(
-        "%d labels that the guarantee rests on have changed, so the calibration was removed. "
-        "Calibrate again",
+        "%d labels behind the guarantee have changed, so the calibration was removed. Calibrate "
+        "again",
         len(changed_rows),
     )
     return True
 
 
 def _made_before(folder: Path, inputs: str) -> Calibration | None:
-    """The existing calibration if it was made from the same inputs; None if there is none.
+    """The existing calibration; None if there is none.
 
-    A calibration from other inputs is refused. A calibration that cannot be loaded is ignored, with
-    a warning.
+    A calibration from other inputs is refused. A calibration that cannot be loaded counts as none,
+    with a warning.
     """
     try:
         calibration = Calibration.find(folder)
@@ -389,15 +392,14 @@ def _infeasible(rule: Rule) -> str:
         reasons.append(f"And {n_more} more groups.")
     if rule.counted is not None:
         reasons.append(f"The {rule.counted}.")
-    goal = ""
+    goals = []
     if rule.max_risk is not None:
-        goal += f"a risk of at most {percent(rule.max_risk)} "
+        goals.append(f"a risk of at most {percent(rule.max_risk)}")
     if rule.min_coverage is not None:
-        goal += f"at a coverage of at least {rule.min_coverage:.1%} "
+        goals.append(f"at a coverage of at least {rule.min_coverage:.1%}")
     return (
-        f"{goal}cannot be guaranteed with confidence {exactly(rule.confidence)}: "
-        f"{' '.join(reasons)} Nothing "
-        "was written but that these rows were looked at. Add calibration rows, ask for less (a "
-        "larger --max-risk, a lower --confidence or --min-coverage), or take a predictor that "
-        "ranks better."
+        f"{' '.join(goals)} cannot be guaranteed with confidence {exactly(rule.confidence)}: "
+        f"{' '.join(reasons)} Nothing was written but that these rows were looked at. "
+        "Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
+        "--min-coverage), or take a predictor that ranks better."
     )

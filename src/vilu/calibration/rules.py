@@ -66,7 +66,7 @@ class Rule(Model):
         max_risk: The target; None if only a coverage was asked for.
         min_coverage: Smallest coverage asked for; None: any coverage.
         confidence: 1 - delta. The guarantees of all groups hold together with this confidence.
-        grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
+        grouped_by: "prediction" (the judged answer), "groups" (given by the caller), or None.
         thresholds: Threshold of every group. Without groups there is one group ""; if whole batches
             are judged, there is none.
         n: Number of calibration rows.
@@ -191,9 +191,12 @@ class Rule(Model):
         if self.needs_batch:
             raise UsageError("this rule judges whole batches, so no row has a limit of its own.")
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
+        # Rows of a group without a threshold of its own get the interval of "(other)". If there is
+        # no such interval either, nothing is accepted.
         without_group = intervals.get(OTHER, (-math.inf, -math.inf))
         group_of_row = self._group_of_each(n, groups)
         interval_of_row = [intervals.get(name, without_group) for name in group_of_row]
+        # reshaped, because an array of no intervals (n = 0) would have one axis only
         floors, thresholds = np.array(interval_of_row, dtype=np.float64).reshape(n, 2).T
         return floors, thresholds
 
@@ -216,7 +219,7 @@ class Rule(Model):
 
         Args:
             uncertainty: Uncertainties (N,) of the same predictor as the calibration rows. If the
-                rule judges whole batches, they must be of a whole batch.
+                rule judges whole batches, these must be the uncertainties of one whole batch.
             groups: Names of the groups of the N rows; needed if the rule has groups.
 
         Raises:
@@ -270,8 +273,8 @@ class Rule(Model):
             reasons[~self.accept(scores)] = "not_selected"
         else:
             floors, thresholds = self.limits(len(scores), groups)
-            is_below = scores <= thresholds  # False for NaN, so such a row gets a reason too
-            reasons[~is_below] = "above_threshold"
+            is_within = scores <= thresholds  # False for NaN, so such a row gets a reason too
+            reasons[~is_within] = "above_threshold"
             reasons[scores <= floors] = "below_floor"
             reasons[thresholds == -np.inf] = "not_certified"
         texts: list[str | None] = reasons.tolist()
@@ -297,6 +300,7 @@ class Rule(Model):
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
+        # The sentence has four parts (see the last line). Every case below adds words to some.
         certainty = f"with confidence {exactly(self.confidence)}"
         errors = "of the accepted answers are wrong"
         if self.method == "crc":
@@ -344,14 +348,15 @@ def certify(
         outcomes: Calibration rows; rows without uncertainty or known failure are left out.
         max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
         confidence: 1 - delta, in (0, 1).
-        min_coverage: Smallest share to accept, at the stated shares if shares are stated. Together
-            with ``max_risk``, a threshold that accepts less is infeasible. Without ``max_risk``,
-            the strictest threshold with this coverage is taken, and its risk is bounded.
+        min_coverage: Smallest share of answers to accept. If shares are stated, it is the share
+            among rows with the stated shares. Together with ``max_risk``, a threshold that accepts
+            less is infeasible. Without ``max_risk``, the strictest threshold with this coverage is
+            taken, and its risk is bounded.
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
             max_risk (``vilu.calibration.selection``). The method "anytime" needs labels that arrive
             one after another; ``vilu calibrate --method anytime`` uses it.
-        groups: Names of the groups of the N rows, or "prediction" for the zero-shot answers. Every
+        groups: Names of the groups of the N rows, or "prediction" for the judged answers. Every
             group with enough rows has a threshold of its own. All other groups, and a group with
             the name "(other)", share the threshold "(other)". delta is divided among the
             thresholds, so that all guarantees hold at once. Without ``max_risk``, every group has
@@ -430,11 +435,11 @@ def rule_of(
 
 
 def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """Number of calibration rows for p-values, and uncertainties of the wrong ones, ascending.
+    """Number of calibration rows for p-values, and uncertainties of the wrong rows, ascending.
 
     At most a million rows are used.
     """
-    max_risk = target.max_risk or 0.0
+    max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
     fewest = rows_for_mean(max_risk)
     chosen = drawn(len(rows))
     n = len(chosen)
@@ -483,16 +488,17 @@ def _laxest_so_far(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
             risk_bound=max_risk,
         )
     more = looks.more_needed(rows.uncertainty, rows.failure)
-    last = looks.last
-    why = (
-        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these "
-        f"scores do not single out answers with an error rate below {max_risk:.2%}"
-    )
     if more is not None:
         why = (
             f"about {more:,} more labels of the calibration side are needed, if the error rates "
             "stay the same"
         )
+        return Threshold.nothing(len(rows), why)
+    last = looks.last
+    why = (
+        f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these "
+        f"scores do not single out answers with an error rate below {max_risk:.2%}"
+    )
     return Threshold.nothing(len(rows), why)
 
 
@@ -554,12 +560,12 @@ def group_names(outcomes: Outcomes) -> list[str]:
 
 
 def _groups_of_rows(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) -> list[str]:
-    """Name of the group of every row with an index in ``chosen`` (M,)."""
+    """Names of the groups of the chosen rows, whose indices are ``chosen`` (M,)."""
     names: Sequence[str] | None
     if isinstance(groups, str):
         names = group_names(outcomes)
     else:
-        names = check_texts(groups, "groups") or ()
+        names = check_texts(groups, "groups") or ()  # an empty list stays empty
     if len(names) != len(outcomes):
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
@@ -629,10 +635,12 @@ def _thresholds_of_groups(
 
 
 def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) -> str | None:
-    """Why the groups together do not reach ``min_coverage``; None if they do."""
+    """Why the groups together do not reach ``min_coverage``; None if there is nothing to add."""
     if target.min_coverage is None:
         return None
     if target.max_risk is None:
+        # Without a maximal risk, every group must have this coverage. So the first group that
+        # accepts nothing is the reason.
         for threshold in thresholds.values():
             if threshold.threshold is None:
                 return threshold.why
@@ -640,7 +648,9 @@ def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) ->
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
     n_asked = (target.min_coverage - ROUNDING) * n
-    if 0 < n_accepted < n_asked:
+    is_too_small = n_accepted < n_asked
+    # If nothing is accepted, every threshold already says why.
+    if is_too_small and n_accepted > 0:
         return _coverage_too_small(n_accepted / n, target.min_coverage)
     return None
 
@@ -655,7 +665,7 @@ def _coverage_too_small(coverage: float, asked: float) -> str:
 def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
     """The best threshold for stated shares, or the reason why there is none."""
     strata = Strata(rows, target.outside_share, target.class_shares)
-    max_risk = target.max_risk or 0.0
+    max_risk = target.max_risk or 0.0  # stated shares always have a max_risk (``check_shares``)
     delta = 1 - target.confidence
     require_every_class(rows, target.class_shares)
     best: Threshold | None = None
@@ -687,6 +697,7 @@ def _best_threshold(counts: TieCounts, target: Target, delta: float) -> Threshol
 def _rows_needed(target: Target, delta: float) -> int:
     """Smallest number of rows of a group with which anything can be guaranteed at level delta."""
     if target.max_risk is None:
+        # No number of rows shows a coverage of 1 (``_why_nothing``), so no group is too small.
         if target.min_coverage in {None, 1.0}:
             return 1
         return rows_for_coverage(target.min_coverage or 1.0, delta)
@@ -710,9 +721,10 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
         if n < fewest:
             why = f"a mean risk of {max_risk:.2%} needs at least {fewest} rows, and there are {n}"
             return why, fewest
-        wrong = int(counts.accepted_wrong[0])
+        wrong = int(counts.accepted_wrong[0])  # wrong answers at the smallest score
         return f"{wrong} of the most trusted answers, equal in score, are wrong", None
     if n < fewest:
+        # number of the most trusted rows before the first score with a wrong answer
         right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
             f"a risk of {max_risk:.2%} needs {fewest:,} accepted answers without a wrong one, but "
@@ -724,7 +736,8 @@ def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, 
 
 def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
     """Why no threshold is certified although there are enough rows."""
-    best = int(np.argmin(tail(counts.accepted_wrong, counts.accepted, max_risk)))
+    p_value = tail(counts.accepted_wrong, counts.accepted, max_risk)
+    best = int(np.argmin(p_value))  # the threshold that is nearest to a certificate
     accepted = int(counts.accepted[best])
     wrong = int(counts.accepted_wrong[best])
     verb = "is" if wrong == 1 else "are"

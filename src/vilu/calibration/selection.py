@@ -4,16 +4,16 @@ The p-value of an answer with uncertainty u, from n calibration answers with unc
 
     p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n).
 
-It is small if calibration answers that were trusted at least as much are rarely wrong. The
+It is small if few calibration answers that were trusted at least as much are wrong. The
 procedure of Benjamini and Hochberg is applied to the p-values of a batch, with the maximal risk as
-its level. It bounds the mean share of wrong answers among the accepted ones (0 if no answer is
+its level. This bounds the mean share of wrong answers among the accepted ones (0 if no answer is
 accepted). The mean is over draws of calibration rows and batch. The decision about a row depends on
 the other rows of its batch, so all rows of a batch must be judged together.
 
 Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with the null
-hypothesis "the answer is wrong" and their clipped score. With 1 + #wrong in place of 1 + n (Bates
-et al. 2023) the bound is the level times the share of wrong answers, and fewer answers are
-accepted.
+hypothesis "the answer is wrong" and their clipped score. With the denominator 1 + #wrong in place
+of 1 + n (Bates et al. 2023) the bound is the level times the share of wrong answers, and fewer
+answers are accepted.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 from vilu.metrics.counts import Floats, Ints
 
 MAX_ROWS = 10**6
-"""Largest number of calibration rows, whose scores are saved in ``risk.json``.
+"""Largest number of calibration rows that a rule uses.
 
-More rows would hardly change a p-value.
+The scores of the wrong ones among them are saved in ``risk.json``. More rows would hardly change a
+p-value.
 """
 
 
@@ -65,8 +66,8 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
     # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
     # p-values depend on the same calibration rows (Jin & Candès).
     steps = level * np.arange(1, len(ordered) + 1) / len(ordered)
-    # A step-up procedure: the largest p-value below its step sets the limit, even if a smaller
-    # p-value is above its own step.
+    # This is a step-up procedure: the largest p-value that is at most its step sets the limit, even
+    # if a smaller p-value is above its own step.
     passed = ordered[ordered <= steps]
     if not len(passed):
         return np.zeros_like(scored)
@@ -76,9 +77,13 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
 
 
 def drawn(n: int) -> Ints:
-    """Indices of a fixed random sample of n calibration rows; the rule uses these rows."""
+    """Indices of the rows, among n calibration rows, that the rule uses: at most ``MAX_ROWS``.
+
+    The rows are a random sample, which is the same in every call.
+    """
     # The sample is random, because rows may be sorted by class. The first million would then hold
     # only some classes. Raw numbers of PCG64 are the same in every version of NumPy, while the
     # methods of a Generator may change.
-    stream = np.random.PCG64([MAX_ROWS, n]).random_raw(n)
-    return np.argsort(stream)[:MAX_ROWS]
+    random_numbers = np.random.PCG64([MAX_ROWS, n]).random_raw(n)
+    random_order = np.argsort(random_numbers)
+    return random_order[:MAX_ROWS]

@@ -48,8 +48,8 @@ class Selective(DecidingModel):
     object in place of the folder.
 
     Args:
-        predictor: The method with its parameters, of which a copy is taken. The copy keeps the fit,
-            unless ``answer`` differs from the answer of the predictor.
+        predictor: The method with its parameters. The object takes a copy of this predictor, which
+            keeps the fit unless ``answer`` differs from the answer of the predictor.
         answer: Which answer is judged ("zero_shot", "adapted" or "given"). None: the answer of the
             predictor. If this is the zero-shot answer and the method learns a posterior from
             labels, ``calibrate`` chooses between zero-shot and adapted answers (``choose_answer``).
@@ -92,6 +92,7 @@ class Selective(DecidingModel):
         self.calibration: Calibration | None = None
         self.choice: AnswerChoice | None = None
         self._chooses = answer is None and predictor.answer == "zero_shot"
+        # rows of the fit, and its rows without labels, until the kind of answers is chosen
         self._fitted_on: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
@@ -203,6 +204,7 @@ class Selective(DecidingModel):
         )
         has_fields = fields != Target()
         has_target = target is not None
+        # both or neither
         if has_target == has_fields:
             raise UsageError(
                 "calibrate takes a target, or max_risk and other fields of a target. Give one of "
@@ -420,8 +422,8 @@ def _copy_calibration(source: Path, folder: Path) -> None:
 def load(folder: str | Path) -> FailurePredictor | Selective:
     """Load a ``Selective`` where the folder is calibrated, else a predictor.
 
-    Its scores equal those of the saved one bit for bit. ``vilu.Selective.load`` demands a
-    calibration.
+    The scores of the loaded object equal those of the saved object bit for bit.
+    ``vilu.Selective.load`` raises an error if there is no calibration.
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor or calibration.

@@ -25,7 +25,10 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.validation import require_between
 
 INSIDE_NAME: Final = "(inside)"
-"""Name of the stratum of all other rows, if no shares of classes are stated."""
+"""Name of the stratum of all rows that are not out of distribution.
+
+It is used if no shares of classes are stated.
+"""
 
 BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
 """Bets, as shares of the limit that a bet must stay below.
@@ -37,7 +40,7 @@ SHOWN: Final = 3
 """Largest number of strata whose missing rows a message lists."""
 
 SUM_TOLERANCE: Final = 1e-3
-"""Largest difference between the sum of stated shares and 1, which rounding may cause.
+"""Largest difference from 1 that the sum of stated shares may have, because they are rounded.
 
 The shares are divided by their sum.
 """
@@ -75,6 +78,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
     if outside_share is not None:
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
+        # the type is Any, because a caller may give values of any type
         for name, share in dict[str, Any](class_shares).items():
             is_number = isinstance(share, int | float | np.number)
             is_share = is_number and 0 <= share <= 1
@@ -91,7 +95,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that leave out a class of the rows, even if its share is 0."""
+    """Refuse stated shares that leave out a class of the rows: a share of 0 must be stated too."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -171,7 +175,7 @@ class Strata:
         return per_stratum[self.stratum]
 
     def lacking(self, max_risk: float, delta: float) -> list[LackingStratum]:
-        """Strata with too few rows for any guarantee."""
+        """Strata with too few rows for any guarantee; a stratum with the share 0 needs no rows."""
         level = main_level(delta)
         lacking: list[LackingStratum] = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
@@ -179,14 +183,14 @@ class Strata:
                 continue
             needed = fewest_rows(share, max_risk, level, all_wrong=name == OUTSIDE_NAME)
             if needed is None or n < needed:
-                lacking.append(LackingStratum(name, n, needed))
+                lacking.append(LackingStratum(name=name, n=n, n_needed=needed))
         return lacking
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
     """Stated share of every class (0 if not stated), and index (N,) of the class of every row.
 
-    The index of out-of-distribution rows is 0.
+    Out-of-distribution rows have no class. They get the index 0, which callers must replace.
     """
     if rows.class_names is None or rows.target is None:
         raise DataError(
@@ -249,10 +253,10 @@ def weighted_learn_then_test(
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
     # No threshold separates rows with equal scores. So sums are taken at the last row of a score.
-    last = counts.accepted - 1
-    accepted = np.cumsum(weight[order])[last]
+    last_of_score = counts.accepted - 1
+    accepted = np.cumsum(weight[order])[last_of_score]
     evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
-    evidence = evidence[:, last]
+    evidence = evidence[:, last_of_score]
     best: Threshold | None = None
     most_accepted = 0.0
     for floor, level in _levels(counts.accepted, len(order), delta):
@@ -309,7 +313,7 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
     """Smallest number of rows that a stratum with this share needs; None if no number is enough.
 
     This is the best case: the other strata have infinitely many rows, and every answer is right.
-    ``all_wrong``: all rows of the stratum are wrong, so that at best none of them is accepted.
+    ``all_wrong``: whether all rows of the stratum are wrong. Then at best none of them is accepted.
     """
     bets = np.array(BETS)
     # With infinitely many rows in the other strata their weights tend to 0 and their product tends

@@ -20,10 +20,10 @@ class Target:
     """Target of a calibration: the guarantees that are asked for.
 
     Attributes:
-        max_risk: Largest error rate among accepted answers. None: no bound is asked for. Without
-            ``min_coverage`` too, only probabilities are calibrated.
+        max_risk: Largest error rate among accepted answers. None: no bound is asked for. If
+            ``min_coverage`` is None too, no rule is made.
         min_coverage: Smallest share of answers to accept; None: any share.
-        confidence: 1 - delta.
+        confidence: Confidence with which the guarantee holds, 1 - delta.
         method: "ltt", "crc" or "selection", as in ``vilu.certify``; "anytime" for labels that
             ``vilu next`` and ``vilu triage`` ask for.
         per_class: Whether every predicted class with enough rows has a threshold of its own.
@@ -64,7 +64,10 @@ class Target:
         return self.outside_share is not None or self.class_shares is not None
 
     def check_rule(self, *, grouped: bool) -> None:
-        """Refuse a target that no rule can guarantee; ``grouped``: one threshold per group."""
+        """Refuse a target that no rule can guarantee.
+
+        ``grouped``: whether every group has a threshold of its own.
+        """
         if not self.has_rule:
             raise UsageError("what is to be guaranteed? Give max_risk, min_coverage or both.")
         if self.max_risk is not None:
@@ -79,8 +82,8 @@ class Target:
                 "`vilu calibrate --method anytime --labels FILE`."
             )
         if self.method == "selection":
-            is_one_risk = self.max_risk is not None and self.min_coverage is None
-            if grouped or not is_one_risk:
+            has_only_max_risk = self.max_risk is not None and self.min_coverage is None
+            if grouped or not has_only_max_risk:
                 raise UsageError(
                     "selection takes a max_risk, and neither a min_coverage nor a threshold per "
                     "class."

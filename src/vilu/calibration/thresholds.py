@@ -30,14 +30,15 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
     # imported here, because the import takes half a second and scoring does not need SciPy
     from scipy import special
 
-    # The tail is a regularised incomplete beta function, which SciPy computes for whole arrays. It
-    # is exact. The normal approximation is too small where errors are rare, as they are here.
+    # The tail is the regularised incomplete beta function I(m - k, k + 1) at 1 - risk, which SciPy
+    # computes for whole arrays. It is exact. The normal approximation is too small where errors are
+    # rare, as they are here.
     has_right = wrong < accepted
-    # Both arguments of the function must be above 0. Where no answer is right, both are set to 1
+    # Both parameters of the function must be above 0. Where no answer is right, both are set to 1
     # and the result is replaced by 1.
-    right = np.where(has_right, accepted - wrong, 1)
-    not_right = np.where(has_right, wrong + 1, 1)
-    p = special.betainc(right, not_right, 1 - risk)
+    a = np.where(has_right, accepted - wrong, 1)
+    b = np.where(has_right, wrong + 1, 1)
+    p = special.betainc(a, b, 1 - risk)
     return np.where(has_right, p, 1.0)
 
 
@@ -70,8 +71,8 @@ def percent(share: float, decimals: int = 2, rounded: Callable[[float], int] = m
     is shown with more than ``decimals`` decimals.
     """
     if share > 0:
-        decimals_shown = 1 - math.floor(math.log10(100 * share))
-        decimals = max(decimals, decimals_shown)
+        decimals_of_two_digits = 1 - math.floor(math.log10(100 * share))
+        decimals = max(decimals, decimals_of_two_digits)
     unit = 10 ** (decimals + 2)
     # Rounded to six decimals first: 0.07 * 10,000 is a little more than 700 in float64, and
     # rounding up alone would give 7.01 %.
@@ -106,9 +107,9 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
 
 
 def first_enough(is_enough: Callable[[int], bool], high: int) -> int | None:
-    """Find a number m that is enough while m - 1 is not: double ``high``, then bisect.
+    """Find a number m that is enough while m - 1 is not; None if m is above 2^40.
 
-    None if m is above 2^40.
+    The search begins at ``high``. It doubles this number until it is enough, and then bisects.
     """
     while not is_enough(high):
         high *= 2
@@ -259,7 +260,8 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
 
     **Fixed sequences.** Thresholds are tested from strict to lax, all at the same level, until one
     H_t is not rejected. R need not be monotone. A sequence must start where enough rows are
-    accepted for a rejection to be possible. One unlucky wrong answer near its start ends it.
+    accepted for a rejection to be possible. One unlucky wrong answer near the start ends the
+    sequence.
     Therefore there are three sequences. They start near 1/16 of the rows, near 1/4 of the rows,
     and at all rows. A sequence that reaches the start of the next sequence adds its level to that
     of the next sequence (fallback procedure of Wiens). If there are few rows, one sequence has all
@@ -391,20 +393,22 @@ def _level_at_start(
 ) -> dict[int, float]:
     """Level of each sequence, by the index in ``accepted`` at which the sequence starts.
 
-    With ties, the index whose number of accepted rows is nearest to the best start.
+    Where rows have equal scores, no index may accept exactly the best number of rows for a start.
+    Then the sequence starts at the index that accepts the nearest number.
     """
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
     for beginning in beginnings(n, starts, whole, max_risk, delta):
         # Starts depend on numbers of rows only. A start chosen where the answers happen to be right
         # would be a choice among many tests, but the level allows for one test.
-        index = int(np.searchsorted(accepted, beginning.best))
+        index = int(np.searchsorted(accepted, beginning.best))  # the first with enough rows
         if index:
             n_before = accepted[index - 1]
             is_enough = beginning.fewest <= n_before
             is_nearer = beginning.best - n_before < accepted[index] - beginning.best
             if is_enough and is_nearer:
                 index -= 1
+        # two sequences that start at one index become one sequence with both levels
         levels[index] = levels.get(index, 0.0) + beginning.level
     return levels
 
@@ -460,6 +464,7 @@ def beginnings(
         trials_needed_next = rows_without_error(max_risk, level + level_left * next_share)
         next_rows = max(math.ceil(n * next_at), trials_needed_next + 1)
         has_next = next_at > 0
+        # This sequence must start later than it should, and then close to the next sequence.
         is_late = trials_wanted < trials_needed and trials_needed + 1 > NEAR * next_rows
         if has_next and is_late:
             # One sequence with the levels of both certifies more than two sequences that start
@@ -479,7 +484,7 @@ def beginnings(
 
 
 def admissible(n: int, max_risk: float, level: float) -> int:
-    """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level, else -1."""
+    """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level; -1 if none."""
 
     def tail_of(wrong: int) -> float:
         return float(tail(np.asarray(wrong), np.asarray(n), max_risk))
@@ -507,6 +512,7 @@ def conformal_risk_control(
     # The new row is counted as accepted and wrong. With k / n, which leaves out the new row, the
     # mean over draws could exceed max_risk by up to 1 / (n + 1).
     joint_risk = (counts.accepted_wrong + 1) / (counts.n + 1)
+    # This bound never falls as t grows, so the scores that satisfy it are the first ones.
     n_scores = int(np.count_nonzero(joint_risk <= max_risk))
     if not n_scores:
         return None

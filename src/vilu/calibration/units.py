@@ -16,9 +16,9 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.seen import one_per_picture
 
 ALIKE: Final = 0.99
-"""Smallest cosine of two pictures that are taken for near copies, which differ by noise only.
+"""Two pictures with at least this cosine are taken for copies that differ by noise only.
 
-Several near copies are no more evidence than one picture. Two copies with noise of standard
+Several such copies are no more evidence than one picture. Two copies with noise of standard
 deviation 0.003 in each of 512 coordinates have a cosine of about 0.995.
 """
 
@@ -41,37 +41,45 @@ class CountedRows(Model):
         words = f"{self.files:,} files show {self.pictures:,} pictures"
         if self.files == self.pictures:
             words = f"{self.pictures:,} pictures"
-        if self.scenes is not None:
-            words += f", {self.scenes:,} where near copies count once"
-        return words
+        if self.scenes is None:
+            return words
+        return f"{words}, {self.scenes:,} where near copies count once"
 
 
 def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
-    """Indices (M,) of one row per picture, and the numbers of files and pictures if they differ.
+    """Choose one row per picture among the rows where ``keep`` (N,) is True.
 
-    Only rows where ``keep`` (N,) is True are used. If any row of a picture has a wrong answer, a
-    wrong row is chosen. With captions the rows of a picture ask for different answers, so the first
-    row is chosen, right or wrong. A row whose picture is not known counts as a separate picture.
+    Rows of a class problem ask the same question about their picture. A picture counts as wrong if
+    any of its rows has a wrong answer, so the first wrong row is chosen. Several captions of an
+    image are different questions, and the image is not wrong because one of its captions is. So
+    with captions the first row is chosen, right or wrong. A row whose picture is not known counts
+    as a separate picture.
+
+    Returns:
+        Indices (M,) of the chosen rows; and the numbers of files and pictures, None if they are
+        equal.
     """
     rows = np.flatnonzero(keep)
     if outcomes.picture is None:
         return rows, None
-    failure = outcomes.failure[rows]
-    if outcomes.provenance.get("pool_size") is not None:
-        # Captions of one image are different questions. If a wrong row were preferred, the error
-        # rate would be too high.
-        failure = np.zeros_like(failure)
+    preferred = outcomes.failure[rows]  # 1 where the answer is wrong: such rows are chosen first
+    has_captions = outcomes.provenance.get("pool_size") is not None
+    if has_captions:
+        # If one wrong caption of five were chosen for its image, the error rate of the chosen rows
+        # would be higher than that of all captions. So no row is preferred.
+        preferred = np.zeros_like(preferred)
     # Rows of one picture tend to be wrong together, so they are one trial of the binomial law. If
     # every row were counted as a trial, the bound would be too small.
-    chosen = rows[one_per_picture(outcomes.picture[rows], failure)]
+    chosen = rows[one_per_picture(outcomes.picture[rows], preferred)]
     if len(chosen) == len(rows):
         return rows, None
     return chosen, CountedRows(files=len(rows), pictures=len(chosen))
 
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
-    """Mask (M,) of the rows that have no earlier row with at least this cosine (near copies)."""
+    """Mask (M,) of the first row of every group of near copies, which have at least this cosine."""
     # The first row of each group is chosen, whether it is right or wrong. A choice that depends on
     # failures would bias the error rate.
-    first: NDArray[np.bool_] = near_copies(source, rows, cosine) == np.arange(len(rows))
-    return first
+    first_of_group = near_copies(source, rows, cosine)
+    is_first: NDArray[np.bool_] = first_of_group == np.arange(len(rows))
+    return is_first

@@ -44,7 +44,7 @@ from vilu.scoring.score_folder import (
 from vilu.store.reader import CaptionStore, EmbeddingStore
 from vilu.validation import checked, require_at_least
 
-ROWS_PER_PART = 2**17
+ROWS_PER_PART = 2**17  # number of rows in a part of a folder, unless another one is given
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ logger = logging.getLogger(__name__)
 class CalibrationLike(Protocol):
     """The part of ``vilu.Calibration`` that scoring needs.
 
-    It is a protocol, because ``vilu.calibration`` imports this module.
+    It is a protocol, because ``vilu.calibration`` imports this module. So this module cannot import
+    the class itself.
     """
 
     @property
@@ -87,7 +88,8 @@ class CalibrationLike(Protocol):
 class DecidingModel(SavedModel):
     """A predictor with the calibration that decides about its answers.
 
-    The base of ``vilu.Selective``, which lies above this module.
+    It is the base of ``vilu.Selective``, whose module imports this module. So this module cannot
+    import the class itself.
     """
 
     predictor: FailurePredictor
@@ -228,8 +230,8 @@ def score_rows(
     bar = track("score", n_scored, "rows") if task is None else nullcontext(task)
     with bar as progress:
         for batch, scores in predictor.scored(source, scored):
-            # Find the position of each row of the batch in ``indices``. The row has the same
-            # position in the columns.
+            # A row has the same position in the columns as in ``indices``. Bisection in the sorted
+            # indices finds the positions of the rows of the batch.
             sorted_positions = np.searchsorted(indices, batch.index.numpy(force=True), sorter=order)
             positions = order[sorted_positions]
             columns.fill(positions, batch, scores)
@@ -240,7 +242,8 @@ def score_rows(
                     columns.fill_sets(positions, sets)
             progress.advance(len(positions))
     reasons = _reasons(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # The column of reasons is left out in a part of the rows that all have a score.
+    # A part (``rows``) whose rows all have a score has no column of reasons. All rows together
+    # always have this column.
     is_part = rows is not None
     has_reasons = not is_part or any(reasons)
     outcomes = Outcomes(
@@ -397,11 +400,15 @@ def _warn_seen(overlap: str, predictor: FailurePredictor, n_seen: int) -> None:
 def _reasons(
     source: EmbeddingSource, rows: Ints, uncertainty: Floats, has_one_candidate: NDArray[np.bool_]
 ) -> list[str | None]:
-    """Why a row has no score, for each row; None if it has a score."""
+    """For each row the reason why it has no score; None if it has a score.
+
+    ``rows`` (M,) are the indices of the rows in the source.
+    """
     missing = np.isnan(uncertainty)
     if not missing.any():
         return [None] * len(rows)
-    if source.n_candidates < 2:
+    has_scores = source.n_candidates >= 2
+    if not has_scores:
         return ["k<2"] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
     for position in np.flatnonzero(missing).tolist():
@@ -416,10 +423,10 @@ def _reasons(
 
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
-    """Identifiers of the rows with the indices ``rows``, which ``order`` sorts.
+    """Identifiers of the rows with the indices ``rows`` (M,), in the order of ``rows``.
 
-    Identifiers are looked up in ascending order of the indices, because a store reads them part by
-    part.
+    ``order`` (M,) holds the positions that sort ``rows``. Identifiers are looked up in ascending
+    order of the indices, because a store reads them part by part.
     """
     if not len(rows):
         return []
@@ -574,6 +581,7 @@ def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> Sc
     """Open a complete folder of scores, and warn if some of its rows were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
+    # whether all rows of the fit can be recognised, so that the number is exact
     is_whole = all(sketch.whole for sketch in predictor.seen_.values())
     _warn_seen(counted(n_seen, n_rows, "rows", whole=is_whole), predictor, n_seen)
     return scores
@@ -612,7 +620,7 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:
-    """Hash of a source: shape, labels, order, a sample of its rows, and the content of a store.
+    """Hash of the shape, labels and order of a source, of a sample of its rows, and of its store.
 
     Only a sample is hashed, because all embeddings would need a second pass over the data. The
     sample is 256 rows, evenly spaced over the usable rows. The hash also includes the candidates of
@@ -624,7 +632,7 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     positions = np.linspace(0, len(rows) - 1, n_sampled).round().astype(np.int64)
     sample = rows[torch.from_numpy(positions)]
     n_in_pool = source.pool_size or 1
-    first_pool = rows[:n_in_pool]
+    first_pool = rows[:n_in_pool]  # with classes: only the first usable row
     has_whole_pool = source.n_candidates > 0 and len(first_pool) >= n_in_pool
     facts: dict[str, Any] = {
         "content": None,

@@ -223,7 +223,8 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def resume(self, *, overwrite: bool) -> None:
         """Make sure that the folder is of this run, and remove unfinished files.
 
-        The caller must hold the lock of the folder. With ``overwrite`` another run is removed.
+        The caller must hold the lock of the folder. With ``overwrite`` the scores of another run
+        are removed; otherwise another run is an error.
         """
         if (self.root / RUN).is_file():
             present = read_run(self.root)
@@ -260,7 +261,7 @@ def read_run(root: Path) -> ScoreRun:
     return read_document(root / RUN, ScoreRun)
 
 
-COLUMNS = ("bin", "correct", "wrong")
+COLUMNS = ("bin", "correct", "wrong")  # columns that every file of a histogram has, in order
 
 
 def histogram_bytes(histogram: Histogram, ood: Histogram) -> bytes:
@@ -304,7 +305,8 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
         raise _damaged(path, f"it has {in_file}, but its receipt states {in_receipt}")
     if not _has_valid_bins(histogram):
         raise _damaged(path, "its bins are empty, not ascending, or do not match its ends")
-    return histogram, histogram.counted(np.zeros_like(histogram.correct), wrong_ood)
+    no_correct = np.zeros_like(histogram.correct)  # every answer to an ``outside`` row is wrong
+    return histogram, histogram.counted(correct=no_correct, wrong=wrong_ood)
 
 
 def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:
@@ -346,7 +348,7 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     if (histogram.correct + histogram.wrong == 0).any():
         return False
     ends = np.array([histogram.low, histogram.high])
-    bins_of_ends = codes(ends) >> histogram.level
+    bins_of_ends = codes(ends) >> histogram.level  # a bin is a code without its lowest bits
     first_and_last_bin = bins[[0, -1]]
     return np.array_equal(bins_of_ends, first_and_last_bin)
 
@@ -443,8 +445,8 @@ class ScoreFolder(Reopened):
     def tally(self) -> Tally:
         """The counts for ``vilu.evaluate``: histograms, or all rows if a picture is repeated.
 
-        The identities of the pictures are compared, about ``COMPARED`` at a time. Only if a picture
-        is repeated, all rows are read into memory. They take about 33 bytes per row.
+        The identities of the pictures are compared, about ``COMPARED`` at a time. If a picture is
+        repeated, all rows are read into memory, where they take about 33 bytes per row.
         """
         if self._has_repeats():
             return self._tally_of_rows()
@@ -463,8 +465,8 @@ class ScoreFolder(Reopened):
         """Whether two evaluable rows show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / COMPARED)
         for number in range(n_passes):
-            # Each pass compares the identities of one remainder. Equal identities have equal
-            # remainders, so they are compared in the same pass.
+            # Each pass compares the identities that have one remainder on division by the number of
+            # passes. Equal identities have equal remainders, so they meet in the same pass.
             pictures = [np.empty(0, np.int64)]  # an array to begin with, if no part adds any
             for rows in self._evaluable_parts():
                 if rows.picture is not None:
@@ -574,7 +576,7 @@ def _joined(
 ) -> Any:  # noqa: ANN401 - the type depends on the column
     """Values of the optional column ``name``, in the order of the data; None if no part has it.
 
-    The rows of a part without the column get the missing value of its type.
+    If a part lacks the column, its rows get the value that means "missing" in columns of this type.
     """
     columns = [getattr(part, name) for part in parts]
     if all(values is None for values in columns):

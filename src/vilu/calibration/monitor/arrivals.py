@@ -46,6 +46,8 @@ class Seen:
         run = np.unique(hashes[~self._holds(hashes)])
         if not len(run):
             return
+        # Runs that are not longer are merged into the new one. So every run is shorter than the run
+        # before it, and there are few runs to search.
         while self.runs and len(run) >= len(self.runs[-1]):
             run = np.union1d(self.runs.pop(), run)
         self.runs.append(run)
@@ -54,7 +56,7 @@ class Seen:
         """Hashes of the rows of ``outcomes``, and a mask (N,) of the rows that are new.
 
         Rows without identifiers are recognised as a whole batch: all are new, or none.
-        ``labels``: whether a batch without identifiers is also recognised by its failures.
+        ``labels``: whether two such batches must also have the same failures to be the same.
         """
         if outcomes.ids is not None:
             return self._new_by_name(outcomes, outcomes.ids)
@@ -77,7 +79,8 @@ class Seen:
         # If some names of this batch were seen with other scores, the names are used again for new
         # rows. Then a score that many rows share may occur with the same name by chance. Only a
         # score that a single row has shows a repetition.
-        if is_mixed and not np.array_equal(self._holds(name_hashes), is_known):
+        has_reused_names = not np.array_equal(self._holds(name_hashes), is_known)
+        if is_mixed and has_reused_names:
             is_known &= ~_tied_by_chance(numbers, is_known)
         return np.concatenate([hashes, name_hashes]), is_first & ~is_known
 
@@ -93,15 +96,17 @@ class Seen:
         return batch_hash, np.full(n, not self._holds(batch_hash).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
+        """Mask of the hashes that are in this set."""
         is_known = np.zeros(len(hashes), dtype=np.bool_)
         for run in self.runs:
+            # index of the first hash that is not smaller; the last index if all are smaller
             nearest = np.searchsorted(run, hashes).clip(max=len(run) - 1)
             is_known |= run[nearest] == hashes
         return is_known
 
 
 def _content(outcomes: Outcomes) -> Ints:
-    """Numbers (N, 2) by which rows are recognised: bits of the uncertainty, and answer."""
+    """Numbers (N, 2) by which rows are recognised: the bits of the uncertainty, and the answer."""
     answers = outcomes.prediction
     if answers is None:
         answers = np.full(len(outcomes), UNKNOWN)
@@ -125,6 +130,7 @@ def _tied_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bo
     """
     _, index, count = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
     is_tied = count[index.ravel()] > 1
+    # counts of the untied rows, then of the tied rows; at least 1, because they are divisors
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
     n_known = np.bincount(is_tied, is_known, minlength=2)
     share_untied, share_tied = n_known / n_rows
@@ -134,14 +140,14 @@ def _tied_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bo
 
 
 def _is_numbered(ids: Sequence[str]) -> bool:
-    """Whether identifiers are only the numbers of the rows, which every batch has."""
+    """Whether identifiers are only the numbers of the rows, which are the same in every batch."""
     if not len(ids) or not ids[0].isdigit():
         return False
     return set(ids) == {str(row) for row in range(len(ids))}
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse sorted rows: rows that arrive at random are not in the order of their values."""
+    """Refuse rows that are sorted, because rows that arrive at random are not."""
     scored = np.isfinite(outcomes.uncertainty)
     sorted_by = _sorted_by(outcomes, scored)
     if sorted_by is None:
@@ -155,7 +161,10 @@ def refuse_sorted(outcomes: Outcomes) -> None:
 
 
 def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
-    """Word for what the scored rows (mask (N,)) are sorted by; None if they are not sorted."""
+    """What rows are sorted by, as a word; None if they are not sorted.
+
+    Only the rows in the mask ``scored`` (N,) are looked at.
+    """
     if outcomes.target is not None:
         labels = outcomes.target[scored]
         if (labels != UNKNOWN).all() and in_blocks(labels):
@@ -170,8 +179,9 @@ def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
     """Check that scores of new rows are of the calibrated predictor and its candidates.
 
-    The scores are returned. Class names that are missing, as in a CSV file, are taken from the
-    calibration. ``risk`` is the hash of the saved calibration; None if it is not saved.
+    The outcomes are returned, without identifiers that are only numbers of rows. If class names are
+    missing, as in a CSV file, those of the calibration are added. ``risk`` is the hash of the saved
+    calibration; None if the calibration is not saved.
     """
     for name in ("method", "class_names"):
         expected = getattr(calibration, name)
@@ -198,8 +208,8 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
             f"{n_known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
             "ones.",
         )
-    # This is checked before rows are left out. Afterwards the numbers of the remaining rows would
-    # look like keys.
+    # Numbers of rows are recognised here, before any rows are left out. Afterwards there would be
+    # gaps in the numbers, and they would look like keys.
     if outcomes.ids is not None and _is_numbered(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
@@ -217,7 +227,7 @@ def _differs(expected: object, present: object) -> bool:
 def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
     """Number of rows with the same key and the same uncertainty as a calibration row.
 
-    The key alone could come from another data set.
+    Equal keys alone are not enough, because a row of another data set may have the same key.
     """
     if outcomes.ids is None or calibration.ids is None:
         return 0

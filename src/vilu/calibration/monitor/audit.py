@@ -10,9 +10,9 @@ not bet. If the error rate of every answer, given the answers before it, is at m
 probability that M(r) ever reaches 1/delta is at most delta (Ville 1939). So the bounds may be
 looked at after every label.
 
-As a function of r, M(r) falls below k/m, and is at most 1 above k/m. So M(r) < 1/delta for all
-rates above a single number, which is the lower bound of the error rate. The upper bound comes from
-the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970. Confidence
+As r rises from 0 to k/m, M(r) decreases. For all r above k/m it is at most 1. So M(r) < 1/delta for
+all rates above a single number, which is the lower bound of the error rate. The upper bound comes
+from the lower bound of the rate of right answers. (Method of mixtures: Robbins 1970. Confidence
 sequences: Howard et al., Annals of Statistics 2021.)
 """
 
@@ -30,8 +30,13 @@ from vilu.calibration.thresholds import first_enough
 from vilu.metrics.counts import Floats, Ints
 
 TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "review"]
+"""Names of the tests of a monitor (``vilu.calibration.monitor.status.MEANING``)."""
+
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
+"""What audited answers say about a guarantee."""
+
 Prior = tuple[float, float]
+"""Parameters a and b of the Beta distribution of theta."""
 
 
 def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
@@ -45,23 +50,29 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     # the true rate is small, and M would reject "at most ``rate``" although it is true.
     # Either part of M may be 0. Its logarithm is then -inf, which is no error.
     with np.errstate(divide="ignore", under="ignore"):
-        above = np.log(special.betaincc(a + wrong, b + right, rate))
-        below = np.log(special.betainc(a, b, rate))
-        ratio = special.betaln(a + wrong, b + right) - special.betaln(a, b) + above
-        ratio = ratio - wrong * math.log(rate) - right * math.log1p(-rate)
-        wealth: Floats = np.logaddexp(ratio, below)
+        log_not_bet = np.log(special.betainc(a, b, rate))
+        # the integral over all theta is a quotient of beta functions, of which a part is above r
+        log_share_above = np.log(special.betaincc(a + wrong, b + right, rate))
+        log_integral = special.betaln(a + wrong, b + right) - special.betaln(a, b) + log_share_above
+        log_bet = log_integral - wrong * math.log(rate) - right * math.log1p(-rate)
+        wealth: Floats = np.logaddexp(log_bet, log_not_bet)
     return wealth
 
 
 def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
-    """Lower bound of an error rate. All its values over time hold with confidence 1 - delta."""
+    """Lower bound of an error rate.
+
+    With confidence 1 - delta, none of the bounds after 1, 2, 3, ... answers is above the rate.
+    """
     if not wrong:
         return 0.0
 
     def excess(rate: float) -> float:
+        """Log of M(rate) over 1 / delta."""
         return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
-    # M falls for rates below k / n and is at most 1 above k / n. So it crosses 1 / delta once.
+    # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
+    # once, below k / n.
     smallest = 1e-300  # the rate itself must be above 0 and below 1
     largest = min(wrong / n, 1 - 2**-53)
     return float(optimize.brentq(excess, smallest, largest, xtol=1e-14))
@@ -69,7 +80,7 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
 
 @dataclass(frozen=True)
 class Audit:
-    """Audited answers, compared with the guaranteed error rate."""
+    """Numbers of audited answers and of wrong ones, compared with the guaranteed error rate."""
 
     limit: float  # guaranteed largest error rate, in (0, 1)
     delta: float  # 1 - confidence of each bound
@@ -139,7 +150,7 @@ class Audit:
         rounded: Callable[[float], int] = math.ceil if rate < self.limit else math.floor
 
         def is_enough(n: int) -> bool:
-            audit = Audit(self.limit, self.delta, n, rounded(rate * n))
+            audit = replace(self, n=n, wrong=rounded(rate * n))
             return audit.verdict != "not enough audited answers"
 
         if is_enough(self.n):

@@ -17,24 +17,26 @@ from scipy import signal, special
 from vilu.metrics.counts import Floats, Ints
 
 SHAPES: Final = tuple(1.3**power for power in (-2, -1, 0, 1, 2, 3))
-"""Parameters a and b of the beta densities that are bets.
+"""Values of the parameters a and b of the beta densities that are bets.
 
-Both below 1: p-values near 0 and 1. Both above 1: p-values near the middle. Unequal: a shift.
+With both below 1, the bet is on p-values near 0 and 1. With both above 1, it is on p-values near
+the middle. With unequal ones, it is on a shift to larger or smaller p-values.
 """
 
 BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
+"""Parameters (a, b) of every beta bet. The uniform density (1, 1) would never win or lose."""
 
 HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
 """For every histogram bet: number of cells, and weight of the uniform prior in p-values."""
 
-DECAY: Final = 1 - 1 / 400  # the weight of a p-value is multiplied by it at every row
+DECAY: Final = 1 - 1 / 400  # factor by which the weight of an earlier p-value falls at every row
 
 SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS), len(HISTOGRAMS)])
 """Share (K,) of the wealth of every bet: half for the beta densities, half for the histograms."""
 
-EVERY: Final = 50  # number of rows between two starts
+EVERY: Final = 50  # number of rows between two starts of the bets
 BLOCK: Final = 4096  # number of rows that are processed at once
-EPS: Final = 2.0**-53
+EPS: Final = 2.0**-53  # p-values are kept at least so far from 0 and 1
 
 
 def beta_bets(p: Floats) -> Floats:
@@ -107,7 +109,7 @@ class Martingale:
     started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
     # counts N_t of every histogram bet
     counts: list[Floats] = field(
-        default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS]
+        default_factory=lambda: [np.zeros(n_cells) for n_cells, _ in HISTOGRAMS]
     )
 
     def update(self, p: Floats) -> Floats:
@@ -134,8 +136,9 @@ class Martingale:
         share = unused_before - unused_share(start)
         share_of_row = np.where(row % EVERY == 0, share, 0.0)[:, None]  # (B, 1)
         with np.errstate(divide="ignore"):  # log 0 = -inf at rows without a start
-            new = np.log(share_of_row) - growth_before
-        started = np.logaddexp.accumulate(np.concatenate([self.started[None], new]), axis=0)
+            started_here = np.log(share_of_row) - growth_before
+        all_started = np.concatenate([self.started[None], started_here])
+        started = np.logaddexp.accumulate(all_started, axis=0)
         started_after = started[1:]
         self.n = self.n + len(p)
         self.growth = growth[-1]
@@ -224,6 +227,8 @@ class Reference:
         if counts is None:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
+        # Runs that are not longer are merged into the new one. So every run is shorter than the run
+        # before it, and there are few runs to search.
         while self.runs and len(self.runs[-1]) <= len(run):
             run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)
@@ -236,8 +241,9 @@ class Reference:
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """P-values (B,) of new values (B,). Each is compared with all values before it, and added.
+        """P-values (B,) of new values (B,), which are then added to the reference.
 
+        Each value is compared with all values before it, new ones included.
         ``uniform`` (B,) are random numbers in [0, 1) that break ties.
         """
         greater, equal = compare_with_earlier(values)
@@ -256,9 +262,9 @@ class Reference:
 def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
     """For each value, how many earlier values are greater, and how many are equal.
 
-    Blocks of 1, 2, 4, ... values are numbered from 0. The values of every odd block are compared
-    with the values of the block before it. Over all block sizes, every pair of values is compared
-    once. This takes O(B log^2 B) time.
+    The values are divided into blocks of 1 value, then of 2, of 4, and so on. Blocks are numbered
+    from 0. The values of every odd block are compared with the values of the block before it. Over
+    all block sizes, every pair of values is compared once. This takes O(B log^2 B) time.
     """
     n = len(values)
     greater = np.zeros(n, np.int64)
@@ -277,8 +283,8 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
         odd_keys = key[odd]
         up_to = np.searchsorted(even_keys, odd_keys, "right")
         below = np.searchsorted(even_keys, odd_keys, "left")
-        # If an odd block has values, the even blocks up to its pair are full, so they hold
-        # (pair + 1) * width values.
+        # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
+        # Together they hold (pair + 1) * width values.
         greater[odd] += (pair[odd] + 1) * width - up_to
         equal[odd] += up_to - below
         width *= 2
@@ -291,16 +297,18 @@ SHUFFLES: Final = 999
 # The order of the rows must also exceed the mean of the shuffles by so many standard deviations. A
 # normal variable does so with probability 3/100,000.
 CLEAR: Final = 4.0
-SAMPLED: Final = 4096  # from each half at most so many evenly spaced rows are compared
-FEWEST: Final = 20  # with fewer rows no order is searched
+# From each half of the rows at most so many evenly spaced rows are compared.
+SAMPLED: Final = 4096
+# Fewer rows are never taken for sorted.
+FEWEST: Final = 20
 
 
 def grouped(codes: Ints) -> bool:
     """Whether equal codes (N,) are neighbours, as in a list of files by class.
 
     In both halves of the rows, the excess of equal neighbours over shuffled rows must be at least a
-    tenth of the excess of sorted rows. So rows that may have arrived in this order are not taken
-    for sorted. After one change of the mix at least one half has no order. A slow drift makes only
+    tenth of the excess of sorted rows. So rows whose mix changes while they arrive are not taken
+    for sorted: after one sudden change at least one half has no order, and a slow drift makes only
     few neighbours equal.
     """
 
@@ -310,7 +318,7 @@ def grouped(codes: Ints) -> bool:
     def most_together(codes: Floats) -> float:
         return len(codes) - len(np.unique(codes))
 
-    return _in_order(codes.astype(np.float64), together, most_together, 0.1)
+    return _in_order(codes.astype(np.float64), together, most_together, least=0.1)
 
 
 def rising(values: Floats) -> bool:
@@ -327,13 +335,14 @@ def rising(values: Floats) -> bool:
         return float(rank.min() - rank.max())
 
     _, rank = np.unique(values, return_inverse=True)
-    return _in_order(rank.astype(np.float64), near, nearest, 0.75)
+    return _in_order(rank.astype(np.float64), near, nearest, least=0.75)
 
 
 def in_blocks(codes: Ints) -> bool:
-    """Whether all rows with the same code (N,) lie in one block, more than by chance.
+    """Whether every code has all its rows in one block, and this is hardly possible by chance.
 
-    Exchangeable rows have one block per code with a probability of less than 1e-6.
+    ``codes`` (N,) are those of the rows, in order. It is hardly possible if exchangeable rows have
+    one block per code with a probability of less than 1e-6.
     """
     if not len(codes):
         return False
@@ -342,8 +351,9 @@ def in_blocks(codes: Ints) -> bool:
     if n_blocks != len(sizes):
         return False
     # out of N! orders, K! n_1! ... n_K! have one block for each of the K codes
-    in_one_block = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
-    return bool(in_one_block - special.gammaln(len(codes) + 1) < np.log(1e-6))
+    log_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
+    log_all_orders = special.gammaln(len(codes) + 1)
+    return bool(log_in_blocks - log_all_orders < np.log(1e-6))
 
 
 def _in_order(
@@ -355,7 +365,8 @@ def _in_order(
     2. In each half, the excess of order over shuffles must be at least ``least`` of the largest
        possible excess.
 
-    A shuffle moves values only within their half. So a difference between the halves is no order.
+    A shuffle moves values only within their half. So a difference between the two halves does not
+    count as order.
 
     Args:
         values: Values (N,) in the order of the rows.

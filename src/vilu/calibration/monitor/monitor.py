@@ -44,8 +44,8 @@ class Monitor:
 
     Args:
         calibration: The calibration rows; rows without an uncertainty are left out.
-        rule: The rule that ``certify`` returned, or label sets. There is no audit for label sets
-            and for a rule that judges whole batches.
+        rule: The rule that ``certify`` returned, or label sets. Neither label sets nor a rule that
+            judges whole batches can be audited.
         groups: Names of the groups of the N calibration rows; needed if the rule was made with a
             list of groups.
         false_alarm: Probability, in (0, 1), that any test ever raises a false alarm.
@@ -57,8 +57,8 @@ class Monitor:
         unscored: Number of these rows without an uncertainty; they are left out.
         accepted: Number of these rows that are accepted.
         repeated: Number of rows and labels that were given again to this object and left out.
-        risk: Hash of the saved calibration, which its scores contain too; None if the calibration
-            is not saved.
+        risk: Hash of the saved calibration; None if the calibration is not saved. Scores that were
+            decided on by this calibration contain the same hash.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
@@ -115,7 +115,7 @@ class Monitor:
         columns = self._columns(calibration, self._accepted(calibration, groups))
         self._coverage: float | None = None
         if self.rule is not None and not self._is_partial:
-            self._coverage = float(1 - columns["acceptance"].mean())
+            self._coverage = float(1 - columns["acceptance"].mean())  # the column is 0 if accepted
         if self.rule is not None and self.rule.reweighted:
             # The stated shares differ from those of the calibration rows. So these tests would
             # raise an alarm although the guarantee holds.
@@ -129,6 +129,7 @@ class Monitor:
         names: list[TestName] = list(columns)
         if limit is not None:
             names.append("audit")
+        # Only the names of the rates are needed here. Their levels follow from ``total_parts``.
         names += rates_of(self.rule, self.calibration, self.false_alarm)
         # Every test can raise a false alarm. So the tests share the level: with the whole level for
         # each, the probability of any false alarm could exceed ``false_alarm`` (union bound).
@@ -139,21 +140,23 @@ class Monitor:
         self.watches: dict[TestName, Watch] = {}
         for name, column in columns.items():
             self.watches[name] = Watch(tests[name], Reference.of(column))
-        self.rates = rates_of(self.rule, self.calibration, self.false_alarm / max(total_parts, 1))
+        # every rate has one part of the level; without any test there is no rate
+        level_of_part = self.false_alarm / max(total_parts, 1)
+        self.rates = rates_of(self.rule, self.calibration, level_of_part)
         self.rate_tests: dict[TestName, Test] = {}
         for name, rate in self.rates.items():
             self.rate_tests[name] = Test(name=name, level=rate.delta)
         self.audited: Audit | None = None
         self.audit_test = tests.get("audit")
         if limit is not None:
-            self.audited = Audit(limit, tests["audit"].level)
+            self.audited = Audit(limit, delta=tests["audit"].level)
 
     def _end_of_sample(self) -> float:
-        """Upper limit of the uncertainties at which new rows are compared with calibration rows."""
+        """Uncertainty below which rows are compared with calibration rows; infinite: all rows."""
         scores = self.calibration.uncertainty
         distinct = np.unique(scores[np.isfinite(scores)])
         # If labels arrived one after another, the labelled rows are a random sample only up to a
-        # limit. Rows beyond it were chosen by somebody, and new rows are not like them.
+        # limit. Rows beyond the limit were chosen by somebody, and new rows are not like them.
         if self._is_partial and len(distinct) > 1:
             return float(distinct[-1])
         return np.inf
@@ -291,6 +294,7 @@ class Monitor:
                 "or bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
+        # An alarm is reported at the last row that was monitored before.
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
         # Labels that arrived together have no order. If the evidence were looked at after every
         # label, a difficult class that comes first could raise an alarm, although all labels
@@ -332,7 +336,8 @@ class Monitor:
             tables.append(
                 pa.table({"test": [name] * len(counts), "value": values, "count": counts})
             )
-        # This empty table makes sure that the columns "value" and "count" exist without any test.
+        # This empty table makes sure that the columns "value" and "count" exist, even if there is
+        # no test with values.
         empty = {"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}
         tables.append(pa.table(empty))
         # The hashes of rows and labels that were seen are in the same table. For them, the column
@@ -383,6 +388,7 @@ class Monitor:
                 "After a new calibration begin a new state."
             )
         name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
+        # in the rows of hashes these two columns are null
         value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
         row = read_column(path, table, "row", "int64")
@@ -435,7 +441,9 @@ class Monitor:
         for name, watch in self.watches.items():
             wealth = state.wealth[name]
             n_bets = state.rows - state.unscored
-            if self.below < np.inf:
+            compares_all = self.below == np.inf
+            if not compares_all:
+                # How many rows were compared is saved only with the wealth.
                 n_bets = 0 if wealth is None else wealth.n
             distinct, counts = values[name]
             watches[name] = watch.resumed(tests[name], wealth, distinct, counts, n_bets)
@@ -513,7 +521,8 @@ class Monitor:
     def _guaranteed_risk(self) -> float | None:
         """The guaranteed largest error rate of accepted answers.
 
-        None if nothing is accepted, or if only a mean over calibrations is guaranteed.
+        None if nothing is accepted, if only a mean over calibrations is guaranteed, or if the bound
+        is 0 or 1, which no audit can test.
         """
         if self.rule is None or not self.rule.feasible:
             return None
@@ -542,7 +551,7 @@ class Monitor:
         watched = self._watched(outcomes)
         columns: dict[TestName, Floats] = {"scores": outcomes.uncertainty[watched]}
         if self.rule is not None:
-            columns["acceptance"] = (~accepted[watched]).astype(np.float64)
+            columns["acceptance"] = (~accepted[watched]).astype(np.float64)  # 1: not accepted
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
@@ -560,8 +569,8 @@ class Monitor:
     def _watched(self, outcomes: Outcomes) -> NDArray[np.bool_]:
         """Mask (N,) of the rows that are compared with the calibration rows.
 
-        They have an uncertainty. If the calibration is partial, the uncertainty is also below the
-        largest uncertainty of the calibration rows.
+        Rows without an uncertainty are not compared. If calibration rows are a random sample only
+        up to some uncertainty, rows from there on are not compared either.
         """
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 

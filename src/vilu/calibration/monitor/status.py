@@ -16,7 +16,9 @@ from vilu.calibration.thresholds import percent
 from vilu.metrics.counts import Floats, Ints
 
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]
+"""Verdicts of a monitor: no alarm, an alarm of any test but the audit, or one of the audit."""
 
+# What an alarm of each test means, as a part of a sentence.
 MEANING = {
     "scores": "the uncertainties are no longer distributed as those of the calibration rows",
     "acceptance": "another share of the answers is accepted than of the calibration rows",
@@ -49,7 +51,10 @@ class Test(Model):
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
-        """The test after B further rows, from the log wealth (B,) after each, and their numbers."""
+        """The test after B further rows.
+
+        ``log_wealth`` (B,) is the evidence after each of the rows, ``rows`` (B,) are their numbers.
+        """
         if not len(log_wealth):
             return self
         raised_at = self.raised_at
@@ -192,7 +197,7 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
     alarms = []
     for test in tests:
         if test.raised_at is not None:
-            alarms.append(Alarm(test.raised_at, test.name))
+            alarms.append(Alarm(row=test.raised_at, test=test.name))
     alarms.sort(key=attrgetter("row"))
     if alarms:
         first = alarms[0]
@@ -202,10 +207,11 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
         return Conclusion(verdict, first.row, reason, RECALIBRATE)
     if audit is None:
         advice = "Nothing to do; go on monitoring."
-        return Conclusion("holds", None, "no sign of a shift", advice)
+        reason = "no sign of a shift"
+        return Conclusion("holds", raised_at=None, reason=reason, advice=advice)
     if audit.verdict == "holds so far":
         reason = "no sign of a shift, and the audited answers keep the guarantee"
-        return Conclusion("holds", None, reason, "Go on monitoring.")
+        return Conclusion("holds", raised_at=None, reason=reason, advice="Go on monitoring.")
     more = "some"
     if audit.n_needed is not None:
         more = f"about {audit.n_needed} more"
@@ -214,4 +220,4 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
         f"Go on monitoring; to see the guarantee itself, label {more} accepted answers, drawn at "
         "random."
     )
-    return Conclusion("holds", None, reason, advice)
+    return Conclusion("holds", raised_at=None, reason=reason, advice=advice)

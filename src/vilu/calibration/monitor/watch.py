@@ -50,26 +50,31 @@ class Watch:
     def resumed(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
-        """The test after n rows, from its saved wealth, and from saved values with their counts."""
+        """This watch after n rows, with a saved test, saved wealth, and saved values.
+
+        ``values`` are the distinct values of the reference, ``counts`` how often each occurred.
+        Raises a ValueError if the values are not those of n rows.
+        """
         martingale = Martingale()
         if wealth is not None:
             martingale = wealth.martingale()
         reference = Reference.of(values, counts)
         expected = self.reference.n + n
-        are_counted = bool(np.isfinite(values).all() and (counts >= 1).all())
-        if not are_counted or reference.n != expected:
+        are_valid = bool(np.isfinite(values).all() and (counts >= 1).all())
+        if not are_valid or reference.n != expected:
             raise ValueError(f"{test.name} must hold {expected} numbers")
         if martingale.n != n:
             raise ValueError(f"{test.name} has bet on {martingale.n} rows")
         return Watch(test, reference, martingale)
 
 
+# Types of fields: a number of rows, answers or hashes; and one number for every bet.
 Count = Annotated[int, Field(ge=0)]
 Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
 
 
 class Wealth(Model):
-    """Saved form of a ``Martingale`` that has at least one row."""
+    """Saved form of a ``Martingale`` that has at least one row, with its fields."""
 
     n: Annotated[int, Field(ge=1)]
     growth: Bets
@@ -90,8 +95,12 @@ class Wealth(Model):
 
     def martingale(self) -> Martingale:
         """The martingale with these numbers."""
-        counts = [np.array(cells) for cells in self.counts]
-        return Martingale(self.n, np.array(self.growth), np.array(self.started), counts)
+        return Martingale(
+            n=self.n,
+            growth=np.array(self.growth),
+            started=np.array(self.started),
+            counts=[np.array(cells) for cells in self.counts],
+        )
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
@@ -106,12 +115,12 @@ class State(Model):
     """State of a monitor without its calibration and without the monitored values."""
 
     kind: Literal["monitor"] = "monitor"
-    fingerprint: str
-    rows: Count
-    unscored: Count
-    accepted: Count
+    fingerprint: str  # of the monitor: its calibration and settings
+    rows: Count  # number of rows monitored
+    unscored: Count  # number of these rows without an uncertainty
+    accepted: Count  # number of these rows that are accepted
     tests: tuple[Test, ...]
-    wealth: dict[str, Wealth | None]
+    wealth: dict[str, Wealth | None]  # for every ``Watch``; None before its first row
     audited: tuple[Count, Count]  # numbers of audited answers, and of wrong ones among them
     remembered: tuple[Count, Count]  # number of hashes of rows, and number of hashes of labels
     # for every rate: number of all rows, and number of the rows that the rate counts
