@@ -339,7 +339,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         has_row_per_class = name in TEXT_COLUMNS
         if self._kept_classes is None or not has_row_per_class:
             return values
-        # of classes with equal texts, which were merged, one row is kept
+        # classes with equal texts were merged, and one row is returned for each merged class
         return values[self._kept_classes]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
