@@ -402,7 +402,7 @@ async def _no_such_route(_: Request, error: Exception) -> Response:
 
 
 async def _disconnected(_: Request, _error: Exception) -> Response:
-    """The answer after the client has disconnected. The client does not get it, but it is logged."""
+    """The answer after the client has disconnected, which is logged but reaches nobody."""
     return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
 
 

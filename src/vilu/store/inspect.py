@@ -53,7 +53,7 @@ class StoreReport:
     # number of rows whose label is a class ("inside"), none of the classes ("outside"), or
     # "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # Shape of each column by name. Without the number of images if it is a column of the images.
+    # shape of each column, by name; for a column of the images, the shape of one row
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size on disk of the parts that are done
     # one sentence for each damage; empty if nothing is damaged

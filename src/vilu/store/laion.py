@@ -224,8 +224,8 @@ def _entries(folder: Path) -> list[Path]:
 CAPTIONS = ("caption", "TEXT")
 """Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
 
-# Maximum number of values in a block of rows. Blocks are checked one at a time, and a block of
-# 4 MiB (in float32) fits in the cache of a processor.
+# Maximum number of values in a block of rows. A thread checks one block at a time, and such a block
+# (4 MiB in float32) fits in the cache of a processor.
 SCAN_CELLS = 2**20
 
 

@@ -64,7 +64,7 @@ def augment(image: Image.Image, area: float, left: float, top: float, mirror: fl
     share_of_side = math.sqrt(share_of_area)
     width = max(round(share_of_side * image.width), 1)
     height = max(round(share_of_side * image.height), 1)
-    # possible offsets are 0 to n - 1; since ``left`` and ``top`` are below 1, ``int`` gives no n
+    # Of n possible offsets, the largest is n - 1. It is not exceeded, as ``left``, ``top`` are < 1.
     n_offsets_x = image.width - width + 1
     n_offsets_y = image.height - height + 1
     x = int(left * n_offsets_x)
@@ -240,7 +240,7 @@ class Inputs(StoreDocument):
         return flat
 
     def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Raise ProvenanceError if new ``inputs`` differ from these, which made the ``store``."""
+        """Raise ProvenanceError if ``inputs`` differ from these, from which ``store`` was made."""
         earlier = self.identity()
         new = inputs.identity()
         differences: list[str] = []
@@ -261,7 +261,7 @@ class Run(Inputs):
     """``run.json``, the first file of a store."""
 
     fingerprint: str  # hash of the inputs
-    dataset: str  # short name of the data set in reports: the last component of its source's path
+    dataset: str  # short name of the data set, for reports: the last part of the source's path
     vilu: str  # version of vilu that began the run
 
     @model_validator(mode="after")

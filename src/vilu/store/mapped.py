@@ -151,7 +151,7 @@ class MappedParts:
             part = self._part(name, number)
             in_part = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
-                # this part is float32 (say), and all parts before it were float16
+                # this part has a wider float type than all parts before, so ``rows`` gets its type
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
             rows[in_part] = part[wanted[in_part] - self.starts[number]]
@@ -284,9 +284,10 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ChosenNumbers(RowNumbers):
-    """Row numbers from a list, which are numbers or texts; they identify no row of another source.
+    """Identifiers that are row numbers in a list, so they identify no row of another source.
 
-    For example, these are the numbers that the rows of a fold have in the whole store.
+    The list may hold numbers or texts. For example, it holds the numbers that the rows of a fold
+    have in the whole store.
     """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:

@@ -129,9 +129,9 @@ class Sealed(Reopened):
         self.rows = MappedParts(
             starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
         )
-        # Every array is mapped once, to check its header. ``path.joinpath`` is given in place of
-        # ``self.files``, which would also hash every file. A file is hashed later, when a row in it
-        # is first read.
+        # Every array is mapped once, to check its header. The files are located by
+        # ``path.joinpath``, because ``self.files`` would also hash every file. A file is hashed
+        # later, when a row in it is first read.
         for part in self.parts:
             for name in part.arrays:
                 _map_part(ledger, starts, find=path.joinpath, name=name, number=part.number)

@@ -203,8 +203,8 @@ class _Actor:
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-# Number of failures of one task after which Spark ends the run, if vilu started Spark. It is larger
-# than ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part before.
+# Number of failures of one task after which Spark ends the run, if vilu started Spark. The number
+# is larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
 MAX_FAILURES = 6
 # environment variable that ``spark-submit`` sets; then Spark has the settings of ``spark-submit``
 SUBMITTED = "PYSPARK_GATEWAY_PORT"
