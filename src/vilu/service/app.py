@@ -64,7 +64,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 class Service:
-    """The application; it answers about images as soon as ``start`` has given it an engine.
+    """The application. When ``start`` is called with an engine, it begins to answer about images.
 
     Args:
         limits: Limits for clients.
@@ -89,9 +89,9 @@ class Service:
         self.gate = Gate(
             self.api,
             limits,
-            lambda: self.slots.left,
-            self.measures.count_request,
-            frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
+            slots_left=lambda: self.slots.left,
+            on_answered=self.measures.count_request,
+            paths=frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
         )
 
     @property
@@ -224,8 +224,8 @@ class Service:
         """The judgements of a request; Refused (503) if they take too long."""
         try:
             async with asyncio.timeout(self.limits.answer):
-                # return_exceptions: gather waits for all images even if one of them has raised an
-                # exception. result() in the next line raises it.
+                # With return_exceptions, gather waits for all judgements, even if one has raised an
+                # exception. The exception is raised by result() in the return statement.
                 await asyncio.gather(*map(asyncio.wrap_future, awaited), return_exceptions=True)
                 return [judgement.result() for judgement in awaited]
         except TimeoutError:  # the timeout has cancelled the unfinished judgements
@@ -369,7 +369,8 @@ def _out(reply: Reply) -> AnswerOut:
 def _keep_images(folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]) -> None:
     """Write images to files that are named by their rows; undecodable images are left out."""
     for content, judgement in zip(images, judgements, strict=True):
-        if judgement.scores:
+        could_be_decoded = bool(judgement.scores)
+        if could_be_decoded:
             suffix = (sniff(content) or "bin").lower()
             write_bytes(folder / f"{judgement.row}.{suffix}", content)
 
@@ -379,7 +380,12 @@ def _json(value: object) -> Response:
 
 
 def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(problem(status, detail), status, dict(headers or {}), PROBLEM)
+    return Response(
+        problem(status, detail),
+        status_code=status,
+        headers=dict(headers or {}),
+        media_type=PROBLEM,
+    )
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -396,7 +402,7 @@ async def _no_such_route(_: Request, error: Exception) -> Response:
 
 
 async def _disconnected(_: Request, _error: Exception) -> Response:
-    """The answer after the client has disconnected: it is not received, but logged."""
+    """The answer after the client has disconnected, which is logged but reaches nobody."""
     return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before there was an answer.")
 
 

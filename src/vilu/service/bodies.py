@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vilu.service.limits import PROBLEM, Refused
 
-CLOSED: Final = ConfigDict(extra="forbid")
+CLOSED: Final = ConfigDict(extra="forbid")  # refuses bodies with unknown fields
 Body = TypeVar("Body", bound=BaseModel)
 
 JSON: Final = "application/json"
@@ -157,7 +157,7 @@ class InMemory(MultiPartParser):
 
     def close(self, files: Sequence[UploadFile]) -> bool:
         """Close all files of the parser; returns whether the form was complete."""
-        # The parser also knows a file that the form never ended; ``files`` lacks such a file.
+        # If a file of the form has no end, only the parser has this file, and ``files`` lacks it.
         begun_files = self._files_to_close_on_error
         for file in begun_files:
             file.close()
@@ -187,7 +187,7 @@ async def _read_form(request: Request) -> list[bytes]:
     return contents
 
 
-# The description of requests and answers in OpenAPI.
+# The rest of this module describes requests and answers in OpenAPI.
 
 IMAGE_FILES: Final = {
     "type": "object",

@@ -144,8 +144,8 @@ class Engine:
         self.served = {NAMES[0]: Served(guard)}
         if second is not None:
             self.served[NAMES[1]] = Served(self._open_second(second))
-        self.on_batch: Callable[[int], None] | None = None
-        self._positions = count()
+        self.on_batch: Callable[[int], None] | None = None  # called with the size of each batch
+        self._positions = count()  # numbers of the images in the order of their decoding
         self._lock = threading.Lock()  # for _waiting, _is_scheduled and _unwritten
         self._waiting: deque[Waiting] = deque()
         self._is_scheduled = False  # whether a run of the model is submitted or in progress
@@ -203,8 +203,9 @@ class Engine:
 
     def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Judgement]]:
         """Submit rows of embeddings (B, D); returns B futures of judgements, in the same order."""
-        contents = torch.cat([*arrays.values()], dim=1).numpy()
-        ids = [row_id(request, index, row.tobytes()) for index, row in enumerate(contents)]
+        # The id of a row covers the numbers of all arrays, which are put side by side.
+        joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
+        ids = [row_id(request, index, row.tobytes()) for index, row in enumerate(joined_rows)]
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
         self._model.submit(self._settle, judgements, lambda: self._judged(arrays, ids))
         return judgements
@@ -240,6 +241,7 @@ class Engine:
             batch = [self._waiting.popleft() for _ in range(n)]
         if self.on_batch is not None:
             self.on_batch(n)
+        # a judgement is cancelled if its request was given up
         awaited = [waiting for waiting in batch if not waiting.judgement.cancelled()]
         judgements = [waiting.judgement for waiting in awaited]
         self._settle(judgements, lambda: self._judge_images(awaited))
@@ -251,16 +253,18 @@ class Engine:
     def _settle(
         self, judgements: Sequence[Future[Judgement]], judge: Callable[[], Sequence[Judgement]]
     ) -> None:
-        """Call ``judge`` and set its results, or its exception, in the ``judgements``.
+        """Call ``judge``, and set its results as the results of the futures ``judgements``.
 
-        If all judgements are cancelled, ``judge`` is not called.
+        If ``judge`` raises an exception, the exception is set instead. Futures that are cancelled
+        stay so, and if all of them are cancelled, ``judge`` is not called.
         """
         are_awaited = [judgement.set_running_or_notify_cancel() for judgement in judgements]
         if not any(are_awaited):
             return
         try:
             results = judge()
-        # The exception would be lost in this thread. So every judgement raises it in its request.
+        # In this thread the exception would be lost. So it is set in every future, which raises it
+        # in the request that awaits the future.
         except BaseException as error:
             logger.exception("%d rows failed", len(judgements))
             for judgement, is_awaited in zip(judgements, are_awaited, strict=True):
@@ -281,7 +285,7 @@ class Engine:
             answers = {
                 name: served.guard.refused(row, error.kind) for name, served in self.served.items()
             }
-            judgements[error.position] = Judgement(row, answers, {})
+            judgements[error.position] = Judgement(row, answers, scores={})
         positions = [row.position for row in embedded.rows]
         if positions:
             good_ids = [ids[position] for position in positions]
@@ -317,7 +321,8 @@ class Engine:
     def _write(self) -> None:
         """Write the rows of all unwritten requests, and set their replies.
 
-        This is called once for every request. An earlier call may have written the request already.
+        This method is called once for every request. A call writes all requests that are ready, so
+        the later calls for these requests may find nothing to write.
         """
         with self._lock:
             waiting = list(self._unwritten)
@@ -332,7 +337,7 @@ class Engine:
             judgements += request.judgements
         try:
             state = self._recorded(judgements)
-        # As in ``_settle``, every request raises the exception.
+        # As in ``_settle``, the exception is set in the future of every request, which raises it.
         except BaseException as error:
             logger.exception("the rows of %d requests could not be written", len(requests))
             for request in requests:
@@ -366,7 +371,8 @@ class Engine:
     def close(self) -> None:
         """Finish all submitted work, then end the threads."""
         self._decoders.shutdown(wait=True)
-        # A run may schedule the next run. So wait for the thread until no run is scheduled.
+        # A run may schedule the next run. Therefore the loop waits for the runs that are submitted
+        # so far, until no run is scheduled.
         while self._is_scheduled:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
@@ -378,10 +384,10 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
     lengths = {len(row) for row in rows}
     if len(rows) == n_rows and lengths == {width}:
         return
-    shape = f"{len(rows)} rows"
-    if rows:
-        shape += f" of {min(lengths)} to {max(lengths)}"
-    raise DataError(f"{name} must be {n_rows} rows of {width} numbers. Found {shape}.")
+    range_of_widths = f" of {min(lengths)} to {max(lengths)}" if rows else ""
+    raise DataError(
+        f"{name} must be {n_rows} rows of {width} numbers. Found {len(rows)} rows{range_of_widths}."
+    )
 
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
@@ -397,7 +403,7 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
 
 def _scores(outcomes: Outcomes) -> list[Score]:
     """The scores of all rows, for the journals."""
-    answers = [UNKNOWN] * len(outcomes)
+    answers = [UNKNOWN] * len(outcomes)  # used if the outcomes hold no answers
     if outcomes.prediction is not None:
         answers = outcomes.prediction.tolist()
     return list(map(Score, answers, outcomes.uncertainty.tolist()))

@@ -27,7 +27,7 @@ from vilu.service.rows import ROWS, AnsweredRow, AuditedRow, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
 
-STATE = "monitor.parquet"
+STATE = "monitor.parquet"  # name of the file with the state of the monitor
 SAVE_EVERY: Final = 20_000
 """Number of rows after which the state of the monitor is saved.
 
@@ -40,7 +40,8 @@ class Journal:
 
     - A row is on disk before its answer is sent. A row in the file is never changed.
     - The monitor takes in rows and labels only from the file, in the order in which they came. So
-      after a crash it takes in every row and label once, and comes to the same verdict.
+      even if there is a crash, the monitor takes in every row and label once, and comes to the same
+      verdict.
     - Damaged files are set aside with a warning when the journal is opened.
 
     Args:
@@ -59,7 +60,8 @@ class Journal:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
-        self._saving: Future[None] = self._writer.submit(lambda: None)  # a save that ends at once
+        # the latest save; at first a call that does nothing
+        self._saving: Future[None] = self._writer.submit(lambda: None)
         new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
         self.monitor = self._resumed(new_monitor)
         self._rows = RowFile(folder, self.monitor.fingerprint)
@@ -67,7 +69,8 @@ class Journal:
         self._last_seen = self.monitor.rows  # number of the last row that the monitor took in
         self._last_saved = self.monitor.rows
         with warnings.catch_warnings():
-            # These rows and labels may be in the saved state already; no warning is needed.
+            # Some of these rows and labels may be in the saved state of the monitor already, so the
+            # warnings of the monitor about repeated rows are not needed.
             warnings.simplefilter("ignore")
             self._take_in_rows()
             self._take_in_labels(after=0)
@@ -114,9 +117,9 @@ class Journal:
                     unknown.append(key)
                 elif not self._rows.has_label(number):
                     new_labels[number] = code
-            before = self._rows.ends.came
+            last_label_before = self._rows.ends.came
             self._rows.add_labels(new_labels)
-            self._take_in_labels(after=before)
+            self._take_in_labels(after=last_label_before)
             self._update_status()
         return LabelCounts(len(new_labels), unknown)
 
@@ -165,7 +168,8 @@ class Journal:
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
         previous = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
-        # Raises the exception of the previous save, if any. ``_save`` only logs a ViLUError.
+        # result() raises the exception of the previous save, if there was one. This is no
+        # ViLUError, which ``_save`` only logs.
         previous.result()
 
     def _save(self, monitor: Monitor) -> None:
@@ -180,7 +184,10 @@ class Journal:
             )
 
     def _resumed(self, new_monitor: Callable[[], Monitor]) -> Monitor:
-        """A monitor in its saved state, or a new one; a damaged state is set aside."""
+        """The monitor in its saved state; a new monitor if there is no state, or a damaged one.
+
+        A damaged state is set aside.
+        """
         path = self.folder / STATE
         monitor = new_monitor()
         if not path.exists():

@@ -19,8 +19,8 @@ Scores = tuple[list[int], list[float]]
 class LabelCounts(NamedTuple):
     """What became of the labels that a client sent, in the journal of one predictor."""
 
-    n_new: int  # labels of rows that had none
-    unknown: list[str]  # ids that are of no row of the journal
+    n_new: int  # number of labels of rows that had no label before
+    unknown: list[str]  # ids of the client that no row of the journal has
 
 
 GuaranteeState = Literal["holds", "void", "none"]

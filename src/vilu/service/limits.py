@@ -39,10 +39,10 @@ REQUEST_ID: Final = re.compile(r"[!-~]{1,128}")
 """Form of an id that a client may give its request."""
 
 DRAINED: Final = 2**20
-"""Bytes of a refused body that are read and thrown away before the connection is closed."""
+"""At most this many bytes of a refused body are read before the connection is closed."""
 
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
-"""Content security policy of answers that are no page."""
+"""Content security policy of all answers except pages."""
 
 WORK: Final = frozenset({"/v1/answers", "/v1/scores"})
 """Paths of requests with images or rows, which count towards the queue (``ImageSlots``)."""
@@ -186,7 +186,8 @@ class Gate:
     def _require_key(self, headers: dict[bytes, bytes]) -> None:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, and in constant time, so that the duration reveals no key.
+        # All keys are compared, even after a match, and each comparison takes the same time. So the
+        # duration reveals no key.
         matches = [hmac.compare_digest(digest, known) for known in self.limits.keys]
         is_bearer = scheme.lower() == b"bearer"
         if is_bearer and any(matches):
@@ -289,9 +290,9 @@ class _Body:
 
     receive: Receive
     limits: ClientLimits
-    deadline: float  # on the clock of the event loop
-    n_read: int = 0
-    is_whole: bool = False
+    deadline: float  # time on the clock of the event loop at which the body must be complete
+    n_read: int = 0  # number of bytes received so far
+    is_whole: bool = False  # whether the body is complete
 
     async def __call__(self) -> Message:
         """Receive the next message of the client."""
@@ -358,7 +359,8 @@ class ImageSlots:
 
         A request with more than ``limit`` images is admitted if no other image is in progress.
         """
-        if self.taken and n > self.left:
+        has_others = self.taken > 0
+        if has_others and n > self.left:
             raise full()
         self.taken += n
         try:

@@ -14,6 +14,7 @@ from vilu.text import csp_hash, page_of
 START_SWAGGER: Final = """SwaggerUIBundle({
   url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null
 });"""
+"""Script of the documentation, which starts Swagger UI."""
 
 DOCS: Final = f"""<!DOCTYPE html>
 <html lang="en">
@@ -31,6 +32,7 @@ DOCS: Final = f"""<!DOCTYPE html>
 </body>
 </html>
 """
+"""Page of the documentation."""
 
 DOCS_POLICY: Final = "; ".join(
     [
@@ -44,6 +46,7 @@ DOCS_POLICY: Final = "; ".join(
         "frame-ancestors 'none'",
     ]
 )
+"""Content security policy of the documentation."""
 
 DOCS_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 """Content types of the files of Swagger UI."""
@@ -51,7 +54,8 @@ DOCS_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text
 
 async def page() -> Response:
     """The page on which a user drops a photo."""
-    content, policy = page_of("vilu.service", "page", "blob:")
+    # The photo of the user is an image with the source "blob:".
+    content, policy = page_of("vilu.service", name="page", images="blob:")
     return _html(content, policy)
 
 

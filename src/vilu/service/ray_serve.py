@@ -28,7 +28,7 @@ DRAIN: Final = 60.0
 """Seconds for finishing the requests in progress when a replica has to stop."""
 
 HEALTH: Final = 5.0
-"""Seconds between two health checks of a replica, and time limit of a check in seconds."""
+"""Time between two health checks of a replica, and time limit of each check, in seconds."""
 
 
 class RemoteJournals:
@@ -140,8 +140,8 @@ def _journals_in_actor(setup: Setup) -> RemoteJournals:
     ray = import_extra("ray", "serve-ray")
     # Ray restarts the actor after a failure, also on another machine if the state folder is on a
     # shared disk. The journals need one call at a time (max_concurrency).
-    options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
-    actor = options(LocalJournals).remote(setup.state, setup.predictors)
+    as_actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)
+    actor = as_actor(LocalJournals).remote(setup.state, setup.predictors)
     journals = RemoteJournals(actor)
     journals.state()  # raises the error of the actor if its journals could not be opened
     return journals
@@ -197,7 +197,7 @@ def serve_ray(
         finally:
             serve.shutdown()
             ray.shutdown()
-    # Raised here and not in a signal handler, since Ray replaces the signal handlers.
+    # The exception is raised here and not in a signal handler, since Ray replaces such handlers.
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

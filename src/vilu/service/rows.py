@@ -79,6 +79,9 @@ DIGEST: Final = 16
 ENDS_LINE: Final = re.compile(
     rb"(?P<n>\d{20}) (?P<row>[0-9a-f]{32}) (?P<came>\d{20}) (?P<label>[0-9a-f]{32})\n"
 )
+"""Pattern of the only line of the file ``ENDS``; the groups are the attributes of ``Ends``."""
+
+# binary formats of the numbers from which digests are computed
 ROW_NUMBERS = struct.Struct("<qdqd")  # number of the row, time, answer, uncertainty
 LABEL_NUMBERS = struct.Struct("<qqq")  # number of the label, number of its row, label
 
@@ -176,7 +179,8 @@ class RowFile:
         start = hashlib.blake2b(monitor.encode(), digest_size=DIGEST).digest()
         self._nothing = Ends(n=0, row=start, came=0, label=start)  # ends of empty chains
         self.ends = self._verified()
-        self._last = self.ends.n  # number of the last row, also of a row that the file has lost
+        # number of the last row that was ever answered; the file may have lost this row
+        self._last = self.ends.n
         # The file of ends must exist before the first row, because a file of rows without it counts
         # as damaged.
         with or_refuse(f"write {self._ends_path}"):
@@ -313,7 +317,7 @@ class RowFile:
         """The ends of the chains; damaged files are set aside and repaired first."""
         noted = self._noted_ends()
         if not self.path.exists():
-            is_new = noted is None or noted == self._nothing
+            is_new = noted is None or noted == self._nothing  # no row and no label was noted
             return self._nothing if is_new else self._repaired(noted)
         self._require_version()
         ends, is_whole = self._survey(noted or self._nothing)
@@ -351,6 +355,7 @@ class RowFile:
         last_label = 0
         label_digest = self._nothing.label
         n_labels = 0
+        # nothing has to be searched for if the noted chain is empty
         has_noted_row = noted.n == 0
         has_noted_label = noted.came == 0
         is_sound = False
@@ -366,7 +371,7 @@ class RowFile:
                 if last_label == noted.came:
                     has_noted_label = label_digest == noted.label
             is_sound = _is_sound(table) and _sizes(table) == (n_rows, n_labels)
-        ends = Ends(last_row, row_digest, last_label, label_digest)
+        ends = Ends(n=last_row, row=row_digest, came=last_label, label=label_digest)
         return ends, is_sound and has_noted_row and has_noted_label
 
     @contextmanager
@@ -419,6 +424,7 @@ class RowFile:
                     n_rows += 1
             with self._until_damage(), closing(_opened_to_read(self.path)) as table:
                 for _, n, label, _ in _labels_that_follow(table, ends.label):
+                    # a label is copied only if its row was copied
                     if target.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
                         ends = _insert_labels(target, [(n, label)], ends)
             target.execute("COMMIT")
@@ -426,7 +432,7 @@ class RowFile:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename the files that exist, so that nothing is lost; their new names."""
+    """Rename the files that exist, so that nothing is lost; returns their new names."""
     present = [name for name in names if (folder / name).exists()]
     renamed: list[str] = []
     for number in count(1):
@@ -466,7 +472,8 @@ def _label_digest(before: bytes, came: int, n: int, label: int) -> bytes:
 def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredRow]:
     """The rows in order, up to the first whose digest does not fit the previous row."""
     query = "SELECT n, CAST(id AS BLOB), time, answer, uncertainty, digest FROM rows ORDER BY n"
-    with suppress(struct.error, TypeError):  # values of a wrong type: the file is damaged here
+    # A value of a wrong type, which shows that the file is damaged, raises one of these exceptions.
+    with suppress(struct.error, TypeError):
         for row in table.execute(query):
             n, key, when, answer, uncertainty, digest = row
             if digest != _row_digest(before, n, key, when, answer, uncertainty):

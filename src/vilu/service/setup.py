@@ -60,13 +60,15 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     Raises:
         ViLUError: If a rule cannot be verified, or if the predictor was fitted on another model.
     """
-    # Imported here since these imports take seconds. Meanwhile /healthz answers already.
+    # These modules are imported here, since the imports take seconds. The service already answers
+    # /healthz meanwhile.
     from vilu.guard.guard import Guard
     from vilu.service.engine import Engine
     from vilu.service.local_journals import LocalJournals
 
     if journals is None:
-        # Before the model: an invalid rule is reported without waiting for the model to load.
+        # The journals are opened before the model is loaded, so that an invalid rule is reported
+        # without waiting for the model.
         journals = LocalJournals(setup.state, setup.predictors)
     guard = Guard(
         setup.predictor,

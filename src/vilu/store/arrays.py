@@ -33,26 +33,31 @@ UNREADABLE_NPZ = (
     EOFError,
     RuntimeError,
 )
-"""Exceptions of reading a damaged zip file or its arrays. RuntimeError means encryption."""
+"""Exceptions of reading a damaged zip file or its arrays.
+
+``zipfile`` raises RuntimeError if the content is encrypted.
+"""
 
 READ_BYTES = 2**24  # bytes read at a time
 
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
-"""Endings of files with one entry a line, without a header."""
+"""Endings of the names of text files, which have one entry per line and no header."""
 
 SMALL_BYTES = 2**28
 MAX_PACKED = 100
-"""Limits against zip bombs: an array may have ``SMALL_BYTES``, whatever its compressed size.
+"""Limits against zip bombs, which are small files that decompress to very many bytes.
 
-A larger array may have at most ``MAX_PACKED`` times its compressed size. Embeddings stay below this
-limit, since compression makes them hardly smaller.
+An array of at most ``SMALL_BYTES`` bytes is accepted, whatever its compressed size. A larger array
+may have at most ``MAX_PACKED`` times its compressed size. Embeddings stay below this limit, since
+compression makes them hardly smaller.
 """
 
-# first and last of the Unicode codes that stand for no character
+# First and last surrogate. Surrogates are Unicode codes that stand for no character.
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
 MAX_TEXT = 2**16  # maximum number of characters of a name
-TEXT_KINDS = "iuUS"  # NumPy's kinds of whole numbers (i, u), texts (U) and bytes (S)
+# NumPy's kinds that ``texts_of`` converts to texts: whole numbers (i, u), texts (U) and bytes (S)
+TEXT_KINDS = "iuUS"
 
 
 class StoredArray:
@@ -77,7 +82,7 @@ class StoredArray:
                 raise DataError(
                     f"{where} is of version {version} of the format .npy. Save it with numpy.save."
                 )
-            self.shape, self._by_columns, self.dtype = HEADER_READERS[version](handle)
+            self.shape, self._is_fortran_order, self.dtype = HEADER_READERS[version](handle)
             self._start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
@@ -88,6 +93,7 @@ class StoredArray:
 
     def _require_content(self, n_there: int) -> None:
         """Raise DataError if the header states another size than the ``n_there`` bytes after it."""
+        # no size is negative; the shape () has no size, and is valid
         has_valid_shape = min(self.shape, default=0) >= 0
         has_valid_type = self.dtype.itemsize > 0
         if has_valid_shape and has_valid_type and self.n_bytes == n_there:
@@ -112,43 +118,47 @@ class StoredArray:
 
     def require_rows(self) -> None:
         """Raise DataError where the rows are not stored one after the other (C order)."""
-        if self._by_columns and len(self.shape) > 1:
+        is_vector = len(self.shape) <= 1  # a vector is the same in Fortran order and in C order
+        if self._is_fortran_order and not is_vector:
             raise DataError(
                 f"{self.where} is in Fortran order, so its rows cannot be read one by one. Save it "
                 "in C order, as numpy.save does of numpy.ascontiguousarray(array)."
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the rows start ... stop - 1 of an array in C order."""
+        """Return the rows start ... stop - 1. The array must be in C order (``require_rows``)."""
         n_rows = stop - start
-        content = self._bytes(start * self._row_bytes, n_rows * self._row_bytes)
+        content = self._bytes(start=start * self._row_bytes, count=n_rows * self._row_bytes)
         return np.frombuffer(content, self.dtype).reshape(n_rows, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """Yield all rows of an array in C order, in blocks of about ``read_bytes``."""
-        row_bytes = max(self._row_bytes, 1)
+        """Yield all rows, in blocks of about ``read_bytes``. The array must be in C order."""
+        row_bytes = max(self._row_bytes, 1)  # a row without entries has 0 bytes
         block_rows = max(self.read_bytes // row_bytes, 1)
         for start in range(0, len(self), block_rows):
             yield self.read(start, min(start + block_rows, len(self)))
 
     def whole(self) -> NDArray[Any]:
         """Read and return the whole array, in C or Fortran order."""
-        flat = np.frombuffer(self._bytes(0, self.n_bytes), self.dtype)
-        return flat.reshape(self.shape, order="F" if self._by_columns else "C")
+        content = self._bytes(start=0, count=self.n_bytes)
+        flat = np.frombuffer(content, self.dtype)
+        return flat.reshape(self.shape, order="F" if self._is_fortran_order else "C")
 
     def hash(self, advance: Callable[[int], object]) -> str:
         """Return a hash of type, shape and content.
 
         ``advance`` is called with the number of bytes of each block that was read.
         """
-        header = repr((self.dtype.str, self.shape, self._by_columns)).encode()
+        header = repr((self.dtype.str, self.shape, self._is_fortran_order)).encode()
         content = blake2b(header, digest_size=16)
         for start in range(0, self.n_bytes, self.read_bytes):
-            block = self._bytes(start, min(self.read_bytes, self.n_bytes - start))
+            n_left = self.n_bytes - start
+            block = self._bytes(start=start, count=min(self.read_bytes, n_left))
             content.update(block)
             advance(len(block))
         with or_unreadable(self.where):
-            # reading a member of a zip file to its end also verifies its checksum
+            # No byte may follow the content. In a zip file, this read also reaches the end of the
+            # member, where ``zipfile`` verifies its checksum.
             if self._handle.read(1):
                 raise DataError(
                     f"{self.where} has more bytes than its header says. Write it again."
@@ -158,8 +168,8 @@ class StoredArray:
     def _bytes(self, start: int, count: int) -> bytearray:
         """Return ``count`` bytes of the content from ``start`` on.
 
-        Memory is allocated as bytes are read. The header may state a wrong size, so no memory is
-        allocated for it in advance.
+        The header may state a wrong size. Therefore no memory is allocated in advance: ``content``
+        grows with every block that was read.
         """
         content = bytearray()
         with or_unreadable(self.where):
@@ -188,7 +198,11 @@ HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], Header]] = {
 def or_unreadable(where: str) -> AbstractContextManager[None]:
     """Turn exceptions of a damaged file in the block into a ``DataError`` that names the file."""
     return or_damaged(
-        where, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array"
+        where,
+        hint="Write it again with numpy.save.",
+        kinds=UNREADABLE_NPZ,
+        fault=DataError,
+        state="damaged, or no array",
     )
 
 
@@ -216,10 +230,12 @@ class Arrays(ExitStack):
         own_files = [Path(file) for file in (files or {}).values()]
         if path is None and not own_files:
             raise UsageError("there are no arrays: give a source, or files of arrays.")
-        self.path = own_files[0] if path is None else Path(path)  # for messages
+        # path that messages name: the source, or else the first of ``files``
+        self.path = own_files[0] if path is None else Path(path)
         if path is not None:
             with or_unreadable(str(path)):
                 self._open_source()
+        # the file of every array in ``files``, also in place of an array of the source
         self._members.update(zip(files or {}, own_files, strict=True))
 
     def _open_source(self) -> None:
@@ -252,7 +268,7 @@ class Arrays(ExitStack):
 
     def _open_member(self, member: zipfile.ZipInfo, where: str) -> StoredArray:
         is_encrypted = member.flag_bits & 1
-        # ``_zip`` is never None here; the type checker cannot know this
+        # ``_zip`` is only compared for the type checker: if there are members, it is never None
         if self._zip is None or is_encrypted:
             raise DataError(f"{where} is encrypted. Write it again without a password.")
         with or_unreadable(where):
@@ -273,7 +289,10 @@ class Arrays(ExitStack):
 
 
 def _lines(file: Path) -> bytes:
-    """The lines of a text file, without its last line end, as the content of a ``.npy`` file."""
+    """Return the content of a ``.npy`` file with the lines of a text file as its entries.
+
+    Empty lines at the end of the text file are left out.
+    """
     lines = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     buffer = BytesIO()
     np.save(buffer, np.array(lines, dtype=np.str_), allow_pickle=False)

@@ -39,14 +39,15 @@ from vilu.validation import checked, checked_fields, require_at_least
 
 PART_IMAGES = 4096  # default number of images per part
 PART_SHARDS = 10  # default number of shards per part
-OVERHEAD = 1.05  # size of a store, with metadata and receipts, relative to its vectors
+OVERHEAD = 1.05  # size of a store, with metadata and receipts, divided by the size of its vectors
 
 PATIENCE = 600.0
-"""Seconds for which a driver waits for the lock.
+"""Seconds for which a process waits for the lock of a store that several processes share.
 
-The wait is long, because the driver that holds the lock may be embedding the texts of the classes.
+The wait is long, because the process that holds the lock may be embedding the texts of the classes.
 """
 
+# message of the error if both ``overwrite`` and ``shared`` are True
 SHARED_OVERWRITE = (
     "processes that share a store cannot replace it: each would undo the others' work. Remove it."
 )
@@ -192,7 +193,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         raise UsageError(SHARED_OVERWRITE)
     root = Path(output)
     strict = on_error == "raise"
-    budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
+    budget = Budget(error_rate=0.0 if strict else max_error_rate, bad_shards=allow_bad_shards)
     StoreLedger.check_place(root, overwrite=overwrite)
     require_files(dataset, budget.error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
@@ -200,7 +201,16 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     settings |= _check_candidates(dataset, names, templates, columns)
     settings |= _image_columns(model, columns)
     run = describe(dataset, model.space, part_size=part_size, **settings)
-    job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
+    job = EmbedJob(
+        root,
+        run,
+        dataset,
+        backbone,
+        batch_size=batch_size,
+        workers=workers,
+        strict=strict,
+        limits=limits,
+    )
     if not shared:
         _drive_alone(job, model, executor, budget, overwrite=overwrite)
     elif not _drive_shared(job, model, executor, budget):
@@ -209,7 +219,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
-    """Return the settings "features" (width) and "views" of the run; None if not stored."""
+    """Return the settings of the run for the columns "features" and "views".
+
+    The setting of "features" is their width. A column that is not stored has the setting None.
+    """
     settings: dict[str, object] = {"features": None, "views": None}
     if columns.features:
         settings["features"] = model.feature_dim
@@ -253,14 +266,14 @@ def _drive_alone(
 def _drive_shared(
     job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget
 ) -> bool:
-    """Do the parts of this process; return True if it was the last process and sealed the store.
+    """Do the parts of this process; return True if this process was the last and sealed the store.
 
-    The lock is held only at the beginning and at the end. So the processes do parts at the same
-    time, but only one process begins the store, and only one finds all parts done and seals it.
+    The lock is held at the beginning and at the end, but not while parts are done. So the processes
+    do parts at the same time, but only one of them begins the store, and only one seals it.
     """
     with StoreLedger.claim(job.root, PATIENCE):
         job = _begin_job(job, model, overwrite=False)
-        # not deep, because otherwise each of many drivers would read all parts
+        # Only sizes are checked. With ``deep=True``, each of many processes would read all parts.
         missing, receipts = job.ledger.survey(deep=False)
         _prepare(job, missing)
     _do_parts(job, executor, missing, receipts)
@@ -289,24 +302,29 @@ def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
     if not missing:
         logger.info("%s is complete: there is nothing to do", job.root)
         return
-    # before the first part is written, because a manifest states that all parts are done
+    # A manifest states that all parts are done, so it is removed before a missing part is written.
     job.ledger.unseal()
     require_room(job.root, job.run, missing)
 
 
 def _do_parts(
-    job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]
+    job: EmbedJob, executor: Executor | None, missing: Sequence[Part], receipts: Sequence[Receipt]
 ) -> None:
-    """Do the missing parts, in this process or by an executor, and show the progress."""
-    if done and missing:
-        logger.info("%d of %d parts are there already", len(done), len(done) + len(missing))
+    """Do the missing parts, in this process or by an executor, and show the progress.
+
+    ``receipts`` are those of the parts that are done already.
+    """
+    if receipts and missing:
+        n_done = len(receipts)
+        logger.info("%d of %d parts are there already", n_done, n_done + len(missing))
     numbers = [part.number for part in missing]
     # the number of images in shards is unknown before they are read
     n_images = None if job.run.shards else job.run.n_in
     with track("embed", n_images, "images") as progress:
-        progress.advance(sum(receipt.n_in for receipt in done))
+        progress.advance(sum(receipt.n_in for receipt in receipts))
         if executor is None:
-            # The job shows the progress after each batch. Its receipts are not needed here.
+            # The job does a part whenever its next receipt is asked for, and shows the progress
+            # after each batch. The receipts are not needed here.
             for _ in job.process_all(numbers, progress):
                 pass
             return
@@ -343,12 +361,13 @@ def _check_candidates(
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    words = tuple(dict.fromkeys(columns.negatives))
+    words = tuple(dict.fromkeys(columns.negatives))  # each word once, in their order
+    # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
     return {
-        "names": check_class_names(names, len(names)) or (),
+        "names": check_class_names(names, n_candidates=len(names)) or (),
         "templates": TEMPLATES["default"] if templates is None else templates,
         "prompts": columns.prompts,
-        "negatives": check_class_names(words, len(words)) or (),
+        "negatives": check_class_names(words, n_candidates=len(words)) or (),
     }
 
 
@@ -392,7 +411,7 @@ def describe(
 
 
 def describe_run(settings: Mapping[str, object], dataset: str) -> Run:
-    """Return the run with these settings as inputs; ``dataset`` is the name of the data set."""
+    """Return the run whose inputs are ``settings``; ``dataset`` is ``Run.dataset``."""
     try:
         inputs = Inputs.model_validate(settings)
     except ValidationError as error:
@@ -430,12 +449,12 @@ def begin(
         run = earlier
     classes = None
     if not run.captions:
-        must_make = overwrite or not _has_classes(root, run)
-        if must_make:
+        must_make_classes = overwrite or not _has_classes(root, run)
+        if must_make_classes:
             classes = make_classes()
     if overwrite:
         StoreLedger(root, run).clear()
-    StoreLedger(root, run).begin(run, {*StoreLedger.always, *run.arrays})
+    StoreLedger(root, run).begin(run, folders={*StoreLedger.always, *run.arrays})
     if classes is not None:
         write_classes(root, run, *classes)
     return run
@@ -501,7 +520,7 @@ def _check_budget(
     n_ok: int,
     budget: Budget,
 ) -> None:
-    """Refuse more losses than the budget allows; warn of bad shards and of a store without rows.
+    """Refuse more losses than the budget allows; warn of bad shards, and if there are no images.
 
     The error row of a bad shard stands for an unknown number of images. Therefore, it does not
     count in the share of images that failed.
@@ -529,24 +548,25 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
             continue
-        path = Vouched(ledger.root, [receipt])(part.errors)
+        verify_file = Vouched(ledger.root, [receipt])
+        path = verify_file(part.errors)
         table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
         for row in table.to_pylist():
             if row["kind"] in BAD_SHARD:
                 shards.append(f"{row['key']} ({row['message']})")
     if not shards:
         return ""
-    named = "; ".join(shards[:MAX_NAMED])
-    if len(shards) > MAX_NAMED:
-        named += f" and {len(shards) - MAX_NAMED} more"
+    first_shards = "; ".join(shards[:MAX_NAMED])
+    n_more = len(shards) - MAX_NAMED
+    more = f" and {n_more} more" if n_more > 0 else ""
     return (
         f"{len(shards)} of {ledger.run.shards} shards cannot be read to the end, and how many "
-        f"images that costs is unknown: {named}."
+        f"images that costs is unknown: {first_shards}{more}."
     )
 
 
 def _has_classes(root: Path, run: Run) -> bool:
-    """Whether the files of the classes exist and are not damaged."""
+    """Whether the files of the classes exist, are not damaged, and belong to this run."""
     if not (root / CLASSES).exists():
         return False
     try:

@@ -30,8 +30,9 @@ READ_ROWS = 2**16  # number of captions read at a time
 def fold_of(caption: str) -> Fold:
     """Return the fold of a caption.
 
-    A BLAKE2b hash of 8 bytes makes the caption a number in [0, 1), which is compared with the ends
-    of the folds. White space at the ends of the caption is ignored.
+    The BLAKE2b hash of the caption (8 bytes, read as a whole number) divided by 2**64 is a number
+    in [0, 1), which is compared with the ends of the folds. White space at the beginning and at the
+    end of the caption is ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -51,12 +52,13 @@ def fold_of(caption: str) -> Fold:
 def rows_of_fold(
     files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
 ) -> NDArray[np.int64]:
-    """Return the (M,) ascending numbers of the rows of a fold; a missing caption counts as "".
+    """Return the (M,) ascending numbers of the rows whose caption is in a fold.
 
-    ``files`` are metadata files with their numbers of rows, and ``n_rows`` is the sum of these
-    numbers. The column of captions is the first of ``names`` that a file has.
+    ``files`` are metadata files, each with its number of rows, and ``n_rows`` is the number of rows
+    of all files. The column of captions is the first of ``names`` that a file has. A row without a
+    caption is in the fold of the caption "".
     """
-    numbers = [np.empty(0, np.int64)]
+    numbers = [np.empty(0, np.int64)]  # not an empty list, which np.concatenate refuses
     start = 0
     with track("Sorting captions into folds", n_rows, "rows") as task:
         for path, n_file_rows in files:

@@ -63,7 +63,7 @@ OF_SPACE = frozenset({"logit_scale", "logit_bias"})
 """Arrays that belong to the embedding space."""
 BY_ROW = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
 """Arrays with one entry per image row."""
-# The kinds of NumPy's types (``dtype.kind``).
+# Sets of kinds of NumPy's types (``dtype.kind``), one letter per kind.
 NUMBERS = "fiu"  # floats and whole numbers
 WHOLE = "iu"  # whole numbers
 TEXTS = "US"  # texts and bytes
@@ -159,7 +159,12 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     root = Path(output)
     StoreLedger.check_place(root, overwrite=overwrite)
     with Arrays(source, files) as arrays:
-        content = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
+        content = _read(
+            arrays,
+            keys=dict(keys or {}),
+            class_names=class_names,
+            outside=tuple(dict.fromkeys(outside)),  # each name once, in their order
+        )
         run = _describe(
             content,
             content.space(logit_scale, logit_bias, model),
@@ -237,7 +242,10 @@ class SourceArrays:
     def number_format(
         self, asked: Literal["float16", "float32"] | None
     ) -> Literal["float16", "float32"]:
-        """Number format of the stored rows: ``asked``, or by default that of the images."""
+        """Number format of the stored rows: ``asked``, or if it is None that of the images.
+
+        Logits are always stored as float32.
+        """
         if LOGITS in self.arrays:
             if asked == "float16":
                 raise UsageError(
@@ -296,11 +304,15 @@ class SourceArrays:
         status = np.full(len(part), VALID, np.uint8)
         blocks: dict[str, Tensor] = {}
         for name in part.arrays:
+            # the store names the array of image embeddings ``IMAGE``, and the source "image"
             stored = self.arrays["image" if name == IMAGE else name]
             block = stored.read(part.start, part.stop)
             blocks[name], status_in_array, norms = _normalise(name, block)
+            # of the status codes that a row has in several arrays, the highest is kept
             status = np.maximum(status, status_in_array)
-            if LOGITS not in self.arrays:  # features may have any norm
+            # Norms are collected for a warning. With logits, "image" holds features, which may have
+            # any norm, so there is no warning about them.
+            if LOGITS not in self.arrays:
                 self.norms += norms
         keys = self._keys(part)
         labels = self.target[part.start : part.stop].tolist()
@@ -318,7 +330,7 @@ class SourceArrays:
         return content
 
     def _row(self, position: int, key: str, label: int | None) -> LabelledRow:
-        """The metadata of a row, with the answer of another model if there are such answers."""
+        """The metadata of a row, including another model's answer if answers were imported."""
         if self.answer is None:
             return LabelledRow(position, key, label)
         return RowWithAnswer(position, key, label, int(self.answer[position]))
@@ -345,10 +357,10 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 
 
 def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Return the rows to be stored, the status of each, and the norms before normalisation.
+    """Return the rows to be stored, the status code of each image, and the norms before.
 
-    Columns that may have any norm are not normalised. If an image has several views, the highest
-    status code of its views is its status.
+    Columns that may have any norm are not normalised, and their norms are not returned. The status
+    code of an image with several views is the highest status code of its views.
     """
     may_have_any_norm = name in ANY_NORM
     if name == LOGITS:
@@ -372,7 +384,11 @@ def _read(
     class_names: Sequence[str] | None,
     outside: tuple[str, ...],
 ) -> SourceArrays:
-    """Open the arrays of a source, and check everything except the numbers in the image rows."""
+    """Open the arrays of a source, and check everything except the numbers in the image rows.
+
+    ``names`` are the classes in the source. ``classes`` are the classes in the store, which lack
+    the classes ``outside``.
+    """
     opened = _open(arrays, keys)
     for name in ("image", LOGITS):
         if name in opened:
@@ -408,7 +424,7 @@ def _read(
 
 
 def _rows_of(opened: Mapping[str, StoredArray]) -> StoredArray:
-    """The array that decides the number of rows: image embeddings, or logits without them."""
+    """The array that decides the number of rows: image embeddings if there are any, else logits."""
     if "image" in opened:
         return opened["image"]
     return opened[LOGITS]
@@ -438,17 +454,21 @@ def _answers(
 ) -> NDArray[np.int64] | None:
     """Return the answers (N,) as numbers of classes of the store; None if there is no array.
 
-    In the array, answers are numbers or names of the classes in the source. ``names`` are these
-    classes. ``classes`` are those of the store, from which the classes outside are left out.
+    In the array, an answer is the number or the name of a class in the source. ``names`` are the
+    classes in the source. ``classes`` are the classes in the store, where some may be left out.
     """
     if stored is None:
         return None
     in_source = _read_targets(stored, n)
     values = in_source.values
     if values.dtype.kind in WHOLE:
-        numbers = check_answers(values, len(values), None, len(names))
+        numbers = check_answers(
+            values, n_rows=len(values), class_names=None, n_candidates=len(names)
+        )
         values = np.array([names[number] for number in numbers.tolist()], dtype=np.str_)
-    class_of_value = check_answers(values, len(values), classes, len(classes)).numpy()
+    class_of_value = check_answers(
+        values, n_rows=len(values), class_names=classes, n_candidates=len(classes)
+    ).numpy()
     answers: NDArray[np.int64] = class_of_value[in_source.value_of_row]
     return answers
 
@@ -456,9 +476,10 @@ def _answers(
 def _classes_of_logits(
     targets: Targets, names: tuple[str, ...], outside: tuple[str, ...], logits: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
-    """Return what ``_leave_out`` returns, if each class has a column of logits.
+    """Return targets, text rows and class names as ``_leave_out``, for a source with logits.
 
-    No class is left out. ``outside`` may have labels that are no class.
+    Each class must have a column of logits, and no class is left out. So ``outside`` may only have
+    labels that are no class.
     """
     n_logits = logits.shape[1]
     if n_logits != len(names):
@@ -473,7 +494,9 @@ def _classes_of_logits(
         )
     require_different(names)
     target = _index_targets(targets, names, outside)
-    return target, torch.arange(len(names)), check_class_names(names, len(names)) or ()
+    # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
+    classes = check_class_names(names, n_candidates=len(names)) or ()
+    return target, torch.arange(len(names)), classes
 
 
 def _require_matrix(image: StoredArray) -> None:
@@ -489,14 +512,16 @@ def _require_matrix(image: StoredArray) -> None:
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """Open the arrays of a source, and return them by the names in ``NAMES``.
 
-    If an array has another name in the source, ``keys`` has this name.
+    If an array has another name in the source, ``keys`` has the name in the source by the name in
+    ``NAMES``.
     """
     unknown = sorted(keys.keys() - set(NAMES))
     if unknown:
         raise UsageError(
             f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
         )
-    key_of = {name: keys.get(name, name) for name in NAMES}  # names in the source
+    # the name in the source of every array
+    key_of = {name: keys.get(name, name) for name in NAMES}
     needed = ["image", "text"]
     if key_of[LOGITS] in arrays.names:
         needed = [LOGITS]
@@ -506,7 +531,8 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
                 "take the place of texts: leave one of them out."
             )
         if key_of["image"] not in arrays.names:
-            # with logits, the features are the vectors of the rows, which are read as ``image``
+            # With logits, the array ``features`` has the vectors of the rows. So it is read as
+            # ``image``, and nothing is read as ``features``: no array has the name "".
             key_of["image"] = key_of["features"]
             key_of["features"] = ""
     needed_keys = [key_of[name] for name in needed]
@@ -519,8 +545,8 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             ", ".join(unused),
         )
     for name, key in used.items():
-        # Embeddings never compress very well, so such an array is refused. Arrays with one number
-        # or text per row may compress very well.
+        # Embeddings never compress very well, so an array of embeddings that compressed very well
+        # is refused. Arrays with one number or text per row may compress very well.
         if name not in {"target", "answer", "ids"}:
             arrays.require_small(key)
     opened = {name: arrays.open(key) for name, key in used.items()}
@@ -545,8 +571,11 @@ def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed: Sequence
 
 
 def _check_columns(opened: Mapping[str, StoredArray], width: int) -> None:
-    """Raise DataError if texts or columns have a wrong type or shape, or no entries."""
-    # number of dimensions and meaning of each array
+    """Raise DataError if texts or columns have a wrong type or shape, or no entries.
+
+    ``width`` is the width of the embeddings.
+    """
+    # number of dimensions and meaning of each array, by name
     expected = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected.items():
         if name not in opened:
@@ -596,7 +625,7 @@ def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
     if stored is None:
         return
     _require_names(stored)
-    hashes_of_blocks = [np.empty(0, np.uint64)]
+    hashes_of_blocks = [np.empty(0, np.uint64)]  # not an empty list, which concatenate refuses
     for block in stored.blocks():
         hashes_of_blocks.append(hash_names(texts_of(block, stored.where)))
     hashes = np.concatenate(hashes_of_blocks)
@@ -625,14 +654,14 @@ class Targets(NamedTuple):
     """Targets as they are in the source, with every distinct value once in memory."""
 
     values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
-    value_of_row: NDArray[np.int64]  # (N,) index into ``values`` of the target of each row
+    value_of_row: NDArray[np.int64]  # (N,) for each row, the index of its target in ``values``
 
 
 def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
     """Read the targets of ``n_rows`` rows in blocks; all are unknown if there is no array."""
     if stored is None:
         unknown = np.full(min(n_rows, 1), UNKNOWN, np.int64)  # one value, or none without rows
-        return Targets(unknown, np.zeros(n_rows, np.int64))
+        return Targets(values=unknown, value_of_row=np.zeros(n_rows, np.int64))
     is_vector = len(stored.shape) == 1
     is_named = is_vector and stored.dtype.kind in TEXTS
     if is_named:
@@ -648,7 +677,7 @@ def _read_targets(stored: StoredArray | None, n_rows: int) -> Targets:
         values, value_of_row = np.unique(targets, return_inverse=True)
         of_blocks.append(Targets(values, value_of_row))
     if not of_blocks:
-        return Targets(np.empty(0, np.int64), np.empty(0, np.int64))
+        return Targets(values=np.empty(0, np.int64), value_of_row=np.empty(0, np.int64))
     all_values = np.unique(np.concatenate([of_block.values for of_block in of_blocks]))
     indices: list[NDArray[np.int64]] = []
     for of_block in of_blocks:
@@ -681,11 +710,13 @@ def _leave_out(
     new_label = np.full(len(names), OUTSIDE, np.int64)
     new_label[inside] = np.arange(len(inside))
     target = _index_targets(targets, names, outside)
-    has_name = target >= 0
-    target[has_name] = new_label[target[has_name]]
-    # the array has texts of all names, or only of the classes inside
-    text_rows = torch.tensor(inside if n_texts == len(names) else range(n_texts))
-    classes = check_class_names([names[i] for i in inside], len(inside)) or ()
+    is_class = target >= 0
+    target[is_class] = new_label[target[is_class]]
+    # ``text`` has a row for every name, or only a row for every class inside
+    has_text_per_name = n_texts == len(names)
+    text_rows = torch.tensor(inside if has_text_per_name else range(n_texts))
+    # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
+    classes = check_class_names([names[i] for i in inside], n_candidates=len(inside)) or ()
     return target, text_rows, classes
 
 
@@ -695,7 +726,7 @@ def _index_targets(
     """Return (N,) int64 indices into ``names``, -1 if unknown, -2 if the target is no class."""
     index_of: dict[str, int] = {}
     for i, name in enumerate(names):
-        index_of.setdefault(name, i)
+        index_of.setdefault(name, i)  # of classes with the same name, the first index
     labels_outside = [name for name in outside if name not in index_of]
     _require_used(labels_outside, targets, names)
     if targets.values.dtype.kind == "U":
@@ -747,7 +778,10 @@ def _indices_of_numbers(
     may_be_class = np.array(
         [str(value) not in labels_outside for value in values.tolist()], dtype=bool
     )
-    target, is_outside = check_targets(values[may_be_class], int(may_be_class.sum()), n_classes)
+    # ``is_outside`` marks values that are -2 in the source
+    target, is_outside = check_targets(
+        values[may_be_class], n_rows=int(may_be_class.sum()), n_candidates=n_classes
+    )
     indices = np.full(len(values), OUTSIDE, np.int64)
     indices[may_be_class] = torch.where(is_outside, OUTSIDE, target).numpy()
     return indices
@@ -758,7 +792,7 @@ def _class_columns(
 ) -> dict[ClassColumn, Tensor]:
     """Check the columns of the classes and of the model, and return them.
 
-    Columns of the classes are returned for the classes ``text_rows``. Columns that must have unit
+    Of the columns of the classes, the rows ``text_rows`` are returned. Columns that must have unit
     norm are normalised.
     """
     columns: dict[ClassColumn, Tensor] = {}
@@ -771,7 +805,8 @@ def _class_columns(
                 "Leave it out."
             )
         n_texts = len(opened["text"])
-        values = check_columns({name: opened[name].whole()}, 0, n_texts)[name]
+        # the number of image rows, here 0, is not compared, because no column of images is checked
+        values = check_columns({name: opened[name].whole()}, n_rows=0, n_texts=n_texts)[name]
         has_row_per_class = name in TEXT_COLUMNS
         columns[name] = values[text_rows] if has_row_per_class else values
     return columns
@@ -780,7 +815,7 @@ def _class_columns(
 def _describe(
     content: SourceArrays, space: EmbeddingSpace, imported: Imported, **settings: object
 ) -> Run:
-    """Describe a run. For its fingerprint, all arrays are read once."""
+    """Return the description of a run. All arrays are read once, for the fingerprint of the run."""
     described: dict[str, object] = {
         "dataset_fingerprint": content.fingerprint(),
         "n_in": len(content.rows_of),
@@ -834,4 +869,4 @@ def _write_part(ledger: StoreLedger, part: Part, content: SourceArrays) -> Recei
     number_format = getattr(torch, ledger.run.dtype)
     for name, blocks in rows.arrays.items():
         rows.arrays[name] = [block.to(number_format) for block in blocks]
-    return ledger.write_rows(part, rows, len(part), "")
+    return ledger.write_rows(part, rows, batch_size=len(part), source="")

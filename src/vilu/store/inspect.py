@@ -37,7 +37,7 @@ CHUNK = 8192  # number of rows checked at a time
 
 @dataclass
 class StoreReport:
-    """The facts that ``inspect`` reports of a store, and the damage that it sees."""
+    """The facts that ``inspect`` reports of a store, and the damage that ``inspect`` finds."""
 
     store: str  # name of the folder
     # whether the store has a manifest: it is complete and within its error budget
@@ -53,7 +53,7 @@ class StoreReport:
     # number of rows whose label is a class ("inside"), none of the classes ("outside"), or
     # "unknown"
     labels: Counter[str] = field(default_factory=Counter)
-    # shape by column: of one image, of all classes, or of the model
+    # shape of each column, by name; for a column of the images, the shape of one row
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size on disk of the parts that are done
     # one sentence for each damage; empty if nothing is damaged
@@ -133,10 +133,11 @@ class StoreReport:
     def _labels(self) -> str:
         n_rows = self.labels.total()
         counts = [f"{n} {kind} ({n / n_rows:.1%})" for kind, n in self.labels.items() if n]
-        text = ", ".join(counts) or "none"
-        if self.run.outside:
-            text += f"; outside are {', '.join(map(repr, self.run.outside))}"
-        return text
+        labels = ", ".join(counts) or "none"
+        if not self.run.outside:
+            return labels
+        names_outside = ", ".join(map(repr, self.run.outside))
+        return f"{labels}; outside are {names_outside}"
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as plain JSON values."""
@@ -147,15 +148,21 @@ class StoreReport:
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     """Describe a store, complete or not. Damage is listed in the report and not raised.
 
-    With ``deep``, all files are read. Hashes, norms, labels and keys are then checked, too, and
-    that every image is either a row or an error.
+    If ``deep`` is True, all files are read, and their hashes, norms, labels and keys are checked.
+    Then it is also checked that every image is either a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
     run = read_document(root / RUN, Run)
     ledger = StoreLedger(root, run)
     is_sealed = (root / MANIFEST).exists()
-    report = StoreReport(root.resolve().name, is_sealed, run, len(ledger.parts), deep)
+    report = StoreReport(
+        store=root.resolve().name,
+        sealed=is_sealed,
+        run=run,
+        parts=len(ledger.parts),
+        deep=deep,
+    )
     for name, shape in run.arrays.items():
         if name not in {IMAGE, CAPTION}:
             report.columns[name] = shape
@@ -183,7 +190,7 @@ def _try_to_open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part to the report; raise the first error in its receipt."""
+    """Add a part and its damage to the report; raise the error of its receipt, if it has one."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
@@ -237,8 +244,8 @@ def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterato
 def _label_problems(labels: NDArray[np.int64], n_classes: int, where: str) -> Iterator[str]:
     """Yield a sentence if a label is invalid.
 
-    Valid labels are 0 to ``n_classes`` - 1, and -2 (outside). A stored label that is unknown is
-    null, so -1 is invalid.
+    Valid labels are 0 to ``n_classes`` - 1, and -2 (outside). An unknown label is stored as null
+    and not as -1, so -1 is invalid here.
     """
     is_valid = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < n_classes)
     if not is_valid.all():

@@ -24,7 +24,8 @@ from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
 
-MAX_ATTEMPTS = 3  # processes that may die in a part before it is given up
+MAX_ATTEMPTS = 3  # number of processes that may die in a part before the part is given up
+# message in the error rows of a part that was given up
 MESSAGE = (
     f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was "
     "given up"
@@ -59,7 +60,8 @@ def forget_attempts(root: Path) -> None:
 class Marks:
     """The marks of this process on the parts that it has begun (``attempts``).
 
-    They are removed at the end of the ``with`` block. If the process dies in the block, they stay.
+    At the end of the ``with`` block, the marks are removed. If the process dies in the block, they
+    stay.
     """
 
     def __init__(self, root: Path) -> None:
@@ -96,15 +98,18 @@ class Marks:
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
     """Return the content of a part that is given up: error rows, and no embeddings.
 
-    With ``listing``, the images are listed without reading them, and every image gets an error row
-    of kind "crash". Listing may fail, or be left out because a process died in it. Then every
-    position gets such an error row. With shards, every shard gets one error row of kind "bad_shard"
-    instead, because the number of its images is unknown.
+    If ``listing`` is True, the images are listed without reading them, and every image gets an
+    error row of kind "crash" with its key. If ``listing`` is False, a process died while it listed
+    the images. Then, or if listing raises an exception, the images are not known:
+
+    - If parts are made of images, every position gets an error row of kind "crash".
+    - If parts are made of shards, every shard gets one error row of kind "bad_shard", because the
+      number of its images is unknown.
     """
     if listing:
         try:
-            keys = [(at, record.key) for at, record in place_records(run, part, dataset)]
-            return _error_rows("crash", keys)
+            records = place_records(run, part, dataset)
+            return _error_rows("crash", [(position, record.key) for position, record in records])
         # Listing may raise any exception, because these files have killed workers, and the reader
         # may be a plugin. The exception is logged, and the other parts are still done.
         except Exception as error:  # noqa: BLE001
@@ -113,9 +118,10 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
             )
     possible = positions(run, part)
     if run.shards:
-        first_of_shards = possible[::SHARD]
-        return _error_rows("bad_shard", [(at, f"shard {at // SHARD}") for at in first_of_shards])
-    return _error_rows("crash", [(at, f"image {at}") for at in possible])
+        first_positions = possible[::SHARD]  # of every shard of the part, its first position
+        keys = [f"shard {position // SHARD}" for position in first_positions]
+        return _error_rows("bad_shard", list(zip(first_positions, keys, strict=True)))
+    return _error_rows("crash", [(position, f"image {position}") for position in possible])
 
 
 def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartRows:
@@ -140,7 +146,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """The name and options of a model, with which worker processes load it. Each loads it once."""
+    """The name and the options with which each worker process loads the model, once."""
 
     name: str
     device: str = "auto"
@@ -207,12 +213,14 @@ class EmbedJob:
             if not is_done and deaths == 0:
                 fresh.append(part)
                 continue
+            # this part is not fresh; the fresh parts before it are done first, to keep the order
             yield from self._embed(fresh, progress)
             fresh = []
             if isinstance(outcome, Receipt):
                 receipt = outcome
             elif deaths < MAX_ATTEMPTS:
-                # It is embedded alone. If the process dies again, no other part has a mark then.
+                # A part in which a process died is embedded alone. So if another process dies in
+                # this part, no other part has a mark.
                 yield from self._embed([part], progress)
                 continue
             else:
@@ -227,13 +235,22 @@ class EmbedJob:
             return
         backbone = self._load_backbone()
         encoder = Encoder(
-            backbone, self.batch_size, self.strict, progress, self.run.arrays, self.run.dtype
+            backbone=backbone,
+            batch_size=self.batch_size,
+            strict=self.strict,
+            task=progress,
+            arrays=self.run.arrays,
+            dtype=self.run.dtype,
         )
         decoder = Decoder(
-            backbone.preprocess, self.limits, len(self.run.names), self.run.views, self.run.captions
+            preprocess=backbone.preprocess,
+            limits=self.limits,
+            n_classes=len(self.run.names),
+            views=self.run.views,
+            captions=self.run.captions,
         )
         workers = self.workers or default_workers()
-        ahead = self.batch_size + workers
+        ahead = self.batch_size + workers  # maximum number of images decoded in advance
         sources: dict[int, str] = {}  # fingerprint of the shards of each part, by its number
         with (
             Marks(self.root) as marks,
@@ -244,8 +261,9 @@ class EmbedJob:
                 source = sources[part.number]
                 receipt = self.ledger.write_rows(part, content, self.batch_size, source)
                 # The mark is removed after the receipt is written. If the process dies in between,
-                # the mark is on a part that is done, and is ignored. In the other order, a part
-                # that kills the process while it is written would be tried for ever.
+                # the mark stays on a part that is done, where it is ignored. In the other order, a
+                # part that kills its process during the writing would have no mark, and would be
+                # tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
                 yield receipt
@@ -299,7 +317,8 @@ class EmbedJob:
             # sees more than MAX_ATTEMPTS marks, and does not list the images.
             marks.begin(part)
             source = self.ledger.source(part)
-            content = give_up(self.run, part, self.dataset, listing=deaths == MAX_ATTEMPTS)
+            has_died_in_listing = deaths > MAX_ATTEMPTS
+            content = give_up(self.run, part, self.dataset, listing=not has_died_in_listing)
             receipt = self.ledger.write_rows(part, content, self.batch_size, source)
             marks.end(part)
         logger.warning(

@@ -159,6 +159,7 @@ def _require_partners(
         if not missing:
             continue
         number = missing[0]
+        # another folder has a file with this number, because ``numbers`` are those of all files
         partner = next(files[number] for files in files_of.values() if number in files)
         raise DataError(
             f"{home / folder} has no file with number {number}, the partner of {partner}. Fetch it."
@@ -171,19 +172,19 @@ def _find_home(root: Path) -> tuple[Path, str, str]:
     The folder is ``root``, or else the only sub-folder of ``root`` that has such folders. The first
     name is the folder of images, the second the folder of captions.
     """
-    inside = _entries(root)
+    entries = _entries(root)
     homes: list[tuple[Path, str, str]] = []
-    for folder in (root, *inside):
+    for folder in (root, *entries):
         for image_folder, text_folder in FOLDERS:
             if (folder / image_folder).is_dir() and (folder / text_folder).is_dir():
                 homes.append((folder, image_folder, text_folder))
     if not homes:
-        names = ", ".join(path.name for path in inside[:8]) or "nothing"
+        names = ", ".join(path.name for path in entries[:8]) or "nothing"
         raise DataError(
             f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
             f"{LAYOUTS}."
         )
-    home, image_folder, text_folder = homes[0]
+    home, image_folder, text_folder = homes[0]  # ``root`` itself if it is in ``homes``
     if home != root and len(homes) > 1:
         splits = ", ".join(str(folder) for folder, _, _ in homes)
         raise DataError(f"{root} has several splits. Give one of them: {splits}.")
@@ -223,8 +224,8 @@ def _entries(folder: Path) -> list[Path]:
 CAPTIONS = ("caption", "TEXT")
 """Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
 
-# Maximum number of values in a block of rows that are checked: 4 MiB in float32, which fit in the
-# cache of a processor.
+# Maximum number of values in a block of rows. A thread checks one block at a time, and such a block
+# (4 MiB in float32) fits in the cache of a processor.
 SCAN_CELLS = 2**20
 
 
@@ -295,7 +296,14 @@ class LaionPairs(Reopened, MappedPairs):
             {"image": (width,), "text": (width,)},
             lambda name, number: _map_array(shards[number], name),
         )
-        super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
+        super().__init__(
+            root,
+            rows,
+            arrays=("image", "text"),
+            space=space,
+            pools=pools or Pools(),
+            chosen=chosen,
+        )
         self._all_unit = False  # _row_status sets it to True if all rows have unit norm
         self.ids = RowNumbers(len(rows)) if chosen is None else ChosenNumbers(chosen)
 
@@ -337,7 +345,7 @@ class LaionPairs(Reopened, MappedPairs):
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
         """Yield the blocks of all files: the number of the first row, and the (b, D) mapped rows.
 
-        The rows are read when the block is checked.
+        The mapped rows are read from the disk only when the block is checked.
         """
         block_rows = max(SCAN_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):

@@ -147,14 +147,15 @@ class Ledger(ABC, Generic[P, R]):
             raise UsageError(
                 f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder."
             )
-        claim_folder(root, cls.what, lambda _: False, same=may_be_used)
+        # no single file shows that the folder is ours; ``may_be_used`` has already decided that
+        claim_folder(root, cls.what, ours=lambda _: False, same=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders
             require_no_others(root, cls.what, cls._foreign_files(root))
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
-        """Whether a folder has the ``run.json`` of a run of this kind, or a damaged one."""
+        """Whether a folder has a ``run.json`` that is of a run of this kind, or is damaged."""
         if not (root / RUN).is_file():
             return False
         try:
@@ -376,8 +377,8 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         is_temporary = match is not None and OURS.fullmatch(match["name"])
-        # Files of other programs are kept, and so are files that a living process, here or on
-        # another machine, is still writing.
+        # Files of other programs are kept. Files that a living process (here or on another machine)
+        # is still writing are kept, too.
         if is_temporary and is_leftover(path):
             # missing_ok, because another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
@@ -433,9 +434,10 @@ def require_hash_once(path: Path, sha256: str, again: str, document: str = "its 
     """
     with or_refuse(f"read {path}"):
         state = path.stat()
-    # The inode identifies the file. The path does not: another file can have replaced it there.
+    # The file is identified by its inode. Its path is not enough, because another file can have
+    # taken its place at this path.
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, sha256)
-    # The lock is held while hashing. So if two threads open the same part, it is read only once.
+    # The lock is held while hashing. So if two threads open the same file, it is read only once.
     with one_thread():
         if key not in _verified:
             require_hash(path, sha256, again, document)
@@ -480,10 +482,11 @@ class Reopened:
     def __reduce__(
         self,
     ) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
-        # The path is absolute: the process that opens it may have another working folder.
+        # The path is absolute, because the process that unpickles it may have another working
+        # folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # An object that ``without`` returned has fewer rows. No file lists these rows, so they are
-        # pickled.
+        # Rows can be left out by the method ``without``, which sets ``_left``. No file tells which
+        # rows are left, so attributes with the rows that are left are pickled.
         attributes = vars(self)
         if "_left" not in attributes:
             return reopen, arguments, None

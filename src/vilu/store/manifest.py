@@ -31,7 +31,7 @@ class StoreDocument(Document):
     again = "Run `vilu embed` (or `vilu import`) again"
 
 
-MIN_AREA = 0.5  # smallest share of the area that a view shows
+MIN_AREA = 0.5  # smallest share of the area of an image that a view shows
 
 
 class Views(Model):
@@ -64,7 +64,7 @@ def augment(image: Image.Image, area: float, left: float, top: float, mirror: fl
     share_of_side = math.sqrt(share_of_area)
     width = max(round(share_of_side * image.width), 1)
     height = max(round(share_of_side * image.height), 1)
-    # one more than the largest offset, because ``left`` and ``top`` are below 1
+    # Of n possible offsets, the largest is n - 1. It is not exceeded, as ``left``, ``top`` are < 1.
     n_offsets_x = image.width - width + 1
     n_offsets_y = image.height - height + 1
     x = int(left * n_offsets_x)
@@ -93,28 +93,29 @@ def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, flo
 CLASSES = "classes.json"  # file of the class table
 TEXT: Final = "text_emb/classes.npy"  # file of the text embeddings of the classes
 IMAGE: Final = "img_emb"
-"""Name of the array of image embeddings. The array of a column has the name of the column."""
+"""Name of the array of image embeddings. An array of a column has the name of the column."""
 
 # name of the array of caption embeddings, in stores with captions
 CAPTION: Final = "text_emb"
-# File systems are slow with more files. The limit also keeps a forged document from asking for
-# endless work.
+# Maximum number of parts. File systems are slow with more files, and without a limit a forged
+# ``run.json`` could ask for endless work.
 MAX_PARTS = 1_000_000
 
 SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
-"""Fields of the run that the class table repeats."""
+"""Names of the fields of ``Run`` that ``StoredClasses`` repeats."""
 
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
 ]
+"""Columns of the classes and of the model, each in a file of its own."""
 ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
-"""Columns of the rows. The answer is in the metadata, all others are arrays."""
+"""Columns with one entry per row: "answer" is a column of the metadata, the others are arrays."""
 
 
 class Imported(Model):
     """Facts about embeddings that were imported, not computed by vilu."""
 
-    # columns of the images, with the shape of one row
+    # shape of one row of every imported column of the images, by name
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(
         default_factory=dict
     )
@@ -150,7 +151,7 @@ class Inputs(StoreDocument):
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
     # words of the column ``negatives``, embedded in ``templates``; they need not be classes
     negatives: tuple[str, ...] = ()
-    # whether images have captions, whose embeddings are stored; if so, there are no classes
+    # whether images have captions; if so, the captions are embedded, and there are no classes
     captions: bool = False
     # number of shards, if parts are made of shards; 0 if parts are made of images
     shards: Count = 0
@@ -210,7 +211,7 @@ class Inputs(StoreDocument):
 
     @property
     def has_answers(self) -> bool:
-        """Whether the metadata hold a given answer of every row."""
+        """Whether the metadata hold, for every row, an answer that another model gave."""
         return self.imported is not None and ANSWER in self.imported.columns
 
     @property
@@ -223,10 +224,11 @@ class Inputs(StoreDocument):
 
         For example, "space.weights" is the field ``weights`` of ``space``.
         """
-        # not the fields that subclasses such as ``Run`` add
+        # only the fields of ``Inputs``, and not those that subclasses such as ``Run`` add
         covered = set(Inputs.model_fields)
         if self.shards:
-            # n_in is 0 in the run, and becomes known when all shards have been read
+            # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. The
+            # field is left out, so that run and manifest have the same fingerprint.
             covered.remove("n_in")
         flat: dict[str, object] = {}
         for name, value in self.model_dump(mode="json", include=covered).items():
@@ -238,7 +240,7 @@ class Inputs(StoreDocument):
         return flat
 
     def require_match(self, inputs: Inputs, store: Path) -> None:
-        """Raise ProvenanceError where ``inputs`` differ from the inputs of a store's run."""
+        """Raise ProvenanceError if ``inputs`` differ from these, from which ``store`` was made."""
         earlier = self.identity()
         new = inputs.identity()
         differences: list[str] = []
@@ -259,7 +261,7 @@ class Run(Inputs):
     """``run.json``, the first file of a store."""
 
     fingerprint: str  # hash of the inputs
-    dataset: str  # name of the data set for people: the base name of its source
+    dataset: str  # short name of the data set, for reports: the last part of the source's path
     vilu: str  # version of vilu that began the run
 
     @model_validator(mode="after")
@@ -296,7 +298,7 @@ class ArrayInfo(FileInfo):
 
 
 class Receipt(AnyReceipt, Counted):
-    """``receipts/00000.json``, the last file of a part.
+    """``receipts/00000.json``, the receipt of a part, which is written after its other files.
 
     The part is done if its receipt exists and its files have the sizes in the receipt.
     """
@@ -307,7 +309,8 @@ class Receipt(AnyReceipt, Counted):
     stop: Count  # position after its last image, or number after its last shard
     files: dict[str, FileInfo]  # files of the part by name
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    # ``ShardedDataset.shard_fingerprint`` before the shards were read; empty without shards
+    # fingerprint of the shards of the part before they were read
+    # (``ShardedDataset.shard_fingerprint``); empty if parts are made of images
     source: str = ""
 
 
@@ -319,7 +322,7 @@ class StoredClasses(StoreDocument):
     templates: tuple[str, ...]  # prompt templates; a class text is the normalised mean over them
     tokenizer: str | None  # description of the tokenizer
     text_emb: Literal["text_emb/classes.npy"] = TEXT  # file of the (K, D) float32 text embeddings
-    text_file: FileInfo  # size and hash of the file ``text_emb``
+    text_file: FileInfo  # size and hash of the file that ``text_emb`` names
     features: int | None = None  # width of the image features, as in the run
     prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
     negatives: tuple[str, ...] = ()  # words of the column ``negatives``
@@ -339,8 +342,8 @@ class StoredClasses(StoreDocument):
     ) -> Self:
         """Return the class table of a run, from the files of its text embeddings and columns."""
         shared = {name: getattr(run, name) for name in SHARED}
-        # The draft has no hash yet, because the hash is computed from its fields. Validation would
-        # refuse it, so it is made without.
+        # The hash is computed from the other fields, so a draft without a hash is made first.
+        # ``model_construct`` makes the draft without validation, which would refuse the draft.
         draft = cls.model_construct(
             **shared,
             tokenizer=run.space.tokenizer,
@@ -355,7 +358,7 @@ class StoredClasses(StoreDocument):
 
 
 class Manifest(Counted, Run):
-    """``manifest.json``, the last file: the store is complete and within its error budget."""
+    """``manifest.json``: it is written last, when the store is complete and in its error budget."""
 
     parts: Count  # number of parts
     classes: str  # hash of the class table; empty where captions are the candidates
@@ -366,7 +369,7 @@ logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Compute a run's float32 columns of classes and model (``vilu.embeddings.columns``)."""
+    """Compute the float32 columns of the classes and of the model that a run asks for."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)  # (K, P, D)
@@ -381,10 +384,10 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
 
 
 def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """Return the last maps of both towers, and the text features (input of the text map).
+    """Return the last linear maps of both towers, and the input of the text tower's last map.
 
-    The result is empty if the last maps are not linear. With several templates, there are no text
-    features.
+    This input is the column ``text_features``. It is left out if there are several templates. If
+    the last map of a tower is not linear, the result is empty.
     """
     if backbone.projections is None:
         logger.info(
@@ -392,8 +395,11 @@ def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
             run.space.backbone,
         )
         return {}
-    image, text = backbone.projections
-    columns: dict[ClassColumn, Tensor] = {"image_projection": image, "text_projection": text}
+    image_map, text_map = backbone.projections
+    columns: dict[ClassColumn, Tensor] = {
+        "image_projection": image_map,
+        "text_projection": text_map,
+    }
     if len(run.templates) != 1:
         logger.info(
             "no text_features: a class text is a mean over %d templates, not one text",

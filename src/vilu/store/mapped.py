@@ -65,8 +65,8 @@ def _stay_on_one_core() -> None:
     threads of the model. The limit of OpenMP concerns one thread; ``torch.set_num_threads`` would
     change the whole process.
     """
-    # At its first use in a thread, torch sets the limit itself. This call makes it do so now, and
-    # not after our limit has been set.
+    # At its first use in a thread, torch sets the limit of this thread itself. This call makes
+    # torch do so now, and not later, when it would replace the limit that is set below.
     torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")
 
@@ -151,11 +151,13 @@ class MappedParts:
             part = self._part(name, number)
             in_part = order[bounds[number] : bounds[number + 1]]
             if part.dtype.itemsize > rows.itemsize:
+                # this part has a wider float type than all parts before, so ``rows`` gets its type
                 self._widest = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest)
             rows[in_part] = part[wanted[in_part] - self.starts[number]]
             row_bytes = part[:1].nbytes
-            self._touched_bytes += len(in_part) * max(PAGE, row_bytes)
+            bytes_per_row = max(PAGE, row_bytes)  # the system reads whole pages
+            self._touched_bytes += len(in_part) * bytes_per_row
         return torch.from_numpy(rows).float()  # many times faster than the conversion of NumPy
 
     def _require_inside(self, least: int, most: int) -> None:
@@ -165,8 +167,8 @@ class MappedParts:
     def _part(self, name: str, number: int) -> NDArray[np.floating]:
         """Return a mapped part. Several threads may call this method at the same time.
 
-        If ``most_open`` or ``most_resident`` is reached, all mapped parts are released first.
-        Otherwise, the pages read so far would count as memory of this process.
+        If ``most_open`` or ``most_resident`` is reached, all mapped parts are released first: to
+        close their files, and because pages read so far count as memory of this process.
         """
         part = self._mapped.get((name, number))
         is_full = part is None and len(self._mapped) >= self.most_open
@@ -234,8 +236,8 @@ class MappedPairs(PairSource, MappedSource):
     fold (8 bytes each), and the status (1 byte). Rows that remain after the last full pool have the
     status "short_pool". Hard pools are made within blocks of rows (``PairSource``).
 
-    ``arrays`` are the names of the image array and of the caption array in ``rows``. ``chosen`` are
-    the (M,) ascending rows that belong to this source; None for all.
+    ``arrays`` are the names of two arrays in ``rows``: of the images, and of the captions.
+    ``chosen`` are the (M,) ascending numbers of the rows that belong to this source; None for all.
     """
 
     def __init__(
@@ -282,9 +284,10 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ChosenNumbers(RowNumbers):
-    """Identifiers from a list of numbers or texts, which cannot identify a row in another source.
+    """Identifiers that are row numbers in a list, so they identify no row of another source.
 
-    For example, the numbers that the rows of a fold have in the whole store.
+    The list may hold numbers or texts. For example, it holds the numbers that the rows of a fold
+    have in the whole store.
     """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
@@ -294,7 +297,7 @@ class ChosenNumbers(RowNumbers):
     def _of(self, row: int) -> str:
         return str(self._numbers[row])
 
-    # not the method of RowNumbers, which returns the indices themselves
+    # the method of RowNumbers would return the indices of the rows, and not the numbers in the list
     _several = Identifiers._several
 
     def __iter__(self) -> Iterator[str]:

@@ -41,7 +41,7 @@ from vilu.store.unreadable import UNREADABLE_NPY, or_damaged
 
 @dataclass(frozen=True)
 class Part:
-    """Images (or shards) ``start`` ... ``stop - 1`` of the data set, and the names of their files.
+    """A part of the data set: images (or shards) ``start`` ... ``stop - 1``, with its file names.
 
     File names follow LAION's layout, so that its tools can read the vectors and the metadata.
     """
@@ -210,7 +210,7 @@ class StoreLedger(Ledger[Part, Receipt]):
         """Return the bytes of every file of a part, by name."""
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.arrays.items():
-            blocks = content.arrays.get(name, [])
+            blocks = content.arrays.get(name, [])  # no blocks if all images failed
             rows = _join_blocks(name, blocks, (len(content.rows), *shape), self.run.dtype)
             payloads[part.array(name)] = _npy_bytes(rows)
         payloads[part.metadata] = _parquet_bytes(content.rows, metadata_schema(self.run))
@@ -301,8 +301,8 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
 
     Only the header is read.
     """
-    # one thread at a time, because reading headers in two threads can fail in Python 3.11
-    # (gh-106905, a bug of ast.literal_eval)
+    # Headers are read by one thread at a time, because reading them in two threads can fail in
+    # Python 3.11 (gh-106905, a bug of ast.literal_eval).
     with or_damaged(path, hint, UNREADABLE_NPY), one_thread():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
@@ -311,6 +311,7 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
     """Return the rows of an array of the store; StorageError on a wrong shape, dtype or order."""
     rows, n_bytes = open_npy(path, REDO)
+    # both tuples: shape, dtype, whether the rows are in C order, number of bytes of data
     stored = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     little_endian = np.dtype(dtype).newbyteorder("<").str
     expected = (shape, little_endian, True, rows.nbytes)
@@ -365,11 +366,11 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
             )
         map_rows(column_path(root, column), info.shape, "float32")
         hashes[column_path(root, column)] = info.sha256
-    # Hashes are compared last. Hashing reads all bytes, and a wrong shape is reported sooner.
+    # Hashing reads all bytes. So hashes are compared last, after the quick checks of all shapes.
     for path, sha256 in hashes.items():
         require_hash_once(path, sha256, table.again, CLASSES)
     text = torch.from_numpy(np.array(rows))
-    if not run.has_texts:  # zeros, where logits were given
+    if not run.has_texts:  # with logits the text embeddings are zeros, which are not usable
         return table, text
     return table, require_usable(text, "class text")
 
@@ -422,9 +423,9 @@ class LabelledRow:
 
 @dataclass(frozen=True)
 class RowWithAnswer(LabelledRow):
-    """The metadata of a row with a given answer, a row of the class table."""
+    """The metadata of a row for which the answer of another model was imported."""
 
-    answer: int
+    answer: int  # index of a class in the class table
 
 
 @dataclass(frozen=True)
@@ -458,7 +459,8 @@ class PartRows:
     """The content of a part: arrays and metadata of embedded images, and errors of failed images.
 
     Attributes:
-        arrays: By the name of the array, blocks (n, ...) of its rows, in the order of ``rows``.
+        arrays: Rows of each array, in the order of ``rows``. Under the name of the array, there is
+            a list of blocks (n, ...) of its rows.
         rows: Metadata of the embedded images.
         errors: Errors of the failed images.
         started: Time at which the part was begun, on the monotonic clock.
@@ -489,7 +491,7 @@ def write_classes(
 def _join_blocks(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
-    """Return the blocks of rows as one little-endian array; DataError where it is not finite."""
+    """Return the blocks of rows as one little-endian array; DataError if a number is not finite."""
     rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
     if blocks:
         np.concatenate([block.numpy() for block in blocks], out=rows)
@@ -519,7 +521,10 @@ def _parquet_bytes(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) ->
 
 
 def _storable(value: int | str | bytes | None) -> int | str | bytes | None:
-    r"""Return the value; in a text, what UTF-8 cannot encode becomes an escape ``\uNNNN``."""
+    r"""Return the value. In a text, characters that UTF-8 cannot encode are escaped as ``\uNNNN``.
+
+    Such characters are surrogates.
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     return value

@@ -25,13 +25,13 @@ from vilu.store.manifest import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
-"""Flag of a row whose caption is longer than the model reads.
+"""Flag of a row whose caption is longer than the longest text that the model reads.
 
 Smaller flags are those of ``ImageFlag``.
 """
 
 DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
-"""Arrays whose rows are normalised, with the name of a row in messages."""
+"""Names of the arrays whose rows are normalised. For each, the word for a row in messages."""
 
 # Marks the end of a part, both among the records that go into the decoder and among the outcomes
 # that come out of it.
@@ -120,12 +120,12 @@ class Decoder:
 
 
 class _Reading:
-    """The reading of one record, which remembers size and digest of the bytes."""
+    """A reader of one record that remembers the size and the digest of what it has read."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
         self.size: int | None = None  # number of bytes; None before ``read``
-        self.picture = b""  # digest, as in ``PICTURE_FIELD``; empty before ``read``
+        self.picture = b""  # digest of the picture (``PICTURE_FIELD``); empty before ``read``
 
     def read(self) -> bytes:
         """Return the bytes of the record."""
@@ -147,22 +147,23 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
     if not run.shards:
         yield from zip(possible, records, strict=True)
         return
-    last = -1
+    last_position = -1
     for record in records:
         position = record.position
         # positions must ascend, because the rows of a part are in the order of the images
-        if position is None or position not in possible or position <= last:
+        if position is None or position not in possible or position <= last_position:
             raise ValueError(
-                f"{dataset.source} gave {record.key} the position {position} after {last}; "
-                f"expected larger ones from {possible.start} to {possible.stop - 1}."
+                f"{dataset.source} gave {record.key} the position {position} after "
+                f"{last_position}; expected larger ones from {possible.start} to "
+                f"{possible.stop - 1}."
             )
-        last = position
+        last_position = position
         yield position, record
 
 
 @dataclass
 class Encoder:
-    """The last step to rows: runs the model over batches of decoded images.
+    """Runs the model over batches of decoded images, which is the last step to the rows.
 
     A batch never contains images of two parts, and a bad image is not replaced by another one. So
     a part that is done again has the same batches, and gives the same bytes. Numbers too large for
@@ -183,7 +184,7 @@ class Encoder:
         # iter(function, END) calls the function until it returns END
         until_end: Iterator[Decoded | ErrorRow] = iter(outcomes.__next__, END)
         while True:
-            # no variable holds the batch, so that its memory is freed before the next batch is read
+            # The batch is in no variable. So its memory is freed before the next batch is read.
             n_images = self._encode(list(islice(until_end, self.batch_size)), content)
             if n_images == 0:
                 return content
@@ -212,10 +213,10 @@ class Encoder:
         usable = torch.from_numpy(status == VALID)
         number_format = getattr(torch, self.dtype)
         for name, rows in arrays.items():
-            blocks = content.arrays.setdefault(name, [])
+            blocks = content.arrays.setdefault(name, [])  # no blocks yet in the first batch
             blocks.append(rows[usable].to(number_format))
         bad: list[ErrorRow] = []
-        for row, image, code in zip(self._rows(images), images, status, strict=True):
+        for row, image, code in zip(self._metadata(images), images, status, strict=True):
             if code == VALID:
                 content.rows.append(row)
                 continue
@@ -231,8 +232,8 @@ class Encoder:
             bad.append(error)
         return bad
 
-    def _rows(self, batch: Sequence[Decoded]) -> list[Row]:
-        """Return the metadata, with a flag where the tokenizer shortens the caption."""
+    def _metadata(self, batch: Sequence[Decoded]) -> list[Row]:
+        """Return the metadata of images, with a flag where the tokenizer shortens the caption."""
         rows = [image.row for image in batch]
         if CAPTION not in self.arrays:
             return rows
@@ -276,7 +277,8 @@ class Encoder:
         if CAPTION in self.arrays:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:
-            # A forward pass takes one view of every image, so that it is no larger than a batch.
+            # B tuples of V views become V tuples, each with one view of every image. Each of these
+            # is one forward pass, which is thus no larger than a batch of images.
             by_view = zip(*(image.views for image in batch), strict=True)
             rows = [model.encode_images(_stacked(views)) for views in by_view]
             arrays["views"] = torch.stack(rows, dim=1)
@@ -286,7 +288,8 @@ class Encoder:
 def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Stack B images (3, H, W) to (B, 3, H, W), in the memory layout of the images.
 
-    If the channels are last in memory, they stay last, because moving them takes time.
+    If the channels are last in the memory of the images, they are last in the memory of the stack,
+    too, because moving them takes time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
     if channels_last[0].is_contiguous():
@@ -296,6 +299,7 @@ def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
     """Normalise rows (B, D), or views (B, V, D); also return the worst status of each image."""
+    # (B * V, D) views become one row each; (B, D) rows stay as they are
     flat, status = unit_rows(rows.flatten(0, -2), row_name)
     status_of_views = status.reshape(len(rows), -1)  # (B, V), or (B, 1)
     return flat.view(rows.shape), status_of_views.max(axis=1)

@@ -119,9 +119,9 @@ class Sealed(Reopened):
         self.parts = ledger.parts
         receipts = ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
-        for count in ("n_in", "n_ok", "n_error"):
-            sum_of_parts = sum(getattr(receipt, count) for receipt in receipts)
-            self.require_seal(sum_of_parts == getattr(self.manifest, count))
+        for field in ("n_in", "n_ok", "n_error"):
+            sum_of_parts = sum(getattr(receipt, field) for receipt in receipts)
+            self.require_seal(sum_of_parts == getattr(self.manifest, field))
         self.files = Vouched(path, receipts)
         self.n_errors = [receipt.n_error for receipt in receipts]
         n_rows = [receipt.n_ok for receipt in receipts]
@@ -129,19 +129,20 @@ class Sealed(Reopened):
         self.rows = MappedParts(
             starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files)
         )
-        # Every array is mapped once, to check its header. ``self.files`` would also hash the file.
-        # ``path.joinpath`` does not: a file is hashed when a row of its part is first read.
+        # Every array is mapped once, to check its header. The files are located by
+        # ``path.joinpath``, because ``self.files`` would also hash every file. A file is hashed
+        # later, when a row in it is first read.
         for part in self.parts:
             for name in part.arrays:
-                _map_part(ledger, starts, path.joinpath, name, part.number)
+                _map_part(ledger, starts, find=path.joinpath, name=name, number=part.number)
 
     @property
     def named(self) -> bool:
-        """Whether rows have identifiers. If not, imported rows have only their row numbers."""
+        """Whether rows have identifiers. Imported rows may have only row numbers."""
         return self.manifest.imported is None or self.manifest.imported.ids
 
     def require_seal(self, agrees: bool) -> None:
-        """Raise ProvenanceError if ``agrees`` is False, which means that the seal is wrong."""
+        """Raise ProvenanceError if ``agrees`` is False: the manifest does not fit the folder."""
         if not agrees:
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make "
@@ -310,7 +311,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self.outside = labels == OUTSIDE
         self.ids = self._sealed.keys()
         if not self._sealed.named:
-            # the keys are only the numbers that the rows had in the imported arrays
+            # The keys are only the numbers that the rows had in the imported arrays. So they are
+            # marked as numbers, which identify no row of another source.
             self.ids = ChosenNumbers(self._sealed.keys())
         if self.manifest.has_answers:
             answers = map(self._read_answers, self._sealed.parts)
@@ -337,7 +339,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         has_row_per_class = name in TEXT_COLUMNS
         if self._kept_classes is None or not has_row_per_class:
             return values
-        # of classes with equal texts, which were merged, one row is kept
+        # classes with equal texts were merged, and one row is returned for each merged class
         return values[self._kept_classes]
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
@@ -349,7 +351,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_labels(self, part: Part) -> NDArray[np.int64]:
-        """Read the labels of a part: -1 is unknown, -2 is outside. StorageError if invalid."""
+        """Return the labels of a part: -1 is unknown, -2 is outside. StorageError if invalid."""
         column: pa.Array = self._sealed.metadata("label", part.number)
         labels = np.asarray(column.fill_null(UNKNOWN), dtype=np.int64)
         if not len(labels):
@@ -362,7 +364,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         return labels
 
     def _read_answers(self, part: Part) -> NDArray[np.int64]:
-        """Read the answers of another model of a part. StorageError if one is no class."""
+        """Return the imported answers of a part. StorageError if an answer is no class."""
         column: pa.Array = self._sealed.metadata(ANSWER, part.number)
         answer = np.asarray(column, dtype=np.int64)
         n_classes = len(self.manifest.names)
@@ -377,7 +379,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
     """Read a column of the classes or of the model, and check its numbers."""
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
-    return check_columns({name: values}, 0, len(classes.names))[name]
+    # the number of image rows, here 0, is not compared, because no column of images is checked
+    return check_columns({name: values}, n_rows=0, n_texts=len(classes.names))[name]
 
 
 class CaptionStore(Reopened, StoredRows, MappedPairs):
@@ -405,20 +408,21 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
             raise DataError(
                 f"{path} has classes and no captions. Open it with vilu.EmbeddingStore."
             )
-        sealed.require_seal(not self.manifest.classes)
+        has_class_table = bool(self.manifest.classes)
+        sealed.require_seal(not has_class_table)
         chosen = None if fold is None else _rows_of_fold(sealed, fold)
         super().__init__(
             sealed.path,
             sealed.rows,
-            (IMAGE, CAPTION),
-            self.manifest.space,
-            pools or Pools(),
-            chosen,
+            arrays=(IMAGE, CAPTION),
+            space=self.manifest.space,
+            pools=pools or Pools(),
+            chosen=chosen,
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # Columns are used only in this direction. In the other direction the images are the
-            # candidates of a caption. A column of the right image would reveal the answer.
+            # Columns belong to images. In the other direction, the images are the candidates of a
+            # caption, and a column of the right image would reveal which image is the answer.
             self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.ids = sealed.keys(chosen)
         self._sealed = sealed

@@ -43,9 +43,9 @@ class RayExecutor:
 
     Each actor keeps the job and loads the model once. If Ray is running in this process or at
     ``RAY_ADDRESS``, it is used and left running. Otherwise, Ray is started on this machine and shut
-    down at the end. If an actor dies, Ray restarts it and does its part again. A part that is done
-    twice is still stored once, because its files have fixed names. Deaths of actors are not counted
-    here, because the job gives up a part that keeps crashing.
+    down at the end. If an actor dies, Ray restarts the actor, which does its part again. A part
+    that is done twice is still stored once, because its files have fixed names. Deaths of actors
+    are not counted here, because the job gives up a part that keeps crashing.
 
     Without ``processes``, a Ray on this machine has one actor per core. A cluster has one actor per
     GPU, or one per core if it has no GPU.
@@ -104,21 +104,25 @@ class RayExecutor:
         address = os.environ.get("RAY_ADDRESS")
         processes = self.processes or cores()
         if address:
-            start: dict[str, object] = {"address": address}
+            options: dict[str, object] = {"address": address}
         else:
-            start = {
+            options = {
                 "address": "local",
                 "num_cpus": max(processes, cores()),
                 "include_dashboard": False,
                 "object_store_memory": STORE_BYTES,
             }
         with quiet():
-            self._ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
+            self._ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         try:
             if address:
                 yield self._actors()
             else:
-                yield _Actors(processes, threads_per_process(processes), self._gpus(processes))
+                yield _Actors(
+                    number=processes,
+                    threads=threads_per_process(processes),
+                    gpus=self._gpus(processes),
+                )
         finally:
             self._ray.shutdown()
 
@@ -138,14 +142,14 @@ class RayExecutor:
         # the machine with the fewest cores decides, because an actor must fit on any machine
         fewest_cores = int(min((machine.get("CPU", 1) for machine in usable), default=1))
         threads = max(1, fewest_cores // per_machine)
-        return _Actors(number, threads, self._gpus(number))
+        return _Actors(number=number, threads=threads, gpus=self._gpus(number))
 
-    def _gpus(self, actors: int) -> float | None:
+    def _gpus(self, n_actors: int) -> float | None:
         """Return the GPUs per actor: 1, or 1/n if n actors share a GPU; None without GPUs."""
-        gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        if gpus == 0:
+        n_gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        if n_gpus == 0:
             return None
-        return 1 / math.ceil(actors / gpus)
+        return 1 / math.ceil(n_actors / n_gpus)
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
@@ -199,10 +203,11 @@ class _Actor:
         return {"outcome": np.array([outcome], dtype=object)}
 
 
-# Number of attempts after which a Spark that vilu starts fails. A job gives up a crashing part
-# after fewer attempts.
+# Number of failures of one task after which Spark ends the run, if vilu started Spark. The number
+# is larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
 MAX_FAILURES = 6
-SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which has its own settings
+# environment variable that ``spark-submit`` sets; then Spark has the settings of ``spark-submit``
+SUBMITTED = "PYSPARK_GATEWAY_PORT"
 POLL = 0.05  # seconds between checks for new receipts
 _workers: dict[str, Worker] = {}  # the only worker of this Python process, by the hash of its job
 
@@ -236,8 +241,8 @@ class SparkExecutor:
             action = _Action(self._spark, context, tasks)
             try:
                 n_taken = 0
-                # The last receipts may arrive just before the action ends. So the loop goes on
-                # after that end until all receipts are taken.
+                # The last receipts may arrive just before the action ends. So after the action has
+                # ended, the loop goes on until all receipts are taken.
                 while action.goes_on() or n_taken < len(outcomes.value):
                     for packed in outcomes.value[n_taken:]:
                         n_taken += 1

@@ -86,7 +86,7 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
     """
     job_of_worker = replace(job, workers=job.workers or threads)
     try:
-        return pickle.dumps(Order(plugins(), threads, job_of_worker))
+        return pickle.dumps(Order(plugins=plugins(), threads=threads, job=job_of_worker))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name "
@@ -126,15 +126,15 @@ def threads_per_process(processes: int) -> int:
 
 
 def take_gpu(number: int) -> None:
-    """Make "cuda" mean GPU ``number`` modulo the number of GPUs, if the machine has GPUs."""
+    """Let the device "cuda" be GPU ``number``, modulo the number of GPUs; nothing without GPUs."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-# Number of deaths of workers in one part that ends the run. A job gives up a part after fewer
+# The run ends when so many workers have died in the same part. A job gives up a part after fewer
 # deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
-# Message of a worker that has started. _receive also returns it for a worker that has died.
+# Message of a worker that has started. ``_receive`` also returns READY for a worker that has died.
 READY = b""
 GRACE = 5.0  # seconds that a worker may take to end before it is killed
 
@@ -144,10 +144,11 @@ logger = logging.getLogger(__name__)
 class LocalExecutor:
     """An executor that does parts in processes on this machine.
 
-    The driver (this process) has a pipe to each worker process. Through the pipe go the job, then
-    part numbers, and receipts back. Workers are started with "spawn", because a fork would lose
-    threads and keep held locks. They share no lock. So killing a worker affects only its unfinished
-    part, which another worker does again. When the driver dies, its workers end at once.
+    The driver (this process) has a pipe to each worker process. Through the pipe, the driver sends
+    the job and then part numbers, and the worker sends receipts. Workers are started with "spawn",
+    because a fork would lose threads and keep held locks. Workers share no lock. So killing a
+    worker affects only its unfinished part, which another worker does again. When the driver dies,
+    its workers end at once.
     """
 
     name = "local"
@@ -171,8 +172,8 @@ class _Process:
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
         self.number = number
-        self.part: int | None = None  # part that it is doing; None if it is idle
-        self.ready = False  # whether it has started and got the job
+        self.part: int | None = None  # part that the process is doing; None if it is idle
+        self.ready = False  # whether the process has started and got the job
         self.pipe, far_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
             target=_serve, args=(far_end, number), daemon=True
@@ -216,7 +217,7 @@ class _Pool:
             pipes = [worker.pipe for worker in self.workers.values()]
             for pipe in connection.wait(pipes):
                 worker = self.workers.get(pipe)
-                if worker is None:  # it has died, and _assign has removed it in the meantime
+                if worker is None:  # the worker has died, and _assign has removed it meanwhile
                     continue
                 packed = self._receive(worker)
                 if packed != READY:
@@ -231,7 +232,7 @@ class _Pool:
             if worker.part is None:
                 worker.process.kill()
             else:
-                worker.process.terminate()  # lets it remove its temporary files
+                worker.process.terminate()  # lets the process remove its temporary files
         for worker in self.workers.values():
             worker.exit_code()
         self.workers.clear()
@@ -246,7 +247,7 @@ class _Pool:
         n_wanted = min(self.size, n_parts_left)
         n_missing = max(0, n_wanted - len(self.workers))
         used_numbers = {worker.number for worker in self.workers.values()}
-        # a new worker takes the number of a dead worker, and with the number its GPU
+        # A new worker takes the number of a dead worker, which decides its GPU (``take_gpu``).
         free_numbers = sorted(set(range(self.size)) - used_numbers)
         for number in free_numbers[:n_missing]:
             worker = _Process(number)
@@ -388,11 +389,15 @@ class Rank:
                 "(RANK, WORLD_SIZE), with srun (SLURM_PROCID, SLURM_NTASKS) or as a Slurm job "
                 "array (SLURM_ARRAY_TASK_ID, _COUNT, _MIN). Found none of these variables."
             )
+        alone = cls(rank=0, world=1)
         if task is None:
-            task = cls(0, 1)
+            task = alone
         if array is None:
-            array = cls(0, 1)
-        return cls(array.rank * task.world + task.rank, array.world * task.world)
+            array = alone
+        return cls(
+            rank=array.rank * task.world + task.rank,
+            world=array.world * task.world,
+        )
 
 
 class RankExecutor:
@@ -406,9 +411,10 @@ class RankExecutor:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self.rank = Rank.of(environment)
-        local = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID"))
-        if local is not None:
-            take_gpu(_number("LOCAL_RANK", local))
+        # number of this process on its machine, from torchrun, or else from Slurm
+        local_rank = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID"))
+        if local_rank is not None:
+            take_gpu(_number("LOCAL_RANK", local_rank))
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipts of the parts of this rank."""
@@ -446,7 +452,7 @@ def _rank_in_array(environment: Mapping[str, str]) -> Rank | None:
             f"array task {index} is not in steps of {step} from {smallest}. Give the array as 0-N."
         )
     try:
-        return Rank(offset // step, count)
+        return Rank(rank=offset // step, world=count)
     except UsageError as error:
         raise UsageError(
             f"array task {index} is not among {count} from {smallest} on. Give the array as 0-N."
