@@ -119,10 +119,10 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def named_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """The templates ``names``, where the name of a set in ``TEMPLATES`` stands for all of it."""
+    """The templates that ``names`` lists, singly or by the name of a set in ``TEMPLATES``."""
     templates: list[str] = []
     for name in names:
-        templates += TEMPLATES.get(name, (name,))
+        templates += TEMPLATES.get(name, (name,))  # a text that names no set is a template itself
     return tuple(templates)
 
 

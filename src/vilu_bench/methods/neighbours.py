@@ -18,7 +18,7 @@ from vilu.predictors.bank.search import Allowed, Count, distance, draw_rows, gat
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
-FARTHEST = 2.0  # largest distance of two unit vectors
+FARTHEST = 2.0  # largest distance between two unit vectors
 TINY = 1e-6
 """Number that is added to distances, and smallest value of 1 + cos; prevents ratios of 0 / 0."""
 
@@ -212,6 +212,7 @@ class TRINE(LabelledBank):
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
         of_answer = support.gather(1, answer[:, None]).squeeze(1)
+        # the largest support of another class: with -1 the answer itself is never the largest
         of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
         return 1 - (of_answer - of_rival)
 
@@ -292,7 +293,8 @@ class TrustScore(LabelledBank):
         similarity, index = nearest(image, bank, 1, allowed)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
-        # Computed from coordinates, because 2 - 2 cos loses all its digits for near duplicates.
+        # For near duplicates 2 - 2 cos loses all its digits, so the distance is computed from the
+        # coordinates.
         difference = normalize(image, dim=1) - nearest_image
         distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)
         is_none_allowed = similarity[:, 0] == -math.inf

@@ -75,6 +75,7 @@ DISAGREEMENT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": improbability,
     "vote": dissent,
 }
+"""Functions that compute d_r (B,) from the logits of a variant and the original answers (B, 1)."""
 
 
 @dataclass
