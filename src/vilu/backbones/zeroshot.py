@@ -82,7 +82,7 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
     """Unit-norm embeddings (K, P, D) float32 of K classes in P prompt templates."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
-    check_class_names(names, len(names))
+    check_class_names(names, n_candidates=len(names))
     _check_templates(templates)
     # Each name is encoded once, because equal names may be rounded differently in another batch.
     unique = tuple(dict.fromkeys(names))

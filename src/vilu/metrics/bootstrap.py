@@ -107,7 +107,7 @@ class Quantity:
         The seeds are resampled, too.
         """
         n_seeds, n_resamples = per_seed.shape
-        # The generator depends only on S, so quantities over equally many seeds draw the same seeds.
+        # The generator depends only on S, so means over equally many seeds draw the same seeds.
         seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
         drawn = np.take_along_axis(per_seed, seeds, axis=0)  # S drawn seeds for every resample
         return cls(float(np.mean(values)), drawn.mean(axis=0))

@@ -132,7 +132,7 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
 @checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
-    """Largest coverage of a threshold whose selective risk is at most ``risk``; 0 without one.
+    """Largest coverage of a threshold whose selective risk is at most ``risk``; 0 if none is.
 
     A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
     given sample. It is no guarantee for new data (see ``vilu.certify``).

@@ -290,7 +290,7 @@ class TrustScore(LabelledBank):
     def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
         """Distance (B,) of each image to the nearest allowed image of the bank."""
         bank = self.learned_["bank"]
-        similarity, index = nearest(image, bank, 1, allowed)
+        similarity, index = nearest(image, bank, k=1, allowed=allowed)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
         # For near duplicates 2 - 2 cos loses all its digits, so the distance is computed from the
