@@ -213,7 +213,7 @@ def load_backbone(
     options = {} if source is None else source.options
     log.info("loading %s ...", spec)
     begun = time.monotonic()
-    with track(f"load {spec}", None, "steps"), OwnGenerator():
+    with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
         load = getattr(importlib.import_module(module), function)
         backbone: Backbone = load(argument, resolve_device(device), precision, **options)
     seconds = time.monotonic() - begun

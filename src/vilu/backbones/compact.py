@@ -139,6 +139,7 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             "expected, in the same order and of the same shapes. Install the package versions that "
             "vilu[compact] names."
         )
+    # the names of the model with the tensors of ``weights``; not strict, so counters may be absent
     model.load_state_dict(dict(zip(own, new, strict=True)), strict=False)
 
 
@@ -279,7 +280,7 @@ def _find_files() -> Files:
 
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: Files, device: torch.device) -> Parts:
-    with _default_modes(device), track("load compact", None, "steps"):
+    with _default_modes(device), track("load compact", total=None, unit="steps"):
         timm = import_extra("timm", "compact")
         tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).float().eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))

@@ -78,7 +78,7 @@ class TieCounts:
     def towards(self, positive: Positive) -> TieCounts:
         """Counts whose field ``correct`` counts the answers of the class ``positive``.
 
-        They are ``self`` or ``flipped``. The score that is most typical of the class comes first.
+        The result is ``self`` or ``flipped``. The score that is most typical of the class is first.
         """
         return self if positive == "correct" else self.flipped
 

@@ -76,8 +76,8 @@ class Histogram:
     """Numbers of correct and wrong answers in each bin of the score.
 
     ``a + b`` equals ``b + a``: the histogram of all their rows. With at most ``max_bins`` distinct
-    scores a histogram is exact. With more, scores in the same bin count as tied. Then the error of
-    AUROC is at most ``tied_pairs`` / 2, and in practice far less.
+    scores a histogram is exact. With more distinct scores, those in the same bin count as tied, and
+    the error of AUROC is at most ``tied_pairs`` / 2, in practice far less.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits

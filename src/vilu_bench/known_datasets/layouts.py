@@ -73,7 +73,7 @@ class ClassFolders:
         folder = self.root / self.part
         prefix = f"{self.part}/" if self.part else ""
         for name in self._classes(folder):
-            images = list(walk_images(folder / name, Counter()))
+            images = list(walk_images(folder / name, ignored=Counter()))
             for path, status in self.choose(name, images):
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
@@ -95,7 +95,7 @@ class ClassFolders:
     def _without_classes(self, folder: Path) -> DataError:
         """The error for a folder without class folders."""
         content = "nothing"
-        first_image = next(walk_images(folder, Counter()), None)
+        first_image = next(walk_images(folder, ignored=Counter()), None)
         if first_image is not None:
             content = f"images without class folders ({portable_name(first_image[0])}, ...)"
         return DataError(f"{folder} holds {content}; expected a folder per class. {self.advice}")

@@ -101,7 +101,7 @@ class ListedDataset(ListedFiles):
         if request.split is not None:
             splits = parse_split(request.split, splits, self.source)
         hashed = ListingHash(*listing.classes, *splits)
-        with track(f"listing {place.entry.name}", None, "images") as task:
+        with track(f"listing {place.entry.name}", total=None, unit="images") as task:
             counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
         # if no split is requested, all splits are taken, and an empty one is no error
@@ -396,7 +396,7 @@ def food101(place: Place) -> Listing:
 
     The official split has no validation images.
     """
-    own = user_list(place, "split_zhou_Food101.json", "images")
+    own = user_list(place, "split_zhou_Food101.json", images="images")
     if own is not None:
         return own
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
@@ -420,7 +420,7 @@ def sun397(place: Place) -> Listing:
 
     The official partition has no validation images.
     """
-    own = user_list(place, "split_zhou_SUN397.json", "")
+    own = user_list(place, "split_zhou_SUN397.json", images="")
     if own is not None:
         return own
     wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
@@ -433,7 +433,7 @@ def sun397(place: Place) -> Listing:
         return line.removeprefix("/"), lists.label_of(class_name)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
-    listing = _official(place, lists, "", entries, parse)
+    listing = _official(place, lists, images="", entries=entries, parse=parse)
     classes = []
     names = []
     for path in listing.classes:  # such as /a/apartment_building/outdoor

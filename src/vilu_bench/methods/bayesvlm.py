@@ -297,7 +297,7 @@ class BayesVLM(FailurePredictor):
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0)
         >>> method.fit(train).predict_uncertainty(new).round(2)  # class 1 has fewer images

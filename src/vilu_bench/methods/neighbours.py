@@ -58,7 +58,7 @@ class KNNVote(LabelledBank):
 
     The weight w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is at least 1e-6. If the predicted
     class has no training images, u = 1. If there are fewer than k training images, all of them
-    vote. Then a uniform vote is the same for all images with the same answer. Uniform votes have
+    vote, and a uniform vote is the same for all images with the same answer. Uniform votes have
     only k + 1 possible values, so many images tie.
 
     Args:

@@ -244,7 +244,7 @@ class LMN(NetworkPredictor):
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01)
         >>> method.fit(train).predict_uncertainty(new).round(1)  # wrong answers are near the second

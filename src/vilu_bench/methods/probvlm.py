@@ -45,8 +45,8 @@ class GeneralisedGaussian(NamedTuple):
     def nll(self, x: Tensor) -> Tensor:
         """Negative log-density of every entry.
 
-        It is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). For a finite
-        gradient, |x - mean| is taken as at least 1e-6 alpha.
+        The value is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). So that
+        the gradient is finite, |x - mean| is taken as at least 1e-6 alpha.
         """
         deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(SMALLEST)
         normaliser = (

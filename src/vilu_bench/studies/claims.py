@@ -161,7 +161,9 @@ def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
 
     The text explains why the number differs from the tables, whose means include the other seeds.
     """
-    if all(point.results.keys() == rival.results.keys() for point, rival in zip(a, b, strict=True)):
+    points = zip(a, b, strict=True)
+    has_equal_seeds = [point.results.keys() == rival.results.keys() for point, rival in points]
+    if all(has_equal_seeds):
         return ""
     common = set().union(*_shared_seeds(a, b))
     return f", on the seeds that both have ({', '.join(map(str, sorted(common)))})"

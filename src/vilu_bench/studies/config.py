@@ -243,6 +243,7 @@ class Config(Section):
         method = self.methods[label]
         name = method.method or label
         require_known(f"method (methods.{label})", [name], method_names())
+        # None stands for all settings or all data sets, so there is no name to check
         require_known(f"setting (methods.{label})", method.settings or (), self.settings)
         require_known(f"data set (methods.{label})", method.data or (), self.data)
         if method.steps:

@@ -153,7 +153,7 @@ class Workbench:
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
-        whole, whole_hash = self._open_store(data, "train", None)
+        whole, whole_hash = self._open_store(data, "train", pool_size=None)
         # Copies of a picture have the same identity, so they are all held out, or none of them.
         best_kind, *_ = whole.identified_by
         is_validation = held_out(whole.identities(best_kind), share)
@@ -330,7 +330,8 @@ class Workbench:
             return None
         train = self.source(origin.train[0], "train")
         test = self.source(scored.data, scored.role, scored.pool_size)
-        if train.pool_size is not None or test.pool_size is not None:
+        has_captions = train.pool_size is not None or test.pool_size is not None
+        if has_captions:
             return None
         no_rows = torch.arange(0)  # every row has the same candidates
         train_texts = train.candidates(no_rows).text

@@ -88,7 +88,7 @@ class CellResult(Section):
         path = root / self.cell.path
         make_folder(path.parent)
         files: dict[Suffix, str] = {}
-        if outcomes is not None and bootstrap is not None:
+        if outcomes is not None and bootstrap is not None:  # a refused cell has neither
             write_table(path.with_suffix(SCORES), *outcomes.table())
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
                 np.save(handle, bootstrap, allow_pickle=False)

@@ -359,10 +359,14 @@ def _claim_folders(configs: Iterable[Config], output: Path) -> None:
     """Refuse an output folder, or the folder of a study, with files that vilu did not write."""
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
-        claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
+        claim_folder(
+            output, "benchmark", ours=lambda path: path.name in {"smoke", LOG}, overwrite=True
+        )
     for config in configs:
         folder = output / STUDIES / config.name
-        claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
+        # without the document of a study, every file in the folder counts as foreign
+        has_document = (folder / DOCUMENT).is_file()
+        claim_folder(folder, "study", ours=lambda _: False, same=has_document)
 
 
 def render_studies(
@@ -398,7 +402,9 @@ def render_studies(
     inputs = inputs_of(*sources, *files, title=title, intro=intro)
     is_ours = kind_and_inputs(document) is not None
     is_done = claim_file(document, "study", inputs, overwrite=overwrite)
-    claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=is_ours)
+    figures = document.with_suffix("")
+    # if vilu did not write the document, every file in the folder of figures counts as foreign
+    claim_folder(figures, "document's figures", ours=lambda _: False, same=is_ours)
     studies = [render(board, output) for board in boards]
     if is_done:
         logger.info("%s holds these studies already: there is nothing to do", document)

@@ -67,7 +67,8 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     stands_for: dict[Cell, list[tuple[str, int]]] = {}
     for board in boards:
         for cell in board.cells:
-            if cell.method == label and board.results[cell.run].refused is None:
+            has_result = board.results[cell.run].refused is None
+            if cell.method == label and has_result:
                 first_board.setdefault(cell.run, board)  # an earlier study stays
                 stands_for.setdefault(cell.run, []).append((cell.setting, cell.seed))
     if not first_board:

@@ -97,7 +97,7 @@ class View(Section):
 
     def check(self, known: Known) -> None:
         """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
-        data = (*(self.data or ()), *self.mean)
+        data = (*(self.data or ()), *self.mean)  # of all data sets (None), no name is checked
         require_all(
             self.where,
             known,
