@@ -388,7 +388,7 @@ def fgvc_aircraft(place: Place) -> Listing:
         return f"{number}.jpg", lists.label_of(variant)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
-    return _official(place, lists, "images", entries, parse)
+    return _official(place, lists, images="images", entries=entries, parse=parse)
 
 
 def food101(place: Place) -> Listing:
@@ -412,7 +412,7 @@ def food101(place: Place) -> Listing:
         return f"{path}.jpg", lists.label_of(name)
 
     entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
-    return _official(place, lists, "images", entries, parse)
+    return _official(place, lists, images="images", entries=entries, parse=parse)
 
 
 def sun397(place: Place) -> Listing:
