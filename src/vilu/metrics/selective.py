@@ -132,7 +132,9 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
 @checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
-    """Largest coverage of a threshold whose selective risk is at most ``risk``; 0 if none is.
+    """Largest coverage of a threshold with a selective risk of at most ``risk``.
+
+    The result is 0 if there is no such threshold.
 
     A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
     given sample. It is no guarantee for new data (see ``vilu.certify``).

@@ -64,7 +64,7 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Shrink the sides by the factor ``strength``, averaging pixels; then repeat pixels."""
+    """Shrink by the factor ``strength``, averaging pixels; restore the size by repeating pixels."""
     small = image.resize(_scaled(image, strength), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 

@@ -216,9 +216,8 @@ class ProbVLM(NetworkPredictor):
         "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP per row, cross_modal K D powers"
     )
 
-    batch_size: Count | None = (
-        128  # rows per step; most of its time does not depend on their number
-    )
+    # rows per training step; most of the time of a step does not depend on their number
+    batch_size: Count | None = 128
     weight_decay: NonNegative = 0.0
     width: Count = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1

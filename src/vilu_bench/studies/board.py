@@ -32,7 +32,8 @@ class Entrant:
     results: Mapping[int, CellResult]  # results by seed, if they have the ranking metric
     runs: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
     refused_seeds: tuple[int, ...]  # the seeds that are not in ``results``
-    reason: str | None  # why the first of ``refused_seeds`` is not in ``results``; None if all are
+    # why the first of ``refused_seeds`` is not in ``results``; None if every seed is in ``results``
+    reason: str | None
     bootstrap: Bootstrap
 
     @property

@@ -162,8 +162,8 @@ def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
     The text explains why the number differs from the tables, whose means include the other seeds.
     """
     points = zip(a, b, strict=True)
-    has_equal_seeds = [point.results.keys() == rival.results.keys() for point, rival in points]
-    if all(has_equal_seeds):
+    have_equal_seeds = all(point.results.keys() == rival.results.keys() for point, rival in points)
+    if have_equal_seeds:
         return ""
     common = set().union(*_shared_seeds(a, b))
     return f", on the seeds that both have ({', '.join(map(str, sorted(common)))})"

@@ -313,7 +313,7 @@ class Config(Section):
         return {label: self._complete(label, method) for label, method in methods.items()}
 
     def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
-        """What ``axis`` stands for: "method", "data" or "setting"; by label or name."""
+        """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
         if axis == "method":
             return self.entries | self._guests
         if axis == "data":

@@ -333,7 +333,7 @@ class Workbench:
         has_captions = train.pool_size is not None or test.pool_size is not None
         if has_captions:
             return None
-        no_rows = torch.arange(0)  # every row has the same candidates
+        no_rows = torch.arange(0)  # all rows have the same candidates, so none is needed
         train_texts = train.candidates(no_rows).text
         test_texts = test.candidates(no_rows).text
         if scored.halves_seed is None:

@@ -189,7 +189,7 @@ def _title(part: Part, entry: Data) -> str:
 
 
 def _catalogued_images(entry: Data, role: Role) -> int | None:
-    """Number of images of a role according to the catalogue; None if the catalogue has none."""
+    """Number of images of a role according to the catalogue; None if it has no number."""
     if entry.dataset is None:
         return None
     if entry.shards is not None:

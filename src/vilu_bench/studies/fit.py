@@ -55,9 +55,8 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
         start = None
         if origin.start is not None:
             start = fit(bench, cell, origin.start, fits)
-        is_start_refused = start is not None and start.refused is not None
-        if start is not None and is_start_refused:  # then this fit is refused for the same reason
-            fits[origin] = start
+        if start is not None and start.refused is not None:
+            fits[origin] = start  # this fit is refused for the same reason
         else:
             fits[origin] = _fit(bench, cell, origin, start)
     return fits[origin]

@@ -25,7 +25,7 @@ from vilu_bench.studies.parts import RANKED_BY, Name, Section
 
 logger = logging.getLogger("vilu.bench")
 
-AGAIN = "Run its `vilu benchmark` again"  # advice of error messages
+AGAIN = "Run its `vilu benchmark` again"  # advice in error messages
 # the files beside the document of a cell: its scores, and its bootstrap values
 Suffix = Literal[".parquet", ".npy"]
 SCORES: Suffix = ".parquet"

@@ -79,7 +79,7 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
 
 
 def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
-    """Refuse a cell whose method is closed-set if some candidates are unknown; None if it may run.
+    """The refusal of a cell whose closed-set method meets unknown candidates; else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """

@@ -51,7 +51,7 @@ class Known(Protocol):
     metrics: Names
 
     def along(self, axis: str) -> Mapping[str, Placed]:
-        """What ``axis`` stands for: "method", "data" or "setting"; by label or name."""
+        """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
 
     @property
     def guests(self) -> Names:
@@ -97,7 +97,8 @@ class View(Section):
 
     def check(self, known: Known) -> None:
         """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
-        data = (*(self.data or ()), *self.mean)  # of all data sets (None), no name is checked
+        # where ``self.data`` is None, all data sets are shown, and there is no name to check
+        data = (*(self.data or ()), *self.mean)
         require_all(
             self.where,
             known,
