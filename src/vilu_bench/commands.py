@@ -305,7 +305,8 @@ def _predictor(name: str) -> FailurePredictor:
 
 def _is_folder(name: str) -> bool:
     """Whether an argument is the path of a folder, rather than the name of a method."""
-    return Path(name).name != name or Path(name).is_dir()
+    has_several_parts = Path(name).name != name
+    return has_several_parts or Path(name).is_dir()
 
 
 def _parse_sizes(text: str) -> list[int]:

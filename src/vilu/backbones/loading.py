@@ -39,11 +39,11 @@ PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 DISTINCT = 5
 """Number of different words and signs in the first probe.
 
-A tokenizer that knows no word makes at most four different tokens of it: start, unknown, end and
-padding.
+A tokenizer that knows no word makes at most four different tokens of the probe: start, unknown, end
+and padding.
 """
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or ORG/NAME of a repository
 
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
@@ -72,7 +72,8 @@ def require_hub_id(text: str) -> str:
     """Return ``text`` if it can be the name of a repository of the model hub.
 
     Raises:
-        UsageError: If it cannot. Usually such a text is the path of a folder that does not exist.
+        UsageError: If ``text`` cannot be such a name. Usually it is then the path of a folder that
+            does not exist.
     """
     if not HUB_ID.fullmatch(text):
         raise UsageError(
@@ -96,8 +97,8 @@ def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
 def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
     """Run ``load`` on the local cache of the hub; if files are missing, again with downloads.
 
-    So a cached model loads without network access, and a change of the model on the hub does not
-    change it. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
+    So a cached model loads without network access, and stays as it is when the model on the hub
+    changes. ``load`` must raise OSError if a file is missing, as the hub, transformers and Python
     do.
     """
     try:

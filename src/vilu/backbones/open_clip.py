@@ -26,8 +26,8 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import import_extra
 
-CONFIG = "open_clip_config.json"
-WEIGHTS = (".safetensors", ".bin", ".pth")
+CONFIG = "open_clip_config.json"  # name of the configuration file in a folder
+WEIGHTS = (".safetensors", ".bin", ".pth")  # suffixes of files of weights
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
 """Dotted names that the last map of an image tower may have in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
@@ -124,7 +124,9 @@ def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, 
         )
         network.float()  # needed if the caller has changed the default type of torch
         tokenizer = open_clip.get_tokenizer(source.model)
-        return network, transform, tokenizer, tokenizer_identity(tokenizer, tokenizer)
+        # a tokenizer of open_clip is also the function that encodes
+        identity = tokenizer_identity(tokenizer, encode=tokenizer)
+        return network, transform, tokenizer, identity
 
     if source.repository is None:
         return load_local(read, source.name)
@@ -146,8 +148,8 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """Whether a tokenizer of open_clip truncates each text.
 
     The tokenizers do not report truncation. So every text is tokenized again with room for one more
-    token. If the text fits, its tokens stay equal. If it was truncated, a token of the text takes
-    the place of the end token.
+    token. If the text fits, its tokens stay the same. If the text was truncated, its next token
+    takes the place of the end token.
     """
     length = tokenizer.context_length
     with_more_room = tokenizer(texts, context_length=length + 1)[:, :length]
@@ -163,7 +165,7 @@ def find_source(open_clip: ModuleType, argument: str) -> Source:
     if argument.startswith("local-dir:") or (argument and folder.is_dir()):
         name = f"open_clip:{folder.resolve().name}"
         return Source(
-            name,
+            name=name,
             model=f"local-dir:{folder}",
             repository=None,
             fetch=lambda: _require_weights(folder),
@@ -178,9 +180,9 @@ def _hub_source(open_clip: ModuleType, argument: str) -> Source:
 
     def fetch() -> None:
         hub.download_pretrained_from_hf(repository, filename=CONFIG)
-        hub.download_pretrained_from_hf(repository)
+        hub.download_pretrained_from_hf(repository)  # the weights
 
-    return Source(f"open_clip:{argument}", argument, repository, fetch)
+    return Source(name=f"open_clip:{argument}", model=argument, repository=repository, fetch=fetch)
 
 
 def _registry_source(open_clip: ModuleType, argument: str) -> Source:
@@ -197,10 +199,11 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise UsageError(f"{model} of open_clip has no pretraining tag {tag!r}. Its tags: {tags}.")
     hub = open_clip.pretrained
+    organisation, repository_name, *_ = pretrained["hf_hub"].split("/")
     return Source(
         name=f"open_clip:{argument}",
         model=model,
-        repository="/".join(pretrained["hf_hub"].split("/")[:2]),
+        repository=f"{organisation}/{repository_name}",
         fetch=lambda: hub.download_pretrained(pretrained),
         tag=tag,
         quick_gelu=bool(pretrained.get("quick_gelu")),

@@ -82,7 +82,7 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
     """Unit-norm embeddings (K, P, D) float32 of K classes in P prompt templates."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
-    check_class_names(names, len(names))
+    check_class_names(names, n_candidates=len(names))
     _check_templates(templates)
     # Each name is encoded once, because equal names may be rounded differently in another batch.
     unique = tuple(dict.fromkeys(names))
@@ -119,10 +119,10 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def named_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """The templates ``names``, where the name of a set in ``TEMPLATES`` stands for all of it."""
+    """The templates that ``names`` lists, singly or by the name of a set in ``TEMPLATES``."""
     templates: list[str] = []
     for name in names:
-        templates += TEMPLATES.get(name, (name,))
+        templates += TEMPLATES.get(name, (name,))  # a text that names no set is a template itself
     return tuple(templates)
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vilu.metrics.selective import risk_at_coverage as risk_at_coverage
     from vilu.metrics.selective import risk_coverage_curve as risk_coverage_curve
 
+# names of this package, separated by spaces, by the module that defines them
 _NAMES = {
     "vilu.metrics.bootstrap": "Difference Interval bootstrap_interval paired_bootstrap",
     "vilu.metrics.catalog": "DEFAULT_METRICS METRICS Metric",

@@ -10,7 +10,7 @@ are grouped, and the time is of order resamples · groups.
 
 Rows that show the same picture are not independent. If such rows are known, pictures are resampled
 together with all their rows, in three strata: pictures with only right answers, with only wrong
-answers, and with both. So repeating every row of a data set changes no interval.
+answers, and with both. Therefore, if every row of a data set is repeated, no interval changes.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Interval(NamedTuple):
 class Difference(NamedTuple):
     """Metric of a minus metric of b, with its percentile interval and p-value.
 
-    The p-value is two-sided, for the hypothesis that there is no difference. Where all n resamples
-    have the same sign, it is 2 / (n + 1).
+    The p-value is two-sided, for the hypothesis that there is no difference. If the differences of
+    all n resamples have the same sign, the p-value is 2 / (n + 1).
 
     Examples:
         >>> import vilu
@@ -107,6 +107,7 @@ class Quantity:
         The seeds are resampled, too.
         """
         n_seeds, n_resamples = per_seed.shape
+        # The generator depends only on S, so means over equally many seeds draw the same seeds.
         seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
         drawn = np.take_along_axis(per_seed, seeds, axis=0)  # S drawn seeds for every resample
         return cls(float(np.mean(values)), drawn.mean(axis=0))
@@ -241,7 +242,8 @@ def block_sizes(n_resamples: int, max_size: int) -> list[int]:
 def _draw(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
     """Members (B, N) of a stratum ``rows`` (N,), drawn with repetition."""
     n = len(rows)
-    positions = rng.integers(max(1, n), size=(n_resamples, n))  # the bound must not be 0
+    bound = max(1, n)  # n may be 0, but numpy refuses a bound of 0
+    positions = rng.integers(bound, size=(n_resamples, n))
     return rows[positions]
 
 
@@ -402,7 +404,8 @@ def grouped(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
     if len(counts.value) <= max_groups:
         return counts
     group = group_indices(counts, max_groups)
-    starts = np.flatnonzero(np.diff(group, prepend=-1))  # index of the first score of every group
+    # index of the first score of every group; -1 is no group, so the first group starts at index 0
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
     wrong = np.add.reduceat(counts.wrong, starts)
@@ -416,7 +419,8 @@ def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints
         return np.arange(len(counts.value))
     n_below = counts.accepted - counts.size  # number of rows with a smaller score
     group = n_below * max_groups // counts.n  # ascending, but some numbers may be missing
-    return np.cumsum(np.diff(group, prepend=group[0]) > 0)
+    is_new_group = np.diff(group, prepend=group[0]) > 0
+    return np.cumsum(is_new_group)  # without missing numbers
 
 
 def _drawn(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
@@ -437,7 +441,7 @@ def own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """Intervals of the kernels that are ``OwnInterval``, and the remaining kernels, by name.
+    """By name, the intervals of the kernels that are ``OwnInterval``, and the other kernels.
 
     If some pictures have several rows, an interval is computed from the effective counts of
     independent rows (see ``independent``).
@@ -585,7 +589,7 @@ def paired_bootstrap(
     difference = kernel(a.observed()) - kernel(b.observed())  # (1,)
     observed = float(difference[0])
     if np.isnan(observed):
-        return Difference(observed, observed, observed, observed)
+        return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     blocks = []
     # A and b have the same strata, so either can draw the rows. The wider one needs more memory per
     # resample, and draws smaller blocks.

@@ -23,8 +23,8 @@ from vilu.metrics.selective import (
 )
 from vilu.registry import ADDERS, Catalogue
 
-Kernel = Callable[[TieCounts], Floats]
-Question = Literal["failure", "within", "outside"]
+Kernel = Callable[[TieCounts], Floats]  # from counts (..., G) to values (...) of a metric
+Question = Literal["failure", "within", "outside"]  # what the uncertainty is to predict
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _for_question(question: Question, metric: Metric, convention: str) -> Metric
 
 _AUROC = Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True)
 _FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation")
-_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
-_RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
+_AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
+_RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}  # titles by risk
 _ENTRIES = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
@@ -101,7 +101,7 @@ _ENTRIES = {
     "fpr95_within": _for_question(
         "within", _FPR95, f"pictures of the classes only, {_FPR95.convention}"
     ),
-    "auroc_outside": _for_question("outside", _AUROC, _OUTSIDE),
+    "auroc_outside": _for_question("outside", _AUROC, _AUROC_OUTSIDE),
     "fpr95_outside": _for_question(
         "outside", _FPR95, "positive=picture of the classes, TPR 0.95, linear interpolation"
     ),
@@ -223,7 +223,8 @@ def add_metric(metric: Metric) -> None:
         UsageError: If the metric has no name, if another metric has the same name, or if the kernel
             does not return one value per resample.
     """
-    if not metric.name or METRICS.here.get(metric.name, metric) != metric:
+    is_name_taken = METRICS.here.get(metric.name, metric) != metric  # by another metric
+    if not metric.name or is_name_taken:
         raise UsageError(
             "a metric needs a name of its own, such as Metric(..., name='my_metric'). "
             f"Got {metric.name!r}; taken are: {', '.join(METRICS)}."

@@ -78,7 +78,7 @@ class TieCounts:
     def towards(self, positive: Positive) -> TieCounts:
         """Counts whose field ``correct`` counts the answers of the class ``positive``.
 
-        They are ``self`` or ``flipped``. The score that is most typical of the class comes first.
+        The result is ``self`` or ``flipped``. The score that is most typical of the class is first.
         """
         return self if positive == "correct" else self.flipped
 
@@ -176,7 +176,7 @@ def tie_counts(
     if len(blocks) == 1:
         return blocks[0]
     value, group = np.unique(np.concatenate([block.value for block in blocks]), return_inverse=True)
-    correct, wrong = np.zeros((2, len(value)), np.int64)
+    correct, wrong = np.zeros((2, len(value)), np.int64)  # two arrays (G,)
     np.add.at(correct, group, np.concatenate([block.correct for block in blocks]))
     np.add.at(wrong, group, np.concatenate([block.wrong for block in blocks]))
     return TieCounts(value, correct, wrong)
@@ -184,7 +184,8 @@ def tie_counts(
 
 def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
     """Counts (G,) of the rows of one block."""
-    # The wrong rows are sorted once more, because looking up the score of every row takes longer.
+    # The wrong rows are sorted once more. That takes less time than to look up the score of every
+    # row in ``value``.
     value, size = np.unique(scores, return_counts=True)
     wrong_value, wrong_size = np.unique(scores[failures], return_counts=True)
     wrong = np.zeros_like(size)

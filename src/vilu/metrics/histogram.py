@@ -76,8 +76,8 @@ class Histogram:
     """Numbers of correct and wrong answers in each bin of the score.
 
     ``a + b`` equals ``b + a``: the histogram of all their rows. With at most ``max_bins`` distinct
-    scores a histogram is exact. With more, scores in the same bin count as tied. Then the error of
-    AUROC is at most ``tied_pairs`` / 2, and in practice far less.
+    scores a histogram is exact. With more distinct scores, those in the same bin count as tied, and
+    the error of AUROC is at most ``tied_pairs`` / 2, in practice far less.
     """
 
     bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
@@ -91,8 +91,8 @@ class Histogram:
     @classmethod
     def empty(cls) -> Histogram:
         """Histogram without rows."""
-        none = np.empty(0, np.int64)
-        return cls(none, none, none)
+        nothing = np.empty(0, np.int64)
+        return cls(bins=nothing, correct=nothing, wrong=nothing)
 
     @classmethod
     def of(cls, uncertainty: ArrayLike, failure: ArrayLike, max_bins: int = MAX_BINS) -> Histogram:
@@ -102,10 +102,15 @@ class Histogram:
         scores, failures = check_pair(uncertainty, failure)
         scores = np.where(np.abs(scores) < _TINY, 0.0, scores)
         wrong = failures.astype(np.int64)
-        low = float(scores.min())
-        high = float(scores.max())
-        one_bin_per_row = cls(codes(scores), 1 - wrong, wrong, 0, low, high, max_bins)
-        return one_bin_per_row._collapsed(0)
+        one_bin_per_row = cls(
+            bins=codes(scores),
+            correct=1 - wrong,
+            wrong=wrong,
+            low=float(scores.min()),
+            high=float(scores.max()),
+            max_bins=max_bins,
+        )
+        return one_bin_per_row._collapsed(level=0)
 
     @classmethod
     def total(cls, histograms: Iterable[Histogram]) -> Histogram:

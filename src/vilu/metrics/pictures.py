@@ -103,10 +103,11 @@ class PictureScores:
         n_resamples = len(times)
         n_scores = len(self.value)
         rows = times[:, self.picture[chosen]] * self.rows[chosen]
-        first_cell = n_scores * np.arange(n_resamples)[:, None]  # of every resample
+        # one call of bincount counts all resamples: resample b has the cells from b * n_scores on
+        first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[chosen] + first_cell
-        # sums of whole numbers below 2^53 are exact
-        sums = np.bincount(cells.ravel(), rows.ravel(), n_resamples * n_scores)
+        # with weights, bincount sums in float64, which is exact for whole numbers below 2^53
+        sums = np.bincount(cells.ravel(), weights=rows.ravel(), minlength=n_resamples * n_scores)
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
     def merged(self) -> PictureScores:
@@ -118,7 +119,8 @@ class PictureScores:
         """
         n_scores = len(self.value)
         n_pictures = len(self.n_alike)
-        is_single = np.bincount(self.picture, minlength=n_pictures)[self.picture] == 1
+        n_entries = np.bincount(self.picture, minlength=n_pictures)  # of every picture
+        is_single = n_entries[self.picture] == 1  # whether an entry is the only one of its picture
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
         kind, n_of_kind = np.unique(key[is_single], return_counts=True)
         n_kinds = len(kind)
@@ -141,7 +143,8 @@ class PictureScores:
     def drawn(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
         """Yield blocks of resamples as counts (B, G), one block for each of the ``sizes`` B.
 
-        In each stratum as many pictures are drawn as it has, from a multinomial distribution.
+        From each stratum, as many pictures are drawn as the stratum has, from a multinomial
+        distribution.
         """
         for size in sizes:
             times = np.zeros((size, len(self.n_alike)), np.int64)

@@ -162,7 +162,9 @@ def auroc_kernel(counts: TieCounts) -> Floats:
 
     Each pair of a wrong and a correct answer counts 2 if it is in the right order, and 1 if tied.
     """
-    twice_pairs = (counts.wrong * (2 * counts.accepted_correct - counts.correct)).sum(-1)
+    # twice the number of correct answers below each score, plus the number at this score
+    twice_correct_below = 2 * counts.accepted_correct - counts.correct
+    twice_pairs = (counts.wrong * twice_correct_below).sum(-1)
     return ratio(twice_pairs, 2 * counts.n_correct * counts.n_wrong)
 
 
@@ -179,12 +181,13 @@ def fpr_at_tpr_kernel(
     require_one_of("rule", rule, get_args(Rule))
     fpr, tpr = _roc(counts.towards(positive))
     if rule == "first":
+        # rates are ascending, so the number of smaller rates is the index of the first other rate
         first_at_level = (tpr < level).sum(-1)
         return _pick(fpr, first_at_level)
     if rule == "nearest":
         nearest = np.abs(tpr - level).argmin(-1)
         return _pick(fpr, nearest)
-    below = (tpr <= level).sum(-1) - 1  # the last point whose rate is at most ``level``
+    below = (tpr <= level).sum(-1) - 1  # index of the last point whose rate is at most ``level``
     last = tpr.shape[-1] - 1
     above = np.minimum(below + 1, last)
     tpr_below = _pick(tpr, below)

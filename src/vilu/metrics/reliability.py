@@ -139,7 +139,9 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
     cells = bin_of_score.reshape(n_resamples, -1) + first_cell
     sums = []
     for numbers in values:
-        total = np.bincount(cells.ravel(), numbers.ravel(), bins * n_resamples).astype(np.float64)
+        total = np.bincount(
+            cells.ravel(), weights=numbers.ravel(), minlength=bins * n_resamples
+        ).astype(np.float64)
         sums.append(total.reshape(*resamples, bins))
     return sums
 

@@ -1,8 +1,8 @@
 """Selective prediction: the error rate of the answers that remain when uncertain ones are rejected.
 
 The coverage is the share of answers that are kept. The selective risk is the share of wrong answers
-among the kept answers. The order of answers with equal uncertainty is unknown. So metrics take the
-expected number of wrong answers, which grows linearly within such a block of tied answers.
+among the kept answers. The order of answers with equal uncertainty is unknown, so metrics take the
+expected number of wrong answers. Within a block of tied answers this number grows linearly.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
 @checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
-    """Largest coverage of a threshold whose selective risk is at most ``risk``, else 0.
+    """Largest coverage of a threshold with a selective risk of at most ``risk``.
+
+    The result is 0 if there is no such threshold.
 
     A threshold keeps or rejects all rows of equal uncertainty together. The result describes the
     given sample. It is no guarantee for new data (see ``vilu.certify``).
@@ -198,7 +200,8 @@ def augrc_kernel(counts: TieCounts) -> Floats:
 def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
     require_between("coverage", coverage, "(0, 1]")
-    # The product is rounded first, because 0.07 · 100 is slightly more than 7 in floating point.
+    # The product is rounded first: 0.07 · 100 is slightly more than 7 in floating point, and would
+    # be rounded up to 8.
     n_accepted = np.ceil(np.round(counts.n * coverage, 9))
     n_before = counts.accepted - counts.size
     # number (..., G) of accepted rows at each score; at one score it may be a part of the rows
@@ -231,8 +234,8 @@ def _harmonic(n: Ints) -> Floats:
 def _series(n: Ints) -> Floats:
     """Harmonic numbers of large n, from ln n + γ + 1 / 2n - 1 / 12n².
 
-    The next term of this series is below 1e-20. If H_n is in ``_HARMONIC``, n is replaced by the
-    smallest number that is not.
+    The next term of this series is below 1e-20. A small n, for which H_n is in ``_HARMONIC``, is
+    replaced by the smallest large n; callers do not use the result for a small n.
     """
     smallest = len(_HARMONIC)
     large = np.maximum(n, smallest).astype(np.float64)
@@ -272,7 +275,7 @@ def _trapezoid_risk(counts: TieCounts) -> Floats:
     """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
     before = counts.accepted - counts.size
-    risk_of_previous = np.roll(risk, 1, axis=-1)
+    risk_of_previous = np.roll(risk, 1, axis=-1)  # at the first score that of the last, not used
     left = np.where(before > 0, risk_of_previous, risk)  # constant below the smallest coverage
     twice_area = (counts.size * (left + risk)).sum(-1)
     return ratio(twice_area, 2 * counts.n)

@@ -41,7 +41,7 @@ MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 
 
 class PickledArray:
-    """Stand-in for a numpy array in a pickle, which stores the array's state."""
+    """Stand-in for a numpy array in a pickle; it stores the array's state."""
 
     state: object = None
 
@@ -49,11 +49,16 @@ class PickledArray:
         self.state = state
 
     def as_bytes(self, width: int) -> NDArray[np.uint8]:
-        """The array (n, width) uint8 with n >= 1; raises ValueError for any other state."""
+        """The stored array, (n, width) uint8 with n >= 1.
+
+        Raises:
+            ValueError: If the state is not that of such an array.
+        """
         problem = ValueError(f"an array of shape (n, {width}) and type uint8 was expected")
         if not isinstance(self.state, tuple):
             raise problem
-        # numpy's state: (version, shape, dtype, whether in Fortran order, raw bytes)
+        # numpy's state is (version, shape, dtype, whether in Fortran order, raw bytes); very old
+        # pickles leave out the version
         match self.state[-4:]:
             case (
                 (int(n), int(columns)),
@@ -73,7 +78,7 @@ class PickledArray:
 
 
 class PickledType:
-    """Stand-in for a numpy dtype in a pickle, which stores the dtype's code."""
+    """Stand-in for a numpy dtype in a pickle; it stores the dtype's code."""
 
     __match_args__ = ("code",)
 
@@ -94,7 +99,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-# by module and name that a pickle may ask for, the object that it gets
+# the only objects that a pickle can get, by the module and the name that it asks for
 _ALLOWED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -150,11 +155,12 @@ def _unpickled(file: Path) -> object:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
     raw = file.read_bytes()
     with warnings.catch_warnings():
-        # a warning means an invalid escape sequence, which no pickled array has
+        # A warning means an invalid escape sequence. No pickled array has one, so it is an error.
         warnings.simplefilter("error")
         n_tuples = 0
         for name, following in itertools.pairwise(_steps(raw)):
-            if name in TUPLES and following != "REDUCE":
+            is_argument = following == "REDUCE"  # REDUCE calls a function with the tuple before it
+            if name in TUPLES and not is_argument:
                 n_tuples += 1
         if n_tuples > MAX_TUPLES:
             raise ValueError(
@@ -164,16 +170,16 @@ def _unpickled(file: Path) -> object:
 
 
 def _text(name: object) -> str:
-    """A key or a class name as text; it is bytes if Python 2 wrote it."""
+    """A key or a class name as text; those that Python 2 wrote are bytes."""
     return name.decode("latin-1") if isinstance(name, bytes) else str(name)
 
 
-PIXELS: Final = 3 * 32 * 32  # numbers of a picture
+PIXELS: Final = 3 * 32 * 32  # number of values in a picture: channels x rows x columns
 
 
 @dataclass(frozen=True)
 class Layout:
-    """File names and dictionary keys of one data set, in its version for Python.
+    """File names and dictionary keys of CIFAR-10 or CIFAR-100, in the version for Python.
 
     Source: https://www.cs.toronto.edu/~kriz/cifar.html.
     """
@@ -322,7 +328,7 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def find_folder(source: Path, layout: Layout) -> Path | None:
-    """The folder with the files: ``source``, or its subfolder of the usual name; else None."""
+    """``source`` or its subfolder of the usual name, whichever has the files; None if neither."""
     for folder in (source, source / layout.folder):
         if layout.is_in(folder):
             return folder

@@ -73,7 +73,7 @@ class ClassFolders:
         folder = self.root / self.part
         prefix = f"{self.part}/" if self.part else ""
         for name in self._classes(folder):
-            images = list(walk_images(folder / name, Counter()))
+            images = list(walk_images(folder / name, ignored=Counter()))
             for path, status in self.choose(name, images):
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
@@ -95,7 +95,7 @@ class ClassFolders:
     def _without_classes(self, folder: Path) -> DataError:
         """The error for a folder without class folders."""
         content = "nothing"
-        first_image = next(walk_images(folder, Counter()), None)
+        first_image = next(walk_images(folder, ignored=Counter()), None)
         if first_image is not None:
             content = f"images without class folders ({portable_name(first_image[0])}, ...)"
         return DataError(f"{folder} holds {content}; expected a folder per class. {self.advice}")
@@ -109,7 +109,8 @@ class SplitFolders:
     class names, sorted by bytes.
     """
 
-    # by split, its folder, where "" is the data set's own; empty: folders have the names of splits
+    # folders by split, where "" means the data set's folder itself; by default every split has a
+    # folder of its own name
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, place: Place) -> Listing:
@@ -122,8 +123,8 @@ class SplitFolders:
                 classes.update(subfolders(folder))
         names = tuple(sorted(classes, key=os.fsencode))
         if not names:
-            listed = " or ".join(map(str, folders))
-            raise DataError(f"{place.folder} has no folder of a class in {listed}. {UNPACK}")
+            searched = " or ".join(map(str, folders))
+            raise DataError(f"{place.folder} has no folder of a class in {searched}. {UNPACK}")
         labels = {name: label for label, name in enumerate(names)}
         splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
         return Listing(names, splits, "a folder per class")
@@ -144,7 +145,8 @@ def imagenet(place: Place) -> Listing:
 
 def imagenet_v2(place: Place) -> Listing:
     """ImageNetV2: ten test images per class, in class folders named by label."""
-    return _halves(place, tuple(map(str, range(len(wnids())))))
+    labels = range(len(wnids()))
+    return _halves(place, tuple(str(label) for label in labels))
 
 
 def imagenet_sketch(place: Place) -> Listing:
@@ -153,11 +155,12 @@ def imagenet_sketch(place: Place) -> Listing:
 
 
 def half(name: str, files: Files, *, first: bool) -> Files:
-    """The first or the last half of a class's images, in the order of a hash of their path.
+    """The images of a class whose paths have the lower hashes (``first``) or the higher hashes.
 
-    If the number of images is odd, the last half has one more. It is not known which images the
-    paper took as few shots. The hash is BLAKE2b (8 bytes) of ``class/path``. So the halves depend
-    neither on the order of files, nor on the machine, nor on other classes.
+    If the number of images is odd, the half with the higher hashes has one more. It is not known
+    which images the paper took as few shots, so a hash chooses: BLAKE2b (8 bytes) of
+    ``class/path``. Because of the hash, the halves depend neither on the order of files, nor on
+    the machine, nor on other classes.
     """
     hashes = []
     for path, _ in files:
@@ -166,7 +169,7 @@ def half(name: str, files: Files, *, first: bool) -> Files:
     order = sorted(range(len(files)), key=hashes.__getitem__)
     middle = len(files) // 2
     chosen = order[:middle] if first else order[middle:]
-    return [files[index] for index in sorted(chosen)]
+    return [files[index] for index in sorted(chosen)]  # in the order of ``files`` again
 
 
 @cache
@@ -184,7 +187,7 @@ def clip_names() -> tuple[str, ...]:
 
 
 def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
-    """Listing of images without splits: half of each class is "shots", the second half "test"."""
+    """Listing of images without splits: one half of each class is "shots", the other is "test"."""
     labels = {name: label for label, name in enumerate(folders)}
     splits = {
         "shots": ClassFolders(place.folder, "", labels, partial(half, first=True)),
@@ -194,7 +197,7 @@ def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
 
 
 def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
-    """Listing of a data set with ImageNet's classes."""
+    """Listing of a data set with ImageNet's classes; prompts have CLIP's names unchanged."""
     return Listing(folders, splits, origin, names=clip_names(), raw=clip_names())
 
 
@@ -218,22 +221,24 @@ class CifarReader:
         return dataset
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Count the pictures of each split by reading the files, with ``deep`` or without."""
+        """Count the pictures of each split by reading the files, whether ``deep`` is set or not."""
         counts = {split: self._count(place, split) for split in self.layout.splits}
         return Survey("official split", counts)
 
     def _count(self, place: Place, split: str) -> Count:
         """Count the pictures of one split."""
-        expected = place.entry.sizes[split]
+        # CIFAR has no list of pictures: where its files cannot be read, the published number counts
+        # as the number of listed pictures
+        published = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
         if missing:
-            return Count(0, expected, missing=missing)
+            return Count(found=0, listed=published, missing=missing)
         try:
             n_pictures = len(self.open(place, Request(split)))
         except DataError as error:  # not raised, so that the next split is counted, too
-            return Count(None, expected, problem=str(error))
-        return Count(n_pictures, n_pictures)
+            return Count(found=None, listed=published, problem=str(error))
+        return Count(found=n_pictures, listed=n_pictures)  # the files themselves are the list
 
 
 class ShardReader:
@@ -262,7 +267,7 @@ class ShardReader:
         if deep:
             n_pairs, problem = _count_pairs(place, shards)
         missing = missing_numbers(place.folder, shards)
-        count = Count(n_pairs, None, missing=missing, problem=problem)
+        count = Count(found=n_pairs, listed=None, missing=missing, problem=problem)
         return Survey(f"{len(shards)} tar files", {"all": count}, binding=False)
 
 
@@ -271,7 +276,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
     If there are none, the tar files in its subfolders, such as train and validation.
     """
-    shards = find_shards(folder) or []
+    shards = find_shards(folder) or []  # a folder without tar files has None
     if not shards:
         for name in subfolders(folder):
             shards += find_shards(folder / name) or []
@@ -301,7 +306,7 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
 
 
 def _gaps(numbers: set[int]) -> Iterator[int]:
-    """Yield the missing numbers between 0 and the largest of ``numbers``."""
+    """Yield the missing numbers below the largest of ``numbers``, and below ``MAX_SHARDS``."""
     for number in range(min(max(numbers), MAX_SHARDS)):
         if number not in numbers:
             yield number
@@ -333,7 +338,8 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
 }
 """Readers by ``kind`` in ``layout = { kind = ... }`` of a data set's table.
 
-A class is not a reader itself: it gets the further keys of ``layout`` as attributes.
+A class stands for a reader that is still to be made: it gets the further keys of ``layout`` as
+attributes, and its instance lists the images for a ``ListReader``.
 """
 
 

@@ -101,12 +101,12 @@ class ListedDataset(ListedFiles):
         if request.split is not None:
             splits = parse_split(request.split, splits, self.source)
         hashed = ListingHash(*listing.classes, *splits)
-        with track(f"listing {place.entry.name}", None, "images") as task:
+        with track(f"listing {place.entry.name}", total=None, unit="images") as task:
             counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
         # if no split is requested, all splits are taken, and an empty one is no error
-        lacks_request = request.split is not None and empty
-        if not self._paths or lacks_request:
+        is_request_empty = request.split is not None and len(empty) > 0
+        if not self._paths or is_request_empty:
             raise DataError(
                 f"split {empty[0]!r} of {self.source} has no image. "
                 "Choose another, or mend its list."
@@ -116,43 +116,43 @@ class ListedDataset(ListedFiles):
     def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
         """Add the images of a split and return their number."""
         before = len(self)
-        for path, label, status in _showing(entries, task):
+        for path, label, status in _with_progress(entries, task):
             self._add(path, label, status, hashed)
         return len(self) - before
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
     """Count the files of a split: listed files, and listed files that exist."""
-    n_there = 0
+    n_existing = 0
     n_listed = 0
     missing: list[str] = []
     try:
-        for path, _, status in _showing(entries, task):
+        for path, _, status in _with_progress(entries, task):
             n_listed += 1
             is_file = isinstance(status, stat_result) and S_ISREG(status.st_mode)
             if is_file:
-                n_there += 1
+                n_existing += 1
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))
     except DataError as error:  # not raised, so that the next split is counted, too
-        return Count(n_there, None, problem=str(error))
-    return Count(n_there, n_listed, missing=tuple(missing))
+        return Count(found=n_existing, listed=None, problem=str(error))
+    return Count(found=n_existing, listed=n_listed, missing=tuple(missing))
 
 
-def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
+def _with_progress(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
     """Yield the entries unchanged, and advance the task after every ``STEP`` entries."""
     number = 0
     for number, entry in enumerate(entries, start=1):
         yield entry
         if number % STEP == 0:
             task.advance(STEP)
-    task.advance(number % STEP)
+    task.advance(number % STEP)  # the entries after the last full step
 
 
-MAX_PATH: Final = 1024
+MAX_PATH: Final = 1024  # maximum number of characters in a listed path
 T = TypeVar("T")
 Parse = Callable[[T], tuple[str, int]]
-"""Function from an entry of a list to its path and label; raises ValueError if it is invalid."""
+"""Function from an entry of a list to its path and label; a wrong entry raises a ValueError."""
 
 
 @dataclass
@@ -190,12 +190,12 @@ class SplitLists:
 
     @classmethod
     def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
-        """Make empty lists with some splits and class names; errors name ``file``."""
+        """Make lists with these splits and class names, and no image; errors name ``file``."""
         lists = cls({split: [] for split in splits})
         try:
             for label, name in enumerate(names):
                 lists.name(label, name)
-            lists.names()  # raises if there are none
+            lists.names()  # raises a ValueError if there is no name
         except ValueError as error:
             refuse(file, error)
         return lists
@@ -215,6 +215,7 @@ class SplitLists:
         """
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
+        # ``setdefault`` keeps and returns an earlier value if there is one, else it stores this one
         if self._names.setdefault(label, name) != name:
             raise ValueError(f"label {label} is {name!r} here and {self._names[label]!r} before")
         if self._labels.setdefault(name, label) != label:
@@ -223,7 +224,7 @@ class SplitLists:
             )
 
     def names(self) -> tuple[str, ...]:
-        """Names in label order; raises ValueError without names, or if a label is skipped."""
+        """Names in label order; raises ValueError if there is none, or if a label is skipped."""
         if not self._names:
             raise ValueError("it names no class")
         names = []
@@ -309,7 +310,8 @@ def read_split_file(file: Path) -> SplitLists:
     """
     lists = SplitLists({split: [] for split in SPLITS})
 
-    def named(entry: object) -> tuple[str, int]:
+    def parse(entry: object) -> tuple[str, int]:
+        """The path and the label; the name is added to ``lists``."""
         match entry:
             case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
                 lists.name(label, name)
@@ -320,7 +322,7 @@ def read_split_file(file: Path) -> SplitLists:
         if key not in KEYS or not isinstance(entries, list):
             kind = type(entries).__name__
             refuse(file, f"expected lists named train, val and test; found {key[:20]!r}: {kind}")
-        lists.fill(KEYS[key], file, entries, named)
+        lists.fill(KEYS[key], file, entries, parse)
     return lists
 
 
@@ -343,7 +345,8 @@ def shipped_list(dataset: str) -> SplitLists | None:
         for label in range(int(n_classes)):
             class_name = next(lines)
             letters = next(lines)
-            # There is one line per letter. With strict=True, zip would also take the next line.
+            # There is one line per letter, and zip ends with the letters. With strict=True, zip
+            # would take one more line, to see whether the lines end, too.
             images = list(zip(letters, lines, strict=False))
             if name == dataset:
                 lists.name(label, class_name)
@@ -385,7 +388,7 @@ def fgvc_aircraft(place: Place) -> Listing:
         return f"{number}.jpg", lists.label_of(variant)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
-    return _official(place, lists, "images", entries, parse)
+    return _official(place, lists, images="images", entries=entries, parse=parse)
 
 
 def food101(place: Place) -> Listing:
@@ -393,12 +396,12 @@ def food101(place: Place) -> Listing:
 
     The official split has no validation images.
     """
-    own = user_list(place, "split_zhou_Food101.json", "images")
+    own = user_list(place, "split_zhou_Food101.json", images="images")
     if own is not None:
         return own
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
     content = {split: read_json_object(file) for split, file in files.items()}
-    dishes = sorted(set().union(*content.values()))
+    dishes = sorted(set().union(*content.values()))  # both files have the dishes as keys
     lists = SplitLists.of(files, dishes, files["train"])
 
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
@@ -409,7 +412,7 @@ def food101(place: Place) -> Listing:
         return f"{path}.jpg", lists.label_of(name)
 
     entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
-    return _official(place, lists, "images", entries, parse)
+    return _official(place, lists, images="images", entries=entries, parse=parse)
 
 
 def sun397(place: Place) -> Listing:
@@ -417,7 +420,7 @@ def sun397(place: Place) -> Listing:
 
     The official partition has no validation images.
     """
-    own = user_list(place, "split_zhou_SUN397.json", "")
+    own = user_list(place, "split_zhou_SUN397.json", images="")
     if own is not None:
         return own
     wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
@@ -426,10 +429,11 @@ def sun397(place: Place) -> Listing:
     lists = SplitLists.of(files, read_lines(scenes), scenes)
 
     def parse(line: str) -> tuple[str, int]:
-        return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
+        class_name, _, _ = line.rpartition("/")
+        return line.removeprefix("/"), lists.label_of(class_name)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
-    listing = _official(place, lists, "", entries, parse)
+    listing = _official(place, lists, images="", entries=entries, parse=parse)
     classes = []
     names = []
     for path in listing.classes:  # such as /a/apartment_building/outdoor

@@ -64,7 +64,7 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Multiply the sides by ``strength``, averaging pixels, then repeat pixels to the old size."""
+    """Shrink by the factor ``strength``, averaging pixels; restore the size by repeating pixels."""
     small = image.resize(_scaled(image, strength), Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
@@ -92,9 +92,9 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
 
 
 class ShiftedImages(Chosen):
-    """A data set in which every picture is damaged; a hash of its key chooses the kind of damage.
+    """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
 
-    Damaged pictures are PNGs. A row is identified by its undamaged picture. So a picture and its
+    Damaged pictures are PNGs. A row is identified by its undamaged picture, so a picture and its
     damaged form count as copies of one picture.
     """
 
@@ -116,12 +116,12 @@ class ShiftedImages(Chosen):
         """Yield records of the images start ... stop - 1; an image is damaged when it is read."""
         for record in super().records(start, stop):
             read = partial(_damaged, record, self._strengths)
-            undamaged = record.content or record.read
+            undamaged = record.content or record.read  # no ``content``: the file identifies the row
             yield replace(record, read=read, content=undamaged)
 
 
 def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
-    """The damaged picture as a PNG; a hash of its key seeds the choice of damage and the noise."""
+    """The damaged picture as a PNG; a hash of the key seeds the choice of damage and the noise."""
     key_hash = blake2b(record.key.encode(), digest_size=16).digest()
     rng = np.random.default_rng(int.from_bytes(key_hash, "big"))
     kind = list(strengths)[rng.integers(len(strengths))]

@@ -160,7 +160,7 @@ def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple
         squared_norm: ‖P‖² of the layer's weights P.
         pseudo_count: Weight tau of the data against the prior.
     """
-    # on each of the two factors, so that their product is tau / n times the curvature of all pairs
+    # each factor is multiplied by this scale, so their product is multiplied by tau / n
     scale = math.sqrt(pseudo_count / layer.n)
     a, a_vectors = torch.linalg.eigh(scale * layer.inputs)
     b, b_vectors = torch.linalg.eigh(scale * layer.outputs)
@@ -262,17 +262,17 @@ class BayesVLM(FailurePredictor):
     The n pairs are the training images, each with the text of its class or with its caption. The
     loss matches an image with all K candidates, and a text with the images of its chunk. A text
     counts once for each of its images. With captions a chunk is a pool. A class without training
-    images adds nothing to the factors. If no other text has a component along its psi, the variance
-    of its h is that of the prior.
+    images adds nothing to the factors. If no other text has a component along the psi of such a
+    class, the variance of the class's h is that of the prior.
 
     There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
 
     - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
       ``image_projection`` and ``text_projection``. Data are refused if normalise(P phi) is farther
-      than 1e-2 from an embedding. Features of a second encoder are an example, and texts averaged
-      over prompts. A last layer with bias has the bias as a further column of P, whose feature is
-      always one.
+      than 1e-2 from an embedding. This refuses, for example, features of a second encoder, and
+      texts averaged over prompts. A last layer with bias has the bias as a further column of P,
+      whose feature is always one.
     - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, with
       phi = g = z and P = I. This variant is ours, not the published method.
 
@@ -297,7 +297,7 @@ class BayesVLM(FailurePredictor):
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0)
         >>> method.fit(train).predict_uncertainty(new).round(2)  # class 1 has fewer images
@@ -333,9 +333,9 @@ class BayesVLM(FailurePredictor):
     @property
     def label(self) -> str:
         """The method's name; once fitted, followed by the kind of fit."""
-        return self._label(self._on_features) if self.learned_ else self.name
+        return self._label(on_features=self._on_features) if self.learned_ else self.name
 
-    def _label(self, on_features: bool) -> str:
+    def _label(self, *, on_features: bool) -> str:
         return f"{self.name} (model)" if on_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
@@ -377,19 +377,21 @@ class BayesVLM(FailurePredictor):
             tensors[f"{side}_outputs"] = learned.outputs.cpu()
             tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
             priors[side] = prior
-        return Learnt(tensors, {"label": self._label(on_features), "prior_precision": priors})
+        label = self._label(on_features=on_features)
+        return Learnt(tensors, {"label": label, "prior_precision": priors})
 
     def _squared_norm(self, side: str, train: Rows) -> float:
         """Squared norm ‖P‖² of a last layer; D for the identity of an embeddings-only fit."""
         if not train.columns:
             return train.source.space.embed_dim
+        # every row has the same projection, so the first row is enough
         projection = train.source.column(f"{side}_projection", train.index[:1])
         return float(projection.double().square().sum())
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
         """Yield the factors of the image layer and of the text layer from every chunk of pairs."""
-        # Labelled rows are shuffled, because they are often sorted by class. A text must be matched
-        # with images of all classes.
+        # Labelled rows are often sorted by class, and a text must be matched with images of all
+        # classes, so labelled rows are shuffled. Rows with captions stay in their pools.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
             for batch in train.steps(self.chunk, generator):

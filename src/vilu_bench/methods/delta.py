@@ -95,7 +95,7 @@ class DeltaKNN(ClosedSet):
     ) -> Learnt:
         drawn, positions = draw_rows(train, self.max_bank, self.seed)
         drawn_failure = failure[positions]
-        right_first = drawn_failure.argsort(stable=True)  # the two banks, one after the other
+        right_first = drawn_failure.argsort(stable=True)  # the bank of right answers, then wrong
         bank = gather(dataclasses.replace(drawn, index=drawn.index[right_first]))
         n_right = (drawn_failure == 0).sum()
         return Learnt(
@@ -103,7 +103,7 @@ class DeltaKNN(ClosedSet):
         )
 
     def _score(self, batch: Batch) -> Tensor:
-        # raises for other classes, with which other training images would be wrong
+        # refuses other classes: with them, other training images would be answered wrongly
         self.classes_of(batch.text)
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
@@ -112,7 +112,10 @@ class DeltaKNN(ClosedSet):
         return right - wrong - self.margin_weight * cosine_margin(batch)
 
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
-        """Mean (B,) of the log squared distances to the nearest images of the bank, float64."""
+        """Mean (B,) of the log squared distances to the nearest images of the bank, float64.
+
+        Zero if the bank is empty.
+        """
         if not len(bank):
             return float64(image.new_zeros(len(image)))
         similarity, _ = nearest(image, bank, self.k)
@@ -160,9 +163,9 @@ class DeltaMDS(ClosedSet):
     largest cosines with the candidates. Each minimum is over the classes that have such images. For
     an empty bank the term is zero.
 
-    If no class of a bank has two different images, its covariance is that within the classes of all
-    training images. If these have no spread within classes either, the covariance is the mean
-    variance of a coordinate times the identity.
+    If no class of a bank has two different images, the bank has no covariance of its own, and gets
+    the covariance within the classes of all training images. If all training images have no spread
+    within classes either, the covariance is the mean variance of a coordinate times the identity.
 
     Args:
         margin_weight: Weight lambda of the gap between the two largest cosines; 0 leaves the gap

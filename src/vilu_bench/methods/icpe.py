@@ -32,14 +32,14 @@ class ICPE(ClassDensity):
     the training images of the class, with ``ridge`` added to the diagonal. All images are projected
     on the first principal components of the training set. x is the image encoder's output P phi
     *before* normalisation, computed from the columns ``features`` and ``image_projection``. If the
-    data do not have both columns, x is the unit-norm embedding. Then it is another method, and the
-    label of the results says so.
+    data do not have both columns, x is the unit-norm embedding. With such an x the method is
+    another one, and the label of the results says so.
 
     Args:
         features: Whether to use the two columns if the data have them.
-        components: Maximum number of principal components; there are no more than images.
-        ridge: Added to the diagonal of every covariance. It is raised to 1e-11 of the largest mean
-            variance if it is smaller.
+        components: Maximum number of principal components; the number of images is a limit, too.
+        ridge: Added to the diagonal of every covariance. A ridge below 1e-11 of the largest mean
+            variance is raised to this bound.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
     1e-8, float64 densities. This implementation adds what the notebook leaves undefined. With fewer

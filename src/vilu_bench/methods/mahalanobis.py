@@ -41,7 +41,7 @@ def spherical_covariance(train: Rows) -> Tensor:
     If that variance is zero, the result is the identity.
     """
     one_class = torch.zeros_like(train.index)
-    mean, _ = class_means(train, one_class, 1)
+    mean, _ = class_means(train, one_class, n_classes=1)
     scatter_matrix, _ = scatter(train, one_class, mean)
     dim = len(scatter_matrix)
     degrees_of_freedom = max(len(one_class) - 1, 1)
@@ -133,7 +133,7 @@ class Mahalanobis(ClosedSet):
         label = labels(train)
         learned = gaussian(train, label, train.source.n_candidates)
         if self.relative:
-            one_class = gaussian(train, torch.zeros_like(label), 1)
+            one_class = gaussian(train, torch.zeros_like(label), n_classes=1)
             learned["global_mean"] = one_class["means"]
             learned["global_whitener"] = one_class["whitener"]
         return Learnt(learned | {CLASSES: class_texts(train)})

@@ -18,7 +18,7 @@ from vilu.predictors.bank.search import Allowed, Count, distance, draw_rows, gat
 from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor, Learnt
 
-FARTHEST = 2.0  # largest distance of two unit vectors
+FARTHEST = 2.0  # largest distance between two unit vectors
 TINY = 1e-6
 """Number that is added to distances, and smallest value of 1 + cos; prevents ratios of 0 / 0."""
 
@@ -58,7 +58,7 @@ class KNNVote(LabelledBank):
 
     The weight w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is at least 1e-6. If the predicted
     class has no training images, u = 1. If there are fewer than k training images, all of them
-    vote. Then a uniform vote is the same for all images with the same answer. Uniform votes have
+    vote, and a uniform vote is the same for all images with the same answer. Uniform votes have
     only k + 1 possible values, so many images tie.
 
     Args:
@@ -212,6 +212,7 @@ class TRINE(LabelledBank):
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
         of_answer = support.gather(1, answer[:, None]).squeeze(1)
+        # the largest support of another class: with -1 the answer itself is never the largest
         of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
         return 1 - (of_answer - of_rival)
 
@@ -289,10 +290,11 @@ class TrustScore(LabelledBank):
     def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
         """Distance (B,) of each image to the nearest allowed image of the bank."""
         bank = self.learned_["bank"]
-        similarity, index = nearest(image, bank, 1, allowed)
+        similarity, index = nearest(image, bank, k=1, allowed=allowed)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
-        # Computed from coordinates, because 2 - 2 cos loses all its digits for near duplicates.
+        # For near duplicates 2 - 2 cos loses all its digits, so the distance is computed from the
+        # coordinates.
         difference = normalize(image, dim=1) - nearest_image
         distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)
         is_none_allowed = similarity[:, 0] == -math.inf

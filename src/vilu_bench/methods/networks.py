@@ -87,7 +87,7 @@ FLOOR = 1e-6  # smallest uncertainty of ``PVU``
 class PVU(NetworkPredictor):
     """Pretrained visual uncertainties: an image-only network trained on the VLM's own loss.
 
-    u = softplus(g(z_v)) + 1e-6. It predicts the VLM's loss L = -log p_target.
+    u = softplus(g(z_v)) + 1e-6. The score u predicts the VLM's loss L = -log p_target.
 
     g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. Its only input is the image embedding.
 
@@ -175,8 +175,8 @@ class ImageNetwork(nn.Module):
 def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
     """Mean hinge loss over consecutive pairs of rows.
 
-    It is zero if the uncertainties (B,) of every pair are in the order of the VLM's losses (B,),
-    and at least 0.1 apart.
+    The loss is zero if the uncertainties (B,) of every pair are in the order of the VLM's losses
+    (B,), and at least 0.1 apart.
     """
     n_pairs = len(vlm_loss) // 2
     u_1, u_2 = uncertainty[: 2 * n_pairs].view(n_pairs, 2).unbind(dim=1)
@@ -199,10 +199,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 LIMIT = math.log(10.0)
-"""Largest |log T|. So the temperatures of two rows differ at most by a factor of 100."""
+"""Largest |log T|; the temperatures of two rows therefore differ at most by a factor of 100."""
 
 FAR = 20.0
-"""Largest gap to the largest logit, in nats; it stands for a missing candidate, too."""
+"""Largest gap to the largest logit, in nats; a missing candidate has this gap, too."""
 
 
 @dataclasses.dataclass
@@ -244,7 +244,7 @@ class LMN(NetworkPredictor):
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)  # 8 degrees from the boundary, both
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01)
         >>> method.fit(train).predict_uncertainty(new).round(1)  # wrong answers are near the second
@@ -267,7 +267,7 @@ class LMN(NetworkPredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:
-            what = "successes" if failure.any() else "failures"
+            what = "successes" if failure.any() else "failures"  # the kind that is missing
             warn_caller(
                 f"only 0 {what} among {len(failure)} training rows: one term of the loss is unused."
             )
@@ -339,11 +339,12 @@ def logit_gaps(logits: Tensor, n: int) -> Tensor:
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
     """Sigmoid of (confidence - 1/2) / steepness, rescaled to 0 at confidence 0 and 1 at 1.
 
-    It is psi of ``LMN``. With s the confidence and lambda the steepness, it is computed as
+    This curve is psi of ``LMN``. With s the confidence and lambda the steepness, the curve is
+    computed as
 
         (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2,
 
-    which does not overflow for any lambda.
+    because this form does not overflow for any lambda.
     """
     curve = torch.tanh((confidence - 0.5) / (2 * steepness))
     largest = math.tanh(1 / (4 * steepness))

@@ -21,7 +21,7 @@ from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
 SMALLEST = 1e-6
-"""Smallest |x - mean| / alpha in a loss, whose gradient is unbounded at x = mean if beta < 1."""
+"""Smallest |x - mean| / alpha in a loss; at x = mean the gradient is unbounded if beta < 1."""
 
 
 class GeneralisedGaussian(NamedTuple):
@@ -45,8 +45,8 @@ class GeneralisedGaussian(NamedTuple):
     def nll(self, x: Tensor) -> Tensor:
         """Negative log-density of every entry.
 
-        It is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). For a finite
-        gradient, |x - mean| is taken as at least 1e-6 alpha.
+        The value is (|x - mean| / alpha)^beta - log(beta / (2 alpha)) + log Gamma(1/beta). So that
+        the gradient is finite, |x - mean| is taken as at least 1e-6 alpha.
         """
         deviation = ((x - self.mean).abs() * self.inverse_scale).clamp_min(SMALLEST)
         normaliser = (
@@ -216,7 +216,8 @@ class ProbVLM(NetworkPredictor):
         "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP per row, cross_modal K D powers"
     )
 
-    batch_size: Count | None = 128  # most of a step's time does not depend on its number of rows
+    # rows per training step; most of the time of a step does not depend on their number
+    batch_size: Count | None = 128
     weight_decay: NonNegative = 0.0
     width: Count = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -262,7 +263,8 @@ class PairAdapters(nn.Module):
         """Alignment losses (B,) in training mode, uncertainties (B,) in evaluation mode."""
         if self.training:
             return self.alignment_loss(batch)
-        compute = getattr(self, self.settings.uncertainty)  # a method has the name of each setting
+        # each value of the setting ``uncertainty`` is the name of a method of this class
+        compute = getattr(self, self.settings.uncertainty)
         uncertainty: Tensor = compute(batch)
         return uncertainty
 
@@ -281,7 +283,8 @@ class PairAdapters(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Losses (B,) of the images and of the texts of ``pair`` (2, B, D).
 
-        They are losses under the distributions that the adapter computes from ``embedding`` (B, D).
+        The losses are those under the distributions that the adapter computes from ``embedding``
+        (B, D).
         """
         masks = self._masks(len(embedding), self.dropout_draws)
         distribution: GeneralisedGaussian = adapter(embedding, masks)

@@ -35,9 +35,9 @@ class RelU(ClosedSet):
     Therefore D is the positive part of M off the diagonal, divided by its norm. M is summed batch
     by batch as products (K, B) x (B, K), so no array has N K^2 entries.
 
-    If no entry of M off the diagonal is positive, every D has an objective <= 0. Without failures
-    this is always so. Then D is taken as constant off the diagonal, and u is proportional to the
-    Gini impurity: the order of the rows is that of ``doctor`` at this temperature. Without
+    If no entry of M off the diagonal is positive (without failures this is always so), every D has
+    an objective <= 0. In this case D is taken as constant off the diagonal, and u is proportional
+    to the Gini impurity: the order of the rows is that of ``doctor`` at this temperature. Without
     successes, M has only the term of the failures.
 
     Args:

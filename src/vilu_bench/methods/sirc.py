@@ -27,9 +27,10 @@ class SIRC(FailurePredictor):
     S1 is a confidence computed from the posterior. S2 measures how typical the image is. Over the
     training rows, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2), with sd at least 1e-6.
 
-    For a typical S2 the second term is nearly constant, so S1 decides. An image with S2 far below a
-    is uncertain, whatever its S1. The paper multiplies two factors. Here u is the logarithm of
-    their product, so that nothing underflows. S1_max - S1 is computed without cancellation.
+    For a typical S2 the second term is nearly constant, so S1 decides. An image whose S2 is far
+    below the threshold a is uncertain, whatever its S1. The paper multiplies two factors. Here u is
+    the logarithm of their product, so that nothing underflows. S1_max - S1 is computed without
+    cancellation.
 
     The fit uses no labels. Still, like every fitted method, it uses only labelled rows.
 

@@ -26,10 +26,10 @@ class TrustVLM(ClosedSet):
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
-    f are the image's features from a second encoder, in the column ``features``. With features of
-    the VLM itself it is another method. The prototype P_c is the mean of the features of up to
-    ``shots`` training images of class c, drawn with ``seed``. A class without training images has
-    the prototype 0, and its cosine is 0.
+    f are the image's features from a second encoder, in the column ``features``. A score from
+    features of the VLM itself is not TrustVLM. The prototype P_c is the mean of the features of up
+    to ``shots`` training images of class c, drawn with ``seed``. A class without training images
+    has the prototype 0, and the cosine with this prototype is 0.
 
     Args:
         weight: Weight of the similarity.

@@ -57,7 +57,7 @@ class Disagreement(FailurePredictor):
 def improbability(logits: Tensor, answer: Tensor) -> Tensor:
     """One minus the probability (B,) of the answers (B, 1), float64.
 
-    It is computed without cancellation for probabilities near one.
+    The difference is computed without cancellation for probabilities near one.
     """
     logits = float64(logits)
     answer = answer.to(logits.device)
@@ -75,6 +75,7 @@ DISAGREEMENT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": improbability,
     "vote": dissent,
 }
+"""Functions that compute d_r (B,) from the logits of a variant and the original answers (B, 1)."""
 
 
 @dataclass
@@ -112,7 +113,7 @@ class PromptDisagreement(Disagreement):
     """Prompt disagreement: how much other wordings of the candidates disagree with the answer.
 
     The variants of ``Disagreement`` are the P prompts in the column ``prompts`` (K, P, D). The
-    method also works on captions. Then the column has P paraphrases of each caption.
+    method also works on captions if the column has P paraphrases of each caption.
 
     Source: Wightman et al., TrustNLP 2023, use the agreement of prompts as a confidence of language
     models. The prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), kept separate

@@ -29,10 +29,11 @@ class Entrant:
     """A method's results on one data set in one setting, by seed."""
 
     place: Place
-    results: Mapping[int, CellResult]  # by seed, the result; only results with the ranking metric
-    runs: Mapping[int, Cell]  # by the same seeds, the cell that was run for the result
-    refused_seeds: tuple[int, ...]  # all other seeds
-    reason: str | None  # why the first of ``refused_seeds`` has no result; None if all seeds have
+    results: Mapping[int, CellResult]  # results by seed, if they have the ranking metric
+    runs: Mapping[int, Cell]  # for each seed of ``results``, the cell that was run
+    refused_seeds: tuple[int, ...]  # the seeds that are not in ``results``
+    # why the first of ``refused_seeds`` is not in ``results``; None if every seed is in ``results``
+    reason: str | None
     bootstrap: Bootstrap
 
     @property
@@ -47,11 +48,11 @@ class Entrant:
 
     @property
     def n_runs(self) -> int:
-        """Number of different results; 1 if the seed changes nothing."""
+        """Number of different cells that were run; 1 if the seed changes nothing."""
         return len(set(self.runs.values()))
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over seeds; None where it is undefined."""
+        """Mean of a metric over seeds; None if the metric is undefined for one of them."""
         return _mean_if_known([result.value(metric) for result in self.results.values()])
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
@@ -67,7 +68,7 @@ class Entrant:
         return Quantity.over_seeds(np.array(values, dtype=np.float64), np.stack(draws))
 
     def less(self, rival: Entrant, metric: str) -> Quantity | None:
-        """This mean less the rival's mean, over their common seeds; None if there is none."""
+        """This mean less the rival's mean, over their common seeds; None without common seeds."""
         seeds = sorted(self.results.keys() & rival.results.keys())
         if not seeds:
             return None
@@ -119,7 +120,7 @@ class Mean:
     parts: tuple[Entrant, ...]
 
     def mean(self, metric: str) -> float | None:
-        """Mean of a metric over data sets; None where it is undefined on one."""
+        """Mean of a metric over data sets; None if the metric is undefined on one of them."""
         return _mean_if_known([part.mean(metric) for part in self.parts])
 
     def quantity(self, metric: str) -> Quantity:
@@ -160,7 +161,7 @@ class Board:
             self.entrants[place] = _entrant(place, at_place, results, bootstrap)
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
-        """A method's results on a data set in a setting; None if it has none."""
+        """A method's results on a data set in a setting; None if the method has no result there."""
         entrant = self.entrants.get((method, data, setting))
         if entrant is None:
             return None
@@ -169,7 +170,7 @@ class Board:
         return entrant
 
     def blocks(self) -> dict[tuple[str, str], list[Entrant]]:
-        """All methods by data set and setting, also methods without a result."""
+        """All methods by data set and setting, methods without a result included."""
         groups: dict[tuple[str, str], list[Entrant]] = {}
         for (_, data, setting), entrant in self.entrants.items():
             groups.setdefault((data, setting), []).append(entrant)

@@ -46,8 +46,8 @@ class Origin:
     # their labels
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None: all rows are taken
-    # seed that divides a set of rows into training and test rows; None if every data set has
-    # separate sets for them
+    # seed that divides a set of rows into training and test rows; None if every data set has one
+    # set of training rows and another of test rows
     division_seed: int | None = None
     # seed that draws the class halves; None: all classes are taken
     halves_seed: int | None = None
@@ -145,7 +145,7 @@ def _halves_seed(config: Config, cell: Cell) -> int | None:
 
 
 def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None:
-    """The seed, if the rows of one of these data sets are divided by seed; else None."""
+    """``seed``, if a seed divides the rows of one of these data sets; else None."""
     for name in data:
         if config.data[name].fit_share is not None:
             return seed
@@ -153,7 +153,7 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
-    """Every cell, seed by seed; a cell with the result of an earlier cell refers to that cell."""
+    """Every cell, seed by seed; a cell that shares an earlier cell's result refers to that cell."""
     first: dict[object, Cell] = {}  # by everything that decides a result, the first such cell
     cells = []
     for cell in _grid(config):
@@ -194,11 +194,11 @@ def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role], None]:
-    """The parts (data set, role) that the cells read, in order of first use, as keys of a dict."""
+    """The parts (data set, role) that the cells read: the keys of a dict, in order of first use."""
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         origin = origin_of(config, cell)
-        for step in (origin.first, origin):
+        for step in (origin.first, origin):  # the same twice if there is no earlier fit
             for data in step.train:
                 needed[data, "train"] = None
             if selects(step) and isinstance(config.data[step.train[0]].validation, str):

@@ -110,7 +110,7 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
 
 
 def _sign(claim: Better | Steeper) -> int:
-    """The factor with which a difference in favour of the claim is positive."""
+    """1 or -1: a difference times this factor is positive if it is in favour of the claim."""
     return 1 if METRICS[claim.metric].higher_is_better else -1
 
 
@@ -122,7 +122,7 @@ def _shared_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> list[set[int]]:
 def _slope_over_accuracy(
     points: Sequence[Entrant], seeds: Sequence[set[int]], metric: str
 ) -> Quantity:
-    """Slope of a method's trend line over the zero-shot accuracy, from ``seeds`` of each point."""
+    """Slope of a method's trend line over the zero-shot accuracy; every point has its ``seeds``."""
     accuracies = []
     heights = []
     for point, point_seeds in zip(points, seeds, strict=True):
@@ -153,15 +153,17 @@ def _ruling(ends: Interval) -> Ruling:
 def _not_tested(
     claim: AnyClaim, what: str, reason: str = "a method has no result there"
 ) -> Verdict:
-    return Verdict(claim, "not tested", None, None, what, reason)
+    return Verdict(claim, "not tested", number=None, interval=None, what=what, reason=reason)
 
 
 def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
-    """Text that names the common seeds if a method has further seeds, else "".
+    """Text that names the common seeds of two methods; "" if neither has any other seed.
 
-    The text explains a difference from the tables, whose means include the further seeds.
+    The text explains why the number differs from the tables, whose means include the other seeds.
     """
-    if all(point.results.keys() == rival.results.keys() for point, rival in zip(a, b, strict=True)):
+    points = zip(a, b, strict=True)
+    have_equal_seeds = all(point.results.keys() == rival.results.keys() for point, rival in points)
+    if have_equal_seeds:
         return ""
     common = set().union(*_shared_seeds(a, b))
     return f", on the seeds that both have ({', '.join(map(str, sorted(common)))})"
@@ -170,7 +172,7 @@ def _on_seeds(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
 def _entrants(
     board: Board, method: str, cases: Iterable[tuple[str, str]]
 ) -> tuple[Entrant, ...] | None:
-    """A method's results in all cases (data set, setting); None if one is missing."""
+    """A method's results in all cases (data set, setting); None if a case has no result."""
     entrants = []
     for data, setting in cases:
         entrant = board.find(method, data, setting)

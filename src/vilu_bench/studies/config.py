@@ -66,7 +66,11 @@ class Setting(Section):
         return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted: str = "") -> str:
-        """Text that says what methods are fitted on, then what differs from the defaults."""
+        """Text that says what methods are fitted on, then what differs from the defaults.
+
+        Args:
+            fitted: What methods are fitted on; "": the budget.
+        """
         text = fitted or self.amount
         if self.test_on == "validation":
             text += ", tested on the validation rows"
@@ -85,7 +89,7 @@ class Labels(Setting):
 
 
 class FromOther(Setting):
-    """Setting in which methods are fitted on another data set than they are tested on."""
+    """Setting whose first fit, or only fit, is on another data set than its test."""
 
     source: str
     # whether the source and the tested data set may be embedded by one model with different
@@ -99,7 +103,7 @@ class FromOther(Setting):
 
 
 class Transfer(FromOther):
-    """Setting in which methods are fitted on another data set only."""
+    """Setting whose only fit is on another data set than its test."""
 
     kind: Literal["transfer"]
 
@@ -108,7 +112,7 @@ class Transfer(FromOther):
 
 
 class Adapt(FromOther):
-    """Setting with a fit on all labels of another data set, then on ``budget`` of the tested."""
+    """Setting with a fit on another data set, then a fit on ``budget`` of the tested data set."""
 
     kind: Literal["adapt"]
 
@@ -239,6 +243,7 @@ class Config(Section):
         method = self.methods[label]
         name = method.method or label
         require_known(f"method (methods.{label})", [name], method_names())
+        # None stands for all settings or all data sets, so there is no name to check
         require_known(f"setting (methods.{label})", method.settings or (), self.settings)
         require_known(f"data set (methods.{label})", method.data or (), self.data)
         if method.steps:
@@ -308,7 +313,7 @@ class Config(Section):
         return {label: self._complete(label, method) for label, method in methods.items()}
 
     def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
-        """The methods by label, or the data sets or settings by name."""
+        """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
         if axis == "method":
             return self.entries | self._guests
         if axis == "data":
@@ -354,7 +359,8 @@ class Config(Section):
     def is_tested_on(self, setting: str, data: str) -> bool:
         """Whether a setting tests on a data set.
 
-        It must be chosen. Except in a union, it must not be a source of the setting.
+        The data set must be among those that the setting chooses. Except in a union, the data set
+        must not be a source of the setting.
         """
         chosen = self.settings[setting]
         if data in chosen.sources and not isinstance(chosen, Union):
@@ -366,7 +372,11 @@ class Config(Section):
         return find_method(str(self.entries[label].method))
 
     def is_run_in(self, label: str, setting: str) -> bool:
-        """Whether a method runs in a setting: if it is chosen, and has the labels that it needs."""
+        """Whether a method runs in a setting.
+
+        The setting must be among those that the method's table chooses, and must have labels if the
+        method needs them.
+        """
         cls = self.class_of(label)
         needs_labels = cls.needs_fit and cls.needs_labels
         if needs_labels and self.settings[setting].budget == "none":
@@ -379,7 +389,7 @@ class Config(Section):
         method = self.entries[label]
         if method.deterministic:
             return False
-        if "seed" in method.params:
+        if "seed" in method.params:  # the method's table fixes the seed
             return False
         return "seed" in parameters(self.class_of(label))
 
@@ -416,5 +426,5 @@ class Config(Section):
 
 
 def is_trained(name: str) -> bool:
-    """Whether a method trains a network, as its parameters ``epochs`` and ``batch_size`` tell."""
+    """Whether a method trains a network: it has the parameters ``epochs`` and ``batch_size``."""
     return {"epochs", "batch_size"} <= parameters(find_method(name)).keys()

@@ -41,15 +41,15 @@ from vilu_bench.studies.config import Config, Unseen
 from vilu_bench.studies.parts import ROLES, Role
 from vilu_bench.studies.stores import Part, evenly_spaced
 
-# The first number of a generator's seed is its purpose, so draws for different purposes are
-# independent.
+# Purposes of random draws: training rows, halves of the classes, and rows to fit on or to test on.
+# A generator's seed begins with the purpose, so draws for different purposes are independent.
 DRAW = 1
 HALVES = 2
 DIVISION = 3
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
-    """Sorted indices of ``per_class`` labelled rows of every class; of a smaller class, all rows.
+    """Sorted indices of ``per_class`` labelled rows of every class, or of all if it has fewer.
 
     With the same seed, the rows for a smaller ``per_class`` are a subset of those for a larger one.
     """
@@ -57,8 +57,8 @@ def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[n
     order = rng.permutation(len(target))
     rows = [np.empty(0, np.int64)]
     for label in np.unique(target[target != UNKNOWN]):
-        of_label = order[target[order] == label]
-        rows.append(of_label[:per_class])
+        shuffled = order[target[order] == label]  # the rows with this label, in random order
+        rows.append(shuffled[:per_class])
     return np.sort(np.concatenate(rows))
 
 
@@ -153,7 +153,7 @@ class Workbench:
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
-        whole, whole_hash = self._open_store(data, "train", None)
+        whole, whole_hash = self._open_store(data, "train", pool_size=None)
         # Copies of a picture have the same identity, so they are all held out, or none of them.
         best_kind, *_ = whole.identified_by
         is_validation = held_out(whole.identities(best_kind), share)
@@ -184,7 +184,10 @@ class Workbench:
     def _divided(
         self, data: str, seed: int | None, source: EmbeddingSource, *, to_fit: bool
     ) -> EmbeddingSource:
-        """All rows; if ``fit_share`` divides them, those to fit on (``to_fit``) or to test on."""
+        """The rows of ``source`` to fit on (``to_fit``) or to test on.
+
+        These are all rows, unless ``fit_share`` divides them.
+        """
         share = self.config.data[data].fit_share
         if seed is None or share is None:
             return source
@@ -257,7 +260,9 @@ class Workbench:
                 sources = [across_preprocessing(source, sources[0].space) for source in sources]
             return PseudoCaptions(sources, origin.pool_size, origin.train)
         source = self._whole(origin.train[0], origin)
-        if origin.halves_seed is not None or not isinstance(origin.budget, str):
+        has_all_classes = origin.halves_seed is None
+        has_all_rows = isinstance(origin.budget, str)  # "all", or "none": all without labels
+        if not (has_all_classes and has_all_rows):
             source = self._some_rows(source, origin, columns)
         if origin.budget == "none":
             return without_labels(source)
@@ -279,7 +284,7 @@ class Workbench:
         """The training rows within the budget and of the classes to fit on."""
         is_valid = source.status == VALID
         target = np.where(is_valid, source.target.numpy(), UNKNOWN)
-        # All rows of none of the classes are taken, because a budget limits the labels per class.
+        # Pictures of none of the classes are all taken, because a budget limits labels per class.
         of_none = np.flatnonzero(source.outside.numpy() & is_valid)
         if origin.halves_seed is None:
             return source.take(np.union1d(drawn(target, origin), of_none))
@@ -325,9 +330,10 @@ class Workbench:
             return None
         train = self.source(origin.train[0], "train")
         test = self.source(scored.data, scored.role, scored.pool_size)
-        if train.pool_size is not None or test.pool_size is not None:
+        has_captions = train.pool_size is not None or test.pool_size is not None
+        if has_captions:
             return None
-        no_rows = torch.arange(0)
+        no_rows = torch.arange(0)  # all rows have the same candidates, so none is needed
         train_texts = train.candidates(no_rows).text
         test_texts = test.candidates(no_rows).text
         if scored.halves_seed is None:
@@ -381,7 +387,10 @@ def without_labels(source: EmbeddingSource) -> EmbeddingSource:
 
 
 def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
-    """Indices of the labelled rows that the budget and the seed draw; without seed, all of them."""
+    """Indices of the labelled rows that the budget and the seed draw.
+
+    All labelled rows if ``origin`` has no seed that draws rows.
+    """
     if origin.rows_seed is None:
         return np.flatnonzero(target != UNKNOWN)
     if isinstance(origin.budget, int):
@@ -390,7 +399,7 @@ def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
 
 
 def truth_of(source: EmbeddingSource, name: str) -> Truth:
-    """The truth of a source, whose hash is ``name``."""
+    """The truth of a source; ``name`` is the hash of its rows and candidates."""
     failure = torch.full((len(source),), UNKNOWN)
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure

@@ -182,14 +182,14 @@ def _widths(backbone: str) -> tuple[int, int] | None:
 
 
 def _title(part: Part, entry: Data) -> str:
-    """Name of the part: its role; for captions "pairs", since one store holds all roles."""
+    """Name of the part: its role, or "pairs" for captions, whose one store holds all roles."""
     if entry.captions:
         return "pairs"
     return part[1]
 
 
 def _catalogued_images(entry: Data, role: Role) -> int | None:
-    """Number of images of a role according to the catalogue; None if it does not tell."""
+    """Number of images of a role according to the catalogue; None if it has no number."""
     if entry.dataset is None:
         return None
     if entry.shards is not None:
@@ -198,8 +198,9 @@ def _catalogued_images(entry: Data, role: Role) -> int | None:
     if entry.captions:
         return sum(sizes.values())
     split = str(getattr(entry, role))
-    names = [split] if split in sizes else split.split("+")
-    if not sizes.keys() >= set(names):
+    names = [split] if split in sizes else split.split("+")  # ``+`` joins several splits
+    has_all_sizes = sizes.keys() >= set(names)
+    if not has_all_sizes:
         return None
     total = sum(sizes[name] for name in names)
     limit = entry.limit_of(role)
@@ -210,7 +211,8 @@ def _catalogued_images(entry: Data, role: Role) -> int | None:
 
 def describe(plans: Sequence[StudyPlan]) -> str:
     """The plans as text: the embeddings, cells and runs of each, then the totals."""
-    bytes_of: dict[tuple[str, str, str], int] = {}  # by data set, part and backbone
+    # by data set, part and backbone, so that a part that several studies need counts once
+    bytes_of: dict[tuple[str, str, str], int] = {}
     runs = 0
     for study in plans:
         runs += study.runs

@@ -50,7 +50,7 @@ class Exhibit:
     name: str
     title: str
     body: Sheet | str  # the table, or the numbers behind the figure; text for a ranking
-    draw: Draw | None = None  # draws the figure; None if there is none
+    draw: Draw | None = None  # draws the figure; None if the view has no figure
 
 
 def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
@@ -180,7 +180,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """By title of a panel, the file with the scores that it shows, those of the first seed."""
+    """By title of a panel, the file with the scores of the first seed, which the panel shows."""
     entrants = {}
     for key, entrant in chosen(board, view).items():
         if entrant.results and key.metric == view.metrics[0]:
@@ -227,11 +227,11 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
 
 
 def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
-    """The methods of a data set that set both parameters; None if none of them has a result."""
+    """The methods with results on a data set that set both parameters; None if there is none."""
     best = view.metrics[0]
     sign = 1 if METRICS[best].higher_is_better else -1
     methods: dict[Pair, str] = {}
-    merits: dict[Pair, float] = {}  # mean of the metric, with the sign that makes more better
+    merits: dict[Pair, float] = {}  # mean of the metric, negated if lower is better
     for label in view.along(board.config, "method"):
         entrant = board.find(label, data, view.select_on)
         pair = _pair_of(board, view, label)

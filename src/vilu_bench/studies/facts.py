@@ -54,7 +54,7 @@ def code_digest(*modules: str) -> str:
         if name in hashes or name in LISTS:
             continue
         file = _file(name)
-        if file is not None:  # otherwise the name is no module, but a name imported from a module
+        if file is not None:  # otherwise ``name`` is that of an object in a module
             hashes[name], imported = _read(name, file)
             waiting += imported
     return digest(sorted(hashes.items()))
@@ -103,7 +103,7 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def _file(module: str) -> Path | None:
-    """The source file of a module of vilu, or of a loaded module outside; None if not found."""
+    """The source file of a module of vilu or of a loaded module outside vilu; None if not found."""
     top, *steps = module.split(".")
     if top not in {"vilu", "vilu_bench"}:
         source = getattr(sys.modules.get(module), "__file__", None)
@@ -166,7 +166,7 @@ def _home_of_metric(name: str) -> str:
 
 
 def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[str, object]:
-    """The facts that divide a set of rows into training and test rows; empty without ``seed``."""
+    """The facts that divide rows into training and test rows; empty if ``seed`` is None."""
     if seed is None:
         return {}
     shares = [bench.config.data[name].fit_share for name in data]

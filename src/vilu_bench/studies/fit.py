@@ -56,7 +56,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
         if origin.start is not None:
             start = fit(bench, cell, origin.start, fits)
         if start is not None and start.refused is not None:
-            fits[origin] = start
+            fits[origin] = start  # this fit is refused for the same reason
         else:
             fits[origin] = _fit(bench, cell, origin, start)
     return fits[origin]
@@ -73,7 +73,7 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
             train = bench.train_set(origin, columns)
             validation = bench.validation_set(origin)
             n_train = len(train)
-            begun = time.perf_counter()
+            begun = time.perf_counter()  # the time to read the rows does not count
             if start is None:
                 predictor = _trained_for(bench.config, cell.method, predictor, train)
             else:
@@ -88,8 +88,8 @@ def _continued(
     fitted: FailurePredictor, origin: Origin, train: EmbeddingSource
 ) -> FailurePredictor:
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
-    moves = origin.across_preprocessing and differs_in_preprocessing(fitted.space_, train.space)
-    if moves:
+    is_allowed = origin.across_preprocessing
+    if is_allowed and differs_in_preprocessing(fitted.space_, train.space):
         # The earlier fit used another picture size. The copy gets the space of the new training
         # rows, because rows of another space would be refused.
         fitted = copy.copy(fitted)
@@ -100,10 +100,11 @@ def _continued(
 def _trained_for(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor with the number of epochs that ``steps`` of its entry means, if set."""
+    """The predictor; if its entry sets ``steps``, a new one with the epochs that they come to."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
+    # a training step takes a pool of captions, else the batch size that is set, else the default
     step_rows = train.pool_size or values["batch_size"] or default_batch(len(train))
     values["epochs"] = config.epochs_for(label, step_rows, len(train))
     return type(predictor)(**values)

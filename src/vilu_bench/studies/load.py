@@ -55,7 +55,7 @@ def study_names() -> list[str]:
     names = []
     for path in sorted(CONFIGS.rglob("*.toml")):
         study = path.with_suffix("")
-        is_group = study.is_dir()  # its file is only to be included
+        is_group = study.is_dir()  # the file of a group is only to be included
         if not is_group:
             names.append(study.relative_to(CONFIGS).as_posix())
     return names
@@ -176,7 +176,9 @@ def _explain(error: ValidationError) -> str:
     # pydantic marks an invalid key by a step "[key]" after it
     steps = [str(step) for step in first["loc"] if step != "[key]"]
     if steps and steps[0] in {"settings", "views", "claims"}:
-        del steps[2:3]  # the kind of the setting, view or claim, which is no key in the file
+        # The third step, if there is one, is the kind of the setting, view or claim. The kind is
+        # not a key in the file.
+        del steps[2:3]
     reason = first["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
         reason += "."

@@ -71,7 +71,7 @@ class Shift(Section):
 
 
 class Limits(Section):
-    """Maximum number of images of a role, taken evenly spaced; None: all images."""
+    """By role, the maximum number of images, which are taken evenly spaced; None: all images."""
 
     train: Count | None = None
     validation: Count | None = None
@@ -86,7 +86,7 @@ class Data(Section):
     # Name of a known data set (``vilu datasets list``), whose folder is ``source``. Without
     # ``source``, the folder is searched for in the data folder.
     dataset: str | None = None
-    # ready-made stores, in place of ``source`` and the keys that describe how to embed it
+    # ready-made stores, in place of ``source`` and of the keys that say how to embed images
     stores: StorePaths | None = None
     # stores of the same images (and perhaps more) from a second model, for methods of two models
     second: StorePaths | None = None
@@ -105,9 +105,9 @@ class Data(Section):
     pool_size: Annotated[int, Field(ge=2)] = 1024
     shift: Shift | None = None  # damage done to every picture before it is embedded
     train: str = "train"  # split to fit on; several splits are joined by ``+``
-    # Split on which methods select, for example the number of epochs; or a share of the training
-    # rows to hold out for it, by a hash of their pictures. None: a method that selects holds out
-    # training rows itself.
+    # Split on which methods select, for example the number of epochs; or the share of the training
+    # rows to hold out for that, chosen by a hash of their pictures. None: a method that selects
+    # holds out training rows itself.
     validation: str | Share | None = None
     test: str = "test"  # split to test on
     # If train and test are the same set of rows, the share of it to fit on, which the seed draws.

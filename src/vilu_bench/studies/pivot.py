@@ -16,7 +16,7 @@ from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.sheet import Sheet, Shown
 from vilu_bench.studies.views import FIELDS, Published, TableView, View, find_published
 
-REASON_LENGTH = 160
+REASON_LENGTH = 160  # maximum number of characters of a reason in a note
 
 
 def notes_of(
@@ -24,7 +24,7 @@ def notes_of(
 ) -> tuple[str, ...]:
     """All notes of a table."""
     by_place = {entrant.place: entrant for entrant in measured}
-    entrants = list(by_place.values())
+    entrants = list(by_place.values())  # each once, although it is measured for every metric
     notes = [_interval_note(board.config, view)]
     if any(entrant.results for entrant in entrants):
         notes += [_rows_note(board, entrants), _seeds_note(entrants)]
@@ -58,7 +58,8 @@ def _conventions_note(view: View) -> str:
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # by data set and text of its numbers, the settings with these numbers, in order
+    # by data set and text of its numbers, the settings with these numbers: the keys of a dict,
+    # which keeps their order
     settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
@@ -86,19 +87,19 @@ def _rows_of(entrant: Entrant) -> str:
 def _seeds_note(entrants: Sequence[Entrant]) -> str:
     """Note on the number of different results behind a mean; some entrant must have a result."""
     by_n_runs: dict[int, list[Entrant]] = {}
-    able = [entrant for entrant in entrants if entrant.results]
-    for entrant in able:
+    with_result = [entrant for entrant in entrants if entrant.results]
+    for entrant in with_result:
         by_n_runs.setdefault(entrant.n_runs, []).append(entrant)
     # the most frequent number of results; of equally frequent numbers, the first
-    most = max(by_n_runs, key=lambda n_runs: len(by_n_runs[n_runs]))
+    usual_n_runs = max(by_n_runs, key=lambda n_runs: len(by_n_runs[n_runs]))
     intro = "Seeds (different results behind a mean):"
     if len(by_n_runs) == 1:
-        return f"{intro} {most} for all."
+        return f"{intro} {usual_n_runs} for all."
     exceptions = []
     for n_runs in sorted(by_n_runs):
-        if n_runs != most:
-            exceptions.append(f"{n_runs} for {_named(by_n_runs[n_runs], able)}")
-    parts = "; ".join([*exceptions, f"{most} for the others"])
+        if n_runs != usual_n_runs:
+            exceptions.append(f"{n_runs} for {_named(by_n_runs[n_runs], with_result)}")
+    parts = "; ".join([*exceptions, f"{usual_n_runs} for the others"])
     return f"{intro} {parts}. Methods are compared on the seeds that both have."
 
 
@@ -211,6 +212,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     columns: dict[tuple[str, ...], int] = {}  # by the labels of a column, its index
     cells = {}
     for key, number in ranked.items():
+        # new labels get the next index, and labels that occurred before keep their index
         row = rows.setdefault(key.of(view.rows), len(rows))
         column = columns.setdefault(key.of(view.columns), len(columns))
         cells[row, column] = number
@@ -235,9 +237,11 @@ def measured_of(board: Board, view: View) -> dict[Key, Mean]:
             measured[key] = Mean((entrant,))
     if not view.mean:
         return measured
-    for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants):
+    mean_keys = dict.fromkeys(replace(key, data=MEAN) for key in entrants)  # each once
+    for key in mean_keys:
         averaged = [(key.method, data, key.setting) for data in view.mean]
-        if board.entrants.keys() >= set(averaged):
+        has_all_parts = board.entrants.keys() >= set(averaged)
+        if has_all_parts:
             measured[key] = Mean(tuple(board.entrants[place] for place in averaged))
     return measured
 
@@ -282,13 +286,13 @@ def show(config: Config, key: Key, mean: Mean) -> Shown:
 
 
 def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
-    """The published number for a key; for a mean, that of a mean over as many data sets."""
+    """The published number for a key; for a mean, the published mean over as many data sets."""
     if config.study is None:
         return None
     if not config.study.published:
         return None
     if key.data == MEAN:
-        entry = config.data[parts[0].data]
+        entry = config.data[parts[0].data]  # the model of the first data set stands for all
         name = _name_of_mean(config, parts)
     else:
         entry = config.data[key.data]

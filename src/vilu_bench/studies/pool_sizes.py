@@ -40,9 +40,9 @@ def over_pool_sizes(
 
     Args:
         predictors: Fitted predictors by label.
-        open_pairs: Function that opens the pairs in pools of the settings ``Pools``.
+        open_pairs: Function that gets the settings of the pools and opens the pairs.
         sizes: Pool sizes.
-        pools: Settings of the pools, of which size and seed are replaced.
+        pools: Settings of the pools; their size and seed are replaced by those of each draw.
         draws: Number of draws of the pools, with the seeds 0 ... draws - 1. A row of the results
             has the seed of its draw.
         dataset: Name of the data set; in the results it reads "NAME, pool SIZE".
@@ -115,6 +115,6 @@ def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:
     text = f"{100 * auroc.value:.1f}"
     is_mean_over_draws = auroc.seed is None
     if is_mean_over_draws and auroc.ci_high is not None:
-        deviation = auroc.ci_high - auroc.value
+        deviation = auroc.ci_high - auroc.value  # the interval is mean ± standard deviation
         text += f" ± {100 * deviation:.1f}"
     return f"{text} / {100 * fpr95.value:.1f}"

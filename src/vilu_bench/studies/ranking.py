@@ -16,7 +16,7 @@ from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.result import Timing
 
-REASON_LENGTH = 200
+REASON_LENGTH = 200  # maximum number of characters of a reason in the text
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
             n_equal = values.count(value)  # including the method itself
             mean_rank = 1 + n_better + (n_equal - 1) / 2
             ranks.setdefault(method, []).append(mean_rank)
-            wins.setdefault(method, 0.0)
+            wins.setdefault(method, 0.0)  # at the method's first contest; later, nothing happens
             if n_better == 0:
                 wins[method] += 1 / n_equal
     ordered = [
@@ -195,7 +195,7 @@ def _best_first(entrant: Entrant) -> tuple[float, float, str]:
 
 
 def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """By seed that was planned for all of these methods, their AUROC by method."""
+    """By seed that was planned for all methods of ``able``, the AUROC by method."""
     if not able:
         return {}
     seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
@@ -244,7 +244,7 @@ def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
-    """Mean seconds of a fit, and mean rows scored per second; None if nothing was timed."""
+    """Mean seconds of a fit, and mean rows scored per second; None for what was not timed."""
     fits = []
     speeds = []
     for timing in timings:

@@ -25,7 +25,8 @@ from vilu_bench.studies.parts import RANKED_BY, Name, Section
 
 logger = logging.getLogger("vilu.bench")
 
-AGAIN = "Run its `vilu benchmark` again"
+AGAIN = "Run its `vilu benchmark` again"  # advice in error messages
+# the files beside the document of a cell: its scores, and its bootstrap values
 Suffix = Literal[".parquet", ".npy"]
 SCORES: Suffix = ".parquet"
 BOOTSTRAP: Suffix = ".npy"
@@ -80,14 +81,14 @@ class CellResult(Section):
     def save(
         self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None
     ) -> None:
-        """Write the files of the cell, this document last.
+        """Write the files of the cell.
 
-        So a cell whose document exists is finished.
+        The document is written last, so a cell whose document exists is finished.
         """
         path = root / self.cell.path
         make_folder(path.parent)
         files: dict[Suffix, str] = {}
-        if outcomes is not None and bootstrap is not None:
+        if outcomes is not None and bootstrap is not None:  # a refused cell has neither
             write_table(path.with_suffix(SCORES), *outcomes.table())
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
                 np.save(handle, bootstrap, allow_pickle=False)
@@ -154,10 +155,10 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
 def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
     """Values (M, B) of the metrics ``RANKED_BY`` on B resamples of the test rows.
 
-    ``rows`` is the hexadecimal name of the test rows, and seeds the resampling. So all cells with
-    the same test rows have the same resamples, for every method and every seed of its training.
-    Therefore differences between methods are paired. An average over seeds with the same test set
-    still has the variance that comes from its rows.
+    ``rows`` is the hexadecimal hash of the test rows. This hash seeds the resampling, so all cells
+    with the same test rows have the same resamples, whatever their method and training seed. That
+    makes differences between methods paired. It also means that an average over training seeds
+    keeps the variance that comes from the test rows.
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKED_BY}

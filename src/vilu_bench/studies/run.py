@@ -79,7 +79,7 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
 
 
 def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
-    """The refusal if the method of a cell is closed-set and some candidates are unknown; else None.
+    """The refusal of a cell whose closed-set method meets unknown candidates; else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """
@@ -282,10 +282,9 @@ def run_cells(
             task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {left} left; {cell}")
 
 
-# in a worker process: the arguments of every benchmark's workbench, and, by index of its benchmark,
-# the workbench that is open
-_benchmarks: list[Opening] = []
-_open: dict[int, Workbench] = {}
+# globals of a worker process
+_benchmarks: list[Opening] = []  # the arguments of every benchmark's workbench
+_open: dict[int, Workbench] = {}  # the one open workbench, by the index of its benchmark
 
 
 def _start_worker(modules: Sequence[str], benchmarks: list[Opening]) -> None:
@@ -341,7 +340,7 @@ def run_all(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Board]:
-    """Run every cell of some benchmarks that has no result yet; shared cells are run once.
+    """Run every cell of ``configs`` that has no result yet; cells that they share are run once.
 
     The run can be interrupted at any moment: finished cells stay, and the next run does the rest. A
     cell is run again if its method, data, parameters or code have changed. Progress is shown
@@ -397,6 +396,7 @@ class _Work:
         """Run the missing cells of a share; ``number`` is the benchmark's index in the crew."""
         config = self.bench.config
         groups = sharing_a_fit(config, own_results(self.cells))
+        # of N shares, share i has every N-th group, beginning with group i
         cells = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
         done = finished(self.bench, cells, output)
         missing = [cell for cell in cells if cell not in done]
@@ -432,6 +432,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
         name = work.bench.config.name
         for cell in own_results(work.cells):
             facts = decided_by(work.bench, cell)
+            # if no earlier benchmark has the cell, this benchmark is compared with itself
             first_name, first_facts = first.setdefault(cell, (name, facts))
             differing = [
                 key for key in first_facts | facts if first_facts.get(key) != facts.get(key)
@@ -453,7 +454,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
-    """By cell that is run, its result if it is present and valid."""
+    """Results by cell, for those cells of ``runs`` whose result is present and valid."""
     results = {}
     for cell in runs:
         try:

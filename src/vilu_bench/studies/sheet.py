@@ -23,7 +23,7 @@ from vilu.text import (
 )
 from vilu_bench.studies.views import Published
 
-Labels = tuple[str, ...]
+Labels = tuple[str, ...]  # the texts that label one row or one column
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Shown:
     value: float | None  # as a fraction; None if undefined
     # bootstrap interval over test rows and seeds; None for metrics without intervals
     interval: Interval | None = None
-    n: tuple[int, ...] = ()  # the different numbers of test rows behind it
-    n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers behind it
-    n_runs: int = 0  # number of different results behind it
+    n: tuple[int, ...] = ()  # the different numbers of test rows behind the value
+    n_failures: tuple[int, ...] = ()  # the different numbers of wrong answers behind the value
+    n_runs: int = 0  # number of different results behind the value
     # "best" or "second" of the competing numbers; None for lower ranks and without competition
     rank: Literal["best", "second"] | None = None
     # whether the paired bootstrap finds no difference from the best (p of at least 0.05)
@@ -110,6 +110,7 @@ def to_text(sheet: Sheet) -> str:
     n_labels = len(sheet.row_fields)
     lines = [[" / ".join(sheet.row_fields), *map(" / ".join, sheet.columns)]]
     for line in _lines(sheet, str, _plain):
+        # the labels of a row share one column, and every cell has its own
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
     return "\n".join([sheet.title, *aligned(lines), *_all_notes(sheet, "*: best; +: second best")])
 
@@ -155,6 +156,7 @@ def _latex_heading(sheet: Sheet) -> list[list[str]]:
         fields = [""] * len(sheet.row_fields)
         if level == depth:
             fields = [in_latex(field) for field in sheet.row_fields]
+        # the labels of the lines above are included, so that no column is merged across them
         lines.append(fields + _spans([labels[:level] for labels in sheet.columns]))
     return lines
 
@@ -167,9 +169,10 @@ def to_csv(sheet: Sheet) -> str:
     fields = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
     writer.writerow([*fields, *CSV_FIELDS])
     for (row, column), shown in sorted(sheet.cells.items()):
-        labels = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
-        labels |= zip(sheet.column_fields, sheet.columns[column], strict=True)
-        line: list[object] = [harmless(labels[field]) for field in fields]
+        # labels by field, those of the row and then those of the column
+        label_of = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
+        label_of |= zip(sheet.column_fields, sheet.columns[column], strict=True)
+        line: list[object] = [harmless(label_of[field]) for field in fields]
         writer.writerow(line + _csv_values(shown))
     return buffer.getvalue()
 
@@ -290,7 +293,7 @@ def _csv_values(shown: Shown) -> list[object]:
 
 
 def _all_notes(sheet: Sheet, marks: str) -> list[str]:
-    """All notes: those of the sheet, the legend ``marks`` of ranks, and doubts about numbers."""
+    """All notes: those of the sheet, the legend of ranks (``marks``), and doubts about numbers."""
     notes = [*sheet.notes]
     if any(shown.rank for shown in sheet.cells.values()):
         notes.append(f"{marks}; {TIED}")

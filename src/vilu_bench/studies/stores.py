@@ -40,7 +40,8 @@ def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> Imag
         return Chosen(images, range(shards), {"first_shards": shards})
     if limit is None or limit >= len(images):
         return images
-    # Evenly spaced, because images are often sorted by class, so the first images have few classes.
+    # Images are often sorted by class, so the first images have few classes. Evenly spaced images
+    # have many.
     return Chosen(images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit})
 
 
@@ -111,8 +112,8 @@ def require_stores(
 def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     """The folder of a part's store.
 
-    It is a ready-made store of the data set, or it is named by a hash of the recipe by which it is
-    made. So data sets with the same recipe share a store.
+    A ready-made store is in the folder that the data set names. Any other folder is named by a hash
+    of the recipe by which the store is made, so data sets with the same recipe share a store.
     """
     name, role = part
     if entry.stores is not None:
@@ -132,7 +133,7 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
 
 
 def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
-    """By part, the folder of a second model's store, if the data set names one."""
+    """By part, the folder of a second model's store; parts without a second model are left out."""
     folders = {}
     for name, role in parts:
         second = config.data[name].second
@@ -172,11 +173,11 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
         # only test images have views, because embedding views of training images would take long
         views = entry.views
     prompts = named_templates(entry.prompts)
-    return ExtraColumns(entry.features, views, prompts=prompts, negatives=words)
+    return ExtraColumns(features=entry.features, views=views, prompts=prompts, negatives=words)
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:
-    """A list with the tuple of everyday words to store; empty without ``negatives``."""
+    """A list whose one element is the tuple of everyday words to store; empty if none are."""
     if not entry.negatives:
         return []
     return [everyday_words()]
@@ -212,7 +213,8 @@ def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
         images = open_dataset(
             path,
             split=_split(entry, role),
-            captions=entry.captions and entry.dataset is None,  # not asked of a known data set
+            # a known data set says itself whether it has captions
+            captions=entry.captions and entry.dataset is None,
             where=entry.where,
             dataset=entry.dataset,
             raw_names=entry.raw_names,

@@ -50,8 +50,8 @@ from vilu_bench.studies.views import (
 
 logger = logging.getLogger("vilu.bench")
 
-DOCUMENT = "study.json"
-STUDIES = "studies"
+DOCUMENT = "study.json"  # name of the file that describes a study
+STUDIES = "studies"  # folder of all studies, in a run folder
 
 
 class Archive(Section):
@@ -59,7 +59,7 @@ class Archive(Section):
 
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: str = "study"
-    vilu: str  # version of vilu that wrote it
+    vilu: str  # version of vilu that wrote the file
     config: dict[str, Any]  # the benchmark, with every method named
     fingerprints: dict[str, str]  # by path of a cell that is run, the fingerprint of its result
 
@@ -159,7 +159,7 @@ def page(
 
 
 def _about(study: Study) -> list[str]:
-    """A list with one paragraph on what a study reproduces and on its protocol, or with none."""
+    """The paragraph on what a study reproduces and on its protocol; an empty list without both."""
     sentences = []
     if study.reproduces:
         sentences.append(f"Reproduces: {study.reproduces}.")
@@ -234,7 +234,7 @@ class Rendered:
 
     board: Board
     exhibits: tuple[Exhibit, ...]
-    verdicts: tuple[Verdict, ...]  # verdicts on its claims
+    verdicts: tuple[Verdict, ...]  # verdicts on the study's claims
     text: str  # exhibits and claims, for a terminal
     times: str  # wall times, for a terminal; not in ``text``, because they differ from run to run
 
@@ -297,6 +297,7 @@ def write_document(
             if shown.draw is not None:
                 drawn = output / STUDIES / name / "figures" / f"{shown.name}.svg"
                 write_bytes(figures / f"{name}-{drawn.name}", drawn.read_bytes())
+        # a function from the name of a view to the path of its figure
         figure = f"{figures.name}/{name}-{{}}.svg".format
         parts.append(page(study.board.config, study.exhibits, study.verdicts, figure))
     write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
@@ -358,10 +359,14 @@ def _claim_folders(configs: Iterable[Config], output: Path) -> None:
     """Refuse an output folder, or the folder of a study, with files that vilu did not write."""
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
-        claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
+        claim_folder(
+            output, "benchmark", ours=lambda path: path.name in {"smoke", LOG}, overwrite=True
+        )
     for config in configs:
         folder = output / STUDIES / config.name
-        claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
+        # without the document of a study, every file in the folder counts as foreign
+        has_document = (folder / DOCUMENT).is_file()
+        claim_folder(folder, "study", ours=lambda _: False, same=has_document)
 
 
 def render_studies(
@@ -380,8 +385,8 @@ def render_studies(
 
     Args:
         output: The run folder.
-        document: Markdown file to write for all studies together. Its figures are written to a
-            folder beside it that has the name of the file without suffix.
+        document: Markdown file to write for all studies together. Its figures are written to the
+            folder of the same name without suffix.
         title: Heading of the document.
         intro: First paragraph of the document.
         first: Markdown file, UTF-8, that the document shows between its heading and ``intro``.
@@ -401,7 +406,9 @@ def render_studies(
     inputs = inputs_of(*sources, *files, title=title, intro=intro)
     is_ours = kind_and_inputs(document) is not None
     is_done = claim_file(document, "study", inputs, overwrite=overwrite)
-    claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=is_ours)
+    figures = document.with_suffix("")
+    # if vilu did not write the document, every file in the folder of figures counts as foreign
+    claim_folder(figures, "document's figures", ours=lambda _: False, same=is_ours)
     studies = [render(board, output) for board in boards]
     if is_done:
         logger.info("%s holds these studies already: there is nothing to do", document)

@@ -33,7 +33,7 @@ KEY = "submission"  # key of the submission in the provenance of a score file
 # keys of ``decided_by`` whose facts must equal those of the study's cell
 SAME_DATA = ("test", "halves_seed", "fit_share", "division_seed", "metrics", "resamples")
 # Keys of ``decided_by["train"]`` whose facts must equal those of a fit of the study. The budget is
-# not among them, because it may also be "none".
+# not among them, because a submitted fit may have the budget "none" instead of the study's.
 SAME_FIT = ("rows", "halves_seed", "fit_share", "division_seed", "pool_size")
 
 
@@ -44,7 +44,7 @@ class Submission(Section):
     # distribution and version that a method from outside vilu comes from; "" for our methods
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
     result: CellResult  # the result document of the run folder
-    # the (setting, seed) pairs that share this result, because nothing in them differs
+    # the (setting, seed) pairs that share this result, because nothing that decides it differs
     stands_for: tuple[tuple[str, int], ...]
 
 
@@ -67,8 +67,9 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     stands_for: dict[Cell, list[tuple[str, int]]] = {}
     for board in boards:
         for cell in board.cells:
-            if cell.method == label and board.results[cell.run].refused is None:
-                first_board.setdefault(cell.run, board)
+            has_result = board.results[cell.run].refused is None
+            if cell.method == label and has_result:
+                first_board.setdefault(cell.run, board)  # an earlier study stays
                 stands_for.setdefault(cell.run, []).append((cell.setting, cell.seed))
     if not first_board:
         raise UsageError(f"no study in {run} has a result of a method {label!r}.")
@@ -165,7 +166,7 @@ def _read(path: Path) -> Guest:
 
 
 def _cells_of(board: Board, guest: Guest) -> list[Cell]:
-    """The study's cells to compare a guest with: one for each of its settings and seeds."""
+    """The study's cells to compare a guest with: one for each setting and seed of the guest."""
     data = guest.submission.result.data
     wanted = set(guest.submission.stands_for)
     beside: dict[tuple[str, int], Cell] = {}
@@ -196,7 +197,7 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
         elif result.method in board.config.entries:
             raise _other_scores(guest)
         else:
-            if cell != result.cell:
+            if cell != result.cell:  # another setting or seed that shares the guest's result
                 cell = replace(cell, same_as=result.cell)
             guests[cell] = guest
             results[result.cell] = result

@@ -42,7 +42,7 @@ class Placed(Protocol):
 
     @property
     def x(self) -> float | None:
-        """Position on the axis; None if it has none."""
+        """Position on the axis; None for an entry without a position."""
 
 
 class Known(Protocol):
@@ -51,7 +51,7 @@ class Known(Protocol):
     metrics: Names
 
     def along(self, axis: str) -> Mapping[str, Placed]:
-        """The methods by label, or the data sets or settings by name."""
+        """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
 
     @property
     def guests(self) -> Names:
@@ -97,6 +97,7 @@ class View(Section):
 
     def check(self, known: Known) -> None:
         """Raise a ValueError if a name is unknown, or if the view cannot be shown."""
+        # where ``self.data`` is None, all data sets are shown, and there is no name to check
         data = (*(self.data or ()), *self.mean)
         require_all(
             self.where,
@@ -297,7 +298,7 @@ class Claim(Section):
 
 
 class Better(Claim):
-    """One method in a setting is better than another, by the mean over the data sets."""
+    """One method in one setting is better than another, by the mean over the data sets."""
 
     kind: Literal["better"]
     better: Subject
@@ -385,11 +386,11 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
 
 
 def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
-    """The published number for a key, from the first table that has it; None without a number.
+    """The published number for a key, from the first table that has it; None if no table has it.
 
     If a table has a number for ``backbone``, this number is taken. Otherwise, if the table has a
-    single number (for another backbone), that is taken. Of several, none is taken, because nothing
-    decides between them.
+    single number (for another backbone), that number is taken. If the table has several numbers for
+    other backbones, nothing decides between them, so the next table is searched.
     """
     for name in tables:
         numbers = published_tables()[name].get(key, ())
