@@ -528,8 +528,8 @@ def class_captions(
 ) -> tuple[Tensor, Tensor]:
     """Texts (T, D) of all classes of all sources, and for every chosen row the index of its text.
 
-    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1 plus
-    the sum of all K. ``chosen`` has, for every source, the indices of the chosen rows.
+    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1
+    plus the sum of all K. ``chosen`` has, for every source, the indices of the chosen rows.
     """
     # Class numbers are counted over all sources. Number 0 is the placeholder.
     first_of_name: dict[str, int] = {}

@@ -310,8 +310,8 @@ def _summary_over_tiles(
 
 def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     """Summary of the logits (B, k) of k consecutive candidates from ``first_candidate`` on."""
-    # The documentation of torch.max(dim) does not say which of equal values it takes, so argmax and
-    # amax are used.
+    # ``argmax`` takes the first of equal values. ``torch.max`` would compute both results at once,
+    # but its documentation does not say which of equal values it takes.
     column = logits.argmax(dim=1)
     return ZeroShot(column + first_candidate, logits.amax(dim=1), logits.logsumexp(dim=1))
 

@@ -116,8 +116,8 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
                 f"rows are found by their names, and the second source has {name!r} twice. Give "
                 "every row a name of its own."
             )
-    # The rank of an identity is its position in ``ordered``. If the identity is missing, the rank is
-    # the position where it would be inserted, which may be after the last entry.
+    # The rank of an identity is its position in ``ordered``. If the identity is missing, the rank
+    # is the position where it would be inserted, which may be after the last entry.
     rank = np.searchsorted(ordered, sought)
     is_in_range = rank < len(ordered)
     is_there = np.zeros(len(sought), dtype=bool)
