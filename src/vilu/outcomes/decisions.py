@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 ACCEPT = "accept"
+"""Decision about an answer that is accepted."""
+
 REVIEW = "review"
 """Decision about an answer that is not accepted: a person or another model should review it."""
 
@@ -12,5 +14,5 @@ ABOVE = "above_threshold"
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: probably the picture is of none of the classes.
 
-It is more probably out of distribution than within the classes and answered wrongly.
+The picture is more probably of none of the classes than of a class with a wrong answer.
 """
