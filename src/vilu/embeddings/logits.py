@@ -132,8 +132,8 @@ def float32_logits(logits: ArrayLike | Tensor) -> Tensor:
     has_other_answer = rounded.argmax(dim=1) != answer
     is_finite = torch.isfinite(rounded).all(dim=1)
     affected = (has_other_answer & is_finite).nonzero().squeeze(1)
-    # In these rows, rounding made the logit of an earlier candidate equal to that of the answer. The
-    # logit of the answer becomes the next larger number of float32, so that it is the largest again.
+    # In these rows, rounding made the logit of an earlier candidate equal to that of the answer.
+    # So that the answer's logit is the largest again, it becomes the next larger float32 number.
     next_larger = torch.nextafter(rounded[affected].amax(dim=1), torch.tensor(torch.inf))
     rounded[affected, answer[affected]] = next_larger
     return rounded

@@ -131,7 +131,7 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """Status codes (N,) of the embeddings alone, without regard to pools; by default "valid"."""
+        """Status codes (N,) of the embeddings alone, without regard to pools; by default all 0."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     @abstractmethod

@@ -70,7 +70,8 @@ def part_of_rows(
         part_of_picture[members] = part
     parts_have_all_rows = sum(shares) >= 1 - ROUNDING
     if parts_have_all_rows:
-        # Rounding may have put a quantile beyond the last border. Its picture is in the last part.
+        # Rounding may have put a quantile above the last border. Its picture is put into the last
+        # part that is not empty.
         nonempty_parts = np.flatnonzero(np.asarray(shares) > 0)
         part_of_picture = np.minimum(part_of_picture, nonempty_parts.max())
     return part_of_picture[picture_of_row]

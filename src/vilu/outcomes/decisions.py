@@ -14,5 +14,6 @@ ABOVE = "above_threshold"
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: probably the picture is of none of the classes.
 
-The picture is more probably of none of the classes than of a class with a wrong answer.
+It is more probable that the picture is of none of the classes than that it is of a class and the
+answer is wrong.
 """

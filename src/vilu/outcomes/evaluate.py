@@ -118,19 +118,19 @@ def _listed(sentences: list[str]) -> str:
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
-    """The metrics with these names; if ``names`` is None, all metrics with a meaning for the rows."""
+    """The metrics with these names; if there are no names, all metrics that suit the rows."""
     if names is not None:
         return {name: get_metric(name) for name in names}
     metrics = {}
     for name in evaluated_metrics():
         metric = get_metric(name)
-        if _has_meaning(metric, tally):
+        if _suits(metric, tally):
             metrics[name] = metric
     return metrics
 
 
-def _has_meaning(metric: Metric, tally: Tally) -> bool:
-    """Whether a metric has a meaning for these rows, so that it is computed by default."""
+def _suits(metric: Metric, tally: Tally) -> bool:
+    """Whether a metric suits these rows, so that it is computed by default."""
     if metric.of_probability:
         return tally.probability is not None
     has_rows_outside = tally.outside.n_failures > 0

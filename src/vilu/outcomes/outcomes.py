@@ -404,7 +404,7 @@ class Outcomes:
         object.__setattr__(self, "outside", outside)
 
     def _check_uncertainty(self) -> None:
-        """Check the uncertainties, and the probabilities, which must be missing in the same rows."""
+        """Check uncertainties and probabilities, which must be missing in the same rows."""
         missing = np.isnan(self.uncertainty)
         explained = np.zeros(len(missing), np.bool_)
         if self.reason is not None:
@@ -808,8 +808,8 @@ class Outcomes:
         values: dict[str, Any] = {}
         for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
             values[name] = plain_values(read_column(path, table, name, kind), kind)
-        # A file of ``save`` lists its optional columns. Of another table, a column with any value is
-        # read.
+        # A file of ``save`` lists its optional columns. Of another table, a column is read if it has
+        # a value in any row.
         present = metadata.get("present")
         for name, kind in OPTIONAL.items():
             column = read_column(path, table, STORED_AS.get(name, name), kind)
