@@ -981,8 +981,8 @@ class Taken(EmbeddingSource):
 
         Rows of a class that is not kept get an unknown target.
         """
-        # There is one entry per candidate, and one more entry at the end, which stays unknown. As an
-        # index, an unknown target (-1) selects this last entry, so the target stays unknown.
+        # There is one entry per candidate, and one more entry at the end, which stays unknown. An
+        # unknown target (-1) is an index of this last entry, so the target stays unknown.
         new_target = classes.new_full((len(self.text) + 1,), UNKNOWN)
         new_target[classes] = torch.arange(len(classes), device="cpu")
         self.target = new_target[self.target]

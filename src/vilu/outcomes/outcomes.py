@@ -808,8 +808,8 @@ class Outcomes:
         values: dict[str, Any] = {}
         for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
             values[name] = plain_values(read_column(path, table, name, kind), kind)
-        # A file of ``save`` lists its optional columns. Of another table, a column is read if it has
-        # a value in any row.
+        # A file of ``save`` lists its optional columns. Of another table, a column is read if it
+        # has a value in any row.
         present = metadata.get("present")
         for name, kind in OPTIONAL.items():
             column = read_column(path, table, STORED_AS.get(name, name), kind)

@@ -24,10 +24,13 @@ CORRECT = "#0072B2"
 WRONG = "#D55E00"
 """Colour of wrong answers, in figures that also show correct answers."""
 
+# The looks of lines in a figure (``looks``): line i has entry i of each of the three tuples.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
 DPI = 150
+"""Pixels per inch of a figure that is saved as PNG or WebP."""
 DARK = (
     "@media (prefers-color-scheme: dark) "
     "{ svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
@@ -38,7 +41,7 @@ Light and dark colours are swapped, and hues stay.
 """
 METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """Metadata that are left out, by the suffix of the file, so that equal figures have equal bytes."""
-SETTINGS: Any = {
+SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and saved
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,
     "axes.titlesize": 9,
@@ -62,7 +65,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def house_style() -> AbstractContextManager[None]:
-    """Apply the settings of matplotlib in which every figure is drawn and saved."""
+    """A block in which matplotlib has the ``SETTINGS`` of all figures."""
     style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
     return style
 
@@ -70,8 +73,8 @@ def house_style() -> AbstractContextManager[None]:
 def looks() -> Iterator[dict[str, Any]]:
     """Yield the colour, the dashes and the marker of one line after another, without end.
 
-    After every eight lines the colours repeat. Then dashes and markers are shifted, so that lines
-    of equal colour look different.
+    Every eight lines, the colours begin again. Dashes and markers are then shifted against the
+    colours, so that lines of equal colour look different.
     """
     for number in itertools.count():
         shift = number // len(COLOURS)
@@ -99,5 +102,5 @@ def save(figure: Figure, path: Path) -> None:
 
 def adapting(svg: bytes) -> bytes:
     """Add the dark colours of ``DARK`` to an SVG of matplotlib."""
-    end = b"</style>"
+    end = b"</style>"  # of the first style element, to which the rule is added
     return svg.replace(end, DARK.encode() + end, 1)
