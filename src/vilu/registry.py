@@ -50,8 +50,8 @@ IMPORTED: list[str] = []
 def register(thing: Added) -> Added:
     """Register a method, metric, data set or backbone by its name in this process.
 
-    Afterwards it can be listed, used, evaluated and benchmarked like the objects of vilu. The
-    function returns its argument, so it can be used as a decorator. There are two ways to register
+    Afterwards the object can be listed, used, evaluated and benchmarked like the objects of vilu.
+    ``register`` returns its argument, so it can be used as a decorator. There are two ways to register
     an object in all processes (commands and workers):
 
     - Pass ``--plugin MODULE``, which imports a module that calls this function.
@@ -108,7 +108,7 @@ def _register_file(path: Path) -> None:
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """Parse the tables of a TOML file, or of TOML text, by name."""
+    """Parse the tables of a TOML file (a ``Path``), or of TOML text (a ``str``), by name."""
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         tables = tomllib.loads(text)
@@ -214,8 +214,8 @@ class Catalogue(MutableMapping[str, Added]):
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
         loaded = register_entry(entry, self.what)
-        # A TOML file registers its tables by their own names. So the object that is registered by the
-        # name of the entry point is made from a table, and is not equal to the file.
+        # A TOML file registers its tables by their own names. So the object that is registered by
+        # the name of the entry point is made from a table, and is not equal to the file.
         is_file = isinstance(loaded, str | os.PathLike)
         registered = self.here.get(entry.name)
         has_its_name = registered is not None and (is_file or registered == loaded)

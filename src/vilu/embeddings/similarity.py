@@ -302,7 +302,9 @@ def _summary_over_tiles(
 ) -> ZeroShot:
     """Summary of the logits of some images and all texts, from tiles of ``n_columns`` texts."""
     summaries = (
-        _summary_of_tile((image @ part.T).mul_(scale).add_(bias), number * n_columns)
+        _summary_of_tile(
+            logits=(image @ part.T).mul_(scale).add_(bias), first_candidate=number * n_columns
+        )
         for number, part in enumerate(text.split(n_columns))
     )
     return functools.reduce(_merge, summaries)

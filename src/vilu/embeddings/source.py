@@ -906,9 +906,8 @@ def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
     """Message that lists the merged classes; ``first`` has the first equal class of every class."""
     merged = [i for i, first_of_class in enumerate(first) if first_of_class != i]
     examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
-    listed = ", ".join(examples)
-    if len(merged) > 5:
-        listed += f" and {len(merged) - 5} more"
+    more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
+    listed = f"{', '.join(examples)}{more}"
     return (
         f"{len(merged)} of {len(first)} classes have the text of an earlier one: {listed}. Equal "
         f"candidates are one answer, so there are {len(first) - len(merged)}, numbered anew."

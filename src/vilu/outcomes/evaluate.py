@@ -101,10 +101,8 @@ def evaluate(
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
         warn_caller(f"{consequence}: {_listed(scarce)}.")
     if repeated:
-        message = f"rows of one picture are no independent answers: {_listed(repeated)}."
-        if n_resamples:
-            message += " Intervals are of the pictures."
-        warn_caller(message)
+        note = " Intervals are of the pictures." if n_resamples else ""
+        warn_caller(f"rows of one picture are no independent answers: {_listed(repeated)}.{note}")
     return ResultTable(tuple(rows))
 
 

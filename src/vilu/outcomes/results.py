@@ -83,7 +83,7 @@ ARROW = {"str": "string", "int": "int64", "float": "float64"}
 TYPES = {
     column.name: ARROW[str(column.type).removesuffix(" | None")]
     for column in fields(ResultRow)
-    if column.compare
+    if column.compare  # the field ``sample`` has ``compare=False``
 }
 """Arrow type of every column of a file. The sample of rows is not written to files."""
 

@@ -62,7 +62,9 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
     A correct answer is a positive, and an accepted answer is predicted to be a positive.
     """
-    figure, axes = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
+    figure, axes = _line_per_method(
+        outcomes, curve=roc_curve_points, note="FPR95 {:.1%}", metric=fpr_at_tpr
+    )
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
     axes.set(
         xlabel="wrong answers accepted (false positive rate)",
@@ -74,7 +76,9 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Draw the error rate among the accepted answers against the share of accepted answers."""
-    figure, axes = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
+    figure, axes = _line_per_method(
+        outcomes, curve=risk_coverage_curve, note="AURC {:.3f}", metric=aurc
+    )
     axes.set(
         xlabel="coverage: share of the answers accepted",
         ylabel="selective risk: error rate among them",
@@ -102,7 +106,7 @@ def _line_per_method(
         The figure and its axes. Lines are solid for the methods of ViLU and dashed for all other
         methods, so that they can be told apart without colour.
     """
-    figure = new_figure(5.5, 5)
+    figure = new_figure(width=5.5, height=5)
     axes = figure.add_subplot()
     for of_method, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
         uncertainty, failure = known(of_method)
@@ -144,8 +148,8 @@ class Photo:
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     """Draw the most and the least trusted photos, each with its answer and whether it is right."""
     columns = max(len(trusted), len(doubted), 1)
-    figure = new_figure(1.7 * columns, 5.2)
-    panels = figure.subfigures(2, 1, squeeze=False).ravel()
+    figure = new_figure(width=1.7 * columns, height=5.2)
+    panels = figure.subfigures(nrows=2, ncols=1, squeeze=False).ravel()
     sections = {"Most trusted": trusted, "Least trusted": doubted}
     for panel, (title, photos) in zip(panels, sections.items(), strict=True):
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -166,7 +170,7 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
         verdict = f"\nwrong: {photo.truth}"
         colour = WRONG
         linewidth = 3
-    words = textwrap.shorten(photo.prediction, 24, placeholder="…")
+    words = textwrap.shorten(photo.prediction, width=24, placeholder="…")
     axes.imshow(photo.image)
     caption = f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}"
     axes.set_title(caption, fontsize=8, color=colour)
@@ -241,7 +245,7 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
             _bars(axis, line, {**style, "linestyle": "none"})
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
-                slope, offset = np.polyfit(line.x, line.y, 1)
+                slope, offset = np.polyfit(line.x, line.y, deg=1)
                 y = slope * x + offset
                 axis.plot(100 * x, 100 * y, color=style["color"], ls=style["linestyle"])
 
@@ -257,7 +261,7 @@ def _panels(
     left for a legend.
     """
     rows = math.ceil(n / columns)
-    figure = new_figure(width * columns, height * rows + below)
+    figure = new_figure(width=width * columns, height=height * rows + below)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 

@@ -53,12 +53,12 @@ SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and s
 
 def require_matplotlib() -> None:
     """Raise MissingModelError if matplotlib is not installed."""
-    import_extra("matplotlib.figure", "report")
+    import_extra("matplotlib.figure", extra="report")
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure that needs no screen; width and height are in inches."""
-    figure: Figure = import_extra("matplotlib.figure", "report").Figure(
+    figure: Figure = import_extra("matplotlib.figure", extra="report").Figure(
         figsize=(width, height), layout="constrained"
     )
     return figure
@@ -66,7 +66,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 def house_style() -> AbstractContextManager[None]:
     """A block in which matplotlib has the ``SETTINGS`` of all figures."""
-    style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
+    matplotlib = import_extra("matplotlib", extra="report")
+    style: AbstractContextManager[None] = matplotlib.rc_context(SETTINGS)
     return style
 
 
@@ -103,4 +104,5 @@ def save(figure: Figure, path: Path) -> None:
 def adapting(svg: bytes) -> bytes:
     """Add the dark colours of ``DARK`` to an SVG of matplotlib."""
     end = b"</style>"  # of the first style element, to which the rule is added
-    return svg.replace(end, DARK.encode() + end, 1)
+    rule_and_end = DARK.encode() + end
+    return svg.replace(end, rule_and_end, 1)
