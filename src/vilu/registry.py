@@ -51,8 +51,8 @@ def register(thing: Added) -> Added:
     """Register a method, metric, data set or backbone by its name in this process.
 
     Afterwards the object can be listed, used, evaluated and benchmarked like the objects of vilu.
-    ``register`` returns its argument, so it can be used as a decorator. There are two ways to register
-    an object in all processes (commands and workers):
+    ``register`` returns its argument, so it can be used as a decorator. There are two ways to
+    register an object in all processes (commands and workers):
 
     - Pass ``--plugin MODULE``, which imports a module that calls this function.
     - Install a distribution that has an entry point with the name of the object. The groups are

@@ -647,10 +647,10 @@ class Outcomes:
         scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        identity = None  # of the picture of every row
+        identities = None  # of the pictures of the evaluable rows
         if self.picture is not None:
-            identity = self.picture[rows]
-        picture = repeated_pictures(identity)
+            identities = self.picture[rows]
+        picture = repeated_pictures(identities)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
         within = scores
         if self.outside.any():
@@ -671,7 +671,7 @@ class Outcomes:
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
-            sample=sample_of_rows(identity, ids),
+            sample=sample_of_rows(identities, ids),
             **facts_of(self),
         )
 

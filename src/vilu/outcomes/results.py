@@ -425,7 +425,7 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
 
 
 def _mean(rows: Sequence[ResultRow]) -> ResultRow:
-    """The mean over the rows of several seeds; its value is None if the value of a row is None."""
+    """The mean over the rows of several seeds; its value is None if that of any row is None."""
     if len(rows) == 1:
         return rows[0]
     counts: dict[str, Any] = {}

@@ -160,7 +160,7 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
     """Draw a picture with its caption, and with a frame whose colour marks a wrong answer."""
-    # by default for a picture whose right answer is not known
+    # these three stay for a picture whose right answer is not known
     verdict = ""
     colour = CORRECT
     linewidth = 1

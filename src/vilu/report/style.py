@@ -24,7 +24,7 @@ CORRECT = "#0072B2"
 WRONG = "#D55E00"
 """Colour of wrong answers, in figures that also show correct answers."""
 
-# The looks of lines in a figure (``looks``): line i has entry i of each of the three tuples.
+# colours, dashes and markers of lines in a figure, which ``looks`` combines
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
