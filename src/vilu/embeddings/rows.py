@@ -58,7 +58,8 @@ class Rows:
         ascending, and for every row its picture number (M,), from 0 to P - 1.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
-        first_of_picture = first_rows(identities)  # for every row
+        # for every row, the position of the first row of the same picture
+        first_of_picture = first_rows(identities)
         first, picture = np.unique(first_of_picture, return_inverse=True)
         return torch.from_numpy(first), torch.from_numpy(picture)
 

@@ -929,7 +929,7 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
     for i, name in enumerate(names):
         first_index.setdefault(name, i)  # a name that is there already keeps its first index
     first_of_name = torch.tensor([first_index[name] for name in names])
-    # of every text with the first text that has the same name
+    # cosine of every text with the first text that has the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
     differing = (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()
     if differing:

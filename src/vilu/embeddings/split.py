@@ -65,7 +65,7 @@ def part_of_rows(
     for number in np.unique(stratum_of_picture):
         members = rng.permutation(np.flatnonzero(stratum_of_picture == number))
         quantile = (np.arange(len(members)) + rng.random()) / len(members)
-        # a quantile at a border, up to rounding, belongs to the part after the border
+        # a quantile that equals a border, up to rounding, belongs to the part after the border
         part = np.searchsorted(borders - ROUNDING, quantile, side="right")
         part_of_picture[members] = part
     parts_have_all_rows = sum(shares) >= 1 - ROUNDING

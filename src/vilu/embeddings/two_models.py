@@ -156,7 +156,7 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
     elif only_one_has_names:
         differences.append("one of them has names of its classes, the other has none")
     raise DataError(
-        f"the two sources must have the same candidates in the same order. Got "
+        "the two sources must have the same candidates in the same order. Got "
         f"{'; '.join(differences)}. "
         "Embed both with the same names."
     )
