@@ -359,7 +359,7 @@ class PseudoCaptions(PairSource):
             prefix is the number of the source.
 
     Raises:
-        UsageError: If there is no source, or if the ``names`` are not one different name per source.
+        UsageError: If there is no source, or if ``names`` are not one different name per source.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 

@@ -65,7 +65,8 @@ def part_of_rows(
     for number in np.unique(stratum_of_picture):
         members = rng.permutation(np.flatnonzero(stratum_of_picture == number))
         quantile = (np.arange(len(members)) + rng.random()) / len(members)
-        # a quantile that equals a border, up to rounding, belongs to the part after the border
+        # A quantile at a border belongs to the part after the border, even if rounding made the
+        # quantile a little smaller.
         part = np.searchsorted(borders - ROUNDING, quantile, side="right")
         part_of_picture[members] = part
     parts_have_all_rows = sum(shares) >= 1 - ROUNDING
