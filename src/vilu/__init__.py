@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
+# the public names of every module, with spaces between them
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
@@ -102,6 +103,7 @@ _NAMES = {
     "vilu.store.reader": "EmbeddingStore open_source",
     "vilu.guard.guard": "Answer Guard",
 }
+# the module of every public name
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", "methods", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too

@@ -9,7 +9,10 @@ OWN = {"vilu", "vilu_bench"}
 """Packages whose code does not count as the caller."""
 
 WRAPPERS = {"contextlib", "functools"}
-"""Modules of Python whose code does not count either: it calls the functions that it decorates."""
+"""Modules of Python whose code does not count as the caller either.
+
+Functions of vilu are decorated with their wrappers, and the wrappers call these functions.
+"""
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:

@@ -24,9 +24,9 @@ def resolve_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    here = [kind for kind, is_here in available.items() if is_here]
+    kinds_here = [kind for kind, is_here in available.items() if is_here]
     if name == "auto":
-        first, *_ = here
+        first, *_ = kinds_here
         return torch.device(first)
     is_numbered = re.fullmatch("cuda:[0-9]{1,4}", name) is not None
     if name not in available and not is_numbered:
@@ -36,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
     if is_here and number:
         is_here = int(number) < torch.cuda.device_count()
     if not is_here:
-        raise UsageError(f"device {name!r} is not on this machine. Found: {', '.join(here)}.")
+        raise UsageError(f"device {name!r} is not on this machine. Found: {', '.join(kinds_here)}.")
     return torch.device(name)
 
 
@@ -48,9 +48,9 @@ def torch_defaults() -> Iterator[None]:
     """Run a block, or a decorated function, with the default settings of torch.
 
     The settings are: gradients on, inference mode off, the CPU as default device, autocast off.
-    They belong to the current thread. The default type of torch belongs to all threads, so it is
-    not changed. Therefore code in the block must name the type of every floating-point tensor that
-    it makes.
+    These settings belong to the current thread. The default number format of torch belongs to all
+    threads, so it is not changed. Therefore code in the block must name the number format of every
+    floating-point tensor that it makes.
 
     There are two reasons for such a block. Results must not depend on the settings of the caller.
     Tensors made in the block must be usable anywhere, and a tensor that was made in inference mode
@@ -93,8 +93,8 @@ FILLING = {
 }
 """Names of functions that fill their first argument, a tensor, with random numbers.
 
-They are methods of tensors and functions of ``torch.nn.init``. While transformers makes a model, it
-replaces these functions by functions of its own with the same names.
+They are methods of tensors and functions of ``torch.nn.init``. They are compared by name, because
+transformers replaces them by functions of its own with the same names while it makes a model.
 """
 
 MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
@@ -121,7 +121,7 @@ class OwnGenerator(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         """Call a function of torch, with the generator of the block if it draws random numbers."""
-        named = dict(kwargs or {})
+        named = dict(kwargs or {})  # torch passes None if there are no keyword arguments
         if named.get("generator") is None and _draws_on_cpu(func, args, named):
             named["generator"] = self.generator
         return func(*args, **named)
@@ -134,5 +134,5 @@ def _draws_on_cpu(
     if getattr(function, "__name__", None) in FILLING:
         tensor: Tensor = args[0] if args else named["tensor"]
         return tensor.device.type == "cpu"
-    device = named.get("device") or "cpu"
+    device = named.get("device") or "cpu"  # no device, or None, counts as the CPU
     return function in MAKING and torch.device(device).type == "cpu"

@@ -22,7 +22,7 @@ In memory such a picture has the label ``UNKNOWN`` and the Boolean ``outside`` i
 OUTSIDE_NAME: Final = "(outside)"
 """Label of a picture of none of the classes, where labels are names of classes."""
 
-# label in files for a picture that no person could name; its label counts as not known
+# Label in files for a picture that no person could name. The class of the picture is not known.
 NO_NAME = "(skip)"
 
 

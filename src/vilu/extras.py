@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError
 
-# seconds to wait for a connection to the hub; the hub's client would retry for 23 s per file
+# Seconds to wait for a connection to the hub. Without this test of the connection, the client of
+# the hub would retry for 23 s per file.
 REACH_TIMEOUT = 3.0
 
 
@@ -64,7 +65,7 @@ class _QuietCategory(type):
 
 
 class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
-    """The category for the filter of warnings. No warning has this class."""
+    """The category that the filter of warnings has. No warning is of this class itself."""
 
 
 @contextmanager
@@ -151,7 +152,7 @@ def _hook_hub_bars() -> Iterator[None]:
 
 
 class _SharedContext:
-    """A context for several threads at once. The first sets it up, and the last one ends it."""
+    """A context that several threads share. The first thread enters it, the last one leaves it."""
 
     def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         self._context = context
@@ -178,7 +179,7 @@ HOOKS = {
     TRANSFORMERS_BARS: _SharedContext(_hook_transformers_bars),
     HUB_BARS: _SharedContext(_hook_hub_bars),
 }
-"""What silences a quiet thread, by the module that it hooks into."""
+"""Contexts that silence quiet threads, by the name of the module whose output they suppress."""
 
 
 @contextmanager
@@ -202,7 +203,8 @@ def hub_reachable() -> bool:
         return False
     endpoint = urlsplit(constants.ENDPOINT)
     schemes_with_proxy = urllib.request.getproxies().keys()
-    if {endpoint.scheme, "all"} & schemes_with_proxy:
+    has_proxy = not schemes_with_proxy.isdisjoint({endpoint.scheme, "all"})
+    if has_proxy:
         return True  # the connection behind a proxy cannot be tested
     usual_port = 443 if endpoint.scheme == "https" else 80
     address = (endpoint.hostname, endpoint.port or usual_port)

@@ -1,8 +1,8 @@
 """All methods by the names of their classes: ``from vilu.methods import MCM, ViLUPlus``.
 
-The names come from the catalogue of methods, which also has those of installed distributions and
-those that were registered. A class is imported when it is first used, and ``dir(vilu.methods)``
-imports none. If two classes have the same name, the class of vilu is taken.
+The names come from the catalogue of methods, which also has the methods of other distributions and
+all methods that were registered. A class is imported when it is first used. ``dir(vilu.methods)``
+imports no class. If two classes have the same name, the class of vilu is taken.
 
 For a type checker every name of this module is ``Any``, because the catalogue is only known at run
 time. The classes that ``vilu`` itself has, such as ``vilu.MCM``, have their types.
@@ -45,9 +45,9 @@ def _methods_by_class() -> dict[str, str]:
     importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
     load_plugins()
     places = dict(METHODS.offered)  # "module:class" by the name of the method
-    for entry in entry_points(METHODS.group):
+    for entry in entry_points(METHODS.group):  # a method of vilu keeps its place
         places.setdefault(entry.name, entry.value)
-    methods: dict[str, str] = {}  # the first method that has a class name keeps it
+    methods: dict[str, str] = {}  # of several methods with one class name, the first one stays
     for method, place in places.items():
         _, _, class_name = place.partition(":")
         methods.setdefault(class_name, method)

@@ -10,8 +10,9 @@ import sys
 from vilu.callers import warn_caller
 
 SPINS = "GOMP_SPINCOUNT"
+"""Environment variable by which vilu sets how long a waiting thread spins."""
 WAITING_IS_SET_BY = {SPINS, "OMP_WAIT_POLICY"}
-"""Environment variables by which a user sets how threads wait; then vilu does not set it."""
+"""If the user has set one of these environment variables, vilu does not set how threads wait."""
 SHORT_WAIT = "3000"
 """Number of turns that a waiting thread spins before it sleeps (docs/performance.md)."""
 
@@ -21,7 +22,7 @@ RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
 KEPT_BYTES = 2**29
 """Largest freed block that glibc keeps, in bytes."""
 KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
-"""Environment variables by which a user sets what glibc keeps; then vilu does not set it."""
+"""If the user has set one of these environment variables, vilu does not set what glibc keeps."""
 
 
 def tune_process() -> None:
@@ -64,9 +65,9 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 512 MiB each, and 1 GiB in total, for later use.
 
     By default, glibc returns large blocks to the operating system, which must set up every page
-    again when the next block is written. This took half of the time of an image tower, and a sixth
-    of the time of an entropy of 1,000 candidates. Nothing is changed if an environment variable of
-    the user sets what glibc keeps, or if the C library is not glibc.
+    again when the next block is written. Setting up pages took half of the time of an image tower,
+    and a sixth of the time of an entropy of 1,000 candidates. Nothing is changed if an environment
+    variable of the user sets what glibc keeps, or if the C library is not glibc.
     """
     if sys.platform != "linux" or os.environ.keys() & KEPT_BY:
         return

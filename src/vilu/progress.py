@@ -22,14 +22,14 @@ class Reporter(Protocol):
     """An object that shows the progress of tasks."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
-        """Start a task of ``total`` steps; None if the number is not known."""
+        """Start a task of ``total`` steps; ``total`` is None if their number is not known."""
 
     def finish(self, task: Task) -> None:
         """Finish a task, also after an exception."""
 
 
 class Silence:
-    """A reporter, and its task, that show nothing."""
+    """A reporter that shows nothing. It is the task of its own reports, too."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002
         """Show nothing."""
@@ -57,7 +57,7 @@ def reporting(reporter: Reporter) -> Iterator[None]:
 
 @contextmanager
 def track(description: str, total: float | None, unit: str) -> Iterator[Task]:
-    """Start a task that ends with the block."""
+    """Start a task at the beginning of the block, and finish it at the end of the block."""
     reporter = _reporter.get() or Silence()
     task = reporter.start(description, total, unit)
     try:

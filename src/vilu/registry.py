@@ -25,14 +25,14 @@ Added = TypeVar("Added")
 logger = logging.getLogger(__name__)
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
-"""Description of a kind of object -> function that registers an object of this kind.
+"""Functions that register an object of one kind, by the description of the kind.
 
 The function returns False if the object is of another kind. Every subpackage with a catalogue adds
 a function here.
 """
 
 SECTIONS = {"backbones": "vilu.backbones.catalog:add_tables"}
-"""Section of a TOML file -> "module:function" that registers the tables of this section.
+"""Functions ("module:function") that register the tables of a section of a TOML file, by section.
 
 Entry points of the group ``SECTION_GROUP`` add further sections.
 """
@@ -50,9 +50,9 @@ IMPORTED: list[str] = []
 def register(thing: Added) -> Added:
     """Register a method, metric, data set or backbone by its name in this process.
 
-    Afterwards it can be listed, used, evaluated and benchmarked like the objects of vilu. The
-    function returns its argument, so it can be used as a decorator. There are two ways to register
-    an object in all processes (commands and workers):
+    Afterwards the object can be listed, used, evaluated and benchmarked like the objects of vilu.
+    ``register`` returns its argument, so it can be used as a decorator. There are two ways to
+    register an object in all processes (commands and workers):
 
     - Pass ``--plugin MODULE``, which imports a module that calls this function.
     - Install a distribution that has an entry point with the name of the object. The groups are
@@ -108,7 +108,7 @@ def _register_file(path: Path) -> None:
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """Parse the tables of a TOML file, or of TOML text, by name."""
+    """Parse the tables of a TOML file (a ``Path``), or of TOML text (a ``str``), by name."""
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         tables = tomllib.loads(text)
@@ -139,7 +139,7 @@ class Catalogue(MutableMapping[str, Added]):
         self.what = what  # kind of object, for messages
         self.group = group  # group of entry points
         self.here: dict[str, Added] = {}  # objects that are registered in this process
-        # name -> "module:object" of this package, which is imported on first use
+        # places ("module:object") of the objects of this package, which are imported on first use
         self.offered: dict[str, str] = {}
         self._has_imported_all = False
 
@@ -150,7 +150,10 @@ class Catalogue(MutableMapping[str, Added]):
         return list(dict.fromkeys([*self.offered, *self.here, *of_entries]))
 
     def offer(self, places: Mapping[str, str]) -> None:
-        """Add objects of this package as name -> "module:object", without importing them."""
+        """Add objects of this package by their names and places, without importing them.
+
+        A place is "module:object".
+        """
         self.offered.update(places)
 
     def __getitem__(self, name: str) -> Added:
@@ -187,7 +190,7 @@ class Catalogue(MutableMapping[str, Added]):
             if name not in self.here:
                 self._import_offered(name)
         in_order = {name: self.here[name] for name in self.offered}
-        self.here = in_order | self.here
+        self.here = in_order | self.here  # registered objects of other packages come afterwards
         reasons = []
         for entry in self._entries():
             try:
@@ -211,7 +214,8 @@ class Catalogue(MutableMapping[str, Added]):
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
         loaded = register_entry(entry, self.what)
-        # a TOML file registers every table by the table's own name
+        # A TOML file registers its tables by their own names. So the object that is registered by
+        # the name of the entry point is made from a table, and is not equal to the file.
         is_file = isinstance(loaded, str | os.PathLike)
         registered = self.here.get(entry.name)
         has_its_name = registered is not None and (is_file or registered == loaded)
@@ -252,6 +256,7 @@ def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any o
 
 
 def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
+    """The error that an entry point cannot be imported; names a package that is missing."""
     message = f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
     package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
@@ -260,6 +265,7 @@ def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
 
 
 def _in_words(entry: EntryPoint, what: str) -> str:
+    """Text that names an entry point, its distribution and its value."""
     distribution = entry.dist.name if entry.dist else "?"
     return f"the {what} {entry.name!r} of {distribution} ({entry.value})"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 NOTHING = "-"  # cell without a number
 WIDEST = 120  # maximum number of characters in a cell of an aligned table
+# characters that have a meaning in Markdown, and their replacements
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _LATEX = str.maketrans(
     {
@@ -29,7 +30,7 @@ _LATEX = str.maketrans(
         "±": r"$\pm$",
     }
 )
-"""Characters that are commands in LaTeX, or that LaTeX does not have."""
+"""Characters that are commands in LaTeX or that LaTeX does not have, and their replacements."""
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -39,7 +40,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """
     cells = [[shown(cell) for cell in line] for line in lines]
     widths: list[int] = []
-    for column in zip(*cells, strict=True):
+    for column in zip(*cells, strict=True):  # the cells of one column after another
         widths.append(max(map(len, column)))
     padded: list[str] = []
     for line in cells:
@@ -101,6 +102,7 @@ def shown(text: str) -> str:
 
 
 def _cut(line: str, length: int) -> str:
+    """Shorten a line to ``length`` characters, the last of which is then an ellipsis."""
     if len(line) <= length:
         return line
     return line[: length - 1] + "…"
@@ -122,7 +124,7 @@ def short(text: str, length: int) -> str:
 
 
 def rest(n: int, shown: int, what: str) -> list[str]:
-    """A list with one line that counts the rows that are not shown; empty if all are shown."""
+    """A list with one line: how many of ``n`` rows are not shown. Empty if all rows are shown."""
     if n <= shown:
         return []
     return [f"... and {n - shown:,} more {what} (--json has all)"]
@@ -138,7 +140,7 @@ def page_of(package: str, name: str, images: str) -> tuple[str, str]:
     """Read an HTML page from templates, and make its Content-Security-Policy.
 
     The style and the script are put into the page. The policy forbids to load anything else, except
-    images from ``images``. This is a source as in the directive ``img-src``, such as "blob:".
+    images from the source ``images``, such as "blob:" (see the directive ``img-src``).
     """
     from importlib import resources  # imported here because it is slower than the whole module
 

@@ -20,7 +20,7 @@ LARGEST_SEED = 2**63 - 1
 """Largest seed that all generators of random numbers accept."""
 
 CHECKED_ELEMENTS = 100
-"""How many elements at the beginning of a list have their types checked."""
+"""Number of elements at the beginning of a list whose types are checked."""
 
 MOST_WITH_OR = 2
 """Up to this many choices are joined by "or" in a message. More are listed after "one of"."""
@@ -105,8 +105,10 @@ def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> 
     owner = args[0] if args else None
     if not isinstance(owner, type):
         owner = type(owner)
-    written = function.__qualname__.rpartition("<locals>.")[2]
-    if "." not in written or not hasattr(owner, function.__name__):
+    # the name in the source, without the functions in which the function is defined
+    _, _, written = function.__qualname__.rpartition("<locals>.")
+    is_method = "." in written and hasattr(owner, function.__name__)
+    if not is_method:
         return written
     if function.__name__ == "__init__":
         return owner.__name__
@@ -134,13 +136,17 @@ def describe_value(value: object) -> str:
 
 
 def _with_article(name: str) -> str:
+    """A name after "a" or "an"."""
     article = "an" if name[0] in "AEIO" else "a"
     return f"{article} {name}"
 
 
 @cache
 def _hints(function: Callable[..., object]) -> dict[str, Any]:
-    """Annotated types of the parameters, without positional-only, *args and **kwargs parameters."""
+    """Annotated types by the names of the parameters.
+
+    Parameters that are positional-only, *args and **kwargs are left out.
+    """
     annotations = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
@@ -172,9 +178,10 @@ def _problem(
 
 
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
-    """Name of another argument that has the type which the argument ``name`` should have, or None.
+    """Name of another argument whose value has the type ``hint``; None if there is none.
 
-    Only types of vilu with an attribute ``how`` are searched for. ``how`` describes the type.
+    ``hint`` is the type that the argument ``name`` should have. The other arguments are searched
+    only if ``hint`` is a type of vilu with an attribute ``how``, which describes the type.
     """
     kinds = get_args(hint) or (hint,)
     if not any(hasattr(kind, "how") for kind in kinds):
@@ -248,7 +255,7 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
         return is_vector and all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
-    # a source of embeddings takes rows by [ ], but it is no list of them, so it cannot be iterated
+    # A source of embeddings takes rows by [ ], too, but it is not iterable: it is no list of rows.
     is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
     return isinstance(value, kind) or is_ordered
 
@@ -310,7 +317,7 @@ RULES: dict[object, tuple[Fits, InWords]] = {
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
     NoneType: (lambda value, _: value is None, lambda _: "None"),
 }
-"""Type -> (function that tests a value, function that describes the type in a message).
+"""Two functions by type: one tests a value, and one describes the type in a message.
 
 Both functions also get the arguments of the type, such as the choices of a ``Literal``.
 """

@@ -21,41 +21,47 @@ from vilu.callers import warn_caller
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, nearest
 from vilu.validation import refuse_masked
 
+# status codes of rows; each code is the index of its name in ``STATUS``
 VALID = 0
 NONFINITE = 1
 ZERO_NORM = 2
 SHORT_POOL = 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
-"""Names of the status codes of rows.
+"""Names of the status codes of rows, by code.
 
 "short_pool": the embedding is usable, but the row belongs to no full pool.
 """
 
 NORM_TOLERANCE = 1e-3
-"""Tolerance of a unit norm. Rounding to float16 changes a unit norm by less."""
-SAFE_NORMS = (1e-15, 1e15)
-"""Between these bounds, a norm that is computed in float32 is right.
+"""A norm counts as 1 if it differs from 1 by at most this number.
 
-Otherwise a square may have underflowed or overflowed.
+Rounding to float16 changes a norm of 1 by less.
+"""
+SAFE_NORMS = (1e-15, 1e15)
+"""A norm that is computed in float32 is right if it is between these bounds.
+
+If the norm is outside of the bounds, a square may have underflowed or overflowed.
 """
 SAFE_VALUES = (1e-30, 1e30)
 """Float32 keeps the direction of a row whose largest number is between these bounds."""
-WHOLE = "iu"
-"""Kinds of NumPy's types for whole numbers."""
-REAL = "fiu"
-"""Kinds of NumPy's types for real numbers."""
-TEXTS = "UTO"
-"""Kinds of NumPy's types that can hold texts: of fixed length, of any length, and objects."""
 
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
+# kinds of NumPy's types (the letters of ``dtype.kind``), by what an array of the type can hold
+WHOLE = "iu"
+"""Kinds of arrays of whole numbers: signed (i) or unsigned (u)."""
+REAL = "fiu"
+"""Kinds of arrays of real numbers: floats (f) or whole numbers."""
+TEXTS = "UTO"
+"""Kinds of arrays that can hold texts: of fixed length (U), of any length (T), or objects (O)."""
+
+_REAL_OR_COMPLEX = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
 _SIGNED = {torch.int64, torch.int32, torch.int16, torch.int8}
-_UNSIGNED = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
-NUMPY_TYPES = _FLOATS | _SIGNED | _UNSIGNED
+_UNSIGNED_OR_BOOL = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
+NUMPY_TYPES = _REAL_OR_COMPLEX | _SIGNED | _UNSIGNED_OR_BOOL
 """Data types of torch that numpy has, too."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
-    """Convert array-likes and tensors to a numpy array on the CPU.
+    """Convert an array-like, or a tensor on any device, to a numpy array.
 
     A tensor whose data type numpy lacks is converted to float32.
     """
@@ -77,9 +83,9 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> 
 
     The values may have any float or integer type, byte order and memory layout.
 
-    Some numbers are too large or too small for float32. If ``scaled`` is true, only the direction
-    of rows matters, and rows with such numbers are scaled. Otherwise such numbers become infinite
-    or zero.
+    ``scaled`` decides what happens to numbers that are too large or too small for float32. If it is
+    true, only the direction of rows matters, so a row with such numbers is scaled. If it is false,
+    such numbers become infinite or zero.
     """
     array = as_array(values, name)
     if array.dtype.kind not in REAL:
@@ -125,14 +131,14 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
     """Status codes (N,) and norms (N,) of the rows of a float32 matrix (N, D).
 
-    The norms of rows with very small or very large numbers are right, too.
+    The norms are right even for rows with very small or very large numbers.
     """
     norms = torch.linalg.vector_norm(rows, dim=1)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norms > smallest_safe) & (norms < largest_safe)
-    unsafe = ~is_safe  # NaN is unsafe, too, because comparisons with it are false
+    unsafe = ~is_safe  # a norm of NaN is unsafe, too, because every comparison with NaN is false
     if bool(unsafe.any()):
-        # In float32 a square may underflow or overflow. In float64 it cannot.
+        # A square that underflowed or overflowed in float32 does neither in float64.
         norms = norms.double()
         norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
@@ -162,10 +168,10 @@ class Norms:
 
     def __add__(self, other: Norms) -> Norms:
         return Norms(
-            self.n_rows + other.n_rows,
-            self.n_changed + other.n_changed,
-            min(self.low, other.low),
-            max(self.high, other.high),
+            n_rows=self.n_rows + other.n_rows,
+            n_changed=self.n_changed + other.n_changed,
+            low=min(self.low, other.low),
+            high=max(self.high, other.high),
         )
 
     def warn(self, name: str) -> None:
@@ -183,7 +189,7 @@ def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     usable = torch.from_numpy(status == VALID)
     has_other_norm = usable & ((norms - 1).abs() > NORM_TOLERANCE)
     if not bool(has_other_norm.any()):
-        return rows, status, Norms(len(rows))
+        return rows, status, Norms(n_rows=len(rows))
     low = norms[usable].min().item()
     high = norms[usable].max().item()
     norm_column = norms[:, None]
@@ -191,7 +197,8 @@ def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     # rows that already have unit norm, and rows that are not usable, are not changed
     is_changed_column = has_other_norm[:, None]
     unit = torch.where(is_changed_column, unit, rows)
-    return unit, status, Norms(len(rows), int(has_other_norm.sum()), low, high)
+    n_changed = int(has_other_norm.sum())
+    return unit, status, Norms(n_rows=len(rows), n_changed=n_changed, low=low, high=high)
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
@@ -278,7 +285,7 @@ def check_answers(
 
 
 def _texts_in(array: NDArray[np.generic]) -> list[str] | None:
-    """The texts (N,) in an array. A missing text is "". None: the array does not hold texts."""
+    """The texts (N,) in an array, with "" for None; None if the array does not hold texts."""
     if not array.size or array.dtype.kind not in TEXTS:
         return None
     values = ["" if value is None else value for value in array.tolist()]
@@ -295,7 +302,7 @@ def _indices_of_names(
 ) -> NDArray[np.generic]:
     """Indices (N,) int64 of the candidates that have the names (N,).
 
-    ``no_class`` has the numbers of further allowed names, which are no candidates.
+    ``no_class`` has the codes of further names that are allowed, although they are no candidates.
     """
     if class_names is None:
         raise DataError(
@@ -317,7 +324,7 @@ _REMEDY = {
     "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
     "answer": ("Such an answer cannot be judged. Add the candidate, or leave these rows out."),
 }
-"""What a user can do if a name is no candidate, for each argument that holds names."""
+"""What a user can do about a name that is no candidate, by the argument that holds the name."""
 
 
 def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
@@ -379,8 +386,9 @@ class Identifiers(Sequence[str]):
     def _of(self, row: int) -> str:
         """The identifier of a row. Subclasses override this method.
 
-        A function in an attribute would also be possible. But a bound method of the source would
-        make a reference cycle, and files would stay open until the garbage collector runs.
+        An attribute with a method of the source would also be possible. But then the source and its
+        identifiers would refer to each other, so the files of the source would stay open until the
+        garbage collector runs.
         """
 
     def __len__(self) -> int:
@@ -391,6 +399,8 @@ class Identifiers(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
+        # A slice of a range is a range. An index of a range gives one row number, from 0 on even if
+        # the index is negative.
         rows = range(len(self))[index]
         if isinstance(rows, range):
             return self._several(rows)
@@ -426,7 +436,7 @@ HASH_BYTES = 8
 
 
 def hash_of_each(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
-    """BLAKE2b hash of 8 bytes (N,) of each item."""
+    """Hash (N,) of each item: its BLAKE2b digest of 8 bytes, as a whole number."""
     digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
@@ -439,7 +449,7 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
     """Hashes (N,) of float rows (N, D), which are rounded to float16 first.
 
-    Because of the rounding, a row that was stored in float32 has the same hash as in float16.
+    Because of the rounding, a row has the same hash whether it was stored in float32 or in float16.
     """
     rounded = rows.half() + 0  # adding 0 turns -0 into 0
     content = memoryview(rounded.numpy().astype("<f2").tobytes())

@@ -40,7 +40,7 @@ def check_columns(
             tensor = as_matrix(rows, name, scaled=False)
         else:
             _require_width(name, rows.shape[1], width)
-            if name in IMAGE_COLUMNS:  # the view of an image may have norm zero
+            if name in IMAGE_COLUMNS:  # a view of an image may have norm zero
                 tensor, _ = unit_rows(rows, name)
             else:
                 tensor = require_usable(rows, name)
@@ -61,7 +61,7 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
     if name in MODEL_COLUMNS:
         expected = "one or more"
         has_entries = n_entries > 0
-    has_dims = len(shape) == n_dims and all(shape[1:])
+    has_dims = len(shape) == n_dims and all(shape[1:])  # no axis after the first may be empty
     if not (has_dims and has_entries):
         raise DataError(
             f"column {name!r} must be {meaning}, with {expected} entries. "

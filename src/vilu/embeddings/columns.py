@@ -16,7 +16,7 @@ IMAGE_COLUMNS = {
         "(N, E) embeddings by a second model, whose products with second_text are its logits",
     ),
 }
-"""Columns with one entry per image: number of dimensions, and meaning."""
+"""Columns with one entry per image, by name: number of dimensions and meaning of each column."""
 
 ANSWER = "answer"
 """Name of the column (N,) int64 of answers of another model, as indices of candidates.
@@ -52,7 +52,7 @@ TEXT_COLUMNS = {
         "(K, E) embeddings of the candidates by a second model, times its logit scale",
     ),
 }
-"""Columns with one entry per candidate: number of dimensions, and meaning."""
+"""Columns with one entry per candidate, by name: number of dimensions and meaning of each."""
 
 MODEL_COLUMNS = {
     "image_projection": (2, "(D, F) last linear map of the VLM's image encoder"),
@@ -62,10 +62,10 @@ MODEL_COLUMNS = {
         "(M, D) unit-norm embeddings of everyday words, none of which need be a class",
     ),
 }
-"""Columns of the model as a whole: number of dimensions, and meaning."""
+"""Columns of the model as a whole, by name: number of dimensions and meaning of each."""
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
-"""All columns except ``ANSWER`` and ``LOGITS``: number of dimensions, and meaning."""
+"""All columns except ``ANSWER`` and ``LOGITS``: number of dimensions and meaning of each."""
 
 UNIT_NORM = frozenset({"views", "prompts", "negatives"})
 """Columns that are normalised to unit norm, because they are compared with the embeddings."""
@@ -84,4 +84,8 @@ HOW = {
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"
     ),
 }
-"""Command or call that makes each column. Messages print it between two backticks."""
+"""Command or call that makes each column, by the name of the column.
+
+Messages put a backtick before the text and a backtick after it. A text that names both a command
+and a call has the two inner backticks itself.
+"""

@@ -50,14 +50,14 @@ def near_copies(
         >>> near_copies(data, rows=np.arange(4)).tolist()
         [0, 1, 0, 3]
     """
-    if not source.has_vectors:  # without vectors, no cosine can be computed: every row is a group
+    if not source.has_vectors:  # there are no cosines, so every row is a group of its own
         return np.arange(len(rows))
     image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
     return first_alike(image, cosine, block_rows).numpy()
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:
-    """Image embeddings (B, D) of the rows ``index``, also if a pair is searched by its caption."""
+    """Image embeddings (B, D) of the rows ``index``, even if the queries of pairs are captions."""
     if isinstance(source, PairSource):
         return source.picture_rows(index)
     return source.image_rows(index)

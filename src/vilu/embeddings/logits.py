@@ -40,8 +40,8 @@ class LogitEmbeddings(EmbeddingSource):
 
     Args:
         logits: (N, K) logits, numpy or torch, any float dtype. They are converted to float32 and
-            not normalised. Different logits of a row may be equal in float32. The answer is still
-            the candidate with the largest logit of the array.
+            not normalised. Logits that differ in the array may be equal in float32. The answer is
+            the candidate with the largest logit of the array even then.
         features: (N, D) vectors of the rows, for example the inputs of the classifier's last layer.
             They are normalised to unit norm. None: the rows have no vector.
         target: (N,) indices of candidates, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of
@@ -55,7 +55,7 @@ class LogitEmbeddings(EmbeddingSource):
     is marked in ``status``, it is never used for training, and its uncertainty is NaN.
 
     Raises:
-        DataError: If shapes disagree, a target is no candidate, or two candidates have one name.
+        DataError: If shapes disagree, a target is no candidate, or two candidates have equal names.
 
     Examples:
         >>> import numpy as np, vilu
@@ -132,15 +132,18 @@ def float32_logits(logits: ArrayLike | Tensor) -> Tensor:
     has_other_answer = rounded.argmax(dim=1) != answer
     is_finite = torch.isfinite(rounded).all(dim=1)
     affected = (has_other_answer & is_finite).nonzero().squeeze(1)
-    # In these rows, rounding made a second logit equal to the largest one. Therefore the logit of
-    # the answer becomes the next larger number of float32.
+    # In these rows, rounding made the logit of an earlier candidate equal to that of the answer.
+    # So that the answer's logit is the largest again, it becomes the next larger float32 number.
     next_larger = torch.nextafter(rounded[affected].amax(dim=1), torch.tensor(torch.inf))
     rounded[affected, answer[affected]] = next_larger
     return rounded
 
 
 def require_different(names: Sequence[str] | None) -> None:
-    """Raise DataError if two candidates have the same name, because their logits may differ."""
+    """Raise DataError if two candidates have the same name.
+
+    Candidates with the same name would be one answer, but their logits may differ.
+    """
     if names is None or len(set(names)) == len(names):
         return
     repeated = sorted({name for name in names if names.count(name) > 1})

@@ -58,12 +58,12 @@ class Embeddings(EmbeddingSource):
     is never used for training, and its uncertainty is NaN.
 
     Classes with exactly equal texts, or with equal names, are one answer. They are merged into the
-    first of them, and a warning is logged. Then K, names and targets are those of the merged
-    candidates, and ``candidate_of`` has the candidate of every original class.
+    first of them, and a warning is logged. Then K, names and targets are those after the merge, and
+    ``candidate_of`` has the candidate of every original class.
 
     Raises:
-        DataError: If shapes disagree, a target is not a row of ``text`` or its name, a text row is
-            unusable, or classes of one name have different texts.
+        DataError: If shapes disagree, a target is neither a row number of ``text`` nor the name of
+            a class, a text row is unusable, or classes of one name have different texts.
 
     Examples:
         >>> import numpy as np, vilu
@@ -100,7 +100,9 @@ class Embeddings(EmbeddingSource):
         self.image, self.status = unit_rows(image, "image")
         self.text = require_usable(text, "text")
         self.space = space or EmbeddingSpace(
-            self.image.shape[1], float(logit_scale), float(logit_bias)
+            embed_dim=self.image.shape[1],
+            logit_scale=float(logit_scale),
+            logit_bias=float(logit_bias),
         )
         for name, rows in (("image", self.image), ("text", self.text)):
             if rows.shape[1] != self.space.embed_dim:
@@ -110,21 +112,30 @@ class Embeddings(EmbeddingSource):
                 )
         self.class_names = check_class_names(class_names, len(self.text))
         self.target, self.outside = check_targets(
-            target, len(self.image), len(self.text), self.class_names
+            target,
+            n_rows=len(self.image),
+            n_candidates=len(self.text),
+            class_names=self.class_names,
         )
         self.ids = check_ids(ids, len(self.image))
         unchecked = dict(columns or {})
         answer = unchecked.pop(ANSWER, None)
         self._columns = check_columns(
-            unchecked, len(self.image), len(self.text), self.image.shape[1]
+            unchecked,
+            n_rows=len(self.image),
+            n_texts=len(self.text),
+            width=self.image.shape[1],
         )
         if answer is not None:
             self._columns[ANSWER] = check_answers(
-                answer, len(self.image), self.class_names, len(self.text)
+                answer,
+                n_rows=len(self.image),
+                class_names=self.class_names,
+                n_candidates=len(self.text),
             )
         self.columns = frozenset(self._columns)
         class_of_candidate = self._merge_same()
-        if class_of_candidate is not None:
+        if class_of_candidate is not None:  # columns of classes become columns of candidates
             for name in TEXT_COLUMNS:
                 if name in self._columns:
                     self._columns[name] = self._columns[name][class_of_candidate]
@@ -196,8 +207,8 @@ class PairEmbeddings(PairSource):
     Args:
         image: (N, D) image embeddings.
         text: (N, D) embeddings of their captions.
-        pool_size: Number of pairs of a pool, or ``Pools`` for all choices. If it is a number, a
-            pool consists of consecutive rows.
+        pool_size: Number of pairs of a pool, or ``Pools`` with all choices. If a number is given,
+            a pool consists of consecutive rows.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         ids: N row identifiers; by default the row numbers.
@@ -260,11 +271,18 @@ class PairEmbeddings(PairSource):
         self.pool_size = self.pools.size
         require_full_pools(len(self.image), self.pool_size, "this set of pairs")
         self.space = space or EmbeddingSpace(
-            self.image.shape[1], float(logit_scale), float(logit_bias)
+            embed_dim=self.image.shape[1],
+            logit_scale=float(logit_scale),
+            logit_bias=float(logit_bias),
         )
         self.target = torch.arange(len(self.image)) % self.pool_size
         self.ids = check_ids(ids, len(self.image))
-        self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])
+        self._columns = check_columns(
+            columns,
+            n_rows=len(self.image),
+            n_texts=len(self.text),
+            width=self.image.shape[1],
+        )
         self.columns = frozenset(self._columns)
 
     def picture_rows(self, index: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class NewImages(EmbeddingSource):
     def of_arrays(
         cls, image: ArrayLike | Tensor, text: ArrayLike | Tensor, space: EmbeddingSpace
     ) -> NewImages:
-        """Check images (N, D) and candidates (K, D), and make a source of them.
+        """Check images (N, D) and candidates (K, D), and return a source with both.
 
         Raises:
             DataError: If a shape is wrong, a candidate is not usable, or two candidates are equal.
@@ -105,21 +105,21 @@ class NewImages(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Kinds of identity of the rows; none on another device than the CPU.
+        """Kinds of identity of the rows; none if the images are on another device than the CPU.
 
-        There, hashes would need a copy of the embeddings on the CPU.
+        Hashes of such images would need a copy of the embeddings in the memory of the CPU.
         """
         return super().identified_by if self.is_on_cpu else ()
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Identities (M,) of the pictures; -1 (unknown) on another device than the CPU."""
+        """Identities (M,) of the pictures; all -1 (unknown) if the images are not on the CPU."""
         if self.is_on_cpu:
             return super().picture_identities(rows)
         n_rows = len(self) if rows is None else len(rows)
         return np.full(n_rows, UNKNOWN, dtype=np.int64)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) embeddings of rows; ``index`` (B,) is on the CPU."""
+        """Embeddings (B, D) of the rows ``index`` (B,), which must be on the CPU."""
         return self._rows_at(self.image, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
@@ -129,9 +129,9 @@ class NewImages(EmbeddingSource):
         return super().column(name, index)
 
     def _rows_at(self, rows: Tensor, index: Tensor) -> Tensor:
-        """The rows (B, ...) at the indices ``index`` (B,) on the CPU.
+        """Select the rows (B, ...) of ``rows`` (N, ...) by their indices ``index`` (B,).
 
-        On the CPU, indices can be compared without waiting for the device of the rows.
+        ``index`` is on the CPU, so it can be compared without waiting for the device of ``rows``.
         """
         are_consecutive = len(index) > 0 and bool((index.diff() == 1).all())
         if are_consecutive:
@@ -141,7 +141,10 @@ class NewImages(EmbeddingSource):
 
     @cached_property
     def _first_equal(self) -> Tensor:
-        """Index (K,) of every candidate itself, because all candidates are different."""
+        """For every candidate, the index (K,) of the first equal candidate (``Batch.first_equal``).
+
+        Here this is the index of the candidate itself, because all candidates are different.
+        """
         return torch.arange(len(self.text), device=self.device)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
@@ -163,7 +166,8 @@ def image_matrix(values: ArrayLike | Tensor, space: EmbeddingSpace) -> Tensor:
     """Check image embeddings (N, D), and return them as a tensor on their device.
 
     Raises:
-        DataError: If they are no matrix of real numbers, or have another width than the space.
+        DataError: If ``values`` are not a matrix of real numbers, or if their width is not that of
+            the space.
     """
     if not isinstance(values, Tensor):
         values = as_matrix(values, "image")
@@ -191,8 +195,8 @@ def require_width(name: str, rows: Tensor, space: EmbeddingSpace) -> None:
 def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     """Normalise rows (N, D) on their device; return them in float32, and their status codes (N,).
 
-    The result is that of ``vilu.embeddings.checks.unit_rows``, except that a row that is not usable
-    is replaced by ``substitute`` (D,), and that no warning is given.
+    ``vilu.embeddings.checks.unit_rows`` does the same on the CPU, with two differences. Here a row
+    that is not usable is replaced by ``substitute`` (D,), and no warning is given.
     """
     largest = rows.abs().amax(dim=1, keepdim=True)
     is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number of the row is NaN
@@ -201,7 +205,7 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(plain, dim=1, keepdim=True)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norm > smallest_safe) & (norm < largest_safe)
-    # division by the largest number first, so that no square overflows or underflows
+    # Rows are divided by their largest number first, so that no square overflows or underflows.
     scaled = (rows / largest).float()
     unit_of_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     unit = torch.where(is_safe, plain / norm, unit_of_scaled)

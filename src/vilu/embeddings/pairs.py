@@ -123,7 +123,7 @@ class PairSource(EmbeddingSource):
     def status(self) -> NDArray[np.uint8]:
         """Status codes (N,); usable rows that belong to no full pool have the code of "short_pool".
 
-        To find these rows, the order of the pools is computed.
+        The order of the pools is computed, because it decides which rows belong to no full pool.
         """
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID
@@ -131,7 +131,7 @@ class PairSource(EmbeddingSource):
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
-        """Status codes (N,) that depend only on the embeddings, so never "short_pool"."""
+        """Status codes (N,) of the embeddings alone, without regard to pools; by default all 0."""
         return np.broadcast_to(np.uint8(VALID), len(self))
 
     @abstractmethod
@@ -188,12 +188,15 @@ class PairSource(EmbeddingSource):
         if self.pools.direction == "text_to_image":
             rows = torch.arange(len(index))
             same = _unless_all_differ(first_of_answer)
-            return Candidates(picture, rows, same, members=index)
+            return Candidates(text=picture, target=rows, same=same, members=index)
         distinct, target = torch.unique(first_of_caption, return_inverse=True)
-        # the same answer as an index of a candidate, not of a row
+        # for every candidate, the first candidate that is the same answer
         same = target[first_of_answer[distinct]]
         return Candidates(
-            caption[distinct], target, _unless_all_differ(same), members=index[distinct]
+            text=caption[distinct],
+            target=target,
+            same=_unless_all_differ(same),
+            members=index[distinct],
         )
 
     def many(
@@ -201,8 +204,9 @@ class PairSource(EmbeddingSource):
     ) -> Iterator[Batch]:
         """As ``EmbeddingSource.many``; a pool with possibly equal rows is a batch of its own."""
         n_together = self._in_whole_pools(size)
+        batch_holds_one_pool = n_together <= self.pools.size
         has_near_duplicates = self.pools.near_duplicates is not None
-        if n_together <= self.pools.size or columns or has_near_duplicates:
+        if batch_holds_one_pool or columns or has_near_duplicates:
             yield from self.batches(size, rows=rows, columns=columns)
             return
         if rows is None:
@@ -219,7 +223,11 @@ class PairSource(EmbeddingSource):
 
     @torch_defaults()
     def _pooled_batches(self, index: Tensor) -> list[Batch]:
-        """Batches of consecutive pools whose rows all differ; each other pool is its own batch."""
+        """The rows ``index`` of whole pools, as batches.
+
+        Consecutive pools without repeats are one batch. A pool in which rows may be equal is a
+        batch of its own.
+        """
         size = self.pools.size
         picture = self.picture_rows(index)
         caption = self.caption_rows(index)
@@ -285,8 +293,9 @@ class PairSource(EmbeddingSource):
         fewer.usable_rows = self._order(remaining)
         status = np.full(len(self), SHORT_POOL, np.uint8)
         status[fewer.usable_rows.numpy()] = VALID
-        is_usable = np.isin(self.status, (VALID, SHORT_POOL))
-        fewer.status = np.where(is_usable, status, self.status)
+        # rows whose embedding is not usable keep their status
+        has_embedding = np.isin(self.status, (VALID, SHORT_POOL))
+        fewer.status = np.where(has_embedding, status, self.status)
         return fewer
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -345,12 +354,12 @@ class PseudoCaptions(PairSource):
 
     Args:
         sources: Sources with shared candidates or image-caption pairs, all in one embedding space.
-        pools: The pool size, or ``Pools`` for all choices.
+        pools: The pool size, or ``Pools`` with all choices.
         names: Prefix of the row identifiers of each source ("name/identifier"). By default the
             prefix is the number of the source.
 
     Raises:
-        UsageError: If there is no source, or if the sources do not have as many different names.
+        UsageError: If there is no source, or if ``names`` are not one different name per source.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 
@@ -381,17 +390,17 @@ class PseudoCaptions(PairSource):
         check_sources(sources, names)
         self.sources = tuple(sources)
         if isinstance(pools, int):
-            pools = Pools(pools)
+            pools = Pools(size=pools)
         self.pools = pools
         self.pool_size = self.pools.size
         self.space = sources[0].space
         chosen = [labelled_rows(source) for source in sources]
         n_of_source = torch.tensor([len(rows) for rows in chosen])
-        # of every row, the number of its source, and its row number in that source
+        # for every row, the number of its source, and its row number in that source
         self._source = torch.repeat_interleave(n_of_source)
         self._row = torch.cat(chosen)
         require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
-        # class texts, and of every row the index of its text: 0 if it has a caption of its own
+        # the class texts, and for every row the index of its text: 0 if its source has captions
         self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
         if any(isinstance(source.ids, RowNumbers) for source in sources):
@@ -403,11 +412,11 @@ class PseudoCaptions(PairSource):
         """Image embeddings (B, D) from the sources."""
         pictures = self._text.new_empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
-            here, rows = self._of_source(i, index)
+            positions, rows = self._of_source(i, index)
             if isinstance(source, PairSource):
-                pictures[here] = source.picture_rows(rows)
+                pictures[positions] = source.picture_rows(rows)
             else:
-                pictures[here] = source.image_rows(rows)
+                pictures[positions] = source.image_rows(rows)
         return pictures
 
     def caption_rows(self, index: Tensor) -> Tensor:
@@ -415,8 +424,8 @@ class PseudoCaptions(PairSource):
         captions = self._text[self._caption[index]]
         for i, source in enumerate(self.sources):
             if isinstance(source, PairSource):
-                here, rows = self._of_source(i, index)
-                captions[here] = source.caption_rows(rows)
+                positions, rows = self._of_source(i, index)
+                captions[positions] = source.caption_rows(rows)
         return captions
 
     @property
@@ -438,15 +447,15 @@ class PseudoCaptions(PairSource):
         index = self._positions(rows)
         identities = np.empty(len(index), np.uint64)
         for i, source in enumerate(self.sources):
-            here, source_rows = self._of_source(i, index)
-            identities[here.numpy()] = source.identities(by, source_rows.numpy())
+            positions, source_rows = self._of_source(i, index)
+            identities[positions.numpy()] = source.identities(by, source_rows.numpy())
         return identities
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         hashes = np.empty(len(rows), np.uint64)
         for number, source in enumerate(self.sources):
-            here, source_rows = self._of_source(number, torch.from_numpy(rows))
-            hashes[here.numpy()] = source._picture_hashes(source_rows.numpy())
+            positions, source_rows = self._of_source(number, torch.from_numpy(rows))
+            hashes[positions.numpy()] = source._picture_hashes(source_rows.numpy())
         return hashes
 
     def of_classes(self, index: Tensor) -> Tensor:
@@ -517,46 +526,48 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 def class_captions(
     sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts of all classes of all sources, and the index of the text of every chosen row.
+    """Texts (T, D) of all classes of all sources, and for every chosen row the index of its text.
 
-    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So there are
-    1 + sum of K texts, each of width D.
+    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1
+    plus the sum of all K. ``chosen`` has, for every source, the indices of the chosen rows.
     """
     # Class numbers are counted over all sources. Number 0 is the placeholder.
     first_of_name: dict[str, int] = {}
     text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
-    classes = []  # for every source, the class numbers of its chosen rows
+    class_numbers = []  # for every source, the class numbers of its chosen rows
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):
-            classes.append(torch.zeros(len(rows), dtype=torch.int64))
+            class_numbers.append(torch.zeros(len(rows), dtype=torch.int64))
             continue
         n_before = len(text_of_class)
-        classes.append(source.target[rows] + n_before)
+        class_numbers.append(source.target[rows] + n_before)
         no_rows = rows[:0]  # the candidates are the same for all rows
         texts.append(source.candidates(no_rows).text)
         numbers = range(n_before, n_before + source.n_candidates)
-        if source.class_names is None:
+        if source.class_names is None:  # every class has its own text
             text_of_class += numbers
             continue
+        # A new name gets the number of this class. A known name has that of an earlier class.
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(first_of_name.setdefault(name, number))
-    return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(classes)]
+    return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
 
 
 def first_linked(first: Tensor, second: Tensor) -> Tensor:
     """For every row, the index (N,) int64 of the first row that is linked to it.
 
-    Rows may be equal in two regards, for example in caption and image. ``first`` has, for every
-    row, the first row (N,) that equals it in one regard, and ``second`` has it for the other
-    regard. Two rows are linked if they are equal in one regard, or if both are linked to a third
-    row.
+    Rows may be equal in two regards, for example in caption and in image. For every row, ``first``
+    (N,) has the first row that is equal in one regard, and ``second`` (N,) has the first row that
+    is equal in the other regard. Two rows are linked if they are equal in one of the regards, or if
+    both are linked to a third row.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     n = len(first)
-    if torch.equal(second, torch.arange(n)):
+    all_differ_in_second = torch.equal(second, torch.arange(n))
+    if all_differ_in_second:
         return first
     # a graph with an edge from every row to ``first``, and an edge to ``second``
     edge_start = np.tile(np.arange(n), 2)
@@ -591,7 +602,7 @@ def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEA
         return first
     distinct = first.unique()
     leader_of = torch.arange(len(rows))
-    leaders = distinct[:0]
+    leaders = distinct[:0]  # no leader yet
     for block in distinct.split(block_rows):
         leader = _first_near(rows, block, leaders.split(block_rows), cosine)
         is_led = leader >= 0
@@ -605,14 +616,14 @@ def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEA
     return leader_of[first]
 
 
-def _first_near(rows: Tensor, block: Tensor, leaders: Sequence[Tensor], cosine: float) -> Tensor:
+def _first_near(rows: Tensor, block: Tensor, tiles: Sequence[Tensor], cosine: float) -> Tensor:
     """For each row of a block, the index (B,) of the first leader near it; -1 if no leader is near.
 
-    ``block`` has indices of ``rows``. So have the tiles of leaders, one of which is compared with
-    the block at a time.
+    ``block`` (B,) holds indices of ``rows``. The ``tiles`` hold the indices of all leaders. The
+    block is compared with one tile at a time.
     """
     leader = torch.full_like(block, -1)
-    for tile in leaders:
+    for tile in tiles:
         if not len(tile):
             continue
         has_no_leader = leader < 0

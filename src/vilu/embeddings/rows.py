@@ -54,11 +54,13 @@ class Rows:
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Number the P pictures of the rows.
 
-        Returns the position (P,) in ``index`` of the first row of every picture, ascending. Also
-        returns the picture number (M,) of every row, from 0 to P - 1.
+        Returns two tensors: for every picture the position (P,) in ``index`` of its first row,
+        ascending, and for every row its picture number (M,), from 0 to P - 1.
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
-        first, picture = np.unique(first_rows(identities), return_inverse=True)
+        # for every row, the position of the first row of the same picture
+        first_of_picture = first_rows(identities)
+        first, picture = np.unique(first_of_picture, return_inverse=True)
         return torch.from_numpy(first), torch.from_numpy(picture)
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -81,7 +83,7 @@ class Rows:
         return map(self._with_answers, steps)
 
     def _with_answers(self, batch: Batch) -> Batch:
-        """The batch, with the part of ``answers`` that belongs to its rows, if there are any."""
+        """Give the batch the zero-shot answers of its rows, if ``answers`` has them; return it."""
         if self.answers is None:
             return batch
         return batch.answered(self.answers.at(batch.index))

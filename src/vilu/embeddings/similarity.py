@@ -44,7 +44,7 @@ do not stay in the cache.
 """
 
 KEY_COLUMNS = 8
-"""Number of leading columns of a row that ``row_keys`` uses."""
+"""Number of columns at the beginning of a row from which ``row_keys`` computes a key."""
 
 
 class ZeroShot(NamedTuple):
@@ -61,7 +61,11 @@ class ZeroShot(NamedTuple):
 
     def at(self, rows: slice | Tensor) -> ZeroShot:
         """Return the summary of some rows, which are selected by a slice or by indices."""
-        return ZeroShot(self.prediction[rows], self.max_logit[rows], self.log_norm[rows])
+        return ZeroShot(
+            prediction=self.prediction[rows],
+            max_logit=self.max_logit[rows],
+            log_norm=self.log_norm[rows],
+        )
 
     def to(self, device: torch.device | str) -> ZeroShot:
         """Copy the summary to another device."""
@@ -84,14 +88,15 @@ def zero_shot(
     They are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and the
     result, at most one tile of ``tile_cells`` numbers is in memory.
 
-    ``first`` (K,) is the result of ``first_equal`` for the texts. It replaces an answer by the
-    first candidate that equals the answer. Otherwise the winner among equal candidates would depend
-    on the size of the tiles, because a matrix product rounds differently at the edge of a block.
+    ``first`` (K,) is the result of ``first_equal`` for the texts. With it, every answer is replaced
+    by the first candidate that equals the answer. Otherwise the winner among equal candidates would
+    depend on the size of the tiles, because a matrix product rounds differently at the edge of a
+    block.
     """
     if not len(text):
         raise ValueError("there is no candidate")
     n_candidates = len(text)
-    # with at least this number of rows, a tile has at most about four columns per row
+    # with this number of rows, a tile of all candidates has about four columns per row
     square_rows = min(TILE_ROWS, n_candidates // 4)
     wanted_rows = max(cached_rows(n_candidates), square_rows)
     n_rows = min(wanted_rows, tile_cells)
@@ -148,11 +153,19 @@ class Others:
         # exp(x) is computed as 2^(x log2 e), because torch computes exp2 twice as fast as exp
         weight = (other_logits - second).mul_(LOG2_E / temperature).exp2_()
         total = float64(weight.sum(dim=1))
-        return cls(answer, own, other_logits, second, weight, total, temperature)
+        return cls(
+            answer=answer,
+            own=own,
+            logits=other_logits,
+            second=second,
+            weight=weight,
+            total=total,
+            temperature=temperature,
+        )
 
     @cached_property
     def gap(self) -> Tensor:
-        """Gap (s - l_a) / T (B,) float64 between the largest other logit and that of the answer."""
+        """Gap (s - l_a) / T (B,) float64 between the largest other logit and the answer's logit."""
         return (float64(self.second.squeeze(1)) - float64(self.own)) / self.temperature
 
     @property
@@ -171,10 +184,10 @@ class Others:
         return self.odds / (1 + self.odds)
 
     def zero_shot(self, first: Tensor) -> ZeroShot:
-        """Return the summary of the logits, if every answer has the largest logit of its row.
+        """Return the summary of the logits.
 
-        The temperature must be 1. ``first`` (K,) is the result of ``first_equal`` for the
-        candidates.
+        Every answer must have the largest logit of its row, and the temperature must be 1.
+        ``first`` (K,) is the result of ``first_equal`` for the candidates.
         """
         # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
         # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
@@ -229,7 +242,8 @@ def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     If the indices are consecutive, the result is a view and nothing is copied.
     """
     n = len(index)
-    if not n or int(index.min()) < 0:  # ``index_select`` takes no negative indices
+    # an empty index has no minimum, and ``index_select`` takes no negative indices
+    if n == 0 or int(index.min()) < 0:
         return rows[index]
     start = int(index[0])
     last = int(index[-1])
@@ -271,11 +285,12 @@ def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_exporting():
         cosine, index = (rows @ known.T).max(dim=1)
         return cosine, index
-    if torch.equal(rows, known):  # the usual case: the rows are the candidates of the fit
+    # the usual case: the rows are the candidates of the fit, so every row has cosine 1 with itself
+    if torch.equal(rows, known):
         return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
     indices = []
-    for block in row_blocks(len(rows), len(known), len(rows)):
+    for block in row_blocks(n_rows=len(rows), n_candidates=len(known), size=len(rows)):
         cosine, index = (rows[block] @ known.T).max(dim=1)
         cosines.append(cosine)
         indices.append(index)
@@ -287,7 +302,9 @@ def _summary_over_tiles(
 ) -> ZeroShot:
     """Summary of the logits of some images and all texts, from tiles of ``n_columns`` texts."""
     summaries = (
-        _summary_of_tile((image @ part.T).mul_(scale).add_(bias), number * n_columns)
+        _summary_of_tile(
+            logits=(image @ part.T).mul_(scale).add_(bias), first_candidate=number * n_columns
+        )
         for number, part in enumerate(text.split(n_columns))
     )
     return functools.reduce(_merge, summaries)
@@ -295,8 +312,8 @@ def _summary_over_tiles(
 
 def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     """Summary of the logits (B, k) of k consecutive candidates from ``first_candidate`` on."""
-    # torch.max(dim) is not used, because its documentation does not say which of equal values it
-    # takes
+    # ``argmax`` takes the first of equal values. ``torch.max`` would compute both results at once,
+    # but its documentation does not say which of equal values it takes.
     column = logits.argmax(dim=1)
     return ZeroShot(column + first_candidate, logits.amax(dim=1), logits.logsumexp(dim=1))
 
@@ -306,11 +323,11 @@ def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:
 
     Where the largest logits are equal, the answer is that of ``left``.
     """
-    higher = right.max_logit > left.max_logit
+    right_is_larger = right.max_logit > left.max_logit
     return ZeroShot(
-        torch.where(higher, right.prediction, left.prediction),
-        torch.where(higher, right.max_logit, left.max_logit),
-        torch.logaddexp(left.log_norm, right.log_norm),
+        prediction=torch.where(right_is_larger, right.prediction, left.prediction),
+        max_logit=torch.where(right_is_larger, right.max_logit, left.max_logit),
+        log_norm=torch.logaddexp(left.log_norm, right.log_norm),
     )
 
 

@@ -35,9 +35,11 @@ from vilu.validation import checked, describe_value, require_mask
 if TYPE_CHECKING:
     from vilu.embeddings.split import SplitParts
 
-HASHED_ROWS = 2**14  # number of rows whose embeddings are hashed together
+HASHED_ROWS = 2**14
+"""Number of rows whose embeddings are hashed together."""
+
 SAME_TEXT = 0.999
-"""Two texts are the same class if their cosine is at least this number.
+"""The texts of two classes of one name count as equal if their cosine is at least this number.
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
@@ -105,7 +107,7 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Logits (B, K) float32: logit_scale * cosine + logit_bias, also under autocast."""
+        """Logits (B, K): logit_scale * cosine + logit_bias, in float32 even under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
             logits = (self.image @ self.text.T).mul_(self.logit_scale)
             if self.logit_bias:
@@ -115,7 +117,8 @@ class Batch:
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """Answers, largest logits and log-normalisers, computed in bounded memory."""
-        if "logits" in self.__dict__:
+        are_logits_in_memory = "logits" in self.__dict__
+        if are_logits_in_memory:
             return self.rivals.zero_shot(self.first_equal)
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
 
@@ -159,14 +162,14 @@ class Batch:
     def failure(self) -> Tensor:
         """Failures (B,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
         answer = self.prediction
-        target = self.target.clamp(min=0)
+        target = self.target.clamp(min=0)  # -1 (unknown) becomes 0, so that it can be an index
         if self.same is not None:
             answer = self.same[answer]
             target = self.same[target]
         failure = torch.where(self.target != UNKNOWN, (answer != target).long(), UNKNOWN)
         if self.outside is None:
             return failure
-        return failure.masked_fill(self.outside, 1)
+        return failure.masked_fill(self.outside, 1)  # any answer is wrong for these rows
 
     @property
     def target_log_probability(self) -> Tensor:
@@ -186,7 +189,8 @@ class Batch:
         with torch.autocast(self.image.device.type, enabled=False):
             if self.same is not None:
                 of_blocks = []
-                for block in row_blocks(len(target), len(self.text), len(target)):
+                n_rows = len(target)
+                for block in row_blocks(n_rows, n_candidates=len(self.text), size=n_rows):
                     batch = self.rows(block)
                     of_blocks.append(batch.log_probability(batch.logits, target[block]))
                 return torch.cat(of_blocks)
@@ -322,8 +326,12 @@ class WholeLogits(Batch):
 
     @cached_property
     def first_equal(self) -> Tensor:
-        """Index (K,) int64 of every candidate itself, because all candidates differ."""
-        return torch.arange(self.text.shape[-2], device=self.text.device)
+        """For every candidate, the index (K,) int64 of the first with an equal embedding.
+
+        Here this is the index of the candidate itself, because all candidates differ.
+        """
+        n_candidates = self.text.shape[-2]  # of (K, D), or of (P, K, D) in a ``PooledBatch``
+        return torch.arange(n_candidates, device=self.text.device)
 
     def _target_log_probability(self) -> Tensor:
         """As in ``Batch``, but from the logits that are in memory."""
@@ -404,8 +412,8 @@ class EmbeddingSource(ABC):
         columns: Names of the available columns (``vilu.embeddings.columns``).
         candidate_of: int64 index of the candidate of every original class. Classes with equal texts
             were merged into one candidate. None if all texts were different.
-        second: Source of a second model, which contains the same rows and possibly further rows
-            (``vilu.embeddings.two_models``). None if there is no second model.
+        second: A second source (``vilu.embeddings.two_models``): the same rows and possibly further
+            rows, embedded by a second model. None if there is no second model.
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
             a store.
         device: Device on which the rows are scored. None: the predictor chooses it.
@@ -540,14 +548,15 @@ class EmbeddingSource(ABC):
         """Image embeddings (B, D) float32 of the rows ``index`` (B,) int64."""
 
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``: the shared candidates, or the captions of the rows."""
+        """Candidates of the rows ``index``: here the candidates that all rows share."""
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return column ``name``: the entries of the rows ``index``, or all entries.
 
-        A column of candidates or of the model as a whole is returned with all its entries. If the
-        source has pools, its candidates are rows. Then a column of candidates is indexed, too.
+        Only a column with one entry per row is indexed. A column of candidates, or of the model as
+        a whole, is returned with all its entries. If the source has pools, the candidates are rows.
+        Then a column of candidates has one entry per row, so it is indexed, too.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -596,7 +605,8 @@ class EmbeddingSource(ABC):
     def identified_by(self) -> tuple[Identity, ...]:
         """Kinds of identity by which rows can be found in another source, best first.
 
-        Different pictures may have equal logits. So rows without a vector have at most a name.
+        Rows without a vector can be found only by name, because different pictures may have equal
+        logits.
         """
         kinds: list[Identity] = []
         if self.has_vectors:
@@ -656,9 +666,10 @@ class EmbeddingSource(ABC):
             positions = np.arange(len(self))
         if not self.has_vectors:
             return np.full(len(positions), UNKNOWN)
+        # without their highest bit, the hashes are from 0 to 2^63 - 1
         hashes = self._picture_hashes(positions) & np.uint64(np.iinfo(np.int64).max)
-        known = np.isin(self.status[positions], (VALID, SHORT_POOL))
-        return np.where(known, hashes.astype(np.int64), UNKNOWN)
+        has_embedding = np.isin(self.status[positions], (VALID, SHORT_POOL))
+        return np.where(has_embedding, hashes.astype(np.int64), UNKNOWN)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Hashes (M,) of the pictures of the ``rows`` (M,)."""
@@ -668,7 +679,7 @@ class EmbeddingSource(ABC):
         return self.identities(by, rows)
 
     def _content(self, index: Tensor) -> Tensor:
-        """Numbers (B, ...) of every row; their hash is its identity of kind "embeddings"."""
+        """Numbers (B, ...) of every row, whose hash is the "embeddings" identity of the row."""
         return self.image_rows(index)
 
     @checked
@@ -709,18 +720,20 @@ class EmbeddingSource(ABC):
                 "image-caption pairs are matched in pools, so a part of them would be a different "
                 "problem. Use all pairs."
             )
-        names = self.columns
+        column_names = self.columns
         if columns is not None:
-            names = names.intersection({*columns, LOGITS})  # without logits there are no answers
-        chosen: Tensor | None = None
+            # the column of logits stays, because the answers are computed from it
+            column_names = column_names.intersection({*columns, LOGITS})
+        class_index: Tensor | None = None
         if classes is not None:
-            chosen = check_indices(classes, self.n_candidates, "classes")
-            if len(chosen.unique()) < len(chosen):
+            class_index = check_indices(classes, self.n_candidates, "classes")
+            if len(class_index.unique()) < len(class_index):
                 raise DataError(
-                    f"classes must name each class once. Got {chosen.tolist()!s:.80}. "
+                    f"classes must name each class once. Got {class_index.tolist()!s:.80}. "
                     "Leave out the repeats."
                 )
-        return Taken(self, check_indices(rows, len(self), "rows"), chosen, names)
+        row_index = check_indices(rows, len(self), "rows")
+        return Taken(self, row_index, classes=class_index, columns=column_names)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
         """The source without the rows of the mask ``rows`` (N,) bool.
@@ -769,6 +782,7 @@ class EmbeddingSource(ABC):
                 "captions cannot be split row by row, since their pools would change. Make one "
                 "source for each part."
             )
+        # rows of none of the classes, and rows without a label, are two further strata
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
         part = part_of_rows(self.picture_identities(), stratum, shares, seed)
         sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
@@ -806,7 +820,8 @@ class EmbeddingSource(ABC):
             >>> [batch.index.tolist() for batch in data.batches(2)]
             [[0, 2], [3]]
         """
-        for step in self.steps(self.pool_size or size, rows=rows, columns=columns):
+        step_size = self.pool_size or size  # a whole pool if there are pools
+        for step in self.steps(step_size, rows=rows, columns=columns):
             for part in row_blocks(len(step.index), len(step.text), size):
                 yield step.rows(part)
 
@@ -849,7 +864,7 @@ class EmbeddingSource(ABC):
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         """The rows ``index`` as a batch, with the named ``columns``."""
         candidates = self.candidates(index)
-        members = index
+        members = index  # the rows of the candidates, for which columns of candidates are read
         if candidates.members is not None:
             members = candidates.members
         tensors = {}
@@ -874,7 +889,10 @@ class EmbeddingSource(ABC):
 
 
 def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
-    """Hashes (M,) of the rows ``index`` (M,), whose numbers ``content`` returns block by block."""
+    """Hashes (M,) of the rows ``index`` (M,).
+
+    ``content`` returns the numbers of some rows. It is called for one block of rows at a time.
+    """
     return np.concatenate([hash_rows(content(block)) for block in index.split(HASHED_ROWS)])
 
 
@@ -886,11 +904,10 @@ def say_once(message: str) -> None:
 
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
     """Message that lists the merged classes; ``first`` has the first equal class of every class."""
-    merged = [candidate for candidate, earliest in enumerate(first) if earliest != candidate]
+    merged = [i for i, first_of_class in enumerate(first) if first_of_class != i]
     examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
-    listed = ", ".join(examples)
-    if len(merged) > 5:
-        listed += f" and {len(merged) - 5} more"
+    more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
+    listed = f"{', '.join(examples)}{more}"
     return (
         f"{len(merged)} of {len(first)} classes have the text of an earlier one: {listed}. Equal "
         f"candidates are one answer, so there are {len(first) - len(merged)}, numbered anew."
@@ -906,13 +923,14 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
         DataError: If classes of the same name have different texts.
     """
     first = first_equal(text)
-    if names is None or len(set(names)) == len(names):
+    if names is None or len(set(names)) == len(names):  # no two names are equal
         return first
     first_index: dict[str, int] = {}
     for i, name in enumerate(names):
-        first_index.setdefault(name, i)
+        first_index.setdefault(name, i)  # a name that is there already keeps its first index
     first_of_name = torch.tensor([first_index[name] for name in names])
-    cosine = (text * text[first_of_name]).sum(dim=1)  # with the first text of the same name
+    # cosine of every text with the first text that has the same name
+    cosine = (text * text[first_of_name]).sum(dim=1)
     differing = (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()
     if differing:
         listed = ", ".join(map(repr, sorted({names[i] for i in differing})))
@@ -929,7 +947,10 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
 
 
 class Taken(EmbeddingSource):
-    """A view of some rows of a source, which are read only on demand: ``EmbeddingSource.take``."""
+    """The source that ``EmbeddingSource.take`` returns: a view of some rows of another source.
+
+    The rows are read only on demand.
+    """
 
     def __init__(
         self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]
@@ -959,8 +980,8 @@ class Taken(EmbeddingSource):
 
         Rows of a class that is not kept get an unknown target.
         """
-        # There is one entry per candidate, and a last entry, which stays unknown. An unknown target
-        # is -1, so it is an index of the last entry.
+        # There is one entry per candidate, and one more entry at the end, which stays unknown. An
+        # unknown target (-1) is an index of this last entry, so the target stays unknown.
         new_target = classes.new_full((len(self.text) + 1,), UNKNOWN)
         new_target[classes] = torch.arange(len(classes), device="cpu")
         self.target = new_target[self.target]
@@ -1019,6 +1040,7 @@ class TakenIds(Identifiers):
         chosen[self._rows] = True
         # one pass in stored order, because identifiers on disk are read part by part
         in_stored_order = list(compress(self._ids, chosen))
+        # for every row, the position of its identifier in ``in_stored_order``
         _, index_of_row = self._rows.unique(return_inverse=True)
         return (in_stored_order[i] for i in index_of_row.tolist())
 

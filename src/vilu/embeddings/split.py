@@ -13,7 +13,7 @@ from vilu.errors import UsageError
 Rows = TypeVar("Rows")
 
 ROUNDING = 1e-9
-"""Tolerance of rounding errors: the shares may add up to this much more than 1."""
+"""Tolerance of rounding errors: the sum of the shares may exceed 1 by this number."""
 
 
 class SplitParts(NamedTuple, Generic[Rows]):
@@ -56,16 +56,23 @@ def part_of_rows(
     identity = picture.copy()
     is_alone = identity < 0
     first_new = identity.max(initial=-1) + 1
+    # a picture that is in no other row gets an identity that no other picture has
     identity[is_alone] = first_new + np.arange(np.count_nonzero(is_alone))
     _, first_row, picture_of_row = np.unique(identity, return_index=True, return_inverse=True)
     stratum_of_picture = stratum[first_row]
     borders = np.cumsum(shares)
-    part = np.empty(len(first_row), np.int64)  # of every picture
+    part_of_picture = np.empty(len(first_row), np.int64)
     for number in np.unique(stratum_of_picture):
         members = rng.permutation(np.flatnonzero(stratum_of_picture == number))
         quantile = (np.arange(len(members)) + rng.random()) / len(members)
-        part[members] = np.searchsorted(borders - ROUNDING, quantile, side="right")
-    if sum(shares) >= 1 - ROUNDING:  # every row is in a part, whatever the rounding of the borders
+        # A quantile at a border belongs to the part after the border, even if rounding made the
+        # quantile a little smaller.
+        part = np.searchsorted(borders - ROUNDING, quantile, side="right")
+        part_of_picture[members] = part
+    parts_have_all_rows = sum(shares) >= 1 - ROUNDING
+    if parts_have_all_rows:
+        # Rounding may have put a quantile above the last border. Its picture is put into the last
+        # part that is not empty.
         nonempty_parts = np.flatnonzero(np.asarray(shares) > 0)
-        part = np.minimum(part, nonempty_parts.max())
-    return part[picture_of_row]
+        part_of_picture = np.minimum(part_of_picture, nonempty_parts.max())
+    return part_of_picture[picture_of_row]

@@ -29,8 +29,8 @@ class TwoModels(Taken):
     - ``second_text`` (K, E): embeddings of the candidates by the second model, times its logit
       scale.
 
-    The products of both columns are the zero-shot logits of the second model, without its bias,
-    because a bias cancels in a softmax.
+    The products of both columns are the zero-shot logits of the second model without its bias. The
+    bias is left out, because it cancels in a softmax.
 
     The rows are searched in the second source by their pictures. If one source has no hashes of
     pictures, they are searched by name. The order of the second source does not matter, and it may
@@ -87,6 +87,7 @@ class TwoModels(Taken):
         self._row_of_second = torch.from_numpy(row_of_second)
         self.ids = first.ids
         self.candidate_of = first.candidate_of
+        # a row that is usable in the first source has the status of the second source
         self.status = np.where(first.status == VALID, second.status[row_of_second], first.status)
 
     def column(self, name: str, index: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[n
                 f"rows are found by their names, and the second source has {name!r} twice. Give "
                 "every row a name of its own."
             )
-    # Where each identity is in ``ordered``, or would be. The rank may be beyond the last entry.
+    # The rank of an identity is its position in ``ordered``. If the identity is missing, the rank
+    # is the position where it would be inserted, which may be after the last entry.
     rank = np.searchsorted(ordered, sought)
     is_in_range = rank < len(ordered)
     is_there = np.zeros(len(sought), dtype=bool)
@@ -147,13 +149,15 @@ def _require_same_candidates(first: EmbeddingSource, second: EmbeddingSource) ->
     second_names = second.class_names
     if first.n_candidates == second.n_candidates and first_names == second_names:
         return
-    difference = f"{first.n_candidates} against {second.n_candidates}"
+    differences = [f"{first.n_candidates} against {second.n_candidates}"]
+    only_one_has_names = (first_names is None) != (second_names is None)
     if first_names is not None and second_names is not None:
-        difference += f"; {_first_difference(first_names, second_names)}"
-    elif first_names != second_names:
-        difference += "; one of them has names of its classes, the other has none"
+        differences.append(_first_difference(first_names, second_names))
+    elif only_one_has_names:
+        differences.append("one of them has names of its classes, the other has none")
     raise DataError(
-        f"the two sources must have the same candidates in the same order. Got {difference}. "
+        "the two sources must have the same candidates in the same order. Got "
+        f"{'; '.join(differences)}. "
         "Embed both with the same names."
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 ACCEPT = "accept"
+"""Decision about an answer that is accepted."""
+
 REVIEW = "review"
 """Decision about an answer that is not accepted: a person or another model should review it."""
 
@@ -12,5 +14,6 @@ ABOVE = "above_threshold"
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: probably the picture is of none of the classes.
 
-It is more probably out of distribution than within the classes and answered wrongly.
+It is more probable that the picture is of none of the classes than that it is of a class and the
+answer is wrong.
 """

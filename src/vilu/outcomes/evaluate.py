@@ -26,8 +26,8 @@ from vilu.outcomes.results import ResultRow, ResultTable, name_of
 from vilu.validation import checked, describe_value, require_at_least
 
 MANY_REPEATS = 0.01  # a warning follows if a larger share of rows show the picture of another row
-FEW = 30  # a warning follows if fewer answers are wrong, or right, because intervals are wide
-LISTED = 3  # largest number of sentences in a warning
+FEW = 30  # a warning follows if fewer answers are wrong, or fewer are right: intervals are wide
+LISTED = 3  # largest number of sentences that a warning lists
 
 
 @checked
@@ -101,10 +101,8 @@ def evaluate(
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
         warn_caller(f"{consequence}: {_listed(scarce)}.")
     if repeated:
-        message = f"rows of one picture are no independent answers: {_listed(repeated)}."
-        if n_resamples:
-            message += " Intervals are of the pictures."
-        warn_caller(message)
+        note = " Intervals are of the pictures." if n_resamples else ""
+        warn_caller(f"rows of one picture are no independent answers: {_listed(repeated)}.{note}")
     return ResultTable(tuple(rows))
 
 
@@ -118,22 +116,23 @@ def _listed(sentences: list[str]) -> str:
 
 
 def _chosen_metrics(names: Sequence[str] | None, tally: Tally) -> dict[str, Metric]:
-    """The metrics with these names; without names, all metrics that are meaningful for the rows."""
+    """The metrics with these names; if there are no names, all metrics that suit the rows."""
     if names is not None:
         return {name: get_metric(name) for name in names}
     metrics = {}
     for name in evaluated_metrics():
         metric = get_metric(name)
-        if _has_meaning(metric, tally):
+        if _suits(metric, tally):
             metrics[name] = metric
     return metrics
 
 
-def _has_meaning(metric: Metric, tally: Tally) -> bool:
-    """Whether a metric is meaningful for these rows, so that it is computed by default."""
+def _suits(metric: Metric, tally: Tally) -> bool:
+    """Whether a metric suits these rows, so that it is computed by default."""
     if metric.of_probability:
         return tally.probability is not None
-    return metric.question == "failure" or tally.outside.n_failures > 0
+    has_rows_outside = tally.outside.n_failures > 0
+    return metric.question == "failure" or has_rows_outside
 
 
 def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
@@ -185,9 +184,8 @@ class Comparison:
         pictures = ""
         if self.n_pictures is not None:
             pictures = f" for {self.n_pictures} pictures"
-        values = f"{metric.show(self.value_a)} against {metric.show(self.value_b)}"
-        if metric.percent:
-            values += " %"
+        unit = " %" if metric.percent else ""
+        values = f"{metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}"
         difference = metric.show(self.difference, "+")
         interval = metric.brackets(self.ci_low, self.ci_high, "+")
         answers = f"{self.n} answers{pictures}, {self.n_failures} {ASKED[metric.question]}"
@@ -251,10 +249,11 @@ def compare(
     """
     chosen = get_metric(metric)
     require_same_rows(a, b)
-    if a.answer == b.answer:
+    same_answers_are_judged = a.answer == b.answer
+    if same_answers_are_judged:
         require_same_answers(a, b)
     elif not chosen.across_answers:
-        raise UsageError(_other_answers(chosen, a, b))
+        raise UsageError(_cannot_compare(chosen, a, b))
     if chosen.of_probability:
         a = _as_probability(a, metric)
         b = _as_probability(b, metric)
@@ -263,7 +262,7 @@ def compare(
         rows &= ~a.outside
     u_a, failure = _evaluable(a, rows)
     u_b, failure_b = _evaluable(b, rows)
-    if chosen.question == "outside":
+    if chosen.question == "outside":  # a row of none of the classes counts as a failure
         failure = a.outside[rows].astype(np.int64)
     picture = _pictures(a, b, rows)
     how: dict[str, Any] = {
@@ -272,7 +271,7 @@ def compare(
         "seed": seed,
         "picture": picture,
     }
-    if a.answer == b.answer:
+    if same_answers_are_judged:
         failure_b = failure
         result = paired_bootstrap(metric, u_a, u_b, failure, **how)
     else:
@@ -286,7 +285,7 @@ def compare(
     if picture is not None:
         n_pictures = int(picture.max()) + 1
     return Comparison(
-        metric,
+        metric=metric,
         method_a=_method_name(a),
         method_b=_method_name(b),
         value_a=float(chosen.kernel(tie_counts(u_a, failure))),
@@ -304,14 +303,14 @@ def compare(
 
 
 def _method_name(outcomes: Outcomes) -> str | None:
-    """Name of the method with the kind of answers; None if the method is not known."""
+    """Name of the method and of the kind of judged answers; None if the method is not known."""
     if not outcomes.method:
         return outcomes.method
     return name_of(outcomes.method, outcomes.answer)
 
 
-def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
-    """Message that a metric cannot compare two kinds of answers. It names metrics that can."""
+def _cannot_compare(metric: Metric, a: Outcomes, b: Outcomes) -> str:
+    """Message that a metric cannot compare two kinds of answers, with the metrics that can."""
     across = [name for name, entry in METRICS.items() if entry.across_answers]
     return (
         f"{metric.title} says how well wrong answers are told from right ones. {_name(a)} judges "
@@ -321,9 +320,10 @@ def _other_answers(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 
 
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-    """Picture number of every row in a mask (N,), from whichever outcomes have pictures.
+    """Picture number of every row that is True in the mask ``rows`` (N,).
 
-    None if every row shows another picture.
+    The numbers are those of ``a``, or those of ``b`` if in ``a`` no two rows show one picture. None
+    if no two rows show one picture in ``b`` either.
     """
     for outcomes in (a, b):
         if outcomes.picture is not None:
@@ -360,12 +360,14 @@ class Resampling(NamedTuple):
         how = f"{percent} stratified bootstrap, {self.n} resamples"
         if isinstance(kernel, OwnInterval):
             how = f"{percent}, {kernel.interval_note}, {self.n} draws"
-        if source.n_pictures != source.n:
-            how += " of pictures"
+        pictures_repeat = source.n_pictures != source.n
+        if pictures_repeat:
+            return f"{how} of pictures"
         return how
 
 
-UNDEFINED = Interval(math.nan, math.nan, math.nan)
+UNDEFINED = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
+"""Result of a metric that is undefined for some rows."""
 
 
 def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[ResultRow]:
@@ -394,7 +396,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
     rows = []
     for name, metric in metrics.items():
         measured = intervals.get(name, UNDEFINED)
-        source = tally.asked(metric) or scores
+        source = tally.asked(metric) or scores  # ``scores`` if there are no probabilities
         why = None
         if math.isnan(measured.value):
             why = _why_undefined(metric, tally)
@@ -417,17 +419,18 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
 
 
 def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> dict[str, Interval]:
-    """Values of the metrics with intervals, by name. Metrics of the same rows share the resamples.
+    """Values and intervals of the metrics, by name. Metrics of the same rows share the resamples.
 
-    Metrics that need probabilities are left out if there are none.
+    Metrics that need probabilities are left out if there are no probabilities.
     """
-    # by ``id``, because the rows are not hashable
+    # The keys are the ``id`` of the rows, because the rows are not hashable.
     sources: dict[int, Scores] = {}
     kernels: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():
         source = tally.asked(metric)
         if source is not None:
             sources[id(source)] = source
+            # the first metric of some rows starts a dictionary, and further metrics are added to it
             kernels.setdefault(id(source), {})[name] = metric.kernel
     intervals: dict[str, Interval] = {}
     for key, source in sources.items():
@@ -436,6 +439,7 @@ def _intervals(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> 
 
 
 def _why_undefined(metric: Metric, tally: Tally) -> str:
+    """Why a metric has no value for these rows."""
     source = tally.asked(metric)
     if source is None:
         return "the uncertainty is not a probability"
@@ -449,7 +453,8 @@ def _measured(
 
     They have intervals if ``how.n`` is not 0, and if there are both failures and successes.
     """
-    if how.n and 0 < source.n_failures < source.n:
+    has_failures_and_successes = 0 < source.n_failures < source.n
+    if how.n and has_failures_and_successes:
         return intervals_of(
             source, kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed
         )
@@ -458,11 +463,13 @@ def _measured(
     counts = source.counts()
     measured = {}
     for name, kernel in kernels.items():
-        measured[name] = Interval(float(kernel(counts)), math.nan, math.nan)
+        value = float(kernel(counts))
+        measured[name] = Interval(value=value, ci_low=math.nan, ci_high=math.nan)
     return measured
 
 
 def _null(value: float) -> float | None:
+    """The number, or None in place of NaN."""
     if math.isnan(value):
         return None
     return value
@@ -471,7 +478,7 @@ def _null(value: float) -> float | None:
 def _evaluable(
     outcomes: Outcomes, rows: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Uncertainties and failures of the rows in a mask (N,); refuses an empty mask."""
+    """Uncertainties and failures of the rows in a mask (N,); refuses a mask without any True."""
     if not rows.any():
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
         n_scored = np.count_nonzero(np.isfinite(outcomes.uncertainty))
@@ -483,7 +490,7 @@ def _evaluable(
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes of different rows: their number, ids, or ``outside`` differ."""
+    """Refuse outcomes that differ in their number of rows, their ids, or ``outside``."""
     names = f"{_name(a)} and {_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(
@@ -496,17 +503,20 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
                     f"{names} must be of the same rows. "
                     f"Row {row} is {id_a!r} in one and {id_b!r} in the other."
                 )
-    _require_equal(a, b, "marks of none of the classes", a.outside, b.outside)
+    _require_equal(
+        a, b, what="marks of none of the classes", values_a=a.outside, values_b=b.outside
+    )
 
 
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes whose failures differ, because then they judge different answers."""
-    _require_equal(a, b, "failures", a.failure, b.failure)
+    """Refuse outcomes that differ in their failures, because they judge different answers."""
+    _require_equal(a, b, what="failures", values_a=a.failure, values_b=b.failure)
 
 
 def _require_equal(
     a: Outcomes, b: Outcomes, what: str, values_a: NDArray[Any], values_b: NDArray[Any]
 ) -> None:
+    """Refuse outcomes whose values (N,) differ in some row. ``what`` names the values."""
     different = np.flatnonzero(values_a != values_b)
     if len(different):
         raise ProvenanceError(
@@ -517,7 +527,10 @@ def _require_equal(
 
 
 def _repeated(tally: Tally) -> list[str]:
-    """A warning, as a list, if more than ``MANY_REPEATS`` of the rows repeat a picture."""
+    """A list with one warning if more than ``MANY_REPEATS`` of the rows repeat a picture.
+
+    Otherwise the list is empty.
+    """
     scores = tally.scores
     if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
         return []
@@ -525,18 +538,18 @@ def _repeated(tally: Tally) -> list[str]:
 
 
 def _scarce(tally: Tally) -> list[str]:
-    """Warnings if fewer than ``FEW`` answers are wrong, right, or of none of the classes.
+    """One warning for each kind of answers (wrong, right, ...) with fewer than ``FEW`` answers.
 
     Answers for one picture count once.
     """
     n_wrong, n_right = tally.scores.n_independent()
-    kinds = {"wrong answers": n_wrong, "right answers": n_right}
+    n_of_kind = {"wrong answers": n_wrong, "right answers": n_right}
     n_outside, _ = tally.outside.n_independent()
     if n_outside:
         n_wrong_within, _ = tally.within.n_independent()
-        kinds["wrong answers within the classes"] = n_wrong_within
-        kinds["pictures of none of the classes"] = n_outside
-    return [f"{_name(tally)} has only {n} {kind}" for kind, n in kinds.items() if n < FEW]
+        n_of_kind["wrong answers within the classes"] = n_wrong_within
+        n_of_kind["pictures of none of the classes"] = n_outside
+    return [f"{_name(tally)} has only {n} {kind}" for kind, n in n_of_kind.items() if n < FEW]
 
 
 ASKED = {
@@ -544,7 +557,7 @@ ASKED = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""What a row counts as if the answer to the question is yes, in words."""
+"""By the question of a metric: words for a row for which the answer to the question is yes."""
 
 
 def _why(n: int, n_failures: int, question: Question) -> str:
@@ -560,5 +573,5 @@ def _name(outcomes: Outcomes | Tally) -> str:
     if outcomes.method is not None:
         name = name_of(outcomes.method, outcomes.answer)
     if outcomes.dataset:
-        name += f" on {outcomes.dataset}"
+        return f"{name} on {outcomes.dataset}"
     return name

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Checked mask (N,) of the rows that belong to none of the classes.
 
-    Such rows must not have a target (N,).
+    ``target`` (N,) must be unknown in such rows.
     """
     outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
     both = np.flatnonzero(outside & (target >= 0))
@@ -48,11 +48,12 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
 def check_texts(
     values: Sequence[str | None] | None, name: str, *, optional: bool = False
 ) -> tuple[Any, ...] | None:
-    """Checked texts as a tuple; with ``optional``, a text may be None."""
+    """Checked texts as a tuple; if ``optional`` is true, a text may be None."""
     if values is None:
         return None
-    has_no_order = isinstance(values, str | Set | Mapping)
-    if has_no_order or not isinstance(values, Iterable):
+    # one text, or texts in an order that means nothing
+    is_no_list = isinstance(values, str | Set | Mapping)
+    if is_no_list or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
     allowed = (str, NoneType) if optional else (str,)
@@ -65,7 +66,7 @@ def check_texts(
 
 
 def require_decisions(decisions: Sequence[str | None] | None) -> None:
-    """Refuse decisions other than "accept" and "review", as older versions of vilu wrote them."""
+    """Refuse decisions other than "accept" and "review"; older versions of vilu wrote others."""
     unknown = set(decisions or ()) - {ACCEPT, REVIEW, None}
     if unknown:
         first = min(unknown, key=str)
@@ -94,7 +95,7 @@ def _texts(values: Sequence[str | None] | None, n: int) -> pa.Array:
 
 
 def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
-    """Checked probabilities (N,), in [0, 1] or NaN; None if there are none."""
+    """Checked probabilities (N,), in [0, 1] or NaN; None if ``values`` is None."""
     if values is None:
         return None
     numbers = real_vector(values, name)
@@ -155,11 +156,16 @@ class Tallied(Protocol):
         """The counts from which metrics are computed."""
 
 
+# groups of columns and fields of scores
 DECISION = ("decision", "decision_reason", "label_set")
+"""Columns of texts that a calibrated rule fills."""
+
 TEXT_COLUMNS = (
     *("key", "pred_name", "label_name", "reason", "score_name", "answer", "zero_shot_name"),
     *DECISION,
 )
+"""Columns of a file that hold texts."""
+
 OPTIONAL = {
     "prediction": "int64",
     "target": "int64",
@@ -170,10 +176,10 @@ OPTIONAL = {
     "zero_shot": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
-"""The optional columns and their types."""
+"""Types of the optional columns, by the name of the field."""
 
 STORED_AS = {"prediction": "pred", "target": "label", "ids": "key", "picture": "picture_id"}
-"""Name of a column in a table, by the name of the field, where the two names differ."""
+"""Name of the column of a field in a table, if it differs from the name of the field."""
 
 MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
 """Value for a missing entry, by the type of the column."""
@@ -190,10 +196,10 @@ KINDS = {
     "provenance": Mapping,
     "is_probability": bool,
 }
-"""Types of the fields that are not columns."""
+"""Types of the fields that have one value for all rows, by the name of the field."""
 
 FILLED = ("prediction", "target", "reason", "picture")
-"""Optional columns whose values may be missing in some rows, or in some parts of ``concat``."""
+"""Optional columns that some parts of ``concat`` may lack. Their rows get missing values."""
 
 OF_PROBLEM = ("space", "predictor_space", "n_candidates", "pool_size")
 """Entries of the provenance that say how hard the problem is."""
@@ -348,11 +354,11 @@ class Outcomes:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
         n = len(uncertainty)
         names = check_texts(self.class_names, "class_names")
-        last = None if names is None else len(names) - 1
+        last = None if names is None else len(names) - 1  # largest code of a class
         probability = check_probabilities(self.failure_probability, "failure_probability")
         columns: dict[str, Any] = {
             "uncertainty": uncertainty,
-            "failure": check_codes(self.failure, "failure", 1),
+            "failure": check_codes(self.failure, "failure", last=1),
             "ids": check_texts(self.ids, "ids"),
             "failure_probability": probability,
             "picture": check_pictures(self.picture, n),
@@ -361,7 +367,7 @@ class Outcomes:
             if getattr(self, name) is not None:
                 columns[name] = check_codes(getattr(self, name), name, last)
         if self.target is not None:
-            columns["target"] = check_codes(self.target, "target", last, OUTSIDE)
+            columns["target"] = check_codes(self.target, "target", last, first=OUTSIDE)
         for name in ("reason", *DECISION):
             columns[name] = check_texts(getattr(self, name), name, optional=True)
         require_decisions(columns["decision"])
@@ -373,7 +379,7 @@ class Outcomes:
             object.__setattr__(self, name, column)
         object.__setattr__(self, "class_names", names)
         self._set_outside()
-        self._check_labels()
+        self._check_facts()
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
@@ -386,9 +392,9 @@ class Outcomes:
         # ``dataclasses.replace`` with fewer rows.
         if np.any(self.outside):
             outside |= check_outside(self.outside, target)
-        bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
-        if len(bad):
-            row = bad[0]
+        not_wrong = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
+        if len(not_wrong):
+            row = not_wrong[0]
             raise DataError(
                 "an answer for a picture of none of the classes is wrong: failure must be 1 where "
                 f"the target is {OUTSIDE}. Got {self.failure[row]} in row {row} instead."
@@ -398,6 +404,7 @@ class Outcomes:
         object.__setattr__(self, "outside", outside)
 
     def _check_uncertainty(self) -> None:
+        """Check uncertainties and probabilities, which must be missing in the same rows."""
         missing = np.isnan(self.uncertainty)
         explained = np.zeros(len(missing), np.bool_)
         if self.reason is not None:
@@ -423,7 +430,8 @@ class Outcomes:
                     f"a probability must be in [0, 1]. Got {smallest:.6g} to {largest:.6g} instead."
                 )
 
-    def _check_labels(self) -> None:
+    def _check_facts(self) -> None:
+        """Check the fields that have one value for all rows (``KINDS``)."""
         for name, kind in KINDS.items():
             value = getattr(self, name)
             if isinstance(value, np.generic):
@@ -518,8 +526,8 @@ class Outcomes:
         """The rows of several outcomes, one part after another.
 
         The parts are scores of different rows by one method, such as the folds of a
-        cross-validation. Facts that differ between the parts (data set, split, seed, entries of
-        ``provenance``) are left out. Numbers of rows that were seen in the fit are added up.
+        cross-validation. Data set, split, seed and entries of ``provenance`` are left out if they
+        differ between the parts. Numbers of rows that were seen in the fit are added up.
 
         Raises:
             UsageError: If there is no part.
@@ -639,10 +647,10 @@ class Outcomes:
         scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        known_pictures = None
+        identities = None  # of the pictures of the evaluable rows
         if self.picture is not None:
-            known_pictures = self.picture[rows]
-        picture = repeated_pictures(known_pictures)
+            identities = self.picture[rows]
+        picture = repeated_pictures(identities)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
         within = scores
         if self.outside.any():
@@ -650,7 +658,9 @@ class Outcomes:
         probability = scores if self.is_probability else None
         if self.failure_probability is not None:
             note = "of the calibrated failure_probability"
-            probability = ScoredRows(self.failure_probability[rows], failure, note, picture)
+            probability = ScoredRows(
+                self.failure_probability[rows], failure, note=note, picture=picture
+            )
         ids = None
         if self.ids is not None:
             ids = [self.ids[row] for row in np.flatnonzero(rows).tolist()]
@@ -661,7 +671,7 @@ class Outcomes:
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
-            sample=sample_of_rows(known_pictures, ids),
+            sample=sample_of_rows(identities, ids),
             **facts_of(self),
         )
 
@@ -798,6 +808,8 @@ class Outcomes:
         values: dict[str, Any] = {}
         for name, kind in (("uncertainty", "float64"), ("failure", "int64")):
             values[name] = plain_values(read_column(path, table, name, kind), kind)
+        # A file of ``save`` lists its optional columns. Of another table, a column is read if it
+        # has a value in any row.
         present = metadata.get("present")
         for name, kind in OPTIONAL.items():
             column = read_column(path, table, STORED_AS.get(name, name), kind)
@@ -808,6 +820,7 @@ class Outcomes:
                 values[name] = plain_values(column, kind)
         methods = read_column(path, table, "score_name", "string").unique().to_pylist()
         facts: dict[str, Any] = dict(metadata)
+        # a method or a kind of answers in the metadata stays; otherwise the column decides
         if len(methods) == 1:
             facts.setdefault("method", methods[0])
         kinds = read_column(path, table, "answer", "string").unique().to_pylist()

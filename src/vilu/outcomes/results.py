@@ -83,18 +83,25 @@ ARROW = {"str": "string", "int": "int64", "float": "float64"}
 TYPES = {
     column.name: ARROW[str(column.type).removesuffix(" | None")]
     for column in fields(ResultRow)
-    if column.compare
+    if column.compare  # the field ``sample`` has ``compare=False``
 }
 """Arrow type of every column of a file. The sample of rows is not written to files."""
 
+# names of fields of ``ResultRow`` that are columns of a file
 COLUMNS = tuple(TYPES)
+"""All columns."""
+
 REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
+"""Columns of counts that must have a value in every row of a file."""
+
 COUNTS = (*REQUIRED_COUNTS, "n_outside")
+"""Columns of counts that have a value in every ``ResultRow``."""
 
 SELDOM = ("n_outside", "n_pictures")
 """Columns that are written only if some row has a value other than 0 or None."""
 
 REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
+"""Columns that must have a value in every row of a file."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +212,8 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        # rows of several seeds, by what they have in common; of rows that differ only in their
-        # intervals, the first one
+        # The first key is what the rows of several seeds have in common. The second key is a row
+        # without its interval. Of rows that differ only in their intervals, the first one stays.
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
@@ -371,15 +378,16 @@ class ResultTable:
         columns = {}
         for name, kind in TYPES.items():
             columns[name] = read_column(path, table, name, kind).to_pylist()
-        columns["n_outside"] = [n or 0 for n in columns["n_outside"]]
+        columns["n_outside"] = [n or 0 for n in columns["n_outside"]]  # null in a file means 0
         for name in REQUIRED:
             if None in columns[name]:
                 row = columns[name].index(None)
                 raise DataError(
                     f"{path} is not a table of results: {name!r} is missing in row {row}."
                 )
-        rows = [ResultRow(*values) for values in zip(*columns.values(), strict=True)]
-        return cls(tuple(rows))
+        # the values of one row after another, in the order of the fields
+        values_by_row = zip(*columns.values(), strict=True)
+        return cls(tuple(ResultRow(*values) for values in values_by_row))
 
 
 def _table_of_json(path: str | Path) -> pa.Table:
@@ -417,7 +425,7 @@ def _refuse_folds(rows: Sequence[ResultRow]) -> None:
 
 
 def _mean(rows: Sequence[ResultRow]) -> ResultRow:
-    """The mean over the rows of several seeds; undefined if any of them is undefined."""
+    """The mean over the rows of several seeds; its value is None if that of any row is None."""
     if len(rows) == 1:
         return rows[0]
     counts: dict[str, Any] = {}
@@ -465,6 +473,7 @@ def _n_pictures(row: ResultRow) -> int:
 
 
 UNDEFINED = "undefined"
+"""Cell of a table for a metric without a value."""
 
 
 Titled = tuple[str, list[list[str]]]
@@ -477,26 +486,28 @@ The first line is the heading of the table.
 def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
     """Names of the metrics to show.
 
-    1. The ``metrics``, if there are any.
+    1. The ``metrics``, unless they are None.
     2. Otherwise all metrics of the rows, if ``evaluate`` was called with a choice of metrics.
     3. Otherwise the metrics of the rows that have ``wanted="always"``.
     """
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
     present = list(dict.fromkeys(row.metric for row in rows))
-    if not _are_the_usual(set(present)):
+    if not _are_default(set(present)):
         return present
     return [name for name in METRICS if METRICS[name].wanted == "always" and name in present]
 
 
-def _are_the_usual(present: set[str]) -> bool:
+def _are_default(present: set[str]) -> bool:
     """Whether these metrics were computed by default, and not chosen by the user."""
-    needed = set()
+    always_computed = set()
     for name in DEFAULT_METRICS:
         metric = METRICS[name]
         if not metric.of_probability and metric.question == "failure":
-            needed.add(metric.name)
-    return needed <= present <= set(evaluated_metrics())
+            always_computed.add(metric.name)
+    lacks_none = always_computed.issubset(present)
+    has_no_other = present.issubset(evaluated_metrics())
+    return lacks_none and has_no_other
 
 
 def _tables_by_data_set(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
@@ -509,7 +520,8 @@ def _tables_by_data_set(rows: Sequence[ResultRow], shown: Sequence[str]) -> list
 
 def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
     """The table of rows on one data set, with a line per method and seed."""
-    # by name of the scores, seed and number of the repeat: the results of a line, by metric
+    # The key of a line is the name of the scores, the seed and the number of the repeat. Its value
+    # is the results of the line, by metric.
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
     repeats: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
@@ -528,7 +540,10 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
 
 
 def _metric(name: str) -> Metric:
-    """The metric with this name. An unknown name gets a metric whose title is the name."""
+    """The metric with this name.
+
+    An unknown name gets a metric whose title is the name. Its values are shown as those of AUROC.
+    """
     if name not in METRICS:
         return replace(METRICS["auroc"], title=printable(name))
     return METRICS[name]
@@ -593,6 +608,7 @@ def _shares(rows: Sequence[ResultRow]) -> str:
 
 
 def _percent(count: int, n: int) -> str:
+    """Text of the share of ``count`` in ``n``, in percent."""
     return f"{100 * count / max(n, 1):.1f}"
 
 
@@ -607,11 +623,11 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown]
-    unit = f"in percent{but_for(map(_metric, shown))}"
+    first_note = f"in percent{but_for(map(_metric, shown))}"
     intervals = _intervals_in_words(rows)
     if intervals:
-        unit += f"; in brackets: {intervals}"
-    notes = [unit]
+        first_note = f"{first_note}; in brackets: {intervals}"
+    notes = [first_note]
     for row in rows:
         notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}")
     notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
@@ -619,11 +635,11 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
 
 
 def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
-    """Text on how intervals were made.
+    """Text on how intervals were made; "" if there are no intervals.
 
-    It names the methods of each kind of interval if there are several kinds.
+    If there are several kinds of intervals, the text names the methods of each kind.
     """
-    # methods by kind of interval; a dict without values instead of a set, to have them in order
+    # The methods of each kind of interval are the keys of a dict. A set would not keep their order.
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.interval and not _is_own_interval(row):
@@ -635,11 +651,12 @@ def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
 
 
 def _is_own_interval(row: ResultRow) -> bool:
+    """Whether the metric of a row computes its intervals itself."""
     return isinstance(_metric(row.metric).kernel, OwnInterval)
 
 
 def _own_interval(row: ResultRow) -> str:
-    """Text on how the interval of a row was made, if its metric has its own kind of interval."""
+    """Text on how the interval of a row was made, if the metric computed it itself; or else ""."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"
     return ""

@@ -14,9 +14,9 @@ from vilu.errors import UNKNOWN
 SAMPLED = 256
 """Number of rows of a sample.
 
-The sample has the rows with the smallest hashes. If a part J of all rows of two outcomes is in
-both, their samples have no row in common with a probability of about (1 - J)^256. This is 2e-6 for
-J = 5 %.
+The sample has the rows with the smallest hashes. If J is the share of rows that two outcomes have
+in common, their samples have no row in common with a probability of about (1 - J)^256. For J = 5 %
+this probability is 2e-6.
 """
 
 
@@ -55,6 +55,7 @@ def _smallest(hashes: NDArray[np.int64]) -> frozenset[int]:
 
 
 def _hash(identifier: str) -> int:
+    """Hash of an identifier as a whole number of 64 bits."""
     content = identifier.encode(errors="surrogatepass")
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
 
@@ -64,5 +65,5 @@ def are_disjoint(samples: Sequence[RowSample]) -> bool:
     kinds = {sample.by for sample in samples}
     if len(samples) < 2 or len(kinds) > 1:
         return False
-    hashes = [row for sample in samples for row in sample.hashes]
+    hashes = [row_hash for sample in samples for row_hash in sample.hashes]
     return len(set(hashes)) == len(hashes)

@@ -51,16 +51,20 @@ def _share_bars(
     axes: Axes, values: Floats, edges: list[float], label: str, colour: str, hatch: str | None
 ) -> None:
     """Draw a histogram whose bars are percentages of ``values``."""
-    percent = np.full(len(values), 100 / max(len(values), 1))
-    axes.hist(values, edges, weights=percent, alpha=0.65, label=label, color=colour, hatch=hatch)
+    percent_per_value = np.full(len(values), 100 / max(len(values), 1))
+    axes.hist(
+        values, edges, weights=percent_per_value, alpha=0.65, label=label, color=colour, hatch=hatch
+    )
 
 
 def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Draw the ROC curves: true positive rate against false positive rate, over all thresholds.
 
-    A positive is a correct answer, and it is predicted positive if it is accepted.
+    A correct answer is a positive, and an accepted answer is predicted to be a positive.
     """
-    figure, axes = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
+    figure, axes = _line_per_method(
+        outcomes, curve=roc_curve_points, note="FPR95 {:.1%}", metric=fpr_at_tpr
+    )
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
     axes.set(
         xlabel="wrong answers accepted (false positive rate)",
@@ -72,7 +76,9 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Draw the error rate among the accepted answers against the share of accepted answers."""
-    figure, axes = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
+    figure, axes = _line_per_method(
+        outcomes, curve=risk_coverage_curve, note="AURC {:.3f}", metric=aurc
+    )
     axes.set(
         xlabel="coverage: share of the answers accepted",
         ylabel="selective risk: error rate among them",
@@ -100,7 +106,7 @@ def _line_per_method(
         The figure and its axes. Lines are solid for the methods of ViLU and dashed for all other
         methods, so that they can be told apart without colour.
     """
-    figure = new_figure(5.5, 5)
+    figure = new_figure(width=5.5, height=5)
     axes = figure.add_subplot()
     for of_method, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
         uncertainty, failure = known(of_method)
@@ -120,9 +126,9 @@ def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
 
 
 def probability(outcomes: Outcomes) -> Floats | None:
-    """(N,) calibrated failure probabilities, or else the uncertainties if they are probabilities.
+    """Calibrated failure probabilities (N,), or else the uncertainties if they are probabilities.
 
-    None if there are neither.
+    None if the outcomes are not calibrated and the uncertainties are not probabilities.
     """
     if outcomes.failure_probability is not None:
         return outcomes.failure_probability
@@ -142,8 +148,8 @@ class Photo:
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     """Draw the most and the least trusted photos, each with its answer and whether it is right."""
     columns = max(len(trusted), len(doubted), 1)
-    figure = new_figure(1.7 * columns, 5.2)
-    panels = figure.subfigures(2, 1, squeeze=False).ravel()
+    figure = new_figure(width=1.7 * columns, height=5.2)
+    panels = figure.subfigures(nrows=2, ncols=1, squeeze=False).ravel()
     sections = {"Most trusted": trusted, "Least trusted": doubted}
     for panel, (title, photos) in zip(panels, sections.items(), strict=True):
         panel.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -154,6 +160,7 @@ def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
 
 def draw_photo(axes: Axes, photo: Photo) -> None:
     """Draw a picture with its caption, and with a frame whose colour marks a wrong answer."""
+    # these three stay for a picture whose right answer is not known
     verdict = ""
     colour = CORRECT
     linewidth = 1
@@ -163,7 +170,7 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
         verdict = f"\nwrong: {photo.truth}"
         colour = WRONG
         linewidth = 3
-    words = textwrap.shorten(photo.prediction, 24, placeholder="…")
+    words = textwrap.shorten(photo.prediction, width=24, placeholder="…")
     axes.imshow(photo.image)
     caption = f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}"
     axes.set_title(caption, fontsize=8, color=colour)
@@ -238,7 +245,7 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
             _bars(axis, line, {**style, "linestyle": "none"})
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
-                slope, offset = np.polyfit(line.x, line.y, 1)
+                slope, offset = np.polyfit(line.x, line.y, deg=1)
                 y = slope * x + offset
                 axis.plot(100 * x, 100 * y, color=style["color"], ls=style["linestyle"])
 
@@ -250,11 +257,11 @@ def _panels(
 ) -> tuple[Figure, list[Axes]]:
     """Make a figure of ``n`` panels, row by row.
 
-    ``width`` and ``height`` of a panel are in inches, and so is the space ``below`` all panels for
-    a legend.
+    A panel is ``width`` by ``height`` inches. Below all panels, a space of the height ``below`` is
+    left for a legend.
     """
     rows = math.ceil(n / columns)
-    figure = new_figure(width * columns, height * rows + below)
+    figure = new_figure(width=width * columns, height=height * rows + below)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 
@@ -263,9 +270,12 @@ def _curve_panels(
     x_label: str,
     draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None],
 ) -> Figure:
-    """Make panels that ``draw`` fills; they share one legend and one style for each label."""
+    """Make one plot per panel, and let ``draw`` fill it.
+
+    All plots share one legend, and lines with the same label have the same style.
+    """
     labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
-    styles = dict(zip(labels, looks(), strict=False))
+    styles = dict(zip(labels, looks(), strict=False))  # ``looks`` has no end
     handles: dict[str, Any] = {}
     with house_style():
         columns = min(2, len(panels))
@@ -274,7 +284,9 @@ def _curve_panels(
             axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
             axis.grid(alpha=0.25, linewidth=0.5)
             draw(axis, panel, styles)
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            # one handle per label: a label of an earlier panel keeps its handle
+            panel_handles, panel_labels = axis.get_legend_handles_labels()
+            for handle, label in zip(panel_handles, panel_labels, strict=True):
                 handles.setdefault(label, handle)
         n_columns = int(np.clip(len(styles), 1, 4))
         figure.legend(
@@ -290,14 +302,15 @@ def _curve_panels(
 def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     """Draw a series with its intervals, in ascending order of x.
 
-    y is drawn in percent. A style without a line means a scatter plot, whose x is in percent, too.
+    y is drawn in percent. In a scatter plot, whose style has no line, x is drawn in percent, too.
     """
     order = np.argsort(line.x, kind="stable")
     x = _ordered(line.x, order)
     y = _ordered(line.y, order)
     below = np.maximum(y - _ordered(line.low, order), 0)
     above = np.maximum(_ordered(line.high, order) - y, 0)
-    if style["linestyle"] == "none":
+    is_scatter_plot = style["linestyle"] == "none"
+    if is_scatter_plot:
         x = 100 * x
     axis.errorbar(
         x,
@@ -313,12 +326,13 @@ def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
 
 
 def _ordered(values: Sequence[float], order: Ints) -> Floats:
+    """The values (N,) in the order of the indices ``order`` (N,)."""
     return np.asarray(values, dtype=np.float64)[order]
 
 
 def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     """Draw the published points of a series, with hollow markers."""
-    x, y = zip(*sorted(line.published), strict=True)
+    x, y = zip(*sorted(line.published), strict=True)  # all x and all y, in ascending order of x
     look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
     axis.plot(
         x,
@@ -345,7 +359,8 @@ class Grid:
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     """Draw heat maps: a darker cell is a higher fraction, which is printed in percent."""
     with house_style():
-        figure, axes = _panels(len(panels), min(2, len(panels)), width=4.2, height=2.6)
+        n_columns = min(2, len(panels))
+        figure, axes = _panels(len(panels), n_columns, width=4.2, height=2.6)
         for axis, panel in zip(axes, panels, strict=True):
             _draw_grid(axis, panel)
             axis.set(title=panel.title, xlabel=column_label, ylabel=row_label)
@@ -360,8 +375,8 @@ def _draw_grid(axis: Axes, panel: Grid) -> None:
     low = float(np.nanmin(fractions))
     high = float(np.nanmax(fractions))
     spread = high - low
-    # The range of greys is wider than that of the values, so no cell is white or so dark that its
-    # number cannot be read.
+    # The range of greys is wider than the range of values. So no cell is white, and no cell is so
+    # dark that its number cannot be read.
     axis.imshow(fractions, cmap="Greys", vmin=low - spread / 4, vmax=high + spread, aspect="auto")
     for (row, column), value in panel.values.items():
         axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)

@@ -24,10 +24,13 @@ CORRECT = "#0072B2"
 WRONG = "#D55E00"
 """Colour of wrong answers, in figures that also show correct answers."""
 
+# colours, dashes and markers of lines in a figure, which ``looks`` combines
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
 DPI = 150
+"""Pixels per inch of a figure that is saved as PNG or WebP."""
 DARK = (
     "@media (prefers-color-scheme: dark) "
     "{ svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
@@ -38,7 +41,7 @@ Light and dark colours are swapped, and hues stay.
 """
 METADATA: dict[str, Any] = {".svg": {"Date": None}, ".png": {"Software": None}}
 """Metadata that are left out, by the suffix of the file, so that equal figures have equal bytes."""
-SETTINGS: Any = {
+SETTINGS: Any = {  # settings of matplotlib in which every figure is drawn and saved
     "svg.hashsalt": "vilu",  # without a fixed salt, identifiers in an SVG are random
     "font.size": 9,
     "axes.titlesize": 9,
@@ -50,28 +53,29 @@ SETTINGS: Any = {
 
 def require_matplotlib() -> None:
     """Raise MissingModelError if matplotlib is not installed."""
-    import_extra("matplotlib.figure", "report")
+    import_extra("matplotlib.figure", extra="report")
 
 
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure that needs no screen; width and height are in inches."""
-    figure: Figure = import_extra("matplotlib.figure", "report").Figure(
+    figure: Figure = import_extra("matplotlib.figure", extra="report").Figure(
         figsize=(width, height), layout="constrained"
     )
     return figure
 
 
 def house_style() -> AbstractContextManager[None]:
-    """Apply the settings of matplotlib in which every figure is drawn and saved."""
-    style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
+    """A block in which matplotlib has the ``SETTINGS`` of all figures."""
+    matplotlib = import_extra("matplotlib", extra="report")
+    style: AbstractContextManager[None] = matplotlib.rc_context(SETTINGS)
     return style
 
 
 def looks() -> Iterator[dict[str, Any]]:
     """Yield the colour, the dashes and the marker of one line after another, without end.
 
-    After every eight lines the colours repeat. Then dashes and markers are shifted, so that lines
-    of equal colour look different.
+    Every eight lines, the colours begin again. Dashes and markers are then shifted against the
+    colours, so that lines of equal colour look different.
     """
     for number in itertools.count():
         shift = number // len(COLOURS)
@@ -99,5 +103,6 @@ def save(figure: Figure, path: Path) -> None:
 
 def adapting(svg: bytes) -> bytes:
     """Add the dark colours of ``DARK`` to an SVG of matplotlib."""
-    end = b"</style>"
-    return svg.replace(end, DARK.encode() + end, 1)
+    end = b"</style>"  # of the first style element, to which the rule is added
+    rule_and_end = DARK.encode() + end
+    return svg.replace(end, rule_and_end, 1)
