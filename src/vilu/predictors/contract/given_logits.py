@@ -100,7 +100,7 @@ def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingS
 
 
 def are_given(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``candidates_of`` is of candidates without texts."""
+    """Whether a description by ``candidates_of`` has an empty sketch, for want of texts."""
     return bool(candidates.get("texts") == [])
 
 

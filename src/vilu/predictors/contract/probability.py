@@ -16,7 +16,7 @@ from vilu.artifacts.documents import Model
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
-FOLDS = 10
+FOLDS = 10  # number of folds of the cross-validation
 STEPS = 100  # maximum number of steps of Newton's method, which needs about eight
 # with fewer failures, or with fewer successes, the smoothest form is used without cross-validation
 FEW_OF_A_KIND = 20
@@ -37,7 +37,7 @@ def expit(log_odds: Floats) -> Floats:
 
     It replaces the function of SciPy, whose import takes half a second.
     """
-    small = np.exp(-np.abs(log_odds))  # at most 1: it never overflows
+    small = np.exp(-np.abs(log_odds))  # at most 1, so there is no overflow
     probability: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
     return probability
 
@@ -204,6 +204,7 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
     fold = np.empty(len(score), np.int64)
     for is_failure in (0, 1):
         rows = np.flatnonzero(failure == is_failure)
+        # the shuffled rows are dealt out, one to each fold in turn
         fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
     losses = np.empty(len(score))
     for number in range(FOLDS):
@@ -324,7 +325,8 @@ def _by_newton(x: Floats, target: Floats) -> Floats:
         gradient = x.T @ (p - target)
         variance = p * (1 - p)
         curvature = x.T @ (x * variance[:, None])
-        # least squares instead of solve: a direction without curvature (equal scores) gets weight 0
+        # Equal scores give a direction without curvature, in which ``solve`` would fail. Least
+        # squares make no step in this direction.
         step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
         descent = _descend(weights, step, least, x, target)
         if descent is None:

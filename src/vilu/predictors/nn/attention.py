@@ -50,7 +50,7 @@ CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this."""
 
 STREAMED_CHANGE = 3e-5
-"""As ``CHANGE``, for streamed rows. Fifty further steps would not increase the AUROC."""
+"""The same limit for streamed rows. Fifty further steps would not increase the AUROC."""
 
 FEATURES = "features"
 """Name of the column of image features."""
@@ -92,7 +92,7 @@ class Standard(nn.Module):
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 the difference has enough digits.
         mean_square = moments.squares / moments.n
         variance = (mean_square - mean.square().sum()).clamp_min(0)
-        norm = torch.ones((), dtype=torch.float32)  # for rows that are all equal
+        norm = torch.ones((), dtype=torch.float32)  # rows that are all equal are divided by 1
         if variance > TINY:
             norm = variance.sqrt()
         self.mean.copy_(mean)
@@ -264,8 +264,8 @@ class SupervisedAttention(nn.Module):
         """(B, K) tempered zero-shot logits, without the logit bias.
 
         The less similar the candidates are to the training classes, the nearer to one is the
-        temperature. ``match`` is the result of ``match`` for the candidates. None: they are the
-        training classes.
+        temperature. ``match`` is the result of the method ``match`` for the candidates. None: the
+        candidates are the training classes.
         """
         temperature: Tensor = self.temperature
         if match is not None:
@@ -279,21 +279,25 @@ class SupervisedAttention(nn.Module):
         If the attention was fitted to captions, there are no classes, and ``reach`` is 1.
         """
         if not len(self.classes):
-            no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return Match(no_class, no_class.bool(), torch.ones_like(text[:, 0]))
+            row = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            return Match(
+                row=row,
+                known=torch.zeros_like(row, dtype=torch.bool),
+                reach=torch.ones_like(text[:, 0]),
+            )
         cosine, row = nearest(text, self.classes)
         known = cosine >= SAME_TEXT
         candidates = functional.normalize(self.text(text), dim=1)
         classes = functional.normalize(self.text(self.classes), dim=1)
         nearest_cosine, _ = nearest(candidates, classes)
         common_variance = nearest_cosine.clamp(0, 1).square()
-        return Match(row, known, torch.where(known, 1.0, common_variance))
+        return Match(row=row, known=known, reach=torch.where(known, 1.0, common_variance))
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits.
 
-        ``match`` is the result of ``match`` for the candidates. None: they are the training
-        classes, in their order.
+        ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
+        the training classes, in their order.
         """
         learned: Tensor = self.queries(batch) @ self.learned_keys(batch.text, match).T
         return self.offset(batch, match) + learned
@@ -468,8 +472,9 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n = len(rows.index)
-        # Prior standard deviation of the weight of each input. The last input is always 1. The
-        # inputs are multiplied by ``scale``, so that the prior of A and V is N(0, 1).
+        # ``scale`` is the prior standard deviation of the weight of each input. The inputs are
+        # multiplied by it, so that the prior of A and V is N(0, 1). The last input is always 1, so
+        # its weight is the bias, which has a smaller variance.
         scale = torch.full(
             (attention.inputs.width + 1,),
             math.sqrt(variance),
@@ -553,7 +558,7 @@ class Problem:
             shared = near.shared.detach() / scale_column
             own = (near.own.detach() - self.attention.own.detach()) / self.scale
             return Solution(shared, own)
-        block = self.held or next(self._streamed())
+        block = self.held or next(self._streamed())  # any block shows the sizes of A and V
         n_image = block.image.shape[1]
         shared = torch.zeros(n_image, block.text.shape[1], device=self.device, dtype=torch.float32)
         own = torch.zeros(len(self.attention.own), n_image, device=self.device, dtype=torch.float32)
@@ -656,12 +661,12 @@ def held_out_share(problem: Problem) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    if problem.n == 1:
+    if problem.n == 1:  # no row would be left to learn from
         return 1.0
     block = cast("Block", problem.held)
     before = plus(block.image @ block.before.T, block.offset)
     fold = _folds(problem, block)
-    sufficient_folds = math.ceil(FOLDS * HELD_OUT / problem.n)
+    sufficient_folds = math.ceil(FOLDS * HELD_OUT / problem.n)  # a fold has n / FOLDS rows
     n_folds = min(sufficient_folds, FOLDS, problem.n)
     learned = torch.zeros_like(before)  # for each row, the logits that are learned without it
     for k in range(n_folds):
@@ -681,7 +686,7 @@ def held_out_share(problem: Problem) -> float:
 
 
 def _folds(problem: Problem, block: Block) -> Tensor:
-    """Number (N,) of the fold of every row; all rows of one picture are in the same fold."""
+    """Index (N,) of the fold of every row; all rows of one picture are in the same fold."""
     first_row, picture_of_row = problem.rows.pictures()
     first_row = first_row.to(problem.device)
     picture_of_row = picture_of_row.to(problem.device)
@@ -717,7 +722,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     count = torch.bincount(target, minlength=n_classes)
     n = len(target)
     m = int((count > 0).sum())
-    if n == m:
+    if n == m:  # each of the m classes has exactly one label
         share = MISSED
     else:
         n_single = int((count == 1).sum())

@@ -58,7 +58,7 @@ class CrossAttention(nn.Module, ABC):
     def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
         """(B, H) the average sum_j alpha_j W_V t_j of the texts, multiplied by ``after``.
 
-        It is computed in float32. With many texts, no (B, K) tensor is needed.
+        The computation is in float32. With many texts, no (B, K) tensor is needed.
 
         Args:
             image: (B, D) unit-norm embeddings.
@@ -93,7 +93,7 @@ def has_few(text: Tensor, image: Tensor) -> bool:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """(B, H) softmax(scale * queries @ keys.T) @ values."""
-    # the fused kernels need four dimensions: a batch of one, and one head
+    # The fused kernels need two more dimensions in front: a batch of size one, and one head.
     attended = functional.scaled_dot_product_attention(
         queries[None, None], keys[None, None], values[None, None], scale=scale
     )
@@ -308,6 +308,7 @@ def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
     expected = _shapes_and_types(network.state_dict())
     actual = _shapes_and_types(state)
     if actual != expected:
+        # pairs of a name and its sizes and type that only one of the two has
         differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)
         raise DataError(
             f"the weights do not fit a {method} with these parameters; "
@@ -316,7 +317,7 @@ def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
     copies = {}
     for name, tensor in state.items():
         copies[name] = tensor.clone(memory_format=torch.contiguous_format)
-    # with ``assign``, because a network on the meta device has no memory to copy into
+    # ``assign`` replaces the tensors: a network on the meta device has no memory to copy into
     network.load_state_dict(copies, assign=True)
     return network.eval()
 

@@ -17,10 +17,10 @@ from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
 EPSILON = 1e-6
-"""Error rates e are clipped to at least 1e-6, in (1 - e) / e also to at most 1 - 1e-6."""
+"""Error rates e below 1e-6 are replaced by 1e-6. In (1 - e) / e, e is at most 1 - 1e-6 as well."""
 
 MIN_WEIGHT = 0.05
-"""Minimum of -log(e). Without it, a batch with failures only (e = 1) would have no gradient."""
+"""Minimum of -log(e). Otherwise a batch with failures only (e = 1) would have no gradient."""
 
 EMA_MOMENTUM = 0.99
 """Weight of the previous value in the moving average of the error rates of batches."""
@@ -65,7 +65,7 @@ class FailureWeight:
             raise UsageError(
                 f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
             )
-        if not static > 0:  # true also for NaN
+        if not static > 0:  # unlike ``static <= 0``, this refuses NaN, too
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
         self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
@@ -75,7 +75,8 @@ class FailureWeight:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        # the mean over all processes; it returns only when every process has called it
+        # The mean is over all processes. The call returns only when every process has made it, so
+        # it is made in mode "dataset", too.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
@@ -94,7 +95,7 @@ class FailureWeight:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The error rate that calls depend on beside the batch, such as the moving average."""
+        """The error rate on which calls depend beside the batch, for example the moving average."""
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
