@@ -60,7 +60,7 @@ class Stacking(WithSecondModel):
        are all equal gets no weight.
     3. The members are fitted again on all training rows.
 
-    Members have their default parameters, except for ``seed`` and ``device``, which are those of
+    Members have their default parameters, except for ``seed`` and ``device``, which they take from
     the stack. A member that learns from failures is a constant if the rows that it is fitted on
     have no failures, or only failures. The stack scores only the classes that it was fitted on,
     because some of its default members can do no more.
@@ -229,7 +229,7 @@ class Stacking(WithSecondModel):
         return torch.sigmoid(x @ self.learned_["coefficients"] + self.learned_["intercept"])
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store the tensors of the regression, and those of the members, which have a prefix."""
+        """Store the tensors of the regression, and of the members, whose names have a prefix."""
         is_constant = tensors.keys() == {CONSTANT}
         members = {} if is_constant else self._new_members()
         own = dict(tensors)

@@ -106,7 +106,7 @@ class MCMTS(FailurePredictor):
 
 
 def has_failures(failure: Tensor, consequence: str) -> bool:
-    """Whether there are failures, without which factors cannot be fitted; warns if there are none.
+    """Whether there are failures, which a fit of factors needs; warns if there are none.
 
     The warning ends with the ``consequence``.
     """
@@ -263,7 +263,7 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may use the embeddings of a second model, beside those of the VLM.
+    """A method that may use the embeddings of a second model beside the embeddings of the VLM.
 
     The embedding space of the second model is saved with the fit. In scoring, a second model with
     another space is refused.

@@ -27,7 +27,7 @@ class MCM(FailurePredictor):
     If the zero-shot answer is judged, p_a = max_j p_j.
 
     Source: Ming et al., NeurIPS 2022. In that paper p is the softmax of the cosines. Here and in
-    ViLU it is the softmax of the logits, at the logit scale of the VLM.
+    ViLU p is the softmax of the logits, at the logit scale of the VLM.
 
     Examples:
         >>> import numpy as np, vilu
@@ -220,7 +220,7 @@ class Energy(FailurePredictor):
 
     Args:
         temperature: T, by which the logits are divided; they already have the logit scale of the
-            VLM. As T goes to zero, the score becomes that of ``max_logit``.
+            VLM. As T goes to zero, the score becomes the score of ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
 

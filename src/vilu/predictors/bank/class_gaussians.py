@@ -152,12 +152,12 @@ class ClassDensity(ClosedSet):
         answer_column = batch.prediction.to(image.device)[:, None]
         log_density, is_seen = self._log_densities(batch, image)
         of_answer = log_density.gather(1, answer_column).squeeze(1)
-        # Classes without training images are no rivals. Their density is that of all images, so
-        # it would be the largest for every image that is slightly unlike its own class.
+        # Classes without training images are no rivals. They have the density of all images, which
+        # would be the largest one for every image that is slightly unlike its own class.
         of_seen = log_density.masked_fill(~is_seen, -math.inf)
         of_rivals = of_seen.scatter(1, answer_column, -math.inf).logsumexp(dim=1)
-        # If no rival has images, log sum_{c != a} N_c is minus infinity. It is replaced by 0, so
-        # that the scores of different images still differ.
+        # If no rival has images, log sum_{c != a} N_c is minus infinity. This value is replaced by
+        # 0, so that the scores of different images still differ.
         has_no_rival = of_rivals == -math.inf
         return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
 
@@ -224,8 +224,8 @@ class ClassGaussians(ClassDensity):
 
     - A class of one image uses the mean covariance within classes. If no class has two different
       images, it uses a multiple of the identity, with the mean variance of a coordinate.
-    - A class without images is left out of every sum. If it is the prediction, its N_t̂ has the
-      covariance and the mean of all training images.
+    - A class without images is left out of every sum. If such a class is the prediction, N_t̂ has
+      the covariance and the mean of all training images.
     - If no other class has images, log sum_{c != t̂} N_c is set to 0.
 
     Args:

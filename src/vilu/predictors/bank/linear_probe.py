@@ -89,8 +89,8 @@ class LinearProbe(ClosedSet):
         bias[seen_classes] = 0.0
         if len(seen_classes) > 1:
             image = gather(drawn)
-            # The mean of all images is the largest part of every image. If it is not subtracted,
-            # L-BFGS converges slowly.
+            # The mean of all images is the largest part of every image. If this mean were not
+            # subtracted, L-BFGS would converge slowly.
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():
@@ -120,8 +120,8 @@ class LinearProbe(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
         log_odds = failure_log_odds(logits, batch)
-        # The uncertainty of an answer without training images is 1. It is set directly, because the
-        # softmax is 0 / 0 if no candidate has training images.
+        # The uncertainty of an answer without training images is 1. This number is set directly,
+        # because the softmax is 0 / 0 if no candidate has training images.
         answer_column = batch.prediction.to(logits.device)[:, None]
         of_answer = logits.gather(1, answer_column).squeeze(1)
         return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)

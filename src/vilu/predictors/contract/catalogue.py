@@ -1,4 +1,4 @@
-"""All methods by name: those of this package, registered methods, and methods of entry points."""
+"""All methods by name: methods of this package, registered methods, methods of entry points."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Coalitions(ABC):
 
     @abstractmethod
     def see(self, background: list[Scored]) -> None:
-        """Store the background rows, whose inputs replace those of players not in a coalition."""
+        """Store the background rows, whose inputs replace the inputs of missing players."""
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
@@ -94,7 +94,7 @@ class SingleCoalitions(Coalitions):
 class HeadCoalitions(Coalitions):
     """Coalitions of the inputs of one ``FailureHead``, or of an ensemble of them.
 
-    The value of a coalition S is that of the interventional game (Janzing et al., AISTATS 2020):
+    A coalition S has its value in the interventional game (Janzing et al., AISTATS 2020):
 
         v(S) = 1/M sum_b link(g(z_b))
 

@@ -119,13 +119,13 @@ class FailurePredictor(ABC):
             where the score also uses the embeddings of the candidates. Only methods that state
             their inputs work on given logits (``vilu.Embeddings.from_logits``).
         knows_answer: Whether the score depends on which answer is judged.
-        tensors: Names of the saved tensors, without those of its ``module``.
+        tensors: Names of the saved tensors, without the weights of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
         needs_labels: Whether a fit needs labelled rows. Otherwise a fit uses all usable rows.
         uses_unlabelled: Whether a fit can also learn from rows without labels
             (``Rows.unlabelled``).
-        learned_: The saved tensors by name, without those of the network.
+        learned_: The saved tensors by name, without the weights of the network.
         network_: The ``module`` with its weights, ready to score; None without a module.
         space_: Embedding space of the training data; None before a fit.
         seen_: Sketches of the rows used by ``fit``, by kind of identity; empty where the rows
@@ -230,8 +230,8 @@ class FailurePredictor(ABC):
         ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
         labels get unknown failures.
         """
-        # Methods without a fit do not define ``_learn``, and ``fit`` calls it only where a class
-        # defines it (``needs_fit``).
+        # This is never reached in a fit: ``fit`` calls ``_learn`` only if the class defines it
+        # (``needs_fit``).
         raise NotImplementedError(f"{self.name} has nothing to learn: it scores without a fit")
 
     def module(

@@ -84,9 +84,9 @@ LEARNED_FROM = "It learned from them, so nothing measured on them holds for othe
 class RowSketch:
     """Bottom-k sketch of a set of rows: its smallest 63-bit hashes, sorted, and its number of rows.
 
-    Up to 16,384 rows the sketch has all hashes. Of a larger set it is a uniform sample, since
-    hashes are uniform. Whether a row is in the set is then known if the hash of the row is at most
-    the largest hash of the sketch, and unknown otherwise.
+    A set of up to 16,384 rows has all its hashes in the sketch. The sketch of a larger set is a
+    uniform sample, since hashes are uniform. It is then known whether a row is in the set if the
+    hash of the row is at most the largest hash of the sketch, and unknown otherwise.
     """
 
     hashes: torch.Tensor  # (min(number of different rows, SIZE),) int64, ascending
@@ -424,8 +424,8 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
     """Warn if the mean largest cosine differs by more than 4 ``deviation`` from the ``mean``.
 
-    ``mean`` and ``deviation`` are those of the fit (``similarity_range``). For embeddings without
-    provenance, no other check shows that they come from another model of the same width.
+    ``mean`` and ``deviation`` are the results of ``similarity_range`` for the rows of the fit. No
+    other check shows that embeddings without provenance come from another model of the same width.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return

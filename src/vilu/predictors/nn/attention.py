@@ -41,7 +41,7 @@ STEPS = 150
 """Maximum number of L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
-"""Number of rows of a streamed block. It is so small that the logits stay in the cache."""
+"""Number of rows of a streamed block, so small that the logits of the block stay in the cache."""
 
 SOME_ROWS = 4_096
 """Maximum number of rows of a ``sample``, on which statistics of all rows are estimated."""
@@ -182,8 +182,8 @@ class SupervisedAttention(nn.Module):
     scored.
 
     For candidates that are no training classes, ``Match.reach`` reduces the effect of A and of the
-    temperature. If the text of a candidate is unlike those of all classes, its logit is nearly its
-    zero-shot logit.
+    temperature. If the text of a candidate is unlike the texts of all classes, the logit is nearly
+    the zero-shot logit.
 
     If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
 
@@ -242,10 +242,10 @@ class SupervisedAttention(nn.Module):
     def offset_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes.
 
-        They are zero for a ``LogitBatch``.
+        For a ``LogitBatch`` the keys are zero.
         """
         # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x.
-        # So it is a product of (x, 1) with a key, too.
+        # So a zero-shot logit is a product of (x, 1) with a key, too.
         image = self.inputs.image
         dim = batch.text.shape[1]
         scaled = self.temperature * batch.logit_scale * batch.text
@@ -341,9 +341,9 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     1. The start is the zero-shot logits, or those of ``start``, times a fitted temperature.
        ``class_log_prior`` is added to the bias of each class. With a ``start``, the number that is
        added for a class without labels is ``start.occurrence``, if this is lower.
-    2. The learned part, which is added to the start, has a normal prior. For the weights of x it is
-       N(0, C) with C = ``variance`` * ``zero_shot_variance``. For the biases it is N(0, C / 50).
-       Finding the posterior mode is a convex problem.
+    2. The learned part, which is added to the start, has a normal prior. The prior of the weights
+       of x is N(0, C) with C = ``variance`` * ``zero_shot_variance``. The prior of the biases is
+       N(0, C / 50). Finding the posterior mode is a convex problem.
     3. The solution is multiplied by n / (n + 8). If ``is_few``, it is also multiplied by the result
        of ``held_out_share``.
 
@@ -422,10 +422,11 @@ class Block(NamedTuple):
     def slopes(self, logits: Tensor) -> Tensor:
         """(B, K) derivatives of the ``losses`` in the logits, whose memory may be overwritten.
 
-        They are the softmax over all candidates, minus the softmax over the right candidates.
+        A derivative is the softmax over all candidates, minus the softmax over the right
+        candidates.
         """
         target_column = self.batch.target[:, None]
-        if self.batch.same is None:  # one candidate is right, so the softmax over it is 1
+        if self.batch.same is None:  # one candidate is right, and its softmax over itself is 1
             minus_one = torch.full_like(logits[:, :1], -1)
             posterior = torch.softmax(logits, dim=1, out=logits)
             return posterior.scatter_add_(1, target_column, minus_one)
@@ -608,7 +609,8 @@ class Problem:
     def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
 
-        It is called once if all blocks have the same classes, and once per pool of captions.
+        This method is called once if all blocks have the same classes, and once per pool of
+        captions.
         """
         if current is None:
             return
@@ -704,15 +706,15 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     The logarithm is 0 for a class with labels, and at most 0 for a class without labels.
 
     Let f of the n labels be the only label of their class. The share s of all images that belong to
-    classes without labels is estimated by the formula of Good and Turing, s = f / n. Here it is at
+    classes without labels is estimated by the formula of Good and Turing, s = f / n. Here s is at
     least 1 / n. This share is divided equally among the K - m classes without labels. The share
     1 - s is divided equally among the m classes with labels. So the relative frequency of a class
     without labels is
 
         s m / ((1 - s) (K - m))
 
-    If it is above 1, it is replaced by 1. If each of the m classes has exactly one label, the
-    images were probably chosen one per class. They then say nothing about s, and s = 0.1 is
+    A relative frequency above 1 is replaced by 1. If each of the m classes has exactly one label,
+    the images were probably chosen one per class. They then say nothing about s, and s = 0.1 is
     assumed.
 
     Source: Good, Biometrika 1953.
@@ -728,7 +730,8 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
         n_single = int((count == 1).sum())
         share = max(n_single, 1) / n
     prior = torch.zeros(n_classes, dtype=torch.float32)
-    if 0 < m < n_classes:
+    has_both = 0 < m < n_classes  # classes with labels, and classes without
+    if has_both:
         ratio = share * m / ((1 - share) * (n_classes - m))
         prior[count == 0] = min(math.log(ratio), 0.0)
     return prior
@@ -749,7 +752,7 @@ def sample(rows: Rows) -> Rows:
     """At most ``SOME_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
     if rows.source.pool_size is not None:
         return rows
-    step = math.ceil(len(rows.index) / SOME_ROWS)
+    step = math.ceil(len(rows.index) / SOME_ROWS)  # 1 if there are few rows
     return replace(rows, index=rows.index[::step])
 
 

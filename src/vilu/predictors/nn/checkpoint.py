@@ -157,7 +157,7 @@ class FolderKeeper(Keeper):
     def _newest(self) -> tuple[bytes, bytes]:
         """Bytes of the record and of the tensors of the newest intact checkpoint.
 
-        They are empty if the folder has no checkpoints.
+        Both are empty if the folder has no checkpoints.
 
         Raises:
             DataError: If all checkpoints are damaged.
@@ -197,7 +197,7 @@ class FolderKeeper(Keeper):
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file name is that of a file of a checkpoint, or of its temporary file."""
+    """Whether a file of this name is a file of a checkpoint, or a temporary form of such a file."""
     temporary = TEMPORARY.fullmatch(name)
     if temporary:
         name = temporary["name"]
@@ -295,7 +295,7 @@ _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa
 def current_session() -> Session:
     """The session of a ``with checkpointing()`` block.
 
-    Outside such a block it is a session that saves nothing.
+    Outside such a block this is a session that saves nothing.
     """
     return _session.get()
 
@@ -478,7 +478,8 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The momentum of each parameter that was trained, by the number of the parameter."""
     momenta = {}
     for number, state in optimizer.state_dict()["state"].items():
-        if state["momentum_buffer"] is not None:  # it is None if the optimiser has no momentum
+        has_momentum = state["momentum_buffer"] is not None
+        if has_momentum:
             momenta[str(number)] = state["momentum_buffer"]
     return momenta
 

@@ -96,8 +96,8 @@ class Memory(nn.Module):
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
         """Gaussian kernels (N, M) of rows and bank, which are results of ``exponent_factor``.
 
-        The exponent is computed in float64. It is a small difference of terms as large as 10, so in
-        float32 the kernel would have an error of 1e-4.
+        The exponents are computed in float64. They are small differences of terms as large as 10.
+        So in float32 the kernel would have an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
@@ -105,8 +105,8 @@ class Memory(nn.Module):
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
         """Longer rows (N, D + F + 2) float64, whose products are the exponents of the kernel.
 
-        The exponent of inputs x and x' is -|x - x'|^2 / 2. It is a product of two longer vectors,
-        the second of which belongs to the bank:
+        The exponent of inputs x and x' is -|x - x'|^2 / 2. This is the product of two longer
+        vectors: one of x, and one of x', which belongs to the bank.
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
@@ -171,7 +171,7 @@ class Experts(nn.Module):
 
     A companion is an ``Adapter`` or a ``Memory``. It has outputs for the training classes only.
     ``weights`` (M,) float64 are the weights of the experts in a log-linear pool. The first weight
-    is that of the attention.
+    belongs to the attention.
 
     A candidate is foreign if it is no training class. If one or more candidates of a batch are
     foreign, only the attention scores the batch, and its weight is 1.
@@ -183,7 +183,8 @@ class Experts(nn.Module):
         super().__init__()
         self.attention = attention
         self.companions = nn.ModuleDict(companions)
-        self.weights = weights  # no buffer: some devices have no float64
+        # not a buffer, because ``to`` would move it to devices that have no float64
+        self.weights = weights
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K) of the pool: sum_m w_m l_m, where w_m is the weight of expert m."""
@@ -273,8 +274,8 @@ class Experts(nn.Module):
         """Logits (B, M, K) of all experts, without a check of the candidates.
 
         The logits of the companions are wrong for candidates that are no training classes.
-        ``match`` is the result of ``match`` for the candidates. It is None if there are no
-        training classes.
+        ``match`` is the result of the attention's ``match`` for the candidates, or None if there
+        are no training classes.
         """
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
@@ -314,7 +315,7 @@ class Experts(nn.Module):
         columns = dict(batch.columns)
         if inputs.on_features:
             columns[FEATURES] = inputs.features.mean.unsqueeze(0)
-        first_row = batch.rows(slice(0, 1))
+        first_row = batch.rows(slice(0, 1))  # a batch of one row, with the candidates
         mean_image = inputs.image.mean.unsqueeze(0)
         return dataclasses.replace(first_row, image=mean_image, columns=columns)
 

@@ -1,6 +1,6 @@
 """Weighted losses for failure prediction.
 
-They are computed in float32, and are finite for every error rate from 0 to 1.
+The losses are computed in float32, and are finite for every error rate from 0 to 1.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class FailureWeight:
             return adaptive_weight(batch_rate)
         if self.mode == "ema":
             self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
-        # in mode "dataset" the rate is that of the training set, and never changes
+        # in mode "dataset" ``rate`` is the error rate of the training set, and never changes
         return adaptive_weight(self.rate.to(failure.device))
 
     def _constant(self, static: float) -> Tensor | None:
@@ -99,7 +99,7 @@ class FailureWeight:
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Replace the error rate by that of a ``state``."""
+        """Replace the error rate by the one in a ``state``."""
         is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
@@ -147,8 +147,8 @@ def regression(
 ) -> Callable[[FailureWeight], Loss]:
     """Return a function from a failure weight to a loss.
 
-    The loss is the weighted squared error between link(g) and the target. It is divided by the mean
-    square of the targets of the batch, if that exceeds one.
+    The loss is the weighted squared error between link(g) and the target. If the mean square of the
+    targets of the batch exceeds one, the loss is divided by this mean square.
     """
 
     def with_weight(weight: FailureWeight) -> Loss:

@@ -76,7 +76,7 @@ def model_card(
     ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
     or None without a calibration. The header is valid YAML, whatever characters the names contain.
     """
-    space = description["space"] or {}
+    space = description["space"] or {}  # None if the method was not fitted
     notes = description["notes"]
     name = description["method"]
     space_facts = facts(space, SPACE) or ["- unknown: it was made from bare arrays"]

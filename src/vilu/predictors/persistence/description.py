@@ -58,7 +58,7 @@ SEEN_BY: dict[Identity, str] = {
 FINGERPRINT = "fingerprint"
 """Key of the digest of ``predictor.json`` in the file.
 
-In a description that was read from the file, it is the key of the fingerprint of the predictor.
+In the result of ``read_description`` this key has the fingerprint of the predictor instead.
 """
 REFIT = "Run `vilu fit` again"
 RECALIBRATE = "Run `vilu calibrate` again"
@@ -147,8 +147,8 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder has the ``same`` fit, files with other names than those of a predictor are
-    allowed.
+    If the folder has the ``same`` fit, such files are allowed, unless they have the name of a file
+    of a predictor.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
 
@@ -164,7 +164,8 @@ def _drop_calibration(path: Path) -> None:
     with or_refuse(f"remove the old calibration in {path}"):
         for name in stale:
             (path / name).unlink()
-    if RISK not in stale and ROWS not in stale:
+    had_calibration = RISK in stale or ROWS in stale
+    if not had_calibration:
         return
     logger.warning(
         "%s: the predictor here was replaced, and its calibration was removed: "
@@ -238,7 +239,8 @@ def _has_our_header(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors belongs to a saved predictor, by its name and its header."""
     metadata_keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in metadata_keys:
-        return metadata_keys[name] in dict(header.get("__metadata__") or {})
+        metadata_of_file = dict(header.get("__metadata__") or {})  # empty if there is none
+        return metadata_keys[name] in metadata_of_file
     known = {*SEEN_BY.values(), "__metadata__"}
     for key in header:
         if key not in known and not key.startswith("state."):

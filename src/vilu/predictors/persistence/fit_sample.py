@@ -143,6 +143,7 @@ class FitSample:
             raise ValueError("its content is not what its digest says")
         n_rows = facts["n_rows"]
         is_matrix = image.dtype == torch.float16 and image.ndim == 2
-        if not is_matrix or not 0 < len(image) <= n_rows:  # a sample has at most all rows
+        is_sample = is_matrix and 0 < len(image) <= n_rows
+        if not is_sample:
             raise ValueError(f"it holds {image.dtype} of shape {tuple(image.shape)}")
         return cls(image, n_rows)

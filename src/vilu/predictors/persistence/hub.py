@@ -163,8 +163,8 @@ def _open_folder(folder: Path) -> Iterator[_OpenFolder]:
         os.close(descriptor)
 
 
-# Flags of ``os.open``: do not follow a link, do not wait for a pipe, do not convert line ends.
-# A flag that a system does not have is 0.
+# Flags of ``os.open``. With them it does not follow a link, does not wait for a pipe, and does not
+# convert line ends. A flag that a system does not have is 0.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -445,7 +445,8 @@ def _download(repository: str, revision: str | None) -> Path:
             info = hub.HfApi(library_name="vilu").model_info(
                 repository, revision=revision, files_metadata=True
             )
-            sizes = {file.rfilename: file.size for file in info.siblings or ()}
+            files = info.siblings or ()  # ``siblings`` is None if the hub lists no files
+            sizes = {file.rfilename: file.size for file in files}
             missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
             if missing:
                 raise DataError(

@@ -61,7 +61,7 @@ class GraphBatch(Batch):
     def first_equal(self) -> Tensor:
         """Index (K,) int64, for every candidate, of the first candidate with equal embedding.
 
-        The result is that of ``vilu.embeddings.similarity.first_equal``.
+        The result is the same as of the function ``vilu.embeddings.similarity.first_equal``.
         """
         _, group = torch.unique(self.text, dim=0, return_inverse=True)
         indices = positions(self.text)
@@ -421,7 +421,8 @@ def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Gene
     """
     image = random_rows(n, text.shape[1], generator)
     candidate = text[torch.randint(len(text), (n,), generator=generator)]
-    image[::2] = functional.normalize(candidate + image / 2, dim=1)[::2]
+    near_candidate = functional.normalize(candidate + image / 2, dim=1)
+    image[::2] = near_candidate[::2]
     trial = {"image": image, "text": text}
     for name, width in widths.items():
         if name == NEGATIVES:

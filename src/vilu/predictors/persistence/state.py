@@ -51,7 +51,7 @@ class StateLayout(NamedTuple):
         return own, network
 
     def _wrong_names(self, tensors: Mapping[str, Tensor]) -> str:
-        """Message for tensors with other names than those of the method."""
+        """Message for tensors whose names are not the names of the tensors of the method."""
         expected = f"{self.method} has no weights"
         if self.names:
             expected = f"a {self.method} holds {', '.join(self.names)}"

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 @checked
 @torch_defaults()
 def load_predictor(folder: str | Path) -> FailurePredictor:
-    """Load a predictor; its scores equal those of the saved predictor bit for bit.
+    """Load a predictor, which gives the same scores as the saved predictor, bit for bit.
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor.

@@ -6,8 +6,8 @@ The margin of an image x is
 
     m(x) = log sum_w exp l_w(x) - log sum_c exp l_c(x),
 
-with logits l_w of the words and l_c of the classes. It is the log-odds of words against classes
-under the zero-shot softmax over words and classes.
+with logits l_w of the words and l_c of the classes. The margin is the log-odds of words against
+classes under the zero-shot softmax over words and classes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
 def word_mass(batch: Batch, far: Tensor) -> Tensor:
     """(B,) float64 log sum_w exp l_w over the words w with the indices ``far``.
 
-    The logit bias is left out, because it is the same for all words and classes.
+    The logit bias is left out, because it is the same for all words and classes and so cancels.
     """
     words = batch.columns[NEGATIVES][far]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -91,7 +91,7 @@ class NegLabel(FailurePredictor):
     with the least nearness is kept.
 
     Args:
-        of: Whose softmax mass lowers the uncertainty: that of all "classes", or of the "answer".
+        of: Whose softmax mass lowers the uncertainty: all "classes", or the "answer" alone.
         share: Share of the words that is kept.
         nearest: Share of the classes that a word may be near to without being left out.
 
@@ -152,7 +152,7 @@ DIRECTION_ROWS = 100
 DIRECTION_VARIANCE = 0.1
 """Prior variance of the weights that predict the margin from the image."""
 DIRECTION_WEIGHT = 2.0
-"""Weight of the predicted margin when it is averaged with the margin, whose weight is 1."""
+"""Weight of the predicted margin in its average with the margin, which has the weight 1."""
 
 CLASS_PRIOR_ROWS = 5.0
 """Weight, in rows, that the mean over all classes has in the estimated mean of one class."""
@@ -241,7 +241,7 @@ class Outside:
         Args:
             batch: Rows with the columns ``columns``.
             classes: (K,) index of every candidate among the classes of the fit, -1 for a candidate
-                that is no class of the fit. None: no candidate is a class of the fit.
+                that is no class of the fit. None means -1 for all candidates.
         """
         image = float64(batch.image)
         if not self:
@@ -256,7 +256,7 @@ class Outside:
         if classes is None or len(slope) == 1:
             # the last entry is for answers that are no class of the fit, or the only one
             return slope[-1] * evidence + offset[-1]
-        # For an answer that is no class of the fit the index is -1, which reads the last entry.
+        # an answer that is no class of the fit has the index -1, which reads the last entry
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * evidence + offset[answer]
 
@@ -305,9 +305,8 @@ class OutsideGraph(nn.Module):
         n_far = (WORD_SHARE * n_words).round().clamp_min(1)
         word_logits = float64(replace(batch, text=words, logit_bias=0.0).logits)
         far_logits = word_logits.masked_fill(rank >= n_far, -torch.inf)
-        return far_logits.logsumexp(dim=1) - float64(batch.logits - batch.logit_bias).logsumexp(
-            dim=1
-        )
+        class_logits = float64(batch.logits - batch.logit_bias)
+        return far_logits.logsumexp(dim=1) - class_logits.logsumexp(dim=1)
 
 
 class SeesOutside(ABC):
@@ -462,7 +461,8 @@ def fit_mixture(
       which has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the mean outside
       therefore stays near the expected value, and the share stays small.
 
-    With ``known_inside`` no row is outside: one step gives the means inside and the variance.
+    With ``known_inside`` no row is outside, so one step gives the means inside and the variance.
+    The mean outside is then the expected value, and the share is ``ASSUMED_OUTSIDE_SHARE``.
     """
     n = len(value)
     ordered = value.sort().values
@@ -654,7 +654,7 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     slope = torch.ones(1, dtype=torch.float64)
     offset = torch.zeros(1, dtype=torch.float64)
     word_weight = offset[0].clone()  # 0: without words, the margin is not used
-    if len(direction) > dim:  # the weight of the margin comes after those of the image
+    if len(direction) > dim:  # the weights of the image come first, then that of the margin
         word_weight = direction[dim].clone()
     bias = level - direction @ centre
     notes = {"n_outside": len(outside)}

@@ -141,8 +141,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Args:
         features: Whether to use the column "features" as an input beside the embedding, where the
-            data have this column. It has the output of the image encoder before the projection, or
-            the output of a second encoder. If the column is used, the ``label`` says so.
+            data have this column. The column has the output of the image encoder before the
+            projection, or the output of a second encoder. If it is used, the ``label`` says so.
         variance: Prior variance of what the attention adds to the logits, in units of the variance
             of the tempered zero-shot logits.
         sharing: Share rho of this variance that all classes have in common. Only the common part
@@ -214,7 +214,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The columns of features and of words, as far as the data have them and the fit uses them.
 
-        Words are not used for image-caption pairs. Features are not used if ``features`` is false.
+        The fit uses words except for image-caption pairs, and features if ``features`` is true.
         """
         wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
         return tuple(
@@ -457,7 +457,7 @@ def log_posteriors(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """One tuple per batch: log probabilities (B, M, K), targets (B,) and zero-shot answers (B,).
 
-    The log probabilities are those of the K candidates by each of the M experts.
+    There is one log probability for each of the K candidates by each of the M experts.
     """
     with torch.no_grad():
         parts = []

@@ -96,11 +96,11 @@ class ViLUZero(SeesOutside, ClosedSet):
     tau minimises the cross-entropy with which prototypes of one half of the rows predict the
     posterior of the other half. If the prototypes do not predict this posterior, tau is 0.
 
-    The weight s of the prototypes is ``share`` times two factors in [0, 1]. The first
-    factor is 1 - 2 K' / N, with K' = K (1 - rho) occurring classes. It is 0 up to two rows per
-    occurring class, because prototypes of so few rows do harm. The second factor is the square of
-    r, where r is the variance between the means of the classes divided by ``FULL_TRUST_VARIANCE``,
-    and at most 1.
+    The weight s of the prototypes is ``share`` times two factors in [0, 1]. The first factor is
+    1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
+    factor is 0, because prototypes of so few rows do harm. The second factor is the square of r,
+    where r is the variance between the means of the classes divided by ``FULL_TRUST_VARIANCE``, and
+    at most 1.
 
     *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
     everyday words, P_outside comes from a mixture of images inside and outside
@@ -235,9 +235,8 @@ class Classes(NamedTuple):
 
         The residual contains the term -share l_c, which is linear in the image.
         """
-        shared_text = (
-            self.share * logit_scale * float64(text).cpu()
-        )  # share l_c = shared_text_c . z
+        # the product of this tensor with an image z is share l_c
+        shared_text = self.share * logit_scale * float64(text).cpu()
         bias = self.bias - shared_text @ self.centre
         return Start(self.centre, self.weight - shared_text, bias, self.occurrence)
 

@@ -50,8 +50,8 @@ class HeadPredictor(FailurePredictor):
         epochs: Number of passes over the training rows. None: 35, changed so that there are at
             least 1,400 and at most 6,000 steps, and then clipped to 10 ... 300.
         batch_size: Rows per step. None: a fortieth of the training rows, clipped to 32 ... 128.
-        learning_rate: Largest learning rate. It is reached by a linear warm-up, and followed by a
-            cosine decay to zero.
+        learning_rate: Largest learning rate, which a linear warm-up reaches. A cosine decay to zero
+            follows.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
         warmup_epochs: Length of the warm-up in epochs. It takes at most a tenth of all steps.
