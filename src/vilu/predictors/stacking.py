@@ -19,6 +19,7 @@ from vilu.predictors.contract.parameters import build, parameters
 from vilu.predictors.contract.predictor import CONSTANT, FailurePredictor, Learnt
 from vilu.predictors.temperature import WithSecondModel
 
+# The default members: first those without a fit, then those that learn from class labels.
 FREE = (
     "mcm",
     "entropy",
@@ -34,9 +35,12 @@ LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_sco
 CERTAIN = 1e-12
 """Probabilities are clipped to CERTAIN ... 1 - CERTAIN, so that their log-odds are finite."""
 FARTHEST = 5.0
-"""Standardised scores are clipped to -5 ... 5, so that one outlier does not decide."""
+"""Standardised scores are clipped to -5 ... 5, so that no outlier decides alone."""
 NO_SPREAD = 1e-9
-"""Standard deviation, divided by the largest score, up to which it may be rounding alone."""
+"""Standard deviation, divided by the largest score, up to which scores count as equal.
+
+Rounding alone may cause such a deviation.
+"""
 
 
 @dataclasses.dataclass
@@ -56,7 +60,7 @@ class Stacking(WithSecondModel):
        are all equal gets no weight.
     3. The members are fitted again on all training rows.
 
-    Members have their default parameters, except for ``seed`` and ``device``, which are those of
+    Members have their default parameters, except for ``seed`` and ``device``, which they take from
     the stack. A member that learns from failures is a constant if the rows that it is fitted on
     have no failures, or only failures. The stack scores only the classes that it was fitted on,
     because some of its default members can do no more.
@@ -93,7 +97,7 @@ class Stacking(WithSecondModel):
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
-    # see ``require_forms``; M members
+    # in the notation of ``require_forms``, for M members
     _forms: ClassVar[str] = "mean:dM deviation:dM coefficients:dM intercept:d1"
 
     seed: int = 0
@@ -181,7 +185,7 @@ class Stacking(WithSecondModel):
         outside = rows.index[is_outside]
         for member in members.values():
             if not member.needs_fit:
-                member.take({}, rows.source.space)
+                member.take({}, rows.source.space)  # only the space is stored
                 continue
             usable = torch.ones_like(is_outside)
             if member.needs == "class":
@@ -208,7 +212,7 @@ class Stacking(WithSecondModel):
             )
         deviation = scores.std(dim=0, correction=0)
         has_no_spread = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
-        # with an infinite deviation, the standardised scores are 0
+        # A score without spread gets an infinite deviation. So its standardised scores are 0.
         regression = {
             "mean": scores.mean(dim=0),
             "deviation": deviation.masked_fill(has_no_spread, torch.inf),
@@ -225,11 +229,12 @@ class Stacking(WithSecondModel):
         return torch.sigmoid(x @ self.learned_["coefficients"] + self.learned_["intercept"])
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Store the tensors of the regression, and those of the members, which have a prefix."""
+        """Store the tensors of the regression, and of the members, whose names have a prefix."""
         is_constant = tensors.keys() == {CONSTANT}
         members = {} if is_constant else self._new_members()
         own = dict(tensors)
         of_members: dict[str, dict[str, Tensor]] = {}
+        # tensors of the members are moved from ``own`` to ``of_members``, without their prefixes
         for name in members:
             of_members[name] = {}
             for key, tensor in tensors.items():
@@ -267,7 +272,7 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
-    """(B, M) float64 scores of the members. For members that estimate a probability, its log-odds.
+    """(B, M) float64 scores of the members, or log-odds for members that estimate a probability.
 
     The scores are on the CPU, because members may be on different devices.
     """

@@ -26,11 +26,12 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs, failure_log_odds
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
+# Constants of the search for log m.
 LIMIT = math.log(100.0)  # bound of |log m|; a fitted factor beyond it would not be credible
 BINS = 15  # number of bins of the calibration error
 GRID = 41  # number of values of log m in the grid search
-TOLERANCE = 1e-3  # the golden-section search ends when its interval of log m is this short
-GOLDEN = (math.sqrt(5) - 1) / 2  # by this ratio a golden-section step shortens the interval
+TOLERANCE = 1e-3  # length of the interval of log m at which the golden-section search ends
+GOLDEN = (math.sqrt(5) - 1) / 2  # factor of the length of the interval in a golden-section step
 
 
 @dataclass
@@ -105,7 +106,7 @@ class MCMTS(FailurePredictor):
 
 
 def has_failures(failure: Tensor, consequence: str) -> bool:
-    """Whether there are failures, without which factors cannot be fitted; warns if there are none.
+    """Whether there are failures, which a fit of factors needs; warns if there are none.
 
     The warning ends with the ``consequence``.
     """
@@ -131,7 +132,7 @@ def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
         (log_multiplier,) = point
         return likelihood_terms(batch.to(device), log_multiplier)
 
-    (best,) = most_likely(terms, train, n, [0.0], (-LIMIT, LIMIT))
+    (best,) = most_likely(terms, train, n, start=[0.0], limits=(-LIMIT, LIMIT))
     return best
 
 
@@ -173,7 +174,7 @@ def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
     logits = float64(batch.logits)
     # subtracting the largest logit does not change p, and avoids large numbers
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
-    return pooled_terms(batch, z.unsqueeze(-1), [1.0])
+    return pooled_terms(batch, z.unsqueeze(-1), factors=[1.0])
 
 
 def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
@@ -216,8 +217,8 @@ def calibration_errors(
 ) -> list[float]:
     """Expected calibration error for every log m, computed in one pass over the rows.
 
-    It is the sum over the bins of |number of failures - sum of u| / n. The bins are intervals of
-    the uncertainty u that are closed on the right, as in ``vilu.metrics.ece``.
+    The error is the sum over the bins of |number of failures - sum of u| / n. The bins are
+    intervals of the uncertainty u that are closed on the right, as in ``vilu.metrics.ece``.
     """
     edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
     gaps = torch.zeros(len(log_multipliers), BINS, dtype=torch.float64)
@@ -245,7 +246,7 @@ def golden_section(
             right = left
             left = high - GOLDEN * (high - low)
             value_at[left] = function(left)
-        else:  # it is in [left, high]
+        else:  # the minimum is in [left, high]
             low = left
             left = right
             right = low + GOLDEN * (high - low)
@@ -262,14 +263,14 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may use the embeddings of a second model, beside those of the VLM.
+    """A method that may use the embeddings of a second model beside the embeddings of the VLM.
 
     The embedding space of the second model is saved with the fit. In scoring, a second model with
     another space is refused.
     """
 
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
-        """Notes of the fit with the space of the second model; empty if scores do not use it."""
+        """Notes with the space of the second model; empty if the scores do not use this model."""
         if source.second is None or SECOND.isdisjoint(self.columns_to_score):
             return {}
         return {"second": dataclasses.asdict(source.second.space)}
@@ -280,9 +281,9 @@ class WithSecondModel(FailurePredictor):
         return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """As in the base class, but also refuse notes of an invalid space of a second model."""
+        """As in the base class, but notes that describe no valid second space are refused, too."""
         super().restore(state)
-        _ = self.second_space_  # raises an error if the notes describe no space
+        _ = self.second_space_  # raises an error if the notes describe no valid space
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         super()._check_ready(data)
@@ -300,7 +301,7 @@ class Duo(WithSecondModel):
     """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
     l are the logits of the VLM, which is usually the larger model, and s are those of a second
-    model. a is the judged answer. It is an answer of the VLM alone, so the second model does not
+    model. a is the judged answer. The VLM alone gives this answer, so the second model does not
     change which answers are wrong. T_L and T_S are factors in [0, 100].
 
     T_L and T_S minimise the mean negative log-likelihood of the labels under
@@ -383,7 +384,7 @@ def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
     def terms(batch: Batch, point: list[float]) -> Tensor:
         return duo_terms(batch.to(device), point)
 
-    return most_likely(terms, train, n, [0.5, 0.5], (0.0, math.exp(LIMIT)))
+    return most_likely(terms, train, n, start=[0.5, 0.5], limits=(0.0, math.exp(LIMIT)))
 
 
 def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:

@@ -24,10 +24,10 @@ LOGITS = frozenset({"logits"})
 class MCM(FailurePredictor):
     """Maximum concept matching: u = 1 - p_a, with the zero-shot probability p_a of the answer a.
 
-    For the zero-shot answer p_a = max_j p_j.
+    If the zero-shot answer is judged, p_a = max_j p_j.
 
     Source: Ming et al., NeurIPS 2022. In that paper p is the softmax of the cosines. Here and in
-    ViLU it is the softmax of the logits, at the logit scale of the VLM.
+    ViLU p is the softmax of the logits, at the logit scale of the VLM.
 
     Examples:
         >>> import numpy as np, vilu
@@ -86,7 +86,7 @@ class Entropy(FailurePredictor):
 class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
-    It is computed in a form without cancellation:
+    u is computed in a form without cancellation:
 
         u = (s (2 + s) - q) / (1 + q)
 
@@ -125,7 +125,7 @@ class Doctor(FailurePredictor):
 
 @dataclass
 class MaxLogit(FailurePredictor):
-    """Negative logit of the answer a: u = -l_a. For the zero-shot answer it is -max_j l_j.
+    """Negative logit of the answer a: u = -l_a. For the zero-shot answer u = -max_j l_j.
 
     Source: Hendrycks et al., ICML 2022 (MaxLogit).
 
@@ -153,8 +153,8 @@ class MaxLogit(FailurePredictor):
 class Margin(FailurePredictor):
     """Negative gap between the answer's logit and the largest other: u = max_(j != a) l_j - l_a.
 
-    For the zero-shot answer it is the negative gap between the two largest logits. The logit bias
-    cancels. The logit scale multiplies u, so it does not change the order of the rows.
+    For the zero-shot answer u is the negative gap between the two largest logits. The logit bias
+    cancels. The logit scale multiplies all u, so it does not change the order of the rows.
 
     Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
 
@@ -182,9 +182,9 @@ class Margin(FailurePredictor):
 class ProbMargin(FailurePredictor):
     """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
 
-    p_(1) is the probability of the answer, and p_(2) is the largest other probability. u is
-    computed as (1 - p_(1)) + p_(2). So confident rows have different u, although their gaps all
-    round to one.
+    p_(1) is the probability of the answer, and p_(2) is the largest other probability. The gaps of
+    confident rows all round to one. Their u still differ, because u is computed as
+    (1 - p_(1)) + p_(2).
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
@@ -208,8 +208,8 @@ class ProbMargin(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.beside_answer
-        second = rivals.gap.exp()  # p_(2) / p_(1)
-        return (second + rivals.odds) / (1 + rivals.odds)
+        ratio = rivals.gap.exp()  # p_(2) / p_(1)
+        return (ratio + rivals.odds) / (1 + rivals.odds)
 
 
 @dataclass
@@ -220,7 +220,7 @@ class Energy(FailurePredictor):
 
     Args:
         temperature: T, by which the logits are divided; they already have the logit scale of the
-            VLM. As T goes to zero, the score becomes that of ``max_logit``.
+            VLM. As T goes to zero, the score becomes the score of ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
 
@@ -296,8 +296,9 @@ class GEN(FailurePredictor):
 class KLUniform(FailurePredictor):
     """Negative divergence of the uniform distribution from p: u = -KL(uniform || p), at most 0.
 
-    u = log K + mean_j log p_j. All candidates have the same weight in the mean. So u depends mostly
-    on how far the logits of unlikely candidates are below that of the answer. The other direction
+    u = log K + mean_j log p_j. Most candidates are unlikely, and all have the same weight in the
+    mean. So u depends mostly on how far their logits are below the logit of the answer. The other
+    direction
     of the divergence, KL(p || uniform) = log K - H(p), orders rows exactly as ``entropy`` does.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
@@ -329,9 +330,9 @@ class KLUniform(FailurePredictor):
 def entropy(batch: Batch) -> Tensor:
     """(B,) float64 entropy of the zero-shot posterior in nats, without cancellation.
 
-    It is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit, and
-    e_j = exp(l_j - l). The sums are over all candidates except the likeliest one. No term is
-    negative.
+    The entropy is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit,
+    and e_j = exp(l_j - l). The sums are over all candidates except the likeliest one. No term is
+    negative, so there is no cancellation.
     """
     rivals = batch.rivals
     odds = rivals.odds  # sum_j e_j

@@ -29,12 +29,12 @@ Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 NO_SPREAD = 1e-12
 """Variance up to which unit vectors count as equal."""
 FLOOR = 1e-9
-"""``whitener`` adds this times the mean variance to the diagonal of a covariance.
+"""``whitener`` adds the mean variance times this number to the diagonal of a covariance.
 
 Otherwise a covariance could not be inverted if the embeddings span only a subspace.
 """
 MIN_RIDGE = 1e-11
-"""Smallest ridge, divided by the largest mean variance. A smaller one would be lost in rounding."""
+"""Smallest ridge, as a share of the largest mean variance. Rounding would lose a smaller ridge."""
 
 
 def class_means(
@@ -129,7 +129,7 @@ class ClassDensity(ClosedSet):
         has_own_covariance = groups > POOLED
         degrees_of_freedom = count[has_own_covariance] - 1
         own_covariances = scatters / degrees_of_freedom[:, None, None]
-        # in the order of the indices: ABSENT, POOLED, and then those of single classes
+        # the covariances in the order of their indices: ABSENT, POOLED, and then single classes
         covariances = torch.stack([variance.diag(), pooled, *own_covariances])
         mean_variances = covariances.diagonal(dim1=1, dim2=2).mean(dim=1)
         ridge = max(ridge, MIN_RIDGE * float(mean_variances.amax()))
@@ -152,12 +152,12 @@ class ClassDensity(ClosedSet):
         answer_column = batch.prediction.to(image.device)[:, None]
         log_density, is_seen = self._log_densities(batch, image)
         of_answer = log_density.gather(1, answer_column).squeeze(1)
-        # Classes without training images are no rivals. Their density is that of all images, so
-        # it would be the largest for every image that is slightly unlike its own class.
+        # Classes without training images are no rivals. They have the density of all images, which
+        # would be the largest one for every image that is slightly unlike its own class.
         of_seen = log_density.masked_fill(~is_seen, -math.inf)
         of_rivals = of_seen.scatter(1, answer_column, -math.inf).logsumexp(dim=1)
-        # If no rival has images, log sum_{c != a} N_c is minus infinity. It is replaced by 0, so
-        # that the scores of different images still differ.
+        # If no rival has images, log sum_{c != a} N_c is minus infinity. This value is replaced by
+        # 0, so that the scores of different images still differ.
         has_no_rival = of_rivals == -math.inf
         return of_rivals.masked_fill(has_no_rival, 0.0) - of_answer
 
@@ -224,8 +224,8 @@ class ClassGaussians(ClassDensity):
 
     - A class of one image uses the mean covariance within classes. If no class has two different
       images, it uses a multiple of the identity, with the mean variance of a coordinate.
-    - A class without images is left out of every sum. If it is the prediction, its N_t̂ has the
-      covariance and the mean of all training images.
+    - A class without images is left out of every sum. If such a class is the prediction, N_t̂ has
+      the covariance and the mean of all training images.
     - If no other class has images, log sum_{c != t̂} N_c is set to 0.
 
     Args:
@@ -328,12 +328,12 @@ def principal_components(
 
     R = min(max_components, D, number of images - 1), but at least 1.
     """
-    one_class = torch.zeros_like(train.index)
-    mean, _ = class_means(train, one_class, 1, blocks)
+    one_class = torch.zeros_like(train.index)  # all images get the label 0
+    mean, _ = class_means(train, one_class, n_classes=1, blocks=blocks)
     matrix, _ = scatter(train, one_class, mean, blocks)
     n = len(one_class)
     rank = max(min(max_components, len(matrix), n - 1), 1)
-    # ``eigh`` sorts by ascending variance, but the first principal component has the largest
+    # ``eigh`` sorts by ascending variance, but principal components by descending variance
     rising_variances, rising_components = torch.linalg.eigh(matrix / max(n - 1, 1))
     components = rising_components.flip(1)[:, :rank].contiguous()
     variances = rising_variances.flip(0)[:rank].clamp(min=0).contiguous()

@@ -31,7 +31,7 @@ class ClosedSet(FailurePredictor):
         A class is recognised by the embedding of its text.
 
         Raises:
-            ProvenanceError: If a candidate is no learned class, or two candidates are the same one.
+            ProvenanceError: If a candidate is no learned class, or two candidates are one class.
         """
         cosine, class_index = nearest(text, self.tensor(CLASSES, text.device))
         n_unknown = int((cosine < SAME_TEXT).sum())

@@ -29,8 +29,8 @@ class LinearProbe(ClosedSet):
         u = 1 - P(t̂ | z) = sigmoid(log sum_{c != t̂} exp l_c - l_t̂)
 
     l_c are the logits of the regression, and P is their softmax. u is computed from the logits in
-    float64, so that the u of confident images are not equal. A class without training images has
-    P = 0, hence u = 1. If all training images are of one class, that class has P = 1.
+    float64, so that confident images still have different u. A class without training images has
+    P = 0, hence u = 1. If all training images are of one class, this class has P = 1.
 
     Args:
         C: Inverse strength of the L2 penalty, as in scikit-learn.
@@ -89,16 +89,16 @@ class LinearProbe(ClosedSet):
         bias[seen_classes] = 0.0
         if len(seen_classes) > 1:
             image = gather(drawn)
-            # The mean of all images is the largest part of every image. If it is not subtracted,
-            # L-BFGS converges slowly.
+            # The mean of all images is the largest part of every image. If this mean were not
+            # subtracted, L-BFGS would converge slowly.
             centre = image.mean(dim=0)
             model = LogisticRegression(C=self.C, max_iter=self.max_iter)
             with warnings.catch_warnings():
                 # the warning is about classes with few images, which are expected here
                 warnings.filterwarnings("ignore", message="The number of unique classes")
                 model.fit((image - centre).numpy(), label.numpy())
-            # For two classes scikit-learn has only the logit of the second class. That of the first
-            # class stays 0.
+            # For two classes scikit-learn has only the logit of the second class. The logit of the
+            # first class stays 0.
             fitted = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
             weight[fitted] = torch.from_numpy(model.coef_).double()
             intercept = torch.from_numpy(model.intercept_).double()
@@ -120,8 +120,8 @@ class LinearProbe(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
         log_odds = failure_log_odds(logits, batch)
-        # The uncertainty of an answer without training images is 1. It is set directly, because the
-        # softmax is 0 / 0 if no candidate has training images.
+        # The uncertainty of an answer without training images is 1. This number is set directly,
+        # because the softmax is 0 / 0 if no candidate has training images.
         answer_column = batch.prediction.to(logits.device)[:, None]
         of_answer = logits.gather(1, answer_column).squeeze(1)
         return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)

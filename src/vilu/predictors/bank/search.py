@@ -35,8 +35,8 @@ BANK_ROWS = 8_192
 def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
     """Draw at most ``max_rows`` of the training rows at random, and keep them in their order.
 
-    Returns the drawn rows and their indices (M,) among the rows of ``train``. A warning is given if
-    rows are left out.
+    Returns the drawn rows and their positions (M,) among the rows of ``train``. Warns if rows are
+    left out.
     """
     n = len(train.index)
     if n <= max_rows:
@@ -87,7 +87,7 @@ def nearest(
     """Cosines (B, k) and indices (B, k) of the k most similar bank rows of every query.
 
     The queries are (B, D), and the bank is (N, D). The cosines are float32 and descending. If N is
-    less than k, the results have N columns. The cosine of a pair that is not allowed is minus
+    less than k, the results have N columns. A pair that is not ``allowed`` gets the cosine minus
     infinity.
 
     The search is exact and runs on the device of the queries. Only one block of similarities
@@ -154,8 +154,8 @@ def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     last = best[:, k - 1]
     next_one = best[:, k]
     is_tied = (last == next_one) & (next_one > -math.inf)
-    # First sort by ascending index, then stably by descending value. So equal values stay in the
-    # order of their indices.
+    # The leaders are sorted by ascending index, and then stably by descending value. So equal
+    # values stay in the order of their indices.
     index, by_index = index[:, :k].sort(dim=1)
     best, by_value = best[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
     index = index.gather(1, by_value)

@@ -39,8 +39,8 @@ def scores_and_failures(
 ) -> tuple[Floats, Ints]:
     """(N,) uncertainties and (N,) failures of the rows: NaN and -1 where they are unknown.
 
-    They are computed for the rows in the mask ``fresh`` (N,). In image-caption pairs all rows are
-    scored, since every pool needs all its rows.
+    Both are computed for the rows in the mask ``fresh`` (N,). For image-caption pairs both are
+    computed for all rows, since every pool needs all its rows.
     """
     uncertainty = np.full(len(calibration), np.nan)
     failure = np.full(len(calibration), UNKNOWN)
@@ -56,16 +56,17 @@ def counted_failures(
 ) -> Ints:
     """(N,) failure of one row of every picture, and -1 (unknown) for all other rows.
 
-    A row that is a failure is taken if the picture has one. In pools the first row of the picture
-    is taken, since a failure depends on the other captions of the pool.
+    If a picture has a row that is a failure, this row is taken. In pools a failure depends on the
+    other captions of the pool, so the first row of the picture is taken.
     """
     is_known = fresh & np.isfinite(uncertainty) & (failure != UNKNOWN)
     known = np.flatnonzero(is_known)
     picture = calibration.picture_identities(known)
-    preferred = failure[known]
-    if calibration.pool_size is not None:
-        preferred = np.zeros_like(known)
-    rows = known[one_per_picture(picture, preferred)]
+    is_preferred = failure[known]
+    has_pools = calibration.pool_size is not None
+    if has_pools:
+        is_preferred = np.zeros_like(known)  # no row: the first row of every picture is taken
+    rows = known[one_per_picture(picture, is_preferred)]
     counted = np.full(len(calibration), UNKNOWN)
     counted[rows] = failure[rows]
     return counted

@@ -1,4 +1,4 @@
-"""All methods by name: those of this package, registered methods, and methods of entry points."""
+"""All methods by name: methods of this package, registered methods, methods of entry points."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def add_predictor(cls: object) -> bool:
         )
     without_default = []
     for field in dataclasses.fields(cls):
-        # a field without ``default`` and without ``default_factory`` has MISSING in both
+        # In a field without a default, ``default`` and ``default_factory`` are both MISSING. In any
+        # other field one of them has another value.
         has_default = field.default is not field.default_factory
         if field.init and not has_default:
             without_default.append(field.name)

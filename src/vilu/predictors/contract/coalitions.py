@@ -25,6 +25,7 @@ class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
     """
 
 
+# Names of the players, and then the player of every input.
 ZERO_SHOT = "zero-shot score"
 IMAGE = "image"
 TEXTS = "texts"
@@ -35,6 +36,7 @@ PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZE
 """The player of every input of a ``FailureHead``, by the name of the input."""
 
 LOG_ODDS = "log-odds of failure"
+"""Unit of values that are log-odds, not uncertainties."""
 
 Scored = tuple[Batch, NDArray[np.float64]]
 """A batch and its uncertainties (B,)."""
@@ -52,7 +54,7 @@ class Coalitions(ABC):
 
     @abstractmethod
     def see(self, background: list[Scored]) -> None:
-        """Store the background rows, whose inputs replace those of players not in a coalition."""
+        """Store the background rows, whose inputs replace the inputs of missing players."""
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
@@ -92,13 +94,13 @@ class SingleCoalitions(Coalitions):
 class HeadCoalitions(Coalitions):
     """Coalitions of the inputs of one ``FailureHead``, or of an ensemble of them.
 
-    The value of a coalition S is that of the interventional game (Janzing et al., AISTATS 2020):
+    A coalition S has its value in the interventional game (Janzing et al., AISTATS 2020):
 
         v(S) = 1/M sum_b link(g(z_b))
 
-    Here z_b has the inputs of the players in S from the row, and the other inputs from background
-    row b, of M background rows. v(S) is averaged over the heads g. The link is the identity for the
-    logit of one head, and the sigmoid for an ensemble.
+    b is one of M background rows. z_b has the inputs of the players in S from the explained row,
+    and all other inputs from row b. v(S) is averaged over the heads g. The link is the identity for
+    the logit of one head, and the sigmoid for an ensemble.
 
     The players are "image" z_v, "texts" (the attended text and the predicted caption), and
     "zero-shot score" (the MCM input). The first layer is a sum over the inputs, so an input is
@@ -145,23 +147,23 @@ class HeadCoalitions(Coalitions):
 
     def _value(self, head: FailureHead, own: Parts, background: Parts, coalition: int) -> Tensor:
         """(B,) float64 v(S) of one head."""
-        # The first layer is the sum of two parts: summands of the members, from this row, and
-        # summands of all other players, from the background rows.
-        lacking = torch.zeros_like(head.first_bias)[None]  # (1, H)
-        inside = head.first_bias + lacking
+        # The first layer is the sum of two parts: summands of the members, from the explained rows,
+        # and summands of all other players, from the background rows.
+        of_others = torch.zeros_like(head.first_bias)[None]  # (1, H)
+        of_members = head.first_bias + of_others
         for bit, player in enumerate(self.players):
             if is_member(bit, coalition):
-                inside = inside + own[player]
+                of_members = of_members + own[player]
             else:
-                lacking = lacking + background[player]
+                of_others = of_others + background[player]
         # All coalitions use tensors of the same shape. They then round alike, and a player without
         # effect gets exactly zero.
-        inside = inside.expand_as(own[IMAGE])
-        lacking = lacking.expand_as(background[IMAGE])
-        step = max(TILE_CELLS // (len(lacking) * inside.shape[1]), 1)
+        of_members = of_members.expand_as(own[IMAGE])
+        of_others = of_others.expand_as(background[IMAGE])
+        step = max(TILE_CELLS // (len(of_others) * of_members.shape[1]), 1)
         means = []
-        for part in inside.split(step):
-            pairs = part[:, None] + lacking  # (b, M, H): every row with every background row
+        for part in of_members.split(step):
+            pairs = part[:, None] + of_others  # (b, M, H): every row with every background row
             logits = head.rest(pairs).squeeze(-1)
             means.append(self.link(logits.cpu().double()).mean(dim=1))
         return torch.cat(means)
@@ -169,7 +171,8 @@ class HeadCoalitions(Coalitions):
 
 def is_member(player: int, coalition: int) -> bool:
     """Whether the player with this number is in a coalition, whose bits are its players."""
-    return bool(coalition >> player & 1)
+    bit = (coalition >> player) & 1
+    return bool(bit)
 
 
 def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
@@ -207,8 +210,8 @@ class PoolCoalitions(Coalitions):
     logits of classes, so a summand of one image has no meaning beside the zero-shot logits of
     another image.
 
-    ``outside`` gives the log-odds (B,) of an image of none of the classes. It is a further player:
-    if it is in S, f(S) counts "outside" as a further wrong answer.
+    ``outside`` gives the log-odds (B,) of an image of none of the classes. "none of the classes" is
+    then a further player. If this player is in S, f(S) counts "outside" as a further wrong answer.
     """
 
     unit = LOG_ODDS

@@ -72,7 +72,7 @@ def _methods_on_vectors() -> str:
 
 
 def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingSource) -> None:
-    """Refuse logits of other classes than those of the fit.
+    """Refuse logits of other classes than the classes of the fit.
 
     A candidate without embedding is known by its place alone. The classes must therefore be the
     same, in the same order.
@@ -100,7 +100,7 @@ def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingS
 
 
 def are_given(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``candidates_of`` is of candidates without texts."""
+    """Whether a description by ``candidates_of`` has an empty sketch, for want of texts."""
     return bool(candidates.get("texts") == [])
 
 

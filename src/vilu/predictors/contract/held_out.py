@@ -41,10 +41,13 @@ class HeldOut(NamedTuple):
 
         def judged(answer: NDArray[np.int64]) -> Judged:
             log_q_of_answer = np.take_along_axis(log_q, answer[:, None], axis=1).squeeze(1)
-            return Judged(-np.expm1(log_q_of_answer), (answer != target).astype(np.int64))
+            return Judged(
+                uncertainty=-np.expm1(log_q_of_answer),
+                failure=(answer != target).astype(np.int64),
+            )
 
         adapted = log_q.argmax(axis=1)
-        return cls(judged(zero_shot), judged(adapted))
+        return cls(zero_shot=judged(zero_shot), adapted=judged(adapted))
 
 
 def keep_every_class(folds: list[tuple[Rows, Rows]]) -> bool:

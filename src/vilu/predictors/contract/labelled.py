@@ -38,8 +38,8 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
     common = overlap(train, validation, names)
     if common is None:
         return validation
-    blind = "Selection on training rows is blind: take them out of one of the two sets."
-    is_new = common.unshared(validation, "validation rows", "are in the training set, too", blind)
+    remedy = "Selection on training rows is blind: take them out of one of the two sets."
+    is_new = common.unshared(validation, "validation rows", "are in the training set, too", remedy)
     return validation.without(~is_new)
 
 
@@ -54,7 +54,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
     if len(train_text) == len(unlabelled_text):
         cosine = (train_text * unlabelled_text).sum(dim=1)
         n_alike = int((cosine >= SAME_TEXT).sum())
-    # image-caption pairs have no shared texts, and are never comparable
+    # image-caption pairs have no shared texts, so they are never comparable
     are_comparable = n_alike > 0 and n_alike == len(train_text)
     if not are_comparable:
         raise DataError(
@@ -81,11 +81,11 @@ def trainable_rows(
 ) -> tuple[Tensor, Tensor]:
     """Indices (M,) of the rows that a fit can learn from, and their failures (M,).
 
-    These are the usable rows of which it is known what ``needs`` names.
+    These are the usable rows of which the failure, the class or nothing is known, as ``needs``
+    says. Rows of none of the classes have a failure, but no class.
 
-    Failures are those of the answers in the column "answer" if ``columns`` names it, else of the
-    zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing". Rows of none of the
-    classes have a failure, but no class.
+    If ``columns`` has "answer", the failures are those of the answers in this column, and otherwise
+    those of the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing".
 
     Warns if rows are left out.
     """
@@ -126,7 +126,8 @@ def right_answers(failure: Tensor) -> dict[str, int]:
 def _reasons(n_unusable: int, n_ood: int) -> str:
     """Why rows are left out, for a message.
 
-    Out-of-distribution rows are left out only where classes are learned.
+    ``n_ood`` is the number of rows of none of the classes that are left out. Such rows are left out
+    only where classes are learned.
     """
     if not n_ood:
         return f"({n_unusable} unusable, the rest without label)"
@@ -178,11 +179,11 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
     """The error rate, 0 or 1, if failures (M,) are all equal; else None.
 
     Raises:
-        DataError: If they are all equal, unless that is ``allowed``.
+        DataError: If the failures are all equal, unless this is ``allowed``.
     """
     n = len(failure)
     n_failures = int(failure.sum())
-    n_rare = min(n_failures, n - n_failures)
+    n_rare = min(n_failures, n - n_failures)  # number of the rarer kind
     kind = "failures" if n_rare == n_failures else "successes"
     if n_rare == 0 and not allowed:
         raise DataError(
@@ -208,7 +209,7 @@ def warn_few(failure: Tensor, name: str) -> None:
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """("answer",) if the fit reads this column, because given answers are judged; else ()."""
+    """The column "answer", if the fit reads it because given answers are judged; else no column."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
@@ -232,7 +233,7 @@ def fit_and_selection(
         held_out, held_failure = trainable_rows(
             validation, "validation", "failure", answer_columns(train)
         )
-        selection = Rows(validation, held_out, train.columns)
+        selection = Rows(validation, held_out, columns=train.columns)
     else:
         generator = torch.Generator().manual_seed(seed)
         if isinstance(train.source, PairSource):
@@ -245,9 +246,9 @@ def fit_and_selection(
         _, held_failure = with_failures(selection.batches(SCORING_BATCH))
         stays = ~torch.isin(torch.arange(len(rows)), positions)
         rows = rows[stays]
-        min_kinds = 2  # failures and successes
-        if train.source.pool_size is not None:  # every pass draws new pools, with other failures
-            min_kinds = 1
+        # There must be failures and successes. But in pools the failures may be all equal now,
+        # because every pass draws new pools, with other failures.
+        min_kinds = 2 if train.source.pool_size is None else 1
         if len(failure[stays].unique()) < min_kinds:
             raise DataError(
                 f"validation_fraction={fraction} holds out {len(positions)} of {len(failure)} "
@@ -272,9 +273,9 @@ def hold_out(
     Without pools the rows are stratified by failure. Rows with the same number in ``groups`` (M,)
     stay together.
 
-    With pools the held-out rows fill whole pools. There are none if the rows make fewer than two
-    pools. Groups stay together as well, unless there are fewer groups than rows in a pool. So few
-    groups are like classes: each of them is in every pool.
+    With pools the held-out rows fill whole pools. If the rows make fewer than two pools, no rows
+    are held out. Groups stay together as well, unless there are fewer groups than rows in a pool.
+    So few groups are like classes: each group has rows in every pool.
     """
     if pool_size is not None:
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
@@ -320,9 +321,10 @@ def whole_groups(groups: Tensor, room: int) -> Tensor:
     _, group = torch.unique(groups, return_inverse=True)
     sizes = group.bincount()
     after_last = torch.full((len(sizes),), len(groups))
-    first = after_last.scatter_reduce(0, group, torch.arange(len(groups)), "amin")
+    # index of the first row of every group: the smallest index of its rows
+    first = after_last.scatter_reduce(0, group, torch.arange(len(groups)), reduce="amin")
     taken = torch.zeros(len(sizes), dtype=torch.bool)
-    waiting = first.argsort()
+    waiting = first.argsort()  # groups that may still be taken, in the order of their first rows
     waiting = waiting[sizes[waiting] <= room]
     while len(waiting):
         # Take as many of the next groups as fit together. That is at least one group, since every
@@ -346,8 +348,8 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
 
         sum_i a_i x_i mod 2^64
 
-    Two different captions have the same hash with a probability below 2^-48. The only effect is
-    that they are in one group.
+    Two different captions have the same hash with a probability below 2^-48. The only effect would
+    be that both are in one group.
     """
     rng = np.random.default_rng(0)
     factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
@@ -370,20 +372,20 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     if batch.same is None:  # all candidates are different answers
         return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
-    alike = batch.alike(batch.prediction).to(logits.device)
-    log_wrong = logits.masked_fill(alike, -torch.inf).logsumexp(dim=-1)
-    log_right = logits.masked_fill(~alike, -torch.inf).logsumexp(dim=-1)
-    return log_wrong - log_right
+    is_answer = batch.alike(batch.prediction).to(logits.device)
+    log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=-1)
+    log_answer = logits.masked_fill(~is_answer, -torch.inf).logsumexp(dim=-1)
+    return log_others - log_answer
 
 
 def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q.
 
-    The odds are summed in the form
+    The odds of u are computed as a sum of odds:
 
         u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
 
-    since u itself would round to one at smaller odds.
+    If u were computed first, it would round to one at smaller odds.
 
     Args:
         log_odds: (B,) log((1 - q) / q).
@@ -393,8 +395,8 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     return torch.logaddexp(log_odds, outside.to(log_odds.device) + minus_log_q)
 
 
-FOLDED_ROWS = 5_000  # maximum number of rows with which all folds are fitted
-FOLDS = 5
+FOLDED_ROWS = 5_000  # maximum number of rows with which all folds are held out in turn
+FOLDS = 5  # number of folds
 
 
 def cross_fitting(

@@ -50,6 +50,7 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
     known = parameters(cls)
     for name in names:
         if name not in known:
+            # the nearest known name, or all known names if none is near
             hint = nearest(name, known) or f" It has: {', '.join(known) or 'none'}."
             raise UsageError(f"{cls.name} has no parameter {name!r}.{hint}")
 

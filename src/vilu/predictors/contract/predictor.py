@@ -119,13 +119,13 @@ class FailurePredictor(ABC):
             where the score also uses the embeddings of the candidates. Only methods that state
             their inputs work on given logits (``vilu.Embeddings.from_logits``).
         knows_answer: Whether the score depends on which answer is judged.
-        tensors: Names of the saved tensors, without those of its ``module``.
+        tensors: Names of the saved tensors, without the weights of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
         needs_labels: Whether a fit needs labelled rows. Otherwise a fit uses all usable rows.
         uses_unlabelled: Whether a fit can also learn from rows without labels
             (``Rows.unlabelled``).
-        learned_: The saved tensors by name, without those of the network.
+        learned_: The saved tensors by name, without the weights of the network.
         network_: The ``module`` with its weights, ready to score; None without a module.
         space_: Embedding space of the training data; None before a fit.
         seen_: Sketches of the rows used by ``fit``, by kind of identity; empty where the rows
@@ -152,7 +152,7 @@ class FailurePredictor(ABC):
         array([0. , 0.2])
     """
 
-    # how to get one, in messages about a wrong argument
+    # says how to get a predictor, in messages about a wrong argument
     how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -225,12 +225,13 @@ class FailurePredictor(ABC):
         """(B,) uncertainty of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Return what rows teach, whose failures (M,) are 1, 0, or -1 (unknown).
+        """Return what the rows ``train`` teach. The predictor itself is not changed.
 
-        The predictor itself is not changed. Only methods that need no labels get unknown failures.
+        ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
+        labels get unknown failures.
         """
-        # Methods without a fit do not define ``_learn``, and ``fit`` calls it only where a class
-        # defines it (``needs_fit``).
+        # This is never reached in a fit: ``fit`` calls ``_learn`` only if the class defines it
+        # (``needs_fit``).
         raise NotImplementedError(f"{self.name} has nothing to learn: it scores without a fit")
 
     def module(
@@ -240,8 +241,8 @@ class FailurePredictor(ABC):
     ) -> nn.Module | None:
         """A new network, whose weights are saved; None for a method without a network.
 
-        Its initial weights must come from a ``torch.Generator`` of its own, since the global one of
-        torch is not seeded.
+        The initial weights must come from a ``torch.Generator`` of the method, since the global
+        generator of torch is not seeded.
 
         Args:
             tensors: The tensors that the network will hold. Their shapes may decide the sizes of
@@ -259,7 +260,7 @@ class FailurePredictor(ABC):
         return None
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Names of the saved tensors: ``tensors``, unless they depend on the parameters.
+        """Names of the saved tensors: ``tensors``, unless the names depend on the parameters.
 
         Examples:
             >>> import vilu
@@ -419,7 +420,7 @@ class FailurePredictor(ABC):
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, kind: type[Settings], **changed: object) -> Settings:
-        """A ``kind`` whose fields have the parameters of the same names, except for ``changed``."""
+        """New settings of a ``kind``: the parameters of the same names, except for ``changed``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
         values["device"] = self.device_
         return kind(**values | changed)
@@ -562,7 +563,7 @@ class FailurePredictor(ABC):
         from vilu.predictors.persistence.state import StateLayout
 
         if self._is_constant(tensors):
-            layout = StateLayout(self.name, (CONSTANT,), f"{CONSTANT}:d", None)
+            layout = StateLayout(self.name, (CONSTANT,), forms=f"{CONSTANT}:d", make_network=None)
         else:
             layout = StateLayout(self.name, self.tensor_names(), self._forms, self.module)
         self.learned_, self.network_ = layout.read(tensors, space)
@@ -658,8 +659,8 @@ class FailurePredictor(ABC):
     ) -> NDArray[np.float64] | Tensor:
         """Uncertainty (N,) float64 of every row, higher = more likely wrong.
 
-        It is NaN where the embedding is not usable (``data.status``). If there is only one
-        candidate, it is NaN for all rows, since no other answer is possible.
+        The uncertainty is NaN where the embedding is not usable (``data.status``). If there is only
+        one candidate, all uncertainties are NaN, since no other answer is possible.
 
         Args:
             data: Embeddings. A fitted predictor also takes bare image embeddings (N, D) of its
@@ -719,14 +720,16 @@ class FailurePredictor(ABC):
     def uncertainty_of(self, data: NewImages) -> Tensor:
         """Uncertainty (N,) float64 of new images, on their device.
 
-        NaN where the embedding is not usable.
+        The uncertainty is NaN where the embedding is not usable.
 
         Raises:
             DataError: If a score is not finite. The errors of ``predict_uncertainty`` are raised as
                 well.
         """
+        # without images, this empty part is the result
         parts = [torch.empty(0, dtype=torch.float64, device=data.device)]
-        for _, scores in self._scored_on_device(data, torch.arange(len(data), device="cpu")):
+        all_rows = torch.arange(len(data), device="cpu")
+        for _, scores in self._scored_on_device(data, all_rows):
             parts.append(scores.to(data.device))  # the method ``stacking`` scores on the CPU
         uncertainty = torch.cat(parts)
         if data.n_candidates >= FEWEST_CANDIDATES:
@@ -773,13 +776,13 @@ class FailurePredictor(ABC):
         """Yield batches of rows, each with its uncertainties (B,) float64 on the device."""
         self._check_ready(data)
         device = self.device_ if data.device is None else data.device
-        take = data.batches
+        read = data.batches
         size = SCORING_BATCH
-        if self.looks_at == {"logits"}:
-            take = data.many
+        if self.looks_at == {"logits"}:  # then blocks whose logits stay in the cache are faster
+            read = data.many
             size = cached_rows(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
-        for block in take(size, rows=rows, columns=columns):
+        for block in read(size, rows=rows, columns=columns):
             batch = block.to(device)
             n_candidates = batch.text.shape[-2]  # equal captions of a pool are one candidate
             if n_candidates < FEWEST_CANDIDATES:
@@ -864,11 +867,11 @@ class FailurePredictor(ABC):
         if rows is None:
             rows = np.arange(len(data))
         if by is None:
-            return Overlap(np.zeros(len(rows), np.bool_), 0)
+            return Overlap(shared=np.zeros(len(rows), np.bool_), n_comparable=0)
         return self.seen_[by].overlap(data, by, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
-        """(N,) bool: the rows that were not used to fit. Warns if some rows were used.
+        """(N,) bool: whether each row was not used to fit. Warns if some rows were used.
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit.
@@ -956,8 +959,8 @@ class FailurePredictor(ABC):
         """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
         After calibration this is the calibrated probability. Before calibration it is the
-        uncertainty, if that is a probability, without the bias of a weighted loss
-        (``_log_weight``).
+        uncertainty, if the uncertainty is a probability. The bias of a weighted loss is then
+        removed (``_log_weight``).
 
         Raises:
             UsageError: If the uncertainty of this method is not a probability, and the predictor
@@ -999,7 +1002,7 @@ class FailurePredictor(ABC):
         """Learn the probability of failure on labelled rows.
 
         Rows that were used to fit are left out with a warning. All rows of one picture count as one
-        row, which is a failure if any of them is.
+        row. This row is a failure if any row of the picture is one.
 
         Raises:
             DataError: If more than 1 % of the rows were used to fit, or no row has an uncertainty
@@ -1047,7 +1050,7 @@ class FailurePredictor(ABC):
         return self
 
     def _calibration_score(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """Inputs (N,) of the calibrator: uncertainties, or log-odds if they are probabilities.
+        """Inputs (N,) of the calibrator: uncertainties as they are, or log-odds of probabilities.
 
         The bias of a weighted loss is subtracted from log-odds.
         """

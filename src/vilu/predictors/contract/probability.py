@@ -16,7 +16,7 @@ from vilu.artifacts.documents import Model
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
-FOLDS = 10
+FOLDS = 10  # number of folds of the cross-validation
 STEPS = 100  # maximum number of steps of Newton's method, which needs about eight
 # with fewer failures, or with fewer successes, the smoothest form is used without cross-validation
 FEW_OF_A_KIND = 20
@@ -37,7 +37,7 @@ def expit(log_odds: Floats) -> Floats:
 
     It replaces the function of SciPy, whose import takes half a second.
     """
-    small = np.exp(-np.abs(log_odds))  # at most 1: it never overflows
+    small = np.exp(-np.abs(log_odds))  # at most 1, so there is no overflow
     probability: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
     return probability
 
@@ -69,7 +69,7 @@ Temperature scaling and beta calibration need a probability (Guo et al. 2017; Ku
 class _Fitted(Model):
     """Facts about the fit of a calibrator.
 
-    They are the numbers of rows and of failures, and the held-out log-loss of every form that was
+    These are the numbers of rows and of failures, and the held-out log-loss of every form that was
     tried.
     """
 
@@ -149,8 +149,8 @@ def _smoothest_good(losses: dict[str, Floats]) -> str:
     """The smoothest form whose mean log-loss is within one standard error of the least.
 
     ``losses`` has the log-losses (N,) of all forms, the smoothest form first. The standard error is
-    that of the mean difference of two losses of a row. Rows that are hard for all forms then add
-    nothing to the error.
+    computed from the differences to the losses of the best form, row by row. So rows that are hard
+    for all forms add nothing to the error.
     """
     least = min(losses.values(), key=np.mean)
     for name, loss in losses.items():
@@ -177,7 +177,7 @@ def read_calibrator(value: object) -> Calibrator:
 
 
 def _require_knots(calibrator: Isotonic) -> None:
-    """Refuse knots whose scores do not rise, or whose number is not that of the probabilities."""
+    """Refuse knots unless their scores rise, and there is one probability for every score."""
     has_pairs = len(calibrator.score) == len(calibrator.probability)
     falls = bool((np.diff(calibrator.score) <= 0).any())
     if not has_pairs or falls:
@@ -204,6 +204,7 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
     fold = np.empty(len(score), np.int64)
     for is_failure in (0, 1):
         rows = np.flatnonzero(failure == is_failure)
+        # the shuffled rows are dealt out, one to each fold in turn
         fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
     losses = np.empty(len(score))
     for number in range(FOLDS):
@@ -305,8 +306,9 @@ def _least_log_loss(
 def _smoothed(failure: NDArray[np.int64]) -> Floats:
     """(N,) smoothed targets of a logistic regression (Platt 1999, Sec. 2.2).
 
-    They are (N_f + 1) / (N_f + 2) for the N_f failures and 1 / (N_s + 2) for the N_s successes. The
-    weights then stay finite where the scores separate failures from successes.
+    The targets are (N_f + 1) / (N_f + 2) for the N_f failures and 1 / (N_s + 2) for the N_s
+    successes. With these targets the weights stay finite even if the scores separate failures from
+    successes.
     """
     n_failures = int(failure.sum())
     n_successes = len(failure) - n_failures
@@ -324,7 +326,8 @@ def _by_newton(x: Floats, target: Floats) -> Floats:
         gradient = x.T @ (p - target)
         variance = p * (1 - p)
         curvature = x.T @ (x * variance[:, None])
-        # least squares instead of solve: a direction without curvature (equal scores) gets weight 0
+        # Equal scores give a direction without curvature, in which ``solve`` would fail. Least
+        # squares make no step in this direction.
         step, *_ = np.linalg.lstsq(curvature, gradient, rcond=None)
         descent = _descend(weights, step, least, x, target)
         if descent is None:

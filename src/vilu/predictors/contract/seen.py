@@ -58,13 +58,15 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
             f"{n_small} of {len(sizes)} classes have fewer than {n} labelled rows "
             f"(the fewest: {min(sizes)}); all their rows are taken.",
         )
-    of_none = usable[source.outside[usable]]
-    return torch.cat([*parts, of_none]).sort().values
+    of_no_class = usable[source.outside[usable]]
+    return torch.cat([*parts, of_no_class]).sort().values
 
+
+# Constants of the recognition of rows: sizes in rows, and limits and texts of messages.
 
 SIZE = 1 << 14  # maximum number of hashes that a predictor keeps of the rows of its fit
 BLOCK = 1 << 20  # number of rows whose hashes are in memory at the same time
-LARGEST_HASH = np.iinfo(np.int64).max
+LARGEST_HASH = np.iinfo(np.int64).max  # hashes have 63 bits
 
 MAX_SHARED = 0.01
 """Largest share of rows that two sets may have in common.
@@ -82,9 +84,9 @@ LEARNED_FROM = "It learned from them, so nothing measured on them holds for othe
 class RowSketch:
     """Bottom-k sketch of a set of rows: its smallest 63-bit hashes, sorted, and its number of rows.
 
-    Up to 16,384 rows the sketch has all hashes. Of a larger set it is a uniform sample, since
-    hashes are uniform. Whether a row is in the set is then known if the hash of the row is at most
-    the largest hash of the sketch, and unknown otherwise.
+    A set of up to 16,384 rows has all its hashes in the sketch. The sketch of a larger set is a
+    uniform sample, since hashes are uniform. It is then known whether a row is in the set if the
+    hash of the row is at most the largest hash of the sketch, and unknown otherwise.
     """
 
     hashes: torch.Tensor  # (min(number of different rows, SIZE),) int64, ascending
@@ -127,7 +129,11 @@ class RowSketch:
         for part, block in _hashes(source, by, rows):
             shared[part] = np.isin(block, self.hashes.numpy())
             n_comparable += int(np.count_nonzero(block <= largest_known))
-        return Overlap(shared & _marked(source, by)[rows], n_comparable, self.whole)
+        return Overlap(
+            shared=shared & _marked(source, by)[rows],
+            n_comparable=n_comparable,
+            whole=self.whole,
+        )
 
 
 def _hashes(
@@ -144,7 +150,7 @@ def _hashes(
 def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
     """(N,) whether the identity of a row distinguishes it from other rows.
 
-    All rows without a usable embedding have the same embedding, so it identifies none of them.
+    All rows without a usable embedding have the same embedding, which identifies none of them.
     """
     if by == "embeddings":
         return np.isin(source.status, (VALID, SHORT_POOL))
@@ -174,7 +180,7 @@ class Overlap:
         remedy: str,
         then: str = "they are left out",
     ) -> NDArray[np.bool_]:
-        """(N,) bool: the rows of the source that are not shared. Warns if some are shared.
+        """(N,) bool: whether each row of the source is not shared. Warns if some rows are shared.
 
         The warning names some of the shared rows and ends with ``then``.
 
@@ -295,7 +301,8 @@ def scored_of(data: EmbeddingSource, fresh: NDArray[np.bool_]) -> Tensor | None:
     """Indices (S,) of the usable rows among those that are ``fresh`` (N,) bool.
 
     Only these rows are scored, so that other rows do not change how they are divided into blocks.
-    None for image-caption pairs: their pools are made of all rows, so all rows are scored.
+    For image-caption pairs the result is None, which means that all rows are scored, since pools
+    are made of all rows.
     """
     if data.pool_size is not None:
         return None
@@ -314,7 +321,8 @@ def overlap(
     if by is None:
         return None
     is_in_first = np.isin(second.identities(by), first.identities(by))
-    return Overlap(is_in_first & _marked(second, by), len(second))
+    shared = is_in_first & _marked(second, by)
+    return Overlap(shared=shared, n_comparable=len(second))
 
 
 def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -323,12 +331,14 @@ def one_per_picture(picture: NDArray[np.int64], failure: NDArray[np.int64]) -> N
     Args:
         picture: (N,) identity of the picture of every row. Every row with an unknown picture (-1)
             counts as a picture of its own.
-        failure: (N,) 1 where the answer is wrong.
+        failure: (N,) 1 where the answer is wrong. If no row is 1, the result has the first row of
+            every picture.
     """
     alone = np.flatnonzero(picture == UNKNOWN)
     known = np.flatnonzero(picture != UNKNOWN)
     is_no_failure = failure[known] != 1
-    # by picture, then failures before other rows, then by index: np.lexsort has the last key first
+    # The rows are sorted by picture, then failures before other rows, then by index. ``np.lexsort``
+    # sorts by its last key first. ``np.unique`` then finds the first row of every picture.
     order = known[np.lexsort((known, is_no_failure, picture[known]))]
     _, first = np.unique(picture[order], return_index=True)
     return np.sort(np.concatenate([alone, order[first]]))
@@ -342,10 +352,12 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
 
     The largest cosine of a row is that with its nearest candidate.
     """
+    # at least one whole pool is read, where there are pools
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
-    # equal rows have a standard deviation of zero, with which any other mean would be a warning
+    # Equal rows have a standard deviation of zero. Without a minimum, the smallest difference of
+    # another mean would then be a warning.
     min_deviation = 1e-3 * math.sqrt(len(best))
     deviation = min_deviation
     if len(best) > 1:
@@ -396,6 +408,7 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
     first_texts = first.get("texts")
     second_texts = second.get("texts")
     if first_texts is not None and second_texts is not None:
+        # the sketch of given logits is empty, so given logits differ from texts
         if len(first_texts) != len(second_texts):
             return False
     if first_texts and second_texts:
@@ -411,8 +424,8 @@ def same_candidates(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool
 def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
     """Warn if the mean largest cosine differs by more than 4 ``deviation`` from the ``mean``.
 
-    ``mean`` and ``deviation`` are those of the fit (``similarity_range``). For embeddings without
-    provenance, no other check shows that they come from another model of the same width.
+    ``mean`` and ``deviation`` are the results of ``similarity_range`` for the rows of the fit. No
+    other check shows that embeddings without provenance come from another model of the same width.
     """
     if data.n_candidates < 2 or not len(data.usable_rows):
         return

@@ -41,7 +41,7 @@ STEPS = 150
 """Maximum number of L-BFGS steps."""
 
 STREAMED_ROWS = 1_024
-"""Number of rows of a streamed block. It is so small that the logits stay in the cache."""
+"""Number of rows of a streamed block, so small that the logits of the block stay in the cache."""
 
 SOME_ROWS = 4_096
 """Maximum number of rows of a ``sample``, on which statistics of all rows are estimated."""
@@ -50,7 +50,7 @@ CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this."""
 
 STREAMED_CHANGE = 3e-5
-"""As ``CHANGE``, for streamed rows. Fifty further steps would not increase the AUROC."""
+"""The same limit for streamed rows. Fifty further steps would not increase the AUROC."""
 
 FEATURES = "features"
 """Name of the column of image features."""
@@ -92,7 +92,7 @@ class Standard(nn.Module):
         # E |x - mean|^2 = E |x|^2 - |mean|^2. In float64 the difference has enough digits.
         mean_square = moments.squares / moments.n
         variance = (mean_square - mean.square().sum()).clamp_min(0)
-        norm = torch.ones((), dtype=torch.float32)  # for rows that are all equal
+        norm = torch.ones((), dtype=torch.float32)  # rows that are all equal are divided by 1
         if variance > TINY:
             norm = variance.sqrt()
         self.mean.copy_(mean)
@@ -182,8 +182,8 @@ class SupervisedAttention(nn.Module):
     scored.
 
     For candidates that are no training classes, ``Match.reach`` reduces the effect of A and of the
-    temperature. If the text of a candidate is unlike those of all classes, its logit is nearly its
-    zero-shot logit.
+    temperature. If the text of a candidate is unlike the texts of all classes, the logit is nearly
+    the zero-shot logit.
 
     If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
 
@@ -242,10 +242,10 @@ class SupervisedAttention(nn.Module):
     def offset_keys(self, batch: Batch) -> Tensor:
         """(K, D + F + 1) keys of the ``offset``, if all candidates are training classes.
 
-        They are zero for a ``LogitBatch``.
+        For a ``LogitBatch`` the keys are zero.
         """
         # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x.
-        # So it is a product of (x, 1) with a key, too.
+        # So a zero-shot logit is a product of (x, 1) with a key, too.
         image = self.inputs.image
         dim = batch.text.shape[1]
         scaled = self.temperature * batch.logit_scale * batch.text
@@ -264,8 +264,8 @@ class SupervisedAttention(nn.Module):
         """(B, K) tempered zero-shot logits, without the logit bias.
 
         The less similar the candidates are to the training classes, the nearer to one is the
-        temperature. ``match`` is the result of ``match`` for the candidates. None: they are the
-        training classes.
+        temperature. ``match`` is the result of the method ``match`` for the candidates. None: the
+        candidates are the training classes.
         """
         temperature: Tensor = self.temperature
         if match is not None:
@@ -279,21 +279,25 @@ class SupervisedAttention(nn.Module):
         If the attention was fitted to captions, there are no classes, and ``reach`` is 1.
         """
         if not len(self.classes):
-            no_class = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return Match(no_class, no_class.bool(), torch.ones_like(text[:, 0]))
+            row = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            return Match(
+                row=row,
+                known=torch.zeros_like(row, dtype=torch.bool),
+                reach=torch.ones_like(text[:, 0]),
+            )
         cosine, row = nearest(text, self.classes)
         known = cosine >= SAME_TEXT
         candidates = functional.normalize(self.text(text), dim=1)
         classes = functional.normalize(self.text(self.classes), dim=1)
         nearest_cosine, _ = nearest(candidates, classes)
         common_variance = nearest_cosine.clamp(0, 1).square()
-        return Match(row, known, torch.where(known, 1.0, common_variance))
+        return Match(row=row, known=known, reach=torch.where(known, 1.0, common_variance))
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits.
 
-        ``match`` is the result of ``match`` for the candidates. None: they are the training
-        classes, in their order.
+        ``match`` is the result of the method ``match`` for the candidates. None: the candidates are
+        the training classes, in their order.
         """
         learned: Tensor = self.queries(batch) @ self.learned_keys(batch.text, match).T
         return self.offset(batch, match) + learned
@@ -337,9 +341,9 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     1. The start is the zero-shot logits, or those of ``start``, times a fitted temperature.
        ``class_log_prior`` is added to the bias of each class. With a ``start``, the number that is
        added for a class without labels is ``start.occurrence``, if this is lower.
-    2. The learned part, which is added to the start, has a normal prior. For the weights of x it is
-       N(0, C) with C = ``variance`` * ``zero_shot_variance``. For the biases it is N(0, C / 50).
-       Finding the posterior mode is a convex problem.
+    2. The learned part, which is added to the start, has a normal prior. The prior of the weights
+       of x is N(0, C) with C = ``variance`` * ``zero_shot_variance``. The prior of the biases is
+       N(0, C / 50). Finding the posterior mode is a convex problem.
     3. The solution is multiplied by n / (n + 8). If ``is_few``, it is also multiplied by the result
        of ``held_out_share``.
 
@@ -418,10 +422,11 @@ class Block(NamedTuple):
     def slopes(self, logits: Tensor) -> Tensor:
         """(B, K) derivatives of the ``losses`` in the logits, whose memory may be overwritten.
 
-        They are the softmax over all candidates, minus the softmax over the right candidates.
+        A derivative is the softmax over all candidates, minus the softmax over the right
+        candidates.
         """
         target_column = self.batch.target[:, None]
-        if self.batch.same is None:  # one candidate is right, so the softmax over it is 1
+        if self.batch.same is None:  # one candidate is right, and its softmax over itself is 1
             minus_one = torch.full_like(logits[:, :1], -1)
             posterior = torch.softmax(logits, dim=1, out=logits)
             return posterior.scatter_add_(1, target_column, minus_one)
@@ -468,8 +473,9 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n = len(rows.index)
-        # Prior standard deviation of the weight of each input. The last input is always 1. The
-        # inputs are multiplied by ``scale``, so that the prior of A and V is N(0, 1).
+        # ``scale`` is the prior standard deviation of the weight of each input. The inputs are
+        # multiplied by it, so that the prior of A and V is N(0, 1). The last input is always 1, so
+        # its weight is the bias, which has a smaller variance.
         scale = torch.full(
             (attention.inputs.width + 1,),
             math.sqrt(variance),
@@ -553,7 +559,7 @@ class Problem:
             shared = near.shared.detach() / scale_column
             own = (near.own.detach() - self.attention.own.detach()) / self.scale
             return Solution(shared, own)
-        block = self.held or next(self._streamed())
+        block = self.held or next(self._streamed())  # any block shows the sizes of A and V
         n_image = block.image.shape[1]
         shared = torch.zeros(n_image, block.text.shape[1], device=self.device, dtype=torch.float32)
         own = torch.zeros(len(self.attention.own), n_image, device=self.device, dtype=torch.float32)
@@ -603,7 +609,8 @@ class Problem:
     def _add_gradient(self, current: Keys | None, gradient: Solution) -> None:
         """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
 
-        It is called once if all blocks have the same classes, and once per pool of captions.
+        This method is called once if all blocks have the same classes, and once per pool of
+        captions.
         """
         if current is None:
             return
@@ -656,12 +663,12 @@ def held_out_share(problem: Problem) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    if problem.n == 1:
+    if problem.n == 1:  # no row would be left to learn from
         return 1.0
     block = cast("Block", problem.held)
     before = plus(block.image @ block.before.T, block.offset)
     fold = _folds(problem, block)
-    sufficient_folds = math.ceil(FOLDS * HELD_OUT / problem.n)
+    sufficient_folds = math.ceil(FOLDS * HELD_OUT / problem.n)  # a fold has n / FOLDS rows
     n_folds = min(sufficient_folds, FOLDS, problem.n)
     learned = torch.zeros_like(before)  # for each row, the logits that are learned without it
     for k in range(n_folds):
@@ -681,7 +688,7 @@ def held_out_share(problem: Problem) -> float:
 
 
 def _folds(problem: Problem, block: Block) -> Tensor:
-    """Number (N,) of the fold of every row; all rows of one picture are in the same fold."""
+    """Index (N,) of the fold of every row; all rows of one picture are in the same fold."""
     first_row, picture_of_row = problem.rows.pictures()
     first_row = first_row.to(problem.device)
     picture_of_row = picture_of_row.to(problem.device)
@@ -699,15 +706,15 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     The logarithm is 0 for a class with labels, and at most 0 for a class without labels.
 
     Let f of the n labels be the only label of their class. The share s of all images that belong to
-    classes without labels is estimated by the formula of Good and Turing, s = f / n. Here it is at
+    classes without labels is estimated by the formula of Good and Turing, s = f / n. Here s is at
     least 1 / n. This share is divided equally among the K - m classes without labels. The share
     1 - s is divided equally among the m classes with labels. So the relative frequency of a class
     without labels is
 
         s m / ((1 - s) (K - m))
 
-    If it is above 1, it is replaced by 1. If each of the m classes has exactly one label, the
-    images were probably chosen one per class. They then say nothing about s, and s = 0.1 is
+    A relative frequency above 1 is replaced by 1. If each of the m classes has exactly one label,
+    the images were probably chosen one per class. They then say nothing about s, and s = 0.1 is
     assumed.
 
     Source: Good, Biometrika 1953.
@@ -717,13 +724,14 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
     count = torch.bincount(target, minlength=n_classes)
     n = len(target)
     m = int((count > 0).sum())
-    if n == m:
+    if n == m:  # each of the m classes has exactly one label
         share = MISSED
     else:
         n_single = int((count == 1).sum())
         share = max(n_single, 1) / n
     prior = torch.zeros(n_classes, dtype=torch.float32)
-    if 0 < m < n_classes:
+    has_both = 0 < m < n_classes  # classes with labels, and classes without
+    if has_both:
         ratio = share * m / ((1 - share) * (n_classes - m))
         prior[count == 0] = min(math.log(ratio), 0.0)
     return prior
@@ -744,7 +752,7 @@ def sample(rows: Rows) -> Rows:
     """At most ``SOME_ROWS`` of the rows, evenly spaced; all rows if they form pools."""
     if rows.source.pool_size is not None:
         return rows
-    step = math.ceil(len(rows.index) / SOME_ROWS)
+    step = math.ceil(len(rows.index) / SOME_ROWS)  # 1 if there are few rows
     return replace(rows, index=rows.index[::step])
 
 

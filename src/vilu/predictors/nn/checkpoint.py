@@ -97,12 +97,14 @@ class FolderKeeper(Keeper):
     def __init__(self, folder: Path, binding: Binding, world: World) -> None:
         self.folder = folder
         self.world = world
-        # JSON turns tuples into lists: now it equals the binding that is read from a checkpoint
+        # A binding that is read from a checkpoint has lists in place of tuples. After its own way
+        # through JSON, the binding of this run can be compared with it.
         self.binding = json.loads(json.dumps(binding))
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; warns about damaged checkpoints."""
-        # The other processes get the bytes from the leading one, because they may have other disks.
+        # Only the leading process reads, because the other ones may have other disks. On these, the
+        # call returns None, and they get the bytes from the leading one by ``broadcast``.
         record, weights = self.world.call_on_leader(self._newest) or (b"", b"")
         record = self.world.broadcast(record)
         weights = self.world.broadcast(weights)
@@ -127,12 +129,11 @@ class FolderKeeper(Keeper):
             "tensors_sha256": bytes_hash(weights),
         }
         # The process may be killed at any moment. The record is written after the tensors and has
-        # their hash, so a checkpoint with a record is complete. Older checkpoints are removed after
-        # that.
+        # their hash, so a checkpoint with a record is complete. Older checkpoints are removed last.
         make_folder(self.folder)
         write_bytes(self.folder / f"{name}.safetensors", weights)
         write_json(self.folder / f"{name}.json", record)
-        self._prune({name, f"{last:08d}"})
+        self._prune(names_to_keep={name, f"{last:08d}"})
 
     def _serials(self) -> list[int]:
         """Numbers of the checkpoints in the folder, ascending."""
@@ -156,7 +157,7 @@ class FolderKeeper(Keeper):
     def _newest(self) -> tuple[bytes, bytes]:
         """Bytes of the record and of the tensors of the newest intact checkpoint.
 
-        They are empty if the folder has no checkpoints.
+        Both are empty if the folder has no checkpoints.
 
         Raises:
             DataError: If all checkpoints are damaged.
@@ -196,7 +197,7 @@ class FolderKeeper(Keeper):
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file name is that of a file of a checkpoint, or of its temporary file."""
+    """Whether a file of this name is a file of a checkpoint, or a temporary form of such a file."""
     temporary = TEMPORARY.fullmatch(name)
     if temporary:
         name = temporary["name"]
@@ -283,6 +284,7 @@ class FolderSession(Session):
                 for run in self.runs():
                     shutil.rmtree(run)
                 (self.folder / NAMED).unlink(missing_ok=True)
+        # the leading process alone removes the folder at the end of ``checkpointing``
         self.removed = self.world.leads
 
 
@@ -293,7 +295,7 @@ _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa
 def current_session() -> Session:
     """The session of a ``with checkpointing()`` block.
 
-    Outside such a block it is a session that saves nothing.
+    Outside such a block this is a session that saves nothing.
     """
     return _session.get()
 
@@ -417,7 +419,7 @@ def pack(
 ) -> Checkpoint:
     """Make a checkpoint of everything that the rest of a training run depends on.
 
-    ``order`` is the generator that shuffles the rows.
+    ``at`` is the progress of the run. ``order`` is the generator that shuffles the rows.
     """
     parts: dict[str, Mapping[str, Tensor]] = {
         "head": head.state_dict(),
@@ -443,7 +445,7 @@ def unpack(
     order: torch.Generator,
     stateful: Sequence[Stateful],
 ) -> Position:
-    """Set all arguments to their states in a checkpoint, and return the position.
+    """Set the other arguments to their states in a checkpoint, and return the position.
 
     This is the inverse of ``pack``.
     """
@@ -463,11 +465,12 @@ def unpack(
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by their part (such as "head"), and in it by their name."""
+    """The tensors of a checkpoint: a dictionary by name for each part, such as "head"."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         part, _, name_in_part = name.partition(".")
-        parts.setdefault(part, {})[name_in_part] = tensor
+        tensors_of_part = parts.setdefault(part, {})  # a new dictionary at the first tensor
+        tensors_of_part[name_in_part] = tensor
     return parts
 
 
@@ -475,13 +478,14 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The momentum of each parameter that was trained, by the number of the parameter."""
     momenta = {}
     for number, state in optimizer.state_dict()["state"].items():
-        if state["momentum_buffer"] is not None:  # it is None if the optimiser has no momentum
+        has_momentum = state["momentum_buffer"] is not None
+        if has_momentum:
             momenta[str(number)] = state["momentum_buffer"]
     return momenta
 
 
 def _load_momenta(saved: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Set the momentum of every parameter that is trained; refuses missing or further ones."""
+    """Set the momentum of every parameter that is trained; refuses missing or further momenta."""
     groups = [group["params"] for group in optimizer.param_groups]
     expected = {}
     for name, parameter in _by_number(itertools.chain(*groups)).items():

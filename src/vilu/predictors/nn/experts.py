@@ -1,6 +1,7 @@
 """Experts besides the attention, and the pool of all experts.
 
-An expert computes logits of the candidates: of each candidate, how probably it is the true class.
+An expert computes a logit for each candidate. The softmax of these logits is the probability, by
+this expert, that the candidate is the true class.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # safetensors saves no tensors that share memory
         self.dropout = dropout
-        self.generator = torch.Generator().manual_seed(seed)  # of initial weights and masks
+        self.generator = torch.Generator().manual_seed(seed)  # draws initial weights and masks
         self.first = linear(inputs.width, hidden, self.generator)
         self.last = linear(hidden, n_classes, self.generator)
         # with a last layer of zeros, training begins at the tempered zero-shot logits
@@ -74,7 +75,7 @@ class Adapter(nn.Module):
 class Memory(nn.Module):
     """Expert that is a kernel ridge regression of the zero-shot errors on M labelled images.
 
-    If x are the ``ImageInputs`` of an image, it adds to the tempered zero-shot logits of the image
+    If x are the ``ImageInputs`` of an image, the memory adds to its tempered zero-shot logits
 
         8 k(x) (G + 0.1 I)^-1 (Y - P)
 
@@ -82,7 +83,7 @@ class Memory(nn.Module):
     the Gram matrix of the labelled images, Y (M, K) are their one-hot labels, and P (M, K) is their
     tempered zero-shot posterior.
 
-    ``bank`` has the inputs of the labelled images. ``values`` has the factor after k(x), times 8.
+    ``bank`` has the inputs x' of the labelled images. ``values`` has 8 (G + 0.1 I)^-1 (Y - P).
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
@@ -95,8 +96,8 @@ class Memory(nn.Module):
     def kernel(rows: Tensor, bank: Tensor) -> Tensor:
         """Gaussian kernels (N, M) of rows and bank, which are results of ``exponent_factor``.
 
-        The exponent is computed in float64. It is a small difference of terms as large as 10, so in
-        float32 the kernel would have an error of 1e-4.
+        The exponents are computed in float64. They are small differences of terms as large as 10.
+        So in float32 the kernel would have an error of 1e-4.
         """
         return (rows @ bank.T).exp_()
 
@@ -104,8 +105,8 @@ class Memory(nn.Module):
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
         """Longer rows (N, D + F + 2) float64, whose products are the exponents of the kernel.
 
-        The exponent of inputs x and x' is -|x - x'|^2 / 2. It is a product of two longer vectors,
-        the second of which belongs to the bank:
+        The exponent of inputs x and x' is -|x - x'|^2 / 2. This is the product of two longer
+        vectors: one of x, and one of x', which belongs to the bank.
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
@@ -170,10 +171,10 @@ class Experts(nn.Module):
 
     A companion is an ``Adapter`` or a ``Memory``. It has outputs for the training classes only.
     ``weights`` (M,) float64 are the weights of the experts in a log-linear pool. The first weight
-    is that of the attention.
+    belongs to the attention.
 
-    A candidate is foreign if it is no training class. If a candidate is foreign, the attention is
-    the only expert, and its weight is 1.
+    A candidate is foreign if it is no training class. If one or more candidates of a batch are
+    foreign, only the attention scores the batch, and its weight is 1.
     """
 
     def __init__(
@@ -182,7 +183,8 @@ class Experts(nn.Module):
         super().__init__()
         self.attention = attention
         self.companions = nn.ModuleDict(companions)
-        self.weights = weights  # no buffer: some devices have no float64
+        # not a buffer, because ``to`` would move it to devices that have no float64
+        self.weights = weights
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K) of the pool: sum_m w_m l_m, where w_m is the weight of expert m."""
@@ -229,7 +231,7 @@ class Experts(nn.Module):
         return keys + sum(weights) * self.attention.offset_keys(batch)
 
     def _given_offset(self, batch: Batch) -> Tensor | None:
-        """Part (B, K) of the pool that ``_pooled_keys`` lacks for a ``LogitBatch``; else None."""
+        """Offset (B, K) of the pool for a ``LogitBatch``, which has no keys; otherwise None."""
         offset = self.attention.given_offset(batch)
         if offset is None:
             return None
@@ -240,6 +242,8 @@ class Experts(nn.Module):
 
         All candidates must be training classes.
         """
+        # Companions have outputs for all training classes, in their order. If the candidates are
+        # not just these classes in this order, columns of the outputs are selected.
         is_complete = len(match.row) == len(self.attention.classes)
         in_order = is_complete and bool((match.row.diff() == 1).all())
         companion_weights = self.weights.tolist()[1:]
@@ -258,7 +262,7 @@ class Experts(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, M, K) of all experts.
 
-        If a candidate is foreign, the attention is the only expert: (B, 1, K).
+        If a candidate is foreign, these are the logits (B, 1, K) of the attention alone.
         """
         match = self.attention.match(batch.text)
         if bool(match.known.all()):
@@ -270,8 +274,8 @@ class Experts(nn.Module):
         """Logits (B, M, K) of all experts, without a check of the candidates.
 
         The logits of the companions are wrong for candidates that are no training classes.
-        ``match`` is the result of ``match`` for the candidates. It is None if there are no
-        training classes.
+        ``match`` is the result of the attention's ``match`` for the candidates, or None if there
+        are no training classes.
         """
         logits = [self.attention(batch, match)]
         if match is not None and len(self.companions):
@@ -283,15 +287,20 @@ class Experts(nn.Module):
     def pooled_parts(self, batch: Batch) -> Pooled:
         """The pooled logits of a batch, split into three parts.
 
-        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, a is their
-        temperature, and r_m is the residual of the expert. x is the standardised image, which is 0
-        for the mean training image. If R = sum_m w_m r_m, the pooled logits are
+        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, a is the
+        temperature, by which they are multiplied, and r_m is the residual of the expert. x is the
+        standardised image, which is 0 for the mean training image. If R = sum_m w_m r_m, the pooled
+        logits are
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
         residual, offset, total_weight = self._pooled_residual(batch)
         residual_at_mean, _, _ = self._pooled_residual(self._mean_image(batch))
-        return Pooled(total_weight * offset, residual_at_mean, residual - residual_at_mean)
+        return Pooled(
+            zero_shot=total_weight * offset,
+            texts=residual_at_mean,
+            image=residual - residual_at_mean,
+        )
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """R(x) (B, K), the offset a l0 (B, K), and the total weight () of the experts: float64."""
@@ -306,7 +315,7 @@ class Experts(nn.Module):
         columns = dict(batch.columns)
         if inputs.on_features:
             columns[FEATURES] = inputs.features.mean.unsqueeze(0)
-        first_row = batch.rows(slice(0, 1))
+        first_row = batch.rows(slice(0, 1))  # a batch of one row, with the candidates
         mean_image = inputs.image.mean.unsqueeze(0)
         return dataclasses.replace(first_row, image=mean_image, columns=columns)
 

@@ -21,7 +21,7 @@ from vilu.predictors.nn.processes import current_world
 class Dropout(nn.Module):
     """Dropout whose masks come from a generator of its own.
 
-    In training, a unit becomes 0 with probability ``rate``. Otherwise it is multiplied by
+    In training, a unit becomes 0 with probability ``rate``, and is otherwise multiplied by
     1 / (1 - rate). Outside training, the input is returned unchanged.
 
     Masks are drawn on the CPU, so a seed gives the same masks on every device. The global
@@ -58,7 +58,7 @@ class CrossAttention(nn.Module, ABC):
     def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
         """(B, H) the average sum_j alpha_j W_V t_j of the texts, multiplied by ``after``.
 
-        It is computed in float32. With many texts, no (B, K) tensor is needed.
+        The computation is in float32. With many texts, no (B, K) tensor is needed.
 
         Args:
             image: (B, D) unit-norm embeddings.
@@ -93,7 +93,7 @@ def has_few(text: Tensor, image: Tensor) -> bool:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """(B, H) softmax(scale * queries @ keys.T) @ values."""
-    # the fused kernels need four dimensions: a batch of one, and one head
+    # The fused kernels need two more dimensions in front: a batch of size one, and one head.
     attended = functional.scaled_dot_product_attention(
         queries[None, None], keys[None, None], values[None, None], scale=scale
     )
@@ -186,13 +186,14 @@ class FailureHead(nn.Module):
         hidden: Widths of the hidden layers of the MLP, which has ``len(hidden) + 1`` layers.
         attention: "official" or "paper"; None: z has no attended text.
         predicted_caption: Whether z has z_t̂, the text embedding of the answer.
-        mcm: Whether z has the zero-shot probability of the answer (supplement, B.2). For the
-            zero-shot answer it is max_j p_j.
+        mcm: Whether z has the zero-shot probability of the answer (supplement, B.2), which is
+            max_j p_j for the zero-shot answer.
         dropout: Applied after every hidden layer; None: no dropout, as published.
         generator: Generator of the initial weights; None: the global generator of torch.
 
-    The parts have the order of the released code, not that of the paper, so that released weights
-    can be used. The released head returns a logit of confidence. This head returns its negative.
+    The parts have the order of the released code, not the order of the paper, so that released
+    weights can be used. The released head returns a logit of confidence. This head returns the
+    negative of that logit.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -256,7 +257,8 @@ class FailureHead(nn.Module):
     def _caption(self, batch: Batch) -> Tensor:
         """(B, H) term of the predicted caption in the outputs of the first layer."""
         weight = self.first["caption"]
-        if has_few(batch.text, batch.image):  # then it is faster to project every text once
+        if has_few(batch.text, batch.image):
+            # every text is projected once, which is faster than one projection per image
             return functional.linear(batch.text, weight)[batch.prediction]
         return functional.linear(batch.text[batch.prediction], weight)
 
@@ -308,6 +310,7 @@ def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
     expected = _shapes_and_types(network.state_dict())
     actual = _shapes_and_types(state)
     if actual != expected:
+        # pairs of a name and its sizes and type that only one of the two has
         differing = sorted({*actual.items()} ^ {*expected.items()}, key=str)
         raise DataError(
             f"the weights do not fit a {method} with these parameters; "
@@ -316,7 +319,7 @@ def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
     copies = {}
     for name, tensor in state.items():
         copies[name] = tensor.clone(memory_format=torch.contiguous_format)
-    # with ``assign``, because a network on the meta device has no memory to copy into
+    # ``assign`` replaces the tensors: a network on the meta device has no memory to copy into
     network.load_state_dict(copies, assign=True)
     return network.eval()
 

@@ -1,6 +1,6 @@
 """Weighted losses for failure prediction.
 
-They are computed in float32, and are finite for every error rate from 0 to 1.
+The losses are computed in float32, and are finite for every error rate from 0 to 1.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import Loss
 
 EPSILON = 1e-6
-"""Error rates e are clipped to at least 1e-6, in (1 - e) / e also to at most 1 - 1e-6."""
+"""Error rates e below 1e-6 are replaced by 1e-6. In (1 - e) / e, e is at most 1 - 1e-6 as well."""
 
 MIN_WEIGHT = 0.05
-"""Minimum of -log(e). Without it, a batch with failures only (e = 1) would have no gradient."""
+"""Minimum of -log(e). Otherwise a batch with failures only (e = 1) would have no gradient."""
 
 EMA_MOMENTUM = 0.99
 """Weight of the previous value in the moving average of the error rates of batches."""
@@ -65,7 +65,7 @@ class FailureWeight:
             raise UsageError(
                 f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead."
             )
-        if not static > 0:  # true also for NaN
+        if not static > 0:  # unlike ``static <= 0``, this refuses NaN, too
             raise UsageError(f"static_weight must be positive. Got {static} instead.")
         self.mode = mode
         self.rate = torch.tensor(float(error_rate), dtype=torch.float32)
@@ -75,13 +75,14 @@ class FailureWeight:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        # the mean over all processes; it returns only when every process has called it
+        # The mean is over all processes. The call returns only when every process has made it, so
+        # it is made in mode "dataset", too.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
         if self.mode == "ema":
             self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
-        # in mode "dataset" the rate is that of the training set, and never changes
+        # in mode "dataset" ``rate`` is the error rate of the training set, and never changes
         return adaptive_weight(self.rate.to(failure.device))
 
     def _constant(self, static: float) -> Tensor | None:
@@ -94,11 +95,11 @@ class FailureWeight:
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """The error rate that calls depend on beside the batch, such as the moving average."""
+        """The error rate on which calls depend beside the batch, for example the moving average."""
         return {"rate": self.rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Replace the error rate by that of a ``state``."""
+        """Replace the error rate by the one in a ``state``."""
         is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
@@ -146,8 +147,8 @@ def regression(
 ) -> Callable[[FailureWeight], Loss]:
     """Return a function from a failure weight to a loss.
 
-    The loss is the weighted squared error between link(g) and the target. It is divided by the mean
-    square of the targets of the batch, if that exceeds one.
+    The loss is the weighted squared error between link(g) and the target. If the mean square of the
+    targets of the batch exceeds one, the loss is divided by this mean square.
     """
 
     def with_weight(weight: FailureWeight) -> Loss:

@@ -24,7 +24,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World:
-    """The processes that train together, as one of them sees them; here it is the only one."""
+    """The processes that train together, seen from one of them. Here there is only this one."""
 
     rank: int = 0  # number of this process
     size: int = 1  # number of processes
@@ -78,7 +78,7 @@ class World:
 
 
 class Group(World):
-    """Several processes of ``torch.distributed``, as one of them sees them.
+    """Several processes of ``torch.distributed``, seen from one of them.
 
     A call returns only when all processes have made it.
     """
@@ -126,15 +126,19 @@ class Group(World):
         # the number of bytes is sent first, because the other processes do not know it
         leader = 0
         count = torch.tensor(len(data), device=self.device)
-        dist.broadcast(count, leader)
+        dist.broadcast(count, src=leader)
         content = torch.empty(int(count), dtype=torch.uint8, device=self.device)
         if self.leads and data:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(content, leader)
+        dist.broadcast(content, src=leader)
         return content.cpu().numpy().tobytes()
 
     def call_on_leader(self, act: Callable[[], Result]) -> Result | None:
-        """The others wait for the kind and the message of the error; both are empty without one."""
+        """Call ``act`` on the leading process alone; if it raises, every process raises.
+
+        The other processes wait for a message with the kind and the text of the error. The message
+        is empty if there was no error.
+        """
         if not self.leads:
             failure = self.broadcast(b"")
             if failure:
@@ -154,7 +158,7 @@ def _error_of_leader(failure: str) -> Exception:
     kind, _, message = failure.partition("\n")
     text = f"the leading process stopped with {kind}: {message}"
     for cls in ViLUError.__subclasses__():
-        if cls.__name__ == kind:  # so that all processes end with the same exit code
+        if cls.__name__ == kind:  # with the same kind, all processes end with the same exit code
             return cls(text)
     return RuntimeError(text)
 
@@ -218,9 +222,10 @@ def _select_gpu(local_rank: int) -> None:
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine, from the variables of torchrun.
 
-    Without torchrun they are 0, 1 and 0.
+    Without torchrun there is one process: rank 0 of 1, and rank 0 on this machine.
     """
-    if not environment.keys() & {"RANK", "WORLD_SIZE"}:
+    is_from_torchrun = bool(environment.keys() & {"RANK", "WORLD_SIZE"})
+    if not is_from_torchrun:
         return 0, 1, 0
     _require_all(environment)
     rank, size, local_rank = _whole_numbers(environment)
@@ -245,9 +250,9 @@ def _require_all(environment: Mapping[str, str]) -> None:
 
 
 def _whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK. Values that are no whole numbers are refused.
+    """RANK, WORLD_SIZE and LOCAL_RANK as integers.
 
-    MASTER_PORT is checked, too.
+    Values of these variables or of MASTER_PORT that are not whole numbers are refused.
     """
     wrong = []
     for name in VARIABLES:
@@ -282,7 +287,7 @@ def _join(
             f"process {rank} of {size} cannot join the others at {address}: {error}. "
             "Start all of them with the same torchrun command."
         ) from error
-    return Group(rank, size, torch.device("cpu"))
+    return Group(rank, size, device=torch.device("cpu"))
 
 
 def _meeting_address(environment: Mapping[str, str]) -> str:

@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 EPOCHS = 35
 """Default number of epochs, if that makes ``FEWEST_STEPS`` to ``MOST_STEPS`` steps."""
 FEWEST_STEPS = 1_400
+"""Minimum number of steps of a training run with the default number of epochs."""
 MOST_STEPS = 6_000
+"""Maximum number of steps of a training run with the default number of epochs."""
 FREEZE_STEPS = 1_000
 """Default number of steps before the attention of a head is trained."""
 
@@ -44,7 +46,7 @@ FREEZE_STEPS = 1_000
 def schedule(step: int, total: int, warmup: float) -> float:
     """Factor of the learning rate in one of ``total`` steps, of which ``warmup`` are the warm-up.
 
-    It rises linearly from 0.1 to 1 in the warm-up, and then falls to 0 as half a cosine.
+    The factor rises linearly from 0.1 to 1 in the warm-up, and then falls to 0 as half a cosine.
     """
     if step < warmup:
         return 0.1 + 0.9 * step / warmup
@@ -55,8 +57,8 @@ def schedule(step: int, total: int, warmup: float) -> float:
 def default_epochs(steps: int) -> int:
     """Default number of epochs, if an epoch has this number of steps.
 
-    It is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and then
-    clipped to 10 ... 300.
+    The number is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
+    then clipped to 10 ... 300.
     """
     fewest = math.ceil(FEWEST_STEPS / steps)
     most = math.ceil(MOST_STEPS / steps)
@@ -67,8 +69,8 @@ def default_epochs(steps: int) -> int:
 def few_epochs(steps: int) -> int:
     """Default number of epochs of a small network, if an epoch has this number of steps.
 
-    It is 20, or more if there would be fewer than 300 steps in all. If there would be more than
-    2,000 steps in all, it is reduced, but not below 10.
+    The number is 20, or more if there would be fewer than 300 steps in all. If there would be more
+    than 2,000 steps in all, the number is reduced, but not below 10.
     """
     wanted = max(20, math.ceil(300 / steps))
     most = max(math.ceil(2_000 / steps), 10)
@@ -100,10 +102,11 @@ class Plan:
         epochs = epochs or default_epochs(steps)
         frozen = freeze_epochs
         if frozen is None:
-            most = max(epochs // 2, 1)  # otherwise a short run would never train the attention
-            frozen = min(math.ceil(FREEZE_STEPS / steps), most)
+            # without this maximum, a short run would never train the attention
+            most_frozen = max(epochs // 2, 1)
+            frozen = min(math.ceil(FREEZE_STEPS / steps), most_frozen)
         warmup = min(warmup_epochs, epochs / 10) * steps
-        return cls(steps, epochs, warmup, frozen)
+        return cls(steps=steps, epochs=epochs, warmup=warmup, frozen=frozen)
 
     def rates(self, epoch: int) -> list[float]:
         """Factors of the learning rate in the steps of an epoch."""
@@ -117,7 +120,7 @@ Loss = Callable[[Batch, Tensor], Tensor]
 
 
 def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
-    """Return the rows with their zero-shot answers, so that each is computed only once in a fit.
+    """Return the rows with their zero-shot answers, so that a fit computes every answer only once.
 
     The processes of ``world`` share the computation. Rows with pools of captions are returned
     unchanged, because every epoch draws other pools, so the answers change.
@@ -130,7 +133,8 @@ def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
         zero_shot = share.to(device).zero_shot
         answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
-    for blocks in zip(*answers_of_batches, strict=True):  # for every field of ``ZeroShot``
+    # ``zip`` turns the fields of each batch into the blocks of each field of ``ZeroShot``
+    for blocks in zip(*answers_of_batches, strict=True):
         answers = torch.cat(blocks)
         # one entry for every row of the source; entries of rows outside ``rows`` are not used
         of_source = answers.new_zeros(len(rows.source))
@@ -213,16 +217,17 @@ class HeadTrainer:
         self.stateful = stateful
         self.world = current_world()
         warn_of_slow_bfloat16(config)
+        # parameters of the attention, which are frozen first
         self.attention = [] if head.attention is None else list(head.attention.parameters())
         for parameter in self.attention:
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
-        perceptron = [*head.first.values(), head.first_bias, *head.rest.parameters()]
+        perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
         # While the attention is frozen it has no gradients, so SGD does not change it, not even by
-        # weight decay. It has a group of its own, because the fused kernel of SGD starts the
-        # momenta of all parameters of a group in the same step.
+        # weight decay. The attention has a group of its own, because the fused kernel of SGD starts
+        # the momenta of all parameters of a group in the same step.
         self.optimizer = torch.optim.SGD(
-            [{"params": perceptron}, {"params": self.attention}],
+            [{"params": perceptron_parameters}, {"params": self.attention}],
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -263,7 +268,7 @@ class HeadTrainer:
             parameter.requires_grad_(True)
 
     def _is_over(self, plan: Plan, at: Position) -> bool:
-        """Whether all epochs are done, or ``patience`` epochs since the chosen one."""
+        """Whether all epochs are done, or ``patience`` epochs were done since the chosen one."""
         if at.epoch >= plan.epochs:
             return True
         if self.config.patience is None:
@@ -273,7 +278,7 @@ class HeadTrainer:
         return epochs_since_chosen >= self.config.patience
 
     def _begin(self, plan: Plan) -> Position:
-        """The position of the latest checkpoint, whose state is loaded; or else the beginning."""
+        """Load the latest checkpoint and return its position; without one, return the beginning."""
         checkpoint = self.keeper.latest()
         if checkpoint is None:
             return Position()
@@ -313,7 +318,8 @@ class HeadTrainer:
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
             logit = self.network(own_rows)
-        # even if this process has no rows: the loss may wait for a call from every process
+        # The loss is called even if this process has no rows, because the loss may wait for a call
+        # from every process.
         mean = self.loss(own_rows, logit)
         share = len(own_rows.index) / len(batch.index)
         if share:
@@ -414,8 +420,8 @@ def train_adamw(
 ) -> list[float]:
     """Train a network in place by AdamW; returns the mean loss of every epoch.
 
-    The loss is a function of a batch and the output of the network for it. If ``config`` has no
-    number of epochs, it is ``length(steps)`` for epochs of ``steps`` steps.
+    The loss is a function of a batch and the output of the network for this batch. If ``config``
+    has no number of epochs, there are ``length(steps)`` epochs of ``steps`` steps.
     """
     size = config.batch_size or default_batch(len(rows.index))
     steps = steps_per_epoch(rows, size)
@@ -431,7 +437,7 @@ def train_adamw(
     )
 
     def rate(step: int) -> float:
-        return schedule(step, total_steps, 0)
+        return schedule(step, total_steps, warmup=0)
 
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     history = []

@@ -20,7 +20,7 @@ TAGS = (
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 """Name of a repository on the model hub: ORG/NAME."""
 MADE_WITH = "Made with vilu "
-"""Text of a card before the version of vilu."""
+"""Text that stands before the version of vilu in a card."""
 MAX_VALUE = 500
 """Maximum number of characters of a value in a card."""
 
@@ -76,7 +76,7 @@ def model_card(
     ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
     or None without a calibration. The header is valid YAML, whatever characters the names contain.
     """
-    space = description["space"] or {}
+    space = description["space"] or {}  # None if the method was not fitted
     notes = description["notes"]
     name = description["method"]
     space_facts = facts(space, SPACE) or ["- unknown: it was made from bare arrays"]
@@ -150,7 +150,7 @@ def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
 
 
 def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
-    """Lines on the guarantee of a calibration (``risk``)."""
+    """Lines on the guarantee of a calibration; ``risk`` is None if there is no calibration."""
     if risk is None:
         return [
             "- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"
@@ -249,7 +249,8 @@ def code(value: object) -> str:
     longest_run = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest_run + 1)
     is_blank = not text.strip()
-    if is_blank or text[0] in "` " or text[-1] in "` ":  # a space separates text and fence
+    if is_blank or text[0] in "` " or text[-1] in "` ":
+        # Markdown removes one space at either end, which here separates the text from the fence
         return f"{fence} {text} {fence}"
     return f"{fence}{text}{fence}"
 

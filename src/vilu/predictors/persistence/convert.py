@@ -32,9 +32,10 @@ def convert_official(
     A released head returns a logit of confidence. A head of vilu returns a logit of failure, which
     is its negative. So the sign of the last layer is changed.
 
-    A projection of the attention that is a multiple of the identity was frozen in training. The
-    released code does not use a frozen projection, but weight decay shrinks its matrix. So it is
-    replaced by the identity.
+    A projection of the attention starts as the identity. If it is a multiple of the identity, it
+    was frozen in training: the released code then skips the projection, but weight decay shrinks
+    the matrix. The head of vilu always applies its projections, so such a matrix is replaced by the
+    identity.
 
     The file is a pickle. It is read by the restricted unpickler of torch, which creates only
     tensors and numpy scalars. The released files have numpy scalars, so these are allowed by name.
@@ -110,7 +111,7 @@ def _head(
     if inputs != ["image"]:
         attention: Literal["official"] | None = None if text_projection is None else "official"
         predictor = ViLU(hidden=hidden, attention=attention, predicted_caption="caption" in inputs)
-    predictor.space_ = EmbeddingSpace(dim, logit_scale)
+    predictor.space_ = EmbeddingSpace(embed_dim=dim, logit_scale=logit_scale)
     predictor.restore(renamed(weights, layers, inputs))
     predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}
     return predictor
@@ -135,7 +136,7 @@ def renamed(weights: dict[str, Tensor], layers: list[str], inputs: list[str]) ->
 
     In a ``FailureHead``, the first layer has one weight matrix for each of the inputs.
     """
-    signs = [1] * (len(layers) - 1) + [-1]
+    signs = [1] * (len(layers) - 1) + [-1]  # -1 for the last layer
     first_layer, *later_layers = layers
     first_sign, *later_signs = signs
     first_matrices = weights[f"{first_layer}.weight"].float().chunk(len(inputs), dim=1)

@@ -58,7 +58,7 @@ SEEN_BY: dict[Identity, str] = {
 FINGERPRINT = "fingerprint"
 """Key of the digest of ``predictor.json`` in the file.
 
-In a description that was read from the file, it is the key of the fingerprint of the predictor.
+In the result of ``read_description`` this key has the fingerprint of the predictor instead.
 """
 REFIT = "Run `vilu fit` again"
 RECALIBRATE = "Run `vilu calibrate` again"
@@ -99,9 +99,9 @@ def save(predictor: Saved, folder: str | Path) -> str:
     The weights are written first. ``predictor.json`` has their hash and is written last. So a
     folder that is incomplete after a crash is recognised and refused.
 
-    A calibration in the folder was made for the previous predictor. It is removed, unless the same
-    fit is saved again. The new card reports no guarantee. Files that do not belong to a predictor
-    are never changed.
+    A calibration in the folder was made for the predictor that is replaced. The calibration is
+    removed, unless the same fit is saved again. The new card reports no guarantee. Files that do
+    not belong to a predictor are never changed.
 
     Raises:
         UsageError: If parameters were changed after the fit, so that the file could not be loaded.
@@ -118,16 +118,19 @@ def save(predictor: Saved, folder: str | Path) -> str:
     description = describe(predictor)
     description["weights_sha256"] = bytes_hash(weights)
     path = Path(folder)
-    # parsed again, because JSON turns tuples into lists
-    same = fit_of(path / PREDICTOR) == _without_calibration(parse_json(plain_json(description)))
-    claim(path, same=same)
+    # The description in the folder has lists in place of tuples. After its own way through JSON,
+    # the new description can be compared with it.
+    as_read = _without_calibration(parse_json(plain_json(description)))
+    is_same_fit = fit_of(path / PREDICTOR) == as_read
+    claim(path, same=is_same_fit)
     make_folder(path)
-    if not (same and "calibrator" in description):
+    keeps_calibration = is_same_fit and "calibrator" in description
+    if not keeps_calibration:
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
     _write_sample(path, predictor.sample_, description["weights_sha256"])
     fingerprint = identity(description)
-    write_card(path, {**description, FINGERPRINT: fingerprint}, predictor, None)
+    write_card(path, {**description, FINGERPRINT: fingerprint}, predictor, risk=None)
     write_json(path / PREDICTOR, description, seal=FINGERPRINT)
     return fingerprint
 
@@ -144,8 +147,8 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder has the ``same`` fit, files with other names than those of a predictor are
-    allowed.
+    If the folder has the ``same`` fit, such files are allowed, unless they have the name of a file
+    of a predictor.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
 
@@ -161,7 +164,8 @@ def _drop_calibration(path: Path) -> None:
     with or_refuse(f"remove the old calibration in {path}"):
         for name in stale:
             (path / name).unlink()
-    if RISK not in stale and ROWS not in stale:
+    had_calibration = RISK in stale or ROWS in stale
+    if not had_calibration:
         return
     logger.warning(
         "%s: the predictor here was replaced, and its calibration was removed: "
@@ -176,7 +180,7 @@ def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_of(path: Path) -> dict[str, Any] | None:
-    """The content of ``predictor.json`` without its calibration; None if damaged or missing."""
+    """``predictor.json`` without its calibration; None if the file is damaged or missing."""
     if not path.is_file():
         return None
     try:
@@ -189,8 +193,9 @@ def fit_of(path: Path) -> dict[str, Any] | None:
 def is_ours(path: Path) -> bool:
     """Whether a file belongs to a saved predictor.
 
-    It does if both its name and its content are those of a file of a predictor. A damaged file with
-    such a name belongs to a predictor if the description or the weights in the same folder do.
+    A file belongs to a predictor if both its name and its content are those of such a file. A
+    damaged file with such a name belongs to a predictor if the description or the weights in the
+    same folder belong to one.
     """
     if not path.is_file():
         return False
@@ -234,7 +239,8 @@ def _has_our_header(name: str, header: dict[str, Any]) -> bool:
     """Whether a file of tensors belongs to a saved predictor, by its name and its header."""
     metadata_keys = {VOCABULARY: VOCABULARY_KEY, SAMPLE: SAMPLE_KEY}
     if name in metadata_keys:
-        return metadata_keys[name] in dict(header.get("__metadata__") or {})
+        metadata_of_file = dict(header.get("__metadata__") or {})  # empty if there is none
+        return metadata_keys[name] in metadata_of_file
     known = {*SEEN_BY.values(), "__metadata__"}
     for key in header:
         if key not in known and not key.startswith("state."):
@@ -259,7 +265,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
         "notes": predictor.notes_,
         **home_of(type(predictor)),
     }
-    # listed only if rows are recognised by more than their identifiers ("names")
+    # the kinds are listed only if rows are recognised by more than their identifiers ("names")
     if predictor.seen_.keys() - {"names"}:
         description["seen_by"] = list(predictor.seen_)
     if predictor.calibrator_ is not None:
@@ -336,8 +342,8 @@ class _Description(BaseModel):
 def read_description(path: Path) -> dict[str, Any]:
     """Read ``predictor.json`` and check its digest, its schema and the types of its values.
 
-    In the result the key of the digest holds the fingerprint, a digest that does not depend on the
-    version of vilu.
+    In the result the key of the digest has another value: the fingerprint, which is a digest that
+    does not depend on the version of vilu.
     """
     if not path.is_file():
         raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
@@ -354,5 +360,6 @@ def home_of(cls: type) -> dict[str, Any]:
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}
+    # None for a package that was not installed, such as a module in the working directory
     distribution = next(iter(metadata.packages_distributions().get(package, ())), None)
     return {"home": {"distribution": distribution, "module": cls.__module__}}

@@ -7,9 +7,12 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Final
 
+# Files of every saved predictor.
 PREDICTOR: Final = "predictor.json"
 WEIGHTS: Final = "weights.safetensors"
 CARD: Final = "README.md"
+
+# Optional files, each with the key of its metadata if it has one.
 
 SAMPLE: Final = "sample.safetensors"
 SAMPLE_KEY: Final = "vilu.sample"
@@ -28,7 +31,8 @@ VOCABULARY_KEY: Final = "vilu.vocabulary"
 class SavedModel(ABC):
     """A model that can be given in place of the folder in which it would be saved.
 
-    The base of ``vilu.Selective``, for functions that lie below it.
+    It is the base of ``vilu.Selective``, for modules that ``vilu.Selective`` imports, and which
+    therefore cannot import ``vilu.Selective``.
     """
 
     how: ClassVar[str] = "a vilu.Selective"
@@ -36,7 +40,7 @@ class SavedModel(ABC):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Folder with the files of the model; it goes with the object."""
+        """Folder with the files of the model, which is removed together with the object."""
 
 
 def folder_of(model: str | os.PathLike[str] | SavedModel) -> Path:

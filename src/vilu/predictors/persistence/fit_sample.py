@@ -48,7 +48,7 @@ class FitSample:
     def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample | None:
         """Draw from the usable rows of all sources together, with equal probabilities.
 
-        None if the rows have no vectors.
+        The result is None if the rows have no vectors.
         """
         if not sources[0].has_vectors:
             return None
@@ -111,7 +111,8 @@ class FitSample:
         """Load the sample from a folder; None if there is no sample.
 
         Raises:
-            DataError: If it is damaged, or ``weights_sha256`` is not the hash of its fit.
+            DataError: If the sample is damaged, or it is of a fit whose weights have another hash
+                than ``weights_sha256``.
         """
         path = folder / SAMPLE
         if not path.exists():
@@ -123,7 +124,8 @@ class FitSample:
                 f"{path} has {size:,} bytes, but a sample has at most {MAX_FILE_BYTES:,}. {remedy}."
             )
         try:
-            with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
+            with or_refuse(f"read {path}"), safe_open(path, framework="pt") as file:
+                # a file without metadata is damaged, as the KeyError says
                 facts = parse_json((file.metadata() or {})[SAMPLE_KEY].encode())
                 image = file.get_tensor("image")
             sample = cls._checked(facts, image)
@@ -141,6 +143,7 @@ class FitSample:
             raise ValueError("its content is not what its digest says")
         n_rows = facts["n_rows"]
         is_matrix = image.dtype == torch.float16 and image.ndim == 2
-        if not is_matrix or not 0 < len(image) <= n_rows:
+        is_sample = is_matrix and 0 < len(image) <= n_rows
+        if not is_sample:
             raise ValueError(f"it holds {image.dtype} of shape {tuple(image.shape)}")
         return cls(image, n_rows)

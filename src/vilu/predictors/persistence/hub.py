@@ -73,7 +73,7 @@ FILES = {
 }
 """Names of the files of a predictor that are copied, with their maximum sizes in bytes.
 
-None of these files is a pickle or code.
+``1 << 30`` is one GiB. None of these files is a pickle or code.
 """
 
 
@@ -81,12 +81,13 @@ None of these files is a pickle or code.
 def beside(target: Path) -> Iterator[Path]:
     """Make an empty temporary folder next to ``target``, which is removed after the block.
 
-    If the block raises no error, temporary folders that killed processes left are removed, too.
+    If the block raises no error, temporary folders of killed processes are removed, too.
     """
     process = f"{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}"
     folder = make_folder(target.with_name(f".{target.name}.{process}.tmp"))
     try:
         yield folder
+        # the folders that were made for this target, or none
         temporary_folders = unfinished(target.parent.absolute()).pop(target.name, ())
         for leftover in filter(is_leftover, temporary_folders):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -134,12 +135,13 @@ def copy_files(
 class _OpenFolder(NamedTuple):
     """A folder that stays open while its files are copied.
 
-    Its files are opened relative to its descriptor. So a process that replaces the path of the
-    folder during the copy has no effect.
+    The files are opened relative to the descriptor of the folder, not by their paths. So if another
+    process puts another folder at this path during the copy, the files are still those of this
+    folder.
     """
 
     path: Path
-    descriptor: int | None  # None on Windows, which cannot open files relative to a descriptor
+    descriptor: int | None  # None on Windows, where files cannot be opened relative to it
 
     def path_of(self, name: str) -> str:
         """Path of a file of the folder, for functions of ``os`` with ``dir_fd=self.descriptor``."""
@@ -152,7 +154,7 @@ class _OpenFolder(NamedTuple):
 def _open_folder(folder: Path) -> Iterator[_OpenFolder]:
     """Open a folder for the block."""
     if os.name == "nt":
-        yield _OpenFolder(folder, None)
+        yield _OpenFolder(folder, descriptor=None)
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -161,8 +163,8 @@ def _open_folder(folder: Path) -> Iterator[_OpenFolder]:
         os.close(descriptor)
 
 
-# Flags of ``os.open``: do not follow a link, do not wait for a pipe, do not convert line ends.
-# A flag that a system does not have is 0.
+# Flags of ``os.open``. With them it does not follow a link, does not wait for a pipe, and does not
+# convert line ends. A flag that a system does not have is 0.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
@@ -173,8 +175,9 @@ def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None
     """Open a file of a folder; returns its descriptor, or None if the file does not exist.
 
     Raises:
-        UsageError: If it is a symbolic link, except for a link to a file in the ``cache``.
-        DataError: If it is no regular file.
+        UsageError: If the file is a symbolic link, unless the link leads to a file in the
+            ``cache``.
+        DataError: If the file is no regular file.
     """
     path = folder.path / name
     relative_path = folder.path_of(name)
@@ -248,7 +251,7 @@ def _check_calibration(folder: Path) -> None:
 def _content(path: Path) -> object:
     """Content by which two copies of a file are compared, without the version of vilu.
 
-    It is None if the file does not exist.
+    The content is None if the file does not exist.
     """
     if not path.is_file():
         return None
@@ -341,9 +344,9 @@ def pull(
 ) -> Path:
     """Copy a predictor from a repository of the model hub, or from a folder; returns ``folder``.
 
-    Only ``FILES`` are copied. They are first copied to a temporary folder and loaded there, and
-    then replace the files in ``folder`` together. Symbolic links are refused, except for those in
-    the cache of the hub.
+    Only ``FILES`` are copied. They are first copied to a temporary folder and loaded there. Then
+    this folder replaces ``folder``. Symbolic links are refused, except for those in the cache of
+    the hub.
 
     Args:
         repository: ORG/NAME, or a folder, as for ``push``.
@@ -392,7 +395,8 @@ def _place_copy(
     without: frozenset[str] = frozenset(),
 ) -> Path:
     """Copy a predictor to the folder ``target``, unless the same predictor is there."""
-    claim_folder(target, "predictor", is_ours, overwrite=True)  # refuses files of users early
+    # files of users are refused before anything is copied
+    claim_folder(target, "predictor", is_ours, overwrite=True)
     resolved = target.resolve()
     with beside(resolved) as staged:
         copy_files(source, staged, cache=cache, without=without)
@@ -441,14 +445,17 @@ def _download(repository: str, revision: str | None) -> Path:
             info = hub.HfApi(library_name="vilu").model_info(
                 repository, revision=revision, files_metadata=True
             )
-            sizes = {file.rfilename: file.size for file in info.siblings or ()}
+            files = info.siblings or ()  # ``siblings`` is None if the hub lists no files
+            sizes = {file.rfilename: file.size for file in files}
             missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
             if missing:
                 raise DataError(
                     f"{repository} holds no predictor: it has no {' and no '.join(missing)}."
                 )
             for name, limit in FILES.items():
-                require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)
+                # 0 if the repository does not have the file, or does not know its size
+                size = sizes.get(name) or 0
+                require_size(f"{name} of {repository}", size, limit)
         return Path(
             hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
         )
@@ -504,6 +511,7 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
                 "use it."
             ) from error
         if reason is None:
+            # the first line of the message, or the name of the class if there is no message
             first_line, *_ = [*str(error).splitlines(), type(error).__name__]
             reason = f"the hub or the connection to it failed: {first_line.rstrip('.')}"
         raise MissingModelError(

@@ -61,13 +61,13 @@ class GraphBatch(Batch):
     def first_equal(self) -> Tensor:
         """Index (K,) int64, for every candidate, of the first candidate with equal embedding.
 
-        The result is that of ``vilu.embeddings.similarity.first_equal``.
+        The result is the same as of the function ``vilu.embeddings.similarity.first_equal``.
         """
         _, group = torch.unique(self.text, dim=0, return_inverse=True)
         indices = positions(self.text)
         after_last = torch.full_like(indices, self.text.shape[0])
         group = group.long()  # otherwise torch 2.10 exports it with the dtype of the text
-        first_of_group = after_last.scatter_reduce(0, group, indices, "amin")
+        first_of_group = after_last.scatter_reduce(0, group, indices, reduce="amin")
         return first_of_group[group]
 
     def alike(self, answer: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class GraphBatch(Batch):
 class PlainBatch(GraphBatch):
     """A ``GraphBatch`` with the float32 logits that predictors use.
 
-    The difference to the logits of ``GraphBatch`` is used to measure rounding.
+    The difference between these logits and those of ``GraphBatch`` is used to measure rounding.
     """
 
     logits = Batch.logits
@@ -230,6 +230,7 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
     predictor = load_predictor(folder)
     content = to_onnx(predictor, fit_fingerprint(folder))
     run = runner(content)
+    # a run is the inputs, followed by the two outputs: uncertainties and answers
     runs = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
     difference = largest_difference(predictor, runs)
     write_bytes(path, content)
@@ -312,7 +313,8 @@ def runner(content: bytes) -> Callable[[Trial], Any]:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
     def run(trial: Trial) -> list[NDArray[Any]]:
-        outputs = session.run(None, {name: rows.numpy() for name, rows in trial.items()})
+        all_outputs = None
+        outputs = session.run(all_outputs, {name: rows.numpy() for name, rows in trial.items()})
         return cast("list[NDArray[Any]]", outputs)
 
     return run
@@ -358,7 +360,10 @@ def largest_difference(
 
 
 def largest(differences: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> float:
-    """The largest absolute difference of the rows that count (N,); NaN if one of them is NaN."""
+    """The largest absolute value of ``differences`` (N,) in the rows that are counted.
+
+    The result is NaN if one of these values is NaN.
+    """
     return float(np.abs(differences)[is_counted].max(initial=0.0))
 
 
@@ -386,8 +391,9 @@ def reference(
 def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
     """Yield random inputs of unit norm, one for each of the ``sizes`` (images, candidates).
 
-    Some graphs treat the texts of their ``classes`` differently from other texts. Such graphs are
-    also tested with the texts of the classes alone, in another order, and together with others.
+    Some graphs treat the texts of their ``classes`` differently from other texts. For such graphs
+    there are also inputs with the texts of the classes: in their order, shuffled, two of them, and
+    together with other texts.
     """
     space = predictor.fitted_space
     graph = score_graph(predictor).score
@@ -405,7 +411,7 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
         shuffled = classes[torch.randperm(len(classes), generator=generator)]
         with_others = torch.cat([shuffled, random_texts[0]])
         for text in (classes, shuffled, shuffled[:2], with_others):
-            yield trial_of(widths, 9, text, generator)
+            yield trial_of(widths, n=9, text=text, generator=generator)
 
 
 def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:
@@ -415,7 +421,8 @@ def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Gene
     """
     image = random_rows(n, text.shape[1], generator)
     candidate = text[torch.randint(len(text), (n,), generator=generator)]
-    image[::2] = functional.normalize(candidate + image / 2, dim=1)[::2]
+    near_candidate = functional.normalize(candidate + image / 2, dim=1)
+    image[::2] = near_candidate[::2]
     trial = {"image": image, "text": text}
     for name, width in widths.items():
         if name == NEGATIVES:

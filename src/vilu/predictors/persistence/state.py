@@ -18,11 +18,11 @@ SHOWN = 8
 
 
 class StateLayout(NamedTuple):
-    """Description of the saved tensors of a method: its own tensors, and weights of its network."""
+    """The saved tensors of a method: tensors of the method itself, and weights of its network."""
 
     method: str
-    names: tuple[str, ...]  # names of its own tensors; all other tensors are network weights
-    forms: str  # types and sizes of its own tensors, see ``require_forms``
+    names: tuple[str, ...]  # names of the method's own tensors; all others are network weights
+    forms: str  # types and sizes of the method's own tensors, see ``require_forms``
     make_network: Callable[[dict[str, Tensor], EmbeddingSpace], nn.Module | None] | None
 
     def read(
@@ -51,7 +51,7 @@ class StateLayout(NamedTuple):
         return own, network
 
     def _wrong_names(self, tensors: Mapping[str, Tensor]) -> str:
-        """Message for tensors with other names than those of the method."""
+        """Message for tensors whose names are not the names of the tensors of the method."""
         expected = f"{self.method} has no weights"
         if self.names:
             expected = f"a {self.method} holds {', '.join(self.names)}"
@@ -73,10 +73,10 @@ def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: in
     one letter for every size:
 
     - The same letter stands for the same size in all forms. D is the ``width`` of the embeddings.
-    - A size with a small letter may be 0. If one of them is 0, all of them must be 0.
+    - A size with a small letter may be 0. If one such size is 0, all such sizes must be 0.
     - "<K" means that all values are from 0 to K - 1.
     """
-    sizes = {"D": width, "1": 1, "2": 2}
+    sizes = {"D": width, "1": 1, "2": 2}  # known sizes, by their letter or digit
     expected_forms = [_Form(*form) for form in FORM.findall(forms)]
     present_forms = [form for form in expected_forms if form.name in tensors]
     is_empty = _has_small_sizes_of_zero(tensors, present_forms)
@@ -122,14 +122,17 @@ def _expected_shape(
 ) -> tuple[int, ...]:
     """The expected shape of a tensor of this ``shape``, from the letters of its sizes.
 
-    A letter that is not yet in ``sizes`` is added with the size of the tensor, or with 1 if that is
-    0.
+    A letter that is not yet in ``sizes`` is added with the size of the tensor, or with 1 if this
+    size is 0.
     """
-    padded = shape + (0,) * len(letters)  # the tensor may have fewer dimensions than letters
+    # The tensor may have fewer dimensions than there are letters, so zeros are added. ``zip``
+    # leaves out the zeros that are not needed.
+    padded = shape + (0,) * len(letters)
     expected = []
     for letter, size in zip(letters, padded, strict=False):
         if is_empty and letter.islower():
             expected.append(0)
         else:
+            # the size that the letter has already, or else the size that it gets here
             expected.append(sizes.setdefault(letter.upper(), max(size, 1)))
     return tuple(expected)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 @checked
 @torch_defaults()
 def load_predictor(folder: str | Path) -> FailurePredictor:
-    """Load a predictor; its scores equal those of the saved predictor bit for bit.
+    """Load a predictor, which gives the same scores as the saved predictor, bit for bit.
 
     Raises:
         DataError: If the folder holds no predictor, or a damaged predictor.
@@ -126,7 +126,9 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     If that predictor is damaged, the result is false, with a warning. A folder with a predictor of
     other inputs is refused, unless ``overwrite``.
     """
-    notes = (description.fit_of(folder / PREDICTOR) or {}).get("notes")
+    # None if the folder has no description, or a damaged one
+    saved = description.fit_of(folder / PREDICTOR)
+    notes = None if saved is None else saved.get("notes")
     same = isinstance(notes, dict) and notes.get("inputs") == inputs
     if same and not overwrite:
         try:
@@ -135,7 +137,8 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
             logger.warning("%s is made again: %s", folder, error)
             same = False
             overwrite = True
-    # the description is written last, so without it the folder is new or a save was interrupted
+    # The description is written last. So if it is missing, the folder is new, or a save was
+    # interrupted.
     is_incomplete = not (folder / PREDICTOR).exists()
     return claim_folder(
         folder, "predictor", description.is_ours, same=same, overwrite=overwrite or is_incomplete
@@ -155,18 +158,15 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
         return find_method(name)
     if not isinstance(home, dict):
         raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
-    give = "Give"
-    if home.get("distribution"):
-        give = f"Install {home['distribution']}, or give"
     module = home.get("module")
-    raise DataError(
-        f"{path} is for the method {name!r} of {module}, which is not here. "
-        f"{give} --plugin {module}."
-    )
+    remedy = f"Give --plugin {module}."
+    if home.get("distribution"):
+        remedy = f"Install {home['distribution']}, or give --plugin {module}."
+    raise DataError(f"{path} is for the method {name!r} of {module}, which is not here. {remedy}")
 
 
 def write_card(folder: str | Path) -> None:
-    """Write the card of a saved predictor again, with the guarantee in ``risk.json`` if any."""
+    """Write the card of a saved predictor again, with the guarantee if there is a ``risk.json``."""
     path = Path(folder)
     risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
     description.write_card(path, read_description(path / PREDICTOR), load_predictor(path), risk)

@@ -53,7 +53,7 @@ class Vocabulary:
     def of(cls, source: EmbeddingSource, dtype: str | None = None) -> Vocabulary:
         """The vocabulary of a source whose rows share their candidates.
 
-        ``dtype`` is by default that of the store, or float32 for arrays in memory.
+        By default ``dtype`` is the number format of the store, or float32 for arrays in memory.
         """
         dtype = dtype or source.stored_dtype or "float32"
         no_rows = torch.empty(0, dtype=torch.int64)
@@ -115,7 +115,8 @@ class Vocabulary:
                 "this writes it."
             )
         try:
-            with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
+            with or_refuse(f"read {path}"), safe_open(path, framework="pt") as file:
+                # a file without metadata is damaged, as the KeyError says
                 header = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
                 tensors: dict[str, Tensor] = {}
                 for name in file.keys():  # noqa: SIM118 - the file is no dict
@@ -143,7 +144,8 @@ class Vocabulary:
         names = check_class_names(header["names"] or None, len(text))
         columns = {name.removeprefix("columns."): column for name, column in tensors.items()}
         space = EmbeddingSpace(**header["space"])
-        return cls(names, text, space, header["dtype"], check_columns(columns, 0, len(text)))
+        checked_columns = check_columns(columns, n_rows=0, n_texts=len(text))
+        return cls(names, text, space, header["dtype"], checked_columns)
 
 
 def _hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -6,8 +6,8 @@ The margin of an image x is
 
     m(x) = log sum_w exp l_w(x) - log sum_c exp l_c(x),
 
-with logits l_w of the words and l_c of the classes. It is the log-odds of words against classes
-under the zero-shot softmax over words and classes.
+with logits l_w of the words and l_c of the classes. The margin is the log-odds of words against
+classes under the zero-shot softmax over words and classes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch
 from vilu.predictors.contract.predictor import FailurePredictor
 
-NEGATIVES = "negatives"  # the column of everyday words
+# Name of the column of "negatives". These are everyday words, which none of the classes means. They
+# stand for images of none of the classes.
+NEGATIVES = "negatives"
 
 
-@lru_cache(maxsize=4)  # tensors are hashed by identity, and all batches have the same two tensors
+# Tensors are hashed by identity, and all batches have the same two tensors. So the result is
+# computed for the first batch only.
+@lru_cache(maxsize=4)
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """Return the ascending indices (M',) of the words (M, D) that are far from the classes (K, D).
 
@@ -40,19 +44,21 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
     ``share`` of the words with the least nearness is returned, at least one word. Of two words of
     equal nearness the one with the lower index is taken first.
     """
-    # a word near a class would take softmax mass from images of that class, which are inside
+    # A word near a class would take softmax mass from images of that class, which are inside. So
+    # such words are left out.
     cosine = words @ text.T
-    rank = max(math.ceil(nearest * cosine.shape[1]), 1)  # of the quantile, without interpolation
+    # the rank of the quantile among the K cosines of a word, which are in descending order
+    rank = max(math.ceil(nearest * cosine.shape[1]), 1)
     largest = cosine.topk(rank, dim=1).values
-    nearness = largest[:, -1]  # of every word, the cosine with this rank
+    nearness = largest[:, -1]  # the cosine with this rank, for every word
     n_far = max(round(share * len(words)), 1)
     return nearness.argsort(stable=True)[:n_far].sort().values
 
 
 def word_mass(batch: Batch, far: Tensor) -> Tensor:
-    """(B,) float64: log sum of exp(logit) over the words with the indices ``far``.
+    """(B,) float64 log sum_w exp l_w over the words w with the indices ``far``.
 
-    The logit bias is left out, because it is the same for all words and classes.
+    The logit bias is left out, because it is the same for all words and classes and so cancels.
     """
     words = batch.columns[NEGATIVES][far]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -85,7 +91,7 @@ class NegLabel(FailurePredictor):
     with the least nearness is kept.
 
     Args:
-        of: Whose softmax mass lowers the uncertainty: that of all "classes", or of the "answer".
+        of: Whose softmax mass lowers the uncertainty: all "classes", or the "answer" alone.
         share: Share of the words that is kept.
         nearest: Share of the classes that a word may be near to without being left out.
 
@@ -123,17 +129,19 @@ class NegLabel(FailurePredictor):
         return self.name if self.of == "classes" else f"{self.name} (answer)"
 
     def _score(self, batch: Batch) -> Tensor:
-        words = word_mass(
-            batch, far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest)
-        )
+        far = far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest)
+        log_words = word_mass(batch, far)
         logits = float64(batch.logits - batch.logit_bias)
         if self.of == "classes":
-            return torch.sigmoid(words - logits.logsumexp(dim=1))
-        alike = batch.alike(batch.prediction).to(logits.device)
-        own = logits.masked_fill(~alike, -torch.inf).logsumexp(dim=1)
-        wrong = logits.masked_fill(alike, -torch.inf).logsumexp(dim=1)
-        return torch.sigmoid(torch.logaddexp(wrong, words) - own)
+            return torch.sigmoid(log_words - logits.logsumexp(dim=1))
+        is_answer = batch.alike(batch.prediction).to(logits.device)
+        log_answer = logits.masked_fill(~is_answer, -torch.inf).logsumexp(dim=1)
+        log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=1)
+        return torch.sigmoid(torch.logaddexp(log_others, log_words) - log_answer)
 
+
+# Constants of the outcome "outside", sorted by the step that uses them: the choice of words, the
+# regression of the margin, the mixture, the fit from examples, and the optimisers.
 
 WORD_SHARE = 0.25
 """Share of the words that the outcome "outside" uses: the words farthest from the classes."""
@@ -144,7 +152,7 @@ DIRECTION_ROWS = 100
 DIRECTION_VARIANCE = 0.1
 """Prior variance of the weights that predict the margin from the image."""
 DIRECTION_WEIGHT = 2.0
-"""Weight of the predicted margin when it is averaged with the margin, whose weight is 1."""
+"""Weight of the predicted margin in its average with the margin, which has the weight 1."""
 
 CLASS_PRIOR_ROWS = 5.0
 """Weight, in rows, that the mean over all classes has in the estimated mean of one class."""
@@ -155,7 +163,8 @@ MIN_OUTSIDE_SHARE = 0.02
 MIN_SEPARATION = 2.0
 """Minimum distance of the means inside and outside, in standard deviations, to use the words."""
 MAX_SEPARATION = 10.0
-"""Maximum distance of the means, in standard deviations: a few equal rows show no larger one."""
+"""Maximum distance of the means, in standard deviations. A few equal rows would show a larger one.
+"""
 ASSUMED_OUTSIDE_SHARE = 0.1
 """Share of images outside that is assumed where the rows cannot show it."""
 CAUTION = 1.0
@@ -189,10 +198,10 @@ class Outside:
     offset: Tensor  # of the shape of ``slope``
     notes: Mapping[str, Any] = field(default_factory=dict)  # plain JSON, for people to read
 
+    # the saved tensors, each as "name:form"; ``require_forms`` describes forms
     forms: ClassVar[str] = (
         "outside.weight:dd outside.bias:d outside.words:d outside.slope:ds outside.offset:ds"
     )
-    # a form is "name:shape"
     names: ClassVar[tuple[str, ...]] = tuple(form.split(":")[0] for form in forms.split())
 
     @classmethod
@@ -232,7 +241,7 @@ class Outside:
         Args:
             batch: Rows with the columns ``columns``.
             classes: (K,) index of every candidate among the classes of the fit, -1 for a candidate
-                that is no class of the fit. None: no candidate is a class of the fit.
+                that is no class of the fit. None means -1 for all candidates.
         """
         image = float64(batch.image)
         if not self:
@@ -245,7 +254,9 @@ class Outside:
             far = far_words(batch.columns[NEGATIVES], batch.text, WORD_SHARE)
             evidence = evidence + word_weight * margin(batch, far).to(image.device)
         if classes is None or len(slope) == 1:
-            return slope[-1] * evidence + offset[-1]  # the entry for no class, or for all answers
+            # the last entry is for answers that are no class of the fit, or the only one
+            return slope[-1] * evidence + offset[-1]
+        # an answer that is no class of the fit has the index -1, which reads the last entry
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * evidence + offset[answer]
 
@@ -269,32 +280,33 @@ class OutsideGraph(nn.Module):
 
     def forward(self, batch: Batch, classes: Tensor | None) -> Tensor:
         """(B,) float64 log-odds; ``classes`` is as in ``Outside.log_odds``."""
-        log_odds = float64(batch.image) @ self.weight + self.bias
+        evidence = float64(batch.image) @ self.weight + self.bias
         if self.looks_at_words:
-            log_odds = log_odds + self.word_weight * self.margin(batch)
+            evidence = evidence + self.word_weight * self.margin(batch)
         if classes is None or not self.is_per_class:
-            return self.slope[-1] * log_odds + self.offset[-1]
+            return self.slope[-1] * evidence + self.offset[-1]
         # not every runtime reads the index -1 as the last entry
         index_of_no_class = len(self.slope) - 1
         answer = classes[batch.prediction]
         index = torch.where(answer < 0, index_of_no_class, answer)
-        return self.slope[index] * log_odds + self.offset[index]
+        return self.slope[index] * evidence + self.offset[index]
 
     def margin(self, batch: Batch) -> Tensor:
-        """(B,) float64 margins m(x), as by the function ``margin``."""
+        """(B,) float64 margins m(x), the same as those of the function ``margin``."""
         words = batch.columns[NEGATIVES]
         nearness = (words @ batch.text.T).amax(dim=1)
-        # The sort need not be stable, because words of equal nearness are equal words. ONNX sorts
-        # the lower index first.
+        # The sort need not be stable. In practice only equal words have equal nearness, so their
+        # order does not change the margin.
         order = nearness.argsort()
         positions = torch.arange(words.shape[0], device=words.device)
         rank = torch.empty_like(order).scatter(0, order, positions)  # 0 for the farthest word
         # counted by a sum, since the size of a tensor would be a constant in the graph
         n_words = torch.ones_like(nearness, dtype=torch.float64).sum()
         n_far = (WORD_SHARE * n_words).round().clamp_min(1)
-        on_words = replace(batch, text=words, logit_bias=0.0).logits
-        far = float64(on_words).masked_fill(rank >= n_far, -torch.inf)
-        return far.logsumexp(dim=1) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
+        word_logits = float64(replace(batch, text=words, logit_bias=0.0).logits)
+        far_logits = word_logits.masked_fill(rank >= n_far, -torch.inf)
+        class_logits = float64(batch.logits - batch.logit_bias)
+        return far_logits.logsumexp(dim=1) - class_logits.logsumexp(dim=1)
 
 
 class SeesOutside(ABC):
@@ -315,7 +327,7 @@ class SeesOutside(ABC):
         """(B,) float64 log-odds that the image is of none of the classes."""
 
     def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) float64 P(the image is of none of the classes); None where that was not learned.
+        """(B,) float64 P(the image is of none of the classes); None if "outside" was not learned.
 
         Examples:
             >>> import numpy as np, vilu
@@ -340,7 +352,8 @@ def learn_outside(train: Rows) -> Outside:
     2. Otherwise everyday words, together with rows without labels if there are any.
     3. Otherwise nothing is learned.
     """
-    if train.source.pool_size is None and len(train.outside):
+    has_captions = train.source.pool_size is not None
+    if not has_captions and len(train.outside):
         return from_examples(train, train.outside)
     if NEGATIVES not in train.columns:
         return Outside.nothing()
@@ -367,9 +380,10 @@ class Margins(NamedTuple):
         """Compute margins, answers and moments in one pass over the rows, block by block."""
         dim = rows.source.space.embed_dim
         n = len(rows.index)
-        total, gram, cross = (
-            torch.zeros(*shape, dtype=torch.float64) for shape in ((dim,), (dim, dim), (dim,))
-        )
+        # sums over the rows of z, z z^T, and z times the margin
+        total = torch.zeros(dim, dtype=torch.float64)
+        gram = torch.zeros(dim, dim, dtype=torch.float64)
+        cross = torch.zeros(dim, dtype=torch.float64)
         margins = []
         answers = []
         for batch in rows.batches(SCORING_BATCH):
@@ -382,12 +396,13 @@ class Margins(NamedTuple):
             answers.append(batch.prediction)
         all_margins = torch.cat(margins)
         mean = total / n
+        # the sums with z - mean in place of z
         return cls(
-            all_margins,
-            torch.cat(answers),
-            mean,
-            gram - n * torch.outer(mean, mean),
-            cross - mean * all_margins.sum(),
+            margin=all_margins,
+            answer=torch.cat(answers),
+            mean=mean,
+            gram=gram - n * torch.outer(mean, mean),
+            cross=cross - mean * all_margins.sum(),
         )
 
     def direction(self) -> tuple[Tensor, Tensor]:
@@ -415,7 +430,7 @@ class Mixture(NamedTuple):
     inside: Tensor  # (K + 1,) means inside by answer; the last one is for any other candidate
     outside: float  # mean outside
     variance: float
-    share: float  # of images outside
+    share: float  # share of images outside
 
     @property
     def separation(self) -> float:
@@ -446,7 +461,8 @@ def fit_mixture(
       which has the weight of ``OUTSIDE_PRIOR`` N rows. If all rows are inside, the mean outside
       therefore stays near the expected value, and the share stays small.
 
-    With ``known_inside`` no row is outside: one step gives the means inside and the variance.
+    With ``known_inside`` no row is outside, so one step gives the means inside and the variance.
+    The mean outside is then the expected value, and the share is ``ASSUMED_OUTSIDE_SHARE``.
     """
     n = len(value)
     ordered = value.sort().values
@@ -454,7 +470,7 @@ def fit_mixture(
     centre = float(ordered[int(0.25 * (n - 1))])  # the lower quartile
     expected = balance - centre
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
-    # deviation is therefore at least (expected - centre) / MAX_SEPARATION.
+    # deviation is therefore at least |expected - centre| / MAX_SEPARATION.
     min_deviation = max(abs(balance - 2 * centre) / MAX_SEPARATION, 1e-6)
     # the 5 % and 25 % quantiles of a normal distribution are 1.645 - 0.674 = 0.97 standard
     # deviations apart
@@ -469,28 +485,33 @@ def fit_mixture(
     n_passes = 1 if known_inside else EM_PASSES
     for _ in range(n_passes):
         slope, offset = mixture.log_odds()
-        outside = torch.zeros_like(value)
+        p_outside = torch.zeros_like(value)
         if not known_inside:
-            outside = torch.sigmoid(slope[answer] * value + offset[answer])
-        inside = 1 - outside
-        mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
-        mass = torch.zeros_like(count).index_add_(0, answer, inside)
-        sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
+            p_outside = torch.sigmoid(slope[answer] * value + offset[answer])
+        p_inside = 1 - p_outside
+        mean = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)
+        mass = torch.zeros_like(count).index_add_(0, answer, p_inside)
+        sums = torch.zeros_like(count).index_add_(0, answer, p_inside * value)
         class_means = (sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS)
         means = torch.cat([class_means, mean[None]])  # the last one is for any other candidate
-        n_outside = outside.sum()
+        n_outside = p_outside.sum()
         # without this prior, EM would split rows that are all inside into two halves
         n_prior = OUTSIDE_PRIOR * n
-        outside_total = float((outside * value).sum() + n_prior * expected)
+        outside_total = float((p_outside * value).sum() + n_prior * expected)
         outside_mean = outside_total / float(n_outside + n_prior)
-        squares_outside = outside * (value - outside_mean).square()
-        squares = inside * (value - means[answer]).square() + squares_outside
+        squares_outside = p_outside * (value - outside_mean).square()
+        squares = p_inside * (value - means[answer]).square() + squares_outside
         share = ASSUMED_OUTSIDE_SHARE
         if not known_inside:
             # the added 0.5 and 5 keep the share above zero, which EM could never leave
             share = (float(n_outside) + 0.5) / (n + 5)
         variance = max(float(squares.mean()), min_deviation**2)
-        after = Mixture(means, outside_mean, variance, min(max(share, 1e-3), 1 - 1e-3))
+        after = Mixture(
+            inside=means,
+            outside=outside_mean,
+            variance=variance,
+            share=min(max(share, 1e-3), 1 - 1e-3),
+        )
         moved = abs(after.outside - mixture.outside) + abs(after.share - mixture.share)
         mixture = after
         if moved < EM_TOLERANCE:
@@ -510,32 +531,38 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     """
     margins = Margins.of(rows)
     n_classes = rows.source.n_candidates
-    words_of_data = rows.source.column(NEGATIVES, rows.index[:0])  # the same for all rows
+    # all rows have the same words, so the words are read for no row
+    words_of_data = rows.source.column(NEGATIVES, rows.index[:0])
     n_words = max(round(WORD_SHARE * len(words_of_data)), 1)
     balance = math.log(n_words / n_classes)
-    zero = torch.zeros((), dtype=torch.float64)
+    # these weights make the value of a row its margin alone
     weight = torch.zeros_like(margins.mean)
-    bias = zero
+    bias = torch.zeros((), dtype=torch.float64)
     word_weight = torch.ones((), dtype=torch.float64)
     mixture = None
-    if not known_inside and len(margins.margin) >= DIRECTION_ROWS:
-        share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
-        along, level = (share * tensor for tensor in margins.direction())  # weights, intercept
-        value = torch.cat(
-            [float64(batch.image) @ along + level for batch in rows.batches(SCORING_BATCH)]
+    has_few_rows = len(margins.margin) < DIRECTION_ROWS
+    if not known_inside and not has_few_rows:
+        predicted_share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
+        direction, intercept = margins.direction()
+        direction = predicted_share * direction
+        intercept = predicted_share * intercept
+        predicted = torch.cat(
+            [float64(batch.image) @ direction + intercept for batch in rows.batches(SCORING_BATCH)]
         )
-        value = value + (1 - share) * margins.margin
+        value = predicted + (1 - predicted_share) * margins.margin
         mixture = fit_mixture(value, margins.answer, n_classes, balance, known_inside=False)
-        # with hardly any image outside, the regression fits another property of the images
+        # With hardly any image outside, the regression fits another property of the images. The
+        # value is then the margin alone.
         if mixture.share >= MIN_OUTSIDE_SHARE:
-            weight = along
-            bias = level
-            word_weight = (1 - share) * word_weight
+            weight = direction
+            bias = intercept
+            word_weight = (1 - predicted_share) * word_weight
         else:
             mixture = None
     if mixture is None:
-        # too few rows do not show a share of images outside, so it is not estimated
-        assume_inside = known_inside or len(margins.margin) < DIRECTION_ROWS
+        # A few rows do not show the share of images outside. It is then assumed, as if all rows
+        # were inside.
+        assume_inside = known_inside or has_few_rows
         mixture = fit_mixture(
             margins.margin, margins.answer, n_classes, balance, known_inside=assume_inside
         )
@@ -559,7 +586,7 @@ class Regressors(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
-        """The regressors of some rows. The margins are computed here, and only once."""
+        """The regressors of some rows. The margins are computed once, here, and then kept."""
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
         margins = []
@@ -625,17 +652,17 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     direction = weights.detach()[:-1] / scale
     level = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
-    zero = torch.zeros(1, dtype=torch.float64)
-    word_weight = zero[0].clone()
-    if len(direction) > dim:  # the weight of the margin comes after those of the image
+    offset = torch.zeros(1, dtype=torch.float64)
+    word_weight = offset[0].clone()  # 0: without words, the margin is not used
+    if len(direction) > dim:  # the weights of the image come first, then that of the margin
         word_weight = direction[dim].clone()
     bias = level - direction @ centre
     notes = {"n_outside": len(outside)}
-    return Outside(direction[:dim].clone(), bias, word_weight, slope, zero, notes)
+    return Outside(direction[:dim].clone(), bias, word_weight, slope, offset, notes)
 
 
 def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
-    """Number of rows, mean (W,) and scale (W,) of the W regressors.
+    """Number of rows, and means (W,) and scales (W,) of the W regressors over all ``parts``.
 
     The scale of all D image regressors is the root mean square norm of the centred images. The
     scale of the margin is its standard deviation.

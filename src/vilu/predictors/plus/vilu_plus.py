@@ -97,7 +97,7 @@ POOL_ROWS = 250
 Only as many folds are fitted as give this number of rows.
 """
 
-# names of saved tensors
+# names of the saved tensors from which ``module`` reads the kinds and sizes of the experts
 POOL = "pool"
 CLASSES = "attention.classes"
 FEATURE_MEAN = "attention.inputs.features.mean"
@@ -120,33 +120,33 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     1. The supervised cross-attention (``SupervisedAttention``): the zero-shot logits at a fitted
        temperature, plus a ridge-regularised bilinear form. Its fit is convex.
     2. A small network on the image (``Adapter``).
-    3. Up to 4,096 training rows, an attention over the labelled images (``Memory``).
+    3. An attention over the labelled training images (``Memory``), if there are at most 4,096.
 
     The experts learn from class labels, so no failures are needed. The weights w are fitted on rows
     that the experts were not fitted on (cross-fitting, or ``validation``), so that q is a
     calibrated probability. The prior mean of w is the attention alone.
 
-    The attention is the only expert if there are fewer than ten labels per class on average, for
-    image-caption pairs, and for scoring candidates that are not all training classes. The fewer
-    labels there are, the closer the attention stays to the zero-shot posterior. With rows without
-    labels it starts from the posterior of ``ViLUZero`` instead of the zero-shot posterior.
+    The attention is the only expert in three cases: if there are fewer than ten labels per class on
+    average, if the data are image-caption pairs, and if a candidate to be scored is no training
+    class. The fewer labels there are, the closer the attention stays to the zero-shot posterior. If
+    there are rows without labels, it stays close to the posterior of ``ViLUZero`` instead.
 
     With examples of images of none of the classes, or with everyday words (the column "negatives"),
     there is one more outcome, "outside" (``vilu.predictors.plus.ood``). Then
 
         u = 1 - (1 - P(outside)) q_t̂
 
-    From words and rows without labels, the fit also estimates how many images are outside, and what
-    these images have in common.
+    If there are both words and rows without labels, the fit also estimates how many images are
+    outside, and what these images have in common.
 
     Args:
         features: Whether to use the column "features" as an input beside the embedding, where the
-            data have this column. It has the output of the image encoder before the projection, or
-            the output of a second encoder. If the column is used, the ``label`` says so.
+            data have this column. The column has the output of the image encoder before the
+            projection, or the output of a second encoder. If it is used, the ``label`` says so.
         variance: Prior variance of what the attention adds to the logits, in units of the variance
             of the tempered zero-shot logits.
-        sharing: Share rho of that variance which all classes have in common. Only this part changes
-            the logits of unseen candidates.
+        sharing: Share rho of this variance that all classes have in common. Only the common part
+            changes the logits of unseen candidates.
         width: Hidden width of the network.
         dropout: Dropout probability of the network.
         epochs: Number of passes over the rows in training the network; None: 20, or as many as
@@ -198,23 +198,23 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, with "features" and "outside" in brackets where the fit used or learned them.
+        """The name, with "features" if the fit used them, and "outside" if it learned the outcome.
 
         Examples of labels are "vilu_plus" and "vilu_plus (features, outside)".
         """
-        kinds = []
+        additions = []
         if FEATURES in self.columns_to_score:
-            kinds.append(FEATURES)
+            additions.append(FEATURES)
         if self.outcome:
-            kinds.append("outside")
-        if not kinds:
+            additions.append("outside")
+        if not additions:
             return self.name
-        return f"{self.name} ({', '.join(kinds)})"
+        return f"{self.name} ({', '.join(additions)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The columns of features and of words, as far as the data have them and the fit uses them.
 
-        Words are not used for image-caption pairs. Features are not used if ``features`` is false.
+        The fit uses words except for image-caption pairs, and features if ``features`` is true.
         """
         wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
         return tuple(
@@ -249,18 +249,20 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             # The pool is fitted on rows that its experts were not fitted on. Otherwise the memory
             # would get all the weight, since it contains the labels of its own rows.
             folds = cross_fitting(train, failure, validation, self.seed)
-            _, first_held_out = folds[0]
+            _, first_held_out = folds[0]  # all folds hold out about the same number of rows
             n_folds = math.ceil(POOL_ROWS / len(first_held_out.index))
             parts = []
             for fitted_on, held_out in folds[:n_folds]:
                 experts = self._fit_experts(fitted_on, kinds, weights, start, experts)
                 parts.extend(log_posteriors(experts, held_out, self.device_))
+            # ``zip`` turns the tuples of the batches into one tuple for each of the three results
             log_p, target, answer = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
             if keep_every_class(folds):
                 log_q = pool(torch.from_numpy(log_p), weights).log_softmax(dim=1).numpy()
                 held_out_answers = HeldOut.of_posterior(log_q, answer, target)
-        # with a validation set, the experts above were already fitted on all training rows
+        # With a validation set, the experts above were already fitted on all training rows.
+        # Otherwise they were fitted on a fold, or there are none.
         if experts is None or fitted_on is not train:
             experts = self._fit_experts(train, kinds, weights, start, experts)
         tensors = {name: tensor.cpu() for name, tensor in experts.state_dict().items()}
@@ -299,8 +301,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     ) -> Experts:
         """Fit the attention, and its companions of these ``kinds``.
 
-        The fit of the attention starts from the attention of ``near``, the experts of another fold.
+        ``near`` are the experts of another fold, or None. The fit of the attention starts from
+        theirs, so that it needs fewer steps.
         """
+        # image-caption pairs have no classes
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         feature_dim = 0
         if FEATURES in rows.columns:
@@ -328,7 +332,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
-        size = self.batch_size or 2 * default_batch(len(rows.index))
+        size = self.batch_size  # None: twice the default of the heads
+        if size is None:
+            size = 2 * default_batch(len(rows.index))
         n_classes = len(attention.classes)
         adapter = Adapter(attention.inputs, n_classes, self.width, self.dropout, self.seed)
         train_adamw(adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs)
@@ -449,7 +455,10 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 def log_posteriors(
     experts: Experts, rows: Rows, device: torch.device
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per batch: log probabilities (B, M, K) by M experts, targets (B,), zero-shot answers (B,)."""
+    """One tuple per batch: log probabilities (B, M, K), targets (B,) and zero-shot answers (B,).
+
+    There is one log probability for each of the K candidates by each of the M experts.
+    """
     with torch.no_grad():
         parts = []
         for batch in rows.batches(SCORING_BATCH):

@@ -32,6 +32,7 @@ from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, from_words
 EM_ROWS = 20_000
 """Maximum number of rows, drawn at random, from which the class counts are estimated."""
 EM_PASSES = 50
+"""Number of passes of EM over these rows."""
 ROUNDS = 2
 """Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
 RIDGE = 0.7
@@ -46,13 +47,16 @@ KNOWN_TO_OCCUR = 5.0
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 LOST_SHARE = 0.1
-"""Share of the occurring classes whose count is near zero: their rows count for other classes."""
+"""Share of the occurring classes with a count near zero, because their rows count for others."""
 MAX_ANCHOR = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
 FULL_TRUST_VARIANCE = 0.2
-"""Variance between class means, in units of that within classes, from which trust is full."""
+"""Variance between class means from which the prototypes get their full weight.
+
+The unit is the variance within classes.
+"""
 MIN_MEMBERS = 2.0
-"""Largest mean number of rows per occurring class with which prototypes get no weight."""
+"""Mean number of rows per occurring class up to which the prototypes get no weight."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 """Candidate values of lambda, by which the log occurrence probabilities are multiplied."""
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
@@ -67,17 +71,19 @@ class ViLUZero(SeesOutside, ClosedSet):
 
         u = 1 - (1 - P_outside) q
 
-    where q is the probability of the zero-shot answer under softmax(l'), and l are the zero-shot
-    logits:
+    where q is the probability of the zero-shot answer under softmax(l'). The pooled logits l' of an
+    image z are computed from its zero-shot logits l:
 
         l'_c = (1 - s) l_c + s tau g_c(z) + o_c
+
+    The terms o, g, tau and s are described below in this order.
 
     *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi under which the
     rows are most likely, with the posterior p(c | z) ~ pi_c exp(l_c). The counts n_c = N pi_c are
     modelled as a mixture of two exponential distributions. The mean count is 1/2 for absent
     classes, which are a share rho of all classes, and N / (K (1 - rho)) for the other classes. Then
     o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is chosen by cross-validation between two
-    halves of the rows. It maximises the mean of
+    halves of the rows. The chosen lambda maximises the mean of
 
         log [sum_c exp(l_c + o_c) / sum_c exp(o_c)]
 
@@ -88,19 +94,20 @@ class ViLUZero(SeesOutside, ClosedSet):
     kappa, a and the covariance are estimated from the rows.
 
     tau minimises the cross-entropy with which prototypes of one half of the rows predict the
-    posterior of the other half. It is 0 where they cannot predict it.
+    posterior of the other half. If the prototypes do not predict this posterior, tau is 0.
 
-    The weight s of the prototypes is ``share`` times two factors in [0, 1]. The first one is
-    1 - 2 K' / N, with K' = K (1 - rho) occurring classes. It is 0 up to two rows per class, because
-    prototypes of so few rows do harm. The second one is the square of the variance between the
-    means of the classes, in units of ``FULL_TRUST_VARIANCE`` and at most 1.
+    The weight s of the prototypes is ``share`` times two factors in [0, 1]. The first factor is
+    1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
+    factor is 0, because prototypes of so few rows do harm. The second factor is the square of r,
+    where r is the variance between the means of the classes divided by ``FULL_TRUST_VARIANCE``, and
+    at most 1.
 
     *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
     everyday words, P_outside comes from a mixture of images inside and outside
-    (``vilu.predictors.plus.ood``). Otherwise it is 0.
+    (``vilu.predictors.plus.ood``). Without this column P_outside is 0.
 
-    The fit needs no labels (``needs_labels``) and ignores them. Only candidates of the fit can be
-    scored.
+    The fit needs no labels (``needs_labels`` is false) and ignores them. Only candidates of the fit
+    can be scored.
 
     Args:
         share: Largest weight of the prototypes in the pool.
@@ -166,25 +173,28 @@ class ViLUZero(SeesOutside, ClosedSet):
         outside = Outside.nothing()
         if NEGATIVES in bank.columns and len(bank.index) >= FEW:
             outside = from_words(bank, known_inside=False)
-        scale = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
+        zero_shot_weight = torch.tensor(1 - learned_classes.share, dtype=torch.float64)
         parts = (
-            scale,
+            zero_shot_weight,
             learned_classes.centre,
             learned_classes.weight,
             learned_classes.bias + learned_classes.occurrence,
             class_texts(train),
         )
-        # not strict, because the names after these five are those of ``Outside``
+        # not strict, because ``tensors`` has more names: after these five come those of ``Outside``
         learned = dict(zip(self.tensors, parts, strict=False))
         return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> Pooled:
-        """The parts of the pooled logits l'. The part ``texts`` is that of the mean image."""
+        """The three parts of the pooled logits l' of a batch."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
         scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
-        zero_shot = scale * float64(batch.logits - batch.logit_bias)
-        return Pooled(zero_shot, bias[classes][None], (image - centre) @ weight[classes].T)
+        return Pooled(
+            zero_shot=scale * float64(batch.logits - batch.logit_bias),
+            texts=bias[classes][None],
+            image=(image - centre) @ weight[classes].T,
+        )
 
     def _score(self, batch: Batch) -> Tensor:
         log_odds = failure_log_odds(self.parts(batch).logits, batch)
@@ -223,11 +233,12 @@ class Classes(NamedTuple):
     def start(self, text: Tensor, logit_scale: float) -> Start:
         """The same pooled logits, written as l_c plus a residual, for texts (K, D) of the classes.
 
-        The term -share l_c is part of the weights and the bias of the residual.
+        The residual contains the term -share l_c, which is linear in the image.
         """
-        zero_shot = self.share * logit_scale * float64(text).cpu()
-        bias = self.bias - zero_shot @ self.centre
-        return Start(self.centre, self.weight - zero_shot, bias, self.occurrence)
+        # the product of this tensor with an image z is share l_c
+        shared_text = self.share * logit_scale * float64(text).cpu()
+        bias = self.bias - shared_text @ self.centre
+        return Start(self.centre, self.weight - shared_text, bias, self.occurrence)
 
 
 def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device) -> Classes:
@@ -241,14 +252,21 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     known = Classifier.nothing(text)
     occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    # with fewer rows no half could check the other half, so nothing is learned, as in MCM
+    # With fewer rows, what one half teaches could not be checked on the other half. Nothing is
+    # learned then, and the pooled logits are the zero-shot logits.
     if len(rows.index) >= FEW:
         pool = Pool(rows, seed, device)
         occurrence, absent = pool.occurrence()
         max_share = max_share * sufficiency(len(rows.index), len(text) * (1 - absent))
         share, trust, known = pool.prototypes(occurrence, max_share)
-        shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
-        notes = {"absent": absent, "share": share, **shown}
+        notes = {
+            "absent": absent,
+            "share": share,
+            "trust": trust,
+            "slope": known.slope,
+            "anchor": known.anchor,
+            "apart": known.apart,
+        }
     factor = share * trust
     weight = factor * known.weight
     bias = factor * known.bias
@@ -318,7 +336,8 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     2. a is the slope of the weighted least-squares regression, at least 0.
     3. 1 / kappa is estimated from the mean square of the residuals; kappa is at most
        ``MAX_ANCHOR``.
-    4. ``apart`` is the same estimate with a = 0: the variance between the means of the classes.
+    4. ``apart`` is the variance between the means of the classes: the mean square of m_c - m, less
+       sampling noise.
     """
     count = moments.members.clamp(min=1e-9)
     n = float(moments.members.sum())
@@ -337,9 +356,9 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
     centred_text = text - (moments.members @ text) / n
     weighted = moments.members[:, None] * (centred_text @ precision)
-    of_means = (weighted * centred).sum()
-    of_texts = (weighted * centred_text).sum().clamp(min=1e-12)
-    slope = float((of_means / of_texts).clamp(min=0))
+    means_on_texts = (weighted * centred).sum()
+    texts_on_texts = (weighted * centred_text).sum().clamp(min=1e-12)
+    slope = float((means_on_texts / texts_on_texts).clamp(min=0))
     within_square = float((precision * within).sum())  # mean square of an image in the metric of W
 
     def variance_of(vectors: Tensor) -> float:
@@ -380,16 +399,16 @@ class Pool:
         """
         index = self.rows.index[self.halves[half][:max_rows]]
         for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
-            here = batch.to(self.device)
-            yield normalize(here.image, dim=1), here.logits
+            moved = batch.to(self.device)
+            yield normalize(moved.image, dim=1), moved.logits
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
         """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
 
         At most ``EM_ROWS`` / 2 rows of each half are read.
         """
-        # Saerens et al., Neural Computation 2002. At the fixed point the sum of the posteriors
-        # under the counts equals the counts.
+        # EM of Saerens et al., Neural Computation 2002. A pass computes the posterior of every row
+        # with the counts as prior. The sums of the posteriors are the new counts.
         n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
@@ -404,10 +423,11 @@ class Pool:
     def occurrence(self) -> tuple[Tensor, float]:
         """The offsets o (K,) of ``ViLUZero``, at most 0, and the share of absent classes."""
         log_presence, absent = presence(self.counts((0, 1)))
-        if not bool(log_presence.any()):
+        all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
+        if all_occur:
             return log_presence, 0.0
-        # The evidence of a half is computed with the counts of the other half. With the counts of
-        # the same rows, the full strength would always have the most evidence.
+        # The evidence of a half is computed with the counts of the other half. With its own counts,
+        # the full strength would always have the most evidence.
         evidence = torch.zeros(len(STRENGTHS), dtype=torch.float64)
         for half in (0, 1):
             of_other_half, _ = presence(self.counts((1 - half,)))
@@ -463,33 +483,33 @@ class Pool:
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled = logits + occurrence.float().to(self.device)
-                # prototypes of the same half would only confirm their own memberships
+                # prototypes of the same half would only confirm the memberships they come from
                 if trust:
                     pooled = pooled + share * (trust * crossed[half].of(image) - logits)
                 moments.add(half, pooled.softmax(1), image)
         return moments
 
     def _trust(self, occurrence: Tensor, crossed: list[Classifier]) -> float:
-        """The tau of the least mean cross-entropy from softmax(l + o) to softmax(tau g + o).
+        """The tau for which softmax(tau g + o) has the least mean cross-entropy to softmax(l + o).
 
-        The discriminants g of a row are those of the other half of the rows.
+        g are the discriminants of a row by the prototypes of the other half of the rows.
         """
         losses = torch.zeros(len(TRUSTS), dtype=torch.float64)
         offset = occurrence.float().to(self.device)
         for half in (0, 1):
             for image, logits in self.blocks(half, EM_ROWS // 2):
                 posterior = (logits + offset).softmax(1)
-                discriminants = crossed[half].of(image)
+                g = crossed[half].of(image)
                 for index, trust in enumerate(TRUSTS):
-                    predicted = (trust * discriminants + offset).log_softmax(1)
+                    predicted = (trust * g + offset).log_softmax(1)
                     losses[index] -= (posterior * predicted).sum(1).double().sum().cpu()
         return TRUSTS[int(losses.argmin())]
 
 
 def sufficiency(n_rows: int, n_classes: float) -> float:
-    """Trust, in [0, 1], in prototypes of ``n_classes`` occurring classes learned from ``n_rows``.
+    """Factor of the weight of the prototypes, in [0, 1], by the number of rows per occurring class.
 
-    It is 1 - ``MIN_MEMBERS`` n_classes / n_rows, at least 0.
+    The factor is 1 - ``MIN_MEMBERS`` n_classes / n_rows, and at least 0.
     """
     return max(1 - MIN_MEMBERS * n_classes / n_rows, 0.0)
 
@@ -510,14 +530,14 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
     k = len(count)
     absent = 0.5
     p_absent = torch.zeros_like(count)
-    low = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
-    for _ in range(200):
+    low = torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE  # f(s)
+    for _ in range(200):  # passes of EM
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
         # without LOST_SHARE, every class that the zero-shot model overlooks would count as absent
-        high = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean
+        high = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
         present = (1 - absent) * (high + LOST_SHARE * low)
-        p_absent = absent * low / (absent * low + present)
+        p_absent = absent * low / (absent * low + present)  # Bayes' rule
         absent = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
     return torch.log1p(-p_absent), absent

@@ -1,6 +1,7 @@
 """Fine-tuning: training that begins with the weights of another fit.
 
-It is useful if a head was fitted on one data set, and another data set has only a few labels.
+Fine-tuning is useful if a head was fitted on one data set, and another data set has only a few
+labels.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.vilu.head import HeadPredictor
 
 FINE_TUNING = {"epochs": None, "learning_rate": 1e-3, "freeze_epochs": 0}
-"""Default parameters of a fine-tuning, where they differ from those of the first fit.
+"""Parameters that a fine-tuning has by default; all others are those of the first fit.
 
-- The learning rate is 1/30 of that of a new head, because the weights need only a correction. On
-  synthetic data with five labels per class, it was the best of 0.03, 0.01, 0.003 and 0.001.
+- The learning rate is 1/30 of the rate for a new head, because the weights need only a correction.
+  On synthetic data with five labels per class, 0.001 was the best of 0.03, 0.01, 0.003 and 0.001.
 - The attention is trained from the first step, because it was trained before.
-- The number of epochs is the default for the number of rows, not that of the first fit. With a few
-  labels it is 300.
+- The number of epochs is the default for the number of rows, not the number of the first fit. With
+  a few labels it is 300.
 """
 
 
@@ -67,7 +68,7 @@ def initialise(
     if values is not None:
         settings |= values
     predictor = build(cls, settings)
-    # a copy, which is used only to check that the fitted weights can be loaded
+    # a second predictor, which is used only to check that the fitted weights can be loaded
     trial = build(cls, settings)
     trial.space_ = fitted.space_
     try:

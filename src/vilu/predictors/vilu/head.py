@@ -50,8 +50,8 @@ class HeadPredictor(FailurePredictor):
         epochs: Number of passes over the training rows. None: 35, changed so that there are at
             least 1,400 and at most 6,000 steps, and then clipped to 10 ... 300.
         batch_size: Rows per step. None: a fortieth of the training rows, clipped to 32 ... 128.
-        learning_rate: Largest learning rate. It is reached by a linear warm-up, and followed by a
-            cosine decay to zero.
+        learning_rate: Largest learning rate, which a linear warm-up reaches. A cosine decay to zero
+            follows.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD.
         warmup_epochs: Length of the warm-up in epochs. It takes at most a tenth of all steps.
@@ -118,13 +118,13 @@ class HeadPredictor(FailurePredictor):
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
         """Train one head. If there are validation rows, they choose the best epoch.
 
-        ``error_rate`` is that of the training rows.
+        ``error_rate`` is the share of failures among the training rows.
         """
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
         trainer = HeadTrainer(
-            head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, [weight]
+            head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, stateful=[weight]
         )
         history = trainer.run(train, validation)
         weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
@@ -156,7 +156,7 @@ class HeadPredictor(FailurePredictor):
         return binding
 
     def _start_notes(self) -> dict[str, object]:
-        """Notes on the fit that training began with; empty if there was none."""
+        """Notes on the fit whose weights training began with; empty if there was no such fit."""
         if self.start_ is None:
             return {}
         return {"start": {"weights": tensors_hash(self.start_.state()), **self.start_.notes_}}
@@ -173,11 +173,11 @@ class HeadPredictor(FailurePredictor):
 
     @torch_defaults()
     def _log_weight(self) -> float:
-        """Shift log w of the log-odds, which is caused by the weight w of failures in the loss.
+        """Number by which the log-odds of a trained head are too large.
 
-        With p the probability of failure, weighted BCE is minimal at the odds w p / (1 - p). So the
-        log-odds of a trained head are too large by log w. w is computed from the error rate of the
-        training set. The order of rows does not depend on w.
+        The number is log w, with the weight w of failures in the loss: if p is the probability of
+        failure, weighted BCE is minimal at the odds w p / (1 - p). w is computed from the error
+        rate of the training set. The order of rows does not depend on w.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
@@ -213,7 +213,7 @@ class HeadGraph(nn.Module):
 def head_graph(predictor: HeadPredictor) -> nn.Module:
     """The graph of a predictor that averages the probabilities of its heads.
 
-    A method has this function as its method ``graph``.
+    A class of such predictors sets its method ``graph`` to this function.
     """
     return HeadGraph(predictor.heads)
 
@@ -221,6 +221,6 @@ def head_graph(predictor: HeadPredictor) -> nn.Module:
 def head_coalitions(predictor: HeadPredictor) -> Coalitions:
     """The coalitions of the inputs of a predictor with one head.
 
-    A method has this function as its method ``coalitions``.
+    A class of such predictors sets its method ``coalitions`` to this function.
     """
     return HeadCoalitions(predictor.heads, link=lambda logit: logit, unit=LOG_ODDS)

@@ -30,8 +30,8 @@ class LVU(HeadPredictor):
 
     softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So with "mse" and with "loss",
     sigmoid(g) estimates 1 - p_y, which then stands for the probability of failure. By Jensen's
-    inequality the optimal estimate of "loss" is never below that of "mse". Only "bce" estimates the
-    probability of failure itself.
+    inequality the optimal estimate with "loss" is never below the one with "mse". Only "bce"
+    estimates the probability of failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
 
@@ -89,10 +89,10 @@ class ViLU(HeadPredictor):
 
         u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂))
 
-    z_v is the embedding of the image, z_tj are those of the candidates j with their attention
-    weights alpha_j, and z_t̂ is that of the predicted caption. g is an MLP with ReLU and layers of
-    512, 256, 128 and 1 units. The loss is the BCE on the failure of the answer. In a batch with N_s
-    successes and N_f failures, failures have the weight log(1 + N_s / N_f).
+    z_v is the embedding of the image. z_tj is the embedding of candidate j, and alpha_j its
+    attention weight. z_t̂ is the embedding of the predicted caption. g is an MLP with ReLU and
+    layers of 512, 256, 128 and 1 units. The loss is the BCE on the failure of the answer. In a
+    batch with N_s successes and N_f failures, failures have the weight log(1 + N_s / N_f).
 
     Args:
         attention: Form of the cross-attention.
