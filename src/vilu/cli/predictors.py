@@ -304,10 +304,8 @@ def _training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    pools_of_store = pools
-    if pseudo:
-        # A store of classes has no pools. ``PseudoCaptions`` makes them below.
-        pools_of_store = None
+    # A store of classes has no pools. ``PseudoCaptions`` makes them below.
+    pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
         source = reading.with_second(reading.open_in(pools_of_store, store))

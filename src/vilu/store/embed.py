@@ -114,42 +114,34 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 ) -> EmbeddingStore | CaptionStore | None:
     """Embed all images of a data set, or the images that an earlier run has not embedded yet.
 
-    If the images have captions, the captions are the candidates, and there are no classes. The
-    embedding of every caption is then stored together with the embedding of its image.
+    If the images have captions, the captions are the candidates. They are stored with the images.
 
     The process can be killed at any moment. Finished parts stay, and after the next run the store
     has the same bytes as after a run without interruption. With V views, memory holds at most
-    (V + 1) ``batch_size`` images, and the V + 1 embeddings of every image of a part. Progress is
-    shown through ``vilu.progress``.
+    (V + 1) ``batch_size`` images, and the V + 1 embeddings of every image of a part.
 
     Args:
         dataset: The images.
         backbone: The model; give its name (``BackboneSpec``) if other processes must load it.
         output: Folder of the store.
         names: K class names for the prompts, in label order; empty if images have captions.
-        templates: Prompts with ``{}`` for the name; a class text is the mean over them. By default
-            "a photo of a {}."; empty if images have captions.
+        templates: Prompts of a class, with ``{}`` for its name; by default "a photo of a {}.".
         columns: What to store in addition to the embeddings; by default nothing.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
-        part_size: Images per part (by default 4096), or shards per part (by default 10). A kill
-            loses at most the unfinished part.
-        dtype: Number format of the arrays of the images; the arrays of classes and model are
-            float32.
+        part_size: Images per part (by default 4096), or shards per part (by default 10).
+        dtype: Number format of the image embeddings. The texts are always float32.
         limits: Limits of size and shape; other images are errors.
-        max_error_rate: Largest share of images that may fail. If more fail, the store is not
-            sealed, but all finished parts stay.
+        max_error_rate: Largest share of failed images with which the store is sealed.
         allow_bad_shards: Whether to seal the store, with a warning, although a shard cannot be read
-            to its end. The number of lost images is then unknown. If False, a bad shard is a
-            DataError at the end; all finished parts stay.
+            to its end. If False, a bad shard is a DataError at the end; finished parts stay.
         on_error: "skip" counts bad images and goes on. "raise" stops at the first bad image.
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
         executor: Object that does the parts in other processes. By default, this process does them.
         shared: Whether other processes, here or on other machines, call this function with the same
-            arguments at the same time. Each process does the parts of its ``executor``, and the
-            process that ends last seals the store. If False, this process locks the store until
-            the end, and earlier failed attempts at parts are forgotten.
+            arguments at the same time. The process that ends last seals the store. If False, this
+            process locks the store, and earlier failed attempts at parts are forgotten.
 
     Returns:
         The store; None if it is shared and other processes have not finished their parts.
@@ -165,16 +157,15 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         >>> import numpy as np, pathlib, tempfile, torch, vilu
         >>> from PIL import Image
         >>> from vilu.backbones.base import DualEncoder
-        >>> def to_pixels(image):
-        ...     pixels = np.array(image.convert("RGB")) / 255  # (H, W, 3)
-        ...     return torch.tensor(pixels).permute(2, 0, 1).float()
         >>> def encode_texts(texts):  # "a photo of a red." becomes (1, 0, 0)
         ...     colours = ("red", "green", "blue")
         ...     return torch.tensor([[float(word in text) for word in colours] for text in texts])
         >>> model = DualEncoder(  # compares the mean colour of an image with the words of a text
         ...     vilu.EmbeddingSpace(3, logit_scale=10.0, backbone="colours"),
         ...     torch.device("cpu"),
-        ...     transform=to_pixels,
+        ...     transform=lambda image: (
+        ...         torch.tensor(np.array(image) / 255).permute(2, 0, 1).float()
+        ...     ),
         ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
         ...     text_tower=encode_texts,
         ...     truncates=lambda texts: [False] * len(texts),
@@ -499,10 +490,9 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
     if not run.captions:
         table, _ = read_classes(ledger.root, run)
         classes_hash = table.hash
-    fields_of_run = {**dict(run), "n_in": n_in}
     ledger.seal(
         Manifest(
-            **fields_of_run,
+            **{**dict(run), "n_in": n_in},
             n_ok=n_ok,
             n_error=errors.total(),
             errors=dict(sorted(errors.items())),

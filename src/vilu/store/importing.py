@@ -105,8 +105,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     row numbers of ``text``, or names of classes. Methods with ``answer="given"`` judge them.
 
     Rows are normalised to unit norm, with one warning if they did not have unit norm. Image rows
-    that are not finite, or have norm zero, become errors. Every array is read twice: to compute the
-    fingerprint of the store, and to write the rows. Only the rows of one part are in memory.
+    that are not finite, or have norm zero, become errors. Only the rows of one part are in memory.
     Nothing is unpickled. The process can be killed at any moment. Finished parts stay, and the next
     run writes the same bytes as a run without interruption.
 
@@ -124,13 +123,11 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             these targets get the target ``vilu.OUTSIDE``.
         model: Name of the model that made the embeddings, if it is known. Stores of different
             models cannot be combined.
-        origin: Where the arrays come from. This text is recorded in the store.
-        split: Name of the split, which is recorded in the store.
-        dtype: Number format of the stored rows; by default float16 if ``image`` is float16, else
-            float32.
+        origin: Where the arrays come from, for people; recorded in the store.
+        split: Name of the split; recorded in the store.
+        dtype: Number format of the stored rows; by default that of ``image``, but not float64.
         part_size: Rows per part. One part is in memory, and a kill loses at most one part.
-        max_error_rate: Largest share of rows that may be unusable. If more rows are unusable, the
-            store is not sealed, but all finished parts stay.
+        max_error_rate: Largest share of unusable rows with which the store is sealed.
         overwrite: Whether to replace a store in ``output``.
 
     Raises:

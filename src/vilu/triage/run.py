@@ -570,12 +570,7 @@ def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
 
 
 def n_to_draw(
-    state: TriageState,
-    n: int,
-    *,
-    is_guaranteed: bool,
-    n_fit_labels: int,
-    can_be_shown: bool,
+    state: TriageState, n: int, *, is_guaranteed: bool, n_fit_labels: int, can_be_shown: bool
 ) -> int:
     """How many of the next ``n`` labels are of the calibration side.
 

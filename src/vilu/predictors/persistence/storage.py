@@ -68,8 +68,7 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
     method = method_of(content, path / PREDICTOR)
     sample = FitSample.load(path, content["weights_sha256"])
     try:
-        tensors = safetensors_torch.load(weights)
-        predictor = _assembled(method, content, tensors, path / PREDICTOR)
+        predictor = _assembled(method, content, safetensors_torch.load(weights), path / PREDICTOR)
     except FOREIGN_FAULTS as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, ViLUError):

@@ -118,9 +118,8 @@ class Vocabulary:
             with or_refuse(f"read {path}"), safe_open(path, framework="pt") as file:
                 # a file without metadata is damaged, as the KeyError says
                 header = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
-                tensors: dict[str, Tensor] = {}
-                for name in file.keys():  # noqa: SIM118 - the file is no dict
-                    tensors[name] = file.get_tensor(name)
+                # the file is no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls._checked(header, tensors)
         except (
             DataError,

@@ -194,8 +194,8 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
                 "every method of a page needs a name of its own. "
                 f"Found {count} with the name {name!r}."
             )
-    first, *further = outcomes
-    for of_method in further:
+    first = outcomes[0]
+    for of_method in outcomes[1:]:
         require_same_rows(first, of_method)
         require_same_answers(first, of_method)
     if main is not None:
