@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vilu.calibration.monitor.martingale import Reference, earlier
+from vilu.calibration.monitor.martingale import Reference, compare_with_earlier
 
 
 def brute(before: list[float], values: list[float], uniform: list[float]) -> list[float]:
@@ -51,7 +51,7 @@ def test_batches_of_any_size_equal_brute_force(ties: int) -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 31, 32, 33, 100])
 def test_counts_of_earlier_values(n: int) -> None:
     values = np.random.default_rng(n).integers(0, 8, n).astype(float)
-    greater, equal = earlier(values)
+    greater, equal = compare_with_earlier(values)
     assert greater.tolist() == [int((values[:i] > values[i]).sum()) for i in range(n)]
     assert equal.tolist() == [int((values[:i] == values[i]).sum()) for i in range(n)]
 

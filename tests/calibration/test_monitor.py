@@ -343,7 +343,9 @@ def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Rul
         monitor.update(dataclasses.replace(rows, method="other"))
     with pytest.raises(ProvenanceError, match="class_names"):
         monitor.update(dataclasses.replace(rows, class_names=("a", "c", "b")))
-    with pytest.raises(DataError, match="what was answered"):
+    with pytest.raises(
+        DataError, match="the calibration rows have answers, and these scores have none"
+    ):
         monitor.update(dataclasses.replace(rows, prediction=None))
     assert monitor.rows == 0
     with pytest.raises(UsageError, match="false_alarm"):

@@ -98,7 +98,7 @@ def test_what_is_wrong_with_the_second_store_is_told(work: Path) -> None:
     assert "is a predictor, where a store" in run(*command, "--second", work / "duo", code=2).stderr
     assert "does not exist" in run(*command, "--second", work / "nowhere", code=2).stderr
     assert (
-        "--pseudo makes captions"
+        "--pseudo turns classes into captions"
         in run(*command, "--second", work / "train64", "--pseudo", code=2).stderr
     )
     told = run(

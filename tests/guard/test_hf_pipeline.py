@@ -97,7 +97,7 @@ def test_what_the_guard_decides_is_not_asked_again(pipe: SelectivePipeline, guar
         match=r"takes no candidate_labels: classes and prompts are those of the predictor",
     ):
         pipe(photo(1, 1), candidate_labels=["a", "b"])
-    with pytest.raises(UsageError, match=r"takes no device: .* where the guard is made"):
+    with pytest.raises(UsageError, match=r"takes no device: .* are arguments of the guard"):
         transformers.pipeline(TASK, model=guard, device="cpu")
     with pytest.raises(UsageError, match=r"model=vilu\.Guard\(folder\)\. Got 'out/predictor'"):
         SelectivePipeline("out/predictor")  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def encode(model: FakeBackbone, pixels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--outside", "cat"), 2, "'cat' is one of the classes"),
+        (("--outside", "cat"), 2, "'cat' is the name of a class, and also the label"),
         (("--max-risk", 0), 2, "max_risk must be in (0, 1)"),
         (("--link", "--move"), 2, "--link and --move exclude each other"),
         (("--labels", "names.txt"), 3, "must have the columns path"),
