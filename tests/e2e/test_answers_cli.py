@@ -17,6 +17,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.cli.demo import PROMPT_NAMES
 from vilu.datasets.catalog import open_dataset
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.embed import embed
 from vilu.triage.labels import LabelBook, side_of
 
@@ -116,7 +117,7 @@ def _as_counted_by_hand(output: Path, truth: dict[str, str]) -> bool:
     parts = [
         vilu.open_source(folder.parent) for folder in output.glob("embeddings/*/manifest.json")
     ]
-    predictor = vilu.load(output / "predictor")
+    predictor = load_predictor(output / "predictor")
     answer_of = {}
     for part in parts:
         for batch in part.batches(4096, columns=predictor.columns_to_score):
