@@ -159,15 +159,27 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     max_risk: Risk = 0.05,
     seed: Annotated[
-        int, Option(min=0, max=MOST_SEED, help="Seed of the split and of the order of the draw.")
+        int,
+        Option(
+            min=0,
+            max=MOST_SEED,
+            help="Seed of the split into a half to fit on and a half for the guarantee, and of the "
+            "random order of the draw.",
+        ),
     ] = 0,
     per_class: Annotated[
         bool,
-        Option("--per-class", help="Ask for labels of the classes that lack them for a guarantee."),
+        Option(
+            "--per-class",
+            help="Ask for labels of the classes that do not have enough labels for a guarantee of "
+            "their own.",
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Choose the images to label next: half to fit on, half for a guarantee. Prints the file.
+    """Choose the images to label next: half to fit on, half for a guarantee.
+
+    Writes them to OUTPUT and prints its path.
 
     The images to fit on are uncertain and different from each other. The images for the guarantee
     are drawn from the answers that could be accepted, among the half of the images (chosen by a

@@ -369,7 +369,7 @@ def _is_hidden(entry: os.DirEntry[str]) -> bool:
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder in the order in which ``walk_images`` visits them."""
-    hint = "Mend its permissions or leave it out."
+    hint = "Check its permissions or leave it out."
     with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
         return sorted(entries, key=_sort_key)
 

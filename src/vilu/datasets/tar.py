@@ -425,7 +425,7 @@ def _require_shards(paths: Sequence[Path], pattern: str) -> None:
     if missing:
         raise UsageError(
             f"{pattern} names {len(paths)} shards; {len(missing)} are not there, "
-            f"the first is {missing[0]}. Mend the pattern or download them."
+            f"the first is {missing[0]}. Check the pattern or download them."
         )
     for path in paths:
         if path.suffix.lower() != SUFFIX:
@@ -508,7 +508,7 @@ def _in_folder(folder: Path) -> list[Path] | None:
 
 def _visible_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that are not hidden."""
-    hint = "Mend its permissions."
+    hint = "Check its permissions."
     with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
         return [entry.name for entry in visible if is_file(entry)]

@@ -192,6 +192,7 @@ class Embeddings(EmbeddingSource):
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(image=np.eye(6), text=np.eye(6), pool_size=3)
             >>> # six pairs fill two pools: an image is matched against three captions
+            >>> # the batch size is 3 as well, so each pool comes as one batch
             >>> [batch.index.tolist() for batch in data.batches(3)]
             [[0, 1, 2], [3, 4, 5]]
         """

@@ -511,7 +511,7 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
         sources[0].space.require_match(
             source.space, name=f"data set {names[0]!r}", other_name=f"data set {name!r}"
         )
-        if source.pool_size is None and not (source.target != UNKNOWN).any():
+        if not isinstance(source, PairSource) and (source.target == UNKNOWN).all():
             raise DataError(f"the data set {name!r} has no labels, so its images have no captions.")
 
 
@@ -528,11 +528,12 @@ def class_captions(
 ) -> tuple[Tensor, Tensor]:
     """Texts (T, D) of all classes of all sources, and for every chosen row the index of its text.
 
-    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1
-    plus the sum of all K. ``chosen`` has, for every source, the indices of the chosen rows.
+    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T = 1 +
+    the number of classes, summed over all sources that are not pairs. ``chosen`` has, for every
+    source, the indices of the chosen rows.
     """
     # Class numbers are counted over all sources. Number 0 is the placeholder.
-    first_of_name: dict[str, int] = {}
+    number_of_name: dict[str, int] = {}  # class name -> number of the first class with this name
     text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
     class_numbers = []  # for every source, the class numbers of its chosen rows
@@ -550,7 +551,7 @@ def class_captions(
             continue
         # A new name gets the number of this class. A known name has that of an earlier class.
         for name, number in zip(source.class_names, numbers, strict=True):
-            text_of_class.append(first_of_name.setdefault(name, number))
+            text_of_class.append(number_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
 
 

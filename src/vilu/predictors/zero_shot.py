@@ -74,7 +74,7 @@ class Entropy(FailurePredictor):
     summary: ClassVar[str] = "Shannon entropy of the zero-shot posterior over log K"
     reference: ClassVar[str] = "Shannon, 1948"
     looks_at: ClassVar[frozenset[str]] = LOGITS
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
 
     graph = own_graph
 
@@ -86,13 +86,13 @@ class Entropy(FailurePredictor):
 class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
-    u is computed in a form without cancellation:
+    Let e_j = p_j / max_i p_i, s = sum e_j and q = sum e_j^2. Both sums are over all candidates
+    except the likeliest one. Then
 
         u = (s (2 + s) - q) / (1 + q)
 
-    Here s = sum e_j and q = sum e_j^2 with e_j = p_j / max_i p_i. Both sums are over all candidates
-    except the likeliest one. The input perturbation of the paper is left out, because the
-    embeddings are fixed.
+    q <= s, so the difference loses no digits. The input perturbation of the paper is left out,
+    because the embeddings are fixed.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
@@ -110,7 +110,7 @@ class Doctor(FailurePredictor):
     summary: ClassVar[str] = "DOCTOR alpha: odds of the Gini impurity (Granese et al. 2021)"
     reference: ClassVar[str] = "Granese et al., NeurIPS 2021"
     looks_at: ClassVar[frozenset[str]] = LOGITS
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
 
     graph = own_graph
 
@@ -237,7 +237,7 @@ class Energy(FailurePredictor):
     summary: ClassVar[str] = "negative log-sum-exp of the zero-shot logits (Liu et al. 2020)"
     reference: ClassVar[str] = "Liu et al., NeurIPS 2020"
     looks_at: ClassVar[frozenset[str]] = LOGITS
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
@@ -279,7 +279,7 @@ class GEN(FailurePredictor):
     )
     reference: ClassVar[str] = "Liu et al., CVPR 2023"
     looks_at: ClassVar[frozenset[str]] = LOGITS
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
 
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     largest: Annotated[int, Field(ge=1)] = 100
@@ -319,7 +319,7 @@ class KLUniform(FailurePredictor):
     )
     reference: ClassVar[str] = "Lee et al., ICLR 2018"
     looks_at: ClassVar[frozenset[str]] = LOGITS
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
 
     graph = own_graph
 

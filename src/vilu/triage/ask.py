@@ -170,7 +170,7 @@ class StoreDraws:
                 max_risk=max_risk,
                 delta=delta / len(self.draws),
                 up_to=last_position + 1,
-                n_before=len(other_predictors),
+                n_tested_before=len(other_predictors),
             )
         return all_progress
 

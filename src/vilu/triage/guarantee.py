@@ -167,7 +167,7 @@ def progress_of(
     max_risk: float,
     delta: float,
     up_to: int,
-    n_before: int,
+    n_tested_before: int,
 ) -> GuaranteeProgress:
     """What the labels of all photos before a position in the random order show.
 
@@ -181,7 +181,7 @@ def progress_of(
         max_risk: Largest error rate that is allowed among the accepted answers.
         delta: The level of the tests of all predictors together.
         up_to: The position. Labels were asked for of the photos before it.
-        n_before: Number of predictors that were tested before.
+        n_tested_before: Number of predictors that were tested before.
     """
     below_limit = split.for_calibration & (outcomes.uncertainty <= trial.limit)
     drawn = below_limit & (split.position < up_to)
@@ -191,7 +191,8 @@ def progress_of(
         rows = np.zeros(0, np.int64)
     else:
         rows = np.flatnonzero(drawn | (below_limit & split.unasked))
-    attempt = trial.attempt or n_before + 1  # a trial has no number before its first test
+    # a trial has no number before its first test
+    attempt = trial.attempt or n_tested_before + 1
     looks = Looks(np.array(trial.grid), max_risk, level_of(attempt, delta), trial.limit)
     counted = outcomes.take(rows)
     # A photo that nobody could name counts as a failure.

@@ -128,7 +128,7 @@ class LabelBook:
         >>> from vilu.triage.labels import LabelBook
         >>> book = LabelBook()
         >>> book.ask(["a.jpg", "b.jpg"], "calibration", predictor="fingerprint")
-        >>> n_changed = book.answer({"b.jpg": "cat", "c.jpg": "dog"})
+        >>> n_noted = book.answer({"b.jpg": "cat", "c.jpg": "dog"})
         >>> book.entries["c.jpg"].stream  # nobody asked for this label
         'given'
         >>> [entry.path for entry in book.waiting()]  # asked for, but not answered
@@ -173,7 +173,7 @@ class LabelBook:
         ``streams``, also by path, are used for photos that have no entry yet.
         """
         now = int(time.time())
-        n_changed = 0
+        n_noted = 0
         for path, label in labels.items():
             entry = self.entries.get(path)
             if entry is None:
@@ -181,15 +181,15 @@ class LabelBook:
             if entry.label != label:
                 # The picture is not known here. ``note_pictures`` notes it.
                 self.entries[path] = replace(entry, label=label, answered=now, picture="")
-                n_changed += 1
-        return n_changed
+                n_noted += 1
+        return n_noted
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
         """Note which pictures the new labels are of; ``pictures`` are digests by path.
 
         Returns the number of photos that had another picture when they were labelled.
         """
-        n_of_another = 0
+        n_photos_changed = 0
         for path, picture in pictures.items():
             entry = self.entries.get(path)
             if entry is None:
@@ -197,8 +197,8 @@ class LabelBook:
             if entry.label is not None and not entry.picture:
                 entry = replace(entry, picture=picture.hex())
                 self.entries[path] = entry
-            n_of_another += entry.is_of_another(picture)
-        return n_of_another
+            n_photos_changed += entry.is_of_another(picture)
+        return n_photos_changed
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
         """Remove the entries without a label for which ``which`` is true."""

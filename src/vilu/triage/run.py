@@ -226,20 +226,21 @@ def note_labels(
 ) -> LabelBook:
     """Add the new labels to the book; remove a guarantee if one of its labels has changed."""
     book = LabelBook.load(root / BOOK)
-    book.rename(former_text, paths)
+    book.rename(former_text, paths)  # books of version 0.1.0 write some paths in another way
     # The guarantee is removed before the book is saved. Otherwise a run that is killed in between
     # could leave a guarantee whose labels have changed.
     take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
-    n_changed = book.answer(labels, streams)
-    if n_changed:
-        logger.info("%d labels are new or changed; %d in all", n_changed, len(book.labels))
-    n_of_another = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
-    if n_of_another:
+    n_noted = book.answer(labels, streams)
+    if n_noted:
+        logger.info("%d labels are new or changed; %d in all", n_noted, len(book.labels))
+    n_photos_changed = book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True)))
+    if n_photos_changed:
         logger.warning(
             "%d photos have changed since their labels were given, so no guarantee rests on them",
-            n_of_another,
+            n_photos_changed,
         )
-    if n_changed:
+    # Noted labels are saved at once. Other changes are saved in the last step (``ask_for_labels``).
+    if n_noted:
         book.save(root / BOOK)
     return book
 
@@ -415,19 +416,19 @@ def count_labels(
     If a label that was asked for is missing, only the labels of the last complete draw count.
     """
     trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
-    progress = _progress(run, state, trial, tested, up_to=state.asked_up_to)
-    if len(progress.missing):
-        missing = progress.missing
-        progress = _progress(run, state, trial, tested, up_to=state.counted_up_to)
-        progress = dataclasses.replace(progress, missing=missing)
+    asked = _progress(run, state, trial, tested, up_to=state.asked_up_to)
+    if len(asked.missing):
+        counted = _progress(run, state, trial, tested, up_to=state.counted_up_to)
+        counted = dataclasses.replace(counted, missing=asked.missing)
     else:
+        counted = asked
         state = state.model_copy(update={"counted_up_to": state.asked_up_to})
     # A test with too few labels to certify anything uses none of the level, so it is not counted.
-    is_first_look = not trial.attempt and progress.looks.can_certify(progress.outcomes.uncertainty)
-    if is_first_look:
+    has_enough_labels = counted.looks.can_certify(counted.outcomes.uncertainty)
+    if trial.attempt == 0 and has_enough_labels:  # its first test: it gets its number now
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
         trial = trial.model_copy(update={"attempt": state.n_tested})
-    return run.write(state.with_trial(trial)), progress
+    return run.write(state.with_trial(trial)), counted
 
 
 def _progress(
@@ -440,7 +441,7 @@ def _progress(
         max_risk=run.settings.max_risk,
         delta=run.settings.delta,
         up_to=up_to,
-        n_before=state.n_tested,
+        n_tested_before=state.n_tested,
     )
 
 

@@ -127,7 +127,7 @@ class KNNDistance(FailurePredictor):
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
     # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND"
 

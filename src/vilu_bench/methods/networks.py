@@ -129,7 +129,7 @@ class PVU(NetworkPredictor):
     reference: ClassVar[str] = "Kirchhof et al., 2024"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP per row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
-    knows_answer: ClassVar[bool] = False
+    depends_on_answer: ClassVar[bool] = False
 
     hidden: Widths = (512, 512)
     loss: Literal["ranking", "mse"] = "ranking"

@@ -282,43 +282,42 @@ def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
     return result.model_copy(update={"results": rows})
 
 
-def _fault_of_facts(board: Board, result: CellResult, beside: Cell) -> str | None:
+def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
     """The fault of a submitted result: facts that differ from those of our cell; else None."""
-    ours = board.results[beside.run]
+    our_result = board.results[cell.run]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
         return "its fingerprint does not match its own facts (decided_by)"
-    if result.test_rows != ours.test_rows:
+    if result.test_rows != our_result.test_rows:
         return "it was tested on other rows. Embed or import the same data"
-    differing = [key for key in SAME_DATA if facts.get(key) != ours.decided_by.get(key)]
+    our_facts = our_result.decided_by
+    differing = [key for key in SAME_DATA if facts.get(key) != our_facts.get(key)]
     if differing:
         return f"it differs in {', '.join(differing)}"
-    train = facts.get("train")
-    if not train:
+    submitted = facts.get("train")
+    if not submitted:  # the method is not fitted, so nothing more is to compare
         return None
-    if not any(_is_same_fit(train, fit) for fit in _fits_in_place(board, beside)):
+    if not any(_is_same_fit(submitted, ours) for ours in _fits_of_study(board, cell)):
         return "it was fitted on rows that no method of the study was fitted on"
-    budget = board.config.settings[beside.setting].budget
-    if train.get("budget") not in {budget, "none"}:
-        return f"it was fitted with the budget {train.get('budget')}, here the budget is {budget}"
+    budget = board.config.settings[cell.setting].budget
+    submitted_budget = submitted.get("budget")
+    if submitted_budget not in {budget, "none"}:
+        return f"it was fitted with the budget {submitted_budget}, here the budget is {budget}"
     return None
 
 
-def _is_same_fit(fit: Mapping[str, object], own: Mapping[str, object]) -> bool:
-    return all(fit.get(key) == own.get(key) for key in SAME_FIT)
+def _is_same_fit(submitted: Mapping[str, object], ours: Mapping[str, object]) -> bool:
+    return all(submitted.get(key) == ours.get(key) for key in SAME_FIT)
 
 
-def _fits_in_place(board: Board, beside: Cell) -> Iterator[Mapping[str, object]]:
-    """Yield the facts about the training rows of the study's fits in the place of a cell.
-
-    The place is the cell's data set, setting and seed.
-    """
-    place = (beside.data, beside.setting, beside.seed)
-    for cell in board.cells:
-        if (cell.data, cell.setting, cell.seed) == place:
-            train = board.results[cell.run].decided_by.get("train")
-            if train:
-                yield train
+def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
+    """Yield the training facts of every fit with the data set, setting and seed of the cell."""
+    place = (cell.data, cell.setting, cell.seed)
+    for our_cell in board.cells:
+        if (our_cell.data, our_cell.setting, our_cell.seed) == place:
+            ours = board.results[our_cell.run].decided_by.get("train")
+            if ours:
+                yield ours
 
 
 def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:

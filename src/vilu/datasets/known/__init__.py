@@ -247,7 +247,7 @@ def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
         checksum = _md5(path)
     except OSError as error:
         raise StorageError(
-            f"cannot read {path}: {error.strerror or error}. Mend its permissions."
+            f"cannot read {path}: {error.strerror or error}. Check its permissions."
         ) from error
     return "right" if checksum == entry.archives[path.name] else "wrong"
 

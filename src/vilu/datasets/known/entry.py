@@ -220,7 +220,7 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
         raise UsageError(
             f"{root} is no folder. Give the folder that holds the data sets, or a data set's own."
         )
-    with or_refuse(f"look into {root}", "Mend its permissions."):
+    with or_refuse(f"look into {root}", "Check its permissions."):
         for parts in _candidates(entry, root, named):
             folder = root.joinpath(*parts)
             if folder.is_dir() and _has_mark(folder, entry.marks):

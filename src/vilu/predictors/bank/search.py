@@ -141,7 +141,9 @@ def _nearest(
 
 
 def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values (B, k) of every row (B, M), descending, and their indices (B, k).
+    """The k largest values of every row, descending, and their column indices.
+
+    For ``values`` (B, n), both results are (B, k).
 
     Of equal values, the one with the lowest index comes first. ``topk`` does not define which of
     several equal values it returns. So a row is sorted in full if its values of rank k and k + 1

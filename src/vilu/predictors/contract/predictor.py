@@ -118,7 +118,7 @@ class FailurePredictor(ABC):
         looks_at: The inputs of the score, if they are only "logits", only "image", or both. Empty
             where the score also uses the embeddings of the candidates. Only methods that state
             their inputs work on given logits (``vilu.Embeddings.from_logits``).
-        knows_answer: Whether the score depends on which answer is judged.
+        depends_on_answer: Whether the score depends on which answer is judged.
         tensors: Names of the saved tensors, without the weights of its ``module``.
         needs_fit: Whether the method has to be fitted before it scores, that is, whether it defines
             ``_learn``.
@@ -165,7 +165,7 @@ class FailurePredictor(ABC):
     is_probability: ClassVar[bool] = False
     learns_failure: ClassVar[bool] = False
     looks_at: ClassVar[frozenset[str]] = frozenset()
-    knows_answer: ClassVar[bool] = True
+    depends_on_answer: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = ()
     needs_fit: ClassVar[bool] = False
     has_posterior: ClassVar[bool] = False
@@ -478,7 +478,7 @@ class FailurePredictor(ABC):
         if self.needs_fit:
             parameters.check_parameters(self)
         self.check_answer()
-        if self.answer == "given" and not self.knows_answer:
+        if self.answer == "given" and not self.depends_on_answer:
             logger.warning(
                 "%s knows no answer: its uncertainties are the same for given answers as for "
                 "zero-shot ones. Only the failures differ",
