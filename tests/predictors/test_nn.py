@@ -426,3 +426,23 @@ def test_too_few_rows_for_a_pool() -> None:
     trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
     with pytest.raises(DataError, match=r"at least one pool of 32 rows\. Got 31"):
         trainer.run(Rows(pairs, torch.arange(31)), None)
+
+
+def test_one_seed_gives_the_same_bytes_with_several_threads() -> None:
+    """The batches are so large that torch divides the work on them between the threads."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(10, size=1500)
+    image = np.eye(10, 512)[target] + 0.15 * rng.normal(size=(1500, 512))
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    is_wrong = rng.random(1500) < 0.3
+    truth = np.where(is_wrong, (target + 1) % 10, target)
+    data = vilu.Embeddings(image, np.eye(10, 512), target=truth, logit_scale=20.0)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        states = [vilu.ViLU(seed=0, epochs=2, batch_size=256).fit(data).state() for _ in range(4)]
+    finally:
+        torch.set_num_threads(n_threads)
+    for name, weights in states[0].items():
+        for state in states[1:]:
+            assert torch.equal(state[name], weights), name

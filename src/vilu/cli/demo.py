@@ -227,8 +227,6 @@ def outcomes_of(
     A predictor in the cache is loaded instead of fitted.
     """
     name, parameters = METHODS[label]
-    if answer != "zero_shot":
-        parameters = {**parameters, "answer": answer}
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
     if (folder / "predictor.json").exists():
         predictor = load_predictor(folder)
@@ -239,7 +237,8 @@ def outcomes_of(
             values["seed"] = seed
         predictor = build(cls, values)
         predictor.fit(stores["train"], stores["validation"]).save(folder)
-    outcomes = score(predictor, stores["test"], dataset="clothing (compact VLM)", split="test")
+    judge = predictor.judging(answer)  # one fit serves both kinds of answers
+    outcomes = score(judge, stores["test"], dataset="clothing (compact VLM)", split="test")
     return dataclasses.replace(outcomes, method=label)
 
 
