@@ -259,8 +259,8 @@ class FailureHead(nn.Module):
         weight = self.first["caption"]
         if has_few(batch.text, batch.image):
             # every text is projected once, which is faster than one projection per image
-            # Not table[rows]: with several threads, its gradient adds up in another order every time.
-            return functional.linear(batch.text, weight).index_select(0, batch.prediction)
+            # not table[rows]: several threads add up its gradient in another order every time
+            return functional.embedding(batch.prediction, functional.linear(batch.text, weight))
         return functional.linear(batch.text[batch.prediction], weight)
 
 
