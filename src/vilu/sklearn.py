@@ -22,6 +22,7 @@ REVIEW: Final = None
 """Value that ``predict_or_review`` returns for an answer that is left for review."""
 
 
+# scikit-learn has no type hints, so mypy sees its classes as Any, which it does not allow as bases.
 class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Classifier that accepts answers of a wrapped classifier, with a guaranteed error rate.
 

@@ -230,8 +230,8 @@ class FailurePredictor(ABC):
         ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
         labels get unknown failures.
         """
-        # This is never reached in a fit: ``fit`` calls ``_learn`` only if the class defines it
-        # (``needs_fit``).
+        # Not abstract, because methods that score without a fit do not define it. ``fit`` calls it
+        # only if the class defines it (``needs_fit``).
         raise NotImplementedError(f"{self.name} has nothing to learn: it scores without a fit")
 
     def module(

@@ -146,6 +146,7 @@ class Group(World):
             return None
         try:
             result = act()
+        # whatever is raised, the other processes wait for a message; the error is raised again
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
             raise
