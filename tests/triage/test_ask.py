@@ -34,7 +34,10 @@ def store_draws(rng: np.random.Generator) -> StoreDraws:
     )
     none, every = np.zeros(ROWS, np.bool_), np.ones(ROWS, np.bool_)
     position = rng.permutation(ROWS) * (POSITIONS // ROWS)
-    split = PhotoSplit(every, every, position, none.copy(), none.copy(), none.copy(), none.copy())
+    labels = {
+        name: none.copy() for name in ("labelled", "answered", "skipped", "unasked", "awaited")
+    }
+    split = PhotoSplit(usable=every, is_calibration=every, position=position, **labels)
     groups = members_of(group_names(outcomes), ROWS, DELTA, lambda _: 1)
     draws = {}
     for name, rows in groups.items():

@@ -10,8 +10,8 @@ from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
 
 
-def trial(n_fit: int, *, likely: bool = True) -> Trial:
-    return Trial(n_fit=n_fit, grid=(0.1, 0.2), limit=0.2, likely=likely)
+def trial(n_fit: int, *, likely: bool = True, level: float = 0.02) -> Trial:
+    return Trial(n_fit=n_fit, grid=(0.1, 0.2), limit=0.2, likely=likely, share=0.5, level=level)
 
 
 NEW = TriageState(settings={})
@@ -132,29 +132,41 @@ def test_a_candidate_without_hope_is_tested_with_far_more_labels_only(
     assert is_worth_testing(trial(n_labels, likely=likely), FITTED, n_labels) is expected
 
 
+def test_a_predictor_that_was_not_tested_is_fitted_anew_earlier() -> None:
+    untested = FITTED.model_copy(update={"trial": trial(40, level=0.0)})
+    cases = {}
+    for n_labels in (49, 50):
+        cases[n_labels] = fit_case(
+            untested,
+            method=FROM_LABELS,
+            n_labels=n_labels,
+            is_saved=True,
+            is_guaranteed=False,
+            has_calibration_photos=True,
+        )
+    assert cases == {49: GO_ON, 50: REPLACE}
+
+
 @pytest.mark.parametrize(
-    ("state", "is_guaranteed", "n_fit_labels", "can_be_shown", "expected"),
+    ("state", "is_guaranteed", "is_ready", "can_be_shown", "expected"),
     [
-        (WITHOUT_LABELS, False, 60, True, 0),
-        (FITTED, False, 49, True, 0),
-        (FITTED, False, 50, True, 30),
-        (FITTED, False, 50, False, 0),
-        (FITTED.model_copy(update={"trial": trial(40, likely=False)}), False, 50, True, 0),
-        (FITTED, True, 50, False, 10),
+        (FITTED, False, True, True, 30),
+        (FITTED, False, False, True, 0),
+        (FITTED, False, True, False, 0),
+        (FITTED, True, False, True, 10),
+        (TESTED, True, False, True, 30),
+        (TESTED, True, True, False, 0),
     ],
 )
 def test_how_many_of_the_next_labels_are_for_the_guarantee(
-    state: TriageState,
-    is_guaranteed: bool,
-    n_fit_labels: int,
-    can_be_shown: bool,
-    expected: int,
+    state: TriageState, is_guaranteed: bool, is_ready: bool, can_be_shown: bool, expected: int
 ) -> None:
     n = n_to_draw(
-        state,
-        30,
-        is_guaranteed=is_guaranteed,
-        n_fit_labels=n_fit_labels,
-        can_be_shown=can_be_shown,
+        state, 30, is_guaranteed=is_guaranteed, is_ready=is_ready, can_be_shown=can_be_shown
     )
     assert n == expected
+
+
+def test_what_a_certified_predictor_hands_on_is_added_to_the_next_level() -> None:
+    state = FITTED.model_copy(update={"n_tested": 1, "handed_on": 0.007})
+    assert state.next_level(0.04) == pytest.approx(0.04 / 4 + 0.007)

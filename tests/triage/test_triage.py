@@ -156,9 +156,10 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     seen = load_predictor(output / "predictor").seen(photos).shared
     assert seen.sum() == (~vouches).sum()
     assert not (seen & vouches).any()
-    # and labels that were chosen are none that a guarantee may rest on, until the draw has met them
-    assert Calibration.find(output / "predictor") is None
-    assert read_document(output / "triage.json", TriageState).asked_up_to == 0
+    # Labels that were chosen count for a guarantee only where no photo up to them lacks one.
+    kept = Calibration.find(output / "predictor")
+    counted = set() if kept is None else set(kept.rows.ids or ())
+    assert counted <= set(truth)
 
 
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
@@ -195,22 +196,22 @@ def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(
         .splitlines(keepends=True)
     )
     part = tmp_path / "part.csv"
-    part.write_text("".join(lines[:-3]), encoding="utf-8")
+    header, *filled = lines
+    part.write_text("".join([header, *filled[3:]]), encoding="utf-8")
     summary = triage_photos(job, output, [part])
     assert "3 of the labels that were asked for are missing" in summary.guarantee
-    assert [row["path"] for row in rows(output / "next_labels.csv")] == [
-        row["path"] for row in asked[-3:]
-    ]
+    awaited = [row["path"] for row in asked[:3]]
+    assert [row["path"] for row in rows(output / "next_labels.csv")] == awaited
     rest = tmp_path / "rest.csv"
     rest.write_text(
-        "path,label\n" + "".join(f"{row['path']},{SKIPPED}\n" for row in asked[-3:]),
+        "path,label\n" + "".join(f"{path},{SKIPPED}\n" for path in awaited),
         encoding="utf-8",
     )
     triage_photos(job, output, [rest])
     kept = Outcomes.load(output / "predictor" / "calibration.parquet")
     assert kept.ids is not None
     failures = dict(zip(kept.ids, kept.failure.tolist(), strict=True))
-    assert [failures[row["path"]] for row in asked[-3:]] == [1, 1, 1]
+    assert [failures[path] for path in awaited] == [1, 1, 1]
 
 
 def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) -> None:
@@ -558,7 +559,7 @@ def test_a_state_of_another_schema_is_refused_and_its_book_goes_on(tmp_path: Pat
     new_book = LabelBook.load(tmp_path / "new" / "labels.parquet")
     assert new_book.labels == book.labels
     # what a draw of the other folder met, no draw of this one has met
-    assert {entry.stream for entry in new_book} == {"fit"}
+    assert {entry.stream for entry in new_book if entry.label is not None} == {"fit"}
 
 
 def test_what_is_not_ours_is_never_touched(

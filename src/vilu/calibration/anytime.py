@@ -39,14 +39,18 @@ With these bets 72 right answers and no wrong one certify a risk of 5 % with con
 exact test for a single look needs 59.
 """
 
-STARTS: Final = ((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6))
-"""A pair for every sequence: number of its first threshold (from 1), and share of the level.
-
-Numbers up to ``STEPS`` are thresholds that divide the rows up to the limit into equal parts.
-"""
-
 STEPS: Final = 64
 """Number of thresholds in a grid up to its limit."""
+
+STARTS: Final = ((40, 0.3), (STEPS, 0.7))
+"""A pair for every sequence: number of its first threshold (from 1), and share of the level.
+
+Numbers up to ``STEPS`` are thresholds that divide the rows up to the limit into equal parts. The
+limit itself gets the most, because all labels count for it.
+"""
+
+HANDED_ON: Final = 0.35
+"""Share of the level that a certified limit hands on to the next predictor."""
 
 GROWTH: Final = 1.02
 """Factor between the numbers of rows that neighbouring thresholds beyond the limit accept."""
@@ -91,13 +95,13 @@ def flawless_labels(max_risk: float, delta: float) -> int:
 
 
 def level_of(attempt: int, delta: float) -> float:
-    """Level for predictor number k = ``attempt`` (from 1): delta / (k (k + 1)).
+    """Own level of predictor number k = ``attempt`` (from 1): delta / 2^k.
 
     The levels of infinitely many predictors add up to delta.
     """
     # The number of predictors is not known in advance, so delta cannot be divided equally. With all
     # of delta for each, the probability of any wrong certificate could exceed delta (union bound).
-    return delta / (attempt * (attempt + 1))
+    return delta * 0.5**attempt
 
 
 def grid_of(uncertainty: Floats, limit: float) -> Floats:
@@ -147,10 +151,11 @@ class Looks:
     The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
     Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with its
     share of ``delta``. A sequence that reaches the start of the next sequence adds its level to
-    that of the next sequence.
+    that of the next sequence. A sequence that has certified the limit goes on beyond it without the
+    share ``HANDED_ON`` of ``delta``, which the thresholds of the next predictor get.
 
     1. The level at a true H_t consists of the shares that started after the preceding true H_t.
-    2. So the levels at all true H_t add up to at most delta.
+    2. So the levels at all true H_t add up to at most delta. What is handed on was subtracted.
     3. Ville's inequality holds for every level at all times. So
 
            P[ever certifying a t with R(t) > max_risk] <= delta.
@@ -229,6 +234,8 @@ class Looks:
                 # The next threshold is tested at the full level. A sequence makes an error only if
                 # it rejects the first true H_t that it meets, so its level counts once (Wiens).
                 laxest = index
+                if number == STEPS:
+                    level -= HANDED_ON * self.delta
             else:
                 # H_t may be true, and its test has used up the level. If the same level were used
                 # again, the levels at true hypotheses could add up to more than delta.

@@ -13,7 +13,7 @@ import numpy as np
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration.anytime import flawless_labels
+from vilu.calibration.anytime import flawless_labels, level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import Rule, group_names, members_of
@@ -156,21 +156,18 @@ class StoreDraws:
             [predictor_of.get(path) == self.predictor for path in self.photos.ids], np.bool_
         )
         other_predictors = set(predictor_of.values()) - {self.predictor}
+        level = level_of(len(other_predictors) + 1, delta / len(self.draws))
+        awaited = self.split.awaited & is_for_this
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
             in_group = np.zeros(len(self.photos.ids), np.bool_)
             in_group[rows] = True
-            asked_rows = rows[is_for_this[rows]]
-            # -1 if no label was asked for
-            last_position = int(self.split.position[asked_rows].max(initial=-1))
             all_progress[group] = progress_of(
                 trial,
                 self.outcomes,
-                dataclasses.replace(self.split, usable=in_group),
+                dataclasses.replace(self.split, usable=in_group, awaited=awaited),
                 max_risk=max_risk,
-                delta=delta / len(self.draws),
-                up_to=last_position + 1,
-                n_tested_before=len(other_predictors),
+                level=level,
             )
         return all_progress
 
@@ -182,7 +179,7 @@ class StoreDraws:
         if missing:
             raise DataError(
                 f"{len(missing)} of the labels that were asked for are missing, first the label of "
-                f"{missing[0]}. The guarantee rests on all labels that were asked for. Fill them "
+                f"{missing[0]}. Labels count up to the first picture without a label. Fill them "
                 f"in, or write {SKIPPED} where nobody can name the picture."
             )
 

@@ -32,6 +32,9 @@ LEAST_TO_FIT: Final = 10
 GROWN_AFTER_A_LOOK: Final = 1.5
 """Factor by which the number of labels must grow before a tested predictor is fitted anew."""
 
+GROWN_BEFORE_A_LOOK: Final = 1.25
+"""The same factor for a predictor that was not tested yet, so that nothing is lost with it."""
+
 GROWN_FOR_A_CANDIDATE: Final = 1.25
 """Factor by which the number of labels must grow from one candidate to the next."""
 
@@ -97,7 +100,10 @@ def _has_grown(state: TriageState, n_labels: int, is_guaranteed: bool) -> bool:
     if looks_for_a_candidate:
         n_before = max(n_fit, state.n_fit_of_last_candidate, 1)
         return n_labels >= GROWN_FOR_A_CANDIDATE * n_before
-    return n_labels >= GROWN_AFTER_A_LOOK * max(n_fit, 1)
+    trial = state.tested_trial
+    is_tested = trial is not None and trial.level > 0
+    factor = GROWN_AFTER_A_LOOK if is_tested else GROWN_BEFORE_A_LOOK
+    return n_labels >= factor * max(n_fit, 1)
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:

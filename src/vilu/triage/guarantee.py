@@ -12,14 +12,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import Draw, Looks, level_of
+from vilu.calibration.anytime import STEPS, Draw, Looks
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import keep_calibration
 from vilu.calibration.rules import ALL, Rule, rule_at_any_time
 from vilu.calibration.target import Target
 from vilu.embeddings.copies import near_copies
 from vilu.embeddings.source import EmbeddingSource
-from vilu.metrics.counts import Ints
+from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Logistic
@@ -46,6 +46,7 @@ class PhotoSplit:
         answered: (N,) bool, which photos have a label or were skipped.
         skipped: (N,) bool, which photos were skipped because nobody could name them.
         unasked: (N,) bool, which photos were picked at random and labelled without a request.
+        awaited: (N,) bool, of which photos a label for the guarantee was asked for and is missing.
     """
 
     usable: Mask
@@ -55,6 +56,7 @@ class PhotoSplit:
     answered: Mask
     skipped: Mask
     unasked: Mask
+    awaited: Mask
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> PhotoSplit:
@@ -76,6 +78,7 @@ class PhotoSplit:
         answered = np.zeros(n, np.bool_)
         skipped = np.zeros(n, np.bool_)
         unasked = np.zeros(n, np.bool_)
+        awaited = np.zeros(n, np.bool_)
         has_changed = np.zeros(n, np.bool_)
         for row, path in enumerate(photos.ids):
             entry = book.entries.get(path)
@@ -83,6 +86,7 @@ class PhotoSplit:
                 answered[row] = entry.label is not None
                 skipped[row] = entry.label == SKIPPED
                 unasked[row] = entry.stream == "given"
+                awaited[row] = entry.stream == "calibration" and entry.label is None
                 has_changed[row] = entry.is_of_another(pictures[row])
         # These positions are below 2^64. Halved, they are below ``POSITIONS`` and fit into int64.
         position = (unsigned_position >> np.uint64(1)).astype(np.int64)
@@ -94,6 +98,7 @@ class PhotoSplit:
             answered=answered,
             skipped=skipped,
             unasked=unasked & answered,
+            awaited=awaited,
         )
 
     @property
@@ -110,6 +115,29 @@ class PhotoSplit:
     def fit_rows(self) -> Ints:
         """(M,) labelled rows that a predictor may be fitted on."""
         return np.flatnonzero(self.for_fit & self.labelled)
+
+    def in_order(self, rows: Ints) -> Ints:
+        """These rows (M,), sorted by their position in the random order."""
+        return rows[np.argsort(self.position[rows])]
+
+    def open_rows(self, uncertainty: Floats, limit: float) -> Ints:
+        """(M,) calibration rows up to a limit that have no label yet, in the random order."""
+        is_open = self.for_calibration & (uncertainty <= limit) & ~self.answered
+        return self.in_order(np.flatnonzero(is_open))
+
+    def drawn_rows(self, uncertainty: Floats, limit: float) -> Ints:
+        """(M,) calibration rows up to a limit that count for a guarantee.
+
+        In the random order these are all rows before the first one without a label. Rows that were
+        picked at random and labelled without a request count, too.
+        """
+        # Evidence holds after every label, so it holds at whatever row the labels end. Nobody can
+        # weaken it by the choice of a row that gets no label.
+        open_rows = self.open_rows(uncertainty, limit)
+        end = int(self.position[open_rows[0]]) if len(open_rows) else POSITIONS
+        is_below_limit = self.for_calibration & (uncertainty <= limit)
+        is_drawn = is_below_limit & (self.position < end)
+        return np.flatnonzero(is_drawn | (is_below_limit & self.unasked))
 
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
@@ -142,6 +170,11 @@ class GuaranteeProgress:
     more: int | None
 
     @property
+    def is_limit_certified(self) -> bool:
+        """Whether the limit that was planned is certified, or a threshold beyond it."""
+        return self.certified is not None and self.certified >= STEPS - 1
+
+    @property
     def threshold(self) -> float:
         """The certified threshold; -inf if none is certified."""
         if self.certified is None:
@@ -165,44 +198,29 @@ def progress_of(
     split: PhotoSplit,
     *,
     max_risk: float,
-    delta: float,
-    up_to: int,
-    n_tested_before: int,
+    level: float,
 ) -> GuaranteeProgress:
-    """What the labels of all photos before a position in the random order show.
-
-    While one of these labels is missing, no label counts. Once none is missing, labels that came
-    without a request (``split.unasked``) count too.
+    """What the labels show about a predictor (``PhotoSplit.drawn_rows``).
 
     Args:
         trial: Plan of the test of the predictor.
         outcomes: Outcomes of all photos, by the tested predictor.
         split: Side, position and state of the label of every photo.
         max_risk: Largest error rate that is allowed among the accepted answers.
-        delta: The level of the tests of all predictors together.
-        up_to: The position. Labels were asked for of the photos before it.
-        n_tested_before: Number of predictors that were tested before.
+        level: Level of the test.
     """
-    below_limit = split.for_calibration & (outcomes.uncertainty <= trial.limit)
-    drawn = below_limit & (split.position < up_to)
-    missing = np.flatnonzero(drawn & ~split.answered)
-    missing = missing[np.argsort(split.position[missing])]  # in the random order
-    if len(missing):
-        rows = np.zeros(0, np.int64)
-    else:
-        rows = np.flatnonzero(drawn | (below_limit & split.unasked))
-    # a trial has no number before its first test
-    attempt = trial.attempt or n_tested_before + 1
-    looks = Looks(np.array(trial.grid), max_risk, level_of(attempt, delta), trial.limit)
+    rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
+    looks = Looks(np.array(trial.grid), max_risk, level, trial.limit)
     counted = outcomes.take(rows)
     # A photo that nobody could name counts as a failure.
     failure = np.where(split.skipped[rows], 1, counted.failure)
     counted = dataclasses.replace(counted, failure=failure)
+    is_missing = split.for_calibration & split.awaited & (outcomes.uncertainty <= trial.limit)
     return GuaranteeProgress(
         looks=looks,
         rows=rows,
         outcomes=counted,
-        missing=missing,
+        missing=split.in_order(np.flatnonzero(is_missing)),
         certified=looks.certified(counted.uncertainty, counted.failure),
         more=looks.more_needed(counted.uncertainty, counted.failure),
     )

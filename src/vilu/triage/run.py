@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from vilu.calibration.answer_choice import AnswerChoice
-from vilu.calibration.anytime import level_of
+from vilu.calibration.anytime import HANDED_ON
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import ALL, Rule
@@ -68,16 +68,23 @@ from vilu.triage.state import (
 )
 from vilu.triage.trial import PLANNED, Trial
 
-LEAST_BEFORE_DRAW: Final = 50
-"""Number of fit-side labels that are needed before the first calibration photos are drawn."""
+FEWEST_TO_FIT: Final = 50
+MOST_TO_FIT: Final = 100
+"""Before the first draw there is a fit-side label for every class, but at least 50, at most 100."""
+
+SHARE_WORTH_A_DRAW: Final = 0.3
+"""If the limit includes a smaller share of the photos, more labels to fit on come first."""
+
+ENOUGH_TO_FIT: Final = 200
+"""Number of fit-side labels after which photos are drawn whatever share the limit includes."""
 
 FURTHER: Final = 8
 """Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
 
 CALIBRATION_PART: Final = 3
-"""If there is a guarantee, every third photo to label is of the calibration side."""
+"""With a guarantee and no candidate, every third photo to label is of the calibration side."""
 
-WORTH_MORE: Final = 1.1
+WORTH_MORE: Final = 1.25
 """The limit of a candidate includes at least this multiple of the photos accepted at present."""
 
 logger = logging.getLogger(__name__)
@@ -388,9 +395,9 @@ def plan_trial(
     return Trial.plan(
         n_fit=len(run.split.fit_rows),
         scores=scores[for_calibration],
-        n_labels=max(PLANNED, settings.n_next, n_answered),
+        n_labels=max(PLANNED, n_answered + PLANNED // 2),
         max_risk=settings.max_risk,
-        delta=level_of(state.n_tested + 1, settings.delta),
+        delta=state.next_level(settings.delta),
         least_share=least_share,
     )
 
@@ -411,38 +418,25 @@ def share_accepted(run: TriageRun) -> float:
 def count_labels(
     run: TriageRun, state: TriageState, tested: Outcomes
 ) -> tuple[TriageState, GuaranteeProgress]:
-    """Count the labels for the guarantee.
-
-    If a label that was asked for is missing, only the labels of the last complete draw count.
-    """
+    """Count the labels for the guarantee, and note what the test uses of the level."""
     trial = state.tested_trial or plan_trial(run, state, tested.uncertainty)
-    asked = _progress(run, state, trial, tested, up_to=state.asked_up_to)
-    if len(asked.missing):
-        counted = _progress(run, state, trial, tested, up_to=state.counted_up_to)
-        counted = dataclasses.replace(counted, missing=asked.missing)
-    else:
-        counted = asked
-        state = state.model_copy(update={"counted_up_to": state.asked_up_to})
-    # A test with too few labels to certify anything uses none of the level, so it is not counted.
-    has_enough_labels = counted.looks.can_certify(counted.outcomes.uncertainty)
-    if trial.attempt == 0 and has_enough_labels:  # its first test: it gets its number now
-        state = state.model_copy(update={"n_tested": state.n_tested + 1})
-        trial = trial.model_copy(update={"attempt": state.n_tested})
-    return run.write(state.with_trial(trial)), counted
-
-
-def _progress(
-    run: TriageRun, state: TriageState, trial: Trial, tested: Outcomes, *, up_to: int
-) -> GuaranteeProgress:
-    return progress_of(
+    settings = run.settings
+    progress = progress_of(
         trial,
         tested,
         run.split,
-        max_risk=run.settings.max_risk,
-        delta=run.settings.delta,
-        up_to=up_to,
-        n_tested_before=state.n_tested,
+        max_risk=settings.max_risk,
+        level=trial.level or state.next_level(settings.delta),
     )
+    # A test with too few labels to certify anything uses none of the level, so it is not counted.
+    is_first_test = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
+    if is_first_test:
+        trial = trial.model_copy(update={"level": progress.looks.delta})
+        state = state.model_copy(update={"n_tested": state.n_tested + 1, "handed_on": 0.0})
+    if progress.is_limit_certified and not trial.has_handed_on:
+        trial = trial.model_copy(update={"has_handed_on": True})
+        state = state.model_copy(update={"handed_on": HANDED_ON * trial.level})
+    return run.write(state.with_trial(trial)), progress
 
 
 # The third step: keep what was certified.
@@ -512,42 +506,69 @@ def ask_for_labels(
     description = read_description(run.tested_folder(state) / PREDICTOR)
     # The predictor is named in the book by the start of its digest.
     predictor = str(description["weights_sha256"])[:16]
-    missing: list[str] = []
-    drawn: list[str] = []
-    if progress is not None:
-        missing = _paths(run, progress.missing)
-    _forget(run, predictor, missing)
-    if progress is not None and not missing:
+    missing = np.zeros(0, np.int64) if progress is None else progress.missing
+    _forget(run, predictor, _paths(run, missing))
+    drawn = missing
+    if progress is not None and not len(missing):
         state, drawn = _draw(run, state, uncertainty, progress)
-    waiting = {entry.path for entry in run.book.waiting()}
-    new = [path for path in (*missing, *drawn) if path not in waiting]
-    probability = state.asked_up_to / POSITIONS
-    run.book.ask(new, "calibration", predictor=predictor, probability=probability)
-    if not missing:
+    _ask_for_guarantee(run, predictor, drawn)
+    if not len(missing):
         n_to_fit = run.settings.n_next - len(run.book.waiting())
         _ask_to_fit(run, predictor, uncertainty, n_to_fit)
     run.book.save(run.root / BOOK)
     return run.write(state)
 
 
+def _ask_for_guarantee(run: TriageRun, predictor: str, rows: Ints) -> None:
+    """Ask for labels of calibration ``rows``, in the random order, unless they are asked for."""
+    if not len(rows):
+        return
+    waiting = {entry.path for entry in run.book.waiting()}
+    new = [path for path in _paths(run, rows) if path not in waiting]
+    last_position = int(run.split.position[rows[-1]])
+    probability = (last_position + 1) / POSITIONS
+    run.book.ask(new, "calibration", predictor=predictor, probability=probability)
+
+
 def _draw(
     run: TriageRun, state: TriageState, uncertainty: Floats, progress: GuaranteeProgress
-) -> tuple[TriageState, list[str]]:
-    """Draw the next calibration photos; return the state after the draw, and their paths."""
+) -> tuple[TriageState, Ints]:
+    """Draw the next calibration photos; return the state after the draw, and their rows."""
+    nothing: Ints = np.zeros(0, np.int64)
+    trial = state.tested_trial
+    if trial is None:
+        return state, nothing
     n_drawn = n_to_draw(
         state,
         run.settings.n_next,
         is_guaranteed=rule_in_force(run.present) is not None,
-        n_fit_labels=len(run.split.fit_rows),
+        is_ready=is_ready_to_draw(run, trial),
         can_be_shown=progress.more is not None,
     )
-    if not n_drawn or state.tested_trial is None:
-        return state, []
-    trial = further_trial(state.tested_trial, progress)
-    rows = next_of_draw(run.split, uncertainty, trial.limit, n_drawn, state.asked_up_to)
-    asked_up_to = _position_after(run.split, rows, state.asked_up_to)
-    state = state.with_trial(trial).model_copy(update={"asked_up_to": asked_up_to})
-    return state, _paths(run, rows)
+    if not n_drawn:
+        return state, nothing
+    trial = further_trial(trial, progress)
+    rows = run.split.open_rows(uncertainty, trial.limit)[:n_drawn]
+    return state.with_trial(trial), rows
+
+
+def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
+    """Whether a predictor without a guarantee is worth calibration labels already.
+
+    A guarantee must be likely. A predictor that is fitted on more labels can accept more photos. So
+    a draw also waits for labels to fit on, unless the limit already includes a large share of the
+    photos. If no photo is left to fit on, nothing is gained by waiting.
+    """
+    is_left_to_fit = run.split.for_fit & ~run.split.answered
+    if not is_left_to_fit.any():
+        return True
+    if not trial.likely:
+        return False
+    n_fit_labels = len(run.split.fit_rows)
+    n_classes = len(run.settings.embedding.names)
+    if n_fit_labels < min(max(n_classes, FEWEST_TO_FIT), MOST_TO_FIT):
+        return False
+    return trial.share >= SHARE_WORTH_A_DRAW or n_fit_labels >= ENOUGH_TO_FIT
 
 
 def _paths(run: TriageRun, rows: Ints) -> list[str]:
@@ -557,8 +578,8 @@ def _paths(run: TriageRun, rows: Ints) -> list[str]:
 def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
     """Withdraw the requests that were made for other predictors than ``predictor``.
 
-    Requests for ``missing`` labels stay. If there are any and nothing is guaranteed, all other
-    requests are withdrawn.
+    Requests for labels of the paths ``missing`` stay. If there are any and nothing is guaranteed,
+    all other requests are withdrawn.
     """
     only_missing = bool(missing) and rule_in_force(run.present) is None
 
@@ -571,31 +592,27 @@ def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
 
 
 def n_to_draw(
-    state: TriageState, n: int, *, is_guaranteed: bool, n_fit_labels: int, can_be_shown: bool
+    state: TriageState, n: int, *, is_guaranteed: bool, is_ready: bool, can_be_shown: bool
 ) -> int:
     """How many of the next ``n`` labels are of the calibration side.
 
-    None if the predictor has no trial yet. Otherwise:
-
+    - If a candidate is tested: all labels.
     - If there is a guarantee: every third label.
-    - If a guarantee is likely and there are enough labels to fit on: all labels.
+    - If the predictor is ready (``is_ready_to_draw``) and a guarantee is possible: all labels.
     - In all other cases: none.
 
     Args:
         state: State of the triage.
         n: Number of labels that are asked for.
         is_guaranteed: Whether a guarantee is in force.
-        n_fit_labels: Number of labels of the fit side.
+        is_ready: Whether the predictor is worth calibration labels.
         can_be_shown: Whether some number of further calibration labels would certify a threshold.
     """
-    if state.trial is None:
-        return 0
+    if state.candidate is not None:
+        return n if can_be_shown else 0
     if is_guaranteed:
         return n // CALIBRATION_PART
-    is_hopeful = state.trial.likely and can_be_shown
-    if is_hopeful and n_fit_labels >= LEAST_BEFORE_DRAW:
-        return n
-    return 0
+    return n if is_ready and can_be_shown else 0
 
 
 def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
@@ -608,30 +625,6 @@ def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
         return trial
     next_last = min(last + FURTHER, len(trial.grid) - 1)
     return trial.model_copy(update={"limit": trial.grid[next_last]})
-
-
-def next_of_draw(
-    split: PhotoSplit, uncertainty: Floats, limit: float, n: int, asked_up_to: int
-) -> Ints:
-    """Rows of the next photos to draw: unanswered, up to the limit, in the random order.
-
-    If the limit has moved up, some of these photos are before the position ``asked_up_to``. Then
-    all photos before this position are returned, so that the draw has no gap. Otherwise the next
-    ``n`` photos are returned.
-    """
-    is_open = split.for_calibration & (uncertainty <= limit) & ~split.answered
-    rows = np.flatnonzero(is_open)
-    rows = rows[np.argsort(split.position[rows])]
-    rows_before = rows[split.position[rows] < asked_up_to]
-    return rows_before if len(rows_before) else rows[:n]
-
-
-def _position_after(split: PhotoSplit, rows: Ints, asked_up_to: int) -> int:
-    """Position up to which labels are asked for after a draw of ``rows``, sorted by position."""
-    if not len(rows):
-        return asked_up_to
-    last_position = int(split.position[rows[-1]])
-    return max(asked_up_to, last_position + 1)
 
 
 def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:

@@ -12,6 +12,7 @@ from pydantic import Field
 from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
 from vilu.calibration.answer_choice import AnswerChoice
+from vilu.calibration.anytime import level_of
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.triage.photos import FOLDER, EmbeddingSettings
@@ -113,10 +114,7 @@ class TriageState(Document):
         n_tested: Number of predictors so far that had enough labels to be certified.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
-        asked_up_to: Position in the random order. The photos before it are drawn: labels of those
-            that the rule may accept were asked for.
-        counted_up_to: Position in the random order: the value of ``asked_up_to`` when last none of
-            the labels that were asked for was missing.
+        handed_on: Level that the last certified predictor has handed on to the next one.
     """
 
     again = (
@@ -134,13 +132,20 @@ class TriageState(Document):
     candidate_answer: AnswerChoice = NOTHING_CHOSEN
     n_tested: int = Field(default=0, ge=0)
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
-    asked_up_to: int = Field(default=0, ge=0)
-    counted_up_to: int = Field(default=0, ge=0)
+    handed_on: float = Field(default=0, ge=0, lt=1)
 
     @property
     def tested_trial(self) -> Trial | None:
         """The trial of the candidate; without a candidate the trial of the present predictor."""
         return self.trial if self.candidate is None else self.candidate
+
+    def next_level(self, delta: float) -> float:
+        """Level of the next predictor that is tested: its own, and what was handed on to it.
+
+        A predictor hands on a part of its level only once its limit is certified. So the levels of
+        all predictors that are worse than they seem add up to at most ``delta``.
+        """
+        return level_of(self.n_tested + 1, delta) + self.handed_on
 
     def with_trial(self, trial: Trial) -> TriageState:
         """The state with ``trial`` as the trial of the tested predictor."""

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import grid_of
+from vilu.calibration.anytime import STARTS, grid_of
 from vilu.metrics.counts import Floats
 from vilu.triage.choose import choose_limit
 
@@ -27,15 +27,19 @@ class Trial(Model):
         grid: Thresholds, ascending.
         limit: Only labels of photos up to this uncertainty count.
         likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
-        attempt: Number of the predictor (1, 2, ...) among the predictors that had enough labels to
-            be certified; 0 until the predictor has enough labels.
+        share: Share of the calibration photos that the limit includes.
+        level: Level of the test; 0 until the predictor has enough labels to be certified.
+        has_handed_on: Whether the planned limit was certified, so that the next predictor gets a
+            part of the level (``anytime.HANDED_ON``).
     """
 
     n_fit: int = Field(ge=0)
     grid: tuple[float, ...]
     limit: float
     likely: bool
-    attempt: int = Field(default=0, ge=0)
+    share: float = Field(ge=0, le=1)
+    level: float = Field(default=0, ge=0, lt=1)
+    has_handed_on: bool = False
 
     @classmethod
     def plan(
@@ -58,11 +62,14 @@ class Trial(Model):
             delta: Level of the test.
             least_share: The limit includes at least this share of the photos.
         """
-        limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, delta)
+        _, share_of_limit = STARTS[-1]
+        level_of_limit = share_of_limit * delta
+        limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, level_of_limit)
         # The smallest limit that includes this share of the photos.
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
             limit = least_limit
             likely = False
         grid = tuple(grid_of(scores, limit).tolist())
-        return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely)
+        share = float((scores <= limit).mean())
+        return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
