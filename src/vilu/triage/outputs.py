@@ -344,8 +344,8 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     """What a guarantee lacks: labels that were asked for, or more labels."""
     if len(progress.missing):
         return (
-            f"{len(progress.missing):,} of the labels that were asked for are missing. Labels count "
-            "up to the first photo without a label. Give the label "
+            f"{len(progress.missing):,} of the labels that were asked for are missing. Labels "
+            "count up to the first photo without a label. Give the label "
             f"{SKIPPED} to a photo that nobody can name."
         )
     wrong, accepted = progress.looks.counts(

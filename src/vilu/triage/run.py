@@ -428,6 +428,11 @@ def count_labels(
         max_risk=settings.max_risk,
         level=trial.level or state.next_level(settings.delta),
     )
+    return run.write(note_test(state, trial, progress)), progress
+
+
+def note_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
+    """The state after a test: what the test used of the level, and what it hands on."""
     # A test with too few labels to certify anything uses none of the level, so it is not counted.
     is_first_test = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
     if is_first_test:
@@ -436,7 +441,7 @@ def count_labels(
     if progress.is_limit_certified and not trial.has_handed_on:
         trial = trial.model_copy(update={"has_handed_on": True})
         state = state.model_copy(update={"handed_on": HANDED_ON * trial.level})
-    return run.write(state.with_trial(trial)), progress
+    return state.with_trial(trial)
 
 
 # The third step: keep what was certified.

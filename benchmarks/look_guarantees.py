@@ -1,0 +1,176 @@
+"""Whether guarantees hold that are looked at after every round of labels, for several predictors.
+
+    python -m benchmarks.look_guarantees [--runs 10000] [--worlds all ...]
+
+A run is a folder of 2,000 calibration photos in a random order. Its labels come in twelve rounds
+of 50. As in a triage, a predictor gets a plan from its scores alone, is tested after every round on
+the labels of all photos up to the first one without a label, and hands on a part of its level once
+its limit is certified. The next predictor takes its turn one round after a certificate, or after
+six rounds without one. So the time of its turn depends on the labels, as in a triage.
+
+A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. That may
+happen to 5 % of the runs. Shown are the share of broken runs, its one-sided 95 % bound (Clopper and
+Pearson), and the mean number of limits that were certified. The worlds:
+
+- ``all``: every predictor is wrong on 5.1 % of its answers, whatever the uncertainty;
+- ``beyond``: wrong on 1 % up to half of the photos, and on 40 % beyond, so that the risk is above
+  5 % from 56 % of the photos on;
+- ``later``: the first predictor is wrong on 1 %, all later ones on 5.1 %;
+- ``trusted``: the tenth of the photos that is trusted most is wrong on 6 %, all others on 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from vilu.calibration.anytime import Looks
+from vilu.calibration.thresholds import upper_bound
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.guarantee import POSITIONS, GuaranteeProgress, PhotoSplit
+from vilu.triage.run import further_trial, note_test
+from vilu.triage.state import TriageState
+from vilu.triage.trial import PLANNED, Trial
+
+MAX_RISK: Final = 0.05
+DELTA: Final = 0.05
+N_PHOTOS: Final = 2_000
+N_ROUNDS: Final = 12
+ROUND: Final = 50
+PATIENCE: Final = 6
+"""Number of rounds without a certificate after which the next predictor takes its turn."""
+
+N_PREDICTORS: Final = 4
+CLAIMED: Final = 0.04
+"""Largest uncertainty. It is low, so that much is planned to be accepted."""
+
+NONE: Final = np.zeros(N_PHOTOS, np.bool_)
+
+RANK: Final = (np.arange(N_PHOTOS) + 0.5) / N_PHOTOS
+
+
+def error_rates(world: str, number: int) -> Floats:
+    """(N,) probability that the answer at every rank of uncertainty is wrong."""
+    if world == "all":
+        return np.full(N_PHOTOS, 0.051)
+    if world == "beyond":
+        return np.where(RANK <= 1 / 2, 0.01, 0.4)
+    if world == "later":
+        return np.full(N_PHOTOS, 0.01 if number == 0 else 0.051)
+    if world == "trusted":
+        return np.where(RANK <= 0.1, 0.06, 0.01)
+    raise ValueError(f"no world is called {world!r}.")
+
+
+class Predictor:
+    """Scores and failures of all photos, and the risk of every threshold in the world."""
+
+    def __init__(self, world: str, number: int, luck: Floats, rng: np.random.Generator) -> None:
+        rates = error_rates(world, number)
+        rank = rng.permutation(N_PHOTOS)
+        uncertainty = CLAIMED * RANK[rank]
+        # The same photos are hard for all predictors.
+        failure = (luck < rates[rank]).astype(np.int64)
+        self.outcomes = Outcomes(uncertainty, failure, is_probability=True)
+        self.mean_rates = np.cumsum(rates) / np.arange(1, N_PHOTOS + 1)
+
+    def risk(self, threshold: float) -> float:
+        """Risk of a threshold in the world."""
+        n_accepted = int((threshold >= CLAIMED * RANK).sum())
+        return float(self.mean_rates[n_accepted - 1])
+
+
+def tested(
+    state: TriageState, trial: Trial, outcomes: Outcomes, split: PhotoSplit
+) -> GuaranteeProgress:
+    """The test of a trial, without an estimate of how many more labels are needed."""
+    rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
+    level = trial.level or state.next_level(DELTA)
+    looks = Looks(np.array(trial.grid), MAX_RISK, level, trial.limit)
+    counted = outcomes.take(rows)
+    certified = looks.certified(counted.uncertainty, counted.failure)
+    nothing: Ints = np.zeros(0, np.int64)
+    return GuaranteeProgress(looks, rows, counted, nothing, certified, more=None)
+
+
+def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
+    """The plan of a predictor, from its scores alone."""
+    return Trial.plan(
+        n_fit=0,
+        scores=outcomes.uncertainty,
+        n_labels=max(PLANNED, n_answered + PLANNED // 2),
+        max_risk=MAX_RISK,
+        delta=state.next_level(DELTA),
+    )
+
+
+def run(world: str, rng: np.random.Generator) -> tuple[bool, int]:
+    """Whether a run is broken, and how many limits were certified in it."""
+    luck = rng.random(N_PHOTOS)
+    predictors = [Predictor(world, number, luck, rng) for number in range(N_PREDICTORS)]
+    position = rng.permutation(N_PHOTOS) * (POSITIONS // N_PHOTOS)
+    answered = NONE.copy()
+    split = PhotoSplit(
+        usable=~NONE,
+        is_calibration=~NONE,
+        position=position,
+        labelled=answered,
+        answered=answered,
+        skipped=NONE,
+        unasked=NONE,
+        awaited=NONE,
+    )
+    state = TriageState(settings={})
+    number = 0
+    n_waited = 0
+    n_certified = 0
+    is_broken = False
+    for _ in range(N_ROUNDS):
+        predictor = predictors[number]
+        outcomes = predictor.outcomes
+        trial = state.trial or plan(state, outcomes, int(answered.sum()))
+        progress = tested(state, trial, outcomes, split)
+        state = note_test(state, trial, progress)
+        n_waited += 1
+        if progress.certified is not None:
+            is_broken |= predictor.risk(progress.threshold) > MAX_RISK
+        n_certified += int(progress.is_limit_certified)
+        is_over = progress.is_limit_certified or n_waited > PATIENCE
+        if is_over and number + 1 < N_PREDICTORS:
+            number += 1
+            n_waited = 0
+            state = state.model_copy(update={"trial": None})
+            continue
+        trial = further_trial(state.trial or trial, progress)
+        state = state.with_trial(trial)
+        answered[split.open_rows(outcomes.uncertainty, trial.limit)[:ROUND]] = True
+    return is_broken, n_certified
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line for every world."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--worlds", nargs="+", default=["all", "beyond", "later", "trusted"])
+    options = parser.parse_args(arguments)
+    print("world | runs | broken | 95 % bound | certified limits")
+    for world in options.worlds:
+        rng = np.random.default_rng(0)
+        n_broken = 0
+        n_certified = 0
+        for _ in range(options.runs):
+            is_broken, certified = run(world, rng)
+            n_broken += is_broken
+            n_certified += certified
+        share = n_broken / options.runs
+        bound = upper_bound(n_broken, options.runs, 0.05)
+        mean = n_certified / options.runs
+        print(f"{world} | {options.runs} | {share:.4f} | {bound:.4f} | {mean:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
