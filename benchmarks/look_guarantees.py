@@ -34,7 +34,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.guarantee import POSITIONS, GuaranteeProgress, PhotoSplit
 from vilu.triage.run import further_trial, note_test
 from vilu.triage.state import TriageState
-from vilu.triage.trial import PLANNED, Trial
+from vilu.triage.trial import Trial
 
 MAX_RISK: Final = 0.05
 DELTA: Final = 0.05
@@ -94,7 +94,7 @@ def tested(
     counted = outcomes.take(rows)
     certified = looks.certified(counted.uncertainty, counted.failure)
     nothing: Ints = np.zeros(0, np.int64)
-    return GuaranteeProgress(looks, rows, counted, nothing, certified, more=None)
+    return GuaranteeProgress(looks, rows, counted, nothing, certified, more=None, n_left=0)
 
 
 def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
@@ -102,7 +102,7 @@ def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
     return Trial.plan(
         n_fit=0,
         scores=outcomes.uncertainty,
-        n_labels=max(PLANNED, n_answered + PLANNED // 2),
+        n_answered=n_answered,
         max_risk=MAX_RISK,
         delta=state.next_level(DELTA),
     )
@@ -145,7 +145,7 @@ def run(world: str, rng: np.random.Generator) -> tuple[bool, int]:
             n_waited = 0
             state = state.model_copy(update={"trial": None})
             continue
-        trial = further_trial(state.trial or trial, progress)
+        trial = further_trial(state.trial or trial, progress, outcomes.uncertainty)
         state = state.with_trial(trial)
         answered[split.open_rows(outcomes.uncertainty, trial.limit)[:ROUND]] = True
     return is_broken, n_certified

@@ -43,7 +43,7 @@ def store_draws(rng: np.random.Generator) -> StoreDraws:
     for name, rows in groups.items():
         draws[name] = (
             rows,
-            Trial.plan(0, outcomes.uncertainty[rows], 200, RISK, DELTA / len(groups)),
+            Trial.plan(0, outcomes.uncertainty[rows], 0, RISK, DELTA / len(groups)),
         )
     photos = cast("Any", SimpleNamespace(ids=[str(row) for row in range(ROWS)]))
     return StoreDraws("p", photos, LabelBook(), outcomes, split, draws)

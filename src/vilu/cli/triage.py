@@ -130,9 +130,13 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         sort = "link"
     summary = triage_photos(settings, output, labels or (), sort=sort, overwrite=overwrite)
     typer.echo(output)
-    next_step(summary.answer)
     next_step(summary.counts)
+    if summary.forecast:
+        next_step(summary.forecast)
+    next_step(summary.answer)
     next_step(summary.guarantee)
+    if summary.why_none:
+        next_step(summary.why_none)
     if summary.n_asked:
         to_fill_in = console.shell(output / "next_labels.csv")
         on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")

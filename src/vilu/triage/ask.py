@@ -40,7 +40,7 @@ from vilu.triage.guarantee import (
 from vilu.triage.labels import SKIPPED, Entry, LabelBook
 from vilu.triage.photos import Photos
 from vilu.triage.store_labels import label_store
-from vilu.triage.trial import PLANNED, Trial
+from vilu.triage.trial import Trial
 from vilu.validation import checked
 
 CONFIDENCE: Final = 0.95
@@ -221,7 +221,7 @@ def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bo
         trial = Trial.plan(
             n_fit=0,
             scores=scores,
-            n_labels=PLANNED,
+            n_answered=0,
             max_risk=max_risk,
             delta=delta / len(groups),
         )

@@ -160,6 +160,7 @@ class GuaranteeProgress:
         missing: (K,) rows of photos that were asked for and have no label, in the random order.
         certified: Index of the laxest certified threshold; None if none is certified.
         more: Estimated number of labels that are still needed; None if no number is enough.
+        n_left: Number of photos that may still be drawn for the test.
     """
 
     looks: Looks
@@ -168,6 +169,7 @@ class GuaranteeProgress:
     missing: Ints
     certified: int | None
     more: int | None
+    n_left: int
 
     @property
     def is_limit_certified(self) -> bool:
@@ -223,6 +225,7 @@ def progress_of(
         missing=split.in_order(np.flatnonzero(is_missing)),
         certified=looks.certified(counted.uncertainty, counted.failure),
         more=looks.more_needed(counted.uncertainty, counted.failure),
+        n_left=len(split.open_rows(outcomes.uncertainty, trial.limit)),
     )
 
 

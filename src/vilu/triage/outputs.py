@@ -58,13 +58,17 @@ class TriageSummary:
         answer: Which answers are judged, and why.
         counts: How many photos were accepted, are to be reviewed, and so on.
         guarantee: What is guaranteed, or what the guarantee lacks.
+        forecast: How many photos further labels could get accepted; "" if nothing is known.
         n_asked: Number of photos whose labels are asked for.
+        why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
     """
 
     answer: str
     counts: str
     guarantee: str
+    forecast: str
     n_asked: int
+    why_none: str
 
 
 @checked
@@ -196,7 +200,9 @@ def summary_of(
         answer=str(result.answer),
         counts=f"{plural(counts['photos'], 'photo')}{new}: {', '.join(parts)}",
         guarantee=guarantee_in_words(result, settings),
+        forecast=str(result.forecast),
         n_asked=len(result.asked),
+        why_none="" if result.asked else why_nothing_is_asked(result),
     )
 
 
@@ -358,7 +364,26 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
             f"{counts} With so many wrong answers no number of further calibration labels would "
             "be enough: give more labels to fit on."
         )
-    return f"{counts} About {progress.more:,} more labels are needed at the present error rate."
+    needed = f"About {progress.more:,} more labels are needed at the present error rate"
+    if progress.more > progress.n_left:
+        return (
+            f"{counts} {needed}, but only {plural(progress.n_left, 'photo')} of this folder can "
+            "still be drawn for them: allow a larger risk (--max-risk), or add photos."
+        )
+    return f"{counts} {needed}."
+
+
+def why_nothing_is_asked(result: TriageResult) -> str:
+    """Why no label is asked for, and what to do next, as a text for people."""
+    if result.rule is not None:
+        return (
+            "No label is asked for: no photo is left from which a predictor or the guarantee could "
+            "gain. Use the predictor on new photos, or add photos to the folder."
+        )
+    return (
+        "No label is asked for: all photos to fit on have labels, and no number of further labels "
+        "of these photos would show the risk. Allow a larger risk (--max-risk), or add photos."
+    )
 
 
 def scenes_in_words(result: TriageResult) -> str:
@@ -408,6 +433,7 @@ def write_page(
         counts=count_answers(answers),
         guarantee=guarantee_in_words(result, settings),
         answer=result.answer,
+        forecast=str(result.forecast),
         levels=_levels(result),
         sections=sections,
         pictures=pictures,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ from vilu.triage.fitting import (
     is_worth_testing,
     method_for,
 )
+from vilu.triage.forecast import Forecast, is_enough_to_fit
 from vilu.triage.guarantee import (
     POSITIONS,
     GuaranteeProgress,
@@ -66,20 +68,13 @@ from vilu.triage.state import (
     TriageState,
     open_state,
 )
-from vilu.triage.trial import PLANNED, Trial
-
-FEWEST_TO_FIT: Final = 50
-MOST_TO_FIT: Final = 100
-"""Before the first draw there is a fit-side label for every class, but at least 50, at most 100."""
-
-SHARE_WORTH_A_DRAW: Final = 0.3
-"""If the limit includes a smaller share of the photos, more labels to fit on come first."""
-
-ENOUGH_TO_FIT: Final = 200
-"""Number of fit-side labels after which photos are drawn whatever share the limit includes."""
+from vilu.triage.trial import Trial
 
 FURTHER: Final = 8
-"""Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
+"""Least number of thresholds by which the limit moves up once it is certified."""
+
+MOST_FURTHER: Final = 1.5
+"""A limit that moves up includes at most this multiple of the photos before."""
 
 CALIBRATION_PART: Final = 3
 """With a guarantee and no candidate, every third photo to label is of the calibration side."""
@@ -160,6 +155,7 @@ class TriageResult:
         asked: Entries of the photos whose labels are asked for.
         book: All labels that were asked for or given.
         n_fit: Number of labels that the present predictor was fitted on.
+        forecast: How many photos further labels could get accepted.
         n_new: Number of photos that were embedded in this run.
     """
 
@@ -175,6 +171,7 @@ class TriageResult:
     asked: list[Entry]
     book: LabelBook
     n_fit: int
+    forecast: Forecast
     n_new: int = 0
 
 
@@ -301,6 +298,23 @@ def _result(
         asked=run.book.waiting(),
         book=run.book,
         n_fit=0 if state.trial is None else state.trial.n_fit,
+        forecast=forecast_of(run, state, tested),
+    )
+
+
+def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecast:
+    """How many photos further labels could get accepted, by the tested predictor."""
+    trial = state.tested_trial
+    settings = run.settings
+    return Forecast.of(
+        tested.uncertainty[run.split.for_calibration],
+        n_photos=len(run.photos),
+        n_classes=len(settings.embedding.names),
+        n_fit_labels=0 if trial is None else trial.n_fit,
+        n_labels=len(run.book.labels),
+        max_risk=settings.max_risk,
+        level=state.next_level(settings.delta),
+        seed=settings.seed,
     )
 
 
@@ -395,7 +409,7 @@ def plan_trial(
     return Trial.plan(
         n_fit=len(run.split.fit_rows),
         scores=scores[for_calibration],
-        n_labels=max(PLANNED, n_answered + PLANNED // 2),
+        n_answered=n_answered,
         max_risk=settings.max_risk,
         delta=state.next_level(settings.delta),
         least_share=least_share,
@@ -552,7 +566,7 @@ def _draw(
     )
     if not n_drawn:
         return state, nothing
-    trial = further_trial(trial, progress)
+    trial = further_trial(trial, progress, uncertainty[run.split.for_calibration])
     rows = run.split.open_rows(uncertainty, trial.limit)[:n_drawn]
     return state.with_trial(trial), rows
 
@@ -560,20 +574,14 @@ def _draw(
 def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
     """Whether a predictor without a guarantee is worth calibration labels already.
 
-    A guarantee must be likely. A predictor that is fitted on more labels can accept more photos. So
-    a draw also waits for labels to fit on, unless the limit already includes a large share of the
-    photos. If no photo is left to fit on, nothing is gained by waiting.
+    A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
+    no photo is left to fit on, nothing is gained by waiting.
     """
     is_left_to_fit = run.split.for_fit & ~run.split.answered
     if not is_left_to_fit.any():
         return True
-    if not trial.likely:
-        return False
-    n_fit_labels = len(run.split.fit_rows)
     n_classes = len(run.settings.embedding.names)
-    if n_fit_labels < min(max(n_classes, FEWEST_TO_FIT), MOST_TO_FIT):
-        return False
-    return trial.share >= SHARE_WORTH_A_DRAW or n_fit_labels >= ENOUGH_TO_FIT
+    return trial.likely and is_enough_to_fit(trial, len(run.split.fit_rows), n_classes)
 
 
 def _paths(run: TriageRun, rows: Ints) -> list[str]:
@@ -620,15 +628,27 @@ def n_to_draw(
     return n if is_ready and can_be_shown else 0
 
 
-def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
-    """The trial with its limit ``FURTHER`` thresholds higher, if the threshold there is certified.
+def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
+    """The trial with a laxer limit, if the threshold at its limit is certified; else the trial.
 
-    Otherwise the trial itself.
+    The new limit is at least ``FURTHER`` thresholds higher. It is higher still if the counted
+    labels have fewer wrong answers than the predictor expects. But it includes at most
+    ``MOST_FURTHER`` times the photos.
+
+    Args:
+        trial: The trial.
+        progress: What the labels of the trial show.
+        scores: (M,) uncertainties of the calibration photos, by the predictor of the trial.
     """
     last = progress.looks.last
     if progress.certified != last:
         return trial
-    next_last = min(last + FURTHER, len(trial.grid) - 1)
+    n_included = int((scores <= trial.limit).sum())
+    index_of_most = min(math.ceil(MOST_FURTHER * n_included), len(scores)) - 1
+    most = float(np.sort(scores)[index_of_most])
+    limit = min(trial.limit_by_labels(scores, progress.outcomes, progress.looks), most)
+    next_last = max(last + FURTHER, int(np.searchsorted(trial.grid, limit)))
+    next_last = min(next_last, len(trial.grid) - 1)
     return trial.model_copy(update={"limit": trial.grid[next_last]})
 
 

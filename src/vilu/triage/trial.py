@@ -8,14 +8,15 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STARTS, grid_of
+from vilu.calibration.anytime import STARTS, Looks, flawless_labels, grid_of
 from vilu.metrics.counts import Floats
+from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.choose import choose_limit
 
-PLANNED: Final = 200
-"""Number of calibration labels that a limit is chosen for.
+PLANNED: Final = 2
+"""A limit is chosen for this multiple of the labels that certify it if no answer is wrong.
 
-This number is enough to show that the error rate is below 5 % if 1 % of the answers are wrong.
+So at 5 % risk about 1 % of the answers up to the limit may be wrong.
 """
 
 
@@ -46,7 +47,7 @@ class Trial(Model):
         cls,
         n_fit: int,
         scores: Floats,
-        n_labels: int,
+        n_answered: int,
         max_risk: float,
         delta: float,
         *,
@@ -57,14 +58,15 @@ class Trial(Model):
         Args:
             n_fit: Number of labels that the predictor was fitted on.
             scores: (M,) uncertainties of the calibration photos.
-            n_labels: Number of calibration labels that are expected.
+            n_answered: Number of calibration photos that have a label.
             max_risk: Largest error rate that is allowed.
             delta: Level of the test.
             least_share: The limit includes at least this share of the photos.
         """
-        _, share_of_limit = STARTS[-1]
-        level_of_limit = share_of_limit * delta
-        limit, likely = choose_limit(scores, min(n_labels, len(scores)), max_risk, level_of_limit)
+        level = _level_of_limit(delta)
+        n_flawless = flawless_labels(max_risk, level)
+        n_planned = max(PLANNED * n_flawless, n_answered + n_flawless)
+        limit, likely = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
         # The smallest limit that includes this share of the photos.
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
@@ -73,3 +75,31 @@ class Trial(Model):
         grid = tuple(grid_of(scores, limit).tolist())
         share = float((scores <= limit).mean())
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
+
+    def limit_by_labels(self, scores: Floats, counted: Outcomes, looks: Looks) -> float:
+        """The limit that the counted labels suggest for the labels that come next.
+
+        The probabilities of failure are multiplied by how many answers are wrong among the counted
+        ones, relative to how many the probabilities expect.
+
+        Args:
+            scores: (M,) uncertainties of the calibration photos.
+            counted: Outcomes of the photos whose labels count.
+            looks: The test of these labels.
+        """
+        # One half is added to both, so that no wrong answer in few labels is no proof of a risk of
+        # 0. A limit that depends on labels is allowed: the evidence of a threshold holds after
+        # whatever label one looks at it, and beyond the limit thresholds are tested in sequence.
+        n_wrong = float((counted.failure == 1).sum())
+        n_expected = float(counted.uncertainty.sum())
+        ratio = (n_wrong + 0.5) / (n_expected + 0.5)
+        level = _level_of_limit(looks.delta)
+        n_labels = len(counted) + flawless_labels(looks.max_risk, level)
+        limit, _ = choose_limit(ratio * scores, min(n_labels, len(scores)), looks.max_risk, level)
+        return limit / ratio
+
+
+def _level_of_limit(delta: float) -> float:
+    """Level of the test of the planned limit alone."""
+    _, share = STARTS[-1]
+    return share * delta

@@ -1,0 +1,255 @@
+"""What a folder can show: how many photos labels could get accepted, before anybody gives them.
+
+The labels are simulated. Of the photos up to the planned limit, as many as a triage would draw get
+an answer that is wrong with the probability that the predictor gives. These probabilities may all
+be too low or too high, so each simulation multiplies them by one random factor. The simulated
+labels are tested as real ones are, after every round.
+
+A predictor gets better with labels. So the upper end of a range is at least the share of photos up
+to which the mean probability is at most a multiple of the risk (``BEFORE_LABELS``,
+``AFTER_LABELS``).
+
+The ranges are estimates, not guarantees. How often they held is in docs/triage.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Self
+
+import numpy as np
+
+from vilu.artifacts.documents import Model
+from vilu.calibration.anytime import Looks, flawless_labels
+from vilu.metrics.counts import Floats, Ints
+from vilu.triage.choose import LEAST_SHARE
+from vilu.triage.trial import Trial
+
+BUDGETS: Final = (100, 200, 400)
+"""Numbers of labels in all for which a forecast is made."""
+
+SIMULATIONS: Final = 60
+"""Number of simulations for every number of labels."""
+
+SPREAD: Final = 0.7
+"""Standard deviation of the logarithm of the random factor of the probabilities."""
+
+INNER: Final = (0.1, 0.9)
+"""Quantiles of the simulated shares that are the ends of a range."""
+
+BEFORE_LABELS: Final = 1.5
+"""Multiple of the risk for the upper end of a range, while no label was given."""
+
+AFTER_LABELS: Final = 1.2
+"""The same multiple for a predictor that was fitted on labels."""
+
+ROUND: Final = 50
+"""Number of labels between two simulated tests."""
+
+RISKS: Final = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
+"""Risks among which the least risk that labels can show is looked for, ascending."""
+
+FEWEST_TO_FIT: Final = 50
+MOST_TO_FIT: Final = 100
+"""Before the first draw there is a fit-side label for every class, but at least 50, at most 100."""
+
+SHARE_WORTH_A_DRAW: Final = 0.3
+"""If the limit includes a smaller share of the photos, more labels to fit on come first."""
+
+ENOUGH_TO_FIT: Final = 200
+"""Number of fit-side labels after which photos are drawn whatever share the limit includes."""
+
+
+def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
+    """Whether a predictor is fitted on enough labels, so that calibration photos are drawn.
+
+    A predictor that is fitted on more labels can accept more photos. So a draw waits for labels to
+    fit on, unless the limit already includes a large share of the photos.
+    """
+    if n_fit_labels < min(max(n_classes, FEWEST_TO_FIT), MOST_TO_FIT):
+        return False
+    return trial.share >= SHARE_WORTH_A_DRAW or n_fit_labels >= ENOUGH_TO_FIT
+
+
+class Expected(Model):
+    """The range of the share of photos that so many labels in all could get accepted.
+
+    Attributes:
+        n_labels: Number of labels in all.
+        lowest: Lower end of the range.
+        highest: Upper end of the range.
+    """
+
+    n_labels: int
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        low = round(100 * self.lowest)
+        high = round(100 * self.highest)
+        return str(high) if low == high else f"{low} to {high}"
+
+
+class Forecast(Model):
+    """What the photos of a folder can show at the risk that is asked for.
+
+    Attributes:
+        n_photos: Number of photos.
+        max_risk: Largest error rate that is allowed among the accepted answers.
+        expected: Ranges for numbers of labels, ascending.
+        least_risk: Least risk (of ``RISKS``) that the most labels of ``expected`` can show; None if
+            they can show none of these risks.
+    """
+
+    n_photos: int
+    max_risk: float
+    expected: tuple[Expected, ...]
+    least_risk: float | None
+
+    @classmethod
+    def of(
+        cls,
+        uncertainty: Floats,
+        *,
+        n_photos: int,
+        n_classes: int,
+        n_fit_labels: int,
+        n_labels: int,
+        max_risk: float,
+        level: float,
+        seed: int,
+    ) -> Self:
+        """Make the forecast from scores alone.
+
+        Args:
+            uncertainty: (M,) probabilities of failure of the calibration photos.
+            n_photos: Number of all photos.
+            n_classes: Number of classes.
+            n_fit_labels: Number of labels that the predictor was fitted on.
+            n_labels: Number of labels that were given.
+            max_risk: Largest error rate that is allowed among the accepted answers.
+            level: Level of the next test.
+            seed: Seed of the simulations.
+        """
+        scores = np.sort(uncertainty[np.isfinite(uncertainty)])
+        budgets = [n for n in _budgets(n_labels) if n <= n_photos]
+        expected = []
+        least = None
+        if len(scores):
+            world = _World(scores, n_classes, n_fit_labels, seed)
+            expected = [world.expected(n, max_risk, level) for n in budgets]
+            if budgets:
+                least = world.least_risk(budgets[-1], level)
+        return cls(n_photos=n_photos, max_risk=max_risk, expected=tuple(expected), least_risk=least)
+
+    @property
+    def can_be_shown(self) -> bool:
+        """Whether any of the numbers of labels may get a photo accepted."""
+        return any(expected.highest > 0 for expected in self.expected)
+
+    def __str__(self) -> str:
+        if not self.expected:
+            return ""
+        numbers = " / ".join(f"{expected.n_labels:,}" for expected in self.expected)
+        most = f"{self.expected[-1].n_labels:,}"
+        goal = f"{self.max_risk:.3g} risk"
+        if self.can_be_shown:
+            shares = " / ".join(map(str, self.expected))
+            text = (
+                f"With {numbers} labels in all, about {shares} % of the photos could be accepted "
+                f"at {goal} (an estimate)."
+            )
+        else:
+            text = f"With up to {most} labels in all, probably nothing can be accepted at {goal}."
+        return f"{text} {self._least_risk_in_words(most)}"
+
+    def _least_risk_in_words(self, most: str) -> str:
+        if self.least_risk is None:
+            return f"So many labels can show no risk up to {RISKS[-1]:.0%} here: add photos."
+        if self.least_risk <= self.max_risk:
+            return (
+                f"The least risk that {most} labels can show here is about {self.least_risk:.0%}."
+            )
+        return (
+            f"They could show a risk of about {self.least_risk:.0%}: give "
+            f"--max-risk {self.least_risk}."
+        )
+
+
+def _budgets(n_labels: int) -> list[int]:
+    """Numbers of labels in all, beyond the number that was given."""
+    beyond = [n for n in BUDGETS if n > n_labels]
+    return beyond or [n_labels + n for n in BUDGETS]
+
+
+class _World:
+    """Photos whose answers are wrong with the probabilities of a predictor."""
+
+    def __init__(self, scores: Floats, n_classes: int, n_fit_labels: int, seed: int) -> None:
+        self.scores = scores  # (M,) ascending
+        self.n_classes = n_classes
+        self.n_fit_labels = n_fit_labels
+        self.rng = np.random.default_rng(seed)
+
+    def plan(self, max_risk: float, level: float) -> Trial:
+        """The plan of the predictor's test."""
+        return Trial.plan(
+            n_fit=self.n_fit_labels,
+            scores=self.scores,
+            n_answered=0,
+            max_risk=max_risk,
+            delta=level,
+        )
+
+    def n_to_draw(self, trial: Trial, n_labels: int) -> int:
+        """How many of so many labels in all are of the calibration side."""
+        n_fit = max(self.n_fit_labels, FEWEST_TO_FIT)
+        while not is_enough_to_fit(trial, n_fit, self.n_classes):
+            n_fit += ROUND
+        n_below_limit = int((self.scores <= trial.limit).sum())
+        return max(0, min(n_labels - n_fit, n_below_limit))
+
+    def expected(self, n_labels: int, max_risk: float, level: float) -> Expected:
+        """The range of the share that so many labels in all could get accepted."""
+        trial = self.plan(max_risk, level)
+        n_drawn = self.n_to_draw(trial, n_labels)
+        looks = Looks(np.array(trial.grid), max_risk, level, trial.limit)
+        if not n_drawn:
+            return Expected(n_labels=n_labels, lowest=0.0, highest=0.0)
+        shares = [self._simulated_share(looks, n_drawn) for _ in range(SIMULATIONS)]
+        lowest, highest = np.quantile(shares, INNER)
+        if highest == 0:
+            return Expected(n_labels=n_labels, lowest=0.0, highest=0.0)
+        multiple = AFTER_LABELS if self.n_fit_labels else BEFORE_LABELS
+        n_up_to = np.arange(1, len(self.scores) + 1)
+        is_below = np.cumsum(self.scores) / n_up_to <= multiple * max_risk
+        reachable = float(is_below.mean())  # the mean rises, so these are the first photos
+        return Expected(
+            n_labels=n_labels, lowest=float(lowest), highest=max(float(highest), reachable)
+        )
+
+    def _simulated_share(self, looks: Looks, n_drawn: int) -> float:
+        """The share of the photos that simulated labels certify, tested after every round."""
+        below_limit = np.flatnonzero(self.scores <= looks.limit)
+        rows: Ints = self.rng.permutation(below_limit)[:n_drawn]
+        factor = math.exp(self.rng.normal(0.0, SPREAD))
+        probability = np.minimum(factor * self.scores[rows], 1.0)
+        failure = (self.rng.random(len(rows)) < probability).astype(np.int64)
+        threshold = -math.inf
+        ends = [*range(ROUND, n_drawn, ROUND), n_drawn]
+        for end in ends:
+            certified = looks.certified(self.scores[rows[:end]], failure[:end])
+            if certified is not None:
+                threshold = max(threshold, float(looks.grid[certified]))
+        return float((self.scores <= threshold).mean())
+
+    def least_risk(self, n_labels: int, level: float) -> float | None:
+        """The least of ``RISKS`` that so many labels in all can show if few answers are wrong."""
+        for risk in RISKS:
+            trial = self.plan(risk, level)
+            n_drawn = self.n_to_draw(trial, n_labels)
+            if n_drawn < flawless_labels(risk, level):
+                continue
+            if trial.likely and trial.share >= LEAST_SHARE:
+                return risk
+        return None
