@@ -401,6 +401,10 @@ class PooledBatch(WholeLogits):
 class EmbeddingSource(ABC):
     """Rows of image embeddings with their candidate texts, on which predictors fit and score.
 
+    Methods read the rows, those of other packages as well: ``batches`` to score, ``many`` to score
+    by the logits alone, ``shuffled`` and ``steps`` to train, ``candidates`` for the texts, and
+    ``identified_by`` with ``identities`` to find rows again.
+
     Attributes:
         space: The embedding space.
         class_names: Names of the candidates, or None (captions, or bare arrays).

@@ -18,6 +18,7 @@ from typing import Final
 
 import numpy as np
 
+from vilu.artifacts.documents import write_document
 from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
@@ -130,7 +131,7 @@ class TriageRun:
 
     def write(self, state: TriageState) -> TriageState:
         """Write the state to the folder, and return it."""
-        state.write(self.root / STATE)
+        write_document(self.root / STATE, state)
         return state
 
 
@@ -202,7 +203,7 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
             else:
                 path.unlink(missing_ok=True)
     state = state.model_copy(update={"photos": str(settings.photos.absolute())})
-    state.write(root / STATE)
+    write_document(root / STATE, state)
     return state
 
 
