@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vilu.artifacts.disk import file_hash
-from vilu.artifacts.documents import read_document, write_json
+from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.store.ledger import FileInfo, content_hash
@@ -100,8 +100,8 @@ def write_store(
     manifest = Manifest(
         **run.model_dump() | counts, parts=len(receipts), classes="", content=content_hash(receipts)
     )
-    run.write(root / "run.json")
-    manifest.write(root / "manifest.json")
+    write_document(root / "run.json", run)
+    write_document(root / "manifest.json", manifest)
     return [i for i in range(n) if i not in lost]
 
 
@@ -124,7 +124,7 @@ def write_receipt(root: Path, run: Run, part, n_ok: int) -> Receipt:
         errors={"decode": n_lost} if n_lost else {},
     )
     (root / part.receipt).parent.mkdir(exist_ok=True)
-    receipt.write(root / part.receipt)
+    write_document(root / part.receipt, receipt)
     return receipt
 
 
@@ -137,7 +137,7 @@ def reseal(root: Path, name: str) -> None:
             document.files[name] = FileInfo(
                 bytes=(root / name).stat().st_size, sha256=file_hash(root / name)
             )
-            document.write(path)
+            write_document(path, document)
     manifest = json.loads((root / "manifest.json").read_text())
     write_json(root / "manifest.json", manifest | {"content": content_hash(documents)})
 

@@ -34,7 +34,10 @@ from vilu.predictors.plus.ood import SeesOutside
         (Target(method="crc"), "leave method and per_class out"),
         (Target(max_risk=0.1, method="selection", per_class=True), "selection takes a max_risk"),
         (Target(min_coverage=0.5, method="selection"), "selection takes a max_risk"),
-        (Target(max_risk=0.1, method="anytime"), "one of ltt, crc, selection .* --method anytime"),
+        (
+            Target(max_risk=0.1, method="anytime"),
+            "one of ltt.* `vilu next STORE .* --method anytime",
+        ),
         (Target(max_risk=2.0), "max_risk must be in"),
         (Target(max_risk=0.1, label_sets="lac", max_miss=1.0), "max_miss must be in"),
         (Target(max_risk=0.1, max_miss=0.05), r"max_miss \(0.05\) is for label sets"),

@@ -10,6 +10,7 @@ import pytest
 
 import vilu
 from tests.calibration.test_copies import joined, rows
+from vilu.artifacts.documents import write_document
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
@@ -137,7 +138,7 @@ def test_a_record_that_leaves_out_other_rows_is_damaged(tmp_path: Path) -> None:
     vilu.MCM().save(tmp_path)
     record = calibrate_predictor(tmp_path, files(200, 2, noise=0.003), Target(max_risk=0.2))
     for places in (record.near_copies[1:], (*record.near_copies, 4000)):
-        record.model_copy(update={"near_copies": places}).write(tmp_path / "risk.json")
+        write_document(tmp_path / "risk.json", record.model_copy(update={"near_copies": places}))
         with pytest.raises(DataError, match=r"does not follow from calibration\.parquet"):
             Calibration.load(tmp_path)
 

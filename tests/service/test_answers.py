@@ -28,12 +28,13 @@ from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line, run
 from tests.service.conftest import Running, hosted
+from vilu.artifacts.documents import write_document
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.calibration.rules import certify
 from vilu.calibration.target import Target
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.guard.guard import Guard
+from vilu.guard.guard import Guard, ImageModel
 from vilu.service.journal import Journal
 from vilu.service.limits import read_keys
 from vilu.service.local_journals import LocalJournals
@@ -396,7 +397,7 @@ MISTAKES = {
     "too few numbers": (
         ("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}),
         422,
-        "1 rows of 16 numbers",
+        "1 row of 16 numbers. Found 1 row of 1 to 1",
     ),
     "not finite": (("POST", "/v1/scores", {"content": b'{"embeddings": [[NaN]]}'}), 422, "finite"),
     "no direction": (
@@ -678,16 +679,16 @@ def test_rows_of_an_answer_that_failed_do_not_count(
     """The last of several batches fails."""
     with hosted(predictors[0], tmp_path / "s", batch_size=2) as running:
         with monkeypatch.context() as patch:
-            embed = Guard.embed
+            embed = ImageModel.embed
             batches: list[int] = []
 
-            def fails(guard: Guard, batch: Any) -> Any:
+            def fails(model: ImageModel, batch: Any) -> Any:
                 batches.append(len(batch))
                 if sum(batches) >= 8:
                     raise RuntimeError("no memory")
-                return embed(guard, batch)
+                return embed(model, batch)
 
-            patch.setattr(Guard, "embed", fails)
+            patch.setattr(ImageModel, "embed", fails)
             reply = running.post("/v1/answers", files=as_files(photos(8)))
             assert reply.status_code == 500
             assert len(batches) > 1
@@ -750,7 +751,7 @@ def accept_nothing(predictor: Path) -> None:
     rule = certify(before.rows, max_risk=target.max_risk)
     assert not rule.feasible
     after = before.model_copy(update={"target": target, "rule": rule, "guarantee_text": str(rule)})
-    after.write(predictor / "risk.json")
+    write_document(predictor / "risk.json", after)
 
 
 def test_the_page_says_what_is_guaranteed_in_every_state(

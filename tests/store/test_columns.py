@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
 from vilu.artifacts.disk import host_hash
-from vilu.artifacts.documents import read_document, write_json
+from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS, SECOND
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
@@ -289,7 +289,7 @@ def change_classes(root, change):
     """Another class table, under a hash that agrees."""
     table = read_document(root / "classes.json", StoredClasses)
     forged = table.model_copy(update=change(table))
-    forged.model_copy(update={"hash": forged.digest()}).write(root / "classes.json")
+    write_document(root / "classes.json", forged.model_copy(update={"hash": forged.digest()}))
 
 
 def test_documents_that_do_not_agree(root):

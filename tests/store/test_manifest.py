@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, read_document, write_json
+from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, read_document, write_document, write_json
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, StorageError, ViLUError
@@ -115,11 +115,11 @@ def test_how_many_images_shards_hold_is_no_input():
 
 def test_documents_survive_json(tmp_path):
     run = make_run()
-    run.write(tmp_path / "run.json")
+    write_document(tmp_path / "run.json", run)
     assert read_document(tmp_path / "run.json", Run) == run
     info = FileInfo(bytes=1, sha256="0" * 64)
     table = StoredClasses.of(run, info)
-    table.write(tmp_path / "classes.json")
+    write_document(tmp_path / "classes.json", table)
     assert read_document(tmp_path / "classes.json", StoredClasses) == table
     assert StoredClasses.of(make_run(names=("a", "c")), info).hash != table.hash
 

@@ -25,7 +25,7 @@ from tests.builders.pair_files import reseal
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
 from vilu.artifacts.disk import file_hash
-from vilu.artifacts.documents import write_json
+from vilu.artifacts.documents import write_document, write_json
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
 from vilu.store.mapped import MappedParts
@@ -232,7 +232,7 @@ def forge(root, n):
         **fields | counts, parts=1, classes=old.classes, content=content_hash([receipt])
     )
     for name, document in (("run.json", run), (part.receipt, receipt), ("manifest.json", manifest)):
-        document.write(root / name)
+        write_document(root / name, document)
 
 
 def test_a_store_that_is_not_complete(root):

@@ -27,7 +27,7 @@ import torch
 from tests.builders.photo_folders import KINDS, photo, truth_of, write_photos
 from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
-from vilu.artifacts.documents import read_document, write_json
+from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.calibration.anytime import Looks
 from vilu.calibration.calibration import Calibration
@@ -372,7 +372,7 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
     ):  # they go when another predictor is saved there
         (output / "predictor" / name).unlink()
     shutil.copytree(output / "predictor", output / "candidate")
-    state.model_copy(update={"candidate": state.trial}).write(output / "triage.json")
+    write_document(output / "triage.json", state.model_copy(update={"candidate": state.trial}))
     write, remove = TriageState.write, shutil.rmtree
 
     def write_or_stop(self: TriageState, path: Path) -> None:

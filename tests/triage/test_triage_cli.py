@@ -21,6 +21,7 @@ from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
+from vilu.calibration.selective import Selective, load
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
@@ -78,7 +79,7 @@ def test_the_predictor_of_a_triage_is_exported(
     ]
     (work / "known.csv").write_text("\n".join(["path,label", *lines]))
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out")
-    run(*arguments, "--labels", "known.csv", "--answer", "zero_shot", cwd=work)
+    run(*arguments, "--labels", "known.csv", cwd=work)
     predictor = load_predictor(work / "out" / "predictor")
     assert (predictor.name, predictor.outcome.columns) == ("vilu_plus", ("negatives",))
     # the fake tower checks how many images there are, which no graph can
@@ -234,6 +235,9 @@ def test_labels_that_next_asks_for_make_a_guarantee_of_a_store(
     assert found.rule is not None
     assert found.rule.method == "anytime"
     assert found.n == sum(row["stream"] == "calibration" for row in asked)
+    model = load(predictor)
+    assert isinstance(model, Selective)
+    assert model.calibration == found
     run(*calibrate, *given)  # once more: nothing changes
     assert Calibration.load(predictor) == found
     assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr

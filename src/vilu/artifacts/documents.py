@@ -65,12 +65,13 @@ class Document(Model):
 
     schema_version: Literal[2] = SCHEMA_VERSION
 
-    def write(self, path: Path) -> None:
-        """Write the document atomically."""
-        write_json(path, self.model_dump(mode="json"))
-
 
 D = TypeVar("D", bound=Document)
+
+
+def write_document(path: Path, document: Document) -> None:
+    """Write a document atomically."""
+    write_json(path, document.model_dump(mode="json"))
 
 
 def read_document(path: Path, kind: type[D]) -> D:

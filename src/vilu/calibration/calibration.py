@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from vilu.artifacts.disk import file_hash, write_bytes
-from vilu.artifacts.documents import Document, identity, read_document
+from vilu.artifacts.documents import Document, identity, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
 from vilu.calibration.anytime import Draw, Looks
@@ -212,6 +212,19 @@ class Calibration(Document):
 
         Raises:
             ProvenanceError: If the predictor or the candidates are not those of the calibration.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> data = vilu.Embeddings(image, np.eye(8), target=image.argmax(axis=1))
+            >>> model = vilu.Selective(vilu.MCM()).calibrate(data, max_risk=0.05)
+            >>> pair = data.take([0, 1], classes=[0, 1])  # two of the eight candidates
+            >>> try:
+            ...     model.calibration.require_match(model.predictor, pair)
+            ... except vilu.errors.ProvenanceError as error:
+            ...     print(str(error).partition(",")[0])
+            the predictor was calibrated on rows with 8 candidates (names unknown)
         """
         if predictor.calibrator_ != self.probability:
             raise ProvenanceError(
@@ -245,7 +258,33 @@ class Calibration(Document):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """The label sets of a batch; None without label sets, or if there is only one candidate."""
+        """The label sets of a batch; None without label sets, or if there is only one candidate.
+
+        ``vilu.score`` calls it batch by batch, and ``Outcomes.label_set`` has the result.
+
+        Args:
+            predictor: The calibrated predictor.
+            batch: B rows with K candidates.
+            uncertainty: Scores (B,) of the rows by the predictor.
+            class_names: Names of the candidates; None: their numbers.
+
+        Returns:
+            B texts, each a JSON list of names.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> target = image.argmax(axis=1)  # the nearest class, so all answers are right
+            >>> data = vilu.Embeddings(image, np.eye(8), target=target)
+            >>> model = vilu.Selective(vilu.MCM()).calibrate(data, label_sets="lac")
+            >>> batch = next(data.batches(2))
+            >>> uncertainty = model.predict_uncertainty(data)[:2]
+            >>> target[:2].tolist()
+            [6, 3]
+            >>> model.calibration.sets_of(model.predictor, batch, uncertainty, None)
+            ['["6"]', '["3"]']
+        """
         if self.label_sets is None or len(batch.text) < 2:
             return None
         return named_sets(self.label_sets.of(predictor, batch, uncertainty), class_names)
@@ -390,7 +429,7 @@ def save_calibration(
     }
     calibration = Calibration.model_validate({**facts, **fields})
     calibration._rows = rows
-    calibration.write(folder / RISK)
+    write_document(folder / RISK, calibration)
     return calibration
 
 

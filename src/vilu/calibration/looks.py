@@ -8,7 +8,7 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import Field
 
-from vilu.artifacts.documents import Document, Model, read_document
+from vilu.artifacts.documents import Document, Model, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
@@ -79,7 +79,7 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
         new = [tried for tried in targets if tried not in recorded.targets]
         targets = (*recorded.targets, *new)
     all_sets = (*different, LookedAt(hashes=hashes, targets=targets))
-    record.model_copy(update={"rows": all_sets}).write(folder / LOOKS)
+    write_document(folder / LOOKS, record.model_copy(update={"rows": all_sets}))
     return len(targets)
 
 

@@ -164,7 +164,8 @@ class Selective(DecidingModel):
             max_risk: Largest share of wrong answers among the accepted ones.
             min_coverage: Smallest share of answers to accept.
             confidence: Confidence with which the guarantee holds.
-            method: "ltt", "crc", "selection" or "anytime".
+            method: "ltt", "crc" or "selection". "anytime" is refused, because its labels arrive one
+                after another: ``vilu calibrate --method anytime``, as the error says.
             per_class: Whether every predicted class has a threshold of its own.
             label_sets: "lac" or "aps"; None: no label sets.
             max_miss: Largest share of label sets without the right label.

@@ -78,8 +78,11 @@ class Target:
         if self.method == "anytime":
             raise UsageError(
                 f"method must be one of {', '.join(get_args(RowsMethod))} if all labels are there "
-                'already. Got "anytime" instead, which is for labels that arrive one by one: '
-                "`vilu calibrate --method anytime --labels FILE`."
+                'already. Got "anytime" instead, which is for labels that arrive one by one. Save '
+                "the model as a folder P, fill in the labels that `vilu next STORE --predictor P "
+                f"-o next.csv --max-risk {self.max_risk}` asks for, and run `vilu calibrate P "
+                f"STORE --method anytime --max-risk {self.max_risk} --labels next.csv`. "
+                'vilu.load("P") then has the guarantee.'
             )
         if self.method == "selection":
             has_only_max_risk = self.max_risk is not None and self.min_coverage is None

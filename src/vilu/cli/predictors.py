@@ -644,7 +644,10 @@ def _calibrate_at_any_time(
         per_class=target.per_class,
     )
     if max_risk is None or labels is None or target != allowed:
-        raise UsageError("anytime needs --labels and --max-risk, and allows no other target.")
+        raise UsageError(
+            "anytime needs --labels and --max-risk, and allows no other target. `vilu next` writes "
+            "the file of labels to fill in."
+        )
     return calibrate_by_labels(
         predictor,
         _store_with_classes(data),

@@ -107,6 +107,10 @@ class ImageModel:
     encoder: Encoder
     decoder: Decoder
 
+    def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
+        """Embed decoded images; bad images are listed apart from the rows."""
+        return self.encoder.part(iter([*batch, END]))
+
 
 class Guard:
     """Answers about images with a predictor and its model, and decides about each answer.
@@ -278,7 +282,7 @@ class Guard:
 
     def _open(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
         """An image model that makes the arrays which the predictor uses."""
-        self.require_same_model(backbone)
+        require_same_model(self, backbone)
         all_widths = {IMAGE: self.vocabulary.space.embed_dim, FEATURES: backbone.feature_dim}
         widths = {name: all_widths[name] for name in self.arrays}
         encoder = Encoder(
@@ -291,12 +295,6 @@ class Guard:
         )
         decoder = Decoder(backbone.preprocess, limits, len(self.names))
         return ImageModel(backbone, widths, encoder, decoder)
-
-    def require_same_model(self, backbone: Backbone) -> None:
-        """Raise ProvenanceError if a model is not the one that the predictor was fitted on."""
-        self.vocabulary.space.require_match(
-            backbone.space, name=str(self.folder), other_name=f"the model {backbone.space.backbone}"
-        )
 
     @property
     def model(self) -> ImageModel:
@@ -344,20 +342,16 @@ class Guard:
 
     def _answer_batch(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
         """Answers about decoded images, in the order of the images."""
-        content = self.embed(batch)
+        content = self.model.embed(batch)
         answers: dict[int, Answer] = {}
         for error in content.errors:
-            answers[error.position] = self.refused(error.key, error.kind)
+            answers[error.position] = unanswered(self, error.key, error.kind)
         if content.rows:
             keys = [row.key for row in content.rows]
             answered, _ = self.answer(arrays_of(content), keys)
             for row, answer in zip(content.rows, answered, strict=True):
                 answers[row.position] = answer
         return [answers[position] for position in sorted(answers)]
-
-    def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
-        """Embed decoded images; bad images are listed apart from the rows."""
-        return self.model.encoder.part(iter([*batch, END]))
 
     @torch_defaults()
     def answer(
@@ -409,7 +403,7 @@ class Guard:
         key = _at(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
-            return self.refused(key, _at(outcomes.reason, row))
+            return unanswered(self, key, _at(outcomes.reason, row))
         probability: float | None = None
         if outcomes.failure_probability is not None:
             probability = float(outcomes.failure_probability[row])
@@ -429,25 +423,33 @@ class Guard:
             zero_shot=outcomes.zero_shot_beside(row),
         )
 
-    def refused(self, key: str, reason: str | None) -> Answer:
-        """The answer about an image without a score."""
-        decision: str | None = None
-        if self.calibration is not None and self.calibration.has_rule:
-            decision = REVIEW
-        return Answer(
-            key=key,
-            label=None,
-            failure_probability=None,
-            uncertainty=None,
-            decision=decision,
-            reason=reason,
-        )
-
     def __repr__(self) -> str:
         rule = "no rule"
         if self.calibration is not None and self.calibration.guarantee_text is not None:
             rule = self.calibration.guarantee_text
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule})"
+
+
+def require_same_model(guard: Guard, backbone: Backbone) -> None:
+    """Raise ProvenanceError if a model is not the one that the guard's predictor was fitted on."""
+    guard.vocabulary.space.require_match(
+        backbone.space, name=str(guard.folder), other_name=f"the model {backbone.space.backbone}"
+    )
+
+
+def unanswered(guard: Guard, key: str, reason: str | None) -> Answer:
+    """The answer of a guard about an image without a score."""
+    decision: str | None = None
+    if guard.calibration is not None and guard.calibration.has_rule:
+        decision = REVIEW
+    return Answer(
+        key=key,
+        label=None,
+        failure_probability=None,
+        uncertainty=None,
+        decision=decision,
+        reason=reason,
+    )
 
 
 def _at(texts: Sequence[str | None] | None, row: int) -> str | None:

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from vilu.embeddings.checks import STATUS, VALID, normalised
 from vilu.errors import UNKNOWN, DataError, UsageError
-from vilu.guard.guard import Answer, Guard, arrays_of, record_of
+from vilu.guard.guard import (
+    Answer,
+    Guard,
+    arrays_of,
+    record_of,
+    require_same_model,
+    unanswered,
+)
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
@@ -28,6 +35,7 @@ from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, Servi
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
+from vilu.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +166,7 @@ class Engine:
         """Open a second predictor, which must use the arrays that the first one uses."""
         first = self.guard
         second = Guard(model, vectors_only=True)
-        second.require_same_model(first.backbone)
+        require_same_model(second, first.backbone)
         has_same_arrays = second.arrays == first.arrays
         has_same_dtype = second.vocabulary.dtype == first.vocabulary.dtype
         if has_same_arrays and has_same_dtype:
@@ -277,13 +285,14 @@ class Engine:
 
     def _judge_images(self, batch: Sequence[Waiting]) -> list[Judgement]:
         """Judgements about decoded images, in their order; bad images have no scores."""
-        embedded = self.guard.embed([waiting.item for waiting in batch])
+        embedded = self.guard.model.embed([waiting.item for waiting in batch])
         ids = {waiting.position: waiting.row for waiting in batch}
         judgements: dict[int, Judgement] = {}
         for error in embedded.errors:
             row = ids[error.position]
             answers = {
-                name: served.guard.refused(row, error.kind) for name, served in self.served.items()
+                name: unanswered(served.guard, row, error.kind)
+                for name, served in self.served.items()
             }
             judgements[error.position] = Judgement(row, answers, scores={})
         positions = [row.position for row in embedded.rows]
@@ -386,7 +395,8 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
         return
     range_of_widths = f" of {min(lengths)} to {max(lengths)}" if rows else ""
     raise DataError(
-        f"{name} must be {n_rows} rows of {width} numbers. Found {len(rows)} rows{range_of_widths}."
+        f"{name} must be {plural(n_rows, 'row')} of {width} numbers. "
+        f"Found {plural(len(rows), 'row')}{range_of_widths}."
     )
 
 

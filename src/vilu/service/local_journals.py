@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from vilu.artifacts.disk import make_folder
-from vilu.artifacts.documents import Document, read_document
+from vilu.artifacts.documents import Document, read_document, write_document
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.status import Status
 from vilu.errors import DataError, UsageError
@@ -117,7 +117,7 @@ class LocalJournals:
             )
         with self._lock:  # concurrent switches must not leave another name in the file
             choice = AnsweringPredictor(answers=self.fingerprints[name])
-            choice.write(self.folder / SERVING)
+            write_document(self.folder / SERVING, choice)
             self._answering = name
         return self.state()
 

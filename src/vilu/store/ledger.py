@@ -37,7 +37,14 @@ from vilu.artifacts.disk import (
     or_refuse,
     write_bytes,
 )
-from vilu.artifacts.documents import Document, Model, parse_json, read_bounded, read_document
+from vilu.artifacts.documents import (
+    Document,
+    Model,
+    parse_json,
+    read_bounded,
+    read_document,
+    write_document,
+)
 from vilu.artifacts.hashing import bytes_hash, digest
 from vilu.artifacts.paths import claim_folder, entries, require_no_others
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
@@ -207,7 +214,7 @@ class Ledger(ABC, Generic[P, R]):
         # run.json is written first, because a folder with parts and without run.json is refused.
         # An existing run.json is never replaced, because it describes the parts in the folder.
         if not (self.root / RUN).is_file():
-            run.write(self.root / RUN)
+            write_document(self.root / RUN, run)
         with or_refuse(f"prepare {self.root}"):
             for name in folders:
                 (self.root / name).mkdir(exist_ok=True)
@@ -224,7 +231,7 @@ class Ledger(ABC, Generic[P, R]):
     def seal(self, manifest: Document) -> None:
         """Mark the folder as complete."""
         # Call this after the last part, because a manifest states that all parts are done.
-        manifest.write(self.root / MANIFEST)
+        write_document(self.root / MANIFEST, manifest)
 
     def unseal(self) -> None:
         """Mark the folder as not complete."""
@@ -368,7 +375,7 @@ class Ledger(ABC, Generic[P, R]):
         # The receipt is written last. If the process is killed before, the part has no receipt and
         # is done again. A receipt that is written first could list files that do not exist.
         receipt = receipt_of(infos)
-        receipt.write(self.root / part.receipt)
+        write_document(self.root / part.receipt, receipt)
         return receipt
 
 

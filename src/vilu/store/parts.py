@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.disk import RUN, make_folder
-from vilu.artifacts.documents import read_document
+from vilu.artifacts.documents import read_document, write_document
 from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import ANSWER, COLUMNS
@@ -485,7 +485,7 @@ def write_classes(
         info = write_hashed(path, _npy_bytes(rows))
         column_files[name] = ArrayInfo(**dict(info), shape=tuple(values.shape))
     # the table is written last, because it states the hashes of the other files, like a receipt
-    StoredClasses.of(run, text_file, column_files).write(root / CLASSES)
+    write_document(root / CLASSES, StoredClasses.of(run, text_file, column_files))
 
 
 def _join_blocks(

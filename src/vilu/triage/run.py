@@ -19,6 +19,7 @@ from typing import Final
 
 import numpy as np
 
+from vilu.artifacts.documents import write_document
 from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import HANDED_ON
 from vilu.calibration.calibration import Calibration
@@ -132,7 +133,7 @@ class TriageRun:
 
     def write(self, state: TriageState) -> TriageState:
         """Write the state to the folder, and return it."""
-        state.write(self.root / STATE)
+        write_document(self.root / STATE, state)
         return state
 
 
@@ -206,7 +207,7 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
             else:
                 path.unlink(missing_ok=True)
     state = state.model_copy(update={"photos": str(settings.photos.absolute())})
-    state.write(root / STATE)
+    write_document(root / STATE, state)
     return state
 
 
