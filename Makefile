@@ -64,8 +64,10 @@ test-label-studio: .venv/.dev
 	[ -d build/label-studio ] || $(BIN)/python -m pip install --quiet --no-compile --target build/label-studio label-studio-sdk
 	PYTHONPATH=build/label-studio OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m label_studio tests/triage/test_label_studio.py
 
-# Ten thousand requests to `vilu serve`, drawn from its own description; REQUESTS says how many.
+# What strangers, full disks and other users do to `vilu serve`; then ten thousand requests, drawn from its own description.
+# REQUESTS says how many.
 test-hostile: .venv/.hostile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/service/test_bad_company.py tests/service/test_trials.py $(ARGS)
 	REQUESTS=$${REQUESTS:-10000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m hostile tests/service $(ARGS)
 
 # What stands in deploy/, by promtool and hadolint, which have to be installed.

@@ -76,3 +76,15 @@ def keep_freed_memory() -> None:
         return
     mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
     mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the operating system, where ``keep_freed_memory`` would keep it.
+
+    Nothing happens if the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

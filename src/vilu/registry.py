@@ -40,6 +40,8 @@ Entry points of the group ``SECTION_GROUP`` add further sections.
 SECTION_GROUP = "vilu.sections"
 """Group of entry points NAME = "module:function", each for the section [NAME.…] of TOML files."""
 
+TOML_BYTES = 2**22
+"""Maximum size of a TOML file in bytes."""
 PLUGINS = "VILU_PLUGINS"
 """Environment variable with the comma-separated names of modules that every process imports."""
 
@@ -107,10 +109,19 @@ def _register_file(path: Path) -> None:
         register_tables(tables)
 
 
+def read_toml_text(path: Path) -> str:
+    """Read a TOML file; UsageError if it has more than ``TOML_BYTES``, which parse slowly."""
+    with path.open("rb") as file:
+        content = file.read(TOML_BYTES + 1)
+    if len(content) > TOML_BYTES:
+        raise UsageError(f"{path} is larger than {TOML_BYTES:,} bytes. Give a smaller TOML file.")
+    return content.decode()
+
+
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     """Parse the tables of a TOML file (a ``Path``), or of TOML text (a ``str``), by name."""
     try:
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        text = read_toml_text(source) if isinstance(source, Path) else source
         tables = tomllib.loads(text)
     except PermissionError as error:
         raise StorageError(f"cannot read {source}: {error.strerror}.") from error
@@ -276,7 +287,7 @@ def load_plugin(module: str) -> None:
     Worker processes that this process starts import the module, too.
 
     Raises:
-        UsageError: If the module cannot be imported.
+        UsageError: If the module cannot be imported, or raises any exception.
     """
     if not module or module.startswith("."):
         raise UsageError(
@@ -286,6 +297,9 @@ def load_plugin(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"the plugin {module!r} cannot be imported: {error}.") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the plugin {module!r} failed at its import: {reason:.300}.") from error
     if module not in IMPORTED:
         IMPORTED.append(module)
 

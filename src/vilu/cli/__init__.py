@@ -116,11 +116,26 @@ def _run() -> int:
     except ViLUError as error:
         complain("error", str(error))
         return error.exit_code
+    except MemoryError as error:
+        complain("error", f"there is not enough memory ({str(error) or 'no details'}).{_limit()}")
+        return StorageError.exit_code
     except OSError as error:
         if error.filename is None:  # the error is not about a file, so it is a bug
             raise
         complain("error", f"the file system refused {error.filename}: {error.strerror}.")
         return StorageError.exit_code
+
+
+def _limit() -> str:
+    """A sentence about the limit on the memory of this process, if it has one."""
+    if sys.platform == "win32":
+        return ""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft == resource.RLIM_INFINITY:
+        return ""
+    return f" `ulimit -v` allows this process {soft // 2**20:,} MiB."
 
 
 def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports no name for its type

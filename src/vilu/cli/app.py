@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from typer import Option
@@ -48,6 +50,15 @@ app = typer.Typer(
 )
 
 
+PRIVATE: Final = frozenset(
+    {"audit-labels", "calibrate", "labels", "monitor", "next", "review", "serve", "triage"}
+)
+"""Commands whose files hold paths and labels of people, so that no other user may read them."""
+
+OCTAL: Final = re.compile(r"[0-7]{1,4}")
+"""Form of a umask."""
+
+
 def show_version(value: bool) -> None:
     """Print the version and exit."""
     if value:
@@ -73,6 +84,15 @@ def common(
             help="Import a module that registers methods, before the command; repeatable.",
         ),
     ] = None,
+    umask: Annotated[
+        str | None,
+        Option(
+            metavar="OCTAL",
+            envvar="VILU_UMASK",
+            help="Rights that new files do not get, such as 022. [077 for commands whose files "
+            "hold paths and labels, else as in the shell]",
+        ),
+    ] = None,
     version: Annotated[  # noqa: ARG001 - the callback of the option does the work
         bool,
         Option(
@@ -85,8 +105,20 @@ def common(
     reporter = make_reporter(quiet=quiet)
     if reporter is not None:
         context.with_resource(reporting(reporter))
+    _set_umask(context, umask)
     for module in plugin or ():
         load_plugin(module)
+
+
+def _set_umask(context: typer.Context, stated: str | None) -> None:
+    """Set which rights new files do not get, until the command ends."""
+    if stated is None and context.invoked_subcommand not in PRIVATE:
+        return
+    mask = "077" if stated is None else stated
+    if not OCTAL.fullmatch(mask):
+        raise UsageError(f"--umask is an octal number such as 022. Got {mask!r:.40} instead.")
+    before = os.umask(int(mask, 8))
+    context.call_on_close(lambda: os.umask(before))
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:

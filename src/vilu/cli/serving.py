@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 from typer import Option
@@ -13,7 +14,7 @@ from vilu.cli.options import DecodingThreads, Device, Models, path_argument, pat
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
-    from vilu.service.limits import ClientLimits
+    from vilu.service.limits import ClientKey, ClientLimits
 
 CalibratedPredictor = Annotated[
     Path, path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` wrote.")
@@ -36,11 +37,19 @@ State = Annotated[
 ]
 KeyFile = Annotated[
     Path | None,
-    path_option("Keys, one per line; a client sends Authorization: Bearer KEY.", metavar="FILE"),
+    path_option(
+        "Keys, one per line; a client sends Authorization: Bearer KEY. After a key may stand what "
+        "it allows: ask, label, admin. [all]",
+        metavar="FILE",
+    ),
 ]
 AllowHost = Annotated[
     list[str] | None,
-    Option(metavar="NAME", help="Host name that clients use for this service. May be repeated."),
+    Option(
+        metavar="NAME",
+        help="Host name that clients use for this service; https://NAME if a proxy gives it TLS. "
+        "May be repeated.",
+    ),
 ]
 Keep = Annotated[
     Path | None, Option(metavar="DIR", help="Store every answered image here. [store none]")
@@ -56,7 +65,26 @@ Queue = Annotated[
         "[9/8 of --batch-size]",
     ),
 ]
-MaxBody = Annotated[int, Option(min=1, help="Maximum size of a request in MiB.")]
+MaxBody = Annotated[
+    int,
+    Option(
+        min=1,
+        help="Maximum size of a request with images in MiB. All requests in progress may have four "
+        "times as much.",
+    ),
+]
+MaxJson = Annotated[
+    int, Option(min=1, help="Maximum size of a request with embeddings or labels in MiB.")
+]
+MaxMegapixels = Annotated[
+    int,
+    Option(
+        min=1,
+        max=89,
+        help="Maximum size of an image in millions of pixels. A request may have ten times as "
+        "much.",
+    ),
+]
 MaxImages = Annotated[
     int, Option(min=1, help="Maximum number of images, rows or labels in a request.")
 ]
@@ -74,6 +102,9 @@ Timeout = Annotated[
 MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
 """Modules of other packages that the service imports."""
 
+TLS: Final = "https://"
+"""Before a host name: clients reach it through a proxy with TLS."""
+
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: CalibratedPredictor,
@@ -90,7 +121,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     workers: DecodingThreads = None,
     queue: Queue = None,
     max_body: MaxBody = 32,
+    max_json: MaxJson = 1,
     max_images: MaxImages = 256,
+    max_megapixels: MaxMegapixels = 25,
     executor: ServiceExecutor = "local",
     replicas: Replicas = "1",
     timeout: Timeout = 60.0,
@@ -113,14 +146,15 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         queue = batch_size + batch_size // 8  # 9/8 of a batch
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
-    limits = _limits(
-        host,
-        allow_host or [],
-        key_file,
+    limits = replace(
+        _who_may_ask(host, allow_host or [], key_file),
         queue=queue,
-        max_body=max_body,
-        max_images=max_images,
-        timeout=timeout,
+        body=max_body * 2**20,
+        json=max_json * 2**20,
+        images=max_images,
+        pixels=max_megapixels * 1_000_000,
+        request_pixels=10 * max_megapixels * 1_000_000,
+        answer=timeout,
     )
     setup = Setup(
         predictor=predictor,
@@ -168,31 +202,20 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
         )
 
 
-def _limits(
-    host: str,
-    names: list[str],
-    key_file: Path | None,
-    *,
-    queue: int,
-    max_body: int,
-    max_images: int,
-    timeout: float,
-) -> ClientLimits:
-    """The limits for clients: allowed hosts and keys, and the size and duration of requests."""
+def _who_may_ask(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
+    """The limits on who may ask: host names, those of them with TLS, and keys."""
     from vilu.service.limits import LOOPBACK, ClientLimits, read_keys
 
-    hosts = frozenset(name.lower() for name in [*LOOPBACK, host, *names])
-    keys: frozenset[bytes] = frozenset()
+    lowered = [name.lower() for name in names]
+    tls_hosts = {name.removeprefix(TLS) for name in lowered if name.startswith(TLS)}
+    hosts = {name.removeprefix(TLS) for name in lowered}
+    keys: frozenset[ClientKey] = frozenset()
     if key_file is not None:
         keys = read_keys(key_file)
-    n_bytes = max_body * 2**20
     return ClientLimits(
-        hosts=hosts,
+        hosts=frozenset([*LOOPBACK, host.lower(), *hosts]),
+        tls_hosts=frozenset(tls_hosts),
         keys=keys,
-        queue=queue,
-        body=n_bytes,
-        images=max_images,
-        answer=timeout,
     )
 
 

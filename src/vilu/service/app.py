@@ -25,6 +25,7 @@ from vilu.service.bodies import (
     AnswerOut,
     AnswersOut,
     ChoiceIn,
+    CorrectionsIn,
     EmbeddingsIn,
     ImagesIn,
     LabelsIn,
@@ -33,8 +34,18 @@ from vilu.service.bodies import (
     described_body,
     read_images,
     read_json,
+    stated_pixels,
 )
-from vilu.service.limits import PROBLEM, ClientLimits, Gate, ImageSlots, Refused, problem
+from vilu.service.journals import ContradictionError
+from vilu.service.limits import (
+    PROBLEM,
+    ClientLimits,
+    Gate,
+    Refused,
+    Room,
+    problem,
+    require_at_most,
+)
 from vilu.service.measures import Measures
 
 if TYPE_CHECKING:
@@ -58,6 +69,11 @@ NOT_WRITTEN: Final = (
 )
 """Detail of a refusal after a journal could not be written."""
 
+NOT_READY: Final = (
+    "the journal cannot be written, so nothing is answered; the log of the service says why."
+)
+"""Detail of the answer of /readyz while a journal is locked or its disk is full."""
+
 Route = Callable[..., Any]
 Responses = dict[int | str, dict[str, Any]]
 """OpenAPI's descriptions of the answers of a route, by status."""
@@ -75,8 +91,8 @@ class Service:
         self.limits = limits
         self.keep = None if keep is None else make_folder(keep)
         self.engine: Engine | None = None
-        self.slots = ImageSlots(limits.queue)
-        self.measures = Measures(self.slots, lambda: self.engine)
+        self.room = Room(limits)
+        self.measures = Measures(self.room, lambda: self.engine)
         self.api = FastAPI(
             title="vilu",
             version=metadata.version("vilu"),
@@ -89,7 +105,7 @@ class Service:
         self.gate = Gate(
             self.api,
             limits,
-            slots_left=lambda: self.slots.left,
+            room=self.room,
             on_answered=self.measures.count_request,
             paths=frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
         )
@@ -114,6 +130,7 @@ class Service:
         self._add_post("/v1/answers", self.answers, ImagesIn, AnswersOut)
         self._add_post("/v1/scores", self.scores, EmbeddingsIn, AnswersOut)
         self._add_post("/v1/labels", self.labels, LabelsIn)
+        self._add_post("/v1/corrections", self.corrections, CorrectionsIn)
         self._add_get("/v1/monitor", self.monitor, responses=described_answers(takes_body=False))
         self._add_get(
             "/v1/predictors", self.predictors, responses=described_answers(takes_body=False)
@@ -173,24 +190,25 @@ class Service:
         Every answer has the probability that it is wrong, and whether to accept it.
         """
         engine = self.ready
-        images = await read_images(request)
-        self._require_at_most(len(images), "images")
-        with self.slots.hold(len(images)):
-            awaited = engine.images(request.state.request_id, images)
-            return await self._replies(request, awaited, images)
+        images = await read_images(request, self.limits.images)
+        request.state.admission.take_images(len(images))
+        await asyncio.to_thread(self._require_pixels, images)
+        awaited = engine.images(request.state.request_id, images)
+        return await self._replies(request, awaited, images)
 
     async def scores(self, request: Request) -> Response:
         """Answer about embeddings of the model that the predictor was fitted on."""
         engine = self.ready
-        body = await read_json(request, EmbeddingsIn)
-        self._require_at_most(len(body.embeddings), "embeddings")
+        n_numbers = self.limits.images * sum(engine.guard.model.widths.values())
+        body = await read_json(request, EmbeddingsIn, n_numbers, "numbers")
+        require_at_most(len(body.embeddings), self.limits.images, "embeddings")
         try:
             arrays = await asyncio.to_thread(engine.checked, body.embeddings, body.features)
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
-        with self.slots.hold(len(body.embeddings)):
-            awaited = engine.rows(request.state.request_id, arrays)
-            return await self._replies(request, awaited)
+        request.state.admission.take_images(len(body.embeddings))
+        awaited = engine.rows(request.state.request_id, arrays)
+        return await self._replies(request, awaited)
 
     async def _replies(
         self,
@@ -236,12 +254,16 @@ class Service:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "1"}) from None
 
     async def labels(self, request: Request) -> Response:
-        """Take labels of answered rows, for the audit of the guarantee; a row is counted once."""
+        """Take labels of answered rows, for the audit of the guarantee; a picture counts once.
+
+        If a row has another label already, the request is refused, and nothing of it is written.
+        """
         engine = self.ready
-        body = await read_json(request, LabelsIn)
-        self._require_at_most(len(body.labels), "labels")
+        body = await read_json(request, LabelsIn, self.limits.images, "labels")
         try:
             counts = await asyncio.to_thread(engine.journals.label, body.labels)
+        except ContradictionError as error:
+            raise Refused(HTTPStatus.CONFLICT, str(error)) from error
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
         if not counts:
@@ -261,6 +283,21 @@ class Service:
                 }
             )
         return _json({"audited": audited})
+
+    async def corrections(self, request: Request) -> Response:
+        """Replace wrong labels; the journal keeps both, and the monitor counts all labels again."""
+        engine = self.ready
+        body = await read_json(request, CorrectionsIn, 2 * self.limits.images, "labels")
+        if body.before.keys() != body.after.keys():
+            detail = "before and after must name the same rows."
+            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
+        try:
+            state = await asyncio.to_thread(engine.journals.correct, body.before, body.after)
+        except ContradictionError as error:
+            raise Refused(HTTPStatus.CONFLICT, str(error)) from error
+        except DataError as error:
+            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+        return _json({"corrected": len(body.after), "guarantees": state.guarantees})
 
     async def monitor(self) -> Response:
         """State of every guarantee, and the evidence of its monitor."""
@@ -284,7 +321,7 @@ class Service:
         predictor continues to run.
         """
         engine = self.ready
-        choice = await read_json(request, ChoiceIn)
+        choice = await read_json(request, ChoiceIn, 1, "choice")
         before = await asyncio.to_thread(engine.journals.state)
         try:
             await asyncio.to_thread(engine.journals.switch, choice.answers)
@@ -320,9 +357,11 @@ class Service:
     async def is_ready(self) -> Response:
         """Whether the model is loaded and tested, and rows can be written to the journal."""
         engine = self.ready
-        state = await asyncio.to_thread(engine.journals.state)
+        state = await asyncio.to_thread(engine.journals.check)
         if state.has_lost_journal:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, LOST)
+        if not state.is_writable:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, NOT_READY)
         return _json({"ready": True, "answers": engine.served[state.answering].fingerprint})
 
     async def metrics(self) -> Response:
@@ -337,13 +376,14 @@ class Service:
         detail = LOST if state.has_lost_journal else NOT_WRITTEN
         return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "1"})
 
-    def _require_at_most(self, n: int, what: str) -> None:
-        if n > self.limits.images:
-            raise Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"a request may have {self.limits.images:,} {what}. Found {n:,}; send several "
-                "requests.",
-            )
+    def _require_pixels(self, images: Sequence[bytes]) -> None:
+        """Refuse images with too many pixels together; images that are too large count nothing."""
+        n_pixels = 0
+        for content in images:
+            n = stated_pixels(content)
+            if n <= self.limits.pixels:  # a larger image is not decoded
+                n_pixels += n
+        require_at_most(n_pixels, self.limits.request_pixels, "pixels")
 
 
 def _out(reply: Reply) -> AnswerOut:

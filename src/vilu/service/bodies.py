@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from http import HTTPStatus
+from io import BytesIO
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Request
@@ -14,13 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from vilu.service.limits import PROBLEM, Refused
+from vilu.datasets.images import OPENERS, sniff
+from vilu.service.limits import PROBLEM, Refused, require_at_most
 
 CLOSED: Final = ConfigDict(extra="forbid")  # refuses bodies with unknown fields
 Body = TypeVar("Body", bound=BaseModel)
 
 JSON: Final = "application/json"
 FORM: Final = "multipart/form-data"
+
+TEXT: Final = re.compile(rb'"[^"]*"')
+"""A text in JSON without escaped characters."""
 
 
 class ImagesIn(BaseModel):
@@ -59,6 +65,18 @@ class LabelsIn(BaseModel):
             min_length=1,
             description='Name of the class, or "(outside)", by the row of the answer.',
         ),
+    ]
+
+
+class CorrectionsIn(BaseModel):
+    """Other labels for rows whose labels were wrong."""
+
+    model_config = CLOSED
+    before: Annotated[
+        dict[str, str], Field(min_length=1, description="The present label of every row.")
+    ]
+    after: Annotated[
+        dict[str, str], Field(min_length=1, description="The right label of the same rows.")
     ]
 
 
@@ -114,8 +132,33 @@ def content_type(request: Request) -> str:
     return kind.strip().lower()
 
 
-async def read_json(request: Request, kind: type[Body]) -> Body:
-    """Read a JSON body; Refused (415) for another content type, Refused (422) if it is invalid."""
+def count_values(content: bytes) -> int:
+    """Number of values that a JSON document lists; commas within texts count, too.
+
+    Each value is followed by a comma, except the last. So nothing has to be built.
+    """
+    return content.count(b",") + 1
+
+
+def count_labels(content: bytes, limit: int) -> int:
+    """As ``count_values``, but without the commas within texts, which labels may have.
+
+    Where there are more texts than ``limit`` labels have, these commas count, too.
+    """
+    unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    n_texts = unescaped.count(b'"') // 2
+    most_texts = 2 * limit + 1  # a label and its row are two texts; the name of the field is one
+    if n_texts > most_texts:
+        return max(count_values(content), n_texts // 2)
+    return count_values(TEXT.sub(b"", unescaped))
+
+
+async def read_json(request: Request, kind: type[Body], limit: int, what: str) -> Body:
+    """Read a JSON body with at most ``limit`` values, which ``what`` names.
+
+    Raises:
+        Refused: 415 for another content type, 413 for too many values, 422 if it is invalid.
+    """
     stated = content_type(request)
     if stated != JSON:
         expected = JSON
@@ -125,6 +168,10 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {stated!r:.60}."
         )
     content = await request.body()
+    n_values = count_values(content)
+    if n_values > limit and kind in {LabelsIn, CorrectionsIn}:
+        n_values = await asyncio.to_thread(count_labels, content, limit)
+    require_at_most(n_values, limit, what)
     try:
         return await asyncio.to_thread(kind.model_validate_json, content)
     except ValidationError as error:
@@ -134,13 +181,19 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
 
 
-async def read_images(request: Request) -> list[bytes]:
-    """Read the encoded images of a form or of a JSON body."""
+async def read_images(request: Request, limit: int) -> list[bytes]:
+    """Read the encoded images, at most ``limit``, of a form or of a JSON body."""
     if content_type(request) == FORM:
-        return await _read_form(request)
-    body = await read_json(request, ImagesIn)
+        images = await _read_form(request)
+        require_at_most(len(images), limit, "images")
+        return images
+    body = await read_json(request, ImagesIn, limit, "images")
+    return await asyncio.to_thread(_from_base64, body.images)
+
+
+def _from_base64(texts: Sequence[str]) -> list[bytes]:
     images = []
-    for index, text in enumerate(body.images):
+    for index, text in enumerate(texts):
         try:
             images.append(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
@@ -148,6 +201,18 @@ async def read_images(request: Request) -> list[bytes]:
                 HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{index} is no base64 ({error})."
             ) from None
     return images
+
+
+def stated_pixels(content: bytes) -> int:
+    """Number of pixels that the header of an encoded image states; 0 if it cannot be read."""
+    opener = OPENERS.get(sniff(content) or "")
+    if opener is None:
+        return 0
+    try:
+        width, height = opener(BytesIO(content)).size
+    except Exception:  # noqa: BLE001 - the decoder will say what is wrong with this image
+        return 0
+    return int(width * height)
 
 
 class InMemory(MultiPartParser):
@@ -216,7 +281,7 @@ def described_answers(
     """OpenAPI's description of the answer of a route, and of all refusals."""
     refusals = {
         401: "no valid key",
-        403: "a request from a page of another site",
+        403: "a page of another site, or a key without the scope",
         421: "a host name that is not allowed",
         503: "the model is loading, the answer took too long, or no row can be written",
     }
@@ -224,11 +289,11 @@ def described_answers(
         refusals |= {
             400: "the form cannot be read",
             408: "the body came too slowly",
-            409: "there is no guarantee to audit",
-            413: "the body is too large, or has too many images or rows",
+            409: "there is no guarantee to audit, or a row has another label",
+            413: "the body is too large, or has too many images, pixels, rows or labels",
             415: "the body has another content type",
             422: "the content of the body is not valid",
-            429: "too many images are in progress",
+            429: "too many images, bytes or requests are in progress",
         }
     success: dict[str, Any] = {"description": "the answer"}
     if answer is not None:

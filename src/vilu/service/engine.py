@@ -213,7 +213,11 @@ class Engine:
         """Submit rows of embeddings (B, D); returns B futures of judgements, in the same order."""
         # The id of a row covers the numbers of all arrays, which are put side by side.
         joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
-        ids = [row_id(request, index, row.tobytes()) for index, row in enumerate(joined_rows)]
+        contents = [row.tobytes() for row in joined_rows]
+        ids = [
+            row_id(request, index, content, picture=content)
+            for index, content in enumerate(contents)
+        ]
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
         self._model.submit(self._settle, judgements, lambda: self._judged(arrays, ids))
         return judgements
@@ -226,8 +230,11 @@ class Engine:
             return
         position = next(self._positions)
         try:
-            row = row_id(request, index, hashlib.sha256(content).digest())
             item = self.guard.model.decoder((position, record_of(position, content)))
+            picture = content
+            if isinstance(item, Decoded):
+                picture = item.pixels.numpy().tobytes()
+            row = row_id(request, index, hashlib.sha256(content).digest(), picture)
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             judgement.set_exception(error)
             return

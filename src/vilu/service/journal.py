@@ -10,19 +10,21 @@ import logging
 import math
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from vilu.artifacts.disk import make_folder
+from vilu.artifacts.disk import make_folder, or_refuse
 from vilu.calibration.monitor.monitor import Monitor
-from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, ViLUError
+from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, StorageError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.service.journals import GuaranteeState, LabelCounts
+from vilu.process import return_freed_memory
+from vilu.service.journals import ContradictionError, GuaranteeState, LabelCounts
 from vilu.service.rows import ROWS, AnsweredRow, AuditedRow, RowFile, set_aside
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Journal:
     - The monitor takes in rows and labels only from the file, in the order in which they came. So
       even if there is a crash, the monitor takes in every row and label once, and comes to the same
       verdict.
+    - Equal pictures count once: the monitor takes in their first row and their first label.
     - Damaged files are set aside with a warning when the journal is opened.
 
     Args:
@@ -62,19 +65,24 @@ class Journal:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
         # the latest save; at first a call that does nothing
         self._saving: Future[None] = self._writer.submit(lambda: None)
-        new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
-        self.monitor = self._resumed(new_monitor)
+        self._new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
+        self.monitor = self._resumed()
         self._rows = RowFile(folder, self.monitor.fingerprint)
         self._compare_sizes()
         self._last_seen = self.monitor.rows  # number of the last row that the monitor took in
         self._last_saved = self.monitor.rows
+        self.is_writable = True  # whether the last write succeeded
+        self._take_in_all()
+        self.status = self.monitor.status
+
+    def _take_in_all(self) -> None:
+        """Let the monitor take in all rows and labels that it has not seen."""
         with warnings.catch_warnings():
             # Some of these rows and labels may be in the saved state of the monitor already, so the
             # warnings of the monitor about repeated rows are not needed.
             warnings.simplefilter("ignore")
             self._take_in_rows()
             self._take_in_labels(after=0)
-        self.status = self.monitor.status
 
     @property
     def guarantee(self) -> GuaranteeState:
@@ -89,7 +97,7 @@ class Journal:
         Rows without a score (uncertainty NaN) are left out.
         """
         scored = [index for index, value in enumerate(uncertainty) if math.isfinite(value)]
-        with self._lock:
+        with self._writing():
             self._rows.add(
                 [ids[index] for index in scored],
                 [answers[index] for index in scored],
@@ -97,6 +105,27 @@ class Journal:
             )
             self._take_in_rows()
             self._update_status()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A block that writes to the file, alone; notes whether the file could be written."""
+        with self._lock:
+            try:
+                yield
+            except StorageError:
+                self.is_writable = False
+                raise
+            self.is_writable = True
+
+    def check(self) -> None:
+        """Try whether the file can be written, and note the result in ``is_writable``."""
+        if self._lock.locked():  # a write is in progress, which will note its own result
+            return
+        try:
+            with self._writing():
+                self._rows.require_writable()
+        except StorageError as error:
+            logger.warning("%s", error)
 
     def label(self, labels: Mapping[str, str]) -> LabelCounts:
         """Write the labels of rows; a row keeps its first label.
@@ -110,18 +139,63 @@ class Journal:
         codes = self._codes_of(labels)
         unknown: list[str] = []
         new_labels: dict[int, int] = {}
-        with self._lock:
+        with self._writing():
             for key, code in codes.items():
                 number = self._rows.number(key)
                 if number is None:
                     unknown.append(key)
-                elif not self._rows.has_label(number):
+                elif self._rows.label_of(number) is None:
                     new_labels[number] = code
             last_label_before = self._rows.ends.came
             self._rows.add_labels(new_labels)
             self._take_in_labels(after=last_label_before)
             self._update_status()
         return LabelCounts(len(new_labels), unknown)
+
+    def require_same(self, labels: Mapping[str, str]) -> None:
+        """Raise ContradictionError if a row has another label; rows without a label may get one."""
+        codes = self._codes_of(labels)
+        class_names = self.monitor.calibration.class_names or ()
+        with self._lock:
+            for key, code in codes.items():
+                number = self._rows.number(key)
+                present = None if number is None else self._rows.label_of(number)
+                if present is None or present == code:
+                    continue
+                name = OUTSIDE_NAME if present == OUTSIDE else class_names[present]
+                raise ContradictionError(
+                    f"the row {key:.60} has the label {name!r:.60}, and {labels[key]!r:.60} was "
+                    "sent. No label of this request is written. To replace a wrong label, POST "
+                    "its present and its right value to /v1/corrections."
+                )
+
+    def correct(self, labels: Mapping[str, str]) -> None:
+        """Replace the labels of rows that have one; the file keeps the replaced ones, too.
+
+        All rows and labels are read again, so that the monitor counts the right labels alone.
+
+        Raises:
+            DataError: If a label is neither a class nor "(outside)", or if a row has no label.
+        """
+        codes = self._codes_of(labels)
+        with self._writing():
+            corrected: dict[int, int] = {}
+            for key, code in codes.items():
+                number = self._rows.number(key)
+                if number is None or self._rows.label_of(number) is None:
+                    raise DataError(f"the row {key:.60} has no label that could be corrected.")
+                corrected[number] = code
+            # A saved state counts the wrong labels. After a crash, all is read again without it.
+            self._saving.result()
+            with or_refuse(f"remove {self.folder / STATE}"):
+                (self.folder / STATE).unlink(missing_ok=True)
+            self._rows.add_corrections(corrected)
+            logger.warning("%d labels of %s were corrected.", len(corrected), self.folder)
+            self.monitor = self._new_monitor()
+            self._last_seen = 0
+            self._take_in_all()
+            self.status = self.monitor.status
+            self._save_beside()
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
         """Class index of every label, by the id of the row; ``OUTSIDE`` for "(outside)"."""
@@ -182,14 +256,16 @@ class Journal:
                 "again.",
                 error,
             )
+        # A state takes many times the memory of its rows while it is written.
+        return_freed_memory()
 
-    def _resumed(self, new_monitor: Callable[[], Monitor]) -> Monitor:
+    def _resumed(self) -> Monitor:
         """The monitor in its saved state; a new monitor if there is no state, or a damaged one.
 
         A damaged state is set aside.
         """
         path = self.folder / STATE
-        monitor = new_monitor()
+        monitor = self._new_monitor()
         if not path.exists():
             return monitor
         try:
@@ -197,7 +273,7 @@ class Journal:
         except DataError as error:
             (aside,) = set_aside(self.folder, (STATE,))
             logger.warning("%s It is set aside as %s, and all rows are read again.", error, aside)
-        return new_monitor()  # the failed ``resume`` may have changed the first monitor
+        return self._new_monitor()  # the failed ``resume`` may have changed the first monitor
 
     def _compare_sizes(self) -> None:
         """Give new rows numbers after those that the monitor has seen; warn if rows are missing."""
@@ -221,6 +297,7 @@ class Journal:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last_seen = rows[-1].n
             rows = self._rows.rows_after(self._last_seen)
+        self._last_seen = self._rows.ends.n  # the last rows may be of pictures seen before
 
     def _take_in_labels(self, *, after: int) -> None:
         """Let the monitor take in the labels after number ``after``, in the order of arrival."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol
 
 from vilu.calibration.monitor.status import Status
+from vilu.errors import DataError
 
 NAMES: Final = ("first", "second")
 """Names of the predictors of a service: the main predictor, and the optional second one."""
@@ -27,15 +28,25 @@ GuaranteeState = Literal["holds", "void", "none"]
 """State of a guarantee: "holds" before any alarm, "void" after one, "none" without guarantee."""
 
 
-def row_id(request: str, index: int, content: bytes) -> str:
+class ContradictionError(DataError):
+    """A label differs from the label that its row has; nothing of the request is written."""
+
+
+def row_id(request: str, index: int, content: bytes, picture: bytes) -> str:
     """The id of a row of a request; a repeated request with the same images gives the same ids.
 
     Args:
         request: Id of the request.
         index: Index of the image in the request.
         content: Digest or bytes of the image or row.
+        picture: What is equal for equal pictures, such as the pixels. The id ends with its digest.
     """
-    return hashlib.blake2b(f"{request}\n{index}\n".encode() + content, digest_size=16).hexdigest()
+    place = f"{request}\n{index}\n".encode() + content
+    return f"{_digest(place)}-{_digest(picture)}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -46,11 +57,13 @@ class ServiceState:
         answering: Name of the predictor that answers.
         guarantees: State of every guarantee, by the name of the predictor.
         has_lost_journal: Whether the file of a journal was removed or replaced.
+        is_writable: Whether all journals could be written when it was last tried.
     """
 
     answering: str
     guarantees: dict[str, GuaranteeState]
     has_lost_journal: bool = False
+    is_writable: bool = True
 
 
 class Journals(Protocol):
@@ -62,8 +75,14 @@ class Journals(Protocol):
     def state(self) -> ServiceState:
         """The present state of the service."""
 
+    def check(self) -> ServiceState:
+        """Try whether the journals can be written; returns the state of the service."""
+
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """Write labels, by the id of the row; returns the counts by the name of the predictor."""
+
+    def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
+        """Replace labels ``before`` by ``after``, both by the id of the row."""
 
     def statuses(self) -> dict[str, Status]:
         """The status of every monitor, by the name of the predictor."""

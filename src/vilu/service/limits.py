@@ -1,4 +1,4 @@
-"""Limits for clients: host names, keys, sizes of requests, and time."""
+"""Limits for clients: host names, keys and their scopes, sizes of requests, room, and time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from vilu.artifacts.documents import read_bounded
 from vilu.errors import UsageError
@@ -44,10 +44,50 @@ DRAINED: Final = 2**20
 POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
 """Content security policy of all answers except pages."""
 
-WORK: Final = frozenset({"/v1/answers", "/v1/scores"})
-"""Paths of requests with images or rows, which count towards the queue (``ImageSlots``)."""
+IMAGES: Final = "/v1/answers"
+"""Path of requests with encoded images, whose bodies may be longer than all others."""
+
+WORK: Final = frozenset({IMAGES, "/v1/scores"})
+"""Paths of requests with images or rows, which count towards the queue (``Room``)."""
+
+OTHERS: Final = 16
+"""Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
+
+PENDING: Final = 4
+"""The bodies in progress may have as many bytes together as this number of largest bodies."""
+
+CONNECTIONS: Final = 512
+"""Maximum number of open connections."""
+
+KeyScope = Literal["ask", "label", "admin"]
+"""What a key allows: ask about images and rows, give labels, or correct labels and switch."""
+
+KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
+"""All scopes, which a key has unless its line names some."""
+
+SCOPE_OF: Final[dict[str, KeyScope]] = {
+    IMAGES: "ask",
+    "/v1/scores": "ask",
+    "/v1/labels": "label",
+    "/v1/corrections": "admin",
+    "/v1/predictors": "admin",
+}
+"""The scope that a POST to a path needs. A GET needs any key."""
 
 access = logging.getLogger("vilu.access")
+
+
+@dataclass(frozen=True)
+class ClientKey:
+    """A key of a client.
+
+    Attributes:
+        digest: SHA-256 of the key.
+        scopes: What the key allows.
+    """
+
+    digest: bytes
+    scopes: frozenset[KeyScope] = KEY_SCOPES
 
 
 @dataclass(frozen=True)
@@ -56,21 +96,35 @@ class ClientLimits:
 
     Attributes:
         hosts: Allowed names in the Host header, without a port.
-        keys: SHA-256 hashes of the keys; a client must send one of the keys. Empty: no key needed.
+        tls_hosts: Those of the names whose pages come with https, through a proxy.
+        keys: A client must send one of these keys. Empty: no key needed.
         queue: Maximum number of images in progress; further requests get 429.
-        body: Maximum length of the body of a request, in bytes.
+        body: Maximum length of a body with images, in bytes.
+        json: Maximum length of any other body, in bytes.
         images: Maximum number of images, rows or labels of a request.
+        pixels: Maximum number of pixels of an image; larger images are not decoded.
+        request_pixels: Maximum number of pixels of all images of a request together.
         upload: Seconds in which the body of a request must arrive.
         answer: Seconds after which a request without an answer is given up.
     """
 
     hosts: frozenset[str] = frozenset(LOOPBACK)
-    keys: frozenset[bytes] = frozenset()
+    tls_hosts: frozenset[str] = frozenset()
+    keys: frozenset[ClientKey] = frozenset()
     queue: int = 64
     body: int = 32 * 2**20
+    json: int = 2**20
     images: int = 256
+    pixels: int = 25_000_000
+    request_pixels: int = 250_000_000
     upload: float = 30.0
     answer: float = 60.0
+
+    def longest_body(self, path: str) -> int:
+        """Maximum length of the body of a request to this path, in bytes."""
+        if path == IMAGES:
+            return self.body
+        return min(self.json, self.body)
 
 
 def log_access() -> None:
@@ -81,19 +135,36 @@ def log_access() -> None:
     access.propagate = False
 
 
-def read_keys(path: Path) -> frozenset[bytes]:
-    """Hashes of the keys in a file, which has one key on every line.
+def read_keys(path: Path) -> frozenset[ClientKey]:
+    """The keys in a file, which has one key on every line; scopes may follow after a space.
 
     Raises:
-        UsageError: If there is no key, or if a key is too short.
+        UsageError: If there is no key, if a key is too short, or if a scope is unknown.
     """
-    keys = read_bounded(path, "Give a file of keys", UsageError, 2**20).split()
-    if not keys or min(map(len, keys)) < 16:
+    content = read_bounded(path, "Give a file of keys", UsageError, 2**20)
+    lines = [line.split() for line in content.splitlines() if line.strip()]
+    lengths = [len(key) for key, *_ in lines]
+    if not lines or min(lengths) < 16:
         raise UsageError(
             f"{path} must hold one key on every line, each of at least 16 characters. Found "
-            f"{len(keys)} keys."
+            f"{len(lines)} keys."
         )
-    return frozenset(hashlib.sha256(key).digest() for key in keys)
+    return frozenset(_key(path, key, *scopes) for key, *scopes in lines)
+
+
+def _key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
+    """A key with the scopes that follow it on its line; without any, it has all."""
+    digest = hashlib.sha256(key).digest()
+    if not scopes:
+        return ClientKey(digest)
+    named = {scope.decode(errors="replace") for scope in scopes}
+    if named <= KEY_SCOPES:
+        return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in named))
+    unknown = ", ".join(sorted(named - KEY_SCOPES))
+    raise UsageError(
+        f"{path} gives a key the scopes {unknown!r:.60}. The scopes are "
+        f"{', '.join(get_args(KeyScope))}; each key stands on its own line."
+    )
 
 
 class Refused(Exception):  # noqa: N818 - an answer to the client, not an error of the service
@@ -120,7 +191,7 @@ class Gate:
     Attributes:
         app: The application that gets the admitted requests.
         limits: Limits for clients.
-        slots_left: Returns the number of images that may still be taken in.
+        room: Where admitted requests with a body take room.
         on_answered: Called with the path, the status and the seconds of every answered request.
         paths: Paths of the application; all other paths are counted together as "other".
         is_closing: Returns whether connections are to be closed after the present request.
@@ -128,7 +199,7 @@ class Gate:
 
     app: App
     limits: ClientLimits
-    slots_left: Callable[[], int]
+    room: Room
     on_answered: Callable[[str, int, float], None]
     paths: frozenset[str]
     is_closing: Callable[[], bool] = lambda: False
@@ -146,8 +217,11 @@ class Gate:
         answer = _Answer(send, request_id, self.is_closing)
         try:
             self._admit(scope, headers)
-            deadline = asyncio.get_running_loop().time() + self.limits.upload
-            await self.app(scope, _Body(receive, self.limits, deadline), answer)
+            with self._room_taken(scope, headers):
+                deadline = asyncio.get_running_loop().time() + self.limits.upload
+                longest = self.limits.longest_body(scope["path"])
+                body = _Body(receive, longest, self.limits.upload, deadline)
+                await self.app(scope, body, answer)
         except Refused as refused:
             if not answer.has_begun:
                 await self._refuse(refused, receive, answer)
@@ -156,56 +230,76 @@ class Gate:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise Refused if the head of a request already breaks a limit."""
+        _require_one_length(headers)
         self._require_host(headers)
         if self.limits.keys and scope["path"] not in OPEN:
-            self._require_key(headers)
-        if scope["method"] == "POST":
-            self._require_size(headers)
-            if scope["path"] in WORK and self.slots_left() < 1:
-                raise full()
+            self._require_key(scope, headers)
+
+    @contextmanager
+    def _room_taken(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
+        """A block during which a request with a body has its room."""
+        if scope["method"] != "POST":
+            yield
+            return
+        n_bytes = self._length(scope["path"], headers)
+        with self.room.admit(scope["path"], n_bytes) as admission:
+            scope["state"]["admission"] = admission
+            yield
 
     def _require_host(self, headers: dict[bytes, bytes]) -> None:
         """Refuse requests to host names that are not allowed, and requests of other sites' pages.
 
         Another site can let its host name lead to this address (DNS rebinding). But its page cannot
-        change the Host and Origin headers, which the browser sets.
+        change the Host and Origin headers, which the browser sets. Another port is another site.
         """
-        host = _host(headers.get(b"host", b"").decode("latin-1"))
+        host_and_port = headers.get(b"host", b"").decode("latin-1").strip().lower()
+        host = _without_port(host_and_port)
         if host not in self.limits.hosts:
             raise Refused(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 "the name in the Host header is not allowed. Allow the name with --allow-host.",
             )
+        scheme = "https" if host in self.limits.tls_hosts else "http"
         origin = headers.get(b"origin")
-        if origin is None:
-            return
-        _, _, site = origin.decode("latin-1").partition("://")
-        if _host(site) != host:
-            raise Refused(HTTPStatus.FORBIDDEN, "a page of another site may not use this service.")
+        own_origin = f"{scheme}://{host_and_port}".encode("latin-1")
+        if origin is not None and origin.strip().lower() != own_origin:
+            raise Refused(
+                HTTPStatus.FORBIDDEN,
+                "a page of another site may not use this service. If a proxy gives it TLS, allow "
+                "its name with --allow-host https://NAME.",
+            )
 
-    def _require_key(self, headers: dict[bytes, bytes]) -> None:
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    def _require_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        """Refuse a request without a key (401), or with a key that does not allow it (403)."""
+        bearer, _, key = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
         # All keys are compared, even after a match, and each comparison takes the same time. So the
         # duration reveals no key.
-        matches = [hmac.compare_digest(digest, known) for known in self.limits.keys]
-        is_bearer = scheme.lower() == b"bearer"
-        if is_bearer and any(matches):
-            return
-        raise Refused(
-            HTTPStatus.UNAUTHORIZED,
-            "give a key: Authorization: Bearer KEY.",
-            **{"WWW-Authenticate": "Bearer"},
-        )
-
-    def _require_size(self, headers: dict[bytes, bytes]) -> None:
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.limits.body:
+        matches = [known for known in self.limits.keys if _is_equal(digest, known.digest)]
+        if bearer.lower() != b"bearer" or not matches:
             raise Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body must be at most {self.limits.body:,} bytes. Send fewer or smaller "
-                "images.",
+                HTTPStatus.UNAUTHORIZED,
+                "give a key: Authorization: Bearer KEY.",
+                **{"WWW-Authenticate": "Bearer"},
             )
+        needed = SCOPE_OF.get(scope["path"]) if scope["method"] == "POST" else None
+        if needed is None or any(needed in known.scopes for known in matches):
+            return
+        raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed!r}.")
+
+    def _length(self, path: str, headers: dict[bytes, bytes]) -> int:
+        """Number of bytes of a body; the largest number if the head does not state it."""
+        longest = self.limits.longest_body(path)
+        if b"transfer-encoding" in headers:
+            return longest
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) <= longest:
+            return int(length)
+        raise Refused(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"the body must be at most {longest:,} bytes. Send fewer or smaller images, rows or "
+            "labels.",
+        )
 
     async def _refuse(self, refused: Refused, receive: Receive, send: Send) -> None:
         """Send a refusal, then read some of the body before the connection is closed.
@@ -289,7 +383,8 @@ class _Body:
     """Receives the body of a request; raises Refused if it is too long or comes too slowly."""
 
     receive: Receive
-    limits: ClientLimits
+    longest: int  # maximum length in bytes
+    upload: float  # seconds in which the body must arrive
     deadline: float  # time on the clock of the event loop at which the body must be complete
     n_read: int = 0  # number of bytes received so far
     is_whole: bool = False  # whether the body is complete
@@ -304,14 +399,14 @@ class _Body:
         except TimeoutError:
             raise Refused(
                 HTTPStatus.REQUEST_TIMEOUT,
-                f"the body was not complete after {self.limits.upload:g} seconds.",
+                f"the body was not complete after {self.upload:g} seconds.",
             ) from None
         self.n_read += len(message.get("body", b""))
         self.is_whole = not message.get("more_body", False)
-        if self.n_read > self.limits.body:
+        if self.n_read > self.longest:
             raise Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body must be at most {self.limits.body:,} bytes.",
+                f"the body must be at most {self.longest:,} bytes.",
             )
         return message
 
@@ -327,46 +422,88 @@ async def _drain(receive: Receive) -> None:
             return
 
 
-def full() -> Refused:
-    """The refusal of a request while the queue is full."""
+def full(what: str) -> Refused:
+    """The refusal of a request for which there is no room."""
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
-        "the service has too many images in progress. Repeat the request after a second.",
+        f"the service has too many {what} in progress. Repeat the request after a second.",
         **{"Retry-After": "1"},
     )
 
 
-@dataclass
-class ImageSlots:
-    """Counts the images in progress.
+def require_at_most(n: int, limit: int, what: str) -> None:
+    """Raise Refused (413) if a request has more than ``limit`` of something."""
+    if n > limit:
+        raise Refused(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"a request may have {limit:,} {what}. Found {n:,}; send several requests.",
+        )
+
+
+class Room:
+    """What is in progress: requests, the bytes of their bodies, and their images.
+
+    A request takes room before its body is read, and leaves it after its answer.
 
     Attributes:
-        limit: Maximum number of images in progress.
-        taken: Number of images in progress.
+        n_working: Number of requests with images or rows.
+        n_others: Number of other requests with a body.
+        n_bytes: Number of bytes of all these bodies, whether they have arrived or not.
+        n_images: Number of images and rows of the requests whose bodies have arrived.
     """
 
-    limit: int
-    taken: int = field(default=0, init=False)
+    def __init__(self, limits: ClientLimits) -> None:
+        self.limits = limits
+        self.n_working = 0
+        self.n_others = 0
+        self.n_bytes = 0
+        self.n_images = 0
 
     @property
-    def left(self) -> int:
-        """Number of images that may still be taken in."""
-        return self.limit - self.taken
+    def most_bytes(self) -> int:
+        """Maximum number of bytes of all bodies in progress."""
+        return PENDING * self.limits.body
 
     @contextmanager
-    def hold(self, n: int) -> Iterator[None]:
-        """A block during which n more images are in progress; Refused (429) if they are too many.
-
-        A request with more than ``limit`` images is admitted if no other image is in progress.
-        """
-        has_others = self.taken > 0
-        if has_others and n > self.left:
-            raise full()
-        self.taken += n
+    def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
+        """A block during which a request is in progress; Refused (429) if there is no room."""
+        is_work = path in WORK
+        if self.n_bytes + n_bytes > self.most_bytes:
+            raise full("bytes")
+        if is_work and max(self.n_working, self.n_images) >= self.limits.queue:
+            raise full("images")
+        if not is_work and self.n_others >= OTHERS:
+            raise full("requests")
+        admission = Admission(self)
+        self.n_bytes += n_bytes
+        self.n_working += is_work
+        self.n_others += not is_work
         try:
-            yield
+            yield admission
         finally:
-            self.taken -= n
+            self.n_bytes -= n_bytes
+            self.n_working -= is_work
+            self.n_others -= not is_work
+            self.n_images -= admission.n_images
+
+
+@dataclass
+class Admission:
+    """A request that is in progress, with its images."""
+
+    room: Room
+    n_images: int = 0
+
+    def take_images(self, n: int) -> None:
+        """Take room for the images of this request; Refused (429) if they are too many.
+
+        A request with more images than the queue holds is admitted if no other image is there.
+        """
+        has_others = self.room.n_images > 0
+        if has_others and self.room.n_images + n > self.room.limits.queue:
+            raise full("images")
+        self.n_images = n
+        self.room.n_images += n
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
@@ -377,6 +514,23 @@ def _request_id(headers: dict[bytes, bytes]) -> str:
     return uuid.uuid4().hex
 
 
-def _host(value: str) -> str:
-    """A host name without its port, in lower case."""
-    return re.sub(r":\d{1,5}$", "", value.strip().lower())
+def _require_one_length(headers: dict[bytes, bytes]) -> None:
+    """Refuse a request that states the end of its body in two ways, and close its connection.
+
+    A proxy may see another end than this service, so that the rest looks like a second request.
+    """
+    if b"content-length" in headers and b"transfer-encoding" in headers:
+        raise Refused(
+            HTTPStatus.BAD_REQUEST,
+            "a request has either Content-Length or Transfer-Encoding. Found both.",
+            Connection="close",
+        )
+
+
+def _is_equal(digest: bytes, known: bytes) -> bool:
+    """Whether two digests are equal; the comparison always takes the same time."""
+    return hmac.compare_digest(digest, known)
+
+
+def _without_port(host_and_port: str) -> str:
+    return re.sub(r":\d{1,5}$", "", host_and_port)

@@ -86,19 +86,47 @@ class LocalJournals:
     def state(self) -> ServiceState:
         """The present state of the service."""
         guarantees: dict[str, GuaranteeState] = dict.fromkeys(self.fingerprints, "none")
-        has_lost_journal = False
         for name, journal in self._journals.items():
             guarantees[name] = journal.guarantee
-            has_lost_journal |= journal.is_lost
-        return ServiceState(self._answering, guarantees, has_lost_journal)
+        journals = self._journals.values()
+        return ServiceState(
+            self._answering,
+            guarantees,
+            has_lost_journal=any(journal.is_lost for journal in journals),
+            is_writable=all(journal.is_writable for journal in journals),
+        )
+
+    def check(self) -> ServiceState:
+        """Try whether the journals can be written; returns the state of the service."""
+        for journal in self._journals.values():
+            journal.check()
+        return self.state()
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """Write labels, by the id of the row; returns the counts by the name of the predictor.
 
         Raises:
+            ContradictionError: If a row has another label; then no journal gets any of them.
             DataError: As ``Journal.label``.
         """
-        return {name: journal.label(labels) for name, journal in self._journals.items()}
+        with self._lock:  # between check and write, no other request may label the same rows
+            for journal in self._journals.values():
+                journal.require_same(labels)
+            return {name: journal.label(labels) for name, journal in self._journals.items()}
+
+    def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
+        """Replace labels ``before`` by ``after``, both by the id of the row.
+
+        Raises:
+            ContradictionError: If a row has not the label in ``before``; then nothing is replaced.
+            DataError: As ``Journal.correct``.
+        """
+        with self._lock:
+            for journal in self._journals.values():
+                journal.require_same(before)
+            for journal in self._journals.values():
+                journal.correct(after)
+        return self.state()
 
     def statuses(self) -> dict[str, Status]:
         """The status of every monitor, by the name of the predictor."""

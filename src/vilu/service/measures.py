@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from vilu.calibration.monitor.status import Status
 from vilu.service.journals import Journals, ServiceState
-from vilu.service.limits import ImageSlots
+from vilu.service.limits import Room
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of the time to answer, in seconds."""
@@ -53,9 +53,9 @@ class Measured(Protocol):
 class Measures:
     """The metrics of one service, in a separate Prometheus registry."""
 
-    def __init__(self, slots: ImageSlots, engine: Callable[[], Measured | None]) -> None:
+    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(slots, engine))
+        self.registry.register(_Gauges(room, engine))
         self._requests = Counter(
             "vilu_requests",
             "Requests, by path and status.",
@@ -97,8 +97,8 @@ class Measures:
 class _Gauges(Collector):
     """Gauges whose values are read from the engine at every request for the metrics."""
 
-    def __init__(self, slots: ImageSlots, engine: Callable[[], Measured | None]) -> None:
-        self.slots = slots
+    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
+        self.room = room
         self.engine = engine
 
     def describe(self) -> list[Metric]:
@@ -108,12 +108,20 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         """Images in progress, and for every predictor its guarantee, evidence and audit."""
         yield GaugeMetricFamily(
-            "vilu_images_under_way", "Images that wait for an answer.", self.slots.taken
+            "vilu_images_under_way", "Images that wait for an answer.", self.room.n_images
         )
         yield GaugeMetricFamily(
             "vilu_images_under_way_limit",
             "Maximum number of waiting images; further requests get 429.",
-            self.slots.limit,
+            self.room.limits.queue,
+        )
+        yield GaugeMetricFamily(
+            "vilu_bytes_under_way", "Bytes of the bodies in progress.", self.room.n_bytes
+        )
+        yield GaugeMetricFamily(
+            "vilu_bytes_under_way_limit",
+            "Maximum number of bytes in progress; further requests get 429.",
+            self.room.most_bytes,
         )
         engine = self.engine()
         if engine is None:
@@ -122,7 +130,7 @@ class _Gauges(Collector):
         state = engine.journals.state()
         statuses = engine.journals.statuses()
         fingerprints = {name: served.fingerprint for name, served in engine.served.items()}
-        yield _ready(is_ready=not state.has_lost_journal)
+        yield _ready(is_ready=state.is_writable and not state.has_lost_journal)
         yield from _guarantees(state, fingerprints)
         yield from _evidence({fingerprints[name]: status for name, status in statuses.items()})
 

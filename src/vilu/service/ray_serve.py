@@ -62,6 +62,14 @@ class RemoteJournals:
         """As ``LocalJournals``."""
         return cast("dict[str, LabelCounts]", self._call("label", labels))
 
+    def check(self) -> ServiceState:
+        """As ``LocalJournals``."""
+        return cast("ServiceState", self._call("check"))
+
+    def correct(self, before: Mapping[str, str], after: Mapping[str, str]) -> ServiceState:
+        """As ``LocalJournals``."""
+        return cast("ServiceState", self._call("correct", before, after))
+
     def statuses(self) -> dict[str, Status]:
         """As ``LocalJournals``."""
         return cast("dict[str, Status]", self._call("statuses"))

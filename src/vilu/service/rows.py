@@ -2,7 +2,9 @@
 
 - Rows and labels are only added, never changed.
 - Rows form a chain: the digest of a row is computed from its content and the digest of the previous
-  row. So an edit or a deletion breaks the chain. Labels form a second chain.
+  row. So an edit or a deletion breaks the chain. Labels and their corrections form a second chain.
+- The id of a row ends with the id of its picture. Rows of equal pictures are kept, but only the
+  first of them is given to the monitor.
 - The chains begin with a digest of the fingerprint of the monitor, so rows of another monitor do
   not fit.
 - A small second file notes the last row and the last label, so that missing rows at the end are
@@ -20,7 +22,7 @@ import re
 import sqlite3
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -46,8 +48,11 @@ WAL: Final = f"{ROWS}-wal"
 BLOCK: Final = 50_000
 """Maximum number of rows that are read at a time."""
 
-PATIENCE: Final = 30.0
+PATIENCE: Final = 5.0
 """Seconds to wait for a file that another process has locked."""
+
+PICTURE: Final = "substr({id}, instr({id}, '-') + 1)"
+"""SQL expression for the picture of a row: the end of its id, or the whole id without a hyphen."""
 
 TABLES: Final = f"""
 BEGIN IMMEDIATE;
@@ -65,13 +70,52 @@ CREATE TABLE IF NOT EXISTS labels (
     label INTEGER NOT NULL,
     digest BLOB NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS corrections (
+    came INTEGER PRIMARY KEY,
+    n INTEGER NOT NULL,
+    label INTEGER NOT NULL,
+    digest BLOB NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS pictures ON rows ({PICTURE.format(id="id")});
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
 """
 """SQL that creates the tables.
 
-``n`` is the number of a row, and ``came`` the number of a label, in the order of their arrival.
+``n`` is the number of a row, and ``came`` the number of a label or correction, in the order of
+their arrival.
 """
+
+ADDED: Final = frozenset({"corrections", "pictures"})
+"""Names in the schema that files of earlier versions lack."""
+
+ROWS_OF_NEW_PICTURES: Final = f"""
+SELECT n, id, answer, uncertainty FROM rows
+WHERE n > ? AND NOT EXISTS (
+    SELECT 1 FROM rows AS earlier
+    WHERE {PICTURE.format(id="earlier.id")} = {PICTURE.format(id="rows.id")} AND earlier.n < rows.n
+) ORDER BY n LIMIT ?
+"""  # noqa: S608 - only names of columns are put in
+"""SQL for the rows after a number whose pictures are in no earlier row."""
+
+LABELS_OF_NEW_PICTURES: Final = f"""
+SELECT n, id, answer, uncertainty, coalesce(
+    (SELECT label FROM corrections WHERE n = labels.n ORDER BY came DESC LIMIT 1), label
+) FROM labels JOIN rows USING (n)
+WHERE came > ? AND NOT EXISTS (
+    SELECT 1 FROM rows AS twin JOIN labels AS earlier USING (n)
+    WHERE {PICTURE.format(id="twin.id")} = {PICTURE.format(id="rows.id")}
+    AND earlier.came < labels.came
+) ORDER BY came
+"""  # noqa: S608 - only names of columns are put in
+"""SQL for the labels after a number, as they are corrected, of pictures without earlier labels."""
+
+LABEL_CHAIN: Final = """
+SELECT came, n, label, digest, 'labels' FROM labels
+UNION ALL SELECT came, n, label, digest, 'corrections' FROM corrections
+ORDER BY came
+"""
+"""SQL for the chain of labels and corrections; the last column is the table."""
 
 DIGEST: Final = 16
 """Length of a digest in bytes."""
@@ -122,8 +166,8 @@ class AuditedRow(NamedTuple):
 StoredRow = tuple[int, bytes, float, int, float, bytes]
 """Number, id, time, answer, uncertainty, digest."""
 
-StoredLabel = tuple[int, int, int, bytes]
-"""Number of the label, number of its row, label, digest."""
+StoredLabel = tuple[int, int, int, bytes, str]
+"""Number of the label, number of its row, label, digest, table."""
 
 
 @dataclass(frozen=True)
@@ -236,10 +280,29 @@ class RowFile:
         Raises:
             StorageError: As ``add``.
         """
+        self._add_to("labels", labels)
+
+    def add_corrections(self, labels: Mapping[int, int]) -> None:
+        """Write other labels for rows that have labels; the earlier ones stay in the file.
+
+        Raises:
+            StorageError: As ``add``.
+        """
+        self._add_to("corrections", labels)
+
+    def _add_to(self, table: str, labels: Mapping[int, int]) -> None:
+        self._require_in_place()
+        ends = self.ends
+        with self._sqlite_errors(), self._transaction():
+            for n, label in labels.items():
+                ends = _insert_label(self._table, table, n, label, ends)
+        self._end_at(ends)
+
+    def require_writable(self) -> None:
+        """Write to the file what it holds already; StorageError if it cannot be written."""
         self._require_in_place()
         with self._sqlite_errors(), self._transaction():
-            ends = _insert_labels(self._table, labels.items(), self.ends)
-        self._end_at(ends)
+            self._table.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def number(self, key: str) -> int | None:
         """The number of the row with this id; None if there is none."""
@@ -247,26 +310,30 @@ class RowFile:
             row = self._table.execute("SELECT n FROM rows WHERE id = ?", (key,)).fetchone()
         return None if row is None else int(row[0])
 
-    def has_label(self, n: int) -> bool:
-        """Whether the row with this number has a label."""
-        with self._sqlite_errors():
-            row = self._table.execute("SELECT 1 FROM labels WHERE n = ?", (n,)).fetchone()
-        return row is not None
-
-    def rows_after(self, n: int) -> list[AnsweredRow]:
-        """The first ``BLOCK`` rows whose number is above n."""
-        query = "SELECT n, id, answer, uncertainty FROM rows WHERE n > ? ORDER BY n LIMIT ?"
-        with self._sqlite_errors():
-            return [AnsweredRow(*row) for row in self._table.execute(query, (n, BLOCK))]
-
-    def labels_after(self, came: int) -> list[AuditedRow]:
-        """Rows of the labels whose number is above ``came``, in the order of the labels."""
+    def label_of(self, n: int) -> int | None:
+        """The label of the row with this number, as it was corrected last; None without one."""
         query = (
-            "SELECT n, id, answer, uncertainty, label FROM labels JOIN rows USING (n) "
-            "WHERE came > ? ORDER BY came"
+            "SELECT label FROM (SELECT came, label FROM labels WHERE n = :n "
+            "UNION ALL SELECT came, label FROM corrections WHERE n = :n) ORDER BY came DESC LIMIT 1"
         )
         with self._sqlite_errors():
-            return [AuditedRow(*row) for row in self._table.execute(query, (came,))]
+            row = self._table.execute(query, {"n": n}).fetchone()
+        return None if row is None else int(row[0])
+
+    def rows_after(self, n: int) -> list[AnsweredRow]:
+        """The first ``BLOCK`` rows with a number above n whose pictures are in no earlier row."""
+        with self._sqlite_errors():
+            found = self._table.execute(ROWS_OF_NEW_PICTURES, (n, BLOCK))
+            return [AnsweredRow(*row) for row in found]
+
+    def labels_after(self, came: int) -> list[AuditedRow]:
+        """Rows of the labels above number ``came``, in the order of the labels.
+
+        A label is as it was corrected last. Of equal pictures only the first label counts.
+        """
+        with self._sqlite_errors():
+            found = self._table.execute(LABELS_OF_NEW_PICTURES, (came,))
+            return [AuditedRow(*row) for row in found]
 
     def close(self) -> None:
         """Close both files."""
@@ -320,6 +387,7 @@ class RowFile:
             is_new = noted is None or noted == self._nothing  # no row and no label was noted
             return self._nothing if is_new else self._repaired(noted)
         self._require_version()
+        self._add_missing_tables()
         ends, is_whole = self._survey(noted or self._nothing)
         if noted is None and ends != self._nothing:
             is_whole = False  # there are rows, but the file of ends is missing or damaged
@@ -341,6 +409,15 @@ class RowFile:
             has_tables = bool(_schema_of(table))
         if has_tables:
             require_schema(self.path, {SCHEMA: version}, "Serve with a new --state")
+
+    def _add_missing_tables(self) -> None:
+        """Add what files of earlier versions lack; whatever else is wrong is found later."""
+        is_earlier = False
+        with self._until_damage(), closing(_opened_to_read(self.path)) as table:
+            is_earlier = _schema_of(table) == _our_schema(without=ADDED)
+        if is_earlier:
+            with self._sqlite_errors(), closing(sqlite3.connect(self.path)) as table:
+                table.executescript(TABLES)
 
     def _survey(self, noted: Ends) -> tuple[Ends, bool]:
         """Walk along the chains.
@@ -366,7 +443,9 @@ class RowFile:
                 n_rows += 1
                 if last_row == noted.n:
                     has_noted_row = row_digest == noted.row
-            for last_label, *_, label_digest in _labels_that_follow(table, self._nothing.label):
+            for last_label, _, _, label_digest, _ in _labels_that_follow(
+                table, self._nothing.label
+            ):
                 n_labels += 1
                 if last_label == noted.came:
                     has_noted_label = label_digest == noted.label
@@ -423,10 +502,10 @@ class RowFile:
                     ends = replace(ends, n=n, row=digest)
                     n_rows += 1
             with self._until_damage(), closing(_opened_to_read(self.path)) as table:
-                for _, n, label, _ in _labels_that_follow(table, ends.label):
+                for _, n, label, _, name in _labels_that_follow(table, ends.label):
                     # a label is copied only if its row was copied
                     if target.execute("SELECT 1 FROM rows WHERE n = ?", (n,)).fetchone():
-                        ends = _insert_labels(target, [(n, label)], ends)
+                        ends = _insert_label(target, name, n, label, ends)
             target.execute("COMMIT")
         return ends, n_rows
 
@@ -445,16 +524,13 @@ def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
     return renamed
 
 
-def _insert_labels(
-    table: sqlite3.Connection, labels: Iterable[tuple[int, int]], ends: Ends
-) -> Ends:
-    """Add labels, as pairs of row number and label, to the chain; returns the new ends."""
-    for n, label in labels:
-        came = ends.came + 1
-        digest = _label_digest(ends.label, came, n, label)
-        table.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (came, n, label, digest))
-        ends = replace(ends, came=came, label=digest)
-    return ends
+def _insert_label(table: sqlite3.Connection, name: str, n: int, label: int, ends: Ends) -> Ends:
+    """Add the label of row n to a table and to the chain; returns the new ends."""
+    came = ends.came + 1
+    digest = _label_digest(ends.label, came, n, label)
+    statement = f"INSERT INTO {name} VALUES (?, ?, ?, ?)"  # noqa: S608 - a table of ours
+    table.execute(statement, (came, n, label, digest))
+    return replace(ends, came=came, label=digest)
 
 
 def _row_digest(
@@ -485,8 +561,8 @@ def _rows_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[Stor
 def _labels_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[StoredLabel]:
     """The labels in order, up to the first whose digest does not fit the previous label."""
     with suppress(struct.error, TypeError):
-        for label in table.execute("SELECT came, n, label, digest FROM labels ORDER BY came"):
-            came, n, value, digest = label
+        for label in table.execute(LABEL_CHAIN):
+            came, n, value, digest, _ = label
             if digest != _label_digest(before, came, n, value):
                 return
             yield label
@@ -495,23 +571,31 @@ def _labels_that_follow(table: sqlite3.Connection, before: bytes) -> Iterator[St
 
 def _is_sound(table: sqlite3.Connection) -> bool:
     """Whether the tables have our schema, and SQLite's integrity check finds no fault."""
-    with closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
-        ours.executescript(TABLES)
-        if _schema_of(table) != _schema_of(ours):
-            return False
+    if _schema_of(table) != _our_schema():
+        return False
     (verdict,) = table.execute("PRAGMA integrity_check(1)").fetchone()
     return bool(verdict == "ok")
 
 
-def _schema_of(table: sqlite3.Connection) -> list[str]:
+def _schema_of(table: sqlite3.Connection, without: Set[str] = frozenset()) -> list[str]:
     """The SQL text of all tables, indices and triggers, ordered by name."""
-    query = "SELECT coalesce(sql, name) FROM sqlite_schema ORDER BY name"
-    return [text for (text,) in table.execute(query)]
+    query = "SELECT name, coalesce(sql, name) FROM sqlite_schema ORDER BY name"
+    return [text for name, text in table.execute(query) if name not in without]
+
+
+def _our_schema(without: Set[str] = frozenset()) -> list[str]:
+    """The schema of a new file."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as table:
+        table.executescript(TABLES)
+        return _schema_of(table, without)
 
 
 def _sizes(table: sqlite3.Connection) -> tuple[int, int]:
-    """Numbers of rows and of labels."""
-    query = "SELECT (SELECT count(*) FROM rows), (SELECT count(*) FROM labels)"
+    """Numbers of rows, and of labels with corrections."""
+    query = (
+        "SELECT (SELECT count(*) FROM rows), "
+        "(SELECT count(*) FROM labels) + (SELECT count(*) FROM corrections)"
+    )
     n_rows, n_labels = table.execute(query).fetchone()
     return int(n_rows), int(n_labels)
 

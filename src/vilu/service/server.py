@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from vilu.artifacts.disk import locked, make_folder
 from vilu.errors import UsageError
 from vilu.service.app import Service
-from vilu.service.limits import PROBLEM, problem
+from vilu.service.limits import CONNECTIONS, PROBLEM, problem
 from vilu.service.setup import Setup, load_engine
 
 HEAD: Final = 16 * 2**10
@@ -38,9 +39,16 @@ class Patient(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for the head of a request."""
+        """Begin to wait for the head of a request; close the connection if there are too many."""
         # The transport of a socket is always an asyncio.Transport.
         super().connection_made(cast("asyncio.Transport", transport))
+        most = most_connections()
+        if len(self.connections) > most:
+            self._close_with(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the service has at most {most} connections. Connect again later.",
+            )
+            return
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -75,9 +83,13 @@ class Patient(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer invalid HTTP with a problem document; its content is not logged."""
-        body = problem(HTTPStatus.BAD_REQUEST, msg)
+        self._close_with(HTTPStatus.BAD_REQUEST, msg)
+
+    def _close_with(self, status: HTTPStatus, detail: str) -> None:
+        """Send a refusal outside of a request, and close the connection."""
+        body = problem(status, detail)
         head = (
-            "HTTP/1.1 400 Bad Request\r\n"
+            f"HTTP/1.1 {int(status)} {status.phrase}\r\n"
             f"content-type: {PROBLEM}\r\n"
             f"content-length: {len(body)}\r\n"
             "connection: close\r\n"
@@ -85,6 +97,21 @@ class Patient(H11Protocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def most_connections() -> int:
+    """Maximum number of open connections: half of the files that this process may open, or less.
+
+    The other half is for the files of the service. Without a free one, nothing could be answered.
+    """
+    if sys.platform == "win32":
+        return CONNECTIONS
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    return min(CONNECTIONS, soft // 2)
 
 
 class Server(uvicorn.Server):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from vilu.datasets.images import ImageLimits
 from vilu.errors import StorageError
 from vilu.service.limits import ClientLimits
 
@@ -76,6 +77,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         device=setup.device,
         batch_size=setup.batch_size,
         workers=setup.workers,
+        limits=ImageLimits(max_pixels=setup.limits.pixels),
     )
     (answer,) = guard([_grey_picture()])
     if answer.label is None:

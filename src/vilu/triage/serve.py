@@ -208,7 +208,8 @@ class PageServer(ThreadingHTTPServer):
 class PageHandler(BaseHTTPRequestHandler):
     """Handles the requests of the page.
 
-    A request is refused without the secret key, or with another host name of this machine.
+    A request is refused without the secret key, with another host name of this machine, or from the
+    page of another site.
 
     Attributes:
         page_session: The photos and the answers.
@@ -271,6 +272,10 @@ class PageHandler(BaseHTTPRequestHandler):
         # (DNS rebinding).
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
+            return False
+        # A page of another port is another site, too.
+        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            self._refuse(HTTPStatus.FORBIDDEN, "a page of another site may not use this page")
             return False
         if not hmac.compare_digest(key.encode(), self.token.encode()):
             self._refuse(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from vilu.backbones.zeroshot import named_templates
 from vilu.errors import StorageError, UsageError, nearest
 from vilu.predictors.contract.parameters import parameters
+from vilu.registry import read_toml_text
 from vilu_bench.studies.config import AnySetting, Config, Method, Union
 from vilu_bench.studies.parts import ROLES, Data
 
@@ -81,7 +82,7 @@ def find_studies(name: Path | str) -> list[Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_toml_text(path))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UsageError(f"cannot read {path}: {error.strerror}.") from error
     except OSError as error:

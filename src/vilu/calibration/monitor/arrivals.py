@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.monitor.martingale import grouped, in_blocks, rising
+from vilu.calibration.monitor.martingale import LONGEST, grouped, in_blocks, rising
 from vilu.callers import warn_caller
 from vilu.embeddings.checks import hash_names, hash_of_each
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
@@ -25,7 +25,7 @@ repetition.
 
 
 class Seen:
-    """Set of rows and their names, as 64-bit hashes in sorted runs of decreasing length.
+    """Set of rows and their names, as 64-bit hashes in sorted runs.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
@@ -47,8 +47,9 @@ class Seen:
         if not len(run):
             return
         # Runs that are not longer are merged into the new one. So every run is shorter than the run
-        # before it, and there are few runs to search.
-        while self.runs and len(run) >= len(self.runs[-1]):
+        # before it, and there are few runs to search. Long runs are left as they are, because a
+        # merge takes several times the memory of its runs.
+        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
             run = np.union1d(self.runs.pop(), run)
         self.runs.append(run)
 

@@ -36,6 +36,7 @@ SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS)
 
 EVERY: Final = 50  # number of rows between two starts of the bets
 BLOCK: Final = 4096  # number of rows that are processed at once
+LONGEST: Final = 2**15  # number of values from which on a sorted run is merged with no other
 EPS: Final = 2.0**-53  # p-values are kept at least so far from 0 and 1
 
 
@@ -201,9 +202,10 @@ class SortedRun:
 
 @dataclass
 class Reference:
-    """All values so far, in sorted runs of decreasing length.
+    """All values so far, in sorted runs.
 
-    Adding a value takes O(log^2 n) time. Repeated values take no memory.
+    For n values, log n runs and n / LONGEST long ones are searched. Repeated values take no memory
+    in a run.
     """
 
     runs: list[SortedRun] = field(default_factory=list)
@@ -228,8 +230,9 @@ class Reference:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
         # Runs that are not longer are merged into the new one. So every run is shorter than the run
-        # before it, and there are few runs to search.
-        while self.runs and len(self.runs[-1]) <= len(run):
+        # before it, and there are few runs to search. Long runs are left as they are, because a
+        # merge takes several times the memory of its runs.
+        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
             run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)
 

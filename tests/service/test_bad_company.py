@@ -1,0 +1,496 @@
+"""What strangers and pages of other sites can do to a service: its room, time and guarantee."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tests.builders.photo_folders import KINDS, photo
+from tests.service.conftest import Running, hosted, served
+from vilu.calibration.calibration import Calibration
+from vilu.errors import UsageError
+from vilu.service.journal import Journal
+from vilu.service.limits import ClientLimits, read_keys
+from vilu.service.local_journals import LocalJournals
+
+Photos = Callable[[int], list[bytes]]
+MB = 2**20
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def received(connection: socket.socket) -> bytes:
+    """All that comes until the service closes the connection."""
+    parts = []
+    while part := connection.recv(65_536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+# Rows S2: room is taken at the head of a request.
+
+
+def begun(url: str, path: str, length: int) -> socket.socket:
+    """A connection with the head of a request and no byte of its body."""
+    connection = connected(url)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\n\r\n"
+    )
+    connection.sendall(head.encode())
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "most"),
+    [
+        ("/v1/answers", 4 * MB, 4),  # four times the largest body
+        ("/v1/answers", 10, 8),  # as many as images
+        ("/v1/labels", 10, 16),
+        ("/v1/scores", MB, 8),
+    ],
+)
+def test_room_is_taken_at_the_head(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, path: str, length: int, most: int
+) -> None:
+    """Bodies that have not come yet take room; when their clients go, the room is free again."""
+    with hosted(predictors[0], tmp_path / "s", queue=8, body=4 * MB) as running:
+        held = [begun(running.url, path, length) for _ in range(most)]
+        refused = begun(running.url, path, length)
+        assert refused.recv(100).startswith(b"HTTP/1.1 429")
+        assert running.get("/healthz").status_code == 200
+        for connection in [*held, refused]:
+            connection.close()
+        while running.post("/v1/answers", files={"a": photos(1)[0]}).status_code == 429:
+            pass
+        assert "vilu_bytes_under_way 0.0" in running.get("/metrics").text
+
+
+def test_more_connections_than_the_limit_are_closed(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vilu.service.server.CONNECTIONS", 5)
+    with hosted(predictors[0], tmp_path / "s") as running:
+        idle = [connected(running.url) for _ in range(5)]
+        with connected(running.url) as connection:
+            refused = received(connection)
+        for connection in idle:
+            connection.close()
+        assert refused.startswith(b"HTTP/1.1 503 Service Unavailable")
+        assert b"at most 5 connections" in refused
+        assert running.get("/readyz").status_code == 200
+
+
+# Row S3: what a body holds is counted before anything is built.
+
+LONG = 31 * MB
+BODIES = {
+    "lists": ("/v1/answers", b'{"images":[' + b"[]," * (LONG // 3) + b"[]]}"),
+    "zeros": ("/v1/answers", b'{"images":[' + b"0," * (LONG // 2) + b"0]}"),
+    "texts": ("/v1/answers", b'{"images":[' + b'"",' * (LONG // 3) + b'""]}'),
+    "escapes": ("/v1/answers", b'{"images":["' + rb"\\" * (LONG // 2) + b'"]}'),
+    "digits": ("/v1/answers", b'{"images":[' + b"1" * LONG + b"]}"),
+    "vectors": ("/v1/scores", b'{"embeddings":[' + b"[]," * (LONG // 3) + b"[]]}"),
+    "labels": (
+        "/v1/labels",
+        b'{"labels":{' + b",".join(b'"%d":"a"' % number for number in range(2_000_000)) + b"}}",
+    ),
+}
+
+WATCH = """
+import json, sys, time, http.client
+client = http.client.HTTPConnection(sys.argv[1], timeout=60)
+print("ready", flush=True)
+sys.stdin.readline()
+seconds = []
+while len(seconds) < 4000:
+    began = time.perf_counter()
+    client.request("GET", "/healthz", headers={"Host": "localhost"})
+    client.getresponse().read()
+    seconds.append(time.perf_counter() - began)
+    time.sleep(0.005)
+    if __import__("select").select([sys.stdin], [], [], 0)[0]:
+        break
+print(json.dumps(sorted(seconds)))
+"""
+
+
+@contextmanager
+def health_watched(url: str) -> Iterator[list[float]]:
+    """Another process asks for /healthz during the block; afterwards the list holds the seconds."""
+    words = [sys.executable, "-c", WATCH, url.removeprefix("http://")]
+    seconds: list[float] = []
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        yield seconds
+        told, _ = process.communicate("stop\n", timeout=60)
+        seconds += json.loads(told)
+
+
+def p99(seconds: list[float]) -> float:
+    return seconds[int(0.99 * (len(seconds) - 1))]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_long_body_holds_up_nobody_else(service: Running, name: str) -> None:
+    """It took 3.6 to 11 s. The bar is 250 ms above what this machine takes without the body."""
+    path, body = BODIES[name]
+    headers = {"Content-Type": "application/json"}
+    with health_watched(service.url) as before:
+        threading.Event().wait(1)
+    with health_watched(service.url) as seconds:
+        reply = service.post(path, content=body, headers=headers)
+    assert reply.status_code in {413, 422}
+    assert max(seconds) - before[-1] <= 0.25 or p99(seconds) <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/answers", {"images": ["AA=="] * 9}, "8 images. Found 9"),
+        ("/v1/answers", {"images": [""] * 9}, "8 images. Found 9"),
+        ("/v1/scores", {"embeddings": [[0.5] * 16] * 9}, "128 numbers. Found 144"),
+        ("/v1/labels", {"labels": {str(row): "dress" for row in range(9)}}, "8 labels. Found 9"),
+    ],
+)
+def test_what_a_body_holds_is_counted(
+    predictors: tuple[Path, Path], tmp_path: Path, path: str, body: object, words: str
+) -> None:
+    with hosted(predictors[0], tmp_path / "s", images=8) as running:
+        reply = running.post(path, json=body)
+        assert (reply.status_code, words in reply.json()["detail"]) == (413, True)
+
+
+def test_commas_and_quotes_within_texts_are_not_counted(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    labels = {'a, "quoted" \\ one': "cat, dog", "b,,,,": '"', "c\\": "(outside)"}
+    with hosted(predictors[0], tmp_path / "s", images=3) as running:
+        reply = running.post("/v1/labels", json={"labels": labels})
+        assert (reply.status_code, "are no class" in reply.json()["detail"]) == (422, True)
+
+
+def test_numbers_and_labels_have_a_smaller_limit_than_images(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with hosted(predictors[0], tmp_path / "s") as running:
+        for path in ("/v1/scores", "/v1/labels", "/v1/predictors"):
+            reply = running.post(path, content=b" " * (MB + 1))
+            assert (reply.status_code, "1,048,576 bytes" in reply.json()["detail"]) == (413, True)
+        assert running.post("/v1/answers", content=b" " * (MB + 1)).status_code == 415
+
+
+# Row S4: pixels have a budget.
+
+
+def png(side: int) -> bytes:
+    """A black PNG of side x side pixels, in few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    packed = zlib.compressobj(9)
+    rows = [packed.compress(bytes(side + 1)) for _ in range(side)]
+    pixels = chunk(b"IDAT", b"".join(rows) + packed.flush())
+    return b"\x89PNG\r\n\x1a\n" + head + pixels + chunk(b"IEND", b"")
+
+
+def test_pixels_of_a_request_have_a_budget(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    """Pictures of 50 megapixels held both decoders for a minute; none of these is decoded."""
+    assert ClientLimits().pixels < 50_000_000
+    files = [("images", ("a", png(200)))] * 9
+    with hosted(predictors[0], tmp_path / "s", pixels=40_000) as running:
+        reply = running.post("/v1/answers", files=files[:1])
+        assert reply.json()["answers"][0]["decision"] is not None
+        reply = running.post("/v1/answers", files=[("images", ("a", png(201)))])
+        assert reply.json()["answers"][0]["reason"] == "bomb"
+    with hosted(predictors[0], tmp_path / "s", request_pixels=8 * 40_000) as running:
+        assert running.post("/v1/answers", files=files[:8]).status_code == 200
+        reply = running.post("/v1/answers", files=files)
+        assert reply.status_code == 413
+        assert "320,000 pixels. Found 360,000" in reply.json()["detail"]
+
+
+# Row S5: keys with scopes.
+
+
+def test_a_key_does_what_its_scopes_allow(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    names = ("ask", "label", "admin")
+    keys = {name: name.ljust(16, "0") for name in (*names, "all")}
+    lines = [f"{keys[name]} {name}" for name in names]
+    (tmp_path / "keys").write_text("\n".join([*lines, keys["all"], ""]))
+    requests = {
+        "ask": ("/v1/answers", {"images": ["AA=="]}),
+        "label": ("/v1/labels", {"labels": {"a": "(outside)"}}),
+        "admin": ("/v1/predictors", {"answers": "first"}),
+    }
+    with hosted(predictors[0], tmp_path / "s", keys=read_keys(tmp_path / "keys")) as running:
+        for holder, key in keys.items():
+            headers = {"Authorization": f"Bearer {key}"}
+            assert running.get("/v1/monitor", headers=headers).status_code == 200
+            for needed, (path, body) in requests.items():
+                reply = running.post(path, json=body, headers=headers)
+                expected = 200 if holder in {needed, "all"} else 403
+                assert reply.status_code == expected
+                assert expected == 200 or f"scope {needed!r}" in reply.json()["detail"]
+
+
+def test_a_scope_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("0123456789abcdef ask write\n")
+    with pytest.raises(UsageError, match=r"'write'\. The scopes are ask, label, admin"):
+        read_keys(tmp_path / "keys")
+
+
+# Row S5: equal pictures count once, and labels that contradict one another are told.
+
+
+def with_comment(picture: bytes, comment: str) -> bytes:
+    """The same pixels in another file."""
+    content = BytesIO()
+    facts = PngInfo()
+    facts.add_text("comment", comment)
+    Image.open(BytesIO(picture)).save(content, "PNG", pnginfo=facts)
+    return content.getvalue()
+
+
+def monitored(running: Running) -> dict[str, Any]:
+    (monitor,) = running.get("/v1/monitor").json()["monitors"]
+    status: dict[str, Any] = monitor["status"]
+    return status
+
+
+def test_equal_pictures_count_once(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    """A health check that posts one picture; 14 of them voided the guarantee."""
+    picture = photo(0, 0)
+    with hosted(predictors[0], tmp_path / "s") as running:
+        rows = []
+        for number in range(20):
+            images = [picture, with_comment(picture, str(number))]
+            files = [("images", ("a", image)) for image in images]
+            reply = running.post("/v1/answers", files=files).json()
+            rows += [answer["row"] for answer in reply["answers"]]
+        assert reply["guarantee"] == "holds"
+        assert monitored(running)["rows"] == 1
+        labels = dict.fromkeys(rows, "(outside)")
+        (audited,) = running.post("/v1/labels", json={"labels": labels}).json()["audited"]
+        assert (audited["new"], audited["guarantee"]) == (40, "holds")
+        assert monitored(running)["audit"]["n"] <= 1
+        other = running.post("/v1/answers", files={"a": photo(1, 1)})
+        assert other.status_code == 200
+        assert monitored(running)["rows"] == 2
+        before = monitored(running)
+    with hosted(predictors[0], tmp_path / "s") as running:
+        assert monitored(running) == before
+
+
+def test_wrong_labels_are_told_and_can_be_corrected(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Wrong labels void the guarantee; the right ones restore it, and both stay in the journal."""
+    images = [photo(number % KINDS, number) for number in range(60)]
+    files = [("images", ("a", image)) for image in images]
+    with hosted(predictors[0], tmp_path / "s") as running:
+        answers = running.post("/v1/answers", files=files).json()["answers"]
+        accepted = [answer for answer in answers if answer["decision"] == "accept"]
+        wrong = {answer["row"]: "(outside)" for answer in accepted}
+        right = {answer["row"]: answer["label"] for answer in accepted}
+        (audited,) = running.post("/v1/labels", json={"labels": wrong}).json()["audited"]
+        assert audited["guarantee"] == "void"
+
+        fresh = next(answer["row"] for answer in answers if answer["decision"] != "accept")
+        reply = running.post("/v1/labels", json={"labels": {**right, fresh: "(outside)"}})
+        assert reply.status_code == 409
+        for words in ("'(outside)'", repr(accepted[0]["label"]), "/v1/corrections"):
+            assert words in reply.json()["detail"]
+        reply = running.post("/v1/labels", json={"labels": {fresh: "(outside)"}})
+        assert reply.json()["audited"][0]["new"] == 1  # nothing of the refused request was written
+
+        stale = {"before": right, "after": wrong}
+        assert running.post("/v1/corrections", json=stale).status_code == 409
+        others = {"before": wrong, "after": {fresh: "(outside)"}}
+        assert running.post("/v1/corrections", json=others).status_code == 422
+        reply = running.post("/v1/corrections", json={"before": wrong, "after": right})
+        assert reply.json()["corrected"] == len(accepted)
+        assert reply.json()["guarantees"] == {"first": "holds"}
+        before = monitored(running)
+        assert (before["audit"]["n"], before["audit"]["wrong"]) == (len(accepted), 0)
+    with hosted(predictors[0], tmp_path / "s") as running:
+        assert monitored(running) == before
+        again = running.post("/v1/labels", json={"labels": right}).json()["audited"]
+        assert again[0]["new"] == 0
+    (file,) = (tmp_path / "s").glob("*/rows.sqlite")
+    with closing(sqlite3.connect(file)) as table:
+        (n_labels,) = table.execute("SELECT count(*) FROM labels").fetchone()
+        (n_corrections,) = table.execute("SELECT count(*) FROM corrections").fetchone()
+    assert (n_labels, n_corrections) == (len(accepted) + 1, len(accepted))
+
+
+def test_a_crash_during_a_correction_counts_the_right_labels(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journals = LocalJournals(tmp_path / "s", {"first": predictors[0]})
+    journals.record(["a-1", "b-2"], {"first": ([0, 1], [0.1, 0.2])})
+    names = predictors_names(predictors[0])
+    journals.label({"a-1": names[1]})
+    journals.close()
+    journals = LocalJournals(tmp_path / "s", {"first": predictors[0]})
+    monkeypatch.setattr(Journal, "_take_in_all", lambda journal: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        journals.correct({"a-1": names[1]}, {"a-1": names[0]})
+    monkeypatch.undo()
+    audit = LocalJournals(tmp_path / "s", {"first": predictors[0]}).statuses()["first"].audit
+    assert audit is not None
+    assert audit.wrong == 0
+
+
+def predictors_names(predictor: Path) -> tuple[str, ...]:
+    calibration = Calibration.load(predictor)
+    return tuple(calibration.rows.class_names or ())
+
+
+# Row S6: the page of another port is another site.
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://127.0.0.1:9999", "http://127.0.0.1", "https://127.0.0.1:{port}", "null", "file://"],
+)
+def test_a_page_of_another_origin_is_refused(service: Running, photos: Photos, origin: str) -> None:
+    port = service.url.rpartition(":")[2]
+    headers = {"Origin": origin.format(port=port)}
+    reply = service.post("/v1/answers", files={"a": photos(1)[0]}, headers=headers)
+    assert (reply.status_code, "another site" in reply.json()["detail"]) == (403, True)
+
+
+def test_the_own_page_is_admitted(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos
+) -> None:
+    """Also behind a proxy with TLS, where this was stated."""
+    names = {"hosts": frozenset({"127.0.0.1", "photos.example"})}
+    tls = {"tls_hosts": frozenset({"photos.example"})}
+    with hosted(predictors[0], tmp_path / "s", **names, **tls) as running:
+        for host, origin in (
+            (running.url.removeprefix("http://"), running.url),
+            ("photos.example", "https://photos.example"),
+            ("photos.example:8443", "https://PHOTOS.example:8443"),
+        ):
+            headers = {"Host": host, "Origin": origin}
+            assert running.get("/readyz", headers=headers).status_code == 200
+        headers = {"Host": "photos.example", "Origin": "http://photos.example"}
+        assert running.get("/readyz", headers=headers).status_code == 403
+
+
+# Row S7: a request that two readers may understand in two ways.
+
+
+def test_nothing_after_a_request_with_two_lengths_is_answered(service: Running) -> None:
+    smuggled = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = (
+        b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    with connected(service.url) as connection:
+        connection.sendall(head + b"0\r\n\r\n" + smuggled)
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"connection: close" in answer.lower()
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"vilu_" not in answer
+
+
+# Row S8: a journal that cannot be written.
+
+
+def test_a_locked_journal_is_not_ready(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vilu.service.rows.PATIENCE", 0.2)
+    with hosted(predictors[0], tmp_path / "s") as running:
+        (file,) = (tmp_path / "s").glob("*/rows.sqlite")
+        assert running.get("/readyz").status_code == 200
+        with closing(sqlite3.connect(file, isolation_level=None)) as table:
+            table.execute("BEGIN IMMEDIATE")
+            reply = running.post("/v1/answers", files={"a": photo(0, 0)})
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+            reply = running.get("/readyz")
+            assert (reply.status_code, "cannot be written" in reply.json()["detail"]) == (503, True)
+            assert "vilu_ready 0.0" in running.get("/metrics").text
+            table.execute("ROLLBACK")
+        assert running.get("/readyz").status_code == 200
+        assert running.post("/v1/answers", files={"a": photo(0, 0)}).status_code == 200
+        assert monitored(running)["rows"] == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_not_ready(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    """What was answered before and afterwards is counted; what was refused is not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        with hosted(predictors[0], disk / "s") as running:
+            assert running.post("/v1/answers", files={"a": photo(0, 0)}).status_code == 200
+            filler = disk / "filler"
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(1024)):
+                    pass
+            statuses = set()
+            while 503 not in statuses:
+                reply = running.post("/v1/answers", files={"a": photo(0, len(statuses))})
+                statuses.add(reply.status_code)
+            assert statuses <= {200, 503}
+            assert running.get("/readyz").status_code == 503
+            n_before = monitored(running)["rows"]
+            filler.unlink()
+            assert running.get("/readyz").status_code == 200
+            assert running.post("/v1/answers", files={"a": photo(1, 1)}).status_code == 200
+            assert monitored(running)["rows"] == n_before + 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_the_journal_is_for_its_owner_alone(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    keep = tmp_path / "kept"
+    before = os.umask(0o022)
+    try:
+        with served(predictors[0], "--state", tmp_path / "s", "--keep", keep) as running:
+            running.post("/v1/answers", files={"a": photo(0, 0)})
+            running.stop()
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "s", keep, *(tmp_path / "s").rglob("*"), *keep.rglob("*")]
+    assert {"rows.sqlite", "rows.ends", "monitor.parquet"} <= {path.name for path in paths}
+    for path in paths:
+        expected = 0o700 if path.is_dir() else 0o600
+        assert path.stat().st_mode & 0o777 == expected, path
