@@ -180,7 +180,7 @@ def load_backbone(
             float32.
         models: Folder with one sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.
-            For other specs the folder is ignored.
+            Of other specs (KIND:FOLDER, open_clip:NAME/FILE), the folder or file may lie in it.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
@@ -211,6 +211,8 @@ def load_backbone(
     require_one_of("precision", precision, PRECISIONS)
     module, _, function = entry.loader.partition(":")
     options = {} if source is None else source.options
+    if source is None and models is not None:
+        argument = _found_in(Path(models), argument)
     log.info("loading %s ...", spec)
     begun = time.monotonic()
     with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
@@ -224,6 +226,21 @@ def load_backbone(
         # location of the weights.
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
+
+
+def _found_in(models: Path, argument: str) -> str:
+    """Replace the last name of FOLDER or NAME/FILE by its path, if it is in ``models``.
+
+    Embedding spaces name such models without local paths. So a saved predictor finds its model in
+    ``models``.
+    """
+    model, slash, name = argument.rpartition("/")
+    path = models / name
+    is_folder = not slash and bool(name) and path.is_dir()
+    is_file = bool(model) and "/" not in model and path.is_file()
+    if is_folder or is_file:
+        return f"{model}{slash}{path.absolute()}"
+    return argument
 
 
 def add_backbone(entry: NamedBackbone | BackboneKind) -> None:

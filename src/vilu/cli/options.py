@@ -74,15 +74,16 @@ def _that_begin_with(start: str, names: Iterable[str]) -> list[str]:
 Backbone = Annotated[
     str,
     Option(
-        help="A name from `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, or "
-        "KIND:FOLDER.",
+        help="A name from `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, "
+        "KIND:FOLDER, or open_clip:NAME/FILE with weights of your own.",
         autocompletion=complete_backbones,
     ),
 ]
 Models = Annotated[
     Path | None,
     path_option(
-        "Folder with a sub-folder for each named backbone, used instead of the model hub.",
+        "Folder with a sub-folder for each named backbone, used instead of the model hub; or with "
+        "the folder or file of your own weights.",
         metavar="DIR",
     ),
 ]
