@@ -167,7 +167,7 @@ def test_space_of_clip(clip: tuple[Path, Any]) -> None:
     assert space.logit_bias == 0.0
     assert space.backbone == "open_clip:tiny-clip"
     assert space.weights == tensors_hash(model.state_dict())
-    assert json.loads(space.preprocess or "") == {
+    assert json.loads(space.with_full_jpegs.preprocess or "") == {
         **PIXELS["clip"],
         "size": [32, 32],
         "interpolation": "bicubic",
@@ -308,7 +308,8 @@ def test_tag_brings_preprocessing_and_activation(
         quick = clip[1].encode_image(pixels, normalize=True)
     torch.testing.assert_close(backbone.encode_images(pixels), expected, atol=1e-6, rtol=0)
     assert bool(torch.allclose(expected, quick, atol=1e-5)) is quick_gelu
-    assert json.loads(backbone.space.preprocess or "")["mean"] == PIXELS["siglip"]["mean"]
+    settings = json.loads(backbone.space.with_full_jpegs.preprocess or "")
+    assert settings["mean"] == PIXELS["siglip"]["mean"]
 
 
 @pytest.mark.parametrize(

@@ -511,6 +511,50 @@ def test_another_model_is_refused_before_embedding_the_first_goes_on(
     assert triage_photos(job, tmp_path / "out").counts.startswith("203 photos")
 
 
+def test_photos_that_were_decoded_in_full_are_embedded_once_more(
+    guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default has changed: labels stay, and the guarantee comes back from them."""
+    home, truth = guaranteed
+    job = job_on(home / "photos")
+    labels = LabelBook.load(home / "out" / "labels.parquet").labels
+    in_full = dataclasses.replace(job.embedding.backbone, full_decode=True)
+    as_before = dataclasses.replace(
+        job, embedding=dataclasses.replace(job.embedding, backbone=in_full)
+    )
+    model = FakeBackbone()
+    model.space = model.space.with_reduced_jpegs
+    monkeypatch.setattr(BackboneSpec, "load", lambda self: model)
+    triage_photos(as_before, home / "out")
+    assert model.n_images == 0
+    triage_photos(job, home / "out")
+    assert model.n_images == len(truth)
+    assert "embedded once more" in caplog.text
+    assert labels.items() <= LabelBook.load(home / "out" / "labels.parquet").labels.items()
+    for _ in range(3):
+        if any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv")):
+            break
+        triage_photos(job, home / "out", [fill_in(home / "out", truth, home / "again.csv")])
+    assert any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv"))
+    assert model.n_images == len(truth)
+
+
+def test_a_store_that_was_begun_with_full_decoding_is_embedded_once_more(
+    job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(FakeBackbone):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BackboneSpec, "load", lambda self: Stopped())
+    with pytest.raises(KeyboardInterrupt):
+        triage_photos(job, tmp_path / "out")
+    model = FakeBackbone()
+    model.space = model.space.with_reduced_jpegs
+    monkeypatch.setattr(BackboneSpec, "load", lambda self: model)
+    assert triage_photos(job, tmp_path / "out").counts.startswith("200 photos")
+
+
 def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
     job: TriageSettings,
     changed: Callable[..., TriageSettings],

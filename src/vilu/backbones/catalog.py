@@ -168,7 +168,12 @@ PRECISIONS = ("fp32", "bf16")
 
 @checked
 def load_backbone(
-    spec: str, *, device: str = "auto", precision: str = "fp32", models: str | Path | None = None
+    spec: str,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    models: str | Path | None = None,
+    full_decode: bool = False,
 ) -> Backbone:
     """The frozen dual encoder that ``spec`` names, ready to encode.
 
@@ -181,6 +186,8 @@ def load_backbone(
         models: Folder with one sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.
             Of other specs (KIND:FOLDER, open_clip:NAME/FILE), the folder or file may lie in it.
+        full_decode: Whether JPEGs are decoded in full. By default, a large JPEG is decoded at 1/2,
+            1/4 or 1/8 of its size, but no smaller than twice the size that the model resizes to.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
@@ -197,6 +204,7 @@ def load_backbone(
         >>> round(float(cat @ kitten), 1), round(float(cat @ truck), 1)  # cosines
         (0.7, 0.1)
     """
+    from vilu.backbones.base import DualEncoder
     from vilu.device import OwnGenerator, resolve_device
 
     source = find_named(spec, None if models is None else Path(models))
@@ -225,6 +233,8 @@ def load_backbone(
         # The embedding spaces of the same model must match, so the name must not depend on the
         # location of the weights.
         backbone.space = replace(backbone.space, backbone=source.name)
+    if isinstance(backbone, DualEncoder) and not full_decode:
+        backbone.reduce_jpegs()
     return backbone
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -86,13 +87,14 @@ def load(
         return cast("Tensor", network.encode_text(tokenizer(texts).to(device)))
 
     probe = transform(Image.new("RGB", (64, 64)))[None].to(device)
+    pixels = open_clip.get_model_preprocess_cfg(network)
     space = EmbeddingSpace(
         embed_dim=encode_texts(["a photo"]).shape[1],
         logit_scale=network.logit_scale.exp().item(),
         logit_bias=0.0 if network.logit_bias is None else network.logit_bias.item(),
         backbone=source.name,
         weights=weights,
-        preprocess=json.dumps(open_clip.get_model_preprocess_cfg(network), sort_keys=True),
+        preprocess=json.dumps(pixels, sort_keys=True),
         tokenizer=identity,
         precision=precision,
     )
@@ -112,6 +114,7 @@ def load(
         image_projection=image_projection,
         text_projection=text_projection,
         texts_known_as=space.fingerprint,
+        resize_to=int(np.max(pixels["size"])),  # one length, or height and width
     )
 
 

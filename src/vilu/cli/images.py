@@ -17,6 +17,7 @@ from vilu.cli.options import (
     Backbone,
     BatchSize,
     Device,
+    FullDecode,
     Models,
     Outside,
     Overwrite,
@@ -180,16 +181,16 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     on_error: OnError = "skip",
     device: Device = "auto",
     precision: Precision = "fp32",
+    full_decode: FullDecode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
     Prints the folder of the store. Images that cannot be read are counted, and listed in the
     errors/ folder of the store. If their share is more than --max-error-rate, the exit code is 3.
-    The exit code is also 3 if a tar is cut short or cannot be read, because the number of its lost
-    images is unknown. --features, --views, --prompts and --negatives store what some methods need
-    in addition to the embeddings (see `vilu list predictors`). Images with captions need no
-    classes: their captions are embedded, too.
+    It is also 3 if a tar is cut short, since the number of its lost images is unknown. --features,
+    --views, --prompts and --negatives store what some methods need in addition to the embeddings
+    (see `vilu list predictors`). Captions of images are embedded, too, and need no classes.
     """
     max_unreadable = 0.0 if on_error == "raise" else max_error_rate
     images = _open_images(
@@ -217,7 +218,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     store = embed_images(
         images,
-        backbone_spec(backbone, device, precision, models),
+        backbone_spec(backbone, device, precision, models, full_decode=full_decode),
         output,
         names=images.class_names or (),
         templates=templates_of(template),
@@ -240,7 +241,12 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def backbone_spec(
-    name: str, device: str, precision: Literal["fp32", "bf16"], models: Path | None
+    name: str,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+    models: Path | None,
+    *,
+    full_decode: bool,
 ) -> BackboneSpec:
     """The backbone that the flags describe.
 
@@ -251,7 +257,7 @@ def backbone_spec(
 
     if models is not None:
         models = models.absolute()
-    return BackboneSpec(name, device, precision, models)
+    return BackboneSpec(name, device, precision, models, full_decode)
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:

@@ -288,6 +288,14 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
 Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of all random numbers.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")]
+FullDecode = Annotated[
+    bool,
+    Option(
+        "--full-decode",
+        help="Decode JPEGs in full. By default large ones are decoded at 1/2, 1/4 or 1/8, but no "
+        "smaller than twice the size that the model reads.",
+    ),
+]
 BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.")]
 DecodingThreads = Annotated[
     int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")

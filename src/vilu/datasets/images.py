@@ -391,8 +391,8 @@ class DecodedImage:
     """A decoded image, and facts about its file.
 
     Attributes:
-        image: RGB pixels of the first frame. They are not rotated by the EXIF orientation, because
-            CLIP's preprocessing does not rotate them either.
+        image: RGB pixels of the first frame, perhaps at a reduced size. They are not rotated by the
+            EXIF orientation, because CLIP's preprocessing does not rotate them either.
         width: Width in the file.
         height: Height in the file.
         n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
@@ -411,8 +411,10 @@ class DecodedImage:
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
-def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
-    """Read and decode one record; BadImage where this fails."""
+def read_image(
+    record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
+) -> DecodedImage:
+    """Read and decode one record, as ``decode_image`` does; BadImage where this fails."""
     try:
         data = record.read()
     except OSError as error:
@@ -420,10 +422,12 @@ def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> Dec
         if error.errno == errno.EFBIG:
             kind = "too_large"
         raise BadImage("open", kind, f"cannot read the file: {error}") from error
-    return decode_image(data, limits)
+    return decode_image(data, limits, jpeg_side=jpeg_side)
 
 
-def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
+def decode_image(
+    data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
+) -> DecodedImage:
     """Decode the first frame of an encoded image to 8-bit RGB.
 
     Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. 16-bit grey is
@@ -431,6 +435,12 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
     usual range are stretched.
 
     This function is thread-safe and does not change warning filters.
+
+    Args:
+        data: The bytes of the file.
+        limits: Limits of size and shape, which are checked before pixels are decoded.
+        jpeg_side: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if its shorter side
+            then has at least this length. This takes a fraction of the time. None: in full.
 
     Raises:
         BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
@@ -446,9 +456,12 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
         file = OPENERS[name](BytesIO(data))
     with file as opened:
         _require_geometry(*opened.size, limits)
+        size_in_file = opened.size
         with _damage("decode", "damaged pixels"):
             if name == "TIFF":  # without this tag, Pillow does not rotate the pixels of a TIFF
                 opened.getexif().pop(ORIENTATION, None)
+            if name == "JPEG" and jpeg_side is not None:
+                opened.draft(None, (jpeg_side, jpeg_side))
             opened.load()
         exif = opened.info.get("exif")
         if name == "TIFF":  # the whole file takes the place of the block: both have one format
@@ -461,10 +474,12 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
             raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
         with _damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion = to_rgb(opened)
+    # The pixels of a JPEG may be reduced. The header of a TIFF may state the size after rotation.
+    width, height = size_in_file if name == "JPEG" else image.size
     return DecodedImage(
         image,
-        width=image.width,
-        height=image.height,
+        width=width,
+        height=height,
         n_frames=n_frames,
         exif_orientation=exif_orientation,
         flags=flags | conversion,

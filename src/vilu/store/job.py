@@ -13,7 +13,7 @@ from typing import Protocol
 
 from vilu.artifacts.disk import RUN, or_refuse
 from vilu.artifacts.documents import log
-from vilu.backbones.base import Backbone
+from vilu.backbones.base import Backbone, jpeg_side_of
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
@@ -152,6 +152,7 @@ class BackboneSpec:
     device: str = "auto"
     precision: str = "fp32"
     models: Path | None = None
+    full_decode: bool = False
 
     def load(self) -> Backbone:
         """Return the model; raises the errors of ``load_backbone``."""
@@ -161,7 +162,11 @@ class BackboneSpec:
 @cache
 def _load(spec: BackboneSpec) -> Backbone:
     return load_backbone(
-        spec.name, device=spec.device, precision=spec.precision, models=spec.models
+        spec.name,
+        device=spec.device,
+        precision=spec.precision,
+        models=spec.models,
+        full_decode=spec.full_decode,
     )
 
 
@@ -248,6 +253,7 @@ class EmbedJob:
             n_classes=len(self.run.names),
             views=self.run.views,
             captions=self.run.captions,
+            jpeg_side=jpeg_side_of(backbone),
         )
         workers = self.workers or default_workers()
         ahead = self.batch_size + workers  # maximum number of images decoded in advance

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import MANIFEST, make_folder, or_refuse
+from vilu.artifacts.disk import MANIFEST, RUN, make_folder, or_refuse
+from vilu.artifacts.documents import read_document
 from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import Listed, PhotoFiles
@@ -27,6 +28,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.job import BackboneSpec
+from vilu.store.manifest import Run
 from vilu.store.reader import EmbeddingStore
 
 FOLDER: Final = "embeddings"
@@ -158,6 +160,21 @@ class PhotoStores:
         times = table["time"].to_pylist()
         return dict(zip(paths, zip(sizes, times, strict=True), strict=True))
 
+    def are_decoded_otherwise(self, backbone: BackboneSpec) -> bool:
+        """Whether the stores differ from the model only by the size at which JPEGs are decoded."""
+        begun = [self.store(n) for n in self.numbers() if (self.store(n) / RUN).is_file()]
+        if not begun:
+            return False
+        space = read_document(begun[0] / RUN, Run).space
+        if space.reduces_jpegs != backbone.full_decode:
+            return False  # as the model decodes, so it need not be loaded to compare more
+        return space.differs_by_decoding(backbone.load().space)
+
+    def remove_all(self) -> None:
+        """Remove all stores and their lists."""
+        for number in self.numbers():
+            self._remove(number)
+
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.
 
@@ -197,6 +214,10 @@ class PhotoStores:
             elif all(now.get(path) == version for path, version in listed.items()):
                 begun = number  # the listed photos are unchanged, so this store can be continued
             else:
+                logger.info(
+                    "%s was begun with photos that have changed since, so it is removed",
+                    self.store(number),
+                )
                 self._remove(number)
         return _StoredPhotos(done, unread, begun)
 
@@ -258,11 +279,7 @@ class PhotoStores:
         )
 
     def _remove(self, number: int) -> None:
-        """Remove an interrupted store and its list."""
-        logger.info(
-            "%s was begun with photos that have changed since, so it is removed",
-            self.store(number),
-        )
+        """Remove a store and its list."""
         with or_refuse(f"remove {self.store(number)}"):
             if self.store(number).exists():
                 shutil.rmtree(self.store(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,25 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
         overwrite=overwrite,
     )
     return state or TriageState(settings=settings.fixed)
+
+
+def without_predictors(root: Path, state: TriageState) -> TriageState:
+    """Remove the predictors of a triage whose photos are embedded again; return the next state.
+
+    All labels stay, and so does the number of tested predictors, on which the levels depend.
+    """
+    state = TriageState(
+        settings=state.settings,
+        photos=state.photos,
+        n_tested=state.n_tested,
+        asked_up_to=state.asked_up_to,
+        counted_up_to=state.counted_up_to,
+    )
+    state.write(root / STATE)
+    for name in (PREDICTOR_FOLDER, CANDIDATE_FOLDER):
+        if (root / name).exists():
+            shutil.rmtree(root / name)
+    return state
 
 
 def _require_same_settings(
