@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from tests.builders.photo_folders import KINDS, photo, truth_of, write_photos
 from tests.builders.store_fakes import FakeBackbone
@@ -319,6 +320,23 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
     assert found(f"200 photos{': ' if is_killed else ' (1 of them new)'}")[0] != "read_error"
     assert found("200 photos: ")[0] != "read_error"
     assert fake_model.n_images == n + 1
+
+
+def test_a_heic_photo_is_tried_again_once_its_decoder_is_installed(
+    job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = pytest.importorskip("pillow_heif")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+    plugin.from_pillow(image).save(folder[0] / "new.heic")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        patch.setattr("vilu.triage.photos.find_spec", lambda name: None)
+        triage_photos(job, tmp_path / "out")
+    reasons = {row["path"]: row["reason"] for row in rows(tmp_path / "out" / "decisions.csv")}
+    assert reasons["new.heic"] == "needs_pillow_heif"
+    triage_photos(job, tmp_path / "out")
+    reasons = {row["path"]: row["reason"] for row in rows(tmp_path / "out" / "decisions.csv")}
+    assert reasons["new.heic"] != "needs_pillow_heif"
 
 
 def test_an_interrupted_run_goes_on(

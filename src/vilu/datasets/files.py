@@ -20,8 +20,14 @@ MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
 _PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif")
 _BITMAPS = (".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-_UNSUPPORTED = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd")
-SUFFIXES = _PHOTOS + _BITMAPS + _UNSUPPORTED
+_OF_PHONES = (".avif", ".heic", ".heif", ".hif")
+_UNSUPPORTED = (".jp2", ".jxl", ".svg", ".psd")
+_RAW_OF_CANON_NIKON_SONY = (".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2")
+_RAW_OF_OTHERS = (".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".kdc", ".mrw")
+RAW_SUFFIXES = _RAW_OF_CANON_NIKON_SONY + _RAW_OF_OTHERS + (".x3f", ".iiq", ".rwl")
+"""File name endings of RAW photos, which are not decoded."""
+
+SUFFIXES = _PHOTOS + _BITMAPS + _OF_PHONES + _UNSUPPORTED + RAW_SUFFIXES
 """File name endings of images.
 
 Formats that cannot be decoded are included, so that such a file is reported and not skipped.

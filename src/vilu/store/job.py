@@ -21,8 +21,9 @@ from vilu.errors import StorageError
 from vilu.progress import Silence, Task
 from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
+from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
+from vilu.text import plural
 
 MAX_ATTEMPTS = 3  # number of processes that may die in a part before the part is given up
 # message in the error rows of a part that was given up
@@ -272,6 +273,7 @@ class EmbedJob:
                 # tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
+                self._say_animated(content)
                 yield receipt
 
     def _load_backbone(self) -> Backbone:
@@ -300,6 +302,11 @@ class EmbedJob:
             receipt.n_error,
             seconds,
         )
+
+    def _say_animated(self, content: PartRows) -> None:
+        n_animated = sum(isinstance(row, Row) and row.n_frames > 1 for row in content.rows)
+        if n_animated:
+            logger.info("%s: the first frame is used", plural(n_animated, "animated image"))
 
     def _items(
         self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]

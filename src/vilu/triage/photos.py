@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,7 @@ from vilu.artifacts.documents import read_document
 from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import Listed, PhotoFiles
+from vilu.datasets.images import NEEDS_PILLOW_HEIF
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
@@ -222,9 +224,12 @@ class PhotoStores:
         return _StoredPhotos(done, unread, begun)
 
     def _unread(self, number: int) -> set[str]:
-        """Paths of the photos of a store that could not be read."""
+        """Paths of the photos of a store that could not be read, or not be decoded until now."""
+        retried = {"read_error"}
+        if find_spec("pillow_heif") is not None:
+            retried.add(NEEDS_PILLOW_HEIF)
         bad = EmbeddingStore(self.store(number)).bad_images()
-        return {path for path, kind in bad if kind == "read_error"}
+        return {path for path, kind in bad if kind in retried}
 
     @staticmethod
     def _readable_again(photos: PhotoFolder, unread: Collection[str]) -> list[str]:
