@@ -50,7 +50,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 STARTS = {"serve-ray", "ray", "spark", "demo"}
 """Whose commands work for minutes where the extra is there: they are tried where it is not."""
 TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release", "heic"}
-"""No command needs them: tools of who works on vilu, and heic, without which a photo is a bad row."""
+"""No command needs them: most are for who works on vilu; without heic, photos are bad rows."""
 
 
 def extras_of(wheel: Path) -> list[str]:

@@ -696,6 +696,21 @@ def test_links_and_moved_photos(guaranteed: Folder, fake_model: FakeBackbone) ->
     )
 
 
+def test_a_library_of_links_is_triaged_and_never_moved(
+    tmp_path: Path, fake_model: FakeBackbone
+) -> None:
+    truth = write_photos(tmp_path / "library", 60)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "album").symlink_to(tmp_path / "library")
+    write_photos(tmp_path / "photos", 40, 60)
+    job = job_on(tmp_path / "photos")
+    assert triage_photos(job, tmp_path / "in").counts.startswith("40 photos")
+    job = dataclasses.replace(job, follow_links=True)
+    assert triage_photos(job, tmp_path / "out", sort="move").counts.startswith("100 photos")
+    assert all((tmp_path / "library" / name).is_file() for name in truth)
+    assert len(moved_photos(tmp_path / "out")) == 40
+
+
 def sixty_moved(home: Path) -> tuple[TriageSettings, Path, dict[str, str]]:
     """Photos that were moved."""
     truth, job = write_photos(home / "photos", 60), job_on(home / "photos")

@@ -17,6 +17,7 @@ from vilu.cli.options import (
     Backbone,
     BatchSize,
     Device,
+    FollowLinks,
     FullDecode,
     Models,
     Outside,
@@ -33,7 +34,7 @@ from vilu.errors import UsageError
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
     from vilu.store.job import BackboneSpec, Executor
-    from vilu.store.manifest import Manifest
+    from vilu.store.reader import CaptionStore, EmbeddingStore
 
 
 Source = Annotated[
@@ -161,6 +162,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     outside: Outside = None,
     where: Where = None,
     root: Root = None,
+    follow_links: FollowLinks = False,
     template: Template = None,
     prompts: Prompts = None,
     negatives: Negatives = False,
@@ -205,6 +207,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         dataset=dataset,
         raw_names=raw_names,
         root=root,
+        follow_links=follow_links,
     )
     from vilu.store.embed import ExtraColumns
     from vilu.store.embed import embed as embed_images
@@ -236,8 +239,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    manifest = None if store is None else store.manifest
-    next_step(embedded(output, manifest, (split, source)))
+    next_step(embedded(output, store, (split, source)))
 
 
 def backbone_spec(
@@ -282,15 +284,18 @@ def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
     return ()
 
 
-def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
+def embedded(
+    output: Path, store: EmbeddingStore | CaptionStore | None, names: tuple[str | None, str]
+) -> str:
     """Closing line of a command that makes a store: the counts, and the next command.
 
     ``names`` are the names of the split and of the source, which suggest the next command.
     """
     from vilu.store.embed import BAD_SHARD
 
-    if manifest is None:
+    if store is None:
         return "this rank's parts are done; the rank that ends last makes the store complete"
+    manifest = store.manifest
     n_bad_shards = 0
     for kind, count in manifest.errors.items():
         if kind in BAD_SHARD:

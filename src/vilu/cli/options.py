@@ -296,6 +296,10 @@ FullDecode = Annotated[
         "smaller than twice the size that the model reads.",
     ),
 ]
+FollowLinks = Annotated[
+    bool,
+    Option("--follow-links", help="Follow links out of the folder, and links to folders."),
+]
 BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.")]
 DecodingThreads = Annotated[
     int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")

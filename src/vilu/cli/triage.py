@@ -18,6 +18,7 @@ from vilu.cli.options import (
     BatchSize,
     DecodingThreads,
     Device,
+    FollowLinks,
     FullDecode,
     ImagesRoot,
     ImagesSplit,
@@ -85,6 +86,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     device: Device = "auto",
     precision: Precision = "fp32",
     full_decode: FullDecode = False,
+    follow_links: FollowLinks = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -124,6 +126,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         n_next=n_next,
         seed=seed,
         answer=answer,
+        follow_links=follow_links,
     )
     sort: Literal["move", "link"] | None = None
     if move:

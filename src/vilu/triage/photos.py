@@ -92,11 +92,13 @@ class PhotoFolder:
         root: The folder.
         listing: Path and status of every photo.
         moved: Present location of every photo that was moved, by its path in the folder.
+        follow_links: Whether links may lead anywhere, also to folders.
     """
 
     root: Path
     listing: Sequence[Listed]
     moved: Mapping[str, Path] = field(default_factory=dict)
+    follow_links: bool = False
 
     @cached_property
     def paths(self) -> list[str]:
@@ -106,7 +108,7 @@ class PhotoFolder:
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
         """A data set of the photos with these paths; ``names`` are its classes."""
         chosen = [listed for listed in self.listing if portable_name(listed[0]) in paths]
-        return PhotoFiles(self.root, chosen, names, self.moved)
+        return PhotoFiles(self.root, chosen, names, self.moved, follow_links=self.follow_links)
 
 
 @dataclass(frozen=True)

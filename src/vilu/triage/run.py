@@ -217,7 +217,8 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    state = state.model_copy(update={"photos": str(settings.photos.absolute())})
+    now = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
+    state = state.model_copy(update=now)
     state.write(root / STATE)
     return state
 
