@@ -49,8 +49,8 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
 """Extra -> what is installed where it is, and a command that needs it."""
 STARTS = {"serve-ray", "ray", "spark", "demo"}
 """Whose commands work for minutes where the extra is there: they are tried where it is not."""
-TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release"}
-"""For who works on vilu: no command needs them."""
+TOOLS = {"dev", "fuzz", "coverage", "hostile", "engines", "docs", "release", "heic"}
+"""No command needs them: most are for who works on vilu; without heic, photos are bad rows."""
 
 
 def extras_of(wheel: Path) -> list[str]:

@@ -165,7 +165,7 @@ def test_pixels_follow_the_processor(siglip: tuple[Path, Any]) -> None:
         - 1
     )
     np.testing.assert_allclose(backbone.preprocess(picture).numpy(), expected, atol=1e-6)
-    settings = json.loads(backbone.space.preprocess or "")
+    settings = json.loads(backbone.space.with_full_jpegs.preprocess or "")
     assert settings["class"] == "SiglipImageProcessorPil"
     assert settings["image_mean"] == [0.5, 0.5, 0.5]
     assert settings["size"] == {"height": 32, "width": 32}

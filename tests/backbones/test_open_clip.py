@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from tests.builders.tiny_models import (
@@ -166,7 +167,7 @@ def test_space_of_clip(clip: tuple[Path, Any]) -> None:
     assert space.logit_bias == 0.0
     assert space.backbone == "open_clip:tiny-clip"
     assert space.weights == tensors_hash(model.state_dict())
-    assert json.loads(space.preprocess or "") == {
+    assert json.loads(space.with_full_jpegs.preprocess or "") == {
         **PIXELS["clip"],
         "size": [32, 32],
         "interpolation": "bicubic",
@@ -307,7 +308,8 @@ def test_tag_brings_preprocessing_and_activation(
         quick = clip[1].encode_image(pixels, normalize=True)
     torch.testing.assert_close(backbone.encode_images(pixels), expected, atol=1e-6, rtol=0)
     assert bool(torch.allclose(expected, quick, atol=1e-5)) is quick_gelu
-    assert json.loads(backbone.space.preprocess or "")["mean"] == PIXELS["siglip"]["mean"]
+    settings = json.loads(backbone.space.with_full_jpegs.preprocess or "")
+    assert settings["mean"] == PIXELS["siglip"]["mean"]
 
 
 @pytest.mark.parametrize(
@@ -336,10 +338,59 @@ def test_a_model_without_a_repository_is_refused(monkeypatch: pytest.MonkeyPatch
         load_backbone("open_clip:ViT-B-32/openai")
 
 
+@pytest.fixture
+def registered(clip: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny model under the name "tiny" in open_clip's registry; its weights are random."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config("clip", clip[0]))
+    return clip[1]
+
+
+@pytest.mark.parametrize("form", ["training", "weights", "safetensors"])
+def test_a_checkpoint_file_of_ones_own(registered: Any, form: str, tmp_path: Path) -> None:
+    """As open_clip's training saves it, the weights alone, and as safetensors."""
+    state = registered.state_dict()
+    file = tmp_path / "epoch_1.pt"
+    if form == "training":
+        parallel = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"epoch": 1, "name": "run", "state_dict": parallel}, file)
+    elif form == "weights":
+        torch.save(state, file)
+    else:
+        file = tmp_path / "epoch_1.safetensors"
+        save_file(state, file)
+    backbone = load_backbone(f"open_clip:tiny/{file}", device="cpu")
+    assert backbone.space.backbone == f"open_clip:tiny/{file.name}"
+    assert backbone.space.weights == tensors_hash(state)
+    # a saved predictor knows the name alone, and finds the file in a folder of models
+    again = load_backbone(backbone.space.backbone, device="cpu", models=tmp_path)
+    assert again.space == backbone.space
+
+
+@pytest.mark.usefixtures("registered")
+def test_checkpoint_files_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"'here\.pt', and there is no such file.*open_clip:tiny/PATH"
+    ):
+        load_backbone("open_clip:tiny/here.pt", device="cpu", models=tmp_path)
+    torch.save({"logit_scale": torch.tensor(3.0)}, tmp_path / "part.pt")
+    with pytest.raises(ProvenanceError, match="do not make a model together"):
+        load_backbone(f"open_clip:tiny/{tmp_path}/part.pt", device="cpu")
+    torch.save({"logit_scale": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(StorageError, match="more than plain tensors"):
+        load_backbone(f"open_clip:tiny/{tmp_path}/trap.pt", device="cpu")
+
+
+def test_a_folder_of_weights_is_found_in_a_folder_of_models(clip: tuple[Path, Any]) -> None:
+    folder, _ = clip
+    space = load_backbone(f"open_clip:{folder}", device="cpu").space
+    again = load_backbone(space.backbone or "", device="cpu", models=folder.parent)
+    assert again.space == space
+
+
 def test_unknown_names() -> None:
     with pytest.raises(UsageError, match=r"no model 'ViT-B-23'.*ViT-B-32"):
         load_backbone("open_clip:ViT-B-23/openai")
-    with pytest.raises(UsageError, match=r"no pretraining tag 'laion'.*laion2b_s34b_b79k"):
+    with pytest.raises(UsageError, match=r"no pretraining tag 'laion'.*laion2b_e16"):
         load_backbone("open_clip:ViT-B-32/laion")
     for spec in ("open_clip", "open_clip:"):
         with pytest.raises(UsageError, match="Expected NAME/TAG"):

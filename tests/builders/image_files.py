@@ -127,5 +127,6 @@ def seeds() -> dict[str, bytes]:
         "palette bmp": encode(picture("P"), "BMP"),
         "tiff": encode(picture(), "TIFF", save_all=True, append_images=[other]),
         "ppm": encode(picture(), "PPM"),
+        "avif": encode(picture(), "AVIF"),
         "pfm": encode(Image.fromarray(np.ones((8, 8), np.float32)), "PPM"),
     }

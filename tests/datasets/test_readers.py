@@ -97,7 +97,7 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
         "outside_class": 1,
     }
     found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored.items())
-    advice = "Put folders in place of links. Put images into class folders."
+    advice = "Give --follow-links to read what links lead to. Put images into class folders."
     assert f"{root}: left out {found}. {advice}" in caplog.text
     assert dataset.class_names == ("a", "b")
     caplog.clear()
@@ -105,7 +105,32 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
     with pytest.raises(UsageError, match=r"beside\.png is no folder"):
         list_photos(root / "beside.png")
     assert "2 linked_folder" in caplog.text
-    assert caplog.text.endswith("Put folders in place of links.\n")
+    assert caplog.text.endswith("Give --follow-links to read what links lead to.\n")
+
+
+def test_links_are_followed_where_that_is_asked_for(tmp_path):
+    """As in libraries that are made of links; a link that leads back is one bad row."""
+    root = tree(tmp_path / "photos", "a/1.png")
+    beside = tree(tmp_path / "beside", "2.png", "deep/3.png")
+    (root / "b").symlink_to(beside)
+    (root / "a/4.png").symlink_to(beside / "2.png")
+    (root / "a/up").symlink_to(root)
+    (root / "a/itself").symlink_to(root / "a")
+    (beside / "deep/round").symlink_to(root)
+    photos = dict(list_photos(root, follow_links=True))
+    found = [path for path, status in photos.items() if not isinstance(status, OSError)]
+    assert found == ["a/1.png", "a/4.png", "b/2.png", "b/deep/3.png"]
+    assert photos.keys() - set(found) == {"a/itself", "a/up", "b/deep/round"}
+    assert {status.errno for status in photos.values() if isinstance(status, OSError)} == {
+        errno.ELOOP
+    }
+    dataset = open_dataset(root, follow_links=True)
+    assert dataset.class_names == ("a", "b")
+    records = {record.key: record for record in dataset.records(0, len(dataset))}
+    assert records["b/2.png"].read() == (beside / "2.png").read_bytes()
+    assert records["a/4.png"].read() == (beside / "2.png").read_bytes()
+    with pytest.raises(OSError, match=r"directory|symbolic|regular"):
+        records["b/deep/round"].read()
 
 
 def test_links_in_a_circle_are_listed_and_cannot_be_read(tmp_path, caplog):

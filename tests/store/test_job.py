@@ -132,14 +132,14 @@ def test_receipts_come_in_order_with_those_that_are_there(tmp_path):
 def test_a_model_by_name_is_loaded_once_and_must_be_the_right_one(tmp_path, monkeypatch):
     loaded = []
 
-    def load(name, *, device, precision, models):
-        loaded.append((name, device, precision, models))
+    def load(name, *, device, precision, models, full_decode):
+        loaded.append((name, device, precision, models, full_decode))
         return FakeBackbone(weights=name)
 
     monkeypatch.setattr("vilu.store.job.load_backbone", load)
     spec = BackboneSpec("w0", "cpu")
     store = run(shards(*LENGTHS), tmp_path / "s", spec, executor=InTurn())
-    assert loaded == [("w0", "cpu", "fp32", None)]
+    assert loaded == [("w0", "cpu", "fp32", None, False)]
     assert store.space.weights == "w0"
     (tmp_path / "s/receipts/00001.json").unlink()
     job = replace(job_of(shards(*LENGTHS), tmp_path / "t"), backbone=BackboneSpec("w1"))

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from tests.builders.photo_folders import KINDS, photo, truth_of, write_photos
 from tests.builders.store_fakes import FakeBackbone
@@ -322,6 +323,23 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
     assert fake_model.n_images == n + 1
 
 
+def test_a_heic_photo_is_tried_again_once_its_decoder_is_installed(
+    job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = pytest.importorskip("pillow_heif")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+    plugin.from_pillow(image).save(folder[0] / "new.heic")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        patch.setattr("vilu.triage.photos.find_spec", lambda name: None)
+        triage_photos(job, tmp_path / "out")
+    reasons = {row["path"]: row["reason"] for row in rows(tmp_path / "out" / "decisions.csv")}
+    assert reasons["new.heic"] == "needs_pillow_heif"
+    triage_photos(job, tmp_path / "out")
+    reasons = {row["path"]: row["reason"] for row in rows(tmp_path / "out" / "decisions.csv")}
+    assert reasons["new.heic"] != "needs_pillow_heif"
+
+
 def test_an_interrupted_run_goes_on(
     folder: Folder,
     job: TriageSettings,
@@ -512,6 +530,50 @@ def test_another_model_is_refused_before_embedding_the_first_goes_on(
     assert triage_photos(job, tmp_path / "out").counts.startswith("203 photos")
 
 
+def test_photos_that_were_decoded_in_full_are_embedded_once_more(
+    guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default has changed: labels stay, and the guarantee comes back from them."""
+    home, truth = guaranteed
+    job = job_on(home / "photos")
+    labels = LabelBook.load(home / "out" / "labels.parquet").labels
+    in_full = dataclasses.replace(job.embedding.backbone, full_decode=True)
+    as_before = dataclasses.replace(
+        job, embedding=dataclasses.replace(job.embedding, backbone=in_full)
+    )
+    model = FakeBackbone()
+    model.space = model.space.with_reduced_jpegs
+    monkeypatch.setattr(BackboneSpec, "load", lambda self: model)
+    triage_photos(as_before, home / "out")
+    assert model.n_images == 0
+    triage_photos(job, home / "out")
+    assert model.n_images == len(truth)
+    assert "embedded once more" in caplog.text
+    assert labels.items() <= LabelBook.load(home / "out" / "labels.parquet").labels.items()
+    for _ in range(3):
+        if any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv")):
+            break
+        triage_photos(job, home / "out", [fill_in(home / "out", truth, home / "again.csv")])
+    assert any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv"))
+    assert model.n_images == len(truth)
+
+
+def test_a_store_that_was_begun_with_full_decoding_is_embedded_once_more(
+    job: TriageSettings, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(FakeBackbone):
+        def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BackboneSpec, "load", lambda self: Stopped())
+    with pytest.raises(KeyboardInterrupt):
+        triage_photos(job, tmp_path / "out")
+    model = FakeBackbone()
+    model.space = model.space.with_reduced_jpegs
+    monkeypatch.setattr(BackboneSpec, "load", lambda self: model)
+    assert triage_photos(job, tmp_path / "out").counts.startswith("200 photos")
+
+
 def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
     job: TriageSettings,
     changed: Callable[..., TriageSettings],
@@ -633,6 +695,21 @@ def test_links_and_moved_photos(guaranteed: Folder, fake_model: FakeBackbone) ->
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(
         content.values()
     )
+
+
+def test_a_library_of_links_is_triaged_and_never_moved(
+    tmp_path: Path, fake_model: FakeBackbone
+) -> None:
+    truth = write_photos(tmp_path / "library", 60)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "album").symlink_to(tmp_path / "library")
+    write_photos(tmp_path / "photos", 40, 60)
+    job = job_on(tmp_path / "photos")
+    assert triage_photos(job, tmp_path / "in").counts.startswith("40 photos")
+    job = dataclasses.replace(job, follow_links=True)
+    assert triage_photos(job, tmp_path / "out", sort="move").counts.startswith("100 photos")
+    assert all((tmp_path / "library" / name).is_file() for name in truth)
+    assert len(moved_photos(tmp_path / "out")) == 40
 
 
 def sixty_moved(home: Path) -> tuple[TriageSettings, Path, dict[str, str]]:

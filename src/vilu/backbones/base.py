@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -88,6 +88,19 @@ def _progress(n_texts: int) -> AbstractContextManager[Task]:
     return nullcontext(Silence())
 
 
+LEAST_REDUCED: Final = 2
+"""A JPEG that is decoded at a reduced size is at least this many times as large as the model needs.
+
+So resizing still averages over several pixels, and hardly changes: by about half a grey level.
+"""
+
+
+def jpeg_side_of(backbone: Backbone) -> int | None:
+    """Least shorter side at which JPEGs may be decoded for a model; None to decode them in full."""
+    side: int | None = getattr(backbone, "jpeg_side", None)
+    return side
+
+
 class DualEncoder:
     """A frozen dual encoder (the ``Backbone`` protocol), assembled from the parts of a model.
 
@@ -108,6 +121,12 @@ class DualEncoder:
         feature_dim: Width F; needed only if there is an ``image_head``.
         texts_known_as: Name that identifies everything that determines the embeddings of texts,
             as a part of their key in the user's cache. None: texts are not cached.
+        resize_to: Length in pixels to which ``transform`` resizes the shorter side of an image, or
+            a larger number. None: not known, so JPEGs are never decoded at a reduced size.
+
+    Attributes:
+        jpeg_side: Least shorter side at which JPEGs may be decoded for this model; None to decode
+            them in full.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -124,8 +143,11 @@ class DualEncoder:
         text_projection: Tensor | None = None,
         feature_dim: int | None = None,
         texts_known_as: str | None = None,
+        resize_to: int | None = None,
     ) -> None:
         self.space = space
+        self.jpeg_side: int | None = None
+        self._resize_to = resize_to
         self._texts_known_as = texts_known_as
         self.device = device
         self.projections: tuple[Tensor, Tensor] | None = None
@@ -139,6 +161,13 @@ class DualEncoder:
         self._text_tower = text_tower
         self._text_head = _linear(text_projection)
         self._truncates = truncates
+
+    def reduce_jpegs(self) -> None:
+        """Let JPEGs be decoded at a reduced size, if it is known to which size they are resized."""
+        if self._resize_to is None:
+            return
+        self.jpeg_side = LEAST_REDUCED * self._resize_to
+        self.space = self.space.with_reduced_jpegs
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) float32 on the CPU."""

@@ -168,7 +168,12 @@ PRECISIONS = ("fp32", "bf16")
 
 @checked
 def load_backbone(
-    spec: str, *, device: str = "auto", precision: str = "fp32", models: str | Path | None = None
+    spec: str,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    models: str | Path | None = None,
+    full_decode: bool = False,
 ) -> Backbone:
     """The frozen dual encoder that ``spec`` names, ready to encode.
 
@@ -180,7 +185,9 @@ def load_backbone(
             float32.
         models: Folder with one sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.
-            For other specs the folder is ignored.
+            Of other specs (KIND:FOLDER, open_clip:NAME/FILE), the folder or file may lie in it.
+        full_decode: Whether JPEGs are decoded in full. By default, a large JPEG is decoded at 1/2,
+            1/4 or 1/8 of its size, but no smaller than twice the size that the model resizes to.
 
     Raises:
         UsageError: If the spec, the device or the precision is unknown.
@@ -197,6 +204,7 @@ def load_backbone(
         >>> round(float(cat @ kitten), 1), round(float(cat @ truck), 1)  # cosines
         (0.7, 0.1)
     """
+    from vilu.backbones.base import DualEncoder
     from vilu.device import OwnGenerator, resolve_device
 
     source = find_named(spec, None if models is None else Path(models))
@@ -211,6 +219,8 @@ def load_backbone(
     require_one_of("precision", precision, PRECISIONS)
     module, _, function = entry.loader.partition(":")
     options = {} if source is None else source.options
+    if source is None and models is not None:
+        argument = _found_in(Path(models), argument)
     log.info("loading %s ...", spec)
     begun = time.monotonic()
     with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
@@ -223,7 +233,24 @@ def load_backbone(
         # The embedding spaces of the same model must match, so the name must not depend on the
         # location of the weights.
         backbone.space = replace(backbone.space, backbone=source.name)
+    if isinstance(backbone, DualEncoder) and not full_decode:
+        backbone.reduce_jpegs()
     return backbone
+
+
+def _found_in(models: Path, argument: str) -> str:
+    """Replace the last name of FOLDER or NAME/FILE by its path, if it is in ``models``.
+
+    Embedding spaces name such models without local paths. So a saved predictor finds its model in
+    ``models``.
+    """
+    model, slash, name = argument.rpartition("/")
+    path = models / name
+    is_folder = not slash and bool(name) and path.is_dir()
+    is_file = bool(model) and "/" not in model and path.is_file()
+    if is_folder or is_file:
+        return f"{model}{slash}{path.absolute()}"
+    return argument
 
 
 def add_backbone(entry: NamedBackbone | BackboneKind) -> None:

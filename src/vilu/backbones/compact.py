@@ -182,6 +182,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         truncates=truncates,
         feature_dim=FEATURE_DIM,
         texts_known_as=space.fingerprint,
+        resize_to=size,
     )
 
 

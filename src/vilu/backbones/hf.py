@@ -105,6 +105,17 @@ class Towers:
         """Pixels (3, H, W) of an image."""
         return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
 
+    def resize_to(self) -> int | None:
+        """Length to which the processor resizes the shorter side, or a larger number.
+
+        None if the processor does not resize.
+        """
+        settings = self.processor.image_processor.to_dict()
+        if not settings.get("do_resize") or not settings.get("size"):
+            return None
+        lengths = [length for length in dict(settings["size"]).values() if length]
+        return max(lengths, default=None)
+
     def pixel_settings(self) -> str:
         """Settings that determine the pixels, as JSON.
 
@@ -208,6 +219,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_projection=image_projection,
         text_projection=text_projection,
         texts_known_as=space.fingerprint,
+        resize_to=towers.resize_to(),
     )
 
 

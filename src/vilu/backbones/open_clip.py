@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class Source:
     repository: str | None  # repository on the hub; None for a local folder
     # downloads weights that are not on this machine; raises OSError if that fails
     fetch: Callable[[], object]
-    tag: str | None = None  # pretraining tag of a model without schema
+    # pretraining tag, or path of a checkpoint file, of a model without schema
+    tag: str | None = None
     # whether the weights need QuickGELU; open_clip only warns if the model does not use it
     quick_gelu: bool = False
 
@@ -65,8 +67,8 @@ def load(
     """Load a model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
 
     Args:
-        argument: NAME/TAG, "hf-hub:ORG/NAME", or a folder (also as "local-dir:FOLDER") with
-            ``open_clip_config.json`` and weights.
+        argument: NAME/TAG, NAME/PATH of a checkpoint file, "hf-hub:ORG/NAME", or a folder (also as
+            "local-dir:FOLDER") with ``open_clip_config.json`` and weights.
         device: Device of the model.
         precision: "fp32" or "bf16" (image tower under autocast).
         tanh_gelu: Whether every GELU is replaced by its tanh approximation.
@@ -85,13 +87,14 @@ def load(
         return cast("Tensor", network.encode_text(tokenizer(texts).to(device)))
 
     probe = transform(Image.new("RGB", (64, 64)))[None].to(device)
+    pixels = open_clip.get_model_preprocess_cfg(network)
     space = EmbeddingSpace(
         embed_dim=encode_texts(["a photo"]).shape[1],
         logit_scale=network.logit_scale.exp().item(),
         logit_bias=0.0 if network.logit_bias is None else network.logit_bias.item(),
         backbone=source.name,
         weights=weights,
-        preprocess=json.dumps(open_clip.get_model_preprocess_cfg(network), sort_keys=True),
+        preprocess=json.dumps(pixels, sort_keys=True),
         tokenizer=identity,
         precision=precision,
     )
@@ -111,6 +114,7 @@ def load(
         image_projection=image_projection,
         text_projection=text_projection,
         texts_known_as=space.fingerprint,
+        resize_to=int(np.max(pixels["size"])),  # one length, or height and width
     )
 
 
@@ -186,18 +190,18 @@ def _hub_source(open_clip: ModuleType, argument: str) -> Source:
 
 
 def _registry_source(open_clip: ModuleType, argument: str) -> Source:
-    """Location of a model in the registry of open_clip, NAME/TAG."""
+    """Location of a model in the registry of open_clip: NAME/TAG, or NAME/PATH of its weights."""
     model, _, tag = argument.partition("/")
     if model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
         raise UsageError(
             f"open_clip has no model {model!r}, and there is no such folder. Expected NAME/TAG, "
-            f"hf-hub:ORG/NAME or a folder. Near names: {', '.join(near) or 'none'}."
+            "NAME/PATH of a checkpoint file, hf-hub:ORG/NAME or a folder. Near names: "
+            f"{', '.join(near) or 'none'}."
         )
     pretrained = open_clip.get_pretrained_cfg(model, tag)
     if not pretrained:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise UsageError(f"{model} of open_clip has no pretraining tag {tag!r}. Its tags: {tags}.")
+        return _file_source(open_clip, model, tag)
     hub = open_clip.pretrained
     # an entry is ORG/NAME/FILE, or ORG/NAME/ for the usual file
     entry = pretrained.get("hf_hub", "")
@@ -215,6 +219,26 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
         fetch=lambda: hub.download_pretrained(pretrained),
         tag=tag,
         quick_gelu=bool(pretrained.get("quick_gelu")),
+    )
+
+
+def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
+    """Location of a model of open_clip's registry whose weights are in a file."""
+    file = Path(path).expanduser()
+    if not path or not file.is_file():
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        near = difflib.get_close_matches(path, tags, n=3, cutoff=0.3) or tags[:3]
+        raise UsageError(
+            f"{model} of open_clip has no pretraining tag {path!r}, and there is no such file. "
+            f"Near tags: {', '.join(near) or 'none'}. For weights of your own give "
+            f"open_clip:{model}/PATH, or the folder of the file with --models."
+        )
+    return Source(
+        name=f"open_clip:{model}/{file.name}",
+        model=model,
+        repository=None,
+        fetch=lambda: None,  # the file is on this machine
+        tag=str(file),
     )
 
 

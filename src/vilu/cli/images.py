@@ -17,6 +17,8 @@ from vilu.cli.options import (
     Backbone,
     BatchSize,
     Device,
+    FollowLinks,
+    FullDecode,
     Models,
     Outside,
     Overwrite,
@@ -32,7 +34,7 @@ from vilu.errors import UsageError
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
     from vilu.store.job import BackboneSpec, Executor
-    from vilu.store.manifest import Manifest
+    from vilu.store.reader import CaptionStore, EmbeddingStore
 
 
 Source = Annotated[
@@ -160,6 +162,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     outside: Outside = None,
     where: Where = None,
     root: Root = None,
+    follow_links: FollowLinks = False,
     template: Template = None,
     prompts: Prompts = None,
     negatives: Negatives = False,
@@ -180,16 +183,16 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     on_error: OnError = "skip",
     device: Device = "auto",
     precision: Precision = "fp32",
+    full_decode: FullDecode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
     Prints the folder of the store. Images that cannot be read are counted, and listed in the
     errors/ folder of the store. If their share is more than --max-error-rate, the exit code is 3.
-    The exit code is also 3 if a tar is cut short or cannot be read, because the number of its lost
-    images is unknown. --features, --views, --prompts and --negatives store what some methods need
-    in addition to the embeddings (see `vilu list predictors`). Images with captions need no
-    classes: their captions are embedded, too.
+    It is also 3 if a tar is cut short, since the number of its lost images is unknown. --features,
+    --views, --prompts and --negatives store what some methods need in addition to the embeddings
+    (see `vilu list predictors`). Captions of images are embedded, too, and need no classes.
     """
     max_unreadable = 0.0 if on_error == "raise" else max_error_rate
     images = _open_images(
@@ -204,6 +207,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         dataset=dataset,
         raw_names=raw_names,
         root=root,
+        follow_links=follow_links,
     )
     from vilu.store.embed import ExtraColumns
     from vilu.store.embed import embed as embed_images
@@ -217,7 +221,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     store = embed_images(
         images,
-        backbone_spec(backbone, device, precision, models),
+        backbone_spec(backbone, device, precision, models, full_decode=full_decode),
         output,
         names=images.class_names or (),
         templates=templates_of(template),
@@ -235,12 +239,16 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    manifest = None if store is None else store.manifest
-    next_step(embedded(output, manifest, (split, source)))
+    next_step(embedded(output, store, (split, source)))
 
 
 def backbone_spec(
-    name: str, device: str, precision: Literal["fp32", "bf16"], models: Path | None
+    name: str,
+    device: str,
+    precision: Literal["fp32", "bf16"],
+    models: Path | None,
+    *,
+    full_decode: bool,
 ) -> BackboneSpec:
     """The backbone that the flags describe.
 
@@ -251,7 +259,7 @@ def backbone_spec(
 
     if models is not None:
         models = models.absolute()
-    return BackboneSpec(name, device, precision, models)
+    return BackboneSpec(name, device, precision, models, full_decode)
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
@@ -276,15 +284,18 @@ def _negatives(words: Path | None, *, wanted: bool) -> Sequence[str]:
     return ()
 
 
-def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
+def embedded(
+    output: Path, store: EmbeddingStore | CaptionStore | None, names: tuple[str | None, str]
+) -> str:
     """Closing line of a command that makes a store: the counts, and the next command.
 
     ``names`` are the names of the split and of the source, which suggest the next command.
     """
     from vilu.store.embed import BAD_SHARD
 
-    if manifest is None:
+    if store is None:
         return "this rank's parts are done; the rank that ends last makes the store complete"
+    manifest = store.manifest
     n_bad_shards = 0
     for kind, count in manifest.errors.items():
         if kind in BAD_SHARD:

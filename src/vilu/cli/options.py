@@ -74,15 +74,16 @@ def _that_begin_with(start: str, names: Iterable[str]) -> list[str]:
 Backbone = Annotated[
     str,
     Option(
-        help="A name from `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, or "
-        "KIND:FOLDER.",
+        help="A name from `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, "
+        "KIND:FOLDER, or open_clip:NAME/FILE with weights of your own.",
         autocompletion=complete_backbones,
     ),
 ]
 Models = Annotated[
     Path | None,
     path_option(
-        "Folder with a sub-folder for each named backbone, used instead of the model hub.",
+        "Folder with a sub-folder for each named backbone, used instead of the model hub; or with "
+        "the folder or file of your own weights.",
         metavar="DIR",
     ),
 ]
@@ -287,6 +288,18 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
 Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of all random numbers.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")]
+FullDecode = Annotated[
+    bool,
+    Option(
+        "--full-decode",
+        help="Decode JPEGs in full. By default large ones are decoded at 1/2, 1/4 or 1/8, but no "
+        "smaller than twice the size that the model reads.",
+    ),
+]
+FollowLinks = Annotated[
+    bool,
+    Option("--follow-links", help="Follow links out of the folder, and links to folders."),
+]
 BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.")]
 DecodingThreads = Annotated[
     int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")

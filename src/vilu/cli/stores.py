@@ -141,7 +141,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         overwrite=overwrite,
     )
     typer.echo(output)
-    next_step(embedded(output, store.manifest, (split, str(source or logits))))
+    next_step(embedded(output, store, (split, str(source or logits))))
 
 
 def inspect(

@@ -18,6 +18,8 @@ from vilu.cli.options import (
     BatchSize,
     DecodingThreads,
     Device,
+    FollowLinks,
+    FullDecode,
     ImagesRoot,
     ImagesSplit,
     Models,
@@ -83,6 +85,8 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     workers: DecodingThreads = None,
     device: Device = "auto",
     precision: Precision = "fp32",
+    full_decode: FullDecode = False,
+    follow_links: FollowLinks = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -106,7 +110,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _, names = read_classes(classes)
     embedding = EmbeddingSettings(
-        backbone=backbone_spec(backbone, device, precision, models),
+        backbone=backbone_spec(backbone, device, precision, models, full_decode=full_decode),
         names=names,
         templates=templates_of(template),
         negatives=everyday_words(),
@@ -122,6 +126,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         n_next=n_next,
         seed=seed,
         answer=answer,
+        follow_links=follow_links,
     )
     sort: Literal["move", "link"] | None = None
     if move:

@@ -393,6 +393,7 @@ class Selection:
         root: Folder that paths start from and must stay below; None for the folder of the table.
         outside: Classes to leave out, and labels that are no class. Images with these labels belong
             to none of the classes.
+        follow_links: Whether links in a folder of images may lead anywhere, also to folders.
     """
 
     split: str | None = None
@@ -401,6 +402,7 @@ class Selection:
     where: Mapping[str, str] = field(default_factory=dict)
     root: Path | None = None
     outside: tuple[str, ...] = ()
+    follow_links: bool = False
 
     def bounds(self, table: Path) -> Bounds:
         """Return the folders in which the files of a table may be."""

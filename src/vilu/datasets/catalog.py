@@ -62,6 +62,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     raw_names: bool = False,
     root: Path | None = None,
     outside: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> ImageDataset:
     """Open images with the reader that fits, or a data set by its name.
 
@@ -84,6 +85,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         outside: Classes (by folder, label or name for prompts) to leave out, or labels that are no
             class. Images with these labels get the label -2 (``vilu.OUTSIDE``), which means that
             they belong to none of the classes.
+        follow_links: Whether links in a folder of images may lead anywhere, also to folders. By
+            default, they may lead to files below the folder or below ``root``.
 
     Raises:
         UsageError: If an argument does not fit the source; the message names the alternatives.
@@ -117,6 +120,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
             where=dict(where or {}),
             root=root,
             outside=tuple(outside),
+            follow_links=follow_links,
         )
         images = _open(source, selection)
     else:
@@ -191,6 +195,7 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
         classes=selection.classes,
         beside=selection.root,
         outside=selection.outside,
+        follow_links=selection.follow_links,
     )
 
 

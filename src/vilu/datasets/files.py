@@ -20,8 +20,14 @@ MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
 _PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif")
 _BITMAPS = (".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-_UNSUPPORTED = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd")
-SUFFIXES = _PHOTOS + _BITMAPS + _UNSUPPORTED
+_OF_PHONES = (".avif", ".heic", ".heif", ".hif")
+_UNSUPPORTED = (".jp2", ".jxl", ".svg", ".psd")
+_RAW_OF_CANON_NIKON_SONY = (".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2")
+_RAW_OF_OTHERS = (".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".kdc", ".mrw")
+RAW_SUFFIXES = _RAW_OF_CANON_NIKON_SONY + _RAW_OF_OTHERS + (".x3f", ".iiq", ".rwl")
+"""File name endings of RAW photos, which are not decoded."""
+
+SUFFIXES = _PHOTOS + _BITMAPS + _OF_PHONES + _UNSUPPORTED + RAW_SUFFIXES
 """File name endings of images.
 
 Formats that cannot be decoded are included, so that such a file is reported and not skipped.
@@ -91,12 +97,20 @@ class Bounds:
         home: Folder that paths with ".." start from. If it is given, absolute paths and paths with
             ".." are accepted where they end below ``folder``. If it is None, they are refused.
         beside: A second folder that links may lead into.
+        follow_links: Whether links may lead anywhere, and links to folders are walked, too. Paths
+            still have to be below ``folder``.
     """
 
     def __init__(
-        self, folder: Path, *, home: Path | None = None, beside: Path | None = None
+        self,
+        folder: Path,
+        *,
+        home: Path | None = None,
+        beside: Path | None = None,
+        follow_links: bool = False,
     ) -> None:
         self.folder = folder
+        self.follow_links = follow_links
         self._home: str | None = None
         if home is not None:
             self._home = os.path.realpath(home)
@@ -112,6 +126,8 @@ class Bounds:
             OutsideError: If the path, or a link on it, leads out of bounds.
         """
         full = self._full(path)
+        if self.follow_links:
+            return full
         folder = os.path.dirname(full)  # noqa: PTH120  for speed
         is_folder_inside = _has_prefix(folder, self._prefixes)
         if not is_folder_inside or self.leads_out(full):
@@ -133,7 +149,7 @@ class Bounds:
 
     def leads_out(self, full: str) -> bool:
         """Whether a file is a link to a file out of bounds."""
-        if not os.path.islink(full):  # noqa: PTH114  for speed
+        if self.follow_links or not os.path.islink(full):  # noqa: PTH114  for speed
             return False
         return not os.path.realpath(full).startswith(self._prefixes)
 
@@ -285,12 +301,15 @@ def former_text(text: str) -> str:
     return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
 
 
-def subfolders(folder: str | Path) -> list[str]:
-    """Return the names of the sub-folders, sorted by bytes, without hidden and linked folders."""
+def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
+    """Return the names of the sub-folders, sorted by bytes, without hidden and linked folders.
+
+    With ``follow_links``, linked folders are included.
+    """
     names = []
     for entry in _entries(folder):
-        is_real_folder = entry.is_dir(follow_symlinks=False)
-        if is_real_folder and not _is_hidden(entry):
+        is_folder = _is_folder(entry) if follow_links else entry.is_dir(follow_symlinks=False)
+        if is_folder and not _is_hidden(entry):
             names.append(entry.name)
     return names
 
@@ -300,32 +319,54 @@ def walk_images(
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Yield every image file in the byte order of the paths: its path below ``folder``, its status.
 
-    Each file costs one call of ``stat``. Links to files are followed. Links to folders are not, so
-    that the walk ends and no image is listed twice. Where a link leads to itself or out of
-    ``bounds``, the second value is the error instead of the status. Skipped entries are counted in
-    ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
+    Each file costs one call of ``stat``. Links to files are followed. Links to folders are followed
+    only if ``bounds`` says so. Where a link leads to itself, to a folder that contains it, or out
+    of ``bounds``, the second value is the error in place of the status. Skipped entries are counted
+    in ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
     """
+    follows_links = bounds is not None and bounds.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # a stack: the next entry is the last one, so entries are added in reverse order
-    pending = _entries(folder)[::-1]
+    # A stack: the next entry is the last one, so entries are added in reverse order. With every
+    # entry are the real folders that the links on its path lead from and to.
+    pending: list[_Pending] = [(entry, ()) for entry in _entries(folder)[::-1]]
     while pending:
-        entry = pending.pop()
-        reason = _reason_to_ignore(entry)
+        entry, passed = pending.pop()
+        path = entry.path.removeprefix(prefix).replace(os.sep, "/")
+        reason = _reason_to_ignore(entry, follows_links=follows_links)
         if reason:
             ignored[reason] += 1
-        elif _is_folder(entry):
-            pending.extend(_entries(entry.path)[::-1])
+        elif not _is_folder(entry):
+            yield path, _status_of(entry, bounds)
+        elif entry.is_symlink() and _leads_back(entry, passed):
+            yield path, OSError(errno.ELOOP, "the link leads to a folder that contains it", path)
         else:
-            path = entry.path.removeprefix(prefix)
-            yield path.replace(os.sep, "/"), _status_of(entry, bounds)
+            if entry.is_symlink():
+                passed = (*passed, *_ends_of(entry))
+            pending.extend((inner, passed) for inner in _entries(entry.path)[::-1])
 
 
-def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
+_Pending = tuple[os.DirEntry[str], tuple[str, ...]]
+
+
+def _ends_of(link: os.DirEntry[str]) -> tuple[str, str]:
+    """Return the real folder that contains a link to a folder, and the one that it leads to."""
+    container = os.path.dirname(link.path)  # noqa: PTH120  for speed
+    return _real_prefix(container), _real_prefix(link.path)
+
+
+def _leads_back(link: os.DirEntry[str], passed: tuple[str, ...]) -> bool:
+    """Whether a link leads to a folder that contains it, perhaps through the links before it."""
+    container, target = _ends_of(link)
+    return any(folder.startswith(target) for folder in (*passed, container))
+
+
+def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | None:
     """Return why ``walk_images`` skips an entry; None for an image or a folder to walk."""
     if _is_hidden(entry):
         return "hidden"
     if _is_folder(entry):
-        return "linked_folder" if entry.is_symlink() else None
+        is_skipped = entry.is_symlink() and not follows_links
+        return "linked_folder" if is_skipped else None
     if not entry.name.lower().endswith(SUFFIXES):
         return "not_image"
     try:

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 OUT_OF_FOLDER = (
-    "A link may lead to a file below the folder of images, or below one that --root DIR names."
+    "A link may lead to a file below the folder of images, or below one that --root DIR names; "
+    "with --follow-links anywhere."
 )
 
 
@@ -101,6 +102,7 @@ class FolderDataset(ListedFiles):
         beside: A second folder, besides ``root``, that links to files may lead into. Reading a link
             to a file outside of both folders raises OutsideError.
         outside: Classes that may be missing in the classes file, because they will be left out.
+        follow_links: Whether links may lead anywhere, also to folders.
 
     Attributes:
         ignored: Number of skipped files and folders by reason: the reasons of
@@ -115,14 +117,15 @@ class FolderDataset(ListedFiles):
         classes: Path | None = None,
         beside: Path | None = None,
         outside: Collection[str] = (),
+        follow_links: bool = False,
     ) -> None:
         super().__init__(root)
-        self._bounds = Bounds(root, beside=beside)
+        self._bounds = Bounds(root, beside=beside, follow_links=follow_links)
         self.source = str(root)
         self.captioned = False
         self.ignored: Counter[str] = Counter()
         chosen_splits, all_splits = _split_folders(root, split)
-        folders = _class_folders(root, all_splits)
+        folders = _class_folders(root, all_splits, follow_links=follow_links)
         self.classes: ClassTable | None = class_table(folders or None, classes, outside=outside)
         self.class_names: tuple[str, ...] | None = None
         if self.classes is not None:
@@ -152,7 +155,7 @@ class FolderDataset(ListedFiles):
     ) -> None:
         """Add the images of the split folder ``name``; "" is the data set's own folder."""
         folder = self._folder / name
-        has_class_folders = len(subfolders(folder)) > 0
+        has_class_folders = len(subfolders(folder, follow_links=self._bounds.follow_links)) > 0
         for path_in_split, status in walk_images(folder, self.ignored, self._bounds):
             class_folder, slash, _ = path_in_split.partition("/")
             is_in_class_folder = slash != ""
@@ -169,10 +172,10 @@ Listed = tuple[str, os.stat_result | OSError]
 """Path of an image below a folder, and the status of the file, or the error of asking for it."""
 
 
-def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
+def list_photos(root: Path, *, least: int = 1, follow_links: bool = False) -> list[Listed]:
     """Return all images below a folder, at any depth, in the byte order of their paths.
 
-    Sub-folders do not count as classes or splits.
+    Sub-folders do not count as classes or splits. With ``follow_links``, links may lead anywhere.
 
     Raises:
         UsageError: If ``root`` is no folder.
@@ -184,7 +187,7 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
     ignored: Counter[str] = Counter()
     with track(f"listing {root.name}", None, "images") as task:
         photos: list[Listed] = []
-        for path, status in walk_images(root, ignored, Bounds(root)):
+        for path, status in walk_images(root, ignored, Bounds(root, follow_links=follow_links)):
             photos.append((path, status))
             task.advance(1)
     if len(photos) < least:
@@ -204,9 +207,9 @@ def _warn_of_left_out(ignored: Counter[str], root: Path) -> None:
     unexpected = ignored.keys() - {"hidden", "not_image"}
     if not unexpected:
         return
-    advice = "Put folders in place of links."
+    advice = "Give --follow-links to read what links lead to."
     if ignored["outside_class"]:
-        advice = "Put folders in place of links. Put images into class folders."
+        advice = f"{advice} Put images into class folders."
     logger.warning("%s: left out %s. %s", root, _counted(ignored), advice)
 
 
@@ -224,6 +227,7 @@ class PhotoFiles(ListedFiles):
         names: Class names of the data set.
         elsewhere: New path of each photo that was moved after it was listed. The key of a photo is
             the text that ``portable_name`` returns for its listed path.
+        follow_links: Whether links may lead anywhere, also to folders.
     """
 
     def __init__(
@@ -232,10 +236,12 @@ class PhotoFiles(ListedFiles):
         photos: Sequence[Listed],
         names: Sequence[str],
         elsewhere: Mapping[str, Path] | None = None,
+        *,
+        follow_links: bool = False,
     ) -> None:
         super().__init__(root)
         self._elsewhere = elsewhere or {}
-        self._bounds = Bounds(root)
+        self._bounds = Bounds(root, follow_links=follow_links)
         self.source = str(root)
         self.captioned = False
         self.class_names: tuple[str, ...] | None = tuple(names)
@@ -251,11 +257,11 @@ class PhotoFiles(ListedFiles):
         return partial(read_file, moved_to)
 
 
-def _class_folders(root: Path, splits: Sequence[str]) -> list[str]:
+def _class_folders(root: Path, splits: Sequence[str], *, follow_links: bool) -> list[str]:
     """Return the names of the class folders in all split folders, sorted by bytes."""
     names: set[str] = set()
     for split in splits:
-        names.update(subfolders(root / split))
+        names.update(subfolders(root / split, follow_links=follow_links))
     return sorted(names, key=_as_bytes)
 
 

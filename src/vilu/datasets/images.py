@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import partial
-from importlib import resources
+from importlib import import_module, resources
 from io import BytesIO
 from itertools import repeat
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -31,7 +32,7 @@ from PIL import (
 
 from vilu.artifacts.tables import parse_csv
 from vilu.datasets.base import ImageRecord
-from vilu.datasets.files import MAX_FILE_BYTES
+from vilu.datasets.files import MAX_FILE_BYTES, RAW_SUFFIXES
 from vilu.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -141,6 +142,28 @@ class _JpegFile(JpegImagePlugin.JpegImageFile):
         """Do nothing: the print resolution is not needed."""
 
 
+NEEDS_PILLOW_HEIF: Final = "needs_pillow_heif"
+"""Kind of the error of HEIC photos that cannot be decoded without the extra vilu[heic]."""
+
+
+def _open_heic(file: BytesIO) -> ImageFile.ImageFile:
+    """Open a HEIC photo. Its decoder rotates it upright, unlike those of other formats.
+
+    Raises:
+        BadImage: If pillow-heif is not installed.
+    """
+    try:
+        plugin = import_module("pillow_heif")
+    except ImportError as error:
+        raise BadImage(
+            "open",
+            NEEDS_PILLOW_HEIF,
+            "HEIC is decoded by pillow-heif: pip install 'vilu[heic]', or export the photo as JPEG",
+        ) from error
+    opened: ImageFile.ImageFile = plugin.HeifImageFile(file)
+    return opened
+
+
 OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "JPEG": _JpegFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -149,6 +172,8 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
     "PPM": PpmImagePlugin.PpmImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "HEIC": _open_heic,
 }
 """The formats that are decoded, and the class of Pillow that opens each."""
 
@@ -300,7 +325,15 @@ Stage = Literal["open", "decode", "geometry", "text"]
 # The kinds of errors (``BadImage.kind``), grouped by what is wrong: the picture, its file, its
 # shard, the members of its sample in a shard, or its text.
 OfPicture = Literal[
-    "empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"
+    "empty",
+    "unidentified",
+    "unsupported",
+    "needs_pillow_heif",
+    "raw_photo",
+    "truncated",
+    "decode_error",
+    "bomb",
+    "bad_geometry",
 ]
 OfFile = Literal["too_large", "read_error", "not_a_file", "bad_path"]
 OfShard = Literal["truncated_shard", "bad_shard"]
@@ -320,6 +353,7 @@ CORRUPT: Final = (
     TypeError,  # a TIFF tag with a wrong type or count
     AttributeError,  # a TIFF tag with a wrong type, used as text
     ArithmeticError,  # OverflowError, ZeroDivisionError: wrong rationals or sizes in a header
+    RuntimeError,  # libheif: a limit on memory is reached
     MemoryError,  # a codec allocates memory for the size in a header
     AssertionError,  # Pillow checks some properties of a file with assertions
     Warning,  # Pillow warns of damaged TIFF tags, which raises under `-W error`
@@ -391,8 +425,8 @@ class DecodedImage:
     """A decoded image, and facts about its file.
 
     Attributes:
-        image: RGB pixels of the first frame. They are not rotated by the EXIF orientation, because
-            CLIP's preprocessing does not rotate them either.
+        image: RGB pixels of the first frame, perhaps at a reduced size. They are not rotated by the
+            EXIF orientation, because CLIP's preprocessing does not rotate them either.
         width: Width in the file.
         height: Height in the file.
         n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
@@ -411,8 +445,13 @@ class DecodedImage:
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
-def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
-    """Read and decode one record; BadImage where this fails."""
+def read_image(
+    record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
+) -> DecodedImage:
+    """Read and decode one record, as ``decode_image`` does; BadImage where this fails."""
+    if record.key.lower().endswith(RAW_SUFFIXES):
+        # not by its bytes: most RAW formats are TIFF files, whose first frame is a small preview
+        raise _raw_photo(record.key.rpartition(".")[2].upper())
     try:
         data = record.read()
     except OSError as error:
@@ -420,10 +459,12 @@ def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> Dec
         if error.errno == errno.EFBIG:
             kind = "too_large"
         raise BadImage("open", kind, f"cannot read the file: {error}") from error
-    return decode_image(data, limits)
+    return decode_image(data, limits, jpeg_side=jpeg_side)
 
 
-def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
+def decode_image(
+    data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, jpeg_side: int | None = None
+) -> DecodedImage:
     """Decode the first frame of an encoded image to 8-bit RGB.
 
     Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. 16-bit grey is
@@ -431,6 +472,12 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
     usual range are stretched.
 
     This function is thread-safe and does not change warning filters.
+
+    Args:
+        data: The bytes of the file.
+        limits: Limits of size and shape, which are checked before pixels are decoded.
+        jpeg_side: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if its shorter side
+            then has at least this length. This takes a fraction of the time. None: in full.
 
     Raises:
         BadImage: If the bytes are no image of an accepted format, break a limit, or are damaged.
@@ -446,9 +493,12 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
         file = OPENERS[name](BytesIO(data))
     with file as opened:
         _require_geometry(*opened.size, limits)
+        size_in_file = opened.size
         with _damage("decode", "damaged pixels"):
             if name == "TIFF":  # without this tag, Pillow does not rotate the pixels of a TIFF
                 opened.getexif().pop(ORIENTATION, None)
+            if name == "JPEG" and jpeg_side is not None:
+                opened.draft(None, (jpeg_side, jpeg_side))
             opened.load()
         exif = opened.info.get("exif")
         if name == "TIFF":  # the whole file takes the place of the block: both have one format
@@ -461,10 +511,12 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
             raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
         with _damage("decode", f"cannot convert {opened.mode} to RGB"):
             image, conversion = to_rgb(opened)
+    # The pixels of a JPEG may be reduced. The header of a TIFF may state the size after rotation.
+    width, height = size_in_file if name == "JPEG" else image.size
     return DecodedImage(
         image,
-        width=image.width,
-        height=image.height,
+        width=width,
+        height=height,
         n_frames=n_frames,
         exif_orientation=exif_orientation,
         flags=flags | conversion,
@@ -485,6 +537,8 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
     name = sniff(data)
     if name is None:
         raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of an unknown format")
+    if name.startswith("RAW"):
+        raise _raw_photo(name.removeprefix("RAW "))
     if name not in OPENERS:
         raise BadImage(
             "open",
@@ -494,11 +548,23 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
     return name
 
 
+def _raw_photo(name: str) -> BadImage:
+    """Return the error of a RAW photo, which says what to do."""
+    return BadImage(
+        "open",
+        "raw_photo",
+        f"{name} is a RAW photo, which is not developed here: export it as JPEG or TIFF, or take "
+        "the JPEG that the camera wrote beside it",
+    )
+
+
 @contextmanager
 def _damage(stage: Stage, what: str) -> Iterator[None]:
     """Turn the exceptions of Pillow for a damaged file into ``BadImage``."""
     try:
         yield
+    except BadImage:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(stage, "bomb", str(error)) from error
     except CORRUPT as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Final
 
 from vilu.artifacts.hashing import digest
 from vilu.errors import ProvenanceError, UsageError
@@ -16,6 +17,16 @@ Models have the logarithm as a parameter. Released models have scales of 50 to 1
 (logarithm 4.605), SigLIP 112 to 118 (4.72 to 4.77). None has a scale of 4 to 5, with which the
 probabilities of 1,000 classes would be nearly equal.
 """
+
+REDUCED_JPEGS: Final = "; JPEGs decoded at 1/2, 1/4 or 1/8, but no smaller than twice this size"
+"""End of the description of a preprocessing whose JPEGs are decoded at a reduced size."""
+
+FULL_DECODE: Final = (
+    "Only one of them decodes JPEGs at a reduced size, which is the default now. Give "
+    "--full-decode (in Python full_decode=True) to decode in full as before, or embed the other "
+    "one again."
+)
+"""Advice where two spaces differ only by the size at which JPEGs are decoded."""
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
 """Attributes that are compared only if something is known about both models."""
@@ -88,6 +99,29 @@ class EmbeddingSpace:
         """Hash of all attributes."""
         return digest(asdict(self))
 
+    @property
+    def reduces_jpegs(self) -> bool:
+        """Whether JPEGs are decoded at a reduced size, as the preprocessing says."""
+        return self.preprocess is not None and self.preprocess.endswith(REDUCED_JPEGS)
+
+    @property
+    def with_full_jpegs(self) -> EmbeddingSpace:
+        """The space of the same model with JPEGs that are decoded in full."""
+        if self.preprocess is None:
+            return self
+        return replace(self, preprocess=self.preprocess.removesuffix(REDUCED_JPEGS))
+
+    @property
+    def with_reduced_jpegs(self) -> EmbeddingSpace:
+        """The space of the same model with JPEGs that are decoded at a reduced size."""
+        full = self.with_full_jpegs
+        return replace(full, preprocess=f"{full.preprocess or ''}{REDUCED_JPEGS}")
+
+    def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
+        """Whether two spaces differ only by the size at which JPEGs are decoded."""
+        is_same_model = self.with_full_jpegs == other.with_full_jpegs
+        return is_same_model and self.reduces_jpegs != other.reduces_jpegs
+
     def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:
         """Raise ProvenanceError if the spaces differ; the message names every difference.
 
@@ -117,8 +151,10 @@ class EmbeddingSpace:
             if here != there:
                 differences.append(f"{field}: {here!r} ({name}) against {there!r} ({other_name})")
         if differences:
+            advice = "Embed both with the same backbone, weights and preprocessing."
+            if self.differs_by_decoding(other):
+                advice = FULL_DECODE
             raise ProvenanceError(
                 f"{name} and {other_name} come from different embedding spaces: "
-                f"{'; '.join(differences)}. "
-                "Embed both with the same backbone, weights and preprocessing."
+                f"{'; '.join(differences)}. {advice}"
             )

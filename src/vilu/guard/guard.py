@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vilu.backbones.base import Backbone
+from vilu.backbones.base import Backbone, jpeg_side_of
 from vilu.calibration.calibration import Calibration
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
@@ -278,7 +278,8 @@ class Guard:
         if models is not None:
             folder = Path(models).absolute()
         precision = space.precision or "fp32"
-        return BackboneSpec(space.backbone, device, precision, folder).load()
+        full_decode = not space.reduces_jpegs
+        return BackboneSpec(space.backbone, device, precision, folder, full_decode).load()
 
     def _open(self, backbone: Backbone, limits: ImageLimits) -> ImageModel:
         """An image model that makes the arrays which the predictor uses."""
@@ -293,7 +294,9 @@ class Guard:
             arrays={name: (width,) for name, width in widths.items()},
             dtype=self.vocabulary.dtype,
         )
-        decoder = Decoder(backbone.preprocess, limits, len(self.names))
+        decoder = Decoder(
+            backbone.preprocess, limits, len(self.names), jpeg_side=jpeg_side_of(backbone)
+        )
         return ImageModel(backbone, widths, encoder, decoder)
 
     @property

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from vilu.artifacts.disk import RUN, or_refuse
 from vilu.artifacts.documents import log
-from vilu.backbones.base import Backbone
+from vilu.backbones.base import Backbone, jpeg_side_of
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
@@ -21,8 +21,9 @@ from vilu.errors import StorageError
 from vilu.progress import Silence, Task
 from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
+from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
+from vilu.text import plural
 
 MAX_ATTEMPTS = 3  # number of processes that may die in a part before the part is given up
 # message in the error rows of a part that was given up
@@ -152,6 +153,7 @@ class BackboneSpec:
     device: str = "auto"
     precision: str = "fp32"
     models: Path | None = None
+    full_decode: bool = False
 
     def load(self) -> Backbone:
         """Return the model; raises the errors of ``load_backbone``."""
@@ -161,7 +163,11 @@ class BackboneSpec:
 @cache
 def _load(spec: BackboneSpec) -> Backbone:
     return load_backbone(
-        spec.name, device=spec.device, precision=spec.precision, models=spec.models
+        spec.name,
+        device=spec.device,
+        precision=spec.precision,
+        models=spec.models,
+        full_decode=spec.full_decode,
     )
 
 
@@ -248,6 +254,7 @@ class EmbedJob:
             n_classes=len(self.run.names),
             views=self.run.views,
             captions=self.run.captions,
+            jpeg_side=jpeg_side_of(backbone),
         )
         workers = self.workers or default_workers()
         ahead = self.batch_size + workers  # maximum number of images decoded in advance
@@ -266,6 +273,7 @@ class EmbedJob:
                 # tried for ever.
                 marks.end(part)
                 self._log(part, receipt, content)
+                self._say_animated(content)
                 yield receipt
 
     def _load_backbone(self) -> Backbone:
@@ -294,6 +302,11 @@ class EmbedJob:
             receipt.n_error,
             seconds,
         )
+
+    def _say_animated(self, content: PartRows) -> None:
+        n_animated = sum(isinstance(row, Row) and row.n_frames > 1 for row in content.rows)
+        if n_animated:
+            logger.info("%s: the first frame is used", plural(n_animated, "animated image"))
 
     def _items(
         self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]

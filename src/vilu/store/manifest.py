@@ -20,7 +20,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import ANSWER, LOGITS
-from vilu.embeddings.space import EmbeddingSpace
+from vilu.embeddings.space import FULL_DECODE, EmbeddingSpace
 from vilu.errors import ProvenanceError
 from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
@@ -250,10 +250,12 @@ class Inputs(StoreDocument):
             if was != is_now:
                 differences.append(f"{name} was {was!r:.120} and is now {is_now!r:.120}")
         if differences:
+            advice = "Give another output folder, or --overwrite to replace this one."
+            if self.space.differs_by_decoding(inputs.space):
+                advice = f"{FULL_DECODE} {advice}"
             raise ProvenanceError(
                 f"{store} was made from other inputs: {'; '.join(differences)}. "
-                "Nothing was changed. Give another output folder, or --overwrite to replace this "
-                "one."
+                f"Nothing was changed. {advice}"
             )
 
 

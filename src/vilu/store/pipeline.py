@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from operator import attrgetter
@@ -38,6 +40,10 @@ DIRECTIONS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 END: Final = None
 
 
+FEW_WAITS: Final = 0.1
+"""Largest share of the time that the model waits for photos, while it counts as the slower side."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """An image ready for the model."""
@@ -60,6 +66,8 @@ class Decoder:
     n_classes: int
     views: Views | None = None  # augmented views to make of each image, if any
     captions: bool = False  # whether to read captions
+    # least shorter side at which JPEGs may be decoded; None to decode them in full
+    jpeg_side: int | None = None
 
     def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
         """Return the outcome for a position and its record, and ``END`` for ``END``.
@@ -76,7 +84,8 @@ class Decoder:
         self._require_class(record)
         reading = _Reading(record)
         try:
-            image = read_image(replace(record, read=reading.read), self.limits)
+            whole = replace(record, read=reading.read)
+            image = read_image(whole, self.limits, jpeg_side=self.jpeg_side)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause = error.__cause__ or error
@@ -177,18 +186,34 @@ class Encoder:
     arrays: Mapping[str, tuple[int, ...]]  # shape of one row of each array of the images, by name
     dtype: str  # number format of the arrays
     n_errors: int = 0  # number of bad images so far
+    begun: float = field(default_factory=time.monotonic)
+    waited: float = 0.0  # seconds that the model has waited for decoded images
 
     def part(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> PartRows:
         """Encode the outcomes up to the next ``END``; if ``strict``, DataError for a bad image."""
         content = PartRows()
         # iter(function, END) calls the function until it returns END
-        until_end: Iterator[Decoded | ErrorRow] = iter(outcomes.__next__, END)
+        until_end: Iterator[Decoded | ErrorRow] = iter(partial(self._next, outcomes), END)
         while True:
             # The batch is in no variable. So its memory is freed before the next batch is read.
             n_images = self._encode(list(islice(until_end, self.batch_size)), content)
             if n_images == 0:
                 return content
-            self.task.advance(n_images, f"{self.n_errors} errors")
+            self.task.advance(n_images, f"{self.n_errors} errors, {self._who_waits()}")
+
+    def _next(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> Decoded | ErrorRow | None:
+        """Return the next outcome, and note how long the model waited for it."""
+        asked = time.monotonic()
+        outcome = next(outcomes)
+        self.waited += time.monotonic() - asked
+        return outcome
+
+    def _who_waits(self) -> str:
+        """Return which of the two sides, decoding and the model, is the faster one and waits."""
+        share = self.waited / max(time.monotonic() - self.begun, 1e-9)
+        if share > FEW_WAITS:
+            return f"the model waits for photos {share:.0%} of the time"
+        return "decoding waits for the model"
 
     def _encode(self, batch: Sequence[Decoded | ErrorRow], content: PartRows) -> int:
         """Add the rows and errors of a batch to ``content``; return the size of the batch."""

@@ -109,7 +109,7 @@ def triage_photos(
         )
         files[file] = (labels_of_file, streams_of_file)
     open_state(output, settings, overwrite=overwrite)  # fails here if the settings have changed
-    listing = list_folder(settings.photos, output)
+    listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
     by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
         _require_answers(output, files, by_path)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -18,15 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import MANIFEST, make_folder, or_refuse
+from vilu.artifacts.disk import MANIFEST, RUN, make_folder, or_refuse
+from vilu.artifacts.documents import read_document
 from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import Listed, PhotoFiles
+from vilu.datasets.images import NEEDS_PILLOW_HEIF
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.job import BackboneSpec
+from vilu.store.manifest import Run
 from vilu.store.reader import EmbeddingStore
 
 FOLDER: Final = "embeddings"
@@ -88,11 +92,13 @@ class PhotoFolder:
         root: The folder.
         listing: Path and status of every photo.
         moved: Present location of every photo that was moved, by its path in the folder.
+        follow_links: Whether links may lead anywhere, also to folders.
     """
 
     root: Path
     listing: Sequence[Listed]
     moved: Mapping[str, Path] = field(default_factory=dict)
+    follow_links: bool = False
 
     @cached_property
     def paths(self) -> list[str]:
@@ -102,7 +108,7 @@ class PhotoFolder:
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
         """A data set of the photos with these paths; ``names`` are its classes."""
         chosen = [listed for listed in self.listing if portable_name(listed[0]) in paths]
-        return PhotoFiles(self.root, chosen, names, self.moved)
+        return PhotoFiles(self.root, chosen, names, self.moved, follow_links=self.follow_links)
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,21 @@ class PhotoStores:
         times = table["time"].to_pylist()
         return dict(zip(paths, zip(sizes, times, strict=True), strict=True))
 
+    def are_decoded_otherwise(self, backbone: BackboneSpec) -> bool:
+        """Whether the stores differ from the model only by the size at which JPEGs are decoded."""
+        begun = [self.store(n) for n in self.numbers() if (self.store(n) / RUN).is_file()]
+        if not begun:
+            return False
+        space = read_document(begun[0] / RUN, Run).space
+        if space.reduces_jpegs != backbone.full_decode:
+            return False  # as the model decodes, so it need not be loaded to compare more
+        return space.differs_by_decoding(backbone.load().space)
+
+    def remove_all(self) -> None:
+        """Remove all stores and their lists."""
+        for number in self.numbers():
+            self._remove(number)
+
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.
 
@@ -197,13 +218,20 @@ class PhotoStores:
             elif all(now.get(path) == version for path, version in listed.items()):
                 begun = number  # the listed photos are unchanged, so this store can be continued
             else:
+                logger.info(
+                    "%s was begun with photos that have changed since, so it is removed",
+                    self.store(number),
+                )
                 self._remove(number)
         return _StoredPhotos(done, unread, begun)
 
     def _unread(self, number: int) -> set[str]:
-        """Paths of the photos of a store that could not be read."""
+        """Paths of the photos of a store that could not be read, or not be decoded until now."""
+        retried = {"read_error"}
+        if find_spec("pillow_heif") is not None:
+            retried.add(NEEDS_PILLOW_HEIF)
         bad = EmbeddingStore(self.store(number)).bad_images()
-        return {path for path, kind in bad if kind == "read_error"}
+        return {path for path, kind in bad if kind in retried}
 
     @staticmethod
     def _readable_again(photos: PhotoFolder, unread: Collection[str]) -> list[str]:
@@ -258,11 +286,7 @@ class PhotoStores:
         )
 
     def _remove(self, number: int) -> None:
-        """Remove an interrupted store and its list."""
-        logger.info(
-            "%s was begun with photos that have changed since, so it is removed",
-            self.store(number),
-        )
+        """Remove a store and its list."""
         with or_refuse(f"remove {self.store(number)}"):
             if self.store(number).exists():
                 shutil.rmtree(self.store(number))

@@ -66,6 +66,7 @@ class Review:
         photos: Folder that the paths are relative to; None if it is not known.
         model: Name of the model or method that gave the answers.
         answer: Kind of the answers.
+        follow_links: Whether links in the folder of the photos may lead anywhere.
     """
 
     tasks: list[ReviewTask]
@@ -73,6 +74,7 @@ class Review:
     photos: Path | None
     model: str
     answer: str = "zero_shot"
+    follow_links: bool = False
 
 
 def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
@@ -125,6 +127,7 @@ def _of_triage(folder: Path, which: Which) -> Review:
         tasks,
         names=_names(state.settings),
         photos=Path(state.photos),
+        follow_links=state.follow_links,
         model="vilu triage",
         answer=state.answer.answer,
     )

@@ -68,6 +68,7 @@ from vilu.triage.state import (
     TriageSettings,
     TriageState,
     open_state,
+    without_predictors,
 )
 from vilu.triage.trial import Trial
 
@@ -188,12 +189,27 @@ def run_triage(
     """Run a triage once: embed new photos, note the labels, and take all steps (``advance``)."""
     state = begin(root, settings, overwrite=overwrite)
     stores = PhotoStores(root / FOLDER)
+    if stores.are_decoded_otherwise(settings.embedding.backbone):
+        state = _embed_again(root, stores, state)
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
     book = note_labels(root, photos, listing.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
+
+
+def _embed_again(root: Path, stores: PhotoStores, state: TriageState) -> TriageState:
+    """Remove the stores and the predictors of embeddings whose JPEGs were decoded otherwise."""
+    logger.warning(
+        "%s was begun with JPEGs decoded at another size (--full-decode changes it), so all its "
+        "photos are embedded once more. Its labels stay; the predictor is fitted and tested anew.",
+        root,
+    )
+    # The stores are removed last. So a run that is killed in between does all of this again.
+    state = without_predictors(root, state)
+    stores.remove_all()
+    return state
 
 
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
@@ -206,7 +222,8 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    state = state.model_copy(update={"photos": str(settings.photos.absolute())})
+    now = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
+    state = state.model_copy(update=now)
     write_document(root / STATE, state)
     return state
 

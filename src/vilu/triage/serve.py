@@ -77,7 +77,7 @@ class ReviewSession:
             )
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
-        self.bounds = Bounds(self.review.photos)
+        self.bounds = Bounds(self.review.photos, follow_links=self.review.follow_links)
         self.written = self._on_disk()
         if self.written is not None:
             self.answers, self.streams = read_labels(self.output)

@@ -34,8 +34,10 @@ HASH_DIGITS: Final = 16
 """Number of hexadecimal digits of the hash in front of a name (``hashed_name``)."""
 
 
-def list_folder(photos: Path, root: Path) -> PhotoFolder:
+def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> PhotoFolder:
     """List the photos in ``photos``, and the photos that earlier runs moved into ``root``.
+
+    With ``follow_links``, links may lead anywhere, also to folders.
 
     Files of the triage folder ``root`` are left out if it is inside ``photos``.
 
@@ -44,7 +46,7 @@ def list_folder(photos: Path, root: Path) -> PhotoFolder:
     """
     moved = moved_photos(root)
     n_least = 0 if moved else 1  # if all photos were moved, the folder may have none
-    listing = list(list_photos(photos, least=n_least))
+    listing = list_photos(photos, least=n_least, follow_links=follow_links)
     names = {portable_name(path) for path, _ in listing}
     moved_and_new = sorted(names & moved.keys())
     if moved_and_new:
@@ -55,7 +57,8 @@ def list_folder(photos: Path, root: Path) -> PhotoFolder:
         )
     for name, target in moved.items():
         listing.append((path_of(name), target.stat()))
-    return PhotoFolder(photos, _without_output(listing, photos.resolve(), root.resolve()), moved)
+    listing = _without_output(listing, photos.resolve(), root.resolve())
+    return PhotoFolder(photos, listing, moved, follow_links)
 
 
 def _without_output(listing: list[Listed], photos: Path, root: Path) -> list[Listed]:
@@ -95,7 +98,7 @@ def sort_photos(
       if this run is killed in between.
     - No file is overwritten. If the new path of a photo is taken, the photo stays where it is.
     - Links in ``sorted`` are removed first; no other file is removed.
-    - A photo that is itself a link is not moved.
+    - A photo that is itself a link, or is reached by a link to a folder, is not moved.
 
     Args:
         root: The folder of the triage.
@@ -114,7 +117,7 @@ def sort_photos(
             for path, target in targets.items():
                 _link(sources[path], target)
             return
-        links = {path for path in targets if sources[path].is_symlink()}
+        links = {path for path in targets if _is_behind_link(sources[path], listing.root, root)}
         targets = {path: target for path, target in targets.items() if path not in links}
         _note_moves(root, [*listing.moved.items(), *targets.items()])
         for path, target in targets.items():
@@ -170,6 +173,13 @@ def hashed_name(path: str) -> str:
     content = path.replace("/", "__").encode()
     n_kept = LONGEST_NAME - len(start)
     return start + content[-n_kept:].decode(errors="ignore")
+
+
+def _is_behind_link(photo: Path, *folders: Path) -> bool:
+    """Whether a photo is a link, or lies really in none of the folders."""
+    real_folder = os.path.realpath(photo.parent)
+    is_inside = any(Path(real_folder).is_relative_to(folder.resolve()) for folder in folders)
+    return photo.is_symlink() or not is_inside
 
 
 def _remove_links(home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class TriageSettings:
         n_next: Number of labels that are asked for at a time.
         seed: Seed of the split, of the fits and of the choice of photos to label.
         answer: Kind of the judged answers; None to let vilu choose with every fit.
+        follow_links: Whether links in the folder may lead anywhere, also to folders.
     """
 
     photos: Path
@@ -70,6 +72,7 @@ class TriageSettings:
     n_next: int = 50
     seed: int = 0
     answer: AnswerKind | None = None
+    follow_links: bool = False
 
     @property
     def of_no_class(self) -> tuple[str, ...]:
@@ -106,6 +109,7 @@ class TriageState(Document):
     Attributes:
         settings: Settings that may not change between runs (``TriageSettings.fixed``).
         photos: The folder of photos in the last run.
+        follow_links: Whether links in this folder were followed in the last run.
         method: Method of the present predictor; empty before the first fit.
         answer: Which answers the present predictor judges, and why.
         trial: Test of the present predictor; None before its first test or if it needs no labels.
@@ -125,6 +129,7 @@ class TriageState(Document):
     kind: Literal["triage"] = "triage"
     settings: dict[str, object]
     photos: str = ""
+    follow_links: bool = False
     method: str = ""
     answer: AnswerChoice = NOTHING_CHOSEN
     trial: Trial | None = None
@@ -172,6 +177,26 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
         overwrite=overwrite,
     )
     return state or TriageState(settings=settings.fixed)
+
+
+def without_predictors(root: Path, state: TriageState) -> TriageState:
+    """Remove the predictors of a triage whose photos are embedded again; return the next state.
+
+    All labels stay, and so does the number of tested predictors, on which the levels depend.
+    """
+    state = TriageState(
+        settings=state.settings,
+        photos=state.photos,
+        follow_links=state.follow_links,
+        n_tested=state.n_tested,
+        asked_up_to=state.asked_up_to,
+        counted_up_to=state.counted_up_to,
+    )
+    state.write(root / STATE)
+    for name in (PREDICTOR_FOLDER, CANDIDATE_FOLDER):
+        if (root / name).exists():
+            shutil.rmtree(root / name)
+    return state
 
 
 def _require_same_settings(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import named_backbones
+from vilu.embeddings.space import REDUCED_JPEGS
 from vilu.text import printable
 
 TAGS = (
@@ -168,6 +169,9 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described)
     options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
+    preprocess = space.get("preprocess")
+    if preprocess and not str(preprocess).endswith(REDUCED_JPEGS):
+        options.append("--full-decode")
     if "features" in method.columns_to_score:
         options.append("--features")
     pools = f" --pool-size {notes['pool_size']}" if isinstance(notes.get("pool_size"), int) else ""
