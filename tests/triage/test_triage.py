@@ -527,21 +527,9 @@ def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
             yield
 
     monkeypatch.setattr(outputs, "locked", late)
-    with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
-        triage_photos(changed(max_risk=0.2), output)
-    assert read_document(output / "triage.json", TriageState).settings == job.fixed
-
-
-def test_a_guarantee_is_stated_before_looking(
-    job: TriageSettings, changed: Callable[..., TriageSettings], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
-        triage_photos(changed(max_risk=0.2), output)
-    triage_photos(changed(n_next=5), output)
-    triage_photos(changed(max_risk=0.2), output, overwrite=True)
-    assert read_document(output / "triage.json", TriageState).settings["max_risk"] == 0.2
+    with pytest.raises(UsageError, match=r"begun with the seed 0, now 1"):
+        triage_photos(changed(seed=1), output)
+    assert read_document(output / "triage.json", TriageState).settings == job.recorded
 
 
 def test_a_state_of_another_schema_is_refused_and_its_book_goes_on(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
+from vilu.triage.carrying import carry_over
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import (
     FitCase,
@@ -192,7 +193,10 @@ def run_triage(
 
 
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """Open the state in which a run begins; ``overwrite`` removes earlier results (``MADE``)."""
+    """Open the state in which a run begins, and carry it over to the settings of the run.
+
+    ``overwrite`` removes earlier results (``MADE``).
+    """
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
         for name in MADE:
@@ -201,6 +205,7 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    state = carry_over(root, state, settings)
     state = state.model_copy(update={"photos": str(settings.photos.absolute())})
     state.write(root / STATE)
     return state

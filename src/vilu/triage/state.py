@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -20,6 +19,7 @@ from vilu.triage.trial import Trial
 # Files and folders in the folder of a triage.
 STATE: Final = "triage.json"
 BOOK: Final = "labels.parquet"
+FORMER_BOOK: Final = "former_labels.parquet"
 PREDICTOR_FOLDER: Final = "predictor"
 CANDIDATE_FOLDER: Final = "candidate"
 DECISIONS_CSV: Final = "decisions.csv"
@@ -31,6 +31,7 @@ MOVED: Final = "moved.parquet"
 MADE: Final = (
     STATE,
     BOOK,
+    FORMER_BOOK,
     FOLDER,
     PREDICTOR_FOLDER,
     CANDIDATE_FOLDER,
@@ -81,8 +82,8 @@ class TriageSettings:
         return 1 - self.confidence
 
     @property
-    def fixed(self) -> dict[str, object]:
-        """Settings that may not change between runs, because labels were counted under them."""
+    def recorded(self) -> dict[str, object]:
+        """Settings that embeddings, fits and guarantees depend on (``carrying.carry_over``)."""
         backbone = self.embedding.backbone
         templates = self.embedding.templates
         return {
@@ -100,17 +101,18 @@ class TriageSettings:
 
 
 class TriageState(Document):
-    """The file ``triage.json``: fixed settings, tests of the predictors, and progress of the draw.
+    """The file ``triage.json``: settings, tests of the predictors, and progress of the draw.
 
     Attributes:
-        settings: Settings that may not change between runs (``TriageSettings.fixed``).
+        settings: Settings of the last run (``TriageSettings.recorded``).
         photos: The folder of photos in the last run.
         method: Method of the present predictor; empty before the first fit.
         answer: Which answers the present predictor judges, and why.
         trial: Test of the present predictor; None before its first test or if it needs no labels.
         candidate: Test of the candidate; None without a candidate.
         candidate_answer: Which answers the candidate judges, and why.
-        n_tested: Number of predictors so far that had enough labels to be certified.
+        n_tested: Number of predictors so far that had enough labels to be certified, under all
+            settings that the folder has had.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
         asked_up_to: Position in the random order. The photos before it are drawn: labels of those
@@ -148,17 +150,29 @@ class TriageState(Document):
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
 
+    def under(self, settings: TriageSettings) -> TriageState:
+        """The state under other settings: without a predictor, after the same draw.
+
+        ``n_tested`` goes on. So the tests under all settings together stay within the level.
+        """
+        return TriageState(
+            settings=settings.recorded,
+            n_tested=self.n_tested,
+            asked_up_to=self.asked_up_to,
+            counted_up_to=self.counted_up_to,
+        )
+
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """Read the state of a folder, or make a new state.
+    """Read the state of a folder, under the settings of its last run, or make a new state.
 
     Raises:
-        UsageError: If the folder holds a triage with other settings, or other files.
+        UsageError: If the folder holds a triage with another seed, or other files.
     """
     state = None
     if (root / STATE).is_file() and not overwrite:
         state = read_document(root / STATE, TriageState)
-        _require_same_settings(root, state.settings, settings.fixed)
+        _require_same_seed(root, state.settings.get("seed"), settings.seed)
     claim_folder(
         root,
         "triage",
@@ -166,19 +180,14 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
         same=state is not None,
         overwrite=overwrite,
     )
-    return state or TriageState(settings=settings.fixed)
+    return state or TriageState(settings=settings.recorded)
 
 
-def _require_same_settings(
-    root: Path, before: Mapping[str, object], now: Mapping[str, object]
-) -> None:
-    changes = []
-    for name, value in now.items():
-        if before.get(name) != value:
-            changes.append(f"{name} {before.get(name)!r}, now {value!r}")
-    if changes:
+def _require_same_seed(root: Path, before: object, now: int) -> None:
+    """Raise UsageError if the seed has changed: photos would change between the two sides."""
+    if before != now:
         raise UsageError(
-            f"{root} was begun with other settings: {'; '.join(changes)}. The settings of a "
-            "guarantee are fixed before its labels are looked at. Give a new folder, or "
+            f"{root} was begun with the seed {before}, now {now}. The seed decides which photos "
+            "are fitted on and which a guarantee rests on, so it stays. Give a new folder, or "
             "--overwrite to begin anew, which removes the labels too."
         )
