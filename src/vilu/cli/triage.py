@@ -20,6 +20,7 @@ from vilu.cli.options import (
     Device,
     ImagesRoot,
     ImagesSplit,
+    LabelFiles,
     Models,
     Overwrite,
     Precision,
@@ -32,6 +33,7 @@ from vilu.errors import UsageError
 from vilu.text import plural
 
 if TYPE_CHECKING:
+    from vilu.embeddings.source import EmbeddingSource
     from vilu.triage.review import Review
 
 Names = Annotated[Path, path_option("The class names, one per line.", metavar="FILE")]
@@ -320,7 +322,10 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
 
 def labels(
     done: Annotated[
-        Path, path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")
+        Path,
+        path_argument(
+            "Folder of `vilu triage`, Label Studio's export (JSON), a FiftyOne data set, or a CSV."
+        ),
     ],
     output: Annotated[
         Path, Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")
@@ -333,9 +338,10 @@ def labels(
         ),
     ] = None,
 ) -> None:
-    """Convert finished tasks to labels for `vilu triage` and `vilu embed`, or to known failures.
+    """Write labels, or the known failures of scores, from a triage or from finished tasks.
 
-    Prints the file.
+    Prints the file. Of a triage these are all labels, those of former classes too. `--labels` of
+    `vilu triage`, `fit`, `calibrate` and `audit-labels` reads it.
     """
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_done
@@ -346,9 +352,10 @@ def labels(
     next_step(plural(n, "label"))
 
 
-def audit_labels(
-    store: Annotated[Path, path_argument("Store with labels.")],
+def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    store: Annotated[Path, path_argument("Store of the labelled images.")],
     output: Annotated[Path, Option("--output", "-o", help="Table, .csv or .parquet.")],
+    labels: LabelFiles = None,
     predictor: Annotated[
         Path | None,
         path_option(
@@ -382,6 +389,7 @@ def audit_labels(
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors
+    from vilu.triage.store_labels import labelled_rows
 
     claim_file(output, "label errors", overwrite=True)
     pictures = None
@@ -390,7 +398,10 @@ def audit_labels(
     judge = None
     if predictor is not None:
         judge = load_predictor(predictor)
-    errors = find_label_errors(EmbeddingStore(store), judge, seed=seed)
+    rows: EmbeddingSource = EmbeddingStore(store)
+    if labels:
+        rows = labelled_rows(EmbeddingStore(store), labels)
+    errors = find_label_errors(rows, judge, seed=seed)
     errors.save(output)
     typer.echo(output)
     if pictures is not None and sheet is not None:

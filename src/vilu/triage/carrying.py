@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from vilu.text import plural
-from vilu.triage.labels import SKIPPED, Entry, LabelBook
+from vilu.triage.labels import Entry, LabelBook, name_of
 from vilu.triage.photos import FOLDER
 from vilu.triage.state import (
     BOOK,
@@ -51,8 +51,7 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
     Returns:
         The state for this run: ``state`` itself if no setting has changed.
     """
-    known = {*settings.embedding.names, *settings.of_no_class, SKIPPED}
-    sort_labels(root, known)
+    sort_labels(root, settings.known_labels)
     changed = changed_settings(state.settings, settings.recorded)
     if not changed:
         return state
@@ -135,13 +134,8 @@ def sort_labels(root: Path, known: Collection[str]) -> None:
     """
     book = LabelBook.load(root / BOOK)
     former = LabelBook.load(root / FORMER_BOOK)
-    labelled = [entry for entry in book if entry.label is not None]
-    gone = [entry for entry in labelled if entry.label not in known]
-    labelled_paths = {entry.path for entry in labelled}
-    back = []
-    for entry in former:
-        if entry.label in known and entry.path not in labelled_paths:
-            back.append(entry)
+    gone = [entry for entry in book if entry.label not in {*known, None}]
+    back = [entry for entry in former if entry.label in known and not book.has_label(entry.path)]
     if not gone and not back:
         return
     for entry in gone:
@@ -168,19 +162,55 @@ def _take_for_chosen(book: LabelBook) -> None:
             book.entries[path] = replace(entry, stream="fit")
 
 
+def _counted(labels: Sequence[str]) -> str:
+    """The names among labels, the most frequent first, each with its number."""
+    counts = Counter(labels).most_common()
+    return _named([f"{label!r} ({n})" for label, n in counts])
+
+
 def _report_sorted(gone: Sequence[Entry], back: Sequence[Entry]) -> None:
     if gone:
-        counts = Counter(entry.label for entry in gone).most_common()
-        classes = [f"{label!r} ({n})" for label, n in counts]
         logger.warning(
             "%s left out, because the class no longer exists: %s. They stay in %s and count again "
             "once the class is back",
             plural(len(gone), "label"),
-            _named(classes),
+            _counted([str(entry.label) for entry in gone]),
             FORMER_BOOK,
         )
     if back:
         logger.warning("%s of classes that are back count again", plural(len(back), "label"))
+
+
+def without_former(
+    labels: Mapping[str, str], former: Collection[str], source: Path
+) -> dict[str, str]:
+    """Leave out the labels whose class no longer exists, with a warning.
+
+    Args:
+        labels: Labels from the file ``source``, by the name of the photo.
+        former: Names of classes that the triage had once, and has no longer.
+        source: The file, for the warning.
+    """
+    present = {}
+    left_out = []
+    for name, label in labels.items():
+        if name_of(label, former) is None:
+            present[name] = label
+        else:
+            left_out.append(label)
+    if left_out:
+        logger.warning(
+            "%s: %s left out, because the class no longer exists: %s",
+            source,
+            plural(len(left_out), "label"),
+            _counted(left_out),
+        )
+    return present
+
+
+def former_names(root: Path, known: Collection[str]) -> set[str]:
+    """Labels in the books of a triage that are none of the ``known`` names."""
+    return set(all_labels(root).labels.values()) - set(known)
 
 
 def all_labels(root: Path) -> LabelBook:
@@ -189,7 +219,7 @@ def all_labels(root: Path) -> LabelBook:
     A photo that was labelled again has its new label.
     """
     book = LabelBook.load(root / FORMER_BOOK)
-    for path, entry in LabelBook.load(root / BOOK).entries.items():
-        if entry.label is not None or path not in book.entries:
-            book.entries[path] = entry
+    for entry in LabelBook.load(root / BOOK):
+        if entry.label is not None or entry.path not in book.entries:
+            book.entries[entry.path] = entry
     return book

@@ -22,7 +22,7 @@ from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.text import plural
 from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
-from vilu.triage.carrying import all_labels
+from vilu.triage.carrying import all_labels, former_names, without_former
 from vilu.triage.fitting import require_possible
 from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, match_photos, read_labels, require_names
@@ -99,9 +99,13 @@ def triage_photos(
     """
     check_settings(settings)
     find_template(PAGE)  # fails before the slow steps if the page cannot be written
+    former: set[str] = set()
+    if not overwrite:
+        former = former_names(output, settings.known_labels)
     files = {}
     for file in labels:
         texts, streams_of_file = read_labels(file)
+        texts = without_former(texts, former, source=file)
         labels_of_file = require_names(
             texts, settings.embedding.names, settings.of_no_class, source=file
         )

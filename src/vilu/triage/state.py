@@ -13,6 +13,7 @@ from vilu.artifacts.paths import claim_folder
 from vilu.calibration.answer_choice import AnswerChoice
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
+from vilu.triage.labels import SKIPPED
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
@@ -75,6 +76,11 @@ class TriageSettings:
     def of_no_class(self) -> tuple[str, ...]:
         """Labels that mean "none of the classes"."""
         return (*self.outside, OUTSIDE_NAME)
+
+    @property
+    def known_labels(self) -> set[str]:
+        """All labels that a photo may have."""
+        return {*self.embedding.names, *self.of_no_class, SKIPPED}
 
     @property
     def delta(self) -> float:
