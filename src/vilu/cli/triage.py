@@ -271,7 +271,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Give photos to people to label, as tasks for another tool or on a page of vilu.
 
     Prints the written files, or the address of the page. On the page, every answer is saved to
-    OUTPUT immediately, and the same command continues where it stopped. Only one command at a time
+    OUTPUT at once, and the same command continues where it stopped. Only one command at a time
     can label into a file (exit code 75). Changes to the file by another program are never
     overwritten. `vilu labels` reads the finished tasks of a tool.
     """
@@ -305,7 +305,7 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
     def announce(address: str) -> None:
         next_step(
             f"{plural(len(chosen.tasks), 'photo')}; open this address, and stop with Ctrl-C "
-            "when you are done"
+            f"when you are done; then: {session.next_command()}"
         )
         typer.echo(address)
 
@@ -314,10 +314,12 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
     with locked(make_folder(output.parent), doing, name=lock, who="review"):
         session = ReviewSession(chosen, output)
         serve_page(session, port, announce)
-    next_step(
-        f"{plural(len(session.answers), 'answer')} in {output}; "
-        "the same command goes on with the rest"
-    )
+    n_open = sum(task.path not in session.answers for task in chosen.tasks)
+    parts = [f"{plural(len(session.answers), 'answer')} in {output}"]
+    if n_open:
+        parts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
+    parts.append(f"next: {session.next_command()}")
+    next_step("; ".join(parts))
 
 
 def labels(
