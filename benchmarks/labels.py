@@ -180,7 +180,7 @@ def by_triage(
         settings = TriageSettings(
             Path(folder), embedding, max_risk=MAX_RISK, n_next=ROUND, seed=seed
         )
-        state = TriageState(settings=settings.fixed)
+        state = TriageState(settings=settings.recorded)
         book = LabelBook()
         while True:
             if len(book.labels) >= MANY:

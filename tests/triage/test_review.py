@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from tests.command import command, command_line, run
@@ -23,11 +25,16 @@ from tests.conftest import few
 from tests.triage.conftest import Folder, rows
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.store.reader import EmbeddingStore
 from vilu.triage.label_files import write_labels
-from vilu.triage.labels import SKIPPED, LabelBook, read_labels
-from vilu.triage.review import open_review
+from vilu.triage.labels import SKIPPED, LabelBook, read_labels, side_of
+from vilu.triage.photos import Photos, PhotoStores
+from vilu.triage.review import Review, open_review
 from vilu.triage.review_files import Tool, read_done, write_review
 from vilu.triage.serve import ReviewSession, serve_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 
 @pytest.fixture
@@ -80,8 +87,32 @@ def test_a_damaged_table_of_a_triage_is_named(
     assert not (tmp_path / "tasks.csv").exists()
 
 
+def with_answers(folder: Path, n: int) -> Review:
+    """Photos of the fit side, whose answers are shown."""
+    review = open_review(folder, "review")
+    return replace(review, tasks=[task for task in review.tasks if not task.is_blind][:n])
+
+
+def test_photos_that_a_guarantee_may_rest_on_are_blind_for_every_tool(
+    half: Path, tmp_path: Path
+) -> None:
+    """Not only those that were asked for: the draw may meet the others later."""
+    review = open_review(half, "all")
+    stores = PhotoStores(half / "embeddings")
+    store = EmbeddingStore(stores.store(1))
+    photos = Photos([(store, np.arange(len(store)))], bad={})
+    is_calibration, _ = side_of(photos.pictures, 0)
+    of_calibration = {path for path, is_it in zip(photos.ids, is_calibration, strict=True) if is_it}
+    assert {task.path for task in review.tasks if task.is_blind} == of_calibration
+    for task in review.tasks:
+        assert (task.answer is None) == task.is_blind
+        assert task.failure_probability is None or not task.is_blind
+    (file,) = write_review(review, "csv", tmp_path / "tasks.csv")
+    assert {row["path"] for row in rows(file) if not row["answer"]} == of_calibration
+
+
 def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
-    review = open_review(half, n=4)
+    review = with_answers(half, 4)
     files = write_review(
         review, "label-studio", tmp_path / "tasks.json", prefix="/data/local-files/?d="
     )
@@ -185,7 +216,7 @@ def test_fiftyone_is_told_what_was_decided(half: Path, tmp_path: Path) -> None:
 
 
 def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
-    review = open_review(half, n=2)
+    review = with_answers(half, 2)
     files = write_review(review, "fiftyone", tmp_path / "set")
     assert write_review(review, "fiftyone", tmp_path / "set") == files  # the same bytes
     samples, metadata = (
@@ -201,7 +232,7 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
     (tmp_path / "set" / "samples.json").write_text(json.dumps(samples))
     assert read_done(tmp_path / "set") == (
         {review.tasks[1].path: "car"},
-        {review.tasks[1].path: "calibration"},
+        {review.tasks[1].path: "fit"},
     )
 
 
@@ -371,54 +402,59 @@ def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSess
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("n", few([30, 200], 1))
-def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
-    """The page in a real browser:
-    accept, another class, none of them, skip, undo, at both widths.
-    """
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("chromium is not installed")
-    from playwright.sync_api import sync_playwright
+def test_labels_that_were_there_before_keep_their_stream(half: Path, tmp_path: Path) -> None:
+    """A plain table of a random pick has none. Corrected on the page it is still a random pick."""
+    review = with_answers(half, 3)
+    first, second, third = (task.path for task in review.tasks)
+    kept = tmp_path / "labels.csv"
+    kept.write_text(f"path,label\n{first},cat\n{second},dog\n")
+    session = ReviewSession(review, kept)
+    session.answer(0, "car")
+    session.answer(2, "car")
+    streams = {row["path"]: row["stream"] for row in rows(kept)}
+    assert streams == {first: "", second: "", third: "fit"}
 
-    review = open_review(begun[0] / "half", "all", n)
-    session, address, ready = (
-        ReviewSession(review, tmp_path / "labels.csv"),
-        list[str](),
-        threading.Event(),
-    )
+
+@contextmanager
+def tab_of(browser: Browser, session: ReviewSession) -> Iterator[Page]:
+    """The page of a session in a browser, which must report no trouble."""
+    addresses: list[str] = []
+    ready = threading.Event()
 
     def tell(url: str) -> None:
-        address.append(url)
+        addresses.append(url)
         ready.set()
 
     threading.Thread(target=serve_page, args=(session, 0, tell), daemon=True).start()
     assert ready.wait(10)
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        tab = chromium.new_page(viewport={"width": 1280, "height": 900})
-        trouble: list[str] = []
-        tab.on("pageerror", lambda error: trouble.append(str(error)))
-        tab.on("console", lambda said: trouble.append(said.text) if said.type == "error" else None)
-        tab.goto(address[0])
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    trouble: list[str] = []
+    tab.on("pageerror", lambda error: trouble.append(str(error)))
+    tab.on("console", lambda said: trouble.append(said.text) if said.type == "error" else None)
+    tab.goto(addresses[0])
+    yield tab
+    tab.close()
+    assert trouble == []
+
+
+def wait_for(tab: Page, k: int, n: int) -> None:
+    """Wait until k of n photos have an answer."""
+    tab.locator("#progress", has_text=f"{k} of {n} answered").wait_for(timeout=10_000)
+
+
+@pytest.mark.parametrize("n", few([30, 100], 1))
+def test_photos_by_keyboard(half: Path, browser: Browser, tmp_path: Path, n: int) -> None:
+    """Accept, another class, none of them, skip, undo, at both widths."""
+    review = with_answers(half, n)
+    with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
         press = tab.keyboard.press
-
-        def answered(k: int) -> None:
-            tab.locator("#progress", has_text=f"{k} of {n} answered").wait_for(timeout=10_000)
-
-        answered(0)
-        press("o")
-        answered(1)
-        press("s")
-        answered(2)
-        press("2")
-        answered(3)
-        press("u")
-        answered(2)
+        for key, answered in (("o", 1), ("s", 2), ("2", 3), ("u", 2)):
+            press(key)
+            wait_for(tab, answered, n)
         press("/")
         tab.keyboard.type("ca")
         press("Enter")  # the first class that begins so
-        answered(3)
+        wait_for(tab, 3, n)
         tab.set_viewport_size({"width": 390, "height": 844})
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         unlabelled = tab.evaluate(
@@ -428,15 +464,101 @@ def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
         assert unlabelled == 0
         for k in range(4, n + 1):
             press("Enter")
-            answered(k)
-        assert tab.locator("#done").is_visible()
-        chromium.close()
-    assert trouble == []
+            wait_for(tab, k, n)
+        done = tab.locator("#done")
+        done.wait_for()
+        assert "vilu triage` command with --labels" in done.inner_text()
+        box = done.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] <= 844, "the end is on the first screen"
     kept = rows(tmp_path / "labels.csv")
     assert len(kept) == n
     label = {row["path"]: row["label"] for row in kept}
     assert [label[one.path] for one in review.tasks[:3]] == ["(outside)", SKIPPED, "cat"]
     assert all(label[one.path] == one.answer for one in review.tasks[3:])
+
+
+def test_a_blind_photo_shows_classes_and_no_answer(
+    half: Path, browser: Browser, tmp_path: Path
+) -> None:
+    """Digits name the classes. Enter says nothing."""
+    review = open_review(half)
+    review = replace(review, tasks=[task for task in review.tasks if task.is_blind][:3])
+    with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
+        wait_for(tab, 0, 3)
+        assert not tab.locator("#accept").is_visible()
+        assert not tab.locator("#second").is_visible()
+        assert "the model's answer is not shown" in tab.locator("#said").inner_text()
+        shown = tab.locator("#classes li").all_inner_texts()
+        assert [text.split() for text in shown[:3]] == [["1", "cat"], ["2", "dog"], ["3", "car"]]
+        tab.keyboard.press("Enter")
+        tab.keyboard.press("2")
+        wait_for(tab, 1, 3)
+        tab.keyboard.press("3")
+        wait_for(tab, 2, 3)
+        tab.keyboard.press("1")
+        tab.locator("#done").wait_for()
+    label = {row["path"]: row["label"] for row in rows(tmp_path / "labels.csv")}
+    assert [label[task.path] for task in review.tasks] == ["dog", "car", "cat"]
+    assert {row["stream"] for row in rows(tmp_path / "labels.csv")} == {"calibration"}
+
+
+def test_of_many_classes_the_most_used_ones_have_digits(
+    half: Path, browser: Browser, tmp_path: Path
+) -> None:
+    classes = [f"class {number:02}" for number in range(12)]
+    review = open_review(half)
+    review = replace(
+        review,
+        tasks=[task for task in review.tasks if task.is_blind][:3],
+        names=(*classes, "(outside)"),
+        n_labels_of={"class 07": 2, "class 11": 5, "gone": 9},
+    )
+    with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
+        wait_for(tab, 0, 3)
+        tab.keyboard.press("9")  # has no class yet
+        tab.keyboard.press("1")
+        wait_for(tab, 1, 3)
+        tab.keyboard.press("/")
+        tab.keyboard.type("05")
+        tab.keyboard.press("Enter")
+        wait_for(tab, 2, 3)
+        tab.keyboard.press("3")  # a class that was used gets the next digit
+        wait_for(tab, 3, 3)
+        tab.locator("#done").wait_for()
+    label = {row["path"]: row["label"] for row in rows(tmp_path / "labels.csv")}
+    assert [label[task.path] for task in review.tasks] == ["class 11", "class 05", "class 05"]
+
+
+def test_keys_that_are_pressed_while_an_answer_is_saved_are_kept(
+    half: Path, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    review = with_answers(half, 4)
+    session = ReviewSession(review, tmp_path / "labels.csv")
+    may_save = threading.Event()
+    save = session._save
+
+    def save_late(answers: dict[str, str]) -> None:
+        may_save.wait(10)
+        save(answers)
+
+    monkeypatch.setattr(session, "_save", save_late)
+    with tab_of(browser, session) as tab:
+        wait_for(tab, 0, 4)
+        for key in ("o", "Enter", "s", "u", "Enter", "o"):
+            tab.keyboard.press(key)
+        assert not tab.locator("#done").is_visible()
+        assert not (tmp_path / "labels.csv").exists()
+        may_save.set()
+        tab.locator("#done").wait_for()
+    label = {row["path"]: row["label"] for row in rows(tmp_path / "labels.csv")}
+    answers = [task.answer for task in review.tasks]
+    assert [label[task.path] for task in review.tasks] == [
+        "(outside)",
+        answers[1],
+        answers[2],
+        "(outside)",
+    ]
 
 
 @contextmanager

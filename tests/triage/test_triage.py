@@ -530,25 +530,21 @@ def test_another_model_is_refused_before_embedding_the_first_goes_on(
     assert triage_photos(job, tmp_path / "out").counts.startswith("203 photos")
 
 
-def test_photos_that_were_decoded_in_full_are_embedded_once_more(
+def test_photos_that_are_decoded_otherwise_are_embedded_once_more(
     guaranteed: Folder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The default has changed: labels stay, and the guarantee comes back from them."""
+    """Labels stay, and the guarantee comes back from them."""
     home, truth = guaranteed
     job = job_on(home / "photos")
     labels = LabelBook.load(home / "out" / "labels.parquet").labels
     in_full = dataclasses.replace(job.embedding.backbone, full_decode=True)
-    as_before = dataclasses.replace(
-        job, embedding=dataclasses.replace(job.embedding, backbone=in_full)
-    )
+    job = dataclasses.replace(job, embedding=dataclasses.replace(job.embedding, backbone=in_full))
     model = FakeBackbone()
-    model.space = model.space.with_reduced_jpegs
     monkeypatch.setattr(BackboneSpec, "load", lambda self: model)
-    triage_photos(as_before, home / "out")
-    assert model.n_images == 0
     triage_photos(job, home / "out")
     assert model.n_images == len(truth)
-    assert "embedded once more" in caplog.text
+    assert "full_decode False, now True" in caplog.text
+    assert "All photos are embedded again" in caplog.text
     assert labels.items() <= LabelBook.load(home / "out" / "labels.parquet").labels.items()
     for _ in range(3):
         if any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv")):
@@ -590,21 +586,9 @@ def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
             yield
 
     monkeypatch.setattr(outputs, "locked", late)
-    with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
-        triage_photos(changed(max_risk=0.2), output)
-    assert read_document(output / "triage.json", TriageState).settings == job.fixed
-
-
-def test_a_guarantee_is_stated_before_looking(
-    job: TriageSettings, changed: Callable[..., TriageSettings], tmp_path: Path
-) -> None:
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
-        triage_photos(changed(max_risk=0.2), output)
-    triage_photos(changed(n_next=5), output)
-    triage_photos(changed(max_risk=0.2), output, overwrite=True)
-    assert read_document(output / "triage.json", TriageState).settings["max_risk"] == 0.2
+    with pytest.raises(UsageError, match=r"begun with the seed 0, now 1"):
+        triage_photos(changed(seed=1), output)
+    assert read_document(output / "triage.json", TriageState).settings == job.recorded
 
 
 def test_a_state_of_another_schema_is_refused_and_its_book_goes_on(tmp_path: Path) -> None:

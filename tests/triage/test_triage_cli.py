@@ -23,6 +23,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
 from vilu.calibration.selective import Selective, load
 from vilu.datasets.folder import PhotoFiles, list_photos
+from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
@@ -66,6 +67,80 @@ def test_the_loop_by_hand(work: Path) -> None:
     assert sum(
         row["decision"] == "labelled" for row in rows(work / "out" / "decisions.csv")
     ) == 12 + len(tasks)
+
+
+def test_all_labels_of_a_folder_in_one_file_that_every_command_reads(
+    work: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The book as a CSV: into another triage, a fit, a calibration, an audit, and back."""
+    arguments = ("triage", "photos", "--classes", "names.txt", "-n", 40)
+    run(*arguments, "-o", "out", cwd=work)
+    truth = write_photos(work / "again", 60)
+    fill_in(work / "out", truth, work / "filled.csv")
+    some = "".join(f"{path},{label}\n" for path, label in truth.items() if path[-5] in "2357")
+    (work / "random.csv").write_text(f"path,label\n{some}")
+    run(*arguments, "-o", "out", "--labels", "random.csv", "--labels", "filled.csv", cwd=work)
+    done = run("labels", "out", "-o", "all.csv", cwd=work)
+    book = LabelBook.load(work / "out" / "labels.parquet")
+    assert f"{len(book.labels)} labels" in done.stderr
+    all_rows = rows(work / "all.csv")
+    assert {row["path"]: row["label"] for row in all_rows} == book.labels
+    assert {row["path"]: row["stream"] for row in all_rows} == {
+        entry.path: entry.stream for entry in book if entry.label is not None
+    }
+    photos = PhotoFiles(work / "photos", list_photos(work / "photos"), NAMES)
+    embed(photos, fake_model, work / "store", names=NAMES)
+    audited: list[list[str]] = []
+
+    def note(source: EmbeddingSource, *_: object, **__: object) -> LabelErrors:
+        audited.append(sorted(source.ids))
+        return LabelErrors([], [], [], np.zeros(0), np.zeros(0, np.bool_))
+
+    monkeypatch.setattr(label_errors, "find_label_errors", note)
+    for number, labels in enumerate(("all.csv", "out/labels.parquet")):
+        new = f"new {number}"
+        run(*arguments, "-o", new, "--labels", labels, cwd=work)
+        assert LabelBook.load(work / new / "labels.parquet").labels == book.labels
+        done = run("fit", "store", "--labels", labels, "-o", f"p{number}", cwd=work)
+        assert f"fitted on {len(book.labels)} rows" in done.stderr
+        run("fit", "store", "--method", "mcm", "-o", f"mcm{number}", cwd=work)
+        done = run("calibrate", f"mcm{number}", "store", "--labels", labels, cwd=work)
+        n_given = sum(row["stream"] == "given" for row in all_rows)
+        assert f"calibrated on {n_given} rows" in done.stderr
+        run("audit-labels", "store", "-o", "e.csv", "--labels", labels, cwd=work)
+    assert audited == [sorted(book.labels)] * 2
+
+
+def test_labels_of_a_class_that_is_gone_are_named_and_written_all_the_same(work: Path) -> None:
+    arguments = ("triage", "photos", "-o", "out", "--labels", "known.csv")
+    truth = write_photos(work / "again", 60)
+    (work / "known.csv").write_text(
+        "path,label\n" + "".join(f"{path},{label}\n" for path, label in truth.items())
+    )
+    run(*arguments, "--classes", "names.txt", cwd=work)
+    (work / "fewer.txt").write_text("cat\ndog")
+    done = run(*arguments, "--classes", "fewer.txt", cwd=work)
+    n_cars = sum(label == "car" for label in truth.values())
+    named = f"{n_cars} labels left out, because the class no longer exists: 'car' ({n_cars})"
+    assert f"known.csv: {named}" in done.stderr
+    run("labels", "out", "-o", "all.csv", cwd=work)
+    assert {row["path"]: row["label"] for row in rows(work / "all.csv")} == truth
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "vilu_zero"), "vilu_zero is fitted on rows without labels"),
+        (("--pseudo",), "Give only one of --labels and --pseudo"),
+    ],
+)
+def test_a_fit_that_uses_no_labels_takes_none(
+    tmp_path: Path, fake_model: FakeBackbone, more: tuple[str, ...], message: str
+) -> None:
+    embed(dataset(30), fake_model, tmp_path / "store", names=NAMES)
+    (tmp_path / "l.csv").write_text("path,label\na.jpg,cat\n")
+    arguments = ("fit", "store", "--labels", "l.csv", "-o", "p")
+    assert message in run(*arguments, *more, code=2, cwd=tmp_path).stderr
 
 
 @pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])

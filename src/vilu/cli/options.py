@@ -125,6 +125,15 @@ Overwrite = Annotated[
         help="Replace an existing result of vilu; files that vilu did not make are never touched.",
     ),
 ]
+LabelFiles = Annotated[
+    list[Path] | None,
+    path_option(
+        "Labels of rows of the store: a CSV with the columns path and label, as `vilu labels` and "
+        "`vilu next` write it, or labels.parquet of a triage. May be repeated. [the labels of the "
+        "store]",
+        metavar="FILE",
+    ),
+]
 Fold = Literal["train", "validation", "test"]
 
 

@@ -19,6 +19,7 @@ from vilu.cli.options import (
     Data,
     Device,
     Fold,
+    LabelFiles,
     Models,
     Overwrite,
     Predictor,
@@ -109,6 +110,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     device: Device = "auto",
     *,
     reading: Reading,
+    labels: LabelFiles = None,
     unlabelled: Unlabelled = None,
     init: Init = None,
     shots: Shots = None,
@@ -138,6 +140,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         predictor.check_answer()
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
+        if labels:
+            _require_use_of_labels(predictor, pseudo=pseudo)
         flags = _flags_of_fit(
             stores,
             left_out=[validation is None, init is None],
@@ -145,9 +149,15 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             seed=seed,
             pseudo=pseudo,
             has_unlabelled=unlabelled is not None,
+            has_labels=bool(labels),
             has_sample=not no_sample,
         )
-        read = [*stores, *console.named_paths(validation, init, unlabelled), *reading.read]
+        read = [
+            *stores,
+            *(labels or ()),
+            *console.named_paths(validation, init, unlabelled),
+            *reading.read,
+        ]
         inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
         is_fitted = storage.claim(output, inputs, overwrite=overwrite)
         if is_fitted:
@@ -156,7 +166,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
                 typer.echo(output)
                 console.nothing_to_do(output)
             return
-        train = _training_set(stores, reading, n_shots=shots, seed=seed, pseudo=pseudo)
+        train = _training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
         validation_rows = _open_any(reading, validation, "validation")
         unlabelled_rows = _open_any(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
@@ -184,12 +194,10 @@ def _flags_of_fit(
     seed: int,
     pseudo: bool,
     has_unlabelled: bool,
+    has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """The flags that the result of a fit depends on, for the digest of its inputs.
-
-    ``left_out`` says for --validation and --init whether the flag was left out.
-    """
+    """Flags for the digest of a fit; ``left_out`` is for --validation and --init."""
     # The key is "with", although its values say what was left out. Another key would change the
     # digest of every fit.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
@@ -201,6 +209,8 @@ def _flags_of_fit(
     # digests of all other fits do not change.
     if has_unlabelled:
         flags["unlabelled"] = True
+    if has_labels:
+        flags["labels"] = True
     if not has_sample:
         flags["sample"] = False
     return flags
@@ -273,6 +283,20 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
     )
 
 
+def _require_use_of_labels(predictor: FailurePredictor, *, pseudo: bool) -> None:
+    """Raise UsageError if a fit does not use --labels, before any row is read."""
+    if not predictor.needs_labels:
+        raise UsageError(
+            f"{predictor.name} is fitted on rows without labels. Leave --labels out, or fit "
+            "another method, such as --method vilu_plus."
+        )
+    if pseudo:
+        raise UsageError(
+            "--pseudo uses texts of classes as captions, which have no labels. Give only one of "
+            "--labels and --pseudo."
+        )
+
+
 def _names(methods: list[str]) -> str:
     return ", ".join(methods) or "no method"
 
@@ -287,11 +311,21 @@ def _open_any(
 
 
 def _training_set(
-    stores: list[Path], reading: Reading, *, n_shots: int | None, seed: int, pseudo: bool
+    stores: list[Path],
+    reading: Reading,
+    labels: list[Path] | None,
+    *,
+    n_shots: int | None,
+    seed: int,
+    pseudo: bool,
 ) -> EmbeddingSource:
-    """The training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed."""
+    """The training rows: all rows, or ``n_shots`` rows of each class, drawn with the seed.
+
+    With files of ``labels``, the rows are only those that have a label.
+    """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
+    from vilu.triage.store_labels import rows_to_fit_on
 
     if not pseudo and len(stores) > 1:
         raise UsageError(
@@ -309,6 +343,8 @@ def _training_set(
     sources = []
     for store in stores:
         source = reading.with_second(reading.open_in(pools_of_store, store))
+        if labels:
+            source = rows_to_fit_on(_store_with_classes(source), labels)
         if n_shots is not None:
             source = source.take(shots(source, n_shots, seed))
         sources.append(source)

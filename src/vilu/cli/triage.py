@@ -22,6 +22,7 @@ from vilu.cli.options import (
     FullDecode,
     ImagesRoot,
     ImagesSplit,
+    LabelFiles,
     Models,
     Overwrite,
     Precision,
@@ -34,6 +35,7 @@ from vilu.errors import UsageError
 from vilu.text import plural
 
 if TYPE_CHECKING:
+    from vilu.embeddings.source import EmbeddingSource
     from vilu.triage.review import Review
 
 Names = Annotated[Path, path_option("The class names, one per line.", metavar="FILE")]
@@ -278,7 +280,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Give photos to people to label, as tasks for another tool or on a page of vilu.
 
     Prints the written files, or the address of the page. On the page, every answer is saved to
-    OUTPUT immediately, and the same command continues where it stopped. Only one command at a time
+    OUTPUT at once, and the same command continues where it stopped. Only one command at a time
     can label into a file (exit code 75). Changes to the file by another program are never
     overwritten. `vilu labels` reads the finished tasks of a tool.
     """
@@ -312,7 +314,7 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
     def announce(address: str) -> None:
         next_step(
             f"{plural(len(chosen.tasks), 'photo')}; open this address, and stop with Ctrl-C "
-            "when you are done"
+            f"when you are done; then: {session.next_command()}"
         )
         typer.echo(address)
 
@@ -321,15 +323,20 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
     with locked(make_folder(output.parent), doing, name=lock, who="review"):
         session = ReviewSession(chosen, output)
         serve_page(session, port, announce)
-    next_step(
-        f"{plural(len(session.answers), 'answer')} in {output}; "
-        "the same command goes on with the rest"
-    )
+    n_open = sum(task.path not in session.answers for task in chosen.tasks)
+    parts = [f"{plural(len(session.answers), 'answer')} in {output}"]
+    if n_open:
+        parts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
+    parts.append(f"next: {session.next_command()}")
+    next_step("; ".join(parts))
 
 
 def labels(
     done: Annotated[
-        Path, path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")
+        Path,
+        path_argument(
+            "Folder of `vilu triage`, Label Studio's export (JSON), a FiftyOne data set, or a CSV."
+        ),
     ],
     output: Annotated[
         Path, Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")
@@ -342,9 +349,10 @@ def labels(
         ),
     ] = None,
 ) -> None:
-    """Convert finished tasks to labels for `vilu triage` and `vilu embed`, or to known failures.
+    """Write labels, or the known failures of scores, from a triage or from finished tasks.
 
-    Prints the file.
+    Prints the file. Of a triage these are all labels, those of former classes too. `--labels` of
+    `vilu triage`, `fit`, `calibrate` and `audit-labels` reads it.
     """
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_done
@@ -355,9 +363,10 @@ def labels(
     next_step(plural(n, "label"))
 
 
-def audit_labels(
-    store: Annotated[Path, path_argument("Store with labels.")],
+def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    store: Annotated[Path, path_argument("Store of the labelled images.")],
     output: Annotated[Path, Option("--output", "-o", help="Table, .csv or .parquet.")],
+    labels: LabelFiles = None,
     predictor: Annotated[
         Path | None,
         path_option(
@@ -391,6 +400,7 @@ def audit_labels(
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors
+    from vilu.triage.store_labels import labelled_rows
 
     claim_file(output, "label errors", overwrite=True)
     pictures = None
@@ -399,7 +409,10 @@ def audit_labels(
     judge = None
     if predictor is not None:
         judge = load_predictor(predictor)
-    errors = find_label_errors(EmbeddingStore(store), judge, seed=seed)
+    rows: EmbeddingSource = EmbeddingStore(store)
+    if labels:
+        rows = labelled_rows(EmbeddingStore(store), labels)
+    errors = find_label_errors(rows, judge, seed=seed)
     errors.save(output)
     typer.echo(output)
     if pictures is not None and sheet is not None:

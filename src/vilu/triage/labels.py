@@ -152,6 +152,11 @@ class LabelBook:
                 labels[entry.path] = entry.label
         return labels
 
+    def has_label(self, path: str) -> bool:
+        """Whether a photo has a label, or was skipped."""
+        entry = self.entries.get(path)
+        return entry is not None and entry.label is not None
+
     def ask(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
@@ -296,7 +301,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         StorageError: If the file cannot be read.
     """
     if path.suffix.lower() == ".parquet":
-        return _labels_of_book(path)
+        return labels_and_streams(LabelBook.load(path))
     columns, rows = csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     path_column = next((name for name in KEYS if name in columns), None)
     if path_column is None or "label" not in columns:
@@ -327,13 +332,13 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return labels, streams
 
 
-def _labels_of_book(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Labels and streams of a book, by path."""
+def labels_and_streams(book: LabelBook) -> tuple[dict[str, str], dict[str, str]]:
+    """Labels and streams of a book, by path, as tables write them."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
-    for entry in LabelBook.load(path):
+    for entry in book:
         if entry.label is not None:
-            labels[entry.path] = entry.label
+            labels[entry.path] = portable_name(entry.label)
             streams[entry.path] = entry.stream
     return labels, streams
 

@@ -22,13 +22,14 @@ from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.text import plural
 from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
+from vilu.triage.carrying import all_labels, former_names, without_former
 from vilu.triage.fitting import require_possible
 from vilu.triage.guarantee import GuaranteeProgress
-from vilu.triage.labels import SKIPPED, LabelBook, match_photos, read_labels, require_names
+from vilu.triage.labels import SKIPPED, match_photos, read_labels, require_names
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sorting import list_folder, sort_photos
-from vilu.triage.state import BOOK, NEXT, REPORT, TriageSettings, open_state
+from vilu.triage.state import NEXT, REPORT, TriageSettings, open_state
 from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
@@ -85,7 +86,8 @@ def triage_photos(
 
     Args:
         settings: The settings of the triage.
-        output: The folder of the triage: new, empty, or of an earlier run with the same settings.
+        output: The folder of the triage: new, empty, or of an earlier run. If settings have
+            changed since, the labels stay (``carrying.carry_over``).
         labels: Files of labels (``labels.read_labels``).
         sort: "link": also make sorted links to the photos. "move": also move the photos into sorted
             folders.
@@ -93,7 +95,7 @@ def triage_photos(
             moved stay where they are.
 
     Raises:
-        UsageError: If a setting is not allowed or differs from the earlier runs, or if
+        UsageError: If a setting is not allowed, if the seed differs from the earlier runs, or if
             ``next_labels.csv`` holds answers that were not given to this run and would be lost.
         DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
         BusyError: If another process works in the folder.
@@ -101,14 +103,18 @@ def triage_photos(
     """
     check_settings(settings)
     find_template(PAGE)  # fails before the slow steps if the page cannot be written
+    former: set[str] = set()
+    if not overwrite:
+        former = former_names(output, settings.known_labels)
     files = {}
     for file in labels:
         texts, streams_of_file = read_labels(file)
+        texts = without_former(texts, former, source=file)
         labels_of_file = require_names(
             texts, settings.embedding.names, settings.of_no_class, source=file
         )
         files[file] = (labels_of_file, streams_of_file)
-    open_state(output, settings, overwrite=overwrite)  # fails here if the settings have changed
+    open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
     by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
@@ -176,7 +182,7 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
     in_files = set(by_path)  # paths of photos, and below also their names in the files
     for by_name, _ in files.values():
         in_files |= by_name.keys()
-    in_book = {entry.path for entry in LabelBook.load(output / BOOK) if entry.label is not None}
+    in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
     filled_in, _ = read_labels(output / NEXT)
     lost = filled_in.keys() - in_files - in_book
     if lost:

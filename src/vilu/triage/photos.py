@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import MANIFEST, RUN, make_folder, or_refuse
-from vilu.artifacts.documents import read_document
+from vilu.artifacts.disk import MANIFEST, make_folder, or_refuse
 from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
 from vilu.datasets.folder import Listed, PhotoFiles
@@ -30,7 +29,6 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.job import BackboneSpec
-from vilu.store.manifest import Run
 from vilu.store.reader import EmbeddingStore
 
 FOLDER: Final = "embeddings"
@@ -163,21 +161,6 @@ class PhotoStores:
         sizes = table["size"].to_pylist()
         times = table["time"].to_pylist()
         return dict(zip(paths, zip(sizes, times, strict=True), strict=True))
-
-    def are_decoded_otherwise(self, backbone: BackboneSpec) -> bool:
-        """Whether the stores differ from the model only by the size at which JPEGs are decoded."""
-        begun = [self.store(n) for n in self.numbers() if (self.store(n) / RUN).is_file()]
-        if not begun:
-            return False
-        space = read_document(begun[0] / RUN, Run).space
-        if space.reduces_jpegs != backbone.full_decode:
-            return False  # as the model decodes, so it need not be loaded to compare more
-        return space.differs_by_decoding(backbone.load().space)
-
-    def remove_all(self) -> None:
-        """Remove all stores and their lists."""
-        for number in self.numbers():
-            self._remove(number)
 
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.

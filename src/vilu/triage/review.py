@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -16,7 +18,11 @@ from vilu.datasets.files import portable_name
 from vilu.errors import OUTSIDE_NAME, UNKNOWN, DataError
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.outcomes.outcomes import Outcomes
+from vilu.store.reader import EmbeddingStore
 from vilu.triage.answers import failure_probabilities
+from vilu.triage.carrying import all_labels
+from vilu.triage.labels import side_of
+from vilu.triage.photos import FOLDER, Photos, PhotoStores
 from vilu.triage.state import DECISIONS_CSV, NEXT, STATE, TriageState
 
 CHOSEN: Final = "fit"
@@ -36,6 +42,9 @@ Which = Literal["asked", "review", "all"]
 class ReviewTask:
     """One photo to look at.
 
+    The label of a photo of the calibration side may come to count for a guarantee. Who sees the
+    model's answer tends to agree with it, so such a photo is blind: it has no answer here.
+
     Attributes:
         path: Path of the photo, as tables write it.
         answer: The model's answer, as tables write it; None without an answer.
@@ -45,6 +54,7 @@ class ReviewTask:
         stream: Why the label was asked for. Photos that were not asked for have the stream
             ``CHOSEN``, because their labels may be used in fits only.
         decision: "accept" or "review"; "labelled" for a photo with a label in the triage.
+        is_blind: Whether the model's answer is not shown.
     """
 
     path: str
@@ -54,6 +64,17 @@ class ReviewTask:
     zero_shot: str | None = None
     stream: str = CHOSEN
     decision: str = REVIEW
+    is_blind: bool = False
+
+    def blind(self) -> ReviewTask:
+        """The task without the model's answer."""
+        return ReviewTask(
+            path=self.path,
+            answer=None,
+            failure_probability=None,
+            stream=self.stream,
+            is_blind=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,8 @@ class Review:
         model: Name of the model or method that gave the answers.
         answer: Kind of the answers.
         follow_links: Whether links in the folder of the photos may lead anywhere.
+        n_labels_of: Number of labels so far, by the name of the class.
+        scores: File of the scores that are looked at; None for a triage.
     """
 
     tasks: list[ReviewTask]
@@ -75,6 +98,8 @@ class Review:
     model: str
     answer: str = "zero_shot"
     follow_links: bool = False
+    n_labels_of: Mapping[str, int] = field(default_factory=dict)
+    scores: Path | None = None
 
 
 def open_review(source: Path, which: Which = "asked", n: int | None = None) -> Review:
@@ -105,6 +130,25 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
 def _of_triage(folder: Path, which: Which) -> Review:
     """The review of a triage, from the tables in its folder."""
     state = read_document(folder / STATE, TriageState)
+    hidden = _calibration_side(folder, state)
+    tasks = []
+    for task in _tasks_in_order(folder, which):
+        is_hidden = task.stream == "calibration" or task.path in hidden
+        tasks.append(task.blind() if is_hidden else task)
+    labels = all_labels(folder).labels.values()
+    return Review(
+        tasks,
+        names=_names(state.settings),
+        photos=Path(state.photos),
+        follow_links=state.follow_links,
+        model="vilu triage",
+        answer=state.answer.answer,
+        n_labels_of=Counter(portable_name(label) for label in labels),
+    )
+
+
+def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
+    """Photos that were asked for, in the order of the requests; then the most doubtful ones."""
     streams = {}
     for row in _read_written(folder / NEXT, NEXT_COLUMNS):
         streams[row["path"]] = row["stream"]
@@ -116,21 +160,26 @@ def _of_triage(folder: Path, which: Which) -> Review:
     n_requests = len(request_of)
 
     def rank(task: ReviewTask) -> tuple[int, float]:
-        """Photos that were asked for, in the order of the requests; then the most doubtful."""
         # All photos that were not asked for share the place after the last request.
         request = request_of.get(task.path, n_requests)
         doubt = task.failure_probability or 0.0
         return request, -doubt
 
-    tasks.sort(key=rank)
-    return Review(
-        tasks,
-        names=_names(state.settings),
-        photos=Path(state.photos),
-        follow_links=state.follow_links,
-        model="vilu triage",
-        answer=state.answer.answer,
-    )
+    return sorted(tasks, key=rank)
+
+
+def _calibration_side(folder: Path, state: TriageState) -> set[str]:
+    """Paths of the photos of the calibration side."""
+    picture_of: dict[str, bytes] = {}
+    stores = PhotoStores(folder / FOLDER)
+    for number in stores.numbers():
+        if stores.is_complete(number):
+            store = EmbeddingStore(stores.store(number))
+            photos = Photos([(store, np.arange(len(store)))], bad={})
+            picture_of |= zip(photos.ids, photos.pictures, strict=True)  # a newer store is right
+    seed = int(str(state.settings.get("seed", 0)))
+    is_calibration, _ = side_of(picture_of.values(), seed)
+    return set(compress(picture_of, is_calibration.tolist()))
 
 
 def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
@@ -234,6 +283,7 @@ def _of_scores(path: Path, which: Which) -> Review:
         photos=None,
         model=outcomes.method or "vilu",
         answer=outcomes.answer,
+        scores=path,
     )
 
 

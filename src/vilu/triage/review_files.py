@@ -25,9 +25,11 @@ from vilu.artifacts.documents import plain_json
 from vilu.artifacts.tables import csv_bytes
 from vilu.datasets.files import path_of, portable_name
 from vilu.errors import DataError
+from vilu.triage.carrying import all_labels
 from vilu.triage.label_files import add_label, require_suffix, write_new
-from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
+from vilu.triage.labels import SKIPPED, STREAMS, columns_of, labels_and_streams, read_labels
 from vilu.triage.review import CHOSEN, Review, ReviewTask
+from vilu.triage.state import STATE
 
 CHOICE: Final = "label"
 """Name of the control with which a person chooses a label in Label Studio."""
@@ -228,12 +230,15 @@ def _object_id(text: str) -> dict[str, str]:
 def read_done(path: Path) -> Labels:
     """Read the labels of finished tasks and their streams, by path.
 
-    ``path`` is an export of Label Studio, a FiftyOne data set on disk, or a CSV. A skipped task has
-    the label "(skip)". Tasks without a label are left out.
+    ``path`` is the folder of a triage, an export of Label Studio, a FiftyOne data set on disk, or a
+    file of labels (``labels.read_labels``). A skipped task has the label "(skip)". Tasks without a
+    label are left out.
 
     Raises:
         DataError: If the file has none of these formats, or if a photo has two labels.
     """
+    if (path / STATE).is_file():
+        return labels_and_streams(all_labels(path))
     if path.is_dir():
         return _of_samples(_read_json(path / "samples.json"), path)
     if path.suffix.lower() != ".json":

@@ -36,6 +36,7 @@ from vilu.predictors.persistence.storage import load_predictor
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
+from vilu.triage.carrying import carry_over
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import (
     FitCase,
@@ -68,7 +69,6 @@ from vilu.triage.state import (
     TriageSettings,
     TriageState,
     open_state,
-    without_predictors,
 )
 from vilu.triage.trial import Trial
 
@@ -189,8 +189,6 @@ def run_triage(
     """Run a triage once: embed new photos, note the labels, and take all steps (``advance``)."""
     state = begin(root, settings, overwrite=overwrite)
     stores = PhotoStores(root / FOLDER)
-    if stores.are_decoded_otherwise(settings.embedding.backbone):
-        state = _embed_again(root, stores, state)
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
@@ -199,21 +197,11 @@ def run_triage(
     return dataclasses.replace(result, n_new=n_new)
 
 
-def _embed_again(root: Path, stores: PhotoStores, state: TriageState) -> TriageState:
-    """Remove the stores and the predictors of embeddings whose JPEGs were decoded otherwise."""
-    logger.warning(
-        "%s was begun with JPEGs decoded at another size (--full-decode changes it), so all its "
-        "photos are embedded once more. Its labels stay; the predictor is fitted and tested anew.",
-        root,
-    )
-    # The stores are removed last. So a run that is killed in between does all of this again.
-    state = without_predictors(root, state)
-    stores.remove_all()
-    return state
-
-
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
-    """Open the state in which a run begins; ``overwrite`` removes earlier results (``MADE``)."""
+    """Open the state in which a run begins, and carry it over to the settings of the run.
+
+    ``overwrite`` removes earlier results (``MADE``).
+    """
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
         for name in MADE:
@@ -222,6 +210,7 @@ def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageSta
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+    state = carry_over(root, state, settings)
     now = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
     state = state.model_copy(update=now)
     write_document(root / STATE, state)

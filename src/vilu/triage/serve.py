@@ -1,6 +1,6 @@
 """A web page on which one person labels photos with the keyboard.
 
-Every answer is saved before the next photo is shown.
+Answers are saved in the order in which they were given, while the next photo is shown already.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import secrets
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from shlex import join, quote
 from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -52,6 +54,7 @@ class ReviewSession:
     Attributes:
         answers: Labels by the path of the photo.
         streams: Streams by the path of the photo, as they were in the file at the start.
+        labelled_before: Paths that had a label in the file at the start. They keep their streams.
         written: Content of the file when this session last read or wrote it; None if there was no
             file.
         lock: Held while an answer is saved.
@@ -66,6 +69,7 @@ class ReviewSession:
     output: Path
     answers: dict[str, str] = field(default_factory=dict)
     streams: dict[str, str] = field(default_factory=dict)
+    labelled_before: frozenset[str] = frozenset()
     written: bytes | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -81,6 +85,7 @@ class ReviewSession:
         self.written = self._on_disk()
         if self.written is not None:
             self.answers, self.streams = read_labels(self.output)
+            self.labelled_before = frozenset(self.answers)
             known = {task.path for task in self.review.tasks}
             if self.answers and not known & self.answers.keys():
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
@@ -116,10 +121,11 @@ class ReviewSession:
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        # The file may also hold labels of photos that are not shown now. These keep their streams.
+        # A label without a stream in the file is of a random pick, and stays so.
         streams = dict(self.streams)
         for task in self.review.tasks:
-            streams[task.path] = task.stream
+            if task.path not in self.labelled_before:
+                streams[task.path] = task.stream
         content = csv_bytes(label_columns(answers, streams))
         write_bytes(self.output, content)
         self.written = content
@@ -154,14 +160,31 @@ class ReviewSession:
                 "second": task.runner_up,
                 "zero_shot": task.zero_shot,
                 "label": self.answers.get(task.path),
+                "blind": task.is_blind,
             }
             tasks.append(facts)
         return {
             "names": list(self.review.names),
             "skip": SKIPPED,
             "kind": self.review.answer,
+            "used": self._most_used(),
+            "next": self.next_command(),
             "tasks": tasks,
         }
+
+    def _most_used(self) -> list[str]:
+        """Names that were given as labels so far, the most frequent first."""
+        counts = Counter(self.review.n_labels_of)
+        counts.update(self.answers.values())
+        return [name for name, _ in counts.most_common() if name in self.review.names]
+
+    def next_command(self) -> str:
+        """What to do with the file of labels, as a part of a sentence."""
+        if self.review.scores is None:
+            return f"the same `vilu triage` command with --labels {quote(str(self.output))}"
+        scores = str(self.review.scores)
+        words = ["vilu", "labels", str(self.output), "--scores", scores, "-o", "late.parquet"]
+        return f"`{join(words)}`"
 
 
 def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -16,12 +14,14 @@ from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import level_of
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
+from vilu.triage.labels import SKIPPED
 from vilu.triage.photos import FOLDER, EmbeddingSettings
 from vilu.triage.trial import Trial
 
 # Files and folders in the folder of a triage.
 STATE: Final = "triage.json"
 BOOK: Final = "labels.parquet"
+FORMER_BOOK: Final = "former_labels.parquet"
 PREDICTOR_FOLDER: Final = "predictor"
 CANDIDATE_FOLDER: Final = "candidate"
 DECISIONS_CSV: Final = "decisions.csv"
@@ -33,6 +33,7 @@ MOVED: Final = "moved.parquet"
 MADE: Final = (
     STATE,
     BOOK,
+    FORMER_BOOK,
     FOLDER,
     PREDICTOR_FOLDER,
     CANDIDATE_FOLDER,
@@ -80,19 +81,25 @@ class TriageSettings:
         return (*self.outside, OUTSIDE_NAME)
 
     @property
+    def known_labels(self) -> set[str]:
+        """All labels that a photo may have."""
+        return {*self.embedding.names, *self.of_no_class, SKIPPED}
+
+    @property
     def delta(self) -> float:
         """Level: largest probability that the guarantee is false."""
         return 1 - self.confidence
 
     @property
-    def fixed(self) -> dict[str, object]:
-        """Settings that may not change between runs, because labels were counted under them."""
+    def recorded(self) -> dict[str, object]:
+        """Settings that embeddings, fits and guarantees depend on (``carrying.carry_over``)."""
         backbone = self.embedding.backbone
         templates = self.embedding.templates
         return {
             "classes": list(self.embedding.names),
             "backbone": backbone.name,
             "precision": backbone.precision,
+            "full_decode": backbone.full_decode,
             "templates": None if templates is None else list(templates),
             "negatives": len(self.embedding.negatives),
             "outside": sorted(self.outside),
@@ -104,10 +111,10 @@ class TriageSettings:
 
 
 class TriageState(Document):
-    """The file ``triage.json``: fixed settings, tests of the predictors, and progress of the draw.
+    """The file ``triage.json``: settings, tests of the predictors, and progress of the draw.
 
     Attributes:
-        settings: Settings that may not change between runs (``TriageSettings.fixed``).
+        settings: Settings of the last run (``TriageSettings.recorded``).
         photos: The folder of photos in the last run.
         follow_links: Whether links in this folder were followed in the last run.
         method: Method of the present predictor; empty before the first fit.
@@ -115,7 +122,8 @@ class TriageState(Document):
         trial: Test of the present predictor; None before its first test or if it needs no labels.
         candidate: Test of the candidate; None without a candidate.
         candidate_answer: Which answers the candidate judges, and why.
-        n_tested: Number of predictors so far that had enough labels to be certified.
+        n_tested: Number of predictors so far that had enough labels to be certified, under all
+            settings that the folder has had.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
         handed_on: Level that the last certified predictor has handed on to the next one.
@@ -158,17 +166,27 @@ class TriageState(Document):
             return self.model_copy(update={"trial": trial})
         return self.model_copy(update={"candidate": trial})
 
+    def under(self, settings: TriageSettings) -> TriageState:
+        """The state under other settings: without a predictor.
+
+        ``n_tested`` goes on. So the tests under all settings together stay within the level.
+        """
+        return TriageState(
+            settings=settings.recorded,
+            n_tested=self.n_tested,
+        )
+
 
 def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False) -> TriageState:
-    """Read the state of a folder, or make a new state.
+    """Read the state of a folder, under the settings of its last run, or make a new state.
 
     Raises:
-        UsageError: If the folder holds a triage with other settings, or other files.
+        UsageError: If the folder holds a triage with another seed, or other files.
     """
     state = None
     if (root / STATE).is_file() and not overwrite:
         state = read_document(root / STATE, TriageState)
-        _require_same_settings(root, state.settings, settings.fixed)
+        _require_same_seed(root, state.settings.get("seed"), settings.seed)
     claim_folder(
         root,
         "triage",
@@ -176,39 +194,14 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
         same=state is not None,
         overwrite=overwrite,
     )
-    return state or TriageState(settings=settings.fixed)
+    return state or TriageState(settings=settings.recorded)
 
 
-def without_predictors(root: Path, state: TriageState) -> TriageState:
-    """Remove the predictors of a triage whose photos are embedded again; return the next state.
-
-    All labels stay, and so does the number of tested predictors, on which the levels depend.
-    """
-    state = TriageState(
-        settings=state.settings,
-        photos=state.photos,
-        follow_links=state.follow_links,
-        n_tested=state.n_tested,
-        asked_up_to=state.asked_up_to,
-        counted_up_to=state.counted_up_to,
-    )
-    state.write(root / STATE)
-    for name in (PREDICTOR_FOLDER, CANDIDATE_FOLDER):
-        if (root / name).exists():
-            shutil.rmtree(root / name)
-    return state
-
-
-def _require_same_settings(
-    root: Path, before: Mapping[str, object], now: Mapping[str, object]
-) -> None:
-    changes = []
-    for name, value in now.items():
-        if before.get(name) != value:
-            changes.append(f"{name} {before.get(name)!r}, now {value!r}")
-    if changes:
+def _require_same_seed(root: Path, before: object, now: int) -> None:
+    """Raise UsageError if the seed has changed: photos would change between the two sides."""
+    if before != now:
         raise UsageError(
-            f"{root} was begun with other settings: {'; '.join(changes)}. The settings of a "
-            "guarantee are fixed before its labels are looked at. Give a new folder, or "
+            f"{root} was begun with the seed {before}, now {now}. The seed decides which photos "
+            "are fitted on and which a guarantee rests on, so it stays. Give a new folder, or "
             "--overwrite to begin anew, which removes the labels too."
         )

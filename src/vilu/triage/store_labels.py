@@ -30,7 +30,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
 
     Args:
         store: The rows.
-        files: Tables that ``vilu next`` wrote, or plain tables of paths and labels.
+        files: Tables that ``vilu next`` wrote, or other files of labels (``labels.read_labels``).
 
     Returns:
         The rows of the store with their labels, and the book of these labels.
@@ -68,10 +68,12 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
 
 
 def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Entries by path of a table that ``vilu next`` wrote; {} for any other table.
+    """Entries by path of a table that ``vilu next`` wrote; {} for any other file of labels.
 
     Only rows whose path is among ``keys`` are read.
     """
+    if path.suffix.lower() != ".csv":
+        return {}
     columns, rows = csv_rows(path)
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
@@ -97,7 +99,7 @@ def _add_asked(book: LabelBook, asked: dict[str, Entry]) -> None:
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Note the labels of a plain table of paths and labels."""
+    """Note the labels of a file that ``vilu next`` did not write."""
     labels, streams = read_labels(file)
     path_of_name = match_photos(labels, paths, root, file)
     by_path = {}
@@ -107,6 +109,45 @@ def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -
         if name in streams:
             streams_by_path[path] = streams[name]
     book.answer(by_path, streams_by_path)
+
+
+def labelled_rows(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
+    """The rows that have a label. Skipped rows are left out.
+
+    Raises:
+        DataError: In the cases of ``label_store``, or if no row has a label.
+    """
+    photos, book = label_store(store, files)
+    return _take_labelled(photos, book.labels)
+
+
+def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
+    """The labelled rows without those that ``vilu next`` drew for a guarantee.
+
+    Raises:
+        DataError: In the cases of ``label_store``, or if no row is left.
+    """
+    photos, book = label_store(store, files)
+    drawn = {entry.path for entry in book if entry.stream == "calibration"}
+    wanted = book.labels.keys() - drawn
+    n_left_out = len(book.labels) - len(wanted)
+    if n_left_out:
+        say_once(
+            f"{plural(n_left_out, 'label')} left out, because `vilu next` drew the rows for a "
+            "guarantee. No predictor may be fitted on them"
+        )
+    return _take_labelled(photos, wanted)
+
+
+def _take_labelled(photos: Photos, wanted: Collection[str]) -> EmbeddingSource:
+    """The rows with the ``wanted`` paths; DataError if there is none."""
+    rows = [row for row, path in enumerate(photos.ids) if path in wanted]
+    if not rows:
+        raise DataError(
+            f"no row of {photos.first.path} has a label that may be used here. Fill in the column "
+            "label, or give other --labels."
+        )
+    return photos.take(rows)
 
 
 def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
