@@ -133,6 +133,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(summary.answer)
     next_step(summary.counts)
     next_step(summary.guarantee)
+    next_step(summary.likely)
     if summary.n_asked:
         to_fill_in = console.shell(output / "next_labels.csv")
         on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")

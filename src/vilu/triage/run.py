@@ -21,6 +21,7 @@ import numpy as np
 from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.likely import LikelyRight
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import ALL, Rule
 from vilu.datasets.files import former_text
@@ -41,6 +42,7 @@ from vilu.triage.fitting import (
     fit,
     fit_case,
     is_worth_testing,
+    likely_right,
     method_for,
 )
 from vilu.triage.guarantee import (
@@ -143,6 +145,8 @@ class TriageResult:
         outcomes: Outcomes of all photos by the present predictor, with decisions.
         predictor: The present predictor, which decides.
         answer: Which answers the present predictor judges, and why.
+        likely: The estimate of which answers of the present predictor are likely right; None if an
+            earlier version of vilu fitted it.
         rule: The guarantee of the present predictor; None if nothing is certified.
         progress: How far the guarantee of the tested predictor is; None if the tested predictor
             needs no labels, or if there is no calibration photo.
@@ -160,6 +164,7 @@ class TriageResult:
     outcomes: Outcomes
     predictor: FailurePredictor
     answer: AnswerChoice
+    likely: LikelyRight | None
     rule: Rule | None
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
@@ -286,6 +291,7 @@ def _result(
         outcomes=run.score(predictor, calibration),
         predictor=predictor,
         answer=state.answer,
+        likely=LikelyRight.find(run.present),
         rule=rule_in_force(run.present),
         progress=progress,
         tested_outcomes=tested,
@@ -328,10 +334,12 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     labelled = run.photos.take(fit_rows)
     answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
     predictor = predictor.judging(answer.answer)
+    uncertainty = run.score(predictor).uncertainty
+    likely = likely_right(predictor, uncertainty, run.settings.max_risk)
     if case is FitCase.NO_GUARANTEE:
-        state = _let_decide(run, state, predictor, trial=None, answer=answer)
+        state = _let_decide(run, state, predictor, trial=None, answer=answer, likely=likely)
         return run.write(state), predictor
-    return _test_beside(run, state, predictor, answer)
+    return _test_beside(run, state, predictor, answer, likely, uncertainty)
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
@@ -347,9 +355,12 @@ def _let_decide(
     *,
     trial: Trial | None,
     answer: AnswerChoice,
+    likely: LikelyRight | None,
 ) -> TriageState:
     """Save a predictor as the present one, which decides. The caller writes the returned state."""
     predictor.save(run.present)
+    if likely is not None:
+        likely.save(run.present)
     Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
     return state.model_copy(
         update={
@@ -363,17 +374,25 @@ def _let_decide(
 
 
 def _test_beside(
-    run: TriageRun, state: TriageState, predictor: FailurePredictor, answer: AnswerChoice
+    run: TriageRun,
+    state: TriageState,
+    predictor: FailurePredictor,
+    answer: AnswerChoice,
+    likely: LikelyRight,
+    scores: Floats,
 ) -> tuple[TriageState, FailurePredictor]:
-    """Make a new predictor the candidate if its test is worth the labels."""
+    """Make a new predictor the candidate if its test is worth the labels.
+
+    ``scores`` (N,) are its uncertainties of all photos.
+    """
     n_labels = len(run.split.fit_rows)
-    scores = run.score(predictor).uncertainty
     least_share = min(WORTH_MORE * share_accepted(run), 1.0)
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
         return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate)
+    likely.save(run.candidate)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
     return run.write(next_state), predictor
 
@@ -468,7 +487,12 @@ def keep_certified(
             100 * share_before,
         )
         state = _let_decide(
-            run, state, predictor, trial=state.candidate, answer=state.candidate_answer
+            run,
+            state,
+            predictor,
+            trial=state.candidate,
+            answer=state.candidate_answer,
+            likely=LikelyRight.find(run.candidate),
         )
         # The old state refers to the folder of the candidate. So the new state is written before
         # the folder is removed.
