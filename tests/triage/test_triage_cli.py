@@ -49,12 +49,12 @@ def test_the_loop_by_hand(work: Path) -> None:
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out", "-n", 12)
     done = run(*arguments, cwd=work)
     assert done.stdout == "out\n"
-    assert "60 photos (60 of them new): 0 accepted, 60 to review" in done.stderr
+    assert "60 photos (60 of them new): accepted 0 of 60 without a label" in done.stderr
     assert "next: fill in the column label of out/next_labels.csv (12 photos;" in done.stderr
     truth = write_photos(work / "again", 60)
     fill_in(work / "out", truth, work / "filled.csv")
     done = run(*arguments, "--labels", "filled.csv", "--link", cwd=work)
-    assert "12 labelled" in done.stderr
+    assert "of 48 without a label, 48 to review; 12 have a label" in done.stderr
     assert len(list((work / "out" / "sorted").rglob("*.png"))) == 60
     run("review", "out", "-o", "tasks.json", "--to", "label-studio", cwd=work)
     tasks = json.loads((work / "tasks.json").read_text())
@@ -63,7 +63,7 @@ def test_the_loop_by_hand(work: Path) -> None:
         task["annotations"] = [{"result": [choice]}]
     (work / "done.json").write_text(json.dumps(tasks))
     run("labels", "done.json", "-o", "more.csv", cwd=work)
-    assert "labelled" in run(*arguments, "--labels", "more.csv", cwd=work).stderr
+    assert "have a label" in run(*arguments, "--labels", "more.csv", cwd=work).stderr
     assert sum(
         row["decision"] == "labelled" for row in rows(work / "out" / "decisions.csv")
     ) == 12 + len(tasks)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
-
-import numpy as np
-import torch
 
 from vilu.artifacts.documents import Model
 from vilu.embeddings.columns import AnswerKind
-from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import UNKNOWN
 from vilu.metrics.bootstrap import paired_across
 from vilu.metrics.selective import coverage_at_risk, coverage_at_risk_kernel
-from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.held_out import HeldOut, Judged, keep_every_class
-from vilu.predictors.contract.labelled import cross_fitting, with_failures
+from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
+from vilu.predictors.contract.held_out import HeldOut, keep_every_class
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.scoring.score import score
-
-ENOUGH_ROWS = 250
-"""Number of held-out rows that are enough, so that no further fold is fitted."""
 
 CONFIDENCE = 0.8
 """Confidence of the interval of the gain in coverage, adapted minus zero-shot answers.
@@ -94,8 +83,8 @@ def choose_answer(
         return AnswerChoice(answer="zero_shot", reason=f"{predictor.name} knows no others")
     if not predictor.needs_labels:
         return AnswerChoice(answer="zero_shot", reason="the fit used no labels")
-    held_out = predictor.held_out_ or _cross_fitted(predictor, train, unlabelled)
-    if held_out is None:
+    held_out = _held_out(predictor, train, unlabelled)
+    if held_out is None or not held_out.every_class:
         return AnswerChoice(
             answer="adapted",
             reason="nothing was compared, because that needs two labels of every class, one of "
@@ -120,37 +109,13 @@ def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
     return AnswerChoice(answer="adapted", reason=reason)
 
 
-def _cross_fitted(
+def _held_out(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOut | None:
-    """Both kinds of answers to the rows of folds, each by a copy that is fitted on the other folds.
-
-    None if the rows of some fit lack a class.
-    """
-    is_labelled = train.target.numpy() != UNKNOWN
-    usable = train.usable_rows.numpy()
-    labelled = usable[is_labelled[usable]]
-    rows = Rows(train, torch.from_numpy(labelled))
-    _, failure = with_failures(rows.batches(SCORING_BATCH))
-    folds = cross_fitting(rows, failure, validation=None, seed=0)
+    """The held-out rows of the fit, or else of a cross-fit; None if some fold lacks a class."""
+    if predictor.held_out_ is not None:
+        return predictor.held_out_
+    folds = labelled_folds(train)
     if not keep_every_class(folds):
         return None
-    outcomes_of: dict[AnswerKind, list[Outcomes]] = {"zero_shot": [], "adapted": []}
-    n_held_out = 0
-    for fitted_on, held_out in folds:
-        fold_predictor = copy.copy(predictor)
-        fold_predictor.fit(train.take(fitted_on.index), unlabelled=unlabelled)
-        held_out_rows = train.take(held_out.index)
-        for kind, outcomes_of_folds in outcomes_of.items():
-            outcomes_of_folds.append(score(fold_predictor.judging(kind), held_out_rows))
-        n_held_out += len(held_out.index)
-        if n_held_out >= ENOUGH_ROWS:
-            break
-    return HeldOut(_joined(outcomes_of["zero_shot"]), _joined(outcomes_of["adapted"]))
-
-
-def _joined(parts: list[Outcomes]) -> Judged:
-    """Uncertainties and failures of the rows of all parts."""
-    uncertainty = np.concatenate([part.uncertainty for part in parts])
-    failure = np.concatenate([part.failure for part in parts])
-    return Judged(uncertainty, failure)
+    return cross_fitted(predictor, train, folds, unlabelled=unlabelled)

@@ -26,7 +26,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import NotFittedError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor, RowsLike
-from vilu.predictors.persistence.files import LOOKS, RISK, ROWS, VOCABULARY
+from vilu.predictors.persistence.files import LIKELY, LOOKS, RISK, ROWS, VOCABULARY
 from vilu.predictors.persistence.storage import load_predictor, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import DecidingModel, score
@@ -35,7 +35,7 @@ from vilu.validation import checked
 RISK_OF_CHOICE = 0.05
 """Risk at which both kinds of answers are compared if the target has no ``max_risk``."""
 
-OF_CALIBRATION = (ROWS, LOOKS, VOCABULARY, RISK)
+OF_CALIBRATION = (ROWS, LOOKS, LIKELY, VOCABULARY, RISK)
 """Files of a calibration beside those of its predictor. The last file makes the others valid."""
 
 

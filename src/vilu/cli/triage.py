@@ -142,6 +142,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         next_step(summary.forecast)
     next_step(summary.answer)
     next_step(summary.guarantee)
+    next_step(summary.likely)
     if summary.why_none:
         next_step(summary.why_none)
     if summary.n_asked:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vilu.backbones.base import Backbone, jpeg_side_of
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.likely import Flags, LikelyRight
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
@@ -73,6 +74,9 @@ class Answer:
             If adapted answers are judged, the probabilities are those of the predictor's posterior,
             otherwise the zero-shot probabilities.
         zero_shot: The zero-shot answer if it differs from ``label``; otherwise None.
+        likely: Whether the answer is likely right: an estimate, not a guarantee
+            (``vilu.calibration.likely``). It never changes the decision. None if there is no
+            estimate, or no answer.
 
     Examples:
         >>> import vilu
@@ -96,6 +100,7 @@ class Answer:
     reason: str | None
     runners_up: RunnersUp = ()
     zero_shot: str | None = None
+    likely: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ class Guard:
         folder: Folder of the predictor.
         predictor: Gives the scores.
         calibration: Gives the decisions; None if the predictor is not calibrated.
+        likely: The estimate of which answers are likely right; None if ``vilu triage`` left none.
         vocabulary: The candidate classes that answers are chosen from.
         names: Names of the candidate classes.
         arrays: Names of the arrays of embeddings that the predictor uses.
@@ -220,6 +226,7 @@ class Guard:
         self.predictor = load_predictor(self.folder)
         self.calibration = Calibration.find(self.folder)
         require_streaming(self.calibration)
+        self.likely = LikelyRight.find(self.folder)
         self.vocabulary = Vocabulary.load(self.folder)
         self.names = self._require_names()
         self.arrays = self._require_arrays()
@@ -398,10 +405,17 @@ class Guard:
         for batch in source.batches(len(keys), columns=self.predictor.columns_to_score):
             on_device = batch.to(self.predictor.device_)
             runners_up += runners_up_of(self.predictor, on_device, self.names)
-        answers = [self._answer(outcomes, row, runners_up[row]) for row in range(len(keys))]
+        likely: Flags = [None] * len(keys)
+        if self.likely is not None:
+            likely = self.likely.rows(outcomes.uncertainty)
+        answers = []
+        for row in range(len(keys)):
+            answers.append(self._answer(outcomes, row, runners_up[row], likely[row]))
         return answers, outcomes
 
-    def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
+    def _answer(
+        self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None
+    ) -> Answer:
         """The answer about one row of the outcomes."""
         key = _at(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
@@ -424,6 +438,7 @@ class Guard:
             reason=_at(outcomes.decision_reason, row),
             runners_up=runners_up,
             zero_shot=outcomes.zero_shot_beside(row),
+            likely=likely,
         )
 
     def __repr__(self) -> str:

@@ -403,6 +403,7 @@ def _out(reply: Reply) -> AnswerOut:
         decision=answer.decision,
         reason=answer.reason,
         zero_shot=answer.zero_shot,
+        likely=answer.likely,
     )
 
 

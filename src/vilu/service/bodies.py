@@ -113,6 +113,13 @@ class AnswerOut(BaseModel):
     zero_shot: Annotated[
         str | None, Field(description="The zero-shot answer if it differs from the label.")
     ]
+    likely: Annotated[
+        bool | None,
+        Field(
+            description="Whether the answer is likely right. This is an estimate, not a guarantee, "
+            "and never changes the decision; null without an estimate."
+        ),
+    ]
     predictor: Annotated[str, Field(description="Fingerprint of the predictor that answered.")]
 
 

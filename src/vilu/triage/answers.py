@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from vilu.artifacts.tables import write_table
+from vilu.calibration.likely import Flags, LikelyRight
 from vilu.datasets.files import portable_name
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.guard.guard import Answer, RunnersUp, runners_up_of
+from vilu.metrics.counts import Floats
 from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -29,7 +31,11 @@ NO_GUARANTEE: Final = "no_guarantee"
 
 
 def answers_of(
-    photos: Photos, predictor: FailurePredictor, outcomes: Outcomes, labels: Mapping[str, str]
+    photos: Photos,
+    predictor: FailurePredictor,
+    outcomes: Outcomes,
+    labels: Mapping[str, str],
+    likely: LikelyRight | None = None,
 ) -> list[Answer]:
     """The answers about all photos, unreadable ones included, in the order of their paths.
 
@@ -38,20 +44,32 @@ def answers_of(
         predictor: Judges the answers.
         outcomes: The scores of the photos by the predictor.
         labels: Label by path; a label takes the place of the model's answer.
+        likely: The estimate of which answers are likely right; None if there is none.
     """
     runners_up = all_runners_up(photos, predictor)
+    flags: Flags = [None] * len(photos)
+    if likely is not None:
+        flags = likely.among(unlabelled_scores(photos, outcomes, labels))
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
             answers.append(_labelled(path, labels[path]))
         else:
-            answers.append(answer_of(outcomes, row, runners_up[row]))
+            answers.append(answer_of(outcomes, row, runners_up[row], flags[row]))
     for path, kind in photos.bad.items():
         answers.append(_unanswered(path, kind))
     return sorted(answers, key=lambda answer: answer.key)
 
 
-def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answer:
+def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, str]) -> Floats:
+    """(N,) uncertainties of the photos without a label; NaN for those that have one."""
+    has_label = np.array([path in labels for path in photos.ids], dtype=np.bool_)
+    return np.where(has_label, np.nan, outcomes.uncertainty)
+
+
+def answer_of(
+    outcomes: Outcomes, row: int, runners_up: RunnersUp = (), likely: bool | None = None
+) -> Answer:
     """The model's answer about a row; the label of the row is not used."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     probabilities = failure_probabilities(outcomes)
@@ -73,6 +91,7 @@ def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answe
         reason=reason,
         runners_up=runners_up,
         zero_shot=outcomes.zero_shot_beside(row),
+        likely=likely,
     )
 
 
@@ -120,25 +139,33 @@ def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """Number of photos by decision, and of all photos.
+    """Number of photos: of all, with and without a label, and of those without a label by decision.
 
-    Unreadable photos do not count as "review". Photos counted as "outside" also count by their
-    decision.
+    People gave the answers of "labelled" photos. All counts below "unlabelled" are of answers that
+    nobody checked. Unreadable photos do not count as "review". Photos counted as "outside" or
+    "likely" also count by their decision.
     """
-    counts = dict.fromkeys(("accepted", "labelled", "outside", "unreadable", "review"), 0)
+    n_labelled = sum(answer.decision == LABELLED for answer in answers)
+    counts = {
+        "photos": len(answers),
+        "labelled": n_labelled,
+        "unlabelled": len(answers) - n_labelled,
+        **dict.fromkeys(("accepted", "review", "unreadable", "outside", "likely"), 0),
+    }
     for answer in answers:
         counts["accepted"] += answer.decision == ACCEPT
-        counts["labelled"] += answer.decision == LABELLED
-        counts["outside"] += answer.reason == OUTSIDE_REASON
-        counts["unreadable"] += answer.label is None
         counts["review"] += answer.decision == REVIEW and answer.label is not None
-    return {"photos": len(answers), **counts}
+        counts["unreadable"] += answer.label is None
+        counts["outside"] += answer.reason == OUTSIDE_REASON
+        counts["likely"] += answer.likely is True
+    return counts
 
 
 def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -> None:
     """Write ``decisions.csv`` for people, and ``decisions.parquet`` as ``vilu score`` does.
 
-    If adapted answers are judged, the CSV has a column of the zero-shot answers too.
+    The column "likely" is empty for labels, and where there is no estimate. If adapted answers are
+    judged, the CSV has a column of the zero-shot answers too.
     """
     first_runners_up: list[str | None] = []
     for answer in answers:
@@ -150,6 +177,7 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
         "path": pa.array([answer.key for answer in answers], pa.string()),
         **_answer_columns(answers),
         **columns_of(answers, ("decision", "reason")),
+        "likely": pa.array([answer.likely for answer in answers], pa.bool_()),
         "runner_up": _class_texts(first_runners_up),
         **_zero_shot_column(outcomes.answer, answers),
     }

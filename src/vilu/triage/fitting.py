@@ -9,11 +9,13 @@ from typing import Final
 import numpy as np
 
 from vilu.calibration.answer_choice import AnswerChoice, choose_answer
+from vilu.calibration.likely import LikelyRight
 from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError
-from vilu.metrics.counts import Ints
+from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.catalogue import find_method
+from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
 from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.triage.photos import Photos
@@ -131,13 +133,30 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
     predictor: FailurePredictor
     if method == FROM_LABELS:
         predictor = build(find_method(method), {"seed": seed})
-        predictor.fit(photos.take(fit_rows))
+        labelled = photos.take(fit_rows)
+        predictor.fit(labelled)
+        # The choice of answers and the estimate of likely answers use the same held-out rows.
+        predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor
     predictor = find_method(method)()
     predictor.fit(photos)
     logger.info("%s is fitted on %s photos, without labels", method, f"{len(photos):,}")
     return predictor
+
+
+def likely_right(predictor: FailurePredictor, uncertainty: Floats, max_risk: float) -> LikelyRight:
+    """The estimate of which answers of a new predictor are likely right.
+
+    Args:
+        predictor: The new predictor, which judges its kind of answers.
+        uncertainty: (N,) its uncertainties of all photos.
+        max_risk: Largest expected error rate of the answers that are likely right.
+    """
+    if predictor.held_out_ is None:
+        return LikelyRight.without_labels(max_risk)
+    held_out = predictor.held_out_.judged(predictor.answer)
+    return LikelyRight.estimate(held_out, uncertainty, max_risk)
 
 
 def require_possible(answer: AnswerKind | None) -> None:

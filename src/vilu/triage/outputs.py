@@ -12,6 +12,7 @@ import numpy as np
 
 from vilu.artifacts.disk import locked, make_folder, write_text
 from vilu.calibration.anytime import log_evidence
+from vilu.calibration.likely import LEAST_WRONG, LikelyRight
 from vilu.calibration.thresholds import exactly, percent
 from vilu.device import torch_defaults
 from vilu.errors import UsageError
@@ -21,7 +22,13 @@ from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.text import plural
-from vilu.triage.answers import answers_of, count_answers, write_decisions, write_next
+from vilu.triage.answers import (
+    answers_of,
+    count_answers,
+    unlabelled_scores,
+    write_decisions,
+    write_next,
+)
 from vilu.triage.carrying import all_labels, former_names, without_former
 from vilu.triage.fitting import require_possible
 from vilu.triage.guarantee import GuaranteeProgress
@@ -57,9 +64,11 @@ class TriageSummary:
 
     Attributes:
         answer: Which answers are judged, and why.
-        counts: How many photos were accepted, are to be reviewed, and so on.
+        counts: How many photos have a label. Of those without a label, how many were accepted, are
+            to be reviewed, and so on.
         guarantee: What is guaranteed, or what the guarantee lacks.
         forecast: How many photos further labels could get accepted; "" if nothing is known.
+        likely: How many photos without a label are likely right, or why this is not known.
         n_asked: Number of photos whose labels are asked for.
         why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
     """
@@ -68,6 +77,7 @@ class TriageSummary:
     counts: str
     guarantee: str
     forecast: str
+    likely: str
     n_asked: int
     why_none: str
 
@@ -123,7 +133,9 @@ def triage_photos(
         # ``run_triage`` reads the state again, because another run may have changed it before the
         # lock was taken.
         result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
-        answers = answers_of(result.photos, result.predictor, result.outcomes, result.book.labels)
+        answers = answers_of(
+            result.photos, result.predictor, result.outcomes, result.book.labels, result.likely
+        )
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
         write_next(output / NEXT, result.asked, answer_of_path, result.outcomes.answer)
@@ -197,18 +209,46 @@ def summary_of(
 ) -> TriageSummary:
     """The summary of a run for people."""
     counts = count_answers(answers)
-    parts = [f"{counts['accepted']:,} accepted", f"{counts['review']:,} to review"]
-    for name in ("labelled", "unreadable"):
-        if counts[name]:
-            parts.append(f"{counts[name]:,} {name}")
     new = f" ({result.n_new:,} of them new)" if result.n_new else ""
     return TriageSummary(
         answer=str(result.answer),
-        counts=f"{plural(counts['photos'], 'photo')}{new}: {', '.join(parts)}",
+        counts=f"{plural(counts['photos'], 'photo')}{new}: {counts_in_words(counts)}",
         guarantee=guarantee_in_words(result, settings),
         forecast=str(result.forecast),
+        likely=likely_in_words(result.likely, counts),
         n_asked=len(result.asked),
         why_none="" if result.asked else why_nothing_is_asked(result),
+    )
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """What became of the photos without a label, and how many have a label (``count_answers``)."""
+    n = counts["unlabelled"]
+    parts = [
+        f"accepted {counts['accepted']:,} of {n:,} without a label",
+        f"{counts['review']:,} to review",
+    ]
+    if counts["unreadable"]:
+        parts.append(f"{counts['unreadable']:,} unreadable")
+    has = "has" if counts["labelled"] == 1 else "have"
+    return f"{', '.join(parts)}; {counts['labelled']:,} {has} a label"
+
+
+def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> str:
+    """How many photos without a label are likely right, or why there is no estimate."""
+    none = "Which answers are likely right cannot be estimated"
+    if likely is None:
+        return f"{none}: the predictor was fitted before there was such an estimate."
+    if likely.n == 0:
+        return f"{none} yet: the predictor was not fitted on labels."
+    labels = f"{likely.n_wrong:,} of {likely.n:,} cross-fitted labels show a wrong answer"
+    if likely.probability is None:
+        return f"{none} yet: {labels}, and {LEAST_WRONG} wrong ones are needed."
+    n_unlabelled = counts["unlabelled"]
+    return (
+        f"Likely right are {counts['likely']:,} of {n_unlabelled:,} photos without a label. "
+        f"At most {percent(likely.max_risk, 1)} of these answers are expected to be wrong. This is "
+        f"an estimate, not a guarantee: {labels}."
     )
 
 
@@ -320,15 +360,18 @@ def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
 
 def _levels(result: TriageResult) -> list[Level]:
     """Levels of the tested predictor, from the photos that have no label."""
-    labels = result.book.labels
-    has_no_label = np.array([path not in labels for path in result.photos.ids], dtype=np.bool_)
-    uncertainty = result.tested_outcomes.uncertainty
-    uncertainty = uncertainty[has_no_label & np.isfinite(uncertainty)]
+    uncertainty = _unlabelled_scores(result)
     in_force = None
     # The rule belongs to the present predictor. A candidate has no rule yet.
     if result.rule is not None and not result.has_candidate:
         in_force = result.rule.threshold
     return levels_of(uncertainty, result.progress, in_force)
+
+
+def _unlabelled_scores(result: TriageResult) -> Floats:
+    """(M,) scores of the photos without a label by the tested predictor."""
+    scores = unlabelled_scores(result.photos, result.tested_outcomes, result.book.labels)
+    return scores[np.isfinite(scores)]
 
 
 def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
@@ -409,13 +452,14 @@ def scenes_in_words(result: TriageResult) -> str:
     certified = progress.looks.certified(
         progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
     )
-    if certified is None:
-        shown = "nothing"
-    else:
+    shown = "nothing"
+    if certified is not None:
         threshold = float(progress.looks.grid[certified])  # ``certified`` is an index
-        share = float((result.tested_outcomes.uncertainty <= threshold).mean())
+        share = float((_unlabelled_scores(result) <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
-        shown = "the same" if accepts_as_many else f"the guarantee for {share:.0%} of the photos"
+        shown = f"the guarantee for {share:.0%} of the photos without a label"
+        if accepts_as_many:
+            shown = "the same"
     return (
         f" But {n_repeated:,} of the {len(is_first):,} labels that count are of photos nearly like "
         "another labelled photo, as in bursts and films. With one label for each scene the labels "
@@ -432,12 +476,14 @@ def write_page(
 ) -> None:
     """Write ``report.html``: decisions, guarantee, and the photos that people should look at."""
     sections = _sections(answers, {entry.path for entry in result.asked})
+    counts = count_answers(answers)
     pictures = _pictures(listing, result, sections)
     page = render(
         find_template(PAGE),
         title=f"Photos in {settings.photos.name}",
-        counts=count_answers(answers),
+        counts=counts,
         guarantee=guarantee_in_words(result, settings),
+        likely=likely_in_words(result.likely, counts),
         answer=result.answer,
         forecast=str(result.forecast),
         levels=_levels(result),
@@ -445,10 +491,8 @@ def write_page(
         pictures=pictures,
         bad=sorted(result.photos.bad.items())[:PHOTOS_SHOWN],
         n_bad=len(result.photos.bad),
-        method=result.predictor.label,
         backbone=settings.embedding.backbone.name,
-        n_fit=result.n_fit,
-        has_candidate=result.has_candidate,
+        result=result,
         n_calibration=0 if result.progress is None else len(result.progress.rows),
         max_risk=settings.max_risk,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from vilu.artifacts.documents import write_document
 from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import HANDED_ON
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.likely import LikelyRight
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import ALL, Rule
 from vilu.datasets.files import former_text
@@ -44,6 +44,7 @@ from vilu.triage.fitting import (
     fit,
     fit_case,
     is_worth_testing,
+    likely_right,
     method_for,
 )
 from vilu.triage.forecast import Forecast, is_enough_to_fit
@@ -73,10 +74,7 @@ from vilu.triage.state import (
 from vilu.triage.trial import Trial
 
 FURTHER: Final = 8
-"""Least number of thresholds by which the limit moves up once it is certified."""
-
-MOST_FURTHER: Final = 1.5
-"""A limit that moves up includes at most this multiple of the photos before."""
+"""Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
 
 CALIBRATION_PART: Final = 3
 """With a guarantee and no candidate, every third photo to label is of the calibration side."""
@@ -147,6 +145,8 @@ class TriageResult:
         outcomes: Outcomes of all photos by the present predictor, with decisions.
         predictor: The present predictor, which decides.
         answer: Which answers the present predictor judges, and why.
+        likely: The estimate of which answers of the present predictor are likely right; None if an
+            earlier version of vilu fitted it.
         rule: The guarantee of the present predictor; None if nothing is certified.
         progress: How far the guarantee of the tested predictor is; None if the tested predictor
             needs no labels, or if there is no calibration photo.
@@ -165,6 +165,7 @@ class TriageResult:
     outcomes: Outcomes
     predictor: FailurePredictor
     answer: AnswerChoice
+    likely: LikelyRight | None
     rule: Rule | None
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
@@ -297,6 +298,7 @@ def _result(
         outcomes=run.score(predictor, calibration),
         predictor=predictor,
         answer=state.answer,
+        likely=LikelyRight.find(run.present),
         rule=rule_in_force(run.present),
         progress=progress,
         tested_outcomes=tested,
@@ -356,10 +358,12 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     labelled = run.photos.take(fit_rows)
     answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
     predictor = predictor.judging(answer.answer)
+    uncertainty = run.score(predictor).uncertainty
+    likely = likely_right(predictor, uncertainty, run.settings.max_risk)
     if case is FitCase.NO_GUARANTEE:
-        state = _let_decide(run, state, predictor, trial=None, answer=answer)
+        state = _let_decide(run, state, predictor, trial=None, answer=answer, likely=likely)
         return run.write(state), predictor
-    return _test_beside(run, state, predictor, answer)
+    return _test_beside(run, state, predictor, answer, likely, uncertainty)
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
@@ -375,9 +379,12 @@ def _let_decide(
     *,
     trial: Trial | None,
     answer: AnswerChoice,
+    likely: LikelyRight | None,
 ) -> TriageState:
     """Save a predictor as the present one, which decides. The caller writes the returned state."""
     predictor.save(run.present)
+    if likely is not None:
+        likely.save(run.present)
     Vocabulary.of(run.photos, run.photos.first.manifest.dtype).save(run.present)
     return state.model_copy(
         update={
@@ -391,17 +398,25 @@ def _let_decide(
 
 
 def _test_beside(
-    run: TriageRun, state: TriageState, predictor: FailurePredictor, answer: AnswerChoice
+    run: TriageRun,
+    state: TriageState,
+    predictor: FailurePredictor,
+    answer: AnswerChoice,
+    likely: LikelyRight,
+    scores: Floats,
 ) -> tuple[TriageState, FailurePredictor]:
-    """Make a new predictor the candidate if its test is worth the labels."""
+    """Make a new predictor the candidate if its test is worth the labels.
+
+    ``scores`` (N,) are its uncertainties of all photos.
+    """
     n_labels = len(run.split.fit_rows)
-    scores = run.score(predictor).uncertainty
     least_share = min(WORTH_MORE * share_accepted(run), 1.0)
     candidate = plan_trial(run, state, scores, least_share=least_share)
     next_state = state.model_copy(update={"n_fit_of_last_candidate": n_labels})
     if not is_worth_testing(candidate, state, n_labels):
         return run.write(next_state), _load_uncalibrated(run.tested_folder(state))
     predictor.save(run.candidate)
+    likely.save(run.candidate)
     next_state = next_state.model_copy(update={"candidate": candidate, "candidate_answer": answer})
     return run.write(next_state), predictor
 
@@ -488,7 +503,12 @@ def keep_certified(
             100 * share_before,
         )
         state = _let_decide(
-            run, state, predictor, trial=state.candidate, answer=state.candidate_answer
+            run,
+            state,
+            predictor,
+            trial=state.candidate,
+            answer=state.candidate_answer,
+            likely=LikelyRight.find(run.candidate),
         )
         # The old state refers to the folder of the candidate. So the new state is written before
         # the folder is removed.
@@ -573,7 +593,7 @@ def _draw(
     )
     if not n_drawn:
         return state, nothing
-    trial = further_trial(trial, progress, uncertainty[run.split.for_calibration])
+    trial = further_trial(trial, progress)
     rows = run.split.open_rows(uncertainty, trial.limit)[:n_drawn]
     return state.with_trial(trial), rows
 
@@ -635,27 +655,15 @@ def n_to_draw(
     return n if is_ready and can_be_shown else 0
 
 
-def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
-    """The trial with a laxer limit, if the threshold at its limit is certified; else the trial.
+def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
+    """The trial with its limit ``FURTHER`` thresholds higher, if the threshold there is certified.
 
-    The new limit is at least ``FURTHER`` thresholds higher. It is higher still if the counted
-    labels have fewer wrong answers than the predictor expects. But it includes at most
-    ``MOST_FURTHER`` times the photos.
-
-    Args:
-        trial: The trial.
-        progress: What the labels of the trial show.
-        scores: (M,) uncertainties of the calibration photos, by the predictor of the trial.
+    Otherwise the trial itself.
     """
     last = progress.looks.last
     if progress.certified != last:
         return trial
-    n_included = int((scores <= trial.limit).sum())
-    index_of_most = min(math.ceil(MOST_FURTHER * n_included), len(scores)) - 1
-    most = float(np.sort(scores)[index_of_most])
-    limit = min(trial.limit_by_labels(scores, progress.outcomes, progress.looks), most)
-    next_last = max(last + FURTHER, int(np.searchsorted(trial.grid, limit)))
-    next_last = min(next_last, len(trial.grid) - 1)
+    next_last = min(last + FURTHER, len(trial.grid) - 1)
     return trial.model_copy(update={"limit": trial.grid[next_last]})
 
 

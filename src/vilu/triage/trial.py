@@ -8,9 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STARTS, Looks, flawless_labels, grid_of
+from vilu.calibration.anytime import STARTS, flawless_labels, grid_of
 from vilu.metrics.counts import Floats
-from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.choose import choose_limit
 
 PLANNED: Final = 2
@@ -75,28 +74,6 @@ class Trial(Model):
         grid = tuple(grid_of(scores, limit).tolist())
         share = float((scores <= limit).mean())
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
-
-    def limit_by_labels(self, scores: Floats, counted: Outcomes, looks: Looks) -> float:
-        """The limit that the counted labels suggest for the labels that come next.
-
-        The probabilities of failure are multiplied by how many answers are wrong among the counted
-        ones, relative to how many the probabilities expect.
-
-        Args:
-            scores: (M,) uncertainties of the calibration photos.
-            counted: Outcomes of the photos whose labels count.
-            looks: The test of these labels.
-        """
-        # One half is added to both, so that no wrong answer in few labels is no proof of a risk of
-        # 0. A limit that depends on labels is allowed: the evidence of a threshold holds after
-        # whatever label one looks at it, and beyond the limit thresholds are tested in sequence.
-        n_wrong = float((counted.failure == 1).sum())
-        n_expected = float(counted.uncertainty.sum())
-        ratio = (n_wrong + 0.5) / (n_expected + 0.5)
-        level = _level_of_limit(looks.delta)
-        n_labels = len(counted) + flawless_labels(looks.max_risk, level)
-        limit, _ = choose_limit(ratio * scores, min(n_labels, len(scores)), looks.max_risk, level)
-        return limit / ratio
 
 
 def _level_of_limit(delta: float) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.rows import Rows
 
 
@@ -19,10 +20,22 @@ class Judged(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Zero-shot and adapted answers for the same N held-out rows."""
+    """Zero-shot and adapted answers for the same N held-out rows.
+
+    Attributes:
+        zero_shot: The zero-shot answers.
+        adapted: The adapted answers.
+        every_class: Whether every candidate had a label in every fit. Otherwise the adapted answers
+            are wrong for rows of the missing classes, so the two kinds cannot be compared.
+    """
 
     zero_shot: Judged
     adapted: Judged
+    every_class: bool = True
+
+    def judged(self, answer: AnswerKind) -> Judged:
+        """The answers of one kind, "zero_shot" or "adapted"."""
+        return self.adapted if answer == "adapted" else self.zero_shot
 
     @classmethod
     def of_posterior(

@@ -37,6 +37,7 @@ from vilu.predictors.contract.seen import RowSketch, Sketches
 from vilu.predictors.persistence.card import Described, model_card
 from vilu.predictors.persistence.files import (
     CARD,
+    LIKELY,
     LOOKS,
     PREDICTOR,
     RISK,
@@ -150,7 +151,7 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
     If the folder has the ``same`` fit, such files are allowed, unless they have the name of a file
     of a predictor.
     """
-    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}
 
     def is_allowed(path: Path) -> bool:
         return is_ours(path) or (same and path.name not in names)
@@ -160,7 +161,8 @@ def claim(folder: str | Path, *, same: bool = False) -> None:
 
 def _drop_calibration(path: Path) -> None:
     """Remove the calibration of the predictor that is replaced, with a warning."""
-    stale = [name for name in (RISK, ROWS, LOOKS, VOCABULARY) if (path / name).exists()]
+    names = (RISK, ROWS, LOOKS, LIKELY, VOCABULARY)
+    stale = [name for name in names if (path / name).exists()]
     with or_refuse(f"remove the old calibration in {path}"):
         for name in stale:
             (path / name).unlink()
@@ -201,7 +203,7 @@ def is_ours(path: Path) -> bool:
         return False
     if _has_our_content(path):
         return True
-    if path.name not in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, VOCABULARY, SAMPLE}:
+    if path.name not in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}:
         return False
     for name in (PREDICTOR, WEIGHTS):
         beside = path.with_name(name)
@@ -223,7 +225,7 @@ def _has_our_content(path: Path) -> bool:
             if path.name == PREDICTOR:
                 content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
                 return {"method", "weights_sha256"} <= content.keys()
-            kinds = {RISK: "risk", LOOKS: "looks"}
+            kinds = {RISK: "risk", LOOKS: "looks", LIKELY: "likely"}
             if path.name in kinds:
                 content = parse_json(handle.read(MAX_DOCUMENT_BYTES))
                 return bool(content.get("kind") == kinds[path.name])

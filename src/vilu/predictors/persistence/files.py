@@ -23,6 +23,9 @@ ROWS: Final = "calibration.parquet"
 LOOKS: Final = "looks.json"
 """The guarantee of a calibration, the rows of the calibration, and the count of looks at them."""
 
+LIKELY: Final = "likely.json"
+"""The estimate of which answers are likely right (``vilu.calibration.likely``)."""
+
 VOCABULARY: Final = "vocabulary.safetensors"
 VOCABULARY_KEY: Final = "vilu.vocabulary"
 """The file of the candidate classes (``Vocabulary``), and the key of its metadata."""

@@ -45,6 +45,7 @@ from vilu.predictors.persistence.description import (
 )
 from vilu.predictors.persistence.files import (
     CARD,
+    LIKELY,
     LOOKS,
     PREDICTOR,
     RISK,
@@ -68,6 +69,7 @@ FILES = {
     RISK: MAX_DOCUMENT_BYTES,
     ROWS: 1 << 30,
     LOOKS: MAX_DOCUMENT_BYTES,
+    LIKELY: MAX_DOCUMENT_BYTES,
     VOCABULARY: 1 << 30,
     SAMPLE: MAX_FILE_BYTES,
 }
@@ -229,8 +231,9 @@ def check(folder: Path, name: Path) -> str:
             _check_calibration(folder)
         if (folder / VOCABULARY).is_file():
             Vocabulary.load(folder)
-        if (folder / LOOKS).is_file():
-            read_json(folder / LOOKS, RECALIBRATE)  # this checks the digest of the file
+        for document in (LOOKS, LIKELY):
+            if (folder / document).is_file():
+                read_json(folder / document, RECALIBRATE)  # this checks the digest of the file
         return str(read_description(folder / PREDICTOR)[FINGERPRINT])
     except ViLUError as error:
         raise type(error)(str(error).replace(str(folder), str(name))) from error

@@ -29,6 +29,7 @@ function show(answer) {
   by("probability").textContent = percent(answer.failure_probability);
   by("meter").value = answer.failure_probability || 0;
   by("meter").hidden = answer.failure_probability === null;
+  by("likely").hidden = answer.likely !== true;
   by("reason").textContent = answer.label === null ? "The picture cannot be read: " + answer.reason : reasons[answer.reason] || "";
   by("others").replaceChildren(
     ...answer.runners_up.map((runnerUp) => {

@@ -1,0 +1,156 @@
+"""Answers that are likely right, before anything is guaranteed: the measurement.
+
+    python -m benchmarks.likely ARRAYS CELLS [--seeds 20] [--labels 100 200 400] [--asked]
+    python -m benchmarks.likely_tables CELLS
+
+ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
+100). A *cell* is a set, a number of labels and a seed. The seed draws the rows that have a label.
+With ``--asked`` it draws a half of the rows, and of these the labels are those that ``vilu triage``
+asks for, in rounds of 50. ``vilu_plus`` is fitted on the labels as ``vilu triage`` does it, and
+judges all rows without a label.
+
+A cell is one file in the folder CELLS: the uncertainties and failures of cross-fitted labels and of
+the rows without a label, for the kind of answers that ``choose_answer`` chooses at a risk of 5 %.
+Cells that have a file already are left out. All sets are measured for a seed before the next seed
+begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import vilu
+from benchmarks.answers import Arrays
+from vilu.calibration.answer_choice import choose_answer
+from vilu.metrics.counts import Ints
+from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
+from vilu.predictors.contract.held_out import Judged
+from vilu.scoring.score import score
+from vilu.triage.choose import choose_to_fit
+
+MAX_RISK = 0.05
+CHOOSING = ("caltech66", "food9", "pets_in123", "proto_dtd")
+READ = ("proto_ucf101", "proto_oxfordpets", "cifar10", "cars_text")
+SUFFIX = "_b32"
+ROUND = 50
+
+
+class Cell(NamedTuple):
+    """A set, a number of labels, and the seed that draws the rows with a label."""
+
+    name: str
+    n_labels: int
+    seed: int
+
+    def file(self, folder: Path) -> Path:
+        """The file of the cell."""
+        return folder / f"{self.name}-{self.n_labels}-{self.seed}.npz"
+
+
+class Measured(NamedTuple):
+    """Answers of the chosen kind: cross-fitted labels, and rows without a label."""
+
+    held_out: Judged
+    unlabelled: Judged
+
+    def save(self, path: Path) -> None:
+        """Write a file, complete or not at all."""
+        unfinished = path.with_suffix(".tmp.npz")
+        np.savez_compressed(
+            unfinished,
+            held_out_uncertainty=self.held_out.uncertainty,
+            held_out_failure=self.held_out.failure,
+            uncertainty=self.unlabelled.uncertainty,
+            failure=self.unlabelled.failure,
+        )
+        unfinished.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Measured:
+        """Read the file of a cell."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(
+                Judged(arrays["held_out_uncertainty"], arrays["held_out_failure"]),
+                Judged(arrays["uncertainty"], arrays["failure"]),
+            )
+
+
+def random_rows(arrays: Arrays, cell: Cell) -> Ints:
+    """Rows with a label, drawn by the seed."""
+    return shuffled(arrays, cell)[: cell.n_labels]
+
+
+def asked_rows(arrays: Arrays, cell: Cell) -> Ints:
+    """Rows with a label that ``vilu triage`` would ask for, in one half of the rows."""
+    order = shuffled(arrays, cell)
+    fit_side = np.sort(order[: len(order) // 2])
+    source = arrays.labelled(np.arange(len(order)))
+    uncertainty = vilu.MCM().predict_uncertainty(source)
+    chosen = np.empty(0, dtype=np.int64)
+    while True:
+        free = np.setdiff1d(fit_side, chosen)
+        n = min(ROUND, cell.n_labels - len(chosen))
+        chosen = np.append(chosen, choose_to_fit(source, free, uncertainty, n, cell.seed))
+        if len(chosen) >= cell.n_labels:
+            return chosen
+        predictor = vilu.ViLUPlus(seed=cell.seed).fit(source.take(chosen))
+        uncertainty = predictor.predict_uncertainty(source)
+
+
+def shuffled(arrays: Arrays, cell: Cell) -> Ints:
+    """All rows in the random order of a cell."""
+    return np.random.default_rng([cell.seed, cell.n_labels]).permutation(len(arrays.target))
+
+
+def measure(arrays: Arrays, cell: Cell, chosen: Ints) -> Measured:
+    """Fit on the labels of the chosen rows, and judge all rows without a label."""
+    rest = np.setdiff1d(np.arange(len(arrays.target)), chosen)
+    labelled = arrays.labelled(chosen)
+    unlabelled = arrays.labelled(rest)  # its labels only judge the answers
+    predictor = vilu.ViLUPlus(seed=cell.seed).fit(labelled)
+    predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
+    choice = choose_answer(predictor, labelled, MAX_RISK)
+    outcomes = score(predictor.judging(choice.answer), unlabelled)
+    held_out = predictor.held_out_.judged(choice.answer)
+    return Measured(held_out, Judged(outcomes.uncertainty, outcomes.failure))
+
+
+def cells(seeds: int, labels: Sequence[int]) -> Iterator[Cell]:
+    """All cells; every set has a seed before the next seed begins."""
+    for seed in range(seeds):
+        for name in (*CHOOSING, *READ):
+            for n_labels in labels:
+                yield Cell(name, n_labels, seed)
+
+
+def main() -> None:
+    """Measure the cells that have no file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("arrays", type=Path)
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 200, 400])
+    parser.add_argument("--asked", action="store_true", help="labels that a triage asks for")
+    arguments = parser.parse_args()
+    rows_of = asked_rows if arguments.asked else random_rows
+    warnings.simplefilter("ignore")
+    logging.getLogger("vilu").setLevel(logging.ERROR)
+    arguments.cells.mkdir(parents=True, exist_ok=True)
+    for cell in cells(arguments.seeds, arguments.labels):
+        path = cell.file(arguments.cells)
+        if path.exists():
+            continue
+        arrays = Arrays.load(arguments.arrays / f"{cell.name}{SUFFIX}.npz")
+        measure(arrays, cell, rows_of(arrays, cell)).save(path)
+        print(path.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Tables of ``benchmarks.likely``: ``python -m benchmarks.likely_tables CELLS``.
+
+First, for the sets that choose the widening: the largest mean share of wrong answers among those
+that are likely right, for every widening. Then a row for every set and number of labels at the
+widening in use. Shares are means over seeds with their 95 % interval (t). A seed without an
+estimate, or without a likely answer, has no share of wrong answers; seeds without an estimate have
+no coverage either.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.likely import CHOOSING, MAX_RISK, READ, Measured
+from vilu.calibration.likely import WIDENING, LikelyRight
+from vilu.metrics.selective import coverage_at_risk
+
+WIDENINGS = (1.0, 1.1, 1.25, 1.5, 2.0)
+
+Group = tuple[str, int]
+"""A set, and a number of labels."""
+
+
+class Marked(NamedTuple):
+    """What an estimate marks in a cell."""
+
+    coverage: float  # share of the rows without a label that are likely right
+    wrong: float  # share of wrong answers among these; NaN if there are none
+    hindsight: float  # largest coverage at the risk, by the labels of these rows
+
+
+def marked(cell: Measured, widening: float) -> Marked | None:
+    """What the estimate marks; None without an estimate."""
+    uncertainty, failure = cell.unlabelled
+    likely = LikelyRight.estimate(cell.held_out, uncertainty, MAX_RISK)
+    if likely.probability is None:
+        return None
+    widened = likely.model_copy(update={"widening": widening})
+    is_likely = np.array(widened.among(uncertainty), dtype=np.bool_)
+    wrong = float(failure[is_likely].mean()) if is_likely.any() else np.nan
+    hindsight = coverage_at_risk(uncertainty, failure, risk=MAX_RISK)
+    return Marked(float(is_likely.mean()), wrong, hindsight)
+
+
+def read_cells(folder: Path) -> dict[Group, list[Measured]]:
+    """The cells of every set and number of labels."""
+    cells = defaultdict(list)
+    for path in sorted(folder.glob("*.npz")):
+        name, n_labels, _ = path.stem.rsplit("-", 2)
+        cells[name, int(n_labels)].append(Measured.load(path))
+    return cells
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of the values that are not NaN, and half the width of its 95 % interval (t)."""
+    known = np.array([value for value in values if not np.isnan(value)])
+    if not len(known):
+        return np.nan, np.nan
+    if len(known) == 1:
+        return float(known[0]), np.nan
+    half = stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / np.sqrt(len(known))
+    return float(known.mean()), float(half)
+
+
+def choice_rows(cells: dict[Group, list[Measured]]) -> Iterator[str]:
+    """A row for every widening: the largest mean share of wrong answers on the choosing sets."""
+    for widening in WIDENINGS:
+        means = {}
+        for group, of_group in cells.items():
+            name, _ = group
+            if name in CHOOSING:
+                found = [marked(cell, widening) for cell in of_group]
+                mean, _ = interval([one.wrong for one in found if one is not None])
+                means[group] = mean
+        worst = max(means, key=lambda group: np.nan_to_num(means[group]))
+        name, n_labels = worst
+        yield f"| {widening:g} | {means[worst]:.1%} | {name}, {n_labels} labels |"
+
+
+def result_rows(cells: dict[Group, list[Measured]]) -> Iterator[str]:
+    """A row for every set and number of labels, at the widening in use."""
+    order = (*CHOOSING, *READ)
+    for group in sorted(cells, key=lambda group: (order.index(group[0]), group[1])):
+        name, n_labels = group
+        found = [marked(cell, WIDENING) for cell in cells[group]]
+        known = [one for one in found if one is not None]
+        n_rows = len(cells[group][0].unlabelled.failure)
+        role = "chose" if name in CHOOSING else "read"
+        wrong, wrong_half = interval([one.wrong for one in known])
+        coverage, coverage_half = interval([one.coverage for one in known])
+        hindsight, _ = interval([one.hindsight for one in known])
+        yield (
+            f"| {name} ({role}) | {n_labels} | {n_rows:,} | {len(known)} of {len(found)} | "
+            f"{100 * wrong:.1f} ± {100 * wrong_half:.1f} | "
+            f"{100 * coverage:.1f} ± {100 * coverage_half:.1f} | {100 * hindsight:.1f} | "
+            f"{coverage / hindsight:.2f} |"
+        )
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cells", type=Path)
+    cells = read_cells(parser.parse_args().cells)
+    print("| widening | largest mean share wrong | where |\n|---|---|---|")
+    print("\n".join(choice_rows(cells)))
+    print(
+        "| set | labels | rows without a label | seeds with an estimate | wrong among likely, % | "
+        "likely, % | hindsight, % | likely / hindsight |\n|---|---|---|---|---|---|---|---|"
+    )
+    print("\n".join(result_rows(cells)))
+
+
+if __name__ == "__main__":
+    main()
