@@ -81,8 +81,10 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Return freed memory to the operating system, where ``keep_freed_memory`` would keep it.
 
-    Nothing happens if the C library is not glibc.
+    Arrow's memory is returned on every system, that of other libraries only by glibc.
     """
+    if "pyarrow" in sys.modules:
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
     if sys.platform != "linux":
         return
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,0 +1,123 @@
+"""Memory of ``vilu serve`` while rows come in: bytes that the process grows by a request.
+
+    python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
+
+Requests with random vectors come one after the other over ``CLIENTS`` connections. After ``--warm``
+requests the resident memory is noted at ``PARTS + 1`` moments that are equally far apart. The slope
+is the mean growth a request of the parts between them. Its upper bound is one-sided, of 95 %, by
+Student's t over the parts. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from scipy import stats
+
+from benchmarks.serve import Client
+
+CLIENTS = 32
+PARTS = 20
+
+
+def request_of(vectors: np.ndarray) -> bytes:
+    """A whole request with these vectors (B, D)."""
+    body = json.dumps({"embeddings": np.round(vectors, 5).tolist()}).encode()
+    head = (
+        "POST /v1/scores HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def send(port: int, n_requests: int, n_rows: int, width: int, seed: int) -> None:
+    """Send requests over one connection; a refused request is sent again after a moment."""
+    client = Client(port)
+    generator = np.random.default_rng(seed)
+    n_answered = 0
+    request = request_of(generator.standard_normal((n_rows, width)))
+    while n_answered < n_requests:
+        status, body = await client.ask(request)
+        if status == 429:
+            await asyncio.sleep(0.05)
+            continue
+        if status != 200:
+            raise SystemExit(f"status {status} after {n_answered} requests: {body[:200]!r}")
+        n_answered += 1
+        request = request_of(generator.standard_normal((n_rows, width)))
+    client.close()
+
+
+async def send_all(port: int, n_requests: int, n_rows: int, width: int, seed: int) -> None:
+    """Send requests over all connections."""
+    share = n_requests // CLIENTS
+    seeds = [CLIENTS * seed + client for client in range(CLIENTS)]
+    await asyncio.gather(*(send(port, share, n_rows, width, one_seed) for one_seed in seeds))
+
+
+def slope_of(sizes: Sequence[int], n_requests: int) -> dict[str, float]:
+    """Growth a request in bytes, and its upper bound; ``sizes`` stand between equal parts."""
+    growth = np.diff(sizes) / (n_requests / (len(sizes) - 1))
+    mean = float(growth.mean())
+    error = float(growth.std(ddof=1)) / len(growth) ** 0.5
+    upper = mean + float(stats.t.ppf(0.95, len(growth) - 1)) * error
+    return {"bytes a request": round(mean, 1), "upper bound": round(upper, 1)}
+
+
+def measure(port: int, process: psutil.Process, options: argparse.Namespace) -> dict[str, Any]:
+    """Warm up, then note the memory after every part."""
+    shape = (options.rows, options.width)
+    asyncio.run(send_all(port, options.warm, *shape, seed=0))
+    sizes = [process.memory_info().rss]
+    began = time.perf_counter()
+    for part in range(PARTS):
+        asyncio.run(send_all(port, options.requests // PARTS, *shape, seed=part + 1))
+        sizes.append(process.memory_info().rss)
+        print(json.dumps({"part": part + 1, "MB": round(sizes[-1] / 2**20, 1)}), flush=True)
+    seconds = time.perf_counter() - began
+    return {
+        "requests": options.requests,
+        "rows": options.rows,
+        "requests/s": round(options.requests / seconds, 1),
+        "MB before": round(sizes[0] / 2**20, 1),
+        "MB after": round(sizes[-1] / 2**20, 1),
+        **slope_of(sizes, options.requests),
+    }
+
+
+def main() -> None:
+    """Start the service, and print its growth."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("predictor", type=Path)
+    parser.add_argument("--requests", type=int, default=200_000)
+    parser.add_argument("--warm", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=1, help="Rows of a request.")
+    parser.add_argument("--width", type=int, default=512, help="Width of the embeddings.")
+    parser.add_argument("--plugin", help="Module with the backbone, if it is of a plug-in.")
+    options = parser.parse_args()
+    plugin = ["--plugin", options.plugin] if options.plugin else []
+    command = [sys.executable, "-m", "vilu.cli", "-q", *plugin, "serve", str(options.predictor)]
+    with tempfile.TemporaryDirectory() as state, (Path(state) / "log").open("w") as log:
+        words = [*command, "--port", "0", "--state", f"{state}/state", "--workers", "1"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as server:
+            port = int(next(iter(server.stdout or ())).rpartition(":")[2])
+            ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            while asyncio.run(Client(port).ask(ready))[0] != 200:
+                time.sleep(0.2)
+            print(json.dumps(measure(port, psutil.Process(server.pid), options)), flush=True)
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
