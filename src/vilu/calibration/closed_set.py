@@ -34,14 +34,15 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy.special import betaln, gammaln, logsumexp
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STEPS
+from vilu.calibration.anytime import STEPS, Draw, Looks
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
+from vilu.text import plural
 from vilu.validation import require_between
 
 PRIOR_WRONG: Final = 0.5
@@ -179,6 +180,30 @@ class ClosedCounts(Model):
 def _accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
     """Number of uncertainties (N,) up to every threshold."""
     return tuple(np.searchsorted(np.sort(uncertainty), grid, side="right").tolist())
+
+
+class ClosedPhotos(Model):
+    """The photos that a guarantee about one folder speaks of.
+
+    They are accepted, and nobody had labelled them when the guarantee was certified.
+
+    Attributes:
+        pictures: Identities of the pictures, ascending (``EmbeddingSource.picture_identities``).
+        files: Number of files that show them.
+    """
+
+    pictures: tuple[int, ...] = Field(min_length=1)
+    files: int = Field(ge=1)
+
+    def shows(self, pictures: Ints) -> NDArray[np.bool_]:
+        """Mask (N,) of the pictures (N,) that the guarantee speaks of."""
+        return np.isin(pictures, np.array(self.pictures))
+
+    def __str__(self) -> str:
+        n_pictures = len(self.pictures)
+        if n_pictures == self.files:
+            return plural(n_pictures, "photo")
+        return f"{plural(n_pictures, 'picture')} ({self.files:,} files)"
 
 
 class ClosedDraw(Model):
@@ -339,3 +364,17 @@ class ClosedLooks:
             if self._certified(grown_wrong, grown) is not None:
                 return more
         return None
+
+
+AnyLooks = Looks | ClosedLooks
+"""Tests of thresholds, about new photos or about those of a closed set."""
+
+AnyDraw = Draw | ClosedDraw
+"""Saved settings of such tests."""
+
+
+def draw_of(looks: AnyLooks) -> AnyDraw:
+    """The settings of tests, to be saved."""
+    if isinstance(looks, ClosedLooks):
+        return ClosedDraw.of(looks)
+    return Draw.of(looks)
