@@ -71,12 +71,12 @@ def just_above(image: Floats, risk: float) -> Floats:
 
 def confident_mistakes(image: Floats, risk: float) -> Floats:
     """Some answers are wrong where the first uncertainty says nothing."""
-    return np.where(image[:, 1] > 0.85, 0.9, 0.3 * risk)
+    return np.where(image[:, 1] > 0.85, 0.9 + 0.3 * risk, 0.3 * risk)
 
 
 def where_picked(image: Floats, risk: float) -> Floats:
     """Many answers are wrong where photos are picked to fit on, so that the others are better."""
-    return np.where(image[:, 0] > 0.8, 0.8, 0.8 * risk)
+    return np.where(image[:, 0] > 0.8, 0.8 + 0.8 * risk, 0.8 * risk)
 
 
 WORLDS: dict[str, Rate] = {

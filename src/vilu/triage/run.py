@@ -24,7 +24,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import ALL, Rule
 from vilu.datasets.files import former_text
-from vilu.errors import DataError
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -35,6 +35,7 @@ from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
 from vilu.triage.choose import choose_to_fit
+from vilu.triage.closed_folder import SPLITS
 from vilu.triage.fitting import (
     FitCase,
     answer_to_judge,
@@ -186,6 +187,8 @@ def run_triage(
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
+    has_drawn = LabelBook.load(root / BOOK).has_drawn
+    streams = SPLITS[settings.about].streams_of(labels, streams, has_drawn=has_drawn)
     book = note_labels(root, photos, listing.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
@@ -262,15 +265,37 @@ def advance(
 ) -> tuple[TriageState, TriageResult]:
     """Take all steps after the photos were embedded; return the next state and the result."""
     photos.label(book.labels, settings.of_no_class)
-    run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
+    split = SPLITS[settings.about].of(photos, book, settings.seed)
+    run = TriageRun(root, settings, photos, book, split)
+    state = bind(state, split.bound_to(photos), has_drawn=book.has_drawn)
     state, predictor = choose_predictor(run, state)
+    run = dataclasses.replace(run, split=split.for_predictor(predictor, photos))
     tested = run.score(predictor)
     progress = None
     if predictor.needs_labels and run.split.for_calibration.any():
         state, progress = count_labels(run, state, tested)
         state = keep_certified(run, state, predictor, tested, progress)
     state = ask_for_labels(run, state, tested.uncertainty, progress)
-    return state, _result(run, state, tested, progress)
+    result = _result(run, state, tested, progress)
+    guarantee = "" if result.rule is None else str(result.rule)
+    state = run.write(state.model_copy(update={"guarantee": guarantee}))
+    return state, result
+
+
+def bind(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
+    """The state, bound to the pictures that the guarantee is about; None: it is about new ones.
+
+    Raises:
+        UsageError: If pictures were added, removed or changed after the first draw.
+    """
+    has_changed = state.pictures != pictures
+    if has_drawn and has_changed:
+        raise UsageError(
+            "photos were added, removed or changed after the first labels were drawn, and `--about "
+            "folder` is about the photos that were there. Give the folder as it was, or a new -o, "
+            "with --labels and the labels.parquet of this one."
+        )
+    return state.model_copy(update={"pictures": pictures})
 
 
 def _result(
@@ -477,7 +502,8 @@ def keep_certified(
     if _replaces(progress, rule_in_force(run.present)):
         settings = run.settings
         all_progress = {ALL: progress}
-        rule = rule_of(all_progress, settings.max_risk, settings.confidence)
+        closed = run.split.closed(run.photos, tested.uncertainty, progress.threshold)
+        rule = rule_of(all_progress, settings.max_risk, settings.confidence, closed)
         keep_guarantee(
             run.present,
             predictor,
@@ -638,7 +664,6 @@ def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> 
     """Ask for ``n`` labels of the fit side."""
     if n <= 0:
         return
-    is_in_book = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)
-    rows = np.flatnonzero(run.split.for_fit & ~run.split.answered & ~is_in_book)
+    rows = run.split.rows_to_pick(run.photos, run.book)
     chosen = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
     run.book.ask(_paths(run, chosen), "fit", predictor=predictor)

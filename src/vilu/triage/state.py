@@ -42,6 +42,12 @@ MADE: Final = (
 """Files and folders that ``--overwrite`` removes. Moved photos and their table stay."""
 
 
+About = Literal["new", "folder"]
+"""Which photos a guarantee is about: photos drawn as these were, or those of the folder."""
+
+ADDED: Final = {"about": "new"}
+"""Fixed settings that states of earlier versions do not name, with the values that they had."""
+
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
 """The choice of answers before the first fit, and of the candidate if there is none."""
 
@@ -59,6 +65,7 @@ class TriageSettings:
         n_next: Number of labels that are asked for at a time.
         seed: Seed of the split, of the fits and of the choice of photos to label.
         answer: Kind of the judged answers; None to let vilu choose with every fit.
+        about: Which photos the guarantee is about: "new" or "folder".
     """
 
     photos: Path
@@ -69,6 +76,7 @@ class TriageSettings:
     n_next: int = 50
     seed: int = 0
     answer: AnswerKind | None = None
+    about: About = "new"
 
     @property
     def of_no_class(self) -> tuple[str, ...]:
@@ -96,6 +104,7 @@ class TriageSettings:
             "confidence": self.confidence,
             "seed": self.seed,
             "answer": self.answer,
+            "about": self.about,
         }
 
 
@@ -117,6 +126,8 @@ class TriageState(Document):
             that the rule may accept were asked for.
         counted_up_to: Position in the random order: the value of ``asked_up_to`` when last none of
             the labels that were asked for was missing.
+        pictures: Digest of all pictures of the folder if the guarantee is about them.
+        guarantee: Text of the guarantee in force; "" without one.
     """
 
     again = (
@@ -136,6 +147,8 @@ class TriageState(Document):
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
     asked_up_to: int = Field(default=0, ge=0)
     counted_up_to: int = Field(default=0, ge=0)
+    pictures: str | None = None
+    guarantee: str = ""
 
     @property
     def tested_trial(self) -> Trial | None:
@@ -173,9 +186,10 @@ def _require_same_settings(
     root: Path, before: Mapping[str, object], now: Mapping[str, object]
 ) -> None:
     changes = []
+    known_before = {**ADDED, **before}
     for name, value in now.items():
-        if before.get(name) != value:
-            changes.append(f"{name} {before.get(name)!r}, now {value!r}")
+        if known_before.get(name) != value:
+            changes.append(f"{name} {known_before.get(name)!r}, now {value!r}")
     if changes:
         raise UsageError(
             f"{root} was begun with other settings: {'; '.join(changes)}. The settings of a "
