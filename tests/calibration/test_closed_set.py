@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
+import vilu
 from vilu.calibration.anytime import STEPS, grid_of
 from vilu.calibration.closed_set import (
     PRIOR_SHARE,
@@ -19,6 +20,7 @@ from vilu.calibration.closed_set import (
     ClosedCounts,
     ClosedDraw,
     ClosedLooks,
+    ClosedPhotos,
     exact_tail,
     log_evidence,
     shares_of,
@@ -275,3 +277,14 @@ def test_no_world_breaks_the_guarantee_more_often_than_allowed(world: str, n_pho
 def most_expected(n: int) -> float:
     """Mean and three standard deviations of the broken ones among n, each with chance ``DELTA``."""
     return DELTA * n + 3 * math.sqrt(DELTA * (1 - DELTA) * n)
+
+
+def test_a_rule_about_new_rows_is_saved_as_earlier_versions_saved_it() -> None:
+    outcomes = vilu.Outcomes(np.linspace(0, 1, 100), np.zeros(100))
+    rule = vilu.certify(outcomes, max_risk=RISK)
+    assert not {"about", "closed"} & rule.model_dump().keys()
+    closed = ClosedPhotos(pictures=(1, 2), files=3)
+    of_folder = rule.model_copy(update={"about": "folder", "closed": closed})
+    assert vilu.Rule.model_validate_json(of_folder.model_dump_json()) == of_folder
+    assert "of 2 pictures (3 files) of one folder" in str(of_folder)
+    assert closed.shows(np.array([2, 3])).tolist() == [True, False]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from vilu.artifacts.documents import Model
 from vilu.calibration.closed_set import AnyLooks, ClosedPhotos
@@ -51,15 +51,6 @@ OTHER = "(other)"
 
 ROUNDING = 1e-9
 """Tolerance when shares of rows are compared: 0.55 * 100 is a little more than 55 in float64."""
-
-
-def _is_new(about: str) -> bool:
-    """Whether a rule is about new rows; rules of earlier versions say nothing about it."""
-    return about == "new"
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class Rule(Model):
@@ -115,8 +106,18 @@ class Rule(Model):
     outside_share: float | None = Field(default=None, ge=0, lt=1)
     class_shares: dict[str, float] | None = None
     counted: CountedRows | None = None
-    about: Literal["new", "folder"] = Field(default="new", exclude_if=_is_new)
-    closed: ClosedPhotos | None = Field(default=None, exclude_if=_is_none)
+    about: Literal["new", "folder"] = "new"
+    closed: ClosedPhotos | None = None
+
+    @model_serializer(mode="wrap")
+    def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields to save; a rule about new rows has those that earlier versions wrote."""
+        # So the fingerprints of calibrations stay, by which scores and monitors know them.
+        fields: dict[str, Any] = fields_of(self)
+        if self.about == "new":
+            fields.pop("about", None)
+            fields.pop("closed", None)
+        return fields
 
     @property
     def needs_batch(self) -> bool:
