@@ -199,6 +199,11 @@ class Looks:
         """Index of the laxest threshold that can be tested."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
+    @property
+    def handed_on(self) -> float:
+        """Level that the next predictor gets once the limit is certified."""
+        return HANDED_ON * self.delta
+
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
         threshold = self.grid[:, None]  # (G, 1)
@@ -235,7 +240,7 @@ class Looks:
                 # it rejects the first true H_t that it meets, so its level counts once (Wiens).
                 laxest = index
                 if number == STEPS:
-                    level -= HANDED_ON * self.delta
+                    level -= self.handed_on
             else:
                 # H_t may be true, and its test has used up the level. If the same level were used
                 # again, the levels at true hypotheses could add up to more than delta.

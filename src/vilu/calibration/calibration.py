@@ -18,7 +18,7 @@ from vilu.artifacts.disk import file_hash, write_bytes
 from vilu.artifacts.documents import Document, identity, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
-from vilu.calibration.anytime import Draw, Looks
+from vilu.calibration.closed_set import AnyDraw, AnyLooks, ClosedPhotos
 from vilu.calibration.label_sets import LabelSets, named_sets
 from vilu.calibration.rules import ALL, OTHER, Rule, group_names, rule_at_any_time, rule_of
 from vilu.calibration.target import Target
@@ -26,7 +26,7 @@ from vilu.calibration.thresholds import Threshold
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, ViLUError
 from vilu.metrics.counts import Floats
-from vilu.outcomes.decisions import ABOVE, ACCEPT, OUTSIDE_REASON, REVIEW
+from vilu.outcomes.decisions import ABOVE, ACCEPT, NOT_COVERED, OUTSIDE_REASON, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import Calibrator
@@ -36,6 +36,12 @@ from vilu.predictors.persistence.files import RISK, ROWS
 
 ROUNDING = 1e-9
 """Relative tolerance when bounds are compared: SciPy versions may round them differently."""
+
+ABOUT_NEW = (
+    "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
+    "folder, with --labels and the labels.parquet of the old one."
+)
+"""What to do where a guarantee about a folder is asked about other photos."""
 
 
 class Calibration(Document):
@@ -106,7 +112,7 @@ class Calibration(Document):
     rule: Rule | None
     probability: Annotated[Calibrator, Field(discriminator="form")]
     label_sets: LabelSets | None = None
-    draws: dict[str, Draw] | None = None
+    draws: dict[str, AnyDraw] | None = None
     inputs: str | None = None
     texts: tuple[float, ...] | None = None
     near_copies: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -208,10 +214,11 @@ class Calibration(Document):
         return self.rule is not None and self.rule.needs_batch
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse another predictor and other candidates, for which nothing is guaranteed.
+        """Refuse another predictor, other candidates and other photos, for which nothing holds.
 
         Raises:
-            ProvenanceError: If the predictor or the candidates are not those of the calibration.
+            ProvenanceError: If the predictor or the candidates are not those of the calibration, or
+                if the guarantee is about the photos of a folder and the data show others.
 
         Examples:
             >>> import numpy as np, vilu
@@ -226,6 +233,7 @@ class Calibration(Document):
             ...     print(str(error).partition(",")[0])
             the predictor was calibrated on rows with 8 candidates (names unknown)
         """
+        self._require_closed(data)
         if predictor.calibrator_ != self.probability:
             raise ProvenanceError(
                 f"the calibration is of another predictor than this {predictor.name}, or this one "
@@ -249,6 +257,18 @@ class Calibration(Document):
                 f"the predictor was calibrated on rows with {_in_words(expected)}, and these have "
                 f"{difference}: its thresholds are not valid for them. {RECALIBRATE} on rows like "
                 f"these, or remove {RISK}."
+            )
+
+    def _require_closed(self, data: EmbeddingSource) -> None:
+        """Refuse data with pictures that a guarantee about a folder does not speak of."""
+        if self.rule is None or self.rule.closed is None:
+            return
+        is_closed = self.rule.closed.shows(data.picture_identities())
+        n_others = int((~is_closed).sum())
+        if n_others:
+            raise ProvenanceError(
+                f"{n_others:,} of {len(data):,} rows show other pictures than the "
+                f"{self.rule.closed} that this guarantee is about. {ABOUT_NEW}"
             )
 
     def sets_of(
@@ -322,6 +342,8 @@ class Calibration(Document):
             for row in np.flatnonzero(ood).tolist():
                 if reasons[row] == ABOVE:
                     reasons[row] = OUTSIDE_REASON
+        if self.rule.closed is not None:
+            reasons = _reasons_in_folder(reasons, outcomes, self.rule.closed)
         decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
         # a row without an uncertainty is not judged, and keeps the reason why it has none
         for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
@@ -362,13 +384,39 @@ class Calibration(Document):
         max_risk = self.target.max_risk or 0.0
         if sum(draw.delta for draw in draws.values()) > 1 - self.target.confidence + ROUNDING:
             raise DataError("its levels add up to more than 1 - confidence")
-        groups: dict[str, tuple[Looks, Outcomes]] = {}
+        groups: dict[str, tuple[AnyLooks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
         # groups without settings of their own are tested together as "(other)"
         group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
         for name, draw in draws.items():
             groups[name] = draw.looks(max_risk), rows.take(group_of == name)
-        return rule_at_any_time(groups, max_risk, self.target.confidence)
+        # The photos of a closed set do not follow from the calibration rows.
+        closed = None if self.rule is None else self.rule.closed
+        return rule_at_any_time(groups, max_risk, self.target.confidence, closed)
+
+
+def _reasons_in_folder(
+    reasons: list[str | None], outcomes: Outcomes, closed: ClosedPhotos
+) -> list[str | None]:
+    """The reasons of N rows, where no row of another picture than the ``closed`` is accepted."""
+    if outcomes.picture is None:
+        is_closed = np.zeros(len(reasons), np.bool_)
+    else:
+        is_closed = closed.shows(outcomes.picture)
+    reasons_in_folder = []
+    for reason, is_of_folder in zip(reasons, is_closed.tolist(), strict=True):
+        is_accepted_elsewhere = reason is None and not is_of_folder
+        reasons_in_folder.append(NOT_COVERED if is_accepted_elsewhere else reason)
+    return reasons_in_folder
+
+
+def require_about_new(rule: Rule | LabelSets | None) -> None:
+    """Refuse a rule about the photos of one folder, where new rows are to be decided on."""
+    if isinstance(rule, Rule) and rule.closed is not None:
+        raise ProvenanceError(
+            f"this guarantee is about {rule.closed} of one folder, and about no new image. "
+            f"{ABOUT_NEW}"
+        )
 
 
 def _difference(rule: Rule, recomputed: Rule) -> str | None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration.anytime import Draw
 from vilu.calibration.calibration import Calibration, save_calibration
+from vilu.calibration.closed_set import AnyDraw
 from vilu.calibration.copies import check_copies
 from vilu.calibration.given_answers import warn_of_in_sample
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
@@ -295,7 +295,7 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     *,
     dtype: str | None = None,
     label_sets: LabelSets | None = None,
-    draws: Mapping[str, Draw] | None = None,
+    draws: Mapping[str, AnyDraw] | None = None,
     inputs: str | None = None,
     near_copies: tuple[int, ...] = (),
     n_looks: int = 1,

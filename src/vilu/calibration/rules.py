@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import Looks
+from vilu.calibration.closed_set import AnyLooks, ClosedPhotos
 from vilu.calibration.methods import Method, RowsMethod
 from vilu.calibration.selection import drawn, p_values, selected
 from vilu.calibration.shares import (
@@ -78,6 +78,9 @@ class Rule(Model):
             guarantee holds; None: the shares among the calibration rows.
         counted: Numbers of files and pictures of the calibration rows. None if every file shows a
             picture of its own, or if it is not known which files show the same picture.
+        about: "new": the guarantee is about rows that are drawn as the calibration rows were.
+            "folder": it is about the photos of one folder that nobody labelled.
+        closed: These photos; None for a guarantee about new rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -103,6 +106,18 @@ class Rule(Model):
     outside_share: float | None = Field(default=None, ge=0, lt=1)
     class_shares: dict[str, float] | None = None
     counted: CountedRows | None = None
+    about: Literal["new", "folder"] = "new"
+    closed: ClosedPhotos | None = None
+
+    @model_serializer(mode="wrap")
+    def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields to save; a rule about new rows has those that earlier versions wrote."""
+        # So the fingerprints of calibrations stay, by which scores and monitors know them.
+        fields: dict[str, Any] = fields_of(self)
+        if self.about == "new":
+            fields.pop("about", None)
+            fields.pop("closed", None)
+        return fields
 
     @property
     def needs_batch(self) -> bool:
@@ -307,6 +322,11 @@ class Rule(Model):
             certainty = "on average"
             errors = "of all answers are accepted and wrong"
         counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
+        if self.closed is not None:
+            return (
+                f"of {self.closed} of one folder, accepted and without a label, {certainty} at "
+                f"most {percent(bound)} are wrong ({counts}, at whatever moment one looks)"
+            )
         accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted:
             counts += ", which have other shares"
@@ -455,12 +475,16 @@ def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[floa
 
 
 def rule_at_any_time(
-    groups: Mapping[str, tuple[Looks, Outcomes]], max_risk: float, confidence: float
+    groups: Mapping[str, tuple[AnyLooks, Outcomes]],
+    max_risk: float,
+    confidence: float,
+    closed: ClosedPhotos | None = None,
 ) -> Rule:
     """The rule that is certified by labels which have arrived one after another.
 
     ``groups`` holds for every group the tests of its thresholds, and its labelled rows. A single
-    group of all rows has the name "".
+    group of all rows has the name "". ``closed`` are the photos that a rule about one folder speaks
+    of.
     """
     thresholds: dict[str, Threshold] = {}
     for name, (looks, rows) in groups.items():
@@ -472,10 +496,12 @@ def rule_at_any_time(
         grouped_by=None if ALL in groups else "prediction",
         thresholds=thresholds,
         n=sum(threshold.n for threshold in thresholds.values()),
+        about="new" if closed is None else "folder",
+        closed=closed,
     )
 
 
-def _laxest_so_far(looks: Looks, rows: Outcomes, max_risk: float) -> Threshold:
+def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshold:
     """The laxest threshold that the labels certify so far, or the reason why there is none."""
     index = looks.certified(rows.uncertainty, rows.failure)
     wrong, accepted = looks.counts(rows.uncertainty, rows.failure)

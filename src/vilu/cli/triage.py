@@ -55,6 +55,13 @@ Risk = Annotated[float, Option(min=0, max=1, help="Largest error rate among acce
 Confidence = Annotated[
     float, Option(min=0, max=1, help="Probability with which the guarantee of --max-risk holds.")
 ]
+AboutWhich = Annotated[
+    Literal["new", "folder"],
+    Option(
+        help="Which photos the guarantee is about. new: photos that are drawn as these were. "
+        "folder: the accepted photos of this folder that nobody has labelled."
+    ),
+]
 HowMany = Annotated[
     int, Option("-n", "--next", min=0, max=100_000, help="Number of labels to ask for.")
 ]
@@ -73,6 +80,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     confidence: Confidence = 0.95,
     n_next: HowMany = 50,
     answer: Answer = None,
+    about: AboutWhich = "new",
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
@@ -99,8 +107,9 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     more photos or labels only processes the new ones. Half of the photos, chosen by a hash of the
     picture, are used for fitting. The labels of the other half support the guarantee, which stays
     valid after every new label. Labels that are not from next_labels.csv must be of randomly picked
-    photos. Without --answer, the zero-shot answers are judged until there are labels to fit on, and
-    the answers of the fitted predictor afterwards.
+    photos. With --about folder all photos that were not picked for fitting support the guarantee.
+    Without --answer, the zero-shot answers are judged until there are labels to fit on, and the
+    answers of the fitted predictor afterwards.
     """
     if link and move:
         raise UsageError("--link and --move exclude each other. Give only one of them.")
@@ -129,6 +138,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         seed=seed,
         answer=answer,
         follow_links=follow_links,
+        about=about,
     )
     sort: Literal["move", "link"] | None = None
     if move:

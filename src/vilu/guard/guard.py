@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones.base import Backbone, jpeg_side_of
-from vilu.calibration.calibration import Calibration
+from vilu.calibration.calibration import Calibration, require_about_new
 from vilu.calibration.likely import Flags, LikelyRight
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
@@ -158,7 +158,8 @@ class Guard:
             names.
         UsageError: If the rule needs all images at once, or if the predictor uses several views of
             an image.
-        ProvenanceError: If the model is not the predictor's.
+        ProvenanceError: If the model is not the predictor's, or if the rule is about the photos of
+            one folder (``vilu triage --about folder``).
         MissingModelError: If the model is not on this machine.
 
     Examples:
@@ -226,6 +227,8 @@ class Guard:
         self.predictor = load_predictor(self.folder)
         self.calibration = Calibration.find(self.folder)
         require_streaming(self.calibration)
+        if self.calibration is not None:
+            require_about_new(self.calibration.rule)
         self.likely = LikelyRight.find(self.folder)
         self.vocabulary = Vocabulary.load(self.folder)
         self.names = self._require_names()

@@ -11,6 +11,9 @@ REVIEW = "review"
 ABOVE = "above_threshold"
 """Reason why an answer is not accepted: its uncertainty is above the threshold."""
 
+NOT_COVERED = "not_covered"
+"""Reason why an answer is not accepted: the guarantee is about certain photos, not about this."""
+
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: probably the picture is of none of the classes.
 

@@ -304,8 +304,8 @@ class Outcomes:
             uncertainty is NaN; None without a calibration.
         decision: "accept" or "review" for every row; None without a rule.
         decision_reason: Reason for every row why it is not accepted ("above_threshold",
-            "below_floor", "outside", "not_certified", "not_selected", or its ``reason``); None in
-            accepted rows.
+            "below_floor", "outside", "not_certified", "not_selected", "not_covered", or its
+            ``reason``); None in accepted rows.
         label_set: Label set of every row, as a JSON list of the candidates in it; None in rows
             without an uncertainty.
 

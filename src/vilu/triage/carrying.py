@@ -39,6 +39,9 @@ EMBEDDED_WITH: Final = (
 )
 """Settings that the embeddings depend on."""
 
+FIXED: Final = ("seed", "about")
+"""Settings that never change (``open_state``)."""
+
 NAMED: Final = 5
 """Maximum number of classes that a message names."""
 
@@ -80,6 +83,8 @@ def changed_settings(
     """Value before and now of every recorded setting that has changed, by its name."""
     changed = {}
     for name, value in now.items():
+        if name in FIXED:
+            continue
         if before.get(name) != value:
             changed[name] = (before.get(name), value)
     return changed

@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import STEPS, Draw, Looks
+from vilu.calibration.anytime import STEPS, Looks
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.closed_set import AnyLooks, ClosedPhotos, draw_of
 from vilu.calibration.procedure import keep_calibration
 from vilu.calibration.rules import ALL, Rule, rule_at_any_time
 from vilu.calibration.target import Target
@@ -59,7 +60,7 @@ class PhotoSplit:
     awaited: Mask
 
     @classmethod
-    def of(cls, photos: Photos, book: LabelBook, seed: int) -> PhotoSplit:
+    def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
         """Split photos by the book of their labels; of equal pictures only the first is usable.
 
         The picture decides the side. If the picture of a photo has changed since the photo was
@@ -139,6 +140,51 @@ class PhotoSplit:
         is_drawn = is_below_limit & (self.position < end)
         return np.flatnonzero(is_drawn | (is_below_limit & self.unasked))
 
+    # A guarantee about the photos of the folder needs other methods, those of ``FolderSplit``.
+
+    @staticmethod
+    def streams_of(
+        labels: Mapping[str, str],  # noqa: ARG004
+        streams: Mapping[str, str],
+        *,
+        has_drawn: bool,  # noqa: ARG004
+    ) -> Mapping[str, str]:
+        """Streams of labels without a request, by path: those of their files."""
+        return streams
+
+    def bound_to(self, photos: Photos) -> str | None:  # noqa: ARG002
+        """Digest of the pictures that the guarantee is about; None if it is about new ones."""
+        return None
+
+    def for_predictor(self, predictor: FailurePredictor, photos: Photos) -> Self:  # noqa: ARG002
+        """The split for the test of a predictor."""
+        return self
+
+    def rows_to_pick(self, photos: Photos, book: LabelBook) -> Ints:
+        """(M,) rows that may be picked to fit on."""
+        is_in_book = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
+        return np.flatnonzero(self.for_fit & ~self.answered & ~is_in_book)
+
+    def looks(
+        self,
+        trial: Trial,
+        outcomes: Outcomes,  # noqa: ARG002
+        rows: Ints,  # noqa: ARG002
+        max_risk: float,
+        level: float,
+    ) -> AnyLooks:
+        """The tests of a trial, where the labels of ``rows`` (M,) count."""
+        return Looks(np.array(trial.grid), max_risk, level, trial.limit)
+
+    def closed(
+        self,
+        photos: Photos,  # noqa: ARG002
+        uncertainty: Floats,  # noqa: ARG002
+        threshold: float,  # noqa: ARG002
+    ) -> ClosedPhotos | None:
+        """The photos that a guarantee up to a threshold is about; None if it is about new ones."""
+        return None
+
 
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     """(M,) bool, which ``rows`` are near copies of no ``known`` row and of no earlier row."""
@@ -163,7 +209,7 @@ class GuaranteeProgress:
         n_left: Number of photos that may still be drawn for the test.
     """
 
-    looks: Looks
+    looks: AnyLooks
     rows: Ints
     outcomes: Outcomes
     missing: Ints
@@ -185,13 +231,19 @@ class GuaranteeProgress:
 
 
 def rule_of(
-    all_progress: Mapping[str, GuaranteeProgress], max_risk: float, confidence: float
+    all_progress: Mapping[str, GuaranteeProgress],
+    max_risk: float,
+    confidence: float,
+    closed: ClosedPhotos | None = None,
 ) -> Rule:
-    """The rule for all groups of answers. The rule is infeasible if no threshold is certified."""
+    """The rule for all groups of answers. The rule is infeasible if no threshold is certified.
+
+    ``closed`` are the photos that the rule is about; None: it is about new photos.
+    """
     groups = {}
     for group, progress in all_progress.items():
         groups[group] = (progress.looks, progress.outcomes)
-    return rule_at_any_time(groups, max_risk, confidence)
+    return rule_at_any_time(groups, max_risk, confidence, closed)
 
 
 def progress_of(
@@ -212,7 +264,7 @@ def progress_of(
         level: Level of the test.
     """
     rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
-    looks = Looks(np.array(trial.grid), max_risk, level, trial.limit)
+    looks = split.looks(trial, outcomes, rows, max_risk, level)
     counted = outcomes.take(rows)
     # A photo that nobody could name counts as a failure.
     failure = np.where(split.skipped[rows], 1, counted.failure)
@@ -254,7 +306,7 @@ def keep_guarantee(
         method="anytime",
         per_class=ALL not in all_progress,  # ``ALL`` would be the only group
     )
-    draws = {group: Draw.of(progress.looks) for group, progress in all_progress.items()}
+    draws = {group: draw_of(progress.looks) for group, progress in all_progress.items()}
     dataset_and_split = (dataset, None)  # photos have no split
     calibration = keep_calibration(
         folder,

@@ -160,16 +160,12 @@ class LabelBook:
     def ask(
         self, paths: Sequence[str], stream: Stream, *, predictor: str, probability: float = math.nan
     ) -> None:
-        """Note requests for the labels of photos that have no label yet."""
+        """Note requests for the labels of photos; a photo that has a label keeps it."""
         now = int(time.time())
         for path in paths:
-            self.entries[path] = Entry(
-                path=path,
-                label=None,
-                stream=stream,
-                probability=probability,
-                predictor=predictor,
-                asked=now,
+            entry = self.entries.get(path, Entry(path, label=None, stream=stream))
+            self.entries[path] = replace(
+                entry, stream=stream, probability=probability, predictor=predictor, asked=now
             )
 
     def answer(self, labels: Mapping[str, str], streams: Mapping[str, str] | None = None) -> int:
@@ -227,6 +223,11 @@ class LabelBook:
             # If a photo has the former path now, the entry belongs to that photo.
             if former_path in self.entries and former_path not in present:
                 self.entries[path] = replace(self.entries.pop(former_path), path=path)
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether the label of any photo was asked for at random, for a guarantee."""
+        return any(entry.stream == "calibration" for entry in self)
 
     def waiting(self) -> list[Entry]:
         """Entries whose label was asked for and has not come."""

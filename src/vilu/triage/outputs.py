@@ -11,8 +11,10 @@ from typing import Final, Literal
 import numpy as np
 
 from vilu.artifacts.disk import locked, make_folder, write_text
-from vilu.calibration.anytime import log_evidence
+from vilu.calibration.anytime import Looks, log_evidence
+from vilu.calibration.closed_set import ClosedLooks, ClosedPhotos
 from vilu.calibration.likely import LEAST_WRONG, LikelyRight
+from vilu.calibration.rules import Rule
 from vilu.calibration.thresholds import exactly, percent
 from vilu.device import torch_defaults
 from vilu.errors import UsageError
@@ -301,20 +303,25 @@ def levels_of(
         progress.outcomes.uncertainty, progress.outcomes.failure
     )
     evidence = log_evidence(wrong, accepted, progress.looks.max_risk)
+    # Labels of a closed set are drawn without replacement, so these bounds do not hold for it.
+    has_bounds = isinstance(progress.looks, Looks)
     levels = []
     indices = np.unique(np.linspace(0, len(grid) - 1, LEVELS_SHOWN).round().astype(int))
     for index in indices:
         threshold = float(grid[index])
         # The guarantee is about all photos up to the threshold in force. The photos up to a lower
         # threshold may have a higher error rate, so that threshold needs evidence of its own.
-        has_evidence = bool(evidence[index] >= -math.log(delta))
+        has_evidence = has_bounds and bool(evidence[index] >= -math.log(delta))
         is_within = in_force is not None and threshold <= in_force
+        bound = None
+        if has_bounds:
+            bound = least_risk(int(wrong[index]), int(accepted[index]), delta)
         level = Level(
             coverage=float((uncertainty <= threshold).mean()),
             threshold=threshold,
             accepted=int(accepted[index]),
             wrong=int(wrong[index]),
-            bound=least_risk(int(wrong[index]), int(accepted[index]), delta),
+            bound=bound,
             expected=_mean_up_to(uncertainty, threshold),
             certified=is_within and (has_evidence or threshold == in_force),
         )
@@ -376,10 +383,15 @@ def _unlabelled_scores(result: TriageResult) -> Floats:
 
 def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
     """What is guaranteed, or what the guarantee lacks, as a text for people."""
+    among = "the accepted"
+    if settings.about == "folder":
+        among = "the accepted photos of this folder that nobody has labelled"
     goal = (
-        f"at most {percent(settings.max_risk, 1)} wrong among the accepted, with "
+        f"at most {percent(settings.max_risk, 1)} wrong among {among}, with "
         f"{exactly(settings.confidence)} confidence"
     )
+    if result.rule is not None and result.rule.closed is not None:
+        return _of_folder_in_words(result.rule, result.rule.closed, settings)
     if result.rule is not None:
         return (
             f"Guaranteed: {goal}, at whatever moment one looks. {result.rule.n_wrong} of "
@@ -395,6 +407,17 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
     return f"Not guaranteed yet ({goal}): {_lacking_in_words(result.progress)}"
 
 
+def _of_folder_in_words(rule: Rule, closed: ClosedPhotos, settings: TriageSettings) -> str:
+    """What is guaranteed of the photos of the folder."""
+    return (
+        f"Guaranteed: of the {closed} that are accepted and that nobody had labelled, at most "
+        f"{percent(settings.max_risk, 1)} are wrong, with {exactly(settings.confidence)} "
+        f"confidence, at whatever moment one looks. {rule.n_wrong} of {rule.n_accepted} labelled "
+        "answers up to the threshold are wrong. The guarantee is about these photos only, and "
+        "about no new ones."
+    )
+
+
 def _lacking_in_words(progress: GuaranteeProgress) -> str:
     """What a guarantee lacks: labels that were asked for, or more labels."""
     if len(progress.missing):
@@ -408,6 +431,12 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     )
     last = progress.looks.last  # index of the laxest threshold that is tested
     counts = f"{int(wrong[last])} of {int(accepted[last])} labelled answers that count are wrong."
+    if progress.more is None and isinstance(progress.looks, ClosedLooks):
+        return (
+            f"{counts} Too many of them are wrong, or too few photos are left, so no number of "
+            "further labels would be enough. Begin anew with more labels to fit on, with a larger "
+            "--max-risk, or with --about new."
+        )
     if progress.more is None:
         return (
             f"{counts} With so many wrong answers no number of further calibration labels would "

@@ -20,13 +20,12 @@ import numpy as np
 
 from vilu.artifacts.documents import write_document
 from vilu.calibration.answer_choice import AnswerChoice
-from vilu.calibration.anytime import HANDED_ON
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.likely import LikelyRight
 from vilu.calibration.procedure import take_back
 from vilu.calibration.rules import ALL, Rule
 from vilu.datasets.files import former_text
-from vilu.errors import DataError
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -38,6 +37,7 @@ from vilu.scoring.score import provenance_of, score_rows
 from vilu.text import plural
 from vilu.triage.carrying import carry_over
 from vilu.triage.choose import choose_to_fit
+from vilu.triage.closed_folder import SPLITS
 from vilu.triage.fitting import (
     FitCase,
     answer_to_judge,
@@ -193,6 +193,8 @@ def run_triage(
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
+    has_drawn = LabelBook.load(root / BOOK).has_drawn
+    streams = SPLITS[settings.about].streams_of(labels, streams, has_drawn=has_drawn)
     book = note_labels(root, photos, listing.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
@@ -274,15 +276,37 @@ def advance(
 ) -> tuple[TriageState, TriageResult]:
     """Take all steps after the photos were embedded; return the next state and the result."""
     photos.label(book.labels, settings.of_no_class)
-    run = TriageRun(root, settings, photos, book, PhotoSplit.of(photos, book, settings.seed))
+    split = SPLITS[settings.about].of(photos, book, settings.seed)
+    run = TriageRun(root, settings, photos, book, split)
+    state = bind(state, split.bound_to(photos), has_drawn=book.has_drawn)
     state, predictor = choose_predictor(run, state)
+    run = dataclasses.replace(run, split=split.for_predictor(predictor, photos))
     tested = run.score(predictor)
     progress = None
     if predictor.needs_labels and run.split.for_calibration.any():
         state, progress = count_labels(run, state, tested)
         state = keep_certified(run, state, predictor, tested, progress)
     state = ask_for_labels(run, state, tested.uncertainty, progress)
-    return state, _result(run, state, tested, progress)
+    result = _result(run, state, tested, progress)
+    guarantee = "" if result.rule is None else str(result.rule)
+    state = run.write(state.model_copy(update={"guarantee": guarantee}))
+    return state, result
+
+
+def bind(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
+    """The state, bound to the pictures that the guarantee is about; None: it is about new ones.
+
+    Raises:
+        UsageError: If pictures were added, removed or changed after the first draw.
+    """
+    has_changed = state.pictures != pictures
+    if has_drawn and has_changed:
+        raise UsageError(
+            "photos were added, removed or changed after the first labels were drawn, and `--about "
+            "folder` is about the photos that were there. Give the folder as it was, or a new -o, "
+            "with --labels and the labels.parquet of this one."
+        )
+    return state.model_copy(update={"pictures": pictures})
 
 
 def _result(
@@ -476,7 +500,7 @@ def note_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> 
         state = state.model_copy(update={"n_tested": state.n_tested + 1, "handed_on": 0.0})
     if progress.is_limit_certified and not trial.has_handed_on:
         trial = trial.model_copy(update={"has_handed_on": True})
-        state = state.model_copy(update={"handed_on": HANDED_ON * trial.level})
+        state = state.model_copy(update={"handed_on": progress.looks.handed_on})
     return state.with_trial(trial)
 
 
@@ -517,7 +541,8 @@ def keep_certified(
     if _replaces(progress, rule_in_force(run.present)):
         settings = run.settings
         all_progress = {ALL: progress}
-        rule = rule_of(all_progress, settings.max_risk, settings.confidence)
+        closed = run.split.closed(run.photos, tested.uncertainty, progress.threshold)
+        rule = rule_of(all_progress, settings.max_risk, settings.confidence, closed)
         keep_guarantee(
             run.present,
             predictor,
@@ -604,8 +629,7 @@ def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
     A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
     no photo is left to fit on, nothing is gained by waiting.
     """
-    is_left_to_fit = run.split.for_fit & ~run.split.answered
-    if not is_left_to_fit.any():
+    if not len(run.split.rows_to_pick(run.photos, run.book)):
         return True
     n_classes = len(run.settings.embedding.names)
     return trial.likely and is_enough_to_fit(trial, len(run.split.fit_rows), n_classes)
@@ -671,7 +695,6 @@ def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> 
     """Ask for ``n`` labels of the fit side."""
     if n <= 0:
         return
-    is_in_book = np.array([path in run.book.entries for path in run.photos.ids], dtype=np.bool_)
-    rows = np.flatnonzero(run.split.for_fit & ~run.split.answered & ~is_in_book)
+    rows = run.split.rows_to_pick(run.photos, run.book)
     chosen = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
     run.book.ask(_paths(run, chosen), "fit", predictor=predictor)

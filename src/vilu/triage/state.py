@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -45,6 +46,12 @@ MADE: Final = (
 """Files and folders that ``--overwrite`` removes. Moved photos and their table stay."""
 
 
+About = Literal["new", "folder"]
+"""Which photos a guarantee is about: photos drawn as these were, or those of the folder."""
+
+ANEW: Final = "Give a new folder, or --overwrite to begin anew, which removes the labels too."
+"""What to do if a setting must not change."""
+
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
 """The choice of answers before the first fit, and of the candidate if there is none."""
 
@@ -63,6 +70,7 @@ class TriageSettings:
         seed: Seed of the split, of the fits and of the choice of photos to label.
         answer: Kind of the judged answers; None to let vilu choose with every fit.
         follow_links: Whether links in the folder may lead anywhere, also to folders.
+        about: Which photos the guarantee is about: "new" or "folder".
     """
 
     photos: Path
@@ -74,6 +82,7 @@ class TriageSettings:
     seed: int = 0
     answer: AnswerKind | None = None
     follow_links: bool = False
+    about: About = "new"
 
     @property
     def of_no_class(self) -> tuple[str, ...]:
@@ -107,6 +116,7 @@ class TriageSettings:
             "confidence": self.confidence,
             "seed": self.seed,
             "answer": self.answer,
+            "about": self.about,
         }
 
 
@@ -127,6 +137,8 @@ class TriageState(Document):
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
         handed_on: Level that the last certified predictor has handed on to the next one.
+        pictures: Digest of all pictures of the folder if the guarantee is about them.
+        guarantee: Text of the guarantee in force; "" without one.
     """
 
     again = (
@@ -146,6 +158,8 @@ class TriageState(Document):
     n_tested: int = Field(default=0, ge=0)
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
     handed_on: float = Field(default=0, ge=0, lt=1)
+    pictures: str | None = None
+    guarantee: str = ""
 
     @property
     def tested_trial(self) -> Trial | None:
@@ -181,12 +195,12 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     """Read the state of a folder, under the settings of its last run, or make a new state.
 
     Raises:
-        UsageError: If the folder holds a triage with another seed, or other files.
+        UsageError: If the folder holds a triage with another seed or ``about``, or other files.
     """
     state = None
     if (root / STATE).is_file() and not overwrite:
         state = read_document(root / STATE, TriageState)
-        _require_same_seed(root, state.settings.get("seed"), settings.seed)
+        _require_same_split(root, state.settings, settings)
     claim_folder(
         root,
         "triage",
@@ -197,11 +211,16 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     return state or TriageState(settings=settings.recorded)
 
 
-def _require_same_seed(root: Path, before: object, now: int) -> None:
-    """Raise UsageError if the seed has changed: photos would change between the two sides."""
-    if before != now:
+def _require_same_split(root: Path, before: Mapping[str, object], now: TriageSettings) -> None:
+    """Raise UsageError if a setting has changed that decides which photos a guarantee rests on."""
+    if before.get("seed") != now.seed:
         raise UsageError(
-            f"{root} was begun with the seed {before}, now {now}. The seed decides which photos "
-            "are fitted on and which a guarantee rests on, so it stays. Give a new folder, or "
-            "--overwrite to begin anew, which removes the labels too."
+            f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. The seed decides "
+            f"which photos are fitted on and which a guarantee rests on, so it stays. {ANEW}"
+        )
+    about = before.get("about", "new")  # states of earlier versions do not name it
+    if about != now.about:
+        raise UsageError(
+            f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. It decides which "
+            f"photos are fitted on and which a guarantee rests on, so it stays. {ANEW}"
         )

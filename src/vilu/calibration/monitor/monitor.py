@@ -17,7 +17,7 @@ from vilu.artifacts.documents import explain
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
-from vilu.calibration.calibration import Calibration, has_guarantee
+from vilu.calibration.calibration import Calibration, has_guarantee, require_about_new
 from vilu.calibration.label_sets import LabelSets
 from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName
@@ -65,6 +65,7 @@ class Monitor:
         DataError: If no calibration row has an uncertainty.
         InfeasibleError: If there is no guarantee to monitor: no rule, or a rule that accepts
             nothing.
+        ProvenanceError: If the rule is about the photos of one folder, not about new rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -95,6 +96,7 @@ class Monitor:
                 "there is no guarantee to watch, because nothing is guaranteed of these rows: give "
                 "the rule that vilu.certify(outcomes, max_risk=0.05) makes of them."
             )
+        require_about_new(rule)
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(
                 f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate "

@@ -1,0 +1,229 @@
+"""Whether guarantees about the photos of a folder without a label hold.
+
+    python -m benchmarks.closed_folder [--folders 1000] [--risks 0.05 0.2]
+
+Simulated folders, whose answers are known. Two predictors are fitted in turn, each on more photos
+than the one before. Photos to fit on are picked as ``vilu triage`` picks them: k-means on the
+embeddings, weighted by the uncertainty. They leave the population of the predictor that is fitted
+on them. All other photos are labelled in one random order that was fixed before, and after every
+eighth of the folder somebody looks (``vilu.calibration.closed_set``).
+
+A folder is *broken* if at any look a certified threshold accepts photos without a label of which
+more than the largest risk are wrong. That may happen in 5 % of the folders. Shown are their share,
+its one-sided 95 % bound (Clopper and Pearson), and the largest share of the folder that a look
+accepts without a label, in the mean over the folders. Three tests are compared:
+
+- ``bets``: ``ClosedLooks``, which may look at any time and at all thresholds;
+- ``one look``: the exact test of the limit, at the first look at the first predictor;
+- ``every look``: the same exact test, repeated at every look. It is not valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import vilu
+from vilu.calibration.anytime import grid_of, level_of
+from vilu.calibration.closed_set import ClosedCounts, ClosedLooks, exact_tail
+from vilu.calibration.thresholds import upper_bound
+from vilu.metrics.counts import Floats, Ints
+from vilu.triage.choose import choose_to_fit
+
+DELTA = 0.05
+SIZES = (50, 200, 1_000)
+RISKS = (0.05, 0.2)
+TESTS = ("bets", "one look", "every look")
+DIM = 3
+LIMIT = 0.6
+"""Share of the population up to the limit of the draws."""
+
+PICKED = 0.1
+"""Share of the folder that is picked to fit each predictor on."""
+
+MOST_PICKED = 40
+"""Largest number of photos that are picked to fit each predictor on."""
+
+LOOKS = 3
+"""Number of looks for each predictor. An eighth of the folder is labelled before each."""
+
+WIDTH = 0.3
+"""Distance at which a label counts exp(-1/2) of one at the same place, in the predictor."""
+
+Rate = Callable[[Floats, float], Floats]
+
+
+def learnable(image: Floats, risk: float) -> Floats:
+    """Wrong answers lie on one side, so a predictor can learn where."""
+    return np.where(image[:, 0] > 0.4, 6.2 * risk, 0.2 * risk)
+
+
+def just_above(image: Floats, risk: float) -> Floats:
+    """Everywhere a little more answers are wrong than allowed."""
+    return np.full(len(image), 1.02 * risk)
+
+
+def confident_mistakes(image: Floats, risk: float) -> Floats:
+    """Some answers are wrong where the first uncertainty says nothing."""
+    return np.where(image[:, 1] > 0.85, 0.9 + 0.3 * risk, 0.3 * risk)
+
+
+def where_picked(image: Floats, risk: float) -> Floats:
+    """Many answers are wrong where photos are picked to fit on, so that the others are better."""
+    return np.where(image[:, 0] > 0.8, 0.8 + 0.8 * risk, 0.8 * risk)
+
+
+WORLDS: dict[str, Rate] = {
+    "learnable": learnable,
+    "just above": just_above,
+    "confident mistakes": confident_mistakes,
+    "where picked": where_picked,
+}
+"""Probability (N,) of a wrong answer, from embeddings (N, D) and the largest risk."""
+
+
+class Folder:
+    """Photos of a world with their true answers, and the random order of their labels."""
+
+    def __init__(self, world: str, n_photos: int, seed: int, max_risk: float) -> None:
+        rng = np.random.default_rng([seed, n_photos])
+        image = rng.normal(size=(n_photos, DIM))
+        self.image = image / np.linalg.norm(image, axis=1, keepdims=True)
+        rate = np.minimum(WORLDS[world](self.image, max_risk), 1.0)
+        self.wrong = (rng.random(n_photos) < rate).astype(np.int64)
+        self.position = rng.permutation(n_photos)
+        # The uncertainty before the first label: it points to the wrong answers of some worlds.
+        self.first_uncertainty = self.image[:, 0] + 0.1 * rng.normal(size=n_photos)
+        self.max_risk = max_risk
+        self.seed = seed
+
+    def uncertainty(self, picked: Ints) -> Floats:
+        """(N,) smoothed share of wrong answers among the picked photos (M,) near a photo."""
+        distance = np.linalg.norm(self.image[:, None] - self.image[picked], axis=2)
+        weight = np.exp(-0.5 * (distance / WIDTH) ** 2)
+        prior = 0.1 + 0.01 * self.first_uncertainty  # where no photo is near
+        smoothed: Floats = (weight @ self.wrong[picked] + prior) / (weight.sum(axis=1) + 1)
+        return smoothed
+
+
+class Seen(NamedTuple):
+    """What the looks at a folder showed by one test."""
+
+    broken: bool = False
+    accepted: float = 0.0  # largest share of the folder that a look accepts without a label
+
+    def after(self, folder: Folder, left: NDArray[np.bool_]) -> Seen:
+        """What was seen, and that the photos ``left`` (N,) without a label are accepted."""
+        is_false = bool(folder.wrong[left].sum() > folder.max_risk * left.sum())
+        return Seen(self.broken or is_false, max(self.accepted, float(left.mean())))
+
+
+def look_often(folder: Folder) -> dict[str, Seen]:
+    """Fit both predictors, draw labels, and look by every test after every draw."""
+    n = len(folder.wrong)
+    source = vilu.Embeddings(folder.image, np.eye(DIM))
+    is_picked = np.zeros(n, np.bool_)
+    uncertainty = folder.first_uncertainty
+    seen = dict.fromkeys(TESTS, Seen())
+    n_picks = min(max(int(PICKED * n), 5), MOST_PICKED)
+    for attempt in (1, 2):
+        # The photos that were drawn may be picked, too. If they could not, the other photos would
+        # no longer be like them.
+        rows = np.flatnonzero(~is_picked)
+        picks = choose_to_fit(source, rows, uncertainty, n_picks, folder.seed)
+        is_picked[picks] = True
+        uncertainty = folder.uncertainty(np.flatnonzero(is_picked))
+        looks = tests_of(folder, uncertainty[~is_picked], attempt)
+        is_below = ~is_picked & (uncertainty <= looks.limit)
+        for look in range(1, LOOKS + 1):
+            n_looks = (attempt - 1) * LOOKS + look
+            drawn = is_below & (folder.position < n_looks * n // 8)
+            left = is_below & ~drawn
+            at = looks.certified(uncertainty[drawn], folder.wrong[drawn])
+            if at is not None:
+                is_accepted = left & (uncertainty <= looks.grid[at])
+                seen["bets"] = seen["bets"].after(folder, is_accepted)
+            if is_shown_exactly(folder, drawn, left):
+                seen["every look"] = seen["every look"].after(folder, left)
+                if n_looks == 1:
+                    seen["one look"] = seen["one look"].after(folder, left)
+    return seen
+
+
+def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], left: NDArray[np.bool_]) -> bool:
+    """Whether the exact test shows the guarantee about the photos ``left``, if it is made once."""
+    n_wrong = int(folder.wrong[drawn].sum())
+    n_drawn = int(drawn.sum())
+    n_left = int(left.sum())
+    if not n_left:
+        return False
+    total = n_wrong + math.floor(folder.max_risk * n_left) + 1
+    return exact_tail(n_wrong, n_drawn, n_drawn + n_left, total) <= DELTA
+
+
+def tests_of(folder: Folder, population: Floats, attempt: int) -> ClosedLooks:
+    """The tests of a predictor on the uncertainties (M,) of its population."""
+    limit = float(np.quantile(population, LIMIT, method="higher"))
+    grid = grid_of(population, limit)
+    closed = ClosedCounts.of(grid, population, aside=np.zeros(0), failure=np.zeros(0, np.int64))
+    return ClosedLooks(grid, folder.max_risk, level_of(attempt, DELTA), closed, limit)
+
+
+class Broken(NamedTuple):
+    """How many of some folders are broken, and what their looks accept."""
+
+    n: int
+    n_broken: int
+    accepted: float  # mean over the folders
+
+    def __str__(self) -> str:
+        share = self.n_broken / self.n
+        bound = upper_bound(self.n_broken, self.n, 0.05)
+        return f"{100 * self.accepted:.1f} | {100 * share:.2f} (≤ {100 * bound:.2f}) | {self.n:,}"
+
+
+def measure(world: str, n_photos: int, max_risk: float, n_folders: int) -> dict[str, Broken]:
+    """Look at many folders of a world, by every test."""
+    all_seen = []
+    for seed in range(n_folders):
+        folder = Folder(world, n_photos, seed, max_risk)
+        all_seen.append(look_often(folder))
+    broken = {}
+    for test in TESTS:
+        n_broken = sum(seen[test].broken for seen in all_seen)
+        accepted = float(np.mean([seen[test].accepted for seen in all_seen]))
+        broken[test] = Broken(n_folders, n_broken, accepted)
+    return broken
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line of JSON for every world, size, risk and test, and then a table."""
+    parser = argparse.ArgumentParser(description="Guarantees about photos without a label.")
+    parser.add_argument("--folders", type=int, default=1_000, help="folders of every line")
+    parser.add_argument("--risks", type=float, nargs="+", default=RISKS, help="largest risks")
+    options = parser.parse_args(arguments)
+    total: dict[tuple[str, float], list[Broken]] = {}
+    for max_risk in options.risks:
+        for world in WORLDS:
+            for n_photos in SIZES:
+                by_test = measure(world, n_photos, max_risk, options.folders)
+                for test, broken in by_test.items():
+                    facts = {"test": test, "risk": max_risk, "world": world, "photos": n_photos}
+                    print(json.dumps({**facts, **broken._asdict()}), flush=True)
+                    total.setdefault((test, max_risk), []).append(broken)
+    print("| test | risk | accepted | broken | folders |\n|---|---|---|---|---|")
+    for (test, max_risk), parts in total.items():
+        n = sum(part.n for part in parts)
+        n_broken = sum(part.n_broken for part in parts)
+        accepted = float(np.mean([part.accepted for part in parts]))
+        print(f"| {test} | {max_risk} | {Broken(n, n_broken, accepted)} |")
+
+
+if __name__ == "__main__":
+    main()

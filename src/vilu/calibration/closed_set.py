@@ -1,0 +1,385 @@
+"""Guarantees about the photos of one folder that nobody has labelled: draws without replacement.
+
+Fix a predictor and a threshold t. Of the c photos of a closed set that t accepts, K answers are
+wrong. Nobody knows K, and it never changes. The photos are labelled in a random order that was
+fixed before. After m labels, k of them of wrong answers, the guarantee is about the photos that are
+left: at most the share r of them is wrong. This is false if
+
+    K >= k + floor(r (c - m)) + 1.
+
+The right side changes with every label. A hypothesis that changes with the labels cannot be tested
+by Ville's inequality, and neither can a sequence of thresholds be tested in which the first false
+one changes. So the hypotheses here are the values of K, which are fixed:
+
+1. E(K) is the evidence against "exactly K of c are wrong". It is a likelihood ratio: the
+   probability of the labels if the share of wrong answers is drawn from a beta distribution,
+   divided by their probability if K are wrong. Every label multiplies it by q / p or by
+   (1 - q) / (1 - p): q and p are the probabilities of a wrong answer under both assumptions, and
+   p = (K - k) / (c - m) is the mean of the next draw. So E(K) is a bet against this mean, and its
+   expectation is 1 if K are wrong.
+2. A guarantee that is false has rejected the true K. So the union over all K costs nothing, as in
+   a confidence sequence.
+3. The thresholds share the level. With shares w that add up to 1, the sum of w E(K) over all
+   thresholds, each with its true K, has an expectation of at most 1. By Ville's inequality (1939)
+   the probability that it ever reaches 1 / delta is at most delta.
+
+Source: Waudby-Smith and Ramdas, Confidence sequences for sampling without replacement (2020),
+section 2, with one mixture over thresholds in place of one threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+from scipy.special import betaln, gammaln, logsumexp
+
+from vilu.artifacts.documents import Model
+from vilu.calibration.anytime import STEPS, Draw, Looks
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats, Ints
+from vilu.text import plural
+from vilu.validation import require_between
+
+PRIOR_WRONG: Final = 0.5
+"""First parameter of the beta distribution of the share of wrong answers."""
+
+PRIOR_SHARE: Final = 0.1
+"""Mean of this beta distribution, as a part of the largest allowed error rate."""
+
+SHARE_AT_LIMIT: Final = 0.5
+"""Share of the level at threshold number ``STEPS``, the first limit of the draws."""
+
+SHARE_BELOW: Final = 0.3
+"""Share of the level that the thresholds below the first limit divide equally."""
+
+SHARE_BEYOND: Final = 0.2
+"""Share of the level at all thresholds beyond the first limit.
+
+The j-th of them gets the part 1 / (j (j + 1)) of it.
+"""
+
+ROUNDING: Final = 1e-9
+"""Tolerance when numbers are rounded up: it keeps a float64 like 3.0000000001 at 3."""
+
+MOST_TRIED: Final = 100
+"""Largest number of label counts that ``more_needed`` tries."""
+
+
+def _log_falling(n: Floats, k: Floats) -> Floats:
+    """Logarithm of the product of the k factors n, n - 1, n - 2, ..., for 0 <= k <= n."""
+    factors: Floats = gammaln(n + 1) - gammaln(n - k + 1)
+    return factors
+
+
+def log_evidence(
+    wrong: ArrayLike, drawn: ArrayLike, n_photos: ArrayLike, total: ArrayLike, max_risk: float
+) -> Floats:
+    """Log evidence (...) against "``total`` or more of the answers about all photos are wrong".
+
+    Args:
+        wrong: Number of wrong answers among the drawn photos.
+        drawn: Number of photos that were drawn in the random order and labelled.
+        n_photos: Number of photos in the closed set.
+        total: Smallest number of wrong answers in the closed set that is to be rejected.
+        max_risk: Largest error rate that is allowed, for the beta distribution.
+
+    Returns:
+        The log evidence; infinite where so many wrong answers are impossible.
+
+    Examples:
+        >>> import math
+        >>> from vilu.calibration.closed_set import log_evidence
+        >>> # 80 of 500 photos are drawn, and no answer is wrong: can 22 of all 500 be wrong?
+        >>> bool(log_evidence(0, 80, 500, 22, 0.05) >= math.log(20))
+        True
+    """
+    k = np.asarray(wrong, dtype=np.float64)
+    m = np.asarray(drawn, dtype=np.float64)
+    c = np.asarray(n_photos, dtype=np.float64)
+    # The probability of the labels rises with the number of wrong answers up to its mode and falls
+    # beyond it. So the evidence against all numbers from ``total`` on is least at ``total``, or at
+    # the mode if the mode is larger.
+    mode = np.floor(k * (c + 1) / np.maximum(m, 1))
+    least_rejected = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
+    # The conditional mean of the next draw would be above 1: fewer photos are left than wrong
+    # answers would have to be among them.
+    is_impossible = c - least_rejected < m - k
+    n_wrong = np.where(is_impossible, k, least_rejected)
+    log_null = _log_falling(n_wrong, k) + _log_falling(c - n_wrong, m - k) - _log_falling(c, m)
+    prior_right = PRIOR_WRONG / (PRIOR_SHARE * max_risk) - PRIOR_WRONG
+    log_bet = betaln(PRIOR_WRONG + k, prior_right + m - k) - betaln(PRIOR_WRONG, prior_right)
+    evidence: Floats = np.where(is_impossible, np.inf, log_bet - log_null)
+    return evidence
+
+
+def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
+    """P-value of "``total`` or more of the photos are answered wrongly", for a single look.
+
+    It is the probability of at most ``wrong`` wrong answers among the drawn photos if ``total`` of
+    all photos are wrong (hypergeometric). With more wrong photos this is less probable, so the
+    p-value is valid for all larger numbers, too.
+
+    Examples:
+        >>> from vilu.calibration.closed_set import exact_tail
+        >>> exact_tail(wrong=0, drawn=2, n_photos=4, total=2)  # (2 / 4) (1 / 3)
+        0.16666666666666666
+    """
+    if total > n_photos - (drawn - wrong):
+        return 0.0
+    ways = 0
+    for n_wrong in range(wrong + 1):
+        ways += math.comb(total, n_wrong) * math.comb(n_photos - total, drawn - n_wrong)
+    return ways / math.comb(n_photos, drawn)
+
+
+def shares_of(n_thresholds: int) -> Floats:
+    """Share (G,) of every threshold of a grid in the level, fixed before any label is seen."""
+    shares = np.full(n_thresholds, SHARE_BELOW / (STEPS - 1))
+    shares[STEPS - 1] = SHARE_AT_LIMIT
+    beyond = np.arange(1, n_thresholds - STEPS + 1)
+    # 1 / (j (j + 1)) adds up to 1 over all j, so a grid of any length can be tested.
+    shares[STEPS:] = SHARE_BEYOND / (beyond * (beyond + 1))
+    return shares
+
+
+class ClosedCounts(Model):
+    """Numbers of photos of a closed set that every threshold of a grid accepts.
+
+    Attributes:
+        photos: Photos, with or without a label.
+        aside: Photos that have a label and are not drawn.
+        aside_wrong: Photos among ``aside`` whose answer is wrong.
+    """
+
+    photos: tuple[int, ...]
+    aside: tuple[int, ...]
+    aside_wrong: tuple[int, ...]
+
+    @classmethod
+    def of(cls, grid: Floats, photos: Floats, aside: Floats, failure: Ints) -> Self:
+        """Count the photos of a closed set.
+
+        Args:
+            grid: Thresholds (G,), ascending.
+            photos: Uncertainties (N,) of all photos of the set.
+            aside: Uncertainties (M,) of the photos that have a label and are not drawn.
+            failure: (M,) 1 where the answer about such a photo is wrong, 0 where it is right.
+        """
+        return cls(
+            photos=_accepted(grid, photos),
+            aside=_accepted(grid, aside),
+            aside_wrong=_accepted(grid, aside[failure == 1]),
+        )
+
+
+def _accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
+    """Number of uncertainties (N,) up to every threshold."""
+    return tuple(np.searchsorted(np.sort(uncertainty), grid, side="right").tolist())
+
+
+class ClosedPhotos(Model):
+    """The photos that a guarantee about one folder speaks of.
+
+    They are accepted, and nobody had labelled them when the guarantee was certified.
+
+    Attributes:
+        pictures: Identities of the pictures, ascending (``EmbeddingSource.picture_identities``).
+        files: Number of files that show them.
+    """
+
+    pictures: tuple[int, ...] = Field(min_length=1)
+    files: int = Field(ge=1)
+
+    def shows(self, pictures: Ints) -> NDArray[np.bool_]:
+        """Mask (N,) of the pictures (N,) that the guarantee speaks of."""
+        return np.isin(pictures, np.array(self.pictures))
+
+    def __str__(self) -> str:
+        n_pictures = len(self.pictures)
+        if n_pictures == self.files:
+            return plural(n_pictures, "photo")
+        return f"{plural(n_pictures, 'picture')} ({self.files:,} files)"
+
+
+class ClosedDraw(Model):
+    """Saved settings of the tests of a closed set (``ClosedLooks``)."""
+
+    grid: tuple[float, ...]  # thresholds, ascending
+    delta: float = Field(gt=0, lt=1)  # level
+    limit: float  # only photos up to this uncertainty are labelled
+    counts: ClosedCounts
+
+    @classmethod
+    def of(cls, looks: ClosedLooks) -> Self:
+        """The settings of the tests ``looks``."""
+        grid = tuple(looks.grid.tolist())
+        return cls(grid=grid, delta=looks.delta, limit=looks.limit, counts=looks.closed)
+
+    def looks(self, max_risk: float) -> ClosedLooks:
+        """The tests of the thresholds for a maximal risk."""
+        return ClosedLooks(np.array(self.grid), max_risk, self.delta, self.counts, self.limit)
+
+
+@dataclass(frozen=True)
+class ClosedLooks:
+    """Tests of a grid of thresholds on a closed set, which may be repeated after every label.
+
+    It has the methods of ``vilu.calibration.anytime.Looks``. What is certified at a threshold is
+    another statement: of the photos of the set that it accepts and that have no label at most the
+    share ``max_risk`` is wrong.
+
+    Let B be the largest number of wrong answers in the whole set with which this is true: those
+    among the labels, and floor(max_risk n) among the n photos without a label. If it is false, the
+    set up to the threshold holds at least B + 1 wrong answers, and so does the set up to every
+    laxer threshold. So the threshold is certified if the evidence against "at least B + 1", summed
+    over it and the laxer thresholds with their shares (``shares_of``), reaches 1 / delta. Then
+
+        P[a certified threshold is ever false] <= delta
+
+    Labels that were not drawn are counted, but they are no evidence, because nobody picked them at
+    random.
+
+    Args:
+        grid: Thresholds (G,), ascending, fixed before the labels (``anytime.grid_of``).
+        max_risk: Largest error rate among accepted answers without a label, in (0, 1).
+        delta: The level, in (0, 1).
+        closed: Numbers of photos of the set.
+        limit: Only photos up to this uncertainty are labelled, so no larger threshold is tested.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.closed_set import ClosedCounts, ClosedLooks
+        >>> grid = np.linspace(0.01, 0.64, 64)
+        >>> photos = np.linspace(0, 0.64, 500)  # the set has 500 photos
+        >>> closed = ClosedCounts.of(grid, photos, aside=np.zeros(0), failure=np.zeros(0, int))
+        >>> looks = ClosedLooks(grid, max_risk=0.05, delta=0.05, closed=closed)
+        >>> drawn = photos[::5]  # 100 of them are labelled
+        >>> right = np.zeros(100, int)  # and no answer is wrong
+        >>> looks.certified(drawn, right)  # the last threshold: 400 photos without a label
+        63
+        >>> print(looks.certified(drawn[::2], right[::2]))  # 50 labels are too few
+        None
+    """
+
+    grid: Floats
+    max_risk: float
+    delta: float
+    closed: ClosedCounts
+    limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        require_between("max_risk", self.max_risk)
+        require_between("delta", self.delta)
+        if len(self.grid) < STEPS or (np.diff(self.grid) < 0).any():
+            raise DataError(
+                f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
+                f"{np.asarray(self.grid).tolist()}."
+            )
+        if len(self.closed.photos) != len(self.grid):
+            raise DataError(
+                f"the photos of a closed set must be counted for each of the {len(self.grid)} "
+                f"thresholds. Got {len(self.closed.photos)} counts."
+            )
+
+    @property
+    def last(self) -> int:
+        """Index of the laxest threshold that can be tested."""
+        return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
+
+    @property
+    def handed_on(self) -> float:
+        """Level that the next predictor gets: none, because every threshold keeps its share."""
+        return 0.0
+
+    def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
+        """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
+        accepted = _accepted(self.grid, uncertainty)
+        wrong = _accepted(self.grid, uncertainty[failure == 1])
+        return np.array(wrong), np.array(accepted)
+
+    def unlabelled(self, drawn: Ints) -> Ints:
+        """Number (G,) of photos without a label up to every threshold, if ``drawn`` (G,) are."""
+        left: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
+        return left
+
+    def certified(self, uncertainty: Floats, failure: Ints) -> int | None:
+        """Index of the laxest threshold that the drawn labels (N,) certify; None: no threshold."""
+        return self._certified(*self.counts(uncertainty, failure))
+
+    def can_certify(self, uncertainty: Floats) -> bool:
+        """Whether labels of these rows (N,) would certify a threshold if all answers were right."""
+        wrong, drawn = self.counts(uncertainty, np.zeros(len(uncertainty), dtype=np.int64))
+        return self._certified(wrong, drawn) is not None
+
+    def _certified(self, wrong: Ints, drawn: Ints) -> int | None:
+        """As ``certified``, from the numbers (G,) that ``counts`` returns."""
+        n_left = self.unlabelled(drawn)
+        n_known_wrong = wrong + np.array(self.closed.aside_wrong)
+        tolerated = n_known_wrong + np.floor(self.max_risk * n_left).astype(np.int64)
+        tested = slice(0, self.last + 1)
+        evidence = self._evidence(wrong[tested], drawn[tested], tolerated[tested])
+        is_shown = evidence >= -math.log(self.delta)
+        # a guarantee about no photo at all would be true, and say nothing
+        says_something = n_left[tested] > 0
+        certified = np.flatnonzero(is_shown & says_something)
+        return int(certified[-1]) if len(certified) else None
+
+    def _evidence(self, wrong: Ints, drawn: Ints, tolerated: Ints) -> Floats:
+        """Log evidence (T,) against a false guarantee at each of the tested thresholds.
+
+        Args:
+            wrong: (T,) wrong answers among the drawn photos.
+            drawn: (T,) drawn photos.
+            tolerated: (T,) largest number of wrong answers with which the guarantee is true.
+        """
+        n_photos = np.array(self.closed.photos[: len(wrong)])
+        # One row for each threshold whose guarantee is tested, one column for each threshold whose
+        # labels are evidence. Wrong answers up to the row's threshold are also wrong answers up to
+        # the column's, so the same total is rejected in both.
+        in_column = log_evidence(wrong, drawn, n_photos, tolerated[:, None] + 1, self.max_risk)
+        is_laxer = np.triu(np.ones(in_column.shape, np.bool_))  # the row's threshold included
+        log_share = np.log(shares_of(len(self.grid))[: len(wrong)])
+        terms = np.where(is_laxer, in_column + log_share, -np.inf)
+        evidence: Floats = logsumexp(terms, axis=1)
+        return evidence
+
+    def more_needed(self, uncertainty: Floats, failure: Ints) -> int | None:
+        """About how many more labels would certify a threshold, if the error rates stay the same.
+
+        Only labels of photos up to the limit count. Without any label so far, all answers are
+        assumed to be right. None if the photos up to the limit are too few.
+        """
+        wrong, drawn = self.counts(uncertainty, failure)
+        n_left = self.unlabelled(drawn)
+        error_rate = wrong / np.maximum(drawn, 1)
+        left_at_limit = int(n_left[self.last])
+        # Every label is one photo less that the guarantee is about. So more labels may show less,
+        # and the numbers are tried one after another.
+        tried = np.linspace(0, left_at_limit, MOST_TRIED, endpoint=False)
+        numbers: list[int] = np.unique(np.ceil(tried).astype(np.int64)).tolist()
+        for more in numbers:
+            grown = drawn + np.floor(more * n_left / max(left_at_limit, 1)).astype(np.int64)
+            # rounded up, so that the estimate is not too small
+            grown_wrong = np.ceil(error_rate * grown - ROUNDING).astype(np.int64)
+            if self._certified(grown_wrong, grown) is not None:
+                return more
+        return None
+
+
+AnyLooks = Looks | ClosedLooks
+"""Tests of thresholds, about new photos or about those of a closed set."""
+
+AnyDraw = Draw | ClosedDraw
+"""Saved settings of such tests."""
+
+
+def draw_of(looks: AnyLooks) -> AnyDraw:
+    """The settings of tests, to be saved."""
+    if isinstance(looks, ClosedLooks):
+        return ClosedDraw.of(looks)
+    return Draw.of(looks)
