@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings.matches import Matches
-from vilu.embeddings.similarity import Others, first_equal, row_blocks, zero_shot
+from vilu.embeddings.similarity import Matches, Others, first_equal, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
-from vilu.embeddings.matches import Matches
-from vilu.embeddings.similarity import first_equal, row_keys
+from vilu.embeddings.similarity import Matches, first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hashed
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import checked, checked_fields, require_at_least, require_mask

@@ -27,8 +27,15 @@ from vilu.embeddings.checks import (
     hash_rows,
 )
 from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS
-from vilu.embeddings.matches import Matches
-from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
+from vilu.embeddings.similarity import (
+    Matches,
+    Others,
+    ZeroShot,
+    first_equal,
+    float64,
+    row_blocks,
+    zero_shot,
+)
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.validation import checked, describe_value, require_mask
