@@ -53,7 +53,7 @@ def test_equal_captions_are_one_candidate_of_an_image() -> None:
     (batch,) = PairEmbeddings(text, text, Pools(6, seed=None)).batches(10)
     assert torch.equal(batch.text, torch.eye(5)[[2, 0, 1, 4]])
     assert batch.target.tolist() == [0, 1, 0, 2, 1, 3]
-    assert batch.same is None
+    assert batch.matches is None
     assert batch.failure.tolist() == [0] * 6
 
 
@@ -67,7 +67,7 @@ def test_any_image_of_an_equal_caption_is_right() -> None:
     assert torch.equal(batch.text, image)
     assert batch.target.tolist() == [0, 1, 2, 3]
     # rows 0 and 2 have one caption, rows 0 and 1 one picture
-    assert batch.same.tolist() == [0, 0, 0, 3]
+    assert batch.right.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
     assert batch.prediction.tolist() == [2, 0, 2, 3]
     assert batch.failure.tolist() == [0, 0, 0, 0]
 
@@ -98,7 +98,7 @@ def test_failures_by_brute_force(direction: str, near: float | None) -> None:
 @BOTH
 @pytest.mark.parametrize("n", [96, 109])
 def test_images_with_several_captions_by_brute_force(direction: str, n: int) -> None:
-    """Rows of one picture, of one caption, or linked by further rows, are one answer."""
+    """An answer is right if a row of the pool has the picture with the caption."""
     rng = np.random.default_rng(3)
     shown, written = rng.integers(40, size=n), rng.integers(70, size=n)
     world = unit(70, 16, 0)
@@ -110,16 +110,51 @@ def test_images_with_several_captions_by_brute_force(direction: str, n: int) -> 
     for batches in (data.batches(1000), data.many(1000)):
         for batch in batches:
             rows = batch.index.numpy()
-            linked = (shown[rows, None] == shown[rows]) | (written[rows, None] == written[rows])
-            for _ in range(5):  # paths of 2, 4, ... 32 rows
-                linked = linked @ linked
-            query, candidate = (image, text) if direction == "image_to_text" else (text, image)
+            one_picture = shown[rows, None] == shown[rows]
+            one_caption = written[rows, None] == written[rows]
+            if direction == "image_to_text":
+                query, candidate = image, text
+                is_right = one_picture @ one_caption
+            else:
+                query, candidate = text, image
+                is_right = one_caption @ one_picture
             similar = query[rows].double() @ candidate[rows].double().T
             best = similar.argmax(dim=1).numpy()
-            right = linked[np.arange(len(rows)), best]
+            right = is_right[np.arange(len(rows)), best]
             assert batch.failure.tolist() == (~right).astype(int).tolist()
             failures += int((~right).sum())
     assert 0 < failures < 192
+
+
+@BOTH
+def test_a_shared_caption_does_not_join_two_images(direction: str) -> None:
+    """Image 0 has captions 0 and 1, image 1 captions 1 and 2: caption 2 is wrong for image 0."""
+    image, text = torch.eye(4)[[0, 0, 1, 1]], torch.eye(4)[[0, 1, 1, 2]]
+    data = PairEmbeddings(image, text, Pools(4, direction, seed=None), 2.0)  # type: ignore[arg-type]
+    (batch,) = data.batches(4)
+    if direction == "image_to_text":  # rows are images, and the three captions are candidates
+        right = [[1, 1, 0], [1, 1, 0], [0, 1, 1], [0, 1, 1]]
+        last_answer, failure = [2, 2, 2, 2], [1, 1, 0, 0]
+    else:  # rows are captions, and all four images are candidates
+        right = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]
+        last_answer, failure = [3, 3, 3, 3], [1, 0, 0, 0]
+    assert batch.right.int().tolist() == right
+    judged = batch.judging(torch.tensor(last_answer))
+    assert judged.failure.tolist() == failure
+    for row in range(4):
+        assert judged.rows(slice(row, row + 1)).failure.tolist() == failure[row : row + 1]
+    posterior = (2 * batch.image @ batch.text.T).softmax(dim=1)
+    expected = (posterior * batch.right).sum(dim=1).log()
+    assert torch.allclose(batch.target_log_probability, expected, atol=1e-6)
+    assert torch.allclose(batch.log_likelihood(batch.logits), expected, atol=1e-6)
+
+
+def test_alike_answers_have_an_image_in_common() -> None:
+    """Captions 0 and 1 are of one image, 1 and 2 of another, and 3 of a third."""
+    image, text = torch.eye(4)[[0, 0, 1, 1, 2]], torch.eye(4)[[0, 1, 1, 2, 3]]
+    (batch,) = PairEmbeddings(image, text, Pools(5, seed=None)).batches(5)
+    alike = batch.rows(slice(4)).alike(torch.arange(4))
+    assert alike.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
 
 def test_log_probability_of_an_image_with_several_captions() -> None:
@@ -127,7 +162,7 @@ def test_log_probability_of_an_image_with_several_captions() -> None:
     image, text = torch.eye(4)[[0, 0, 2, 3]], torch.eye(4)
     (batch,) = PairEmbeddings(image, text, Pools(4, seed=None), 2.0).batches(4)
     assert batch.failure.tolist() == [0, 0, 0, 0]
-    probability = batch.log_probability(batch.logits, batch.target).exp()
+    probability = batch.log_likelihood(batch.logits).exp()
     e = np.e**2
     assert np.allclose(probability[:2], (e + 1) / (e + 3))
     assert np.allclose(probability[2:], e / (e + 3))
@@ -137,9 +172,8 @@ def test_log_probability_of_an_image_with_several_captions() -> None:
 def test_log_probability_of_the_answer_by_brute_force(direction: str) -> None:
     for batch in pool_of(Pools(32, direction)).batches(1000):
         posterior = (20 * batch.image.double() @ batch.text.double().T).softmax(dim=1)
-        number = torch.arange(len(batch.text)) if batch.same is None else batch.same
-        for row, target in enumerate(batch.target.tolist()):
-            mass = posterior[row, number == number[target]].sum().log()
+        for row in range(len(batch.target)):
+            mass = posterior[row, batch.right[row]].sum().log()
             assert float(batch.target_log_probability[row]) == pytest.approx(float(mass), abs=1e-4)
 
 
@@ -325,7 +359,7 @@ def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
     made = make(name)
     pools = Pools(32, "text_to_image", near_duplicates=near)
     train, test = pool_of(pools, n=256, distinct=150), pool_of(pools, n=64, distinct=40, seed=5)
-    assert any(batch.same is not None for batch in test.batches(64))
+    assert any(batch.matches is not None for batch in test.batches(64))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"only \d+ (failures|successes)")
         uncertainty = made.fit(train).predict_uncertainty(test)

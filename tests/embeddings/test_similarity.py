@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings.similarity import Others, first_equal, row_blocks, zero_shot
+from vilu.embeddings.similarity import Matches, Others, first_equal, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
 
@@ -134,10 +134,14 @@ def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
     are made in two blocks.
     """
     text = unit(k, 16, 0)
-    same = torch.tensor([0, 1, 2, 0, 1, *range(5, k)]) if grouped else None
-    batch = batch_of(noisy(text, n), text, same=same)
+    number = torch.arange(k)
+    matches = None
+    if grouped:  # candidates 0 and 3 are of one query, and so are 1 and 4
+        number[[3, 4]] = number[[0, 1]]
+        target = torch.arange(n) % k
+        matches = Matches(number, torch.arange(k), torch.arange(k), own=number[target])
+    batch = batch_of(noisy(text, n), text, matches=matches)
     posterior = (30 * batch.image.double() @ text.double().T - 5).softmax(dim=1)
-    number = torch.arange(k) if same is None else same
     expected = [
         float(posterior[i, number == number[t]].sum().log()) for i, t in enumerate(batch.target)
     ]
@@ -145,11 +149,12 @@ def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
         batch.target_log_probability.double(), torch.tensor(expected).double(), atol=1e-4
     )
     assert torch.allclose(
-        batch.log_probability(batch.logits, batch.target).double(),
+        batch.log_likelihood(batch.logits).double(),
         torch.tensor(expected).double(),
         atol=1e-4,
     )
     alike = number[None, :] == number[batch.target, None]
+    assert torch.equal(batch.right, alike)
     assert torch.equal(batch.alike(batch.target), alike)
     wrong = [
         int(number[p] != number[t])

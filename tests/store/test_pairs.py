@@ -65,8 +65,7 @@ def root(tmp_path):
 def require_equal(mine, theirs):
     for name in FIELDS:
         assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
-    assert (mine.same is None) == (theirs.same is None)
-    assert mine.same is None or torch.equal(mine.same, theirs.same)
+    assert torch.equal(mine.right, theirs.right)
     assert mine.columns.keys() == theirs.columns.keys()
     assert all(torch.equal(mine.columns[name], theirs.columns[name]) for name in mine.columns)
     assert (mine.logit_scale, mine.logit_bias) == (theirs.logit_scale, theirs.logit_bias)

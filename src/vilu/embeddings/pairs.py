@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
-from vilu.embeddings.similarity import first_equal, row_keys
+from vilu.embeddings.similarity import Matches, first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hashed
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import checked, checked_fields, require_at_least, require_mask
@@ -85,12 +85,11 @@ class PairSource(EmbeddingSource):
 
     Equal captions of a pool are the same answer. With "image_to_text" they become one candidate,
     the first of the equal captions. With "text_to_image" the images of equal captions are all right
-    answers (``Candidates.same``).
+    answers.
 
-    An image with several captions is in several rows, once with each caption. Rows of a pool with
-    equal images are the same answer, too. With "image_to_text" all captions of the image are right.
-    With "text_to_image" all equal images are right. Two rows are also the same answer if each of
-    them is the same answer as a third row.
+    An image with several captions is in several rows, once with each caption. With "image_to_text"
+    all its captions in the pool are right. With "text_to_image" all equal images are right. So an
+    answer is right if any row of the pool has the image and the caption (``Matches``).
 
     The query of a row is what is matched: its image with "image_to_text", its caption with
     "text_to_image". Columns of images belong to the queries, and columns of candidates to the
@@ -182,20 +181,26 @@ class PairSource(EmbeddingSource):
         """
         caption = self.caption_rows(index)
         picture = self.picture_rows(index)
-        # for every row, the first row with the same caption, and the first that is the same answer
-        first_of_caption = first_alike(caption, self.pools.near_duplicates)
-        first_of_answer = first_linked(first_of_caption, first_equal(picture))
+        # for every row, the first row with the same caption, and the first with the same image
+        of_caption = first_alike(caption, self.pools.near_duplicates)
+        of_picture = first_equal(picture)
         if self.pools.direction == "text_to_image":
             rows = torch.arange(len(index))
-            same = _unless_all_differ(first_of_answer)
-            return Candidates(text=picture, target=rows, same=same, members=index)
-        distinct, target = torch.unique(first_of_caption, return_inverse=True)
-        # for every candidate, the first candidate that is the same answer
-        same = target[first_of_answer[distinct]]
+            all_differ = torch.equal(of_caption, rows) and torch.equal(of_picture, rows)
+            matches = Matches(query=of_caption, candidate=of_picture, members=rows, own=of_caption)
+            return Candidates(
+                text=picture,
+                target=rows,
+                matches=None if all_differ else matches,
+                members=index,
+            )
+        distinct, target = torch.unique(of_caption, return_inverse=True)
+        have_one_caption = torch.equal(of_caption[of_picture], of_caption)  # equal images, too
+        matches = Matches(query=of_picture, candidate=of_caption, members=distinct, own=of_picture)
         return Candidates(
             text=caption[distinct],
             target=target,
-            same=_unless_all_differ(same),
+            matches=None if have_one_caption else matches,
             members=index[distinct],
         )
 
@@ -553,37 +558,6 @@ def class_captions(
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(number_of_name.setdefault(name, number))
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
-
-
-def first_linked(first: Tensor, second: Tensor) -> Tensor:
-    """For every row, the index (N,) int64 of the first row that is linked to it.
-
-    Rows may be equal in two regards, for example in caption and in image. For every row, ``first``
-    (N,) has the first row that is equal in one regard, and ``second`` (N,) has the first row that
-    is equal in the other regard. Two rows are linked if they are equal in one of the regards, or if
-    both are linked to a third row.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(first)
-    all_differ_in_second = torch.equal(second, torch.arange(n))
-    if all_differ_in_second:
-        return first
-    # a graph with an edge from every row to ``first``, and an edge to ``second``
-    edge_start = np.tile(np.arange(n), 2)
-    edge_end = torch.cat([first, second]).numpy()
-    graph = coo_array((np.ones(2 * n, np.int8), (edge_start, edge_end)), shape=(n, n))
-    _, component = connected_components(graph, directed=False)
-    _, first_of_group, group = np.unique(component, return_index=True, return_inverse=True)
-    return torch.from_numpy(first_of_group[group])
-
-
-def _unless_all_differ(first: Tensor) -> Tensor | None:
-    """``first`` (K,), the first equal candidate of each candidate; None if all are different."""
-    if torch.equal(first, torch.arange(len(first))):
-        return None
-    return first
 
 
 def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEAR_ROWS) -> Tensor:

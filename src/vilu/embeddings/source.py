@@ -27,7 +27,15 @@ from vilu.embeddings.checks import (
     hash_rows,
 )
 from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS
-from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
+from vilu.embeddings.similarity import (
+    Matches,
+    Others,
+    ZeroShot,
+    first_equal,
+    float64,
+    row_blocks,
+    zero_shot,
+)
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.validation import checked, describe_value, require_mask
@@ -54,9 +62,7 @@ class Candidates:
 
     text: Tensor  # (K, D) float32 unit-norm candidates
     target: Tensor  # (B,) int64 index of the right candidate; -1 where unknown
-    # (K,) int64: for every candidate, the first candidate that is the same answer. An answer is
-    # right if this number is equal for the answer and the target. None: all answers differ.
-    same: Tensor | None = None
+    matches: Matches | None = None  # None: only the target of a row is right
     # (K,) int64: for every candidate, its row in the source. None: all rows share the candidates.
     members: Tensor | None = None
 
@@ -77,7 +83,8 @@ class Batch:
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         columns: The requested columns, by name (``vilu.embeddings.columns``).
-        same: As in ``Candidates``.
+        matches: Which candidates are right, if images or captions of a pool repeat. None: only the
+            target of a row is right.
         outside: (B,) bool, true for rows to which no candidate belongs, so that any answer is
             wrong. None: there is no such row.
 
@@ -102,7 +109,7 @@ class Batch:
     logit_scale: float
     logit_bias: float = 0.0
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    same: Tensor | None = None
+    matches: Matches | None = None
     outside: Tensor | None = None
 
     @cached_property
@@ -161,12 +168,11 @@ class Batch:
     @cached_property
     def failure(self) -> Tensor:
         """Failures (B,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
-        answer = self.prediction
-        target = self.target.clamp(min=0)  # -1 (unknown) becomes 0, so that it can be an index
-        if self.same is not None:
-            answer = self.same[answer]
-            target = self.same[target]
-        failure = torch.where(self.target != UNKNOWN, (answer != target).long(), UNKNOWN)
+        if self.matches is None:
+            is_right = self.prediction == self.target
+        else:
+            is_right = self.matches.are_right(self.prediction)
+        failure = torch.where(self.target != UNKNOWN, (~is_right).long(), UNKNOWN)
         if self.outside is None:
             return failure
         return failure.masked_fill(self.outside, 1)  # any answer is wrong for these rows
@@ -187,70 +193,92 @@ class Batch:
         """As ``target_log_probability``, without regard to ``outside``."""
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
-            if self.same is not None:
+            if self.matches is not None:
                 of_blocks = []
                 n_rows = len(target)
                 for block in row_blocks(n_rows, n_candidates=len(self.text), size=n_rows):
                     batch = self.rows(block)
-                    of_blocks.append(batch.log_probability(batch.logits, target[block]))
+                    of_blocks.append(batch.log_likelihood(batch.logits))
                 return torch.cat(of_blocks)
             # Each target is one candidate, so one dot product per row is enough.
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
-    def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """Log-probability (B,) of the answers (B,) under softmax(logits (B, K)).
+    def log_likelihood(self, logits: Tensor) -> Tensor:
+        """Log-probability (B,) of the target under softmax(logits (B, K)).
 
-        The probabilities of all candidates that are the same answer are added up.
+        If several candidates of a row are right, their probabilities are added up.
 
         Examples:
             >>> import torch, vilu
             >>> image, target, index = (
             ...     torch.tensor([[0.6, 0.8]]),
-            ...     torch.tensor([0]),
+            ...     torch.tensor([1]),
             ...     torch.arange(1),
             ... )
             >>> batch = vilu.Batch(image, torch.eye(2), target, index, logit_scale=10.0)
             >>> # the logits are 6 and 8: candidate 1 has the probability 1 / (1 + exp(6 - 8))
-            >>> probability = batch.log_probability(batch.logits, torch.tensor([1])).exp()
+            >>> probability = batch.log_likelihood(batch.logits).exp()
             >>> round(probability.item(), 4)
             0.8808
         """
-        answer = answer.to(logits.device)
-        if self.same is None:
-            answer_logit = logits.gather(1, answer[:, None]).squeeze(1)
-            return answer_logit - logits.logsumexp(dim=1)
-        same_answer_logits = logits.masked_fill(~self.alike(answer), -torch.inf)
-        return same_answer_logits.logsumexp(dim=1) - logits.logsumexp(dim=1)
+        if self.matches is None:
+            target_column = self.target.to(logits.device)[:, None]
+            target_logit = logits.gather(1, target_column).squeeze(1)
+            return target_logit - logits.logsumexp(dim=1)
+        is_wrong = ~self.right.to(logits.device)
+        right_logits = logits.masked_fill(is_wrong, -torch.inf)
+        return right_logits.logsumexp(dim=1) - logits.logsumexp(dim=1)
+
+    @property
+    def right(self) -> Tensor:
+        """Mask (B, K) of the right candidates of every row. The targets must be known.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> image = np.eye(3)[[0, 0, 1]]  # the first two rows are one image with two captions
+            >>> data = vilu.Embeddings.pairs(image, np.eye(3), pool_size=3)
+            >>> batch = next(data.batches(3))
+            >>> first_query = batch.index.tolist().index(0)
+            >>> n_right = batch.right.sum(dim=1)
+            >>> n_right[first_query].item()  # both captions
+            2
+        """
+        if self.matches is None:
+            candidates = torch.arange(len(self.text), device=self.target.device)
+            return candidates == self.target[:, None]
+        return self.matches.right()
 
     def alike(self, answer: Tensor) -> Tensor:
         """Mask (B, K): whether each candidate is the same answer as the row's ``answer`` (B,).
+
+        Captions of one image are the same answer, and so are images of one caption. The rows of all
+        images and captions are compared, not only those of the row itself, whose image or caption
+        would reveal the right answer.
 
         Examples:
             >>> import torch, vilu
             >>> image, text = torch.eye(2, 3), torch.eye(3)
             >>> target = index = torch.arange(2)
-            >>> same = torch.tensor([0, 0, 2])  # the first two candidates are one answer
-            >>> batch = vilu.Batch(image, text, target, index, logit_scale=10.0, same=same)
-            >>> batch.alike(torch.tensor([1, 2])).int().tolist()
-            [[1, 1, 0], [0, 0, 1]]
+            >>> batch = vilu.Batch(image, text, target, index, logit_scale=10.0)
+            >>> batch.alike(torch.tensor([1, 2])).int().tolist()  # no answer has an equal
+            [[0, 1, 0], [0, 0, 1]]
         """
-        if self.same is None:
-            same = torch.arange(len(self.text), device=answer.device)
-        else:
-            same = self.same.to(answer.device)
-        same_as_answer = same[answer]
-        return same == same_as_answer[:, None]
+        if self.matches is None:
+            candidates = torch.arange(len(self.text), device=answer.device)
+            return candidates == answer[:, None]
+        matches = self.matches.to(answer.device)
+        return matches.alike(answer)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on another device."""
         if self.image.device == torch.device(device):
             return self
         moved = {}
-        for name in ("image", "text", "target", "index", "same", "outside"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                moved[name] = tensor.to(device)
+        for name in ("image", "text", "target", "index", "matches", "outside"):
+            value = getattr(self, name)
+            if value is not None:
+                moved[name] = value.to(device)
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
         batch = replace(self, **moved, columns=columns)
         if self._has_answers:
@@ -269,6 +297,7 @@ class Batch:
             target=self.target[part],
             index=self.index[part],
             columns=columns,
+            matches=None if self.matches is None else self.matches.rows(part),
             outside=None if self.outside is None else self.outside[part],
         )
         if self._has_answers:
@@ -887,7 +916,7 @@ class EmbeddingSource(ABC):
             logit_scale=self.space.logit_scale,
             logit_bias=self.space.logit_bias,
             columns=tensors,
-            same=candidates.same,
+            matches=candidates.matches,
             outside=self.outside[index],
         )
 

@@ -186,7 +186,7 @@ def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tens
     the right candidates.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
-    is_right = batch.alike(batch.target).to(z.device)
+    is_right = batch.right.to(z.device)
     z_right = z.masked_fill(~is_right, -torch.inf)
     loss = torch.logsumexp(z, dim=-1) - torch.logsumexp(z_right, dim=-1)
     weight = torch.softmax(z, dim=-1) - torch.softmax(z_right, dim=-1)

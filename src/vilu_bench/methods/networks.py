@@ -151,7 +151,7 @@ class PVU(NetworkPredictor):
         return torch.logaddexp(output, torch.zeros_like(output)) + FLOOR
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        vlm_loss = -batch.log_probability(log_posterior(batch), batch.target)
+        vlm_loss = -batch.log_likelihood(log_posterior(batch))
         uncertainty = functional.softplus(output) + FLOOR
         return LOSSES[self.loss](uncertainty, vlm_loss.to(output.device))
 

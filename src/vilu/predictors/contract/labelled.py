@@ -369,7 +369,7 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     candidate than the answer may have the largest logit. The result is exact also where p would
     round to zero or one.
     """
-    if batch.same is None:  # all candidates are different answers
+    if batch.matches is None:  # all candidates are different answers
         return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
     is_answer = batch.alike(batch.prediction).to(logits.device)

@@ -417,7 +417,7 @@ class Block(NamedTuple):
 
     def losses(self, logits: Tensor) -> Tensor:
         """(B,) cross-entropy of the rows."""
-        return -self.batch.log_probability(logits, self.batch.target)
+        return -self.batch.log_likelihood(logits)
 
     def slopes(self, logits: Tensor) -> Tensor:
         """(B, K) derivatives of the ``losses`` in the logits, whose memory may be overwritten.
@@ -426,13 +426,13 @@ class Block(NamedTuple):
         candidates.
         """
         target_column = self.batch.target[:, None]
-        if self.batch.same is None:  # one candidate is right, and its softmax over itself is 1
+        if self.batch.matches is None:  # one candidate is right, and its softmax over itself is 1
             minus_one = torch.full_like(logits[:, :1], -1)
             posterior = torch.softmax(logits, dim=1, out=logits)
             return posterior.scatter_add_(1, target_column, minus_one)
         # Several captions may be right. The loss is -log of the sum of their probabilities.
         posterior = logits.softmax(dim=1)
-        is_wrong = ~self.batch.alike(self.batch.target)
+        is_wrong = ~self.batch.right
         posterior_of_right = logits.masked_fill_(is_wrong, -torch.inf).softmax(dim=1)
         return posterior.sub_(posterior_of_right)
 
@@ -783,7 +783,7 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
             moved = batch.to(device)
             with torch.no_grad():
                 logits = math.exp(log_a) * attention.begin(moved)
-                loss -= float(moved.log_probability(logits, moved.target).sum())
+                loss -= float(moved.log_likelihood(logits).sum())
         loss_of_all = loss * len(rows.index) / len(sampled.index)
         penalty = log_a**2 / (2 * TEMPERATURE_SD**2)
         return penalty + loss_of_all
