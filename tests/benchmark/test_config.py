@@ -101,7 +101,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         (
             "methods.mcm.params",
             {"answer": "given"},
-            r"\[methods.mcm\] judges given answers, and a study compares",
+            r"judges given answers, .*`vilu fit TRAIN --method mcm --answer given .* `vilu eval",
         ),
         (
             "methods.lvu.params",

@@ -405,10 +405,13 @@ class Config(Section):
         predictor = build(cls, {**params, **self.entries[label].params})
         check_parameters(predictor)
         if predictor.answer != "zero_shot":
+            fit = f"vilu fit TRAIN --method {predictor.name} --answer {predictor.answer} -o P"
             raise UsageError(
                 f"[methods.{label}] judges {predictor.answer} answers, and a study compares "
-                "methods on the same, zero-shot answers. Compare other answers with `vilu fit "
-                f"--answer {predictor.answer}`, `vilu score` and vilu.compare."
+                f"methods on the same, zero-shot answers. Score these answers with `{fit}` and "
+                f"`vilu score P TEST -o {predictor.answer}.parquet`, the others in the same way, "
+                "and compare the files with `vilu evaluate FILES`. vilu.compare gives the paired "
+                'difference of two files, by a metric such as "coverage_at_risk_0.05".'
             )
         return predictor
 
