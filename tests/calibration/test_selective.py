@@ -190,10 +190,11 @@ def test_it_stands_in_place_of_its_folder(tmp_path: Path, parts: tuple) -> None:
     assert model.calibration.guarantee_text in (tmp_path / "shelf" / "README.md").read_text()
 
 
-def test_its_score_is_exported(tmp_path: Path, parts: tuple) -> None:
+@pytest.mark.parametrize("answer", ["zero_shot", "adapted"])
+def test_its_score_is_exported(answer: str, tmp_path: Path, parts: tuple) -> None:
     pytest.importorskip("onnxscript")
     data = [nameless(part) for part in parts[:2]]
-    model = vilu.Selective(vilu.ViLUPlus(), answer="zero_shot").fit(data[0])
+    model = vilu.Selective(vilu.ViLUPlus(), answer=answer).fit(data[0])
     model.calibrate(data[1], max_risk=0.3)
     assert export_onnx(model, tmp_path / "head.onnx") < 1e-4
 

@@ -38,7 +38,7 @@ IMAGES = [photo(kind, 1000 + kind) for kind in range(9)] * 3
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone) -> Folder:
-    """The triage of the other tests, with zero-shot answers: a graph gives no others."""
+    """The triage of the other tests, with zero-shot answers, of which some are left for review."""
     home = tmp_path_factory.mktemp("zero-shot")
     return home, until_guaranteed(home, replace(job_on(home / "photos"), answer="zero_shot"))
 
@@ -115,6 +115,16 @@ def made(
     else:
         calibrate_predictor(folder / "predictor", vilu.open_source(folder / "calibration"), target)
     return folder / "predictor"
+
+
+def test_adapted_answers_are_those_of_the_guard(tmp_path: Path) -> None:
+    predictor = vilu.ViLUPlus(answer="adapted", width=8, epochs=2)
+    folder = made(tmp_path, Traceable(), predictor, Target(max_risk=0.2))
+    path = tmp_path / "guard.onnx"
+    export_image_graph(folder, path, backbone=Traceable())
+    guard = Guard(folder, backbone=Traceable())
+    assert any(answer.zero_shot is not None for answer in guard(IMAGES))  # the kinds differ
+    require_same(path, guard)
 
 
 def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None:

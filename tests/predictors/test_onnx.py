@@ -36,6 +36,8 @@ PREDICTORS = {
     "mcm": MCM(),
     "vilu": ViLU(**HEAD),
     "vilu_plus captions": ViLUPlus(features=False),
+    "vilu_plus features adapted": ViLUPlus(answer="adapted", **PLUS),
+    "vilu_plus captions adapted": ViLUPlus(answer="adapted", features=False),
 }
 
 
@@ -91,7 +93,7 @@ def test_onnxruntime_says_what_the_predictor_says(
     for kind, text in candidates(test).items():
         columns = {"features": test.column("features", torch.arange(len(test)))}
         data = Embeddings(test.image, text, space=predictor.space_, columns=columns)
-        expected, zero_shot = (
+        expected, judged = (
             predictor.predict_uncertainty(data),
             vilu.score(predictor, data).prediction,
         )
@@ -99,7 +101,7 @@ def test_onnxruntime_says_what_the_predictor_says(
             uncertainty, prediction = answers(tmp_path / "head.onnx", data, n)
             assert uncertainty.dtype == np.float64
             assert np.abs(uncertainty - expected[:n]).max() <= 1e-5, kind
-            assert np.array_equal(prediction, zero_shot[:n]), kind
+            assert np.array_equal(prediction, judged[:n]), kind
         if kind == "twice":
             assert prediction.max() < len(test.text)
     session = onnxruntime.InferenceSession((tmp_path / "head.onnx").read_bytes())
@@ -107,6 +109,7 @@ def test_onnxruntime_says_what_the_predictor_says(
     assert found["vilu.fingerprint"] == fingerprint
     assert found["vilu.embeddings.space"] == predictor.space_.fingerprint
     assert (found["vilu.method"], found["vilu.logit_scale"]) == (predictor.name, "20.0")
+    assert found["vilu.answer"] == predictor.answer
     assert found["vilu.version"] == vilu.__version__
 
 

@@ -79,7 +79,7 @@ def test_the_predictor_of_a_triage_is_exported(
     ]
     (work / "known.csv").write_text("\n".join(["path,label", *lines]))
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out")
-    run(*arguments, "--labels", "known.csv", "--answer", "zero_shot", cwd=work)
+    run(*arguments, "--labels", "known.csv", cwd=work)
     predictor = load_predictor(work / "out" / "predictor")
     assert (predictor.name, predictor.outcome.columns) == ("vilu_plus", ("negatives",))
     # the fake tower checks how many images there are, which no graph can

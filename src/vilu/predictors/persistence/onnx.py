@@ -94,7 +94,7 @@ def positions(rows: Tensor) -> Tensor:
 
 
 class ScoreGraph(nn.Module):
-    """Module that computes uncertainties and zero-shot answers from images, texts and columns.
+    """Module that computes uncertainties and answers from images, texts and columns.
 
     Attributes:
         batch: Class of the batches for which the score is computed.
@@ -114,7 +114,7 @@ class ScoreGraph(nn.Module):
         features: Tensor | None = None,
         negatives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Uncertainties (N,) float64 and zero-shot answers (N,) int64."""
+        """Uncertainties (N,) float64 and the judged answers (N,) int64."""
         rows = positions(image)
         columns = {FEATURES: features, NEGATIVES: negatives}
         batch = self.batch(
@@ -126,15 +126,33 @@ class ScoreGraph(nn.Module):
             logit_bias=self.space.logit_bias,
             columns={name: column for name, column in columns.items() if column is not None},
         )
-        return cast("Tensor", self.score(batch)).double(), batch.prediction
+        judged = self.judged(batch)
+        return cast("Tensor", self.score(judged)).double(), judged.prediction
+
+    def judged(self, batch: GraphBatch) -> Batch:
+        """The batch with the answers that are judged: here the zero-shot answers."""
+        return batch
+
+
+class AdaptedGraph(ScoreGraph):
+    """A ``ScoreGraph`` of adapted answers, whose ``score`` has a method ``log_posterior``.
+
+    The score computes the posterior once more. onnxruntime merges equal parts of a graph.
+    """
+
+    def judged(self, batch: GraphBatch) -> Batch:
+        """The batch with the likeliest candidates as answers."""
+        score: Any = self.score
+        log_posterior: Tensor = score.log_posterior(batch)
+        return batch.judging(log_posterior.argmax(dim=1))
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
     """The score of a predictor as a module of images (N, D) and texts (K, D), for any N and K.
 
     Raises:
-        NotExportable: If the method has no graph, it was fitted on given logits, or it judges other
-            answers than the zero-shot answers.
+        NotExportable: If the method has no graph, it was fitted on given logits, or it judges
+            given answers.
     """
     if are_given(predictor.notes_):
         raise NotExportable(
@@ -146,14 +164,15 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
         raise NotExportable(
             f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}."
         )
-    if predictor.answer != "zero_shot":
+    if predictor.answer == "given":
         raise NotExportable(
-            f"a graph answers zero-shot, and this {predictor.name} judges {predictor.answer} "
-            "answers. Export a predictor of zero-shot answers: `vilu fit` or `vilu triage` with "
-            "--answer zero_shot."
+            f"a graph computes its answers, and this {predictor.name} judges given answers of "
+            "another model. Export a predictor of other answers: `vilu fit --answer zero_shot`."
         )
     predictor.require_fitted()
     space = predictor.fitted_space
+    if predictor.answer == "adapted":
+        return AdaptedGraph(predictor.graph(), space).eval()
     constant = predictor.constant_
     if constant is None:
         return ScoreGraph(predictor.graph(), space).eval()
@@ -174,10 +193,13 @@ The rounding is the difference between the scores in float32 and in float64, bot
 """
 
 TIE = 1e-4
-"""An answer is clear if the two largest cosines differ by more than this share of the largest.
+"""A zero-shot answer is clear if the two largest cosines differ by more than this share.
 
-Otherwise rounding may change the answer.
+The share is of the largest cosine. Otherwise rounding may change the answer.
 """
+
+POSTERIOR_TIE = 1e-2
+"""An adapted answer is clear if the two largest log probabilities differ by more than this."""
 
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates with which an export is tested."""
@@ -212,7 +234,8 @@ def export_onnx(folder: str | Path | SavedModel, path: str | Path) -> float:
 
     Any N >= 1, K >= 2 and M >= 2 are allowed. All texts must be different, because equal texts
     would be one candidate in ``vilu.Embeddings``. The outputs are ``uncertainty`` (N,) float64 and
-    ``prediction`` (N,) int64. Logit scale and bias are constants of the graph.
+    ``prediction`` (N,) int64, the answers that the predictor judges. Logit scale and bias are
+    constants of the graph.
 
     Before the file is written, onnxruntime runs it on random rows. All answers must be those of the
     predictor. All uncertainties may differ by ``TOLERANCE``, or by ``ROUNDINGS`` times the rounding
@@ -295,6 +318,7 @@ def metadata(
     return {
         "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
+        "vilu.answer": predictor.answer,
         "vilu.fingerprint": fingerprint,
         "vilu.is_probability": str(predictor.is_probability).lower(),
         "vilu.embeddings.space": space.fingerprint,
@@ -340,7 +364,7 @@ def largest_difference(
         expected, expected_answer, is_clear = reference(predictor, trial)
         if (answer != expected_answer)[is_clear].any():
             raise DataError(
-                f"the exported {predictor.name} gives other zero-shot answers. Nothing was written."
+                f"the exported {predictor.name} gives other answers. Nothing was written."
             )
         float64_trial = {name: rows.double() for name, rows in trial.items()}
         with torch.no_grad():
@@ -372,7 +396,7 @@ def reference(
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Uncertainties (N,) and answers (N,) of the predictor, and whether each answer is clear (N,).
 
-    An answer is clear if rounding cannot change it (``TIE``).
+    An answer is clear if rounding cannot change it (``TIE``, ``POSTERIOR_TIE``).
     """
     image = trial["image"]
     text = trial["text"]
@@ -382,9 +406,14 @@ def reference(
         scored = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in scored])
     answer = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in scored])
-    cosines = image @ text.unique(dim=0).T
-    first, second = cosines.topk(2, dim=1).values.unbind(dim=1)
-    is_clear = first - second > TIE * first.abs()
+    if predictor.answer == "adapted":
+        posteriors = [predictor.log_posterior(batch).cpu() for batch, _ in scored]
+        first, second = torch.cat(posteriors).topk(2, dim=1).values.unbind(dim=1)
+        is_clear = first - second > POSTERIOR_TIE
+    else:
+        cosines = image @ text.unique(dim=0).T
+        first, second = cosines.topk(2, dim=1).values.unbind(dim=1)
+        is_clear = first - second > TIE * first.abs()
     return uncertainty, answer, is_clear.numpy()
 
 

@@ -30,6 +30,7 @@ from vilu.predictors.contract.predictor import FailurePredictor, Learnt
 from vilu.predictors.nn.attention import (
     FEATURES,
     ImageInputs,
+    Match,
     Start,
     SupervisedAttention,
     fit_attention,
@@ -416,21 +417,29 @@ class PlusGraph(nn.Module):
         self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
 
     def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64 uncertainties."""
-        attention = self.experts.attention
-        match = attention.match(batch.text) if len(attention.classes) else None
-        logits = self.experts.all_logits(batch, match)
-        weights: Tensor = self.alone
-        if match is not None and len(self.pool) > 1:
-            weights = torch.where(match.known.all(), self.pool, self.alone)
-        pooled = pool(float64(logits).log_softmax(dim=-1), weights)
-        log_odds = failure_log_odds(pooled, batch)
+        """(N,) float64 uncertainties of the judged answers."""
+        log_odds = failure_log_odds(self.log_posterior(batch), batch)
         if self.outside is not None:
+            match = self.match(batch)
             classes = None
             if match is not None:
                 classes = torch.where(match.known, match.row, -1)  # -1: no training class
             log_odds = with_outside(log_odds, self.outside(batch, classes))
         return torch.sigmoid(log_odds)
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(N, K) float64 log probabilities of the candidates, up to a constant of every row."""
+        match = self.match(batch)
+        logits = self.experts.all_logits(batch, match)
+        weights: Tensor = self.alone
+        if match is not None and len(self.pool) > 1:
+            weights = torch.where(match.known.all(), self.pool, self.alone)
+        return pool(float64(logits).log_softmax(dim=-1), weights)
+
+    def match(self, batch: Batch) -> Match | None:
+        """The candidates compared with the training classes; None without training classes."""
+        attention = self.experts.attention
+        return attention.match(batch.text) if len(attention.classes) else None
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
