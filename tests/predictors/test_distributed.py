@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests.command import PYTHONPATH, ROOT
 from tests.e2e import ddp_worker
+from vilu.artifacts.disk import locked
 from vilu.errors import UsageError
 from vilu.predictors.nn.processes import (
     VARIABLES,
@@ -137,7 +138,7 @@ from vilu.predictors.vilu.vilu import ViLU
 
 def fit_in(folder):
     try:
-        with checkpointing(folder, resume=True) as session:
+        with checkpointing(folder, resume="earlier" not in folder.name) as session:
             session.name_fit("these inputs")
             ViLU(**QUICK).fit(toy_embeddings(n=330))
     except ViLUError as error:
@@ -160,17 +161,25 @@ def test_an_error_of_the_leading_process_reaches_the_others(tmp_path: Path) -> N
     cannot_read = tmp_path / "2"
     (cannot_read / "run_0").mkdir(parents=True)
     (cannot_read / "run_0" / "00000001.json").write_text("{")
-    leading, second = by_hand(tmp_path, "-c", FITS_THAT_FAIL)
+    (tmp_path / "3").touch()  # a file where the folder should be
+    (tmp_path / "4 earlier" / "run_0").mkdir(parents=True)
+    busy = tmp_path / "5"
+    busy.mkdir()
+    with locked(busy, "training with"):
+        leading, second = by_hand(tmp_path, "-c", FITS_THAT_FAIL)
     errors = leading.splitlines()
-    assert [error[:2] for error in errors] == ["7 ", "7 ", "3 "]
+    assert [error[:2] for error in errors] == ["7 ", "7 ", "3 ", "7 ", "2 ", "75"]
     assert "fit.txt" in errors[0]
     assert "run_0" in errors[1]
     assert "no checkpoint in" in errors[2]
-    kinds = ["StorageError", "StorageError", "DataError"]
-    assert second.splitlines() == [
-        f"{error[:2]}the leading process stopped with {kind}: {error[2:]}"
-        for error, kind in zip(errors, kinds, strict=True)
-    ]
+    assert "4 earlier holds checkpoints of an earlier run" in errors[4]
+    assert "is training with the checkpoints in" in errors[5]
+    kinds = ["StorageError", "StorageError", "DataError", "StorageError", "UsageError", "BusyError"]
+    expected = []
+    for error, kind in zip(errors, kinds, strict=True):
+        code, _, message = error.partition(" ")
+        expected.append(f"{code} the leading process stopped with {kind}: {message}")
+    assert second.splitlines() == expected
 
 
 def test_one_process_is_a_world() -> None:

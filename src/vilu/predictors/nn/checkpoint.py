@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -316,15 +316,10 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
         BusyError: If another process trains with this folder.
         StorageError: If the file system refuses an operation.
     """
-    session = FolderSession(make_folder(folder), current_world())
-    lock: AbstractContextManager[object] = nullcontext()
-    if session.world.leads:  # only the leading process uses the folder
-        lock = locked(session.folder, "training with the checkpoints in")
-    with lock:
-        if session.world.leads and session.runs() and not resume:
-            raise UsageError(
-                f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
-            )
+    session = FolderSession(Path(folder), current_world())
+    with ExitStack() as held:
+        # Only the leading process uses the folder. If it is refused, all processes raise the error.
+        session.world.call_on_leader(lambda: _take_folder(session, held, resume=resume))
         token = _session.set(session)
         try:
             yield session
@@ -332,6 +327,20 @@ def checkpointing(folder: str | Path, *, resume: bool = False) -> Iterator[Folde
             _session.reset(token)
     if session.removed:
         _remove_empty(session.folder)
+
+
+def _take_folder(session: FolderSession, held: ExitStack, *, resume: bool) -> None:
+    """Make the folder of a session, and lock it until ``held`` is closed.
+
+    Raises:
+        UsageError, BusyError, StorageError: As in ``checkpointing``.
+    """
+    folder = make_folder(session.folder)
+    held.enter_context(locked(folder, "training with the checkpoints in"))
+    if session.runs() and not resume:
+        raise UsageError(
+            f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
+        )
 
 
 def _remove_empty(folder: Path) -> None:
