@@ -151,6 +151,38 @@ def _hook_hub_bars() -> Iterator[None]:
         yield
 
 
+HUB_CONSTANTS = "huggingface_hub.constants"
+
+_is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
+"""Whether the current thread is in an ``offline_hub`` block."""
+
+
+class _OfflineHere:
+    """A switch that is on in offline threads, and as ``before`` in all others."""
+
+    def __init__(self, before: object) -> None:
+        self.before = before
+
+    def __bool__(self) -> bool:
+        return _is_offline.get() or bool(self.before)
+
+
+@contextmanager
+def _hook_hub_offline() -> Iterator[None]:
+    """Let the client of the hub ask in the block whether its thread is offline."""
+    # The client reads the environment variable HF_HUB_OFFLINE when it is imported, and this
+    # constant at every request.
+    client: Any = importlib.import_module(HUB_CONSTANTS)
+    switch = _OfflineHere(client.HF_HUB_OFFLINE)
+    client.HF_HUB_OFFLINE = switch
+    try:
+        yield
+    finally:
+        # a value that another thread has set meanwhile stays
+        if client.HF_HUB_OFFLINE is switch:
+            client.HF_HUB_OFFLINE = switch.before
+
+
 class _SharedContext:
     """A context that several threads share. The first thread enters it, the last one leaves it."""
 
@@ -180,6 +212,24 @@ HOOKS = {
     HUB_BARS: _SharedContext(_hook_hub_bars),
 }
 """Contexts that silence quiet threads, by the name of the module whose output they suppress."""
+
+
+_OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
+
+
+@contextmanager
+def offline_hub() -> Iterator[None]:
+    """Keep the client of the hub from the network in this thread, in the block.
+
+    Other threads are not affected. An argument ``local_files_only`` would not do, because open_clip
+    has none.
+    """
+    token = _is_offline.set(True)
+    try:
+        with _OFFLINE_HOOK:
+            yield
+    finally:
+        _is_offline.reset(token)
 
 
 @contextmanager

@@ -229,12 +229,34 @@ def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) ->
     seen: list[bool] = []
 
     def load() -> str:
-        seen.append(hub.HF_HUB_OFFLINE)
+        seen.append(bool(hub.HF_HUB_OFFLINE))
         return "model"
 
     assert load_cached_first(load, "hf:a/b", "a/b") == "model"
     assert seen == [True]
     assert hub.HF_HUB_OFFLINE is False
+
+
+def test_a_second_thread_stays_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread loads from the cache, another one may use the network."""
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+
+    def is_offline() -> bool:
+        return bool(hub.HF_HUB_OFFLINE)
+
+    def load(second_thread: ThreadPoolExecutor) -> list[bool]:
+        seen = [is_offline(), second_thread.submit(is_offline).result()]
+        # a second load, which ends while this one goes on
+        second_thread.submit(load_local, is_offline, "hf:tiny").result()
+        return [*seen, is_offline(), second_thread.submit(is_offline).result()]
+
+    with ThreadPoolExecutor(1) as second_thread:
+        seen = load_cached_first(lambda: load(second_thread), "hf:a/b", "a/b")
+        assert seen == [True, False, True, False]
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)  # a caller who is offline stays so
+        seen = load_cached_first(lambda: load(second_thread), "hf:a/b", "a/b")
+        assert seen == [True, True, True, True]
+    assert hub.HF_HUB_OFFLINE is True
 
 
 @pytest.mark.parametrize(

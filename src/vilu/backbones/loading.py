@@ -11,8 +11,7 @@ import re
 import struct
 import textwrap
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
+from contextlib import nullcontext
 from pickle import UnpicklingError
 from typing import TypeVar
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from vilu.artifacts.hashing import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.extras import hub_reachable, quiet, setting
+from vilu.extras import hub_reachable, offline_hub, quiet
 
 UNREADABLE = (
     RuntimeError,
@@ -126,7 +125,7 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
 def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
     """Run ``load`` without output of libraries, and convert their exceptions to errors of vilu."""
     try:
-        network = _offline_hub() if offline else nullcontext()
+        network = offline_hub() if offline else nullcontext()
         with quiet(), network:
             return load()
     except ViLUError:
@@ -147,16 +146,6 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
         raise ProvenanceError(
             f"the files of {name} do not make a model together: {_brief(error)}."
         ) from error
-
-
-def _offline_hub() -> AbstractContextManager[None]:
-    """Context in which the client of the hub does not use the network.
-
-    The client reads the environment variable HF_HUB_OFFLINE only when it is imported. Therefore the
-    constant of the client is changed instead of the variable.
-    """
-    client = import_module("huggingface_hub.constants")
-    return setting(client, HF_HUB_OFFLINE=True)
 
 
 def why_refused(error: Exception) -> str:

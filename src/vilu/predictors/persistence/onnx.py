@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from functools import cached_property
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -281,7 +279,7 @@ def write_graph(
     """
     n_rows = torch.export.Dim("N")
     open_sizes = {"text": torch.export.Dim("K", min=2), NEGATIVES: torch.export.Dim("M", min=2)}
-    with quiet(), redirect_stdout(StringIO()):  # onnxscript before 0.7 prints its progress
+    with quiet():
         exported = torch.onnx.export(
             graph,
             kwargs=example,
