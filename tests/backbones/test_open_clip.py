@@ -329,6 +329,13 @@ def test_absent_offline(
         load_backbone(f"open_clip:{spec}", device="cpu")
 
 
+def test_a_model_without_a_repository_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"hf_hub": "weights.pt", "url": ""}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_: entry)
+    with pytest.raises(UsageError, match=r"no repository .* 'weights\.pt', expected ORG/NAME"):
+        load_backbone("open_clip:ViT-B-32/openai")
+
+
 def test_unknown_names() -> None:
     with pytest.raises(UsageError, match=r"no model 'ViT-B-23'.*ViT-B-32"):
         load_backbone("open_clip:ViT-B-23/openai")

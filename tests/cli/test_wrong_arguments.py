@@ -88,6 +88,7 @@ def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: s
         ),
         (["calibrate", "store", "pred"], "They are in the wrong order"),
         (["explain", "store", "pred"], "They are in the wrong order"),
+        (["fit", "pred", "pred", "-o", "f"], "where a store of embeddings should be. See vilu fit"),
         (["evaluate", "store"], "store is a store of embeddings, where scores should be"),
         (["evaluate", "pred"], "pred is a predictor, where scores should be"),
         (["fit", "pred", "-o", "f"], "pred is a predictor, where a store of embeddings should be"),

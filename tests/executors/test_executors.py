@@ -74,6 +74,8 @@ def test_rank_from_the_environment(environment, rank, world):
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be a whole number"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number"),
         ({"SLURM_PROCID": "0"}, "SLURM_PROCID and SLURM_NTASKS"),
+        (srun(0, 2) | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID must be a whole number"),
+        (srun(0, 2) | {"LOCAL_RANK": "x"}, "LOCAL_RANK must be a whole number"),
         ({"SLURM_ARRAY_TASK_ID": "0"}, "Missing: SLURM_ARRAY_TASK_COUNT, SLURM_ARRAY_TASK_MIN"),
         (array(7, 3, least=1), "array task 7 is not among 3 from 1 on"),
         (array(11, 3, least=10, SLURM_ARRAY_TASK_STEP="2"), "steps of 2"),

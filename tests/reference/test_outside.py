@@ -4,6 +4,9 @@ and worlds of known answer.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +50,17 @@ def world(
 def arrays(data: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     words = data.column("negatives", torch.arange(1))
     return tuple(tensor.double().numpy() for tensor in (data.image, data.text, words))
+
+
+def test_far_words_do_not_keep_their_tensors() -> None:
+    words, text = torch.eye(4), torch.eye(4)[:2]
+    first = far_words(words, text, 0.5)
+    assert far_words(words, text, 0.5) is first  # known
+    assert far_words(words, text, 0.25).tolist() == [2]
+    references = [weakref.ref(words), weakref.ref(text)]
+    del words, text
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5, 1.0])

@@ -397,7 +397,7 @@ MISTAKES = {
     "too few numbers": (
         ("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}),
         422,
-        "1 rows of 16 numbers",
+        "1 row of 16 numbers. Found 1 row of 1 to 1",
     ),
     "not finite": (("POST", "/v1/scores", {"content": b'{"embeddings": [[NaN]]}'}), 422, "finite"),
     "no direction": (

@@ -22,6 +22,7 @@ import vilu
 from tests.builders.array_files import NAMES, arrays, save
 from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.store import importing
 from vilu.store.arrays import Arrays
 from vilu.store.importing import _read_targets, import_arrays
 from vilu.store.inspect import inspect
@@ -42,6 +43,20 @@ def imported(
     folder: Path, values: dict, name: str = "a.npz", **settings: object
 ) -> vilu.EmbeddingStore:
     return import_arrays(save(folder / name, values), folder / "store", **settings)
+
+
+def test_names_of_one_hash_are_compared_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two equal names there may be another one of the same hash."""
+    monkeypatch.setattr(importing, "hash_names", lambda names: np.zeros(len([*names]), np.uint64))
+    names = [f"name {row}" for row in range(30)]
+    for folder in ("good", "bad"):
+        (tmp_path / folder).mkdir()
+    assert list(imported(tmp_path / "good", arrays(ids=np.array(names))).ids) == names
+    names[28] = names[3]
+    with pytest.raises(DataError, match="Rows 3 and 28 are both 'name 3'"):
+        imported(tmp_path / "bad", arrays(ids=np.array(names)))
 
 
 @pytest.mark.parametrize("name", ["a.npz", "folder"])

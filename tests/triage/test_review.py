@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
@@ -165,6 +166,22 @@ def test_photos_that_were_chosen_for_review_come_back_as_chosen(
     book.answer(found, kept)
     assert book.entries[chosen.path].stream == "fit"
     assert all(one.stream == "fit" for one in book if one.path not in asked)
+
+
+def test_fiftyone_is_told_what_was_decided(half: Path, tmp_path: Path) -> None:
+    scores = Outcomes.load(half / "decisions.parquet")
+    decisions = ["accept", "review"] * (len(scores) // 2)
+    decided = replace(scores, decision=decisions, decision_reason=[None] * len(scores))
+    decided.save(tmp_path / "scores.parquet")
+    samples_of = {}
+    for name in ("half", "scores"):
+        source = half if name == "half" else tmp_path / "scores.parquet"
+        write_review(open_review(source, "all"), "fiftyone", tmp_path / name)
+        content = json.loads((tmp_path / name / "samples.json").read_text())
+        samples_of[name] = {one["path"]: one["decision"] for one in content["samples"]}
+    assert samples_of["scores"] == dict(zip(scores.ids, decisions, strict=True))
+    written = rows(half / "decisions.csv")
+    assert samples_of["half"] == {row["path"]: row["decision"] for row in written}
 
 
 def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:

@@ -199,11 +199,19 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise UsageError(f"{model} of open_clip has no pretraining tag {tag!r}. Its tags: {tags}.")
     hub = open_clip.pretrained
-    organisation, repository_name, *_ = pretrained["hf_hub"].split("/")
+    # an entry is ORG/NAME/FILE, or ORG/NAME/ for the usual file
+    entry = pretrained.get("hf_hub", "")
+    repository, _, _ = entry.rpartition("/")
+    if not repository:
+        raise UsageError(
+            f"the registry of open_clip names no repository of the model hub for {argument} (its "
+            f"entry is {entry!r}, expected ORG/NAME/FILE). Choose another tag, or give a folder "
+            f"with {CONFIG} and weights."
+        )
     return Source(
         name=f"open_clip:{argument}",
         model=model,
-        repository=f"{organisation}/{repository_name}",
+        repository=repository,
         fetch=lambda: hub.download_pretrained(pretrained),
         tag=tag,
         quick_gelu=bool(pretrained.get("quick_gelu")),

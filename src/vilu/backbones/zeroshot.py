@@ -14,6 +14,7 @@ from vilu.backbones.base import Backbone, DualEncoder
 from vilu.callers import warn_caller
 from vilu.embeddings.checks import check_class_names
 from vilu.errors import DataError, UsageError
+from vilu.text import plural
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -141,7 +142,7 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     if pairs:
         first, second = pairs[0]
         warn_caller(
-            f"{len(pairs)} pairs of classes have nearly the same text embedding (cosine above "
-            f"{NEAR_DUPLICATE}), the first is {first!r} and {second!r}: the model can hardly tell "
-            "them apart. Reword or merge them."
+            "the model can hardly tell some classes apart, since their text embeddings have a "
+            f"cosine above {NEAR_DUPLICATE}: {plural(len(pairs), 'pair')}, the first is {first!r} "
+            f"and {second!r}. Reword or merge them."
         )

@@ -382,15 +382,16 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
     wrong = []
+    exchanged = set()  # the wanted kind and the kind of every wrong path
     for parameter, wanted in wanted_kinds.items():
         for path in _paths(values.get(parameter)):
             kind = kind_of(path)
             if kind not in {None, wanted}:
                 wrong.append(f"{path} is {kind}, where {wanted} should be")
+                exchanged.add((wanted, kind))
     if wrong:
         advice = ""
-        are_both_wrong = len(wrong) == len(PAIR)  # so the predictor and the store were swapped
-        if are_both_wrong:
+        if exchanged == {(PREDICTOR, STORE), (STORE, PREDICTOR)}:
             advice = " They are in the wrong order."
         raise UsageError(f"{', and '.join(wrong)}.{advice} See vilu {command} --help.")
 

@@ -35,6 +35,7 @@ from vilu.service.journals import NAMES, GuaranteeState, Journals, Scores, Servi
 from vilu.store.manifest import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
+from vilu.text import plural
 
 logger = logging.getLogger(__name__)
 
@@ -394,7 +395,8 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
         return
     range_of_widths = f" of {min(lengths)} to {max(lengths)}" if rows else ""
     raise DataError(
-        f"{name} must be {n_rows} rows of {width} numbers. Found {len(rows)} rows{range_of_widths}."
+        f"{name} must be {plural(n_rows, 'row')} of {width} numbers. "
+        f"Found {plural(len(rows), 'row')}{range_of_widths}."
     )
 
 

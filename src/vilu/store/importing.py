@@ -627,18 +627,20 @@ def _check_ids(stored: StoredArray | None, n_rows: int) -> None:
         hashes_of_blocks.append(hash_names(texts_of(block, stored.where)))
     hashes = np.concatenate(hashes_of_blocks)
     # After sorting, equal hashes are neighbours. Their identifiers are compared, too, because
-    # different identifiers can have the same hash.
+    # different identifiers can have the same hash. Between two equal identifiers there may be
+    # a third one of this hash, so every one is compared with all before it.
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
-    equals_next = ordered[:-1] == ordered[1:]
-    for i in np.flatnonzero(equals_next).tolist():
-        first, second = order[i : i + 2].tolist()
-        name = _name_of_row(stored, first)
-        if name == _name_of_row(stored, second):
+    equals_next = np.flatnonzero(ordered[:-1] == ordered[1:])
+    row_of: dict[str, int] = {}  # by identifier, of the identifiers that share their hash
+    for row in order[np.union1d(equals_next, equals_next + 1)].tolist():
+        name = _name_of_row(stored, row)
+        if name in row_of:
             raise DataError(
-                f"{stored.where} must name each of the {n_rows} rows once. Rows {first} and "
-                f"{second} are both {name!r:.80}. Rename them, or leave the identifiers out."
+                f"{stored.where} must name each of the {n_rows} rows once. Rows {row_of[name]} and "
+                f"{row} are both {name!r:.80}. Rename them, or leave the identifiers out."
             )
+        row_of[name] = row
 
 
 def _name_of_row(stored: StoredArray, row: int) -> str:

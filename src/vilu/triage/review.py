@@ -44,6 +44,7 @@ class ReviewTask:
         zero_shot: The zero-shot answer; None if it is the same as ``answer``.
         stream: Why the label was asked for. Photos that were not asked for have the stream
             ``CHOSEN``, because their labels may be used in fits only.
+        decision: "accept" or "review"; "labelled" for a photo with a label in the triage.
     """
 
     path: str
@@ -52,6 +53,7 @@ class ReviewTask:
     runner_up: str | None = None
     zero_shot: str | None = None
     stream: str = CHOSEN
+    decision: str = REVIEW
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
         runner_up=row["runner_up"] or None,
         zero_shot=zero_shot,
         stream=stream,
+        decision=row["decision"],
     )
 
 
@@ -219,6 +222,7 @@ def _of_scores(path: Path, which: Which) -> Review:
                 answer=answer,
                 failure_probability=_probability(outcomes, row),
                 zero_shot=zero_shot,
+                decision=ACCEPT if is_accepted else REVIEW,
             )
             tasks.append(task)
     return Review(

@@ -203,7 +203,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
         MODEL_FIELD: classification,
         TRUTH_FIELD: None,
         "uncertainty": task.failure_probability,
-        "decision": "review",
+        "decision": task.decision,
         "zero_shot": task.zero_shot,
         "path": task.path,
     }

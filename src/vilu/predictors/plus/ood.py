@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
@@ -34,9 +34,13 @@ from vilu.predictors.contract.predictor import FailurePredictor
 NEGATIVES = "negatives"
 
 
-# Tensors are hashed by identity, and all batches have the same two tensors. So the result is
-# computed for the first batch only.
-@lru_cache(maxsize=4)
+# All batches of a source have the same texts and words, so the far words are computed for the first
+# batch only. They are kept by text and by words, as long as both tensors exist.
+_KNOWN_FAR_WORDS: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Tensor]]] = (
+    WeakTensorKeyDictionary()
+)
+
+
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """Return the ascending indices (M',) of the words (M, D) that are far from the classes (K, D).
 
@@ -44,6 +48,16 @@ def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -
     ``share`` of the words with the least nearness is returned, at least one word. Of two words of
     equal nearness the one with the lower index is taken first.
     """
+    of_text = _KNOWN_FAR_WORDS.setdefault(text, WeakTensorKeyDictionary())
+    of_words = of_text.setdefault(words, {})
+    setting = (share, nearest)
+    if setting not in of_words:
+        of_words[setting] = _far_words(words, text, share, nearest)
+    return of_words[setting]
+
+
+def _far_words(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
+    """As ``far_words``, without a look at what is known."""
     # A word near a class would take softmax mass from images of that class, which are inside. So
     # such words are left out.
     cosine = words @ text.T

@@ -412,9 +412,10 @@ class RankExecutor:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self.rank = Rank.of(environment)
         # number of this process on its machine, from torchrun, or else from Slurm
-        local_rank = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID"))
-        if local_rank is not None:
-            take_gpu(_number("LOCAL_RANK", local_rank))
+        for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+            if name in environment:
+                take_gpu(_number(name, environment[name]))
+                break
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipts of the parts of this rank."""
