@@ -1,0 +1,378 @@
+"""Procedures that test a guarantee while labels come, compared on kept scores.
+
+    python -m benchmarks.procedures chains STORE... --out build/chains --seeds 5
+    python -m benchmarks.procedures replay build/chains [--names before default ...]
+
+``chains`` fits ``vilu_plus`` on more and more labels that a triage would ask for, and keeps the
+scores: a file for every set and seed. Files that exist are left as they are. ``replay`` takes every
+procedure through every chain (``benchmarks.replays``), and prints
+
+1. the mean share of the photos without a label that are accepted at a guaranteed risk of 5 %
+   (confidence 95 %), and its difference to ``before``, over sets, with its 95 % interval (t);
+2. the same over the sets of docs/triage.md, and the number of labels until half of the coverage
+   that random labels reach in the end;
+3. the same shares of every set at 400 labels, over seeds.
+
+Labels are those of both sides; the photos are those of the calibration side, because the picks of
+the fit side leave a biased rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.replays import (
+    DELTA,
+    TO_END_OF_DRAWS,
+    TO_FIRST_OPEN,
+    Chain,
+    Procedure,
+    Reached,
+    Replay,
+    follow,
+    further,
+    one_look,
+)
+from benchmarks.risk_tests import Bets, ExactLook, PlannedLooks, WeightedBets
+from vilu.calibration.anytime import HANDED_ON, STARTS, level_of
+from vilu.embeddings.columns import AnswerKind
+from vilu.metrics.counts import Floats, Ints
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.scoring.score import score
+from vilu.store.reader import EmbeddingStore
+from vilu.triage.choose import choose_to_fit
+from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, fit
+from vilu.triage.labels import side_of
+from vilu.triage.photos import Photos
+from vilu.triage.run import ENOUGH_TO_FIT, MOST_TO_FIT, SHARE_WORTH_A_DRAW, WORTH_MORE
+from vilu.triage.trial import PLANNED
+
+SIZES: Final = (100, 150, 200, 300, 400, 600, 800)
+SIZE_OF_SETS: Final = 400
+"""Number of labels at which the sets are shown one by one."""
+
+STEP: Final = 50
+"""Number of labels from one fit of a chain to the next."""
+
+MOST_TO_KEEP: Final = 500
+"""Number of labels of the last fit of a chain."""
+
+HALF_OF_RANDOM: Final = {
+    "caltech66": 0.62,
+    "cifar10c": 0.15,
+    "clothing": 0.25,
+    "food9": 0.30,
+    "pets_in123": 0.71,
+    "proto_oxfordpets": 0.51,
+    "proto_ucf101": 0.31,
+}
+"""Half of the coverage that random labels reach in the end (docs/triage.md), by set."""
+
+NEVER: Final = 1_600
+"""Number of labels that counts for a set on which a procedure does not get half-way."""
+
+
+def harmonic_level(attempt: int, delta: float) -> float:
+    """Level of predictor number k before levels were handed on: delta / (k (k + 1))."""
+    return delta / (attempt * (attempt + 1))
+
+
+WHOLE_LEVEL: Final = 1 / dict(STARTS)[64]
+"""``planned_share`` at which ``Trial.plan`` plans the limit for the whole level."""
+
+DEFAULT: Final = Procedure(
+    test=Bets(STARTS, HANDED_ON),
+    level_of=level_of,
+    planned_share=1.0,
+    planned_ahead=PLANNED // 2,
+    counting=TO_FIRST_OPEN,
+    move_limit=further,
+    most_to_fit=MOST_TO_FIT,
+    share_worth_a_draw=SHARE_WORTH_A_DRAW,
+    enough_to_fit=ENOUGH_TO_FIT,
+    candidate_part=1.0,
+    worth_more=WORTH_MORE,
+    grown_before_a_look=1.25,
+)
+
+BEFORE: Final = Procedure(
+    test=Bets(((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6)), handed_on=0.0),
+    level_of=harmonic_level,
+    planned_share=WHOLE_LEVEL,
+    planned_ahead=0,
+    counting=TO_END_OF_DRAWS,
+    move_limit=further,
+    most_to_fit=50,
+    share_worth_a_draw=0.0,
+    enough_to_fit=50,
+    candidate_part=1 / 3,
+    worth_more=1.1,
+    grown_before_a_look=1.5,
+)
+
+EXACT_SHARE: Final = 3.0
+"""``planned_share`` for exact tests, which certify with about as many labels as bets would with
+three times their level."""
+
+
+def planned_looks(growth: float, first_share: float, decay: float, n_looks: int) -> Procedure:
+    """The default with planned looks in place of bets."""
+    test = PlannedLooks(STARTS, HANDED_ON, growth, first_share, decay, n_looks)
+    return replace(DEFAULT, test=test, planned_share=EXACT_SHARE)
+
+
+def weighted_draws(floor: float) -> Procedure:
+    """The default with draws by predicted risk, and weighted bets."""
+    return replace(DEFAULT, test=WeightedBets(STARTS, HANDED_ON, floor))
+
+
+PROCEDURES: Final = {
+    "before": BEFORE,
+    "default": DEFAULT,
+    "default, no level handed on": replace(DEFAULT, test=Bets(STARTS, handed_on=0.0)),
+    "default, labels in the old order": replace(DEFAULT, counting=TO_END_OF_DRAWS),
+    "looks x 1.1, 50 % first": planned_looks(1.1, first_share=0.5, decay=0.9, n_looks=24),
+    "looks x 1.15, 30 % first": planned_looks(1.15, first_share=0.3, decay=0.85, n_looks=18),
+    "looks x 1.3, 40 % first": planned_looks(1.3, first_share=0.4, decay=0.7, n_looks=10),
+    "looks x 1.3, 10 % first": planned_looks(1.3, first_share=0.1, decay=0.9, n_looks=10),
+    "looks x 2, 50 % first": planned_looks(2.0, first_share=0.5, decay=0.5, n_looks=4),
+    "weighted draws, floor 0.8": weighted_draws(floor=0.8),
+    "weighted draws, floor 0.5": weighted_draws(floor=0.5),
+    "weighted draws, floor 0.25": weighted_draws(floor=0.25),
+    "limit follows the labels": replace(DEFAULT, move_limit=follow),
+}
+"""The procedures that are replayed, by the name in the table."""
+
+ONE_LOOK: Final = ExactLook(STARTS, handed_on=0.0)
+ONE_LOOK_NAME: Final = "one exact look"
+
+
+# Chains.
+
+
+def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
+    """Fit on more and more labels of a store, and keep the scores of all rows by every fit."""
+    photos = Photos([(store, np.arange(len(store)))], {})
+    names = list(store.class_names or ())
+    class_of = dict(zip(photos.ids, [names[k] for k in store.target.tolist()], strict=True))
+    is_calibration, position = side_of(photos.pictures, seed)
+    fit_side = np.flatnonzero(~is_calibration)
+    rows: Ints = np.zeros(0, np.int64)
+    zero_shot = fit(ZERO_SHOT, photos, rows, seed)
+    uncertainty, failure = judged(zero_shot, photos, store, "zero_shot")
+    uncertainties = [uncertainty]
+    failures = [failure]
+    n_fit = [0]
+    while len(rows) < min(MOST_TO_KEEP, len(fit_side)):
+        open_rows = np.setdiff1d(fit_side, rows)
+        chosen = choose_to_fit(photos, open_rows, uncertainty, STEP, seed)
+        rows = np.sort(np.concatenate([rows, chosen]))
+        labelled = [photos.ids[row] for row in rows.tolist()]
+        photos.label({key: class_of[key] for key in labelled}, ())
+        predictor = fit(FROM_LABELS, photos, rows, seed)
+        uncertainty, failure = judged(predictor, photos, store, "adapted")
+        uncertainties.append(uncertainty)
+        failures.append(failure)
+        n_fit.append(len(rows))
+    np.savez_compressed(
+        path,
+        u=np.array(uncertainties),
+        wrong=np.array(failures),
+        n_fit=n_fit,
+        cal=is_calibration,
+        pos=position,
+        n_classes=len(names),
+    )
+
+
+def judged(
+    predictor: FailurePredictor, photos: Photos, store: EmbeddingStore, answer: AnswerKind
+) -> tuple[Floats, Ints]:
+    """Uncertainty (N,) of a kind of answers to all photos, and whether the answers are wrong."""
+    outcomes = score(predictor.judging(answer), photos)
+    is_wrong = np.asarray(outcomes.prediction) != store.target.numpy()
+    return outcomes.uncertainty, is_wrong.astype(np.int64)
+
+
+def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
+    """Write the chains that are missing; all sets of a seed come before the next seed."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("vilu").setLevel(logging.ERROR)
+    out.mkdir(parents=True, exist_ok=True)
+    stores = {path.name: EmbeddingStore(path) for path in paths}
+    for seed in range(n_seeds):
+        for name, store in stores.items():
+            path = out / f"{name}_{seed}.npz"
+            if path.exists():
+                continue
+            # A run that is killed leaves no half of a file under the name.
+            partial = path.with_suffix(".partial.npz")
+            write_chain(store, seed, partial)
+            partial.rename(path)
+            print(path, flush=True)
+
+
+# Replays.
+
+Curve = list[Reached]
+Curves = dict[str, list[Curve]]
+"""A curve for every seed, by the name of the set."""
+
+
+def curves_of(chains: Iterable[Chain], replayed: Callable[[Chain], Curve]) -> Curves:
+    """The curves of a procedure."""
+    curves: Curves = {}
+    for chain in chains:
+        curves.setdefault(chain.name, []).append(replayed(chain))
+    return curves
+
+
+def replayed_by(procedure: Procedure) -> Callable[[Chain], Curve]:
+    """The rounds of a chain by a procedure."""
+    return lambda chain: list(Replay(chain, procedure).rounds())
+
+
+def looked_at_once(chain: Chain) -> Curve:
+    """One exact look at every size, each as if it were the only one."""
+    curve = []
+    for n_labels in SIZES:
+        curve.append(Reached(n_labels, one_look(chain, n_labels, ONE_LOOK, EXACT_SHARE), 0.0))
+    return curve
+
+
+def coverage_at(curve: Curve, n_labels: int) -> float:
+    """Coverage that is reached with at most so many labels."""
+    reached = [point.coverage for point in curve if point.n_labels <= n_labels]
+    return reached[-1] if reached else 0.0
+
+
+def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
+    """Mean over seeds of the coverage that is reached with at most so many labels."""
+    return float(np.mean([coverage_at(curve, n_labels) for curve in curves]))
+
+
+def labels_to_half(curves: Sequence[Curve], half: float) -> int:
+    """Smallest number of labels at which the mean over seeds reaches a coverage, or ``NEVER``."""
+    numbers = {point.n_labels for curve in curves for point in curve}
+    for n_labels in sorted(numbers):
+        if mean_coverage(curves, n_labels) >= half:
+            return n_labels
+    return NEVER
+
+
+def half_width(differences: Floats) -> float:
+    """Half the width of the 95 % interval (t) of a mean; NaN for a single number."""
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+
+
+def rows_of_shares(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+    """Mean coverage over sets at every size, with the difference to ``before``."""
+    yield "| procedure | " + " | ".join(f"{n}" for n in SIZES) + " |"
+    yield "|---" * (len(SIZES) + 1) + "|"
+    before = all_curves["before"]
+    for name, curves in all_curves.items():
+        cells = []
+        for size in SIZES:
+            share = np.array([mean_coverage(curves[key], size) for key in sets])
+            share_before = np.array([mean_coverage(before[key], size) for key in sets])
+            apart = share - share_before
+            cell = f"{share.mean():.3f}"
+            if name != "before":
+                cell += f" ({apart.mean():+.3f} ± {half_width(apart):.3f})"
+            cells.append(cell)
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def rows_of_halves(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+    """Labels until half-way on every set, and the mean ratio to those of ``before``."""
+    yield "| procedure | " + " | ".join(sets) + " | mean ratio |"
+    yield "|---" * (len(sets) + 2) + "|"
+    before = [labels_to_half(all_curves["before"][key], HALF_OF_RANDOM[key]) for key in sets]
+    for name, curves in all_curves.items():
+        numbers = [labels_to_half(curves[key], HALF_OF_RANDOM[key]) for key in sets]
+        ratio = np.mean(np.array(numbers) / np.array(before))
+        cells = [str(n) if n < NEVER else "–" for n in numbers]
+        yield f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} |"
+
+
+def rows_of_sets(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+    """Coverage of every set at one size, with the difference to ``before`` over seeds."""
+    before = all_curves["before"]
+    yield "| procedure | " + " | ".join(f"{key} ({len(before[key])})" for key in sets) + " |"
+    yield "|---" * (len(sets) + 1) + "|"
+    for name, curves in all_curves.items():
+        cells = []
+        for key in sets:
+            share = np.array([coverage_at(curve, SIZE_OF_SETS) for curve in curves[key]])
+            share_before = np.array([coverage_at(curve, SIZE_OF_SETS) for curve in before[key]])
+            apart = share - share_before
+            cell = f"{share.mean():.2f}"
+            if name != "before":
+                cell += f" ({apart.mean():+.2f} ± {half_width(apart):.2f})"
+            cells.append(cell)
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def largest_risk(curves: Curves) -> float:
+    """Largest error rate of what is accepted, over all rounds of all chains."""
+    risks = []
+    for of_set in curves.values():
+        for curve in of_set:
+            risks += [point.risk for point in curve]
+    return max(risks)
+
+
+def replay(folder: Path, names: Sequence[str]) -> None:
+    """Replay the procedures on all chains of a folder, and print the tables."""
+    chains = [Chain.load(path) for path in sorted(folder.glob("*.npz"))]
+    all_curves = {}
+    for name in ("before", *names):
+        all_curves[name] = curves_of(chains, replayed_by(PROCEDURES[name]))
+        print(f"{name}: at most {largest_risk(all_curves[name]):.3f} wrong", flush=True)
+    all_curves[ONE_LOOK_NAME] = curves_of(chains, looked_at_once)
+    sets = list(all_curves["before"])
+    sets_with_half = [key for key in sets if key in HALF_OF_RANDOM]
+    print(f"\n{len(sets)} sets, {len(chains)} chains, level {DELTA}\n")
+    print("\n".join(rows_of_shares(all_curves, sets)) + "\n")
+    if sets_with_half:
+        print(f"{len(sets_with_half)} sets with a known half of the coverage of random labels\n")
+        print("\n".join(rows_of_shares(all_curves, sets_with_half)) + "\n")
+        print("\n".join(rows_of_halves(all_curves, sets_with_half)) + "\n")
+    print(f"At {SIZE_OF_SETS} labels, by set (number of seeds)\n")
+    print("\n".join(rows_of_sets(all_curves, sets)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write chains, or replay them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    chains = commands.add_parser("chains", help="Fit once for every set, seed and labels.")
+    chains.add_argument("stores", type=Path, nargs="+")
+    chains.add_argument("--out", type=Path, default=Path("build/chains"))
+    chains.add_argument("--seeds", type=int, default=5)
+    replays = commands.add_parser("replay", help="Compare procedures on the chains of a folder.")
+    replays.add_argument("folder", type=Path)
+    names = [name for name in PROCEDURES if name != "before"]
+    replays.add_argument("--names", nargs="+", choices=names, default=names)
+    options = parser.parse_args(arguments)
+    if options.command == "chains":
+        write_chains(options.stores, options.out, options.seeds)
+    else:
+        replay(options.folder, options.names)
+
+
+if __name__ == "__main__":
+    main()

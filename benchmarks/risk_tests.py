@@ -1,0 +1,240 @@
+"""Tests of "the error rate at a threshold is above max_risk", to compare in ``procedures``.
+
+Each test takes the labels in the order in which they were drawn, and returns the laxest threshold
+that they certify. Thresholds are tested as ``vilu.calibration.anytime.Looks`` describes: from
+strict to lax, in sequences that start at ``starts``, each with its share of the level. A certified
+limit hands on the share ``handed_on`` of the level to the next predictor.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from scipy import stats
+
+from vilu.calibration.anytime import BETS, STEPS, Looks, log_evidence
+from vilu.metrics.counts import Floats, Ints
+
+Starts = tuple[tuple[int, float], ...]
+
+ROUNDING: Final = 1 + 1e-9
+"""Factor by which a tail may exceed its level, because float64 sums are rounded."""
+
+
+def laxest(
+    looks: Looks, starts: Starts, handed_on: float, rejects: Callable[[int, float], bool]
+) -> int | None:
+    """Index of the laxest threshold that sequences from ``starts`` reach; None if none does.
+
+    ``rejects(index, level)`` says whether the labels reject "the error rate at this threshold is
+    above the risk" at this level.
+    """
+    share_at_start = dict(starts)
+    level = 0.0
+    reached = None
+    for index in range(looks.last + 1):
+        number = index + 1
+        level += looks.delta * share_at_start.get(number, 0.0)
+        if level > 0 and rejects(index, level):
+            reached = index
+            if number == STEPS:
+                level -= handed_on * looks.delta
+        else:
+            level = 0.0
+    return reached
+
+
+@dataclass(frozen=True)
+class RiskTest(ABC):
+    """A test of a grid of thresholds, and with which probability it draws photos."""
+
+    starts: Starts
+    handed_on: float
+
+    @abstractmethod
+    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+        """Index of the laxest threshold that the labels (N,), in their order, certify."""
+
+    def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:  # noqa: ARG002 - a test may weight its draws
+        """Probability (N,) with which photos up to the limit are drawn: 1, unless weighted."""
+        return np.ones(len(uncertainty))
+
+
+@dataclass(frozen=True)
+class Bets(RiskTest):
+    """Bets that may be looked at after every label (``anytime.log_evidence``)."""
+
+    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+        """As ``Looks.certified``, which is this with the constants of ``anytime``."""
+        wrong, accepted = looks.counts(uncertainty, failure)
+        evidence = log_evidence(wrong, accepted, looks.max_risk)
+
+        def rejects(index: int, level: float) -> bool:
+            return bool(evidence[index] >= -math.log(level))
+
+        return laxest(looks, self.starts, self.handed_on, rejects)
+
+
+@dataclass(frozen=True)
+class PlannedLooks(RiskTest):
+    """Exact binomial tests at a few numbers of labels, which share a level (group-sequential).
+
+    Look number j (from 0) comes after n_j labels of photos up to the planned limit. All n_j, and
+    the level that is spent until each look, are known before a label is read:
+
+    - n_0 is the smallest number of right answers that the first look can certify the limit with;
+    - n_j is ``growth`` times the number before it;
+    - until look j the share 1 - (1 - ``first_share``) ``decay``^j of the level is spent, and all of
+      it until the last look.
+
+    At a stricter threshold the same looks see fewer labels, namely those that it accepts.
+    """
+
+    growth: float
+    first_share: float
+    decay: float
+    n_looks: int
+
+    def numbers(self, looks: Looks) -> list[int]:
+        """Numbers of labels at which the labels are looked at."""
+        share_of_limit = dict(self.starts)[STEPS]
+        first_level = looks.delta * share_of_limit * self.first_share
+        first = math.ceil(math.log(first_level) / math.log1p(-looks.max_risk))
+        numbers = [first]
+        while len(numbers) < self.n_looks:
+            numbers.append(math.ceil(numbers[-1] * self.growth))
+        return numbers
+
+    def spent(self) -> Floats:
+        """Share (J,) of the level that is spent until every look."""
+        left: Floats = (1 - self.first_share) * self.decay ** np.arange(self.n_looks, dtype=float)
+        left[-1] = 0.0
+        return 1 - left
+
+    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+        """Index of the laxest threshold that any look so far certifies."""
+        # A look ends at a fixed place in the order, whatever limit the draw has by now.
+        is_below_planned = uncertainty <= looks.grid[STEPS - 1]
+        n_below = np.cumsum(is_below_planned)
+        ends = np.searchsorted(n_below, self.numbers(looks))
+        ends = ends[ends < len(uncertainty)]
+        if not len(ends):
+            return None
+        spent = self.spent()
+
+        def rejects(index: int, level: float) -> bool:
+            is_accepted = uncertainty <= looks.grid[index]
+            accepted = np.cumsum(is_accepted)[ends]
+            wrong = np.cumsum(is_accepted & (failure == 1))[ends]
+            levels = level * spent[: len(ends)]
+            bounds = boundaries(tuple(accepted.tolist()), tuple(levels), looks.max_risk)
+            return bool((wrong <= np.array(bounds)).any())
+
+        return laxest(looks, self.starts, self.handed_on, rejects)
+
+
+@functools.lru_cache(maxsize=100_000)
+def boundaries(
+    n_accepted: tuple[int, ...], levels: tuple[float, ...], max_risk: float
+) -> tuple[int, ...]:
+    """Largest numbers of wrong answers that certify a threshold, one a look; -1 certifies nothing.
+
+    If every answer is wrong with probability ``max_risk``, the probability that look j or one
+    before it certifies is at most ``levels[j]``. With a larger probability it is smaller, because
+    a further wrong answer never helps to certify.
+
+    Args:
+        n_accepted: Numbers of labels at the looks, ascending.
+        levels: Level that is spent until every look, ascending.
+        max_risk: Largest error rate that is allowed.
+    """
+    # alive[k]: probability of k wrong answers so far, where no look has certified.
+    alive = np.ones(1)
+    spent = 0.0
+    n_before = 0
+    bounds = []
+    for n, level in zip(n_accepted, levels, strict=True):
+        n_new = n - n_before
+        n_before = n
+        alive = np.convolve(alive, wrong_among(n_new, max_risk))
+        spent_up_to = spent + np.cumsum(alive)
+        bound = int(np.searchsorted(spent_up_to, level * ROUNDING, side="right")) - 1
+        if bound >= 0:
+            spent = float(spent_up_to[bound])
+            alive[: bound + 1] = 0.0
+        bounds.append(bound)
+    return tuple(bounds)
+
+
+@functools.lru_cache(maxsize=10_000)
+def wrong_among(n: int, rate: float) -> Floats:
+    """Probabilities (n + 1,) of 0 to n wrong answers among n."""
+    probabilities: Floats = stats.binom.pmf(np.arange(n + 1), n, rate)
+    return probabilities
+
+
+@dataclass(frozen=True)
+class WeightedBets(RiskTest):
+    """Draws with a probability that rises with predicted risk, and bets on weighted failures.
+
+    A photo of uncertainty u is drawn with probability q = √(u / planned limit), at least ``floor``
+    and at most 1. A drawn photo has the weight w = 1 / q. A bet b in (0, 1] multiplies its wealth
+    by
+
+        1 - λ w (wrong - r),    λ = b / ((1 - r) max w),    max w = 1 / floor,
+
+    and a photo that is not drawn leaves it as it is. So the mean factor is 1 - λ (R(t) - r), at
+    most 1 where R(t) >= r, and no factor is negative.
+
+    Source: Xu et al., Active, anytime-valid risk controlling prediction sets, NeurIPS 2024.
+    """
+
+    floor: float
+
+    def draw_probability(self, uncertainty: Floats, planned_limit: float) -> Floats:
+        """Probability (N,) with which photos up to the limit are drawn."""
+        relative_risk = np.maximum(uncertainty, 0) / max(planned_limit, 1e-12)
+        probability: Floats = np.clip(np.sqrt(relative_risk), self.floor, 1.0)
+        return probability
+
+    def log_factors(self, probability: Floats, failure: Ints, max_risk: float) -> Floats:
+        """Log factors (N, B) of the wealth of every bet by drawn photos."""
+        bet, _ = np.array(BETS).T
+        excess = (failure - max_risk) / (1 - max_risk)
+        share_of_largest_weight = self.floor / probability
+        factors: Floats = np.log1p(-np.outer(share_of_largest_weight * excess, bet))
+        return factors
+
+    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+        """Index of the laxest threshold that the weighted labels (N,) certify."""
+        _, share = np.array(BETS).T
+        probability = self.draw_probability(uncertainty, looks.grid[STEPS - 1])
+        factors = self.log_factors(probability, failure, looks.max_risk)
+        is_accepted = uncertainty <= looks.grid[:, None]  # (G, N)
+        evidence = np.logaddexp.reduce(is_accepted @ factors + np.log(share), axis=1)
+
+        def rejects(index: int, level: float) -> bool:
+            return bool(evidence[index] >= -math.log(level))
+
+        return laxest(looks, self.starts, self.handed_on, rejects)
+
+
+@dataclass(frozen=True)
+class ExactLook(RiskTest):
+    """The exact binomial test, which is good for one look only."""
+
+    def certified(self, looks: Looks, uncertainty: Floats, failure: Ints) -> int | None:
+        """Index of the laxest threshold that the labels (N,) certify at their only look."""
+        wrong, accepted = looks.counts(uncertainty, failure)
+        tail = stats.binom.cdf(wrong, accepted, looks.max_risk)
+
+        def rejects(index: int, level: float) -> bool:
+            return bool(tail[index] <= level)
+
+        return laxest(looks, self.starts, self.handed_on, rejects)

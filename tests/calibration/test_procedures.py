@@ -1,0 +1,129 @@
+"""Procedures that are compared on kept scores: their tests keep the level, and replays end."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks import procedures
+from benchmarks.replays import Chain, Replay
+from benchmarks.risk_tests import Bets, PlannedLooks, WeightedBets, boundaries
+
+from tests.builders.bench_fakes import make_store
+from vilu.calibration.anytime import HANDED_ON, STARTS, STEPS, Looks
+
+RISK = 0.3
+LABELS = 12
+ALL_FAILURES = np.array(list(itertools.product((0, 1), repeat=LABELS)))
+N_WRONG = ALL_FAILURES.sum(axis=1)
+
+
+def probability_of_any_certificate(n_accepted: tuple[int, ...], bounds: tuple[int, ...]) -> float:
+    """Over all sequences of labels, each wrong with probability ``RISK``."""
+    wrong_so_far = ALL_FAILURES.cumsum(axis=1)
+    wrong_at_looks = wrong_so_far[:, np.array(n_accepted) - 1]
+    is_certified = (wrong_at_looks <= np.array(bounds)).any(axis=1)
+    probability = RISK**N_WRONG * (1 - RISK) ** (LABELS - N_WRONG)
+    return float(probability[is_certified].sum())
+
+
+@pytest.mark.parametrize("n_accepted", [(4, 8, 12), (6, 7, 12), (12,), (3, 3, 9)])
+def test_planned_looks_spend_at_most_their_level(n_accepted: tuple[int, ...]) -> None:
+    levels = (0.05, 0.12, 0.2)[-len(n_accepted) :]
+    bounds = boundaries(n_accepted, levels, RISK)
+    for look in range(1, len(n_accepted) + 1):
+        spent = probability_of_any_certificate(n_accepted[:look], bounds[:look])
+        assert spent <= levels[look - 1] + 1e-12  # sums of float64
+        one_more = (*bounds[: look - 1], bounds[look - 1] + 1)
+        # No bound could be larger: all of the level is used that whole numbers can use.
+        assert probability_of_any_certificate(n_accepted[:look], one_more) > levels[look - 1]
+
+
+def test_a_flawless_run_passes_at_the_first_planned_look() -> None:
+    test = PlannedLooks(STARTS, HANDED_ON, growth=1.3, first_share=0.4, decay=0.7, n_looks=5)
+    looks = Looks(np.linspace(0.01, 0.64, STEPS), 0.05, 0.05, limit=0.64)
+    first = test.numbers(looks)[0]
+    uncertainty = np.full(first, 0.005)
+    right = np.zeros(first, dtype=np.int64)
+    assert test.certified(looks, uncertainty, right) == STEPS - 1
+    assert test.certified(looks, uncertainty[1:], right[1:]) is None
+    right[0] = 1
+    assert test.certified(looks, uncertainty, right) is None
+
+
+def test_weighted_bets_win_nothing_where_the_risk_is_as_large_as_allowed() -> None:
+    test = WeightedBets(STARTS, HANDED_ON, floor=0.25)
+    uncertainty = np.array([0.0, 0.01, 0.04, 0.09, 0.16])
+    probability = test.draw_probability(uncertainty, planned_limit=0.16)
+    assert probability == pytest.approx([0.25, 0.25, 0.5, 0.75, 1.0])
+    factor_if_right = np.exp(test.log_factors(probability, np.zeros(5, np.int64), RISK))
+    factor_if_wrong = np.exp(test.log_factors(probability, np.ones(5, np.int64), RISK))
+    assert (factor_if_wrong > 0).all()
+    edge = np.array([0.1, 0.5, 0.2, 0.3, 0.4])  # error rates with the mean RISK
+    for rates, largest_mean in ((edge, 1.0), (edge + 0.1, 1.0), (edge - 0.1, 2.0)):
+        wrong = probability * rates
+        right = probability * (1 - rates)
+        mean = (wrong @ factor_if_wrong + right @ factor_if_right + (1 - probability).sum()) / 5
+        assert (mean <= largest_mean + 1e-12).all()
+    assert (mean > 1).all()  # below the risk they win
+
+
+def test_bets_with_the_constants_of_triage_certify_what_triage_does() -> None:
+    rng = np.random.default_rng(0)
+    looks = Looks(np.linspace(0.002, 0.2, 100), 0.05, 0.05, limit=0.18)
+    certified = []
+    for rate in (0.0, 0.01, 0.02, 0.03):
+        uncertainty = rng.random(300) * 0.18
+        failure = (rng.random(300) < rate).astype(np.int64)
+        expected = looks.certified(uncertainty, failure)
+        assert Bets(STARTS, HANDED_ON).certified(looks, uncertainty, failure) == expected
+        certified.append(expected)
+    assert certified[0] is not None
+
+
+def easy_chain(tmp_path: Path) -> Path:
+    """A chain of 2,000 photos, of which the most uncertain fifth is wrong and known to be."""
+    rng = np.random.default_rng(0)
+    n = 2_000
+    rank = np.linspace(0, 1, n)
+    wrong = rank > 0.8
+    uncertainty = np.where(wrong, rank, 0.02 * rank)
+    np.savez(
+        tmp_path / "easy_0.npz",
+        u=np.tile(uncertainty, (11, 1)),
+        wrong=np.tile(wrong, (11, 1)),
+        n_fit=np.arange(0, 501, 50),
+        cal=rng.random(n) < 0.5,
+        pos=rng.permutation(n).astype(np.uint64),
+        n_classes=10,
+    )
+    return tmp_path / "easy_0.npz"
+
+
+@pytest.mark.parametrize("name", procedures.PROCEDURES)
+def test_every_procedure_certifies_an_easy_set(tmp_path: Path, name: str) -> None:
+    chain = Chain.load(easy_chain(tmp_path))
+    curve = list(Replay(chain, procedures.PROCEDURES[name]).rounds())
+    n_labels = [point.n_labels for point in curve]
+    assert n_labels == sorted(n_labels)
+    assert n_labels[-1] <= 800
+    assert curve[-1].coverage > 0.4  # four fifths are right, and hundreds of them labelled
+    assert max(point.risk for point in curve) <= 0.05
+
+
+def test_chains_are_taken_up_again_and_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store", 40, 0)
+    out = tmp_path / "chains"
+    command = ["chains", str(store), "--out", str(out), "--seeds", "1"]
+    procedures.main(command)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    procedures.main(command)
+    assert not capsys.readouterr().out
+    procedures.main(["replay", str(out), "--names", "default"])
+    shown = capsys.readouterr().out
+    assert "1 sets, 1 chains" in shown
+    assert "| default |" in shown
