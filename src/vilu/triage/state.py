@@ -91,7 +91,6 @@ class TriageSettings:
         return {
             "classes": list(self.embedding.names),
             "backbone": backbone.name,
-            "precision": backbone.precision,
             "templates": None if templates is None else list(templates),
             "negatives": len(self.embedding.negatives),
             "outside": sorted(self.outside),
