@@ -4,9 +4,9 @@
 
 A run is a folder of 2,000 calibration photos in a random order. Its labels come in twelve rounds
 of 50. As in a triage, a predictor gets a plan from its scores alone, is tested after every round on
-the labels of all photos up to the first one without a label, and hands on a part of its level once
-its limit is certified. The next predictor takes its turn one round after a certificate, or after
-six rounds without one. So the time of its turn depends on the labels, as in a triage.
+the labels of all photos up to the first one without a label. The next predictor takes its turn one
+round after a certificate, or after six rounds without one. So the time of its turn depends on the
+labels, as in a triage.
 
 A run is *broken* if at any time a certified threshold has a risk above 5 % in the world. That may
 happen to 5 % of the runs. Shown are the share of broken runs, its one-sided 95 % bound (Clopper and
@@ -27,7 +27,7 @@ from typing import Final
 
 import numpy as np
 
-from vilu.calibration.anytime import Looks
+from vilu.calibration.anytime import STEPS, Looks, level_of
 from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -89,7 +89,7 @@ def tested(
 ) -> GuaranteeProgress:
     """The test of a trial, without an estimate of how many more labels are needed."""
     rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
-    level = trial.level or state.next_level(DELTA)
+    level = trial.level or level_of(state.n_tested + 1, DELTA)
     looks = Looks(np.array(trial.grid), MAX_RISK, level, trial.limit)
     counted = outcomes.take(rows)
     certified = looks.certified(counted.uncertainty, counted.failure)
@@ -104,7 +104,7 @@ def plan(state: TriageState, outcomes: Outcomes, n_answered: int) -> Trial:
         scores=outcomes.uncertainty,
         n_answered=n_answered,
         max_risk=MAX_RISK,
-        delta=state.next_level(DELTA),
+        delta=level_of(state.n_tested + 1, DELTA),
     )
 
 
@@ -138,8 +138,9 @@ def run(world: str, rng: np.random.Generator) -> tuple[bool, int]:
         n_waited += 1
         if progress.certified is not None:
             is_broken |= predictor.risk(progress.threshold) > MAX_RISK
-        n_certified += int(progress.is_limit_certified)
-        is_over = progress.is_limit_certified or n_waited > PATIENCE
+        is_limit_certified = progress.certified is not None and progress.certified >= STEPS - 1
+        n_certified += int(is_limit_certified)
+        is_over = is_limit_certified or n_waited > PATIENCE
         if is_over and number + 1 < N_PREDICTORS:
             number += 1
             n_waited = 0

@@ -44,7 +44,7 @@ from benchmarks.replays import (
     one_look,
 )
 from benchmarks.risk_tests import Bets, ExactLook, PlannedLooks, WeightedBets
-from vilu.calibration.anytime import HANDED_ON, STARTS, level_of
+from vilu.calibration.anytime import STARTS, level_of
 from vilu.embeddings.columns import AnswerKind
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -52,10 +52,10 @@ from vilu.scoring.score import score
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import choose_to_fit
 from vilu.triage.fitting import FROM_LABELS, ZERO_SHOT, fit
+from vilu.triage.forecast import ENOUGH_TO_FIT, MOST_TO_FIT, SHARE_WORTH_A_DRAW
 from vilu.triage.labels import side_of
 from vilu.triage.photos import Photos
-from vilu.triage.run import ENOUGH_TO_FIT, MOST_TO_FIT, SHARE_WORTH_A_DRAW, WORTH_MORE
-from vilu.triage.trial import PLANNED
+from vilu.triage.run import WORTH_MORE
 
 SIZES: Final = (100, 150, 200, 300, 400, 600, 800)
 SIZE_OF_SETS: Final = 400
@@ -83,18 +83,20 @@ NEVER: Final = 1_600
 
 
 def harmonic_level(attempt: int, delta: float) -> float:
-    """Level of predictor number k before levels were handed on: delta / (k (k + 1))."""
+    """Level of predictor number k before: delta / (k (k + 1))."""
     return delta / (attempt * (attempt + 1))
 
+
+HANDED_ON: Final = 0.35
+"""Share of the level that a certified limit may hand on to the next predictor."""
 
 WHOLE_LEVEL: Final = 1 / dict(STARTS)[64]
 """``planned_share`` at which ``Trial.plan`` plans the limit for the whole level."""
 
 DEFAULT: Final = Procedure(
-    test=Bets(STARTS, HANDED_ON),
+    test=Bets(STARTS, handed_on=0.0),
     level_of=level_of,
     planned_share=1.0,
-    planned_ahead=PLANNED // 2,
     counting=TO_FIRST_OPEN,
     move_limit=further,
     most_to_fit=MOST_TO_FIT,
@@ -109,7 +111,6 @@ BEFORE: Final = Procedure(
     test=Bets(((8, 0.1), (16, 0.1), (32, 0.2), (64, 0.6)), handed_on=0.0),
     level_of=harmonic_level,
     planned_share=WHOLE_LEVEL,
-    planned_ahead=0,
     counting=TO_END_OF_DRAWS,
     move_limit=further,
     most_to_fit=50,
@@ -127,19 +128,19 @@ three times their level."""
 
 def planned_looks(growth: float, first_share: float, decay: float, n_looks: int) -> Procedure:
     """The default with planned looks in place of bets."""
-    test = PlannedLooks(STARTS, HANDED_ON, growth, first_share, decay, n_looks)
+    test = PlannedLooks(STARTS, 0.0, growth, first_share, decay, n_looks)
     return replace(DEFAULT, test=test, planned_share=EXACT_SHARE)
 
 
 def weighted_draws(floor: float) -> Procedure:
     """The default with draws by predicted risk, and weighted bets."""
-    return replace(DEFAULT, test=WeightedBets(STARTS, HANDED_ON, floor))
+    return replace(DEFAULT, test=WeightedBets(STARTS, 0.0, floor))
 
 
 PROCEDURES: Final = {
     "before": BEFORE,
     "default": DEFAULT,
-    "default, no level handed on": replace(DEFAULT, test=Bets(STARTS, handed_on=0.0)),
+    "default, levels handed on": replace(DEFAULT, test=Bets(STARTS, HANDED_ON)),
     "default, labels in the old order": replace(DEFAULT, counting=TO_END_OF_DRAWS),
     "looks x 1.1, 50 % first": planned_looks(1.1, first_share=0.5, decay=0.9, n_looks=24),
     "looks x 1.15, 30 % first": planned_looks(1.15, first_share=0.3, decay=0.85, n_looks=18),

@@ -22,9 +22,10 @@ from vilu.calibration.anytime import STEPS, Looks
 from vilu.metrics.counts import Floats, Ints
 from vilu.triage.choose import choose_limit
 from vilu.triage.fitting import GROWN_AFTER_A_LOOK, GROWN_ANYHOW, GROWN_FOR_A_CANDIDATE
+from vilu.triage.forecast import FEWEST_TO_FIT
 from vilu.triage.guarantee import Mask
-from vilu.triage.run import CALIBRATION_PART, FEWEST_TO_FIT, FURTHER
-from vilu.triage.trial import PLANNED, Trial
+from vilu.triage.run import CALIBRATION_PART, FURTHER
+from vilu.triage.trial import Trial
 
 MAX_RISK: Final = 0.05
 DELTA: Final = 0.05
@@ -162,7 +163,7 @@ STRICTEST: Final = 7
 def follow(trial: Trial, scores: Floats, counted: Counted) -> Trial:
     """The trial with its limit chosen anew: predicted risks times (wrong / expected wrong)."""
     ratio = (counted.failure.sum() + PRIOR) / (counted.uncertainty.sum() + PRIOR)
-    n_labels = min(max(PLANNED, len(counted.failure) + PLANNED // 2), len(scores))
+    n_labels = min(max(200, len(counted.failure) + 100), len(scores))
     limit, _ = choose_limit(scores * ratio, n_labels, MAX_RISK, counted.looks.delta / 2)
     limit = limit / ratio
     n_included = int((scores <= trial.limit).sum())
@@ -184,7 +185,6 @@ class Procedure:
         test: The test of a predictor's thresholds.
         level_of: Own level of predictor number k (from 1), from k and the level of all.
         planned_share: The limit is planned for this multiple of the level of ``Trial.plan``.
-        planned_ahead: Labels that are expected beyond those that have come.
         counting: Which labels count.
         move_limit: How the limit moves after a test.
         most_to_fit: The first draw waits for a label a class to fit on, at least 50, at most this.
@@ -200,7 +200,6 @@ class Procedure:
     test: RiskTest
     level_of: Callable[[int, float], float]
     planned_share: float
-    planned_ahead: int
     counting: Counting
     move_limit: Callable[[Trial, Floats, Counted], Trial]
     most_to_fit: int
@@ -217,6 +216,7 @@ class Tested:
 
     fit: int
     trial: Trial
+    has_handed_on: bool = False  # whether the next predictor gets a part of the level
 
     @property
     def is_tested(self) -> bool:
@@ -335,7 +335,7 @@ class Replay:
         return Trial.plan(
             n_fit=self.n_fit,
             scores=self.chain.uncertainty[fit],
-            n_labels=max(PLANNED, n_answered + self.procedure.planned_ahead),
+            n_answered=n_answered,
             max_risk=MAX_RISK,
             delta=self.procedure.planned_share * self.next_level(),
             least_share=least_share,
@@ -376,8 +376,8 @@ class Replay:
             self.handed_on = 0.0
         certified = test.certified(looks, uncertainty, failure)
         is_limit_certified = certified is not None and certified >= STEPS - 1
-        if is_limit_certified and not tested.trial.has_handed_on:
-            tested.trial = tested.trial.model_copy(update={"has_handed_on": True})
+        if is_limit_certified and not tested.has_handed_on:
+            tested.has_handed_on = True
             self.handed_on = test.handed_on * level
         return Counted(looks, uncertainty, failure, certified)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,25 @@ def resolve_device(name: str) -> torch.device:
     if not is_here:
         raise UsageError(f"device {name!r} is not on this machine. Found: {', '.join(kinds_here)}.")
     return torch.device(name)
+
+
+BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
+"""Names that torch gives to the instructions of a processor that multiply bfloat16."""
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 itself, as it says. If not, torch emulates it slowly.
+
+    The answer is False for a processor that torch cannot ask.
+    """
+    if device.type == "cuda":
+        is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return is_supported
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if device.type != "cpu" or ask is None:
+        return False
+    capabilities = ask()
+    return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 Item = TypeVar("Item")

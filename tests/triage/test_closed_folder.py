@@ -137,7 +137,7 @@ def test_a_folder_that_changes_after_the_first_draw_is_refused(copied: Folder) -
 
 def test_what_a_guarantee_is_about_is_stated_before_looking(copied: Folder) -> None:
     home, _ = copied
-    with pytest.raises(UsageError, match=r"about 'folder', now 'new'"):
+    with pytest.raises(UsageError, match=r"a guarantee about 'folder', now 'new'"):
         triage_photos(job_on(home / "photos"), home / "out")
 
 

@@ -165,8 +165,3 @@ def test_how_many_of_the_next_labels_are_for_the_guarantee(
         state, 30, is_guaranteed=is_guaranteed, is_ready=is_ready, can_be_shown=can_be_shown
     )
     assert n == expected
-
-
-def test_what_a_certified_predictor_hands_on_is_added_to_the_next_level() -> None:
-    state = FITTED.model_copy(update={"n_tested": 1, "handed_on": 0.007})
-    assert state.next_level(0.04) == pytest.approx(0.04 / 4 + 0.007)

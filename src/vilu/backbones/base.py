@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
@@ -168,6 +170,12 @@ class DualEncoder:
             return
         self.jpeg_side = LEAST_REDUCED * self._resize_to
         self.space = self.space.with_reduced_jpegs
+
+    def in_float32(self) -> DualEncoder:
+        """The same model in float32; weights are shared."""
+        model = copy(self)
+        model.space = replace(self.space, precision="fp32")
+        return model
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Pixels (3, H, W) float32 on the CPU."""

@@ -49,9 +49,6 @@ Numbers up to ``STEPS`` are thresholds that divide the rows up to the limit into
 limit itself gets the most, because all labels count for it.
 """
 
-HANDED_ON: Final = 0.35
-"""Share of the level that a certified limit hands on to the next predictor."""
-
 GROWTH: Final = 1.02
 """Factor between the numbers of rows that neighbouring thresholds beyond the limit accept."""
 
@@ -95,7 +92,7 @@ def flawless_labels(max_risk: float, delta: float) -> int:
 
 
 def level_of(attempt: int, delta: float) -> float:
-    """Own level of predictor number k = ``attempt`` (from 1): delta / 2^k.
+    """Level of predictor number k = ``attempt`` (from 1): delta / 2^k.
 
     The levels of infinitely many predictors add up to delta.
     """
@@ -151,11 +148,10 @@ class Looks:
     The hypothesis H_t, "the error rate at t is above max_risk", is rejected if E(t) >= 1 / level.
     Thresholds are tested from strict to lax. Sequences start at ``STARTS``, each with its
     share of ``delta``. A sequence that reaches the start of the next sequence adds its level to
-    that of the next sequence. A sequence that has certified the limit goes on beyond it without the
-    share ``HANDED_ON`` of ``delta``, which the thresholds of the next predictor get.
+    that of the next sequence.
 
     1. The level at a true H_t consists of the shares that started after the preceding true H_t.
-    2. So the levels at all true H_t add up to at most delta. What is handed on was subtracted.
+    2. So the levels at all true H_t add up to at most delta.
     3. Ville's inequality holds for every level at all times. So
 
            P[ever certifying a t with R(t) > max_risk] <= delta.
@@ -199,11 +195,6 @@ class Looks:
         """Index of the laxest threshold that can be tested."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
-    @property
-    def handed_on(self) -> float:
-        """Level that the next predictor gets once the limit is certified."""
-        return HANDED_ON * self.delta
-
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
         threshold = self.grid[:, None]  # (G, 1)
@@ -239,8 +230,6 @@ class Looks:
                 # The next threshold is tested at the full level. A sequence makes an error only if
                 # it rejects the first true H_t that it meets, so its level counts once (Wiens).
                 laxest = index
-                if number == STEPS:
-                    level -= self.handed_on
             else:
                 # H_t may be true, and its test has used up the level. If the same level were used
                 # again, the levels at true hypotheses could add up to more than delta.

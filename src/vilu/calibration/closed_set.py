@@ -291,11 +291,6 @@ class ClosedLooks:
         """Index of the laxest threshold that can be tested."""
         return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
 
-    @property
-    def handed_on(self) -> float:
-        """Level that the next predictor gets: none, because every threshold keeps its share."""
-        return 0.0
-
     def counts(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Numbers (G,) of wrong answers and (G,) of all answers that every threshold accepts."""
         accepted = _accepted(self.grid, uncertainty)

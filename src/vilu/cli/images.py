@@ -245,7 +245,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def backbone_spec(
     name: str,
     device: str,
-    precision: Literal["fp32", "bf16"],
+    precision: Literal["fp32", "bf16", "auto"],
     models: Path | None,
     *,
     full_decode: bool,
@@ -259,7 +259,24 @@ def backbone_spec(
 
     if models is not None:
         models = models.absolute()
-    return BackboneSpec(name, device, precision, models, full_decode)
+    return BackboneSpec(name, device, _precision_of(precision, name, device), models, full_decode)
+
+
+def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: str) -> str:
+    """The precision for "auto"; says where bfloat16 would be faster."""
+    from vilu.device import multiplies_bf16, resolve_device
+
+    if wanted == "bf16":
+        return wanted
+    is_fast = multiplies_bf16(resolve_device(device))
+    if wanted == "auto":
+        chosen = "bf16" if is_fast else "fp32"
+        next_step(f"--precision auto: {chosen}")
+        return chosen
+    is_large = not name.startswith("compact")
+    if is_fast and is_large:
+        next_step("this processor multiplies bfloat16: about twice as fast with --precision bf16")
+    return wanted
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:

@@ -28,8 +28,12 @@ FULL_DECODE: Final = (
 )
 """Advice where two spaces differ only by the size at which JPEGs are decoded."""
 
-PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
-"""Attributes that are compared only if something is known about both models."""
+PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer")
+"""Attributes that are compared only if something is known about both models.
+
+The precision is not compared. Where it is not float32, `vilu embed` has compared its embeddings
+with those in float32 (``vilu.store.precision``).
+"""
 
 
 @checked_fields
@@ -119,7 +123,8 @@ class EmbeddingSpace:
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
         """Whether two spaces differ only by the size at which JPEGs are decoded."""
-        is_same_model = self.with_full_jpegs == other.with_full_jpegs
+        here = replace(self.with_full_jpegs, precision=None)
+        is_same_model = here == replace(other.with_full_jpegs, precision=None)
         return is_same_model and self.reduces_jpegs != other.reduces_jpegs
 
     def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:

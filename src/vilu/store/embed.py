@@ -248,7 +248,7 @@ def _drive_alone(
         job = _begin_job(job, model, overwrite=overwrite)
         forget_attempts(job.root)
         missing, receipts = job.ledger.survey()
-        _prepare(job, missing)
+        _prepare(job, missing, model)
         _do_parts(job, executor, missing, receipts)
         job.ledger.clean()
         seal(job.ledger, budget)
@@ -266,7 +266,7 @@ def _drive_shared(
         job = _begin_job(job, model, overwrite=False)
         # Only sizes are checked. With ``deep=True``, each of many processes would read all parts.
         missing, receipts = job.ledger.survey(deep=False)
-        _prepare(job, missing)
+        _prepare(job, missing, model)
     _do_parts(job, executor, missing, receipts)
     with StoreLedger.claim(job.root, PATIENCE):
         missing, _ = job.ledger.survey(deep=False)
@@ -288,7 +288,7 @@ def _begin_job(job: EmbedJob, model: Backbone, *, overwrite: bool) -> EmbedJob:
     return replace(job, run=run)
 
 
-def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
+def _prepare(job: EmbedJob, missing: Sequence[Part], model: Backbone) -> None:
     """Prepare a store for the writing of missing parts, if there are any."""
     if not missing:
         logger.info("%s is complete: there is nothing to do", job.root)
@@ -296,6 +296,7 @@ def _prepare(job: EmbedJob, missing: Sequence[Part]) -> None:
     # A manifest states that all parts are done, so it is removed before a missing part is written.
     job.ledger.unseal()
     require_room(job.root, job.run, missing)
+    job.check_precision(model)
 
 
 def _do_parts(

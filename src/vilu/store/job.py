@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
+
+from torch import Tensor
 
 from vilu.artifacts.disk import RUN, or_refuse
 from vilu.artifacts.documents import log
@@ -22,7 +24,8 @@ from vilu.progress import Silence, Task
 from vilu.store.manifest import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import ErrorRow, Part, PartRows, Row, StoreLedger, positions
-from vilu.store.pipeline import END, Decoder, Encoder, place_records
+from vilu.store.pipeline import END, Decoded, Decoder, Encoder, place_records
+from vilu.store.precision import check_precision
 from vilu.text import plural
 
 MAX_ATTEMPTS = 3  # number of processes that may die in a part before the part is given up
@@ -248,14 +251,7 @@ class EmbedJob:
             arrays=self.run.arrays,
             dtype=self.run.dtype,
         )
-        decoder = Decoder(
-            preprocess=backbone.preprocess,
-            limits=self.limits,
-            n_classes=len(self.run.names),
-            views=self.run.views,
-            captions=self.run.captions,
-            jpeg_side=jpeg_side_of(backbone),
-        )
+        decoder = self._decoder(backbone)
         workers = self.workers or default_workers()
         ahead = self.batch_size + workers  # maximum number of images decoded in advance
         sources: dict[int, str] = {}  # fingerprint of the shards of each part, by its number
@@ -275,6 +271,36 @@ class EmbedJob:
                 self._log(part, receipt, content)
                 self._say_animated(content)
                 yield receipt
+
+    def _decoder(self, backbone: Backbone) -> Decoder:
+        return Decoder(
+            preprocess=backbone.preprocess,
+            limits=self.limits,
+            n_classes=len(self.run.names),
+            views=self.run.views,
+            captions=self.run.captions,
+            jpeg_side=jpeg_side_of(backbone),
+        )
+
+    def check_precision(self, backbone: Backbone) -> None:
+        """Compare the first photos with float32 if the model has a lower precision, and log it.
+
+        Raises:
+            ProvenanceError: If the two differ too much.
+        """
+        decoder = replace(self._decoder(backbone), views=None)
+        first_part = self.ledger.parts[:1]
+
+        def pixels() -> Iterator[Tensor]:
+            for part in first_part:
+                for item in place_records(self.run, part, self.dataset):
+                    outcome = decoder(item)
+                    if isinstance(outcome, Decoded):
+                        yield outcome.pixels
+
+        check = check_precision(backbone, self.run, pixels(), self.batch_size)
+        if check is not None:
+            log(self.root, checked=asdict(check))
 
     def _load_backbone(self) -> Backbone:
         """Return the model; ProvenanceError if it is not the model that the run began with."""

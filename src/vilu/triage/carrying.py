@@ -32,7 +32,6 @@ from vilu.triage.state import (
 EMBEDDED_WITH: Final = (
     "classes",
     "backbone",
-    "precision",
     "full_decode",
     "templates",
     "negatives",

@@ -12,7 +12,7 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.anytime import STEPS, Looks
+from vilu.calibration.anytime import Looks
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.closed_set import AnyLooks, ClosedPhotos, draw_of
 from vilu.calibration.procedure import keep_calibration
@@ -216,11 +216,6 @@ class GuaranteeProgress:
     certified: int | None
     more: int | None
     n_left: int
-
-    @property
-    def is_limit_certified(self) -> bool:
-        """Whether the limit that was planned is certified, or a threshold beyond it."""
-        return self.certified is not None and self.certified >= STEPS - 1
 
     @property
     def threshold(self) -> float:

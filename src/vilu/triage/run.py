@@ -20,6 +20,7 @@ import numpy as np
 
 from vilu.artifacts.documents import write_document
 from vilu.calibration.answer_choice import AnswerChoice
+from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.likely import LikelyRight
 from vilu.calibration.procedure import take_back
@@ -346,7 +347,7 @@ def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecas
         n_fit_labels=0 if trial is None else trial.n_fit,
         n_labels=len(run.book.labels),
         max_risk=settings.max_risk,
-        level=state.next_level(settings.delta),
+        level=level_of(state.n_tested + 1, settings.delta),
         seed=settings.seed,
     )
 
@@ -457,7 +458,7 @@ def plan_trial(
         scores=scores[for_calibration],
         n_answered=n_answered,
         max_risk=settings.max_risk,
-        delta=state.next_level(settings.delta),
+        delta=level_of(state.n_tested + 1, settings.delta),
         least_share=least_share,
     )
 
@@ -486,21 +487,18 @@ def count_labels(
         tested,
         run.split,
         max_risk=settings.max_risk,
-        level=trial.level or state.next_level(settings.delta),
+        level=trial.level or level_of(state.n_tested + 1, settings.delta),
     )
     return run.write(note_test(state, trial, progress)), progress
 
 
 def note_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
-    """The state after a test: what the test used of the level, and what it hands on."""
+    """The state after a test: what the test used of the level."""
     # A test with too few labels to certify anything uses none of the level, so it is not counted.
     is_first_test = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
     if is_first_test:
         trial = trial.model_copy(update={"level": progress.looks.delta})
-        state = state.model_copy(update={"n_tested": state.n_tested + 1, "handed_on": 0.0})
-    if progress.is_limit_certified and not trial.has_handed_on:
-        trial = trial.model_copy(update={"has_handed_on": True})
-        state = state.model_copy(update={"handed_on": progress.looks.handed_on})
+        state = state.model_copy(update={"n_tested": state.n_tested + 1})
     return state.with_trial(trial)
 
 

@@ -12,7 +12,6 @@ from pydantic import Field
 from vilu.artifacts.documents import Document, read_document
 from vilu.artifacts.paths import claim_folder
 from vilu.calibration.answer_choice import AnswerChoice
-from vilu.calibration.anytime import level_of
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.triage.labels import SKIPPED
@@ -48,6 +47,9 @@ MADE: Final = (
 
 About = Literal["new", "folder"]
 """Which photos a guarantee is about: photos drawn as these were, or those of the folder."""
+
+STAYS: Final = "It decides which photos are fitted on and which a guarantee rests on, so it stays."
+"""Why a setting must not change."""
 
 ANEW: Final = "Give a new folder, or --overwrite to begin anew, which removes the labels too."
 """What to do if a setting must not change."""
@@ -107,7 +109,6 @@ class TriageSettings:
         return {
             "classes": list(self.embedding.names),
             "backbone": backbone.name,
-            "precision": backbone.precision,
             "full_decode": backbone.full_decode,
             "templates": None if templates is None else list(templates),
             "negatives": len(self.embedding.negatives),
@@ -136,7 +137,6 @@ class TriageState(Document):
             settings that the folder has had.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
-        handed_on: Level that the last certified predictor has handed on to the next one.
         pictures: Digest of all pictures of the folder if the guarantee is about them.
         guarantee: Text of the guarantee in force; "" without one.
     """
@@ -157,7 +157,6 @@ class TriageState(Document):
     candidate_answer: AnswerChoice = NOTHING_CHOSEN
     n_tested: int = Field(default=0, ge=0)
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
-    handed_on: float = Field(default=0, ge=0, lt=1)
     pictures: str | None = None
     guarantee: str = ""
 
@@ -165,14 +164,6 @@ class TriageState(Document):
     def tested_trial(self) -> Trial | None:
         """The trial of the candidate; without a candidate the trial of the present predictor."""
         return self.trial if self.candidate is None else self.candidate
-
-    def next_level(self, delta: float) -> float:
-        """Level of the next predictor that is tested: its own, and what was handed on to it.
-
-        A predictor hands on a part of its level only once its limit is certified. So the levels of
-        all predictors that are worse than they seem add up to at most ``delta``.
-        """
-        return level_of(self.n_tested + 1, delta) + self.handed_on
 
     def with_trial(self, trial: Trial) -> TriageState:
         """The state with ``trial`` as the trial of the tested predictor."""
@@ -215,12 +206,10 @@ def _require_same_split(root: Path, before: Mapping[str, object], now: TriageSet
     """Raise UsageError if a setting has changed that decides which photos a guarantee rests on."""
     if before.get("seed") != now.seed:
         raise UsageError(
-            f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. The seed decides "
-            f"which photos are fitted on and which a guarantee rests on, so it stays. {ANEW}"
+            f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. {STAYS} {ANEW}"
         )
     about = before.get("about", "new")  # states of earlier versions do not name it
     if about != now.about:
         raise UsageError(
-            f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. It decides which "
-            f"photos are fitted on and which a guarantee rests on, so it stays. {ANEW}"
+            f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. {STAYS} {ANEW}"
         )

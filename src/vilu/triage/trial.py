@@ -29,8 +29,6 @@ class Trial(Model):
         likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
         share: Share of the calibration photos that the limit includes.
         level: Level of the test; 0 until the predictor has enough labels to be certified.
-        has_handed_on: Whether the planned limit was certified, so that the next predictor gets a
-            part of the level (``anytime.HANDED_ON``).
     """
 
     n_fit: int = Field(ge=0)
@@ -39,7 +37,6 @@ class Trial(Model):
     likely: bool
     share: float = Field(ge=0, le=1)
     level: float = Field(default=0, ge=0, lt=1)
-    has_handed_on: bool = False
 
     @classmethod
     def plan(

@@ -1,0 +1,113 @@
+"""Compare embeddings in a low precision with those in float32, on the user's own photos."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from vilu.backbones.base import Backbone, DualEncoder
+from vilu.backbones.zeroshot import mean_texts
+from vilu.errors import ProvenanceError
+from vilu.store.manifest import Run
+
+CHECKED: Final = 64
+"""Number of photos that are embedded in both precisions."""
+
+LEAST_COSINE: Final = 0.995
+"""Least cosine of the two embeddings of a photo."""
+
+LEAST_EQUAL: Final = 0.98
+"""Least share of photos with equal answers."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrecisionCheck:
+    """How far embeddings in a low precision are from those in float32.
+
+    Attributes:
+        precision: The low precision.
+        n: Number of photos.
+        least_cosine: Least cosine of the two embeddings of a photo.
+        equal_answers: Share of photos with equal zero-shot answers; None where captions take the
+            place of classes.
+    """
+
+    precision: str
+    n: int
+    least_cosine: float
+    equal_answers: float | None
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether the embeddings can stand beside those in float32."""
+        are_answers_equal = self.equal_answers is None or self.equal_answers >= LEAST_EQUAL
+        return self.least_cosine >= LEAST_COSINE and are_answers_equal
+
+    def __str__(self) -> str:
+        text = f"{self.precision} against fp32, {self.n} photos: cosine at least "
+        text += f"{self.least_cosine:.5f}"
+        if self.equal_answers is None:
+            return text
+        return f"{text}, {self.equal_answers:.1%} equal answers"
+
+
+def check_precision(
+    model: Backbone, run: Run, pixels: Iterator[Tensor], batch_size: int
+) -> PrecisionCheck | None:
+    """Embed the first photos in the precision of the model and in float32, and compare.
+
+    Args:
+        model: The model. Only a ``DualEncoder`` can be run in float32 as well.
+        run: The run, with its classes.
+        pixels: Pixels (3, H, W) of the photos.
+        batch_size: Number of photos per forward pass.
+
+    Returns:
+        The comparison. None if the model is in float32, states no precision, or cannot be compared.
+
+    Raises:
+        ProvenanceError: If the two differ too much.
+    """
+    is_low = model.space.precision not in {None, "fp32"}
+    if not is_low or not isinstance(model, DualEncoder):
+        return None
+    chosen = list(islice(pixels, CHECKED))
+    if not chosen:
+        return None
+    exact_model = model.in_float32()
+    low = []
+    exact = []
+    for batch in torch.stack(chosen).split(batch_size):
+        low.append(model.encode_images(batch))
+        exact.append(exact_model.encode_images(batch))
+    check = _compare(model, run, torch.cat(low), torch.cat(exact))
+    logger.info("%s", check)
+    if not check.is_passed:
+        raise ProvenanceError(
+            f"{check}. Needed are a cosine of {LEAST_COSINE} and {LEAST_EQUAL:.0%} equal answers. "
+            "Embed with --precision fp32."
+        )
+    return check
+
+
+def _compare(model: DualEncoder, run: Run, low: Tensor, exact: Tensor) -> PrecisionCheck:
+    """Compare unit-norm embeddings (N, D) in both precisions."""
+    equal_answers = None
+    if run.names:
+        text = mean_texts(model, run.names, run.templates).cpu()
+        is_equal = (low @ text.T).argmax(dim=1) == (exact @ text.T).argmax(dim=1)
+        equal_answers = float(is_equal.float().mean())
+    return PrecisionCheck(
+        precision=str(model.space.precision),
+        n=len(low),
+        least_cosine=float((low * exact).sum(dim=1).min()),
+        equal_answers=equal_answers,
+    )

@@ -1,0 +1,88 @@
+"""A low precision is compared with float32 on the user's own photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import vilu
+from tests.builders.store_fakes import NAMES, FakeDataset, picture
+from vilu.artifacts.documents import read_log
+from vilu.backbones.base import DualEncoder
+from vilu.device import multiplies_bf16
+from vilu.errors import ProvenanceError
+from vilu.store.job import BackboneSpec
+from vilu.store.reader import EmbeddingStore
+
+
+def model(error: float, precision: str = "bf16") -> DualEncoder:
+    """A model of mean colours, whose tower is off by ``error`` under autocast."""
+
+    def tower(pixels: torch.Tensor) -> torch.Tensor:
+        means = pixels.mean(dim=(2, 3))
+        if torch.is_autocast_enabled("cpu"):
+            means = means + error * torch.tensor([0.0, 0.0, 1.0])
+        return means
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        red, green, blue = image.resize((1, 1)).getpixel((0, 0))
+        return torch.tensor([red, green, blue], dtype=torch.float32).view(3, 1, 1) / 255
+
+    return DualEncoder(
+        vilu.EmbeddingSpace(3, 10.0, backbone="colours", precision=precision),
+        torch.device("cpu"),
+        transform=transform,
+        image_tower=tower,
+        text_tower=lambda texts: torch.eye(3)[: len(texts)],
+        truncates=lambda texts: [False] * len(texts),
+    )
+
+
+def embed(folder: Path, backbone: DualEncoder) -> EmbeddingStore:
+    dataset = FakeDataset([picture(seed) for seed in range(70)], [0] * 70)
+    store = vilu.embed(dataset, backbone, folder, names=NAMES)
+    assert isinstance(store, EmbeddingStore)
+    return store
+
+
+def test_the_comparison_stands_in_the_log_of_the_store(tmp_path: Path) -> None:
+    store = embed(tmp_path / "low", model(0.0))
+    assert store.space.precision == "bf16"
+    (check,) = [line["checked"] for line in read_log(tmp_path / "low") if "checked" in line]
+    assert check == {
+        "precision": "bf16",
+        "n": 64,
+        "least_cosine": pytest.approx(1, abs=1e-6),
+        "equal_answers": 1.0,
+    }
+    exact = embed(tmp_path / "exact", model(0.0, "fp32"))
+    assert not [line for line in read_log(tmp_path / "exact") if "checked" in line]
+    store.space.require_match(exact.space, name="low", other_name="exact")  # no error
+
+
+def test_a_precision_that_changes_answers_stops_with_the_numbers(tmp_path: Path) -> None:
+    with pytest.raises(
+        ProvenanceError, match=r"64 photos: cosine at least 0\.\d+, .*equal answers"
+    ):
+        embed(tmp_path / "low", model(1.0))
+
+
+def test_the_processor_is_asked_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda names=names: names, raising=False)
+        assert multiplies_bf16(torch.device("cpu")) is expected
+
+
+def test_auto_takes_what_the_processor_multiplies(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from vilu.cli.images import backbone_spec
+
+    for is_fast, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("vilu.device.multiplies_bf16", lambda device, is_fast=is_fast: is_fast)
+        spec = backbone_spec("clip-vit-b32", "cpu", "auto", None, full_decode=False)
+        assert isinstance(spec, BackboneSpec)
+        assert spec.precision == expected
