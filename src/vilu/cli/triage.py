@@ -91,6 +91,12 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     move: Annotated[
         bool, Option("--move", help="Move the photos into accepted/CLASS, review and outside.")
     ] = False,
+    xmp: Annotated[
+        bool,
+        Option(
+            "--xmp", help="Write the accepted labels as dc:subject to PHOTO.xmp beside each photo."
+        ),
+    ] = False,
     batch_size: BatchSize = 32,
     workers: DecodingThreads = None,
     device: Device = "auto",
@@ -111,8 +117,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Without --answer, the zero-shot answers are judged until there are labels to fit on, and the
     answers of the fitted predictor afterwards.
     """
-    if link and move:
-        raise UsageError("--link and --move exclude each other. Give only one of them.")
+    sort = _sort_of(link=link, move=move)
     from vilu.backbones.zeroshot import everyday_words
     from vilu.datasets.classes import read_classes
     from vilu.triage.outputs import triage_photos
@@ -140,12 +145,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         follow_links=follow_links,
         about=about,
     )
-    sort: Literal["move", "link"] | None = None
-    if move:
-        sort = "move"
-    elif link:
-        sort = "link"
-    summary = triage_photos(settings, output, labels or (), sort=sort, overwrite=overwrite)
+    summary = triage_photos(settings, output, labels or (), sort=sort, xmp=xmp, overwrite=overwrite)
     typer.echo(output)
     next_step(summary.counts)
     if summary.forecast:
@@ -163,6 +163,15 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
             f"or label them on a page: {on_a_page}), then the same command with --labels "
             f"{to_fill_in}"
         )
+
+
+def _sort_of(*, link: bool, move: bool) -> Literal["move", "link"] | None:
+    """How the flags ask to sort photos; UsageError if both are given."""
+    if link and move:
+        raise UsageError("--link and --move exclude each other. Give only one of them.")
+    if move:
+        return "move"
+    return "link" if link else None
 
 
 def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag

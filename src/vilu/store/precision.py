@@ -64,14 +64,8 @@ def check_precision(
 ) -> PrecisionCheck | None:
     """Embed the first photos in the precision of the model and in float32, and compare.
 
-    Args:
-        model: The model. Only a ``DualEncoder`` can be run in float32 as well.
-        run: The run, with its classes.
-        pixels: Pixels (3, H, W) of the photos.
-        batch_size: Number of photos per forward pass.
-
-    Returns:
-        The comparison. None if the model is in float32, states no precision, or cannot be compared.
+    ``pixels`` (3, H, W) are those of the photos. The result is None if the model is in float32,
+    states no precision, or is no ``DualEncoder``, which alone can be run in float32 as well.
 
     Raises:
         ProvenanceError: If the two differ too much.
@@ -82,13 +76,9 @@ def check_precision(
     chosen = list(islice(pixels, CHECKED))
     if not chosen:
         return None
-    exact_model = model.in_float32()
-    low = []
-    exact = []
-    for batch in torch.stack(chosen).split(batch_size):
-        low.append(model.encode_images(batch))
-        exact.append(exact_model.encode_images(batch))
-    check = _compare(model, run, torch.cat(low), torch.cat(exact))
+    low = _encode(model, chosen, batch_size)
+    exact = _encode(model.in_float32(), chosen, batch_size)
+    check = _compare(model, run, low, exact)
     logger.info("%s", check)
     if not check.is_passed:
         raise ProvenanceError(
@@ -96,6 +86,11 @@ def check_precision(
             "Embed with --precision fp32."
         )
     return check
+
+
+def _encode(model: DualEncoder, pixels: list[Tensor], batch_size: int) -> Tensor:
+    batches = torch.stack(pixels).split(batch_size)
+    return torch.cat([model.encode_images(batch) for batch in batches])
 
 
 def _compare(model: DualEncoder, run: Run, low: Tensor, exact: Tensor) -> PrecisionCheck:

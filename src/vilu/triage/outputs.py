@@ -37,7 +37,8 @@ from vilu.triage.guarantee import GuaranteeProgress
 from vilu.triage.labels import SKIPPED, match_photos, read_labels, require_names
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
-from vilu.triage.sorting import list_folder, sort_photos
+from vilu.triage.sidecars import write_sidecars
+from vilu.triage.sorting import accepted_labels, list_folder, sort_photos
 from vilu.triage.state import NEXT, REPORT, TriageSettings, open_state
 from vilu.validation import checked, require_between
 
@@ -92,6 +93,7 @@ def triage_photos(
     labels: Sequence[Path] = (),
     *,
     sort: Literal["link", "move"] | None = None,
+    xmp: bool = False,
     overwrite: bool = False,
 ) -> TriageSummary:
     """Run a triage in a folder; a later run only does what is new.
@@ -103,6 +105,7 @@ def triage_photos(
         labels: Files of labels (``labels.read_labels``).
         sort: "link": also make sorted links to the photos. "move": also move the photos into sorted
             folders.
+        xmp: Also write the accepted labels to XMP sidecars beside the photos.
         overwrite: Begin anew and remove the results and labels of earlier runs. Photos that were
             moved stay where they are.
 
@@ -144,6 +147,10 @@ def triage_photos(
         write_page(output, listing, result, answers, settings)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
+        if xmp:
+            # listed again, because photos may have been moved
+            now = list_folder(settings.photos, output, follow_links=settings.follow_links)
+            write_sidecars(accepted_labels(output, now, answers, settings))
     return summary_of(result, answers, settings)
 
 

@@ -124,6 +124,24 @@ def sort_photos(
             _move(sources[path], target)
 
 
+def accepted_labels(
+    root: Path, listing: PhotoFolder, answers: Sequence[Answer], settings: TriageSettings
+) -> dict[Path, str | None]:
+    """The accepted label of every photo, None for the others, by the present path of the photo.
+
+    Photos that links to folders lead to are left out, because they lie outside of the folder.
+    """
+    sources = _sources(listing)
+    labels: dict[Path, str | None] = {}
+    for answer in answers:
+        photo = sources[answer.key]
+        if not lies_inside(photo, listing.root, root):
+            continue
+        is_accepted = folder_of(answer, settings.of_no_class).startswith("accepted/")
+        labels[photo] = answer.label if is_accepted else None
+    return labels
+
+
 def _sources(listing: PhotoFolder) -> dict[str, Path]:
     """Present location of every photo, by its path as tables write it."""
     sources = {}
@@ -177,9 +195,13 @@ def hashed_name(path: str) -> str:
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:
     """Whether a photo is a link, or lies really in none of the folders."""
-    real_folder = os.path.realpath(photo.parent)
-    is_inside = any(Path(real_folder).is_relative_to(folder.resolve()) for folder in folders)
-    return photo.is_symlink() or not is_inside
+    return photo.is_symlink() or not lies_inside(photo, *folders)
+
+
+def lies_inside(photo: Path, *folders: Path) -> bool:
+    """Whether the real folder of a photo is one of the folders or below one."""
+    real_folder = Path(os.path.realpath(photo.parent))
+    return any(real_folder.is_relative_to(folder.resolve()) for folder in folders)
 
 
 def _remove_links(home: Path) -> None:
