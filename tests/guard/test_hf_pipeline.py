@@ -18,7 +18,10 @@ from vilu.guard.guard import Guard
 from vilu.guard.hf_pipeline import TASK, SelectivePipeline, register
 
 transformers = pytest.importorskip("transformers")
-KEYS = {"label", "score", "failure_probability", "decision", "reason", "runners_up", "zero_shot"}
+KEYS = {
+    *("label", "score", "failure_probability", "quantile", "decision", "reason", "runners_up"),
+    "zero_shot",
+}
 
 
 @pytest.fixture(scope="module")

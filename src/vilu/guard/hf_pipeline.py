@@ -45,8 +45,8 @@ class SelectivePipeline:
 
     An entry is a dictionary with these keys:
 
-    - ``label``, ``failure_probability``, ``decision``, ``reason`` and ``zero_shot``: as in
-      ``vilu.Answer``.
+    - ``label``, ``failure_probability``, ``decision``, ``reason``, ``zero_shot`` and ``quantile``:
+      as in ``vilu.Answer``.
     - ``score``: the probability that the label is right, 1 - ``failure_probability``.
     - ``runners_up``: the next most likely answers, each with ``label`` and its probability as
       ``score``.
@@ -122,6 +122,7 @@ def _entries(answer: Answer) -> Entries:
         "decision": answer.decision,
         "reason": answer.reason,
         "zero_shot": answer.zero_shot,
+        "quantile": answer.quantile,
         "runners_up": [
             {"label": name, "score": probability} for name, probability in answer.runners_up
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,7 @@ from vilu.datasets.files import portable_name
 from vilu.embeddings.rows import SCORING_BATCH
 from vilu.embeddings.source import EmbeddingSource
 from vilu.guard.guard import Answer, RunnersUp, runners_up_of
+from vilu.metrics.counts import Floats
 from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -40,22 +42,31 @@ def answers_of(
         labels: Label by path; a label takes the place of the model's answer.
     """
     runners_up = all_runners_up(photos, predictor)
+    quantiles = quantiles_of(outcomes.uncertainty)
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
             answers.append(_labelled(path, labels[path]))
         else:
-            answers.append(answer_of(outcomes, row, runners_up[row]))
+            answers.append(answer_of(outcomes, row, runners_up[row], quantiles))
     for path, kind in photos.bad.items():
         answers.append(_unanswered(path, kind))
     return sorted(answers, key=lambda answer: answer.key)
 
 
-def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answer:
+def quantiles_of(uncertainty: Floats) -> Floats:
+    """(N,) share of the photos that are at most as doubtful; NaN where the uncertainty is."""
+    scored = np.sort(uncertainty[np.isfinite(uncertainty)])
+    n_at_most = np.searchsorted(scored, uncertainty, side="right")
+    return np.where(np.isfinite(uncertainty), n_at_most / max(len(scored), 1), np.nan)
+
+
+def answer_of(
+    outcomes: Outcomes, row: int, runners_up: RunnersUp = (), quantiles: Floats | None = None
+) -> Answer:
     """The model's answer about a row; the label of the row is not used."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
-    probabilities = failure_probabilities(outcomes)
-    if np.isnan(probabilities[row]) or outcomes.prediction is None:
+    if np.isnan(outcomes.uncertainty[row]) or outcomes.prediction is None:
         return _unanswered(path, None if outcomes.reason is None else outcomes.reason[row])
     decision = REVIEW
     if outcomes.decision is not None and outcomes.decision[row] == ACCEPT:
@@ -67,20 +78,24 @@ def answer_of(outcomes: Outcomes, row: int, runners_up: RunnersUp = ()) -> Answe
     return Answer(
         key=path,
         label=names[int(outcomes.prediction[row])],
-        failure_probability=float(probabilities[row]),
+        failure_probability=failure_probability(outcomes, row),
         uncertainty=float(outcomes.uncertainty[row]),
         decision=decision,
         reason=reason,
         runners_up=runners_up,
         zero_shot=outcomes.zero_shot_beside(row),
+        quantile=None if quantiles is None else float(quantiles[row]),
     )
 
 
-def failure_probabilities(outcomes: Outcomes) -> np.ndarray:
-    """(N,) calibrated probabilities of failure, or the uncertainties if nothing is calibrated."""
-    if outcomes.failure_probability is None:
-        return outcomes.uncertainty
-    return outcomes.failure_probability
+def failure_probability(outcomes: Outcomes, row: int) -> float | None:
+    """Probability that an answer is wrong; None if the scores hold no such probability."""
+    probability = math.nan
+    if outcomes.failure_probability is not None:
+        probability = float(outcomes.failure_probability[row])
+    elif outcomes.is_probability:
+        probability = float(outcomes.uncertainty[row])
+    return None if math.isnan(probability) else probability
 
 
 def _labelled(path: str, label: str) -> Answer:
@@ -151,6 +166,7 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
         **_answer_columns(answers),
         **columns_of(answers, ("decision", "reason")),
         "runner_up": _class_texts(first_runners_up),
+        **columns_of(answers, ("quantile",)),
         **_zero_shot_column(outcomes.answer, answers),
     }
     write_table(root / DECISIONS_CSV, columns, {})

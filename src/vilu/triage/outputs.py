@@ -415,6 +415,7 @@ def write_page(
         guarantee=guarantee_in_words(result, settings),
         answer=result.answer,
         levels=_levels(result),
+        is_probability=result.tested_outcomes.is_probability,
         sections=sections,
         pictures=pictures,
         bad=sorted(result.photos.bad.items())[:PHOTOS_SHOWN],
@@ -431,14 +432,12 @@ def write_page(
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
     """The answers about photos that people should look at, by the heading of the section."""
-    doubtful_first = sorted(
-        answers, key=lambda answer: answer.failure_probability or 0.0, reverse=True
-    )
+    doubtful_first = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
     to_label = [answer for answer in answers if answer.key in asked]
     accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
     to_review = []
     for answer in doubtful_first:
-        if answer.decision == REVIEW and answer.failure_probability is not None:
+        if answer.decision == REVIEW and answer.uncertainty is not None:
             to_review.append(answer)
     return {
         "Label these next": to_label[:PHOTOS_SHOWN],

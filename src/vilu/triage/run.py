@@ -28,6 +28,7 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.spread import states_probability
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.storage import load_predictor
@@ -124,7 +125,7 @@ class TriageRun:
             "method": predictor.label,
             "dataset": self.settings.photos.name,
             "seed": self.settings.seed,
-            "is_probability": predictor.is_probability,
+            "is_probability": states_probability(predictor),
             "provenance": provenance_of(calibration),
         }
         return score_rows(predictor, self.photos, facts, calibration=calibration)
