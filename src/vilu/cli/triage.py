@@ -132,6 +132,8 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         sort = "link"
     summary = triage_photos(settings, output, labels or (), sort=sort, overwrite=overwrite)
     typer.echo(output)
+    if summary.verdict:
+        next_step(summary.verdict)
     next_step(summary.answer)
     next_step(summary.counts)
     next_step(summary.guarantee)

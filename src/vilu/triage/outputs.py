@@ -30,6 +30,7 @@ from vilu.triage.photos import PhotoFolder
 from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sorting import list_folder, sort_photos
 from vilu.triage.state import NEXT, REPORT, TriageSettings, open_state
+from vilu.triage.verdict import labelled_answers, verdict_in_words
 from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
@@ -56,12 +57,14 @@ class TriageSummary:
     """The summary of a run for people.
 
     Attributes:
+        verdict: What the labels say about the answers, and warnings; empty if there is neither.
         answer: Which answers are judged, and why.
         counts: How many photos were accepted, are to be reviewed, and so on.
         guarantee: What is guaranteed, or what the guarantee lacks.
         n_asked: Number of photos whose labels are asked for.
     """
 
+    verdict: str
     answer: str
     counts: str
     guarantee: str
@@ -123,10 +126,11 @@ def triage_photos(
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
         write_next(output / NEXT, result.asked, answer_of_path, result.outcomes.answer)
-        write_page(output, listing, result, answers, settings)
+        verdict = _verdict(result, settings.seed)
+        write_page(output, listing, result, answers, settings, verdict)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
-    return summary_of(result, answers, settings)
+    return summary_of(result, answers, settings, verdict)
 
 
 def check_settings(settings: TriageSettings) -> None:
@@ -189,7 +193,7 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
 
 
 def summary_of(
-    result: TriageResult, answers: Sequence[Answer], settings: TriageSettings
+    result: TriageResult, answers: Sequence[Answer], settings: TriageSettings, verdict: str
 ) -> TriageSummary:
     """The summary of a run for people."""
     counts = count_answers(answers)
@@ -199,11 +203,21 @@ def summary_of(
             parts.append(f"{counts[name]:,} {name}")
     new = f" ({result.n_new:,} of them new)" if result.n_new else ""
     return TriageSummary(
+        verdict=verdict,
         answer=str(result.answer),
         counts=f"{plural(counts['photos'], 'photo')}{new}: {', '.join(parts)}",
         guarantee=guarantee_in_words(result, settings),
         n_asked=len(result.asked),
     )
+
+
+def _verdict(result: TriageResult, seed: int) -> str:
+    """What the labels say about the answers, and warnings."""
+    labelled = labelled_answers(
+        result.photos, result.outcomes, result.predictor, result.is_calibration, seed
+    )
+    has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
+    return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
 
 
 @dataclass(frozen=True)
@@ -404,6 +418,7 @@ def write_page(
     result: TriageResult,
     answers: Sequence[Answer],
     settings: TriageSettings,
+    verdict: str,
 ) -> None:
     """Write ``report.html``: decisions, guarantee, and the photos that people should look at."""
     sections = _sections(answers, {entry.path for entry in result.asked})
@@ -411,6 +426,7 @@ def write_page(
     page = render(
         find_template(PAGE),
         title=f"Photos in {settings.photos.name}",
+        verdict=verdict,
         counts=count_answers(answers),
         guarantee=guarantee_in_words(result, settings),
         answer=result.answer,

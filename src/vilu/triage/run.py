@@ -150,6 +150,7 @@ class TriageResult:
             needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
+        is_calibration: (N,) bool, which photos are of the calibration side.
         is_first_of_scene: (M,) bool, which of the photos that count for the guarantee are near
             copies neither of a photo to fit on nor of an earlier photo; None without ``progress``.
         asked: Entries of the photos whose labels are asked for.
@@ -166,6 +167,7 @@ class TriageResult:
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
     has_candidate: bool
+    is_calibration: Mask
     is_first_of_scene: Mask | None
     asked: list[Entry]
     book: LabelBook
@@ -296,6 +298,7 @@ def _result(
         progress=progress,
         tested_outcomes=tested,
         has_candidate=state.candidate is not None,
+        is_calibration=run.split.is_calibration,
         is_first_of_scene=is_first_of_scene,
         asked=run.book.waiting(),
         book=run.book,
