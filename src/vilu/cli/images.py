@@ -235,6 +235,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
+    name_compact(backbone)
     manifest = None if store is None else store.manifest
     next_step(embedded(output, manifest, (split, source)))
 
@@ -252,6 +253,17 @@ def backbone_spec(
     if models is not None:
         models = models.absolute()
     return BackboneSpec(name, device, precision, models)
+
+
+def name_compact(backbone: str) -> None:
+    """Say what the compact model is, which is the default, and what to take in its place."""
+    if backbone.partition(":")[0] != "compact":
+        return
+    next_step(
+        f"{backbone} is a small stand-in for CLIP, for a first look. A CLIP names more photos "
+        "right: --backbone clip-vit-b32, or clip-vit-l14, which is slower and better (pip install "
+        "'vilu[clip]')"
+    )
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import next_step
-from vilu.cli.images import backbone_spec, templates_of
+from vilu.cli.images import backbone_spec, name_compact, templates_of
 from vilu.cli.options import (
     MOST_SEED,
     Answer,
@@ -137,6 +137,8 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(summary.answer)
     next_step(summary.counts)
     next_step(summary.guarantee)
+    next_step(summary.prompts)
+    name_compact(backbone)
     if summary.n_asked:
         to_fill_in = console.shell(output / "next_labels.csv")
         on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")

@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 
 from vilu.artifacts.disk import locked, make_folder, write_text
+from vilu.backbones.zeroshot import TEMPLATES, prompts_in_words
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.thresholds import exactly, percent
 from vilu.device import torch_defaults
@@ -61,6 +62,7 @@ class TriageSummary:
         answer: Which answers are judged, and why.
         counts: How many photos were accepted, are to be reviewed, and so on.
         guarantee: What is guaranteed, or what the guarantee lacks.
+        prompts: The templates, and a warning of prompts that read badly.
         n_asked: Number of photos whose labels are asked for.
     """
 
@@ -68,6 +70,7 @@ class TriageSummary:
     answer: str
     counts: str
     guarantee: str
+    prompts: str
     n_asked: int
 
 
@@ -207,6 +210,7 @@ def summary_of(
         answer=str(result.answer),
         counts=f"{plural(counts['photos'], 'photo')}{new}: {', '.join(parts)}",
         guarantee=guarantee_in_words(result, settings),
+        prompts=_prompts(settings),
         n_asked=len(result.asked),
     )
 
@@ -218,6 +222,13 @@ def _verdict(result: TriageResult, seed: int) -> str:
     )
     has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
     return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
+
+
+def _prompts(settings: TriageSettings) -> str:
+    """The templates of the prompts, with a warning of prompts that read badly."""
+    embedding = settings.embedding
+    templates = TEMPLATES["default"] if embedding.templates is None else embedding.templates
+    return prompts_in_words(embedding.names, templates)
 
 
 @dataclass(frozen=True)
@@ -430,6 +441,7 @@ def write_page(
         counts=count_answers(answers),
         guarantee=guarantee_in_words(result, settings),
         answer=result.answer,
+        prompts=_prompts(settings),
         levels=_levels(result),
         is_probability=result.tested_outcomes.is_probability,
         sections=sections,
