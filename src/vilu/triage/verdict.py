@@ -99,15 +99,26 @@ def labelled_answers(
     answers: dict[AnswerKind, Ints] = {}
     if zero_shot is not None:
         answers["zero_shot"] = zero_shot[rows]
-    adapted = np.full(len(rows), UNKNOWN)
     if predictor.needs_labels and predictor.has_posterior:
-        in_calibration = is_calibration[rows]
-        of_calibration = posterior_of(predictor, photos, rows[in_calibration])
-        adapted[in_calibration] = of_calibration.argmax(axis=1)
-        adapted[~in_calibration] = _cross_fitted_answers(photos, rows[~in_calibration], seed)
-    if (adapted != UNKNOWN).any():
-        answers["adapted"] = adapted
+        adapted = _adapted_answers(photos, predictor, rows, is_calibration[rows], seed)
+        if (adapted != UNKNOWN).any():
+            answers["adapted"] = adapted
     return LabelledAnswers(label[rows], answers)
+
+
+def _adapted_answers(
+    photos: Photos,
+    predictor: FailurePredictor,
+    rows: Ints,
+    in_calibration: NDArray[np.bool_],
+    seed: int,
+) -> Ints:
+    """(M,) adapted answers to labelled rows, each by a predictor that has not seen the label."""
+    answers = np.full(len(rows), UNKNOWN)
+    posterior = posterior_of(predictor, photos, rows[in_calibration])
+    answers[in_calibration] = posterior.argmax(axis=1)
+    answers[~in_calibration] = _cross_fitted_answers(photos, rows[~in_calibration], seed)
+    return answers
 
 
 def _cross_fitted_answers(photos: EmbeddingSource, rows: Ints, seed: int) -> Ints:
