@@ -27,6 +27,7 @@ KEYS = {
     "runners_up",
     "zero_shot",
     "likely",
+    "quantile",
 }
 
 

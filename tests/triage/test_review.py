@@ -69,7 +69,7 @@ def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(
             "decisions.csv",
             ",0.",
             ",0.x",
-            " has no probability in the column failure_probability, but '0.x",
+            " has no number from 0 to 1 in the column failure_probability, but '0.x",
         ),
         ("decisions.csv", "\n", "\nonly-a-path.png\n", "row 2 is not complete"),
     ],

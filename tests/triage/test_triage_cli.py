@@ -143,6 +143,22 @@ def test_a_fit_that_uses_no_labels_takes_none(
     assert message in run(*arguments, *more, code=2, cwd=tmp_path).stderr
 
 
+def test_a_run_says_what_its_prompts_and_its_model_are(work: Path) -> None:
+    (work / "articles.txt").write_text("a cat\nthe dog\ncar")
+    arguments = ("triage", "photos", "--classes", "articles.txt", "-o", "out")
+    for _ in range(2):  # on every run, not on the first alone
+        done = run(*arguments, cwd=work)
+        assert "Prompts: 'a photo of a {}.'. Warning: 'a photo of a a cat.' has two" in done.stderr
+        assert "compact is a small stand-in for CLIP" in done.stderr
+        assert "--backbone clip-vit-b32" in done.stderr
+    page = (work / "out" / "report.html").read_text()
+    assert "a photo of a {}." in page
+    done = run(*arguments, "--backbone", "fake", "--template", "{}", cwd=work)
+    assert "Prompts: '{}'." in done.stderr
+    assert "Warning" not in done.stderr
+    assert "stand-in" not in done.stderr
+
+
 @pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])
 def test_the_predictor_of_a_triage_is_exported(
     work: Path, more: tuple[str, ...], fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch

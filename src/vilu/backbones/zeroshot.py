@@ -32,6 +32,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 """Named sets of prompt templates."""
 
+DETERMINERS = frozenset(
+    {"a", "an", "the", "this", "that", "these", "those", "some", "any", "my", "our", "your"}
+)
+"""Words of which no two may stand side by side, as in "a the"."""
+
+SHOWN = 3
+"""Maximum number of templates or prompts that a text shows."""
+
 NEAR_DUPLICATE = 0.999
 """If the cosine of two candidates is above this number, images can hardly decide between them."""
 BLOCK = 1024
@@ -117,6 +125,47 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     for name in names:
         prompts += [template.replace("{}", name) for template in templates]
     return prompts
+
+
+def clumsy_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The prompts in which a name with an article follows an article of the template.
+
+    A model has seen few texts such as "a photo of a a textile with a hole.", so its answers suffer.
+
+    Examples:
+        >>> from vilu.backbones.zeroshot import clumsy_prompts
+        >>> clumsy_prompts(["a shoe", "coat"], ["a photo of a {}."])
+        ['a photo of a a shoe.']
+        >>> clumsy_prompts(["a shoe", "coat"], ["a photo of {}."])
+        []
+    """
+    names_with_article = [name for name in names if _is_determiner(name.split()[:1])]
+    prompts: list[str] = []
+    for template in templates:
+        before, _, _ = template.partition("{}")
+        if _is_determiner(before.split()[-1:]):
+            prompts += fill_templates(names_with_article, [template])
+    return prompts
+
+
+def _is_determiner(words: Sequence[str]) -> bool:
+    """Whether the words are one determiner, such as "a"."""
+    return len(words) == 1 and words[0].lower() in DETERMINERS
+
+
+def prompts_in_words(names: Sequence[str], templates: Sequence[str]) -> str:
+    """The templates as a text for people, with a warning of ``clumsy_prompts``."""
+    shown = ", ".join(repr(template) for template in templates[:SHOWN])
+    more = f" and {len(templates) - SHOWN} more" if len(templates) > SHOWN else ""
+    sentences = [f"Prompts: {shown}{more}."]
+    clumsy = clumsy_prompts(names, templates)
+    if clumsy:
+        others = f", and so do {len(clumsy) - 1} more" if len(clumsy) > 1 else ""
+        sentences.append(
+            f"Warning: {clumsy[0]!r} has two articles{others}. Leave them out of the class names, "
+            "or give another --template, such as 'a photo of {}.'"
+        )
+    return " ".join(sentences)
 
 
 def named_templates(names: Sequence[str]) -> tuple[str, ...]:

@@ -239,6 +239,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
+    name_compact(backbone)
     next_step(embedded(output, store, (split, source)))
 
 
@@ -277,6 +278,17 @@ def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: st
     if is_fast and is_large:
         next_step("this processor multiplies bfloat16: about twice as fast with --precision bf16")
     return wanted
+
+
+def name_compact(backbone: str) -> None:
+    """Say what the compact model is, which is the default, and what to take in its place."""
+    if backbone.partition(":")[0] != "compact":
+        return
+    next_step(
+        f"{backbone} is a small stand-in for CLIP, for a first look. A CLIP names more photos "
+        "right: --backbone clip-vit-b32, or clip-vit-l14, which is slower and better (pip install "
+        "'vilu[clip]')"
+    )
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:

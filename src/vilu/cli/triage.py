@@ -10,7 +10,7 @@ from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import next_step
-from vilu.cli.images import backbone_spec, templates_of
+from vilu.cli.images import backbone_spec, name_compact, templates_of
 from vilu.cli.options import (
     MOST_SEED,
     Answer,
@@ -147,12 +147,16 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     summary = triage_photos(settings, output, labels or (), sort=sort, xmp=xmp, overwrite=overwrite)
     typer.echo(output)
+    if summary.verdict:
+        next_step(summary.verdict)
     next_step(summary.counts)
     if summary.forecast:
         next_step(summary.forecast)
     next_step(summary.answer)
     next_step(summary.guarantee)
     next_step(summary.likely)
+    next_step(summary.prompts)
+    name_compact(backbone)
     if summary.why_none:
         next_step(summary.why_none)
     if summary.n_asked:

@@ -29,6 +29,7 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.spread import quantiles_in_spread, states_probability
 from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.files import SavedModel, folder_of
 from vilu.predictors.persistence.storage import load_predictor
@@ -64,7 +65,8 @@ class Answer:
             images: "0", "1", and so on.
         label: The answer that is judged; None if the image could not be read.
         failure_probability: Probability that the answer is wrong. None without an answer, or if the
-            predictor is not calibrated and its scores are not probabilities.
+            predictor is not calibrated and its scores are not probabilities, such as those of a
+            triage without labels.
         uncertainty: Score of the predictor, higher = more likely wrong; None without an answer.
         decision: "accept" or "review"; None if the predictor has no rule.
         reason: Why the answer is not accepted ("above_threshold", "outside", "not_certified"), or
@@ -77,6 +79,9 @@ class Answer:
         likely: Whether the answer is likely right: an estimate, not a guarantee
             (``vilu.calibration.likely``). It never changes the decision. None if there is no
             estimate, or no answer.
+        quantile: Share of the photos that are at most as doubtful, from 0 to 1. Of a guard these
+            are the photos of the fit. None if the predictor has learned from labels, since it then
+            gives a probability.
 
     Examples:
         >>> import vilu
@@ -101,6 +106,7 @@ class Answer:
     runners_up: RunnersUp = ()
     zero_shot: str | None = None
     likely: bool | None = None
+    quantile: float | None = None
 
 
 @dataclass(frozen=True)
@@ -398,7 +404,7 @@ class Guard:
         image = columns.pop(IMAGE)  # all other arrays stay
         source = self.vocabulary.new_images(image, columns=columns, ids=keys)
         facts = {
-            "is_probability": self.predictor.is_probability,
+            "is_probability": states_probability(self.predictor),
             "provenance": provenance_of(self.calibration),
         }
         outcomes = score_rows(
@@ -429,6 +435,9 @@ class Guard:
             probability = float(outcomes.failure_probability[row])
         elif outcomes.is_probability:
             probability = uncertainty
+        quantiles = None
+        if probability is None:
+            quantiles = quantiles_in_spread(self.predictor, outcomes.uncertainty[[row]])
         label: str | None = None
         if outcomes.prediction is not None:
             label = self.names[int(outcomes.prediction[row])]
@@ -442,6 +451,7 @@ class Guard:
             runners_up=runners_up,
             zero_shot=outcomes.zero_shot_beside(row),
             likely=likely,
+            quantile=None if quantiles is None else float(quantiles[0]),
         )
 
     def __repr__(self) -> str:

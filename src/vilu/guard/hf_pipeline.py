@@ -45,8 +45,8 @@ class SelectivePipeline:
 
     An entry is a dictionary with these keys:
 
-    - ``label``, ``failure_probability``, ``decision``, ``reason``, ``zero_shot`` and ``likely``: as
-      in ``vilu.Answer``.
+    - ``label``, ``failure_probability``, ``decision``, ``reason``, ``zero_shot``, ``likely`` and
+      ``quantile``: as in ``vilu.Answer``.
     - ``score``: the probability that the label is right, 1 - ``failure_probability``.
     - ``runners_up``: the next most likely answers, each with ``label`` and its probability as
       ``score``.
@@ -123,6 +123,7 @@ def _entries(answer: Answer) -> Entries:
         "reason": answer.reason,
         "zero_shot": answer.zero_shot,
         "likely": answer.likely,
+        "quantile": answer.quantile,
         "runners_up": [
             {"label": name, "score": probability} for name, probability in answer.runners_up
         ],

@@ -399,6 +399,7 @@ def _out(reply: Reply) -> AnswerOut:
         runners_up=runners_up,
         label=answer.label,
         failure_probability=answer.failure_probability,
+        quantile=answer.quantile,
         uncertainty=answer.uncertainty,
         decision=answer.decision,
         reason=answer.reason,

@@ -104,6 +104,13 @@ class AnswerOut(BaseModel):
     ]
     label: str | None
     failure_probability: float | None
+    quantile: Annotated[
+        float | None,
+        Field(
+            description="Share of the photos of the fit that are at most as doubtful, if the "
+            "predictor has learned from no label; null otherwise."
+        ),
+    ] = None
     uncertainty: float | None
     decision: str | None
     reason: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -50,12 +51,13 @@ def answers_of(
     flags: Flags = [None] * len(photos)
     if likely is not None:
         flags = likely.among(unlabelled_scores(photos, outcomes, labels))
+    quantiles = quantiles_of(outcomes.uncertainty)
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
             answers.append(_labelled(path, labels[path]))
         else:
-            answers.append(answer_of(outcomes, row, runners_up[row], flags[row]))
+            answers.append(answer_of(outcomes, row, runners_up[row], flags[row], quantiles))
     for path, kind in photos.bad.items():
         answers.append(_unanswered(path, kind))
     return sorted(answers, key=lambda answer: answer.key)
@@ -67,13 +69,23 @@ def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, s
     return np.where(has_label, np.nan, outcomes.uncertainty)
 
 
+def quantiles_of(uncertainty: Floats) -> Floats:
+    """(N,) share of the photos that are at most as doubtful; NaN where the uncertainty is."""
+    scored = np.sort(uncertainty[np.isfinite(uncertainty)])
+    n_at_most = np.searchsorted(scored, uncertainty, side="right")
+    return np.where(np.isfinite(uncertainty), n_at_most / max(len(scored), 1), np.nan)
+
+
 def answer_of(
-    outcomes: Outcomes, row: int, runners_up: RunnersUp = (), likely: bool | None = None
+    outcomes: Outcomes,
+    row: int,
+    runners_up: RunnersUp = (),
+    likely: bool | None = None,
+    quantiles: Floats | None = None,
 ) -> Answer:
     """The model's answer about a row; the label of the row is not used."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
-    probabilities = failure_probabilities(outcomes)
-    if np.isnan(probabilities[row]) or outcomes.prediction is None:
+    if np.isnan(outcomes.uncertainty[row]) or outcomes.prediction is None:
         return _unanswered(path, None if outcomes.reason is None else outcomes.reason[row])
     decision = REVIEW
     if outcomes.decision is not None and outcomes.decision[row] == ACCEPT:
@@ -85,21 +97,25 @@ def answer_of(
     return Answer(
         key=path,
         label=names[int(outcomes.prediction[row])],
-        failure_probability=float(probabilities[row]),
+        failure_probability=failure_probability(outcomes, row),
         uncertainty=float(outcomes.uncertainty[row]),
         decision=decision,
         reason=reason,
         runners_up=runners_up,
         zero_shot=outcomes.zero_shot_beside(row),
         likely=likely,
+        quantile=None if quantiles is None else float(quantiles[row]),
     )
 
 
-def failure_probabilities(outcomes: Outcomes) -> np.ndarray:
-    """(N,) calibrated probabilities of failure, or the uncertainties if nothing is calibrated."""
-    if outcomes.failure_probability is None:
-        return outcomes.uncertainty
-    return outcomes.failure_probability
+def failure_probability(outcomes: Outcomes, row: int) -> float | None:
+    """Probability that an answer is wrong; None if the scores hold no such probability."""
+    probability = math.nan
+    if outcomes.failure_probability is not None:
+        probability = float(outcomes.failure_probability[row])
+    elif outcomes.is_probability:
+        probability = float(outcomes.uncertainty[row])
+    return None if math.isnan(probability) else probability
 
 
 def _labelled(path: str, label: str) -> Answer:
@@ -179,6 +195,7 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
         **columns_of(answers, ("decision", "reason")),
         "likely": pa.array([answer.likely for answer in answers], pa.bool_()),
         "runner_up": _class_texts(first_runners_up),
+        **columns_of(answers, ("quantile",)),
         **_zero_shot_column(outcomes.answer, answers),
     }
     write_table(root / DECISIONS_CSV, columns, {})

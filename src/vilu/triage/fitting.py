@@ -18,6 +18,7 @@ from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.cross_fit import cross_fitted, labelled_folds
 from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.spread import note_spread
 from vilu.triage.photos import Photos
 from vilu.triage.state import TriageState
 from vilu.triage.trial import Trial
@@ -141,6 +142,7 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
         return predictor
     predictor = find_method(method)()
     predictor.fit(photos)
+    note_spread(predictor, predictor.predict_uncertainty(photos))
     logger.info("%s is fitted on %s photos, without labels", method, f"{len(photos):,}")
     return predictor
 

@@ -19,22 +19,16 @@ from vilu.artifacts.tables import write_table
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import torch_defaults
-from vilu.embeddings.copies import NEAR_COPY, near_copies
-from vilu.embeddings.rows import SCORING_BATCH
-from vilu.embeddings.source import EmbeddingSource, TakenIds, log_posterior
+from vilu.embeddings.source import EmbeddingSource, TakenIds
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.counts import Floats
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.plus.vilu_plus import ViLUPlus
-from vilu.progress import track
 from vilu.report import figures, style
 from vilu.report.figures import Photo
 from vilu.report.page.gallery import find_pictures
+from vilu.triage.posteriors import cross_fitted_posterior, posterior_of
 from vilu.validation import checked
-
-FOLDS: Final = 5
-"""Number of folds of the cross-fitting."""
 
 SHOWN: Final = 8
 """Maximum number of pictures in a row of the contact sheet."""
@@ -113,7 +107,7 @@ def find_label_errors(
             f"{len(present)}."
         )
     if predictor is None:
-        posterior = _cross_fitted(source, rows, seed)
+        posterior = cross_fitted_posterior(source, rows, seed)
     else:
         posterior = posterior_of(predictor, source, rows)
     of_present = posterior[:, present]
@@ -137,58 +131,6 @@ def find_label_errors(
         quality=quality[order],
         is_error=issues["is_label_issue"].to_numpy(dtype=np.bool_)[order],
     )
-
-
-def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """(N, K) held-out posterior: each row's predictor saw neither the row nor near copies of it."""
-    fold = _folds(source, rows, seed)
-    posterior = np.empty((len(rows), source.n_candidates))
-    with track("fit without a fifth of the labels", FOLDS, "fits") as task:
-        for number in range(FOLDS):
-            held_out = fold == number
-            if not held_out.any():
-                continue
-            predictor = ViLUPlus(seed=seed).fit(source.take(rows[~held_out]))
-            posterior[held_out] = posterior_of(predictor, source, rows[held_out])
-            task.advance(1)
-    return posterior
-
-
-def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """(N,) fold of every row; near copies share a fold, because a copy would reveal the label."""
-    # All near copies of a picture have the same ``first_copy``. So its values number the pictures.
-    first_copy = near_copies(source, rows)
-    _, picture = np.unique(first_copy, return_inverse=True)
-    n_pictures = int(picture.max()) + 1
-    if n_pictures < 2:
-        raise DataError(
-            f"all {len(rows)} labelled rows are near copies of one picture (cosine of at least "
-            f"{NEAR_COPY}), so no label can be compared with others. Give labels of other pictures."
-        )
-    if n_pictures < len(rows):
-        logger.info(
-            "%d labelled rows are %d pictures and their near copies; near copies share a fold",
-            len(rows),
-            n_pictures,
-        )
-    fold_of_picture = np.random.default_rng(seed).permutation(np.arange(n_pictures) % FOLDS)
-    return fold_of_picture[picture]
-
-
-def posterior_of(
-    predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
-) -> Floats:
-    """(N, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
-    batches = source.batches(
-        SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
-    )
-    log_posterior_of = predictor.log_posterior if predictor.has_posterior else log_posterior
-    parts = [np.empty((0, source.n_candidates))]  # the result if there are no rows
-    with torch.no_grad():
-        for batch in batches:
-            log_p = log_posterior_of(batch.to(predictor.device_))
-            parts.append(log_p.exp().numpy(force=True))
-    return np.concatenate(parts)
 
 
 def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None:

@@ -105,6 +105,7 @@ COLUMNS: Final = (
 NUMBERS: Final = {
     "probability": pa.float64(),
     "failure_probability": pa.float64(),
+    "quantile": pa.float64(),
     "asked": pa.int64(),
     "answered": pa.int64(),
 }

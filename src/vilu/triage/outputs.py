@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 
 from vilu.artifacts.disk import locked, make_folder, write_text
+from vilu.backbones.zeroshot import TEMPLATES, prompts_in_words
 from vilu.calibration.anytime import Looks, log_evidence
 from vilu.calibration.closed_set import ClosedLooks, ClosedPhotos
 from vilu.calibration.likely import LEAST_WRONG, LikelyRight
@@ -40,6 +41,7 @@ from vilu.triage.run import TriageResult, run_triage
 from vilu.triage.sidecars import write_sidecars
 from vilu.triage.sorting import accepted_labels, list_folder, sort_photos
 from vilu.triage.state import NEXT, REPORT, TriageSettings, open_state
+from vilu.triage.verdict import labelled_answers, verdict_in_words
 from vilu.validation import checked, require_between
 
 PAGE: Final = "triage.html.jinja"
@@ -66,21 +68,25 @@ class TriageSummary:
     """The summary of a run for people.
 
     Attributes:
+        verdict: What the labels say about the answers, and warnings; empty if there is neither.
         answer: Which answers are judged, and why.
         counts: How many photos have a label. Of those without a label, how many were accepted, are
             to be reviewed, and so on.
         guarantee: What is guaranteed, or what the guarantee lacks.
         forecast: How many photos further labels could get accepted; "" if nothing is known.
         likely: How many photos without a label are likely right, or why this is not known.
+        prompts: The templates, and a warning of prompts that read badly.
         n_asked: Number of photos whose labels are asked for.
         why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
     """
 
+    verdict: str
     answer: str
     counts: str
     guarantee: str
     forecast: str
     likely: str
+    prompts: str
     n_asked: int
     why_none: str
 
@@ -144,14 +150,15 @@ def triage_photos(
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
         write_next(output / NEXT, result.asked, answer_of_path, result.outcomes.answer)
-        write_page(output, listing, result, answers, settings)
+        verdict = _verdict(result, settings.seed)
+        write_page(output, listing, result, answers, settings, verdict)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
         if xmp:
             # listed again, because photos may have been moved
             now = list_folder(settings.photos, output, follow_links=settings.follow_links)
             write_sidecars(accepted_labels(output, now, answers, settings))
-    return summary_of(result, answers, settings)
+    return summary_of(result, answers, settings, verdict)
 
 
 def check_settings(settings: TriageSettings) -> None:
@@ -214,17 +221,19 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
 
 
 def summary_of(
-    result: TriageResult, answers: Sequence[Answer], settings: TriageSettings
+    result: TriageResult, answers: Sequence[Answer], settings: TriageSettings, verdict: str
 ) -> TriageSummary:
     """The summary of a run for people."""
     counts = count_answers(answers)
     new = f" ({result.n_new:,} of them new)" if result.n_new else ""
     return TriageSummary(
+        verdict=verdict,
         answer=str(result.answer),
         counts=f"{plural(counts['photos'], 'photo')}{new}: {counts_in_words(counts)}",
         guarantee=guarantee_in_words(result, settings),
         forecast=str(result.forecast),
         likely=likely_in_words(result.likely, counts),
+        prompts=_prompts(settings),
         n_asked=len(result.asked),
         why_none="" if result.asked else why_nothing_is_asked(result),
     )
@@ -259,6 +268,22 @@ def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> st
         f"At most {percent(likely.max_risk, 1)} of these answers are expected to be wrong. This is "
         f"an estimate, not a guarantee: {labels}."
     )
+
+
+def _verdict(result: TriageResult, seed: int) -> str:
+    """What the labels say about the answers, and warnings."""
+    labelled = labelled_answers(
+        result.photos, result.outcomes, result.predictor, result.is_calibration, seed
+    )
+    has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
+    return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
+
+
+def _prompts(settings: TriageSettings) -> str:
+    """The templates of the prompts, with a warning of prompts that read badly."""
+    embedding = settings.embedding
+    templates = TEMPLATES["default"] if embedding.templates is None else embedding.templates
+    return prompts_in_words(embedding.names, templates)
 
 
 @dataclass(frozen=True)
@@ -509,6 +534,7 @@ def write_page(
     result: TriageResult,
     answers: Sequence[Answer],
     settings: TriageSettings,
+    verdict: str,
 ) -> None:
     """Write ``report.html``: decisions, guarantee, and the photos that people should look at."""
     sections = _sections(answers, {entry.path for entry in result.asked})
@@ -517,12 +543,15 @@ def write_page(
     page = render(
         find_template(PAGE),
         title=f"Photos in {settings.photos.name}",
+        verdict=verdict,
         counts=counts,
         guarantee=guarantee_in_words(result, settings),
         likely=likely_in_words(result.likely, counts),
         answer=result.answer,
         forecast=str(result.forecast),
+        prompts=_prompts(settings),
         levels=_levels(result),
+        is_probability=result.tested_outcomes.is_probability,
         sections=sections,
         pictures=pictures,
         bad=sorted(result.photos.bad.items())[:PHOTOS_SHOWN],
@@ -537,14 +566,12 @@ def write_page(
 
 def _sections(answers: Sequence[Answer], asked: Collection[str]) -> dict[str, list[Answer]]:
     """The answers about photos that people should look at, by the heading of the section."""
-    doubtful_first = sorted(
-        answers, key=lambda answer: answer.failure_probability or 0.0, reverse=True
-    )
+    doubtful_first = sorted(answers, key=lambda answer: answer.uncertainty or 0.0, reverse=True)
     to_label = [answer for answer in answers if answer.key in asked]
     accepted = [answer for answer in doubtful_first if answer.decision == ACCEPT]
     to_review = []
     for answer in doubtful_first:
-        if answer.decision == REVIEW and answer.failure_probability is not None:
+        if answer.decision == REVIEW and answer.uncertainty is not None:
             to_review.append(answer)
     return {
         "Label these next": to_label[:PHOTOS_SHOWN],

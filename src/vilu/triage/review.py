@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from vilu.errors import OUTSIDE_NAME, UNKNOWN, DataError
 from vilu.outcomes.decisions import ACCEPT, REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.reader import EmbeddingStore
-from vilu.triage.answers import failure_probabilities
+from vilu.triage.answers import failure_probability
 from vilu.triage.carrying import all_labels
 from vilu.triage.labels import side_of
 from vilu.triage.photos import FOLDER, Photos, PhotoStores
@@ -49,6 +48,7 @@ class ReviewTask:
         path: Path of the photo, as tables write it.
         answer: The model's answer, as tables write it; None without an answer.
         failure_probability: Probability that the answer is wrong; None if it is not known.
+        quantile: Share of the photos that are at most as doubtful; None if it is not known.
         runner_up: The second most likely answer.
         zero_shot: The zero-shot answer; None if it is the same as ``answer``.
         stream: Why the label was asked for. Photos that were not asked for have the stream
@@ -60,6 +60,7 @@ class ReviewTask:
     path: str
     answer: str | None
     failure_probability: float | None
+    quantile: float | None = None
     runner_up: str | None = None
     zero_shot: str | None = None
     stream: str = CHOSEN
@@ -162,7 +163,7 @@ def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
     def rank(task: ReviewTask) -> tuple[int, float]:
         # All photos that were not asked for share the place after the last request.
         request = request_of.get(task.path, n_requests)
-        doubt = task.failure_probability or 0.0
+        doubt = task.quantile or task.failure_probability or 0.0
         return request, -doubt
 
     return sorted(tasks, key=rank)
@@ -205,12 +206,13 @@ def _read_written(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
     for number, row in enumerate(rows, start=2):  # row 1 is the heading
         if row.ends_early:
             raise DataError(f"{path}: row {number} is not complete. {again}")
-        probability = row.get("failure_probability", "")
-        if "failure_probability" in wanted and not _is_probability(probability):
-            raise DataError(
-                f"{path}: row {number} has no probability in the column failure_probability, but "
-                f"{probability!r:.40}. {again}"
-            )
+        for name in ("failure_probability", "quantile"):
+            cell = row.get(name, "")
+            if not _is_probability(cell):
+                raise DataError(
+                    f"{path}: row {number} has no number from 0 to 1 in the column {name}, but "
+                    f"{cell!r:.40}. {again}"
+                )
     return rows
 
 
@@ -224,6 +226,11 @@ def _is_probability(cell: str) -> bool:
         return False
 
 
+def _number(cell: str) -> float | None:
+    """The number in a cell; None if the cell is empty."""
+    return float(cell) if cell else None
+
+
 def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which) -> bool:
     """Whether a row of ``decisions.csv`` is one that ``which`` selects."""
     if which == "asked":
@@ -235,14 +242,14 @@ def _is_wanted(row: Mapping[str, str], streams: Mapping[str, str], which: Which)
 
 def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
     """The task for a row of ``decisions.csv``; empty cells become None."""
-    cell = row["failure_probability"]
     zero_shot = row.get("zero_shot")
     if zero_shot in {"", row["answer"]}:
         zero_shot = None
     return ReviewTask(
         path=row["path"],
         answer=row["answer"] or None,
-        failure_probability=float(cell) if cell else None,
+        failure_probability=_number(row["failure_probability"]),
+        quantile=_number(row.get("quantile", "")),  # earlier versions have no such column
         runner_up=row["runner_up"] or None,
         zero_shot=zero_shot,
         stream=stream,
@@ -272,7 +279,7 @@ def _of_scores(path: Path, which: Which) -> Review:
             task = ReviewTask(
                 path=outcomes.ids[row],
                 answer=answer,
-                failure_probability=_probability(outcomes, row),
+                failure_probability=failure_probability(outcomes, row),
                 zero_shot=zero_shot,
                 decision=ACCEPT if is_accepted else REVIEW,
             )
@@ -285,11 +292,3 @@ def _of_scores(path: Path, which: Which) -> Review:
         answer=outcomes.answer,
         scores=path,
     )
-
-
-def _probability(outcomes: Outcomes, row: int) -> float | None:
-    """Probability that an answer is wrong; None if the scores hold no such probability."""
-    has_probabilities = outcomes.is_probability or outcomes.failure_probability is not None
-    probability = float(failure_probabilities(outcomes)[row])
-    has_score = math.isfinite(probability)
-    return probability if has_probabilities and has_score else None

@@ -30,6 +30,7 @@ from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.spread import states_probability
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.storage import load_predictor
@@ -126,7 +127,7 @@ class TriageRun:
             "method": predictor.label,
             "dataset": self.settings.photos.name,
             "seed": self.settings.seed,
-            "is_probability": predictor.is_probability,
+            "is_probability": states_probability(predictor),
             "provenance": provenance_of(calibration),
         }
         return score_rows(predictor, self.photos, facts, calibration=calibration)
@@ -153,6 +154,7 @@ class TriageResult:
             needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
+        is_calibration: (N,) bool, which photos are of the calibration side.
         is_first_of_scene: (M,) bool, which of the photos that count for the guarantee are near
             copies neither of a photo to fit on nor of an earlier photo; None without ``progress``.
         asked: Entries of the photos whose labels are asked for.
@@ -171,6 +173,7 @@ class TriageResult:
     progress: GuaranteeProgress | None
     tested_outcomes: Outcomes
     has_candidate: bool
+    is_calibration: Mask
     is_first_of_scene: Mask | None
     asked: list[Entry]
     book: LabelBook
@@ -328,6 +331,7 @@ def _result(
         progress=progress,
         tested_outcomes=tested,
         has_candidate=state.candidate is not None,
+        is_calibration=run.split.is_calibration,
         is_first_of_scene=is_first_of_scene,
         asked=run.book.waiting(),
         book=run.book,

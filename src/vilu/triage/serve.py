@@ -157,6 +157,7 @@ class ReviewSession:
                 "path": task.path,
                 "answer": task.answer,
                 "p": task.failure_probability,
+                "quantile": task.quantile,
                 "second": task.runner_up,
                 "zero_shot": task.zero_shot,
                 "label": self.answers.get(task.path),

@@ -26,7 +26,8 @@ function show(answer) {
   by("label").textContent = answer.label === null ? "none" : answer.label;
   by("zero-shot-row").hidden = answer.zero_shot === null;
   by("zero-shot").textContent = answer.zero_shot || "";
-  by("probability").textContent = percent(answer.failure_probability);
+  by("probability").textContent =
+    answer.quantile === null ? percent(answer.failure_probability) : `more doubtful than ${percent(answer.quantile)} of the photos`;
   by("meter").value = answer.failure_probability || 0;
   by("meter").hidden = answer.failure_probability === null;
   by("likely").hidden = answer.likely !== true;

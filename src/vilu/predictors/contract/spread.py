@@ -1,0 +1,56 @@
+"""The spread of a score among the photos of a fit, for predictors that learned from no label.
+
+Such a score ranks answers. As a probability of failure it can be far off: nothing has compared it
+with the truth. So it is shown as its place among the photos of the fit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from vilu.metrics.counts import Floats
+from vilu.predictors.contract.predictor import FailurePredictor
+
+SPREAD: Final = "spread"
+"""Key of the quantiles in the notes of a predictor."""
+
+N_STEPS: Final = 200
+"""Number of steps between the quantiles, from the smallest score to the largest."""
+
+
+def note_spread(predictor: FailurePredictor, uncertainty: Floats) -> None:
+    """Note the quantiles of the scores (N,) of the fit rows. NaN are left out."""
+    scores = uncertainty[np.isfinite(uncertainty)]
+    if len(scores):
+        steps = np.linspace(0, 1, N_STEPS + 1)
+        predictor.notes_[SPREAD] = np.quantile(scores, steps).tolist()
+
+
+def states_probability(predictor: FailurePredictor) -> bool:
+    """Whether the score of a predictor may be shown as a probability of failure."""
+    return predictor.is_probability and SPREAD not in predictor.notes_
+
+
+def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Floats | None:
+    """(N,) share of the fit rows that are at most as doubtful; None without a noted spread.
+
+    NaN scores have NaN quantiles.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> from vilu.predictors.contract.spread import note_spread, quantiles_in_spread
+        >>> predictor = vilu.MCM()
+        >>> note_spread(predictor, np.array([0.1, 0.2, 0.3]))
+        >>> quantiles_in_spread(predictor, np.array([0.05, 0.2, 0.9])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    if SPREAD not in predictor.notes_:
+        return None
+    quantiles = np.array(predictor.notes_[SPREAD])
+    # Equal quantiles are one score that several photos share. It counts up to the last of them.
+    last = np.append(np.diff(quantiles) > 0, True)
+    shares = np.linspace(0, 1, len(quantiles))
+    places: Floats = np.interp(uncertainty, quantiles[last], shares[last], left=0.0)
+    return places

@@ -1,0 +1,76 @@
+"""Posteriors of labelled rows by predictors that were not fitted on the labels of these rows."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vilu.embeddings.copies import NEAR_COPY, near_copies
+from vilu.embeddings.rows import SCORING_BATCH
+from vilu.embeddings.source import EmbeddingSource, log_posterior
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.plus.vilu_plus import ViLUPlus
+from vilu.progress import track
+
+FOLDS: Final = 5
+"""Number of folds of the cross-fitting."""
+
+logger = logging.getLogger(__name__)
+
+
+def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
+    """(N, K) held-out posterior: each row's predictor saw neither the row nor near copies of it."""
+    fold = _folds(source, rows, seed)
+    posterior = np.empty((len(rows), source.n_candidates))
+    with track("fit without a fifth of the labels", FOLDS, "fits") as task:
+        for number in range(FOLDS):
+            held_out = fold == number
+            if not held_out.any():
+                continue
+            predictor = ViLUPlus(seed=seed).fit(source.take(rows[~held_out]))
+            posterior[held_out] = posterior_of(predictor, source, rows[held_out])
+            task.advance(1)
+    return posterior
+
+
+def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """(N,) fold of every row; near copies share a fold, because a copy would reveal the label."""
+    # All near copies of a picture have the same ``first_copy``. So its values number the pictures.
+    first_copy = near_copies(source, rows)
+    _, picture = np.unique(first_copy, return_inverse=True)
+    n_pictures = int(picture.max()) + 1
+    if n_pictures < 2:
+        raise DataError(
+            f"all {len(rows)} labelled rows are near copies of one picture (cosine of at least "
+            f"{NEAR_COPY}), so no label can be compared with others. Give labels of other pictures."
+        )
+    if n_pictures < len(rows):
+        logger.info(
+            "%d labelled rows are %d pictures and their near copies; near copies share a fold",
+            len(rows),
+            n_pictures,
+        )
+    fold_of_picture = np.random.default_rng(seed).permutation(np.arange(n_pictures) % FOLDS)
+    return fold_of_picture[picture]
+
+
+def posterior_of(
+    predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]
+) -> Floats:
+    """(N, K) posterior of the predictor, or the zero-shot posterior if the predictor has none."""
+    batches = source.batches(
+        SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score
+    )
+    log_posterior_of = predictor.log_posterior if predictor.has_posterior else log_posterior
+    parts = [np.empty((0, source.n_candidates))]  # the result if there are no rows
+    with torch.no_grad():
+        for batch in batches:
+            log_p = log_posterior_of(batch.to(predictor.device_))
+            parts.append(log_p.exp().numpy(force=True))
+    return np.concatenate(parts)

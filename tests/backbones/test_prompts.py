@@ -1,0 +1,33 @@
+"""Prompts as people read them: shown, and warned of where two articles meet."""
+
+from __future__ import annotations
+
+import pytest
+
+from vilu.backbones.zeroshot import TEMPLATES, clumsy_prompts, prompts_in_words
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "is_clumsy"),
+    [
+        ("a textile with a hole", "a photo of a {}.", True),
+        ("The Beatles", "this is what a {} looks like.", True),
+        ("textile with a hole", "a photo of a {}.", False),
+        ("a textile", "a photo of {}.", False),
+        ("a textile", "{}", False),
+        ("antler", "a photo of a {}.", False),
+        ("a", "it is an {}", True),
+    ],
+)
+def test_two_articles_in_a_row_are_clumsy(name: str, template: str, is_clumsy: bool) -> None:
+    prompts = clumsy_prompts([name, "coat"], [template])
+    assert prompts == ([template.replace("{}", name)] if is_clumsy else [])
+
+
+def test_prompts_are_shown_and_clumsy_ones_named() -> None:
+    assert prompts_in_words(["cat"], ("a photo of a {}.",)) == "Prompts: 'a photo of a {}.'."
+    text = prompts_in_words(["a cat", "a dog"], TEMPLATES["ensemble"])
+    assert text.startswith("Prompts: 'a photo of a {}.', 'a picture showing a {}.', ")
+    assert "and 4 more." in text
+    # two names in the six templates with an article before the name, and in "this {}"
+    assert "'a photo of a a cat.' has two articles, and so do 13 more" in text

@@ -1,0 +1,87 @@
+"""The verdict of a run: what labels say about the answers, before anything else is said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tests.builders.photo_folders import photo
+from tests.triage.conftest import Folder, fill_in, job_on, rows
+from vilu.errors import OUTSIDE, UNKNOWN
+from vilu.triage.outputs import triage_photos
+from vilu.triage.state import TriageSettings
+from vilu.triage.verdict import LabelledAnswers
+
+
+def test_shares_and_confusions_by_hand() -> None:
+    label = np.array([0, 0, 0, 1, 1, OUTSIDE, 2, 2])
+    zero_shot = np.array([0, 1, 1, 1, 0, 2, UNKNOWN, 2])
+    labelled = LabelledAnswers(label, {"zero_shot": zero_shot})
+    assert labelled.share_right("zero_shot") == 3 / 7  # one photo has no answer
+    assert labelled.commonest() == (0, 3 / 8)
+    assert labelled.confusions("zero_shot") == [(0, 1, 2), (1, 0, 1), (OUTSIDE, 2, 1)]
+
+
+def test_labels_of_no_class_have_no_commonest_class() -> None:
+    labelled = LabelledAnswers(np.array([OUTSIDE]), {"zero_shot": np.array([1])})
+    assert labelled.commonest() == (UNKNOWN, 0.0)
+
+
+def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_path: Path) -> None:
+    """Of the zero-shot answers exactly those to the labelled photos are counted."""
+    truth, output = folder[1], tmp_path / "out"
+    assert triage_photos(job, output).verdict == ""
+    assert '<p class="lead">By ' not in (output / "report.html").read_text()
+    answer_of = {row["path"]: row["answer"] for row in rows(output / "decisions.csv")}
+    summary = triage_photos(job, output, [fill_in(output, truth, tmp_path / "filled.csv")])
+    labelled = [
+        row["path"] for row in rows(output / "decisions.csv") if row["decision"] == "labelled"
+    ]
+    share = np.mean([answer_of[path] == truth[path] for path in labelled])
+    names = [truth[path] for path in labelled]
+    commonest = max(names.count(name) for name in names) / len(names)
+    assert summary.verdict.startswith(
+        f"By {len(labelled)} labels, right are {share:.0%} of the zero-shot"
+    )
+    assert f"is right in {commonest:.0%}." in summary.verdict
+    adapted = re.search(r"(\d+)% of the adapted answers", summary.verdict)
+    assert adapted is not None
+    assert int(adapted[1]) > 100 * share  # kinds of photos are far apart, so few labels do
+    assert "all photos may do better" in summary.verdict
+    page = (output / "report.html").read_text()
+    assert page.index("right are") < page.index("Not guaranteed yet")
+
+
+def test_the_confusions_of_zero_shot_answers_are_named(
+    folder: Folder, changed: Callable[..., TriageSettings], tmp_path: Path
+) -> None:
+    job, output = changed(answer="zero_shot"), tmp_path / "out"
+    triage_photos(job, output)
+    verdict = triage_photos(
+        job, output, [fill_in(output, folder[1], tmp_path / "filled.csv")]
+    ).verdict
+    assert re.search(r"most frequent confusions: '\w+' for '\w+' \(\d+\)", verdict)
+
+
+def test_answers_of_one_class_are_warned_of_with_and_without_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number:02}.png").write_bytes(photo(0, number))
+    job = job_on(folder)
+    verdict = triage_photos(job, tmp_path / "out").verdict
+    found = re.fullmatch(
+        r"Warning: 100% of the answers are '(\w+)'\. Either nearly all .*", verdict
+    )
+    assert found is not None
+    other = next(name for name in ("cat", "dog") if name != found[1])
+    labels = tmp_path / "l.csv"
+    labels.write_text(
+        "path,label\n" + "".join(f"{n:02}.png,{found[1] if n else other}\n" for n in range(10))
+    )
+    verdict = triage_photos(job, tmp_path / "out", [labels]).verdict
+    assert f"answers are '{found[1]}', and 90% of the labels." in verdict
+    assert verdict in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")
