@@ -241,7 +241,7 @@ def test_what_no_file_can_say_is_told(begun: Folder, tmp_path: Path) -> None:
     ("output", "change", "message"),
     [
         (0, lambda uncertainty: uncertainty + 1e-3, "differs by 0.001 from the predictor"),
-        (1, lambda answer: (answer + 1) % 3, "other zero-shot answers"),
+        (1, lambda answer: (answer + 1) % 3, "gives other answers"),
         (2, lambda accept: ~accept, "does not decide as the rule does"),
         (3, lambda image: -image, "the image rows of the exported tower differ"),
     ],

@@ -105,8 +105,9 @@ def test_zero_shot_answers_can_be_kept_and_given_ones_are_refused(tmp_path: Path
     done = run(*labelled, "--answer", "zero_shot", cwd=tmp_path)
     assert "zero-shot answers of the model are judged: --answer zero_shot asks" in done.stderr
     assert load_predictor(tmp_path / "out" / "predictor").answer == "zero_shot"
-    done = run(*arguments, "--answer", "adapted", code=2, cwd=tmp_path)
+    done = run(*arguments, "--answer", "adapted", cwd=tmp_path)
     assert "answer 'zero_shot', now 'adapted'" in done.stderr
+    assert load_predictor(tmp_path / "out" / "predictor").answer == "adapted"
 
 
 def test_accepted_photos_are_sorted_by_the_guarded_answer(guaranteed: Folder) -> None:
@@ -127,7 +128,11 @@ def test_the_review_shows_both_answers_where_they_differ(begun: Folder, tmp_path
     review = open_review(output, "all")
     assert review.answer == "adapted"
     shown = {task.path: task.zero_shot for task in review.tasks}
+    blind = {task.path for task in review.tasks if task.is_blind}
+    assert all(shown[path] is None for path in blind)
     for path, row in decided.items():
+        if path in blind:
+            continue
         is_other = row["zero_shot"] not in {"", row["answer"]}
         assert shown[path] == (row["zero_shot"] if is_other else None)
     page = ReviewSession(review, tmp_path / "labels.csv").tasks()

@@ -39,7 +39,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec
 from vilu.text import plural
-from vilu.triage import outputs
+from vilu.triage import outputs, run
 from vilu.triage.guarantee import GuaranteeProgress, first_of_scene
 from vilu.triage.label_files import label_columns
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
@@ -82,7 +82,7 @@ def test_the_most_trusted_are_guaranteed_only_where_labels_show_it() -> None:
     looks = Looks(np.arange(1, 65) / 64, 0.05, 0.05)
     assert looks.certified(u, wrong) == 63
     rows = np.arange(640)
-    progress = GuaranteeProgress(looks, rows, Outcomes(u, wrong), rows[:0], 63, 0)
+    progress = GuaranteeProgress(looks, rows, Outcomes(u, wrong), rows[:0], 63, 0, 0)
     levels = levels_of(u, progress, in_force=1.0)
     is_shown = [level.bound is not None and level.bound <= 0.05 for level in levels]
     assert [level.certified for level in levels] == is_shown
@@ -391,12 +391,12 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
         (output / "predictor" / name).unlink()
     shutil.copytree(output / "predictor", output / "candidate")
     write_document(output / "triage.json", state.model_copy(update={"candidate": state.trial}))
-    write, remove = TriageState.write, shutil.rmtree
+    write, remove = run.write_document, shutil.rmtree
 
-    def write_or_stop(self: TriageState, path: Path) -> None:
-        if when == "before the state is written" and self.candidate is None:
+    def write_or_stop(path: Path, state: TriageState) -> None:
+        if when == "before the state is written" and state.candidate is None:
             raise KeyboardInterrupt
-        write(self, path)
+        write(path, state)
 
     def remove_or_stop(path: Path) -> None:
         if when == "after it is removed":
@@ -404,7 +404,7 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TriageState, "write", write_or_stop)
+        patch.setattr(run, "write_document", write_or_stop)
         patch.setattr(shutil, "rmtree", remove_or_stop)
         with pytest.raises(KeyboardInterrupt):
             triage_photos(job, output, labels)
@@ -421,19 +421,19 @@ def test_a_triage_that_is_killed_between_two_steps_ends_the_same(
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = Path(shutil.copytree(home / "half", tmp_path / "out"))
     labels = [fill_in(output, truth, tmp_path / "filled.csv")]
-    write = TriageState.write
+    write = run.write_document
     n_writes = 0
 
-    def write_and_stop(self: TriageState, path: Path) -> None:
+    def write_and_stop(path: Path, state: TriageState) -> None:
         nonlocal n_writes
         n_writes += 1
         if n_writes != step or is_written:
-            write(self, path)
+            write(path, state)
         if n_writes == step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TriageState, "write", write_and_stop)
+        patch.setattr(run, "write_document", write_and_stop)
         with pytest.raises(KeyboardInterrupt):
             triage_photos(job, output, labels)
     assert "Guaranteed: at most 10.0% wrong" in triage_photos(job, output, labels).guarantee
@@ -562,8 +562,10 @@ def test_a_store_that_was_begun_with_full_decoding_is_embedded_once_more(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(BackboneSpec, "load", lambda self: Stopped())
+    in_full = dataclasses.replace(job.embedding.backbone, full_decode=True)
+    embedding = dataclasses.replace(job.embedding, backbone=in_full)
     with pytest.raises(KeyboardInterrupt):
-        triage_photos(job, tmp_path / "out")
+        triage_photos(dataclasses.replace(job, embedding=embedding), tmp_path / "out")
     model = FakeBackbone()
     model.space = model.space.with_reduced_jpegs
     monkeypatch.setattr(BackboneSpec, "load", lambda self: model)

@@ -82,13 +82,24 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
 
 def flawless_labels(max_risk: float, delta: float) -> int:
     """Smallest number of labels that certify one threshold at level delta if no answer is wrong."""
+    return labels_needed(0, max_risk, delta)
 
-    def evidence_of(n_labels: int) -> float:
-        return float(log_evidence(0, n_labels, max_risk))
 
-    # Without a wrong answer every bet wins at every label. So the evidence rises with the number of
-    # labels, and bisection finds the smallest number.
-    return bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
+def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
+    """Smallest number of labels that certify one threshold at level delta with ``wrong`` errors.
+
+    Examples:
+        >>> from vilu.calibration.anytime import labels_needed
+        >>> [labels_needed(wrong, max_risk=0.05, delta=0.05) for wrong in (0, 1, 2)]
+        [72, 124, 169]
+    """
+
+    def evidence_of(n_right: int) -> float:
+        return float(log_evidence(wrong, wrong + n_right, max_risk))
+
+    # Every bet wins at a right answer. So the evidence rises with their number, and bisection finds
+    # the smallest number.
+    return wrong + bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
 
 
 def level_of(attempt: int, delta: float) -> float:

@@ -8,14 +8,14 @@ import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STARTS, flawless_labels, grid_of
+from vilu.calibration.anytime import STARTS, flawless_labels, grid_of, labels_needed
 from vilu.metrics.counts import Floats
 from vilu.triage.choose import choose_limit
 
-PLANNED: Final = 2
-"""A limit is chosen for this multiple of the labels that certify it if no answer is wrong.
+ALLOWED_WRONG: Final = 2
+"""A limit is chosen for the number of labels that certify it with so many wrong answers.
 
-So at 5 % risk about 1 % of the answers up to the limit may be wrong.
+At 5 % risk these are about 200 labels, so that about 1 % of the answers up to the limit are wrong.
 """
 
 
@@ -60,8 +60,10 @@ class Trial(Model):
             least_share: The limit includes at least this share of the photos.
         """
         level = _level_of_limit(delta)
-        n_flawless = flawless_labels(max_risk, level)
-        n_planned = max(PLANNED * n_flawless, n_answered + n_flawless)
+        n_planned = max(
+            labels_needed(ALLOWED_WRONG, max_risk, level),
+            n_answered + flawless_labels(max_risk, level),
+        )
         limit, likely = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
         # The smallest limit that includes this share of the photos.
         least_limit = float(np.quantile(scores, least_share, method="higher"))
