@@ -239,7 +239,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    name_compact(backbone)
     next_step(embedded(output, store, (split, source)))
 
 
@@ -251,13 +250,14 @@ def backbone_spec(
     *,
     full_decode: bool,
 ) -> BackboneSpec:
-    """The backbone that the flags describe.
+    """The backbone that the flags describe. The compact model is named for what it is.
 
     The path of ``models`` is made absolute, because the processes of an executor may start in
     another folder.
     """
     from vilu.store.job import BackboneSpec
 
+    name_compact(name)
     if models is not None:
         models = models.absolute()
     return BackboneSpec(name, device, _precision_of(precision, name, device), models, full_decode)

@@ -10,7 +10,7 @@ from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import next_step
-from vilu.cli.images import backbone_spec, name_compact, templates_of
+from vilu.cli.images import backbone_spec, templates_of
 from vilu.cli.options import (
     MOST_SEED,
     Answer,
@@ -36,6 +36,7 @@ from vilu.text import plural
 
 if TYPE_CHECKING:
     from vilu.embeddings.source import EmbeddingSource
+    from vilu.triage.outputs import TriageSummary
     from vilu.triage.review import Review
 
 Names = Annotated[Path, path_option("The class names, one per line.", metavar="FILE")]
@@ -147,18 +148,24 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     )
     summary = triage_photos(settings, output, labels or (), sort=sort, xmp=xmp, overwrite=overwrite)
     typer.echo(output)
-    if summary.verdict:
-        next_step(summary.verdict)
-    next_step(summary.counts)
-    if summary.forecast:
-        next_step(summary.forecast)
-    next_step(summary.answer)
-    next_step(summary.guarantee)
-    next_step(summary.likely)
-    next_step(summary.prompts)
-    name_compact(backbone)
-    if summary.why_none:
-        next_step(summary.why_none)
+    _tell(summary, output)
+
+
+def _tell(summary: TriageSummary, output: Path) -> None:
+    """Say what a run has shown, and what to do next."""
+    texts = (
+        summary.verdict,
+        summary.counts,
+        summary.forecast,
+        summary.answer,
+        summary.guarantee,
+        summary.likely,
+        summary.prompts,
+        summary.why_none,
+    )
+    for text in texts:
+        if text:
+            next_step(text)
     if summary.n_asked:
         to_fill_in = console.shell(output / "next_labels.csv")
         on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")

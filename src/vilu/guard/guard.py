@@ -430,11 +430,7 @@ class Guard:
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
             return unanswered(self, key, _at(outcomes.reason, row))
-        probability: float | None = None
-        if outcomes.failure_probability is not None:
-            probability = float(outcomes.failure_probability[row])
-        elif outcomes.is_probability:
-            probability = uncertainty
+        probability = _probability_of(outcomes, row)
         quantiles = None
         if probability is None:
             quantiles = quantiles_in_spread(self.predictor, outcomes.uncertainty[[row]])
@@ -459,6 +455,13 @@ class Guard:
         if self.calibration is not None and self.calibration.guarantee_text is not None:
             rule = self.calibration.guarantee_text
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule})"
+
+
+def _probability_of(outcomes: Outcomes, row: int) -> float | None:
+    """Probability of failure of a row; None if the outcomes have none."""
+    if outcomes.failure_probability is not None:
+        return float(outcomes.failure_probability[row])
+    return float(outcomes.uncertainty[row]) if outcomes.is_probability else None
 
 
 def require_same_model(guard: Guard, backbone: Backbone) -> None:

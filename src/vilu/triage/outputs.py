@@ -150,7 +150,7 @@ def triage_photos(
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
         write_next(output / NEXT, result.asked, answer_of_path, result.outcomes.answer)
-        verdict = _verdict(result, settings.seed)
+        verdict = _verdict(result)
         write_page(output, listing, result, answers, settings, verdict)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
@@ -270,10 +270,10 @@ def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> st
     )
 
 
-def _verdict(result: TriageResult, seed: int) -> str:
+def _verdict(result: TriageResult) -> str:
     """What the labels say about the answers, and warnings."""
     labelled = labelled_answers(
-        result.photos, result.outcomes, result.predictor, result.is_calibration, seed
+        result.photos, result.outcomes, result.predictor, result.is_calibration, result.likely
     )
     has_doubtful = any(entry.stream == "fit" and entry.label is not None for entry in result.book)
     return verdict_in_words(labelled, result.outcomes, has_doubtful=has_doubtful)
@@ -463,17 +463,8 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
     )
     last = progress.looks.last  # index of the laxest threshold that is tested
     counts = f"{int(wrong[last])} of {int(accepted[last])} labelled answers that count are wrong."
-    if progress.more is None and isinstance(progress.looks, ClosedLooks):
-        return (
-            f"{counts} Too many of them are wrong, or too few photos are left, so no number of "
-            "further labels would be enough. Begin anew with more labels to fit on, with a larger "
-            "--max-risk, or with --about new."
-        )
     if progress.more is None:
-        return (
-            f"{counts} With so many wrong answers no number of further calibration labels would "
-            "be enough: give more labels to fit on."
-        )
+        return f"{counts} {_out_of_reach_in_words(progress)}"
     needed = f"About {progress.more:,} more labels are needed at the present error rate"
     if progress.more > progress.n_left:
         return (
@@ -481,6 +472,20 @@ def _lacking_in_words(progress: GuaranteeProgress) -> str:
             "still be drawn for them: allow a larger risk (--max-risk), or add photos."
         )
     return f"{counts} {needed}."
+
+
+def _out_of_reach_in_words(progress: GuaranteeProgress) -> str:
+    """What to do where no number of further labels would certify a threshold."""
+    if isinstance(progress.looks, ClosedLooks):
+        return (
+            "Too many of them are wrong, or too few photos are left, so no number of further "
+            "labels would be enough. Begin anew with more labels to fit on, with a larger "
+            "--max-risk, or with --about new."
+        )
+    return (
+        "With so many wrong answers no number of further calibration labels would be enough: give "
+        "more labels to fit on, or allow a larger risk (--max-risk)."
+    )
 
 
 def why_nothing_is_asked(result: TriageResult) -> str:

@@ -1,8 +1,8 @@
 """What the labels say about the answers: the verdict with which a run begins.
 
-No answer is judged by a label that its predictor was fitted on. Adapted answers to labelled photos
-of the fit side come from predictors that were fitted on other folds. Those to labelled photos of
-the calibration side come from the present predictor.
+No answer is judged by a label that its predictor was fitted on. Adapted answers are those of the
+present predictor to labelled photos of the calibration side. Of the fit side the cross-fitted
+answers are counted, which the fit has kept (``LikelyRight``).
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vilu.calibration.likely import LikelyRight
 from vilu.embeddings.columns import AnswerKind
-from vilu.embeddings.copies import near_copies
-from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.text import plural
 from vilu.triage.photos import Photos
-from vilu.triage.posteriors import FOLDS, cross_fitted_posterior, posterior_of
+from vilu.triage.posteriors import posterior_of
 
 NEARLY_ALL: Final = 0.9
 """There is a warning if at least this share of the answers is one class."""
 
 LEAST_ANSWERS: Final = 20
-"""Smallest number of answers for this warning, and of labels for cross-fitted answers."""
+"""Smallest number of answers for this warning."""
 
 KINDS: Final[dict[AnswerKind, str]] = {"zero_shot": "zero-shot", "adapted": "adapted"}
 """Kinds of answers as texts call them."""
@@ -45,17 +44,25 @@ class LabelledAnswers:
     Attributes:
         label: (M,) indices of classes; ``OUTSIDE`` for none of the classes.
         answers: (M,) indices of classes by kind of answers; -1 without an answer. Adapted answers
-            are missing if there are too few labels.
+            are those to photos of the calibration side.
+        n_cross_fitted: Number of labels with a cross-fitted adapted answer.
+        n_cross_fitted_wrong: Number of wrong answers among these.
     """
 
     label: Ints
     answers: dict[AnswerKind, Ints]
+    n_cross_fitted: int = 0
+    n_cross_fitted_wrong: int = 0
 
     def share_right(self, kind: AnswerKind) -> float:
-        """Share of right answers among the photos that have an answer of this kind."""
+        """Share of right answers among the labels that have an answer of this kind."""
         has_answer = self.answers[kind] != UNKNOWN
-        is_right = self.answers[kind] == self.label
-        return float(is_right[has_answer].mean())
+        n = int(has_answer.sum())
+        n_right = int((self.answers[kind] == self.label)[has_answer].sum())
+        if kind == "adapted":
+            n += self.n_cross_fitted
+            n_right += self.n_cross_fitted - self.n_cross_fitted_wrong
+        return n_right / n
 
     def commonest(self) -> tuple[int, float]:
         """The most frequent class of the labels, and its share of all labels; -1 without any."""
@@ -79,7 +86,7 @@ def labelled_answers(
     outcomes: Outcomes,
     predictor: FailurePredictor,
     is_calibration: NDArray[np.bool_],
-    seed: int,
+    likely: LikelyRight | None,
 ) -> LabelledAnswers:
     """Labels and answers of all labelled photos.
 
@@ -88,7 +95,7 @@ def labelled_answers(
         outcomes: Outcomes of all photos by the present predictor.
         predictor: The present predictor.
         is_calibration: (N,) which photos are of the calibration side.
-        seed: Seed of the folds.
+        likely: The estimate that was kept with the predictor; it counts the cross-fitted answers.
     """
     label = np.where(photos.outside.numpy(), OUTSIDE, photos.target.numpy())
     usable = photos.usable_rows.numpy()
@@ -99,39 +106,21 @@ def labelled_answers(
     answers: dict[AnswerKind, Ints] = {}
     if zero_shot is not None:
         answers["zero_shot"] = zero_shot[rows]
-    if predictor.needs_labels and predictor.has_posterior:
-        adapted = _adapted_answers(photos, predictor, rows, is_calibration[rows], seed)
-        if (adapted != UNKNOWN).any():
-            answers["adapted"] = adapted
-    return LabelledAnswers(label[rows], answers)
+    if outcomes.answer != "adapted" or likely is None:
+        return LabelledAnswers(label[rows], answers)
+    in_calibration = is_calibration[rows]
+    if likely.n or in_calibration.any():
+        answers["adapted"] = _adapted_answers(photos, predictor, rows, in_calibration)
+    return LabelledAnswers(label[rows], answers, likely.n, likely.n_wrong)
 
 
 def _adapted_answers(
-    photos: Photos,
-    predictor: FailurePredictor,
-    rows: Ints,
-    in_calibration: NDArray[np.bool_],
-    seed: int,
+    photos: Photos, predictor: FailurePredictor, rows: Ints, in_calibration: NDArray[np.bool_]
 ) -> Ints:
-    """(M,) adapted answers to labelled rows, each by a predictor that has not seen the label."""
+    """(M,) adapted answers to labelled rows of the calibration side; -1 to all others."""
     answers = np.full(len(rows), UNKNOWN)
     posterior = posterior_of(predictor, photos, rows[in_calibration])
     answers[in_calibration] = posterior.argmax(axis=1)
-    answers[~in_calibration] = _cross_fitted_answers(photos, rows[~in_calibration], seed)
-    return answers
-
-
-def _cross_fitted_answers(photos: EmbeddingSource, rows: Ints, seed: int) -> Ints:
-    """(M,) adapted answers to labelled rows of the fit side, by predictors of other folds.
-
-    -1 for rows of none of the classes, and for all rows if they are too few.
-    """
-    answers = np.full(len(rows), UNKNOWN)
-    has_class = photos.target.numpy()[rows] != UNKNOWN
-    n_pictures = len(np.unique(near_copies(photos, rows[has_class])))
-    if has_class.sum() >= LEAST_ANSWERS and n_pictures >= FOLDS:
-        posterior = cross_fitted_posterior(photos, rows[has_class], seed)
-        answers[has_class] = posterior.argmax(axis=1)
     return answers
 
 
