@@ -136,8 +136,7 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
         predictor = build(find_method(method), {"seed": seed})
         labelled = photos.take(fit_rows)
         predictor.fit(labelled)
-        # The choice of answers and the estimate of likely answers use the same held-out rows.
-        predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
+        _hold_out(predictor, labelled)
         logger.info("%s is fitted on %s labels", method, f"{len(fit_rows):,}")
         return predictor
     predictor = find_method(method)()
@@ -145,6 +144,18 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
     note_spread(predictor, predictor.predict_uncertainty(photos))
     logger.info("%s is fitted on %s photos, without labels", method, f"{len(photos):,}")
     return predictor
+
+
+def _hold_out(predictor: FailurePredictor, labelled: EmbeddingSource) -> None:
+    """Cross-fit answers to the labels of a fit, unless the fit has held them out itself.
+
+    The choice of answers and the estimate of likely answers use them. A fit that pools experts
+    holds rows out, and five more such fits would take most of the time of a run. But it holds out
+    no row of none of the classes, whose answer is always wrong.
+    """
+    has_outside = bool(labelled.outside.any())
+    if predictor.held_out_ is None or has_outside:
+        predictor.held_out_ = cross_fitted(predictor, labelled, labelled_folds(labelled))
 
 
 def likely_right(predictor: FailurePredictor, uncertainty: Floats, max_risk: float) -> LikelyRight:
