@@ -44,6 +44,7 @@ from vilu.errors import BusyError, ProvenanceError, UsageError, ViLUError
 from vilu.predictors.nn.checkpoint import FolderSession
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.reader import EmbeddingStore
+from vilu_bench.studies import load
 
 SEED = int(os.environ.get("SEED", "0"))
 TRIALS = int(os.environ.get("TRIALS", "0"))
@@ -192,10 +193,10 @@ def test_a_fit_that_was_killed_after_its_last_file(
 def test_a_study_that_cannot_be_read(
     bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: Path, **_: object) -> str:
+    def broken(path: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "read_text", broken)
+    monkeypatch.setattr(load, "read_toml_text", broken)
     said = run("benchmark", bed.inputs / "bench.toml", "-o", tmp_path / "out", code=7).stderr
     assert "bench.toml: Input/output error" in said
 

@@ -448,6 +448,7 @@ def test_photos_by_keyboard(half: Path, browser: Browser, tmp_path: Path, n: int
     review = with_answers(half, n)
     with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
         press = tab.keyboard.press
+        wait_for(tab, 0, n)
         for key, answered in (("o", 1), ("s", 2), ("2", 3), ("u", 2)):
             press(key)
             wait_for(tab, answered, n)

@@ -150,6 +150,8 @@ class StoreDraws:
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
         """How far the guarantee of each draw is; all draws have equal shares of ``delta``."""
+        if not self.draws:
+            return {}
         # Every calibration label was asked for to test one predictor.
         predictor_of = {entry.path: entry.predictor for entry in self.book if _is_drawn(entry)}
         is_for_this = np.array(
