@@ -136,7 +136,8 @@ class Forecast(Model):
         expected = []
         least = None
         if len(scores):
-            world = _World(scores, n_classes, n_fit_labels, seed)
+            n_other_side = n_photos - len(scores)
+            world = _World(scores, n_classes, n_fit_labels, max(n_other_side, n_fit_labels), seed)
             expected = [world.expected(n, max_risk, level) for n in budgets]
             if budgets:
                 least = world.least_risk(budgets[-1], level)
@@ -165,7 +166,10 @@ class Forecast(Model):
 
     def _least_risk_in_words(self, most: str) -> str:
         if self.least_risk is None:
-            return f"So many labels can show no risk up to {RISKS[-1]:.0%} here: add photos."
+            return (
+                f"With so many labels not even a risk of {RISKS[-1]:.0%} can be shown here: add "
+                "photos."
+            )
         if self.least_risk <= self.max_risk:
             return (
                 f"The least risk that {most} labels can show here is about {self.least_risk:.0%}."
@@ -185,8 +189,11 @@ def _budgets(n_labels: int) -> list[int]:
 class _World:
     """Photos whose answers are wrong with the probabilities of a predictor."""
 
-    def __init__(self, scores: Floats, n_classes: int, n_fit_labels: int, seed: int) -> None:
+    def __init__(
+        self, scores: Floats, n_classes: int, n_fit_labels: int, most_fit_labels: int, seed: int
+    ) -> None:
         self.scores = scores  # (M,) ascending
+        self.most_fit_labels = most_fit_labels
         self.n_classes = n_classes
         self.n_fit_labels = n_fit_labels
         self.rng = np.random.default_rng(seed)
@@ -206,6 +213,7 @@ class _World:
         n_fit = max(self.n_fit_labels, FEWEST_TO_FIT)
         while not is_enough_to_fit(trial, n_fit, self.n_classes):
             n_fit += ROUND
+        n_fit = min(n_fit, self.most_fit_labels)
         n_below_limit = int((self.scores <= trial.limit).sum())
         return max(0, min(n_labels - n_fit, n_below_limit))
 

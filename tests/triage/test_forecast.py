@@ -1,0 +1,66 @@
+"""What a folder can show: by hand, and against what simulated labels show."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vilu.triage.forecast import BUDGETS, Forecast, is_enough_to_fit
+from vilu.triage.trial import Trial
+
+
+def forecast(uncertainty: np.ndarray, **changes: int) -> Forecast:
+    facts = {"n_photos": 2 * len(uncertainty), "n_classes": 10, "n_fit_labels": 50, "n_labels": 50}
+    facts |= changes
+    return Forecast.of(uncertainty, max_risk=0.05, level=0.025, seed=0, **facts)
+
+
+def test_sure_answers_can_be_accepted_and_doubtful_ones_cannot() -> None:
+    sure = forecast(np.full(1_000, 1e-4))
+    doubtful = forecast(np.full(1_000, 0.4))
+    assert sure.expected[-1].lowest == pytest.approx(1.0)
+    assert sure.least_risk is not None
+    assert sure.least_risk <= 0.05
+    assert not doubtful.can_be_shown
+    assert doubtful.least_risk is None
+    assert "probably nothing can be accepted" in str(doubtful)
+
+
+def test_as_many_labels_as_fit_first_show_nothing() -> None:
+    expected = {one.n_labels: one for one in forecast(np.full(1_000, 1e-4)).expected}
+    assert list(expected) == list(BUDGETS)
+    # 50 labels to fit on leave 50: fewer than the 80 that certify 5 % without an error
+    assert expected[100].highest == 0
+    assert expected[200].lowest == pytest.approx(1.0)
+
+
+def test_no_more_labels_are_named_than_there_are_photos() -> None:
+    assert [one.n_labels for one in forecast(np.full(130, 1e-4)).expected] == [100, 200]
+
+
+def test_labels_beyond_all_budgets_are_named_on_top() -> None:
+    further = forecast(np.full(1_000, 1e-4), n_labels=500).expected
+    assert [one.n_labels for one in further] == [600, 700, 900]
+
+
+def test_another_risk_is_named_if_it_can_be_shown() -> None:
+    text = str(forecast(np.full(1_000, 0.06)))
+    assert "give --max-risk 0." in text
+
+
+@pytest.mark.parametrize(
+    ("share", "n_labels", "n_classes", "expected"),
+    [
+        (0.5, 49, 2, False),
+        (0.5, 50, 2, True),
+        (0.5, 70, 80, False),
+        (0.5, 100, 500, True),
+        (0.1, 199, 2, False),
+        (0.1, 200, 2, True),
+    ],
+)
+def test_when_there_are_enough_labels_to_fit_on(
+    share: float, n_labels: int, n_classes: int, expected: bool
+) -> None:
+    trial = Trial(n_fit=n_labels, grid=(0.1,), limit=0.1, likely=True, share=share)
+    assert is_enough_to_fit(trial, n_labels, n_classes) is expected
