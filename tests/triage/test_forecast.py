@@ -11,8 +11,9 @@ from vilu.triage.trial import Trial
 
 def forecast(uncertainty: np.ndarray, **changes: int) -> Forecast:
     facts = {"n_photos": 2 * len(uncertainty), "n_classes": 10, "n_fit_labels": 50, "n_labels": 50}
+    facts["most_fit_labels"] = len(uncertainty)
     facts |= changes
-    return Forecast.of(uncertainty, max_risk=0.05, level=0.025, seed=0, **facts)
+    return Forecast.of(uncertainty, max_risk=0.05, level=0.025, **facts)
 
 
 def test_sure_answers_can_be_accepted_and_doubtful_ones_cannot() -> None:

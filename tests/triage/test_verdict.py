@@ -25,9 +25,9 @@ def test_shares_and_confusions_by_hand() -> None:
     assert labelled.confusions("zero_shot") == [(0, 1, 2), (1, 0, 1), (OUTSIDE, 2, 1)]
 
 
-def test_labels_of_no_class_have_no_commonest_class() -> None:
+def test_none_of_the_classes_can_be_the_commonest_label() -> None:
     labelled = LabelledAnswers(np.array([OUTSIDE]), {"zero_shot": np.array([1])})
-    assert labelled.commonest() == (UNKNOWN, 0.0)
+    assert labelled.commonest() == (OUTSIDE, 1.0)
 
 
 def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_path: Path) -> None:

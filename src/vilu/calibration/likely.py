@@ -28,7 +28,7 @@ It was chosen on four data sets (``benchmarks/likely.py``, docs/triage.md).
 """
 
 Flags = list[bool | None]
-"""Whether rows are likely right; None for every row without an estimate."""
+"""Whether rows are likely right; all None if there is no estimate."""
 
 
 class LikelyRight(Model):
@@ -36,8 +36,8 @@ class LikelyRight(Model):
 
     1. Every label of the fit is judged by a predictor that was fitted without it (cross-fitted).
     2. A calibrator from uncertainty to P(failure) is fitted on these labels.
-    3. Rows are sorted by uncertainty. Those up to the largest threshold are likely right at which
-       ``widening`` times the mean of their probabilities is at most ``max_risk``.
+    3. Rows are likely right up to the largest threshold at which ``widening`` times the mean of
+       their probabilities is at most ``max_risk``.
 
     Attributes:
         max_risk: Largest error rate that is expected among the rows that are likely right.

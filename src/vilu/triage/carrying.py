@@ -25,6 +25,7 @@ from vilu.triage.state import (
     CANDIDATE_FOLDER,
     FORMER_BOOK,
     PREDICTOR_FOLDER,
+    About,
     TriageSettings,
     TriageState,
 )
@@ -60,7 +61,7 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
     Returns:
         The state for this run: ``state`` itself if no setting has changed.
     """
-    sort_labels(root, settings.known_labels)
+    sort_labels(root, settings.known_labels, settings.about)
     changed = changed_settings(state.settings, settings.recorded)
     if not changed:
         return state
@@ -133,7 +134,7 @@ def _named(names: Sequence[str]) -> str:
     return text
 
 
-def sort_labels(root: Path, known: Collection[str]) -> None:
+def sort_labels(root: Path, known: Collection[str], about: About) -> None:
     """Set labels aside whose class no longer exists; use those again whose class is back.
 
     The book of former labels keeps every label that was ever set aside. It is saved first, so that
@@ -142,6 +143,7 @@ def sort_labels(root: Path, known: Collection[str]) -> None:
     Args:
         root: The folder of the triage.
         known: Names of the classes, and all words that a label may be besides.
+        about: Which photos the guarantee is about.
     """
     book = LabelBook.load(root / BOOK)
     former = LabelBook.load(root / FORMER_BOOK)
@@ -154,16 +156,17 @@ def sort_labels(root: Path, known: Collection[str]) -> None:
         del book.entries[entry.path]
     for entry in back:
         book.entries[entry.path] = entry
-    if any(entry.stream == "given" for entry in gone):
-        _take_for_chosen(book)
-        _take_for_chosen(former)
+    # About the folder, labels without a request never count, and some are never fitted on.
+    if about == "new" and any(entry.stream == "given" for entry in gone):
+        _no_longer_random(book)
+        _no_longer_random(former)
     former.save(root / FORMER_BOOK)
     book.save(root / BOOK)
     _report_sorted(gone, back)
 
 
-def _take_for_chosen(book: LabelBook) -> None:
-    """Take labels that nobody asked for as chosen, so that they count once the draw meets them.
+def _no_longer_random(book: LabelBook) -> None:
+    """Change "given" to "fit": the labels then count only at their place in the random order.
 
     The photos of some classes are missing among them now. So they are no random pick any more, and
     an error rate of what is left would be too low.

@@ -1,12 +1,13 @@
 """What a folder can show: how many photos labels could get accepted, before anybody gives them.
 
-The labels are simulated. Of the photos up to the planned limit, as many as a triage would draw get
-an answer that is wrong with the probability that the predictor gives. These probabilities may all
-be too low or too high, so each simulation multiplies them by one random factor. The simulated
-labels are tested as real ones are, after every round.
+The labels are simulated, as if none were given yet. Of the photos up to the planned limit, as many
+as a triage would draw get an answer that is wrong with the probability that the predictor gives.
+These probabilities may all be too low or too high, so each simulation multiplies them by one random
+factor. The simulated labels are tested after every round, as labels of a guarantee about new photos
+are.
 
-A predictor gets better with labels. So the upper end of a range is at least the share of photos up
-to which the mean probability is at most a multiple of the risk (``BEFORE_LABELS``,
+A predictor gets better with labels. So the upper end of a range that is not 0 is at least the share
+of photos up to which the mean probability is at most a multiple of the risk (``BEFORE_LABELS``,
 ``AFTER_LABELS``).
 
 The ranges are estimates, not guarantees. How often they held is in docs/triage.md.
@@ -22,11 +23,13 @@ import numpy as np
 from vilu.artifacts.documents import Model
 from vilu.calibration.anytime import Looks, flawless_labels
 from vilu.metrics.counts import Floats, Ints
-from vilu.triage.choose import LEAST_SHARE
-from vilu.triage.trial import Trial
+from vilu.triage.trial import Trial, level_of_limit
 
 BUDGETS: Final = (100, 200, 400)
 """Numbers of labels in all for which a forecast is made."""
+
+SEED: Final = 0
+"""Seed of the simulations."""
 
 SIMULATIONS: Final = 60
 """Number of simulations for every number of labels."""
@@ -114,10 +117,10 @@ class Forecast(Model):
         n_photos: int,
         n_classes: int,
         n_fit_labels: int,
+        most_fit_labels: int,
         n_labels: int,
         max_risk: float,
         level: float,
-        seed: int,
     ) -> Self:
         """Make the forecast from scores alone.
 
@@ -126,18 +129,17 @@ class Forecast(Model):
             n_photos: Number of all photos.
             n_classes: Number of classes.
             n_fit_labels: Number of labels that the predictor was fitted on.
+            most_fit_labels: Number of labels to fit on that there can be in all.
             n_labels: Number of labels that were given.
             max_risk: Largest error rate that is allowed among the accepted answers.
             level: Level of the next test.
-            seed: Seed of the simulations.
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
         budgets = [n for n in _budgets(n_labels) if n <= n_photos]
         expected = []
         least = None
         if len(scores):
-            n_other_side = n_photos - len(scores)
-            world = _World(scores, n_classes, n_fit_labels, max(n_other_side, n_fit_labels), seed)
+            world = _World(scores, n_classes, n_fit_labels, most_fit_labels)
             expected = [world.expected(n, max_risk, level) for n in budgets]
             if budgets:
                 least = world.least_risk(budgets[-1], level)
@@ -162,6 +164,9 @@ class Forecast(Model):
             )
         else:
             text = f"With up to {most} labels in all, probably nothing can be accepted at {goal}."
+        is_out_of_reach = self.least_risk is None or self.least_risk > self.max_risk
+        if self.can_be_shown and is_out_of_reach:
+            return text  # few simulations show the risk, so another risk is no advice
         return f"{text} {self._least_risk_in_words(most)}"
 
     def _least_risk_in_words(self, most: str) -> str:
@@ -190,13 +195,13 @@ class _World:
     """Photos whose answers are wrong with the probabilities of a predictor."""
 
     def __init__(
-        self, scores: Floats, n_classes: int, n_fit_labels: int, most_fit_labels: int, seed: int
+        self, scores: Floats, n_classes: int, n_fit_labels: int, most_fit_labels: int
     ) -> None:
         self.scores = scores  # (M,) ascending
         self.most_fit_labels = most_fit_labels
         self.n_classes = n_classes
         self.n_fit_labels = n_fit_labels
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(SEED)
 
     def plan(self, max_risk: float, level: float) -> Trial:
         """The plan of the predictor's test."""
@@ -209,7 +214,7 @@ class _World:
         )
 
     def n_to_draw(self, trial: Trial, n_labels: int) -> int:
-        """How many of so many labels in all are of the calibration side."""
+        """How many of ``n_labels`` labels in all are left to draw after those to fit on."""
         n_fit = max(self.n_fit_labels, FEWEST_TO_FIT)
         while not is_enough_to_fit(trial, n_fit, self.n_classes):
             n_fit += ROUND
@@ -256,8 +261,7 @@ class _World:
         for risk in RISKS:
             trial = self.plan(risk, level)
             n_drawn = self.n_to_draw(trial, n_labels)
-            if n_drawn < flawless_labels(risk, level):
-                continue
-            if trial.likely and trial.share >= LEAST_SHARE:
+            is_enough = n_drawn >= flawless_labels(risk, level_of_limit(level))
+            if is_enough and trial.likely:
                 return risk
         return None

@@ -47,7 +47,7 @@ class PhotoSplit:
         answered: (N,) bool, which photos have a label or were skipped.
         skipped: (N,) bool, which photos were skipped because nobody could name them.
         unasked: (N,) bool, which photos were picked at random and labelled without a request.
-        awaited: (N,) bool, of which photos a label for the guarantee was asked for and is missing.
+        awaited: (N,) bool, photos whose calibration label was asked for and has not come.
     """
 
     usable: Mask
@@ -132,8 +132,7 @@ class PhotoSplit:
         In the random order these are all rows before the first one without a label. Rows that were
         picked at random and labelled without a request count, too.
         """
-        # Evidence holds after every label, so it holds at whatever row the labels end. Nobody can
-        # weaken it by the choice of a row that gets no label.
+        # Evidence may stop at any row. So nobody weakens it who leaves a photo without a label.
         open_rows = self.open_rows(uncertainty, limit)
         end = int(self.position[open_rows[0]]) if len(open_rows) else POSITIONS
         is_below_limit = self.for_calibration & (uncertainty <= limit)

@@ -154,7 +154,7 @@ class TriageResult:
             needs no labels, or if there is no calibration photo.
         tested_outcomes: Outcomes of all photos by the tested predictor.
         has_candidate: Whether the tested predictor is a candidate, not the present predictor.
-        is_calibration: (N,) bool, which photos are of the calibration side.
+        is_calibration: (N,) bool, which photos may count for a guarantee.
         is_first_of_scene: (M,) bool, which of the photos that count for the guarantee are near
             copies neither of a photo to fit on nor of an earlier photo; None without ``progress``.
         asked: Entries of the photos whose labels are asked for.
@@ -197,7 +197,8 @@ def run_triage(
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
-    has_drawn = LabelBook.load(root / BOOK).has_drawn
+    # The book may have lost its drawn photos, if their classes are gone. The state has not.
+    has_drawn = state.has_drawn or LabelBook.load(root / BOOK).has_drawn
     streams = SPLITS[settings.about].streams_of(labels, streams, has_drawn=has_drawn)
     book = note_labels(root, photos, listing.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
@@ -282,7 +283,8 @@ def advance(
     photos.label(book.labels, settings.of_no_class)
     split = SPLITS[settings.about].of(photos, book, settings.seed)
     run = TriageRun(root, settings, photos, book, split)
-    state = bind(state, split.bound_to(photos), has_drawn=book.has_drawn)
+    has_drawn = state.has_drawn or book.has_drawn
+    state = bind(state, split.bound_to(photos), has_drawn=has_drawn)
     state, predictor = choose_predictor(run, state)
     run = dataclasses.replace(run, split=split.for_predictor(predictor, photos))
     tested = run.score(predictor)
@@ -310,7 +312,7 @@ def bind(state: TriageState, pictures: str | None, *, has_drawn: bool) -> Triage
             "folder` is about the photos that were there. Give the folder as it was, or a new -o, "
             "with --labels and the labels.parquet of this one."
         )
-    return state.model_copy(update={"pictures": pictures})
+    return state.model_copy(update={"pictures": pictures, "has_drawn": has_drawn})
 
 
 def _result(
@@ -331,7 +333,7 @@ def _result(
         progress=progress,
         tested_outcomes=tested,
         has_candidate=state.candidate is not None,
-        is_calibration=run.split.is_calibration,
+        is_calibration=run.split.for_calibration,
         is_first_of_scene=is_first_of_scene,
         asked=run.book.waiting(),
         book=run.book,
@@ -349,10 +351,10 @@ def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecas
         n_photos=len(run.photos),
         n_classes=len(settings.embedding.names),
         n_fit_labels=0 if trial is None else trial.n_fit,
+        most_fit_labels=len(run.split.fit_rows) + len(run.split.rows_to_pick(run.photos, run.book)),
         n_labels=len(run.book.labels),
         max_risk=settings.max_risk,
         level=level_of(state.n_tested + 1, settings.delta),
-        seed=settings.seed,
     )
 
 
@@ -499,8 +501,8 @@ def count_labels(
 def note_test(state: TriageState, trial: Trial, progress: GuaranteeProgress) -> TriageState:
     """The state after a test: what the test used of the level."""
     # A test with too few labels to certify anything uses none of the level, so it is not counted.
-    is_first_test = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
-    if is_first_test:
+    starts_to_count = trial.level == 0 and progress.looks.can_certify(progress.outcomes.uncertainty)
+    if starts_to_count:
         trial = trial.model_copy(update={"level": progress.looks.delta})
         state = state.model_copy(update={"n_tested": state.n_tested + 1})
     return state.with_trial(trial)
@@ -628,8 +630,8 @@ def _draw(
 def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
     """Whether a predictor without a guarantee is worth calibration labels already.
 
-    A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
-    no photo is left to fit on, nothing is gained by waiting.
+    A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``),
+    unless no photo is left to fit on: then nothing is gained by waiting.
     """
     if not len(run.split.rows_to_pick(run.photos, run.book)):
         return True

@@ -137,6 +137,7 @@ class TriageState(Document):
             settings that the folder has had.
         n_fit_of_last_candidate: Number of labels that the last candidate was fitted on, whether it
             was tested or not.
+        has_drawn: Whether a label for a guarantee was ever asked for.
         pictures: Digest of all pictures of the folder if the guarantee is about them.
         guarantee: Text of the guarantee in force; "" without one.
     """
@@ -157,6 +158,7 @@ class TriageState(Document):
     candidate_answer: AnswerChoice = NOTHING_CHOSEN
     n_tested: int = Field(default=0, ge=0)
     n_fit_of_last_candidate: int = Field(default=0, ge=0)
+    has_drawn: bool = False
     pictures: str | None = None
     guarantee: str = ""
 
@@ -179,6 +181,8 @@ class TriageState(Document):
         return TriageState(
             settings=settings.recorded,
             n_tested=self.n_tested,
+            has_drawn=self.has_drawn,
+            pictures=self.pictures,
         )
 
 

@@ -13,14 +13,14 @@ from vilu.metrics.counts import Floats
 from vilu.triage.choose import choose_limit
 
 ALLOWED_WRONG: Final = 2
-"""A limit is chosen for the number of labels that certify it with so many wrong answers.
+"""The limit is chosen for the number of labels that certify it if so many answers are wrong.
 
 At 5 % risk these are about 200 labels, so that about 1 % of the answers up to the limit are wrong.
 """
 
 
 class Trial(Model):
-    """The test of a predictor: the thresholds that it may get, and which labels count.
+    """The test of a predictor: the thresholds that it may get, and how far labels count.
 
     Attributes:
         n_fit: Number of labels that the predictor was fitted on.
@@ -54,12 +54,13 @@ class Trial(Model):
         Args:
             n_fit: Number of labels that the predictor was fitted on.
             scores: (M,) uncertainties of the calibration photos.
-            n_answered: Number of calibration photos that have a label.
+            n_answered: Number of calibration photos that have a label. More labels will come, so
+                the limit is chosen for more.
             max_risk: Largest error rate that is allowed.
             delta: Level of the test.
             least_share: The limit includes at least this share of the photos.
         """
-        level = _level_of_limit(delta)
+        level = level_of_limit(delta)
         n_planned = max(
             labels_needed(ALLOWED_WRONG, max_risk, level),
             n_answered + flawless_labels(max_risk, level),
@@ -75,7 +76,7 @@ class Trial(Model):
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
 
 
-def _level_of_limit(delta: float) -> float:
+def level_of_limit(delta: float) -> float:
     """Level of the test of the planned limit alone."""
     _, share = STARTS[-1]
     return share * delta

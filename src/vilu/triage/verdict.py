@@ -65,8 +65,8 @@ class LabelledAnswers:
         return n_right / n
 
     def commonest(self) -> tuple[int, float]:
-        """The most frequent class of the labels, and its share of all labels; -1 without any."""
-        counts = Counter(self.label[self.label >= 0].tolist())
+        """The most frequent label, and its share of all labels; -1 without any."""
+        counts = Counter(self.label.tolist())
         if not counts:
             return UNKNOWN, 0.0
         ((index, n),) = counts.most_common(1)
@@ -104,7 +104,7 @@ def labelled_answers(
     if zero_shot is None:  # then the judged answers are the zero-shot answers
         zero_shot = outcomes.prediction
     answers: dict[AnswerKind, Ints] = {}
-    if zero_shot is not None:
+    if zero_shot is not None and (zero_shot[rows] != UNKNOWN).any():
         answers["zero_shot"] = zero_shot[rows]
     if outcomes.answer != "adapted" or likely is None:
         return LabelledAnswers(label[rows], answers)
@@ -133,7 +133,7 @@ def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubt
         has_doubtful: Whether some labels were asked for because their photos are doubtful.
     """
     sentences = [_warning_of_one_class(labelled, outcomes)]
-    if len(labelled.label):
+    if labelled.answers:
         sentences += _judgement(labelled, outcomes)
         if has_doubtful:
             sentences.append(
