@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 import vilu
 from vilu.calibration.anytime import grid_of, level_of
-from vilu.calibration.closed_set import ClosedCounts, ClosedLooks, exact_tail
+from vilu.calibration.closed_set import ClosedCounts, ClosedLooks
 from vilu.calibration.thresholds import upper_bound
 from vilu.metrics.counts import Floats, Ints
 from vilu.triage.choose import choose_to_fit
@@ -154,6 +154,26 @@ def look_often(folder: Folder) -> dict[str, Seen]:
                 if n_looks == 1:
                     seen["one look"] = seen["one look"].after(folder, left)
     return seen
+
+
+def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
+    """P-value of "``total`` or more of the photos are answered wrongly", for a single look.
+
+    It is the probability of at most ``wrong`` wrong answers among the drawn photos if ``total`` of
+    all photos are wrong (hypergeometric). With more wrong photos this is less probable, so the
+    p-value is valid for all larger numbers, too.
+
+    Examples:
+        >>> from benchmarks.closed_folder import exact_tail
+        >>> exact_tail(wrong=0, drawn=2, n_photos=4, total=2)  # (2 / 4) (1 / 3)
+        0.16666666666666666
+    """
+    if total > n_photos - (drawn - wrong):
+        return 0.0
+    ways = 0
+    for n_wrong in range(wrong + 1):
+        ways += math.comb(total, n_wrong) * math.comb(n_photos - total, drawn - n_wrong)
+    return ways / math.comb(n_photos, drawn)
 
 
 def is_shown_exactly(folder: Folder, drawn: NDArray[np.bool_], left: NDArray[np.bool_]) -> bool:

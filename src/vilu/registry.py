@@ -297,6 +297,8 @@ def load_plugin(module: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"the plugin {module!r} cannot be imported: {error}.") from error
+    # The import runs code of other people, which may raise any exception. It is raised again in one
+    # sentence that names the plugin.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"the plugin {module!r} failed at its import: {reason:.300}.") from error

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks.closed_folder import WORLDS, Folder, look_often
+from benchmarks.closed_folder import WORLDS, Folder, exact_tail, look_often
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
@@ -21,7 +21,6 @@ from vilu.calibration.closed_set import (
     ClosedDraw,
     ClosedLooks,
     ClosedPhotos,
-    exact_tail,
     log_evidence,
     shares_of,
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import pickle
 import random
 import struct
@@ -26,7 +27,15 @@ from tests.builders.image_files import (
     with_png_size,
 )
 from vilu.datasets.base import ImageRecord
-from vilu.datasets.images import OPENERS, BadImage, ImageLimits, decode_image, read_image, sniff
+from vilu.datasets.images import (
+    OPENERS,
+    BadImage,
+    ImageLimits,
+    decode_image,
+    read_image,
+    sniff,
+    stated_pixels,
+)
 from vilu.errors import DataError, UsageError, ViLUError
 
 SEEDS = seeds()
@@ -267,3 +276,15 @@ def test_signature_followed_by_noise_is_never_an_image(name, noise):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert outcome(data)[1] in {"decode_error", "truncated", "bomb", "bad_geometry"}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF"])
+def test_stated_pixels_are_read_from_the_header_alone(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (60, 40)).save(file, kind)
+    assert stated_pixels(file.getvalue()) == 2_400
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"II*\0\xff\xff\xff\xff"])
+def test_damaged_headers_and_other_data_state_no_pixels(data):
+    assert stated_pixels(data) == 0

@@ -132,6 +132,15 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     return grid
 
 
+def require_grid(grid: Floats) -> None:
+    """Raise DataError if a grid has too few thresholds, or if they are not in ascending order."""
+    if len(grid) < STEPS or (np.diff(grid) < 0).any():
+        raise DataError(
+            f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
+            f"{np.asarray(grid).tolist()}."
+        )
+
+
 class Draw(Model):
     """Saved settings of the tests of labels that arrive one after another (``Looks``).
 
@@ -195,11 +204,7 @@ class Looks:
     def __post_init__(self) -> None:
         require_between("max_risk", self.max_risk)
         require_between("delta", self.delta)
-        if len(self.grid) < STEPS or (np.diff(self.grid) < 0).any():
-            raise DataError(
-                f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
-                f"{np.asarray(self.grid).tolist()}."
-            )
+        require_grid(self.grid)
 
     @property
     def last(self) -> int:

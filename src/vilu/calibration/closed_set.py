@@ -39,7 +39,7 @@ from pydantic import Field
 from scipy.special import betaln, gammaln, logsumexp
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import STEPS, Draw, Looks
+from vilu.calibration.anytime import STEPS, Draw, Looks, require_grid
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.text import plural
@@ -115,26 +115,6 @@ def log_evidence(
     log_bet = betaln(PRIOR_WRONG + k, prior_right + m - k) - betaln(PRIOR_WRONG, prior_right)
     evidence: Floats = np.where(is_impossible, np.inf, log_bet - log_null)
     return evidence
-
-
-def exact_tail(wrong: int, drawn: int, n_photos: int, total: int) -> float:
-    """P-value of "``total`` or more of the photos are answered wrongly", for a single look.
-
-    It is the probability of at most ``wrong`` wrong answers among the drawn photos if ``total`` of
-    all photos are wrong (hypergeometric). With more wrong photos this is less probable, so the
-    p-value is valid for all larger numbers, too.
-
-    Examples:
-        >>> from vilu.calibration.closed_set import exact_tail
-        >>> exact_tail(wrong=0, drawn=2, n_photos=4, total=2)  # (2 / 4) (1 / 3)
-        0.16666666666666666
-    """
-    if total > n_photos - (drawn - wrong):
-        return 0.0
-    ways = 0
-    for n_wrong in range(wrong + 1):
-        ways += math.comb(total, n_wrong) * math.comb(n_photos - total, drawn - n_wrong)
-    return ways / math.comb(n_photos, drawn)
 
 
 def shares_of(n_thresholds: int) -> Floats:
@@ -275,11 +255,7 @@ class ClosedLooks:
     def __post_init__(self) -> None:
         require_between("max_risk", self.max_risk)
         require_between("delta", self.delta)
-        if len(self.grid) < STEPS or (np.diff(self.grid) < 0).any():
-            raise DataError(
-                f"a grid must have at least {STEPS} thresholds, in ascending order. Got "
-                f"{np.asarray(self.grid).tolist()}."
-            )
+        require_grid(self.grid)
         if len(self.closed.photos) != len(self.grid):
             raise DataError(
                 f"the photos of a closed set must be counted for each of the {len(self.grid)} "

@@ -558,6 +558,24 @@ def _raw_photo(name: str) -> BadImage:
     )
 
 
+def stated_pixels(data: bytes) -> int:
+    """Number of pixels that the header of an encoded image states.
+
+    0 if the header is damaged or the format is not decoded: ``decode_image`` refuses such data.
+    """
+    opener = OPENERS.get(sniff(data) or "")
+    if opener is None:
+        return 0
+    try:
+        with _damage("open", "damaged header"):
+            file = opener(BytesIO(data))
+    except BadImage:
+        return 0
+    with file as opened:
+        width, height = opened.size
+    return int(width * height)
+
+
 @contextmanager
 def _damage(stage: Stage, what: str) -> Iterator[None]:
     """Turn the exceptions of Pillow for a damaged file into ``BadImage``."""

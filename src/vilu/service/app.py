@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from vilu.artifacts.disk import make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
-from vilu.datasets.images import sniff
+from vilu.datasets.images import sniff, stated_pixels
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service import pages
 from vilu.service.bodies import (
@@ -34,7 +34,6 @@ from vilu.service.bodies import (
     described_body,
     read_images,
     read_json,
-    stated_pixels,
 )
 from vilu.service.journals import ContradictionError
 from vilu.service.limits import (

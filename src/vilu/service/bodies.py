@@ -8,7 +8,6 @@ import binascii
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
-from io import BytesIO
 from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Request
@@ -16,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from vilu.datasets.images import OPENERS, sniff
 from vilu.service.limits import PROBLEM, Refused, require_at_most
 
 CLOSED: Final = ConfigDict(extra="forbid")  # refuses bodies with unknown fields
@@ -215,18 +213,6 @@ def _from_base64(texts: Sequence[str]) -> list[bytes]:
                 HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{index} is no base64 ({error})."
             ) from None
     return images
-
-
-def stated_pixels(content: bytes) -> int:
-    """Number of pixels that the header of an encoded image states; 0 if it cannot be read."""
-    opener = OPENERS.get(sniff(content) or "")
-    if opener is None:
-        return 0
-    try:
-        width, height = opener(BytesIO(content)).size
-    except Exception:  # noqa: BLE001 - the decoder will say what is wrong with this image
-        return 0
-    return int(width * height)
 
 
 class InMemory(MultiPartParser):
