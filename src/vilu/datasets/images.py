@@ -426,7 +426,8 @@ class DecodedImage:
 
     Attributes:
         image: RGB pixels of the first frame, perhaps at a reduced size. They are not rotated by the
-            EXIF orientation, because CLIP's preprocessing does not rotate them either.
+            EXIF orientation, because CLIP's preprocessing does not rotate them either. Only HEIC
+            photos are upright, because their decoder rotates them.
         width: Width in the file.
         height: Height in the file.
         n_frames: Number of frames (counting stops at ``MAX_FRAMES``).

@@ -159,7 +159,8 @@ def count_labels(content: bytes, limit: int) -> int:
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
-    most_texts = 2 * limit + 1  # a label and its row are two texts; the name of the field is one
+    # A label and its row are two texts. Corrections have two fields, whose names are texts, too.
+    most_texts = 2 * limit + 2
     if n_texts > most_texts:
         return max(count_values(content), n_texts // 2)
     return count_values(TEXT.sub(b"", unescaped))

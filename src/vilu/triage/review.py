@@ -107,8 +107,7 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
     """Open the photos of a triage, or the rows of scores, for people to look at.
 
     Photos whose labels are asked for come first, in the order of the requests. Then come the
-    others, ordered by falling probability of failure. Rows of scores are ordered by falling
-    uncertainty.
+    others, the most doubtful first. Rows of scores are ordered by falling uncertainty.
 
     Args:
         source: The folder of a triage, or a file of scores.
@@ -163,8 +162,8 @@ def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
     def rank(task: ReviewTask) -> tuple[int, float]:
         # All photos that were not asked for share the place after the last request.
         request = request_of.get(task.path, n_requests)
-        doubt = task.quantile or task.failure_probability or 0.0
-        return request, -doubt
+        doubt = task.failure_probability if task.quantile is None else task.quantile
+        return request, -(doubt or 0.0)
 
     return sorted(tasks, key=rank)
 
