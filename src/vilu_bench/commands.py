@@ -1,4 +1,4 @@
-"""Commands on studies: benchmark, render, submit, pools."""
+"""Commands on studies: benchmark, init, render, submit, pools."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from vilu.cli.console import (
     goes_on,
     keeping,
     next_step,
+    print_outputs,
     print_result,
+    shell,
     wants,
+    wants_json,
 )
+from vilu.cli.help import MORE, SPEED
 from vilu.cli.options import (
     MOST_RESAMPLES,
     MOST_WORKERS,
@@ -27,7 +31,6 @@ from vilu.cli.options import (
     Overwrite,
     Reading,
     RowsFile,
-    RowsJson,
     existing,
     path_argument,
     path_option,
@@ -71,10 +74,11 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Option(
             metavar="I/N",
             help="Run only share I of N of the cells, on one of N machines; then run without it.",
+            rich_help_panel=SPEED,
         ),
     ] = None,
     embed_only: Annotated[
-        bool, Option("--embed-only", help="Make the embeddings and stop.")
+        bool, Option("--embed-only", help="Make the embeddings and stop.", rich_help_panel=MORE)
     ] = False,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print what would run, and its bytes; do nothing.")
@@ -82,7 +86,6 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     smoke: Annotated[
         bool, Option("--smoke", help="Tiny test run: few images, seeds, epochs; in OUTPUT/smoke.")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer.
 
@@ -99,7 +102,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         studies = [shrink(study) for study in studies]
         output /= "smoke"
     if dry_run:
-        _print_plans(studies, data, output, as_json=as_json)
+        _print_plans(studies, data, output)
         return
     share = None
     if shard is not None:
@@ -108,7 +111,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         rendered = run_studies(
             studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
         )
-    _print(rendered, as_json=as_json)
+    _print(rendered)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")
     elif share is not None and share.of > 1:
@@ -121,12 +124,38 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
 
 
-def _print_plans(studies: list[Config], data: Path, output: Path, *, as_json: bool) -> None:
+def _print_plans(studies: list[Config], data: Path, output: Path) -> None:
     from vilu_bench.studies.dry_run import describe, estimate
 
     plans = [estimate(study, data, output) for study in studies]
     facts = [plan.to_dict() for plan in plans]
-    print_result(facts, describe(plans), as_json=as_json)
+    print_result(facts, describe(plans))
+
+
+@wants(train=STORE, test=STORE)
+def init(
+    train: Annotated[Path, path_argument("Store with labels to fit on.")],
+    output: Annotated[Path, Option("--output", "-o", help="The file to write, .toml.")],
+    test: Annotated[
+        Path | None,
+        path_option("Store with labels to test on. [the other half of TRAIN]", metavar="STORE"),
+    ] = None,
+) -> None:
+    """Write a benchmark file that runs on your stores, to change by hand. Prints the file."""
+    from vilu.artifacts.disk import write_text
+    from vilu_bench.studies.new import new_study
+
+    if output.suffix.lower() != ".toml":
+        raise UsageError(f"a benchmark file is a .toml file. Got {output} instead.")
+    if output.exists():
+        raise UsageError(
+            f"{output} exists already, perhaps with changes of yours. Give another file."
+        )
+    study = new_study(train, test, output)
+    write_text(output, study.text)
+    print_outputs(output)
+    run = shell("vilu", "benchmark", output, "--data", study.folder, "-o", "RUN")
+    next_step(f"change it as you like; then: {run}")
 
 
 @wants(run=STUDIES)
@@ -147,7 +176,6 @@ def render(
         Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
     ] = None,
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Write the tables and figures of finished studies again, from their cells alone."""
     from vilu_bench.studies.study import render_studies
@@ -155,7 +183,7 @@ def render(
     studies = render_studies(
         run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
     )
-    _print(studies, as_json=as_json)
+    _print(studies)
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
@@ -177,15 +205,16 @@ def submit(
     from vilu_bench.studies.submit import export
 
     written = export(load_studies(run), run, method, output)
-    typer.echo(output)
+    print_outputs(output)
     next_step(
         f"{len(written)} cells; whoever has the same study: vilu render RUN --submitted {output}"
     )
 
 
-def _print(studies: list[Rendered], *, as_json: bool) -> None:
-    if as_json:
-        _print_json(studies)
+def _print(studies: list[Rendered]) -> None:
+    """Print the tables of studies; with --json their summaries."""
+    if wants_json():
+        _print_summaries(studies)
         return
     parts = []
     for study in studies:
@@ -198,7 +227,7 @@ def _print(studies: list[Rendered], *, as_json: bool) -> None:
         typer.echo("\n\n".join(part for part in parts if part))
 
 
-def _print_json(studies: list[Rendered]) -> None:
+def _print_summaries(studies: list[Rendered]) -> None:
     from vilu_bench.studies.ranking import summarise
 
     summaries = {study.board.config.name: summarise(study.board).to_dict() for study in studies}
@@ -210,7 +239,7 @@ PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Ta
 
 @wants(store=STORE)
 @partial(reads, without={"pool_size", "second"})  # ``reading`` stands for several flags
-def pools(  # noqa: PLR0913 - one parameter per flag
+def pools(
     store: Data,
     predictors: Annotated[
         list[str],
@@ -222,7 +251,6 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     draws: Annotated[int, Option(min=1, help="Number of pool draws, which are averaged.")] = 1,
     *,
     reading: Reading,
-    as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
     resamples: Annotated[
@@ -264,7 +292,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
         n_resamples=resamples,
     )
     save_if_wanted(lambda path, inputs: table.save(path, inputs=inputs))
-    _print_sizes(table, draws, as_json=as_json)
+    _print_sizes(table, draws)
 
 
 def _by_label(predictors: list[str]) -> dict[str, str]:
@@ -277,10 +305,10 @@ def _by_label(predictors: list[str]) -> dict[str, str]:
     return by_label
 
 
-def _print_sizes(table: ResultTable, draws: int, *, as_json: bool) -> None:
+def _print_sizes(table: ResultTable, draws: int) -> None:
     from vilu_bench.studies.pool_sizes import size_table
 
-    print_result(table.to_dicts(), size_table(table), as_json=as_json)
+    print_result(table.to_dicts(), size_table(table))
     legend = "AUROC / FPR95 in percent; positive=correct for FPR95"
     if draws > 1:
         legend += f", ± over {draws} draws"

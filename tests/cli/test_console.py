@@ -68,7 +68,7 @@ def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(
 
 def test_no_name_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     console.complain("error", "key a\nvilu: all is well")
-    console.set_verbosity(verbose=False, quiet=False)
+    console.set_verbosity(console.Speech())
     console.next_step("key a\n\x9b2J")
     assert (
         capsys.readouterr().err == "vilu: error: key a\\nvilu: all is well\nvilu: key a\\n\\x9b2J\n"

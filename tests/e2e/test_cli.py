@@ -364,8 +364,8 @@ def test_lists() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["fti"], 2, "No such command"),
-        (["fit", "{work}/train"], 2, "Missing option"),
+        (["fti"], 2, "no such command"),
+        (["fit", "{work}/train"], 2, "missing option"),
         (["fit", "{work}/train", "-o", "{work}/x", "--method", "vilo"], 2, "Did you mean 'vilu'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epoch=3"], 2, "Did you mean 'epochs'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epochs"], 2, "KEY=VALUE"),

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import io
 import logging
 import os
 import signal
@@ -39,7 +38,6 @@ from vilu.cli.app import app
 from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
 from vilu.errors import StorageError, UsageError, ViLUError
 from vilu.process import tune_process
-from vilu.text import printable
 
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
 """Class of the exceptions that typer raises for an invalid command line.
@@ -109,9 +107,7 @@ def _run() -> int:
     except KeyboardInterrupt:  # the command has already printed a message, if it had begun
         return INTERRUPTED
     except MISUSE as error:
-        message = io.StringIO()
-        error.show(message)
-        sys.stderr.write(printable(message.getvalue(), "\n"))
+        complain("error", _misuse(error))
         return UsageError.exit_code
     except ViLUError as error:
         complain("error", str(error))
@@ -124,6 +120,19 @@ def _run() -> int:
             raise
         complain("error", f"the file system refused {error.filename}: {error.strerror}.")
         return StorageError.exit_code
+
+
+def _misuse(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
+    """Message of an invalid command line, and the command whose help shows a valid one."""
+    message = error.format_message().replace("Value error, ", "")
+    sentence = f"{message[:1].lower()}{message[1:]}"
+    if not sentence.endswith((".", "?")):
+        sentence += "."
+    command = "vilu"
+    if error.ctx is not None:
+        program = error.ctx.find_root().command_path
+        command += error.ctx.command_path.removeprefix(program)
+    return f"{sentence} See {command} --help."
 
 
 def _limit() -> str:

@@ -7,22 +7,35 @@ import re
 from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib.metadata import EntryPoint
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from typer import Option
 
-from vilu.cli.catalogues import datasets, list_catalogue
+from vilu.cli.catalogues import check_known, list_, list_known
 from vilu.cli.console import (
     RESUMABLE,
+    SPEECH,
     TERMINATED,
     WANTED,
     WANTED_BY,
+    Speech,
     complain,
-    make_reporter,
     require_kinds,
-    set_verbosity,
+    speaking,
+)
+from vilu.cli.help import (
+    COMMON,
+    EMBEDDINGS,
+    GUARANTEES,
+    LOOKING_UP,
+    PHOTOS,
+    RESEARCH,
+    SHARING,
+    PanelledCommand,
+    PanelledGroup,
 )
 from vilu.cli.images import embed
 from vilu.cli.looking import demo, explain, monitor, report
@@ -31,11 +44,11 @@ from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.errors import UsageError
-from vilu.progress import reporting
 from vilu.registry import entry_points, load_entry, load_plugin
 
 app = typer.Typer(
     name="vilu",
+    cls=PanelledGroup,
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
     epilog="To begin, run `vilu demo`. The usual order is embed, fit, calibrate, score, evaluate; "
     "every command has its own --help. A command writes to a new or empty path, or continues its "
@@ -43,7 +56,7 @@ app = typer.Typer(
     "touched. Exit codes: 2 wrong usage (such as a missing path, or an output path in use), 3 bad "
     "data, 4 risk target cannot be reached, 5 missing model, 6 artefacts do not belong together, "
     "7 storage failed, 8 alarm, 75 busy.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,13 +82,25 @@ def show_version(value: bool) -> None:
         raise typer.Exit
 
 
+Verbose = Annotated[
+    bool,
+    Option("--verbose", "-v", help="Log debugging messages.", rich_help_panel=COMMON),
+]
+Quiet = Annotated[
+    bool,
+    Option(
+        "--quiet", "-q", help="Show no progress, and log only warnings.", rich_help_panel=COMMON
+    ),
+]
+AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.", rich_help_panel=COMMON)]
+
+
 @app.callback()
 def common(
     context: typer.Context,
-    verbose: Annotated[bool, Option("--verbose", "-v", help="Log debugging messages.")] = False,
-    quiet: Annotated[
-        bool, Option("--quiet", "-q", help="Show no progress, and log only warnings.")
-    ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
     plugin: Annotated[
         list[str] | None,
         Option(
@@ -101,13 +126,36 @@ def common(
     ] = False,
 ) -> None:
     """How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?"""
-    set_verbosity(verbose=verbose, quiet=quiet)
-    reporter = make_reporter(quiet=quiet)
-    if reporter is not None:
-        context.with_resource(reporting(reporter))
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(UsageError.exit_code)
+    speech = Speech(verbose=verbose, quiet=quiet, as_json=as_json)
+    context.with_resource(speaking(speech))
     _set_umask(context, umask)
     for module in plugin or ():
         load_plugin(module)
+
+
+def speaks(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags --verbose, --quiet and --json, which `vilu` itself has, too.
+
+    So they may stand before the command or after it.
+    """
+
+    @wraps(command)
+    def run(*, verbose: bool, quiet: bool, as_json: bool, **values: Any) -> None:  # noqa: ANN401
+        after = Speech(verbose=verbose, quiet=quiet, as_json=as_json)
+        with speaking(SPEECH.get() | after):
+            command(**values)
+
+    flags = {"verbose": Verbose, "quiet": Quiet, "as_json": AsJson}
+    parameters = list(signature(command, eval_str=True).parameters.values())
+    for name, annotation in flags.items():
+        parameters.append(
+            Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        )
+    vars(run)["__signature__"] = Signature(parameters)  # typer reads the options from it
+    return run
 
 
 def _set_umask(context: typer.Context, stated: str | None) -> None:
@@ -175,32 +223,34 @@ def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
     return "no incomplete file was left; the same command starts again from the beginning."
 
 
-ON_DATA = (
-    triage,
-    demo,
-    embed,
-    import_,
-    inspect,
-    fit,
-    calibrate,
-    score,
-    evaluate,
-    report,
-    explain,
-    monitor,
-    next_,
-    review,
-    labels,
-    audit_labels,
-)
-"""The commands that ``vilu --help`` lists first, in this order."""
+COMMANDS: Final[Mapping[str, tuple[Callable[..., None], ...]]] = {
+    PHOTOS: (triage, review, labels, demo),
+    EMBEDDINGS: (embed, import_, fit, score, evaluate, report, explain),
+    GUARANTEES: (calibrate, monitor, next_, audit_labels),
+    SHARING: (serve, export, push, pull, convert),
+    LOOKING_UP: (inspect, list_),
+}
+"""The commands by their group, in the order of `vilu --help`."""
 
-for command in ON_DATA:
-    app.command(name_of(command))(with_stop_message(command))
-app.command("list")(list_catalogue)
-for command in (serve, convert, export, push, pull):
-    app.command()(with_stop_message(command))
-app.add_typer(datasets, name="datasets")
+
+def add_command(
+    group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
+) -> None:
+    """Add a command to a group of commands, with its checks and the common flags."""
+    decorated = speaks(with_stop_message(command))
+    group.command(name, cls=PanelledCommand, rich_help_panel=panel)(decorated)
+
+
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        add_command(app, name_of(command), command, panel)
+datasets = typer.Typer(
+    cls=PanelledGroup,
+    help="Data sets that vilu can open by name: their description, and which are on this disk.",
+)
+add_command(datasets, "list", list_known)
+add_command(datasets, "check", check_known)
+app.add_typer(datasets, name="datasets", rich_help_panel=LOOKING_UP)
 
 
 def refusing(error: UsageError) -> Callable[[], None]:
@@ -217,11 +267,13 @@ def add_command_of(entry: EntryPoint) -> None:
     """Add a command of another package; if its import fails, the command raises the error."""
     try:
         command = load_entry(entry, "command")
-        app.command(entry.name)(with_stop_message(command))
+        add_command(app, entry.name, command, RESEARCH)
     except UsageError as error:
         # Any arguments are accepted, because the command only raises the error.
         settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-        app.command(entry.name, context_settings=settings)(refusing(error))
+        app.command(entry.name, context_settings=settings, rich_help_panel=RESEARCH)(
+            refusing(error)
+        )
 
 
 for entry in entry_points("vilu.commands"):

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from vilu.predictors.contract.predictor import FailurePredictor
 
 
-datasets = typer.Typer(
-    help="Data sets that vilu can open by name: their description, and which are on this disk."
-)
 BELOW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
 
@@ -47,11 +44,8 @@ FACTS = (
 )
 """Fields of a data set that ``vilu datasets list --json`` prints."""
 
-AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 
-
-@datasets.command("list")
-def list_known(as_json: AsJson = False) -> None:
+def list_known() -> None:
     """List the data sets of the catalogue: classes, images by split, licence, where to get them.
 
     Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are
@@ -65,11 +59,10 @@ def list_known(as_json: AsJson = False) -> None:
         facts.append({name: getattr(entry, name) for name in FACTS})
         rows.append(_dataset_in_brief(entry))
     table = columns(rows, below=("how", "url"))
-    print_result(facts, table, as_json=as_json)
+    print_result(facts, table)
     next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
 
 
-@datasets.command("check")
 def check_known(
     path: Annotated[Path, path_argument("Folder of data sets, or folder of one data set.")],
     names: Annotated[
@@ -81,7 +74,6 @@ def check_known(
     deep: Annotated[
         bool, Option("--deep", help="Also compare checksums of archives, count pairs in tars.")
     ] = False,
-    as_json: AsJson = False,
 ) -> None:
     """Show which data sets are present, what is missing, and how to get it.
 
@@ -96,7 +88,7 @@ def check_known(
     for presence in presences:
         facts.append(presence.to_dict())
         rows.append(_presence_in_brief(presence))
-    print_result(facts, columns(rows, below=BELOW), as_json=as_json)
+    print_result(facts, columns(rows, below=BELOW))
     not_whole = []
     for presence in presences:
         if presence.state in {"absent", "incomplete"}:
@@ -196,12 +188,11 @@ def _count_text(split: Count) -> str:
     return f"{count} (published {published:,})"
 
 
-def list_catalogue(
+def list_(
     what: Annotated[
         Literal["predictors", "backbones", "datasets", "metrics"],
         typer.Argument(help="Which catalogue."),
     ],
-    as_json: AsJson = False,
 ) -> None:
     """List predictors, backbones, metrics or data set layouts.
 
@@ -225,7 +216,7 @@ def list_catalogue(
         table = columns(rows, below=("what it is",))
     else:
         table = columns(rows)
-    print_result(rows, table, as_json=as_json)
+    print_result(rows, table)
     if what == "datasets":
         next_step("more of the data sets that have a name: vilu datasets list")
 

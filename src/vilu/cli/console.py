@@ -13,13 +13,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import typer
 
 from vilu.errors import StorageError, UsageError
-from vilu.progress import Reporter, Silence, Task
+from vilu.progress import Reporter, Silence, Task, reporting
 from vilu.text import aligned, printable
 
 if TYPE_CHECKING:
@@ -118,12 +120,45 @@ def show_warnings() -> Iterator[None]:
         yield
 
 
-def set_verbosity(*, verbose: bool, quiet: bool) -> None:
+@dataclass(frozen=True)
+class Speech:
+    """How a command speaks: the values of --verbose, --quiet and --json."""
+
+    verbose: bool = False
+    quiet: bool = False
+    as_json: bool = False
+
+    def __or__(self, other: Speech) -> Speech:
+        """The flags before the command together with those after it."""
+        return Speech(
+            verbose=self.verbose or other.verbose,
+            quiet=self.quiet or other.quiet,
+            as_json=self.as_json or other.as_json,
+        )
+
+
+SPEECH: ContextVar[Speech] = ContextVar("SPEECH")
+"""How the running command speaks."""
+
+
+@contextmanager
+def speaking(speech: Speech) -> Iterator[None]:
+    """Make a block in which logs, progress and results are as ``speech`` says."""
+    set_verbosity(speech)
+    reset = SPEECH.set(speech)
+    try:
+        with reporting(make_reporter(quiet=speech.quiet)):
+            yield
+    finally:
+        SPEECH.reset(reset)
+
+
+def set_verbosity(speech: Speech) -> None:
     """Set the log level: debug messages with -v, only warnings with -q."""
     level = logging.INFO
-    if verbose:
+    if speech.verbose:
         level = logging.DEBUG
-    elif quiet:
+    elif speech.quiet:
         level = logging.WARNING
     handler = logging.StreamHandler()
     handler.setFormatter(Escaping("vilu: %(message)s"))
@@ -131,10 +166,10 @@ def set_verbosity(*, verbose: bool, quiet: bool) -> None:
     LOG.setLevel(level)
 
 
-def make_reporter(*, quiet: bool) -> Reporter | None:
-    """A progress bar on a terminal, a log line every ten seconds elsewhere, None with -q."""
+def make_reporter(*, quiet: bool) -> Reporter:
+    """A progress bar on a terminal, a log line every ten seconds elsewhere, nothing with -q."""
     if quiet:
-        return None
+        return Silence()
     if sys.stderr.isatty():
         return Bars()
     return Lines()
@@ -415,12 +450,23 @@ def named_paths(*paths: Path | None) -> list[Path]:
     return [path for path in paths if path is not None]
 
 
-def print_result(facts: object, text: str, *, as_json: bool) -> None:
-    """Print the result of a command, as JSON or as text."""
-    if as_json:
+def wants_json() -> bool:
+    """Whether the running command prints its result as JSON."""
+    return SPEECH.get(Speech()).as_json
+
+
+def print_result(facts: object, text: str) -> None:
+    """Print the result of a command: ``facts`` as JSON with --json, else ``text``."""
+    if wants_json():
         typer.echo(json.dumps(facts, indent=2))
     else:
         typer.echo(text)
+
+
+def print_outputs(*outputs: Path | str) -> None:
+    """Print the files, folders or addresses that a command made; with --json a list of them."""
+    names = [str(output) for output in outputs]
+    print_result({"outputs": names}, "\n".join(names))
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:

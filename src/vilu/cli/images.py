@@ -11,6 +11,7 @@ from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import next_step
+from vilu.cli.help import DATA, MODEL, MORE, SPEED
 from vilu.cli.options import (
     MOST_SEED,
     MOST_WORKERS,
@@ -51,6 +52,7 @@ Named = Annotated[
         metavar="NAME",
         help="A data set by its name, as in `vilu datasets list`.",
         autocompletion=complete_datasets,
+        rich_help_panel=DATA,
     ),
 ]
 Classes = Annotated[
@@ -62,6 +64,7 @@ Where = Annotated[
     Option(
         metavar="COLUMN=VALUE",
         help="Only the rows of a table that have this value; may be repeated.",
+        rich_help_panel=DATA,
     ),
 ]
 Root = Annotated[
@@ -70,13 +73,15 @@ Root = Annotated[
         metavar="DIR",
         help="Folder that the paths in a table are relative to; absolute paths below it are "
         "allowed, too. [the folder of the table]",
+        rich_help_panel=DATA,
     ),
 ]
 Prompts = Annotated[
     list[str] | None,
     Option(
         help="Also keep the text embeddings of every class in each of these prompts, not averaged; "
-        "written as --template."
+        "written as --template.",
+        rich_help_panel=MODEL,
     ),
 ]
 Words = Annotated[
@@ -84,6 +89,7 @@ Words = Annotated[
     path_option(
         "Words for --negatives, one per line, in place of vilu's own; implies --negatives.",
         metavar="FILE",
+        rich_help_panel=MODEL,
     ),
 ]
 Workers = Annotated[
@@ -92,6 +98,7 @@ Workers = Annotated[
         min=1,
         max=MOST_WORKERS,
         help="Decoding threads of each process. [one per core, divided among --processes]",
+        rich_help_panel=SPEED,
     ),
 ]
 PartSize = Annotated[
@@ -100,13 +107,15 @@ PartSize = Annotated[
         min=1,
         help="Images (or tars) per part. If the run is killed, at most the current parts are lost. "
         "[4096 images, 10 tars]",
+        rich_help_panel=SPEED,
     ),
 ]
 Who = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,
     Option(
         help="What embeds: local processes, Ray, Spark, or this process as a rank of torchrun or "
-        "Slurm. [this process alone]"
+        "Slurm. [this process alone]",
+        rich_help_panel=SPEED,
     ),
 ]
 Processes = Annotated[
@@ -115,38 +124,81 @@ Processes = Annotated[
         min=1,
         max=MOST_WORKERS,
         help="Processes of the executor. [one per core, or what the cluster has]",
+        rich_help_panel=SPEED,
     ),
 ]
 
 
 RawNames = Annotated[
     bool,
-    Option("--raw-names", help="With --dataset: keep the class names of the data, not cleaned."),
+    Option(
+        "--raw-names",
+        help="With --dataset: keep the class names of the data, not cleaned.",
+        rich_help_panel=DATA,
+    ),
 ]
 TableCaptions = Annotated[
-    bool, Option("--captions", help="Use the captions of a table, even if it also has labels.")
+    bool,
+    Option(
+        "--captions",
+        help="Use the captions of a table, even if it also has labels.",
+        rich_help_panel=DATA,
+    ),
 ]
 Negatives = Annotated[
     bool,
     Option(
-        "--negatives", help="Also embed everyday words, to detect images of none of the classes."
+        "--negatives",
+        help="Also embed everyday words, to detect images of none of the classes.",
+        rich_help_panel=MODEL,
     ),
 ]
-Views = Annotated[int, Option(min=0, help="Also keep this number of augmented views per image.")]
+Views = Annotated[
+    int,
+    Option(
+        min=0, help="Also keep this number of augmented views per image.", rich_help_panel=MODEL
+    ),
+]
 Features = Annotated[
-    bool, Option("--features", help="Also keep the input of the model's last linear map.")
+    bool,
+    Option(
+        "--features",
+        help="Also keep the input of the model's last linear map.",
+        rich_help_panel=MODEL,
+    ),
 ]
-SeedOfViews = Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the augmented views.")]
-Split = Annotated[str | None, Option(help="Only this split, or several joined by +.")]
+SeedOfViews = Annotated[
+    int, Option(min=0, max=MOST_SEED, help="Seed of the augmented views.", rich_help_panel=MODEL)
+]
+Split = Annotated[
+    str | None, Option(help="Only this split, or several joined by +.", rich_help_panel=DATA)
+]
 Limit = Annotated[
-    int | None, Option(min=1, help="Only this number of images, the first in the fixed order.")
+    int | None,
+    Option(
+        min=1,
+        help="Only this number of images, the first in the fixed order.",
+        rich_help_panel=DATA,
+    ),
 ]
-Dtype = Annotated[StoredNumbers, Option(help="Type of the numbers in the store.")]
-MaxErrorRate = Annotated[float, Option(min=0, max=1, help="Share of images that may fail.")]
+Dtype = Annotated[
+    StoredNumbers, Option(help="Type of the numbers in the store.", rich_help_panel=MORE)
+]
+MaxErrorRate = Annotated[
+    float, Option(min=0, max=1, help="Share of images that may fail.", rich_help_panel=MORE)
+]
 AllowBadShards = Annotated[
-    bool, Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
+    bool,
+    Option(
+        "--allow-bad-shards",
+        help="Accept tars that are cut short or cannot be read.",
+        rich_help_panel=MORE,
+    ),
 ]
-OnError = Annotated[Literal["skip", "raise"], Option(help="Skip bad images, or stop at the first.")]
+OnError = Annotated[
+    Literal["skip", "raise"],
+    Option(help="Skip bad images, or stop at the first.", rich_help_panel=MORE),
+]
 
 
 @console.goes_on
@@ -238,7 +290,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         executor=_executor(executor, processes),
         shared=executor == "rank",
     )
-    typer.echo(output)
+    console.print_outputs(output)
     next_step(embedded(output, store, (split, source)))
 
 

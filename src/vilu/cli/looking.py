@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -12,12 +11,12 @@ from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import next_step
+from vilu.cli.help import MORE
 from vilu.cli.options import (
     MOST_SEED,
     Data,
     ImagesRoot,
     ImagesSplit,
-    Json,
     JsonFile,
     Overwrite,
     Predictor,
@@ -59,13 +58,29 @@ MostUncertain = Annotated[
         help="Without --key and --row: number of rows to explain, the most uncertain first.",
     ),
 ]
-Candidates = Annotated[int, Option(min=1, help="Competitors of each answer to show.")]
-Neighbours = Annotated[
-    int, Option(min=1, help="Number of training failures, and of training successes, to show.")
+Candidates = Annotated[
+    int, Option(min=1, help="Competitors of each answer to show.", rich_help_panel=MORE)
 ]
-Background = Annotated[int, Option(min=1, help="Number of rows that an attribution compares with.")]
+Neighbours = Annotated[
+    int,
+    Option(
+        min=1,
+        help="Number of training failures, and of training successes, to show.",
+        rich_help_panel=MORE,
+    ),
+]
+Background = Annotated[
+    int,
+    Option(min=1, help="Number of rows that an attribution compares with.", rich_help_panel=MORE),
+]
 SeedOfExplanation = Annotated[
-    int, Option(min=0, max=MOST_SEED, help="Seed of the background rows, or of --summary's folds.")
+    int,
+    Option(
+        min=0,
+        max=MOST_SEED,
+        help="Seed of the background rows, or of --summary's folds.",
+        rich_help_panel=MORE,
+    ),
 ]
 Summary = Annotated[
     bool,
@@ -92,7 +107,6 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     coverage: Coverage = None,
     *,
     reading: Reading,
-    as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -148,10 +162,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         has_summary = is_of_classes  # a summary is about classes, which captions do not have
         explanation = _rows_in_words(explanations, command, has_summary=has_summary)
     keep(lambda path, inputs: write_with_inputs(path, explanation.facts, inputs))
-    if as_json:
-        typer.echo(json.dumps(explanation.facts, indent=2, ensure_ascii=False))
-    else:
-        typer.echo(printable(explanation.text, "\n"))
+    console.print_result(explanation.facts, printable(explanation.text, "\n"))
     next_step(explanation.closing)
 
 
@@ -249,7 +260,12 @@ InOrder = Annotated[
 ]
 SeedOfTies = Annotated[
     int,
-    Option(min=0, max=MOST_SEED, help="Seed of the random tie-breaking, and of --shuffle."),
+    Option(
+        min=0,
+        max=MOST_SEED,
+        help="Seed of the random tie-breaking, and of --shuffle.",
+        rich_help_panel=MORE,
+    ),
 ]
 
 
@@ -262,7 +278,6 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     shuffle: Shuffle = False,
     in_order: InOrder = False,
     seed: SeedOfTies = 0,
-    as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -324,7 +339,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         # The state is saved last, so that the next run counts the same rows if the report fails.
         if state is not None:
             watching.save(state)
-    console.print_result(document, str(watching.status), as_json=as_json)
+    console.print_result(document, str(watching.status))
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
@@ -490,7 +505,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     inputs = inputs_of(*score_files, *optional_paths, images=fingerprint, **settings)
     has_page = claim_file(output, "page", inputs, overwrite=overwrite)
     if has_page:
-        typer.echo(output)
+        console.print_outputs(output)
         console.nothing_to_do(output)
         return
     outcomes = read_scores(run)
@@ -510,7 +525,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         title=title,
     )
     write_text(output, page + mark("page", inputs))
-    typer.echo(output)
+    console.print_outputs(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")
 
 
@@ -530,5 +545,5 @@ def demo(
     from vilu.cli.demo import run
 
     result = run(output, seed=seed, overwrite=overwrite)
-    typer.echo(result.text)
+    console.print_result(result.table.to_dicts(), result.text)
     next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")

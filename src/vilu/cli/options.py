@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
+from vilu.cli.help import DATA, MODEL, MORE, PAIRS, SPEED
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import UsageError
 
@@ -41,9 +42,9 @@ def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401
     return typer.Argument(help=text, metavar=metavar, callback=existing)
 
 
-def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
+def path_option(text: str, metavar: str | None = None, rich_help_panel: str | None = None) -> Any:  # noqa: ANN401 - typer's own
     """Option for one or several input paths, which must exist."""
-    return Option(help=text, metavar=metavar, callback=existing)
+    return Option(help=text, metavar=metavar, callback=existing, rich_help_panel=rich_help_panel)
 
 
 def complete_methods(incomplete: str) -> list[str]:
@@ -85,6 +86,7 @@ Models = Annotated[
         "Folder with a sub-folder for each named backbone, used instead of the model hub; or with "
         "the folder or file of your own weights.",
         metavar="DIR",
+        rich_help_panel=MODEL,
     ),
 ]
 Outside = Annotated[
@@ -93,13 +95,15 @@ Outside = Annotated[
         metavar="NAME",
         help="A folder, label or name, or a number beyond the classes, whose images are of none of "
         "the classes: any answer to them is wrong. May be repeated.",
+        rich_help_panel=DATA,
     ),
 ]
 Template = Annotated[
     list[str] | None,
     Option(
         help="Prompt with {} for the name, or a named set (default, ensemble); several are "
-        "averaged."
+        "averaged.",
+        rich_help_panel=MODEL,
     ),
 ]
 Predictor = Annotated[Path, path_argument("Folder that `vilu fit` or `vilu convert` wrote.")]
@@ -123,6 +127,7 @@ Overwrite = Annotated[
     Option(
         "--overwrite",
         help="Replace an existing result of vilu; files that vilu did not make are never touched.",
+        rich_help_panel=MORE,
     ),
 ]
 LabelFiles = Annotated[
@@ -144,28 +149,38 @@ class Reading:
     pool_size: Annotated[
         int | None,
         Option(
-            "--pool-size", min=2, help="Pairs: number of captions that each image can match. [1024]"
+            "--pool-size",
+            min=2,
+            help="Number of captions that each image can match. [1024]",
+            rich_help_panel=PAIRS,
         ),
     ] = None
     direction: Annotated[
         Literal["image_to_text", "text_to_image"],
-        Option(help="Pairs: match a caption to each image, or an image to each caption."),
+        Option(
+            help="Match a caption to each image, or an image to each caption.",
+            rich_help_panel=PAIRS,
+        ),
     ] = "image_to_text"
-    hard: Annotated[bool, Option("--hard-negatives", help="Pairs: make pools of similar rows.")] = (
-        False
-    )
+    hard: Annotated[
+        bool, Option("--hard-negatives", help="Make pools of similar rows.", rich_help_panel=PAIRS)
+    ] = False
     near_duplicates: Annotated[
         float | None,
         Option(
             min=0,
             max=1,
             metavar="COSINE",
-            help="Pairs: captions with at least this cosine count as the same answer.",
+            help="Captions with at least this cosine count as the same answer.",
+            rich_help_panel=PAIRS,
         ),
     ] = None
     fold: Annotated[
         Fold | None,
-        Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]"),
+        Option(
+            help="Only captions of this fold (60/10/30 % by hash of the caption). [all]",
+            rich_help_panel=PAIRS,
+        ),
     ] = None
     logit_scale: Annotated[
         float | None,
@@ -173,6 +188,7 @@ class Reading:
             min=0,
             help="Logit scale of the model of precomputed embeddings (100 for CLIP); not needed "
             "for stores.",
+            rich_help_panel=PAIRS,
         ),
     ] = None
     second: Annotated[
@@ -180,6 +196,7 @@ class Reading:
         path_option(
             "Store of the same images, embedded by a second model, for the method duo.",
             metavar="STORE",
+            rich_help_panel=PAIRS,
         ),
     ] = None
 
@@ -294,13 +311,16 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
     return flagged
 
 
-Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of all random numbers.")]
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Seed = Annotated[
+    int, Option(min=0, max=MOST_SEED, help="Seed of all random numbers.", rich_help_panel=MORE)
+]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=SPEED)]
 Precision = Annotated[
     Literal["fp32", "bf16", "auto"],
     Option(
         help="Arithmetic of the image tower. bf16 is checked on the first 64 photos. auto: bf16 "
-        "where the processor multiplies it, else fp32."
+        "where the processor multiplies it, else fp32.",
+        rich_help_panel=SPEED,
     ),
 ]
 FullDecode = Annotated[
@@ -309,26 +329,33 @@ FullDecode = Annotated[
         "--full-decode",
         help="Decode JPEGs in full. By default large ones are decoded at 1/2, 1/4 or 1/8, but no "
         "smaller than twice the size that the model reads.",
+        rich_help_panel=SPEED,
     ),
 ]
 FollowLinks = Annotated[
     bool,
-    Option("--follow-links", help="Follow links out of the folder, and links to folders."),
+    Option(
+        "--follow-links",
+        help="Follow links out of the folder, and links to folders.",
+        rich_help_panel=DATA,
+    ),
 ]
-BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.")]
+BatchSize = Annotated[int, Option(min=1, help="Images per forward pass.", rich_help_panel=SPEED)]
 DecodingThreads = Annotated[
-    int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
+    int | None,
+    Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]", rich_help_panel=SPEED),
 ]
 StoreFolder = Annotated[
     Path, Option("--output", "-o", help="Folder of the store to make or to resume.")
 ]
 StoredNumbers = Literal["float16", "float32"]
-ImagesSplit = Annotated[str | None, Option(help="Split of --images.")]
+ImagesSplit = Annotated[str | None, Option(help="Split of --images.", rich_help_panel=DATA)]
 ImagesRoot = Annotated[
-    Path | None, Option(metavar="DIR", help="Folder that paths in --images are relative to.")
+    Path | None,
+    Option(
+        metavar="DIR", help="Folder that paths in --images are relative to.", rich_help_panel=DATA
+    ),
 ]
-Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
-RowsJson = Annotated[bool, Option("--json", help="Print tidy rows as JSON instead of a table.")]
 RowsFile = Annotated[
     Path | None, Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
 ]

@@ -12,6 +12,7 @@ from typer import Option
 from vilu.calibration.methods import Method, SetMethod
 from vilu.cli import console
 from vilu.cli.console import next_step
+from vilu.cli.help import GUARANTEE, MORE
 from vilu.cli.options import (
     MOST_RESAMPLES,
     MOST_SEED,
@@ -25,7 +26,6 @@ from vilu.cli.options import (
     Predictor,
     Reading,
     RowsFile,
-    RowsJson,
     Seed,
     complete_methods,
     path_argument,
@@ -67,7 +67,12 @@ Validation = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A hyper-parameter, e.g. epochs=50; repeatable.",
+        rich_help_panel=MORE,
+    ),
 ]
 Unlabelled = Annotated[
     Path | None,
@@ -78,22 +83,34 @@ Unlabelled = Annotated[
     ),
 ]
 Init = Annotated[
-    Path | None, path_option("Start from the weights of this predictor.", metavar="PREDICTOR")
+    Path | None,
+    path_option(
+        "Start from the weights of this predictor.", metavar="PREDICTOR", rich_help_panel=MORE
+    ),
 ]
 Shots = Annotated[
-    int | None, Option(min=1, help="Use only this number of labelled rows per class.")
+    int | None,
+    Option(min=1, help="Use only this number of labelled rows per class.", rich_help_panel=MORE),
 ]
 Pseudo = Annotated[
     bool,
-    Option("--pseudo", help="Use class texts as captions, and mix the stores in pools."),
+    Option(
+        "--pseudo",
+        help="Use class texts as captions, and mix the stores in pools.",
+        rich_help_panel=MORE,
+    ),
 ]
-Restart = Annotated[bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")]
+Restart = Annotated[
+    bool,
+    Option("--restart", help="Drop the checkpoints of an interrupted fit.", rich_help_panel=MORE),
+]
 NoSample = Annotated[
     bool,
     Option(
         "--no-sample",
         help="Store no image vectors with the predictor. `vilu calibrate` then cannot detect "
         "near-copies of training rows.",
+        rich_help_panel=MORE,
     ),
 ]
 
@@ -163,7 +180,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         if is_fitted:
             if team.leads:
                 _drop_checkpoints(stack, predictor, output, inputs)
-                typer.echo(output)
+                console.print_outputs(output)
                 console.nothing_to_do(output)
             return
         train = _training_set(stores, reading, labels, n_shots=shots, seed=seed, pseudo=pseudo)
@@ -181,7 +198,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         predictor.save(output)
         if checkpoints is not None:
             checkpoints.remove()
-        typer.echo(output)
+        console.print_outputs(output)
         n_rows = predictor.notes_.get("n_train", len(train))
         next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {_to_score(output)}")
 
@@ -456,14 +473,13 @@ def score(
             outcomes.save(path, inputs=inputs)
 
         keep(write)
-    typer.echo(output)
+    console.print_outputs(output)
     evaluation = console.shell("vilu", "evaluate", output)
     next_step(f"{plural(len(data), 'row')} scored; next, where failures are known: {evaluation}")
 
 
 def evaluate(
     scores: Annotated[list[Path], path_argument("Files or folders that `vilu score` wrote.")],
-    as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
     resamples: Annotated[
@@ -487,7 +503,7 @@ def evaluate(
             runs.append(Outcomes.load(path))
     table = evaluate_outcomes(runs, n_resamples=resamples, seed=seed)
     keep(lambda path, inputs: table.save(path, inputs=inputs))
-    console.print_result(table.to_dicts(), str(table), as_json=as_json)
+    console.print_result(table.to_dicts(), str(table))
 
 
 def convert(
@@ -519,13 +535,13 @@ def convert(
     inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
     is_converted = storage.claim(output, inputs, overwrite=overwrite)
     if is_converted:
-        typer.echo(output)
+        console.print_outputs(output)
         console.nothing_to_do(output)
         return
     predictor = convert_official(checkpoint, logit_scale, embed_dim=embed_dim)
     predictor.notes_["inputs"] = inputs
     predictor.save(output)
-    typer.echo(output)
+    console.print_outputs(output)
     next_step(f"a {predictor.name} head; {_to_score(output)}")
 
 
@@ -543,7 +559,12 @@ Confidence = Annotated[
 ]
 MinCoverage = Annotated[
     float | None,
-    Option(min=0, max=1, help="Smallest share of answers to accept; alone or with --max-risk."),
+    Option(
+        min=0,
+        max=1,
+        help="Smallest share of answers to accept; alone or with --max-risk.",
+        rich_help_panel=GUARANTEE,
+    ),
 ]
 RuleMethod = Annotated[
     Method,
@@ -562,16 +583,33 @@ Labels = Annotated[
     ),
 ]
 DrawSeed = Annotated[
-    int, Option(min=0, max=MOST_SEED, help="For anytime: the --seed of `vilu next`.")
+    int,
+    Option(
+        min=0, max=MOST_SEED, help="For anytime: the --seed of `vilu next`.", rich_help_panel=MORE
+    ),
 ]
 PerClass = Annotated[
-    bool, Option("--per-class", help="A threshold per predicted class with enough rows.")
+    bool,
+    Option(
+        "--per-class",
+        help="A threshold per predicted class with enough rows.",
+        rich_help_panel=GUARANTEE,
+    ),
 ]
 LabelSets = Annotated[
-    SetMethod | None, Option(help="Also give sets of labels that contain the right label.")
+    SetMethod | None,
+    Option(
+        help="Also give sets of labels that contain the right label.", rich_help_panel=GUARANTEE
+    ),
 ]
 MaxMiss = Annotated[
-    float, Option(min=0, max=1, help="Largest share of label sets without the right label.")
+    float,
+    Option(
+        min=0,
+        max=1,
+        help="Largest share of label sets without the right label.",
+        rich_help_panel=GUARANTEE,
+    ),
 ]
 OutsideShare = Annotated[
     float | None,
@@ -580,6 +618,7 @@ OutsideShare = Annotated[
         max=1,
         help="Largest share of pictures of none of the classes for which the guarantee holds. "
         "[their share in the calibration rows]",
+        rich_help_panel=GUARANTEE,
     ),
 ]
 ClassShares = Annotated[
@@ -588,6 +627,7 @@ ClassShares = Annotated[
         "CSV with the columns class and share, one line per class: the expected share of the class "
         "among the pictures of the classes. [the shares in the calibration rows]",
         metavar="FILE",
+        rich_help_panel=GUARANTEE,
     ),
 ]
 
@@ -612,9 +652,6 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     class_shares: ClassShares = None,
     *,
     reading: Reading,
-    as_json: Annotated[
-        bool, Option("--json", help="Print risk.json instead of a summary.")
-    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Calibrate probabilities and a threshold with a guaranteed risk on labelled embeddings.
@@ -654,7 +691,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             predictor, data, target, labels, store=store, reading=reading, overwrite=overwrite
         )
     facts = calibration.model_dump(mode="json")
-    console.print_result(facts, _summary(calibration), as_json=as_json)
+    console.print_result(facts, _summary(calibration))
     next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor)}")
 
 
@@ -799,14 +836,14 @@ def export(
         fingerprint = fit_fingerprint(predictor)
     is_exported = claim_file(output, "ONNX export", fingerprint, overwrite=overwrite)
     if is_exported:
-        typer.echo(output)
+        console.print_outputs(output)
         console.nothing_to_do(output)
         return
     if with_backbone:
         difference = export_image_graph(predictor, output, models=models)
     else:
         difference = export_onnx(predictor, output)
-    typer.echo(output)
+    console.print_outputs(output)
     next_step(
         f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most"
     )
@@ -844,7 +881,7 @@ def push(
         overwrite=overwrite,
         with_sample=with_sample,
     )
-    typer.echo(address)
+    console.print_outputs(address)
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 
@@ -857,5 +894,6 @@ def pull(
     """
     from vilu.predictors.persistence.hub import pull as pull_predictor
 
-    typer.echo(pull_predictor(repository, output, revision=revision, overwrite=overwrite))
+    folder = pull_predictor(repository, output, revision=revision, overwrite=overwrite)
+    console.print_outputs(folder)
     next_step(_to_score(output))

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-import typer
 from typer import Option
 
-from vilu.cli.console import next_step
+from vilu.cli.console import next_step, print_outputs
+from vilu.cli.help import LIMITS, MORE, SPEED
 from vilu.cli.options import DecodingThreads, Device, Models, path_argument, path_option
 from vilu.errors import UsageError
 
@@ -25,6 +25,7 @@ Second = Annotated[
         "Another predictor of the same model. It judges every image, too, and the service can "
         "switch to it.",
         metavar="DIR",
+        rich_help_panel=MORE,
     ),
 ]
 Host = Annotated[
@@ -33,7 +34,11 @@ Host = Annotated[
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen at; 0 for a free port.")]
 State = Annotated[
     Path | None,
-    Option(metavar="DIR", help="Folder of the state, kept over restarts. [PREDICTOR.serving]"),
+    Option(
+        metavar="DIR",
+        help="Folder of the state, kept over restarts. [PREDICTOR.serving]",
+        rich_help_panel=MORE,
+    ),
 ]
 KeyFile = Annotated[
     Path | None,
@@ -49,13 +54,20 @@ AllowHost = Annotated[
         metavar="NAME",
         help="Host name that clients use for this service; https://NAME if a proxy gives it TLS. "
         "May be repeated.",
+        rich_help_panel=MORE,
     ),
 ]
 Keep = Annotated[
-    Path | None, Option(metavar="DIR", help="Store every answered image here. [store none]")
+    Path | None,
+    Option(
+        metavar="DIR", help="Store every answered image here. [store none]", rich_help_panel=MORE
+    ),
 ]
 MostOfABatch = Annotated[
-    int, Option(min=1, max=4096, help="Maximum number of images per forward pass.")
+    int,
+    Option(
+        min=1, max=4096, help="Maximum number of images per forward pass.", rich_help_panel=SPEED
+    ),
 ]
 Queue = Annotated[
     int | None,
@@ -63,6 +75,7 @@ Queue = Annotated[
         min=1,
         help="Maximum number of images in progress; further requests get status 429. "
         "[9/8 of --batch-size]",
+        rich_help_panel=LIMITS,
     ),
 ]
 MaxBody = Annotated[
@@ -71,10 +84,16 @@ MaxBody = Annotated[
         min=1,
         help="Maximum size of a request with images in MiB. All requests in progress may have four "
         "times as much.",
+        rich_help_panel=LIMITS,
     ),
 ]
 MaxJson = Annotated[
-    int, Option(min=1, help="Maximum size of a request with embeddings or labels in MiB.")
+    int,
+    Option(
+        min=1,
+        help="Maximum size of a request with embeddings or labels in MiB.",
+        rich_help_panel=LIMITS,
+    ),
 ]
 MaxMegapixels = Annotated[
     int,
@@ -83,20 +102,33 @@ MaxMegapixels = Annotated[
         max=89,
         help="Maximum size of an image in millions of pixels. A request may have ten times as "
         "much.",
+        rich_help_panel=LIMITS,
     ),
 ]
 MaxImages = Annotated[
-    int, Option(min=1, help="Maximum number of images, rows or labels in a request.")
+    int,
+    Option(
+        min=1, help="Maximum number of images, rows or labels in a request.", rich_help_panel=LIMITS
+    ),
 ]
 ServiceExecutor = Annotated[
-    Literal["local", "ray"], Option(help="One local process, or replicas of Ray Serve.")
+    Literal["local", "ray"],
+    Option(help="One local process, or replicas of Ray Serve.", rich_help_panel=SPEED),
 ]
 Replicas = Annotated[
     str,
-    Option(help="With --executor ray: number of replicas, or a range such as 1:8."),
+    Option(
+        help="With --executor ray: number of replicas, or a range such as 1:8.",
+        rich_help_panel=SPEED,
+    ),
 ]
 Timeout = Annotated[
-    float, Option(min=0.1, help="Maximum seconds of a request, before it is abandoned.")
+    float,
+    Option(
+        min=0.1,
+        help="Maximum seconds of a request, before it is abandoned.",
+        rich_help_panel=LIMITS,
+    ),
 ]
 
 MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
@@ -222,6 +254,6 @@ def _who_may_ask(host: str, names: list[str], key_file: Path | None) -> ClientLi
 def _announce(message: str) -> None:
     """Print a message that is the address, the result of the command; log any other message."""
     if message.startswith("http"):
-        typer.echo(message)
+        print_outputs(message)
     else:
         next_step(message)

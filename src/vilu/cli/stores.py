@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
-from vilu.cli.console import goes_on, next_step, pairs_of, print_result
+from vilu.cli.console import goes_on, next_step, pairs_of, print_outputs, print_result
+from vilu.cli.help import CLASSIFIER, MODEL, MORE, SPEED
 from vilu.cli.images import embedded
 from vilu.cli.options import (
     Outside,
@@ -32,10 +32,19 @@ Arrays = Annotated[
 ]
 Logits = Annotated[
     Path | None,
-    path_option("Logits (N, K) of any classifier in place of texts: an .npy file.", "FILE"),
+    path_option(
+        "Logits (N, K) of any classifier in place of texts: an .npy file.",
+        "FILE",
+        rich_help_panel=CLASSIFIER,
+    ),
 ]
 Features = Annotated[
-    Path | None, path_option("With --logits: vectors (N, D) of the rows, an .npy file.", "FILE")
+    Path | None,
+    path_option(
+        "With --logits: vectors (N, D) of the rows, an .npy file.",
+        "FILE",
+        rich_help_panel=CLASSIFIER,
+    ),
 ]
 Labels = Annotated[
     Path | None,
@@ -46,6 +55,7 @@ Answers = Annotated[
     path_option(
         "Answers of another model, for --answer given: an .npy file, or text with one per line.",
         "FILE",
+        rich_help_panel=CLASSIFIER,
     ),
 ]
 Keys = Annotated[
@@ -61,7 +71,53 @@ Classes = Annotated[
 ]
 Dtype = Annotated[
     StoredNumbers | None,
-    Option(help="Type of the numbers in the store. [float16 if image is float16, else float32]"),
+    Option(
+        help="Type of the numbers in the store. [float16 if image is float16, else float32]",
+        rich_help_panel=MORE,
+    ),
+]
+LogitScale = Annotated[
+    float | None,
+    Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]"),
+]
+LogitBias = Annotated[
+    float | None,
+    Option(
+        help="Added to each logit; 0 except for SigLIP. [logit_bias of SOURCE]",
+        rich_help_panel=MODEL,
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    Option(
+        metavar="NAME",
+        help="Name of the model of the embeddings, if known.",
+        rich_help_panel=MODEL,
+    ),
+]
+Origin = Annotated[
+    str | None,
+    Option(
+        "--source",
+        metavar="TEXT",
+        help="Origin of the arrays, stored as a note.",
+        rich_help_panel=MORE,
+    ),
+]
+SplitName = Annotated[
+    str | None, Option(help="Name of the split, stored as a note.", rich_help_panel=MORE)
+]
+PartSize = Annotated[
+    int,
+    Option(
+        min=1,
+        help="Rows per part. If the run is killed, at most one part is lost.",
+        rich_help_panel=SPEED,
+    ),
+]
+MaxErrorRate = Annotated[
+    float,
+    Option(min=0, max=1, help="Share of rows that may be unusable.", rich_help_panel=MORE),
 ]
 
 
@@ -73,33 +129,17 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     features: Features = None,
     labels: Labels = None,
     answers: Answers = None,
-    logit_scale: Annotated[
-        float | None,
-        Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]"),
-    ] = None,
-    logit_bias: Annotated[
-        float | None,
-        Option(help="Added to each logit; 0 except for SigLIP. [logit_bias of SOURCE]"),
-    ] = None,
+    logit_scale: LogitScale = None,
+    logit_bias: LogitBias = None,
     key: Keys = None,
     classes: Classes = None,
     outside: Outside = None,
-    model: Annotated[
-        str | None, Option(metavar="NAME", help="Name of the model of the embeddings, if known.")
-    ] = None,
-    origin: Annotated[
-        str | None,
-        Option("--source", metavar="TEXT", help="Origin of the arrays, stored as a note."),
-    ] = None,
-    split: Annotated[str | None, Option(help="Name of the split, stored as a note.")] = None,
-    part_size: Annotated[
-        int,
-        Option(min=1, help="Rows per part. If the run is killed, at most one part is lost."),
-    ] = 16_384,
+    model: ModelName = None,
+    origin: Origin = None,
+    split: SplitName = None,
+    part_size: PartSize = 16_384,
     dtype: Dtype = None,
-    max_error_rate: Annotated[
-        float, Option(min=0, max=1, help="Share of rows that may be unusable.")
-    ] = 0.01,
+    max_error_rate: MaxErrorRate = 0.01,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a store from arrays of another program; resumes where an earlier run stopped.
@@ -140,7 +180,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         max_error_rate=max_error_rate,
         overwrite=overwrite,
     )
-    typer.echo(output)
+    print_outputs(output)
     next_step(embedded(output, store, (split, str(source or logits))))
 
 
@@ -155,7 +195,6 @@ def inspect(
     deep: Annotated[
         bool, Option("--deep", help="Read every byte of a store: hashes, norms, labels.")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the content of an artefact of vilu, and check whether it is damaged.
 
@@ -164,22 +203,22 @@ def inspect(
     from vilu.cli.artefacts import check, is_store
 
     if is_store(path):
-        _inspect_store(path, deep=deep, as_json=as_json)
+        _inspect_store(path, deep=deep)
         return
     facts = []
     lines = []
     for artefact in check(path):
         facts.append({"path": str(artefact.path), "what": artefact.what})
         lines.append(f"{artefact.path}: {printable(artefact.what)}")
-    print_result({"found": facts}, "\n".join(lines), as_json=as_json)
+    print_result({"found": facts}, "\n".join(lines))
     next_step("nothing is damaged")
 
 
-def _inspect_store(path: Path, *, deep: bool, as_json: bool) -> None:
+def _inspect_store(path: Path, *, deep: bool) -> None:
     """Print the content of a store, and raise StorageError if it has problems."""
     from vilu.cli.artefacts import require_sound
     from vilu.store.inspect import inspect as inspect_store
 
     report = inspect_store(path, deep=deep)
-    print_result(report.to_dict(), str(report), as_json=as_json)
+    print_result(report.to_dict(), str(report))
     require_sound(report, path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
 from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import next_step
+from vilu.cli.help import DATA, GUARANTEE, SORTING
 from vilu.cli.images import backbone_spec, templates_of
 from vilu.cli.options import (
     MOST_SEED,
@@ -50,21 +50,56 @@ Labels = Annotated[
 ]
 NotAClass = Annotated[
     list[str] | None,
-    Option(metavar="NAME", help="A label that means none of the classes. May be repeated."),
+    Option(
+        metavar="NAME",
+        help="A label that means none of the classes. May be repeated.",
+        rich_help_panel=DATA,
+    ),
 ]
 Risk = Annotated[float, Option(min=0, max=1, help="Largest error rate among accepted answers.")]
 Confidence = Annotated[
-    float, Option(min=0, max=1, help="Probability with which the guarantee of --max-risk holds.")
+    float,
+    Option(
+        min=0,
+        max=1,
+        help="Probability with which the guarantee of --max-risk holds.",
+        rich_help_panel=GUARANTEE,
+    ),
 ]
 AboutWhich = Annotated[
     Literal["new", "folder"],
     Option(
         help="Which photos the guarantee is about. new: photos that are drawn as these were. "
-        "folder: the accepted photos of this folder that nobody has labelled."
+        "folder: the accepted photos of this folder that nobody has labelled.",
+        rich_help_panel=GUARANTEE,
     ),
 ]
 HowMany = Annotated[
     int, Option("-n", "--next", min=0, max=100_000, help="Number of labels to ask for.")
+]
+Link = Annotated[
+    bool,
+    Option(
+        "--link",
+        help="Sort links to the photos into accepted/CLASS, review and outside.",
+        rich_help_panel=SORTING,
+    ),
+]
+Move = Annotated[
+    bool,
+    Option(
+        "--move",
+        help="Move the photos into accepted/CLASS, review and outside.",
+        rich_help_panel=SORTING,
+    ),
+]
+Sidecars = Annotated[
+    bool,
+    Option(
+        "--xmp",
+        help="Write the accepted labels as dc:subject to PHOTO.xmp beside each photo.",
+        rich_help_panel=SORTING,
+    ),
 ]
 
 
@@ -85,19 +120,9 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
-    link: Annotated[
-        bool,
-        Option("--link", help="Sort links to the photos into accepted/CLASS, review and outside."),
-    ] = False,
-    move: Annotated[
-        bool, Option("--move", help="Move the photos into accepted/CLASS, review and outside.")
-    ] = False,
-    xmp: Annotated[
-        bool,
-        Option(
-            "--xmp", help="Write the accepted labels as dc:subject to PHOTO.xmp beside each photo."
-        ),
-    ] = False,
+    link: Link = False,
+    move: Move = False,
+    xmp: Sidecars = False,
     batch_size: BatchSize = 32,
     workers: DecodingThreads = None,
     device: Device = "auto",
@@ -147,7 +172,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         about=about,
     )
     summary = triage_photos(settings, output, labels or (), sort=sort, xmp=xmp, overwrite=overwrite)
-    typer.echo(output)
+    console.print_outputs(output)
     _tell(summary, output)
 
 
@@ -254,7 +279,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         per_class=per_class,
     )
     write_next(output, asked, answers, fitted.answer)
-    typer.echo(output)
+    console.print_outputs(output)
     if asked:
         advice = "fill in the column label"
     elif n_next:
@@ -328,8 +353,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if serve:
         _serve_review(chosen, output, port)
         return
-    for path in write_review(chosen, to, output, prefix=prefix):
-        typer.echo(path)
+    console.print_outputs(*write_review(chosen, to, output, prefix=prefix))
     afterwards = console.shell("vilu", "labels", "DONE", "-o", "labels.csv")
     next_step(f"{plural(len(chosen.tasks), 'task')}; afterwards: {afterwards}")
 
@@ -347,7 +371,7 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
             f"{plural(len(chosen.tasks), 'photo')}; open this address, and stop with Ctrl-C "
             f"when you are done; then: {session.next_command()}"
         )
-        typer.echo(address)
+        console.print_outputs(address)
 
     doing = f"labelling into {output.name} in"
     lock = f".{output.name}.lock"
@@ -390,7 +414,7 @@ def labels(
 
     answers, streams = read_done(done)
     n = write_labels(answers, output, scores, streams)
-    typer.echo(output)
+    console.print_outputs(output)
     next_step(plural(n, "label"))
 
 
@@ -445,10 +469,11 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
         rows = labelled_rows(EmbeddingStore(store), labels)
     errors = find_label_errors(rows, judge, seed=seed)
     errors.save(output)
-    typer.echo(output)
+    written = [output]
     if pictures is not None and sheet is not None:
         contact_sheet(errors, pictures, sheet)
-        typer.echo(sheet)
+        written.append(sheet)
+    console.print_outputs(*written)
     n_wrong = int(errors.is_error.sum())
     next_step(f"{n_wrong:,} of {plural(len(errors.keys), 'label')} probably wrong")
 

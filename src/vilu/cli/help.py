@@ -1,0 +1,126 @@
+"""The help of commands: commands and options in groups, and values named by what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeAlias
+
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+# typer does not export the classes of its contexts and formatters.
+Context: TypeAlias = Any
+Formatter: TypeAlias = Any
+Row: TypeAlias = tuple[str, str]
+
+# Groups of commands in `vilu --help`.
+PHOTOS: Final = "Photos"
+EMBEDDINGS: Final = "Embeddings and scores"
+GUARANTEES: Final = "Guarantees"
+SHARING: Final = "Share and serve"
+LOOKING_UP: Final = "Look up"
+RESEARCH: Final = "From other packages"
+
+# Groups of options in the help of a command. Options that most users need name no group.
+ARGUMENTS: Final = "Arguments"
+NEEDED: Final = "Options"
+DATA: Final = "Which images and labels"
+MODEL: Final = "Model and prompts"
+CLASSIFIER: Final = "A classifier of yours"
+PAIRS: Final = "Image-caption pairs, and two models"
+SPEED: Final = "Speed and memory"
+GUARANTEE: Final = "The guarantee"
+SORTING: Final = "What happens to the photos"
+LIMITS: Final = "Limits"
+MORE: Final = "More options"
+COMMON: Final = "Common options"
+GROUPS: Final = (
+    ARGUMENTS,
+    NEEDED,
+    GUARANTEE,
+    SORTING,
+    DATA,
+    MODEL,
+    CLASSIFIER,
+    PAIRS,
+    SPEED,
+    LIMITS,
+    MORE,
+    COMMON,
+)
+"""Groups of options in the order in which the help shows them. Other groups follow."""
+
+METAVARS: Final[Mapping[str, str]] = {
+    "<path>": "PATH",
+    "<str>": "TEXT",
+    "<list[str]>": "TEXT",
+    "<list[Path]>": "PATH",
+    "<list[int]>": "N",
+    "<int>": "N",
+    "<int range>": "N",
+    "<float>": "NUMBER",
+    "<float range>": "NUMBER",
+}
+"""Names of values in help texts, by typer's names of their types."""
+
+
+class PanelledCommand(TyperCommand):
+    """Command whose help shows its options in groups, the most needed first."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:  # noqa: ANN401 - typer's
+        super().__init__(name, **settings)
+        for parameter in self.params:
+            _name_value(parameter)
+
+    def format_options(self, ctx: Context, formatter: Formatter) -> None:
+        """Write the arguments, then the options group by group."""
+        groups: dict[str, list[Row]] = {group: [] for group in GROUPS}
+        for parameter in self.get_params(ctx):
+            row = parameter.get_help_record(ctx)
+            if row is None:
+                continue
+            name, text = row
+            if parameter.name == "help":
+                group = COMMON
+            elif isinstance(parameter, TyperOption):
+                group = parameter.rich_help_panel or NEEDED
+            else:
+                group = ARGUMENTS
+                name = str(parameter.metavar)
+            groups.setdefault(group, []).append((name, text))
+        _write_groups(formatter, groups.items())
+
+
+def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
+    """Name the value of a parameter by what it is, unless the parameter names it or lists all."""
+    if parameter.metavar is not None:
+        return
+    if isinstance(parameter, TyperOption):
+        context: Any = None  # typer needs one only to change the case of choices
+        parameter.metavar = METAVARS.get(parameter.display_type(context))
+    else:
+        parameter.metavar = parameter.name.upper()
+
+
+class PanelledGroup(TyperGroup):
+    """Commands whose help lists them in groups."""
+
+    def format_commands(self, ctx: Context, formatter: Formatter) -> None:
+        """Write the names of the commands with their first sentences, group by group."""
+        names = self.list_commands(ctx)
+        width = formatter.width - 6 - max(map(len, names))
+        groups: dict[str, list[Row]] = {}
+        for name in names:
+            command = self.get_command(ctx, name)
+            if command is None or command.hidden:
+                continue
+            panel = getattr(command, "rich_help_panel", None)
+            group = panel or "Commands"
+            groups.setdefault(group, []).append((name, command.get_short_help_str(width)))
+        _write_groups(formatter, groups.items())
+
+
+def _write_groups(formatter: Formatter, groups: Iterable[tuple[str, list[Row]]]) -> None:
+    for heading, rows in groups:
+        if rows:
+            with formatter.section(heading):
+                formatter.write_dl(rows)

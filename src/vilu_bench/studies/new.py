@@ -1,0 +1,132 @@
+"""A new study: a benchmark file that runs on a user's stores, to be changed by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from vilu.errors import UNKNOWN, UsageError
+from vilu.store.reader import EmbeddingStore
+from vilu_bench.studies.load import parse_config
+
+SHARE: Final = 0.5
+"""Share of the rows to fit on, if train and test are one store."""
+
+FEW: Final = 5
+"""Labels a class of the second setting."""
+
+TEMPLATE: Final = """\
+# A study that `vilu benchmark` runs. Keys and tables: docs/benchmark.md.
+#
+#     vilu benchmark {file} --data {folder} -o RUN              # resumes where it stopped
+#     vilu benchmark {file} --data {folder} -o RUN --smoke      # everything in small, first
+seeds = 3           # fits and draws of every method
+resamples = 1000    # bootstrap resamples of every interval
+metrics = ["auroc", "fpr95", "aurc"]
+
+[data.{name}]
+stores = {{ train = {train}, test = {test} }}    # relative to --data
+{share}
+# Which labels the methods are fitted on.
+[settings.all]
+kind = "labels"
+title = "all labels"
+{few}
+# Names of `vilu list predictors`. Parameters of a method: params = {{ key = value }}.
+[methods.mcm]
+[methods.margin]
+[methods.linear_probe]
+[methods.vilu_zero]
+[methods.vilu_plus]
+
+[[views]]
+kind = "table"
+name = "main"
+title = "Failure prediction"
+columns = ["setting", "metric"]
+"""
+
+
+class NewStudy(NamedTuple):
+    """The text of a benchmark file, and the folder that its paths are relative to."""
+
+    text: str
+    folder: Path
+
+
+def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
+    """Write the text of a study of the main methods on a store, or on two.
+
+    Without ``test``, the seed draws half of the rows of ``train`` to fit on, and the others are
+    tested on. The text is checked as `vilu benchmark` checks it.
+
+    Args:
+        train: Store with labels to fit on.
+        test: Store with labels to test on; None for the other rows of ``train``.
+        file: File that the text is for, as its comments name it.
+
+    Raises:
+        UsageError: If a store has no labels or only one class, or if the two have different
+            classes.
+    """
+    rows = _labelled_store(train)
+    name = _table_name(train)
+    share = ""
+    if test is None:
+        test = train
+        name += "-halves"  # not the results of a study with a store to test on
+        share = f"fit_share = {SHARE}    # of the rows; the others are tested on\n"
+    elif _labelled_store(test).class_names != rows.class_names:
+        raise UsageError(
+            f"{train} and {test} have different classes. Give two stores that were embedded with "
+            "the same --classes."
+        )
+    folder = Path(os.path.commonpath([train.resolve().parent, test.resolve().parent]))
+    text = TEMPLATE.format(
+        file=file,
+        folder=folder,
+        name=name,
+        train=_quoted(train, folder),
+        test=_quoted(test, folder),
+        share=share,
+        few=_few(rows, is_divided=bool(share)),
+    )
+    parse_config({"name": file.stem, **tomllib.loads(text)}, str(file))
+    return NewStudy(text, folder)
+
+
+def _labelled_store(path: Path) -> EmbeddingStore:
+    """Open a store; UsageError if a study of failures can learn nothing from it."""
+    store = EmbeddingStore(path)
+    n_labelled = int((store.target != UNKNOWN).sum())
+    if n_labelled == 0:
+        raise UsageError(f"{path} has no labels. A study needs labelled images to test on.")
+    return store
+
+
+def _few(store: EmbeddingStore, *, is_divided: bool) -> str:
+    """A setting with few labels a class, if the most frequent class has more of them."""
+    counts = store.target[store.target != UNKNOWN].bincount()
+    available = int(counts.max())
+    if is_divided:
+        available = int(available * SHARE)
+    if available <= FEW:
+        return ""
+    return (
+        f'\n[settings.few]\nkind = "labels"\nbudget = {FEW}    # labels a class, drawn by the '
+        f'seed\ntitle = "{FEW} labels a class"\n'
+    )
+
+
+def _table_name(path: Path) -> str:
+    """The name of a folder as a key of TOML, which is also part of paths."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_") or "data"
+
+
+def _quoted(path: Path, folder: Path) -> str:
+    """The path of a store below the folder, as a string of TOML."""
+    return json.dumps(path.resolve().relative_to(folder).as_posix(), ensure_ascii=False)
