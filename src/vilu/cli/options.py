@@ -42,7 +42,11 @@ def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401
     return typer.Argument(help=text, metavar=metavar, callback=existing)
 
 
-def path_option(text: str, metavar: str | None = None, rich_help_panel: str | None = None) -> Any:  # noqa: ANN401 - typer's own
+def path_option(
+    text: str,
+    metavar: str | None = None,
+    rich_help_panel: str | None = None,
+) -> Any:  # noqa: ANN401 - typer's own
     """Option for one or several input paths, which must exist."""
     return Option(help=text, metavar=metavar, callback=existing, rich_help_panel=rich_help_panel)
 
