@@ -120,6 +120,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tools/house.py
+	$(BIN)/python tools/sentences.py
 	$(BIN)/python tools/examples.py
 
 types: .venv/.dev

@@ -1,6 +1,6 @@
 """Length of the sentences of pages: median, share above 30 words, longest.
 
-    python tools/sentences.py                  # every page, and a failure for those that are held
+    python tools/sentences.py                  # every page; fails for a held page above a limit
     python tools/sentences.py docs/start.md    # with the sentences that are too long
 
 A sentence ends with ``.``, ``?`` or ``!``, at the end of a paragraph or of an item of a list. A colon
@@ -33,6 +33,9 @@ LONGEST: Final = 40
 HELD: Final = (
     "README.md",
     "docs/concepts.md",
+    "docs/demo.md",
+    "docs/monitor.md",
+    "docs/start.md",
 )
 """Pages that must keep the limits."""
 
@@ -91,7 +94,7 @@ def _paragraphs(text: str) -> list[str]:
     paragraphs = []
     current: list[str] = []
     for line in [*text.splitlines(), ""]:
-        is_left_out = line.startswith(("|", "#", "    ", "<", "!["))
+        is_left_out = line.startswith(("|", "#", "    ", "<", "![", ">"))
         begins_item = re.match(r"\s*([-*]|\d+\.)\s", line) is not None
         if is_left_out or begins_item or not line.strip():
             if current:
@@ -106,7 +109,7 @@ def _plain(text: str) -> str:
     """Text without marks of Markdown. A code span is one word."""
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    text = re.sub(r"`[^`]*`", "code", text)
+    text = re.sub(r"`[^`]*`", "Code", text)  # with a capital, since it may begin a sentence
     return re.sub(r"[*_]{1,2}(\S[^*_]*)[*_]{1,2}", r"\1", text)
 
 
