@@ -105,3 +105,18 @@ def test_every_promise_of_reliability_names_a_file_of_tests() -> None:
             assert (ROOT / file).is_file(), file
     numbered = [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
     assert numbered == list(range(1, 39)), "the rows of what was found are 1 to 38"
+
+
+def source_text() -> str:
+    """The code of both packages without the joints of strings over several lines."""
+    files = sorted((ROOT / "src").rglob("*.py"))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return re.sub(r'"\s*\n\s*f?"', "", text)
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r'^## "(.*)"$', page, re.MULTILINE)
+    assert len(messages) > 10
+    code = source_text()
+    assert [message for message in messages if message not in code] == []

@@ -33,9 +33,12 @@ LONGEST: Final = 40
 HELD: Final = (
     "README.md",
     "docs/concepts.md",
+    "docs/alternatives.md",
     "docs/demo.md",
+    "docs/faq.md",
     "docs/monitor.md",
     "docs/start.md",
+    "docs/troubleshooting.md",
 )
 """Pages that must keep the limits."""
 
