@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors import PREDICTORS
 from vilu.report import figures, style
+from vilu.report.figures import LABEL_HEIGHT, Panel, Series, curves
+from vilu.report.style import looks_of
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +44,40 @@ def test_saved_figures_are_reproducible(outcomes: list[Outcomes], tmp_path: Path
 def test_drawings_have_a_dark_form(outcomes: list[Outcomes], tmp_path: Path) -> None:
     style.save(figures.roc_curves(outcomes[:2]), tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_text().count(style.DARK) == 1
+
+
+def test_a_method_looks_the_same_in_every_figure() -> None:
+    alone = looks_of(["vilu_plus"])
+    beside = looks_of(["knn_vote", "mcm", "vilu", "vilu_plus", "vilu_plus_unlabelled", "vilu_zero"])
+    assert beside["vilu_plus"] == alone["vilu_plus"]
+    assert looks_of(["energy", "knn_vote"])["knn_vote"] == beside["knn_vote"]
+
+
+def test_a_variant_has_the_colour_of_its_method_with_another_dash() -> None:
+    looks = looks_of(["vilu", "vilu + MCM input", "vilu_plus", "vilu_plus_unlabelled"])
+    assert looks["vilu + MCM input"].colour == looks["vilu"].colour
+    assert looks["vilu_plus_unlabelled"].colour == looks["vilu_plus"].colour
+    assert looks["vilu + MCM input"].dash != looks["vilu"].dash
+    assert looks["vilu"].colour != looks["vilu_plus"].colour
+
+
+def test_no_two_lines_of_a_figure_look_alike() -> None:
+    names = [*PREDICTORS, *(f"setting {number}" for number in range(60))]
+    looks = looks_of(names)
+    assert len({repr(look) for look in looks.values()}) == len(set(names))
+
+
+def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
+    x = [1.0, 5.0, 16.0]
+    lines = [
+        Series(name, x, [0.8, 0.85, end], [0.7, 0.8, end - 0.01], [0.9, 0.9, end + 0.01])
+        for name, end in [("mcm", 0.9), ("vilu", 0.901), ("vilu_plus", 0.95)]
+    ]
+    figure = curves([Panel("set", "AUROC", lines)], "labels a class", log=True)
+    (axes,) = figure.axes
+    assert axes.get_legend() is None
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert sorted(heights, key=lambda name: heights[name]) == ["mcm", "vilu", "vilu_plus"]
+    gaps = np.diff(sorted(heights.values()))
+    assert (gaps > LABEL_HEIGHT - 1e-9).all()
+    assert len(axes.collections) == 3  # a band for every line

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vilu.metrics import aurc, auroc, fpr_at_tpr, risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.report.style import COLOURS, CORRECT, WRONG, house_style, looks, new_figure
+from vilu.report.style import CORRECT, WRONG, Look, house_style, looks_of, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,19 +102,18 @@ def _line_per_method(
         metric: Function from uncertainties and failures to this value.
 
     Returns:
-        The figure and its axes. Lines are solid for the methods of ViLU and dashed for all other
-        methods, so that they can be told apart without colour.
+        The figure and its axes.
     """
     figure = new_figure(width=5.5, height=5)
     axes = figure.add_subplot()
-    for of_method, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
+    looks = looks_of(of_method.method or "" for of_method in outcomes)
+    for of_method in outcomes:
         uncertainty, failure = known(of_method)
-        name = of_method.method or ""
-        style = "-" if name.startswith("vilu") else "--"
+        look = looks[of_method.method or ""]
         value = metric(uncertainty, failure)
         label = f"{of_method.method}  ({note.format(value)})"
         x, y = curve(uncertainty, failure)
-        axes.plot(x, y, color=colour, linestyle=style, label=label)
+        axes.plot(x, y, color=look.colour, linestyle=look.dash, label=label)
     return figure, axes
 
 
@@ -210,7 +208,7 @@ def curves(
     log: bool,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> Figure:
-    """Draw a line for every series, with intervals as bars, and one legend for all panels.
+    """Draw a line for every series, in a band of its intervals, with its label at its end.
 
     Args:
         panels: The plots.
@@ -219,12 +217,12 @@ def curves(
         names: Names of ticks of the horizontal axes, by the tick's number as text (``"{:g}"``).
     """
 
-    def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
+    def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
         ticks: set[float] = set()
         for line in panel.lines:
-            _bars(axis, line, styles[line.label])
+            _line_in_band(axis, line, looks[line.label])
             if line.published:
-                _published(axis, line, styles[line.label])
+                _published(axis, line, looks[line.label])
             ticks.update(line.x)
         if log:
             axis.set_xscale("log")
@@ -232,96 +230,142 @@ def curves(
         labels = [names.get(number, number) for number in numbers]
         axis.set_xticks(sorted(ticks), labels, rotation=45 if len(ticks) > 6 else 0)
         axis.minorticks_off()
+        _label_lines(axis, panel.lines, looks)
 
-    return _curve_panels(panels, x_label, draw)
+    figure = _curve_panels(panels, x_label, draw)
+    if any(line.published for panel in panels for line in panel.lines):
+        figure.supxlabel("hollow markers: published", fontsize=8)
+    return figure
 
 
 def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
     """Draw the points of every series with intervals, and a least-squares line per series."""
 
-    def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
+    def draw(axis: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
         for line in panel.lines:
-            style = styles[line.label]
-            _bars(axis, line, {**style, "linestyle": "none"})
+            look = looks[line.label]
+            _points(axis, line, look)
             if len(set(line.x)) > 1:
                 x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
                 y = slope * x + offset
-                axis.plot(100 * x, 100 * y, color=style["color"], ls=style["linestyle"])
+                axis.plot(100 * x, 100 * y, color=look.colour, linestyle=look.dash)
+        axis.legend(fontsize=8, loc="lower left")
 
     return _curve_panels(panels, x_label, draw)
 
 
-def _panels(
-    n: int, columns: int, width: float, height: float, below: float = 0.0
-) -> tuple[Figure, list[Axes]]:
-    """Make a figure of ``n`` panels, row by row.
-
-    A panel is ``width`` by ``height`` inches. Below all panels, a space of the height ``below`` is
-    left for a legend.
-    """
+def _panels(n: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Make a figure of ``n`` panels of ``width`` by ``height`` inches, row by row."""
     rows = math.ceil(n / columns)
-    figure = new_figure(width=width * columns, height=height * rows + below)
+    figure = new_figure(width=width * columns, height=height * rows)
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 
 def _curve_panels(
     panels: Sequence[Panel],
     x_label: str,
-    draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None],
+    draw: Callable[[Axes, Panel, Mapping[str, Look]], None],
 ) -> Figure:
-    """Make one plot per panel, and let ``draw`` fill it.
-
-    All plots share one legend, and lines with the same label have the same style.
-    """
-    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
-    styles = dict(zip(labels, looks(), strict=False))  # ``looks`` has no end
-    handles: dict[str, Any] = {}
+    """Make one plot per panel, and let ``draw`` fill it. Lines of one label look the same."""
+    looks = looks_of({line.label for panel in panels for line in panel.lines})
     with house_style():
         columns = min(2, len(panels))
-        figure, axes = _panels(len(panels), columns, width=4.4, height=3.0, below=0.5)
+        figure, axes = _panels(len(panels), columns, width=4.8, height=3.0)
         for axis, panel in zip(axes, panels, strict=True):
             axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
             axis.grid(alpha=0.25, linewidth=0.5)
-            draw(axis, panel, styles)
-            # one handle per label: a label of an earlier panel keeps its handle
-            panel_handles, panel_labels = axis.get_legend_handles_labels()
-            for handle, label in zip(panel_handles, panel_labels, strict=True):
-                handles.setdefault(label, handle)
-        n_columns = int(np.clip(len(styles), 1, 4))
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=n_columns,
-            fontsize=8,
-        )
+            draw(axis, panel, looks)
     return figure
 
 
-def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
-    """Draw a series with its intervals, in ascending order of x.
-
-    y is drawn in percent. In a scatter plot, whose style has no line, x is drawn in percent, too.
-    """
+def _line_in_band(axis: Axes, line: Series, look: Look) -> None:
+    """Draw a series in percent, in ascending order of x, with its intervals as a band."""
     order = np.argsort(line.x, kind="stable")
     x = _ordered(line.x, order)
-    y = _ordered(line.y, order)
-    below = np.maximum(y - _ordered(line.low, order), 0)
-    above = np.maximum(_ordered(line.high, order) - y, 0)
-    is_scatter_plot = style["linestyle"] == "none"
-    if is_scatter_plot:
-        x = 100 * x
+    low = 100 * _ordered(line.low, order)
+    high = 100 * _ordered(line.high, order)
+    axis.fill_between(x, low, high, color=look.colour, alpha=0.12, linewidth=0)
+    y = 100 * _ordered(line.y, order)
+    axis.plot(x, y, label=line.label, linewidth=1.3, markersize=4.5, **look.style)
+
+
+def _label_lines(axis: Axes, lines: Sequence[Series], looks: Mapping[str, Look]) -> None:
+    """Write the label of every line at the right of the plot, at the height of its last value.
+
+    Labels that would overlap are moved apart.
+    """
+    bottom, top = axis.get_ylim()
+    heights = {}
+    for line in lines:
+        last = int(np.argmax(line.x))
+        heights[line.label] = (100 * line.y[last] - bottom) / (top - bottom)
+    for label, height in _apart(heights, LABEL_HEIGHT).items():
+        axis.annotate(
+            label,
+            (1.02, height),
+            xycoords="axes fraction",
+            color=looks[label].colour,
+            fontsize=8,
+            verticalalignment="center",
+            annotation_clip=False,
+        )
+
+
+LABEL_HEIGHT = 0.065
+"""Height of a label as a share of the height of a plot."""
+
+
+def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights in ascending order that differ by at least ``gap``, near the given ones.
+
+    Heights that are too close form a group. A group is centred on the mean of its heights, and
+    groups that then overlap are joined.
+    """
+    groups: list[list[str]] = []
+    for label in sorted(heights, key=lambda label: heights[label]):
+        groups.append([label])
+        while len(groups) > 1 and _overlap(groups[-2], groups[-1], heights, gap):
+            upper = groups.pop()
+            groups[-1] += upper
+    placed = {}
+    for group in groups:
+        start = _start(group, heights, gap)
+        for number, label in enumerate(group):
+            placed[label] = start + number * gap
+    return placed
+
+
+def _start(group: Sequence[str], heights: Mapping[str, float], gap: float) -> float:
+    """Height of the lowest label of a group that is centred on the mean of its heights."""
+    centre = sum(heights[label] for label in group) / len(group)
+    return centre - gap * (len(group) - 1) / 2
+
+
+def _overlap(
+    lower: Sequence[str], upper: Sequence[str], heights: Mapping[str, float], gap: float
+) -> bool:
+    """Whether two groups of labels, one above the other, are closer than ``gap``."""
+    end = _start(lower, heights, gap) + gap * (len(lower) - 1)
+    return _start(upper, heights, gap) - end < gap
+
+
+def _points(axis: Axes, line: Series, look: Look) -> None:
+    """Draw the points of a series with their intervals as bars, x and y in percent."""
+    y = np.asarray(line.y)
+    below = np.maximum(y - np.asarray(line.low), 0)
+    above = np.maximum(np.asarray(line.high) - y, 0)
     axis.errorbar(
-        x,
+        100 * np.asarray(line.x),
         100 * y,
         100 * np.stack([below, above]),
         label=line.label,
-        linewidth=1.3,
+        color=look.colour,
+        marker=look.marker,
+        linestyle="none",
         markersize=4.5,
         elinewidth=0.8,
         capsize=2,
-        **style,
     )
 
 
@@ -330,17 +374,19 @@ def _ordered(values: Sequence[float], order: Ints) -> Floats:
     return np.asarray(values, dtype=np.float64)[order]
 
 
-def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
+def _published(axis: Axes, line: Series, look: Look) -> None:
     """Draw the published points of a series, with hollow markers."""
     x, y = zip(*sorted(line.published), strict=True)  # all x and all y, in ascending order of x
-    look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
     axis.plot(
         x,
         100 * np.asarray(y),
+        color=look.colour,
+        marker=look.marker,
+        linestyle=":",
+        linewidth=0.7,
         markerfacecolor="white",
         markersize=5,
         label=f"{line.label}, published",
-        **look,
     )
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +27,22 @@ CORRECT = "#0072B2"
 WRONG = "#D55E00"
 """Colour of wrong answers, in figures that also show correct answers."""
 
-# colours, dashes and markers of lines in a figure, which ``looks`` combines
+# colours, dashes and markers of lines in a figure, which ``looks_of`` combines
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+MAIN_METHODS = (
+    "vilu_plus",
+    "mcm",
+    "vilu_zero",
+    "linear_probe",
+    "lvu",
+    "vilu",
+    "class_gaussians",
+    "margin",
+)
+"""Methods with a colour of their own, in the order of the colours. Others share the colours."""
 
 DPI = 150
 """Pixels per inch of a figure that is saved as PNG or WebP."""
@@ -71,19 +86,59 @@ def house_style() -> AbstractContextManager[None]:
     return style
 
 
-def looks() -> Iterator[dict[str, Any]]:
-    """Yield the colour, the dashes and the marker of one line after another, without end.
+@dataclass(frozen=True)
+class Look:
+    """How a line looks."""
 
-    Every eight lines, the colours begin again. Dashes and markers are then shifted against the
-    colours, so that lines of equal colour look different.
+    colour: str
+    dash: Any  # of matplotlib: a name, or (offset, lengths)
+    marker: str
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """Arguments of matplotlib."""
+        return {"color": self.colour, "linestyle": self.dash, "marker": self.marker}
+
+
+def looks_of(labels: Iterable[str]) -> dict[str, Look]:
+    """The look of every line of a figure, by its label.
+
+    A method looks the same in every figure: its name decides. The methods of ``MAIN_METHODS`` have
+    colours of their own with solid lines. A label that begins with such a name, such as
+    "vilu + MCM input", has the colour of that method with another dash. Two lines of one figure
+    never have the same look.
     """
-    for number in itertools.count():
-        shift = number // len(COLOURS)
-        yield {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": DASHES[(number + shift) % len(DASHES)],
-            "marker": MARKERS[(number + 3 * shift) % len(MARKERS)],
-        }
+    looks: dict[str, Look] = {}
+    for label in sorted(labels):
+        candidates = _candidates(label)
+        look = next(candidates)
+        while look in looks.values():
+            look = next(candidates)
+        looks[label] = look
+    return looks
+
+
+def _candidates(label: str) -> Iterator[Look]:
+    """The looks that a line may have, the preferred one first, without end."""
+    colours = list(COLOURS[1:])  # the first one belongs to the predictor to use
+    method = _main_method(label)
+    if method is not None:
+        place = MAIN_METHODS.index(method)
+        colours = [COLOURS[place]]
+        if label == method:
+            yield Look(COLOURS[place], DASHES[0], MARKERS[place])
+    for number in itertools.count(zlib.crc32(label.encode("utf-8", "backslashreplace"))):
+        colour = colours[number % len(colours)]
+        # Solid lines are left to the main methods.
+        dash = DASHES[1 + number // len(colours) % (len(DASHES) - 1)]
+        marker = MARKERS[number // 3 % len(MARKERS)]
+        yield Look(colour, dash, marker)
+
+
+def _main_method(label: str) -> str | None:
+    """The main method that a label names at its beginning; None if there is none."""
+    named = [method for method in MAIN_METHODS if re.match(rf"{method}(?![a-z])", label)]
+    return max(named, key=len, default=None)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -142,7 +142,7 @@ def report_page(
         title=title or _title(about),
         main=about,
         methods=methods,
-        looks=charts.line_looks(len(methods)),
+        looks=charts.line_looks([of_method.method or "" for of_method in methods]),
         choice=choice,
         numbers=_numbers(about, choice, max_risk),
         curves=_curves(methods, choice),

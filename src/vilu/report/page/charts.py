@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.figures import known, probability
 from vilu.report.page.choice import Choice
-from vilu.report.style import looks
+from vilu.report.style import looks_of
 
 # edges of the plotting area between the axes, in the units of the SVG
 LEFT = 46.0
@@ -225,12 +224,12 @@ OUTSIDE_LOOK = -3
 DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 
-def line_looks(n: int) -> list[dict[str, str]]:
-    """Colour and SVG dash pattern of each of ``n`` methods, the main method first."""
-    line_styles = []
-    for look in itertools.islice(looks(), n):
-        line_styles.append({"colour": look["color"], "dash": _dash(look["linestyle"])})
-    return line_styles
+def line_looks(methods: Sequence[str]) -> list[dict[str, str]]:
+    """Colour and SVG dash pattern of each method, in the given order."""
+    looks = looks_of(methods)
+    return [
+        {"colour": looks[method].colour, "dash": _dash(looks[method].dash)} for method in methods
+    ]
 
 
 def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
