@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import compress
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ SAME_TEXT = 0.999
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
+
+DataKind = Literal["embeddings", "answers"]
+"""What the rows of a source are: embeddings of images, or answers of any model with its scores."""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")  # of the function that ``EmbeddingSource._map_parts`` calls
@@ -469,6 +472,8 @@ class EmbeddingSource(ABC):
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store)"
     )
+
+    holds: ClassVar[DataKind] = "embeddings"
 
     space: EmbeddingSpace
     class_names: tuple[str, ...] | None
