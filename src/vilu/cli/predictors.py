@@ -482,7 +482,13 @@ def score(
 
 
 def evaluate(
-    scores: Annotated[list[Path], path_argument("Files or folders that `vilu score` wrote.")],
+    scores: Annotated[
+        list[Path],
+        path_argument(
+            "Files or folders that `vilu score` wrote; or tables of answers, each of whose columns "
+            "of scores is evaluated."
+        ),
+    ],
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
@@ -495,13 +501,17 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
+    from vilu.tables.scores import scores_in
 
     keep = console.keeping(
         output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
     )
     runs: list[Tallied] = []
     for path in scores:
-        if path.is_dir():
+        of_table = scores_in(path)
+        if of_table:
+            runs += of_table
+        elif path.is_dir():
             runs.append(ScoreFolder(path))
         else:
             runs.append(Outcomes.load(path))
@@ -840,13 +850,16 @@ def export(
     """Export the score of a predictor as ONNX, and compare the export with the predictor.
 
     Prints the file. The inputs are image (N, D) and text (K, D), both of unit norm. The outputs are
-    uncertainty (N,) and prediction (N,). With --with-backbone, the input is pixels (N, 3, H, W)
+    uncertainty (N,) and prediction (N,). For tables of answers the inputs are numbers (N, C), and
+    features (N, F) if they are used. With --with-backbone, the input is pixels (N, 3, H, W)
     after the preprocessing of the model, and accept (N,) is an additional output.
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
     from vilu.predictors.persistence.description import fit_fingerprint
     from vilu.predictors.persistence.onnx import export_onnx
+    from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.onnx import export_answers
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(
@@ -857,6 +870,11 @@ def export(
         raise UsageError(
             "--models is the folder of the backbone, which only --with-backbone needs. Leave "
             "--models out."
+        )
+    takes_tables = load_predictor(predictor).takes == "answers"
+    if takes_tables and with_backbone:
+        raise UsageError(
+            "a predictor for tables of answers has no backbone. Leave --with-backbone out."
         )
     if with_backbone:
         fingerprint = fingerprint_of(predictor)
@@ -869,6 +887,8 @@ def export(
         return
     if with_backbone:
         difference = export_image_graph(predictor, output, models=models)
+    elif takes_tables:
+        difference = export_answers(predictor, output)
     else:
         difference = export_onnx(predictor, output)
     typer.echo(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,7 +21,14 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.given_logits import require_kind
 from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
-from vilu.tables.combine import CrossValidated, Recipe, best_combination, best_probe, folds_of
+from vilu.tables.combine import (
+    CrossValidated,
+    Linear,
+    Recipe,
+    best_combination,
+    best_probe,
+    folds_of,
+)
 from vilu.tables.read import open_table
 from vilu.tables.table import FEATURES, AnswerTable, sign_of
 
@@ -284,24 +291,22 @@ class AnswerScores(AnswerMethod):
         failures = failure.numpy()
         folds = folds_of(clusters_of(table), failures, self.seed)
         fit, compared = best_combination(names, numbers, failures, folds)
-        weights = torch.from_numpy(fit.linear.weights)
-        tensors = {
-            "direction": torch.from_numpy(fit.direction),
-            "lower": torch.from_numpy(fit.maps.lower),
-            "width": torch.from_numpy(fit.maps.width),
-            "rise": torch.from_numpy(fit.maps.rise),
-            "weight": weights,
-            "intercept": torch.tensor(fit.linear.intercept, dtype=torch.float64),
-        }
         spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
-        signs = dict(zip(names, (-fit.direction).astype(int).tolist(), strict=True))
+        signs = (-fit.direction).astype(int).tolist()
         notes = {
             COLUMNS: list(names),
-            "signs": signs,
+            "signs": dict(zip(names, signs, strict=True)),
             SHARES: _shares(names, spread),
             "chosen": _recipe_in_words(names, compared),
         }
-        return Learnt(tensors, notes)
+        arrays = {
+            "direction": fit.direction,
+            "lower": fit.maps.lower,
+            "width": fit.maps.width,
+            "rise": fit.maps.rise,
+            **_arrays_of(fit.linear),
+        }
+        return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
         """Terms (B, C) of the log-odds of failure, without the intercept."""
@@ -369,18 +374,10 @@ class AnswerProbe(AnswerMethod):
     ) -> Learnt:
         table = _table_of(train)
         names = tuple(table.numbers)
-        inputs = table.matrix(names)
-        if table.features is not None:
-            inputs = np.hstack([inputs, table.features.astype(np.float64)])
+        inputs = _inputs_of(table, names)
         failures = failure.numpy()
         folds = folds_of(clusters_of(table), failures, self.seed)
         fit, compared = best_probe(inputs, failures, folds)
-        tensors = {
-            "mean": torch.from_numpy(fit.mean),
-            "scale": torch.from_numpy(fit.scale),
-            "weight": torch.from_numpy(fit.linear.weights),
-            "intercept": torch.tensor(fit.linear.intercept, dtype=torch.float64),
-        }
         terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
         spread = terms[:, : len(names)].std(axis=0)
         players = names
@@ -393,7 +390,8 @@ class AnswerProbe(AnswerMethod):
             SHARES: _shares(players, spread),
             "chosen": f"ridge {compared.best:g}, log-loss {compared.losses[compared.best]:.4f}",
         }
-        return Learnt(tensors, notes)
+        arrays = {"mean": fit.mean, "scale": fit.scale, **_arrays_of(fit.linear)}
+        return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
         """Terms (B, C) of the log-odds of failure, or (B, C + 1) with features."""
@@ -431,6 +429,24 @@ def clusters_of(table: AnswerTable) -> Ints:
         return table.picture_identities()
     _, cluster = np.unique(np.array(table.cluster), return_inverse=True)
     return cluster.astype(np.int64)
+
+
+def _inputs_of(table: AnswerTable, names: Sequence[str]) -> Floats:
+    """The columns of numbers with these names, and the features if there are any (N, C + F)."""
+    numbers = table.matrix(names)
+    if table.features is None:
+        return numbers
+    return np.hstack([numbers, table.features.astype(np.float64)])
+
+
+def _arrays_of(linear: Linear) -> dict[str, Floats]:
+    """Weights and intercept, by the names of their tensors."""
+    return {"weight": linear.weights, "intercept": np.array(linear.intercept)}
+
+
+def _as_tensors(arrays: Mapping[str, Floats]) -> dict[str, Tensor]:
+    """Tensors with the numbers of arrays."""
+    return {name: torch.tensor(array, dtype=torch.float64) for name, array in arrays.items()}
 
 
 def _shares(players: tuple[str, ...], spread: Floats) -> dict[str, float]:

@@ -79,6 +79,24 @@ def is_table(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
 
 
+def has_answers(path: Path) -> bool:
+    """Whether a file has the columns of a table of answers, and not those of scores."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if not is_table(path):
+        return False
+    try:
+        if table_suffix(path) == ".csv":
+            names = csv_names(path)
+        else:
+            names = pyarrow.parquet.read_schema(path).names
+    except (pa.ArrowException, ValueError, OSError):
+        return False  # whoever reads the file says what is wrong with it
+    are_scores = {"uncertainty", "failure"} <= set(names)
+    return "id" in names and not are_scores
+
+
 def files_of(path: Path) -> list[Path]:
     """A path, and the file of features beside it if the path is a table that has one."""
     beside = path.with_suffix(FEATURES_BESIDE)

@@ -141,7 +141,7 @@ class AnswerTable(EmbeddingSource):
         self.features = features
         self.unused = unused
         self.name = name
-        self.image = _directions(features, len(ids)) if image is None else image
+        self.image = _directions(features, len(ids), image)
         self.space = logit_space(self.image.shape[1])
         self.text = no_texts(len(CANDIDATES), self.space)
         self.class_names = None
@@ -325,12 +325,14 @@ def _taken(texts: tuple[str, ...] | None, rows: Ints) -> tuple[str, ...] | None:
     return tuple(texts[row] for row in rows.tolist())
 
 
-def _directions(features: Features | None, n_rows: int) -> Tensor:
+def _directions(features: Features | None, n_rows: int, known: Tensor | None) -> Tensor:
     """Unit vectors (N, F) of standardised features; (N, 0) without features, or with few.
 
     Hidden states of networks share a large mean, so that all of them have nearly one direction. So
     near copies are looked for after each number was standardised over the rows.
     """
+    if known is not None:
+        return known
     if features is None or features.shape[1] < NARROW:
         return torch.zeros(n_rows, 0, dtype=torch.float32)
     centred = features - features.mean(axis=0, dtype=np.float64)
