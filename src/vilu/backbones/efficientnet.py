@@ -1,0 +1,134 @@
+"""EfficientNet-Lite0, the image tower of the compact model.
+
+timm has this network, too. But the import of timm loads all its networks, torchvision and torch's
+compiler, which takes longer than the embedding of a hundred photos.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+STEM_CHANNELS: Final = 32
+"""Number of channels of the first convolution."""
+
+FEATURES: Final = 1280
+"""Number of features of an image."""
+
+CLASSES: Final = 1000
+"""Number of classes of the classifier, those of ImageNet-1k."""
+
+EPSILON: Final = 1e-3
+"""Number that is added to the variances of the batch norms, as in TensorFlow."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks of one width. Only the first of them has a stride."""
+
+    n_blocks: int
+    kernel: int
+    stride: int
+    expansion: int  # number of channels inside a block, divided by those at its beginning
+    channels: int  # number of channels at the end of a block
+
+
+STAGES: Final = (
+    Stage(n_blocks=1, kernel=3, stride=1, expansion=1, channels=16),
+    Stage(n_blocks=2, kernel=3, stride=2, expansion=6, channels=24),
+    Stage(n_blocks=2, kernel=5, stride=2, expansion=6, channels=40),
+    Stage(n_blocks=3, kernel=3, stride=2, expansion=6, channels=80),
+    Stage(n_blocks=3, kernel=5, stride=1, expansion=6, channels=112),
+    Stage(n_blocks=4, kernel=5, stride=2, expansion=6, channels=192),
+    Stage(n_blocks=1, kernel=3, stride=1, expansion=6, channels=320),
+)
+"""The stages of EfficientNet-Lite0 (Tan and Le, 2019, table 1; without squeeze and excitation)."""
+
+
+class Convolution(nn.Module):
+    """A convolution with its batch norm, and with ReLU6 if it is ``activated``."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        activated: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(channels_out, eps=EPSILON)
+        # TensorFlow pads an even side by k - s zeros in total, and the smaller half comes first.
+        # All sides are even here, since those of the images are multiples of 32.
+        padding = kernel - stride
+        before = padding // 2
+        after = padding - before
+        self.is_symmetric = before == after
+        if self.is_symmetric:
+            self.conv.padding = (before, before)
+        self.margins = (before, after, before, after)
+        self.activated = activated
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Channels (B, C, H / stride, W / stride) of channels (B, C_in, H, W)."""
+        if not self.is_symmetric:
+            rows = functional.pad(rows, self.margins)
+        rows = self.norm(self.conv(rows))
+        if self.activated:
+            return functional.relu6(rows, inplace=True)
+        return rows
+
+
+class InvertedResidual(nn.Module):
+    """A block: channels are expanded, filtered one by one, and projected to fewer."""
+
+    def __init__(self, channels_in: int, stage: Stage, *, stride: int) -> None:
+        super().__init__()
+        inner = channels_in * stage.expansion
+        layers: list[nn.Module] = []
+        if stage.expansion > 1:
+            layers.append(Convolution(channels_in, inner))
+        layers.append(Convolution(inner, inner, kernel=stage.kernel, stride=stride, groups=inner))
+        layers.append(Convolution(inner, stage.channels, activated=False))
+        self.layers = nn.Sequential(*layers)
+        self.is_residual = stride == 1 and channels_in == stage.channels
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Channels (B, C, H / stride, W / stride) of channels (B, C_in, H, W)."""
+        outcome: Tensor = self.layers(rows)
+        if self.is_residual:
+            return outcome + rows
+        return outcome
+
+
+class EfficientNetLite0(nn.Module):
+    """Features (B, ``FEATURES``) of images (B, 3, H, W), whose sides are multiples of 32.
+
+    The classifier is not applied. Its weights are there, because the compact model uses them. The
+    weights of all layers are in the order of the layers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Convolution(3, STEM_CHANNELS, kernel=3, stride=2)
+        blocks: list[nn.Module] = []
+        channels = STEM_CHANNELS
+        for stage in STAGES:
+            for number in range(stage.n_blocks):
+                stride = stage.stride if number == 0 else 1
+                blocks.append(InvertedResidual(channels, stage, stride=stride))
+                channels = stage.channels
+        self.blocks = nn.Sequential(*blocks)
+        self.last = Convolution(channels, FEATURES)
+        self.classifier = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images: the means of the last channels over the positions."""
+        channels = self.last(self.blocks(self.stem(images)))
+        return functional.adaptive_avg_pool2d(channels, 1).flatten(1)
