@@ -28,7 +28,7 @@ variable (2005), for the unseen row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -277,34 +277,39 @@ def _estimate(
     # The labels do not decide which interval is taken: that would be a choice after a look.
     expected = n * float(predicted.everywhere.mean())
     is_rare = min(expected, n - expected) < fewest_expected
+    by_labels = Estimate(
+        name=name,
+        share=hits / n,
+        low=plain[0],
+        high=plain[1],
+        method="exact",
+        weight=0.0,
+        plain=plain,
+        n_labelled=n,
+        n=len(predicted.everywhere),
+    )
     if n < FEWEST or is_rare:
-        return Estimate(
-            name=name,
-            share=hits / n,
-            low=plain[0],
-            high=plain[1],
-            method="exact",
-            weight=0.0,
-            plain=plain,
-            n_labelled=n,
-            n=len(predicted.everywhere),
-        )
+        return by_labels
+    return _with_predictions(by_labels, truth, predicted, confidence)
+
+
+def _with_predictions(
+    by_labels: Estimate, truth: Floats, predicted: Predicted, confidence: float
+) -> Estimate:
+    """The estimate of the same share that uses predictions, too."""
     weight = tuned_weight(truth, predicted.labelled)
     known = weight * float(predicted.everywhere.mean())
     residual = truth - weight * predicted.labelled
     largest = 1 - weight * predicted.least
     smallest = -weight * predicted.most
     low, high = mean_interval(residual, smallest, largest, confidence)
-    return Estimate(
-        name=name,
+    return replace(
+        by_labels,
         share=float(np.clip(known + residual.mean(), 0, 1)),
         low=max(known + low, 0.0),
         high=min(known + high, 1.0),
         method="prediction-powered",
         weight=weight,
-        plain=plain,
-        n_labelled=n,
-        n=len(predicted.everywhere),
     )
 
 
