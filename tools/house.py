@@ -82,6 +82,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "methods": BASE | {"predictors"},
     "scoring": GROUND | {"store", "outcomes", "predictors"},
     "calibration": GROUND | {"store", "outcomes", "predictors", "scoring"},
+    "tables": DECIDING - {"store", "backbones"},
     "report": DECIDING - {"store", "backbones"},
     "guard": DECIDING,
     "triage": DECIDING | {"report", "guard"},

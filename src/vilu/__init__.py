@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from vilu.store.importing import import_arrays as import_arrays
     from vilu.store.reader import EmbeddingStore as EmbeddingStore
     from vilu.store.reader import open_source as open_source
+    from vilu.tables.read import open_table as open_table
+    from vilu.tables.table import AnswerTable as AnswerTable
 
     __version__: str
 
@@ -105,6 +107,8 @@ _NAMES = {
     "vilu.store.embed": "ExtraColumns embed",
     "vilu.store.importing": "import_arrays",
     "vilu.store.reader": "EmbeddingStore open_source",
+    "vilu.tables.read": "open_table",
+    "vilu.tables.table": "AnswerTable",
     "vilu.guard.guard": "Answer Guard",
 }
 # the module of every public name

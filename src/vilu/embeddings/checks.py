@@ -424,11 +424,12 @@ class RowNumbers(Identifiers):
         return list(map(str, rows))
 
 
-Identity = Literal["pictures", "embeddings", "names"]
+Identity = Literal["pictures", "embeddings", "rows", "names"]
 """What is compared to find out whether two rows are the same.
 
-"pictures" are the encoded bytes of the pictures, "embeddings" the numbers of the embeddings, and
-"names" the row identifiers. The first two include the caption of an image-caption pair.
+"pictures" are the encoded bytes of the pictures, "embeddings" the numbers of the embeddings, "rows"
+the identifiers in a table of answers, and "names" the row identifiers of other sources. The first
+two include the caption of an image-caption pair.
 """
 
 HASH_BYTES = 8

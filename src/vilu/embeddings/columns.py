@@ -38,7 +38,10 @@ If a source has this column, its candidates have no embeddings, and these are th
 rows.
 """
 
-OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS})
+NUMBERS = "numbers"
+"""Name of the column (N, C) float64 of a table of answers: its columns of numbers."""
+
+OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS, NUMBERS})
 """Names of all columns with one entry per row."""
 
 ANY_NORM = frozenset({"features", "second_image", LOGITS})
@@ -65,7 +68,7 @@ MODEL_COLUMNS = {
 """Columns of the model as a whole, by name: number of dimensions and meaning of each."""
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
-"""All columns except ``ANSWER`` and ``LOGITS``: number of dimensions and meaning of each."""
+"""All columns but ``ANSWER``, ``LOGITS`` and ``NUMBERS``: dimensions and meaning of each."""
 
 UNIT_NORM = frozenset({"views", "prompts", "negatives"})
 """Columns that are normalised to unit norm, because they are compared with the embeddings."""

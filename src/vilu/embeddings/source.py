@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import compress
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ SAME_TEXT = 0.999
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
+
+DataKind = Literal["embeddings", "answers"]
+"""What the rows of a source are: embeddings of images, or answers of any model with its scores."""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")  # of the function that ``EmbeddingSource._map_parts`` calls
@@ -450,6 +453,7 @@ class EmbeddingSource(ABC):
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
             a store.
         device: Device on which the rows are scored. None: the predictor chooses it.
+        fingerprint: Hash of all rows; None where it would need a pass over all embeddings.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -470,6 +474,8 @@ class EmbeddingSource(ABC):
         "vilu.open_source(path) of a store)"
     )
 
+    holds: ClassVar[DataKind] = "embeddings"
+
     space: EmbeddingSpace
     class_names: tuple[str, ...] | None
     ids: Sequence[str]
@@ -481,6 +487,7 @@ class EmbeddingSource(ABC):
     second: EmbeddingSource | None = None
     stored_dtype: str | None = None
     device: torch.device | None = None
+    fingerprint: str | None = None
     _columns: Mapping[str, Tensor] = {}  # columns that are in memory
 
     def _merge_same(self) -> Tensor | None:

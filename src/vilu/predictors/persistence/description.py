@@ -53,6 +53,7 @@ NOT_SAVED = {"device"}  # parameters that depend on the machine
 SEEN_BY: dict[Identity, str] = {
     "pictures": "seen.pictures",
     "embeddings": "seen.embeddings",
+    "rows": "seen.rows",
     "names": "seen",
 }
 """Names of the tensors with the hashes of fitted rows, by the identity that is hashed."""

@@ -1,0 +1,416 @@
+"""Reading of tables of answers, with every fault named by its column and its row."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from vilu.artifacts.tables import csv_names, read_table, require_distinct, table_suffix
+from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, nearest
+from vilu.metrics.counts import Floats, Ints
+from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, sign_of
+from vilu.text import plural
+from vilu.validation import describe_value
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FIXED: Final = ("id", "answer", "correct", "group", "cluster", "features")
+"""Names of the columns with a role of their own."""
+
+FEATURES_BESIDE: Final = ".features.npy"
+"""What stands in place of the suffix of a table in the name of the file with its features."""
+
+CORRECT: Final = {
+    "": UNKNOWN,
+    "1": 1,
+    "0": 0,
+    "1.0": 1,
+    "0.0": 0,
+    "true": 1,
+    "false": 0,
+}
+"""Whether an answer is right, by the cell in small letters."""
+
+
+def open_table(source: object, *, name: str | None = None) -> AnswerTable:
+    """Read a table of answers, one row per answer, and check every cell that is used.
+
+    ``AnswerTable`` describes the columns.
+
+    Args:
+        source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
+            pyarrow, or a dictionary of arrays and lists.
+        name: Name of the data set. [the name of the file without its suffix]
+
+    Raises:
+        DataError: If a column is missing, stands twice, or has a name that differs from a known one
+            by its capital letters or spaces; if an identifier stands twice; or if a cell does not
+            have the content that its column needs. The message names the row, counted from 1.
+        UsageError: If the source is none of these.
+        StorageError: If a file cannot be read.
+
+    Examples:
+        >>> import vilu
+        >>> table = vilu.open_table({"id": [1, 2], "score_p": [0.9, 0.2], "correct": [True, False]})
+        >>> table.ids, table.correct.tolist()
+        (('1', '2'), [1, 0])
+    """
+    if isinstance(source, AnswerTable):
+        return source
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return _of_file(path, path.stem if name is None else name)
+    if isinstance(source, Mapping):
+        arrays = {str(key): values for key, values in source.items()}
+        vectors = arrays.pop("features", None)
+        return _checked_table(_of_arrays(arrays), vectors, "the table", name)
+    columns = _of_frame(source)
+    return _checked_table(columns, columns.pop("features", None), "the table", name)
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path can be a table of answers: a file that ends in .csv or .parquet."""
+    return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
+
+
+def has_answers(path: Path) -> bool:
+    """Whether a file has the columns of a table of answers, and not those of scores."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if not is_table(path):
+        return False
+    try:
+        if table_suffix(path) == ".csv":
+            names = csv_names(path)
+        else:
+            names = pyarrow.parquet.read_schema(path).names
+    except (pa.ArrowException, ValueError, OSError):
+        return False  # whoever reads the file says what is wrong with it
+    are_scores = {"uncertainty", "failure"} <= set(names)
+    return "id" in names and not are_scores
+
+
+def files_of(path: Path) -> list[Path]:
+    """A path, and the file of features beside it if the path is a table that has one."""
+    beside = path.with_suffix(FEATURES_BESIDE)
+    if is_table(path) and beside.is_file():
+        return [path, beside]
+    return [path]
+
+
+def _of_file(path: Path, name: str) -> AnswerTable:
+    """The table in a CSV or Parquet file."""
+    if not path.is_file():
+        raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
+    names: list[str] = []
+    if table_suffix(path) == ".csv":
+        names = csv_names(path)
+        _require_commas(path, names)
+    # All cells of a CSV file are read as text, so that a wrong cell can be named by its row.
+    table, _ = read_table(path, names)
+    columns = _by_name(table)
+    vectors = columns.pop("features", None)
+    beside = path.with_suffix(FEATURES_BESIDE)
+    if not beside.is_file():
+        return _checked_table(columns, vectors, str(path), name)
+    if vectors is not None:
+        raise DataError(
+            f"{path} has a column features, and {beside} has features, too. Remove one of them."
+        )
+    try:
+        vectors = np.load(beside, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{beside} is no readable .npy file of numbers: {error}.") from error
+    return _checked_table(columns, vectors, str(path), name)
+
+
+def _require_commas(path: Path, names: Sequence[str]) -> None:
+    """Refuse a CSV file whose columns are not separated by commas."""
+    for separator, in_words in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and separator in names[0]:
+            raise DataError(
+                f"{path} separates its columns by {in_words}. Save it with commas between the "
+                "columns, and with a point in numbers (0.5)."
+            )
+
+
+def _of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
+    """The columns of a dictionary of arrays and lists."""
+    import pyarrow as pa
+
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name, values in arrays.items():
+        try:
+            column = pa.array(values, from_pandas=True)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(
+                f"column {name!r} must be a list of numbers or of texts: {error}"
+            ) from error
+        columns[name] = pa.chunked_array([column])
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"all columns must have one length. Got {lengths} instead.")
+    return columns
+
+
+def _of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - frames of any library
+    """The columns of a data frame of pandas or polars, or of a table of pyarrow."""
+    import pyarrow as pa
+
+    is_frame = hasattr(source, "__arrow_c_stream__") and hasattr(source, "columns")
+    if not is_frame:
+        raise UsageError(
+            "a table of answers is a .csv or .parquet file, a data frame of pandas or polars, a "
+            f"table of pyarrow, or a dictionary of columns. Got {describe_value(source)} instead."
+        )
+    names = getattr(source, "column_names", source.columns)
+    require_distinct("the table", [str(name) for name in names])
+    try:
+        return _by_name(pa.table(source))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"the table must have columns of one type each: {error}") from error
+
+
+def _by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    """The columns by name; columns without a name, as spreadsheets add them, are left out."""
+    columns = {}
+    for place, name in enumerate(table.column_names):
+        if name.strip():
+            columns[name] = table.column(place)
+    return columns
+
+
+def _checked_table(
+    columns: Mapping[str, pa.ChunkedArray],
+    vectors: Any,  # noqa: ANN401 - an array, or a column of lists
+    where: str,
+    name: str | None,
+) -> AnswerTable:
+    """The table of these columns, whose cells are all checked; ``where`` begins the messages."""
+    _require_known_names(where, columns)
+    ids = _texts(where, columns, "id") or ()
+    _require_distinct_ids(where, ids)
+    cells = _Cells(where, ids)
+    numeric = [column for column in columns if _is_used_number(column, columns[column])]
+    numbers = {column: cells.numbers(column, columns[column]) for column in numeric}
+    features = None
+    if vectors is not None:
+        features = cells.features(vectors)
+    if not numbers and features is None:
+        raise DataError(
+            f"{where} has no number that says how sure an answer is. Add a column such as "
+            "score_confidence (a higher number: more likely right)."
+        )
+    return AnswerTable(
+        ids,
+        cells.correct(columns.get("correct")),
+        numbers,
+        answer=_texts(where, columns, "answer", ids),
+        group=_texts(where, columns, "group", ids),
+        cluster=_texts(where, columns, "cluster", ids),
+        features=features,
+        unused=tuple(column for column in columns if column not in {*FIXED, *numeric}),
+        name=name,
+    )
+
+
+def _is_used_number(name: str, column: pa.ChunkedArray) -> bool:
+    """Whether a column has numbers that say how sure an answer is, by its name or its cells."""
+    if name in FIXED:
+        return False
+    return sign_of(name) != 0 or _is_numeric(column)
+
+
+def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> None:
+    """Refuse a table without identifiers, and names that differ from known ones by their letters.
+
+    A column ``Correct`` would otherwise be left out without a word.
+    """
+    for name in columns:
+        plain = name.strip().lower().replace(" ", "_").replace("-", "_")
+        stem, _, _ = plain.partition("_")
+        has_role = plain in FIXED or stem in {SCORE, UNCERTAINTY}
+        if has_role and plain != name:
+            raise DataError(
+                f"{where} has a column {name!r}. Write {plain!r} if it is meant, or another name."
+            )
+        similar = nearest(name, [known for known in FIXED if known not in columns], cutoff=0.8)
+        if similar and name not in FIXED:
+            raise DataError(f"{where} has a column {name!r}.{similar} Rename it.")
+    if "id" not in columns:
+        raise DataError(
+            f"{where} must have a column id, by which rows are known again. It has "
+            f"{', '.join(columns) or 'no column'}."
+        )
+    if not len(columns["id"]):
+        raise DataError(f"{where} has no row.")
+
+
+def _texts(
+    where: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
+) -> tuple[str, ...] | None:
+    """A column as texts; None if there is no such column. Only an answer may be an empty text."""
+    import pyarrow as pa
+
+    if name not in columns:
+        return None
+    try:
+        cells = columns[name].cast(pa.string()).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: column {name} must hold texts: {error}") from error
+    texts = []
+    for row, cell in enumerate(cells):
+        text = "" if cell is None else cell
+        if name != "answer" and not text.strip():
+            raise DataError(f"{where}, {_row(row, ids)}: {name} is empty. Fill it.")
+        texts.append(text)
+    return tuple(texts)
+
+
+def _row(row: int, ids: Sequence[str]) -> str:
+    """A row in words: its number, counted from 1, and its identifier if it is known."""
+    if not ids:
+        return f"row {row + 1}"
+    return f"row {row + 1} (id {ids[row]!r:.60})"
+
+
+def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
+    """Refuse identifiers that stand in two rows."""
+    if len(set(ids)) == len(ids):
+        return
+    counts = Counter(ids)
+    repeated = next(text for text in ids if counts[text] > 1)
+    first = ids.index(repeated)
+    second = ids.index(repeated, first + 1)
+    n_repeated = sum(count > 1 for count in counts.values())
+    raise DataError(
+        f"{where}: every row needs an id of its own. {n_repeated} stand more than once: the first, "
+        f"{repeated!r:.60}, in the rows {first + 1} and {second + 1}. Number the rows, or remove "
+        "the copies."
+    )
+
+
+def _is_numeric(column: pa.ChunkedArray) -> bool:
+    """Whether a column without a role holds numbers: by its type, or by all its texts."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return True
+    if not _is_text(kind) or column.null_count == len(column):
+        return False
+    return all(_number(cell) is not None for cell in column.to_pylist() if cell)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _number(cell: str) -> float | None:
+    """The number in a cell; None if there is none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+class _Cells:
+    """Reader of columns whose cells must have a number; its errors name column and row."""
+
+    def __init__(self, where: str, ids: Sequence[str]) -> None:
+        self.where = where
+        self.ids = ids
+
+    def fault(self, row: int, problem: str) -> DataError:
+        """The error about a cell of a row."""
+        return DataError(f"{self.where}, {_row(row, self.ids)}: {problem}")
+
+    def numbers(self, name: str, column: pa.ChunkedArray) -> Floats:
+        """A column as finite numbers (N,)."""
+        import pyarrow as pa
+
+        if _is_text(column.type):
+            numbers = self._parsed(name, column)
+        else:
+            try:
+                numbers = column.cast(pa.float64(), safe=False).to_numpy()
+            except pa.ArrowException as error:
+                raise DataError(f"{self.where}: column {name} must hold numbers: {error}") from None
+        bad = np.flatnonzero(~np.isfinite(numbers))
+        if len(bad):
+            row = int(bad[0])
+            is_missing = math.isnan(numbers[row])
+            problem = "is missing" if is_missing else f"is {numbers[row]}"
+            raise self.fault(
+                row,
+                f"the number in {name} {problem} (so in {plural(len(bad), 'row')}). Every row "
+                "needs a finite number: fill it, or leave the row out.",
+            )
+        return np.ascontiguousarray(numbers, dtype=np.float64)
+
+    def _parsed(self, name: str, column: pa.ChunkedArray) -> Floats:
+        """Numbers (N,) from a column of texts, NaN where a cell is empty."""
+        numbers = np.full(len(column), np.nan)
+        for row, cell in enumerate(column.to_pylist()):
+            if cell is None or not cell.strip():
+                continue
+            number = _number(cell)
+            if number is None:
+                raise self.fault(
+                    row, f"{name} must hold numbers, such as 0.95. Got {cell!r:.60} instead."
+                )
+            numbers[row] = number
+        return numbers
+
+    def correct(self, column: pa.ChunkedArray | None) -> Ints:
+        """The column ``correct`` as (N,) int64: 1, 0, or -1 where it is not known."""
+        correct = np.full(len(self.ids), UNKNOWN, dtype=np.int64)
+        if column is None:
+            return correct
+        for row, cell in enumerate(column.to_pylist()):
+            is_missing = cell is None or cell != cell  # noqa: PLR0124 - NaN differs from itself
+            text = "" if is_missing else str(cell).strip().lower()
+            if text not in CORRECT:
+                raise self.fault(
+                    row,
+                    "correct must be 1 (right), 0 (wrong), or empty if it is not known. Got "
+                    f"{cell!r:.60} instead.",
+                )
+            correct[row] = CORRECT[text]
+        return correct
+
+    def features(self, vectors: Any) -> Features:  # noqa: ANN401 - an array, or a column of lists
+        """The vectors (N, F) float32 of the rows."""
+        try:
+            cells = vectors.to_pylist() if hasattr(vectors, "to_pylist") else vectors
+            features = np.ascontiguousarray(cells, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.where}: features must be one vector per row, all of one length, of numbers "
+                f"only: {error}"
+            ) from error
+        n_rows = len(self.ids)
+        if features.ndim != 2 or len(features) != n_rows or not features.shape[1]:
+            raise DataError(
+                f"{self.where}: features must have the shape ({n_rows}, F). Got {features.shape} "
+                "instead."
+            )
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(bad):
+            raise self.fault(
+                int(bad[0]),
+                f"a number in features is missing or infinite (so in {plural(len(bad), 'row')}). "
+                "Fill it, or leave the row out.",
+            )
+        return features

@@ -1,0 +1,342 @@
+"""A table of answers: one row per answer of any model, with its scores."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from typing import ClassVar, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.artifacts.hashing import digest
+from vilu.embeddings.checks import Identity, check_indices, hash_of_each, normalised
+from vilu.embeddings.columns import ANSWER, LOGITS, NUMBERS
+from vilu.embeddings.logits import logit_space, no_texts
+from vilu.embeddings.similarity import rows_at
+from vilu.embeddings.source import DataKind, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.metrics.counts import Floats, Ints
+from vilu.validation import checked
+
+SCORE: Final = "score"
+UNCERTAINTY: Final = "uncertainty"
+"""A column of one of these names, or of such a name with an underscore and more, has a sign."""
+
+FEATURES: Final = "features"
+CANDIDATES: Final = ("the answer", "another answer")
+"""What may be right of a row: its own answer, or any other one."""
+
+NARROW: Final = 32
+"""Near copies are looked for among vectors of at least this many numbers.
+
+Vectors of few numbers often have nearly the same direction although their rows differ.
+"""
+
+Sign = Literal[-1, 0, 1]
+Features = NDArray[np.float32]
+
+
+def sign_of(name: str) -> Sign:
+    """The sign of a numeric column, as its name says.
+
+    1: a higher number means that the answer is more likely right. -1: more likely wrong. 0: the
+    name does not say it, so a fit has to learn it.
+
+    Examples:
+        >>> from vilu.tables.table import sign_of
+        >>> [sign_of(name) for name in ("score_mean", "uncertainty", "width")]
+        [1, -1, 0]
+    """
+    stem, _, _ = name.partition("_")
+    if stem == SCORE:
+        return 1
+    if stem == UNCERTAINTY:
+        return -1
+    return 0
+
+
+class AnswerTable(EmbeddingSource):
+    """Answers of any model, one per row, with the numbers that say how sure the model was.
+
+    ``vilu.open_table`` makes a table of a file, a data frame or arrays, and checks every cell. A
+    table can be used where a source of embeddings can: ``vilu.score``, ``vilu.Selective`` and the
+    commands take it. The candidates of a row are its own answer, and any other answer.
+
+    The columns are known by their names:
+
+    - ``id``: identifier of the row; required, and different in all rows.
+    - ``answer``: any text.
+    - ``correct``: 1 if the answer is right, 0 if it is wrong, empty if it is not known.
+    - ``score`` and ``score_...``: a higher number means that the answer is more likely right.
+    - ``uncertainty`` and ``uncertainty_...``: a higher number means more likely wrong.
+    - ``group``, ``cluster``: any text.
+    - ``features``: a vector of each row, as a column of lists of one length. Beside a file
+      ``answers.csv`` or ``answers.parquet`` the vectors may be in ``answers.features.npy`` (N, F).
+
+    Every other column of numbers is used, too, and a fit learns its sign. Other columns of texts
+    have no role.
+
+    Attributes:
+        ids: Identifiers of the N rows, which all differ. By them rows are known again.
+        correct: (N,) int64: 1 if the answer is right, 0 if it is wrong, -1 if it is not known.
+        numbers: Columns (N,) float64 by name, in the order of the table. ``sign_of`` a name says
+            whether a higher number means that the answer is more likely right.
+        answer: Texts of the N answers; None if the table has no such column.
+        group: Group of each row; None if the table has no such column.
+        cluster: Cluster of each row, such as a page or a conversation; None without the column.
+        features: (N, F) float32 vectors of the rows; None if the table has none.
+        unused: Names of the columns that have no role.
+        name: Name of the data set: the name of the file without its suffix; None without a file.
+
+    Examples:
+        >>> import vilu
+        >>> table = vilu.open_table(
+        ...     {
+        ...         "id": ["a", "b", "c"],
+        ...         "answer": ["cat", "dog", "cat"],
+        ...         "score_softmax": [0.9, 0.4, 0.7],
+        ...         "correct": [1, 0, None],
+        ...     }
+        ... )
+        >>> len(table), table.failure.tolist()
+        (3, [0, 1, -1])
+        >>> table.numbers["score_softmax"].tolist()
+        [0.9, 0.4, 0.7]
+        >>> table.take([2, 0]).answer
+        ('cat', 'cat')
+    """
+
+    # says how to get a table, in messages about a wrong argument
+    how: ClassVar[str] = 'a table of answers (vilu.open_table("answers.csv"))'
+    holds: ClassVar[DataKind] = "answers"
+
+    ids: tuple[str, ...]
+
+    def __init__(  # noqa: PLR0913 - one argument per role
+        self,
+        ids: tuple[str, ...],
+        correct: Ints,
+        numbers: Mapping[str, Floats],
+        *,
+        answer: tuple[str, ...] | None = None,
+        group: tuple[str, ...] | None = None,
+        cluster: tuple[str, ...] | None = None,
+        features: Features | None = None,
+        unused: tuple[str, ...] = (),
+        name: str | None = None,
+        image: Tensor | None = None,
+    ) -> None:
+        """A table of checked columns; ``image`` are the rows' ``_directions``, if known."""
+        self.ids = ids
+        self.correct = correct
+        self.numbers = dict(numbers)
+        self.answer = answer
+        self.group = group
+        self.cluster = cluster
+        self.features = features
+        self.unused = unused
+        self.name = name
+        self.image = _directions(features, len(ids), image)
+        self.space = logit_space(self.image.shape[1])
+        self.text = no_texts(len(CANDIDATES), self.space)
+        self.class_names = None
+        self.target = torch.from_numpy(self.failure)  # 0 is the answer itself, 1 another one
+        self._columns = self._tensors()
+        self.columns = frozenset(self._columns)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The columns that batches have, by name."""
+        n_rows = len(self.ids)
+        tensors = {
+            LOGITS: torch.tensor([[1.0, 0.0]]).expand(n_rows, -1),
+            ANSWER: torch.zeros(n_rows, dtype=torch.int64),
+            NUMBERS: torch.from_numpy(self.matrix(list(self.numbers))),
+        }
+        if self.features is not None:
+            tensors[FEATURES] = torch.from_numpy(self.features)
+        return tensors
+
+    def __repr__(self) -> str:
+        n_known = int((self.correct != UNKNOWN).sum())
+        return f"AnswerTable(n={len(self)}, known={n_known}, numbers={list(self.numbers)})"
+
+    @property
+    def failure(self) -> Ints:
+        """Failures (N,) int64: 1 if the answer is wrong, 0 if it is right, -1 if unknown."""
+        return np.where(self.correct == UNKNOWN, UNKNOWN, 1 - self.correct)
+
+    @property
+    def n_features(self) -> int:
+        """Width F of the features; 0 if the table has none."""
+        if self.features is None:
+            return 0
+        return int(self.features.shape[1])
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each column is used for, in words, by the name of the column.
+
+        Examples:
+            >>> import vilu
+            >>> table = vilu.open_table({"id": ["a"], "score_p": [0.5], "width": [3], "who": ["B"]})
+            >>> for name, role in table.roles.items():
+            ...     print(f"{name}: {role}")
+            id: identifier of the row
+            score_p: score: a higher number means more likely right
+            width: number whose sign a fit learns
+            who: not used
+        """
+        roles = {"id": "identifier of the row"}
+        if self.answer is not None:
+            roles["answer"] = "text of the answer"
+        if (self.correct != UNKNOWN).any():
+            roles["correct"] = "whether the answer is right"
+        for name in self.numbers:
+            roles[name] = ROLE_BY_SIGN[sign_of(name)]
+        if self.group is not None:
+            roles["group"] = "group of the row"
+        if self.cluster is not None:
+            roles["cluster"] = "cluster of the row, such as its page or conversation"
+        if self.features is not None:
+            roles["features"] = f"vector of {self.n_features} numbers"
+        return roles | dict.fromkeys(self.unused, "not used")
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]  # in other sources a plain attribute
+        """Hash of everything in the table except its name and its unused columns."""
+        content = hashlib.sha256(self.correct.tobytes())
+        for numbers in self.numbers.values():
+            content.update(numbers.tobytes())
+        if self.features is not None:
+            content.update(self.features.tobytes())
+        texts = [self.ids, self.answer, self.group, self.cluster]
+        return digest([list(self.numbers), texts, self.n_features, content.hexdigest()])
+
+    def matrix(self, names: Sequence[str]) -> Floats:
+        """The columns of numbers with these names, as (N, C) float64.
+
+        Raises:
+            DataError: If the table lacks one of the columns.
+        """
+        missing = [name for name in names if name not in self.numbers]
+        if missing:
+            raise DataError(
+                f"the table must have the columns of numbers {', '.join(names)}. Missing: "
+                f"{', '.join(missing)}; it has {', '.join(self.numbers) or 'none'}."
+            )
+        matrix = np.empty((len(self.ids), len(names)), dtype=np.float64)
+        for place, name in enumerate(names):
+            matrix[:, place] = self.numbers[name]
+        return matrix
+
+    def arranged(self, names: Sequence[str]) -> AnswerTable:
+        """The table whose columns of numbers are those with these names, in this order.
+
+        Raises:
+            DataError: If the table lacks one of the columns.
+        """
+        table = copy.copy(self)
+        matrix = self.matrix(names)
+        table.numbers = {name: matrix[:, place] for place, name in enumerate(names)}
+        table._columns = {**self._columns, NUMBERS: torch.from_numpy(matrix)}
+        return table
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """Directions (B, F) of the features, by which near copies are known; (B, 0) without."""
+        return rows_at(self.image, index)
+
+    @property
+    def identified_by(self) -> tuple[Identity, ...]:
+        """Kinds of identity: features with numbers, where there are features, and identifiers."""
+        if self.features is None:
+            return ("rows",)
+        return ("embeddings", "rows")
+
+    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+        """Identity hashes (M,) of the ``rows`` (M,), by default of all rows."""
+        if by == "rows":
+            return super().identities("names", rows)
+        chosen = np.arange(len(self)) if rows is None else rows
+        content = self._columns[NUMBERS].numpy()[chosen]
+        if self.features is not None:
+            content = np.hstack([content, self.features[chosen]])
+        return hash_of_each(row.tobytes() for row in content)
+
+    def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Identities (M,) int64 of the ``rows`` (M,): rows with equal ones count as one answer.
+
+        Exact copies have equal features and equal numbers. Without features every row is an answer
+        of its own, because different answers often have equal scores.
+        """
+        hashes = self.identities(self.identified_by[0], rows)
+        return (hashes & np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
+
+    @checked
+    def take(
+        self,
+        rows: Sequence[int] | Tensor | NDArray[np.int64],
+        classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
+        columns: Collection[str] | None = None,
+    ) -> AnswerTable:
+        """Some rows as a new table, by their indices (M,). A table has no classes to choose.
+
+        Raises:
+            UsageError: If ``classes`` or ``columns`` are given.
+            DataError: If there is no such row.
+        """
+        if classes is not None or columns is not None:
+            raise UsageError("a table of answers has rows only. Leave classes and columns out.")
+        index = check_indices(rows, len(self), "rows")
+        return self._rows(index.numpy())
+
+    def _rows(self, index: Ints) -> AnswerTable:
+        """The table of the rows with these indices (M,)."""
+        return AnswerTable(
+            _taken(self.ids, index) or (),
+            self.correct[index],
+            {name: numbers[index] for name, numbers in self.numbers.items()},
+            answer=_taken(self.answer, index),
+            group=_taken(self.group, index),
+            cluster=_taken(self.cluster, index),
+            features=None if self.features is None else self.features[index],
+            unused=self.unused,
+            name=self.name,
+            image=self.image[torch.from_numpy(index)],
+        )
+
+
+ROLE_BY_SIGN: Final[dict[Sign, str]] = {
+    1: "score: a higher number means more likely right",
+    -1: "uncertainty: a higher number means more likely wrong",
+    0: "number whose sign a fit learns",
+}
+"""The role of a numeric column in words, by its sign."""
+
+
+def _taken(texts: tuple[str, ...] | None, rows: Ints) -> tuple[str, ...] | None:
+    """The texts of some rows; None without texts."""
+    if texts is None:
+        return None
+    return tuple(texts[row] for row in rows.tolist())
+
+
+def _directions(features: Features | None, n_rows: int, known: Tensor | None) -> Tensor:
+    """Unit vectors (N, F) of standardised features; (N, 0) without features, or with few.
+
+    Hidden states of networks share a large mean, so that all of them have nearly one direction. So
+    near copies are looked for after each number was standardised over the rows.
+    """
+    if known is not None:
+        return known
+    if features is None or features.shape[1] < NARROW:
+        return torch.zeros(n_rows, 0, dtype=torch.float32)
+    centred = features - features.mean(axis=0, dtype=np.float64)
+    deviation = centred.std(axis=0)
+    deviation[deviation == 0] = 1.0
+    vectors, _, _ = normalised(torch.from_numpy((centred / deviation).astype(np.float32)))
+    return vectors

@@ -1,0 +1,150 @@
+"""Reading of tables of answers: what is understood, and what is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+import vilu
+from vilu.errors import DataError, StorageError, UsageError
+
+
+def written(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    path = folder / "answers.csv"
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def test_a_spreadsheets_csv_is_understood(tmp_path: Path) -> None:
+    """With a byte order mark, and empty columns to the right."""
+    text = (
+        "id,answer,score_p,uncertainty_h,correct,note,width,,\n"
+        "7,cat,0.5,1e-3,1,mine,3,,\n"
+        "8,,0.25,2,,yours,4,,\n"
+    )
+    table = vilu.open_table(written(tmp_path, text, "utf-8-sig"))
+    assert table.ids == ("7", "8")
+    assert table.answer == ("cat", "")
+    assert table.correct.tolist() == [1, -1]
+    assert table.failure.tolist() == [0, -1]
+    assert {name: column.tolist() for name, column in table.numbers.items()} == {
+        "score_p": [0.5, 0.25],
+        "uncertainty_h": [1e-3, 2.0],
+        "width": [3.0, 4.0],
+    }
+    assert table.roles["note"] == "not used"
+    assert table.name == "answers"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,score\n1,2\n2,3\n1,4\n", "'1', in the rows 1 and 3"),
+        ("id,score,score\n1,2,3\n", "Repeated: score"),
+        ("id,score,correct\na,2,1\nb,2,yes\n", r"row 2 \(id 'b'\): correct must be 1"),
+        ("id,score\na,1\nb,nan\n", r"row 2 \(id 'b'\): the number in score is missing"),
+        ("id,score\na,\n", "the number in score is missing"),
+        ("id,score\na,inf\n", "the number in score is inf"),
+        ('id,score\na,"0,5"\n', "score must hold numbers, such as 0.95. Got '0,5'"),
+        ("id;score\n1;0,5\n", "separates its columns by semicolons"),
+        ("id,Score\n1,2\n", "Write 'score' if it is meant"),
+        ("id,score p\n1,2\n", "Write 'score_p' if it is meant"),
+        ("id,score,corect\n1,2,1\n", "Did you mean 'correct'"),
+        ("ids,score\n1,2\n", "Did you mean 'id'"),
+        ("key,score\n1,2\n", "must have a column id"),
+        ("id,who\n1,me\n", "no number that says how sure"),
+        ("id,score\n", "has no row"),
+        ("id,score\n,2\n", "row 1: id is empty"),
+        ("id,score,cluster\na,2,\n", r"row 1 \(id 'a'\): cluster is empty"),
+        ("id,score\n1,2,3\n", "Expected 2 columns, got 3"),
+        ("", "Empty CSV file"),
+    ],
+)
+def test_a_wrong_table_is_refused_in_words(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        vilu.open_table(written(tmp_path, text))
+
+
+def columns() -> dict[str, Any]:
+    return {
+        "id": ["a", "b"],
+        "score_p": [0.5, 0.25],
+        "correct": [True, None],
+        "features": [[1.0, 2.0], [3.0, 4.0]],
+    }
+
+
+class Frame:
+    """A data frame as polars has it: named columns, and a stream of Arrow."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.columns = table.column_names
+        self._table = table
+
+    def __arrow_c_stream__(self, schema: object = None) -> object:
+        return self._table.__arrow_c_stream__(schema)
+
+
+def test_every_kind_of_source_gives_the_same_table(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    arrow = pa.table(columns())
+    parquet = tmp_path / "answers.parquet"
+    pyarrow.parquet.write_table(arrow, parquet)
+    text = written(tmp_path, "id,score_p,correct\na,0.5,1\nb,0.25,\n")
+    np.save(tmp_path / "answers.features.npy", np.array(columns()["features"]))
+    parquet_alone = tmp_path / "alone" / "answers.parquet"
+    parquet_alone.parent.mkdir()
+    parquet.rename(parquet_alone)
+    arrays = {**columns(), "features": np.array(columns()["features"])}
+    sources = [columns(), arrays, arrow, Frame(arrow), pandas.DataFrame(columns())]
+    tables = [vilu.open_table(source) for source in [*sources, parquet_alone, text]]
+    assert {table.fingerprint for table in tables} == {tables[0].fingerprint}
+    assert tables[0].features.tolist() == [[1, 2], [3, 4]]
+
+
+def test_features_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 2 \(id 'b'\): a number in features"):
+        vilu.open_table({**columns(), "features": [[1.0, 2.0], [3.0, np.nan]]})
+    with pytest.raises(DataError, match="one vector per row, all of one length"):
+        vilu.open_table({**columns(), "features": [[1.0, 2.0], [3.0]]})
+    with pytest.raises(DataError, match=r"shape \(2, F\)"):
+        vilu.open_table({**columns(), "features": np.ones((3, 2))})
+    path = written(tmp_path, "id,score\n1,2\n")
+    np.save(tmp_path / "answers.features.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(DataError, match="no readable"):
+        vilu.open_table(path)
+
+
+def test_other_wrong_sources_are_refused(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(UsageError, match="Got 3 instead"):
+        vilu.open_table(3)
+    with pytest.raises(StorageError, match="is no file"):
+        vilu.open_table(tmp_path / "none.csv")
+    path = tmp_path / "answers.txt"
+    path.write_text("id,score\n1,2\n")
+    with pytest.raises(UsageError, match=r"a table is a \.parquet or a \.csv file"):
+        vilu.open_table(path)
+    with pytest.raises(DataError, match="one length"):
+        vilu.open_table({"id": [1, 2], "score": [1]})
+    frame = pandas.DataFrame([[1, 2, 3]], columns=["id", "score", "score"])
+    with pytest.raises(DataError, match="Repeated: score"):
+        vilu.open_table(frame)
+
+
+def test_some_rows_are_a_table_of_their_own() -> None:
+    table = vilu.open_table({**columns(), "answer": ["x", "y"], "cluster": [1, 2]})
+    second = table[np.array([False, True])]
+    assert second.ids == ("b",)
+    assert second.answer == ("y",)
+    assert second.cluster == ("2",)
+    assert second.numbers["score_p"].tolist() == [0.25]
+    assert second.features.tolist() == [[3, 4]]
+    assert second.fingerprint != table.fingerprint
+    with pytest.raises(UsageError, match="has rows only"):
+        table.take([0], classes=[0])
