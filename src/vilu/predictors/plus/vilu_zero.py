@@ -33,6 +33,12 @@ EM_ROWS = 20_000
 """Maximum number of rows, drawn at random, from which the class counts are estimated."""
 EM_PASSES = 50
 """Number of passes of EM over these rows."""
+PSEUDO_COUNT = 0.5
+"""Number of rows of every class that EM counts beside the rows of the data.
+
+Without it, EM ends with counts of zero for many classes of which a few rows are there, where the
+zero-shot model tells them badly from others.
+"""
 ROUNDS = 2
 """Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
 RIDGE = 0.7
@@ -55,6 +61,10 @@ FULL_TRUST_VARIANCE = 0.2
 
 The unit is the variance within classes.
 """
+HALF = 0.5
+"""Purity of the members, or slope of the texts, up to which the prototypes get no weight."""
+FULL = 0.7
+"""Purity of the members, or slope of the texts, from which the prototypes get their full weight."""
 MIN_MEMBERS = 2.0
 """Mean number of rows per occurring class up to which the prototypes get no weight."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
@@ -79,9 +89,10 @@ class ViLUZero(SeesOutside, ClosedSet):
     The terms o, g, tau and s are described below in this order.
 
     *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi under which the
-    rows are most likely, with the posterior p(c | z) ~ pi_c exp(l_c). The counts n_c = N pi_c are
-    modelled as a mixture of two exponential distributions. The mean count is 1/2 for absent
-    classes, which are a share rho of all classes, and N / (K (1 - rho)) for the other classes. Then
+    rows are most likely, with the posterior p(c | z) ~ pi_c exp(l_c). Half a row of every class is
+    counted beforehand. The counts n_c are the sums of the posteriors. They are modelled as a
+    mixture of two exponential distributions. The mean count is 1/2 for absent classes, which are a
+    share rho of all classes, and N / (K (1 - rho)) for the other classes. Then
     o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is chosen by cross-validation between two
     halves of the rows. The chosen lambda maximises the mean of
 
@@ -96,11 +107,12 @@ class ViLUZero(SeesOutside, ClosedSet):
     tau minimises the cross-entropy with which prototypes of one half of the rows predict the
     posterior of the other half. If the prototypes do not predict this posterior, tau is 0.
 
-    The weight s of the prototypes is ``share`` times two factors in [0, 1]. The first factor is
+    The weight s of the prototypes is ``share`` times three factors in [0, 1]. The first factor is
     1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
     factor is 0, because prototypes of so few rows do harm. The second factor is the square of r,
     where r is the variance between the means of the classes divided by ``FULL_TRUST_VARIANCE``, and
-    at most 1.
+    at most 1. The third factor says whether the means lie at their classes, by the members or by
+    the texts (``placement``).
 
     *Images of none of the classes* (P_outside). Where the data have the column ``negatives`` of
     everyday words, P_outside comes from a mixture of images inside and outside
@@ -258,7 +270,8 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
         pool = Pool(rows, seed, device)
         occurrence, absent = pool.occurrence()
         max_share = max_share * sufficiency(len(rows.index), len(text) * (1 - absent))
-        share, trust, known = pool.prototypes(occurrence, max_share)
+        purity = pool.purity(occurrence)
+        share, trust, known = pool.prototypes(occurrence, max_share, purity)
         notes = {
             "absent": absent,
             "share": share,
@@ -266,6 +279,7 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
             "slope": known.slope,
             "anchor": known.anchor,
             "apart": known.apart,
+            "purity": purity,
         }
     factor = share * trust
     weight = factor * known.weight
@@ -405,14 +419,18 @@ class Pool:
     def counts(self, halves: tuple[int, ...]) -> Tensor:
         """(K,) float64 class counts of the rows of some halves, by EM from equal counts.
 
+        The counts are sums of posteriors, whose prior is in proportion to count + ``PSEUDO_COUNT``.
         At most ``EM_ROWS`` / 2 rows of each half are read.
         """
-        # EM of Saerens et al., Neural Computation 2002. A pass computes the posterior of every row
-        # with the counts as prior. The sums of the posteriors are the new counts.
+        # EM of Saerens et al., Neural Computation 2002, with a Dirichlet prior of the frequencies:
+        # EM ends at the frequencies pi that maximise
+        #     sum log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
+        # A pass computes the posterior of every row with the counts as prior. The sums of the
+        # posteriors are the new counts.
         n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
-            prior = count.clamp(min=1e-12).log().float().to(self.device)
+            prior = (count + PSEUDO_COUNT).log().float().to(self.device)
             blocks = (logits for half in halves for _, logits in self.blocks(half, EM_ROWS // 2))
             count = sum(
                 ((logits + prior).softmax(1).sum(0).double().cpu() for logits in blocks),
@@ -455,7 +473,9 @@ class Pool:
                 total[index] += of_rows.double().sum().cpu()
         return total
 
-    def prototypes(self, occurrence: Tensor, max_share: float) -> tuple[float, float, Classifier]:
+    def prototypes(
+        self, occurrence: Tensor, max_share: float, purity: float
+    ) -> tuple[float, float, Classifier]:
         """The weight of the prototypes, at most ``max_share``, then tau, then the prototypes."""
         text = float64(self.text).cpu()
         share = 0.0
@@ -469,8 +489,26 @@ class Pool:
             trust = self._trust(occurrence, crossed)
             share = 0.0
             if trust:
-                share = max_share * min(max(whole.apart / FULL_TRUST_VARIANCE, 0.0), 1.0) ** 2
+                distance = min(max(whole.apart / FULL_TRUST_VARIANCE, 0.0), 1.0)
+                share = max_share * distance**2 * placement(purity, whole.slope)
         return share, trust, whole
+
+    def purity(self, occurrence: Tensor) -> float:
+        """The expected share of right rows among the soft members of a class, sum p^2 / N.
+
+        p are the posteriors softmax(l + o). At most ``EM_ROWS`` / 2 rows of each half are read.
+        """
+        # If posteriors are calibrated, a row counts as a member of class c with weight p_c and
+        # belongs to it with probability p_c.
+        offset = occurrence.float().to(self.device)
+        squares = 0.0
+        n = 0
+        for half in (0, 1):
+            for _, logits in self.blocks(half, EM_ROWS // 2):
+                posterior = (logits + offset).softmax(1)
+                squares += float(posterior.square().sum(dtype=torch.float64))
+                n += len(logits)
+        return squares / n
 
     def _moments(
         self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float
@@ -512,6 +550,22 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
     The factor is 1 - ``MIN_MEMBERS`` n_classes / n_rows, and at least 0.
     """
     return max(1 - MIN_MEMBERS * n_classes / n_rows, 0.0)
+
+
+def placement(purity: float, slope: float) -> float:
+    """Factor of the weight of the prototypes, in [0, 1], by what places the means of the classes.
+
+    The factor rises from 0 at ``HALF`` to 1 at ``FULL`` of the larger of ``purity`` and ``slope``.
+    """
+    # Members: take two classes for which the zero-shot model confuses their rows. Of the members
+    # of either class, a share pi belongs there and 1 - pi to the other class. The means of the
+    # members then differ by (2 pi - 1) times the difference of the classes. Up to pi = 1/2 nothing
+    # of it is left, and the prototypes only repeat the confusion with more certainty.
+    # Texts: the prior mean of a class is m + a (t_c - t). If a is above 1/2, the texts (shifted to
+    # the mean image) are nearer to the class means than the mean image is, as far as texts explain
+    # the class means. The texts then hold the means of confused classes apart.
+    larger = max(purity, slope)
+    return min(max((larger - HALF) / (FULL - HALF), 0.0), 1.0)
 
 
 def presence(count: Tensor) -> tuple[Tensor, float]:

@@ -1,0 +1,148 @@
+"""The tables of ``benchmarks.never_below``, as Markdown.
+
+    python -m benchmarks.never_below_tables CELLS.jsonl [--before OLD.jsonl]
+
+Means over divisions, in percent. Brackets: 95 % bootstrap interval of the difference over the rows
+that are read, paired; the resamples of all divisions are averaged one by one. OLD.jsonl has cells
+of an earlier version of the method on the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.never_below import SETS, WITHOUT_LABELS
+from vilu.metrics.counts import Floats
+
+MIN_WRONG = 200
+"""Wrong answers from which the FPR95 of a single set says something."""
+
+Line = dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Cells that differ in the division alone: set, images a class, labels a class."""
+
+    name: str
+    size: int
+    n_labels: int
+
+
+def read(file: Path) -> dict[Group, list[Line]]:
+    """The cells of a file by group, in the order of the sets."""
+    groups: dict[Group, list[Line]] = {}
+    for text in file.read_text().splitlines():
+        line = json.loads(text)
+        group = Group(*line["cell"][:3])
+        groups.setdefault(group, []).append(line)
+    order = list(SETS)
+    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0].name), *item[0][1:])))
+
+
+def mean(lines: Sequence[Line], metric: str, method: str) -> float:
+    """The mean of a metric over divisions, in percent."""
+    return 100 * float(np.mean([line[metric][method] for line in lines]))
+
+
+def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
+    """The 95 % interval of the difference of two methods' AUROC, in points."""
+    differences: list[Floats] = []
+    for line in lines:
+        resampled = line["resampled"]
+        differences.append(np.asarray(resampled[method]) - np.asarray(resampled[baseline]))
+    low, high = np.nanpercentile(np.mean(differences, axis=0), [2.5, 97.5]) * 100
+    return f"[{low:+.1f}, {high:+.1f}]"
+
+
+def size_of(size: int) -> str:
+    """The number of images a class, for people."""
+    return str(size) if size else "all"
+
+
+def counts(lines: Sequence[Line]) -> str:
+    """Images that are fitted on, candidates, rows that are read, and the mean number of wrong."""
+    first = lines[0]
+    n_wrong = np.mean([line["n_wrong"] for line in lines])
+    return f"{first['n_fitted']:,} / {first['n_candidates']} | {first['n_read']:,} / {n_wrong:.0f}"
+
+
+def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
+    """MCM and ViLU-zero, and ViLU-zero as it was before."""
+    print(
+        "| set | images a class | fitted / classes | read / wrong | MCM | before | ViLU-zero "
+        "| gain [95 %] | FPR95 MCM | before | ViLU-zero | accuracy zero-shot | own |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for group, lines in cells.items():
+        if group.n_labels != WITHOUT_LABELS:
+            continue
+        mcm = mean(lines, "auroc", "mcm")
+        zero = mean(lines, "auroc", "vilu_zero")
+        old_auroc = "–"
+        old_fpr = "–"
+        if group in before:
+            old_auroc = f"{mean(before[group], 'auroc', 'vilu_zero'):.1f}"
+            old_fpr = f"{mean(before[group], 'fpr95', 'vilu_zero'):.0f}"
+        print(
+            f"| {group.name} | {size_of(group.size)} | {counts(lines)} | {mcm:.1f} | {old_auroc} "
+            f"| {zero:.1f} | {zero - mcm:+.1f} {interval(lines, 'vilu_zero', 'mcm')} "
+            f"| {mean(lines, 'fpr95', 'mcm'):.0f} | {old_fpr} "
+            f"| {mean(lines, 'fpr95', 'vilu_zero'):.0f} "
+            f"| {mean(lines, 'accuracy', 'mcm'):.1f} | {mean(lines, 'accuracy', 'vilu_zero'):.1f} |"
+        )
+
+
+def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
+    """ViLU+ alone and with images, beside ViLU-zero on the same images."""
+    print(
+        "| set | images a class | labels a class | read / wrong | MCM | ViLU-zero | ViLU+ alone "
+        "| before, with images | with images | over alone [95 %] | over ViLU-zero [95 %] |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for group, lines in cells.items():
+        if group.n_labels == WITHOUT_LABELS:
+            continue
+        values = {name: mean(lines, "auroc", name) for name in lines[0]["auroc"]}
+        images = values["vilu_plus_images"]
+        old = "–"
+        if group in before:
+            old = f"{mean(before[group], 'auroc', 'vilu_plus_images'):.1f}"
+        _, read_rows = counts(lines).split(" | ")
+        print(
+            f"| {group.name} | {size_of(group.size)} | {size_of(group.n_labels)} | {read_rows} "
+            f"| {values['mcm']:.1f} | {values['vilu_zero']:.1f} | {values['vilu_plus']:.1f} "
+            f"| {old} | {images:.1f} "
+            f"| {images - values['vilu_plus']:+.1f} "
+            f"{interval(lines, 'vilu_plus_images', 'vilu_plus')} "
+            f"| {images - values['vilu_zero']:+.1f} "
+            f"{interval(lines, 'vilu_plus_images', 'vilu_zero')} |"
+        )
+
+
+def main() -> None:
+    """Print the tables that the cells fill, and how many divisions they have."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--before", type=Path, help="cells of an earlier version")
+    options = parser.parse_args()
+    cells = read(options.cells)
+    before: dict[Group, list[Line]] = {}
+    if options.before:
+        before = read(options.before)
+    divisions = sorted({len(lines) for lines in cells.values()})
+    print(f"divisions: {', '.join(map(str, divisions))}\n")
+    labelled = {group.n_labels != WITHOUT_LABELS for group in cells}
+    if False in labelled:
+        table_without_labels(cells, before)
+    if True in labelled:
+        table_with_labels(cells, before)
+
+
+if __name__ == "__main__":
+    main()
