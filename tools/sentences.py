@@ -32,11 +32,18 @@ LONGEST: Final = 40
 
 HELD: Final = (
     "README.md",
-    "docs/concepts.md",
+    "docs/adding.md",
     "docs/alternatives.md",
+    "docs/captions.md",
+    "docs/concepts.md",
     "docs/demo.md",
+    "docs/explain.md",
     "docs/faq.md",
     "docs/monitor.md",
+    "docs/report.md",
+    "docs/scale.md",
+    "docs/sharing.md",
+    "docs/stability.md",
     "docs/start.md",
     "docs/troubleshooting.md",
 )
