@@ -4,8 +4,8 @@
     python tools/sentences.py docs/start.md    # with the sentences that are too long
 
 A sentence ends with ``.``, ``?`` or ``!``, at the end of a paragraph or of an item of a list. A
-colon or a semicolon does not end it. Code, tables, headings, front matter and HTML are left out; a code
-span or a link counts as its words.
+colon or a semicolon does not end it. Code, tables, headings and HTML are left out. A code span is
+one word, and a link counts as its words.
 """
 
 from __future__ import annotations
