@@ -3,9 +3,9 @@
     python tools/sentences.py                  # every page; fails for a held page above a limit
     python tools/sentences.py docs/start.md    # with the sentences that are too long
 
-A sentence ends with ``.``, ``?`` or ``!``, at the end of a paragraph or of an item of a list. A colon
-or a semicolon does not end it. Code, tables, headings, front matter and HTML are left out; a code
-span or a link counts as its words.
+A sentence ends with ``.``, ``?`` or ``!``, at the end of a paragraph or of an item of a list. A
+colon or a semicolon does not end it. Code, tables, headings and HTML are left out. A code span is
+one word, and a link counts as its words.
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ LONGEST: Final = 40
 
 HELD: Final = (
     "README.md",
-    "docs/concepts.md",
+    "docs/adding.md",
     "docs/alternatives.md",
+    "docs/captions.md",
+    "docs/concepts.md",
     "docs/demo.md",
+    "docs/explain.md",
     "docs/faq.md",
     "docs/monitor.md",
+    "docs/report.md",
+    "docs/scale.md",
+    "docs/sharing.md",
+    "docs/stability.md",
     "docs/start.md",
     "docs/troubleshooting.md",
 )

@@ -1,0 +1,67 @@
+"""Run the notebooks from top to bottom, and keep what they print.
+
+    python tools/notebooks.py                              # all notebooks in notebooks/
+    python tools/notebooks.py notebooks/own_classifier.ipynb
+
+A notebook runs in a temporary folder with examples/ on its path. Equal runs leave equal files: no
+times, counts of executions or versions of Python are kept.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+FOLDER: Final = ROOT / "notebooks"
+
+TIMEOUT: Final = 600
+"""Seconds that a cell may take."""
+
+PATH_CELL: Final = f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r})"
+
+
+def run(notebook: Any) -> None:  # noqa: ANN401 - nbformat has no types
+    """Run all cells in a temporary folder. Raises nbclient's error if a cell fails."""
+    first = nbformat.v4.new_code_cell(PATH_CELL)
+    notebook.cells.insert(0, first)
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            NotebookClient(
+                notebook, timeout=TIMEOUT, resources={"metadata": {"path": place}}
+            ).execute()
+        finally:
+            notebook.cells.remove(first)
+
+
+def clean(notebook: Any) -> None:  # noqa: ANN401
+    """Remove what differs between two equal runs."""
+    notebook.metadata.pop("language_info", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type != "code":
+            continue
+        cell.execution_count = None
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = None
+
+
+def main(names: list[str]) -> None:
+    """Run notebooks, and write them with their outputs."""
+    paths = [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb"))
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        run(notebook)
+        clean(notebook)
+        nbformat.write(notebook, path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
