@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vilu.backbones.base import DualEncoder
 from vilu.device import multiplies_bf16
 from vilu.errors import ProvenanceError
 from vilu.store.job import BackboneSpec
+from vilu.store.precision import LEAST_COSINE, LEAST_EQUAL, PrecisionCheck
 from vilu.store.reader import EmbeddingStore
 
 
@@ -41,6 +43,12 @@ def model(error: float, precision: str = "bf16") -> DualEncoder:
     )
 
 
+def solid(colour: tuple[int, int, int]) -> bytes:
+    content = BytesIO()
+    Image.new("RGB", (16, 16), colour).save(content, "PNG")
+    return content.getvalue()
+
+
 def embed(folder: Path, backbone: DualEncoder) -> EmbeddingStore:
     dataset = FakeDataset([picture(seed) for seed in range(70)], [0] * 70)
     store = vilu.embed(dataset, backbone, folder, names=NAMES)
@@ -52,11 +60,13 @@ def test_the_comparison_stands_in_the_log_of_the_store(tmp_path: Path) -> None:
     store = embed(tmp_path / "low", model(0.0))
     assert store.space.precision == "bf16"
     (check,) = [line["checked"] for line in read_log(tmp_path / "low") if "checked" in line]
+    assert check.pop("speedup") > 0
     assert check == {
         "precision": "bf16",
         "n": 64,
         "least_cosine": pytest.approx(1, abs=1e-6),
         "equal_answers": 1.0,
+        "equal_decisions": None,
     }
     exact = embed(tmp_path / "exact", model(0.0, "fp32"))
     assert not [line for line in read_log(tmp_path / "exact") if "checked" in line]
@@ -68,6 +78,37 @@ def test_a_precision_that_changes_answers_stops_with_the_numbers(tmp_path: Path)
         ProvenanceError, match=r"64 photos: cosine at least 0\.\d+, .*equal answers"
     ):
         embed(tmp_path / "low", model(1.0))
+
+
+@pytest.mark.parametrize(
+    ("least_cosine", "equal_answers", "is_passed"),
+    [
+        (LEAST_COSINE, LEAST_EQUAL, True),
+        (LEAST_COSINE - 1e-4, 1.0, False),  # the answers are equal, the embeddings are not
+        (1.0, LEAST_EQUAL - 1e-4, False),  # the embeddings are equal, the answers are not
+        (LEAST_COSINE - 1e-4, None, False),
+        (LEAST_COSINE, None, True),
+    ],
+)
+def test_each_bar_alone_decides(
+    least_cosine: float, equal_answers: float | None, is_passed: bool
+) -> None:
+    check = PrecisionCheck("bf16", 64, least_cosine, equal_answers)
+    assert check.is_passed is is_passed
+
+
+def test_equal_answers_do_not_excuse_embeddings_that_differ(tmp_path: Path) -> None:
+    # blue is 0.3 too bright under autocast, which moves embeddings and leaves red ones red
+    dataset = FakeDataset([solid((255, 0, 0))] * 10, [0] * 10)
+    with pytest.raises(ProvenanceError, match=r"cosine at least 0\.95.*100\.0% equal answers"):
+        vilu.embed(dataset, model(0.3), tmp_path / "low", names=NAMES)
+
+
+def test_near_embeddings_do_not_excuse_answers_that_differ(tmp_path: Path) -> None:
+    # a tie of red and blue, to which the error adds a little blue
+    dataset = FakeDataset([solid((255, 0, 255))] * 10, [0] * 10)
+    with pytest.raises(ProvenanceError, match=r"cosine at least 0\.99.*0\.0% equal answers"):
+        vilu.embed(dataset, model(0.05), tmp_path / "low", names=NAMES)
 
 
 def test_the_processor_is_asked_and_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

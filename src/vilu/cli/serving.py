@@ -28,6 +28,13 @@ Second = Annotated[
         rich_help_panel=MORE,
     ),
 ]
+PrecisionOfService = Annotated[
+    Literal["fp32", "bf16"] | None,
+    Option(
+        help="Arithmetic of the image tower. bf16 is compared with fp32 on the first 64 images. "
+        "[that of the photos on which the predictor was fitted]"
+    ),
+]
 Host = Annotated[
     str, Option(help="Address to listen at; any address except 127.0.0.1 needs --key-file.")
 ]
@@ -149,6 +156,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     keep: Keep = None,
     models: Models = None,
     device: Device = "auto",
+    precision: PrecisionOfService = None,
     batch_size: MostOfABatch = 32,
     workers: DecodingThreads = None,
     queue: Queue = None,
@@ -198,6 +206,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         device=device,
         batch_size=batch_size,
         workers=workers,
+        precision=precision,
     )
     log_access()
     if executor == "local":

@@ -6,17 +6,17 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vilu.backbones.base import Backbone, jpeg_side_of
+from vilu.backbones.base import Backbone, DualEncoder, jpeg_side_of
 from vilu.calibration.calibration import Calibration, require_about_new
 from vilu.calibration.likely import Flags, LikelyRight
 from vilu.datasets.base import ImageRecord
@@ -26,6 +26,7 @@ from vilu.device import torch_defaults
 from vilu.embeddings.columns import OF_ROWS
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.guard.first_photos import FirstPhotos
 from vilu.outcomes.decisions import REVIEW
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -117,10 +118,14 @@ class ImageModel:
     widths: dict[str, int]  # number of columns of every array of embeddings
     encoder: Encoder
     decoder: Decoder
+    first_photos: FirstPhotos | None = None  # compared with float32; None without a need for it
 
     def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
         """Embed decoded images; bad images are listed apart from the rows."""
-        return self.encoder.part(iter([*batch, END]))
+        content = self.encoder.part(iter([*batch, END]))
+        if self.first_photos is not None:
+            self.first_photos.compare(batch, content)
+        return content
 
 
 class Guard:
@@ -156,6 +161,9 @@ class Guard:
         workers: Number of decoding threads; by default one per core.
         limits: Limits on the size of an image.
         backbone: A loaded model with the same weights, in place of the model that the folder names.
+        precision: "fp32" or "bf16", of the model that the folder names. By default that of the
+            photos which the predictor was fitted on. bf16 in place of their float32 is compared
+            with it on the first 64 photos that the guard sees.
         vectors_only: Load no model. Then only the method ``answer`` can be called, which takes
             embeddings.
 
@@ -203,7 +211,7 @@ class Guard:
 
     @checked
     @torch_defaults()
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per flag of the command
         self,
         predictor: str | os.PathLike[str] | SavedModel,
         *,
@@ -213,6 +221,7 @@ class Guard:
         workers: int | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
         backbone: Backbone | None = None,
+        precision: Literal["fp32", "bf16"] | None = None,
         vectors_only: bool = False,
     ) -> None:
         if workers is None:
@@ -242,7 +251,7 @@ class Guard:
         self._model: ImageModel | None = None
         if not vectors_only:
             if backbone is None:
-                backbone = self._load(models, device)
+                backbone = self._load(models, device, precision)
             self._model = self._open(backbone, limits)
 
     def _require_names(self) -> tuple[str, ...]:
@@ -282,7 +291,9 @@ class Guard:
             )
         return (IMAGE, *sorted(used_of_rows))
 
-    def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
+    def _load(
+        self, models: str | os.PathLike[str] | None, device: str, precision: str | None
+    ) -> Backbone:
         """Load the model that the predictor was fitted on."""
         space = self.vocabulary.space
         if space.backbone is None:
@@ -293,7 +304,8 @@ class Guard:
         folder: Path | None = None
         if models is not None:
             folder = Path(models).absolute()
-        precision = space.precision or "fp32"
+        if precision is None:
+            precision = space.precision or "fp32"
         full_decode = not space.reduces_jpegs
         return BackboneSpec(space.backbone, device, precision, folder, full_decode).load()
 
@@ -313,7 +325,19 @@ class Guard:
         decoder = Decoder(
             backbone.preprocess, limits, len(self.names), jpeg_side=jpeg_side_of(backbone)
         )
-        return ImageModel(backbone, widths, encoder, decoder)
+        first_photos = None
+        precision = backbone.space.precision or "fp32"
+        is_low = precision not in {"fp32", self.vocabulary.space.precision}
+        if is_low and isinstance(backbone, DualEncoder):
+            exact = replace(encoder, backbone=backbone.in_float32())
+            first_photos = FirstPhotos(precision, exact, self._judge)
+        return ImageModel(backbone, widths, encoder, decoder, first_photos)
+
+    def _judge(self, content: PartRows) -> list[Answer]:
+        """Answers about embedded photos."""
+        keys = [row.key for row in content.rows]
+        answers, _ = self.answer(arrays_of(content), keys)
+        return answers
 
     @property
     def model(self) -> ImageModel:
@@ -366,9 +390,7 @@ class Guard:
         for error in content.errors:
             answers[error.position] = unanswered(self, error.key, error.kind)
         if content.rows:
-            keys = [row.key for row in content.rows]
-            answered, _ = self.answer(arrays_of(content), keys)
-            for row, answer in zip(content.rows, answered, strict=True):
+            for row, answer in zip(content.rows, self._judge(content), strict=True):
                 answers[row.position] = answer
         return [answers[position] for position in sorted(answers)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ class Setup:
         state: Folder of the journals, which is kept between restarts.
         limits: Limits for clients.
         keep: Folder for the answered images; None: no image is kept.
-        models, device, batch_size, workers: As in ``Guard``.
+        models, device, batch_size, workers, precision: As in ``Guard``.
     """
 
     predictor: Path
@@ -41,6 +41,7 @@ class Setup:
     device: str = "auto"
     batch_size: int = 32
     workers: int | None = None
+    precision: Literal["fp32", "bf16"] | None = None
 
     @property
     def predictors(self) -> dict[str, Path]:
@@ -78,7 +79,10 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         batch_size=setup.batch_size,
         workers=setup.workers,
         limits=ImageLimits(max_pixels=setup.limits.pixels),
+        precision=setup.precision,
     )
+    if guard.model.first_photos is not None:
+        guard.model.first_photos.must_pass = False  # clients choose the photos
     (answer,) = guard([_grey_picture()])
     if answer.label is None:
         raise StorageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -36,14 +37,19 @@ class PrecisionCheck:
         precision: The low precision.
         n: Number of photos.
         least_cosine: Least cosine of the two embeddings of a photo.
-        equal_answers: Share of photos with equal zero-shot answers; None where captions take the
-            place of classes.
+        equal_answers: Share of photos with equal answers; None where captions take the place of
+            classes. The answers are those of the predictor if there is one, else zero-shot answers.
+        equal_decisions: Share of photos with equal decisions; None without a predictor.
+        speedup: Processor time of the image tower in float32, divided by that in this precision;
+            None if it was not measured.
     """
 
     precision: str
     n: int
     least_cosine: float
     equal_answers: float | None
+    equal_decisions: float | None = None
+    speedup: float | None = None
 
     @property
     def is_passed(self) -> bool:
@@ -51,12 +57,23 @@ class PrecisionCheck:
         are_answers_equal = self.equal_answers is None or self.equal_answers >= LEAST_EQUAL
         return self.least_cosine >= LEAST_COSINE and are_answers_equal
 
+    @property
+    def failure(self) -> str:
+        """What a message says if the check is not passed."""
+        return (
+            f"{self}. Needed are a cosine of {LEAST_COSINE} and {LEAST_EQUAL:.0%} equal answers. "
+            "Take --precision fp32 (in Python precision='fp32')."
+        )
+
     def __str__(self) -> str:
-        text = f"{self.precision} against fp32, {self.n} photos: cosine at least "
-        text += f"{self.least_cosine:.5f}"
-        if self.equal_answers is None:
-            return text
-        return f"{text}, {self.equal_answers:.1%} equal answers"
+        findings = [f"cosine at least {self.least_cosine:.5f}"]
+        if self.equal_answers is not None:
+            findings.append(f"{self.equal_answers:.1%} equal answers")
+        if self.equal_decisions is not None:
+            findings.append(f"{self.equal_decisions:.1%} equal decisions")
+        if self.speedup is not None:
+            findings.append(f"the image tower {self.speedup:.1f} times as fast")
+        return f"{self.precision} against fp32, {self.n} photos: {', '.join(findings)}"
 
 
 def check_precision(
@@ -76,24 +93,28 @@ def check_precision(
     chosen = list(islice(pixels, CHECKED))
     if not chosen:
         return None
-    low = _encode(model, chosen, batch_size)
-    exact = _encode(model.in_float32(), chosen, batch_size)
-    check = _compare(model, run, low, exact)
+    low, seconds = _encode(model, chosen, batch_size)
+    exact, seconds_exact = _encode(model.in_float32(), chosen, batch_size)
+    check = _compare(model, run, low, exact, speedup=seconds_exact / seconds)
     logger.info("%s", check)
     if not check.is_passed:
-        raise ProvenanceError(
-            f"{check}. Needed are a cosine of {LEAST_COSINE} and {LEAST_EQUAL:.0%} equal answers. "
-            "Embed with --precision fp32."
-        )
+        raise ProvenanceError(check.failure)
     return check
 
 
-def _encode(model: DualEncoder, pixels: list[Tensor], batch_size: int) -> Tensor:
+def _encode(model: DualEncoder, pixels: list[Tensor], batch_size: int) -> tuple[Tensor, float]:
+    """Embeddings (N, D) of photos, and the seconds of processor time that they took."""
+    model.encode_images(pixels[0][None])  # some models are assembled at their first use
     batches = torch.stack(pixels).split(batch_size)
-    return torch.cat([model.encode_images(batch) for batch in batches])
+    begun = time.process_time()
+    rows = torch.cat([model.encode_images(batch) for batch in batches])
+    seconds = max(time.process_time() - begun, 1e-9)  # a clock may stand still for a small model
+    return rows, seconds
 
 
-def _compare(model: DualEncoder, run: Run, low: Tensor, exact: Tensor) -> PrecisionCheck:
+def _compare(
+    model: DualEncoder, run: Run, low: Tensor, exact: Tensor, *, speedup: float
+) -> PrecisionCheck:
     """Compare unit-norm embeddings (N, D) in both precisions."""
     equal_answers = None
     if run.names:
@@ -105,4 +126,5 @@ def _compare(model: DualEncoder, run: Run, low: Tensor, exact: Tensor) -> Precis
         n=len(low),
         least_cosine=float((low * exact).sum(dim=1).min()),
         equal_answers=equal_answers,
+        speedup=round(speedup, 2),
     )

@@ -3,62 +3,109 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from stat import S_IMODE
 from typing import Final
-from xml.sax.saxutils import escape
 
-from vilu.artifacts.disk import or_refuse, write_text
+from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
+from vilu.errors import DataError
 from vilu.text import plural
+from vilu.triage.xmp import read_xmp, with_subject, without_ours, xmp_with
 
-TOOLKIT: Final = 'x:xmptk="vilu"'
-"""Attribute by which a sidecar of vilu is recognised."""
+SUFFIX: Final = ".xmp"
+"""End of the name of a sidecar, after the whole name of the photo."""
 
-SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/" {toolkit}>
- <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-  <rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/">
-   <dc:subject><rdf:Bag><rdf:li>{label}</rdf:li></rdf:Bag></dc:subject>
-  </rdf:Description>
- </rdf:RDF>
-</x:xmpmeta>
-"""
-"""A sidecar with one subject (XMP specification, part 1)."""
+MAX_BYTES: Final = 2**24
+"""Larger sidecars are not read."""
 
 logger = logging.getLogger(__name__)
 
 
+def sidecar_of(photo: Path) -> Path:
+    """Place of the sidecar of a photo."""
+    return photo.with_name(f"{photo.name}{SUFFIX}")
+
+
 def write_sidecars(labels: Mapping[Path, str | None]) -> int:
-    """Write labels as ``dc:subject`` to PHOTO.xmp beside each photo; return how many were written.
+    """Write labels as ``dc:subject`` to PHOTO.xmp beside each photo; return how many have one.
 
     - Photos are never changed.
-    - A sidecar that vilu did not write is never changed; a warning counts these photos.
-    - Where the label is None, the sidecar is removed if vilu wrote it.
+    - A sidecar of another program keeps all its bytes; the label is added to its subjects. Where it
+      is not sure where the label belongs, the sidecar is not changed, and a warning says why.
+    - Where the label is None, a label of an earlier run is taken back.
     """
-    refused: list[Path] = []
+    refused: dict[Path, str] = {}
     n_written = 0
     for photo, label in labels.items():
-        sidecar = photo.with_name(f"{photo.name}.xmp")
-        with or_refuse(f"write {sidecar}"):
-            is_ours = sidecar.is_file() and TOOLKIT in sidecar.read_text("utf-8", "replace")
-            if label is None:
-                if is_ours:
-                    sidecar.unlink()
-            elif sidecar.exists() and not is_ours:
-                refused.append(sidecar)
-            else:
-                write_text(sidecar, SIDECAR.format(toolkit=TOOLKIT, label=escape(label)))
-                n_written += 1
+        sidecar = sidecar_of(photo)
+        try:
+            with or_refuse(f"write {sidecar}"):
+                _write(sidecar, label)
+        except DataError as error:
+            refused[sidecar] = str(error)
+            continue
+        if label is not None:
+            n_written += 1
     _warn_of(refused)
     return n_written
 
 
-def _warn_of(refused: Sequence[Path]) -> None:
-    """Warn of sidecars that were not written."""
+def _write(sidecar: Path, label: str | None) -> None:
+    """Bring one sidecar to a label; DataError with the reason if that is not safe."""
+    if sidecar.is_symlink() or (sidecar.exists() and not sidecar.is_file()):
+        if label is not None:
+            raise DataError("it is a link or no file")
+        return
+    if not sidecar.exists():
+        if label is not None:
+            write_bytes(sidecar, xmp_with(label))
+        return
+    status = sidecar.stat()
+    if status.st_size > MAX_BYTES:
+        if label is not None:
+            raise DataError(f"it has {status.st_size} bytes; at most {MAX_BYTES} are read")
+        return
+    before = sidecar.read_bytes()
+    after = _changed(before, label)
+    if after is None:
+        sidecar.unlink()
+    elif after != before:
+        with atomic_write(sidecar) as handle:
+            handle.write(after)
+            Path(handle.name).chmod(S_IMODE(status.st_mode))
+
+
+def _changed(data: bytes, label: str | None) -> bytes | None:
+    """The content of a sidecar with another label; None if the sidecar is to be removed."""
+    if _is_ours(data):
+        return None if label is None else xmp_with(label)
+    try:
+        original = without_ours(data)
+    except DataError:
+        if label is None:
+            return data  # nothing of ours can be in it
+        raise
+    return original if label is None else with_subject(original, label)
+
+
+def _is_ours(data: bytes) -> bool:
+    """Whether a sidecar is as ``xmp_with`` writes it, without anything of other programs."""
+    try:
+        subjects = read_xmp(data).subjects
+        return len(subjects) == 1 and data == xmp_with(subjects[0])
+    except DataError:
+        return False
+
+
+def _warn_of(refused: Mapping[Path, str]) -> None:
+    """Warn of sidecars that could not get their label."""
     if refused:
+        first, reason = next(iter(refused.items()))
         logger.warning(
-            "%s not written, because another program wrote such a file, the first %s. Move it "
-            "away to get the label of vilu.",
+            "%s of another program not changed, the first %s: %s. Mend it or move it away to get "
+            "the label of vilu.",
             plural(len(refused), "sidecar"),
-            refused[0],
+            first,
+            reason,
         )

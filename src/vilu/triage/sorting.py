@@ -22,13 +22,14 @@ from vilu.guard.guard import Answer
 from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
 from vilu.triage.answers import LABELLED
 from vilu.triage.photos import PhotoFolder
+from vilu.triage.sidecars import SUFFIX, sidecar_of
 from vilu.triage.state import MOVED, SORTED, TriageSettings
 
 NOT_IN_A_NAME: Final = re.compile(r"[^\w .()+-]")
 """Characters that are replaced by "_" in the name of a folder."""
 
-LONGEST_NAME: Final = 255
-"""Maximum length of a file name in bytes, on common file systems."""
+LONGEST_NAME: Final = 255 - len(SUFFIX)
+"""Maximum length of a file name in bytes, on common file systems, with room for a sidecar's."""
 
 HASH_DIGITS: Final = 16
 """Number of hexadecimal digits of the hash in front of a name (``hashed_name``)."""
@@ -99,6 +100,7 @@ def sort_photos(
     - No file is overwritten. If the new path of a photo is taken, the photo stays where it is.
     - Links in ``sorted`` are removed first; no other file is removed.
     - A photo that is itself a link, or is reached by a link to a folder, is not moved.
+    - The XMP sidecar of a photo is moved with it, unless it is a link.
 
     Args:
         root: The folder of the triage.
@@ -121,6 +123,10 @@ def sort_photos(
         targets = {path: target for path, target in targets.items() if path not in links}
         _note_moves(root, [*listing.moved.items(), *targets.items()])
         for path, target in targets.items():
+            sidecar = sidecar_of(sources[path])
+            # before the photo: if this process is killed in between, the next run moves the photo
+            if sidecar.is_file() and not sidecar.is_symlink():
+                _move(sidecar, sidecar_of(target))
             _move(sources[path], target)
 
 

@@ -1,0 +1,118 @@
+"""Compare the first photos of a guard in a low precision with float32."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from vilu.errors import ProvenanceError
+from vilu.store.manifest import IMAGE
+from vilu.store.parts import ErrorRow, PartRows
+from vilu.store.pipeline import END, Decoded, Encoder
+from vilu.store.precision import CHECKED, PrecisionCheck
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerWithDecision(Protocol):
+    """An answer with its decision, as ``vilu.guard.guard.Answer``."""
+
+    @property
+    def label(self) -> str | None:
+        """The answer; None if there is none."""
+
+    @property
+    def decision(self) -> str | None:
+        """The decision; None without a rule."""
+
+
+@dataclass(frozen=True)
+class PhotoPair:
+    """One photo in both precisions."""
+
+    cosine: float  # of its two embeddings
+    is_answer_equal: bool
+    is_decision_equal: bool
+
+
+@dataclass
+class FirstPhotos:
+    """The first photos that a guard sees, in its precision and in float32.
+
+    Attributes:
+        precision: The low precision.
+        encoder: Encoder of the same model in float32.
+        judge: Function from embedded photos to the answers about them.
+        must_pass: Whether photos that differ too much raise ProvenanceError. If not, a warning has
+            the numbers: the photos of a service are those of its clients, who must not stop it.
+        check: The result; None until ``CHECKED`` photos were seen.
+    """
+
+    precision: str
+    encoder: Encoder
+    judge: Callable[[PartRows], Sequence[AnswerWithDecision]]
+    must_pass: bool = True
+    check: PrecisionCheck | None = None
+    _photos: list[PhotoPair] = field(default_factory=list)
+    _lock: Lock = field(default_factory=Lock)  # several threads may use a guard at once
+
+    def compare(self, batch: Sequence[Decoded | ErrorRow | None], low: PartRows) -> None:
+        """Compare the photos of a batch; ``low`` are their embeddings in the low precision.
+
+        Raises:
+            ProvenanceError: If the first photos differ too much and ``must_pass`` is True.
+        """
+        with self._lock:
+            if self.check is None:
+                self._add(batch, low)
+            if self.check is None or self.check.is_passed or not self.must_pass:
+                return
+            raise ProvenanceError(self.check.failure)
+
+    def _add(self, batch: Sequence[Decoded | ErrorRow | None], low: PartRows) -> None:
+        """Add the photos of a batch, and make the check when there are enough of them."""
+        exact = self._by_position(self.encoder.part(iter([*batch, END])))
+        for position, (embedding, answer) in self._by_position(low).items():
+            if position not in exact:
+                continue
+            exact_embedding, exact_answer = exact[position]
+            photo = PhotoPair(
+                cosine=float(cosine_similarity(embedding, exact_embedding, dim=0)),
+                is_answer_equal=answer.label == exact_answer.label,
+                is_decision_equal=answer.decision == exact_answer.decision,
+            )
+            self._photos.append(photo)
+        if len(self._photos) >= CHECKED:
+            self._finish()
+
+    def _by_position(self, content: PartRows) -> dict[int, tuple[Tensor, AnswerWithDecision]]:
+        """Embedding (D,) and answer of every embedded photo, by its position in the batch."""
+        if not content.rows:
+            return {}
+        embeddings = torch.cat(content.arrays[IMAGE]).float()
+        answers = self.judge(content)
+        positions = [row.position for row in content.rows]
+        return dict(zip(positions, zip(embeddings, answers, strict=True), strict=True))
+
+    def _finish(self) -> None:
+        n = len(self._photos)
+        n_equal_answers = sum(photo.is_answer_equal for photo in self._photos)
+        n_equal_decisions = sum(photo.is_decision_equal for photo in self._photos)
+        self.check = PrecisionCheck(
+            precision=self.precision,
+            n=n,
+            least_cosine=min(photo.cosine for photo in self._photos),
+            equal_answers=n_equal_answers / n,
+            equal_decisions=n_equal_decisions / n,
+        )
+        if self.check.is_passed:
+            logger.info("%s", self.check)
+        else:
+            logger.warning("%s", self.check.failure)

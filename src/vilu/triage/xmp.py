@@ -1,0 +1,210 @@
+"""Subjects in XMP: read them, add one, and take it back. All other bytes stay as they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+from xml.parsers import expat
+from xml.sax.saxutils import escape, quoteattr
+
+from vilu.errors import DataError
+
+RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+DUBLIN_CORE: Final = "http://purl.org/dc/elements/1.1/"
+
+# Names of elements as the parser gives them: namespace, blank, name
+ROOT: Final = f"{RDF} RDF"
+DESCRIPTION: Final = f"{RDF} Description"
+ABOUT: Final = f"{RDF} about"
+BAG: Final = f"{RDF} Bag"
+ITEM: Final = f"{RDF} li"
+SUBJECT: Final = f"{DUBLIN_CORE} subject"
+
+# Comments around what vilu adds to the XMP of another program. Readers of XMP ignore them, and they
+# show what can be taken back.
+BEGIN: Final = "<!--vilu-->"
+END: Final = "<!--/vilu-->"
+
+SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk="vilu">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/">
+   <dc:subject><rdf:Bag><rdf:li>{label}</rdf:li></rdf:Bag></dc:subject>
+  </rdf:Description>
+ </rdf:RDF>
+</x:xmpmeta>
+"""
+"""XMP with one subject (XMP specification, part 1)."""
+
+NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 cannot hold."""
+
+
+def xmp_with(subject: str) -> bytes:
+    """XMP that has a subject and nothing else; DataError if XML cannot hold the subject."""
+    return SIDECAR.format(label=_text(subject)).encode()
+
+
+def _text(subject: str) -> str:
+    if NOT_IN_XML.search(subject):
+        raise DataError("the label has a character that XML cannot hold")
+    return escape(subject)
+
+
+@dataclass
+class Xmp:
+    """What the parser finds in XMP. Positions are numbers of bytes.
+
+    Attributes:
+        subjects: Subjects in the bag of ``dc:subject``.
+        bag_ends: Position of the end tag of every bag of subjects.
+        root_ends: Position of the end tag of every ``rdf:RDF``.
+        n_subject_elements: Number of elements ``dc:subject``.
+        about: What the first description is about; "" is the file itself.
+        passages: Begin and end of what vilu has added.
+    """
+
+    subjects: list[str] = field(default_factory=list)
+    bag_ends: list[int] = field(default_factory=list)
+    root_ends: list[int] = field(default_factory=list)
+    n_subject_elements: int = 0
+    about: str | None = None
+    passages: list[tuple[int, int]] = field(default_factory=list)
+
+
+class _Reader:
+    """Handlers of the parser, which fill an ``Xmp``."""
+
+    def __init__(self) -> None:
+        self.found = Xmp()
+        self._open: list[str] = []  # names of the elements around the present position
+        self._begun: int | None = None  # position of ``BEGIN``
+        self._parser = expat.ParserCreate(namespace_separator=" ")
+        self._parser.buffer_text = True
+        self._parser.StartElementHandler = self._start
+        self._parser.EndElementHandler = self._end
+        self._parser.CharacterDataHandler = self._characters
+        self._parser.CommentHandler = self._comment
+        self._parser.StartDoctypeDeclHandler = self._doctype
+        self._parser.XmlDeclHandler = self._declaration
+
+    def read(self, data: bytes) -> Xmp:
+        """Parse XMP; DataError if it cannot be parsed."""
+        try:
+            self._parser.Parse(data, True)
+        except expat.ExpatError as error:
+            raise DataError(f"it is no XML ({error})") from error
+        return self.found
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        self._open.append(name)
+        if name == DESCRIPTION and self._open[-2:-1] == [ROOT] and self.found.about is None:
+            self.found.about = attributes.get(ABOUT, "")
+        if self._open[-3:] == [ROOT, DESCRIPTION, SUBJECT]:
+            self.found.n_subject_elements += 1
+        if self._is_in_bag() and name == ITEM:
+            self.found.subjects.append("")
+
+    def _is_in_bag(self) -> bool:
+        return self._open[-5:-1] == [ROOT, DESCRIPTION, SUBJECT, BAG]
+
+    def _end(self, name: str) -> None:
+        position = self._parser.CurrentByteIndex
+        if self._open[-4:] == [ROOT, DESCRIPTION, SUBJECT, BAG]:
+            self.found.bag_ends.append(position)
+        if name == ROOT:
+            self.found.root_ends.append(position)
+        self._open.pop()
+
+    def _characters(self, text: str) -> None:
+        if self._is_in_bag() and self._open[-1] == ITEM:
+            self.found.subjects[-1] += text
+
+    def _comment(self, text: str) -> None:
+        position = self._parser.CurrentByteIndex
+        if f"<!--{text}-->" == BEGIN:
+            self._begun = position
+        if f"<!--{text}-->" == END and self._begun is not None:
+            self.found.passages.append((self._begun, position + len(END)))
+            self._begun = None
+
+    def _doctype(self, *_: object) -> None:
+        raise DataError("it declares entities (DOCTYPE), which are not read")
+
+    def _declaration(self, _version: str, encoding: str | None, _alone: int) -> None:
+        if encoding is not None and encoding.lower() not in {"utf-8", "utf8"}:
+            raise DataError(f"its encoding is {encoding}; UTF-8 was expected")
+
+
+def read_xmp(data: bytes) -> Xmp:
+    """Find the subjects of XMP; DataError if it is no XML in UTF-8, or declares entities."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError("its encoding is UTF-16; UTF-8 was expected")
+    return _Reader().read(data)
+
+
+def without_ours(data: bytes) -> bytes:
+    """XMP without the subject that vilu has added to it."""
+    for begin, end in reversed(read_xmp(data).passages):
+        data = data[:begin] + data[end:]
+    return data
+
+
+def with_subject(data: bytes, subject: str) -> bytes:
+    """XMP of another program with one more subject; a subject that is there is not added.
+
+    Raises:
+        DataError: If it is not sure where the subject belongs.
+    """
+    found = read_xmp(data)
+    if len(found.root_ends) != 1:
+        raise DataError(f"it has {len(found.root_ends)} elements rdf:RDF; one was expected")
+    if found.n_subject_elements > 1:
+        raise DataError("it has several elements dc:subject")
+    if subject in found.subjects:
+        return data
+    if found.n_subject_elements == 0:
+        addition = _description(found)
+    elif len(found.bag_ends) == 1:
+        addition = _Addition(found.bag_ends[0], "Bag", "", "")
+    else:
+        raise DataError("its dc:subject holds no rdf:Bag")
+    merged = addition.to(data, _text(subject))
+    if read_xmp(merged).subjects != [*found.subjects, subject]:
+        raise DataError("the label could not be added to its subjects")
+    return merged
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """A place for one more item of a bag, with what has to stand around the item."""
+
+    position: int  # of the end tag before which the addition goes
+    name: str  # of this end tag, without its prefix
+    before: str  # "{p}" stands for the prefix of RDF
+    after: str
+
+    def to(self, data: bytes, text: str) -> bytes:
+        """The data with the addition; DataError if there is no end tag at the position."""
+        pattern = rf"</((?:[^\s<>/:]+:)?){self.name}\s*>".encode()
+        end_tag = re.compile(pattern).match(data, self.position)
+        if end_tag is None:  # an element without content has a single tag
+            raise DataError(f"its rdf:{self.name} is empty")
+        prefix = end_tag.group(1).decode()
+        item = f"<{prefix}li>{text}</{prefix}li>"
+        passage = f"{self.before}{item}{self.after}".replace("{p}", prefix)
+        added = f"{BEGIN}{passage}{END}".encode()
+        return data[: self.position] + added + data[self.position :]
+
+
+def _description(found: Xmp) -> _Addition:
+    """The place of a description of its own, about the same as those that are there."""
+    about = quoteattr(found.about or "")
+    before = (
+        f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE)}>"
+        "<dc:subject><{p}Bag>"
+    )
+    after = "</{p}Bag></dc:subject></{p}Description>"
+    (end,) = found.root_ends
+    return _Addition(end, "RDF", before, after)
