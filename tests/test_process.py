@@ -222,6 +222,29 @@ def test_in_a_tuned_process_pages_of_a_large_block_are_made_once() -> None:
     assert float(answer_of(PAGES_OF_BLOCKS.format(first="")).stdout) > 7
 
 
+HEAPS = """
+import ctypes, threading, vilu
+from vilu.process import use_one_heap
+use_one_heap()
+import numpy, pyarrow
+thread = threading.Thread(target=lambda: numpy.ones(2**17))
+thread.start()
+thread.join()
+print(pyarrow.default_memory_pool().backend_name)
+ctypes.CDLL(None).malloc_stats()  # tells of every heap on stderr
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these heaps")
+def test_with_one_heap_a_thread_has_none_of_its_own() -> None:
+    """Whoever sets how many heaps there are, or where Arrow takes its memory, is obeyed."""
+    done = answer_of(HEAPS)
+    assert (done.stdout, done.stderr.count("Arena ")) == ("system\n", 1)
+    done = answer_of(HEAPS, MALLOC_ARENA_MAX="8", ARROW_DEFAULT_MEMORY_POOL="mimalloc")
+    assert done.stdout == "mimalloc\n"
+    assert done.stderr.count("Arena ") > 1
+
+
 def test_the_command_line_tunes_its_process(tmp_path: Path) -> None:
     (tmp_path / "says.py").write_text("import os; print(os.environ['GOMP_SPINCOUNT'])")
     program = (

@@ -21,6 +21,10 @@ RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
 
 KEPT_BYTES = 2**29
 """Largest freed block that glibc keeps, in bytes."""
+ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
+"""Environment variable for where Arrow takes its memory from."""
+HEAPS_SET_BY = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
+"""If the user has set one of these environment variables, vilu does not set the heaps of glibc."""
 KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
 """If the user has set one of these environment variables, vilu does not set what glibc keeps."""
 
@@ -76,6 +80,23 @@ def keep_freed_memory() -> None:
         return
     mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
     mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
+
+
+def use_one_heap() -> None:
+    """Let Arrow and all threads take their memory from the main heap of glibc.
+
+    Call this before pyarrow is imported and before other threads are started, in a process that
+    runs for months. Otherwise every thread has a heap of its own. ``return_freed_memory`` cannot
+    return the end of such a heap, and Arrow's own pool keeps some memory, too. So the process would
+    keep as much memory as its largest table ever took. What the user has set by an environment
+    variable is not changed.
+    """
+    os.environ.setdefault(ARROW_POOL, "system")
+    if sys.platform != "linux" or os.environ.keys() & HEAPS_SET_BY:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # the C library musl has no mallopt
+        mallopt(-8, 1)  # M_ARENA_MAX of <malloc.h>
 
 
 def return_freed_memory() -> None:

@@ -220,7 +220,7 @@ def claim(said: dict[str, Any], **changes: Any) -> None:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
     "a better score": (
         lambda c, _: c.update(uncertainty=c["uncertainty"] + c["failure"]),
-        "its rows give aurc = .*, and it says",
+        "its rows give auroc = .*; aurc = .*, and it says",
     ),
     "a row less": (lambda c, _: rows_of(c, slice(0, -1)), "it has 59 rows, and there are 60"),
     "a row twice": (
@@ -238,6 +238,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     "a better claim": (
         lambda _, s: s["result"]["results"][0].update(value=0.999),
         "auroc = .* says 0.999",
+    ),
+    "two better claims": (
+        lambda _, s: [said.update(value=0.999) for said in s["result"]["results"][:2]],
+        r"auroc = .* says 0\.999; .* says 0\.999",
     ),
     "another set": (lambda _, s: claim(s, test="0" * 32), "it differs in test"),
     "edited facts": (

@@ -4,7 +4,9 @@ false alarms and power by simulation, verdicts, refusals, and its state.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,30 @@ def test_neither_batches_nor_a_saved_state_change_the_result(
         status = monitor.update(part(rows, slice(start, start + size)))
     assert status == whole
     assert monitor.rows == 500
+
+
+def test_a_monitor_and_its_copies_keep_32_bytes_a_row(
+    calibration: vilu.Outcomes, rule: vilu.Rule
+) -> None:
+    """Two hashes, the uncertainty and its count, of 8 bytes each; copies share them."""
+    n_rows = 40_000
+    rows = draw(np.random.default_rng(8), n_rows, audited=0)
+    rows = dataclasses.replace(rows, ids=[f"{number}.jpg" for number in range(n_rows)])
+    monitor = vilu.Monitor(calibration, rule)
+    monitor.update(rows.take(np.arange(100)), in_order=True)
+    tracemalloc.start()
+    try:
+        for start in range(100, n_rows, 2_100):
+            monitor.update(rows.take(np.arange(start, start + 2_100)), in_order=True)
+        copies = [copy.deepcopy(monitor, memo={id(calibration): calibration}) for _ in range(4)]
+        n_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert n_bytes / n_rows < 40
+    before = copies[0].status
+    monitor.update(draw(np.random.default_rng(9), 500, shift=0.5, audited=0), in_order=True)
+    assert copies[0].status == before
+    assert monitor.rows == before.rows + 500
 
 
 def test_a_state_of_something_else_is_refused(

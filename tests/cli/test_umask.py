@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 
 from tests.builders.bench_fakes import make_store
 from tests.command import command_line, run
+from vilu.calibration.calibration import Calibration
+from vilu.errors import StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,20 @@ def test_calibration_rows_are_for_their_owner(
     assert modes(predictor)["predictor.json"] == 0o644
     run(*umask, "calibrate", predictor, predictor.parent / "cal")
     assert modes(predictor)["calibration.parquet"] == mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_told_why_a_calibration_cannot_be_read(predictor: Path) -> None:
+    run("calibrate", predictor, predictor.parent / "cal")
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        copy = Path(shutil.copytree(predictor, Path(home, "predictor")))
+        os.seteuid(65534)
+        try:
+            with pytest.raises(StorageError, match=r"for their owner alone\..*vilu --umask 022"):
+                Calibration.find(copy)
+        finally:
+            os.seteuid(0)
 
 
 @pytest.mark.parametrize("umask", ["9", "rwx", "-1", ""])

@@ -450,6 +450,29 @@ def test_a_locked_journal_is_not_ready(
         assert monitored(running)["rows"] == 1
 
 
+def test_an_image_stays_only_if_its_row_is_written(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a refused request repeats one that was answered."""
+    monkeypatch.setattr("vilu.service.rows.PATIENCE", 0.2)
+    keep = tmp_path / "kept"
+    first, second = ("images", ("a", photo(0, 0))), ("images", ("a", photo(1, 1)))
+    request = {"headers": {"X-Request-Id": "again"}}
+    with hosted(predictors[0], tmp_path / "s", keep=keep) as running:
+        assert running.post("/v1/answers", files=[first], **request).status_code == 200
+        before = sorted(keep.iterdir())
+        assert len(before) == 1
+        (file,) = (tmp_path / "s").glob("*/rows.sqlite")
+        with closing(sqlite3.connect(file, isolation_level=None)) as table:
+            table.execute("BEGIN IMMEDIATE")
+            reply = running.post("/v1/answers", files=[first, second], **request)
+            table.execute("ROLLBACK")
+        assert reply.status_code == 503
+        assert sorted(keep.iterdir()) == before
+        assert running.post("/v1/answers", files=[first, second], **request).status_code == 200
+        assert len(list(keep.iterdir())) == 2
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 def test_a_full_disk_is_not_ready(predictors: tuple[Path, Path], tmp_path: Path) -> None:
     """What was answered before and afterwards is counted; what was refused is not."""

@@ -504,16 +504,28 @@ def test_a_blind_photo_shows_classes_and_no_answer(
     assert {row["stream"] for row in rows(tmp_path / "labels.csv")} == {"calibration"}
 
 
+def test_a_label_in_the_triage_and_in_the_file_counts_once(half: Path, tmp_path: Path) -> None:
+    review = with_answers(half, 2)
+    first, second = [task.path for task in review.tasks]
+    of_file = {first: "cat", second: "cat"}
+    review = replace(review, labels={**of_file, "a.png": "dog", "b.png": "dog", "c.png": "dog"})
+    session = ReviewSession(review, tmp_path / "labels.csv")
+    for index in range(2):
+        session.answer(index, "cat")
+    assert session.tasks()["used"] == ["dog", "cat"]
+
+
 def test_of_many_classes_the_most_used_ones_have_digits(
     half: Path, browser: Browser, tmp_path: Path
 ) -> None:
     classes = [f"class {number:02}" for number in range(12)]
+    used = ["class 07"] * 2 + ["class 11"] * 5 + ["gone"] * 9
     review = open_review(half)
     review = replace(
         review,
         tasks=[task for task in review.tasks if task.is_blind][:3],
         names=(*classes, "(outside)"),
-        n_labels_of={"class 07": 2, "class 11": 5, "gone": 9},
+        labels={f"{number}.png": name for number, name in enumerate(used)},
     )
     with tab_of(browser, ReviewSession(review, tmp_path / "labels.csv")) as tab:
         wait_for(tab, 0, 3)

@@ -112,8 +112,32 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
         is_new = file != "" and file not in doing  # the message does not name the file yet
         file_in_brackets = f" ({file})" if is_new else ""
         reason = error.strerror or error
-        advice = f" {hint}" if hint else ""
+        advice = advice_to_owner(error)
+        if hint:
+            advice = f" {hint}{advice}"
         raise StorageError(f"cannot {doing}: {reason}{file_in_brackets}.{advice}") from error
+
+
+def advice_to_owner(error: OSError) -> str:
+    """What the owner of a private file can do if ``error`` says that it may not be read; else "".
+
+    The text begins with a space. A file is private if only its owner may read it, or if it is in a
+    folder that only the owner may open.
+    """
+    if not isinstance(error, PermissionError) or error.filename is None:
+        return ""
+    try:
+        is_private = Path(os.fsdecode(error.filename)).stat().st_mode & 0o077 == 0
+    except PermissionError:  # its folder may not be opened
+        is_private = True
+    except OSError:
+        return ""
+    if not is_private:
+        return ""
+    return (
+        " vilu writes files with paths or labels for their owner alone. The owner lets others read "
+        "them with chmod, or writes them with `vilu --umask 022 ...`."
+    )
 
 
 def host_hash() -> str:

@@ -34,6 +34,7 @@ from typing import Any, TextIO
 
 import typer
 
+from vilu.artifacts.disk import advice_to_owner
 from vilu.cli.app import app
 from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
 from vilu.errors import StorageError, UsageError, ViLUError
@@ -118,7 +119,8 @@ def _run() -> int:
     except OSError as error:
         if error.filename is None:  # the error is not about a file, so it is a bug
             raise
-        complain("error", f"the file system refused {error.filename}: {error.strerror}.")
+        advice = advice_to_owner(error)
+        complain("error", f"the file system refused {error.filename}: {error.strerror}.{advice}")
         return StorageError.exit_code
 
 

@@ -12,6 +12,7 @@ from vilu.cli.console import next_step, print_outputs
 from vilu.cli.help import LIMITS, MORE, SPEED
 from vilu.cli.options import DecodingThreads, Device, Models, path_argument, path_option
 from vilu.errors import UsageError
+from vilu.process import use_one_heap
 
 if TYPE_CHECKING:
     from vilu.service.limits import ClientKey, ClientLimits
@@ -176,6 +177,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     requests in progress are answered, and then the state is saved. Nothing that a client sends is
     logged or stored, except with --keep.
     """
+    use_one_heap()
     _require_service(executor)
     from vilu.service.limits import log_access
     from vilu.service.server import Hosted
@@ -183,7 +185,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _require_protection(host, key_file, allow_host)
     if queue is None:
-        queue = batch_size + batch_size // 8  # 9/8 of a batch
+        queue = 9 * batch_size // 8
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(
@@ -230,8 +232,9 @@ def _require_service(executor: str) -> None:
 
 def _require_protection(host: str, key_file: Path | None, allow_host: list[str] | None) -> None:
     """Raise UsageError if other machines could connect without a key or without a host name."""
-    is_this_machine = host in {"127.0.0.1", "localhost", "::1"}
-    if not is_this_machine and key_file is None:
+    from vilu.service.limits import LOOPBACK, in_brackets
+
+    if in_brackets(host) not in LOOPBACK and key_file is None:
         raise UsageError(
             f"--host {host} lets other machines connect, so --key-file FILE is needed."
         )
@@ -245,7 +248,7 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
 
 def _who_may_ask(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
     """The limits on who may ask: host names, those of them with TLS, and keys."""
-    from vilu.service.limits import LOOPBACK, ClientLimits, read_keys
+    from vilu.service.limits import LOOPBACK, ClientLimits, in_brackets, read_keys
 
     lowered = [name.lower() for name in names]
     tls_hosts = {name.removeprefix(TLS) for name in lowered if name.startswith(TLS)}
@@ -254,7 +257,7 @@ def _who_may_ask(host: str, names: list[str], key_file: Path | None) -> ClientLi
     if key_file is not None:
         keys = read_keys(key_file)
     return ClientLimits(
-        hosts=frozenset([*LOOPBACK, host.lower(), *hosts]),
+        hosts=frozenset([*LOOPBACK, in_brackets(host.lower()), *hosts]),
         tls_hosts=frozenset(tls_hosts),
         keys=keys,
     )

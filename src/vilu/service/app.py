@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vilu.artifacts.disk import make_folder, write_bytes
+from vilu.artifacts.disk import make_folder, or_refuse, write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff, stated_pixels
 from vilu.errors import DataError, StorageError, UsageError
@@ -222,9 +222,14 @@ class Service:
         judgements = await self._judgements(awaited)
         if await request.is_disconnected():
             raise ClientDisconnect
+        new_files: list[Path] = []
         if self.keep is not None and images:
-            await asyncio.to_thread(_keep_images, self.keep, images, judgements)
-        replies = await asyncio.wrap_future(self.ready.record(judgements))
+            new_files = await asyncio.to_thread(_keep_images, self.keep, images, judgements)
+        try:
+            replies = await asyncio.wrap_future(self.ready.record(judgements))
+        except StorageError:  # the rows are not written, so their images must not stay
+            await asyncio.to_thread(_remove, new_files)
+            raise
         request.scope["state"]["images"] = len(replies)
         self.measures.count_answers(reply.answer for reply in replies)
         guarantee = replies[0].guarantee  # the same for all replies: they were written together
@@ -407,13 +412,36 @@ def _out(reply: Reply) -> AnswerOut:
     )
 
 
-def _keep_images(folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]) -> None:
-    """Write images to files that are named by their rows; undecodable images are left out."""
-    for content, judgement in zip(images, judgements, strict=True):
-        could_be_decoded = bool(judgement.scores)
-        if could_be_decoded:
+def _keep_images(
+    folder: Path, images: Sequence[bytes], judgements: Sequence[Judgement]
+) -> list[Path]:
+    """Write images to files that are named by their rows; undecodable images are left out.
+
+    Returns:
+        The files that were not there before. A repeated request finds the files of the first one.
+    """
+    new: list[Path] = []
+    try:
+        for content, judgement in zip(images, judgements, strict=True):
+            could_be_decoded = bool(judgement.scores)
+            if not could_be_decoded:
+                continue
             suffix = (sniff(content) or "bin").lower()
-            write_bytes(folder / f"{judgement.row}.{suffix}", content)
+            path = folder / f"{judgement.row}.{suffix}"
+            if not path.exists():
+                write_bytes(path, content)
+                new.append(path)
+    except StorageError:
+        _remove(new)
+        raise
+    return new
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove files that were just written."""
+    for path in paths:
+        with or_refuse(f"remove {path}"):
+            path.unlink(missing_ok=True)
 
 
 def _json(value: object) -> Response:

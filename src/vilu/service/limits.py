@@ -532,5 +532,12 @@ def _is_equal(digest: bytes, known: bytes) -> bool:
     return hmac.compare_digest(digest, known)
 
 
+def in_brackets(host: str) -> str:
+    """A host as addresses and the Host header write it: an IPv6 address is in brackets."""
+    if ":" in host:
+        return f"[{host}]"
+    return host
+
+
 def _without_port(host_and_port: str) -> str:
     return re.sub(r":\d{1,5}$", "", host_and_port)

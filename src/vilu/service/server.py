@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from vilu.artifacts.disk import locked, make_folder
 from vilu.errors import UsageError
 from vilu.service.app import Service
-from vilu.service.limits import CONNECTIONS, PROBLEM, problem
+from vilu.service.limits import CONNECTIONS, PROBLEM, in_brackets, problem
 from vilu.service.setup import Setup, load_engine
 
 HEAD: Final = 16 * 2**10
@@ -225,6 +225,4 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _url(bound: socket.socket) -> str:
     host, port, *_ = bound.getsockname()  # an IPv6 address has two more values
-    if ":" in host:
-        host = f"[{host}]"
-    return f"http://{host}:{port}"
+    return f"http://{in_brackets(host)}:{port}"

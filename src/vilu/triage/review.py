@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -89,7 +88,7 @@ class Review:
         model: Name of the model or method that gave the answers.
         answer: Kind of the answers.
         follow_links: Whether links in the folder of the photos may lead anywhere.
-        n_labels_of: Number of labels so far, by the name of the class.
+        labels: Labels so far, as tables write them, by the path of the photo.
         scores: File of the scores that are looked at; None for a triage.
     """
 
@@ -99,7 +98,7 @@ class Review:
     model: str
     answer: str = "zero_shot"
     follow_links: bool = False
-    n_labels_of: Mapping[str, int] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     scores: Path | None = None
 
 
@@ -135,7 +134,9 @@ def _of_triage(folder: Path, which: Which) -> Review:
     for task in _tasks_in_order(folder, which):
         is_hidden = task.stream == "calibration" or task.path in hidden
         tasks.append(task.blind() if is_hidden else task)
-    labels = all_labels(folder).labels.values()
+    labels = {}
+    for path, label in all_labels(folder).labels.items():
+        labels[portable_name(path)] = portable_name(label)
     return Review(
         tasks,
         names=_names(state.settings),
@@ -143,7 +144,7 @@ def _of_triage(folder: Path, which: Which) -> Review:
         follow_links=state.follow_links,
         model="vilu triage",
         answer=state.answer.answer,
-        n_labels_of=Counter(portable_name(label) for label in labels),
+        labels=labels,
     )
 
 

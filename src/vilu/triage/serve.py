@@ -175,8 +175,9 @@ class ReviewSession:
 
     def _most_used(self) -> list[str]:
         """Names that were given as labels so far, the most frequent first."""
-        counts = Counter(self.review.n_labels_of)
-        counts.update(self.answers.values())
+        # The triage may know the file of answers already; each photo counts once.
+        labels = {**self.review.labels, **self.answers}
+        counts = Counter(labels.values())
         return [name for name, _ in counts.most_common() if name in self.review.names]
 
     def next_command(self) -> str:

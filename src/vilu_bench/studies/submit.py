@@ -337,14 +337,16 @@ def _fault_of_rows(ours: Outcomes, guest: Outcomes) -> str | None:
 
 
 def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | None:
-    """The fault of a submitted result: a metric that its rows do not give; else None."""
+    """The fault of a submitted result: metrics that its rows do not give; else None."""
     stated = {row.metric: row.value for row in result.results}
-    why = None
+    differing = []
     for row in rows:
         value = stated.get(row.metric)
         if not _is_same_number(value, row.value):
-            why = f"its rows give {row.metric} = {row.value}, and it says {value}"
-    return why
+            differing.append(f"{row.metric} = {row.value}, and it says {value}")
+    if not differing:
+        return None
+    return f"its rows give {'; '.join(differing)}"
 
 
 def _is_same_number(a: float | None, b: float | None) -> bool:

@@ -31,15 +31,21 @@ class Seen:
     about n^2 / 2^64: 1 in 2,000 for 10^8 rows.
     """
 
-    def __init__(self) -> None:
-        self.runs: list[Ints] = []
+    def __init__(self, runs: Sequence[Ints] = ()) -> None:
+        self.runs = list(runs)
+
+    def __deepcopy__(self, _: object) -> Seen:
+        """A copy that shares the runs; a run is replaced and never changed."""
+        return Seen(self.runs)
 
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
     def hashes(self) -> Ints:
         """All hashes, ascending."""
-        return np.sort(np.concatenate([np.empty(0, np.int64), *self.runs]))
+        every = np.concatenate([np.empty(0, np.int64), *self.runs])
+        every.sort()
+        return every
 
     def add(self, hashes: Ints) -> None:
         """Add hashes; hashes that are already there are ignored."""

@@ -79,7 +79,7 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
     # of the row itself, the bet would win even when nothing changes.
     before = np.concatenate([first, after[:-1]])
     density = m * (weight / m + before[row, cell]) / (weight + before.sum(axis=1))
-    return np.log(density), after[-1]
+    return np.log(density), after[-1].copy()  # a view would keep all rows
 
 
 def unused_share(start: Floats) -> Floats:
@@ -142,8 +142,9 @@ class Martingale:
         started = np.logaddexp.accumulate(all_started, axis=0)
         started_after = started[1:]
         self.n = self.n + len(p)
-        self.growth = growth[-1]
-        self.started = started[-1]
+        # A view of the last row would keep the whole block in memory.
+        self.growth = growth[-1].copy()
+        self.started = started[-1].copy()
         used = special.logsumexp(growth_after + started_after + np.log(SHARES), axis=1)
         wealth: Floats = np.logaddexp(used, np.log(unused_share(start)))
         return wealth
@@ -221,6 +222,10 @@ class Reference:
     def n(self) -> int:
         """Number of values so far."""
         return sum(run.n for run in self.runs)
+
+    def __deepcopy__(self, _: object) -> Reference:
+        """A copy that shares the runs; a run is replaced and never changed."""
+        return Reference(list(self.runs))
 
     def add(self, values: Floats, counts: Ints | None = None) -> None:
         """Add values, each once or ``counts`` times."""

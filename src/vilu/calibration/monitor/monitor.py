@@ -336,7 +336,7 @@ class Monitor:
         for name, watch in self.watches.items():
             values, counts = watch.reference.table()
             tables.append(
-                pa.table({"test": [name] * len(counts), "value": values, "count": counts})
+                pa.table({"test": pa.repeat(name, len(counts)), "value": values, "count": counts})
             )
         # This empty table makes sure that the columns "value" and "count" exist, even if there is
         # no test with values.
@@ -345,11 +345,11 @@ class Monitor:
         # The hashes of rows and labels that were seen are in the same table. For them, the column
         # "test" names the kind of hash.
         for kind, seen in ((ROWS_SEEN, self.monitored), (LABELS_SEEN, self.labelled)):
-            test = pa.array([kind] * len(seen), pa.string())
-            tables.append(pa.table({"test": test, "row": seen.hashes()}))
+            hashes = seen.hashes()
+            tables.append(pa.table({"test": pa.repeat(kind, len(hashes)), "row": hashes}))
         # With this option, a column that a table lacks is filled with null.
         whole = pa.concat_tables(tables, promote_options="default")
-        columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
+        columns = {name: whole[name] for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
 
     @checked
