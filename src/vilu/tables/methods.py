@@ -117,6 +117,17 @@ class AnswerMethod(FailurePredictor):
         centred = terms - terms.mean(axis=0)
         return {name: centred[:, place] for place, name in enumerate(self.players)}
 
+    def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
+        """The columns of a table that the score reads, by name, after a check of all of them.
+
+        Raises:
+            DataError: If the table lacks a column, or has features of another width.
+        """
+        self._check_ready(table)
+        arranged = table.arranged(self.used_columns)
+        every_row = torch.arange(len(arranged))
+        return {name: arranged.column(name, every_row) for name in self.columns_to_score}
+
     @property
     def players(self) -> tuple[str, ...]:
         """Names of the terms of the score: the columns, and "features" if they are used."""
@@ -141,11 +152,11 @@ class AnswerMethod(FailurePredictor):
                 f"this {self.name} was fitted with features, and this table has none. Give the "
                 "features of its rows, or fit on a table without features."
             )
-        width = 0 if self.space_ is None else self.space_.embed_dim
-        if width and data.has_vectors and data.space.embed_dim != width:
+        width = self.notes_.get(WIDTH, 0)
+        if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != width:
             raise DataError(
                 f"this {self.name} was fitted on a table with {width} features. Got "
-                f"{data.space.embed_dim} instead."
+                f"{data.n_features} instead."
             )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
@@ -399,14 +410,8 @@ class AnswerProbe(AnswerMethod):
         inputs = batch.columns[NUMBERS]
         if FEATURES in batch.columns:
             inputs = torch.cat([inputs, batch.columns[FEATURES].double()], dim=1)
-        width = len(self.learned_["mean"])
-        if inputs.shape[1] != width:
-            raise DataError(
-                f"this {self.name} was fitted on {width - n_columns} features. Got "
-                f"{inputs.shape[1] - n_columns} instead."
-            )
         terms = (inputs - self.learned_["mean"]) / self.learned_["scale"] * self.learned_["weight"]
-        if width == n_columns:
+        if terms.shape[1] == n_columns:
             return terms
         of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
         return torch.cat([terms[:, :n_columns], of_features], dim=1)
