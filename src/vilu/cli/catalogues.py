@@ -260,7 +260,7 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
         "uses unlabelled": _yes_or_no(cls.uses_unlabelled),
         "needs columns": needs_columns,
         "uses columns": list(cls.optional_columns),
-        "captions": _yes_or_no(not cls.no_captions and cls.takes == "embeddings"),
+        "captions": _yes_or_no(not cls.no_captions),
         "why no captions": cls.no_captions,
         "classes": classes,
         "probability": _yes_or_no(cls.is_probability),

@@ -51,6 +51,7 @@ class AnswerMethod(FailurePredictor):
     """
 
     takes: ClassVar[DataKind] = "answers"
+    no_captions: ClassVar[str | None] = "a table of answers has no captions"
     columns: ClassVar[tuple[str, ...]] = (NUMBERS,)
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
 
