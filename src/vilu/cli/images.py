@@ -326,17 +326,11 @@ def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: st
         chosen = "bf16" if is_fast else "fp32"
         next_step(f"--precision auto: {chosen}")
         return chosen
-<<<<<<< HEAD
-    is_large = not name.startswith("compact")
-    if is_fast and is_large:
+    if is_fast and not _is_compact(name):
         next_step(
             "this processor multiplies bfloat16, so that --precision bf16 may be faster: it is "
             "timed on the first 64 photos"
         )
-=======
-    if is_fast and not _is_compact(name):
-        next_step("this processor multiplies bfloat16: about twice as fast with --precision bf16")
->>>>>>> w-serve
     return wanted
 
 
