@@ -4,7 +4,8 @@ Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embeddin
 
 Some of these methods have a number to choose. The original work chooses it on a validation set.
 Here the labels are all there is, so it is chosen by cross-fitting (``cross_fitted``): labelled rows
-are held out in folds, and the value is chosen under which their labels are most likely.
+are held out in folds. The value is chosen under which their labels are most likely, or with which
+most of them are answered rightly, where the original goes by accuracy.
 """
 
 from __future__ import annotations
@@ -109,6 +110,22 @@ def likeliest(
     log_p, label = crossed
     of_label = log_p[:, torch.arange(len(label)), label]
     return int(of_label.sum(dim=1).argmax())
+
+
+def most_accurate(
+    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+) -> int | None:
+    """Index of the value, the first of equals, with most right answers to held-out rows.
+
+    None if none is held out.
+    """
+    crossed = cross_fitted(rows, seed, log_posteriors)
+    if crossed is None:
+        return None
+    log_p, label = crossed
+    is_right = log_p.argmax(dim=2) == label
+    n_right = is_right.sum(dim=1)
+    return int((n_right == n_right.max()).nonzero()[0])
 
 
 @dataclasses.dataclass
@@ -328,18 +345,17 @@ class GDAAndZeroShot(BesideZeroShot):
     tr(C) I)^-1, with the covariance C (divisor N - 1) of N images less their class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
-    alpha is chosen from ``grid`` by five folds of the labels. With one label a class C is zero, and
-    nothing is added (the original has augmented images then).
+    alpha is the value of ``grid`` with most right answers to held-out labels (five folds). With one
+    label a class C is zero, and nothing is added (the original has augmented images then).
 
     Args:
         grid: The values of alpha to choose from, those of the released code.
         max_bank: Maximum number of training images; more are sampled with ``seed``.
 
     Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR
-    2024, and its code (mrflogs/ICLR24). The original has a validation set and takes the alpha of
-    best accuracy there; here held-out labels are most likely under alpha. It augments images in ten
-    epochs; here each image is embedded once. A class without images has the mean of all images,
-    where the original has no number.
+    2024, and its code (mrflogs/ICLR24). The original takes the alpha of best accuracy on a
+    validation set. It augments images in several epochs; here each image is embedded once. A class
+    without images has the mean of all images, where the original has no number.
 
     Examples:
         >>> import numpy as np, vilu
@@ -380,7 +396,7 @@ class GDAAndZeroShot(BesideZeroShot):
 
         weight, bias = gaussian_discriminants(rows)
         alpha = 0.0  # of one label a class, which have no covariance
-        chosen = likeliest(rows, self.seed, log_posteriors)
+        chosen = most_accurate(rows, self.seed, log_posteriors)
         if chosen is not None:
             alpha = self.grid[chosen]
         tensors = {"weight": alpha * weight, "bias": alpha * bias, CLASSES: class_texts(train)}
@@ -425,16 +441,17 @@ class TipAdapter(BesideZeroShot):
         u = 1 - q_t̂, with q = softmax(l + alpha A)
         A_c = sum over labelled images x of class c: exp(-beta (1 - z x))
 
-    alpha and beta are chosen from ``alphas`` and ``betas`` by five folds of the labels. If no row
-    can be held out, because every class has one label, they are 1 and 5.5, as in the paper.
+    alpha and beta are the values of ``alphas`` and ``betas`` with most right answers to held-out
+    labels (five folds). If no row can be held out, because every class has one label, they are 1
+    and 5.5, as in the paper.
 
     Args:
         alphas: The values of alpha to choose from.
         betas: The values of beta to choose from.
         max_bank: Maximum number of training images; more are sampled with ``seed``.
 
-    Source: Zhang et al., "Tip-Adapter", ECCV 2022, and its code, which searches a finer grid on a
-    validation set by accuracy. Here held-out labels are most likely.
+    Source: Zhang et al., "Tip-Adapter", ECCV 2022, and its code, which searches a finer grid by
+    accuracy on a validation set.
 
     Examples:
         >>> import numpy as np, vilu
@@ -483,7 +500,7 @@ class TipAdapter(BesideZeroShot):
             )
 
         shape = (1.0, 5.5)
-        chosen = likeliest(rows, self.seed, log_posteriors)
+        chosen = most_accurate(rows, self.seed, log_posteriors)
         if chosen is not None:
             shape = shapes[chosen]
         tensors = {
