@@ -22,12 +22,9 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.held_out import Judged
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu_bench.methods.few_shot import FLOOR, FOLDS, class_folds, pool_weights
 
-FOLDS = 5
 GRID = np.linspace(0, 1, 21)
-FLOOR = 1e-6
-"""Smallest probability that the probe gives a class in the pool; a class without labels has 0."""
-
 BATCH = 4_096
 
 
@@ -46,6 +43,11 @@ class Experts(NamedTuple):
         log_q = weights[0] * self.zero_shot + weights[1] * self.floored_probe
         normed: Floats = log_q - np.logaddexp.reduce(log_q, axis=1, keepdims=True)
         return normed
+
+    @property
+    def both(self) -> Floats:
+        """(N, 2, K) log probabilities that are pooled."""
+        return np.stack([self.zero_shot, self.floored_probe], axis=1)
 
     @property
     def floored_probe(self) -> Floats:
@@ -78,7 +80,7 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
         return Weights(mix=0.5, pool=np.array([0.5, 0.5]), cross_fitted=False)
     parts = []
     targets = []
-    fold = folds(target, seed)
+    fold = class_folds(target, seed)
     for number in range(FOLDS):
         is_held_out = (fold == number) & ~is_only_label
         if not is_held_out.any():
@@ -94,7 +96,7 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
     held_out_target = np.concatenate(targets)
     return Weights(
         mix=_mix_weight(held_out_experts, held_out_target),
-        pool=_pool_weights(held_out_experts, held_out_target),
+        pool=pool_weights(held_out_experts.both, held_out_target),
         cross_fitted=True,
     )
 
@@ -102,15 +104,6 @@ def fit_weights(train: vilu.Embeddings, target: Ints, seed: int) -> Weights:
 def linear_probe() -> FailurePredictor:
     """The linear probe, which judges its own answers."""
     return vilu.PREDICTORS["linear_probe"](answer="adapted")
-
-
-def folds(target: Ints, seed: int) -> Ints:
-    """Fold (N,) of every row; the rows of a class are dealt out in turn."""
-    shuffled = np.random.default_rng(seed).permutation(len(target))
-    by_class = shuffled[np.argsort(target[shuffled], kind="stable")]
-    fold = np.empty(len(target), dtype=np.int64)
-    fold[by_class] = np.arange(len(target)) % FOLDS
-    return fold
 
 
 def judged_by_mixes(both: Experts, weights: Weights, target: Ints) -> dict[str, Judged]:
@@ -137,21 +130,3 @@ def _mix_weight(held_out: Experts, target: Ints) -> float:
         with np.errstate(divide="ignore"):  # the probe alone may give a class nothing
             likelihoods.append(np.log(held_out.mixed(weight)[rows, target]).sum())
     return float(GRID[np.argmax(likelihoods)])
-
-
-def _pool_weights(held_out: Experts, target: Ints) -> Floats:
-    from scipy.optimize import minimize
-
-    rows = np.arange(len(target))
-    logs = np.stack([held_out.zero_shot, held_out.floored_probe], axis=1)  # (N, 2, K)
-    of_target = logs[rows, :, target]
-
-    def loss(weights: Floats) -> tuple[float, Floats]:
-        log_q = held_out.pooled(weights)
-        expected = np.einsum("nk,nmk->nm", np.exp(log_q), logs)
-        slope = (expected - of_target).mean(axis=0)
-        return float(-log_q[rows, target].mean()), slope
-
-    start = np.array([0.5, 0.5])
-    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
-    return np.asarray(best.x)

@@ -17,11 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.never_below import SETS, WITHOUT_LABELS
+from benchmarks.never_below import LABELS, SETS, SIZES, WITHOUT_LABELS
 from vilu.metrics.counts import Floats
-
-MIN_WRONG = 200
-"""Wrong answers from which the FPR95 of a single set says something."""
 
 Line = dict[str, Any]
 
@@ -41,8 +38,18 @@ def read(file: Path) -> dict[Group, list[Line]]:
         line = json.loads(text)
         group = Group(*line["cell"][:3])
         groups.setdefault(group, []).append(line)
-    order = list(SETS)
-    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0].name), *item[0][1:])))
+    return {group: groups[group] for group in sorted(groups, key=place)}
+
+
+def place(group: Group) -> tuple[int, int, int]:
+    """Where a group stands in a table: by set, images and labels, all of them last."""
+    set_order = list(SETS)
+    label_order = [WITHOUT_LABELS, *LABELS]
+    return (
+        set_order.index(group.name),
+        SIZES.index(group.size),
+        label_order.index(group.n_labels),
+    )
 
 
 def mean(lines: Sequence[Line], metric: str, method: str) -> float:

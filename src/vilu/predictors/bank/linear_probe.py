@@ -20,8 +20,76 @@ from vilu.predictors.contract.labelled import class_texts, failure_log_odds
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
+def fit_regression(
+    image: Tensor, label: Tensor, n_classes: int, penalty: float, max_iter: int
+) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K,) float64 of a logistic regression of labels (N,) on images (N, D).
+
+    Args:
+        image: Images, float32.
+        label: Their classes.
+        n_classes: Number K of classes. A class without images has the bias minus infinity.
+        penalty: Inverse strength C of the L2 penalty, as in scikit-learn.
+        max_iter: Maximum number of L-BFGS steps.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    weight = torch.zeros(n_classes, image.shape[1], dtype=torch.float64)
+    # the logit of a class without training images is -inf
+    bias = torch.full((n_classes,), -math.inf, dtype=torch.float64)
+    seen_classes = label.unique()
+    bias[seen_classes] = 0.0
+    if len(seen_classes) == 1:
+        return weight, bias
+    # The mean of all images is the largest part of every image. If this mean were not subtracted,
+    # L-BFGS would converge slowly.
+    centre = image.mean(dim=0)
+    model = LogisticRegression(C=penalty, max_iter=max_iter)
+    with warnings.catch_warnings():
+        # the warning is about classes with few images, which are expected here
+        warnings.filterwarnings("ignore", message="The number of unique classes")
+        model.fit((image - centre).numpy(), label.numpy())
+    # For two classes scikit-learn has only the logit of the second class. The logit of the first
+    # class stays 0.
+    fitted = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
+    weight[fitted] = torch.from_numpy(model.coef_).double()
+    intercept = torch.from_numpy(model.intercept_).double()
+    bias[fitted] = intercept - weight[fitted] @ centre.double()
+    return weight, bias
+
+
 @dataclasses.dataclass
-class LinearProbe(ClosedSet):
+class Regression(ClosedSet):
+    """A method that scores answers by the softmax of linear logits of the image."""
+
+    is_probability: ClassVar[bool] = True
+    # see ``require_forms``: weight (K, D) and bias (K,) of the logits, texts (K, D) of the classes
+    _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """Logits (B, K) float64 of the regression; -inf for a class without training images."""
+        image = float64(batch.image)
+        classes = self.classes_of(batch.text).to(image.device)
+        weight = self.tensor("weight", image.device)[classes]
+        bias = self.tensor("bias", image.device)[classes]
+        return image @ weight.T + bias
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """Log-posterior (B, K) float64; -inf for a class without training images."""
+        return self._logits(batch).log_softmax(dim=-1)
+
+    def _score(self, batch: Batch) -> Tensor:
+        logits = self._logits(batch)
+        log_odds = failure_log_odds(logits, batch)
+        # The uncertainty of an answer without training images is 1. This number is set directly,
+        # because the softmax is 0 / 0 if no candidate has training images.
+        answer_column = batch.prediction.to(logits.device)[:, None]
+        of_answer = logits.gather(1, answer_column).squeeze(1)
+        return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)
+
+
+@dataclasses.dataclass
+class LinearProbe(Regression):
     """Logistic regression of the classes on image embeddings.
 
     The uncertainty of a prediction t̂ is
@@ -62,10 +130,7 @@ class LinearProbe(ClosedSet):
     )
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
-    is_probability: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
-    # see ``require_forms``: weight (K, D) and bias (K,) of the logits, texts (K, D) of the classes
-    _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     max_iter: Count = 500
@@ -77,51 +142,9 @@ class LinearProbe(ClosedSet):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        from sklearn.linear_model import LogisticRegression
-
         drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        label = labels(drawn)
         n_classes = train.source.n_candidates
-        weight = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
-        # the logit of a class without training images is -inf
-        bias = torch.full((n_classes,), -math.inf, dtype=torch.float64)
-        seen_classes = label.unique()
-        bias[seen_classes] = 0.0
-        if len(seen_classes) > 1:
-            image = gather(drawn)
-            # The mean of all images is the largest part of every image. If this mean were not
-            # subtracted, L-BFGS would converge slowly.
-            centre = image.mean(dim=0)
-            model = LogisticRegression(C=self.C, max_iter=self.max_iter)
-            with warnings.catch_warnings():
-                # the warning is about classes with few images, which are expected here
-                warnings.filterwarnings("ignore", message="The number of unique classes")
-                model.fit((image - centre).numpy(), label.numpy())
-            # For two classes scikit-learn has only the logit of the second class. The logit of the
-            # first class stays 0.
-            fitted = seen_classes if len(seen_classes) > 2 else seen_classes[1:]
-            weight[fitted] = torch.from_numpy(model.coef_).double()
-            intercept = torch.from_numpy(model.intercept_).double()
-            bias[fitted] = intercept - weight[fitted] @ centre.double()
+        weight, bias = fit_regression(
+            gather(drawn), labels(drawn), n_classes, self.C, self.max_iter
+        )
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
-
-    def _logits(self, batch: Batch) -> Tensor:
-        """Logits (B, K) float64 of the regression; -inf for a class without training images."""
-        image = float64(batch.image)
-        classes = self.classes_of(batch.text).to(image.device)
-        weight = self.tensor("weight", image.device)[classes]
-        bias = self.tensor("bias", image.device)[classes]
-        return image @ weight.T + bias
-
-    def log_posterior(self, batch: Batch) -> Tensor:
-        """Log-posterior (B, K) float64; -inf for a class without training images."""
-        return self._logits(batch).log_softmax(dim=-1)
-
-    def _score(self, batch: Batch) -> Tensor:
-        logits = self._logits(batch)
-        log_odds = failure_log_odds(logits, batch)
-        # The uncertainty of an answer without training images is 1. This number is set directly,
-        # because the softmax is 0 / 0 if no candidate has training images.
-        answer_column = batch.prediction.to(logits.device)[:, None]
-        of_answer = logits.gather(1, answer_column).squeeze(1)
-        return torch.sigmoid(log_odds).masked_fill(of_answer == -math.inf, 1.0)

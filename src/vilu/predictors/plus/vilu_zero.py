@@ -138,7 +138,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         >>> vilu.MCM().predict_uncertainty(new).round(1)
         array([0.5, 0.5])
         >>> vilu.PREDICTORS["vilu_zero"]().fit(data).predict_uncertainty(new).round(1)
-        array([0.3, 0.7])
+        array([0.4, 0.7])
     """
 
     name: ClassVar[str] = "vilu_zero"

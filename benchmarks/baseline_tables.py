@@ -1,0 +1,164 @@
+"""The table of ``benchmarks.baselines``, as Markdown.
+
+    python -m benchmarks.baseline_tables CELLS.jsonl [--without imagenet cars]
+
+AUROC of failures and FPR95 in percent: means over sets, of each set's mean over divisions. A method
+stands in a column if every set of the table has a cell for it there. Brackets: 95 % bootstrap
+interval over the rows that are read; the resamples of all cells are averaged one by one. Below, the
+difference of ViLU+ to every other method, paired on the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.baselines import FREE, LABELLED, LABELS, NAMES
+from benchmarks.never_below import WITHOUT_LABELS
+from vilu.metrics.counts import Floats
+
+Line = dict[str, Any]
+OURS = "vilu_plus"
+SEES = {
+    "otter_sees": "otter, seeing the rows that are read",
+    "stata_sees": "stata, seeing the rows that are read",
+}
+
+
+class Column(NamedTuple):
+    """The cells of a method at a number of labels."""
+
+    method: str
+    n_labels: int
+
+
+class Cells(NamedTuple):
+    """Lines by column, and in each by set and division."""
+
+    lines: dict[Column, dict[tuple[str, int], Line]]
+
+    @classmethod
+    def read(cls, file: Path) -> Cells:
+        """Read a file."""
+        lines: dict[Column, dict[tuple[str, int], Line]] = {}
+        for text in file.read_text().splitlines():
+            line = json.loads(text)
+            name, n_labels, division, method = line["cell"]
+            lines.setdefault(Column(method, n_labels), {})[name, division] = line
+        return cls(lines)
+
+    def common(self, names: Sequence[str]) -> list[tuple[str, int]]:
+        """The sets and divisions that all columns with a cell of every set have."""
+        keys = set(next(iter(self.lines.values())))
+        for column in self.columns(names):
+            keys &= set(self.lines[column])
+        return sorted(key for key in keys if key[0] in names)
+
+    def columns(self, names: Sequence[str]) -> list[Column]:
+        """The columns with a cell of every set."""
+        complete = []
+        for column, lines in self.lines.items():
+            measured = {name for name, _ in lines}
+            if measured >= set(names):
+                complete.append(column)
+        return complete
+
+
+def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) -> Floats:
+    """The mean over sets of the mean over divisions."""
+    of_sets = []
+    for name in names:
+        of_divisions = [value for (of_set, _), value in values.items() if of_set == name]
+        of_sets.append(np.mean(of_divisions, axis=0))
+    mean: Floats = np.mean(of_sets, axis=0)
+    return mean
+
+
+def interval(resamples: Floats) -> str:
+    """The 95 % interval of resampled means, in percent."""
+    low, high = 100 * np.nanpercentile(resamples, [2.5, 97.5])
+    return f"[{low:.1f}, {high:.1f}]"
+
+
+def entry(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
+    """AUROC with its interval, and FPR95."""
+    names = sorted({name for name, _ in keys})
+    lines = {key: cells.lines[column][key] for key in keys}
+    area = mean_over_sets({key: np.array(line["auroc"]) for key, line in lines.items()}, names)
+    resamples = mean_over_sets(
+        {key: np.array(line["resampled"]) for key, line in lines.items()}, names
+    )
+    fpr = mean_over_sets({key: np.array(line["fpr95"]) for key, line in lines.items()}, names)
+    return f"{100 * area:.1f} <sub>{interval(resamples)}</sub> / {100 * fpr:.0f}"
+
+
+def lead(cells: Cells, column: Column, keys: Sequence[tuple[str, int]]) -> str:
+    """How far ViLU+ is above a method on the same rows, with the interval."""
+    names = sorted({name for name, _ in keys})
+    ours = cells.lines[Column(OURS, column.n_labels)]
+    others = cells.lines[column]
+    gains = {}
+    resamples = {}
+    for key in keys:
+        gains[key] = np.array(ours[key]["auroc"]) - np.array(others[key]["auroc"])
+        resamples[key] = np.array(ours[key]["resampled"]) - np.array(others[key]["resampled"])
+    gain = 100 * mean_over_sets(gains, names)
+    return f"{gain:+.1f} <sub>{interval(mean_over_sets(resamples, names))}</sub>"
+
+
+def heading(n_labels: int) -> str:
+    """A number of labels, for people."""
+    return {WITHOUT_LABELS: "no label", 0: "all labels"}.get(n_labels, f"{n_labels} a class")
+
+
+def table(cells: Cells, names: Sequence[str]) -> None:
+    """Print both tables for some sets."""
+    complete = set(cells.columns(names))
+    budgets = [
+        n_labels for n_labels in LABELS if any(column.n_labels == n_labels for column in complete)
+    ]
+    keys = cells.common(names)
+    n_divisions = len(keys) / len(names)
+    read = sum(cells.lines[next(iter(complete))][key]["n_wrong"] for key in keys)
+    print(f"\n{len(names)} sets, {n_divisions:g} divisions, {read:,} wrong answers read\n")
+    header = " | ".join(heading(n_labels) for n_labels in budgets)
+    rule = "|---" * (len(budgets) + 1) + "|"
+    print(f"| AUROC / FPR95 | {header} |\n{rule}")
+    for method in [*FREE, *LABELLED]:
+        entries = []
+        for n_labels in budgets:
+            column = Column(method, n_labels)
+            entries.append(entry(cells, column, keys) if column in complete else "")
+        if any(entries):
+            print(f"| {SEES.get(method, method)} | {' | '.join(entries)} |")
+    labelled = [n for n in budgets if Column(OURS, n) in complete]
+    if not labelled:
+        return
+    header = " | ".join(heading(n_labels) for n_labels in labelled)
+    print(f"\n| {OURS} above | {header} |\n{'|---' * (len(labelled) + 1)}|")
+    for method in LABELLED:
+        entries = []
+        for n_labels in labelled:
+            column = Column(method, n_labels)
+            entries.append(lead(cells, column, keys) if column in complete else "")
+        if method != OURS and any(entries):
+            print(f"| {method} | {' | '.join(entries)} |")
+
+
+def main() -> None:
+    """Print the tables of the sets that the file has, and without some of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--without", nargs="+", choices=NAMES, default=[])
+    options = parser.parse_args()
+    names = [name for name in NAMES if name not in options.without]
+    table(Cells.read(options.cells), names)
+
+
+if __name__ == "__main__":
+    main()

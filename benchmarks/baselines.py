@@ -1,0 +1,201 @@
+"""Simple baselines beside ours on real CLIP: the measurement.
+
+    python -m benchmarks.baselines ARRAYS CELLS.jsonl [--sets cars ...] [--methods tip_adapter ...]
+    python -m benchmarks.baseline_tables CELLS.jsonl
+
+ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale of
+100). A seed divides each set into halves; methods are fitted on the first half, with so many labels
+a class (0: all), and the second half is read. A *cell* is a set, a number of labels a class (-1:
+none), a division and a method. It is one line of CELLS.jsonl: AUROC and FPR95 of the failures of
+zero-shot answers, and AUROCs of bootstrap resamples, of the same rows for all methods.
+
+``otter_sees`` and ``stata_sees`` see the images that are read, without their labels; all others see
+images of the first half alone. ``vilu_plus_images`` sees all images of the first half.
+
+Cells that are in the file already are left out. All sets are measured for a division before the
+next division begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import vilu
+from benchmarks.answers import Arrays, few_per_class
+from benchmarks.never_below import SETS, WITHOUT_LABELS, resampled, rows_of
+from benchmarks.never_below import Cell as Division
+from vilu.metrics import auroc, fpr_at_tpr
+from vilu.metrics.counts import Floats, Ints
+from vilu_bench.methods.transductive import StatA, fit_gaussians
+
+NAMES = (
+    "imagenet",
+    "pets among 123",
+    "caltech66",
+    "food9",
+    "cifar10",
+    "cars",
+    "ucf101",
+    "dtd",
+    "oxford pets",
+)
+LABELS = (WITHOUT_LABELS, 1, 5, 16, 0)
+
+
+class Cell(NamedTuple):
+    """A set, labels a class (-1: none, 0: all), a division and a method."""
+
+    name: str
+    n_labels: int
+    division: int
+    method: str
+
+
+class Halves(NamedTuple):
+    """What a method may see."""
+
+    arrays: Arrays
+    labelled: Ints  # rows with a label
+    fitted_on: Ints  # all rows of the first half
+    read: Ints
+
+    def without_fit(self) -> Floats:
+        """MCM."""
+        return vilu.MCM().predict_uncertainty(self.arrays.labelled(self.read))
+
+    def with_labels(self, name: str) -> Floats:
+        """A method fitted on the labelled rows."""
+        predictor = vilu.PREDICTORS[name]().fit(self.arrays.labelled(self.labelled))
+        return predictor.predict_uncertainty(self.arrays.labelled(self.read))
+
+    def with_images(self) -> Floats:
+        """ViLU+ fitted on the labelled rows, with all images of the first half beside."""
+        images = self.arrays.images(self.fitted_on)
+        predictor = vilu.ViLUPlus().fit(self.arrays.labelled(self.labelled), unlabelled=images)
+        return predictor.predict_uncertainty(self.arrays.labelled(self.read))
+
+    def without_labels(self, name: str) -> Floats:
+        """A method fitted on the images of the first half."""
+        predictor = vilu.PREDICTORS[name]().fit(self.arrays.images(self.fitted_on))
+        return predictor.predict_uncertainty(self.arrays.labelled(self.read))
+
+    def otter_sees(self) -> Floats:
+        """OTTER fitted on the images that are read."""
+        data = self.arrays.images(self.read)
+        return vilu.PREDICTORS["otter"]().fit(data).predict_uncertainty(data)
+
+    def stata_sees(self) -> Floats:
+        """StatA's own posterior of the images that are read, their neighbours among it."""
+        data = self.arrays.images(self.read)
+        rows = torch.arange(len(data))
+        (batch,) = data.batches(len(data))
+        settings = StatA()
+        learned = fit_gaussians(
+            data.image_rows(rows).double(),
+            batch.logits.double(),
+            data.text.double(),
+            settings.anchor,
+            settings.neighbours,
+            settings.passes,
+        )
+        others = learned.posterior.clone()
+        others[rows, batch.prediction] = 0.0  # 1 - q_t̂ would be 0 for many confident rows
+        return others.sum(dim=1).numpy()
+
+
+FREE: dict[str, Callable[[Halves], Floats]] = {
+    "mcm": Halves.without_fit,
+    "vilu_zero": partial(Halves.without_labels, name="vilu_zero"),
+    "otter": partial(Halves.without_labels, name="otter"),
+    "stata": partial(Halves.without_labels, name="stata"),
+    "otter_sees": Halves.otter_sees,
+    "stata_sees": Halves.stata_sees,
+}
+LABELLED: dict[str, Callable[[Halves], Floats]] = {
+    "linear_probe": partial(Halves.with_labels, name="linear_probe"),
+    "linear_probe_cv": partial(Halves.with_labels, name="linear_probe_cv"),
+    "probe_and_zero_shot": partial(Halves.with_labels, name="probe_and_zero_shot"),
+    "gda_and_zero_shot": partial(Halves.with_labels, name="gda_and_zero_shot"),
+    "tip_adapter": partial(Halves.with_labels, name="tip_adapter"),
+    "vilu_plus": partial(Halves.with_labels, name="vilu_plus"),
+    "vilu_plus_images": Halves.with_images,
+}
+
+
+def cells(names: Sequence[str], methods: Sequence[str], divisions: int) -> Iterator[Cell]:
+    """The cells in order."""
+    for division in range(divisions):
+        for name in names:
+            for n_labels in LABELS:
+                available = LABELLED
+                if n_labels == WITHOUT_LABELS:
+                    available = FREE
+                for method in available:
+                    if method in methods:
+                        yield Cell(name, n_labels, division, method)
+
+
+def measure(folder: Path, cell: Cell) -> dict[str, Any]:
+    """Fit the method of a cell and read it."""
+    rows = rows_of(folder, Division(cell.name, 0, cell.n_labels, cell.division))
+    if rows is None:
+        raise ValueError(f"{cell.name} has no rows for {cell}")
+    rng = np.random.default_rng([cell.division, max(cell.n_labels, 0)])
+    labelled = few_per_class(rows.arrays.target, rows.fitted_on, max(cell.n_labels, 0), rng)
+    halves = Halves(rows.arrays, labelled, rows.fitted_on, rows.read)
+    score = (FREE | LABELLED)[cell.method]
+    begin = time.perf_counter()
+    uncertainty = score(halves)
+    seconds = time.perf_counter() - begin
+    failure = vilu.score(vilu.MCM(), rows.arrays.labelled(rows.read)).failure
+    return {
+        "n_labelled": len(labelled) if cell.n_labels != WITHOUT_LABELS else 0,
+        "n_read": len(rows.read),
+        "n_wrong": int(failure.sum()),
+        "auroc": auroc(uncertainty, failure),
+        "fpr95": fpr_at_tpr(uncertainty, failure),
+        "resampled": resampled({cell.method: uncertainty}, failure, cell.division)[cell.method],
+        "seconds": round(seconds, 2),
+    }
+
+
+def known_cells(file: Path) -> set[Cell]:
+    """The cells of a file, which need not exist."""
+    if not file.is_file():
+        return set()
+    return {Cell(*json.loads(line)["cell"]) for line in file.read_text().splitlines()}
+
+
+def main() -> None:
+    """Measure the cells that the file lacks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("arrays", type=Path)
+    parser.add_argument("cells", type=Path)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(NAMES))
+    every_method = [*FREE, *LABELLED]
+    parser.add_argument("--methods", nargs="+", choices=every_method, default=every_method)
+    parser.add_argument("--divisions", type=int, default=5)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # of fits to few rows, which are meant here
+    known = known_cells(options.cells)
+    for cell in cells(options.sets, options.methods, options.divisions):
+        if cell in known:
+            continue
+        result = measure(options.arrays, cell)
+        with options.cells.open("a") as file:
+            file.write(json.dumps({"cell": cell, **result}) + "\n")
+        print(*cell, f"{100 * result['auroc']:.2f}, {result['seconds']:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

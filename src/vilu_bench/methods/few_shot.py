@@ -1,0 +1,531 @@
+"""Simple and strong ways to use a few labels a class, to compare with.
+
+Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
+
+Some of these methods have a number to choose. The original work chooses it on a validation set.
+Here the labels are all there is, so it is chosen by cross-fitting (``cross_fitted``): labelled rows
+are held out in folds. The value is chosen under which their labels are most likely, or with which
+most of them are answered rightly, where the original goes by accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.rows import SCORING_BATCH, Rows
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.linear_probe import Regression, fit_regression
+from vilu.predictors.bank.search import Count, draw_rows, gather, labels
+from vilu.predictors.contract.labelled import class_texts, failure_log_odds
+from vilu.predictors.contract.predictor import CLASSES, Learnt
+
+FOLDS = 5
+"""Number of folds of the labelled rows."""
+FLOOR = 1e-6
+"""Smallest probability that a probe gives a class. A class without labels would have 0."""
+
+Floats = NDArray[np.float64]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Grid = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+class Labelled(NamedTuple):
+    """Labelled rows."""
+
+    image: Tensor  # (M, D) float32, unit norm
+    label: Tensor  # (M,)
+    logits: Tensor  # (M, K) float64 zero-shot logits
+    n_classes: int
+
+    @classmethod
+    def of(cls, train: Rows, max_bank: int, seed: int) -> Labelled:
+        """The training rows; at most ``max_bank`` of them, drawn with ``seed``."""
+        drawn, _ = draw_rows(train, max_bank, seed)
+        image = gather(drawn)
+        blocks = [float64(batch.logits) for batch in drawn.batches(SCORING_BATCH)]
+        return cls(image, labels(drawn), torch.cat(blocks), train.source.n_candidates)
+
+    def take(self, rows: Tensor) -> Labelled:
+        """Some of the rows."""
+        return Labelled(self.image[rows], self.label[rows], self.logits[rows], self.n_classes)
+
+
+def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Fold (M,) of every row; the rows of a class are dealt out in turn."""
+    shuffled = np.random.default_rng(seed).permutation(len(label))
+    by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
+    fold = np.empty(len(label), dtype=np.int64)
+    fold[by_class] = np.arange(len(label)) % FOLDS
+    return fold
+
+
+def cross_fitted(
+    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """Log posteriors (V, N, K) of held-out rows for V values to choose from, and labels (N,).
+
+    A row that is the only label of its class is never held out, because nothing could be known of
+    its class. None if there are no other rows.
+
+    Args:
+        rows: The labelled rows.
+        seed: Seed of the folds.
+        log_posteriors: Function of rows to fit on and held-out rows: log posteriors (V, n, K).
+    """
+    count = torch.bincount(rows.label, minlength=rows.n_classes)
+    is_only_label = count[rows.label] == 1
+    fold = torch.from_numpy(class_folds(rows.label.numpy(), seed))
+    parts = []
+    held_out_labels = []
+    for number in range(FOLDS):
+        is_held_out = (fold == number) & ~is_only_label
+        if not is_held_out.any():
+            continue
+        held_out = rows.take(is_held_out.nonzero().squeeze(1))
+        fitted_on = rows.take((~is_held_out).nonzero().squeeze(1))
+        parts.append(log_posteriors(fitted_on, held_out))
+        held_out_labels.append(held_out.label)
+    if not parts:
+        return None
+    return torch.cat(parts, dim=1), torch.cat(held_out_labels)
+
+
+def likeliest(
+    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+) -> int | None:
+    """Index of the value under which held-out labels are most likely; None if none is held out."""
+    crossed = cross_fitted(rows, seed, log_posteriors)
+    if crossed is None:
+        return None
+    log_p, label = crossed
+    of_label = log_p[:, torch.arange(len(label)), label]
+    return int(of_label.sum(dim=1).argmax())
+
+
+def most_accurate(
+    rows: Labelled, seed: int, log_posteriors: Callable[[Labelled, Labelled], Tensor]
+) -> int | None:
+    """Index of the value, the first of equals, with most right answers to held-out rows.
+
+    None if none is held out.
+    """
+    crossed = cross_fitted(rows, seed, log_posteriors)
+    if crossed is None:
+        return None
+    log_p, label = crossed
+    is_right = log_p.argmax(dim=2) == label
+    n_right = is_right.sum(dim=1)
+    return int((n_right == n_right.max()).nonzero()[0])
+
+
+@dataclasses.dataclass
+class LinearProbeCV(Regression):
+    """The linear probe, with the strength of its penalty chosen by cross-validation.
+
+    u = 1 - P(t̂ | z), as for ``linear_probe``. C is chosen from ``grid`` by five folds of the
+    labels: the one under which held-out labels are most likely. A class without labels in the folds
+    gets the probability 1e-6 for that. If no row can be held out, because every class has one
+    label, the C of ``linear_probe`` is taken, 100.
+
+    Args:
+        grid: The values of C to choose from.
+        max_iter: Maximum number of L-BFGS steps.
+        max_bank: Maximum number of training images; more are sampled with ``seed``.
+
+    Source: the protocol of Radford et al., ICML 2021, who sweep the penalty on a validation set.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target=target)
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
+        >>> method = vilu.PREDICTORS["linear_probe_cv"]()
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
+        array([0., 1., 0.])
+        >>> method.notes_["C"]
+        10000.0
+    """
+
+    name: ClassVar[str] = "linear_probe_cv"
+    summary: ClassVar[str] = "logistic regression on image embeddings, penalty by cross-validation"
+    reference: ClassVar[str] = "Radford et al., ICML 2021"
+    cost: ClassVar[str] = "fit: 31 logistic regressions; score: one product with K weights"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+
+    grid: Grid = (0.1, 1.0, 10.0, 100.0, 1_000.0, 10_000.0)
+    max_iter: Count = 500
+    max_bank: Count = 100_000
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        rows = Labelled.of(train, self.max_bank, self.seed)
+
+        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+            return torch.stack(
+                [
+                    floored_probe(fitted_on, held_out, penalty, self.max_iter)
+                    for penalty in self.grid
+                ]
+            )
+
+        penalty = PROBE_PENALTY
+        chosen = likeliest(rows, self.seed, log_posteriors)
+        if chosen is not None:
+            penalty = self.grid[chosen]
+        weight, bias = fit_regression(
+            rows.image, rows.label, rows.n_classes, penalty, self.max_iter
+        )
+        tensors = {"weight": weight, "bias": bias, CLASSES: class_texts(train)}
+        return Learnt(tensors, {"C": penalty})
+
+
+PROBE_PENALTY = 100.0
+"""C of ``linear_probe``."""
+
+
+def floored_probe(
+    fitted_on: Labelled, rows: Labelled, penalty: float, max_iter: int = 500
+) -> Tensor:
+    """Log posteriors (N, K) of rows by a linear probe of other rows, none below log ``FLOOR``."""
+    weight, bias = fit_regression(
+        fitted_on.image, fitted_on.label, fitted_on.n_classes, penalty, max_iter
+    )
+    log_p = (rows.image.double() @ weight.T + bias).log_softmax(dim=1)
+    return log_p.clamp(min=float(np.log(FLOOR)))
+
+
+def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
+    """Weights (2,) at least 0 of a log-linear pool under which labels (N,) are most likely.
+
+    q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K).
+    """
+    from scipy.optimize import minimize
+
+    rows = np.arange(len(label))
+    of_label = log_p[rows, :, label]
+
+    def loss(weights: Floats) -> tuple[float, Floats]:
+        mixed = weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1]
+        log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
+        expected = np.einsum("nk,nmk->nm", np.exp(log_q), log_p)
+        slope = (expected - of_label).mean(axis=0)
+        return float(-log_q[rows, label].mean()), slope
+
+    start = np.array([0.5, 0.5])
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
+    return np.asarray(best.x)
+
+
+@dataclasses.dataclass
+class ProbeAndZeroShot(Regression):
+    """A log-linear mix of the zero-shot posterior and of a linear probe.
+
+        u = 1 - q_t̂, with log q = a log p_zero_shot + w log p_probe - const
+
+    a and w, at least 0, make the labels of held-out rows most likely (five folds). If no row can be
+    held out, because every class has one label, a = w = 1/2. No probability of the probe is below
+    1e-6, since a class without labels would have none.
+
+    Args:
+        C: Inverse strength of the L2 penalty of the probe, as in scikit-learn.
+        max_iter: Maximum number of L-BFGS steps of the probe.
+        max_bank: Maximum number of training images; more are sampled with ``seed``.
+
+    Source: this project, as the plainest way to have both.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
+        >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
+        >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
+        >>> method = vilu.PREDICTORS["probe_and_zero_shot"]()
+        >>> method.fit(train).predict_uncertainty(new).round()  # the second answer is wrong
+        array([0., 1., 0.])
+    """
+
+    name: ClassVar[str] = "probe_and_zero_shot"
+    summary: ClassVar[str] = "log-linear mix of zero-shot posterior and linear probe, cross-fitted"
+    reference: ClassVar[str] = "this project, 2026"
+    cost: ClassVar[str] = "fit: 6 logistic regressions; score: one product with K weights"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    _forms: ClassVar[str] = f"{Regression._forms} mix:d2"
+
+    C: Positive = PROBE_PENALTY
+    max_iter: Count = 500
+    max_bank: Count = 100_000
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        rows = Labelled.of(train, self.max_bank, self.seed)
+
+        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+            probe = floored_probe(fitted_on, held_out, self.C, self.max_iter)
+            return torch.stack([held_out.logits.log_softmax(dim=1), probe])
+
+        weights = np.array([0.5, 0.5])
+        crossed = cross_fitted(rows, self.seed, log_posteriors)
+        if crossed is not None:
+            log_p, label = crossed
+            weights = pool_weights(log_p.transpose(0, 1).numpy(), label.numpy())
+        weight, bias = fit_regression(rows.image, rows.label, rows.n_classes, self.C, self.max_iter)
+        tensors = {
+            "weight": weight,
+            "bias": bias,
+            CLASSES: class_texts(train),
+            "mix": torch.from_numpy(weights),
+        }
+        return Learnt(tensors, {"zero_shot": weights[0], "probe": weights[1]})
+
+    def _logits(self, batch: Batch) -> Tensor:
+        """Logits (B, K) float64 of the mix."""
+        zero_shot = float64(batch.logits).log_softmax(dim=1)
+        probe = super()._logits(batch).log_softmax(dim=1).clamp(min=float(np.log(FLOOR)))
+        weights = self.tensor("mix", zero_shot.device)
+        mixed: Tensor = weights[0] * zero_shot + weights[1] * probe
+        return mixed
+
+
+@dataclasses.dataclass
+class BesideZeroShot(ClosedSet):
+    """A method that adds logits, learned from labelled images, to the zero-shot logits.
+
+    u = 1 - q_t̂ with q = softmax(l + added)
+    """
+
+    is_probability: ClassVar[bool] = True
+
+    max_bank: Count = 100_000
+
+    def _added(self, batch: Batch) -> Tensor:
+        """Logits (B, K) float64 that are added to the zero-shot logits."""
+        raise NotImplementedError
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """Log posterior (B, K) float64 of the sum of the logits."""
+        added = self._added(batch)
+        return (float64(batch.logits).to(added.device) + added).log_softmax(dim=1)
+
+    def _score(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))
+
+
+@dataclasses.dataclass
+class GDAAndZeroShot(BesideZeroShot):
+    """Gaussian discriminant analysis of image embeddings, added to the zero-shot logits.
+
+        u = 1 - q_t̂, with q = softmax(l + alpha (W z + b))
+        W = M S, b_c = -1/2 m_c S m_c
+
+    M (K, D) has the class means m_c. The precision S of all classes together is D ((N - 1) C +
+    tr(C) I)^-1, with the covariance C (divisor N - 1) of N images less their class means (Kubokawa
+    and Srivastava 2008). Class priors are equal.
+
+    alpha is the value of ``grid`` with most right answers to held-out labels (five folds). With one
+    label a class C is zero, and nothing is added (the original has augmented images then).
+
+    Args:
+        grid: The values of alpha to choose from, those of the released code.
+        max_bank: Maximum number of training images; more are sampled with ``seed``.
+
+    Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR
+    2024, and its code (mrflogs/ICLR24). The original takes the alpha of best accuracy on a
+    validation set. It augments images in several epochs; here each image is embedded once. A class
+    without images has the mean of all images, where the original has no number.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
+        >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
+        >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
+        >>> vilu.PREDICTORS["gda_and_zero_shot"]().fit(train).predict_uncertainty(new).round(2)
+        array([0., 1., 0.])
+    """
+
+    name: ClassVar[str] = "gda_and_zero_shot"
+    summary: ClassVar[str] = "Gaussian discriminants of images, added to the zero-shot logits"
+    reference: ClassVar[str] = "Wang et al., ICLR 2024"
+    cost: ClassVar[str] = "fit: 6 inverses of D x D; score: one product with K vectors"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
+
+    grid: Grid = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        rows = Labelled.of(train, self.max_bank, self.seed)
+
+        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+            weight, bias = gaussian_discriminants(fitted_on)
+            g = held_out.image.double() @ weight.T + bias
+            return torch.stack(
+                [(held_out.logits + alpha * g).log_softmax(dim=1) for alpha in self.grid]
+            )
+
+        weight, bias = gaussian_discriminants(rows)
+        alpha = 0.0  # of one label a class, which have no covariance
+        chosen = most_accurate(rows, self.seed, log_posteriors)
+        if chosen is not None:
+            alpha = self.grid[chosen]
+        tensors = {"weight": alpha * weight, "bias": alpha * bias, CLASSES: class_texts(train)}
+        return Learnt(tensors, {"alpha": alpha})
+
+    def _added(self, batch: Batch) -> Tensor:
+        image = float64(batch.image)
+        classes = self.classes_of(batch.text).to(image.device)
+        weight = self.tensor("weight", image.device)[classes]
+        bias = self.tensor("bias", image.device)[classes]
+        return image @ weight.T + bias
+
+
+def gaussian_discriminants(rows: Labelled) -> tuple[Tensor, Tensor]:
+    """W (K, D) and b (K,) of ``GDAAndZeroShot``."""
+    image = rows.image.double()
+    dim = image.shape[1]
+    count = torch.bincount(rows.label, minlength=rows.n_classes)
+    total = torch.zeros(rows.n_classes, dim, dtype=torch.float64)
+    total.index_add_(0, rows.label, image)
+    mean = total / count.clamp(min=1)[:, None]
+    mean[count == 0] = image.mean(dim=0)
+    centred = image - mean[rows.label]
+    n = len(image)
+    scatter = centred.T @ centred
+    trace = float(scatter.trace()) / max(n - 1, 1)
+    if trace <= NO_SPREAD:
+        return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
+    precision = dim * torch.linalg.inv(scatter + trace * torch.eye(dim, dtype=torch.float64))
+    weight = mean @ precision
+    return weight, -(weight * mean).sum(dim=1) / 2
+
+
+NO_SPREAD = 1e-12
+"""Variance up to which unit vectors count as equal."""
+
+
+@dataclasses.dataclass
+class TipAdapter(BesideZeroShot):
+    """Tip-Adapter without training: a cache of labelled images, added to the zero-shot logits.
+
+        u = 1 - q_t̂, with q = softmax(l + alpha A)
+        A_c = sum over labelled images x of class c: exp(-beta (1 - z x))
+
+    alpha and beta are the values of ``alphas`` and ``betas`` with most right answers to held-out
+    labels (five folds). If no row can be held out, because every class has one label, they are 1
+    and 5.5, as in the paper.
+
+    Args:
+        alphas: The values of alpha to choose from.
+        betas: The values of beta to choose from.
+        max_bank: Maximum number of training images; more are sampled with ``seed``.
+
+    Source: Zhang et al., "Tip-Adapter", ECCV 2022, and its code, which searches a finer grid by
+    accuracy on a validation set.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
+        >>> target = np.repeat([0, 1], [70, 30])  # answers from 45 to 63 degrees are wrong
+        >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
+        >>> new = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # 0, 53, 90 degrees
+        >>> new = vilu.Embeddings(new, text, logit_scale=10.0)
+        >>> vilu.PREDICTORS["tip_adapter"]().fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
+    """
+
+    name: ClassVar[str] = "tip_adapter"
+    summary: ClassVar[str] = "cache of labelled images, added to the zero-shot logits"
+    reference: ClassVar[str] = "Zhang et al., ECCV 2022"
+    cost: ClassVar[str] = "fit: products of the labelled images; score: one product with them"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K shape:d2"
+
+    alphas: Grid = (0.1, 0.3, 1.0, 3.0, 10.0)
+    betas: Grid = (1.0, 3.0, 5.5, 10.0, 20.0)
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        rows = Labelled.of(train, self.max_bank, self.seed)
+        shapes = [(alpha, beta) for alpha in self.alphas for beta in self.betas]
+
+        def log_posteriors(fitted_on: Labelled, held_out: Labelled) -> Tensor:
+            by_beta = {
+                beta: cache_logits(
+                    held_out.image, fitted_on.image, fitted_on.label, beta, rows.n_classes
+                )
+                for beta in self.betas
+            }
+            return torch.stack(
+                [
+                    (held_out.logits + alpha * by_beta[beta]).log_softmax(dim=1)
+                    for alpha, beta in shapes
+                ]
+            )
+
+        shape = (1.0, 5.5)
+        chosen = most_accurate(rows, self.seed, log_posteriors)
+        if chosen is not None:
+            shape = shapes[chosen]
+        tensors = {
+            "bank": rows.image,
+            CLASSES: class_texts(train),
+            "labels": rows.label,
+            "shape": torch.tensor(shape, dtype=torch.float64),
+        }
+        return Learnt(tensors, {"alpha": shape[0], "beta": shape[1]})
+
+    def _added(self, batch: Batch) -> Tensor:
+        device = batch.image.device
+        classes = self.classes_of(batch.text).to(device)
+        bank = self.tensor("bank", device)
+        label = self.tensor("labels", device)
+        alpha, beta = self.tensor("shape", device).tolist()
+        n_classes = len(self.learned_[CLASSES])
+        logits = cache_logits(batch.image, bank, label, beta, n_classes)
+        added: Tensor = alpha * logits[:, classes]
+        return added
+
+
+def cache_logits(image: Tensor, bank: Tensor, label: Tensor, beta: float, k: int) -> Tensor:
+    """A (B, K) of ``TipAdapter``, float64, for images (B, D) and a bank (M, D) with labels (M,)."""
+    affinity = torch.exp(-beta * (1 - float64(image) @ float64(bank).T))
+    logits = affinity.new_zeros(len(image), k)
+    logits.index_add_(1, label, affinity)
+    return logits

@@ -1,0 +1,280 @@
+"""Methods that adapt the zero-shot posterior to images without labels, to compare with.
+
+Shapes: N images to learn from, B rows to score, K classes, D embedding width.
+
+Both were made for transduction: the images that are learned from are those that are judged. Here
+they are fitted on images and judge others, as all methods do. To see the images that are judged,
+fit on these without their labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.rows import SCORING_BATCH, Rows
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.bank.closed_set import ClosedSet
+from vilu.predictors.bank.search import Count, draw_rows, gather
+from vilu.predictors.contract.labelled import class_texts, failure_log_odds
+from vilu.predictors.contract.predictor import CLASSES, Learnt
+
+
+@dataclasses.dataclass
+class Adapted(ClosedSet):
+    """A method that learns from images without labels, and scores q_t̂ of its own posterior q."""
+
+    is_probability: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    no_captions: ClassVar[str | None] = (
+        "it learns which classes occur, and captions have no classes"
+    )
+
+    max_bank: Count = 20_000
+
+    def _score(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))
+
+    def _drawn(self, train: Rows) -> Rows:
+        """The rows to learn from."""
+        drawn, _ = draw_rows(train, self.max_bank, self.seed)
+        return drawn
+
+
+def zero_shot_logits(rows: Rows) -> Tensor:
+    """Zero-shot logits (N, K) float64."""
+    return torch.cat([float64(batch.logits) for batch in rows.batches(SCORING_BATCH)])
+
+
+@dataclasses.dataclass
+class OTTER(Adapted):
+    """OTTER: class frequencies are matched to a known balance, here the uniform one.
+
+    u = 1 - q_t̂, with q = softmax(l + v). v (K,) is such that the mean of q over the N images is 1/K
+    for every class.
+
+    This is optimal transport between images and classes with the cost -log p and an entropy of
+    weight 1. v are its dual potentials of the classes. They score images that come later.
+
+    Args:
+        passes: Maximum number of passes of Sinkhorn's algorithm.
+        max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
+
+    Source: Shin et al., "OTTER: Effortless Label Distribution Adaptation of Zero-shot Models",
+    NeurIPS 2024. The original solves the transport without an entropy (``ot.emd``), so it has
+    answers and no probability; with a smaller weight of the entropy this goes over into that. It is
+    told the true balance, or estimates it from labels. Without a label the uniform balance is left.
+    So it does harm where classes do not occur.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> text = np.eye(2)
+        >>> angle = np.radians(np.tile([10, 20, 30, 70], 10))  # 0 is answered to three of four
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> data = vilu.Embeddings(image, text, logit_scale=5.0)
+        >>> vilu.MCM().predict_uncertainty(data)[:4].round(2)
+        array([0.02, 0.05, 0.14, 0.05])
+        >>> vilu.PREDICTORS["otter"]().fit(data).predict_uncertainty(data)[:4].round(2)
+        array([0.13, 0.3 , 0.58, 0.01])
+    """
+
+    name: ClassVar[str] = "otter"
+    summary: ClassVar[str] = "zero-shot posterior matched to equal class frequencies"
+    reference: ClassVar[str] = "Shin et al., NeurIPS 2024"
+    cost: ClassVar[str] = "fit: passes over 20,000 rows; score: K sums"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    _forms: ClassVar[str] = "offset:dK classes:fKD"
+
+    passes: Count = 1_000
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        logits = zero_shot_logits(self._drawn(train))
+        offset = torch.zeros(logits.shape[1], dtype=torch.float64)
+        for _ in range(self.passes):
+            mean = (logits + offset).softmax(dim=1).mean(dim=0)
+            # Sinkhorn's step: classes with too small a share rise, those with too large a one fall
+            step = -(mean * len(mean)).clamp(min=SMALLEST_SHARE).log()
+            offset = offset + step
+            if float(step.abs().max()) < SETTLED:
+                break
+        offset = offset - offset.mean()
+        return Learnt({"offset": offset, CLASSES: class_texts(train)})
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """Log posterior (B, K) float64 of the matched classes."""
+        logits = float64(batch.logits)
+        classes = self.classes_of(batch.text).to(logits.device)
+        return (logits + self.tensor("offset", logits.device)[classes]).log_softmax(dim=1)
+
+
+SMALLEST_SHARE = 1e-12
+"""Share of a class, times K, below which its step would not be finite."""
+SETTLED = 1e-6
+"""Largest step of Sinkhorn's algorithm at which it has ended."""
+
+
+class Gaussians(NamedTuple):
+    """What StatA learns: a Gaussian with a diagonal covariance for each class, and posteriors."""
+
+    mean: Tensor  # (K, D), unit norm
+    variance: Tensor  # (K, D)
+    posterior: Tensor  # (N, K) of the images that it learned from
+
+
+@dataclasses.dataclass
+class StatA(Adapted):
+    """StatA: Gaussians of the classes, held near those that texts describe.
+
+        u = 1 - q_t̂, with q_c ~ p_c exp(-1/100 sum_d (z_d - m_cd)^2 / s_cd)
+
+    p is the zero-shot posterior; m and s are fitted to images without labels (``fit_gaussians``).
+    While it is fitted, posteriors of images also follow those of their three nearest images. New
+    images have no neighbours among them, so q is without this term.
+
+    Args:
+        anchor: Weight, in rows, of the anchors of each class.
+        neighbours: Number of nearest images that the posterior of an image follows.
+        passes: Number of updates of the Gaussians.
+        max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
+
+    Source: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025,
+    and its code (MaxZanella/StatA) with its defaults. Its initial covariance is divided again by N
+    for each block of 2,500 images; here it is divided once.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> rng = np.random.default_rng(0)
+        >>> text = np.eye(8)
+        >>> image = text[rng.integers(4, size=400)] + rng.normal(size=(400, 8)) / 4
+        >>> image = image / np.linalg.norm(image, axis=1, keepdims=True)
+        >>> predictor = vilu.PREDICTORS["stata"]().fit(vilu.Embeddings(image[:200], text))
+        >>> predictor.predict_uncertainty(vilu.Embeddings(image[200:], text)).shape
+        (200,)
+    """
+
+    name: ClassVar[str] = "stata"
+    summary: ClassVar[str] = "Gaussians of the classes, fitted to images and anchored at texts"
+    reference: ClassVar[str] = "Zanella et al., CVPR 2025"
+    cost: ClassVar[str] = "fit: about 66 passes and N x N similarities; score: 2 products with K"
+    _forms: ClassVar[str] = "mean:dKD variance:dKD classes:fKD"
+
+    anchor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    neighbours: Count = 3
+    passes: Count = 10
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,  # noqa: ARG002
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        drawn = self._drawn(train)
+        text = class_texts(train)
+        learned = fit_gaussians(
+            gather(drawn).double(),
+            zero_shot_logits(drawn),
+            text.double(),
+            self.anchor,
+            self.neighbours,
+            self.passes,
+        )
+        return Learnt({"mean": learned.mean, "variance": learned.variance, CLASSES: text})
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """Log posterior (B, K) float64 of zero-shot logits and Gaussians."""
+        image = float64(batch.image)
+        classes = self.classes_of(batch.text).to(image.device)
+        mean = self.tensor("mean", image.device)[classes]
+        variance = self.tensor("variance", image.device)[classes]
+        likelihood = gaussian_likelihood(image, mean, variance)
+        return (float64(batch.logits) + likelihood / TEMPERATURE).log_softmax(dim=1)
+
+
+TEMPERATURE = 50.0
+"""Number by which log-likelihoods are divided, as in the code of TransCLIP and StatA."""
+INNER_PASSES = 5
+"""Updates of the posteriors between two updates of the Gaussians."""
+MIN_VARIANCE = 1e-12
+"""Smallest variance, so that equal images have a finite likelihood."""
+
+
+def fit_gaussians(
+    image: Tensor, logits: Tensor, text: Tensor, anchor: float, n_neighbours: int, passes: int
+) -> Gaussians:
+    """Fit the Gaussians of StatA to images (N, D) with zero-shot logits (N, K) and texts (K, D).
+
+    A pass updates the posteriors of the images, and then mean and variance of each class:
+
+        m_c ~ b_c (mean of the members) + (1 - b_c) t_c
+        s_c = b_c (variance of the members about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
+
+    with b_c = n_c / (n_c + anchor), n_c images answered c, and s_0 the variance of all images about
+    the texts of their classes.
+    """
+    zero_shot = logits.log_softmax(dim=1)
+    posterior = zero_shot.exp()
+    mean = text
+    first_variance = variance_about(image, posterior, text).mul(posterior.sum(dim=0)[:, None])
+    first_variance = first_variance.sum(dim=0) / len(image)
+    variance = first_variance.clamp(min=MIN_VARIANCE).expand_as(text)
+    affinity = nearest_affinity(image, n_neighbours)
+    for number in range(passes + 1):
+        likelihood = gaussian_likelihood(image, mean, variance)
+        for _ in range(INNER_PASSES):
+            neighbours = affinity.T @ posterior + affinity @ posterior
+            follow = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbours
+            posterior = (zero_shot + (likelihood + follow) / TEMPERATURE).softmax(dim=1)
+        if number == passes:
+            break
+        count = torch.bincount(posterior.argmax(dim=1), minlength=len(text)).double()
+        own_share = (count / (count + anchor))[:, None]
+        members = torch.nn.functional.normalize(posterior.T @ image, dim=1)
+        mean = torch.nn.functional.normalize(own_share * members + (1 - own_share) * text, dim=1)
+        of_members = variance_about(image, posterior, mean)
+        of_anchor = first_variance + (text - mean).square()
+        variance = own_share * of_members + (1 - own_share) * of_anchor
+        variance = variance.clamp(min=MIN_VARIANCE)
+    return Gaussians(mean, variance, posterior)
+
+
+def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
+    """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by their posteriors (N, K)."""
+    count = posterior.sum(dim=0).clamp(min=1e-300)[:, None]
+    first = posterior.T @ image / count
+    second = posterior.T @ image.square() / count
+    return (second - 2 * first * mean + mean.square()).clamp(min=0)
+
+
+def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """(B, K) -1/2 sum_d (z_d - m_cd)^2 / s_cd of images (B, D), for classes (K, D)."""
+    precision = 1 / variance
+    squares = image.square() @ precision.T - 2 * image @ (mean * precision).T
+    return -(squares + (mean.square() * precision).sum(dim=1)) / 2
+
+
+def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
+    """(N, N) sparse cosines of every image with its nearest other images."""
+    n = len(image)
+    n_neighbours = min(n_neighbours, n - 1)
+    rows = torch.arange(n).repeat_interleave(n_neighbours)
+    cosines = []
+    columns = []
+    for start in range(0, n, SCORING_BATCH):
+        cosine = image[start : start + SCORING_BATCH] @ image.T
+        own = torch.arange(len(cosine))
+        cosine[own, start + own] = -torch.inf
+        value, index = cosine.topk(n_neighbours, dim=1)
+        cosines.append(value.flatten())
+        columns.append(index.flatten())
+    where = torch.stack([rows, torch.cat(columns)])
+    return torch.sparse_coo_tensor(where, torch.cat(cosines), (n, n), check_invariants=True)
