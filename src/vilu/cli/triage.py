@@ -311,7 +311,7 @@ def _next_of_table(
     answers = open_table(table)
     rows, purposes = next_answers(answers, load_predictor(predictor), asked_in(labels), n, seed)
     write_questions(output, answers.take(rows), purposes)
-    typer.echo(output)
+    console.print_outputs(output)
     next_step(
         f"{plural(len(rows), 'answer')} to label: write 1 or 0 into the column correct. `vilu fit "
         f"{output}` and `vilu calibrate PREDICTOR {output}` each take the rows that are for them."
