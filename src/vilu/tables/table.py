@@ -138,6 +138,8 @@ class AnswerTable(EmbeddingSource):
         self.answer = answer
         self.group = group
         self.cluster = cluster
+        if answer is not None and cluster is not None:
+            self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
         self.features = features
         self.unused = unused
         self.name = name
@@ -318,7 +320,7 @@ ROLE_BY_SIGN: Final[dict[Sign, str]] = {
 """The role of a numeric column in words, by its sign."""
 
 
-def _taken(texts: tuple[str, ...] | None, rows: Ints) -> tuple[str, ...] | None:
+def _taken(texts: Sequence[str] | None, rows: Ints) -> tuple[str, ...] | None:
     """The texts of some rows; None without texts."""
     if texts is None:
         return None
