@@ -197,6 +197,56 @@ def test_an_explanation_names_the_columns(work: Path, calibrated: Path) -> None:
     assert "Leave them out" in summary.stderr
 
 
+def filled(path: Path, truth: dict[str, int]) -> Path:
+    """The table of ``vilu next`` with every label."""
+    heading, *lines = path.read_text().splitlines()
+    column = heading.split(",").index("correct")
+    written_lines = [heading]
+    for line in lines:
+        cells = [cell.strip('"') for cell in line.split(",")]
+        cells[column] = str(truth[cells[0]])
+        written_lines.append(",".join(cells))
+    path.write_text("\n".join(written_lines) + "\n")
+    return path
+
+
+def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    content = columns(3000, 90_000)
+    truth = dict(zip(content["id"], content.pop("correct").tolist(), strict=True))
+    new = written(tmp_path / "new.csv", content)
+    ask = ("next", new, "--predictor", calibrated, "--next", 400)
+    first = tmp_path / "first.csv"
+    run(*ask, "-o", first)
+    asked = vilu.open_table(first)
+    assert asked.asked_for.count("calibration") == asked.asked_for.count("fit") == 200
+    missing = run("calibrate", calibrated, first, "--max-risk", 0.2, code=3)
+    assert "200 of the labels that were asked for are missing" in missing.stderr
+    assert "go to a new .csv file" in run(*ask, "-o", first, code=2).stderr
+
+    second = tmp_path / "second.csv"
+    run(*ask, "--labels", first, "-o", second)
+    later = vilu.open_table(second)
+    assert not set(asked.ids) & set(later.ids)
+
+    predictor = tmp_path / "predictor"
+    run("fit", filled(first, truth), "-o", predictor)
+    assert vilu.load(predictor).notes_["n_train"] == 200
+    run("calibrate", predictor, first, "--max-risk", 0.2)
+    assert vilu.Calibration.load(predictor).n == 200
+    # the rows to calibrate on are a random sample: as many wrong as among all, within 4 errors
+    share = 1 - np.mean(list(truth.values()))
+    rows = vilu.Calibration.load(predictor).rows
+    assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
+
+
+def test_asked_for_is_checked(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", {"id": [1], "score": [0.5], "asked_for": ["test"]})
+    wrong = run("inspect", path, code=3)
+    assert "asked_for must be fit or calibration" in wrong.stderr
+
+
 def test_what_cannot_be_done_says_what_can(work: Path, tmp_path: Path) -> None:
     several = run("calibrate", work / "fit.csv", "--max-risk", 0.1, "-o", tmp_path / "c", code=2)
     assert "the columns score_a, uncertainty_b" in several.stderr

@@ -340,6 +340,7 @@ def _training_set(
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
+    from vilu.tables.table import AnswerTable
     from vilu.triage.store_labels import rows_to_fit_on
 
     if not pseudo and len(stores) > 1:
@@ -360,11 +361,13 @@ def _training_set(
         source = reading.with_second(reading.open_in(pools_of_store, store))
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
-        if source.holds == "answers" and (n_shots is not None or pseudo):
-            raise UsageError(
-                "--shots and --pseudo are about classes, which a table of answers does not have. "
-                "Leave them out."
-            )
+        if isinstance(source, AnswerTable):
+            if n_shots is not None or pseudo:
+                raise UsageError(
+                    "--shots and --pseudo are about classes, which a table of answers does not "
+                    "have. Leave them out."
+                )
+            source = source.for_purpose("fit")
         if n_shots is not None:
             source = source.take(shots(source, n_shots, seed))
         sources.append(source)
@@ -691,6 +694,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
     from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.table import AnswerTable
 
     if store is None:
         store = predictor
@@ -702,6 +706,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     _require_answer(predictor, load_predictor(predictor).answer, answer)
     data = reading.open_both(store)
+    if isinstance(data, AnswerTable):
+        data = data.for_purpose("calibration")
     shares = None
     if class_shares is not None:
         shares = read_shares(class_shares)

@@ -21,6 +21,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.given_logits import require_kind
 from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
+from vilu.predictors.contract.seen import Overlap
 from vilu.tables.combine import (
     CrossValidated,
     Linear,
@@ -51,6 +52,7 @@ class AnswerMethod(FailurePredictor):
     """
 
     takes: ClassVar[DataKind] = "answers"
+    no_captions: ClassVar[str | None] = "a table of answers has no captions"
     columns: ClassVar[tuple[str, ...]] = (NUMBERS,)
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
 
@@ -117,6 +119,17 @@ class AnswerMethod(FailurePredictor):
         centred = terms - terms.mean(axis=0)
         return {name: centred[:, place] for place, name in enumerate(self.players)}
 
+    def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
+        """The columns of a table that the score reads, by name, after a check of all of them.
+
+        Raises:
+            DataError: If the table lacks a column, or has features of another width.
+        """
+        self._check_ready(table)
+        arranged = table.arranged(self.used_columns)
+        every_row = torch.arange(len(arranged))
+        return {name: arranged.column(name, every_row) for name in self.columns_to_score}
+
     @property
     def players(self) -> tuple[str, ...]:
         """Names of the terms of the score: the columns, and "features" if they are used."""
@@ -141,12 +154,25 @@ class AnswerMethod(FailurePredictor):
                 f"this {self.name} was fitted with features, and this table has none. Give the "
                 "features of its rows, or fit on a table without features."
             )
+        width = self.notes_.get(WIDTH, 0)
+        if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != width:
+            raise self._wrong_width(width, data.n_features)
+        # Other methods do not read the features, but near copies are known by them.
         width = 0 if self.space_ is None else self.space_.embed_dim
         if width and data.has_vectors and data.space.embed_dim != width:
-            raise DataError(
-                f"this {self.name} was fitted on a table with {width} features. Got "
-                f"{data.space.embed_dim} instead."
-            )
+            raise self._wrong_width(width, data.space.embed_dim)
+
+    def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
+        """Find which rows were used to fit, after a check that the table has the same columns."""
+        self._check_source(data, self.columns_to_score)
+        return super().seen(data, rows)
+
+    def _wrong_width(self, expected: int, present: int) -> DataError:
+        """The error about features of another width than those of the fit."""
+        return DataError(
+            f"this {self.name} was fitted on a table with {expected} features. Got {present} "
+            "instead."
+        )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         # As in the base class, but no space of embeddings is compared: a table has none.
@@ -399,14 +425,8 @@ class AnswerProbe(AnswerMethod):
         inputs = batch.columns[NUMBERS]
         if FEATURES in batch.columns:
             inputs = torch.cat([inputs, batch.columns[FEATURES].double()], dim=1)
-        width = len(self.learned_["mean"])
-        if inputs.shape[1] != width:
-            raise DataError(
-                f"this {self.name} was fitted on {width - n_columns} features. Got "
-                f"{inputs.shape[1] - n_columns} instead."
-            )
         terms = (inputs - self.learned_["mean"]) / self.learned_["scale"] * self.learned_["weight"]
-        if width == n_columns:
+        if terms.shape[1] == n_columns:
             return terms
         of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
         return torch.cat([terms[:, :n_columns], of_features], dim=1)

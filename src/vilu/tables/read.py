@@ -6,21 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 import numpy as np
 
 from vilu.artifacts.tables import csv_names, read_table, require_distinct, table_suffix
 from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, nearest
 from vilu.metrics.counts import Floats, Ints
-from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, sign_of
+from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, Purpose, sign_of
 from vilu.text import plural
 from vilu.validation import describe_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIXED: Final = ("id", "answer", "correct", "group", "cluster", "features")
+FIXED: Final = ("id", "answer", "correct", "group", "cluster", "features", "asked_for")
 """Names of the columns with a role of their own."""
 
 FEATURES_BESIDE: Final = ".features.npy"
@@ -99,10 +99,12 @@ def has_answers(path: Path) -> bool:
 
 def files_of(path: Path) -> list[Path]:
     """A path, and the file of features beside it if the path is a table that has one."""
+    if not is_table(path):
+        return [path]
     beside = path.with_suffix(FEATURES_BESIDE)
-    if is_table(path) and beside.is_file():
-        return [path, beside]
-    return [path]
+    if not beside.is_file():
+        return [path]
+    return [path, beside]
 
 
 def _of_file(path: Path, name: str) -> AnswerTable:
@@ -215,6 +217,7 @@ def _checked_table(
         answer=_texts(where, columns, "answer", ids),
         group=_texts(where, columns, "group", ids),
         cluster=_texts(where, columns, "cluster", ids),
+        asked_for=_purposes(where, columns, ids),
         features=features,
         unused=tuple(column for column in columns if column not in {*FIXED, *numeric}),
         name=name,
@@ -261,8 +264,12 @@ def _texts(
 
     if name not in columns:
         return None
+    column = columns[name]
+    if pa.types.is_dictionary(column.type):
+        # pyarrow cannot cast the categories of polars, but it can list them.
+        column = pa.chunked_array([pa.array(column.to_pylist())])
     try:
-        cells = columns[name].cast(pa.string()).to_pylist()
+        cells = column.cast(pa.string()).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{where}: column {name} must hold texts: {error}") from error
     texts = []
@@ -272,6 +279,24 @@ def _texts(
             raise DataError(f"{where}, {_row(row, ids)}: {name} is empty. Fill it.")
         texts.append(text)
     return tuple(texts)
+
+
+def _purposes(
+    where: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
+) -> tuple[Purpose, ...] | None:
+    """The column ``asked_for``: "fit" or "calibration" in every row; None without the column."""
+    texts = _texts(where, columns, "asked_for", ids)
+    if texts is None:
+        return None
+    purposes = []
+    for row, text in enumerate(texts):
+        if text not in get_args(Purpose):
+            raise DataError(
+                f"{where}, {_row(row, ids)}: asked_for must be fit or calibration, as `vilu next` "
+                f"writes it. Got {text!r:.60} instead."
+            )
+        purposes.append(cast("Purpose", text))
+    return tuple(purposes)
 
 
 def _row(row: int, ids: Sequence[str]) -> str:
