@@ -152,8 +152,9 @@ def on_set(path: Path, seed: int, seeds: int, labels: int) -> str:
     arrays = np.load(path, allow_pickle=False)
     image = arrays["image"].astype(np.float32)
     order = np.random.default_rng(seed).permutation(len(image))
+    half = len(order) // 2
     halves = []
-    for rows in np.array_split(order, 2):
+    for rows in (order[:half], order[half:]):
         target = arrays["target"][rows]
         halves.append(
             vilu.Embeddings(image[rows], arrays["text"], target=target, logit_scale=100.0)

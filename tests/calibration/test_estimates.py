@@ -87,7 +87,9 @@ def test_blocks_of_draws_do_not_change_what_an_interval_is(monkeypatch: pytest.M
     values = np.random.default_rng(0).random(60)
     whole = mean_interval(values, 0.0, 1.0, 0.95)
     monkeypatch.setattr("vilu.calibration.estimates.BLOCK", 61 * 700)  # 15 blocks
-    np.testing.assert_allclose(mean_interval(values, 0.0, 1.0, 0.95), whole, atol=1e-12)
+    in_blocks = mean_interval(values, 0.0, 1.0, 0.95)
+    # a limit is drawn to 2 % of the half width (a quantile at 2.5 % of 20,000 draws)
+    np.testing.assert_allclose(in_blocks, whole, atol=4 * 0.02 * (whole[1] - whole[0]) / 2)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ variable (2005), for the unseen row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final, Literal
 
 import numpy as np
@@ -350,15 +351,11 @@ def mean_interval(
         >>> low, abs(high - (1 - 0.05**0.01)) < 0.001  # mid-p: (1 - high)^100 / 2 = 0.025
         (0.0, True)
     """
-    random = np.random.default_rng(0)  # equal input has equal limits
     n = len(values)
+    block = min(max(BLOCK // (n + 1), 1), DRAWS)
     means = []
-    n_left = DRAWS
-    while n_left:
-        n_block = min(n_left, max(BLOCK // (n + 1), 1))
-        n_left -= n_block
-        exponential = random.standard_exponential((n_block, n + 1))
-        weights = exponential / exponential.sum(axis=1, keepdims=True)
+    for first_draw in range(0, DRAWS, block):
+        weights = _random_weights(n + 1, min(block, DRAWS - first_draw), first_draw)
         mean_of_seen = weights[:, :n] @ values
         weight_of_unseen = weights[:, n]
         means.append(mean_of_seen + weight_of_unseen * smallest)
@@ -366,3 +363,11 @@ def mean_interval(
     delta = 1 - confidence
     low, high = np.quantile(np.concatenate(means), [delta / 2, 1 - delta / 2])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=1)  # for the shares of many classes from the same labels
+def _random_weights(n: int, n_draws: int, seed: int) -> Floats:
+    """Draws (n_draws, n) from the Dirichlet distribution whose n parameters are 1."""
+    exponential = np.random.default_rng(seed).standard_exponential((n_draws, n))
+    weights: Floats = exponential / exponential.sum(axis=1, keepdims=True)
+    return weights

@@ -37,6 +37,7 @@ from vilu.cli.help import (
     PanelledCommand,
     PanelledGroup,
 )
+from vilu.cli.estimating import estimate
 from vilu.cli.images import embed
 from vilu.cli.looking import demo, explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
@@ -225,7 +226,7 @@ def _stop_message(command: Callable[..., None], values: dict[str, Any]) -> str:
 
 COMMANDS: Final[Mapping[str, tuple[Callable[..., None], ...]]] = {
     PHOTOS: (triage, review, labels, demo),
-    EMBEDDINGS: (embed, import_, fit, score, evaluate, report, explain),
+    EMBEDDINGS: (embed, import_, fit, score, evaluate, estimate, report, explain),
     GUARANTEES: (calibrate, monitor, next_, audit_labels),
     SHARING: (serve, export, push, pull, convert),
     LOOKING_UP: (inspect, list_),
