@@ -29,6 +29,7 @@ from vilu.cli.looking import demo, explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
+from vilu.cli.tabulate import tabulate
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.errors import UsageError
 from vilu.progress import reporting
@@ -201,6 +202,7 @@ app.command("list")(list_catalogue)
 for command in (serve, convert, export, push, pull):
     app.command()(with_stop_message(command))
 app.add_typer(datasets, name="datasets")
+app.add_typer(tabulate, name="tabulate")
 
 
 def refusing(error: UsageError) -> Callable[[], None]:
