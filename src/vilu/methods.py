@@ -22,7 +22,7 @@ import importlib
 from typing import Any
 
 from vilu.errors import nearest
-from vilu.registry import METHODS, entry_points, load_plugins
+from vilu.registry import METHODS, METHODS_OF_TABLES, entry_points, load_plugins
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of its own
@@ -33,7 +33,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of
         raise AttributeError(
             f"there is no method with the class {name!r}.{nearest(name, method_of_class)}"
         )
-    return METHODS[method_of_class[name]]
+    catalogue = importlib.import_module("vilu.predictors.contract.catalogue")
+    return catalogue.find_method(method_of_class[name])
 
 
 def __dir__() -> list[str]:
@@ -44,7 +45,8 @@ def _methods_by_class() -> dict[str, str]:
     """Name of every method by the name of its class, without importing the classes."""
     importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
     load_plugins()
-    places = dict(METHODS.offered)  # "module:class" by the name of the method
+    # "module:class" by the name of the method
+    places = {**METHODS.offered, **METHODS_OF_TABLES}
     for entry in entry_points(METHODS.group):  # a method of vilu keeps its place
         places.setdefault(entry.name, entry.value)
     methods: dict[str, str] = {}  # of several methods with one class name, the first one stays

@@ -323,3 +323,10 @@ METHODS = Catalogue[Any]("method", "vilu.predictors")
 
 ``vilu.predictors.contract.catalogue.PREDICTORS`` is the same catalogue with its types.
 """
+
+METHODS_OF_TABLES = {
+    "answer_scores": "vilu.tables.methods:AnswerScores",
+    "answer_probe": "vilu.tables.methods:AnswerProbe",
+    "answer_score": "vilu.tables.methods:AnswerScore",
+}
+"""Module and class of the methods that score tables of answers in place of embeddings."""

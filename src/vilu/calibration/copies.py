@@ -108,7 +108,8 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     """
     sample = predictor.sample_
     if sample is None:
-        if predictor.needs_fit:
+        is_bare_table = data.holds == "answers" and not data.has_vectors
+        if predictor.needs_fit and not is_bare_table:
             logger.warning(
                 "this %s comes without a sample of the rows of its fit, so near copies of them "
                 "among the calibration rows cannot be looked for",
@@ -116,7 +117,7 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
             )
         return
     usable = np.intersect1d(rows, data.usable_rows.numpy())
-    if not len(usable):
+    if not len(usable) or not data.has_vectors:
         return
     nearest = sample.nearest(data, torch.from_numpy(usable))
     near = _copies(nearest, NEAR_COPY, sample)

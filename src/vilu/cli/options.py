@@ -107,7 +107,7 @@ Data = Annotated[
     Path,
     path_argument(
         "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards like "
-        "LAION's."
+        "LAION's; or a table of answers of any model, .csv or .parquet."
     ),
 ]
 Answer = Annotated[
@@ -224,6 +224,15 @@ class Reading:
             near_duplicates=self.near_duplicates,
         )
 
+    def files(self, *paths: Path) -> list[Path]:
+        """All files behind these paths: a table may have its features in a file beside it."""
+        from vilu.tables.read import files_of
+
+        files = []
+        for path in paths:
+            files += files_of(path)
+        return files
+
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """Open a store, with the pools of the flags.
 
@@ -247,9 +256,18 @@ class Reading:
     def open_in(
         self, pools: Pools | None, store: Path, role: Fold | None = None
     ) -> EmbeddingSource:
-        """Open a store like ``open``, but with the given pools."""
+        """Open a store like ``open``, but with the given pools; or open a table of answers."""
         from vilu.store.reader import open_source
+        from vilu.tables.read import is_table, open_table
 
+        if is_table(store):
+            if self != Reading():
+                raise UsageError(
+                    f"{store} is a table of answers. Leave out the options that say how a store is "
+                    "read: --pool-size, --direction, --hard-negatives, --near-duplicates, --fold, "
+                    "--logit-scale and --second."
+                )
+            return open_table(store)
         fold = self.fold
         if fold is not None and role is not None:
             fold = role

@@ -55,11 +55,16 @@ TrainingStores = Annotated[
     list[Path],
     path_argument(
         "Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards like "
-        "LAION's; several stores with --pseudo."
+        "LAION's; several stores with --pseudo; or a table of answers of any model, .csv or "
+        ".parquet."
     ),
 ]
 MethodName = Annotated[
-    str, Option(help="See `vilu list predictors`.", autocompletion=complete_methods)
+    str | None,
+    Option(
+        help="See `vilu list predictors`. [vilu_plus; for a table of answers answer_scores]",
+        autocompletion=complete_methods,
+    ),
 ]
 Validation = Annotated[
     Path | None,
@@ -102,7 +107,7 @@ NoSample = Annotated[
 def fit(  # noqa: PLR0913 - one parameter per flag
     stores: TrainingStores,
     output: Output,
-    method: MethodName = "vilu_plus",
+    method: MethodName = None,
     answer: Answer = None,
     validation: Validation = None,
     seed: Seed = 0,
@@ -136,7 +141,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         team = stack.enter_context(world(device))  # processes of torchrun, or only this one
         defaults: dict[str, object] = {"seed": seed, "device": device}
         chosen = _with_answer(settings or [], answer)
-        predictor = _new_predictor(find_method(method), defaults, chosen, init)
+        cls = find_method(method or _default_method(stores))
+        predictor = _new_predictor(cls, defaults, chosen, init)
         predictor.check_answer()
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
@@ -153,7 +159,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             has_sample=not no_sample,
         )
         read = [
-            *stores,
+            *reading.files(*stores),
             *(labels or ()),
             *console.named_paths(validation, init, unlabelled),
             *reading.read,
@@ -184,6 +190,15 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         typer.echo(output)
         n_rows = predictor.notes_.get("n_train", len(train))
         next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {_to_score(output)}")
+
+
+def _default_method(stores: list[Path]) -> str:
+    """The method to fit if none is named: the one for a table, or the one for a store."""
+    from vilu.tables.read import is_table
+
+    if is_table(stores[0]):
+        return "answer_scores"
+    return "vilu_plus"
 
 
 def _flags_of_fit(
@@ -345,6 +360,11 @@ def _training_set(
         source = reading.with_second(reading.open_in(pools_of_store, store))
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
+        if source.holds == "answers" and (n_shots is not None or pseudo):
+            raise UsageError(
+                "--shots and --pseudo are about classes, which a table of answers does not have. "
+                "Leave them out."
+            )
         if n_shots is not None:
             source = source.take(shots(source, n_shots, seed))
         sources.append(source)
@@ -428,7 +448,7 @@ def score(
     keep = console.keeping(
         file,
         "scores",
-        [predictor, store, *reading.read],
+        [predictor, *reading.files(store), *reading.read],
         overwrite=overwrite,
         reading=reading.settings,
     )
@@ -582,6 +602,16 @@ OutsideShare = Annotated[
         "[their share in the calibration rows]",
     ),
 ]
+OptionalData = Annotated[
+    Path | None,
+    path_argument(
+        "Labelled store, or a table of answers, .csv or .parquet. [PREDICTOR, if it is a table]"
+    ),
+]
+AloneOutput = Annotated[
+    Path | None,
+    Option("--output", "-o", help="Folder for the result, if a table is calibrated alone."),
+]
 ClassShares = Annotated[
     Path | None,
     path_option(
@@ -595,9 +625,13 @@ ClassShares = Annotated[
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[
-        Path, path_argument("Folder of a fitted predictor; the result is written into it.")
+        Path,
+        path_argument(
+            "Folder of a fitted predictor; the result is written into it. Or, without STORE, a "
+            "table of answers with one column of scores, which needs no fit."
+        ),
     ],
-    store: Data,
+    store: OptionalData = None,
     max_risk: MaxRisk = None,
     confidence: Confidence = 0.95,
     min_coverage: MinCoverage = None,
@@ -610,6 +644,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_miss: MaxMiss = 0.1,
     outside_share: OutsideShare = None,
     class_shares: ClassShares = None,
+    output: AloneOutput = None,
     *,
     reading: Reading,
     as_json: Annotated[
@@ -629,6 +664,14 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.calibration.target import Target
     from vilu.predictors.persistence.storage import load_predictor
 
+    if store is None:
+        store = predictor
+        predictor = _predictor_of_one_score(store, output, overwrite=overwrite)
+    elif output is not None:
+        raise UsageError(
+            "-o is for a table that is calibrated without a predictor. With a predictor the result "
+            "is written into its folder. Leave -o out."
+        )
     _require_answer(predictor, load_predictor(predictor).answer, answer)
     data = reading.open_both(store)
     shares = None
@@ -656,6 +699,28 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     facts = calibration.model_dump(mode="json")
     console.print_result(facts, _summary(calibration), as_json=as_json)
     next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor)}")
+
+
+def _predictor_of_one_score(table: Path, output: Path | None, *, overwrite: bool) -> Path:
+    """Write the predictor whose uncertainty is the one score of a table; returns its folder."""
+    from vilu.predictors.persistence import storage
+    from vilu.tables.methods import one_score
+    from vilu.tables.read import is_table, open_table
+
+    if not is_table(table):
+        raise UsageError(
+            f"STORE is missing: `vilu calibrate {table} STORE`. Only a table of answers (.csv or "
+            ".parquet) with one column of scores is calibrated alone."
+        )
+    if output is None:
+        raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
+    predictor = one_score(open_table(table))
+    inputs = storage.inputs_of_fit(predictor, [])
+    is_there = storage.claim(output, inputs, overwrite=overwrite)
+    if not is_there:
+        predictor.notes_["inputs"] = inputs
+        predictor.save(output)
+    return output
 
 
 def _calibrate_at_any_time(

@@ -453,6 +453,7 @@ class EmbeddingSource(ABC):
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
             a store.
         device: Device on which the rows are scored. None: the predictor chooses it.
+        fingerprint: Hash of all rows; None where it would need a pass over all embeddings.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -486,6 +487,7 @@ class EmbeddingSource(ABC):
     second: EmbeddingSource | None = None
     stored_dtype: str | None = None
     device: torch.device | None = None
+    fingerprint: str | None = None
     _columns: Mapping[str, Tensor] = {}  # columns that are in memory
 
     def _merge_same(self) -> Tensor | None:

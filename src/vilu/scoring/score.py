@@ -261,6 +261,10 @@ def score_rows(
         label_set=columns.label_set if any(columns.label_set) else None,
         **facts,
     )
+    if source.holds == "answers":
+        # The candidates of a table are only "the answer" and "another one": they say nothing more
+        # than the failures do.
+        outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
     if predictor.calibrator_ is not None:
         probability = predictor.failure_probability(outcomes.uncertainty)
         outcomes = replace(outcomes, failure_probability=probability)
@@ -635,7 +639,7 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     first_pool = rows[:n_in_pool]  # with classes: only the first usable row
     has_whole_pool = source.n_candidates > 0 and len(first_pool) >= n_in_pool
     facts: dict[str, Any] = {
-        "content": None,
+        "content": source.fingerprint,
         "space": source.space.fingerprint,
         "n": len(source),
         "n_candidates": source.n_candidates,

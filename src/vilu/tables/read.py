@@ -74,6 +74,19 @@ def open_table(source: object, *, name: str | None = None) -> AnswerTable:
     return _checked_table(columns, columns.pop("features", None), "the table", name)
 
 
+def is_table(path: Path) -> bool:
+    """Whether a path can be a table of answers: a file that ends in .csv or .parquet."""
+    return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
+
+
+def files_of(path: Path) -> list[Path]:
+    """A path, and the file of features beside it if the path is a table that has one."""
+    beside = path.with_suffix(FEATURES_BESIDE)
+    if is_table(path) and beside.is_file():
+        return [path, beside]
+    return [path]
+
+
 def _of_file(path: Path, name: str) -> AnswerTable:
     """The table in a CSV or Parquet file."""
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -206,7 +207,7 @@ class AnswerTable(EmbeddingSource):
         return roles | dict.fromkeys(self.unused, "not used")
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]  # in other sources a plain attribute
         """Hash of everything in the table except its name and its unused columns."""
         content = hashlib.sha256(self.correct.tobytes())
         for numbers in self.numbers.values():
@@ -232,6 +233,18 @@ class AnswerTable(EmbeddingSource):
         for place, name in enumerate(names):
             matrix[:, place] = self.numbers[name]
         return matrix
+
+    def arranged(self, names: Sequence[str]) -> AnswerTable:
+        """The table whose columns of numbers are those with these names, in this order.
+
+        Raises:
+            DataError: If the table lacks one of the columns.
+        """
+        table = copy.copy(self)
+        matrix = self.matrix(names)
+        table.numbers = {name: matrix[:, place] for place, name in enumerate(names)}
+        table._columns = {**self._columns, NUMBERS: torch.from_numpy(matrix)}
+        return table
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Directions (B, F) of the features, by which near copies are known; (B, 0) without."""

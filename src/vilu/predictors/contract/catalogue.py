@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+from typing import cast
 
 from vilu.errors import UsageError, nearest
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.registry import ADDERS, METHODS, Catalogue
+from vilu.registry import ADDERS, METHODS, METHODS_OF_TABLES, Catalogue
 
 # ``vilu/predictors/__init__.py`` adds the methods of this package
 PREDICTORS: Catalogue[type[FailurePredictor]] = METHODS
@@ -62,7 +64,7 @@ ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 def method_names() -> list[str]:
     """Names of all methods. Methods of entry points are listed without being imported."""
-    return PREDICTORS.names()
+    return [*PREDICTORS.names(), *METHODS_OF_TABLES]
 
 
 def find_method(name: str) -> type[FailurePredictor]:
@@ -73,7 +75,12 @@ def find_method(name: str) -> type[FailurePredictor]:
         >>> from vilu.predictors.contract.catalogue import find_method
         >>> find_method("mcm") is vilu.MCM
         True
+        >>> find_method("answer_probe").__name__  # a method for tables of answers
+        'AnswerProbe'
     """
+    if name in METHODS_OF_TABLES:
+        module, _, class_name = METHODS_OF_TABLES[name].partition(":")
+        return cast("type[FailurePredictor]", getattr(importlib.import_module(module), class_name))
     if name not in PREDICTORS:
         known = method_names()
         raise UsageError(

@@ -1,14 +1,14 @@
-"""Checks whether a method, and a fitted predictor, works on rows whose logits were given."""
+"""Checks whether a method, and a fitted predictor, works on given logits, or on a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.source import DataKind, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.contract.seen import candidates_of, same_candidates
-from vilu.registry import METHODS
+from vilu.registry import METHODS, METHODS_OF_TABLES
 
 
 def require_inputs(method: type[Any], data: EmbeddingSource) -> None:
@@ -113,3 +113,23 @@ def _in_words(candidates: Mapping[str, Any]) -> str:
     if "classes" in candidates:
         named = f"names {candidates['classes'][:12]}"
     return f"{kind} of {candidates.get('n_candidates', '?')} candidates ({named})"
+
+
+KIND_IN_WORDS: dict[DataKind, str] = {
+    "embeddings": "embeddings of images",
+    "answers": "a table of answers",
+}
+"""What the rows of a source are, in words."""
+
+
+def require_kind(method: type[Any], data: EmbeddingSource) -> None:
+    """Refuse a table of answers for a method of embeddings, and embeddings for one of tables."""
+    if method.takes == data.holds:
+        return
+    able = list(METHODS_OF_TABLES)
+    if data.holds == "embeddings":
+        able = METHODS.names()
+    raise UsageError(
+        f"{method.name} takes {KIND_IN_WORDS[method.takes]}. Got {KIND_IN_WORDS[data.holds]} "
+        f"instead, for which there are {', '.join(able)}."
+    )

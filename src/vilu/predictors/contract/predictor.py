@@ -20,7 +20,7 @@ from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
 from vilu.embeddings.columns import ANSWER, HOW, SECOND, AnswerKind
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import cached_rows, float64
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import Batch, DataKind, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, UsageError
 from vilu.predictors.contract import parameters
@@ -125,6 +125,7 @@ class FailurePredictor(ABC):
         needs_labels: Whether a fit needs labelled rows. Otherwise a fit uses all usable rows.
         uses_unlabelled: Whether a fit can also learn from rows without labels
             (``Rows.unlabelled``).
+        takes: What the rows of its data are: "embeddings", or "answers" of a table.
         learned_: The saved tensors by name, without the weights of the network.
         network_: The ``module`` with its weights, ready to score; None without a module.
         space_: Embedding space of the training data; None before a fit.
@@ -171,6 +172,7 @@ class FailurePredictor(ABC):
     has_posterior: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
+    takes: ClassVar[DataKind] = "embeddings"
     # Names, types and shapes of the saved tensors, in the notation of ``state.require_forms``. A
     # class that defines them needs no ``tensors``.
     _forms: ClassVar[str] = ""
@@ -884,14 +886,15 @@ class FailurePredictor(ABC):
         return self.seen(data).unshared(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
+        from vilu.predictors.contract import given_logits
+
+        given_logits.require_kind(type(self), data)
         if self.no_captions is not None and data.pool_size is not None:
             raise UsageError(
                 f"{self.name} does not work on image-caption pairs: {self.no_captions}."
             )
-        if not data.has_texts:
-            from vilu.predictors.contract.given_logits import require_inputs
-
-            require_inputs(type(self), data)
+        if not data.has_texts and data.holds == "embeddings":
+            given_logits.require_inputs(type(self), data)
         for column in columns:
             if column not in data.columns:
                 is_imported = column not in SECOND and column != ANSWER

@@ -1,0 +1,340 @@
+"""Fits of tables: one number per answer from several, by logistic regression.
+
+All inputs are arrays of N rows; ``failure`` (N,) is 1 where an answer is wrong and 0 where it is
+right.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.embeddings.split import part_of_rows
+from vilu.metrics.counts import Floats, Ints
+from vilu.metrics.ranking import auroc
+from vilu.tables.table import sign_of
+
+FOLDS: Final = 5
+"""Number of folds of every cross-validation."""
+
+RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Strengths of the penalty that are compared: ridge / 2 times the squares of the weights."""
+
+KNOTS: Final = 64
+"""Number of quantiles between which a ranked number is linear."""
+
+STEPS: Final = 1_000
+"""Maximum number of steps of an optimiser."""
+
+Way = TypeVar("Way")  # a way to fit that cross-validation compares with others
+
+
+class Fold(NamedTuple):
+    """One division of the rows: masks (N,) of the rows to fit on and of the rows held out."""
+
+    fitted: NDArray[np.bool_]
+    held_out: NDArray[np.bool_]
+
+
+def folds_of(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
+    """Divisions for a cross-validation; rows of one cluster (N,) are in one fold.
+
+    A fold that leaves only right or only wrong answers to fit on is left out.
+    """
+    part = part_of_rows(cluster, failure, [1 / FOLDS] * FOLDS, seed)
+    folds = []
+    for number in range(FOLDS):
+        held_out = part == number
+        has_both = len(np.unique(failure[~held_out])) == 2
+        if has_both and held_out.any():
+            folds.append(Fold(~held_out, held_out))
+    return folds
+
+
+def log_losses(log_odds: Floats, failure: Ints) -> Floats:
+    """Log-losses (N,) in nats of log-odds of failure (N,)."""
+    return np.logaddexp(0, log_odds) - failure * log_odds
+
+
+class Linear(NamedTuple):
+    """Log-odds of failure as a linear function: weights (C,) and an intercept."""
+
+    weights: Floats
+    intercept: float
+
+    def __call__(self, inputs: Floats) -> Floats:
+        """Log-odds (N,) of inputs (N, C)."""
+        return inputs @ self.weights + self.intercept
+
+    def recalibrated(self, slope: float, shift: float) -> Linear:
+        """The function slope * log-odds + shift."""
+        return Linear(slope * self.weights, slope * self.intercept + shift)
+
+
+def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
+    """Ridge logistic regression whose weights are at least 0, so that no input lowers the risk.
+
+    It minimises the mean log-loss plus ridge / 2 times the squares of the weights, by L-BFGS with
+    bounds.
+    """
+    from scipy.optimize import minimize
+
+    n_columns = inputs.shape[1]
+
+    def objective(point: Floats) -> tuple[float, Floats]:
+        weights = point[:n_columns]
+        log_odds = inputs @ weights + point[n_columns]
+        loss = log_losses(log_odds, failure).mean() + ridge / 2 * (weights @ weights)
+        # d/ds log(1 + exp(s)) = 1 / (1 + exp(-s)); tanh does not overflow
+        error = (1 + np.tanh(log_odds / 2)) / 2 - failure
+        gradient = inputs.T @ error / len(failure) + ridge * weights
+        return float(loss), np.append(gradient, error.mean())
+
+    start = np.zeros(n_columns + 1)
+    bounds = [(0.0, None)] * n_columns + [(None, None)]
+    best = minimize(
+        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}
+    )
+    return Linear(best.x[:n_columns], float(best.x[n_columns]))
+
+
+def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
+    """Ridge logistic regression by scikit-learn, with the objective of ``rising_logistic``."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    # scikit-learn's C multiplies the sum of the log-losses, where ``ridge`` goes with their mean.
+    model = LogisticRegression(C=1 / (ridge * len(failure)), max_iter=STEPS)
+    with warnings.catch_warnings():
+        # A weak penalty on more columns than rows converges slowly. Cross-validation judges it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(inputs, failure)
+    return Linear(model.coef_[0].astype(np.float64), float(model.intercept_[0]))
+
+
+def platt(log_odds: Floats, failure: Ints) -> tuple[float, float]:
+    """Slope and shift that calibrate held-out log-odds (N,) by logistic regression.
+
+    Log-odds that rise where failures become rarer tell nothing; they keep slope 1 and shift 0.
+    """
+    column = log_odds[:, None]
+    scale = max(float(np.abs(column).max()), 1e-12)
+    fitted = ridge_logistic(column / scale, failure, ridge=1e-9)
+    slope = float(fitted.weights[0]) / scale
+    if slope <= 0:
+        return 1.0, 0.0
+    return slope, fitted.intercept
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A rising function of every column: a sum of S pieces, each linear between two numbers.
+
+    The function of column c is sum_s rise[c, s] * clip((x - lower[c, s]) / width[c, s], 0, 1). So
+    numbers beyond those of the fit count as the nearest number of the fit.
+    """
+
+    lower: Floats  # (C, S)
+    width: Floats  # (C, S), positive
+    rise: Floats  # (C, S), at least 0
+
+    def __call__(self, numbers: Floats) -> Floats:
+        """The mapped numbers (N, C)."""
+        mapped = np.zeros_like(numbers)
+        for piece in range(self.lower.shape[1]):
+            share = (numbers - self.lower[:, piece]) / self.width[:, piece]
+            mapped += self.rise[:, piece] * np.clip(share, 0, 1)
+        return mapped
+
+    def take(self, columns: Sequence[int]) -> Maps:
+        """The functions of some columns."""
+        chosen = list(columns)
+        return Maps(self.lower[chosen], self.width[chosen], self.rise[chosen])
+
+
+def straight(numbers: Floats) -> Maps:
+    """Each column divided by its standard deviation, between its smallest and largest number."""
+    lowest = numbers.min(axis=0)
+    span = numbers.max(axis=0) - lowest
+    deviation = numbers.std(axis=0)
+    is_constant = span == 0
+    width = np.where(is_constant, 1.0, span)
+    rise = np.where(is_constant, 0.0, span / np.where(is_constant, 1.0, deviation))
+    return Maps(lowest[:, None], width[:, None], rise[:, None])
+
+
+def ranked(numbers: Floats) -> Maps:
+    """Each column by its rank: the log-odds of the share of rows with smaller numbers.
+
+    Between ``KNOTS`` quantiles the function is linear, so rows with different numbers stay apart.
+    """
+    n_columns = numbers.shape[1]
+    share = (np.arange(KNOTS) + 0.5) / KNOTS
+    height = np.log(share) - np.log1p(-share)
+    lower = np.zeros((n_columns, KNOTS - 1))
+    width = np.ones((n_columns, KNOTS - 1))
+    rise = np.zeros((n_columns, KNOTS - 1))
+    for column in range(n_columns):
+        knots, group = np.unique(np.quantile(numbers[:, column], share), return_inverse=True)
+        # quantiles that are one number have the mean of their heights
+        mean_height = np.bincount(group, height) / np.bincount(group)
+        n_pieces = len(knots) - 1
+        lower[column, :n_pieces] = knots[:-1]
+        width[column, :n_pieces] = np.diff(knots)
+        rise[column, :n_pieces] = np.diff(mean_height)
+    return Maps(lower, width, rise)
+
+
+MAPS: Final[dict[str, Callable[[Floats], Maps]]] = {"straight": straight, "ranked": ranked}
+"""How the columns are mapped before they are combined, by name."""
+
+
+def directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Floats:
+    """For every column 1 if a higher number means more likely wrong, else -1 (C,).
+
+    The name of a column decides it, and where it says nothing, the failures of the rows do.
+    """
+    learned = []
+    for column, name in enumerate(names):
+        sign = sign_of(name)
+        rises = auroc(numbers[:, column], failure) >= 0.5
+        direction = 1 if rises else -1
+        learned.append(direction if sign == 0 else -sign)
+    return np.array(learned, dtype=np.float64)
+
+
+class Recipe(NamedTuple):
+    """A way to combine columns, which cross-validation compares with others."""
+
+    maps: str  # key of ``MAPS``
+    columns: tuple[int, ...]
+    ridge: float
+
+
+def recipes(n_columns: int) -> list[Recipe]:
+    """Each column alone, and all together with every strength of the penalty."""
+    compared = []
+    for maps in MAPS:
+        for column in range(n_columns):
+            compared.append(Recipe(maps, (column,), RIDGES[0]))
+        if n_columns > 1:
+            every_column = tuple(range(n_columns))
+            compared += [Recipe(maps, every_column, ridge) for ridge in RIDGES]
+    return compared
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A rising combination of columns: log-odds of failure of numbers (N, C)."""
+
+    direction: Floats  # (C,)
+    maps: Maps
+    linear: Linear
+
+    def __call__(self, numbers: Floats) -> Floats:
+        """Log-odds (N,)."""
+        return self.linear(self.maps(numbers * self.direction))
+
+
+def combined(names: Sequence[str], numbers: Floats, failure: Ints, recipe: Recipe) -> Combination:
+    """The combination of a recipe, fitted to all these rows."""
+    direction = directions(names, numbers, failure)
+    maps = MAPS[recipe.maps](numbers * direction)
+    return _fitted(direction, maps, maps(numbers * direction), failure, recipe)
+
+
+def _fitted(
+    direction: Floats, maps: Maps, mapped: Floats, failure: Ints, recipe: Recipe
+) -> Combination:
+    """The combination of a recipe, where the numbers (N, C) are mapped already."""
+    chosen = list(recipe.columns)
+    of_chosen = rising_logistic(mapped[:, chosen], failure, recipe.ridge)
+    weights = np.zeros(len(direction))
+    weights[chosen] = of_chosen.weights
+    return Combination(direction, maps, Linear(weights, of_chosen.intercept))
+
+
+def held_out_log_odds(
+    names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
+) -> dict[Recipe, Floats]:
+    """Log-odds (N,) of every recipe, each row by fits without its fold; NaN in no fold."""
+    log_odds = {recipe: np.full(len(failure), np.nan) for recipe in recipes(len(names))}
+    for fitted, held_out in folds:
+        direction = directions(names, numbers[fitted], failure[fitted])
+        for kind, make in MAPS.items():
+            maps = make(numbers[fitted] * direction)
+            mapped = maps(numbers[fitted] * direction)
+            for recipe, of_rows in log_odds.items():
+                if recipe.maps == kind:
+                    fit = _fitted(direction, maps, mapped, failure[fitted], recipe)
+                    of_rows[held_out] = fit(numbers[held_out])
+    return log_odds
+
+
+class CrossValidated(NamedTuple, Generic[Way]):
+    """Which of several ways to fit is best on held-out rows, and how to calibrate its log-odds."""
+
+    best: Way
+    losses: dict[Way, float]  # mean held-out log-loss of every way
+    slope: float
+    shift: float
+
+    @classmethod
+    def of(cls, held_out: Mapping[Way, Floats], failure: Ints) -> CrossValidated[Way]:
+        """Compare held-out log-odds (N,); NaN where a row was in no fold."""
+        losses = {}
+        for way, log_odds in held_out.items():
+            is_known = np.isfinite(log_odds)
+            losses[way] = float(log_losses(log_odds[is_known], failure[is_known]).mean())
+        best = min(losses, key=losses.__getitem__)
+        is_known = np.isfinite(held_out[best])
+        slope, shift = platt(held_out[best][is_known], failure[is_known])
+        return cls(best, losses, slope, shift)
+
+
+def best_combination(
+    names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
+) -> tuple[Combination, CrossValidated[Recipe]]:
+    """The combination with the least held-out log-loss, calibrated by its held-out log-odds."""
+    compared = CrossValidated.of(held_out_log_odds(names, numbers, failure, folds), failure)
+    fit = combined(names, numbers, failure, compared.best)
+    linear = fit.linear.recalibrated(compared.slope, compared.shift)
+    return Combination(fit.direction, fit.maps, linear), compared
+
+
+class Probe(NamedTuple):
+    """A ridge logistic regression on standardised inputs."""
+
+    mean: Floats  # (I,)
+    scale: Floats  # (I,)
+    linear: Linear
+
+
+def best_probe(
+    inputs: Floats, failure: Ints, folds: Sequence[Fold]
+) -> tuple[Probe, CrossValidated[float]]:
+    """The probe with the least held-out log-loss, calibrated by its held-out log-odds."""
+    held_out = {ridge: np.full(len(failure), np.nan) for ridge in RIDGES}
+    for fitted, rest in folds:
+        mean, scale = _moments(inputs[fitted])
+        standardised = (inputs - mean) / scale
+        for ridge, log_odds in held_out.items():
+            fit = ridge_logistic(standardised[fitted], failure[fitted], ridge)
+            log_odds[rest] = fit(standardised[rest])
+    compared = CrossValidated.of(held_out, failure)
+    mean, scale = _moments(inputs)
+    fit = ridge_logistic((inputs - mean) / scale, failure, compared.best)
+    linear = fit.recalibrated(compared.slope, compared.shift)
+    return Probe(mean, scale, linear), compared
+
+
+def _moments(inputs: Floats) -> tuple[Floats, Floats]:
+    """Mean (I,) and standard deviation (I,) of inputs; 1 in place of a deviation of 0."""
+    deviation = inputs.std(axis=0)
+    deviation[deviation == 0] = 1.0
+    return inputs.mean(axis=0), deviation

@@ -1,0 +1,451 @@
+"""Methods that score tables of answers: one score as it is, several combined, and a probe."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.embeddings.columns import NUMBERS, AnswerKind
+from vilu.embeddings.rows import Rows
+from vilu.embeddings.source import Batch, DataKind, EmbeddingSource
+from vilu.errors import DataError, UsageError
+from vilu.metrics.counts import Floats, Ints
+from vilu.predictors.contract.given_logits import require_kind
+from vilu.predictors.contract.parameters import check_parameters
+from vilu.predictors.contract.predictor import FailurePredictor, Learnt
+from vilu.tables.combine import CrossValidated, Recipe, best_combination, best_probe, folds_of
+from vilu.tables.read import open_table
+from vilu.tables.table import FEATURES, AnswerTable, sign_of
+
+COLUMNS = "columns"
+"""Key of the notes of a fit: the columns of numbers that it uses, in their order."""
+
+WIDTH = "n_features"
+"""Key of the notes of a fit: the number of features that it uses."""
+
+SHARES = "shares"
+"""Key of the notes of a fit: which share of the score each column has."""
+
+
+@dataclass
+class AnswerMethod(FailurePredictor):
+    """Base class of the methods that score tables of answers (``vilu.AnswerTable``).
+
+    ``fit`` and ``predict_uncertainty`` also take what ``vilu.open_table`` takes, such as a data
+    frame. The log-odds of failure, or another score, is a sum of one term per column.
+    """
+
+    takes: ClassVar[DataKind] = "answers"
+    columns: ClassVar[tuple[str, ...]] = (NUMBERS,)
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    answer: AnswerKind = dataclasses.field(default="given", kw_only=True)
+
+    def fit(
+        self,
+        train: Any,  # noqa: ANN401 - whatever open_table takes
+        validation: EmbeddingSource | None = None,
+        *,
+        unlabelled: EmbeddingSource | None = None,
+    ) -> Self:
+        """Learn from the rows of a table whose column ``correct`` is not empty.
+
+        Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.fit``.
+        """
+        if validation is not None:
+            raise UsageError(
+                f"{self.name} selects by cross-validation. Leave the validation rows out, or add "
+                "them to the table."
+            )
+        return super().fit(_as_table(train), unlabelled=unlabelled)
+
+    def predict_uncertainty(  # type: ignore[override]
+        self,
+        data: Any,  # noqa: ANN401 - whatever open_table takes
+        text: None = None,
+    ) -> NDArray[np.float64]:
+        """Uncertainty (N,) float64 of every row of a table, higher = more likely wrong.
+
+        Raises the errors of ``vilu.open_table`` and of ``FailurePredictor.predict_uncertainty``.
+        """
+        uncertainty: Floats = super().predict_uncertainty(_as_table(data), text)
+        return uncertainty
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Names of the columns of numbers that the score uses, in their order."""
+        return tuple(self.notes_.get(COLUMNS, ()))
+
+    def contributions(self, data: object) -> dict[str, Floats]:
+        """How much each column moves the score of every row: its term less the mean term (N,).
+
+        All features together are one column. The terms of a row add up to its log-odds of failure
+        less the mean log-odds.
+
+        Examples:
+            >>> import numpy as np
+            >>> from vilu.tables.methods import AnswerScores
+            >>> score = np.linspace(0, 1, 200)
+            >>> table = {"id": np.arange(200), "score": score, "correct": score > 0.3}
+            >>> terms = AnswerScores().fit(table).contributions(table)
+            >>> bool(terms["score"][0] > 0 > terms["score"][-1])  # a low score is a doubt
+            True
+        """
+        table = _as_table(data)
+        self._check_ready(table)
+        parts = []
+        arranged = table.arranged(self.used_columns)
+        with torch.no_grad():
+            for batch in arranged.batches(len(arranged), columns=self.columns_to_score):
+                parts.append(self.terms(batch).numpy())
+        terms = np.concatenate(parts)
+        centred = terms - terms.mean(axis=0)
+        return {name: centred[:, place] for place, name in enumerate(self.players)}
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """Names of the terms of the score: the columns, and "features" if they are used."""
+        return self.used_columns
+
+    @abstractmethod
+    def terms(self, batch: Batch) -> Tensor:
+        """Terms (B, G) float64 of the score, one per player."""
+
+    def check_answer(self) -> None:
+        """Refuse other answers than those in the table."""
+        if self.answer != "given":
+            raise UsageError(
+                f'{self.name} judges the answers of a table, and none of a model: answer="given". '
+                f"Got {self.answer!r} instead."
+            )
+
+    def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
+        require_kind(type(self), data)
+        if FEATURES in columns and FEATURES not in data.columns:
+            raise DataError(
+                f"this {self.name} was fitted with features, and this table has none. Give the "
+                "features of its rows, or fit on a table without features."
+            )
+        width = 0 if self.space_ is None else self.space_.embed_dim
+        if width and data.has_vectors and data.space.embed_dim != width:
+            raise DataError(
+                f"this {self.name} was fitted on a table with {width} features. Got "
+                f"{data.space.embed_dim} instead."
+            )
+
+    def _check_ready(self, data: EmbeddingSource) -> None:
+        # As in the base class, but no space of embeddings is compared: a table has none.
+        check_parameters(self)
+        self.check_answer()
+        self._check_source(data, self.columns_to_score)
+        self.require_fitted()
+
+    def _scored_on_device(
+        self, data: EmbeddingSource, rows: Tensor | None
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        self._check_ready(data)
+        if isinstance(data, AnswerTable):
+            data = data.arranged(self.used_columns)
+        return super()._scored_on_device(data, rows)
+
+
+def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
+    """A table of ``data``; another source is left as it is, and refused with its own message."""
+    if isinstance(data, EmbeddingSource):
+        return data
+    return open_table(data)
+
+
+@dataclass
+class AnswerScore(AnswerMethod):
+    """One column of a table as it is: u = -score, or u = uncertainty.
+
+    Nothing is learned. Calibration turns the score into a probability of failure.
+
+    Args:
+        column: Name of the column, which begins with ``score`` or ``uncertainty``.
+
+    Examples:
+        >>> from vilu.tables.methods import AnswerScore
+        >>> table = {"id": ["a", "b"], "score_p": [0.9, 0.2]}
+        >>> AnswerScore(column="score_p").predict_uncertainty(table)
+        array([-0.9, -0.2])
+    """
+
+    name: ClassVar[str] = "answer_score"
+    summary: ClassVar[str] = "one column of a table of answers, as it is"
+    reference: ClassVar[str] = "the model of the answers itself"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    column: str = "score"
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """The one column."""
+        return (self.column,)
+
+    def terms(self, batch: Batch) -> Tensor:
+        """The uncertainty (B, 1)."""
+        sign = sign_of(self.column)
+        if sign == 0:
+            raise UsageError(
+                f"the name of the column {self.column!r} does not say whether a higher number "
+                "means more likely right. Call it score_... (higher: right) or uncertainty_... "
+                "(higher: wrong), or fit answer_scores, which learns it."
+            )
+        return -sign * batch.columns[NUMBERS]
+
+    def _score(self, batch: Batch) -> Tensor:
+        return self.terms(batch).squeeze(1)
+
+
+def one_score(table: AnswerTable) -> AnswerScore:
+    """The method of the only column of a table whose name says its sign.
+
+    Raises:
+        UsageError: If there is no such column, or more than one.
+
+    Examples:
+        >>> import vilu
+        >>> from vilu.tables.methods import one_score
+        >>> one_score(vilu.open_table({"id": ["a"], "uncertainty_h": [0.1], "width": [3]}))
+        AnswerScore(column='uncertainty_h')
+    """
+    signed = [name for name in table.numbers if sign_of(name) != 0]
+    if len(signed) == 1:
+        return AnswerScore(column=signed[0])
+    what = "no column that begins with score or uncertainty"
+    if signed:
+        what = f"the columns {', '.join(signed)}"
+    raise UsageError(
+        f"without a fit, one column decides: score_... or uncertainty_.... This table has {what}. "
+        "Leave one of them, or fit a method: `vilu fit TABLE -o predictor`, and then `vilu "
+        "calibrate predictor ANOTHER_TABLE`."
+    )
+
+
+@dataclass
+class AnswerScores(AnswerMethod):
+    """The best rising combination of the columns of numbers, by cross-validation.
+
+    Every column is turned so that a higher number means more likely wrong, mapped (a straight line,
+    or its rank), and weighted: P(failure) = sigmoid(sum_c w_c f_c(x_c) + b) with w_c >= 0. So no
+    score that falls ever lowers the uncertainty. Compared are each column alone and all together,
+    both maps, and five strengths of a ridge penalty. The least log-loss in 5-fold cross-validation
+    wins. Its log-odds are calibrated on the held-out folds (Platt). Rows of one cluster are in one
+    fold.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.tables.methods import AnswerScores
+        >>> rng = np.random.default_rng(0)
+        >>> hidden = rng.normal(size=1000)
+        >>> noisy = {"score_a": hidden + rng.normal(size=1000), "width": rng.normal(size=1000)}
+        >>> table = {"id": np.arange(1000), **noisy, "correct": hidden > -0.5}
+        >>> predictor = AnswerScores().fit(table)
+        >>> bool(predictor.notes_["shares"]["score_a"] > 0.9)
+        True
+    """
+
+    name: ClassVar[str] = "answer_scores"
+    summary: ClassVar[str] = "the best rising combination of the columns of a table of answers"
+    reference: ClassVar[str] = "logistic regression with weights of one sign"
+    cost: ClassVar[str] = "fit: seconds; score: a sum over the columns"
+    is_probability: ClassVar[bool] = True
+    learns_failure: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    _forms: ClassVar[str] = "direction:dC lower:dCS width:dCS rise:dCS weight:dC intercept:d"
+
+    seed: int = 0
+    allow_degenerate: bool = False
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        table = _table_of(train)
+        names = tuple(table.numbers)
+        if not names:
+            raise DataError(
+                f"{self.name} combines columns of numbers, and this table has features alone. Fit "
+                "answer_probe."
+            )
+        numbers = table.matrix(names)
+        failures = failure.numpy()
+        folds = folds_of(clusters_of(table), failures, self.seed)
+        fit, compared = best_combination(names, numbers, failures, folds)
+        weights = torch.from_numpy(fit.linear.weights)
+        tensors = {
+            "direction": torch.from_numpy(fit.direction),
+            "lower": torch.from_numpy(fit.maps.lower),
+            "width": torch.from_numpy(fit.maps.width),
+            "rise": torch.from_numpy(fit.maps.rise),
+            "weight": weights,
+            "intercept": torch.tensor(fit.linear.intercept, dtype=torch.float64),
+        }
+        spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
+        signs = dict(zip(names, (-fit.direction).astype(int).tolist(), strict=True))
+        notes = {
+            COLUMNS: list(names),
+            "signs": signs,
+            SHARES: _shares(names, spread),
+            "chosen": _recipe_in_words(names, compared),
+        }
+        return Learnt(tensors, notes)
+
+    def terms(self, batch: Batch) -> Tensor:
+        """Terms (B, C) of the log-odds of failure, without the intercept."""
+        numbers = batch.columns[NUMBERS] * self.learned_["direction"]
+        share = (numbers.unsqueeze(2) - self.learned_["lower"]) / self.learned_["width"]
+        mapped = (share.clamp(0, 1) * self.learned_["rise"]).sum(dim=2)
+        return mapped * self.learned_["weight"]
+
+    def _score(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(self.terms(batch).sum(dim=1) + self.learned_["intercept"])
+
+
+@dataclass
+class AnswerProbe(AnswerMethod):
+    """Ridge logistic regression on the standardised columns of numbers and features.
+
+    P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row, each less
+    its mean and divided by its standard deviation. The strength of the penalty is the one with the
+    least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds
+    (Platt). With hidden states as features it is P(I know) of Kadavath et al. (2022). Rows of one
+    cluster are in one fold.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.tables.methods import AnswerProbe
+        >>> features = np.random.default_rng(0).normal(size=(1000, 4))
+        >>> table = {"id": np.arange(1000), "features": features, "correct": features[:, 0] > -0.5}
+        >>> predictor = AnswerProbe().fit(table)
+        >>> uncertainty = predictor.predict_uncertainty(table)
+        >>> bool(uncertainty[features[:, 0] > 0].max() < uncertainty[features[:, 0] < -1].min())
+        True
+    """
+
+    name: ClassVar[str] = "answer_probe"
+    summary: ClassVar[str] = "logistic regression on the scores and features of a table of answers"
+    reference: ClassVar[str] = "Kadavath et al. 2022, P(I know)"
+    cost: ClassVar[str] = "fit: seconds to minutes with wide features; score: one product"
+    is_probability: ClassVar[bool] = True
+    learns_failure: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    _forms: ClassVar[str] = "mean:dI scale:dI weight:dI intercept:d"
+
+    seed: int = 0
+    allow_degenerate: bool = False
+
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """The numbers, and the features if the fit had any."""
+        if self.notes_.get(WIDTH):
+            return (NUMBERS, FEATURES)
+        return (NUMBERS,)
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        """The columns of numbers, and "features" if they are used."""
+        if self.notes_.get(WIDTH):
+            return (*self.used_columns, FEATURES)
+        return self.used_columns
+
+    def _learn(
+        self,
+        train: Rows,
+        failure: Tensor,
+        validation: EmbeddingSource | None,  # noqa: ARG002
+    ) -> Learnt:
+        table = _table_of(train)
+        names = tuple(table.numbers)
+        inputs = table.matrix(names)
+        if table.features is not None:
+            inputs = np.hstack([inputs, table.features.astype(np.float64)])
+        failures = failure.numpy()
+        folds = folds_of(clusters_of(table), failures, self.seed)
+        fit, compared = best_probe(inputs, failures, folds)
+        tensors = {
+            "mean": torch.from_numpy(fit.mean),
+            "scale": torch.from_numpy(fit.scale),
+            "weight": torch.from_numpy(fit.linear.weights),
+            "intercept": torch.tensor(fit.linear.intercept, dtype=torch.float64),
+        }
+        terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
+        spread = terms[:, : len(names)].std(axis=0)
+        players = names
+        if table.features is not None:
+            spread = np.append(spread, terms[:, len(names) :].sum(axis=1).std())
+            players = (*names, FEATURES)
+        notes = {
+            COLUMNS: list(names),
+            WIDTH: table.n_features,
+            SHARES: _shares(players, spread),
+            "chosen": f"ridge {compared.best:g}, log-loss {compared.losses[compared.best]:.4f}",
+        }
+        return Learnt(tensors, notes)
+
+    def terms(self, batch: Batch) -> Tensor:
+        """Terms (B, C) of the log-odds of failure, or (B, C + 1) with features."""
+        n_columns = len(self.used_columns)
+        inputs = batch.columns[NUMBERS]
+        if FEATURES in batch.columns:
+            inputs = torch.cat([inputs, batch.columns[FEATURES].double()], dim=1)
+        width = len(self.learned_["mean"])
+        if inputs.shape[1] != width:
+            raise DataError(
+                f"this {self.name} was fitted on {width - n_columns} features. Got "
+                f"{inputs.shape[1] - n_columns} instead."
+            )
+        terms = (inputs - self.learned_["mean"]) / self.learned_["scale"] * self.learned_["weight"]
+        if width == n_columns:
+            return terms
+        of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
+        return torch.cat([terms[:, :n_columns], of_features], dim=1)
+
+    def _score(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(self.terms(batch).sum(dim=1) + self.learned_["intercept"])
+
+
+def _table_of(train: Rows) -> AnswerTable:
+    """The table of the rows to learn from."""
+    table = train.source
+    if not isinstance(table, AnswerTable):
+        raise UsageError(f"a fit needs {AnswerTable.how}. Got {type(table).__name__} instead.")
+    return table.take(train.index)
+
+
+def clusters_of(table: AnswerTable) -> Ints:
+    """Numbers (N,) of the clusters of the rows; without the column, of their exact copies."""
+    if table.cluster is None:
+        return table.picture_identities()
+    _, cluster = np.unique(np.array(table.cluster), return_inverse=True)
+    return cluster.astype(np.int64)
+
+
+def _shares(players: tuple[str, ...], spread: Floats) -> dict[str, float]:
+    """Share of every player in the score: its standard deviation over the sum of all."""
+    total = np.abs(spread).sum()
+    if total == 0:
+        return dict.fromkeys(players, 0.0)
+    share = (np.abs(spread) / total).round(4)
+    return dict(zip(players, share.tolist(), strict=True))
+
+
+def _recipe_in_words(names: tuple[str, ...], compared: CrossValidated[Recipe]) -> str:
+    """What the cross-validation chose, with its log-loss."""
+    recipe = compared.best
+    what = "all columns"
+    if len(recipe.columns) == 1:
+        what = names[recipe.columns[0]]
+    return f"{what}, {recipe.maps}, ridge {recipe.ridge:g}, log-loss {compared.losses[recipe]:.4f}"
