@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vilu.calibration.procedure import calibrate_predictor as calibrate_predictor
     from vilu.calibration.rules import Rule as Rule
     from vilu.calibration.rules import certify as certify
+    from vilu.calibration.rules import certify_clusters as certify_clusters
     from vilu.calibration.selective import Selective as Selective
     from vilu.calibration.selective import load as load
     from vilu.calibration.target import Target as Target
@@ -72,7 +73,7 @@ _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
     "vilu.calibration.target": "Target",
-    "vilu.calibration.rules": "Rule certify",
+    "vilu.calibration.rules": "Rule certify certify_clusters",
     "vilu.calibration.selective": "Selective load",
     "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",

@@ -13,6 +13,14 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from vilu.artifacts.documents import Model
 from vilu.calibration.closed_set import AnyLooks, ClosedPhotos
+from vilu.calibration.cluster_bets import LabelledRows, ratio_threshold
+from vilu.calibration.clusters import (
+    TOO_LARGE,
+    ClusterRisk,
+    Clusters,
+    majority_outcomes,
+    ratio_rows,
+)
 from vilu.calibration.methods import Method, RowsMethod
 from vilu.calibration.selection import drawn, p_values, selected
 from vilu.calibration.shares import (
@@ -41,7 +49,7 @@ from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
 from vilu.predictors.contract.seen import LEARNED_FROM, MAX_SHARED
-from vilu.validation import checked
+from vilu.validation import checked, require_between
 
 ALL = ""
 """Name of the group of all rows."""
@@ -81,6 +89,7 @@ class Rule(Model):
         about: "new": the guarantee is about rows that are drawn as the calibration rows were.
             "folder": it is about the photos of one folder that nobody labelled.
         closed: These photos; None for a guarantee about new rows.
+        clusters: What the guarantee says about clusters of rows; None if it is about single rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -108,15 +117,18 @@ class Rule(Model):
     counted: CountedRows | None = None
     about: Literal["new", "folder"] = "new"
     closed: ClosedPhotos | None = None
+    clusters: Clusters | None = None
 
     @model_serializer(mode="wrap")
     def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save; a rule about new rows has those that earlier versions wrote."""
+        """The fields to save; a rule about new single rows has those of earlier versions."""
         # So the fingerprints of calibrations stay, by which scores and monitors know them.
         fields: dict[str, Any] = fields_of(self)
         if self.about == "new":
             fields.pop("about", None)
             fields.pop("closed", None)
+        if self.clusters is None:
+            fields.pop("clusters", None)
         return fields
 
     @property
@@ -228,19 +240,28 @@ class Rule(Model):
         return names
 
     def accept(
-        self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
+        self,
+        uncertainty: ArrayLike,
+        groups: Sequence[str] | None = None,
+        clusters: Sequence[str] | None = None,
     ) -> NDArray[np.bool_]:
         """Mask (N,) of the accepted answers; an answer without an uncertainty (NaN) is rejected.
+
+        With the risk "majority" the mask is True in all rows of an accepted cluster, and what is
+        accepted is the majority answer (``vilu.calibration.clusters.majority_outcomes``).
 
         Args:
             uncertainty: Uncertainties (N,) of the same predictor as the calibration rows. If the
                 rule judges whole batches, these must be the uncertainties of one whole batch.
             groups: Names of the groups of the N rows; needed if the rule has groups.
+            clusters: Names of the clusters of the N rows; needed if the rule is about clusters,
+                which must be whole.
 
         Raises:
-            UsageError: If the rule has groups and ``groups`` does not name one for every row.
-            DataError: If ``uncertainty`` is not a vector of numbers, or if ``groups`` is not a list
-                of texts.
+            UsageError: If the rule has groups or clusters, and ``groups`` or ``clusters`` does not
+                name one for every row.
+            DataError: If ``uncertainty`` is not a vector of numbers, or if ``groups`` or
+                ``clusters`` is not a list of texts.
 
         Examples:
             >>> import numpy as np, vilu
@@ -250,11 +271,23 @@ class Rule(Model):
             >>> rule.accept([0.1, 0.5, 0.6, np.nan]).tolist()
             [True, True, False, False]
         """
-        scores = real_vector(uncertainty, "uncertainty")
+        scores = self._compared_scores(uncertainty, clusters)
         if self.needs_batch:
             return selected(self.p_values(scores), self.max_risk or 0.0)
         floors, thresholds = self.limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
+
+    def _compared_scores(self, uncertainty: ArrayLike, clusters: Sequence[str] | None) -> Floats:
+        """Scores (N,) that are compared with thresholds: those of rows, or of their clusters."""
+        scores = real_vector(uncertainty, "uncertainty")
+        if self.clusters is None:
+            return scores
+        if clusters is None:
+            raise UsageError(
+                f"this rule is about clusters, so it needs the cluster of each of {len(scores)} "
+                "rows, as text."
+            )
+        return self.clusters.compared_scores(scores, clusters)
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
         """Conformal p-values (N,) of a batch; NaN for rows without an uncertainty.
@@ -274,15 +307,19 @@ class Rule(Model):
         return p_values(real_vector(uncertainty, "uncertainty"), self.wrong, self.n)
 
     def reasons(
-        self, uncertainty: ArrayLike, groups: Sequence[str] | None = None
+        self,
+        uncertainty: ArrayLike,
+        groups: Sequence[str] | None = None,
+        clusters: Sequence[str] | None = None,
     ) -> list[str | None]:
         """Reason for every row why it is not accepted; None where it is accepted.
 
         The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
-        wrong), "not_certified" (the group accepts nothing) and "not_selected" (from a batch).
-        Raises the errors of ``accept``.
+        wrong), "not_certified" (the group accepts nothing), "not_selected" (from a batch) and
+        "large_cluster" (larger than those that the guarantee speaks of). Raises the errors of
+        ``accept``.
         """
-        scores = real_vector(uncertainty, "uncertainty")
+        scores = self._compared_scores(uncertainty, clusters)
         reasons = np.full(len(scores), None, dtype=object)
         if self.needs_batch:
             reasons[~self.accept(scores)] = "not_selected"
@@ -291,6 +328,7 @@ class Rule(Model):
             is_within = scores <= thresholds  # False for NaN, so such a row gets a reason too
             reasons[~is_within] = "above_threshold"
             reasons[scores <= floors] = "below_floor"
+            reasons[scores == TOO_LARGE] = "large_cluster"
             reasons[thresholds == -np.inf] = "not_certified"
         texts: list[str | None] = reasons.tolist()
         return texts
@@ -311,17 +349,32 @@ class Rule(Model):
             f"calibration rows{counted})"
         )
 
+    @property
+    def _units(self) -> str:
+        """What the numbers of a rule count, in words."""
+        if self.clusters is None:
+            return "calibration rows"
+        return self.clusters.counted_as
+
+    @property
+    def _errors(self) -> str:
+        """What is guaranteed to be rare, in words that follow "at most 5%"."""
+        if self.clusters is not None:
+            return self.clusters.errors
+        if self.method == "crc":
+            return "of all answers are accepted and wrong"
+        return "of the accepted answers are wrong"
+
     def _guarantee(self) -> str:
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
         # The sentence has four parts (see the last line). Every case below adds words to some.
         certainty = f"with confidence {exactly(self.confidence)}"
-        errors = "of the accepted answers are wrong"
+        errors = self._errors
         if self.method == "crc":
             certainty = "on average"
-            errors = "of all answers are accepted and wrong"
-        counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
+        counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} {self._units}"
         if self.closed is not None:
             return (
                 f"of {self.closed} of one folder, accepted and without a label, {certainty} at "
@@ -418,6 +471,78 @@ def certify(
     )
     target.check_rule(grouped=groups is not None)
     return rule_of(outcomes, target, groups)
+
+
+@checked
+def certify_clusters(
+    outcomes: Outcomes,
+    clusters: Sequence[str],
+    risk: ClusterRisk,
+    *,
+    max_risk: float,
+    confidence: float = 0.95,
+    largest: int | None = None,
+) -> Rule:
+    """A rule for rows that come in clusters, such as bursts, tracks, pages or conversations.
+
+    A cluster counts as one draw, so its rows may be wrong together. Calibration clusters must be
+    whole, and drawn like the later ones. If the target cannot be met, ``feasible`` is False.
+
+    Args:
+        outcomes: Calibration rows; rows without uncertainty or known failure are left out.
+        clusters: Names of the clusters of the N rows.
+        risk: What is wrong in at most ``max_risk`` of the cases, with probability ``confidence``.
+            "majority": the majority answer of an accepted cluster, whose score is the mean of its
+            rows (``vilu.calibration.clusters.majority_outcomes``). "ratio": an accepted row. Rows
+            are accepted by their own scores (``vilu.calibration.cluster_bets``).
+        max_risk: Largest error rate, in (0, 1).
+        confidence: 1 - delta, in (0, 1).
+        largest: For "ratio": largest number of rows of a cluster that the guarantee speaks of,
+            chosen without the labels. Larger clusters are left for review, and a smaller number
+            needs fewer clusters. None: the size of the largest one, which then is no evidence.
+
+    Raises:
+        UsageError: If an argument is out of range, or if ``largest`` is given for "majority".
+        DataError: If no row can be used, if more than 1 % of the rows were used in the fit, or if
+            ``clusters`` does not name one cluster per row.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> rng = np.random.default_rng(0)
+        >>> burst = np.repeat(np.arange(300), 3)  # 300 bursts of three photos
+        >>> uncertainty = rng.random(300)[burst]
+        >>> failure = rng.random(300)[burst] < uncertainty**3  # a burst is right or wrong
+        >>> outcomes = vilu.Outcomes(uncertainty, failure)
+        >>> rule = vilu.certify_clusters(outcomes, burst.astype(str), "majority", max_risk=0.1)
+        >>> rule.n_accepted, rule.n_wrong, rule.n
+        (182, 10, 300)
+        >>> rule.accept([0.1, 0.1, 0.9], clusters=["a", "a", "b"]).tolist()
+        [True, True, False]
+    """
+    require_between("max_risk", max_risk)
+    require_between("confidence", confidence)
+    is_usable = evaluable(outcomes)
+    if risk == "ratio":
+        rows = ratio_rows(outcomes, is_usable, clusters, largest)
+        return _ratio_rule(rows, max_risk, confidence)
+    if largest is not None:
+        raise UsageError('largest is for the risk "ratio". Leave it out.')
+    per_cluster = majority_outcomes(outcomes, clusters)
+    rule = rule_of(per_cluster, Target(max_risk=max_risk, confidence=confidence))
+    return rule.model_copy(update={"clusters": Clusters(risk="majority", n=rule.n)})
+
+
+def _ratio_rule(rows: LabelledRows, max_risk: float, confidence: float) -> Rule:
+    """The rule for the risk "ratio"; it may accept nothing."""
+    threshold = ratio_threshold(rows, max_risk, 1 - confidence)
+    return Rule(
+        method="ltt",
+        max_risk=max_risk,
+        confidence=confidence,
+        thresholds={ALL: threshold},
+        n=threshold.n,
+        clusters=Clusters(risk="ratio", n=rows.n_clusters, largest=rows.largest),
+    )
 
 
 def rule_of(

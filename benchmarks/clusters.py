@@ -1,0 +1,199 @@
+"""Do guarantees hold on rows that come in clusters? ``python -m benchmarks.clusters``.
+
+A made-up world: clusters of rows whose uncertainties are alike. A row of uncertainty u is wrong
+with probability P(u). With probability sqrt(rho) its fate is that of its cluster, so two rows of a
+cluster with equal u are wrong together with the correlation rho. In the world "rising", P(u) is
+0.7 u^6, and 10 % of all answers are wrong. In "waves", the error rate of what is accepted crosses
+the bar of 5 % three times.
+
+Every line is of 500 calibrations. "Broken": a rule accepts rows, and the true error rate of what it
+accepts is above 5 %, at a confidence of 95 %. "rows" is ``vilu.certify``, which counts rows as
+draws; "majority" and "ratio" are ``vilu.certify_clusters``. Intervals are exact ones of 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+import vilu
+from vilu.calibration.clusters import correlation, majority_outcomes
+from vilu.calibration.thresholds import lower_bound, upper_bound
+from vilu.metrics.counts import Floats, Ints
+
+MAX_RISK = 0.05
+DRAWS = 500
+CORRELATIONS = (0.0, 0.1, 0.3, 0.6)
+
+ALIKE = 0.8
+"""Correlation of the uncertainties of a cluster, before they are made uniform."""
+
+TRUTH_CLUSTERS = 40_000
+"""Number of clusters from which the true error rate of majority answers is computed."""
+
+WAVES = ((0.3, 0.02), (0.5, 0.15), (0.8, 0.0), (1.0, 0.5))
+"""Ends of the steps of P(u) in the world "waves", and P(u) up to each."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Clusters of ``fewest`` to ``most`` rows, equally often of each size."""
+
+    name: str
+    n_clusters: int
+    fewest: int
+    most: int
+
+    def wrong_probability(self, uncertainty: Floats) -> Floats:
+        """P(u) of uncertainties (N,)."""
+        if self.name == "rising":
+            probability: Floats = 0.7 * uncertainty**6
+            return probability
+        ends, values = np.array(WAVES).T
+        steps: Floats = values[np.searchsorted(ends, uncertainty)]
+        return steps
+
+    def risk(self, threshold: float) -> float:
+        """True error rate of the rows with an uncertainty of at most ``threshold``."""
+        grid = np.linspace(0, threshold, 20_001)
+        middle = (grid[1:] + grid[:-1]) / 2  # every uncertainty in [0, 1] is equally likely
+        return float(self.wrong_probability(middle).mean())
+
+    def draw(
+        self, random: np.random.Generator, rho: float, n_clusters: int
+    ) -> tuple[Floats, Ints, Ints]:
+        """Uncertainty (N,), failure (N,) and index (N,) of the cluster of every row."""
+        size = random.integers(self.fewest, self.most + 1, size=n_clusters)
+        cluster = np.repeat(np.arange(n_clusters), size)
+        n = len(cluster)
+        of_cluster = random.standard_normal(n_clusters)[cluster]
+        of_row = random.standard_normal(n)
+        uncertainty = special.ndtr(np.sqrt(ALIKE) * of_cluster + np.sqrt(1 - ALIKE) * of_row)
+        shares_fate = random.random(n) < np.sqrt(rho)
+        fate = np.where(shares_fate, random.random(n_clusters)[cluster], random.random(n))
+        failure = (fate < self.wrong_probability(uncertainty)).astype(np.int64)
+        return uncertainty, failure, cluster
+
+
+WORLDS = (
+    World("rising", n_clusters=400, fewest=10, most=10),
+    World("rising", n_clusters=400, fewest=1, most=5),
+    World("rising", n_clusters=100, fewest=40, most=40),
+    World("waves", n_clusters=1_500, fewest=3, most=3),
+)
+
+
+class MajorityRisk:
+    """True error rate of the majority answers, from many clusters."""
+
+    def __init__(self, world: World, rho: float, seed: int) -> None:
+        random = np.random.default_rng(seed)
+        uncertainty, failure, cluster = world.draw(random, rho, TRUTH_CLUSTERS)
+        names = [str(index) for index in cluster]
+        clusters = majority_outcomes(vilu.Outcomes(uncertainty, failure), names)
+        order = np.argsort(clusters.uncertainty)
+        self.uncertainty = clusters.uncertainty[order]
+        self.n_wrong = np.cumsum(clusters.failure[order])
+
+    def __call__(self, threshold: float) -> float:
+        """Error rate of the clusters with a score of at most ``threshold``."""
+        n_accepted = int(np.searchsorted(self.uncertainty, threshold, side="right"))
+        return float(self.n_wrong[n_accepted - 1] / n_accepted)
+
+
+@dataclass
+class Tally:
+    """What became of the calibrations of one way."""
+
+    broken: int = 0
+    nothing: int = 0
+    coverage: float = 0.0
+
+    def add(self, rule: vilu.Rule, true_risk: float) -> None:
+        """Count one calibration."""
+        self.nothing += not rule.feasible
+        self.coverage += rule.coverage
+        self.broken += rule.feasible and true_risk > MAX_RISK
+
+    def in_words(self, draws: int) -> str:
+        """Shares of the calibrations, and the mean accepted share."""
+        low = lower_bound(self.broken, draws, 0.025)
+        high = upper_bound(self.broken, draws, 0.025)
+        return (
+            f"broken {self.broken / draws:.1%} ({low:.1%} to {high:.1%}), nothing accepted "
+            f"{self.nothing / draws:.1%}, accepts {self.coverage / draws:.1%}"
+        )
+
+
+WAYS = ("rows", "majority", "ratio")
+"""What counts as a draw, or which risk is bounded."""
+
+
+class Simulation:
+    """Calibrations in one world with one correlation."""
+
+    def __init__(self, world: World, rho: float, seed: int) -> None:
+        self.world = world
+        self.rho = rho
+        self.random = np.random.default_rng(seed)
+        self.majority_risk = MajorityRisk(world, rho, seed + 1)
+        self.tallies = {way: Tally() for way in WAYS}
+        self.correlations: list[float] = []
+
+    def run(self, draws: int) -> None:
+        """Calibrate so many times, and count what became of it."""
+        for _ in range(draws):
+            self._calibrate()
+
+    def _calibrate(self) -> None:
+        world = self.world
+        uncertainty, failure, cluster = world.draw(self.random, self.rho, world.n_clusters)
+        outcomes = vilu.Outcomes(uncertainty, failure)
+        names = [str(index) for index in cluster]
+        rows = vilu.certify(outcomes, max_risk=MAX_RISK)
+        self.tallies["rows"].add(rows, world.risk(rows.threshold or 0.0))
+        accepted = rows.accept(uncertainty)
+        self.correlations.append(correlation(failure[accepted], cluster[accepted]).value)
+        majority = vilu.certify_clusters(outcomes, names, "majority", max_risk=MAX_RISK)
+        true_risk = 0.0
+        if majority.threshold is not None:
+            true_risk = self.majority_risk(majority.threshold)
+        self.tallies["majority"].add(majority, true_risk)
+        ratio = vilu.certify_clusters(
+            outcomes, names, "ratio", max_risk=MAX_RISK, largest=world.most
+        )
+        self.tallies["ratio"].add(ratio, world.risk(ratio.threshold or 0.0))
+
+    def lines(self, draws: int) -> Iterator[str]:
+        """A line for the world, and one per way."""
+        world = self.world
+        sizes = f"{world.n_clusters} clusters of {world.fewest} to {world.most} rows"
+        among = f"among accepted rows {np.nanmean(self.correlations):.2f} (mean)"
+        yield f"{world.name}, {sizes}, correlation {self.rho}: {among}"
+        for way, tally in self.tallies.items():
+            yield f"  {way}: {tally.in_words(draws)}"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="Whether guarantees hold on clusters.")
+    parser.add_argument("--world", type=int, choices=range(len(WORLDS)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    worlds = WORLDS if options.world is None else WORLDS[options.world : options.world + 1]
+    for world in worlds:
+        for rho in CORRELATIONS:
+            simulation = Simulation(world, rho, options.seed)
+            simulation.run(options.draws)
+            print("\n".join(simulation.lines(options.draws)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
