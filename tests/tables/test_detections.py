@@ -153,6 +153,7 @@ BAD = {
     "no list": ({"image_id": 1}, KNOWN, "valid array"),
     "three numbers": ([box(0, 0, 9, score=0.9)], KNOWN, "0.bbox"),
     "negative side": ([box(0, 0, -9, 9, score=0.9)], KNOWN, "no side is negative"),
+    "far away": ([box(0, 0, 1e300, 1e300, score=0.9)], KNOWN, "0.bbox"),
     "text score": ([box(0, 0, 9, 9, score="0.9")], KNOWN, "0.score"),
     "no score": ([box(0, 0, 9, 9)], KNOWN, "0.score: Field required"),
     "other category": ([box(0, 0, 9, 9, score=1, category=1)], KNOWN, "has category_id 1, which"),

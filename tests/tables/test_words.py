@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,15 +67,23 @@ def test_two_words_read_as_one_leave_one_unread(tmp_path: Path) -> None:
     assert words.n_missed == 1
 
 
-def test_neighbours_are_those_of_the_line(tmp_path: Path) -> None:
-    rows = [row("a", 0, 90), row("b", 50, 60), row("c", 99, 30), row("d", 0, 10, line=2)]
+def test_doubts_are_those_of_the_line(tmp_path: Path) -> None:
+    rows = [row("a", 0, 90), row("b", 50, 60), row("c", 99, 20), row("d", 0, 0, line=2)]
     columns = word_answers([written(tmp_path, *rows)]).columns
-    assert columns["score_confidence"] == [90, 60, 30, 10]
-    assert columns["confidence_before"] == [90, 90, 60, 10]
-    assert columns["confidence_after"] == [60, 30, 30, 10]
-    assert columns["line_confidence"] == [60, 60, 60, 10]
-    assert columns["page_confidence"] == [47.5] * 4
+    first, second, third = (math.log(share) for share in (0.1, 0.4, 0.8))
+    assert columns["score_confidence"] == [90, 60, 20, 0]
+    assert columns["doubt"] == pytest.approx([first, second, third, 0])
+    assert columns["doubt_before"] == pytest.approx([first, first, second, 0])
+    assert columns["doubt_after"] == pytest.approx([second, third, third, 0])
+    total = first + second + third
+    assert columns["doubt_line"] == pytest.approx([total / 3] * 3 + [0])
+    assert columns["doubt_page"] == pytest.approx([total / 4] * 4)
     assert columns["correct"] == [None] * 4
+
+
+def test_a_doubt_is_finite(tmp_path: Path) -> None:
+    file = written(tmp_path, row("a", 0, 100), row("b", 50, -1))
+    assert word_answers([file]).columns["doubt"] == pytest.approx([math.log(0.001), 0])
 
 
 def test_simple_facts_of_a_word(tmp_path: Path) -> None:
@@ -83,6 +92,8 @@ def test_simple_facts_of_a_word(tmp_path: Path) -> None:
     assert columns["in_dictionary"] == [1, 0]
     assert columns["share_of_digits"] == [0, 1]
     assert columns["n_characters"] == [4, 4]
+    assert columns["capital"] == [1, 0]
+    assert columns["n_marks"] == [1, 0]
     assert columns["character_width"] == [10, 10]
     assert columns["height"] == [12, 12]
 

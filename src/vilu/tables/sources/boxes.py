@@ -7,7 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from vilu.errors import DataError
 from vilu.metrics.counts import Floats
+
+LARGEST_EDGE = 1e9
+"""Largest number of pixels of an edge, so that no area is too large for a float."""
 
 Box = tuple[float, float, float, float]
 """Left edge, top edge, width and height in pixels."""
@@ -47,3 +51,13 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
         whole = np.where(is_crowd[None, :], areas(first)[:, None], whole)
     share: Floats = np.divide(common, whole, out=np.zeros_like(common), where=common > 0)
     return share
+
+
+def require_box(box: Sequence[float], where: str) -> None:
+    """Raise DataError if a side is negative, or if an edge is too far away to be of a picture."""
+    is_far = max(abs(edge) for edge in box) > LARGEST_EDGE
+    if is_far or min(box[2:]) < 0:
+        raise DataError(
+            f"{where}: a box is left, top, width and height in pixels, up to {LARGEST_EDGE:g}, and "
+            f"no side is negative. Got {list(box)} instead."
+        )

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from vilu.artifacts.documents import explain, read_bounded
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
-from vilu.tables.sources.boxes import areas, as_boxes, overlaps
+from vilu.tables.sources.boxes import LARGEST_EDGE, areas, as_boxes, overlaps
 from vilu.tables.sources.converted import Columns, Converted
 from vilu.validation import checked, require_between
 
@@ -26,6 +26,7 @@ MAX_BYTES = 2**30
 MAX_IN_CELL = 2_000
 """Most boxes of a category in an image; every pair of them is compared."""
 
+Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
 ImageId = int | str
 Cell = tuple[ImageId, int]
 """An image and a category, within which detections and objects are matched."""
@@ -42,7 +43,7 @@ class CocoBox(CocoEntry):
 
     image_id: ImageId
     category_id: int
-    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
+    bbox: Annotated[list[Edge], Field(min_length=4, max_length=4)]
 
     @field_validator("bbox")
     @classmethod

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from vilu.artifacts.disk import or_refuse
 from vilu.artifacts.tables import CsvRow, csv_rows
 from vilu.errors import DataError
-from vilu.tables.sources.words import BOX, Word
+from vilu.tables.sources.boxes import require_box
+from vilu.tables.sources.words import BOX, Word, number_in
 
 
 def read_truth(path: Path) -> dict[str, str]:
@@ -32,7 +32,9 @@ def read_words(path: Path) -> dict[str, list[Word]]:
     """Read a CSV file with the columns page, text, left, top, width, height: a word per row."""
     pages: dict[str, list[Word]] = {}
     for row in _rows(path, ("page", "text", *BOX)):
-        left, top, width, height = (_number(path, row, edge) for edge in BOX)
+        where = f"{path} line {row.line}"
+        left, top, width, height = (number_in(row[edge], edge, where) for edge in BOX)
+        require_box([left, top, width, height], where)
         word = Word(row["text"], (left, top, width, height))
         pages.setdefault(row["page"], []).append(word)
     return pages
@@ -61,18 +63,3 @@ def _rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
     if not rows:
         raise DataError(f"{path} must have at least one row. It has none.")
     return rows
-
-
-def _number(path: Path, row: CsvRow, column: str) -> float:
-    """The number in a cell; no side of a box is negative."""
-    try:
-        number = float(row[column])
-    except ValueError:
-        number = math.nan
-    is_side = column in {"width", "height"}
-    if not math.isfinite(number) or (is_side and number < 0):
-        raise DataError(
-            f"{path} line {row.line}: {column} must be a number of pixels, and no side is "
-            f"negative. Got {row[column]!r:.80} instead."
-        )
-    return number

@@ -14,7 +14,7 @@ from typing import Final
 
 from vilu.artifacts.disk import or_refuse
 from vilu.errors import DataError
-from vilu.tables.sources.boxes import Box, as_boxes, overlaps
+from vilu.tables.sources.boxes import Box, as_boxes, overlaps, require_box
 from vilu.tables.sources.converted import Columns, Converted
 from vilu.text import plural
 
@@ -29,6 +29,9 @@ A box that was read ends where the ink ends, and a true box may be as high as th
 
 PUNCTUATION = ".,;:!?\"'()[]"
 """What is cut off a word before it is looked up in the dictionary."""
+
+SUREST = 0.999
+"""Largest confidence, as a share, that a doubt tells apart: the logarithm stays finite."""
 
 PLACES = ("page_num", "block_num", "par_num", "line_num")
 """Columns that say in which line a word stands."""
@@ -84,10 +87,12 @@ def word_answers(
     was read where none stands is wrong.
 
     The columns are ``id`` (page and number of the word), ``answer`` (the word), ``correct``,
-    ``score_confidence`` (from 0 to 100), ``confidence_before`` and ``confidence_after`` of the
-    neighbours in the line, mean ``line_confidence`` and ``page_confidence``, ``n_characters``,
-    ``share_of_digits``, ``height`` and ``character_width`` of the box in pixels, ``n_words`` of the
-    page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page).
+    ``score_confidence`` (from 0 to 100), ``doubt``, ``doubt_before`` and ``doubt_after`` of the
+    word and its neighbours in the line, ``doubt_line`` and ``doubt_page``, ``n_characters``,
+    ``share_of_digits``, ``capital`` (1 if the first letter is one), ``n_marks`` (characters that
+    are neither letters nor digits), ``height`` and ``character_width`` of the box in pixels,
+    ``n_words`` of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A
+    doubt is ln(1 - confidence / 100), because confidences crowd near 100, and differ there.
 
     Args:
         files: One TSV file per picture. A page is called as its file without the suffix; the
@@ -222,63 +227,67 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
     """The numbers of a row by column."""
-    numbers = {}
-    for name in COLUMNS:
-        if name == "text":
-            continue
-        try:
-            number = float(cells[name])
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(f"{where}: {name} must be a number. Got {cells[name]!r:.80} instead.")
-        numbers[name] = number
-    if numbers["width"] < 0 or numbers["height"] < 0:
-        raise DataError(f"{where}: width and height must not be negative.")
+    numbers = {name: number_in(cells[name], name, where) for name in COLUMNS if name != "text"}
+    require_box([numbers[edge] for edge in BOX], where)
     return numbers
+
+
+def number_in(cell: str, column: str, where: str) -> float:
+    """The finite number in a cell; DataError if there is none."""
+    try:
+        number = float(cell)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: {column} must be a number. Got {cell!r:.80} instead.")
+    return number
 
 
 def _page_columns(
     page: str, words: Sequence[ReadWord], correct: list[int | None], dictionary: Collection[str]
 ) -> Columns:
     """The columns of the words of a page."""
-    before, after, of_line = _neighbours(words)
-    confidences = [word.confidence for word in words]
     texts = [word.text for word in words]
+    n = len(words)
     columns: Columns = {
-        "id": [f"{page}/{number}" for number in range(1, len(words) + 1)],
+        "id": [f"{page}/{number}" for number in range(1, n + 1)],
         "answer": texts,
         "correct": correct,
-        "score_confidence": confidences,
-        "confidence_before": before,
-        "confidence_after": after,
-        "line_confidence": of_line,
-        "page_confidence": [fmean(confidences)] * len(words),
+        "score_confidence": [word.confidence for word in words],
+        **_doubts(words),
         "n_characters": [len(text) for text in texts],
         "share_of_digits": [sum(map(str.isdigit, text)) / len(text) for text in texts],
+        "capital": [int(text[0].isupper()) for text in texts],
+        "n_marks": [len(text) - sum(map(str.isalnum, text)) for text in texts],
         "height": [word.box[3] for word in words],
         "character_width": [word.box[2] / len(word.text) for word in words],
-        "n_words": [len(words)] * len(words),
-        "cluster": [page] * len(words),
+        "n_words": [n] * n,
+        "cluster": [page] * n,
     }
     if dictionary:
-        columns["in_dictionary"] = [
-            int(text.strip(PUNCTUATION).casefold() in dictionary) for text in texts
-        ]
+        plain_texts = [text.strip(PUNCTUATION).casefold() for text in texts]
+        columns["in_dictionary"] = [int(text in dictionary) for text in plain_texts]
     return columns
 
 
-def _neighbours(words: Sequence[ReadWord]) -> tuple[list[float], list[float], list[float]]:
-    """Confidence of the word before and after each word in its line, and the mean of the line.
+def _doubts(words: Sequence[ReadWord]) -> Columns:
+    """Doubts of the words of a page, of their neighbours in the line, of their line and page.
 
-    A word at an end of its line has its own confidence in place of the neighbour's.
+    A word at an end of its line has its own doubt in place of the neighbour's. Of a line and of a
+    page it is the mean.
     """
-    before: list[float] = []
-    after: list[float] = []
-    means: list[float] = []
+    doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
     for _, line in groupby(words, key=lambda word: word.line):
-        confidences = [word.confidence for word in line]
-        before += [confidences[0], *confidences[:-1]]
-        after += [*confidences[1:], confidences[-1]]
-        means += [fmean(confidences)] * len(confidences)
-    return before, after, means
+        of_line = [_doubt(word.confidence) for word in line]
+        doubts["doubt"] += of_line
+        doubts["doubt_before"] += [of_line[0], *of_line[:-1]]
+        doubts["doubt_after"] += [*of_line[1:], of_line[-1]]
+        doubts["doubt_line"] += [fmean(of_line)] * len(of_line)
+    doubts["doubt_page"] = [fmean(doubts["doubt"])] * len(words)
+    return doubts
+
+
+def _doubt(confidence: float) -> float:
+    """ln(1 - confidence / 100), of a confidence that is at least 0 and at most 99.9."""
+    share = min(max(confidence / 100, 0.0), SUREST)
+    return math.log1p(-share)
