@@ -23,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 import vilu
 from tests.command import command, run, run_process
 from vilu.artifacts.hashing import digest
+from vilu.registry import METHODS_OF_TABLES
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 NAMES = """dress\tdress
@@ -338,7 +339,7 @@ def test_predictors_fit_on_a_screen_and_in_json() -> None:
     table = run("list", "predictors").stdout
     assert max(map(len, table.splitlines())) <= 120
     rows = {row["name"]: row for row in json.loads(run("list", "predictors", "--json").stdout)}
-    assert list(rows) == list(vilu.PREDICTORS)
+    assert list(rows) == [*vilu.PREDICTORS, *METHODS_OF_TABLES]
     for name, row in rows.items():
         assert f"\n{name} " in table
         assert row["what it is"] in table

@@ -161,6 +161,7 @@ def test_pools_and_a_missing_space() -> None:
         is_probability=False,
         closed_set=False,
         needs_fit=True,
+        takes="embeddings",
         columns_to_score=("features",),
     )
     record = {

@@ -85,6 +85,168 @@ def test_features_beside_the_table_are_read_and_watched(tmp_path: Path) -> None:
     assert "--overwrite" in run(*fit, code=2).stderr
 
 
+def test_each_column_of_scores_is_evaluated(work: Path) -> None:
+    rows = json.loads(run("evaluate", work / "test.csv", "--json").stdout)
+    data = table(1000, 2000)
+    for name, sign in (("score_a", -1), ("uncertainty_b", 1)):
+        expected = vilu.metrics.auroc(sign * data.numbers[name], data.failure)
+        (row,) = [row for row in rows if (row["method"], row["metric"]) == (name, "auroc")]
+        assert row["value"] == pytest.approx(expected)
+    assert {row["method"] for row in rows} == {"score_a", "uncertainty_b"}
+
+
+@pytest.fixture(scope="module")
+def calibrated(work: Path) -> Path:
+    predictor = work / "predictor"
+    run("fit", work / "fit.csv", "-o", predictor)
+    run("calibrate", predictor, work / "calibration.csv", "--max-risk", 0.1)
+    return predictor
+
+
+def test_a_monitor_takes_tables_as_it_takes_scores(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    scores = tmp_path / "scores.parquet"
+    run("score", calibrated, work / "test.csv", "-o", scores)
+    of_scores = json.loads(run("monitor", calibrated, scores, "--json").stdout)
+    state = tmp_path / "state.parquet"
+    command = ("monitor", calibrated, work / "test.csv", "--json", "--state", state)
+    of_table = json.loads(run(*command).stdout)
+    assert of_table["rows"] == 1000
+    for fact in ("verdict", "rows", "acceptance", "audit", "tests"):
+        assert of_table[fact] == of_scores[fact]
+    again = json.loads(run(*command).stdout)
+    assert again["rows"] == 1000
+    assert again["batches"][0]["repeated"] >= 1000
+
+
+def test_answers_that_became_worse_raise_an_alarm(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    """All scores are as before, and a third of the answers is wrong."""
+    content = columns(3000, 50_000)
+    content["correct"] = (np.random.default_rng(0).random(3000) > 1 / 3).astype(int)
+    worse = written(tmp_path / "worse.csv", content)
+    assert "broken" in run("monitor", calibrated, worse, code=8).stdout
+
+
+def test_a_page_is_made_of_a_table(work: Path, calibrated: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    run("report", work / "test.csv", "-o", page, "--predictor", calibrated)
+    assert "at most 10.00% of the accepted answers are wrong" in page.read_text()
+    run("report", work / "test.csv", "-o", tmp_path / "columns.html")
+    assert "uncertainty_b" in (tmp_path / "columns.html").read_text()
+
+
+def test_inspect_says_what_each_column_is(work: Path, calibrated: Path) -> None:
+    shown = run("inspect", work / "test.csv").stdout
+    assert "table of answers, 1,000 rows" in shown
+    assert "uncertainty_b  uncertainty: a higher number means more likely wrong" in shown
+    assert "width          number whose sign a fit learns" in shown
+    facts = json.loads(run("inspect", work / "test.csv", "--json").stdout)
+    assert facts["right"] + facts["wrong"] == facts["rows"] == 1000
+    assert "predictor answer_scores, calibrated: accepts" in run("inspect", calibrated).stdout
+
+
+def test_a_predictor_is_shared_with_its_guarantee(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    run("push", calibrated, tmp_path / "hub")
+    run("pull", tmp_path / "hub", "-o", tmp_path / "pulled")
+    for predictor, name in ((calibrated, "first.csv"), (tmp_path / "pulled", "second.csv")):
+        run("score", predictor, work / "test.csv", "-o", tmp_path / name)
+    assert (tmp_path / "first.csv").read_bytes() == (tmp_path / "second.csv").read_bytes()
+    card = (tmp_path / "pulled" / "README.md").read_text()
+    assert "share of each column in the score" in card
+    assert "vilu score predictor answers.csv" in card
+    assert "backbone" not in card
+
+
+@pytest.mark.parametrize("method", ["answer_scores", "answer_probe"])
+def test_onnx_gives_the_same_scores(method: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    data = table(300, 500, features=40)
+    path = written(tmp_path / "fit.csv", columns(500, features=40))
+    run("fit", path, "--method", method, "-o", tmp_path / "p")
+    run("export", tmp_path / "p", "-o", tmp_path / "p.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "p.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    inputs = {"numbers": data.matrix(json.loads(facts["vilu.columns"]))}
+    if method == "answer_probe":
+        inputs["features"] = data.features
+    (uncertainty,) = session.run(None, inputs)
+    expected = vilu.load(tmp_path / "p").predict_uncertainty(data)
+    assert uncertainty == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_explanation_names_the_columns(work: Path, calibrated: Path) -> None:
+    done = run("explain", calibrated, work / "test.csv", "-n", 1, "--json")
+    (row,) = json.loads(done.stdout)["rows"]
+    model = vilu.load(calibrated)
+    data = vilu.open_table(work / "test.csv")
+    uncertainty = model.predictor.predict_uncertainty(data)
+    assert row["uncertainty"] == uncertainty.max()
+    log_odds = np.log(uncertainty) - np.log1p(-uncertainty)
+    assert sum(row["terms"].values()) == pytest.approx(log_odds.max() - log_odds.mean())
+    shown = run("explain", calibrated, work / "test.csv", "--key", "row2003").stdout
+    assert "row 3  row2003   answer 'cat'" in shown
+    wrong = run("explain", calibrated, work / "test.csv", "--key", "none", code=3)
+    assert "no row with the id 'none'" in wrong.stderr
+    summary = run("explain", calibrated, work / "test.csv", "--summary", code=2)
+    assert "Leave them out" in summary.stderr
+
+
+def filled(path: Path, truth: dict[str, int]) -> Path:
+    """The table of ``vilu next`` with every label."""
+    heading, *lines = path.read_text().splitlines()
+    column = heading.split(",").index("correct")
+    written_lines = [heading]
+    for line in lines:
+        cells = [cell.strip('"') for cell in line.split(",")]
+        cells[column] = str(truth[cells[0]])
+        written_lines.append(",".join(cells))
+    path.write_text("\n".join(written_lines) + "\n")
+    return path
+
+
+def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    content = columns(3000, 90_000)
+    truth = dict(zip(content["id"], content.pop("correct").tolist(), strict=True))
+    new = written(tmp_path / "new.csv", content)
+    ask = ("next", new, "--predictor", calibrated, "--next", 400)
+    first = tmp_path / "first.csv"
+    run(*ask, "-o", first)
+    asked = vilu.open_table(first)
+    assert asked.asked_for.count("calibration") == asked.asked_for.count("fit") == 200
+    missing = run("calibrate", calibrated, first, "--max-risk", 0.2, code=3)
+    assert "200 of the labels that were asked for are missing" in missing.stderr
+    assert "go to a new .csv file" in run(*ask, "-o", first, code=2).stderr
+
+    second = tmp_path / "second.csv"
+    run(*ask, "--labels", first, "-o", second)
+    later = vilu.open_table(second)
+    assert not set(asked.ids) & set(later.ids)
+
+    predictor = tmp_path / "predictor"
+    run("fit", filled(first, truth), "-o", predictor)
+    assert vilu.load(predictor).notes_["n_train"] == 200
+    run("calibrate", predictor, first, "--max-risk", 0.2)
+    assert vilu.Calibration.load(predictor).n == 200
+    # the rows to calibrate on are a random sample: as many wrong as among all, within 4 errors
+    share = 1 - np.mean(list(truth.values()))
+    rows = vilu.Calibration.load(predictor).rows
+    assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
+
+
+def test_asked_for_is_checked(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", {"id": [1], "score": [0.5], "asked_for": ["test"]})
+    wrong = run("inspect", path, code=3)
+    assert "asked_for must be fit or calibration" in wrong.stderr
+
+
 def test_what_cannot_be_done_says_what_can(work: Path, tmp_path: Path) -> None:
     several = run("calibrate", work / "fit.csv", "--max-risk", 0.1, "-o", tmp_path / "c", code=2)
     assert "the columns score_a, uncertainty_b" in several.stderr

@@ -232,8 +232,12 @@ def list_catalogue(
 
 def _predictors() -> list[dict[str, Any]]:
     from vilu.predictors import PREDICTORS
+    from vilu.predictors.contract.catalogue import find_method
+    from vilu.registry import METHODS_OF_TABLES
 
-    return [_predictor(name, cls) for name, cls in PREDICTORS.items()]
+    rows = [_predictor(name, cls) for name, cls in PREDICTORS.items()]
+    rows += [_predictor(name, find_method(name)) for name in METHODS_OF_TABLES]
+    return rows
 
 
 def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
@@ -246,11 +250,15 @@ def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     classes = "any"
     if cls.closed_set:  # the method only works on the classes that it was fitted on
         classes = "those of training"
+    needs_columns = list(cls.columns)
+    if cls.takes == "answers":  # a table has its columns; `vilu embed` makes none of them
+        needs_columns = []
     return {
         "name": name,
+        "takes": cls.takes,
         "needs labels": needs_labels,
         "uses unlabelled": _yes_or_no(cls.uses_unlabelled),
-        "needs columns": list(cls.columns),
+        "needs columns": needs_columns,
         "uses columns": list(cls.optional_columns),
         "captions": _yes_or_no(not cls.no_captions),
         "why no captions": cls.no_captions,
@@ -304,6 +312,9 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
     classes = "fitted"
     if row["classes"] == "any":
         classes = "any"
+    embed_with = " ".join(flags) or "-"
+    if row["takes"] == "answers":
+        embed_with = "no store: a table"
     cost = row["cost"]
     if cost == "none":
         cost = ""
@@ -312,7 +323,7 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
         "labels": row["needs labels"],
         "captions": row["captions"],
         "classes": classes,
-        "embed with": " ".join(flags) or "-",
+        "embed with": embed_with,
         "reference": row["reference"],
         "what it is": row["what it is"],
         "cost": cost,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vilu.report.explain.explain import Explanations
     from vilu.report.explain.prompts import PromptGains
     from vilu.report.explain.risk import RiskMap
+    from vilu.tables.table import AnswerTable
 
 ALARM = 8  # exit code of `vilu monitor`: the guarantee should no longer be relied on
 
@@ -105,6 +106,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
+    from vilu.tables.table import AnswerTable
 
     if output is not None:
         require_json(output)
@@ -127,22 +129,29 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    read = [predictor, store, *reading.read, *console.named_paths(train)]
+    read = [predictor, *reading.files(store), *reading.read, *console.named_paths(train)]
     keep = console.keeping(
         output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
     )
     data = reading.open_both(store)
     fitted = load_predictor(predictor)
     command = console.shell("vilu", "explain", predictor, store)
-    if summary:
+    asked = [*(key or ()), *(row or ())]
+    rows = asked or None  # None: the n most uncertain rows
+    if isinstance(data, AnswerTable):
+        if summary or train is not None:
+            raise UsageError(
+                "--summary is about classes and --train about images, which a table of answers "
+                "does not have. Leave them out."
+            )
+        explanation = _answers_in_words(fitted, data, rows, n)
+    elif summary:
         risk, gains = _summary(fitted, data, coverage, seed)
         explanation = _summary_in_words(risk, gains, command)
     else:
         fitted_on = None
         if train is not None:
             fitted_on = reading.open(train, "train")
-        asked = [*(key or ()), *(row or ())]
-        rows = asked or None  # None: the n most uncertain rows
         explanations = explain_rows(fitted, data, fitted_on, rows, n=n, depth=depth)
         is_of_classes = data.pool_size is None
         has_summary = is_of_classes  # a summary is about classes, which captions do not have
@@ -161,6 +170,17 @@ class ExplainOutput(NamedTuple):
     facts: dict[str, Any]  # printed with --json, and written to the output file
     text: str  # printed without --json
     closing: str  # last line, on stderr
+
+
+def _answers_in_words(
+    predictor: FailurePredictor, table: AnswerTable, rows: list[int | str] | None, n: int
+) -> ExplainOutput:
+    """The output for a table of answers."""
+    from vilu.tables.explain import explain_answers
+
+    explained = explain_answers(predictor, table, rows, n)
+    closing = f"{plural(len(explained.rows), 'row')} explained"
+    return ExplainOutput(explained.to_dict(), str(explained), closing)
 
 
 def _summary_in_words(risk: RiskMap, gains: PromptGains | None, command: str) -> ExplainOutput:
@@ -216,7 +236,8 @@ MonitoredPredictor = Annotated[
 Batches = Annotated[
     list[Path] | None,
     path_argument(
-        "Files or folders that `vilu score` wrote, in the order in which the rows arrived."
+        "Files or folders that `vilu score` wrote, or tables of answers, in the order in which the "
+        "rows arrived."
     ),
 ]
 LateLabels = Annotated[
@@ -278,6 +299,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.progress import track
+    from vilu.tables.read import files_of
 
     new = scores or []
     late = late_labels or []
@@ -297,7 +319,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         watching = _open_monitor(predictor, state, false_alarm, seed)
         # The state is no part of the digest, because this command changes the state.
-        inputs = inputs_of(predictor, *new, *late, n_new=len(new), **settings)
+        files = [file for path in (*new, *late) for file in files_of(path)]
+        inputs = inputs_of(predictor, *files, n_new=len(new), **settings)
         has_report = False
         if output is not None:
             has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)
@@ -308,8 +331,14 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             shuffle_seed = seed
         for number, path in enumerate([*new, *late]):
             is_late = number >= len(new)
+            outcomes = _load_scores(path, predictor)
             batch = _take_in(
-                watching, path, shuffle_seed=shuffle_seed, in_order=in_order, is_late=is_late
+                watching,
+                path,
+                outcomes,
+                shuffle_seed=shuffle_seed,
+                in_order=in_order,
+                is_late=is_late,
             )
             batches.append(batch)
             task.advance(1, batch["verdict"])
@@ -368,7 +397,13 @@ def _open_monitor(predictor: Path, state: Path | None, false_alarm: float, seed:
 
 
 def _take_in(
-    watching: Monitor, path: Path, *, shuffle_seed: int | None, in_order: bool, is_late: bool
+    watching: Monitor,
+    path: Path,
+    outcomes: Outcomes,
+    *,
+    shuffle_seed: int | None,
+    in_order: bool,
+    is_late: bool,
 ) -> dict[str, Any]:
     """Give the rows of a file to a monitor, and return what the report says about this file.
 
@@ -380,7 +415,6 @@ def _take_in(
         raise UsageError(
             "--shuffle is for rows without an order of arrival, --in-order for those that have one."
         )
-    outcomes = _load_scores(path)
     n_repeated_before = watching.repeated
     if shuffle_seed is not None:
         rng = np.random.default_rng([shuffle_seed, watching.rows])
@@ -401,18 +435,27 @@ def _take_in(
     }
 
 
-def _load_scores(path: Path) -> Outcomes:
-    """Load the scores in a file or in a folder."""
+def _load_scores(path: Path, predictor: Path) -> Outcomes:
+    """Load the scores in a file or in a folder, or score a table of answers by the predictor."""
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
+    from vilu.tables.scores import scores_in
 
+    of_table = scores_in(path, predictor)
+    if of_table:
+        (outcomes,) = of_table
+        return outcomes
     if path.is_dir():
         return ScoreFolder(path).outcomes()
     return Outcomes.load(path)
 
 
 ScoresToShow = Annotated[
-    Path, path_argument("Folder of .parquet files that `vilu score` wrote, or one of them.")
+    Path,
+    path_argument(
+        "Folder of .parquet files that `vilu score` wrote, or one of them; or a table of answers, "
+        "scored by --predictor or else by its own columns."
+    ),
 ]
 Page = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
 MainMethod = Annotated[
@@ -466,6 +509,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
+    from vilu.tables.read import files_of
+    from vilu.tables.scores import scores_in
 
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")
@@ -476,7 +521,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if images is not None:
         pictures = open_dataset(images, split=split, root=root)
         fingerprint = pictures.fingerprint
-    score_files = [run]
+    score_files = files_of(run)
     if run.is_dir():
         # A folder without such files is itself one result of `vilu score`, in parts.
         score_files = sorted(run.glob("*.parquet")) or [run]
@@ -493,7 +538,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         typer.echo(output)
         console.nothing_to_do(output)
         return
-    outcomes = read_scores(run)
+    outcomes = scores_in(run, predictor) or read_scores(run)
     calibrated = None
     if predictor is not None:
         calibrated = read_calibrated(predictor)

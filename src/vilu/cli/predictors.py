@@ -340,6 +340,7 @@ def _training_set(
     """
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.contract.seen import shots
+    from vilu.tables.table import AnswerTable
     from vilu.triage.store_labels import rows_to_fit_on
 
     if not pseudo and len(stores) > 1:
@@ -360,11 +361,13 @@ def _training_set(
         source = reading.with_second(reading.open_in(pools_of_store, store))
         if labels:
             source = rows_to_fit_on(_store_with_classes(source), labels)
-        if source.holds == "answers" and (n_shots is not None or pseudo):
-            raise UsageError(
-                "--shots and --pseudo are about classes, which a table of answers does not have. "
-                "Leave them out."
-            )
+        if isinstance(source, AnswerTable):
+            if n_shots is not None or pseudo:
+                raise UsageError(
+                    "--shots and --pseudo are about classes, which a table of answers does not "
+                    "have. Leave them out."
+                )
+            source = source.for_purpose("fit")
         if n_shots is not None:
             source = source.take(shots(source, n_shots, seed))
         sources.append(source)
@@ -482,7 +485,13 @@ def score(
 
 
 def evaluate(
-    scores: Annotated[list[Path], path_argument("Files or folders that `vilu score` wrote.")],
+    scores: Annotated[
+        list[Path],
+        path_argument(
+            "Files or folders that `vilu score` wrote; or tables of answers, each of whose columns "
+            "of scores is evaluated."
+        ),
+    ],
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
@@ -495,13 +504,17 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
+    from vilu.tables.scores import scores_in
 
     keep = console.keeping(
         output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
     )
     runs: list[Tallied] = []
     for path in scores:
-        if path.is_dir():
+        of_table = scores_in(path)
+        if of_table:
+            runs += of_table
+        elif path.is_dir():
             runs.append(ScoreFolder(path))
         else:
             runs.append(Outcomes.load(path))
@@ -663,6 +676,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.calibration.shares import read_shares
     from vilu.calibration.target import Target
     from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.table import AnswerTable
 
     if store is None:
         store = predictor
@@ -674,6 +688,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     _require_answer(predictor, load_predictor(predictor).answer, answer)
     data = reading.open_both(store)
+    if isinstance(data, AnswerTable):
+        data = data.for_purpose("calibration")
     shares = None
     if class_shares is not None:
         shares = read_shares(class_shares)
@@ -840,13 +856,16 @@ def export(
     """Export the score of a predictor as ONNX, and compare the export with the predictor.
 
     Prints the file. The inputs are image (N, D) and text (K, D), both of unit norm. The outputs are
-    uncertainty (N,) and prediction (N,). With --with-backbone, the input is pixels (N, 3, H, W)
+    uncertainty (N,) and prediction (N,). For tables of answers the inputs are numbers (N, C), and
+    features (N, F) if they are used. With --with-backbone, the input is pixels (N, 3, H, W)
     after the preprocessing of the model, and accept (N,) is an additional output.
     """
     from vilu.artifacts.paths import claim_file
     from vilu.guard.image_graph import export_image_graph, fingerprint_of
     from vilu.predictors.persistence.description import fit_fingerprint
     from vilu.predictors.persistence.onnx import export_onnx
+    from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.onnx import export_answers
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(
@@ -857,6 +876,11 @@ def export(
         raise UsageError(
             "--models is the folder of the backbone, which only --with-backbone needs. Leave "
             "--models out."
+        )
+    takes_tables = load_predictor(predictor).takes == "answers"
+    if takes_tables and with_backbone:
+        raise UsageError(
+            "a predictor for tables of answers has no backbone. Leave --with-backbone out."
         )
     if with_backbone:
         fingerprint = fingerprint_of(predictor)
@@ -869,6 +893,8 @@ def export(
         return
     if with_backbone:
         difference = export_image_graph(predictor, output, models=models)
+    elif takes_tables:
+        difference = export_answers(predictor, output)
     else:
         difference = export_onnx(predictor, output)
     typer.echo(output)

@@ -19,7 +19,7 @@ from vilu.cli.options import (
     path_option,
 )
 from vilu.errors import UsageError
-from vilu.text import printable
+from vilu.text import plural, printable
 
 Arrays = Annotated[
     Path | None,
@@ -149,7 +149,7 @@ def inspect(
         Path,
         path_argument(
             "Output of a command of vilu: a store (finished or not), a predictor, scores, results, "
-            "..."
+            "...; or a table of answers, of which the role of each column is shown."
         ),
     ],
     deep: Annotated[
@@ -162,9 +162,13 @@ def inspect(
     The exit code is 3, 6 or 7 if something is wrong.
     """
     from vilu.cli.artefacts import check, is_store
+    from vilu.tables.read import has_answers
 
     if is_store(path):
         _inspect_store(path, deep=deep, as_json=as_json)
+        return
+    if has_answers(path):
+        _inspect_table(path, as_json=as_json)
         return
     facts = []
     lines = []
@@ -183,3 +187,30 @@ def _inspect_store(path: Path, *, deep: bool, as_json: bool) -> None:
     report = inspect_store(path, deep=deep)
     print_result(report.to_dict(), str(report), as_json=as_json)
     require_sound(report, path)
+
+
+def _inspect_table(path: Path, *, as_json: bool) -> None:
+    """Print what a table of answers holds: its rows, and the role of each column."""
+    from vilu.tables.read import open_table
+
+    table = open_table(path)
+    n_right = int((table.correct == 1).sum())
+    n_wrong = int((table.correct == 0).sum())
+    facts = {
+        "path": str(path),
+        "what": "table of answers",
+        "rows": len(table),
+        "right": n_right,
+        "wrong": n_wrong,
+        "columns": table.roles,
+    }
+    n_unknown = len(table) - n_right - n_wrong
+    lines = [
+        f"{path}: table of answers, {plural(len(table), 'row')}: {n_right:,} right, "
+        f"{n_wrong:,} wrong, {n_unknown:,} not known"
+    ]
+    width = max(map(len, table.roles))
+    for name, role in table.roles.items():
+        lines.append(f"  {printable(name):{width}}  {role}")
+    print_result(facts, "\n".join(lines), as_json=as_json)
+    next_step("every cell that is used is a number or a text as its column needs")

@@ -187,7 +187,10 @@ def _sort_of(*, link: bool, move: bool) -> Literal["move", "link"] | None:
 
 def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     store: Annotated[
-        Path, path_argument("Store of the images to choose from; its labels are used, too.")
+        Path,
+        path_argument(
+            "Store of the images to choose from; its labels are used, too. Or a table of answers."
+        ),
     ],
     output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
@@ -235,12 +238,18 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.artifacts.paths import claim_file, inputs_of
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
+    from vilu.tables.read import is_table
     from vilu.triage.answers import write_next
     from vilu.triage.ask import next_of_store
 
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
     if per_class:  # only if it was asked for, so that the digests without it do not change
         settings["per_class"] = True
+    if is_table(store):
+        if per_class:
+            raise UsageError("a table of answers has no classes. Leave --per-class out.")
+        _next_of_table(store, output, predictor, labels or [], n=n_next, seed=seed)
+        return
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
     fitted = load_predictor(predictor)
@@ -262,6 +271,26 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     else:
         advice = "-n is 0"
     next_step(f"{plural(len(asked), 'image')} asked for; {advice}")
+
+
+def _next_of_table(
+    table: Path, output: Path, predictor: Path, labels: list[Path], *, n: int, seed: int
+) -> None:
+    """Write the answers of a table to label next; a file that is there is never replaced."""
+    from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.ask import asked_in, next_answers, write_questions
+    from vilu.tables.read import open_table
+
+    if output.exists() or output.suffix.lower() != ".csv":
+        raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
+    answers = open_table(table)
+    rows, purposes = next_answers(answers, load_predictor(predictor), asked_in(labels), n, seed)
+    write_questions(output, answers.take(rows), purposes)
+    typer.echo(output)
+    next_step(
+        f"{plural(len(rows), 'answer')} to label: write 1 or 0 into the column correct. `vilu fit "
+        f"{output}` and `vilu calibrate PREDICTOR {output}` each take the rows that are for them."
+    )
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag

@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from vilu.artifacts.disk import make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff, stated_pixels
+from vilu.embeddings.source import DataKind
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service import pages
 from vilu.service.bodies import (
@@ -29,6 +30,7 @@ from vilu.service.bodies import (
     EmbeddingsIn,
     ImagesIn,
     LabelsIn,
+    RowsIn,
     RunnerUpOut,
     described_answers,
     described_body,
@@ -72,6 +74,12 @@ NOT_READY: Final = (
     "the journal cannot be written, so nothing is answered; the log of the service says why."
 )
 """Detail of the answer of /readyz while a journal is locked or its disk is full."""
+
+BODIES: Final[dict[DataKind, type[EmbeddingsIn] | type[RowsIn]]] = {
+    "embeddings": EmbeddingsIn,
+    "answers": RowsIn,
+}
+"""The body of /v1/scores, by what the predictor of the service judges."""
 
 Route = Callable[..., Any]
 Responses = dict[int | str, dict[str, Any]]
@@ -189,6 +197,11 @@ class Service:
         Every answer has the probability that it is wrong, and whether to accept it.
         """
         engine = self.ready
+        if engine.kind == "answers":
+            raise Refused(
+                HTTPStatus.NOT_FOUND,
+                "this service judges rows of a table of answers, and no images: POST /v1/scores.",
+            )
         images = await read_images(request, self.limits.images)
         request.state.admission.take_images(len(images))
         await asyncio.to_thread(self._require_pixels, images)
@@ -196,17 +209,20 @@ class Service:
         return await self._replies(request, awaited, images)
 
     async def scores(self, request: Request) -> Response:
-        """Answer about embeddings of the model that the predictor was fitted on."""
+        """Answer about embeddings of the model that the predictor was fitted on.
+
+        A service for tables of answers answers about rows of numbers instead.
+        """
         engine = self.ready
-        n_numbers = self.limits.images * sum(engine.guard.model.widths.values())
-        body = await read_json(request, EmbeddingsIn, n_numbers, "numbers")
-        require_at_most(len(body.embeddings), self.limits.images, "embeddings")
+        n_numbers = self.limits.images * engine.numbers_per_row
+        body = await read_json(request, BODIES[engine.kind], n_numbers, "numbers")
+        require_at_most(body.n_rows, self.limits.images, body.what)
         try:
-            arrays = await asyncio.to_thread(engine.checked, body.embeddings, body.features)
+            rows = await asyncio.to_thread(engine.checked, body.content())
         except DataError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
-        request.state.admission.take_images(len(body.embeddings))
-        awaited = engine.rows(request.state.request_id, arrays)
+        request.state.admission.take_images(body.n_rows)
+        awaited = engine.rows(request.state.request_id, rows)
         return await self._replies(request, awaited)
 
     async def _replies(

@@ -8,7 +8,7 @@ import binascii
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -52,6 +52,49 @@ class EmbeddingsIn(BaseModel):
         Field(description="(B, F) image features, for predictors that use them."),
     ] = None
 
+    what: ClassVar[str] = "embeddings"
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.embeddings)
+
+    def content(self) -> dict[str, Any]:
+        """The rows by name."""
+        return {"embeddings": self.embeddings, "features": self.features}
+
+
+class RowsIn(BaseModel):
+    """Rows of a table of answers, as columns, for a predictor that was fitted on tables."""
+
+    model_config = CLOSED
+    id: Annotated[
+        list[str],
+        Field(min_length=1, description="Identifiers of B answers, which all differ."),
+    ]
+    numbers: Annotated[
+        dict[str, list[FiniteFloat]],
+        Field(description="B numbers by the name of the column, such as score_confidence."),
+    ]
+    features: Annotated[
+        list[list[FiniteFloat]] | None,
+        Field(description="(B, F) features, for predictors that use them."),
+    ] = None
+
+    what: ClassVar[str] = "rows"
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.id)
+
+    def content(self) -> dict[str, Any]:
+        """The columns by name."""
+        columns: dict[str, Any] = {**self.numbers, "id": self.id}
+        if self.features is not None:
+            columns["features"] = self.features
+        return columns
+
 
 class LabelsIn(BaseModel):
     """True labels of answered rows: of a random sample of the accepted rows, or of all rows."""
@@ -61,7 +104,8 @@ class LabelsIn(BaseModel):
         dict[str, str],
         Field(
             min_length=1,
-            description='Name of the class, or "(outside)", by the row of the answer.',
+            description='Name of the class, or "(outside)", by the row of the answer. For answers '
+            'of a table: "1" if the answer is right, "0" if it is wrong.',
         ),
     ]
 
@@ -268,9 +312,13 @@ IMAGE_FILES: Final = {
 def described_body(kind: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI's description of a body that a route reads itself.
 
-    The body is JSON, or for images a form or JSON. ``kind`` must not contain other models.
+    The body is JSON, or for images a form or JSON. ``kind`` must not contain other models. Where
+    embeddings are taken, a service for tables takes rows in their place.
     """
-    content = {JSON: {"schema": kind.model_json_schema()}}
+    schema = kind.model_json_schema()
+    if kind is EmbeddingsIn:
+        schema = {"anyOf": [schema, RowsIn.model_json_schema()]}
+    content = {JSON: {"schema": schema}}
     if kind is ImagesIn:
         content = {FORM: {"schema": IMAGE_FILES}, **content}
     return {"requestBody": {"required": True, "content": content}}

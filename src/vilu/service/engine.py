@@ -11,13 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vilu.embeddings.checks import STATUS, VALID, normalised
+from vilu.embeddings.source import DataKind
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import (
     Answer,
@@ -77,6 +78,18 @@ class Judgement:
     row: str
     answers: Mapping[str, Answer]
     scores: Mapping[str, Score]
+
+
+class ClientRows(NamedTuple):
+    """Rows that a client sent in place of images, after a check."""
+
+    arrays: dict[str, Tensor]  # (B, ...) by name, as the predictor reads them
+    pictures: list[bytes]  # what is equal for equal pictures, or for the same answer of a table
+
+    def contents(self) -> list[bytes]:
+        """The bytes of all numbers of every row."""
+        joined_rows = torch.cat([*self.arrays.values()], dim=1).numpy()
+        return [row.tobytes() for row in joined_rows]
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,8 @@ class Engine:
         ProvenanceError: If the second predictor was fitted on another model.
     """
 
+    kind: DataKind = "embeddings"  # what clients may send in place of images
+
     def __init__(
         self, guard: Guard, journals: Journals, second: Path | SavedModel | None = None
     ) -> None:
@@ -186,10 +201,16 @@ class Engine:
             self._decoders.submit(self._decode, request, index, content, judgement)
         return judgements
 
-    def checked(
-        self, embeddings: list[list[float]], features: list[list[float]] | None
-    ) -> dict[str, Tensor]:
+    @property
+    def numbers_per_row(self) -> int:
+        """Number of values that a row of a client has."""
+        return sum(self.guard.model.widths.values())
+
+    def checked(self, content: Mapping[str, Any]) -> ClientRows:
         """Check the rows of a client, and convert them to arrays as the model makes them.
+
+        Args:
+            content: The rows of "embeddings", and those of "features" or None.
 
         Returns:
             The arrays by name, in the number format of the store; embeddings have unit norm.
@@ -197,7 +218,8 @@ class Engine:
         Raises:
             DataError: If an array has the wrong shape, or an embedding has no direction.
         """
-        from_client = {IMAGE: embeddings, FEATURES: features or []}
+        embeddings = content["embeddings"]
+        from_client = {IMAGE: embeddings, FEATURES: content["features"] or []}
         dtype = getattr(torch, self.guard.vocabulary.dtype)
         arrays: dict[str, Tensor] = {}
         for name, width in self.guard.model.widths.items():
@@ -207,19 +229,17 @@ class Engine:
             if name == IMAGE:
                 array = _unit_rows(array)
             arrays[name] = array.to(dtype)
-        return arrays
+        # Rows with equal numbers show equal pictures.
+        return ClientRows(arrays, ClientRows(arrays, []).contents())
 
-    def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Judgement]]:
-        """Submit rows of embeddings (B, D); returns B futures of judgements, in the same order."""
+    def rows(self, request: str, rows: ClientRows) -> list[Future[Judgement]]:
+        """Submit B rows; returns B futures of judgements, in the same order."""
         # The id of a row covers the numbers of all arrays, which are put side by side.
-        joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
-        contents = [row.tobytes() for row in joined_rows]
-        ids = [
-            row_id(request, index, content, picture=content)
-            for index, content in enumerate(contents)
-        ]
+        ids = []
+        for index, content in enumerate(rows.contents()):
+            ids.append(row_id(request, index, content, picture=rows.pictures[index]))
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
-        self._model.submit(self._settle, judgements, lambda: self._judged(arrays, ids))
+        self._model.submit(self._settle, judgements, lambda: self._judged(rows.arrays, ids))
         return judgements
 
     def _decode(

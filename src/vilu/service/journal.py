@@ -37,6 +37,10 @@ After a kill, the next start reads at most about this many rows again.
 """
 
 
+CODES_OF_TABLE: Final = {"1": 0, "0": 1}
+"""Codes of the labels of a table's answers: they say themselves whether the answer is right."""
+
+
 class Journal:
     """The file of the rows that one calibrated predictor has answered, and its monitor.
 
@@ -155,18 +159,18 @@ class Journal:
     def require_same(self, labels: Mapping[str, str]) -> None:
         """Raise ContradictionError if a row has another label; rows without a label may get one."""
         codes = self._codes_of(labels)
-        class_names = self.monitor.calibration.class_names or ()
+        names = {code: name for name, code in self._codes.items()}
         with self._lock:
             for key, code in codes.items():
                 number = self._rows.number(key)
                 present = None if number is None else self._rows.label_of(number)
                 if present is None or present == code:
                     continue
-                name = OUTSIDE_NAME if present == OUTSIDE else class_names[present]
                 raise ContradictionError(
-                    f"the row {key:.60} has the label {name!r:.60}, and {labels[key]!r:.60} was "
-                    "sent. No label of this request is written. To replace a wrong label, POST "
-                    "its present and its right value to /v1/corrections."
+                    f"the row {key:.60} has the label {names[present]!r:.60}, and "
+                    f"{labels[key]!r:.60} was sent. No label of this request is written. To "
+                    "replace a wrong label, POST its present and its right value to "
+                    "/v1/corrections."
                 )
 
     def correct(self, labels: Mapping[str, str]) -> None:
@@ -197,15 +201,25 @@ class Journal:
             self.status = self.monitor.status
             self._save_beside()
 
+    @property
+    def _codes(self) -> dict[str, int]:
+        """The code of every label that clients may send."""
+        calibration = self.monitor.calibration
+        if calibration.prediction is None:
+            return CODES_OF_TABLE
+        codes = {name: index for index, name in enumerate(calibration.class_names or ())}
+        return codes | {OUTSIDE_NAME: OUTSIDE}
+
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
-        """Class index of every label, by the id of the row; ``OUTSIDE`` for "(outside)"."""
-        class_names = self.monitor.calibration.class_names or ()
-        codes = {name: index for index, name in enumerate(class_names)}
-        codes[OUTSIDE_NAME] = OUTSIDE
+        """Code of every label, by the id of the row."""
+        codes = self._codes
         unknown = sorted(set(labels.values()) - codes.keys())
         if unknown:
             shown = f"{', '.join(unknown[:5])!r:.200}"
-            raise DataError(f"{len(unknown)} labels are no class and not {OUTSIDE_NAME}: {shown}.")
+            allowed = f"no class and not {OUTSIDE_NAME}"
+            if codes is CODES_OF_TABLE:
+                allowed = "neither 1 (right) nor 0 (wrong)"
+            raise DataError(f"{len(unknown)} labels are {allowed}: {shown}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
@@ -312,19 +326,20 @@ class Journal:
         self, rows: Sequence[AnsweredRow | AuditedRow], labels: Sequence[int] | None = None
     ) -> Outcomes:
         """Outcomes of rows for the monitor; without ``labels`` the failures are ``UNKNOWN``."""
-        n = len(rows)
+        calibration = self.monitor.calibration
+        has_classes = calibration.prediction is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)
-        target = np.full(n, UNKNOWN, dtype=np.int64)
-        failure = np.full(n, UNKNOWN, dtype=np.int64)
+        target = np.full(len(rows), UNKNOWN, dtype=np.int64)
+        failure = target.copy()
         if labels is not None:
             target = np.array(labels, dtype=np.int64)
-            failure = (answer != target).astype(np.int64)
-        calibration = self.monitor.calibration
+            # a label of a table says itself whether the answer is wrong
+            failure = (answer != target).astype(np.int64) if has_classes else target
         return Outcomes(
             uncertainty=np.array([row.uncertainty for row in rows]),
             failure=failure,
-            prediction=answer,
-            target=target,
+            prediction=answer if has_classes else None,
+            target=target if has_classes else None,
             ids=[row.id for row in rows],
             class_names=calibration.class_names,
             method=calibration.method,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vilu.datasets.images import ImageLimits
-from vilu.errors import StorageError
+from vilu.errors import StorageError, UsageError
 from vilu.service.limits import ClientLimits
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
     # These modules are imported here, since the imports take seconds. The service already answers
     # /healthz meanwhile.
     from vilu.guard.guard import Guard
+    from vilu.predictors.persistence.storage import load_predictor
     from vilu.service.engine import Engine
     from vilu.service.local_journals import LocalJournals
 
@@ -71,6 +72,8 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
         # The journals are opened before the model is loaded, so that an invalid rule is reported
         # without waiting for the model.
         journals = LocalJournals(setup.state, setup.predictors)
+    if load_predictor(setup.predictor).takes == "answers":
+        return _table_engine(setup, journals)
     guard = Guard(
         setup.predictor,
         models=setup.models,
@@ -86,6 +89,19 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
             "damaged."
         )
     return Engine(guard, journals, setup.second)
+
+
+def _table_engine(setup: Setup, journals: Journals) -> Engine:
+    """The engine of a predictor for tables; UsageError for settings that are about images."""
+    from vilu.service.tables import TableEngine, TableGuard
+
+    for name in ("second", "keep", "models"):
+        if getattr(setup, name) is not None:
+            raise UsageError(
+                f"{setup.predictor} judges tables of answers, and --{name} is for images. Leave it "
+                "out."
+            )
+    return TableEngine(TableGuard(setup.predictor), journals)
 
 
 def _grey_picture() -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,7 +21,14 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.given_logits import require_kind
 from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
-from vilu.tables.combine import CrossValidated, Recipe, best_combination, best_probe, folds_of
+from vilu.tables.combine import (
+    CrossValidated,
+    Linear,
+    Recipe,
+    best_combination,
+    best_probe,
+    folds_of,
+)
 from vilu.tables.read import open_table
 from vilu.tables.table import FEATURES, AnswerTable, sign_of
 
@@ -44,6 +51,7 @@ class AnswerMethod(FailurePredictor):
     """
 
     takes: ClassVar[DataKind] = "answers"
+    no_captions: ClassVar[str | None] = "a table of answers has no captions"
     columns: ClassVar[tuple[str, ...]] = (NUMBERS,)
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
 
@@ -110,6 +118,17 @@ class AnswerMethod(FailurePredictor):
         centred = terms - terms.mean(axis=0)
         return {name: centred[:, place] for place, name in enumerate(self.players)}
 
+    def inputs(self, table: AnswerTable) -> dict[str, Tensor]:
+        """The columns of a table that the score reads, by name, after a check of all of them.
+
+        Raises:
+            DataError: If the table lacks a column, or has features of another width.
+        """
+        self._check_ready(table)
+        arranged = table.arranged(self.used_columns)
+        every_row = torch.arange(len(arranged))
+        return {name: arranged.column(name, every_row) for name in self.columns_to_score}
+
     @property
     def players(self) -> tuple[str, ...]:
         """Names of the terms of the score: the columns, and "features" if they are used."""
@@ -134,11 +153,11 @@ class AnswerMethod(FailurePredictor):
                 f"this {self.name} was fitted with features, and this table has none. Give the "
                 "features of its rows, or fit on a table without features."
             )
-        width = 0 if self.space_ is None else self.space_.embed_dim
-        if width and data.has_vectors and data.space.embed_dim != width:
+        width = self.notes_.get(WIDTH, 0)
+        if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != width:
             raise DataError(
                 f"this {self.name} was fitted on a table with {width} features. Got "
-                f"{data.space.embed_dim} instead."
+                f"{data.n_features} instead."
             )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
@@ -284,24 +303,22 @@ class AnswerScores(AnswerMethod):
         failures = failure.numpy()
         folds = folds_of(clusters_of(table), failures, self.seed)
         fit, compared = best_combination(names, numbers, failures, folds)
-        weights = torch.from_numpy(fit.linear.weights)
-        tensors = {
-            "direction": torch.from_numpy(fit.direction),
-            "lower": torch.from_numpy(fit.maps.lower),
-            "width": torch.from_numpy(fit.maps.width),
-            "rise": torch.from_numpy(fit.maps.rise),
-            "weight": weights,
-            "intercept": torch.tensor(fit.linear.intercept, dtype=torch.float64),
-        }
         spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
-        signs = dict(zip(names, (-fit.direction).astype(int).tolist(), strict=True))
+        signs = (-fit.direction).astype(int).tolist()
         notes = {
             COLUMNS: list(names),
-            "signs": signs,
+            "signs": dict(zip(names, signs, strict=True)),
             SHARES: _shares(names, spread),
             "chosen": _recipe_in_words(names, compared),
         }
-        return Learnt(tensors, notes)
+        arrays = {
+            "direction": fit.direction,
+            "lower": fit.maps.lower,
+            "width": fit.maps.width,
+            "rise": fit.maps.rise,
+            **_arrays_of(fit.linear),
+        }
+        return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
         """Terms (B, C) of the log-odds of failure, without the intercept."""
@@ -369,18 +386,10 @@ class AnswerProbe(AnswerMethod):
     ) -> Learnt:
         table = _table_of(train)
         names = tuple(table.numbers)
-        inputs = table.matrix(names)
-        if table.features is not None:
-            inputs = np.hstack([inputs, table.features.astype(np.float64)])
+        inputs = _inputs_of(table, names)
         failures = failure.numpy()
         folds = folds_of(clusters_of(table), failures, self.seed)
         fit, compared = best_probe(inputs, failures, folds)
-        tensors = {
-            "mean": torch.from_numpy(fit.mean),
-            "scale": torch.from_numpy(fit.scale),
-            "weight": torch.from_numpy(fit.linear.weights),
-            "intercept": torch.tensor(fit.linear.intercept, dtype=torch.float64),
-        }
         terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
         spread = terms[:, : len(names)].std(axis=0)
         players = names
@@ -393,7 +402,8 @@ class AnswerProbe(AnswerMethod):
             SHARES: _shares(players, spread),
             "chosen": f"ridge {compared.best:g}, log-loss {compared.losses[compared.best]:.4f}",
         }
-        return Learnt(tensors, notes)
+        arrays = {"mean": fit.mean, "scale": fit.scale, **_arrays_of(fit.linear)}
+        return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
         """Terms (B, C) of the log-odds of failure, or (B, C + 1) with features."""
@@ -401,14 +411,8 @@ class AnswerProbe(AnswerMethod):
         inputs = batch.columns[NUMBERS]
         if FEATURES in batch.columns:
             inputs = torch.cat([inputs, batch.columns[FEATURES].double()], dim=1)
-        width = len(self.learned_["mean"])
-        if inputs.shape[1] != width:
-            raise DataError(
-                f"this {self.name} was fitted on {width - n_columns} features. Got "
-                f"{inputs.shape[1] - n_columns} instead."
-            )
         terms = (inputs - self.learned_["mean"]) / self.learned_["scale"] * self.learned_["weight"]
-        if width == n_columns:
+        if terms.shape[1] == n_columns:
             return terms
         of_features = terms[:, n_columns:].sum(dim=1, keepdim=True)
         return torch.cat([terms[:, :n_columns], of_features], dim=1)
@@ -431,6 +435,24 @@ def clusters_of(table: AnswerTable) -> Ints:
         return table.picture_identities()
     _, cluster = np.unique(np.array(table.cluster), return_inverse=True)
     return cluster.astype(np.int64)
+
+
+def _inputs_of(table: AnswerTable, names: Sequence[str]) -> Floats:
+    """The columns of numbers with these names, and the features if there are any (N, C + F)."""
+    numbers = table.matrix(names)
+    if table.features is None:
+        return numbers
+    return np.hstack([numbers, table.features.astype(np.float64)])
+
+
+def _arrays_of(linear: Linear) -> dict[str, Floats]:
+    """Weights and intercept, by the names of their tensors."""
+    return {"weight": linear.weights, "intercept": np.array(linear.intercept)}
+
+
+def _as_tensors(arrays: Mapping[str, Floats]) -> dict[str, Tensor]:
+    """Tensors with the numbers of arrays."""
+    return {name: torch.tensor(array, dtype=torch.float64) for name, array in arrays.items()}
 
 
 def _shares(players: tuple[str, ...], spread: Floats) -> dict[str, float]:

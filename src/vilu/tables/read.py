@@ -6,21 +6,21 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 import numpy as np
 
 from vilu.artifacts.tables import csv_names, read_table, require_distinct, table_suffix
 from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, nearest
 from vilu.metrics.counts import Floats, Ints
-from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, sign_of
+from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, Purpose, sign_of
 from vilu.text import plural
 from vilu.validation import describe_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIXED: Final = ("id", "answer", "correct", "group", "cluster", "features")
+FIXED: Final = ("id", "answer", "correct", "group", "cluster", "features", "asked_for")
 """Names of the columns with a role of their own."""
 
 FEATURES_BESIDE: Final = ".features.npy"
@@ -79,12 +79,32 @@ def is_table(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in {".csv", ".parquet"}
 
 
+def has_answers(path: Path) -> bool:
+    """Whether a file has the columns of a table of answers, and not those of scores."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    if not is_table(path):
+        return False
+    try:
+        if table_suffix(path) == ".csv":
+            names = csv_names(path)
+        else:
+            names = pyarrow.parquet.read_schema(path).names
+    except (pa.ArrowException, ValueError, OSError):
+        return False  # whoever reads the file says what is wrong with it
+    are_scores = {"uncertainty", "failure"} <= set(names)
+    return "id" in names and not are_scores
+
+
 def files_of(path: Path) -> list[Path]:
     """A path, and the file of features beside it if the path is a table that has one."""
+    if not is_table(path):
+        return [path]
     beside = path.with_suffix(FEATURES_BESIDE)
-    if is_table(path) and beside.is_file():
-        return [path, beside]
-    return [path]
+    if not beside.is_file():
+        return [path]
+    return [path, beside]
 
 
 def _of_file(path: Path, name: str) -> AnswerTable:
@@ -197,6 +217,7 @@ def _checked_table(
         answer=_texts(where, columns, "answer", ids),
         group=_texts(where, columns, "group", ids),
         cluster=_texts(where, columns, "cluster", ids),
+        asked_for=_purposes(where, columns, ids),
         features=features,
         unused=tuple(column for column in columns if column not in {*FIXED, *numeric}),
         name=name,
@@ -254,6 +275,24 @@ def _texts(
             raise DataError(f"{where}, {_row(row, ids)}: {name} is empty. Fill it.")
         texts.append(text)
     return tuple(texts)
+
+
+def _purposes(
+    where: str, columns: Mapping[str, pa.ChunkedArray], ids: Sequence[str]
+) -> tuple[Purpose, ...] | None:
+    """The column ``asked_for``: "fit" or "calibration" in every row; None without the column."""
+    texts = _texts(where, columns, "asked_for", ids)
+    if texts is None:
+        return None
+    purposes = []
+    for row, text in enumerate(texts):
+        if text not in get_args(Purpose):
+            raise DataError(
+                f"{where}, {_row(row, ids)}: asked_for must be fit or calibration, as `vilu next` "
+                f"writes it. Got {text!r:.60} instead."
+            )
+        purposes.append(cast("Purpose", text))
+    return tuple(purposes)
 
 
 def _row(row: int, ids: Sequence[str]) -> str:

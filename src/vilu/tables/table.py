@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ SCORE: Final = "score"
 UNCERTAINTY: Final = "uncertainty"
 """A column of one of these names, or of such a name with an underscore and more, has a sign."""
 
+Text = TypeVar("Text", bound=str)
+
 FEATURES: Final = "features"
 CANDIDATES: Final = ("the answer", "another answer")
 """What may be right of a row: its own answer, or any other one."""
@@ -38,6 +40,8 @@ Vectors of few numbers often have nearly the same direction although their rows 
 """
 
 Sign = Literal[-1, 0, 1]
+Purpose = Literal["fit", "calibration"]
+"""What the label of a row was asked for: to fit on, or to calibrate on."""
 Features = NDArray[np.float32]
 
 
@@ -90,6 +94,8 @@ class AnswerTable(EmbeddingSource):
         group: Group of each row; None if the table has no such column.
         cluster: Cluster of each row, such as a page or a conversation; None without the column.
         features: (N, F) float32 vectors of the rows; None if the table has none.
+        asked_for: What the label of each row was asked for by ``vilu next``; None without the
+            column.
         unused: Names of the columns that have no role.
         name: Name of the data set: the name of the file without its suffix; None without a file.
 
@@ -127,6 +133,7 @@ class AnswerTable(EmbeddingSource):
         group: tuple[str, ...] | None = None,
         cluster: tuple[str, ...] | None = None,
         features: Features | None = None,
+        asked_for: tuple[Purpose, ...] | None = None,
         unused: tuple[str, ...] = (),
         name: str | None = None,
         image: Tensor | None = None,
@@ -139,9 +146,10 @@ class AnswerTable(EmbeddingSource):
         self.group = group
         self.cluster = cluster
         self.features = features
+        self.asked_for = asked_for
         self.unused = unused
         self.name = name
-        self.image = _directions(features, len(ids)) if image is None else image
+        self.image = _directions(features, len(ids), image)
         self.space = logit_space(self.image.shape[1])
         self.text = no_texts(len(CANDIDATES), self.space)
         self.class_names = None
@@ -160,6 +168,12 @@ class AnswerTable(EmbeddingSource):
         if self.features is not None:
             tensors[FEATURES] = torch.from_numpy(self.features)
         return tensors
+
+    def __getitem__(
+        self, rows: slice | Sequence[int] | Sequence[bool] | Tensor | NDArray[Any]
+    ) -> AnswerTable:
+        """Some rows as a new table: a slice, a mask (N,) bool, or indices (M,)."""
+        return cast("AnswerTable", super().__getitem__(rows))
 
     def __repr__(self) -> str:
         n_known = int((self.correct != UNKNOWN).sum())
@@ -202,6 +216,8 @@ class AnswerTable(EmbeddingSource):
             roles["group"] = "group of the row"
         if self.cluster is not None:
             roles["cluster"] = "cluster of the row, such as its page or conversation"
+        if self.asked_for is not None:
+            roles["asked_for"] = "what the label was asked for: to fit, or to calibrate on"
         if self.features is not None:
             roles["features"] = f"vector of {self.n_features} numbers"
         return roles | dict.fromkeys(self.unused, "not used")
@@ -214,7 +230,9 @@ class AnswerTable(EmbeddingSource):
             content.update(numbers.tobytes())
         if self.features is not None:
             content.update(self.features.tobytes())
-        texts = [self.ids, self.answer, self.group, self.cluster]
+        texts: list[object] = [self.ids, self.answer, self.group, self.cluster]
+        if self.asked_for is not None:
+            texts.append(self.asked_for)
         return digest([list(self.numbers), texts, self.n_features, content.hexdigest()])
 
     def matrix(self, names: Sequence[str]) -> Floats:
@@ -233,6 +251,29 @@ class AnswerTable(EmbeddingSource):
         for place, name in enumerate(names):
             matrix[:, place] = self.numbers[name]
         return matrix
+
+    def for_purpose(self, purpose: Purpose) -> AnswerTable:
+        """The rows that may be fitted or calibrated on, by the column ``asked_for`` if any.
+
+        Rows that were chosen to fit on are no random sample, so they do not calibrate.
+
+        Raises:
+            DataError: If a label that was asked for a calibration is missing, or if no row is left.
+        """
+        if self.asked_for is None:
+            return self
+        is_meant = np.array(self.asked_for) == purpose
+        table = self[is_meant]
+        if not is_meant.any():
+            raise DataError(f"no row of this table was asked for: {purpose}.")
+        missing = np.flatnonzero(table.correct == UNKNOWN)
+        if purpose == "calibration" and len(missing):
+            raise DataError(
+                f"{len(missing)} of the labels that were asked for are missing, first that of "
+                f"{table.ids[missing[0]]!r:.60}. Without them the sample is not random. Fill in "
+                "the column correct."
+            )
+        return table
 
     def arranged(self, names: Sequence[str]) -> AnswerTable:
         """The table whose columns of numbers are those with these names, in this order.
@@ -304,6 +345,7 @@ class AnswerTable(EmbeddingSource):
             group=_taken(self.group, index),
             cluster=_taken(self.cluster, index),
             features=None if self.features is None else self.features[index],
+            asked_for=_taken(self.asked_for, index),
             unused=self.unused,
             name=self.name,
             image=self.image[torch.from_numpy(index)],
@@ -318,19 +360,21 @@ ROLE_BY_SIGN: Final[dict[Sign, str]] = {
 """The role of a numeric column in words, by its sign."""
 
 
-def _taken(texts: tuple[str, ...] | None, rows: Ints) -> tuple[str, ...] | None:
+def _taken(texts: tuple[Text, ...] | None, rows: Ints) -> tuple[Text, ...] | None:
     """The texts of some rows; None without texts."""
     if texts is None:
         return None
     return tuple(texts[row] for row in rows.tolist())
 
 
-def _directions(features: Features | None, n_rows: int) -> Tensor:
+def _directions(features: Features | None, n_rows: int, known: Tensor | None) -> Tensor:
     """Unit vectors (N, F) of standardised features; (N, 0) without features, or with few.
 
     Hidden states of networks share a large mean, so that all of them have nearly one direction. So
     near copies are looked for after each number was standardised over the rows.
     """
+    if known is not None:
+        return known
     if features is None or features.shape[1] < NARROW:
         return torch.zeros(n_rows, 0, dtype=torch.float32)
     centred = features - features.mean(axis=0, dtype=np.float64)

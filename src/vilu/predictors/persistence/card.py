@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import named_backbones
+from vilu.embeddings.source import DataKind
 from vilu.embeddings.space import REDUCED_JPEGS
 from vilu.text import printable
 
@@ -46,6 +47,31 @@ FIT = {
     "classes": "hash of the class names, in their order",
 }
 """Names of the facts in the section on the fit, by key of the notes."""
+FIT_OF_TABLE = {
+    "n_train": "training rows",
+    "n_failures": "failures among them",
+    "columns": "columns of numbers",
+    "n_features": "features",
+    "signs": "signs (1: a higher number means more likely right)",
+    "shares": "share of each column in the score",
+    "chosen": "chosen by cross-validation",
+}
+"""Names of the facts in the section on the fit to a table, by key of the notes."""
+USE_OF_TABLE = [
+    "```bash",
+    "pip install 'vilu[hub]'",
+    "vilu pull ORG/NAME -o predictor  # where you found this card",
+    "vilu score predictor answers.csv -o scores.csv",
+    "```",
+]
+"""Lines with the commands that download a predictor for tables and score with it."""
+LIMITS_OF_TABLE = [
+    "- It says nothing about answers of another model, or scores that were made in another way.",
+    "- `weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, so "
+    "that vilu can warn if these rows are scored.",
+    "- You must state the licence.",
+]
+"""Lines on the limits of a predictor for tables."""
 GUARANTEE = {
     "guarantee_text": "guarantee",
     "n": "calibration rows",
@@ -63,6 +89,7 @@ class Described(Protocol):
     is_probability: ClassVar[bool]
     closed_set: ClassVar[bool]
     needs_fit: ClassVar[bool]
+    takes: ClassVar[DataKind]
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
@@ -77,6 +104,15 @@ def model_card(
     ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
     or None without a calibration. The header is valid YAML, whatever characters the names contain.
     """
+    if method.takes == "answers":
+        return _card_of_table_method(description, method, risk)
+    return _card_of_image_method(description, method, risk)
+
+
+def _card_of_image_method(
+    description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
+) -> str:
+    """The card of a predictor for images."""
     space = description["space"] or {}  # None if the method was not fitted
     notes = description["notes"]
     name = description["method"]
@@ -95,6 +131,29 @@ def model_card(
         section("Guarantee", guarantee(risk)),
         section("Use", usage(space, notes, method)),
         section("Limits", limits(notes, method, risk)),
+        f"Fingerprint {code(description.get('fingerprint', 'none'))}.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _card_of_table_method(
+    description: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None
+) -> str:
+    """The card of a predictor for tables of answers."""
+    notes = description["notes"]
+    name = description["method"]
+    seed = facts(description["parameters"], {"seed": "seed"})
+    sections = [
+        header(None, name),
+        f"# {name}, a failure predictor",
+        "For every answer in a table it says how likely the answer is wrong (higher = more likely "
+        f"wrong), from the columns of numbers. {MADE_WITH}{code(description['vilu'])}.",
+        f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
+        section("Fit", [*(facts(notes, FIT_OF_TABLE) or ["- nothing is learned"]), *seed]),
+        section("Hyper-parameters", parameter_facts(description["parameters"])),
+        section("Guarantee", guarantee(risk)),
+        section("Use", USE_OF_TABLE),
+        section("Limits", LIMITS_OF_TABLE),
         f"Fingerprint {code(description.get('fingerprint', 'none'))}.",
     ]
     return "\n\n".join(sections) + "\n"

@@ -1,0 +1,111 @@
+"""The service for tables of answers: clients send the columns of rows in place of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vilu.calibration.calibration import Calibration, require_about_new
+from vilu.device import torch_defaults
+from vilu.embeddings.columns import NUMBERS
+from vilu.embeddings.source import DataKind
+from vilu.errors import UNKNOWN, UsageError
+from vilu.guard.guard import Answer, Guard
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.persistence.storage import load_predictor
+from vilu.progress import Silence
+from vilu.scoring.score import provenance_of, require_streaming, score_rows
+from vilu.service.engine import ClientRows, Engine
+from vilu.service.journals import Journals
+from vilu.tables.methods import AnswerMethod
+from vilu.tables.read import open_table
+from vilu.tables.table import FEATURES, AnswerTable
+
+
+class TableGuard(Guard):
+    """A guard of rows of tables: it has a predictor and its calibration, and no model.
+
+    Raises:
+        UsageError: If the folder holds a predictor of images, or if the rule needs all rows at
+            once.
+        ProvenanceError: If the rule is about the photos of one folder.
+    """
+
+    predictor: AnswerMethod
+
+    def __init__(self, folder: Path) -> None:
+        predictor = load_predictor(folder)
+        if not isinstance(predictor, AnswerMethod):
+            raise UsageError(f"{folder} holds a {predictor.name}, which is no method for tables.")
+        self._model_object = folder
+        self.folder = folder
+        self.predictor = predictor
+        self.calibration = Calibration.find(folder)
+        require_streaming(self.calibration)
+        if self.calibration is not None:
+            require_about_new(self.calibration.rule)
+        self.likely = None
+        self.names = ()
+        self.batch_size = 1
+        self.workers = 1
+        self._model = None
+
+    @torch_defaults()
+    def answer(
+        self, arrays: Mapping[str, Tensor], keys: Sequence[str]
+    ) -> tuple[list[Answer], Outcomes]:
+        """Decisions about rows of a table, and their scores as outcomes.
+
+        Args:
+            arrays: The columns as ``AnswerMethod.inputs`` gives them.
+            keys: B names of the rows.
+        """
+        numbers = arrays[NUMBERS].numpy()
+        names = self.predictor.used_columns
+        features = arrays[FEATURES].numpy() if FEATURES in arrays else None
+        table = AnswerTable(
+            tuple(keys),
+            np.full(len(keys), UNKNOWN, dtype=np.int64),
+            {name: numbers[:, place] for place, name in enumerate(names)},
+            features=features,
+        )
+        facts = {
+            "is_probability": self.predictor.is_probability,
+            "provenance": provenance_of(self.calibration),
+        }
+        outcomes = score_rows(
+            self.predictor, table, facts, calibration=self.calibration, task=Silence()
+        )
+        answers = [self._answer(outcomes, row, (), likely=None) for row in range(len(keys))]
+        return answers, outcomes
+
+
+class TableEngine(Engine):
+    """The engine of a predictor for tables. Only rows of numbers are judged, and no images."""
+
+    kind: DataKind = "answers"
+    guard: TableGuard
+
+    def __init__(self, guard: TableGuard, journals: Journals) -> None:
+        super().__init__(guard, journals)
+
+    @property
+    def numbers_per_row(self) -> int:
+        """Number of values that a row of a client has, with its identifier."""
+        width = int(self.guard.predictor.notes_.get("n_features", 0))
+        return len(self.guard.predictor.used_columns) + width + 1
+
+    def checked(self, content: Mapping[str, Any]) -> ClientRows:
+        """Check the columns of a client as those of a file are checked.
+
+        Raises:
+            DataError: If a column is missing or wrong; the message names the row.
+        """
+        table = open_table(content)
+        arrays = self.guard.predictor.inputs(table)
+        # Different answers may have equal scores, so an answer is known by its identifier.
+        return ClientRows(arrays, [key.encode() for key in table.ids])

@@ -1,0 +1,115 @@
+"""Export of a method for tables as an ONNX file."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vilu.artifacts.disk import write_bytes
+from vilu.artifacts.documents import plain_json
+from vilu.artifacts.paths import claim_file
+from vilu.embeddings.columns import NUMBERS
+from vilu.embeddings.source import Batch
+from vilu.errors import DataError
+from vilu.extras import import_extra
+from vilu.predictors.persistence.description import fit_fingerprint
+from vilu.predictors.persistence.files import SavedModel, folder_of
+from vilu.predictors.persistence.onnx import TOLERANCE, Trial, runner, write_graph
+from vilu.predictors.persistence.storage import load_predictor
+from vilu.tables.methods import WIDTH, AnswerMethod
+from vilu.tables.table import FEATURES
+
+TRIED: Final = 257
+"""Number of random rows on which the file is compared with the predictor."""
+
+
+class TableGraph(nn.Module):
+    """The score of a predictor as a module of numbers (N, C) and, if it uses them, features."""
+
+    def __init__(self, predictor: AnswerMethod) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(self, numbers: Tensor, features: Tensor | None = None) -> Tensor:
+        """Uncertainties (N,) float64."""
+        return self.predictor.score_batch(batch_of(numbers, features))
+
+
+def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
+    """A batch of rows that have only these columns."""
+    columns = {NUMBERS: numbers}
+    if features is not None:
+        columns[FEATURES] = features
+    nothing = numbers[:, :0].float()  # the score of a table uses neither images nor texts
+    target = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)
+    return Batch(nothing, nothing[:0], target, target, logit_scale=1.0, columns=columns)
+
+
+def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
+    """Write the score of a saved method for tables as an ONNX file.
+
+    The inputs are ``numbers`` (N, C) float64, the columns in the order of "vilu.columns" in the
+    metadata, and ``features`` (N, F) float32 if the fit had any. The output is ``uncertainty`` (N,)
+    float64. Before the file is written, onnxruntime runs it on random rows near those of the fit.
+
+    Returns the largest difference between uncertainties by the file and by the predictor.
+
+    Raises:
+        DataError: If the difference is above 1e-5. Then nothing is written.
+        MissingModelError: If the extra ``onnx`` is not installed.
+    """
+    for module in ("onnx", "onnxscript"):  # torch needs these modules for an export
+        import_extra(module, "onnx")
+    claim_file(path, "ONNX export", overwrite=True)
+    folder = folder_of(folder)
+    predictor = load_predictor(folder)
+    if not isinstance(predictor, AnswerMethod):
+        raise DataError(f"{folder} holds a {predictor.name}, which is no method for tables.")
+    trial = _random_rows(predictor)
+    facts = _metadata(predictor, fit_fingerprint(folder))
+    content = write_graph(TableGraph(predictor).eval(), trial, ("uncertainty",), facts)
+    difference = _difference(predictor, content, trial)
+    write_bytes(path, content)
+    return difference
+
+
+def _difference(predictor: AnswerMethod, content: bytes, trial: Trial) -> float:
+    """The largest difference between uncertainties by a file and by its predictor."""
+    (uncertainty,) = runner(content)(trial)
+    with torch.no_grad():
+        expected = predictor.score_batch(batch_of(**trial)).numpy()
+    difference = float(np.abs(uncertainty - expected).max())
+    if not difference <= TOLERANCE:  # true also if the difference is NaN
+        raise DataError(
+            f"the exported {predictor.name} differs by {difference:.2g} from the predictor. "
+            "Nothing was written."
+        )
+    return difference
+
+
+def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
+    """Metadata of a file, as strings."""
+    return {
+        "vilu.version": version("vilu"),
+        "vilu.method": predictor.name,
+        "vilu.answer": predictor.answer,
+        "vilu.fingerprint": fingerprint,
+        "vilu.is_probability": str(predictor.is_probability).lower(),
+        "vilu.columns": plain_json(list(predictor.used_columns)).decode(),
+    }
+
+
+def _random_rows(predictor: AnswerMethod) -> Trial:
+    """Random inputs of the graph by name."""
+    generator = torch.Generator().manual_seed(0)
+    n_columns = len(predictor.used_columns)
+    n_features = predictor.notes_.get(WIDTH, 0)
+    rows: Trial = {NUMBERS: torch.randn(TRIED, n_columns, generator=generator, dtype=torch.float64)}
+    if n_features:
+        rows[FEATURES] = torch.randn(TRIED, n_features, generator=generator, dtype=torch.float32)
+    return rows
