@@ -150,3 +150,10 @@ def test_bad_boxes_of_true_words_are_refused(tmp_path: Path, cell: str) -> None:
 def test_a_wrong_output_is_refused_before_the_work(tmp_path: Path, output: str) -> None:
     completions(tmp_path, "not a completion")
     run("tabulate", "completions", "run.jsonl", "-o", output, code=2, cwd=tmp_path)
+
+
+def test_a_folder_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    for command in ("completions", "words", "logits"):
+        refused = run("tabulate", command, "pages", "-o", "t.csv", code=2, cwd=tmp_path)
+        assert "pages must be a file" in refused.stderr

@@ -11,6 +11,7 @@ from typer import Option
 
 from vilu.cli.console import keeping, next_step, shell
 from vilu.cli.options import Overwrite, path_argument, path_option
+from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.tables.sources import Converted
@@ -37,9 +38,10 @@ def completions_(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answers of a language model, from completions with logprobs (vLLM, batches too).
+    """Answers of a language model.
 
-    Columns: mean, least and first log-probability of the tokens, and the share of the n samples
+    They are completions with logprobs, as vLLM writes them, or a batch. Columns: mean, least
+    and first log-probability of the tokens, and the share of the n samples
     that give the answer. With --truth, answers are compared without case and white space.
     """
     from vilu.tables.sources import completion_answers
@@ -60,10 +62,14 @@ def detections_(
     ] = 0.5,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answers of a detector, matched with the annotated objects as pycocotools does it."""
+    """Boxes of a detector.
+
+    They are matched with the annotated objects as pycocotools does it.
+    """
     from vilu.tables.sources import detection_answers
 
-    keep = keeping(output, "answers", [results, annotations], overwrite=overwrite, min_iou=min_iou)
+    read = _files(results, annotations)
+    keep = keeping(output, "answers", read, overwrite=overwrite, min_iou=min_iou)
     _finish(detection_answers(results, annotations, min_iou=min_iou), output, keep)
 
 
@@ -80,9 +86,10 @@ def logits_(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Answers of a classifier, with the largest softmax, the margin and the entropy.
+    """Answers of a classifier.
 
-    Labels are numbers of classes from 0 (-1: unknown, -2: none of the classes), or their names.
+    Columns: largest softmax, margin, entropy and largest logit. Labels are numbers of classes
+    from 0 (-1: unknown, -2: none of the classes), or their names.
     """
     from vilu.tables.sources import logit_answers
 
@@ -94,9 +101,7 @@ def logits_(
 
 @tabulate.command("words")
 def words_(
-    pages: Annotated[
-        list[Path], path_argument("TSV files of Tesseract, one per picture.", "PAGE...")
-    ],
+    pages: Annotated[list[Path], path_argument("TSV files of Tesseract, one per picture.", "PAGE")],
     output: TableFile,
     truth: Annotated[
         Path | None,
@@ -107,9 +112,10 @@ def words_(
     dictionary: Annotated[Path | None, path_option("Known words, one per line.", "FILE")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Words that Tesseract read (tesseract PAGE.png PAGE tsv), with what is seen around them.
+    """Words that Tesseract read.
 
-    The closing line says which share of the true words was never read: no row stands for them, so
+    `tesseract PAGE.png PAGE tsv` writes such a file. The closing line says which share of the
+    true words was never read: no row stands for them, so
     no guarantee speaks of them.
     """
     from vilu.tables.sources import word_answers
@@ -122,8 +128,12 @@ def words_(
 
 
 def _files(*paths: Path | None) -> list[Path]:
-    """The paths that are given."""
-    return [path for path in paths if path is not None]
+    """The paths that are given; UsageError for a folder, or another path that is no file."""
+    files = [path for path in paths if path is not None]
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{file} must be a file, and it is none. Give the file itself.")
+    return files
 
 
 def _arrays(files: dict[str, Path | None]) -> dict[str, Any]:
