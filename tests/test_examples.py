@@ -5,6 +5,7 @@ and prints and draws what is kept for the site.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import warnings
 
@@ -40,6 +41,8 @@ def tolerances(text: str) -> list[float]:
 # a server that is started three times, a triage of 340 photos: tests/service and tests/triage do so
 # anyway, and smaller
 SLOW = {"service", "trust_photos"}
+NEEDS = {"ocr_words": "tesseract"}
+"""Programs that examples need; Debian has them as packages."""
 EACH = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in gallery.NAMES
 ]
@@ -47,6 +50,8 @@ EACH = [
 
 @pytest.mark.parametrize("name", EACH)
 def test_runs_and_gives_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which(NEEDS.get(name, "python3")) is None:
+        pytest.skip(f"needs {NEEDS[name]}: apt-get install tesseract-ocr")
     monkeypatch.syspath_prepend(FOLDER)
     known = dict(vilu.PREDICTORS)
     with warnings.catch_warnings():

@@ -30,13 +30,14 @@ from vilu.errors import DataError, StorageError, UsageError, ViLUError
 
 logger = logging.getLogger("vilu")
 
-Table = Literal["scores", "results", "labels", "label errors"]
+Table = Literal["answers", "scores", "results", "labels", "label errors"]
 Kind = Literal[
     Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"
 ]
 """The kinds of files that vilu writes, as messages call them."""
 
 KINDS: dict[str, Kind] = {
+    "answers": "answers",
     "outcomes": "scores",
     "results": "results",
     "explanations": "explanation",
@@ -60,6 +61,7 @@ HEADERS: dict[bytes, Kind] = {
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "results": (".json", ".parquet", ".csv"),
     "labels": (".csv",),
+    "answers": (".parquet", ".csv"),
     "label errors": (".parquet", ".csv"),
     "scores": (".parquet", ".csv"),
     "monitor state": (".parquet",),

@@ -26,6 +26,7 @@ from vilu.cli.console import (
     require_kinds,
     speaking,
 )
+from vilu.cli.estimating import estimate
 from vilu.cli.help import (
     COMMON,
     EMBEDDINGS,
@@ -37,12 +38,12 @@ from vilu.cli.help import (
     PanelledCommand,
     PanelledGroup,
 )
-from vilu.cli.estimating import estimate
 from vilu.cli.images import embed
 from vilu.cli.looking import demo, explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
+from vilu.cli.tabulate import completions_, detections_, logits_, words_
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.errors import UsageError
 from vilu.registry import entry_points, load_entry, load_plugin
@@ -252,6 +253,13 @@ datasets = typer.Typer(
 add_command(datasets, "list", list_known)
 add_command(datasets, "check", check_known)
 app.add_typer(datasets, name="datasets", rich_help_panel=LOOKING_UP)
+tabulate = typer.Typer(
+    cls=PanelledGroup,
+    help="Make a table of answers from files of language models, detectors, Tesseract, classifiers.",
+)
+for command in (completions_, detections_, logits_, words_):
+    add_command(tabulate, name_of(command), command)
+app.add_typer(tabulate, name="tabulate", rich_help_panel=EMBEDDINGS)
 
 
 def refusing(error: UsageError) -> Callable[[], None]:

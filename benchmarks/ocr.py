@@ -1,0 +1,255 @@
+"""Words that Tesseract reads: which can be trusted? ``python -m benchmarks.ocr FOLDER``.
+
+Renders pages whose words are known (``benchmarks.ocr_pages``), reads them with Tesseract, and
+writes ``words.csv`` into the folder, a row per word that was read. Pages that were read before are
+not read again, so that a run that was stopped goes on.
+
+Pages are divided at random into thirds: to fit, to calibrate, to test. Compared are the confidence
+of the word alone and ``answer_probe`` on all columns of numbers, each by row (every word counts as
+one draw) and by page (every page does). ``splits.jsonl`` has a line per division. The tables show
+means over the divisions, and between which two values 95 % of the divisions are. Last, 200 draws
+show how often a guarantee by row is broken, since words of a page are wrong together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import vilu
+from benchmarks.ocr_pages import MOST_WORDS, Page, snippets
+from vilu.calibration.clusters import correlation
+from vilu.calibration.thresholds import lower_bound, upper_bound
+from vilu.metrics.counts import Floats
+from vilu.tables.methods import AnswerProbe, AnswerScore
+from vilu.tables.sources import Converted, Word, word_answers
+
+N_PAGES = 1_200
+N_SPLITS = 20
+MAX_RISKS = (0.01, 0.02, 0.05)
+LARGEST = MOST_WORDS
+"""Words of a page that the guarantee by page speaks of; a few pages are read as more."""
+
+CONFIDENCE, PROBE = "confidence", "answer_probe"
+NAMES = (CONFIDENCE, PROBE)
+ROWS, PAGES = "rows", "pages"
+N_DRAWS = 200
+WORD_IN_DICTIONARY = re.compile(r"[a-z]+")
+Mask = NDArray[np.bool_]
+Result = dict[str, Any]
+
+
+def dictionary() -> frozenset[str]:
+    """Words of the documentation of NumPy: another text than that of the pages."""
+    words: set[str] = set()
+    for module in (np, np.fft, np.linalg, np.random):
+        for name in dir(module):
+            documentation = inspect.getdoc(getattr(module, name)) or ""
+            words.update(WORD_IN_DICTIONARY.findall(documentation.casefold()))
+    return frozenset(words)
+
+
+def read_page(page: Page, output: Path) -> None:
+    """Let Tesseract read a page, with its defaults, into the TSV file ``output``."""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "page.png"
+        page.picture().save(picture)
+        command = ["tesseract", str(picture), str(Path(folder) / "page"), "tsv"]
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+        output.write_bytes((Path(folder) / "page.tsv").read_bytes())
+
+
+def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
+    """Render and read all pages that are not in the folder yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    truth: dict[str, tuple[Word, ...]] = {}
+    files = []
+    for number, words in enumerate(snippets(n_pages, seed)):
+        page = Page(words, (seed, number))
+        file = folder / f"{number:04}.tsv"
+        if not file.is_file():
+            read_page(page, file)
+        truth[file.stem] = page.words
+        files.append(file)
+    return word_answers(files, truth=truth, dictionary=dictionary())
+
+
+def thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable]:
+    """The table in three parts of equally many pages each."""
+    of_row = np.array(table.cluster)
+    pages = np.random.default_rng(seed).permutation(np.unique(of_row))
+    return [table[np.isin(of_row, part)] for part in np.array_split(pages, 3)]
+
+
+def split_result(table: vilu.AnswerTable, seed: int) -> Result:
+    """All numbers of one division into thirds."""
+    fit, calibration, test = thirds(table, seed)
+    methods = {
+        CONFIDENCE: AnswerScore(column="score_confidence"),
+        PROBE: AnswerProbe().fit(fit),
+    }
+    result: Result = {"seed": seed}
+    for name, method in methods.items():
+        calibrated = vilu.score(method, calibration)
+        tested = vilu.score(method, test)
+        wrong = tested.failure == 1
+        result[f"{name} best"] = [best_coverage(tested, risk) for risk in MAX_RISKS]
+        result["correlation of all"] = page_correlation(test, wrong, wrong | ~wrong)
+        for risk in MAX_RISKS:
+            by_row = vilu.certify(calibrated, max_risk=risk)
+            by_page = vilu.certify_clusters(
+                calibrated, calibration.cluster or (), "ratio", max_risk=risk, largest=LARGEST
+            )
+            masks = {
+                ROWS: by_row.accept(tested.uncertainty),
+                PAGES: by_page.accept(tested.uncertainty, clusters=test.cluster),
+            }
+            for way, mask in masks.items():
+                result[f"{name} {way} {risk}"] = [mask.mean(), risk_of(wrong, mask)]
+            together = page_correlation(test, wrong, masks[ROWS])
+            result[f"{name} correlation {risk}"] = together
+    return result
+
+
+def best_coverage(outcomes: vilu.Outcomes, risk: float) -> float:
+    """The largest share of the words of which at most ``risk`` are wrong, known afterwards."""
+    order = np.argsort(outcomes.uncertainty, kind="stable")
+    uncertainty = outcomes.uncertainty[order]
+    n_accepted = np.arange(1, len(order) + 1)
+    risks = np.cumsum(outcomes.failure[order]) / n_accepted
+    is_last_of_ties = np.append(uncertainty[1:] > uncertainty[:-1], True)
+    within = n_accepted[is_last_of_ties & (risks <= risk)]
+    return float(within.max(initial=0) / len(order))
+
+
+def risk_of(wrong: Mask, accepted: Mask) -> float:
+    """Share of wrong words among those that are accepted; 0 if there are none."""
+    return float(wrong[accepted].mean()) if accepted.any() else 0.0
+
+
+def page_correlation(table: vilu.AnswerTable, wrong: Mask, chosen: Mask) -> float:
+    """Correlation of the errors of two words of a page, among the words that are chosen."""
+    _, page = np.unique(np.array(table.cluster)[chosen], return_inverse=True)
+    if not chosen.any():
+        return float("nan")
+    return float(correlation(wrong[chosen].astype(np.int64), page).value)
+
+
+def split_results(table: vilu.AnswerTable, file: Path, n_splits: int) -> list[Result]:
+    """The results of all divisions; those that are in the file are not computed again."""
+    results: list[Result] = []
+    if file.is_file():
+        results = [json.loads(line) for line in file.read_text().splitlines()]
+    with file.open("a") as lines:
+        for seed in range(len(results), n_splits):
+            results.append(split_result(table, seed))
+            lines.write(json.dumps(results[-1]) + "\n")
+            lines.flush()
+    return results
+
+
+def spread(values: Floats) -> str:
+    """Mean over the divisions, and between which values 95 % of them are, in per cent."""
+    if not values.any():
+        return "0"
+    low, high = np.quantile(values, [0.025, 0.975])
+    return f"{100 * values.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def tables(results: list[Result]) -> Iterator[str]:
+    """The lines of the tables."""
+    ways = "accepted by row | wrong of these | accepted by page | wrong of these"
+    yield f"| at most wrong | score | {ways} |"
+    yield "|---|---|---|---|---|---|"
+    for risk in MAX_RISKS:
+        for name in NAMES:
+            by_row = np.array([result[f"{name} {ROWS} {risk}"] for result in results])
+            by_page = np.array([result[f"{name} {PAGES} {risk}"] for result in results])
+            cells = [*by_row.T, *by_page.T]
+            yield f"| {risk:.0%} | {name} | {' | '.join(spread(values) for values in cells)} |"
+    yield ""
+    yield "| at most wrong | gain by row | gain by page | gain where the errors are known |"
+    yield "|---|---|---|---|"
+    for place, risk in enumerate(MAX_RISKS):
+        gains = [gain(results, f"{way} {risk}", 0) for way in (ROWS, PAGES)]
+        gains.append(gain(results, "best", place))
+        yield f"| {risk:.0%} | {' | '.join(spread(values) for values in gains)} |"
+    yield ""
+    yield f"correlation within a page, of all words: {mean_of(results, 'correlation of all'):.2f}"
+    for risk in MAX_RISKS:
+        shown = [f"{mean_of(results, f'{name} correlation {risk}'):.2f} ({name})" for name in NAMES]
+        yield f"of the words accepted at {risk:.0%}, by row: {', '.join(shown)}"
+
+
+def mean_of(results: list[Result], key: str) -> float:
+    """Mean over the divisions in which the number is defined."""
+    return float(np.nanmean([result[key] for result in results]))
+
+
+def breaks(table: vilu.AnswerTable, n_draws: int) -> Iterator[str]:
+    """How often a guarantee by row is broken: a third of the pages calibrates, the rest judges."""
+    outcomes = vilu.score(AnswerScore(column="score_confidence"), table)
+    of_row = np.array(table.cluster)
+    pages = np.unique(of_row)
+    for risk in MAX_RISKS:
+        n_broken = 0
+        for seed in range(n_draws):
+            chosen = np.random.default_rng(seed).permutation(pages)[: len(pages) // 3]
+            calibrates = np.isin(of_row, chosen)
+            rule = vilu.certify(
+                vilu.Outcomes(outcomes.uncertainty[calibrates], outcomes.failure[calibrates]),
+                max_risk=risk,
+            )
+            accepted = rule.accept(outcomes.uncertainty[~calibrates])
+            n_broken += int(risk_of(outcomes.failure[~calibrates] == 1, accepted) > risk)
+        low = lower_bound(n_broken, n_draws, 0.025)
+        high = upper_bound(n_broken, n_draws, 0.025)
+        yield (
+            f"at most {risk:.0%} by row, confidence: more are wrong in the other pages in "
+            f"{n_broken / n_draws:.1%} ({low:.1%} to {high:.1%}) of {n_draws} draws"
+        )
+
+
+def gain(results: list[Result], what: str, place: int) -> Floats:
+    """Coverage with the probe less that with the confidence, in each division."""
+    probe = np.array([result[f"{PROBE} {what}"] for result in results], dtype=np.float64)
+    confidence = np.array([result[f"{CONFIDENCE} {what}"] for result in results], dtype=np.float64)
+    difference: Floats = probe[:, place] - confidence[:, place]
+    return difference
+
+
+def main() -> None:
+    """Read what is missing, decide, and print the tables."""
+    parser = argparse.ArgumentParser(description="Decisions about words that Tesseract read.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pages", type=int, default=N_PAGES)
+    parser.add_argument("--splits", type=int, default=N_SPLITS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    words = read_pages(options.folder / "pages", options.pages, options.seed)
+    words.write(options.folder / "words.csv")
+    missed = words.missed_share or 0.0
+    print(f"{options.pages} pages with {words.n_wanted} words, {missed:.1%} never read")
+    n_wrong = words.columns["correct"].count(0)
+    print(f"{len(words)} words read, {n_wrong / len(words):.1%} wrong", flush=True)
+    table = vilu.open_table(options.folder / "words.csv")
+    for line in tables(split_results(table, options.folder / "splits.jsonl", options.splits)):
+        print(line, flush=True)
+    for line in breaks(table, N_DRAWS):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

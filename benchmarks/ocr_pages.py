@@ -1,0 +1,156 @@
+"""Pages whose words are known: rendered, and made hard to read as scans and photos are.
+
+The text is English prose that comes with Python (``pydoc_data``), 10 to 30 words in their order on
+each page and no sentence twice. Font, size, contrast, blur, noise, rotation and the quality of JPEG
+are drawn at random for each page, so that words of one page are wrong together.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import matplotlib as mpl
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from vilu.tables.sources import Word
+
+PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*[.,;:]?")
+"""Words of letters and digits: quotes have several forms that readers do not tell apart."""
+
+FEWEST_WORDS, MOST_WORDS = 10, 30
+MARGIN = 40
+LINE_WIDTH = 620
+
+FONTS = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique"),
+    *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono"),
+    *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol"),
+)
+"""Fonts that come with matplotlib, so that every machine has the same."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a page looks like; drawn at random."""
+
+    font: str
+    size: int  # pixels
+    ink: int  # grey, 0 is black
+    paper: int  # grey, 255 is white
+    blur: float  # radius in pixels
+    noise: float  # standard deviation in grey levels
+    angle: float  # degrees
+    quality: int  # of JPEG
+
+    @classmethod
+    def draw(cls, random: np.random.Generator) -> Look:
+        """A look at random: most pages are easy to read, a part is not."""
+        paper = int(random.integers(190, 256))
+        contrast = int(random.integers(40, 190))
+        hardness = random.beta(1.0, 1.4)
+        return cls(
+            font=str(random.choice(FONTS)),
+            size=int(random.integers(14, 29)),
+            ink=paper - contrast,
+            paper=paper,
+            blur=float(2.5 * hardness * random.random()),
+            noise=float(55 * hardness * random.random()),
+            angle=float(random.normal(0, 1.2)),
+            quality=int(random.integers(10, 90)),
+        )
+
+
+def snippets(n_pages: int, seed: int) -> list[list[str]]:
+    """The words of ``n_pages`` pages; no part of the text is on two pages."""
+    words = [word for word in " ".join(topics.values()).split() if PLAIN_WORD.fullmatch(word)]
+    random = np.random.default_rng(seed)
+    pages = []
+    first = 0
+    while first + MOST_WORDS < len(words):
+        length = int(random.integers(FEWEST_WORDS, MOST_WORDS + 1))
+        pages.append(words[first : first + length])
+        first += length
+    if len(pages) < n_pages:
+        raise ValueError(f"the text is enough for {len(pages)} pages. Got {n_pages} instead.")
+    return [pages[index] for index in random.permutation(len(pages))[:n_pages]]
+
+
+class Page:
+    """Words in lines on a page, as a camera or a scanner gives it.
+
+    Args:
+        words: The words in their order.
+        seed: Seed of the look of the page and of its noise.
+    """
+
+    def __init__(self, words: list[str], seed: tuple[int, int]) -> None:
+        self.random = np.random.default_rng(seed)
+        self.look = Look.draw(self.random)
+        self.font = ImageFont.truetype(_font_file(self.look.font), self.look.size)
+        self.upright = _lines(words, self.font)
+        _, last_top, _, last_height = self.upright[-1].box
+        self.size = (LINE_WIDTH + 2 * MARGIN, round(last_top + last_height) + MARGIN)
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """What stands on the page, with upright boxes around the rotated words."""
+        return tuple(_turned(word, self.size, self.look.angle) for word in self.upright)
+
+    def picture(self) -> Image.Image:
+        """The grey picture of the page."""
+        image = Image.new("L", self.size, self.look.paper)
+        canvas = ImageDraw.Draw(image)
+        for word in self.upright:
+            canvas.text(word.box[:2], word.text, fill=self.look.ink, font=self.font, anchor="la")
+        turned = image.rotate(self.look.angle, Image.Resampling.BICUBIC, fillcolor=self.look.paper)
+        return _degraded(turned, self.look, self.random)
+
+
+def _font_file(name: str) -> str:
+    return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf")
+
+
+def _lines(words: list[str], font: ImageFont.FreeTypeFont) -> list[Word]:
+    """Set words in lines of at most ``LINE_WIDTH`` pixels."""
+    ascent, descent = font.getmetrics()
+    space = font.getlength(" ")
+    left, top = float(MARGIN), float(MARGIN)
+    placed = []
+    for text in words:
+        width = font.getlength(text)
+        if left + width > MARGIN + LINE_WIDTH:
+            left = float(MARGIN)
+            top += 1.35 * (ascent + descent)
+        placed.append(Word(text, (left, top, width, ascent + descent)))
+        left += width + space
+    return placed
+
+
+def _turned(word: Word, size: tuple[int, int], angle: float) -> Word:
+    """The upright box around a word after a rotation of the page around its middle."""
+    left, top, width, height = word.box
+    right = left + width
+    bottom = top + height
+    middle = np.array(size) / 2
+    corners = np.array([(left, top), (right, top), (left, bottom), (right, bottom)]) - middle
+    radians = np.deg2rad(angle)
+    # y grows downwards, so that Pillow's counterclockwise angle has the sine with this sign
+    x = corners[:, 0] * np.cos(radians) + corners[:, 1] * np.sin(radians) + middle[0]
+    y = corners[:, 1] * np.cos(radians) - corners[:, 0] * np.sin(radians) + middle[1]
+    return Word(word.text, (float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))))
+
+
+def _degraded(image: Image.Image, look: Look, random: np.random.Generator) -> Image.Image:
+    """Blur, then noise of the sensor, then JPEG."""
+    blurred = image.filter(ImageFilter.GaussianBlur(look.blur))
+    grey = np.asarray(blurred, dtype=np.float64)
+    noisy = grey + look.noise * random.normal(size=grey.shape)
+    clipped = Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    clipped.save(file, "JPEG", quality=look.quality)
+    return Image.open(file)

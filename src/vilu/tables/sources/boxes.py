@@ -1,0 +1,63 @@
+"""Boxes in a picture, and how much two of them overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats
+
+LARGEST_EDGE = 1e9
+"""Largest number of pixels of an edge, so that no area is too large for a float."""
+
+Box = tuple[float, float, float, float]
+"""Left edge, top edge, width and height in pixels."""
+
+
+def as_boxes(boxes: Sequence[Sequence[float]]) -> Floats:
+    """Boxes (N, 4) in float64; (0, 4) if there are none."""
+    return np.asarray(boxes, dtype=np.float64).reshape(len(boxes), 4)
+
+
+def areas(boxes: Floats) -> Floats:
+    """Areas (N,) of boxes (N, 4)."""
+    area: Floats = boxes[:, 2] * boxes[:, 3]
+    return area
+
+
+def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None = None) -> Floats:
+    """How much each of N boxes overlaps each of M boxes, (N, M) from 0 to 1.
+
+    This is intersection over union. For a crowd in ``second``, it is the share of the first box
+    that lies in the crowd.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.tables.sources.boxes import overlaps
+        >>> overlaps(np.array([[0, 0, 2, 2.0]]), np.array([[0, 0, 2, 1.0], [5, 5, 1, 1]])).tolist()
+        [[0.5, 0.0]]
+    """
+    start = np.maximum(first[:, None, :2], second[None, :, :2])
+    end = np.minimum(
+        first[:, None, :2] + first[:, None, 2:], second[None, :, :2] + second[None, :, 2:]
+    )
+    sides = np.clip(end - start, 0, None)
+    common: Floats = sides[:, :, 0] * sides[:, :, 1]
+    whole = areas(first)[:, None] + areas(second)[None, :] - common
+    if is_crowd is not None:
+        whole = np.where(is_crowd[None, :], areas(first)[:, None], whole)
+    share: Floats = np.divide(common, whole, out=np.zeros_like(common), where=common > 0)
+    return share
+
+
+def require_box(box: Sequence[float], where: str) -> None:
+    """Raise DataError if a side is negative, or if an edge is too far away to be of a picture."""
+    is_far = max(abs(edge) for edge in box) > LARGEST_EDGE
+    if is_far or min(box[2:]) < 0:
+        raise DataError(
+            f"{where}: a box is left, top, width and height in pixels, up to {LARGEST_EDGE:g}, and "
+            f"no side is negative. Got {list(box)} instead."
+        )

@@ -1,0 +1,283 @@
+"""Answers of language models, from completions in OpenAI's format with log-probabilities.
+
+vLLM and other servers write this format, and a batch run puts each completion into a line with a
+``custom_id``. Both are read, of the chat and of the plain completions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.documents import explain, parse_json
+from vilu.errors import DataError
+from vilu.tables.sources.converted import Columns, Converted, judged, plain
+
+MAX_LINE = 64 * 2**20
+"""Most bytes of a line; 30,000 tokens with 20 alternatives each stay below."""
+
+N_SAMPLES: Final = "n_samples"
+NUMBERS = (
+    *("score_mean_logprob", "score_least_logprob", "score_first_logprob", "score_agreement"),
+    *("n_tokens", N_SAMPLES, "cut_off"),
+)
+"""Numbers of a row."""
+
+Row = dict[str, float | str]
+"""The answer of a row and its ``NUMBERS``."""
+
+LogProbability = Annotated[float, Field(le=0)]
+
+
+class CompletionPart(BaseModel):
+    """A part of a completion. Types are strict, and what is not needed is not looked at."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Token(CompletionPart):
+    """A token of a chat completion."""
+
+    logprob: LogProbability
+
+
+class LogProbabilities(CompletionPart):
+    """Log-probabilities of the tokens: ``content`` of chats, ``token_logprobs`` of plain texts."""
+
+    content: list[Token] | None = None
+    token_logprobs: list[LogProbability | None] | None = None
+
+
+class Message(CompletionPart):
+    """The answer in a chat."""
+
+    content: str | None = None
+
+
+class CompletionChoice(CompletionPart):
+    """One of the n samples of a completion."""
+
+    message: Message | None = None
+    text: str | None = None
+    logprobs: LogProbabilities | None = None
+    finish_reason: str | None = None
+
+
+class Completion(CompletionPart):
+    """The samples that answer one request."""
+
+    id: str | None = None
+    choices: Annotated[list[CompletionChoice], Field(min_length=1)]
+
+
+class BatchLine(CompletionPart):
+    """A line of a batch: a request, and its response or its error."""
+
+    custom_id: str
+    response: dict[str, Any] | None = None
+    error: Any = None
+
+
+@dataclass(frozen=True)
+class CompletionSample:
+    """An answer with the log-probabilities of its tokens."""
+
+    answer: str
+    logprobs: list[float]
+    is_cut_off: bool  # the answer reached the largest number of tokens
+
+    def mean(self) -> float:
+        """Mean log-probability of the tokens."""
+        return sum(self.logprobs) / len(self.logprobs)
+
+
+def completion_answers(
+    path: str | os.PathLike[str], truth: Mapping[str, str] | None = None
+) -> Converted:
+    """Read a JSONL file of completions with ``logprobs`` as a table of answers.
+
+    A line holds one response, or one line of a batch (``custom_id``, ``response``). Its answer is
+    the text that most of its n samples give. Case and white space do not count; of texts that are
+    equally frequent, the one whose best sample has the largest mean log-probability is taken. The
+    numbers are those of the best sample with this answer:
+
+    - ``score_mean_logprob``, ``score_least_logprob``, ``score_first_logprob``: mean, least and
+      first log-probability of the tokens.
+    - ``score_agreement``: share of the samples that give the answer, where a line has several.
+    - ``n_tokens``, and ``cut_off``: 1 if the answer ended at the largest number of tokens.
+
+    Args:
+        path: The file, with one completion per line. Empty lines are passed over.
+        truth: Right answer by id; ``correct`` is empty for all other rows. The id of a line is its
+            ``custom_id``, else its ``id``, else the number of the line.
+
+    Raises:
+        DataError: If a line is no whole completion with log-probabilities, if an id stands twice,
+            or if no truth has the id of a row. The message names the line.
+        StorageError: If the file cannot be read.
+
+    Examples:
+        >>> import json, pathlib, tempfile
+        >>> from vilu.tables.sources import completion_answers
+        >>> tokens = [{"token": "c", "logprob": -0.5}, {"token": "at", "logprob": -0.1}]
+        >>> choice = {"message": {"content": "cat"}, "logprobs": {"content": tokens}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "run.jsonl"
+        ...     _ = file.write_text(json.dumps({"id": "a", "choices": [choice]}))
+        ...     columns = completion_answers(file, {"a": "Cat"}).columns
+        >>> columns["answer"], columns["correct"], columns["score_mean_logprob"]
+        (['cat'], [1], [-0.3])
+    """
+    return Converted(_columns(_rows(Path(path)), truth))
+
+
+def _columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
+    """The columns of the table."""
+    ids = list(rows)
+    answers = [str(row["answer"]) for row in rows.values()]
+    columns: Columns = {"id": ids, "answer": answers, "correct": judged(ids, answers, truth)}
+    for name in NUMBERS:
+        columns[name] = [row[name] for row in rows.values()]
+    if set(columns[N_SAMPLES]) == {1}:
+        del columns["score_agreement"]  # a single sample agrees with itself
+    del columns[N_SAMPLES]
+    return columns
+
+
+def _rows(path: Path) -> dict[str, Row]:
+    """The cells of each row, by the id of the row."""
+    rows: dict[str, Row] = {}
+    line_of: dict[str, int] = {}
+    for number, content in _lines(path):
+        where = f"{path} line {number}"
+        row_id, completion = _completion(content, number, where)
+        if row_id in line_of:
+            raise DataError(
+                f"{where}: every id must occur once. {row_id!r} is on line {line_of[row_id]}, too. "
+                "Put all samples of a request into the choices of one line (n=...)."
+            )
+        line_of[row_id] = number
+        rows[row_id] = _row([_sample(choice, where) for choice in completion.choices])
+    if not rows:
+        raise DataError(f"{path} must have one completion per line. It has none.")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file that are not empty, with their numbers from 1."""
+    with or_refuse(f"read {path}"), path.open("rb") as file:
+        for number, line in enumerate(_bounded_lines(file, path), start=1):
+            if line.strip():
+                yield number, line
+
+
+def _bounded_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield lines; DataError at a line that no completion can have."""
+    number = 1
+    line = file.readline(MAX_LINE + 1)
+    while line:
+        if len(line) > MAX_LINE:
+            raise DataError(
+                f"{path} line {number} has more than {MAX_LINE:,} bytes. A line must hold one "
+                "completion."
+            )
+        yield line
+        number += 1
+        line = file.readline(MAX_LINE + 1)
+
+
+def _completion(content: bytes, number: int, where: str) -> tuple[str, Completion]:
+    """The id and the completion on a line."""
+    try:
+        record = parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where} must hold a whole JSON object. The line is cut off or damaged: {error}. "
+            "Write it again, or remove it."
+        ) from error
+    batch_id = None
+    try:
+        if "custom_id" in record:
+            request = BatchLine.model_validate(record)
+            batch_id = request.custom_id
+            record = _body(request, where)
+        completion = Completion.model_validate(record)
+    except ValidationError as error:
+        raise DataError(
+            f"{where} must hold a completion in OpenAI's format with logprobs: {explain(error)}."
+        ) from error
+    return batch_id or completion.id or str(number), completion
+
+
+def _body(request: BatchLine, where: str) -> dict[str, Any]:
+    """The completion in a line of a batch; DataError if the request failed."""
+    body = (request.response or {}).get("body")
+    if request.error is None and isinstance(body, dict):
+        return body
+    reason = request.error or request.response or "it has no response"
+    raise DataError(
+        f"{where}: the request {request.custom_id!r:.80} failed: {reason!s:.200}. Ask it again, "
+        "or remove the line."
+    )
+
+
+def _sample(choice: CompletionChoice, where: str) -> CompletionSample:
+    """The answer of a choice; DataError without an answer or without log-probabilities."""
+    answer = choice.text
+    if choice.message is not None:
+        answer = choice.message.content
+    if answer is None:
+        raise DataError(
+            f"{where} must have choices with a text, or with a message that has content. Calls of "
+            "tools, refusals and parts of a stream have none; remove the line."
+        )
+    return CompletionSample(
+        answer.strip(), _logprobs(choice, where), choice.finish_reason == "length"
+    )
+
+
+def _logprobs(choice: CompletionChoice, where: str) -> list[float]:
+    """Log-probabilities of all tokens of a choice."""
+    stated = choice.logprobs or LogProbabilities()
+    if stated.content is not None:
+        logprobs = [token.logprob for token in stated.content]
+    elif stated.token_logprobs is not None:
+        if None in stated.token_logprobs:
+            raise DataError(
+                f"{where} has a token without a log-probability, as the first token of a prompt. "
+                "Ask without echo, so that only the answer has log-probabilities."
+            )
+        logprobs = [logprob for logprob in stated.token_logprobs if logprob is not None]
+    else:
+        raise DataError(
+            f"{where} must have log-probabilities. Ask with logprobs: true for a chat, and with "
+            "logprobs: 1 for a plain completion."
+        )
+    if not logprobs:
+        raise DataError(f"{where} must have at least one token. Remove the line.")
+    return logprobs
+
+
+def _row(samples: list[CompletionSample]) -> Row:
+    """The cells of a row: the answer of most samples, and the numbers of the best of them."""
+    votes = Counter(plain(sample.answer) for sample in samples)
+    most_votes = max(votes.values())
+    leaders = [sample for sample in samples if votes[plain(sample.answer)] == most_votes]
+    best = max(leaders, key=CompletionSample.mean)
+    return {
+        "answer": best.answer,
+        "score_mean_logprob": best.mean(),
+        "score_least_logprob": min(best.logprobs),
+        "score_first_logprob": best.logprobs[0],
+        "score_agreement": most_votes / len(samples),
+        N_SAMPLES: len(samples),
+        "n_tokens": len(best.logprobs),
+        "cut_off": int(best.is_cut_off),
+    }

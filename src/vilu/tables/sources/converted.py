@@ -1,0 +1,98 @@
+"""What a converter returns: the columns of a table of answers, and what no row stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vilu.artifacts.paths import inputs_entry
+from vilu.artifacts.tables import write_table
+from vilu.errors import DataError
+from vilu.text import plural
+
+Columns = dict[str, list[Any]]
+"""Columns of one length, by name; None is an empty cell."""
+
+KIND: Final = "answers"
+"""What the metadata of a Parquet file call a table of answers."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A table of answers that was made from files of another program.
+
+    Attributes:
+        columns: Columns of one length by name, as ``vilu.open_table`` takes them.
+        n_wanted: Number of words or objects that are known to be there; 0 if that is not known.
+        n_missed: How many of them no row stands for. A guarantee speaks of rows, so it does not
+            speak of them.
+
+    Examples:
+        >>> from vilu.tables.sources import Converted
+        >>> words = Converted({"id": ["1"], "answer": ["cat"]}, n_wanted=4, n_missed=3)
+        >>> len(words), words.missed_share
+        (1, 0.75)
+    """
+
+    columns: Columns
+    n_wanted: int = 0
+    n_missed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])
+
+    @property
+    def missed_share(self) -> float | None:
+        """Share of what is there that no row stands for; None if nothing is known to be there."""
+        if self.n_wanted == 0:
+            return None
+        return self.n_missed / self.n_wanted
+
+    @property
+    def n_known(self) -> int:
+        """Number of rows that are known to be right or wrong."""
+        return len(self) - self.columns["correct"].count(None)
+
+    def write(self, path: Path, inputs: str | None = None) -> None:
+        """Write the columns as .csv or .parquet, by the suffix of the path.
+
+        ``inputs`` is the digest of what the table was made from.
+        """
+        import pyarrow as pa
+
+        arrays = {name: pa.array(values) for name, values in self.columns.items()}
+        # where no answer is known, Arrow would not know the type
+        arrays["correct"] = pa.array(self.columns["correct"], pa.int64())
+        write_table(path, arrays, {"kind": KIND, **inputs_entry(inputs)})
+
+
+def plain(text: str) -> str:
+    """A text as answers are compared: case and the width of white space do not count."""
+    return " ".join(text.split()).casefold()
+
+
+def judged(
+    ids: Sequence[str], answers: Sequence[str], truth: Mapping[str, str] | None
+) -> list[int | None]:
+    """Whether each answer is right: 1, 0, or None for a row without a known truth.
+
+    Raises:
+        DataError: If there are truths, and none has the identifier of a row.
+    """
+    if truth is None:
+        return [None] * len(ids)
+    if ids and not set(ids) & truth.keys():
+        raise DataError(
+            f"none of the {plural(len(truth), 'truth')} has the id of a row. The first row has id "
+            f"{ids[0]!r}, and the first truth has id {next(iter(truth), '')!r}."
+        )
+    correct: list[int | None] = []
+    for row_id, answer in zip(ids, answers, strict=True):
+        true_text = truth.get(row_id)
+        if true_text is None:
+            correct.append(None)
+        else:
+            correct.append(int(plain(answer) == plain(true_text)))
+    return correct

@@ -1,0 +1,301 @@
+"""Answers of object detectors, from results and annotations in COCO's format."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from vilu.artifacts.documents import explain, read_bounded
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats
+from vilu.tables.sources.boxes import LARGEST_EDGE, areas, as_boxes, overlaps
+from vilu.tables.sources.converted import Columns, Converted
+from vilu.validation import checked, require_between
+
+MAX_BYTES = 2**30
+"""Largest file that is read."""
+
+MAX_IN_CELL = 2_000
+"""Most boxes of a category in an image; every pair of them is compared."""
+
+Edge = Annotated[float, Field(ge=-LARGEST_EDGE, le=LARGEST_EDGE)]
+ImageId = int | str
+Cell = tuple[ImageId, int]
+"""An image and a category, within which detections and objects are matched."""
+
+
+class CocoEntry(BaseModel):
+    """An entry of a file. Types are strict, and fields that are not needed are not looked at."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class CocoBox(CocoEntry):
+    """A box of a category in an image."""
+
+    image_id: ImageId
+    category_id: int
+    bbox: Annotated[list[Edge], Field(min_length=4, max_length=4)]
+
+    @field_validator("bbox")
+    @classmethod
+    def _has_sides(cls, bbox: list[float]) -> list[float]:
+        if min(bbox[2:]) < 0:
+            raise ValueError("bbox is left, top, width and height, and no side is negative")
+        return bbox
+
+    @property
+    def cell(self) -> Cell:
+        """Within what the box is matched."""
+        return self.image_id, self.category_id
+
+
+class Detection(CocoBox):
+    """A result of a detector."""
+
+    score: float
+
+
+class Annotation(CocoBox):
+    """An annotated object, or a crowd of them."""
+
+    iscrowd: int = 0
+    ignore: int = 0
+
+
+class Image(CocoEntry):
+    """An image that was annotated."""
+
+    id: ImageId
+
+
+class Category(CocoEntry):
+    """A kind of object."""
+
+    id: int
+    name: str
+
+
+class Annotations(CocoEntry):
+    """The file of annotations."""
+
+    images: list[Image]
+    annotations: list[Annotation]
+    categories: list[Category]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The annotated objects of one category in one image.
+
+    Attributes:
+        boxes: (M, 4) left edge, top edge, width and height.
+        is_crowd: (M,) whether a box is around a crowd, in which any number of detections may be.
+        is_ignored: (M,) whether a detection of the object counts neither as right nor as wrong;
+            True for every crowd.
+    """
+
+    boxes: Floats
+    is_crowd: NDArray[np.bool_]
+    is_ignored: NDArray[np.bool_]
+
+
+@checked
+def detection_answers(
+    results: str | os.PathLike[str],
+    annotations: str | os.PathLike[str],
+    *,
+    min_iou: float = 0.5,
+) -> Converted:
+    """Match detections with annotated objects as COCO does, one row per detection.
+
+    Within an image and a category, each detection in the order of falling scores takes the object
+    that it overlaps most and that no other detection took. It is right (``correct`` is 1) if the
+    overlap, intersection over union, is at least ``min_iou``. ``correct`` is empty for a detection
+    of an object with ``ignore`` or ``iscrowd``, unless it could take another object. In a crowd the
+    overlap is the share of the detection that lies in it. pycocotools does the same, except for two
+    things: it does not read ``ignore``, and it leaves out all but the 100 best detections of an
+    image and category.
+
+    The columns are ``id`` (number of the detection in ``results``, from 0), ``answer`` (name of the
+    category), ``correct``, ``score_confidence``, ``area`` of the box and its ``flatness`` (width
+    over width and height), ``n_detections`` in the image, ``largest_overlap`` with another
+    detection of the category there, ``group`` (the category) and ``cluster`` (the image).
+
+    Args:
+        results: JSON list of detections with ``image_id``, ``category_id``, ``bbox`` and ``score``.
+        annotations: JSON object with ``images``, ``annotations`` and ``categories``.
+        min_iou: Least overlap of a right detection.
+
+    Returns:
+        The table. ``n_wanted`` and ``n_missed`` count objects that are neither crowds nor ignored,
+        and those that no detection took.
+
+    Raises:
+        DataError: If a file is no JSON of this format, if it has no detections, or if a detection
+            is of an image or a category that the annotations lack.
+        UsageError: If ``min_iou`` is not in (0, 1].
+        StorageError: If a file cannot be read.
+
+    Examples:
+        >>> import json, pathlib, tempfile
+        >>> from vilu.tables.sources import detection_answers
+        >>> known = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]}
+        >>> truth = {"images": [{"id": 1}], "annotations": [known]}
+        >>> truth["categories"] = [{"id": 1, "name": "cat"}]
+        >>> best, copy = {**known, "score": 0.9}, {**known, "score": 0.6}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = [pathlib.Path(folder) / name for name in ("results.json", "truth.json")]
+        ...     for file, content in zip(files, ([copy, best], truth)):
+        ...         _ = file.write_text(json.dumps(content))
+        ...     table = detection_answers(*files)
+        >>> table.columns["correct"], table.n_missed  # the second box on an object is wrong
+        ([0, 1], 0)
+    """
+    require_between("min_iou", min_iou, "(0, 1]")
+    truth = _parsed(Path(annotations), TypeAdapter(Annotations))
+    detections = _parsed(Path(results), TypeAdapter(list[Detection]))
+    names = {category.id: category.name for category in truth.categories}
+    _require_known(detections, names, {image.id for image in truth.images}, results)
+    objects = {}
+    n_wanted = 0
+    for cell, known in _by_cell(truth.annotations, annotations).items():
+        objects[cell] = _objects([truth.annotations[index] for index in known])
+        n_wanted += int((~objects[cell].is_ignored).sum())
+    columns = _columns(detections, names)
+    for cell, indices in _by_cell(detections, results).items():
+        boxes = as_boxes([detections[index].bbox for index in indices])
+        scores = np.array([detections[index].score for index in indices])
+        verdicts = match(boxes, scores, objects.get(cell, NO_OBJECTS), min_iou)
+        nearby = _overlap_with_others(boxes).tolist()
+        for place, index in enumerate(indices):
+            columns["correct"][index] = verdicts[place]
+            columns["largest_overlap"][index] = nearby[place]
+    n_taken = columns["correct"].count(1)
+    return Converted(columns, n_wanted=n_wanted, n_missed=n_wanted - n_taken)
+
+
+def match(boxes: Floats, scores: Floats, objects: Objects, min_iou: float) -> list[int | None]:
+    """Whether each of N detections is right: 1, 0, or None on an object that is ignored.
+
+    Detections and objects are of one category in one image. Detections take objects greedily, in
+    the order of falling scores.
+    """
+    overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
+    # as pycocotools, so that an overlap of 1 that was rounded down is enough for a least one of 1
+    is_enough = overlap >= min(min_iou, 1 - 1e-10)
+    is_free = np.ones(len(objects.boxes), dtype=bool)
+    verdicts: list[int | None] = [0] * len(boxes)
+    for detection in np.argsort(-scores, kind="stable").tolist():
+        # an object that counts goes before any that is ignored
+        for is_ignored, verdict in ((False, 1), (True, None)):
+            can_be_taken = is_enough[detection] & is_free & (objects.is_ignored == is_ignored)
+            if can_be_taken.any():
+                taken = _last_largest(overlap[detection], can_be_taken)
+                is_free[taken] = objects.is_crowd[taken]
+                verdicts[detection] = verdict
+                break
+    return verdicts
+
+
+def _last_largest(numbers: Floats, mask: NDArray[np.bool_]) -> int:
+    """Index of the largest number in a mask; of equal numbers the last, as in pycocotools."""
+    largest = numbers[mask].max()
+    return int(np.flatnonzero(mask & (numbers == largest))[-1])
+
+
+def _overlap_with_others(boxes: Floats) -> Floats:
+    """The largest overlap (N,) of each detection with another detection; 0 without another."""
+    overlap = overlaps(boxes, boxes)
+    np.fill_diagonal(overlap, 0)
+    largest: Floats = overlap.max(axis=1)
+    return largest
+
+
+def _parsed(path: Path, adapter: TypeAdapter[T]) -> T:
+    """The content of a JSON file, checked."""
+    content = read_bounded(path, "Give a JSON file in COCO's format", DataError, MAX_BYTES)
+    try:
+        return adapter.validate_json(content)
+    except ValidationError as error:
+        raise DataError(f"{path} must be JSON in COCO's format: {explain(error)}.") from error
+
+
+def _require_known(
+    detections: Sequence[Detection],
+    names: Mapping[int, str],
+    images: Collection[ImageId],
+    results: str | os.PathLike[str],
+) -> None:
+    """Raise DataError unless all detections are of images and categories of the annotations."""
+    if not detections:
+        raise DataError(f"{results} must have at least one detection. It has none.")
+    for index, detection in enumerate(detections):
+        where = f"{results}: detection {index} (counted from 0)"
+        if detection.category_id not in names:
+            raise DataError(
+                f"{where} has category_id {detection.category_id}, which is none of the categories "
+                "of the annotations. Give the numbers of the annotations, not those of the model."
+            )
+        if detection.image_id not in images:
+            raise DataError(
+                f"{where} has image_id {detection.image_id!r}, which is none of the images of the "
+                "annotations. Nobody knows which objects are in it, so leave it out."
+            )
+
+
+def _by_cell(entries: Sequence[CocoBox], path: str | os.PathLike[str]) -> dict[Cell, list[int]]:
+    """Indices of the boxes of each category in each image."""
+    indices: dict[Cell, list[int]] = defaultdict(list)
+    for index, entry in enumerate(entries):
+        indices[entry.cell].append(index)
+    for (image, category), members in indices.items():
+        if len(members) > MAX_IN_CELL:
+            raise DataError(
+                f"{path} must have at most {MAX_IN_CELL:,} boxes of a category in an image. Got "
+                f"{len(members):,} of category {category} in image {image!r}. Keep the best."
+            )
+    return indices
+
+
+def _objects(annotations: Sequence[Annotation]) -> Objects:
+    """The objects of one category in one image."""
+    is_crowd = np.array([bool(annotation.iscrowd) for annotation in annotations], dtype=bool)
+    is_ignored = np.array([bool(annotation.ignore) for annotation in annotations], dtype=bool)
+    boxes = as_boxes([annotation.bbox for annotation in annotations])
+    return Objects(boxes, is_crowd, is_ignored | is_crowd)
+
+
+NO_OBJECTS = _objects([])
+
+
+def _columns(detections: Sequence[Detection], names: Mapping[int, str]) -> Columns:
+    """The columns; ``correct`` and ``largest_overlap`` are still to be filled."""
+    n_in_image = Counter(detection.image_id for detection in detections)
+    categories = [names[detection.category_id] for detection in detections]
+    boxes = as_boxes([detection.bbox for detection in detections])
+    width, height = boxes[:, 2], boxes[:, 3]
+    half_perimeter = np.maximum(width + height, np.finfo(np.float64).tiny)
+    return {
+        "id": [str(index) for index in range(len(detections))],
+        "answer": categories,
+        "correct": [None] * len(detections),
+        "score_confidence": [detection.score for detection in detections],
+        "area": areas(boxes).tolist(),
+        "flatness": (width / half_perimeter).tolist(),
+        "n_detections": [n_in_image[detection.image_id] for detection in detections],
+        "largest_overlap": [0.0] * len(detections),
+        "group": categories,
+        "cluster": [str(detection.image_id) for detection in detections],
+    }

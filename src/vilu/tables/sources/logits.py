@@ -1,0 +1,149 @@
+"""Answers of a classifier, from the logits of its classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import log_softmax
+
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, nearest
+from vilu.metrics.counts import Floats, Ints
+from vilu.tables.sources.converted import Columns, Converted
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+BLOCK = 4_096
+"""Rows whose probabilities are in memory at a time."""
+
+
+def logit_answers(
+    logits: ArrayLike,
+    *,
+    target: ArrayLike | None = None,
+    class_names: Sequence[str] | None = None,
+    ids: Sequence[str] | None = None,
+) -> Converted:
+    """Make a table of the answers of a classifier from logits (N, K), one row per picture or text.
+
+    The answer is the class with the largest logit, of equal logits the first. With p = softmax of
+    the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest p),
+    ``score_margin`` (largest p less the second largest), ``uncertainty_entropy`` (entropy of p in
+    nats) and ``score_logit`` (the largest logit).
+
+    Args:
+        logits: (N, K) finite numbers, K at least 2. Logarithms of probabilities are logits, too.
+        target: (N,) number of the true class of each row, from 0, or its name; -1 or "" if it is
+            not known, and -2 (``vilu.OUTSIDE``) for none of the classes: every answer is wrong.
+        class_names: K names of the classes. [their numbers]
+        ids: N identifiers of the rows. [their numbers, from 0]
+
+    Raises:
+        DataError: If an argument has another shape, or a number is not finite or no class.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.tables.sources import logit_answers
+        >>> table = logit_answers(np.log([[0.8, 0.2], [0.4, 0.6]]), target=[0, 0])
+        >>> table.columns["answer"], table.columns["correct"]
+        (['0', '1'], [1, 0])
+        >>> np.round(table.columns["score_margin"], 6).tolist()
+        [0.6, 0.2]
+    """
+    rows = np.asarray(logits)
+    if rows.ndim != 2 or rows.shape[1] < 2 or rows.dtype.kind not in "fiu":
+        raise DataError(
+            "logits must be numbers (N, K) with at least two classes. Got "
+            f"{rows.dtype} of shape {rows.shape} instead."
+        )
+    n, n_classes = rows.shape
+    if not n:
+        raise DataError("logits must have at least one row. They have none.")
+    names = _texts(class_names, n_classes, "class_names")
+    answer = rows.argmax(axis=1)
+    columns: Columns = {
+        "id": _texts(ids, n, "ids"),
+        "answer": [names[index] for index in answer.tolist()],
+        "correct": [None] * n,
+    }
+    if target is not None:
+        columns["correct"] = _correct(answer, _class_numbers(target, names), n_classes)
+    for start in range(0, n, BLOCK):
+        block = np.asarray(rows[start : start + BLOCK], dtype=np.float64)
+        _require_finite(block, start)
+        for name, numbers in _numbers(block).items():
+            columns.setdefault(name, []).extend(numbers.tolist())
+    return Converted(columns)
+
+
+def _numbers(logits: Floats) -> dict[str, Floats]:
+    """The numeric columns of some rows."""
+    log_p = log_softmax(logits, axis=1)
+    p = np.exp(log_p)
+    two_largest = np.partition(p, -2, axis=1)[:, -2:]
+    return {
+        "score_softmax": two_largest[:, 1],
+        "score_margin": two_largest[:, 1] - two_largest[:, 0],
+        "uncertainty_entropy": -(p * log_p).sum(axis=1),
+        "score_logit": logits.max(axis=1),
+    }
+
+
+def _texts(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
+    """``texts``, or the numbers from 0 in place of None; DataError if there are not ``n``."""
+    if texts is None:
+        return [str(number) for number in range(n)]
+    if len(texts) != n:
+        raise DataError(f"{name} must have {n} entries. Got {len(texts)} instead.")
+    return [str(text) for text in texts]
+
+
+def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
+    """Numbers of true classes; texts are names of classes, or numbers if all of them are."""
+    labels = np.asarray(target)
+    if labels.dtype.kind != "U":
+        return labels
+    texts = labels.tolist()
+    if all(WHOLE_NUMBER.fullmatch(text) for text in texts):
+        return labels.astype(np.int64)
+    number_of = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
+    unknown = [text for text in texts if text not in number_of]
+    if unknown:
+        raise DataError(
+            f'target must have names of classes, or "" if unknown. Got {unknown[0]!r:.80}.'
+            f"{nearest(unknown[0], names)}"
+        )
+    return np.array([number_of[text] for text in texts], dtype=np.int64)
+
+
+def _correct(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
+    """Whether each answer is right; None where the true class is not known."""
+    if labels.shape != answer.shape or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"target must have one whole number per row ({len(answer)}). Got {labels.dtype} of "
+            f"shape {labels.shape} instead."
+        )
+    is_no_class = (labels < OUTSIDE) | (labels >= n_classes)
+    if is_no_class.any():
+        row = int(is_no_class.argmax())
+        raise DataError(
+            f"target must have numbers from 0 to {n_classes - 1}, or -1 if unknown, or -2 for "
+            f"none of the classes. Row {row} (counted from 0) has {labels[row]}."
+        )
+    correct: list[int | None] = []
+    for label, is_right in zip(labels.tolist(), (labels == answer).tolist(), strict=True):
+        correct.append(None if label == UNKNOWN else int(is_right))
+    return correct
+
+
+def _require_finite(logits: Floats, start: int) -> None:
+    """Raise DataError at a row with NaN or infinity; ``start`` is the number of the first row."""
+    is_finite = np.isfinite(logits).all(axis=1)
+    if not is_finite.all():
+        row = start + int((~is_finite).argmax())
+        raise DataError(
+            f"logits must be finite. Row {row} (counted from 0) has NaN or infinity. Of "
+            "probabilities that are 0, take the logarithm of max(p, 1e-300)."
+        )

@@ -1,0 +1,65 @@
+"""Files of people that say what the right answers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.tables import CsvRow, csv_rows
+from vilu.errors import DataError
+from vilu.tables.sources.boxes import require_box
+from vilu.tables.sources.words import BOX, Word, number_in
+
+
+def read_truth(path: Path) -> dict[str, str]:
+    """Read a CSV file with the columns ``id`` and ``truth``: the right answer of each row.
+
+    A row with an empty ``truth`` is left out, because nobody knows its answer.
+    """
+    truth: dict[str, str] = {}
+    for row in _rows(path, ("id", "truth")):
+        if row["id"] in truth:
+            raise DataError(
+                f"{path} line {row.line}: every id must occur once. Got {row['id']!r} again."
+            )
+        if row["truth"].strip():
+            truth[row["id"]] = row["truth"]
+    return truth
+
+
+def read_words(path: Path) -> dict[str, list[Word]]:
+    """Read a CSV file with the columns page, text, left, top, width, height: a word per row."""
+    pages: dict[str, list[Word]] = {}
+    for row in _rows(path, ("page", "text", *BOX)):
+        where = f"{path} line {row.line}"
+        left, top, width, height = (number_in(row[edge], edge, where) for edge in BOX)
+        require_box([left, top, width, height], where)
+        word = Word(row["text"], (left, top, width, height))
+        pages.setdefault(row["page"], []).append(word)
+    return pages
+
+
+def read_dictionary(path: Path) -> frozenset[str]:
+    """Read a text file with one word per line; the words are returned in small letters."""
+    try:
+        with or_refuse(f"read {path}"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} must be text in UTF-8, with one word per line: {error}."
+        ) from error
+    return frozenset(line.strip().casefold() for line in lines if line.strip())
+
+
+def _rows(path: Path, columns: Sequence[str]) -> list[CsvRow]:
+    """The rows of a CSV file; DataError if it lacks a column or has no rows."""
+    names, rows = csv_rows(path)
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise DataError(
+            f"{path} must have the columns {', '.join(columns)}. It lacks {', '.join(missing)}."
+        )
+    if not rows:
+        raise DataError(f"{path} must have at least one row. It has none.")
+    return rows

@@ -1,0 +1,293 @@
+"""Words that Tesseract read, from its TSV files."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Final
+
+from vilu.artifacts.disk import or_refuse
+from vilu.errors import DataError
+from vilu.tables.sources.boxes import Box, as_boxes, overlaps, require_box
+from vilu.tables.sources.converted import Columns, Converted
+from vilu.text import plural
+
+WORD_LEVEL: Final = 5
+"""Level of the lines of a TSV file that are words; above are pages, blocks, paragraphs, lines."""
+
+LEAST_OVERLAP = 0.1
+"""Least intersection over union of a word that was read and the word that stands there.
+
+A box that was read ends where the ink ends, and a true box may be as high as the whole line.
+"""
+
+PUNCTUATION = ".,;:!?\"'()[]"
+"""What is cut off a word before it is looked up in the dictionary."""
+
+SUREST = 0.999
+"""Largest confidence, as a share, that a doubt tells apart: the logarithm stays finite."""
+
+PLACES = ("page_num", "block_num", "par_num", "line_num")
+"""Columns that say in which line a word stands."""
+
+BOX = ("left", "top", "width", "height")
+"""Columns of the box of a word, in pixels."""
+
+COLUMNS = ("level", *PLACES, *BOX, "conf", "text")
+"""Columns of a TSV file that are read."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word and where it stands on a page.
+
+    Attributes:
+        text: The word.
+        box: Left edge, top edge, width and height in pixels.
+    """
+
+    text: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class ReadWord(Word):
+    """A word that was read.
+
+    Attributes:
+        confidence: Tesseract's confidence, from 0 to 100.
+        line: Block, paragraph and line in which it stands.
+    """
+
+    confidence: float
+    line: tuple[int, ...]
+
+
+Pages = dict[str, list[ReadWord]]
+"""The words of each page, in the order of reading."""
+
+
+def word_answers(
+    files: Sequence[str | os.PathLike[str]],
+    *,
+    truth: Mapping[str, Sequence[Word]] | None = None,
+    dictionary: Collection[str] = (),
+) -> Converted:
+    r"""Read TSV files of Tesseract (``tesseract PAGE OUTPUT tsv``) as a table, one row per word.
+
+    A word that was read is right if it equals the true word in the same place, letter by letter.
+    Words that were read and true words are matched by their boxes: of all pairs the one that
+    overlaps most (intersection over union) comes first, and pairs below 0.1 are none. A word that
+    was read where none stands is wrong.
+
+    The columns are ``id`` (page and number of the word), ``answer`` (the word), ``correct``,
+    ``score_confidence`` (from 0 to 100), ``doubt``, ``doubt_before`` and ``doubt_after`` of the
+    word and its neighbours in the line, ``doubt_line`` and ``doubt_page``, ``n_characters``,
+    ``share_of_digits``, ``capital`` (1 if the first letter is one), ``n_marks`` (characters that
+    are neither letters nor digits), ``height`` and ``character_width`` of the box in pixels,
+    ``n_words`` of the page, ``in_dictionary`` (with ``dictionary``), and ``cluster`` (the page). A
+    doubt is ln(1 - confidence / 100), because confidences crowd near 100, and differ there.
+
+    Args:
+        files: One TSV file per picture. A page is called as its file without the suffix; the
+            second page of a file that has several is called ``NAME#2``.
+        truth: The words of each page by its name. ``correct`` is empty on other pages.
+        dictionary: Words in small letters, looked up without punctuation at their ends.
+
+    Returns:
+        The table. ``n_wanted`` counts the words of the pages in ``truth`` that were read, and
+        ``n_missed`` those of them that no word was matched to.
+
+    Raises:
+        DataError: If a file is no TSV of Tesseract, if two pages have one name, if no word was
+            read, or if ``truth`` has none of the pages.
+        StorageError: If a file cannot be read.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from vilu.tables.sources import Word, word_answers
+        >>> columns = "level page_num block_num par_num line_num word_num left top width height"
+        >>> rows = [f"{columns} conf text", "5 1 1 1 1 1 10 10 40 12 91.5 cat"]
+        >>> truth = {"page": [Word("cat", (10, 8, 41, 15)), Word("dog", (60, 8, 40, 15))]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "page.tsv"
+        ...     _ = file.write_text("\n".join(rows).replace(" ", "\t"))
+        ...     words = word_answers([file], truth=truth)
+        >>> words.columns["correct"], words.missed_share  # the dog was not read
+        ([1], 0.5)
+    """
+    pages = _all_pages(files)
+    known = truth or {}
+    if known:
+        _require_common(known, pages)
+    columns: Columns = {}
+    n_wanted = 0
+    n_missed = 0
+    for name, words in pages.items():
+        correct: list[int | None] = [None] * len(words)
+        if name in known:
+            correct, n_unread = judged_words(words, known[name])
+            n_wanted += len(known[name])
+            n_missed += n_unread
+        if not words:
+            continue
+        for column, cells in _page_columns(name, words, correct, dictionary).items():
+            columns.setdefault(column, []).extend(cells)
+    return Converted(columns, n_wanted=n_wanted, n_missed=n_missed)
+
+
+def _require_common(truth: Mapping[str, object], pages: Pages) -> None:
+    """Raise DataError if no page with true words was read."""
+    if truth.keys() & pages.keys():
+        return
+    raise DataError(
+        f"none of the {plural(len(truth), 'page')} with true words is among those that were read. "
+        f"The first is called {next(iter(truth))!r}, and the first that was read "
+        f"{next(iter(pages))!r}."
+    )
+
+
+def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
+    """The words of each page of all files; DataError if there are none."""
+    pages: Pages = {}
+    for file in files:
+        for name, words in _pages(Path(file)).items():
+            if name in pages:
+                raise DataError(f"{file}: every page must have a name of its own. Rename the file.")
+            pages[name] = words
+    if not any(pages.values()):
+        raise DataError(f"no word was read in {plural(len(files), 'file')}: there are no answers.")
+    return pages
+
+
+def judged_words(read: Sequence[Word], known: Sequence[Word]) -> tuple[list[int | None], int]:
+    """Whether each word that was read is right (1 or 0), and the number of words never read."""
+    overlap = overlaps(
+        as_boxes([word.box for word in read]), as_boxes([word.box for word in known])
+    )
+    correct: list[int | None] = [0] * len(read)
+    n_unread = len(known)
+    while overlap.size and overlap.max() >= LEAST_OVERLAP:
+        place = int(overlap.argmax())
+        row, column = divmod(place, overlap.shape[1])
+        correct[row] = int(read[row].text == known[column].text)
+        n_unread -= 1
+        # both are taken
+        overlap[row] = 0
+        overlap[:, column] = 0
+    return correct, n_unread
+
+
+def _pages(file: Path) -> Pages:
+    """The words of each page of a TSV file."""
+    pages: Pages = {}
+    for number, cells in _rows(file):
+        where = f"{file} line {number}"
+        numbers = _numbers(cells, where)
+        name = file.stem
+        if numbers["page_num"] != 1:
+            name = f"{file.stem}#{numbers['page_num']:.0f}"
+        words = pages.setdefault(name, [])
+        text = cells["text"].strip()
+        if numbers["level"] == WORD_LEVEL and text:
+            left, top, width, height = (numbers[edge] for edge in BOX)
+            line = tuple(int(numbers[column]) for column in PLACES)
+            words.append(ReadWord(text, (left, top, width, height), numbers["conf"], line))
+    return pages
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a TSV file by column, with the numbers of their lines."""
+    with or_refuse(f"read {file}"), file.open(encoding="utf-8", newline="") as lines:
+        # a quote is a character that was read, and opens nothing
+        table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
+            if missing:
+                raise DataError(
+                    f"{file} must be a TSV file of Tesseract. It lacks the columns "
+                    f"{', '.join(missing)}. Make it with: tesseract PAGE.png PAGE tsv"
+                )
+            for cells in table:
+                if None in cells.values() or None in cells:
+                    raise DataError(
+                        f"{file} line {table.line_num} must have {len(table.fieldnames or ())} "
+                        "cells. The line is cut off or damaged. Read the page again."
+                    )
+                yield table.line_num, cells
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{file} is no TSV file in UTF-8: {error}. Read it again.") from error
+
+
+def _numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
+    """The numbers of a row by column."""
+    numbers = {name: number_in(cells[name], name, where) for name in COLUMNS if name != "text"}
+    require_box([numbers[edge] for edge in BOX], where)
+    return numbers
+
+
+def number_in(cell: str, column: str, where: str) -> float:
+    """The finite number in a cell; DataError if there is none."""
+    try:
+        number = float(cell)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: {column} must be a number. Got {cell!r:.80} instead.")
+    return number
+
+
+def _page_columns(
+    page: str, words: Sequence[ReadWord], correct: list[int | None], dictionary: Collection[str]
+) -> Columns:
+    """The columns of the words of a page."""
+    texts = [word.text for word in words]
+    n = len(words)
+    columns: Columns = {
+        "id": [f"{page}/{number}" for number in range(1, n + 1)],
+        "answer": texts,
+        "correct": correct,
+        "score_confidence": [word.confidence for word in words],
+        **_doubts(words),
+        "n_characters": [len(text) for text in texts],
+        "share_of_digits": [sum(map(str.isdigit, text)) / len(text) for text in texts],
+        "capital": [int(text[0].isupper()) for text in texts],
+        "n_marks": [len(text) - sum(map(str.isalnum, text)) for text in texts],
+        "height": [word.box[3] for word in words],
+        "character_width": [word.box[2] / len(word.text) for word in words],
+        "n_words": [n] * n,
+        "cluster": [page] * n,
+    }
+    if dictionary:
+        plain_texts = [text.strip(PUNCTUATION).casefold() for text in texts]
+        columns["in_dictionary"] = [int(text in dictionary) for text in plain_texts]
+    return columns
+
+
+def _doubts(words: Sequence[ReadWord]) -> Columns:
+    """Doubts of the words of a page, of their neighbours in the line, of their line and page.
+
+    A word at an end of its line has its own doubt in place of the neighbour's. Of a line and of a
+    page it is the mean.
+    """
+    doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
+    for _, line in groupby(words, key=lambda word: word.line):
+        of_line = [_doubt(word.confidence) for word in line]
+        doubts["doubt"] += of_line
+        doubts["doubt_before"] += [of_line[0], *of_line[:-1]]
+        doubts["doubt_after"] += [*of_line[1:], of_line[-1]]
+        doubts["doubt_line"] += [fmean(of_line)] * len(of_line)
+    doubts["doubt_page"] = [fmean(doubts["doubt"])] * len(words)
+    return doubts
+
+
+def _doubt(confidence: float) -> float:
+    """ln(1 - confidence / 100), of a confidence that is at least 0 and at most 99.9."""
+    share = min(max(confidence / 100, 0.0), SUREST)
+    return math.log1p(-share)
