@@ -255,7 +255,8 @@ add_command(datasets, "check", check_known)
 app.add_typer(datasets, name="datasets", rich_help_panel=LOOKING_UP)
 tabulate = typer.Typer(
     cls=PanelledGroup,
-    help="Make a table of answers from files of language models, detectors, Tesseract, classifiers.",
+    help="Make a table of answers from files of language models, detectors, Tesseract or "
+    "classifiers.",
 )
 for command in (completions_, detections_, logits_, words_):
     add_command(tabulate, name_of(command), command)
