@@ -1,8 +1,7 @@
 """Rows drawn up to a limit for one test: does the guarantee hold, and what do 300 labels accept?
 
     python -m benchmarks.drawn_below simulate [--draws 10000] [--worlds flat ...]
-    python -m benchmarks.drawn_below measure STORE... --out build/drawn.csv [--seeds 20] [--first 0]
-    python -m benchmarks.drawn_below table build/drawn.csv
+    python -m benchmarks.drawn_below measure build/chains [--draws 4]
 
 ``simulate``: rows of a world have a uniform rank in [0, 1), and a claimed and a true error rate at
 every rank. 500 rows of the fit side choose the limit. Of 2,000 rows of the calibration side, 300
@@ -20,40 +19,32 @@ the mean share of the answers that is accepted. The worlds:
 - ``same rows``: ``too sure``, but the limit is chosen by the calibration side itself, the rows that
   are drawn from. No command does that. It shows how much depends on the fit side.
 
-``measure``: ``vilu_plus`` is fitted on 200 random labels of the fit side of a store, and judges its
-adapted answers. 300 labels of the calibration side are tested at a risk of 5 % and a confidence of
-95 %, once drawn up to the limit, and once uniformly among all rows. Coverage and risk are those of
-the whole calibration side. A line is written for every store and seed, as it comes.
-
-``table``: means over seeds, with 95 % intervals (t).
+``measure``: scores of ``vilu_plus``, fitted on 200 labels of the fit side, of its adapted answers,
+as ``python -m benchmarks.procedures chains`` keeps them: a file for every set and seed. 300 labels
+of the calibration side are tested at a risk of 5 % and a confidence of 95 %, once drawn up to the
+limit, and once uniformly among all rows. Coverage and risk are those of the whole calibration side.
+All rows of the fit side choose the limit, since the files do not say which ones were fitted on;
+``vilu next`` leaves these out. Shown are means over fits and draws. The interval of the difference
+(t, 95 %) takes the mean of every fit as one number.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import logging
 import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from scipy import stats
 
 import vilu
-from vilu.calibration.thresholds import upper_bound
-from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.contract.catalogue import find_method
-from vilu.predictors.contract.parameters import build
-from vilu.scoring.score import score
-from vilu.store.reader import EmbeddingStore
+from vilu.calibration.thresholds import learn_then_test, upper_bound
+from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.triage.choose import choose_limit_of_draw
-from vilu.triage.labels import side_of
-from vilu.triage.photos import Photos
 
 MAX_RISK: Final = 0.05
 DELTA: Final = 0.05
@@ -69,7 +60,7 @@ RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
 
 @dataclass(frozen=True)
 class World:
-    """Claimed and true error rates (M,) at the ranks (M,) of a world, and the numbers of rows."""
+    """Claimed, ascending, and true error rates (M,) at all ranks (M,), and the numbers of rows."""
 
     claimed: Floats
     true: Floats
@@ -77,8 +68,17 @@ class World:
     n_calibration: int = 2_000
     by_same_rows: bool = False
 
+    @cached_property
+    def _errors(self) -> Floats:
+        """(M,) sums of the true error rates up to every rank."""
+        return np.cumsum(self.true)
 
-def worlds() -> dict[str, World]:
+    def risk(self, n_accepted: int) -> float:
+        """True risk if the ``n_accepted`` most trusted ranks are accepted."""
+        return float(self._errors[n_accepted - 1]) / n_accepted
+
+
+def _worlds() -> dict[str, World]:
     """The simulated worlds, by name."""
     rising = 0.5 * RANKS**3
     doubled = np.minimum(2 * rising, 1)
@@ -95,6 +95,9 @@ def worlds() -> dict[str, World]:
     }
 
 
+WORLDS: Final = _worlds()
+
+
 def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
     """Share of all answers that one draw accepts, and their true risk; (0, 0) for no answer."""
     rank = rng.integers(len(RANKS), size=world.n_calibration)
@@ -107,27 +110,27 @@ def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
     drawn = rng.permutation(below)[:N_LABELS]
     failure = (rng.random(len(drawn)) < world.true[rank[drawn]]).astype(np.int64)
     threshold = certified(uncertainty[drawn], failure)
-    is_accepted = world.claimed <= threshold
-    if not is_accepted.any():
+    n_accepted = int(np.searchsorted(world.claimed, threshold, side="right"))
+    if not n_accepted:
         return 0.0, 0.0
-    return float(is_accepted.mean()), float(world.true[is_accepted].mean())
+    return n_accepted / len(RANKS), world.risk(n_accepted)
 
 
 def certified(uncertainty: Floats, failure: Ints) -> float:
     """The threshold that the drawn labels certify; -inf if there is none."""
     if not len(uncertainty):
         return -math.inf
-    rule = vilu.certify(
-        Outcomes(uncertainty, failure), max_risk=MAX_RISK, confidence=1 - DELTA, method="ltt"
-    )
-    return -math.inf if rule.threshold is None else rule.threshold
+    best = learn_then_test(tie_counts(uncertainty, failure), MAX_RISK, DELTA)
+    if best is None or best.threshold is None:
+        return -math.inf
+    return best.threshold
 
 
 def simulate(names: Iterable[str], n_draws: int) -> None:
     """Print a line for every world."""
     print("world | draws | broken | 95 % bound | accepted")
     for name in names:
-        world = worlds()[name]
+        world = WORLDS[name]
         rng = np.random.default_rng(0)
         shares = []
         n_broken = 0
@@ -145,84 +148,80 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
 # Real embeddings.
 
 
-def measured(store: EmbeddingStore, seed: int) -> dict[str, float]:
-    """Coverage and risk of both kinds of 300 labels on a store, and what the best limit accepts."""
-    photos = Photos([(store, np.arange(len(store)))], {})
-    is_calibration, _ = side_of(photos.pictures, seed)
-    rng = np.random.default_rng(seed)
-    fit_side = rng.permutation(np.flatnonzero(~is_calibration))
-    predictor = build(find_method("vilu_plus"), {"seed": seed, "answer": "adapted"})
-    predictor.fit(store.take(fit_side[:N_TO_FIT]))
-    outcomes = score(predictor, store)
-    uncertainty = outcomes.uncertainty
-    failure = outcomes.failure
-    calibration = np.flatnonzero(is_calibration)
-    scores = uncertainty[calibration]
-    wrong = failure[calibration]
-    limit, _ = choose_limit_of_draw(uncertainty[fit_side[N_TO_FIT:]], N_LABELS, MAX_RISK, DELTA)
-    order = rng.permutation(len(calibration))
-    below = order[scores[order] <= limit]
-    result = {}
-    for name, rows in (("drawn", below[:N_LABELS]), ("uniform", order[:N_LABELS])):
-        is_accepted = scores <= certified(scores[rows], wrong[rows])
-        result[f"{name}_coverage"] = float(is_accepted.mean())
-        result[f"{name}_risk"] = float(wrong[is_accepted].mean()) if is_accepted.any() else 0.0
-    result["limit_coverage"] = float((scores <= limit).mean())
-    result["hindsight"] = vilu.metrics.coverage_at_risk(scores, wrong, MAX_RISK)
-    return result
+@dataclass(frozen=True)
+class Tested:
+    """What one draw of labels certifies, on the whole calibration side."""
+
+    coverage: float
+    risk: float
 
 
-def measure(paths: Sequence[Path], out: Path, seeds: range) -> None:
-    """Append a line for every store and seed that the file lacks."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("vilu").setLevel(logging.ERROR)
-    known = set()
-    if out.exists():
-        known = {(line["store"], int(line["seed"])) for line in lines_of(out)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        for path in paths:
-            if (path.name, seed) in known:
-                continue
-            result = measured(EmbeddingStore(path), seed)
-            line = {"store": path.name, "seed": seed, **result}
-            is_new = not out.exists()
-            with out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(line))
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(line)
+def tested(uncertainty: Floats, failure: Ints, rows: Ints) -> Tested:
+    """The test of the labels of ``rows`` (M,) among all rows of the calibration side (N,)."""
+    is_accepted = uncertainty <= certified(uncertainty[rows], failure[rows])
+    if not is_accepted.any():
+        return Tested(coverage=0.0, risk=0.0)
+    return Tested(float(is_accepted.mean()), float(failure[is_accepted].mean()))
 
 
-def lines_of(path: Path) -> list[dict[str, str]]:
-    """The lines of a file that ``measure`` wrote."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+@dataclass(frozen=True)
+class Fit:
+    """The tests of a fit: of drawn and of uniform labels, one for every draw."""
+
+    hindsight: float
+    drawn: list[Tested]
+    uniform: list[Tested]
+
+    @classmethod
+    def of(cls, path: Path, n_draws: int) -> Fit:
+        """Draw labels of a kept fit ``n_draws`` times."""
+        with np.load(path) as arrays:
+            of_fit = int(np.flatnonzero(arrays["n_fit"] == N_TO_FIT)[0])
+            uncertainty = arrays["u"][of_fit]
+            failure = arrays["wrong"][of_fit].astype(np.int64)
+            is_calibration = arrays["cal"]
+        limit, _ = choose_limit_of_draw(uncertainty[~is_calibration], N_LABELS, MAX_RISK, DELTA)
+        uncertainty = uncertainty[is_calibration]
+        failure = failure[is_calibration]
+        drawn = []
+        uniform = []
+        for seed in range(n_draws):
+            order = np.random.default_rng(seed).permutation(len(uncertainty))
+            below = order[uncertainty[order] <= limit]
+            drawn.append(tested(uncertainty, failure, below[:N_LABELS]))
+            uniform.append(tested(uncertainty, failure, order[:N_LABELS]))
+        hindsight = vilu.metrics.coverage_at_risk(uncertainty, failure, MAX_RISK)
+        return cls(hindsight, drawn, uniform)
 
 
-def table(path: Path) -> None:
-    """Print means over seeds, a line for every store."""
-    by_store: dict[str, list[Mapping[str, str]]] = {}
-    for line in lines_of(path):
-        by_store.setdefault(line["store"], []).append(line)
-    print("| set (seeds) | best in hindsight | 300 uniform | 300 drawn | difference | broken |")
+def mean_coverage(tests: Iterable[Tested]) -> float:
+    """Mean coverage of tests."""
+    return float(np.mean([test.coverage for test in tests]))
+
+
+def n_broken(fits: Iterable[Fit], kind: Literal["drawn", "uniform"]) -> int:
+    """Number of tests whose accepted answers have a risk above 5 %."""
+    return sum(test.risk > MAX_RISK for fit in fits for test in getattr(fit, kind))
+
+
+def measure(folder: Path, n_draws: int) -> None:
+    """Print a line for every set of a folder of kept fits."""
+    by_set: dict[str, list[Fit]] = {}
+    for path in sorted(folder.glob("*.npz")):
+        name, _, _ = path.stem.rpartition("_")
+        by_set.setdefault(name, []).append(Fit.of(path, n_draws))
+    print("| set (fits × draws) | best in hindsight | uniform | drawn | difference | broken |")
     print("|---|---|---|---|---|---|")
-    for store, lines in sorted(by_store.items()):
-        column = {name: np.array([float(line[name]) for line in lines]) for name in COLUMNS}
-        gain = column["drawn_coverage"] - column["uniform_coverage"]
-        n_broken = [int((column[f"{kind}_risk"] > MAX_RISK).sum()) for kind in KINDS]
+    for name, fits in by_set.items():
+        gains = [mean_coverage(fit.drawn) - mean_coverage(fit.uniform) for fit in fits]
+        hindsight = float(np.mean([fit.hindsight for fit in fits]))
+        uniform = float(np.mean([mean_coverage(fit.uniform) for fit in fits]))
+        drawn = float(np.mean([mean_coverage(fit.drawn) for fit in fits]))
         print(
-            f"| {store} ({len(lines)}) | {column['hindsight'].mean():.1%} "
-            f"| {column['uniform_coverage'].mean():.1%} | {column['drawn_coverage'].mean():.1%} "
-            f"| {gain.mean():+.1%} ± {half_width(gain):.1%} | {n_broken[0]}, {n_broken[1]} |"
+            f"| {name} ({len(fits)} × {n_draws}) | {hindsight:.1%} | {uniform:.1%} | {drawn:.1%} "
+            f"| {np.mean(gains):+.1%} ± {half_width(np.array(gains)):.1%} "
+            f"| {n_broken(fits, 'uniform')}, {n_broken(fits, 'drawn')} |"
         )
-
-
-KINDS: Final = ("uniform", "drawn")
-COLUMNS: Final = (
-    "hindsight",
-    *(f"{kind}_{what}" for kind in KINDS for what in ("coverage", "risk")),
-)
 
 
 def half_width(values: Floats) -> float:
@@ -234,26 +233,20 @@ def half_width(values: Floats) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Simulate, measure, or print the table of what was measured."""
+    """Simulate, or measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     simulation = commands.add_parser("simulate")
     simulation.add_argument("--draws", type=int, default=10_000)
-    simulation.add_argument("--worlds", nargs="+", default=list(worlds()))
+    simulation.add_argument("--worlds", nargs="+", default=list(WORLDS))
     measuring = commands.add_parser("measure")
-    measuring.add_argument("stores", type=Path, nargs="+")
-    measuring.add_argument("--out", type=Path, default=Path("build/drawn.csv"))
-    measuring.add_argument("--first", type=int, default=0)
-    measuring.add_argument("--seeds", type=int, default=20)
-    printing = commands.add_parser("table")
-    printing.add_argument("file", type=Path)
+    measuring.add_argument("folder", type=Path)
+    measuring.add_argument("--draws", type=int, default=4)
     options = parser.parse_args(arguments)
     if options.command == "simulate":
         simulate(options.worlds, options.draws)
-    elif options.command == "measure":
-        measure(options.stores, options.out, range(options.first, options.first + options.seeds))
     else:
-        table(options.file)
+        measure(options.folder, options.draws)
 
 
 if __name__ == "__main__":

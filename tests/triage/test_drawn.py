@@ -246,18 +246,20 @@ def test_a_monitor_compares_rows_up_to_the_limit_only(work: Work, filled: Path) 
     assert monitor.below == Calibration.load(work.predictor).rows.uncertainty.max()
 
 
-def test_the_limit_is_where_the_expected_errors_just_pass() -> None:
+def test_the_limit_is_a_quarter_beyond_where_the_expected_errors_just_pass() -> None:
     """With 200 labels 4 wrong ones show 5 % at 95 %: P[Bin(200, 0.05) <= 4] = 0.026, and 5 do not:
     0.062. So the mean of the probabilities up to the limit rounds to 4 of 200.
     """
-    probability = np.linspace(0, 1, 10_001)
-    limit, is_expected = choose_limit_of_draw(probability, 200, 0.05, 0.05)
-    # The mean up to t is t / 2 here, and 200 t / 2 rounds to 4 up to t = 0.045. But an eighth of
-    # the rows is the least that a limit includes.
-    assert (limit, is_expected) == (pytest.approx(0.125, abs=1e-3), False)
-    low = 0.05 * probability
-    limit, is_expected = choose_limit_of_draw(low, 200, 0.05, 0.05)
-    assert (limit, is_expected) == (pytest.approx(0.045, abs=1e-4), True)
+    share = np.linspace(0, 1, 10_001)
+    # The mean up to t is t / 2 here, and 200 t / 2 rounds to 4 up to t = 0.045. A quarter more of
+    # the rows is up to 0.05625.
+    limit, is_expected = choose_limit_of_draw(0.1 * share, 200, 0.05, 0.05)
+    assert (limit, is_expected) == (pytest.approx(0.05625, abs=1e-4), True)
+    # An eighth of the rows is the least, and a quarter more are up to 0.15625.
+    limit, is_expected = choose_limit_of_draw(share, 200, 0.05, 0.05)
+    assert (limit, is_expected) == (pytest.approx(0.15625, abs=1e-3), False)
+    # If a quarter more are all rows, nothing is left out.
+    assert choose_limit_of_draw(0.05 * share, 200, 0.05, 0.05) == (1.0, True)
 
 
 @pytest.mark.slow

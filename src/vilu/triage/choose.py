@@ -42,6 +42,13 @@ ITERATIONS: Final = 20
 LEAST_SHARE: Final = 1 / 8
 """Smallest share of the photos that a limit includes."""
 
+WIDENED: Final = 1.25
+"""Factor by which the limit of a single draw includes more photos than are expected to pass.
+
+Probabilities may be too pessimistic, and nothing beyond the limit can be accepted. The price is a
+fifth of the labels.
+"""
+
 LEAST_PHOTOS: Final = 100
 """Smallest number of photos that a limit includes, or all photos if there are fewer."""
 
@@ -115,12 +122,21 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
 def choose_limit_of_draw(
     uncertainty: Floats, n: int, max_risk: float, delta: float
 ) -> tuple[float, bool]:
-    """As ``choose_limit``, for ``n`` labels that are all there before they are looked at once."""
+    """As ``choose_limit``, for ``n`` labels that are all there before they are looked at once.
+
+    The limit includes ``WIDENED`` times as many photos. It is 1, the largest probability, if these
+    are all photos.
+    """
 
     def is_shown(wrong: Floats) -> Mask:
         return tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
 
-    return _largest_limit(uncertainty, n, is_shown)
+    limit, is_expected = _largest_limit(uncertainty, n, is_shown)
+    ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
+    n_included = math.ceil(WIDENED * np.searchsorted(ordered, limit, side="right"))
+    if n_included >= len(ordered):
+        return 1.0, is_expected
+    return float(ordered[n_included - 1]), is_expected
 
 
 def _largest_limit(
