@@ -37,6 +37,9 @@ from vilu.predictors.persistence.files import RISK, ROWS
 ROUNDING = 1e-9
 """Relative tolerance when bounds are compared: SciPy versions may round them differently."""
 
+LAST_DIGITS = 1e-6
+"""Relative tolerance of a score that is computed again, among other rows."""
+
 ABOUT_NEW = (
     "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
     "folder, with --labels and the labels.parquet of the old one."
@@ -365,6 +368,9 @@ class Calibration(Document):
             return "its rule is not what was asked for"
         if self.rule is None:
             return None
+        limit = self.rule.drawn_below
+        if limit is not None and above_limit(self.rows, limit).any():
+            return f"its rows were drawn up to the uncertainty {limit:.6g}"
         try:
             rule = self._recompute_rule()
         except ViLUError as error:
@@ -378,7 +384,10 @@ class Calibration(Document):
         rows = self.rows.take(is_counted)
         if self.target.method == "anytime":
             return self._recompute_from_draws(rows)
-        return rule_of(rows, self.target, "prediction" if self.target.per_class else None)
+        rule = rule_of(rows, self.target, "prediction" if self.target.per_class else None)
+        # The limit of a draw was fixed before, so it does not follow from the calibration rows.
+        limit = None if self.rule is None else self.rule.drawn_below
+        return rule.model_copy(update={"drawn_below": limit})
 
     def _recompute_from_draws(self, rows: Outcomes) -> Rule:
         """The rule of labels that arrived one after another, computed again."""
@@ -410,6 +419,13 @@ def _reasons_in_folder(
         is_accepted_elsewhere = reason is None and not is_of_folder
         reasons_in_folder.append(NOT_COVERED if is_accepted_elsewhere else reason)
     return reasons_in_folder
+
+
+def above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
+    """Mask (N,) of the rows with an uncertainty above the limit of their draw."""
+    # The same row scored among other rows may differ in its last digits.
+    tolerance = LAST_DIGITS * abs(limit)
+    return rows.uncertainty > limit + tolerance
 
 
 def require_about_new(rule: Rule | LabelSets | None) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
-from vilu.calibration.calibration import Calibration, save_calibration
+from vilu.calibration.calibration import Calibration, above_limit, save_calibration
 from vilu.calibration.closed_set import AnyDraw
 from vilu.calibration.copies import check_copies
 from vilu.calibration.given_answers import warn_of_in_sample
@@ -24,10 +24,11 @@ from vilu.calibration.thresholds import exactly, percent
 from vilu.calibration.units import ALIKE, MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import InfeasibleError, UsageError, ViLUError
+from vilu.errors import DataError, InfeasibleError, UsageError, ViLUError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.contract.probability import unchanged
 from vilu.predictors.persistence.description import claim
 from vilu.predictors.persistence.files import RISK
 from vilu.predictors.persistence.storage import load_predictor, write_card
@@ -50,6 +51,7 @@ def calibrate_predictor(
     dataset: str | None = None,
     split: str | None = None,
     overwrite: bool = True,
+    drawn_below: float | None = None,
 ) -> Calibration:
     """Calibrate a saved predictor on labelled rows, as ``vilu calibrate`` does.
 
@@ -63,12 +65,17 @@ def calibrate_predictor(
     If the target cannot be reached, no calibration is written. Without ``overwrite``, an existing
     calibration is kept if it has the same rows and target. Otherwise there is a UsageError.
 
+    With ``drawn_below``, the rows are a random sample of the rows with an uncertainty up to this
+    limit, as ``vilu next --for-guarantee`` draws them. The limit must not depend on the rows that
+    could be drawn. Thresholds up to the limit are tested. The score of the method stays the
+    probability of failure, because rows up to the limit show nothing about those beyond it.
+
     Warns:
         UserWarning: If some rows were used in the fit; they are left out.
 
     Raises:
         DataError: If more than 1 % of the rows were used in the fit, or are near copies of such
-            rows.
+            rows; or if a row has an uncertainty above ``drawn_below``.
         InfeasibleError: If the target cannot be reached; the message says what is missing.
         UsageError: If the target is not possible, or if another calibration exists and
             ``overwrite`` is False.
@@ -87,10 +94,20 @@ def calibrate_predictor(
         (0, 200, 'temperature')
     """
     # The target is checked first. If it were refused later, the lock file would remain.
-    check_target(target, load_predictor(folder), data)
+    predictor = load_predictor(folder)
+    check_target(target, predictor, data)
+    if drawn_below is not None:
+        _check_draw(target, predictor)
     claim(folder, same=True)
     with locked(Path(folder), "calibrating", who="calibration"):
-        return _calibrate(Path(folder), data, target, (dataset, split), overwrite=overwrite)
+        return _calibrate(
+            Path(folder),
+            data,
+            target,
+            (dataset, split),
+            overwrite=overwrite,
+            drawn_below=drawn_below,
+        )
 
 
 def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSource) -> None:
@@ -116,6 +133,39 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
         )
 
 
+def _check_draw(target: Target, predictor: FailurePredictor) -> None:
+    """Refuse targets and predictors of which rows up to a limit show nothing."""
+    # Means over all answers, coverages, label sets and stated shares need rows beyond the limit.
+    possible = Target(
+        max_risk=target.max_risk, confidence=target.confidence, per_class=target.per_class
+    )
+    if target.max_risk is None or target != possible:
+        raise UsageError(
+            "rows that were drawn below a limit need a max_risk, and allow confidence and "
+            "per_class beside it. Leave the rest of the target out."
+        )
+    require_probability(predictor)
+
+
+def require_probability(predictor: FailurePredictor) -> None:
+    """Refuse a predictor without probabilities, by which no limit of a draw can be chosen."""
+    if not predictor.is_probability:
+        raise UsageError(
+            "labels for a guarantee are chosen by a probability of failure; "
+            f"{predictor.name} has none."
+        )
+
+
+def _require_below(rows: Outcomes, limit: float) -> None:
+    """Refuse rows with an uncertainty above the limit of their draw."""
+    n_above = int(above_limit(rows, limit).sum())
+    if n_above:
+        raise DataError(
+            f"{n_above:,} of {len(rows):,} rows have an uncertainty above {limit:.6g}, so they "
+            "were not drawn below it. Give the rows of the draw, and no other."
+        )
+
+
 def _calibrate(
     folder: Path,
     data: EmbeddingSource,
@@ -123,11 +173,12 @@ def _calibrate(
     names: tuple[str | None, str | None],
     *,
     overwrite: bool,
+    drawn_below: float | None,
 ) -> Calibration:
     """Calibrate in a locked folder; ``names`` are the names of the data set and of its split."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
-    inputs = _inputs(predictor, data, target, names)
+    inputs = _inputs(predictor, data, target, names, drawn_below)
     if not overwrite:
         calibration = _made_before(folder, inputs)
         if calibration is not None:
@@ -138,13 +189,21 @@ def _calibrate(
     check_copies(predictor, data, places)
     dataset, split = names
     rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
+    if drawn_below is not None:
+        _require_below(rows, drawn_below)
     n_looks = 1
     if rows.picture is not None and target.has_rule:
         n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
     rule, saved, copies = _rule_of_pictures(target, rows, data, places)
+    if rule is not None:
+        rule = rule.model_copy(update={"drawn_below": drawn_below})
     rows = rows.take(saved)
     warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
-    predictor.calibrate_scores(rows.uncertainty, rows.failure)
+    if drawn_below is None:
+        predictor.calibrate_scores(rows.uncertainty, rows.failure)
+    else:
+        # A calibrator of these rows would be biased, because they all have scores up to the limit.
+        predictor.calibrator_ = unchanged(rows.failure)
     sets: LabelSets | None = None
     if target.label_sets is not None:
         is_left_out = np.ones(len(data), np.bool_)
@@ -175,10 +234,13 @@ def _inputs(
     data: EmbeddingSource,
     target: Target,
     names: tuple[str | None, str | None],
+    drawn_below: float | None,
 ) -> str:
-    """Digest of predictor, data, names and target, from which a calibration is made."""
+    """Digest of predictor, data, names, target and limit, from which a calibration is made."""
     source = source_fingerprint(data)
     asked = target.facts()
+    if drawn_below is not None:  # the digests of calibrations without a limit stay
+        asked["drawn_below"] = drawn_below
     made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
     # The fingerprint of a store covers all rows. That of other sources covers a sample of the rows,
     # so the identities of all rows are added: the best kind of identity, or none if there is none.

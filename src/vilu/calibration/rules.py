@@ -91,6 +91,8 @@ class Rule(Model):
             "folder": it is about the photos of one folder that nobody labelled.
         closed: These photos; None for a guarantee about new rows.
         clusters: What the guarantee says about clusters of rows; None if it is about single rows.
+        drawn_below: Largest uncertainty of the rows among which the calibration rows were drawn;
+            None: they were drawn among all rows.
 
     Examples:
         >>> import numpy as np, vilu
@@ -119,6 +121,7 @@ class Rule(Model):
     about: Literal["new", "folder"] = "new"
     closed: ClosedPhotos | None = None
     clusters: Clusters | None = None
+    drawn_below: float | None = None
 
     @model_serializer(mode="wrap")
     def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -130,6 +133,8 @@ class Rule(Model):
             fields.pop("closed", None)
         if self.clusters is None:
             fields.pop("clusters", None)
+        if self.drawn_below is None:
+            fields.pop("drawn_below", None)
         return fields
 
     @property
@@ -141,6 +146,11 @@ class Rule(Model):
     def reweighted(self) -> bool:
         """Whether the guarantee is for stated shares instead of those of the calibration rows."""
         return self.outside_share is not None or self.class_shares is not None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the calibration rows are a random sample only up to some uncertainty."""
+        return self.method == "anytime" or self.drawn_below is not None
 
     @property
     def feasible(self) -> bool:
@@ -389,19 +399,27 @@ class Rule(Model):
                 f"of {self.closed} of one folder, accepted and without a label, {certainty} at "
                 f"most {percent(bound)} are wrong ({counts}, at whatever moment one looks)"
             )
-        accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted:
             counts += ", which have other shares"
-            accepts += " of the calibration rows"
             errors += f" {in_words(self.outside_share, self.class_shares)}"
+        if self.drawn_below is not None:
+            counts += " drawn among them"
         if self.counted is not None:
             counts += f": {self.counted}"
         if self.method == "anytime":
             counts += ", at whatever moment one looks"
+        return f"{self._share()}; {certainty} at most {percent(bound)} {errors} ({counts})"
+
+    def _share(self) -> str:
+        """Text on the share of the answers that is accepted, and of which answers it is a share."""
+        accepts = f"accepts {self.coverage:.1%}"
+        if self.reweighted or self.method == "anytime":
             accepts += " of the calibration rows"
+        if self.drawn_below is not None:
+            accepts += f" of the answers with an uncertainty up to {self.drawn_below:.6g}"
         if any(threshold.floor is not None for threshold in self.thresholds.values()):
             accepts += ", and leaves the most trusted for review, which are too often wrong"
-        return f"{accepts}; {certainty} at most {percent(bound)} {errors} ({counts})"
+        return accepts
 
 
 @checked

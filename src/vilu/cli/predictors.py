@@ -615,6 +615,14 @@ Labels = Annotated[
         metavar="FILE",
     ),
 ]
+DrawnBelow = Annotated[
+    Path | None,
+    path_option(
+        "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
+        "draw are tested once. --max-risk is that of the draw unless it is given.",
+        metavar="FILE",
+    ),
+]
 DrawSeed = Annotated[
     int,
     Option(
@@ -707,6 +715,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     answer: Answer = None,
     method: RuleMethod = "ltt",
     labels: Labels = None,
+    drawn_below: DrawnBelow = None,
     seed: DrawSeed = 0,
     per_class: PerClass = False,
     label_sets: LabelSets = None,
@@ -761,7 +770,11 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         cluster_risk=cluster_risk,
         largest_cluster=largest_cluster,
     )
-    if method == "anytime":
+    if drawn_below is not None:
+        calibration = _calibrate_by_draw(
+            predictor, data, target, labels, drawn_below, overwrite=overwrite
+        )
+    elif method == "anytime":
         calibration = _calibrate_at_any_time(
             predictor, data, target, labels, seed=seed, overwrite=overwrite
         )
@@ -831,6 +844,28 @@ def _calibrate_at_any_time(
         seed=seed,
         per_class=target.per_class,
         overwrite=overwrite,
+    )
+
+
+def _calibrate_by_draw(
+    predictor: Path,
+    data: EmbeddingSource,
+    target: Target,
+    labels: list[Path] | None,
+    table: Path,
+    *,
+    overwrite: bool,
+) -> Calibration:
+    """Calibrate by all labels of a draw up to a limit."""
+    from vilu.triage.drawn import calibrate_by_draw
+
+    if labels is not None:
+        raise UsageError(
+            f"--drawn-below takes its labels from {table}. Leave --labels out, and fill in the "
+            "column label of that file."
+        )
+    return calibrate_by_draw(
+        predictor, _store_with_classes(data), table, target, overwrite=overwrite
     )
 
 

@@ -210,6 +210,40 @@ def _sort_of(*, link: bool, move: bool) -> Literal["move", "link"] | None:
     return "link" if link else None
 
 
+AskedBefore = Annotated[
+    list[Path] | None,
+    path_option(
+        "Earlier output files of this command, filled in or not. May be repeated.", metavar="FILE"
+    ),
+]
+SplitSeed = Annotated[
+    int,
+    Option(
+        min=0,
+        max=MOST_SEED,
+        help="Seed of the split into a half to fit on and a half for the guarantee, and of the "
+        "random order of the draw.",
+    ),
+]
+ForEachClass = Annotated[
+    bool,
+    Option(
+        "--per-class",
+        help="Ask for labels of the classes that do not have enough labels for a guarantee of "
+        "their own.",
+    ),
+]
+ForGuarantee = Annotated[
+    bool,
+    Option(
+        "--for-guarantee",
+        help="Draw all images at random from the answers that could be accepted, for one test by "
+        "`vilu calibrate --drawn-below OUTPUT`. The record of the draw is written beside OUTPUT, "
+        "with the suffix .draw.json.",
+    ),
+]
+
+
 def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     store: Annotated[
         Path,
@@ -220,31 +254,11 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
     n_next: HowMany = 50,
-    labels: Annotated[
-        list[Path] | None,
-        path_option(
-            "Earlier output files of this command, filled in or not. May be repeated.",
-            metavar="FILE",
-        ),
-    ] = None,
+    labels: AskedBefore = None,
     max_risk: Risk = 0.05,
-    seed: Annotated[
-        int,
-        Option(
-            min=0,
-            max=MOST_SEED,
-            help="Seed of the split into a half to fit on and a half for the guarantee, and of the "
-            "random order of the draw.",
-        ),
-    ] = 0,
-    per_class: Annotated[
-        bool,
-        Option(
-            "--per-class",
-            help="Ask for labels of the classes that do not have enough labels for a guarantee of "
-            "their own.",
-        ),
-    ] = False,
+    seed: SplitSeed = 0,
+    per_class: ForEachClass = False,
+    for_guarantee: ForGuarantee = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Choose the images to label next: half to fit on, half for a guarantee.
@@ -254,8 +268,14 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     The images to fit on are uncertain and different from each other. The images for the guarantee
     are drawn from the answers that could be accepted, among the half of the images (chosen by a
     hash) that is never used for fitting. A guarantee needs the labels of all these images. `vilu
-    triage` includes this step, and stores the labels.
+    triage` includes this step, and stores the labels. With --for-guarantee all images are for the
+    guarantee, which is tested once, when all labels are there.
     """
+    if for_guarantee and per_class:
+        raise UsageError(
+            "--for-guarantee draws from all answers, and --per-class from those of some classes. "
+            "Give only one of them."
+        )
     if output.resolve() in {file.resolve() for file in labels or ()}:
         raise UsageError(
             f"{output} is one of --labels, so its labels would be lost. Give another file."
@@ -273,10 +293,18 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if is_table(store):
         if per_class:
             raise UsageError("a table of answers has no classes. Leave --per-class out.")
+        if for_guarantee:
+            raise UsageError(
+                "--for-guarantee draws images of a store. For a table of answers leave it out: "
+                "`vilu next` asks for rows to calibrate on, too."
+            )
         _next_of_table(store, output, predictor, labels or [], n=n_next, seed=seed)
         return
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
+    if for_guarantee:
+        _draw(store, predictor, labels or [], output, n_next, max_risk, seed, overwrite=overwrite)
+        return
     fitted = load_predictor(predictor)
     asked, answers = next_of_store(
         EmbeddingStore(store),
@@ -316,6 +344,36 @@ def _next_of_table(
         f"{plural(len(rows), 'answer')} to label: write 1 or 0 into the column correct. `vilu fit "
         f"{output}` and `vilu calibrate PREDICTOR {output}` each take the rows that are for them."
     )
+
+
+def _draw(
+    store: Path,
+    predictor: Path,
+    labels: list[Path],
+    output: Path,
+    n: int,
+    max_risk: float,
+    seed: int,
+    *,
+    overwrite: bool,
+) -> None:
+    """Draw images up to a limit for one test, and say what to do next."""
+    from vilu.store.reader import EmbeddingStore
+    from vilu.triage.drawn import draw_for_guarantee
+
+    draw = draw_for_guarantee(
+        predictor,
+        EmbeddingStore(store),
+        labels,
+        output,
+        n=n,
+        max_risk=max_risk,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    console.print_outputs(output)
+    then = console.shell("vilu", "calibrate", predictor, store, "--drawn-below", output)
+    next_step(f"{draw.in_words()}; then: {then}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag

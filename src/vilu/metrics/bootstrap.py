@@ -623,23 +623,44 @@ def paired_across(
     are drawn without strata. Rows of the same ``picture`` (N,) are drawn together.
     """
     check_settings(n_resamples, confidence)
-    uncertainty_a, _ = a
-    # (N,) number of the unit that every row belongs to: a picture, or else the row itself
-    unit = np.arange(len(uncertainty_a)) if picture is None else picture
-    n_units = int(unit.max()) + 1
-    equal_shares = np.full(n_units, 1 / n_units)
-    sides = [_TiedRows.of(*side) for side in (a, b)]
     observed = float(kernel(tie_counts(*a))) - float(kernel(tie_counts(*b)))
+    values = []
+    for uncertainty, failure in (a, b):
+        draws = resampled_across(
+            {"": kernel}, uncertainty, failure, n_resamples, seed, picture=picture
+        )
+        values.append(draws[""])
+    value_a, value_b = values
+    return Quantity(observed, value_a - value_b).difference(confidence)
+
+
+def resampled_across(
+    kernels: Mapping[str, Kernel],
+    uncertainty: Floats,
+    failure: Ints,
+    n_resamples: int,
+    seed: int,
+    *,
+    picture: Ints | None = None,
+) -> dict[str, Floats]:
+    """Values (B,) of several metrics on resamples without strata.
+
+    The resamples depend on the number of rows and on the seed only. So they are the same for all
+    kinds of answers to the same rows, and differences of their values are paired.
+    """
+    # (N,) number of the unit that every row belongs to: a picture, or else the row itself
+    unit = np.arange(len(uncertainty)) if picture is None else picture
+    n_units = int(unit.max(initial=-1)) + 1
+    rows = _TiedRows.of(uncertainty, failure)
     rng = np.random.default_rng(seed)
-    blocks = []
-    with track("bootstrap", n_resamples, "resamples") as task:
-        for size in block_sizes(n_resamples, CELLS // len(unit)):
+
+    def blocks() -> Iterator[TieCounts]:
+        equal_shares = np.full(n_units, 1 / max(n_units, 1))
+        for size in block_sizes(n_resamples, CELLS // max(len(unit), 1)):
             times_of_unit = rng.multinomial(n_units, equal_shares, size=size)
-            times_of_row = times_of_unit[:, unit]
-            value_a, value_b = (kernel(side.counts(times_of_row)) for side in sides)
-            blocks.append(value_a - value_b)
-            task.advance(size)
-    return Quantity(observed, np.concatenate(blocks)).difference(confidence)
+            yield rows.counts(times_of_unit[:, unit])
+
+    return values_of(kernels, blocks(), n_resamples)
 
 
 class _TiedRows(NamedTuple):

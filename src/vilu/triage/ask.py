@@ -15,7 +15,7 @@ from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
 from vilu.calibration.anytime import flawless_labels, level_of
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.procedure import take_back
+from vilu.calibration.procedure import require_probability, take_back
 from vilu.calibration.rules import Rule, group_names, members_of
 from vilu.device import torch_defaults
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
@@ -96,7 +96,7 @@ class StoreDraws:
     ) -> StoreDraws:
         """Label and score a store, and plan its draws.
 
-        Rows that the predictor was fitted on are left out of the calibration rows (``_unseen``).
+        Rows that the predictor was fitted on are left out of the calibration rows (``unseen``).
 
         Args:
             store: The rows.
@@ -110,7 +110,7 @@ class StoreDraws:
         facts = {"is_probability": predictor.is_probability}
         outcomes = score_rows(predictor, photos, facts)
         split = PhotoSplit.of(photos, book, seed)
-        is_calibration = split.is_calibration & _unseen(predictor, photos)
+        is_calibration = split.is_calibration & unseen(predictor, photos)
         split = dataclasses.replace(split, is_calibration=is_calibration)
         draws: Draws = {}
         if predictor.is_probability:  # otherwise no limit can be chosen, and there is no draw
@@ -186,7 +186,7 @@ class StoreDraws:
             )
 
 
-def _unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
+def unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
     """(N,) bool, which rows the predictor was not fitted on.
 
     A predictor records only a sample of the rows of a large fit.
@@ -317,11 +317,7 @@ def calibrate_by_labels(
     with locked(folder, "calibrating", who="calibration"):
         predictor = load_predictor(folder)
         predictor.calibrator_ = None
-        if not predictor.is_probability:
-            raise UsageError(
-                "labels for a guarantee are chosen by a probability of failure; "
-                f"{predictor.name} has none."
-            )
+        require_probability(predictor)
         store_draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=per_class)
         if not store_draws.draws:
             raise DataError(

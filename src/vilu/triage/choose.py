@@ -15,14 +15,19 @@ wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vilu.calibration.anytime import log_evidence
+from vilu.calibration.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
+
+Mask = NDArray[np.bool_]
 
 POOL: Final = 20_000
 """Maximum number of photos that are clustered.
@@ -36,6 +41,13 @@ ITERATIONS: Final = 20
 
 LEAST_SHARE: Final = 1 / 8
 """Smallest share of the photos that a limit includes."""
+
+WIDENED: Final = 1.25
+"""Factor by which the limit of a single draw includes more photos than are expected to pass.
+
+Probabilities may be too pessimistic, and nothing beyond the limit can be accepted. The price is a
+fifth of the labels.
+"""
 
 LEAST_PHOTOS: Final = 100
 """Smallest number of photos that a limit includes, or all photos if there are fewer."""
@@ -99,14 +111,48 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     Returns:
         The limit, and whether ``n`` labels are expected to be enough at this limit.
     """
+
+    def is_shown(wrong: Floats) -> Mask:
+        evidence = log_evidence(wrong=wrong, accepted=np.full(len(wrong), n), max_risk=max_risk)
+        return evidence >= -math.log(delta)
+
+    return _largest_limit(uncertainty, n, is_shown)
+
+
+def choose_limit_of_draw(
+    uncertainty: Floats, n: int, max_risk: float, delta: float
+) -> tuple[float, bool]:
+    """As ``choose_limit``, for ``n`` labels that are all there before they are looked at once.
+
+    The limit includes ``WIDENED`` times as many photos. It is 1, the largest probability, if these
+    are all photos.
+    """
+
+    def is_shown(wrong: Floats) -> Mask:
+        return tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
+
+    limit, is_expected = _largest_limit(uncertainty, n, is_shown)
+    ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
+    n_included = math.ceil(WIDENED * np.searchsorted(ordered, limit, side="right"))
+    if n_included >= len(ordered):
+        return 1.0, is_expected
+    return float(ordered[n_included - 1]), is_expected
+
+
+def _largest_limit(
+    uncertainty: Floats, n: int, is_shown: Callable[[Floats], Mask]
+) -> tuple[float, bool]:
+    """The largest limit up to which the expected number of wrong answers among n is low enough.
+
+    ``is_shown`` tells for every expected number (M,) whether it would show the risk.
+    """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
     # Expected error rate up to each photo, and the evidence of n labels with this error rate.
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
     expected_wrong = np.round(risk * n)
-    evidence = log_evidence(wrong=expected_wrong, accepted=np.full(len(risk), n), max_risk=max_risk)
-    enough = np.flatnonzero(evidence >= -math.log(delta))  # indices of limits
+    enough = np.flatnonzero(is_shown(expected_wrong))  # indices of limits
     n_least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
     least_index = min(n_least, len(ordered)) - 1
     last_index = int(enough[-1]) if len(enough) else -1

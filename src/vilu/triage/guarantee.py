@@ -23,7 +23,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.predictors.contract.probability import Logistic
+from vilu.predictors.contract.probability import unchanged
 from vilu.predictors.persistence.storage import write_card
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.photos import Photos
@@ -285,15 +285,9 @@ def keep_guarantee(
     dataset: str,
 ) -> Calibration:
     """Write a rule and its labelled ``rows`` beside the predictor, as ``vilu calibrate`` does."""
-    # This calibrator is the identity, because the score is a probability already. A calibrator
-    # that is fitted on these labels would be biased, because they all have scores up to the limit.
-    predictor.calibrator_ = Logistic(
-        form="temperature",
-        weights=(1.0,),
-        intercept=0.0,
-        n=len(rows),
-        n_failures=int((rows.failure == 1).sum()),
-    )
+    # The score is a probability already. A calibrator that is fitted on these labels would be
+    # biased, because they all have scores up to the limit.
+    predictor.calibrator_ = unchanged(rows.failure)
     target = Target(
         max_risk=rule.max_risk,
         confidence=rule.confidence,

@@ -14,13 +14,12 @@ from vilu.metrics.counts import Floats
 from vilu.text import span
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.parts import RANKED_BY
+from vilu_bench.studies.parts import Names
 from vilu_bench.studies.result import CellResult
 
 Bootstrap = Callable[[Cell], Floats]
-"""Returns the bootstrap values (metrics of ``RANKED_BY``, B resamples) of a cell that was run."""
+"""Returns the bootstrap values (metrics of ``ranked_by``, B resamples) of a cell that was run."""
 
-BEST = RANKED_BY[0]  # the metric by which methods are ranked
 Place = tuple[str, str, str]  # method, data set, setting
 
 
@@ -35,6 +34,7 @@ class Entrant:
     # why the first of ``refused_seeds`` is not in ``results``; None if every seed is in ``results``
     reason: str | None
     bootstrap: Bootstrap
+    ranked_by: Names  # metrics with bootstrap values; methods are ranked by the first
 
     @property
     def method(self) -> str:
@@ -47,6 +47,11 @@ class Entrant:
         return self.place[1]
 
     @property
+    def merit(self) -> float:
+        """Mean of the metric by which methods are ranked."""
+        return self.mean(self.ranked_by[0]) or 0.0
+
+    @property
     def n_runs(self) -> int:
         """Number of different cells that were run; 1 if the seed changes nothing."""
         return len(set(self.runs.values()))
@@ -56,10 +61,10 @@ class Entrant:
         return _mean_if_known([result.value(metric) for result in self.results.values()])
 
     def quantity(self, metric: str, seeds: Sequence[int] | None = None) -> Quantity:
-        """Mean of a metric of ``RANKED_BY`` over seeds, by default over all seeds with a result."""
+        """Mean of a metric of ``ranked_by`` over seeds, by default over all seeds with a result."""
         if seeds is None:
             seeds = list(self.results)
-        row_of_metric = RANKED_BY.index(metric)
+        row_of_metric = self.ranked_by.index(metric)
         values = []
         draws = []
         for seed in seeds:
@@ -76,7 +81,7 @@ class Entrant:
 
     @property
     def accuracy(self) -> float:
-        """Share of right zero-shot answers, as a mean over seeds."""
+        """Share of right answers, as a mean over seeds."""
         return fmean(result.results[0].accuracy for result in self.results.values())
 
 
@@ -124,7 +129,7 @@ class Mean:
         return _mean_if_known([part.mean(metric) for part in self.parts])
 
     def quantity(self, metric: str) -> Quantity:
-        """Mean of a metric of ``RANKED_BY`` over data sets."""
+        """Mean of a metric of ``ranked_by`` over data sets."""
         return Quantity.mean([part.quantity(metric) for part in self.parts])
 
     def less(self, rival: Mean, metric: str) -> Quantity | None:
@@ -158,7 +163,7 @@ class Board:
         self.entrants: dict[Place, Entrant] = {}
         for place, at_place in _by_place(cells).items():
             self.seeds[place] = frozenset(cell.seed for cell in at_place)
-            self.entrants[place] = _entrant(place, at_place, results, bootstrap)
+            self.entrants[place] = _entrant(place, at_place, results, bootstrap, config.ranked_by)
 
     def find(self, method: str, data: str, setting: str) -> Entrant | None:
         """A method's results on a data set in a setting; None if the method has no result there."""
@@ -186,7 +191,11 @@ def _by_place(cells: Sequence[Cell]) -> dict[Place, list[Cell]]:
 
 
 def _entrant(
-    place: Place, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap
+    place: Place,
+    cells: Sequence[Cell],
+    results: Mapping[Cell, CellResult],
+    bootstrap: Bootstrap,
+    ranked_by: Names,
 ) -> Entrant:
     by_seed = {}
     runs = {}
@@ -194,21 +203,21 @@ def _entrant(
     reason = None
     for cell in cells:
         result = results[cell.run]
-        if result.value(BEST) is not None:
+        if result.value(ranked_by[0]) is not None:
             by_seed[cell.seed] = result
             runs[cell.seed] = cell.run
             continue
         refused_seeds.append(cell.seed)
         if reason is None:
-            reason = _reason(result)
-    return Entrant(place, by_seed, runs, tuple(refused_seeds), reason, bootstrap)
+            reason = _reason(result, ranked_by[0])
+    return Entrant(place, by_seed, runs, tuple(refused_seeds), reason, bootstrap, ranked_by)
 
 
-def _reason(result: CellResult) -> str:
-    """Why a result has no value of the ranking metric."""
+def _reason(result: CellResult, best: str) -> str:
+    """Why a result has no value of ``best``, the ranking metric."""
     if result.refused is not None:
         return result.refused.reason
     for row in result.results:
-        if row.metric == BEST:
+        if row.metric == best:
             return str(row.why)
-    return f"its document has no {BEST}"
+    return f"its document has no {best}"

@@ -16,7 +16,16 @@ from vilu.predictors import PREDICTORS
 from vilu.predictors.contract.catalogue import find_method, method_names
 from vilu.predictors.contract.parameters import build, check_parameters, parameters
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu_bench.studies.parts import RANKED_BY, Count, Data, Name, Names, Section, require_known
+from vilu_bench.studies.parts import (
+    RANKED_ACROSS,
+    RANKED_BY,
+    Count,
+    Data,
+    Name,
+    Names,
+    Section,
+    require_known,
+)
 from vilu_bench.studies.views import AnyClaim, AnyView, Study
 
 
@@ -229,8 +238,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         require_known("metric", self.metrics, METRICS)
-        if not set(RANKED_BY) <= set(self.metrics):
-            raise ValueError(f"metrics must name {' and '.join(RANKED_BY)}, which rank the methods")
+        if self.judges_adapted:
+            self._check_across_answers()
+        if not set(self.ranked_by) <= set(self.metrics):
+            ranking = " and ".join(self.ranked_by)
+            raise ValueError(f"metrics must name {ranking}, which rank the methods")
         for label in self.methods:
             self._check_method(label)
         require_known("setting (trained)", self.trained.settings or (), self.settings)
@@ -238,6 +250,33 @@ class Config(Section):
         for name in self.settings:
             self._check_setting(name)
         return self
+
+    @property
+    def judges_adapted(self) -> bool:
+        """Whether any method judges adapted answers, so that methods judge different answers."""
+        return any(method.params.get("answer") == "adapted" for method in self.methods.values())
+
+    @property
+    def ranked_by(self) -> Names:
+        """Metrics that get intervals; methods are ranked by the first."""
+        return RANKED_ACROSS if self.judges_adapted else RANKED_BY
+
+    @property
+    def strata(self) -> str:
+        """Text on the strata of the bootstrap."""
+        # Different answers are wrong in different rows, so no resample keeps all of their numbers.
+        return "without strata" if self.judges_adapted else "stratified by failure"
+
+    def _check_across_answers(self) -> None:
+        """Refuse metrics that compare nothing where methods judge different answers."""
+        across = [name for name, metric in METRICS.items() if metric.across_answers]
+        for name in self.metrics:
+            if name not in across:
+                raise ValueError(
+                    f"metrics: {name} compares nothing here, because a method judges adapted "
+                    "answers, which are wrong in other rows than zero-shot answers. There are: "
+                    f"{', '.join(across)}"
+                )
 
     def _check_method(self, label: str) -> None:
         method = self.methods[label]
@@ -404,14 +443,14 @@ class Config(Section):
             params["device"] = self.device
         predictor = build(cls, {**params, **self.entries[label].params})
         check_parameters(predictor)
-        if predictor.answer != "zero_shot":
-            fit = f"vilu fit TRAIN --method {predictor.name} --answer {predictor.answer} -o P"
+        predictor.check_answer()
+        if predictor.answer == "given":
             raise UsageError(
-                f"[methods.{label}] judges {predictor.answer} answers, and a study compares "
-                f"methods on the same, zero-shot answers. Score these answers with `{fit}` and "
-                f"`vilu score P TEST -o {predictor.answer}.parquet`, the others in the same way, "
-                "and compare the files with `vilu evaluate FILES`. vilu.compare gives the paired "
-                'difference of two files, by a metric such as "coverage_at_risk_0.05".'
+                f"[methods.{label}] judges given answers, which belong to rows, not to a method. "
+                f"Score them with `vilu fit TRAIN --method {predictor.name} --answer given -o P` "
+                "and `vilu score P TEST -o given.parquet`, the others in the same way, and compare "
+                "the files with `vilu evaluate FILES`. vilu.compare gives the paired difference of "
+                'two files, by a metric such as "coverage_at_risk_0.05".'
             )
         return predictor
 

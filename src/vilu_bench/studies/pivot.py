@@ -12,7 +12,6 @@ from vilu.metrics.catalog import METRICS, but_for
 from vilu.text import short, span
 from vilu_bench.studies.board import Board, Entrant, Mean, counted_rows, occurring
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.sheet import Sheet, Shown
 from vilu_bench.studies.views import FIELDS, Published, TableView, View, find_published
 
@@ -29,8 +28,8 @@ def notes_of(
     if any(entrant.results for entrant in entrants):
         notes += [_rows_note(board, entrants), _seeds_note(entrants)]
     notes.append(_conventions_note(view))
-    if not set(view.metrics) <= set(RANKED_BY):
-        titles = [METRICS[name].title for name in RANKED_BY]
+    if not set(view.metrics) <= set(board.config.ranked_by):
+        titles = [METRICS[name].title for name in board.config.ranked_by]
         notes.append(f"Intervals and ≈ only for {' and '.join(titles)}.")
     notes += _published_notes(board, entrants, shown)
     notes += _refusals(entrants)
@@ -42,7 +41,7 @@ def _interval_note(config: Config, view: View) -> str:
     exceptions = but_for(METRICS[name] for name in view.metrics)
     return (
         f"In percent{exceptions}. Brackets: {100 * config.confidence:g} % bootstrap interval "
-        "over test rows (stratified by failure) and seeds, "
+        f"over test rows ({config.strata}) and seeds, "
         f"{config.resamples} resamples."
     )
 
@@ -271,7 +270,7 @@ def show(config: Config, key: Key, mean: Mean) -> Shown:
             return Shown(key.metric, None, published=published, why=part.reason)
     value = mean.mean(key.metric)
     interval = None
-    if value is not None and key.metric in RANKED_BY:
+    if value is not None and key.metric in config.ranked_by:
         interval = mean.quantity(key.metric).interval(config.confidence)
     return Shown(
         metric=key.metric,
@@ -359,7 +358,7 @@ def _rank(n_better: int) -> Literal["best", "second"] | None:
 
 def _is_tied(mean: Mean, best: Mean, metric: str) -> bool:
     """Whether the paired bootstrap finds no significant difference between two results."""
-    if metric not in RANKED_BY:  # no bootstrap values
+    if any(metric not in part.ranked_by for part in mean.parts):  # no bootstrap values
         return False
     gap = mean.less(best, metric)
     if gap is None:

@@ -10,10 +10,9 @@ from vilu.metrics.bootstrap import Difference, Interval, Quantity
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.text import NOTHING, aligned, short, span
-from vilu_bench.studies.board import BEST, Board, Entrant, counted_rows, occurring
+from vilu_bench.studies.board import Board, Entrant, counted_rows, occurring
 from vilu_bench.studies.cells import Cell
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.parts import RANKED_BY
 from vilu_bench.studies.result import Timing
 
 REASON_LENGTH = 200  # maximum number of characters of a reason in the text
@@ -25,14 +24,14 @@ class Ranked:
 
     method: str
     variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
-    rank: int  # 1 + the number of methods with a higher mean AUROC
+    rank: int  # 1 + the number of methods with a higher mean of the ranking metric
     n_runs: int  # number of different results behind the means; 1 if the seed changes nothing
     values: dict[str, float | None]  # by metric, the mean over seeds; None if undefined
-    # by metric of ``RANKED_BY``, the bootstrap interval over test rows and seeds
+    # by metric of ``Config.ranked_by``, the bootstrap interval over test rows and seeds
     intervals: dict[str, Interval]
     against: str | None  # the best other method
-    # paired difference: AUROC less the AUROC of ``against``, over their common seeds; None if there
-    # is no other method or no common seed
+    # paired difference of the ranking metric from that of ``against`` over common seeds; None
+    # if there is no other method or no common seed
     gap: Difference | None
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
@@ -64,7 +63,8 @@ class Ranking:
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
-    # by seed, the AUROC by method; only seeds that were planned for all methods of ``lines``
+    # by seed, the ranking metric by method; only seeds that were planned for all methods of
+    # ``lines``
     contests: dict[int, dict[str, float]]
     # the different numbers of test rows whose pictures are of none of the classes
     n_outside: tuple[int, ...] = ()
@@ -82,11 +82,11 @@ class Ranking:
 class Standing:
     """A method's wins and mean rank over all contests.
 
-    A contest compares the AUROC of methods on one data set, in one setting, with one seed.
+    A contest compares the ranking metric of methods on one data set, in one setting, with one seed.
     """
 
     method: str
-    # number of contests in which the method has the highest AUROC; k methods that tie get 1/k each
+    # number of contests in which the method is best; k methods that tie get 1/k each
     wins: float
     # mean rank over the contests of the method; methods that tie get the mean of their ranks
     mean_rank: float
@@ -139,7 +139,7 @@ def _rows(board: Board) -> list[ResultRow]:
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
     """Wins and mean ranks of all methods, sorted by descending wins.
 
-    A contest gives the AUROC of every method that takes part in it.
+    A contest gives the ranking metric of every method that takes part in it.
     """
     ranks: dict[str, list[float]] = {}
     wins: dict[str, float] = {}
@@ -189,13 +189,13 @@ def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant])
 
 
 def _best_first(entrant: Entrant) -> tuple[float, float, str]:
-    """Sort key: descending AUROC, then ascending FPR95, then name."""
-    auroc, fpr95 = (entrant.mean(metric) or 0.0 for metric in RANKED_BY)
-    return -auroc, fpr95, entrant.method
+    """Sort key: the first metric descending, then the second ascending, then the name."""
+    _, second = entrant.ranked_by
+    return -entrant.merit, entrant.mean(second) or 0.0, entrant.method
 
 
 def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """By seed that was planned for all methods of ``able``, the AUROC by method."""
+    """By seed that was planned for all methods of ``able``, the ranking metric by method."""
     if not able:
         return {}
     seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
@@ -204,8 +204,8 @@ def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, floa
         contests[seed] = {}
         for entrant in able:
             if seed in entrant.results:
-                auroc = entrant.results[seed].value(BEST) or 0.0
-                contests[seed][entrant.method] = float(auroc)
+                merit = entrant.results[seed].value(entrant.ranked_by[0]) or 0.0
+                contests[seed][entrant.method] = float(merit)
     return contests
 
 
@@ -216,7 +216,7 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
     gap = None
     if rivals:
         against = rivals[0].method
-        gap = _difference(entrant.less(rivals[0], BEST), config.confidence)
+        gap = _difference(entrant.less(rivals[0], entrant.ranked_by[0]), config.confidence)
     first_result = next(iter(entrant.results.values()))
     return Ranked(
         method=entrant.method,
@@ -224,7 +224,9 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
         rank=1 + _n_better(entrant, rivals),
         n_runs=entrant.n_runs,
         values={metric: entrant.mean(metric) for metric in config.metrics},
-        intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
+        intervals={
+            name: entrant.quantity(name).interval(config.confidence) for name in config.ranked_by
+        },
         against=against,
         gap=gap,
         refused_seeds=entrant.refused_seeds,
@@ -238,9 +240,8 @@ def _difference(quantity: Quantity | None, confidence: float) -> Difference | No
 
 
 def _n_better(entrant: Entrant, rivals: Iterable[Entrant]) -> int:
-    """The number of rivals with a higher mean AUROC."""
-    auroc = entrant.mean(BEST) or 0.0
-    return sum((rival.mean(BEST) or 0.0) > auroc for rival in rivals)
+    """The number of rivals with a higher mean of the ranking metric."""
+    return sum(rival.merit > entrant.merit for rival in rivals)
 
 
 def _mean_times(timings: Iterable[Timing]) -> tuple[float | None, float | None]:
@@ -281,7 +282,7 @@ def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> li
 def layout(config: Config, summary: Summary) -> str:
     """A summary as text: tables by data set and setting, the standings, and notes."""
     parts = [_block_text(config, block) for block in summary.blocks]
-    parts.append(_standings(summary))
+    parts.append(_standings(summary, config.ranked_by[0]))
     parts.append("\n".join(_notes(config)))
     return "\n\n".join(parts)
 
@@ -306,7 +307,7 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
     heading = ["#", "method", "runs"]
     for name in config.metrics:
         title = METRICS[name].title
-        heading.append(f"{title} {percent}" if name in RANKED_BY else title)
+        heading.append(f"{title} {percent}" if name in config.ranked_by else title)
     heading += ["best other", f"difference {percent}", "p"]
     rows = [_line(config, line) for line in block.lines]
     return aligned([heading, *rows])
@@ -342,13 +343,13 @@ def _value(name: str, value: float | None, ends: Interval | None = None) -> str:
     return f"{number} {metric.brackets(ends.ci_low, ends.ci_high)}"
 
 
-def _standings(summary: Summary) -> str:
-    """Table of wins and mean ranks, with the mean AUROC on every data set and setting."""
+def _standings(summary: Summary, best: str) -> str:
+    """Table of wins and mean ranks, with the mean of ``best`` on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
-    aurocs = []  # for every block, the AUROC by method
+    merits = []  # for every block, the ranking metric by method
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
-        aurocs.append({line.method: line.values[BEST] for line in block.lines})
+        merits.append({line.method: line.values[best] for line in block.lines})
     rows = [heading]
     for standing in summary.standings:
         row = [
@@ -357,23 +358,24 @@ def _standings(summary: Summary) -> str:
             f"{standing.mean_rank:.1f}",
             f"{standing.contests} of {summary.n_contests}",
         ]
-        for auroc in aurocs:
-            row.append(_value(BEST, auroc.get(standing.method)))
+        for merit in merits:
+            row.append(_value(best, merit.get(standing.method)))
         rows.append(row)
-    title = "all contests (data set × setting × seed), and mean AUROC:"
+    title = f"all contests (data set × setting × seed), and mean {METRICS[best].title}:"
     return "\n".join([title, *aligned(rows)])
 
 
 def _notes(config: Config) -> list[str]:
     metrics = [METRICS[name] for name in config.metrics]
     unit = f"in percent{but_for(metrics)}"
+    best = METRICS[config.ranked_by[0]].title
     return [
         f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows "
-        f"(stratified by failure) and seeds, {config.resamples} resamples",
+        f"({config.strata}) and seeds, {config.resamples} resamples",
         "runs: different results behind a mean; a method that no seed can change is run once. "
-        "best other, difference, p: mean AUROC less that of the best other method, "
+        f"best other, difference, p: mean {best} less that of the best other method, "
         "paired by rows and seeds",
-        "wins: highest AUROC of a contest, shared by ties; a contest is a seed that every method "
+        f"wins: highest {best} of a contest, shared by ties; a contest is a seed that every method "
         "of a table was to run",
         *(f"{metric.title}: {metric.convention}" for metric in metrics),
         f"{NOTHING}: undefined, or the method was refused",

@@ -15,13 +15,13 @@ from vilu.artifacts.disk import atomic_write, file_hash, make_folder, or_refuse
 from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, read_log, write_json
 from vilu.artifacts.tables import write_table
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import SortedScores, resampled
+from vilu.metrics.bootstrap import SortedScores, resampled, resampled_across
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu_bench.studies.cells import Cell
-from vilu_bench.studies.parts import RANKED_BY, Name, Section
+from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section
 
 logger = logging.getLogger("vilu.bench")
 
@@ -164,3 +164,15 @@ def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows
     kernels = {name: METRICS[name].kernel for name in RANKED_BY}
     values = resampled(kernels, scores, n_resamples, int(rows, 16))
     return np.stack([values[name] for name in RANKED_BY])
+
+
+def resampled_across_answers(
+    uncertainty: Floats, failure: Ints, n_resamples: int, rows: str, metrics: Names
+) -> Floats:
+    """Values (M, B) of metrics on B resamples, where methods judge different answers.
+
+    As ``resampled_metrics``, but without strata: every kind of answers is wrong in other rows.
+    """
+    kernels = {name: METRICS[name].kernel for name in metrics}
+    values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows, 16))
+    return np.stack([values[name] for name in metrics])

@@ -32,6 +32,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.process import keep_freed_memory
 from vilu.progress import Silence, reporting, track
 from vilu.registry import load_plugin, plugins
+from vilu.scoring.score import score
 from vilu.store.executors.local import end_with_driver
 from vilu.validation import require_at_least
 from vilu_bench.studies.board import Board
@@ -54,6 +55,7 @@ from vilu_bench.studies.result import (
     Timing,
     load_bootstrap,
     load_result,
+    resampled_across_answers,
     resampled_metrics,
 )
 from vilu_bench.studies.stores import Part, find_seconds, make_stores, require_stores
@@ -152,10 +154,15 @@ def _without_metrics(bench: Workbench, cell: Cell, fitted: Fitted) -> CellResult
 
 def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
     """Bootstrap values (M, B) over the rows that have both a known truth and a score."""
+    config = bench.config
     scored = outcomes.evaluable
-    return resampled_metrics(
-        outcomes.uncertainty[scored], outcomes.failure[scored], bench.config.resamples, truth.rows
-    )
+    uncertainty = outcomes.uncertainty[scored]
+    failure = outcomes.failure[scored]
+    if config.judges_adapted:
+        return resampled_across_answers(
+            uncertainty, failure, config.resamples, truth.rows, config.ranked_by
+        )
+    return resampled_metrics(uncertainty, failure, config.resamples, truth.rows)
 
 
 def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
@@ -165,9 +172,13 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
     begun = time.perf_counter()
     uncertainty = predictor.predict_uncertainty(test)
     seconds = time.perf_counter() - begun
+    failure = truth.failure
+    if predictor.answer != "zero_shot":
+        failure = score(predictor, test).failure
     outcomes = Outcomes(
         uncertainty=uncertainty,
-        failure=truth.failure,
+        failure=failure,
+        answer=predictor.answer,
         outside=truth.outside,
         method=cell.method,
         dataset=cell.data,

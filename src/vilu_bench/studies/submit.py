@@ -60,12 +60,13 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     """Write every cell of a method as a file, in a folder per data set and setting.
 
     Raises:
-        UsageError: If no study has a result of the method.
+        UsageError: If no study has a result of the method, or if a study has adapted answers.
     """
     first_board: dict[Cell, Board] = {}  # by cell that was run, the first study with its result
     # by cell that was run, the settings and seeds that share its result
     stands_for: dict[Cell, list[tuple[str, int]]] = {}
     for board in boards:
+        _refuse_adapted(board)
         for cell in board.cells:
             has_result = board.results[cell.run].refused is None
             if cell.method == label and has_result:
@@ -77,6 +78,15 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     for cell, board in first_board.items():
         paths.append(_write(board, run, cell, stands_for[cell], folder))
     return paths
+
+
+def _refuse_adapted(board: Board) -> None:
+    """Refuse a study in which methods judge different answers."""
+    if board.config.judges_adapted:
+        raise UsageError(
+            f"the study {board.config.name} has a method that judges adapted answers. Results can "
+            "be submitted to studies of zero-shot answers only, where all methods judge the same."
+        )
 
 
 def _write(
@@ -122,6 +132,7 @@ def take_in(boards: Sequence[Board], run: Path, files: Iterable[Path]) -> list[B
     pairs_by_board = []
     placed_files = set()
     for board in boards:
+        _refuse_adapted(board)
         pairs = []
         for guest in guests:
             for cell in _cells_of(board, guest):

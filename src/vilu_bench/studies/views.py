@@ -50,6 +50,10 @@ class Known(Protocol):
 
     metrics: Names
 
+    @property
+    def ranked_by(self) -> Names:
+        """Metrics with intervals; methods are ranked by the first."""
+
     def along(self, axis: str) -> Mapping[str, Placed]:
         """The methods by label, the data sets by name or the settings by name, as ``axis`` says."""
 
@@ -113,7 +117,7 @@ class View(Section):
                 f"{self.where}"
             )
         if self.with_intervals:
-            require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
+            require_known(f"metric with an interval {self.where}", self.metrics, known.ranked_by)
 
     def along(self, known: Known, axis: str) -> dict[str, Placed]:
         """The methods, data sets or settings that the view shows, by name."""
@@ -245,7 +249,7 @@ class GridView(View):
     def check(self, known: Known) -> None:
         """Also raise a ValueError if the first metric has no interval, or a setting is unknown."""
         super().check(known)
-        require_known(f"metric with an interval {self.where}", self.metrics[:1], RANKED_BY)
+        require_known(f"metric with an interval {self.where}", self.metrics[:1], known.ranked_by)
         require_all(self.where, known, {"setting": (self.select_on, self.report_on)})
 
 
@@ -292,7 +296,7 @@ class Claim(Section):
     def check(self, known: Known) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
         require_all("(claim)", known, {"data": self.data})
-        require_known("metric (claim)", [self.metric], RANKED_BY)
+        require_known("metric (claim)", [self.metric], known.ranked_by)
         methods, settings = self.subjects
         require_all("(claim)", known, {"method": methods, "setting": settings})
 

@@ -157,8 +157,9 @@ class Monitor:
         """Uncertainty below which rows are compared with calibration rows; infinite: all rows."""
         scores = self.calibration.uncertainty
         distinct = np.unique(scores[np.isfinite(scores)])
-        # If labels arrived one after another, the labelled rows are a random sample only up to a
-        # limit. Rows beyond the limit were chosen by somebody, and new rows are not like them.
+        # If labels arrived one after another, or rows were drawn below a limit, the labelled rows
+        # are a random sample only up to the limit. Any row beyond it was chosen by somebody, and
+        # new rows are not like it.
         if self._is_partial and len(distinct) > 1:
             return float(distinct[-1])
         return np.inf
@@ -566,7 +567,7 @@ class Monitor:
     @property
     def _is_partial(self) -> bool:
         """Whether calibration rows are a random sample only up to some uncertainty."""
-        return self.rule is not None and self.rule.method == "anytime"
+        return self.rule is not None and self.rule.is_partial
 
     def _watched(self, outcomes: Outcomes) -> NDArray[np.bool_]:
         """Mask (N,) of the rows that are compared with the calibration rows.

@@ -95,6 +95,20 @@ class Logistic(_Fitted):
         return expit(features @ np.array(self.weights) + self.intercept)
 
 
+def unchanged(failure: NDArray[np.int64]) -> Logistic:
+    """The calibrator that leaves the probabilities of a method as they are.
+
+    ``failure`` (N,) holds the failures of the calibration rows, which are counted only.
+    """
+    return Logistic(
+        form="temperature",
+        weights=(1.0,),
+        intercept=0.0,
+        n=len(failure),
+        n_failures=int((failure == 1).sum()),
+    )
+
+
 class Isotonic(_Fitted):
     """p never falls as the score rises: linear between knots, constant before and after them."""
 

@@ -1,0 +1,253 @@
+"""Rows drawn up to a limit for one test: does the guarantee hold, and what do 300 labels accept?
+
+    python -m benchmarks.drawn_below simulate [--draws 10000] [--worlds flat ...]
+    python -m benchmarks.drawn_below measure build/chains [--draws 4]
+
+``simulate``: rows of a world have a uniform rank in [0, 1), and a claimed and a true error rate at
+every rank. 500 rows of the fit side choose the limit. Of 2,000 rows of the calibration side, 300
+are drawn among those up to the limit, and their answers are right or wrong by the true rate. A
+draw is *broken* if the true risk of the certified threshold is above 5 %. That may happen to 5 % of
+the draws. Shown are the share of broken draws, its one-sided 95 % bound (Clopper and Pearson), and
+the mean share of the answers that is accepted. The worlds:
+
+- ``flat``: every answer is wrong with probability 5.01 %, so that whatever is certified is broken;
+- ``honest``: the error rate is claimed rightly, and rises to 50 %;
+- ``too sure``: twice as many answers are wrong as is claimed;
+- ``trusted``: of the tenth that is trusted most 6 % are wrong, then 1 %, then more and more;
+- ``few``: ``honest``, but 40 rows choose the limit, and 400 rows are on the calibration side;
+- ``tied``: ``too sure`` with scores of ten values;
+- ``same rows``: ``too sure``, but the limit is chosen by the calibration side itself, the rows that
+  are drawn from. No command does that. It shows how much depends on the fit side.
+
+``measure``: scores of ``vilu_plus``, fitted on 200 labels of the fit side, of its adapted answers,
+as ``python -m benchmarks.procedures chains`` keeps them: a file for every set and seed. 300 labels
+of the calibration side are tested at a risk of 5 % and a confidence of 95 %, once drawn up to the
+limit, and once uniformly among all rows. Coverage and risk are those of the whole calibration side.
+All rows of the fit side choose the limit, since the files do not say which ones were fitted on;
+``vilu next`` leaves these out. Shown are means over fits and draws. The interval of the difference
+(t, 95 %) takes the mean of every fit as one number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from scipy import stats
+
+import vilu
+from vilu.calibration.thresholds import learn_then_test, upper_bound
+from vilu.metrics.counts import Floats, Ints, tie_counts
+from vilu.triage.choose import choose_limit_of_draw
+
+MAX_RISK: Final = 0.05
+DELTA: Final = 0.05
+N_LABELS: Final = 300
+N_TO_FIT: Final = 200
+
+RANKS: Final = (np.arange(100_000) + 0.5) / 100_000
+"""Ranks at which the true risk of a threshold is computed."""
+
+
+# Simulation.
+
+
+@dataclass(frozen=True)
+class World:
+    """Claimed, ascending, and true error rates (M,) at all ranks (M,), and the numbers of rows."""
+
+    claimed: Floats
+    true: Floats
+    n_fit: int = 500
+    n_calibration: int = 2_000
+    by_same_rows: bool = False
+
+    @cached_property
+    def _errors(self) -> Floats:
+        """(M,) sums of the true error rates up to every rank."""
+        return np.cumsum(self.true)
+
+    def risk(self, n_accepted: int) -> float:
+        """True risk if the ``n_accepted`` most trusted ranks are accepted."""
+        return float(self._errors[n_accepted - 1]) / n_accepted
+
+
+def _worlds() -> dict[str, World]:
+    """The simulated worlds, by name."""
+    rising = 0.5 * RANKS**3
+    doubled = np.minimum(2 * rising, 1)
+    trusted = np.where(RANKS < 0.1, 0.06, 0.01 + rising)
+    ten_values = np.ceil(10 * RANKS) / 10
+    return {
+        "flat": World(claimed=0.04 * RANKS, true=np.full(len(RANKS), 0.0501)),
+        "honest": World(claimed=rising, true=rising),
+        "too sure": World(claimed=rising, true=doubled),
+        "trusted": World(claimed=rising, true=trusted),
+        "few": World(claimed=rising, true=rising, n_fit=40, n_calibration=400),
+        "tied": World(claimed=0.5 * ten_values**3, true=doubled),
+        "same rows": World(claimed=rising, true=doubled, by_same_rows=True),
+    }
+
+
+WORLDS: Final = _worlds()
+
+
+def simulated(world: World, rng: np.random.Generator) -> tuple[float, float]:
+    """Share of all answers that one draw accepts, and their true risk; (0, 0) for no answer."""
+    rank = rng.integers(len(RANKS), size=world.n_calibration)
+    uncertainty = world.claimed[rank]
+    chooses = world.claimed[rng.integers(len(RANKS), size=world.n_fit)]
+    if world.by_same_rows:
+        chooses = uncertainty
+    limit, _ = choose_limit_of_draw(chooses, N_LABELS, MAX_RISK, DELTA)
+    below = np.flatnonzero(uncertainty <= limit)
+    drawn = rng.permutation(below)[:N_LABELS]
+    failure = (rng.random(len(drawn)) < world.true[rank[drawn]]).astype(np.int64)
+    threshold = certified(uncertainty[drawn], failure)
+    n_accepted = int(np.searchsorted(world.claimed, threshold, side="right"))
+    if not n_accepted:
+        return 0.0, 0.0
+    return n_accepted / len(RANKS), world.risk(n_accepted)
+
+
+def certified(uncertainty: Floats, failure: Ints) -> float:
+    """The threshold that the drawn labels certify; -inf if there is none."""
+    if not len(uncertainty):
+        return -math.inf
+    best = learn_then_test(tie_counts(uncertainty, failure), MAX_RISK, DELTA)
+    if best is None or best.threshold is None:
+        return -math.inf
+    return best.threshold
+
+
+def simulate(names: Iterable[str], n_draws: int) -> None:
+    """Print a line for every world."""
+    print("world | draws | broken | 95 % bound | accepted")
+    for name in names:
+        world = WORLDS[name]
+        rng = np.random.default_rng(0)
+        shares = []
+        n_broken = 0
+        for _ in range(n_draws):
+            share, risk = simulated(world, rng)
+            shares.append(share)
+            n_broken += risk > MAX_RISK
+        bound = upper_bound(n_broken, n_draws, 0.05)
+        broken = n_broken / n_draws
+        print(
+            f"{name} | {n_draws} | {broken:.4f} | {bound:.4f} | {np.mean(shares):.3f}", flush=True
+        )
+
+
+# Real embeddings.
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What one draw of labels certifies, on the whole calibration side."""
+
+    coverage: float
+    risk: float
+
+
+def tested(uncertainty: Floats, failure: Ints, rows: Ints) -> Tested:
+    """The test of the labels of ``rows`` (M,) among all rows of the calibration side (N,)."""
+    is_accepted = uncertainty <= certified(uncertainty[rows], failure[rows])
+    if not is_accepted.any():
+        return Tested(coverage=0.0, risk=0.0)
+    return Tested(float(is_accepted.mean()), float(failure[is_accepted].mean()))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The tests of a fit: of drawn and of uniform labels, one for every draw."""
+
+    hindsight: float
+    drawn: list[Tested]
+    uniform: list[Tested]
+
+    @classmethod
+    def of(cls, path: Path, n_draws: int) -> Fit:
+        """Draw labels of a kept fit ``n_draws`` times."""
+        with np.load(path) as arrays:
+            of_fit = int(np.flatnonzero(arrays["n_fit"] == N_TO_FIT)[0])
+            uncertainty = arrays["u"][of_fit]
+            failure = arrays["wrong"][of_fit].astype(np.int64)
+            is_calibration = arrays["cal"]
+        limit, _ = choose_limit_of_draw(uncertainty[~is_calibration], N_LABELS, MAX_RISK, DELTA)
+        uncertainty = uncertainty[is_calibration]
+        failure = failure[is_calibration]
+        drawn = []
+        uniform = []
+        for seed in range(n_draws):
+            order = np.random.default_rng(seed).permutation(len(uncertainty))
+            below = order[uncertainty[order] <= limit]
+            drawn.append(tested(uncertainty, failure, below[:N_LABELS]))
+            uniform.append(tested(uncertainty, failure, order[:N_LABELS]))
+        hindsight = vilu.metrics.coverage_at_risk(uncertainty, failure, MAX_RISK)
+        return cls(hindsight, drawn, uniform)
+
+
+def mean_coverage(tests: Iterable[Tested]) -> float:
+    """Mean coverage of tests."""
+    return float(np.mean([test.coverage for test in tests]))
+
+
+def n_broken(fits: Iterable[Fit], kind: Literal["drawn", "uniform"]) -> int:
+    """Number of tests whose accepted answers have a risk above 5 %."""
+    return sum(test.risk > MAX_RISK for fit in fits for test in getattr(fit, kind))
+
+
+def measure(folder: Path, n_draws: int) -> None:
+    """Print a line for every set of a folder of kept fits."""
+    by_set: dict[str, list[Fit]] = {}
+    for path in sorted(folder.glob("*.npz")):
+        name, _, _ = path.stem.rpartition("_")
+        by_set.setdefault(name, []).append(Fit.of(path, n_draws))
+    print("| set (fits × draws) | best in hindsight | uniform | drawn | difference | broken |")
+    print("|---|---|---|---|---|---|")
+    for name, fits in by_set.items():
+        gains = [mean_coverage(fit.drawn) - mean_coverage(fit.uniform) for fit in fits]
+        hindsight = float(np.mean([fit.hindsight for fit in fits]))
+        uniform = float(np.mean([mean_coverage(fit.uniform) for fit in fits]))
+        drawn = float(np.mean([mean_coverage(fit.drawn) for fit in fits]))
+        print(
+            f"| {name} ({len(fits)} × {n_draws}) | {hindsight:.1%} | {uniform:.1%} | {drawn:.1%} "
+            f"| {np.mean(gains):+.1%} ± {half_width(np.array(gains)):.1%} "
+            f"| {n_broken(fits, 'uniform')}, {n_broken(fits, 'drawn')} |"
+        )
+
+
+def half_width(values: Floats) -> float:
+    """Half the width of the 95 % interval (t) of a mean."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    return float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Simulate, or measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    simulation = commands.add_parser("simulate")
+    simulation.add_argument("--draws", type=int, default=10_000)
+    simulation.add_argument("--worlds", nargs="+", default=list(WORLDS))
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("folder", type=Path)
+    measuring.add_argument("--draws", type=int, default=4)
+    options = parser.parse_args(arguments)
+    if options.command == "simulate":
+        simulate(options.worlds, options.draws)
+    else:
+        measure(options.folder, options.draws)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""One random draw of rows up to a limit, and the calibration by all of their labels.
+
+All rows of a store are on two sides (``vilu.triage.labels``). The scores of the fit side choose a
+limit of uncertainty. Then rows of the calibration side up to this limit are drawn. So the limit
+does not depend on the rows that are drawn: given the limit, they are independent draws from the
+answers that the limit accepts. Therefore ``vilu.calibration.thresholds.learn_then_test`` holds for
+them, with thresholds up to the limit. No label is spent on answers that would be reviewed.
+
+Rows that have a label are drawn like all others. If only rows without a label were drawn, the draw
+would depend on who chose the labelled rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from vilu.artifacts.documents import Document, read_document, write_document
+from vilu.calibration.calibration import Calibration
+from vilu.calibration.procedure import calibrate_predictor, require_probability
+from vilu.calibration.target import Target
+from vilu.calibration.thresholds import percent, rows_without_error
+from vilu.device import torch_defaults
+from vilu.errors import OUTSIDE_NAME, DataError, ProvenanceError, UsageError
+from vilu.guard.guard import Answer
+from vilu.metrics.counts import Ints
+from vilu.predictors.contract.predictor import FailurePredictor
+from vilu.predictors.persistence.storage import load_predictor
+from vilu.scoring.score import source_fingerprint
+from vilu.store.reader import EmbeddingStore
+from vilu.text import plural
+from vilu.triage.answers import answer_of, write_next
+from vilu.triage.ask import CONFIDENCE, StoreDraws, fingerprint_of, unseen
+from vilu.triage.choose import choose_limit_of_draw
+from vilu.triage.guarantee import Mask
+from vilu.triage.labels import SKIPPED, Entry, LabelBook
+from vilu.triage.store_labels import label_store
+from vilu.validation import checked, require_between
+
+
+class DrawRecord(Document):
+    """What a draw depends on, written before its labels are there.
+
+    Attributes:
+        vilu: Version of vilu that drew the rows.
+        store: Fingerprint of the store.
+        predictor: Fingerprint of the predictor (``fingerprint_of``).
+        max_risk: Largest error rate that the draw is for.
+        limit: Largest uncertainty of the rows that could be drawn.
+        seed: Seed of the sides and of the random order.
+        n_calibration: Number of rows of the calibration side, with any uncertainty.
+        n_below: Number of these rows up to the limit.
+        paths: The drawn rows, in the random order.
+    """
+
+    again = "Run `vilu next --for-guarantee` again, with --overwrite,"
+    fault = DataError
+
+    kind: Literal["draw"] = "draw"
+    vilu: str = Field(default_factory=partial(version, "vilu"))
+    store: str
+    predictor: str
+    max_risk: float = Field(gt=0, lt=1)
+    limit: float
+    seed: int = Field(ge=0)
+    n_calibration: int = Field(ge=1)
+    n_below: int = Field(ge=1)
+    paths: tuple[str, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class GuaranteeDraw:
+    """A draw that was written.
+
+    Attributes:
+        record: What the draw depends on.
+        n_open: Number of drawn rows without a label.
+        is_expected: Whether a guarantee up to the limit is expected, by the predictor's
+            probabilities.
+    """
+
+    record: DrawRecord
+    n_open: int
+    is_expected: bool
+
+    def in_words(self) -> str:
+        """Text on the draw, and what to do next."""
+        record = self.record
+        share = record.n_below / record.n_calibration
+        text = (
+            f"{plural(len(record.paths), 'row')} drawn from the {record.n_below:,} with an "
+            f"uncertainty up to {record.limit:.6g}, which are {share:.1%} of the "
+            f"{record.n_calibration:,} that could be drawn"
+        )
+        if not self.is_expected:
+            text += (
+                ". So many labels are not expected to show the risk: by the predictor's "
+                "probabilities too many of these answers are wrong"
+            )
+        if not self.n_open:
+            return f"{text}; all of them have a label"
+        return f"{text}; fill in the column label of {plural(self.n_open, 'row')}"
+
+
+def record_of(table: Path) -> Path:
+    """Path of the record of a draw, beside the table of its rows."""
+    return table.with_suffix(".draw.json")
+
+
+@checked
+@torch_defaults()
+def draw_for_guarantee(
+    folder: Path,
+    store: EmbeddingStore,
+    files: Sequence[Path],
+    table: Path,
+    *,
+    n: int,
+    max_risk: float,
+    seed: int,
+    overwrite: bool = False,
+) -> GuaranteeDraw:
+    """Draw ``n`` rows of a store up to a limit, and write them and the record of the draw.
+
+    If there are fewer rows up to the limit, all of them are drawn. The other arguments are those of
+    ``next_of_store``; ``table`` is the file to write.
+
+    Raises:
+        UsageError: If the predictor gives no probability, if ``n`` rows are too few for any
+            guarantee, or if there is a record already.
+        DataError: If there are too few rows to choose the limit, or up to it.
+    """
+    _require_no_record(table, overwrite=overwrite)
+    _require_enough(n, max_risk)
+    predictor = _load(folder)
+    require_probability(predictor)
+    draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=False)
+    limit, is_expected = _choose_limit(draws, unseen(predictor, draws.photos), n, max_risk)
+    rows = draws.split.in_order(_rows_below(draws, limit, max_risk, store))
+    entries, answers = _asked(draws, rows[:n])
+    record = DrawRecord(
+        store=source_fingerprint(store),
+        predictor=draws.predictor,
+        max_risk=max_risk,
+        limit=limit,
+        seed=seed,
+        n_calibration=int(draws.split.for_calibration.sum()),
+        n_below=len(rows),
+        paths=tuple(entry.path for entry in entries),
+    )
+    # The record is written first. So a table without a record can only be one that was moved.
+    write_document(record_of(table), record)
+    write_next(table, entries, answers, predictor.answer)
+    n_open = sum(entry.label is None for entry in entries)
+    return GuaranteeDraw(record, n_open, is_expected)
+
+
+def _load(folder: Path) -> FailurePredictor:
+    """The predictor as it was fitted, without the probabilities of an earlier calibration."""
+    predictor = load_predictor(folder)
+    predictor.calibrator_ = None
+    return predictor
+
+
+def _require_no_record(table: Path, *, overwrite: bool) -> None:
+    """Refuse to replace the record of an earlier draw without being asked to."""
+    if record_of(table).exists() and not overwrite:
+        raise UsageError(
+            f"{record_of(table)} is there, the record of an earlier draw. Give another file, or "
+            "--overwrite to replace both."
+        )
+
+
+def _fewest(max_risk: float) -> int:
+    """Smallest number of drawn rows with which anything can be guaranteed."""
+    # One more than the test needs, because the row at the threshold is no trial of the test.
+    return rows_without_error(max_risk, 1 - CONFIDENCE) + 1
+
+
+def _require_enough(n: int, max_risk: float) -> None:
+    """Refuse to draw so few rows that nothing can be guaranteed."""
+    require_between("max_risk", max_risk)
+    fewest = _fewest(max_risk)
+    if n < fewest:
+        raise UsageError(
+            f"a risk of {percent(max_risk)} with confidence {CONFIDENCE:.0%} needs at least "
+            f"{fewest} drawn rows. Got -n {n}."
+        )
+
+
+def _rows_below(draws: StoreDraws, limit: float, max_risk: float, store: EmbeddingStore) -> Ints:
+    """(M,) rows of the calibration side up to a limit; DataError if they are too few."""
+    is_below = draws.split.for_calibration & (draws.outcomes.uncertainty <= limit)
+    rows = np.flatnonzero(is_below)
+    fewest = _fewest(max_risk)
+    if len(rows) < fewest:
+        raise DataError(
+            f"only {plural(len(rows), 'row')} of the calibration side of {store.path} that the "
+            f"predictor has not seen have an uncertainty up to the limit {limit:.6g}, and at "
+            f"least {fewest} are needed. Add images to the store, or ask for a larger --max-risk."
+        )
+    return rows
+
+
+def _choose_limit(
+    draws: StoreDraws, is_unseen: Mask, n: int, max_risk: float
+) -> tuple[float, bool]:
+    """The limit that the scores of the fit side choose, and whether a guarantee is expected."""
+    uncertainty = draws.outcomes.uncertainty
+    is_calibration = draws.split.for_calibration
+    # A limit that is chosen by the tested rows would follow these rows. And the predictor is too
+    # sure about the rows that it was fitted on.
+    chooses = draws.split.usable & ~is_calibration & is_unseen & np.isfinite(uncertainty)
+    if not chooses.any():
+        raise DataError(
+            "the predictor was fitted on all rows of the fit side, and rows that it has not seen "
+            "choose the limit of the draw. A fit on a store has seen all of its rows, also those "
+            "without a label: fit on the labelled ones with `vilu fit STORE --labels FILE`."
+        )
+    n_possible = min(n, int(is_calibration.sum()))
+    return choose_limit_of_draw(uncertainty[chooses], n_possible, max_risk, 1 - CONFIDENCE)
+
+
+def _asked(draws: StoreDraws, drawn: Ints) -> tuple[list[Entry], dict[str, Answer]]:
+    """The entries of the drawn rows, with the labels that are there, and the answers by path."""
+    paths = [draws.photos.ids[row] for row in drawn.tolist()]
+    draws.book.ask(paths, "calibration", predictor=draws.predictor)
+    entries = [draws.book.entries[path] for path in paths]
+    answers = {}
+    for row, path in zip(drawn.tolist(), paths, strict=True):
+        answers[path] = answer_of(draws.outcomes, row)
+    return entries, answers
+
+
+@checked
+def calibrate_by_draw(
+    folder: Path,
+    store: EmbeddingStore,
+    table: Path,
+    target: Target,
+    *,
+    overwrite: bool = False,
+) -> Calibration:
+    """Calibrate a predictor by the labels of the rows that ``draw_for_guarantee`` drew.
+
+    ``table`` is the filled-in table of the draw, with its record beside it. A target without a
+    ``max_risk`` has that of the record.
+
+    Raises:
+        ProvenanceError: If the draw was of another predictor or of another store.
+        DataError: If labels are missing, if there are labels of other rows, or if the record is
+            missing or damaged.
+        UsageError, InfeasibleError: As ``calibrate_predictor``.
+    """
+    record = _read_record(table)
+    _require_same(record, folder, store)
+    photos, book = label_store(store, [table])
+    _require_only_drawn(record, store, book, table)
+    _require_all_labels(record.paths, book, table)
+    row_of = {path: row for row, path in enumerate(photos.ids)}
+    rows = np.sort([row_of[path] for path in record.paths])
+    if target.max_risk is None:
+        target = dataclasses.replace(target, max_risk=record.max_risk)
+    return calibrate_predictor(
+        folder,
+        photos.take(rows),
+        target,
+        dataset=store.path.name,
+        overwrite=overwrite,
+        drawn_below=record.limit,
+    )
+
+
+def _read_record(table: Path) -> DrawRecord:
+    path = record_of(table)
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing, the record of the draw. `vilu next --for-guarantee -o {table}` "
+            "writes it beside the table. Keep both files in one folder, under their names."
+        )
+    return read_document(path, DrawRecord)
+
+
+def _require_same(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
+    """Refuse another predictor and another store than those of the draw."""
+    present = {"predictor": fingerprint_of(_load(folder)), "store": source_fingerprint(store)}
+    where = {"predictor": folder, "store": store.path}
+    for name, fingerprint in present.items():
+        drawn = getattr(record, name)
+        if fingerprint != drawn:
+            raise ProvenanceError(
+                f"the rows were drawn with the {name} {drawn}, and {where[name]} is {fingerprint}. "
+                f"Give the {name} of the draw, or draw again with `vilu next --for-guarantee`."
+            )
+
+
+def _require_only_drawn(
+    record: DrawRecord, store: EmbeddingStore, book: LabelBook, table: Path
+) -> None:
+    """Refuse a table with rows that were not drawn."""
+    _, own = label_store(store, ())
+    surplus = sorted(book.entries.keys() - own.entries.keys() - set(record.paths))
+    if surplus:
+        raise DataError(
+            f"{table} has {plural(len(surplus), 'row')} outside the draw, first {surplus[0]}. Only "
+            "drawn rows count for this guarantee: remove the rest."
+        )
+
+
+def _require_all_labels(paths: Collection[str], book: LabelBook, table: Path) -> None:
+    """Refuse a draw in which a row has no label, or was skipped."""
+    lacking = [path for path in paths if path not in book.labels]
+    if lacking:
+        raise DataError(
+            f"{len(lacking):,} of {len(paths):,} drawn rows in {table} have no label, first "
+            f"{lacking[0]}. Fill in the column label. Write {OUTSIDE_NAME} instead of {SKIPPED} "
+            "where nobody can name the picture: its answer counts as wrong. Without such rows the "
+            "others would be no random sample."
+        )
