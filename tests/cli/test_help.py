@@ -14,7 +14,7 @@ from vilu.cli.app import app
 from vilu.cli.help import GROUPS, NEEDED
 
 ROOT: Any = typer.main.get_command(app)
-COMMANDS = [name for name in ROOT.commands if name != "datasets"]
+COMMANDS = [name for name, command in ROOT.commands.items() if not hasattr(command, "commands")]
 MOST_NEEDED = 8
 
 

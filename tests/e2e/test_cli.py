@@ -387,7 +387,7 @@ def test_lists() -> None:
                 "{work}/test",
             ],
             2,
-            "fit vilu_zero with them as the STORE",
+            "or fit vilu_zero",
         ),
         (["fit", "{work}/nowhere", "-o", "{work}/x"], 2, "nowhere does not exist"),
         (

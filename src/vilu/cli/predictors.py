@@ -621,6 +621,7 @@ DrawnBelow = Annotated[
         "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
         "draw are tested once. --max-risk is that of the draw unless it is given.",
         metavar="FILE",
+        rich_help_panel=GUARANTEE,
     ),
 ]
 DrawSeed = Annotated[
@@ -667,7 +668,8 @@ ClusterRiskOption = Annotated[
     Option(
         help="For a table with a column cluster, whose rows may be wrong together. majority: at "
         "most --max-risk of the accepted clusters have a wrong majority answer. ratio: at most "
-        "--max-risk of the accepted rows are wrong. [every row counts, with a warning]"
+        "--max-risk of the accepted rows are wrong. [every row counts, with a warning]",
+        rich_help_panel=GUARANTEE,
     ),
 ]
 LargestCluster = Annotated[
@@ -676,6 +678,7 @@ LargestCluster = Annotated[
         min=1,
         help="For ratio: rows of larger clusters are left for review; choose it without a look at "
         "the labels. [the size of the largest cluster]",
+        rich_help_panel=GUARANTEE,
     ),
 ]
 OptionalData = Annotated[

@@ -24,6 +24,9 @@ ANSWER = "answer"
 If a source has this column, these answers are judged in place of the zero-shot answers.
 """
 
+DataKind = Literal["embeddings", "answers"]
+"""What the rows of a source are: embeddings of images, or answers of any model with its scores."""
+
 AnswerKind = Literal["zero_shot", "adapted", "given"]
 """Which answer is judged.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import compress
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from vilu.embeddings.checks import (
     hash_names,
     hash_rows,
 )
-from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS
+from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS, DataKind
 from vilu.embeddings.similarity import (
     Matches,
     Others,
@@ -51,9 +51,6 @@ SAME_TEXT = 0.999
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
 """
-
-DataKind = Literal["embeddings", "answers"]
-"""What the rows of a source are: embeddings of images, or answers of any model with its scores."""
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")  # of the function that ``EmbeddingSource._map_parts`` calls

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from vilu.artifacts.disk import make_folder, or_refuse, write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff, stated_pixels
-from vilu.embeddings.source import DataKind
+from vilu.embeddings.columns import DataKind
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service import pages
 from vilu.service.bodies import (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.checks import STATUS, VALID, normalised
-from vilu.embeddings.source import DataKind
+from vilu.embeddings.columns import DataKind
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import (
     Answer,

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vilu.calibration.calibration import Calibration, require_about_new
 from vilu.device import torch_defaults
-from vilu.embeddings.columns import NUMBERS
-from vilu.embeddings.source import DataKind
+from vilu.embeddings.columns import NUMBERS, DataKind
 from vilu.errors import UNKNOWN, UsageError
 from vilu.guard.guard import Answer, Guard
 from vilu.outcomes.outcomes import Outcomes

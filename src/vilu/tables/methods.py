@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.columns import NUMBERS, AnswerKind
+from vilu.embeddings.columns import NUMBERS, AnswerKind, DataKind
 from vilu.embeddings.rows import Rows
-from vilu.embeddings.source import Batch, DataKind, EmbeddingSource
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.given_logits import require_kind

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.checks import Identity, check_indices, hash_of_each, normalised
-from vilu.embeddings.columns import ANSWER, LOGITS, NUMBERS
+from vilu.embeddings.columns import ANSWER, LOGITS, NUMBERS, DataKind
 from vilu.embeddings.logits import logit_space, no_texts
 from vilu.embeddings.similarity import rows_at
-from vilu.embeddings.source import DataKind, EmbeddingSource
+from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.validation import checked

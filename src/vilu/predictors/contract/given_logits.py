@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vilu.embeddings.source import DataKind, EmbeddingSource
+from vilu.embeddings.columns import DataKind
+from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.contract.seen import candidates_of, same_candidates
 from vilu.registry import METHODS, METHODS_OF_TABLES

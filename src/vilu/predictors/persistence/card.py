@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import named_backbones
-from vilu.embeddings.source import DataKind
+from vilu.embeddings.columns import DataKind
 from vilu.embeddings.space import REDUCED_JPEGS
 from vilu.text import printable
 
