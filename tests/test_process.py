@@ -197,6 +197,29 @@ def test_a_ray_of_a_tuned_process_reports_to_nobody() -> None:
     assert answer_of(program, RAY_USAGE_STATS_ENABLED="1").stdout == "1\n"
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "0"),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, "None"),
+        ({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}, "1"),
+    ],
+)
+def test_a_ray_of_the_command_line_listens_to_this_machine(
+    environment: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    """Unless the user names a cluster, or says otherwise."""
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    (tmp_path / "says.py").write_text(f"import os; print(os.environ.get('{name}'))")
+    program = (
+        "import sys; sys.argv = ['vilu', '--plugin', 'says', 'list', 'metrics']\n"
+        "from vilu.cli import entry; entry()"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = answer_of(program, PYTHONPATH=path, **environment)
+    assert done.stdout.startswith(f"{expected}\n")
+
+
 PAGES_OF_BLOCKS = """
 import resource, vilu
 {first}

@@ -19,6 +19,9 @@ SHORT_WAIT = "3000"
 RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
 """Environment variable for whether Ray sends usage statistics."""
 
+RAY_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Environment variable for whether Ray listens to other machines; Ray reads it on Linux, too."""
+
 KEPT_BYTES = 2**29
 """Largest freed block that glibc keeps, in bytes."""
 ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
@@ -62,6 +65,16 @@ def tune_process() -> None:
             f"torch was imported before vilu.tune_process(): {SPINS} has no effect in this process "
             f"any more. Call it before torch is imported, or set {SPINS}={SHORT_WAIT} outside."
         )
+
+
+def keep_ray_on_this_machine() -> None:
+    """Let a Ray that this process starts listen at 127.0.0.1 alone.
+
+    Call this before ray is imported. Nothing is changed if the environment names a cluster
+    (``RAY_ADDRESS``), or if the user has set the environment variable.
+    """
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault(RAY_CLUSTERS, "0")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -156,17 +157,35 @@ def p99(seconds: list[float]) -> float:
     return seconds[int(0.99 * (len(seconds) - 1))]
 
 
+@pytest.fixture(scope="module")
+def apart(
+    predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A service in a process of its own, which shares no lock of Python with its clients."""
+    with served(predictors[0], "--state", tmp_path_factory.mktemp("apart") / "s") as running:
+        yield running
+
+
 @pytest.mark.parametrize("name", BODIES)
-def test_a_long_body_holds_up_nobody_else(service: Running, name: str) -> None:
-    """It took 3.6 to 11 s. The bar is 250 ms above what this machine takes without the body."""
+def test_long_bodies_hold_up_nobody_else(apart: Running, name: str) -> None:
+    """The bar is a p99 of 250 ms, for questions of a third process.
+
+    Where it is above 25 ms without the bodies, a tenth of the bar, the machine has other work. Then
+    it is a second, which still tells the 3.6 to 11 s of before.
+    """
     path, body = BODIES[name]
     headers = {"Content-Type": "application/json"}
-    with health_watched(service.url) as before:
+    with health_watched(apart.url) as before:
         threading.Event().wait(1)
-    with health_watched(service.url) as seconds:
-        reply = service.post(path, content=body, headers=headers)
-    assert reply.status_code in {413, 422}
-    assert max(seconds) - before[-1] <= 0.25 or p99(seconds) <= 0.25
+    began = time.monotonic()
+    with health_watched(apart.url) as seconds:
+        while time.monotonic() - began < 1:
+            reply = apart.post(path, content=body, headers=headers)
+            assert reply.status_code in {413, 422}
+    is_quiet = p99(before) <= 0.025
+    most = 0.25 if is_quiet else 1.0
+    print(f"{name}: p99 {p99(seconds):.3f} s of {len(seconds)}, {p99(before):.3f} before")  # noqa: T201
+    assert p99(seconds) <= most
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 the next request is answered.
 
 The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's
-OpenAPI with schemathesis.
+OpenAPI with schemathesis, and as many more that no description allows.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import os
 import random
 import socket
@@ -100,13 +101,14 @@ def raw_requests() -> Iterator[bytes]:
     yield b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
-def send(url: str, content: bytes) -> bytes:
-    """What comes back within a second, if anything does."""
+def send(url: str, content: bytes, *, hang_up: bool = True) -> bytes:
+    """What comes back within a second, if anything does; some answers need a client that stays."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=1) as client:
         try:
             client.sendall(content)
-            client.shutdown(socket.SHUT_WR)
+            if hang_up:
+                client.shutdown(socket.SHUT_WR)
             return client.recv(4096)
         except (TimeoutError, ConnectionError):
             return b""
@@ -148,6 +150,117 @@ def test_images_that_are_none(target: Running) -> None:
     assert told.status_code == 200
     reasons = Counter(one["reason"] for one in told.json()["answers"] if one["label"] is None)
     assert {"bomb", "bad_geometry", "unidentified"} <= reasons.keys()
+
+
+POSTED = ("/v1/answers", "/v1/scores", "/v1/labels", "/v1/corrections", "/v1/predictors")
+PATHS = (
+    *POSTED,
+    "/v1/monitor",
+    "/readyz",
+    "/metrics",
+    "/docs/../../etc/passwd",
+    "/%00",
+)
+HEADERS = (
+    "Origin: http://127.0.0.1:9",
+    "Authorization: Bearer x",
+    "Transfer-Encoding: chunked",
+    "Content-Encoding: gzip",
+    "Connection: close",
+    "X-Request-Id: " + "i" * 129,
+    "Content-Length: 7",
+    "Host: evil.example",
+    "Range: bytes=0-",
+    "Cookie: " + "c" * 5_000,
+)
+VALUES = (
+    None,
+    -1,
+    1e308,
+    "",
+    "(outside)",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [0.5] * 16,
+    [[0.5] * 16],
+    [[0.0] * 16],
+    {"a": "b"},
+)
+FIELDS = ("images", "embeddings", "features", "labels", "before", "after", "answers", "x")
+
+
+def random_body(order: random.Random) -> tuple[str, bytes]:
+    """A content type, and bytes that may be of it."""
+    kind = "application/json"
+    if order.random() < 0.5:
+        fields = order.choices(FIELDS, k=order.randrange(1, 4))
+        body = json.dumps({name: order.choice(VALUES) for name in fields}).encode()
+    elif order.random() < 0.5:
+        kind = "multipart/form-data; boundary=x"
+        image = order.choice([photo(0, 0), *BOMBS, order.randbytes(order.randrange(300))])
+        head = b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\n'
+        body = head + image + b"\r\n--x--\r\n"
+    else:
+        body = order.randbytes(order.randrange(2_000))
+    return kind, body
+
+
+def random_request(order: random.Random) -> tuple[bytes, bool]:
+    """A request that is wrong in some way, and whether it may be cut or damaged, too."""
+    kind, body = random_body(order)
+    method = "POST"
+    path = order.choice(POSTED)
+    if order.random() < 0.3:
+        method = order.choice(["GET", "PUT", "DELETE", "A" * 40])
+        path = order.choice(PATHS)
+    length = len(body)
+    if order.random() < 0.2:
+        length = order.choice([0, 1, length + 9, 2**31, 10**30])
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: localhost",
+        f"Content-Type: {kind}",
+        f"Content-Length: {length}",
+        *order.sample(HEADERS, k=order.choice([0, 0, 0, 1, 2])),
+    ]
+    content = bytearray("\r\n".join([*lines, "", ""]).encode() + body)
+    is_damaged = order.random() < 0.2
+    is_cut = order.random() < 0.1
+    if is_damaged:
+        for _ in range(order.randrange(1, 6)):
+            content[order.randrange(len(content))] = order.randrange(256)
+    if is_cut:
+        content = content[: order.randrange(1, len(content))]
+    return bytes(content), is_damaged or is_cut or length != len(body)
+
+
+@pytest.mark.parametrize("n", [300, pytest.param(REQUESTS, marks=pytest.mark.hostile)])
+def test_requests_at_random(predictors: tuple[Path, Path], tmp_path: Path, n: int) -> None:
+    order = random.Random(0)
+    statuses: Counter[str] = Counter()
+    with served(predictors[0], "--state", tmp_path / "s", "--max-body", 4) as running:
+        assert running.process is not None
+        process = psutil.Process(running.process.pid)
+        before = running.post("/v1/answers", files={"a": photo(1, 1)}).json()["answers"]
+        for number in range(n):
+            if number == n // 10:  # warm
+                first_size = process.memory_info().rss
+            content, is_broken = random_request(order)
+            answer = send(running.url, content, hang_up=is_broken)
+            status = answer.split(b" ", 2)[1].decode() if answer else "none"
+            assert status[:1] in {"2", "4", "n"}, (content[:300], answer)
+            statuses[status] += 1
+        growth = process.memory_info().rss - first_size
+        print(f"{n} requests, {dict(statuses)}; {growth / 2**20:.1f} MiB")  # noqa: T201
+        assert growth < GROWTH
+        assert running.get("/readyz").status_code == 200
+        after = running.post("/v1/answers", files={"a": photo(1, 1)}).json()["answers"]
+    for answer_before, answer_after in zip(before, after, strict=True):
+        assert answer_after | {"row": ""} == answer_before | {"row": ""}
+    assert not [line for line in running.said if "Traceback" in line]
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 @pytest.mark.hostile

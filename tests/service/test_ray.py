@@ -115,6 +115,38 @@ def test_two_replicas_and_the_death_of_one(
         assert running.stop() == 143
 
 
+@pytest.mark.engine
+def test_a_ray_that_is_started_listens_to_this_machine_alone(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray.serve", reason="needs ray[serve]")
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = ("--executor", "ray", "--port", port)
+    with served(predictors[0], "--state", tmp_path / "s", *ray) as running:
+        addresses = listened(running)
+        assert port in {number for _, number in addresses}
+        loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert {host for host, _ in addresses} <= loopback
+        running.stop()
+
+
+def listened(running: Running) -> set[tuple[str, int]]:
+    """Addresses and ports at which the processes of a service listen."""
+    assert running.process is not None
+    parent = psutil.Process(running.process.pid)
+    found = set()
+    for process in [parent, *parent.children(recursive=True)]:
+        with suppress(psutil.Error):
+            for connection in process.net_connections(kind="tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
 def test_numbers_of_replicas() -> None:
     assert [replicas_of(said) for said in ("1", "3", "1:8")] == [(1, 1), (3, 3), (1, 8)]
     for wrong in ("0", "2:1", "a", ":2", "1:2:3", ""):

@@ -7,19 +7,28 @@ import resource
 import signal
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.builders.photo_folders import KINDS, photo
-from tests.command import command_line
+from tests.builders.store_fakes import NAMES, FakeBackbone, picture
+from tests.command import command, command_line
+from tests.faults.bed import FRAME
 from tests.service.conftest import Running, hosted, served
-from tests.service.test_bad_company import connected, monitored
+from tests.service.test_bad_company import MB, connected, monitored
+from vilu.datasets.catalog import open_dataset
+from vilu.store.embed import embed
+from vilu.store.reader import EmbeddingStore
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -152,3 +161,183 @@ def test_a_name_of_a_hub_leads_to_no_other_folder(
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space")
+def test_too_little_memory_is_named(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    """200 MiB are too little for numpy or torch, whatever their versions."""
+    train = predictors[0].parent / "train"
+    for words in (
+        ("fit", train, "-o", tmp_path / "p", "--method", "mcm"),
+        ("serve", predictors[0], "--state", tmp_path / "s", "--port", 0),
+    ):
+        preexec = partial(resource.setrlimit, resource.RLIMIT_AS, (200 * MB, 200 * MB))
+        done = subprocess.run(
+            command(*words),
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=preexec,
+        )
+        assert done.returncode == 7, done.stderr
+        assert "there is not enough memory" in done.stderr
+        assert "`ulimit -v` allows this process 200 MiB" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_memory_that_ends_during_the_work_leaves_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts before it stay, and the same command goes on."""
+    photos, store = tmp_path / "photos", tmp_path / "store"
+    photos.mkdir()
+    for number in range(24):
+        (photos / f"{number:02}.png").write_bytes(photo(number % KINDS, number))
+    classes = write_classes(tmp_path)
+    words = (*FRAME, "embed", photos, "-o", store, *classes, "--part-size", 6)
+    encode = FakeBackbone.encode_images
+
+    def encode_three_parts(model: FakeBackbone, pixels: torch.Tensor) -> torch.Tensor:
+        if model.n_images >= 18:
+            raise MemoryError
+        return encode(model, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBackbone, "encode_images", encode_three_parts)
+        done = command_line(*words)
+    assert (done.returncode, "there is not enough memory" in done.stderr) == (7, True)
+    parts = sorted((store / "img_emb").iterdir())
+    assert [np.load(path).shape[0] for path in parts] == [6, 6, 6]
+    assert command_line(*words).returncode == 0
+    assert len(EmbeddingStore(store)) == 24
+
+
+def write_classes(folder: Path) -> tuple[object, ...]:
+    """Arguments with a file of class names, and with the model that is there at once."""
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    return ("--classes", folder / "classes.txt", "--backbone", "fake")
+
+
+def test_photos_that_change_during_a_run_with_the_same_size_and_time(tmp_path: Path) -> None:
+    """The vector and the digest of each row are those of one content, the first or the second."""
+    n = 30
+    folders = [tmp_path / "first", tmp_path / "second", tmp_path / "live"]
+    for version, folder in enumerate(folders):
+        folder.mkdir()
+        for number in range(n):
+            path = folder / f"{number:02}.bmp"
+            path.write_bytes(picture(100 * (version % 2) + number, image_format="BMP"))
+            os.utime(path, (1, 1))
+    ended = threading.Event()
+
+    def change() -> None:
+        version = 1
+        while not ended.is_set():
+            for source in folders[version].iterdir():
+                copy = tmp_path / "copy"
+                copy.write_bytes(source.read_bytes())
+                os.utime(copy, (1, 1))
+                copy.replace(folders[2] / source.name)
+            version = 1 - version
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    try:
+        live = rows_of(folders[2], tmp_path / "stores" / "live")
+    finally:
+        ended.set()
+        changing.join()
+    first = rows_of(folders[0], tmp_path / "stores" / "first")
+    second = rows_of(folders[1], tmp_path / "stores" / "second")
+    assert len(live) == n
+    for row, whole in enumerate(live):
+        assert whole in {first[row], second[row]}
+
+
+def rows_of(photos: Path, store: Path) -> list[tuple[int, bytes]]:
+    """The digest of the picture and the vector of every row of a store of these photos."""
+    found = embed(open_dataset(photos), FakeBackbone(), store, names=NAMES, part_size=7)
+    pictures = found.identities("picture").tolist()
+    vectors = found.image_rows(torch.arange(len(found))).numpy()
+    return [(key, row.tobytes()) for key, row in zip(pictures, vectors, strict=True)]
+
+
+def test_data_of_an_onnx_file_outside_of_its_folder_are_not_read(tmp_path: Path) -> None:
+    """No command reads an ONNX file, wherever it may lie; so none follows where it points."""
+    onnx = pytest.importorskip("onnx")
+    secret = np.arange(1000, dtype=np.float32)
+    (tmp_path / "secret").write_bytes(secret.tobytes())
+    tensor = onnx.TensorProto(
+        name="w", data_type=1, dims=[1000], data_location=onnx.TensorProto.EXTERNAL
+    )
+    tensor.external_data.add(key="location", value="../secret")
+    value = onnx.helper.make_tensor_value_info("y", 1, [1000])
+    node = onnx.helper.make_node("Identity", ["w"], ["y"])
+    graph = onnx.helper.make_graph([node], "graph", [], [value], [tensor])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    model = folder / "model.onnx"
+    model.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    opened: list[str] = []
+    out = tmp_path / "out"
+    with watched_files(opened):
+        for words in (
+            ("inspect", model),
+            ("inspect", folder),
+            ("convert", model, "-o", out),
+            ("evaluate", model),
+            ("report", model, "-o", out),
+            ("pull", folder, "-o", out),
+            ("push", folder, tmp_path / "hub"),
+            ("export", folder, "-o", out),
+        ):
+            done = command_line(*words)
+            assert done.returncode in {2, 3, 5, 6}, (words, done.stderr)
+            assert "Traceback" not in done.stderr
+    assert str(model) in opened
+    assert not [path for path in opened if path.endswith("secret")]
+    assert not out.exists()
+
+
+WATCHED: list[list[str]] = []
+"""Lists that get the names of all files that this process opens."""
+
+
+@contextmanager
+def watched_files(opened: list[str]) -> Iterator[None]:
+    """A block during which ``opened`` gets the name of every file that is opened."""
+    WATCHED.append(opened)
+    try:
+        yield
+    finally:
+        WATCHED.remove(opened)
+
+
+def note_file(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open":
+        for names in WATCHED:
+            names.append(str(arguments[0]))
+
+
+sys.addaudithook(note_file)
+
+
+@pytest.mark.hostile
+def test_a_folder_of_a_hundred_thousand_files(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A command lists them once; a service that keeps images there does not list them."""
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(100_000):
+        (many / f"{number:06}.png").touch()
+    for number in range(8):
+        (many / f"{number:06}.png").write_bytes(photo(number % KINDS, number))
+    words = ("embed", many, "-o", tmp_path / "store", *write_classes(tmp_path), "--limit", 8)
+    done = command_line(*FRAME, *words)
+    assert done.returncode == 0, done.stderr
+    assert len(EmbeddingStore(tmp_path / "store")) == 8
+    with hosted(predictors[0], tmp_path / "s", keep=many) as running:
+        assert running.post("/v1/answers", files={"a": photo(0, 99)}).status_code == 200
+    assert len(list(many.iterdir())) == 100_001

@@ -38,13 +38,19 @@ from vilu.artifacts.disk import advice_to_owner
 from vilu.cli.app import app
 from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
 from vilu.errors import StorageError, UsageError, ViLUError
-from vilu.process import tune_process
+from vilu.process import keep_ray_on_this_machine, tune_process
 
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
 """Class of the exceptions that typer raises for an invalid command line.
 
 typer does not export this class, so it is found as the base of one of its subclasses.
 """
+
+MEMORY_ERRORS = (MemoryError, ImportError, RuntimeError)
+"""Exceptions that a lack of memory may raise; the last two have other reasons, too."""
+
+NO_MEMORY = ("failed to map segment", "can't allocate memory", "can't start new thread")
+"""Words for a lack of memory: of the loader of libraries, of torch, and of Python."""
 
 
 def entry() -> None:
@@ -54,6 +60,7 @@ def entry() -> None:
     second.
     """
     tune_process()
+    keep_ray_on_this_machine()
     code = 1  # stays 1 if ``main`` fails with a traceback
 
     def leave() -> None:
@@ -113,7 +120,9 @@ def _run() -> int:
     except ViLUError as error:
         complain("error", str(error))
         return error.exit_code
-    except MemoryError as error:
+    except MEMORY_ERRORS as error:
+        if not _is_about_memory(error):
+            raise
         complain("error", f"there is not enough memory ({str(error) or 'no details'}).{_limit()}")
         return StorageError.exit_code
     except OSError as error:
@@ -135,6 +144,13 @@ def _misuse(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its 
         program = error.ctx.find_root().command_path
         command += error.ctx.command_path.removeprefix(program)
     return f"{sentence} See {command} --help."
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Whether memory was missing, for a value, a library or a thread."""
+    if isinstance(error, MemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)
 
 
 def _limit() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -190,6 +191,7 @@ def serve_ray(
     make_folder(setup.state)
     with locked(setup.state, "serving with the state in"):
         ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"),
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=False,

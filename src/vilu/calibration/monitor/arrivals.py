@@ -56,7 +56,9 @@ class Seen:
         # before it, and there are few runs to search. Long runs are left as they are, because a
         # merge takes several times the memory of its runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
-            run = np.union1d(self.runs.pop(), run)
+            # Both are sorted, and no hash is in two runs. So a sort joins them.
+            run = np.concatenate([self.runs.pop(), run])
+            run.sort(kind="stable")
         self.runs.append(run)
 
     def new(self, outcomes: Outcomes, *, labels: bool = False) -> tuple[Ints, NDArray[np.bool_]]:
