@@ -54,7 +54,7 @@ def main() -> None:
         for number in range(90):
             page = Path(place) / f"page{number:03}"
             truth[page.name] = scanned(page.with_suffix(".png"), random)
-            command = ["tesseract", f"{page}.png", page, "--psm", "6", "tsv"]
+            command = ["tesseract", f"{page}.png", str(page), "--psm", "6", "tsv"]
             environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
             subprocess.run(command, check=True, capture_output=True, env=environment)
         words = word_answers(sorted(Path(place).glob("*.tsv")), truth=truth)
