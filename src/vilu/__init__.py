@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vilu import metrics as metrics
     from vilu.backbones.catalog import load_backbone as load_backbone
     from vilu.calibration.calibration import Calibration as Calibration
+    from vilu.calibration.estimates import Estimate as Estimate
+    from vilu.calibration.estimates import estimate as estimate
     from vilu.calibration.monitor.monitor import Monitor as Monitor
     from vilu.calibration.procedure import calibrate_predictor as calibrate_predictor
     from vilu.calibration.rules import Rule as Rule
@@ -74,6 +76,7 @@ _NAMES = {
     "vilu.datasets.catalog": "open_dataset",
     "vilu.calibration.target": "Target",
     "vilu.calibration.rules": "Rule certify certify_clusters",
+    "vilu.calibration.estimates": "Estimate estimate",
     "vilu.calibration.selective": "Selective load",
     "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",

@@ -219,15 +219,17 @@ def test_a_rule_about_single_rows_is_saved_as_before() -> None:
 
 def test_what_is_no_guarantee_about_clusters_is_refused() -> None:
     outcomes, names = bursts(100, size=2)
-    with pytest.raises(UsageError, match="largest is for the risk"):
+    with pytest.raises(UsageError, match="largest_cluster is for the cluster_risk"):
         vilu.certify_clusters(outcomes, names, "majority", max_risk=0.1, largest=2)
-    with pytest.raises(UsageError, match="largest must be"):
+    with pytest.raises(UsageError, match="largest_cluster must be"):
         vilu.certify_clusters(outcomes, names, "ratio", max_risk=0.1, largest=0)
     with pytest.raises(UsageError, match="risk must be"):
         vilu.certify_clusters(outcomes, names, "median", max_risk=0.1)
-    with pytest.raises(DataError, match=r"one cluster per row \(200\). Got 199"):
+    with pytest.raises(
+        DataError, match=r"cluster must have one entry per uncertainty \(200\). Got 199"
+    ):
         vilu.certify_clusters(outcomes, names[:-1], "ratio", max_risk=0.1)
-    with pytest.raises(DataError, match="empty cluster"):
+    with pytest.raises(DataError, match="row 0 has no cluster"):
         vilu.certify_clusters(outcomes, ["", *names[1:]], "ratio", max_risk=0.1)
     with pytest.raises(DataError, match="no cluster of up to 1 rows"):
         vilu.certify_clusters(outcomes, names, "ratio", max_risk=0.1, largest=1)

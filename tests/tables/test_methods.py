@@ -14,7 +14,16 @@ from vilu.errors import DataError, NotFittedError, UsageError
 from vilu.methods import AnswerProbe, AnswerScore, AnswerScores
 from vilu.metrics import auroc
 from vilu.predictors.persistence.storage import load_predictor
-from vilu.tables.combine import MAPS, best_probe, folds_of, log_losses, platt, rising_logistic
+from vilu.tables.combine import (
+    MAPS,
+    best_probe,
+    folds_of,
+    log_losses,
+    platt,
+    ridge_logistic,
+    rising_logistic,
+)
+from vilu.tables.methods import clusters_of
 
 FITTED = (AnswerScores, AnswerProbe)
 
@@ -86,13 +95,32 @@ def test_folds_keep_clusters_together() -> None:
         assert len(set(cluster[mask]) & set(cluster[~mask])) == 0
 
 
+def test_probabilities_are_calibrated_on_new_rows() -> None:
+    """A probe of many useless features is too sure; the held-out folds mend it."""
+    test = table(4000, 1000, features=150)
+    u = AnswerProbe().fit(table(400, features=150)).predict_uncertainty(test)
+    # 4,000 rows with 18 % wrong: a standard error of 0.6 points, and one of the fit of 2 points
+    assert u.mean() == pytest.approx(test.failure.mean(), abs=0.07)
+    slope, _ = platt(np.log(u) - np.log1p(-u), test.failure)
+    assert 0.6 < slope < 1.6
+
+
+def test_rows_of_one_cluster_stay_in_one_fold() -> None:
+    data = vilu.open_table({**columns(6), "cluster": ["x", "y", "x", "z", "y", "x"]})
+    assert clusters_of(data).tolist() == [0, 1, 0, 2, 1, 0]
+    copies = {**columns(3), "features": np.eye(3)[[0, 1, 0]]}
+    copies["score_a"] = copies["uncertainty_b"] = copies["width"] = [1.0, 1.0, 1.0]
+    first, second, third = clusters_of(vilu.open_table(copies))
+    assert first == third != second
+
+
 def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
     """Held-out log-losses of scikit-learn on the same folds, each of a fit without its fold."""
     data = table(400, features=40)
     inputs = np.hstack([data.matrix(list(data.numbers)), data.features])
     failure = data.failure
     folds = folds_of(np.arange(400), failure, seed=0)
-    _, compared = best_probe(inputs, failure, folds)
+    probe, compared = best_probe(inputs, failure, folds)
     for ridge, loss in compared.losses.items():
         losses = np.empty(400)
         for fitted, held_out in folds:
@@ -103,6 +131,11 @@ def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
             losses[held_out] = log_losses(log_odds, failure[held_out])
         assert loss == pytest.approx(losses.mean(), rel=1e-6)
     assert compared.best == min(compared.losses, key=compared.losses.__getitem__)
+    raw = ridge_logistic(
+        (inputs - inputs.mean(axis=0)) / inputs.std(axis=0), failure, compared.best
+    )
+    assert probe.linear.weights == pytest.approx(compared.slope * raw.weights)
+    assert probe.linear.intercept == pytest.approx(compared.slope * raw.intercept + compared.shift)
 
 
 @pytest.mark.parametrize("method", FITTED)
@@ -180,6 +213,11 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         predictor.predict_uncertainty(data)
     with pytest.raises(DataError, match="fitted on a table with 40 features"):
         predictor.predict_uncertainty(table(300, features=50))
+    combined = AnswerScores().fit(table(300, features=40))
+    with pytest.raises(DataError, match="fitted on a table with 40 features"):
+        vilu.Selective(combined).calibrate(table(300, 500, features=50), max_risk=0.2)
+    bare = vilu.Selective(combined).calibrate(table(300, 500), max_risk=0.2)
+    assert bare.calibration.n == 300
     without = {name: values for name, values in columns(300).items() if name != "width"}
     with pytest.raises(DataError, match="Missing: width"):
         AnswerScores().fit(data).predict_uncertainty(without)

@@ -107,6 +107,24 @@ def test_every_kind_of_source_gives_the_same_table(tmp_path: Path) -> None:
     assert tables[0].features.tolist() == [[1, 2], [3, 4]]
 
 
+def test_categories_are_texts() -> None:
+    categories = pa.array(["x", "y"]).dictionary_encode()
+    table = vilu.open_table(pa.table({"id": ["a", "b"], "score": [1, 2], "cluster": categories}))
+    assert table.cluster == ("x", "y")
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    parquet = tmp_path / "answers.parquet"
+    pyarrow.parquet.write_table(pa.table({"id": ["a"] * 100, "score": [1.0] * 100}), parquet)
+    parquet.write_bytes(parquet.read_bytes()[:200])
+    with pytest.raises(DataError, match="is not a readable parquet table"):
+        vilu.open_table(parquet)
+    path = tmp_path / "answers.csv"
+    path.write_bytes(b"id,score\n\xff\xfe,1\n")
+    with pytest.raises(DataError, match="invalid UTF8"):
+        vilu.open_table(path)
+
+
 def test_features_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 2 \(id 'b'\): a number in features"):
         vilu.open_table({**columns(), "features": [[1.0, 2.0], [3.0, np.nan]]})

@@ -210,8 +210,10 @@ class Calibration(Document):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the rule judges all rows of a batch together."""
-        return self.rule is not None and self.rule.needs_batch
+        """Whether the rule judges all rows of a batch, or of a cluster, together."""
+        if self.rule is None:
+            return False
+        return self.rule.needs_batch or self.rule.clusters is not None
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
         """Refuse another predictor, other candidates and other photos, for which nothing holds.
@@ -337,7 +339,7 @@ class Calibration(Document):
         if self.rule is None:
             return outcomes
         groups = group_names(outcomes) if self.rule.grouped_by == "prediction" else None
-        reasons = self.rule.reasons(outcomes.uncertainty, groups)
+        reasons = self.rule.reasons(outcomes.uncertainty, groups, outcomes.cluster)
         if ood is not None:
             for row in np.flatnonzero(ood).tolist():
                 if reasons[row] == ABOVE:
@@ -411,11 +413,16 @@ def _reasons_in_folder(
 
 
 def require_about_new(rule: Rule | LabelSets | None) -> None:
-    """Refuse a rule about the photos of one folder, where new rows are to be decided on."""
+    """Refuse a rule about one folder or about clusters, where new rows come one by one."""
     if isinstance(rule, Rule) and rule.closed is not None:
         raise ProvenanceError(
             f"this guarantee is about {rule.closed} of one folder, and about no new image. "
             f"{ABOUT_NEW}"
+        )
+    if isinstance(rule, Rule) and rule.clusters is not None:
+        raise ProvenanceError(
+            "this guarantee is about clusters of rows, and not about rows that come one by one. "
+            "Score a table with all rows of its clusters: vilu score PREDICTOR TABLE -o FILE."
         )
 
 

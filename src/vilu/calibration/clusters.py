@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,10 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Model
 from vilu.calibration.cluster_bets import LabelledRows
+from vilu.calibration.methods import ClusterRisk
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes, check_texts
-from vilu.validation import require_at_least
-
-ClusterRisk = Literal["majority", "ratio"]
 
 TOO_LARGE: Final = math.inf
 """Score of a row whose cluster is too large: no threshold accepts it."""
@@ -64,7 +62,7 @@ class Clusters(Model):
             return "of the accepted clusters have a wrong majority answer"
         return f"of the accepted answers are wrong, of clusters of up to {self.largest:,} rows"
 
-    def compared_scores(self, uncertainty: Floats, clusters: Sequence[str]) -> Floats:
+    def compared_scores(self, uncertainty: Floats, clusters: Sequence[str | None]) -> Floats:
         """Scores (N,) that are compared with the threshold, from uncertainties (N,) of rows.
 
         For "majority" this is the mean uncertainty of the cluster. A row without an uncertainty
@@ -82,24 +80,26 @@ class Clusters(Model):
         return np.where(size > (self.largest or 0), TOO_LARGE, uncertainty)
 
 
-def cluster_indices(clusters: Sequence[str], n: int) -> tuple[list[str], Ints]:
+def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], Ints]:
     """Names of the C clusters in order of first appearance, and index (N,) of that of every row.
 
     Raises:
         DataError: If ``clusters`` does not name one cluster per row.
     """
-    names = check_texts(clusters, "clusters") or ()
+    names = check_texts(clusters, "clusters", optional=True) or ()
     if len(names) != n:
         raise DataError(f"clusters must name one cluster per row ({n}). Got {len(names)} instead.")
     index_of: dict[str, int] = {}
-    for name in names:
+    for row, name in enumerate(names):
+        if not name:
+            raise DataError(
+                f"row {row} has no cluster. Give a row that is alone a cluster of its own."
+            )
         index_of.setdefault(name, len(index_of))
-    if "" in index_of:
-        raise DataError("a row has an empty cluster. Give a row that is alone a name of its own.")
     return list(index_of), np.array([index_of[name] for name in names], dtype=np.int64)
 
 
-def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str]) -> Outcomes:
+def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Outcomes:
     """One outcome per cluster: its score, and whether its majority answer is wrong.
 
     The score of a cluster is the mean uncertainty of its rows. Its answer is the one that most of
@@ -244,7 +244,7 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
 
 
 def correlation_warning(
-    outcomes: Outcomes, clusters: Sequence[str], accepted: NDArray[np.bool_]
+    outcomes: Outcomes, clusters: Sequence[str | None], accepted: NDArray[np.bool_]
 ) -> str | None:
     """What to warn of if rows were counted as independent; None if no cluster has two such rows.
 
@@ -261,12 +261,15 @@ def correlation_warning(
         matters = "which matters little here"
     return (
         f"the rule accepts {among}. The guarantee counts them as independent, {matters}. "
-        "A guarantee with a cluster risk (majority or ratio) counts clusters"
+        "With --cluster-risk (cluster_risk) clusters count"
     )
 
 
 def ratio_rows(
-    outcomes: Outcomes, is_usable: NDArray[np.bool_], clusters: Sequence[str], largest: int | None
+    outcomes: Outcomes,
+    is_usable: NDArray[np.bool_],
+    clusters: Sequence[str | None],
+    largest: int | None,
 ) -> LabelledRows:
     """The rows that count for the risk "ratio", with the bound M.
 
@@ -282,16 +285,11 @@ def ratio_rows(
         # of clusters of at most this size.
         counts &= cluster != int(size.argmax())
     else:
-        require_at_least("largest", largest, 1)
         counts &= size[cluster] <= largest
     if not counts.any():
         raise DataError(
             f"no cluster of up to {largest:,} rows is left to calibrate on. Give more clusters, or "
             "a larger bound (largest)."
         )
-    return LabelledRows(
-        uncertainty=outcomes.uncertainty[counts],
-        failure=outcomes.failure[counts],
-        cluster=cluster[counts],
-        largest=largest,
-    )
+    rows = outcomes.take(counts)
+    return LabelledRows(rows.uncertainty, rows.failure, cluster[counts], largest)

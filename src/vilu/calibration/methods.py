@@ -12,3 +12,6 @@ Method = Literal[RowsMethod, "anytime"]
 
 SetMethod = Literal["lac", "aps"]
 """Methods for label sets (``vilu.calibration.label_sets``)."""
+
+ClusterRisk = Literal["majority", "ratio"]
+"""What is guaranteed to be rare where rows come in clusters (``vilu.calibration.clusters``)."""

@@ -18,7 +18,7 @@ from vilu.calibration.copies import check_copies
 from vilu.calibration.given_answers import warn_of_in_sample
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
 from vilu.calibration.looks import in_words, note_look
-from vilu.calibration.rules import Rule, evaluable, group_names, rule_of
+from vilu.calibration.rules import Rule, evaluable, group_names, rule_of, warning_of_clusters
 from vilu.calibration.target import Target
 from vilu.calibration.thresholds import exactly, percent
 from vilu.calibration.units import ALIKE, MOST_COMPARED, CountedRows, count_once, first_of_scenes
@@ -140,7 +140,7 @@ def _calibrate(
     rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
     n_looks = 1
     if rows.picture is not None and target.has_rule:
-        n_looks = note_look(folder, rows.picture[rows.evaluable], dataclasses.asdict(target))
+        n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
     rule, saved, copies = _rule_of_pictures(target, rows, data, places)
     rows = rows.take(saved)
     warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
@@ -178,7 +178,7 @@ def _inputs(
 ) -> str:
     """Digest of predictor, data, names and target, from which a calibration is made."""
     source = source_fingerprint(data)
-    asked = dataclasses.asdict(target)
+    asked = target.facts()
     made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
     # The fingerprint of a store covers all rows. That of other sources covers a sample of the rows,
     # so the identities of all rows are added: the best kind of identity, or none if there is none.
@@ -206,6 +206,9 @@ def _rule_of_pictures(
         The rule; indices (M,) of the rows to save, which are one row per picture and all rows
         without a label; and indices, among these M, of the copies that the rule leaves out.
     """
+    if target.cluster_risk is not None:
+        # A cluster is a draw, whatever its rows are, so copies within it do no harm.
+        return _certified(rows, target), np.arange(len(rows)), np.arange(0)
     is_labelled = evaluable(rows)
     chosen, counted = count_once(rows, is_labelled)
     rule = _certified(rows, target)
@@ -223,6 +226,9 @@ def _rule_of_pictures(
             left_out = chosen[~is_different]
     if rule is not None:
         rule = rule.model_copy(update={"counted": counted})
+        warning = warning_of_clusters(rule, rows)
+        if warning is not None:
+            logger.warning("%s", warning)
     is_saved = ~is_labelled
     is_saved[chosen] = True
     saved = np.flatnonzero(is_saved)

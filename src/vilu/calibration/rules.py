@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +17,12 @@ from vilu.calibration.closed_set import AnyLooks, ClosedPhotos
 from vilu.calibration.cluster_bets import LabelledRows, ratio_threshold
 from vilu.calibration.clusters import (
     TOO_LARGE,
-    ClusterRisk,
     Clusters,
+    correlation_warning,
     majority_outcomes,
     ratio_rows,
 )
-from vilu.calibration.methods import Method, RowsMethod
+from vilu.calibration.methods import ClusterRisk, Method, RowsMethod
 from vilu.calibration.selection import drawn, p_values, selected
 from vilu.calibration.shares import (
     Strata,
@@ -49,7 +50,7 @@ from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes, check_texts
 from vilu.predictors.contract.seen import LEARNED_FROM, MAX_SHARED
-from vilu.validation import checked, require_between
+from vilu.validation import checked
 
 ALL = ""
 """Name of the group of all rows."""
@@ -217,6 +218,12 @@ class Rule(Model):
         """
         if self.needs_batch:
             raise UsageError("this rule judges whole batches, so no row has a limit of its own.")
+        if self.clusters is not None:
+            raise UsageError("this rule judges whole clusters, so no row has a limit of its own.")
+        return self._limits(n, groups)
+
+    def _limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
+        """As ``limits``; with clusters, limits of the scores that are compared."""
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
         # Rows of a group without a threshold of its own get the interval of "(other)". If there is
         # no such interval either, nothing is accepted.
@@ -243,7 +250,7 @@ class Rule(Model):
         self,
         uncertainty: ArrayLike,
         groups: Sequence[str] | None = None,
-        clusters: Sequence[str] | None = None,
+        clusters: Sequence[str | None] | None = None,
     ) -> NDArray[np.bool_]:
         """Mask (N,) of the accepted answers; an answer without an uncertainty (NaN) is rejected.
 
@@ -274,10 +281,12 @@ class Rule(Model):
         scores = self._compared_scores(uncertainty, clusters)
         if self.needs_batch:
             return selected(self.p_values(scores), self.max_risk or 0.0)
-        floors, thresholds = self.limits(len(scores), groups)
+        floors, thresholds = self._limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
 
-    def _compared_scores(self, uncertainty: ArrayLike, clusters: Sequence[str] | None) -> Floats:
+    def _compared_scores(
+        self, uncertainty: ArrayLike, clusters: Sequence[str | None] | None
+    ) -> Floats:
         """Scores (N,) that are compared with thresholds: those of rows, or of their clusters."""
         scores = real_vector(uncertainty, "uncertainty")
         if self.clusters is None:
@@ -310,7 +319,7 @@ class Rule(Model):
         self,
         uncertainty: ArrayLike,
         groups: Sequence[str] | None = None,
-        clusters: Sequence[str] | None = None,
+        clusters: Sequence[str | None] | None = None,
     ) -> list[str | None]:
         """Reason for every row why it is not accepted; None where it is accepted.
 
@@ -324,7 +333,7 @@ class Rule(Model):
         if self.needs_batch:
             reasons[~self.accept(scores)] = "not_selected"
         else:
-            floors, thresholds = self.limits(len(scores), groups)
+            floors, thresholds = self._limits(len(scores), groups)
             is_within = scores <= thresholds  # False for NaN, so such a row gets a reason too
             reasons[~is_within] = "above_threshold"
             reasons[scores <= floors] = "below_floor"
@@ -470,13 +479,26 @@ def certify(
         class_shares=None if class_shares is None else dict(class_shares),
     )
     target.check_rule(grouped=groups is not None)
-    return rule_of(outcomes, target, groups)
+    rule = rule_of(outcomes, target, groups)
+    warning = warning_of_clusters(rule, outcomes)
+    if warning is not None:
+        warn_caller(warning)
+    return rule
+
+
+def warning_of_clusters(rule: Rule, outcomes: Outcomes) -> str | None:
+    """What to warn of if a rule counts rows of one cluster as independent; None if nothing."""
+    counts_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
+    if outcomes.cluster is None or not counts_rows:
+        return None
+    accepted = rule.accept(outcomes.uncertainty)
+    return correlation_warning(outcomes, outcomes.cluster, accepted)
 
 
 @checked
 def certify_clusters(
     outcomes: Outcomes,
-    clusters: Sequence[str],
+    clusters: Sequence[str | None],
     risk: ClusterRisk,
     *,
     max_risk: float,
@@ -519,16 +541,26 @@ def certify_clusters(
         >>> rule.accept([0.1, 0.1, 0.9], clusters=["a", "a", "b"]).tolist()
         [True, True, False]
     """
-    require_between("max_risk", max_risk)
-    require_between("confidence", confidence)
+    target = Target(
+        max_risk=max_risk, confidence=confidence, cluster_risk=risk, largest_cluster=largest
+    )
+    target.check_rule(grouped=False)
+    return rule_of(replace(outcomes, cluster=clusters), target)
+
+
+def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
+    """The rule for a target with a risk of clusters; it may accept nothing."""
     is_usable = evaluable(outcomes)
-    if risk == "ratio":
-        rows = ratio_rows(outcomes, is_usable, clusters, largest)
-        return _ratio_rule(rows, max_risk, confidence)
-    if largest is not None:
-        raise UsageError('largest is for the risk "ratio". Leave it out.')
-    per_cluster = majority_outcomes(outcomes, clusters)
-    rule = rule_of(per_cluster, Target(max_risk=max_risk, confidence=confidence))
+    if outcomes.cluster is None:
+        raise DataError(
+            "a risk of clusters needs the cluster of every row: a column cluster in the table."
+        )
+    max_risk = target.max_risk or 0.0  # with a cluster_risk there is one (``check_clusters``)
+    if target.cluster_risk == "ratio":
+        rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
+        return _ratio_rule(rows, max_risk, target.confidence)
+    per_cluster = majority_outcomes(outcomes, outcomes.cluster)
+    rule = rule_of(per_cluster, Target(max_risk=max_risk, confidence=target.confidence))
     return rule.model_copy(update={"clusters": Clusters(risk="majority", n=rule.n)})
 
 
@@ -549,6 +581,8 @@ def rule_of(
     outcomes: Outcomes, target: Target, groups: Sequence[str] | Literal["prediction"] | None = None
 ) -> Rule:
     """The rule for a target, as ``certify`` makes it; the rule may accept nothing."""
+    if target.cluster_risk is not None:
+        return _rule_of_clusters(outcomes, target)
     chosen, counted = count_once(outcomes, evaluable(outcomes))
     rows = outcomes.take(chosen)
     thresholds: dict[str, Threshold] = {}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from vilu.calibration.methods import Method, RowsMethod, SetMethod
+from vilu.calibration.methods import ClusterRisk, Method, RowsMethod, SetMethod
 from vilu.calibration.shares import check_shares
 from vilu.errors import UsageError
-from vilu.validation import checked_fields, require_between
+from vilu.validation import checked_fields, require_at_least, require_between
 
 
 @checked_fields
@@ -33,6 +33,9 @@ class Target:
             calibration rows.
         class_shares: Expected share of each class, by name, among the pictures of the classes;
             None: the shares among the calibration rows.
+        cluster_risk: "majority" or "ratio", as in ``vilu.certify_clusters``; None: rows count.
+        largest_cluster: For "ratio": largest number of rows of a cluster that is covered; None: the
+            size of the largest calibration cluster.
 
     Examples:
         >>> import vilu
@@ -52,6 +55,25 @@ class Target:
     max_miss: float = 0.1
     outside_share: float | None = None
     class_shares: Mapping[str, float] | None = None
+    cluster_risk: ClusterRisk | None = None
+    largest_cluster: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields to save; a target without clusters has those of earlier versions."""
+        return self._without_clusters(fields_of(self))
+
+    def facts(self) -> dict[str, Any]:
+        """The fields as a dictionary, for digests."""
+        return self._without_clusters(dataclasses.asdict(self))
+
+    def _without_clusters(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields but for those of clusters, if there is no risk of clusters."""
+        # So digests of targets, and fingerprints of calibrations, stay as they were.
+        if self.cluster_risk is None:
+            fields.pop("cluster_risk", None)
+            fields.pop("largest_cluster", None)
+        return fields
 
     @property
     def has_rule(self) -> bool:
@@ -92,6 +114,23 @@ class Target:
                     "class."
                 )
         self.check_shares(grouped=grouped)
+        self.check_clusters(grouped=grouped)
+
+    def check_clusters(self, *, grouped: bool) -> None:
+        """Refuse a risk of clusters together with options that do not support it."""
+        if self.largest_cluster is not None:
+            require_at_least("largest_cluster", self.largest_cluster, 1)
+            if self.cluster_risk != "ratio":
+                raise UsageError('largest_cluster is for the cluster_risk "ratio". Leave it out.')
+        if self.cluster_risk is None:
+            return
+        has_only_max_risk = self.max_risk is not None and self.min_coverage is None
+        is_plain = has_only_max_risk and self.method == "ltt" and not self.states_shares
+        if not is_plain or grouped:
+            raise UsageError(
+                "a cluster_risk takes a max_risk and the method ltt, and no min_coverage, groups "
+                "or shares."
+            )
 
     def check_shares(self, *, grouped: bool) -> None:
         """Refuse impossible shares, and shares together with options that do not support them."""

@@ -24,6 +24,7 @@ from vilu.cli.console import (
     require_kinds,
     set_verbosity,
 )
+from vilu.cli.estimating import estimate
 from vilu.cli.images import embed
 from vilu.cli.looking import demo, explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
@@ -186,6 +187,7 @@ ON_DATA = (
     calibrate,
     score,
     evaluate,
+    estimate,
     report,
     explain,
     monitor,

@@ -309,6 +309,7 @@ WANTED: dict[str, dict[str, str]] = {
     "score": WITH_SECOND,
     "explain": {**WITH_SECOND, "train": STORE},
     "evaluate": {"scores": SCORES},
+    "estimate": {"data": STORE, "predictor": PREDICTOR, "second": STORE},
     "monitor": {"predictor": PREDICTOR, "scores": SCORES, "late_labels": SCORES},
     "report": {"run": SCORES, **PAIR},
     "export": {"predictor": PREDICTOR},

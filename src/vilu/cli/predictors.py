@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from vilu.calibration.methods import Method, SetMethod
+from vilu.calibration.methods import ClusterRisk, Method, SetMethod
 from vilu.cli import console
 from vilu.cli.console import next_step
 from vilu.cli.options import (
@@ -615,6 +615,22 @@ OutsideShare = Annotated[
         "[their share in the calibration rows]",
     ),
 ]
+ClusterRiskOption = Annotated[
+    ClusterRisk | None,
+    Option(
+        help="For a table with a column cluster, whose rows may be wrong together. majority: at "
+        "most --max-risk of the accepted clusters have a wrong majority answer. ratio: at most "
+        "--max-risk of the accepted rows are wrong. [every row counts, with a warning]"
+    ),
+]
+LargestCluster = Annotated[
+    int | None,
+    Option(
+        min=1,
+        help="For ratio: rows of larger clusters are left for review; choose it without a look at "
+        "the labels. [the size of the largest cluster]",
+    ),
+]
 OptionalData = Annotated[
     Path | None,
     path_argument(
@@ -657,6 +673,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_miss: MaxMiss = 0.1,
     outside_share: OutsideShare = None,
     class_shares: ClassShares = None,
+    cluster_risk: ClusterRiskOption = None,
+    largest_cluster: LargestCluster = None,
     output: AloneOutput = None,
     *,
     reading: Reading,
@@ -703,6 +721,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         max_miss=max_miss,
         outside_share=outside_share,
         class_shares=shares,
+        cluster_risk=cluster_risk,
+        largest_cluster=largest_cluster,
     )
     if method == "anytime":
         calibration = _calibrate_at_any_time(

@@ -443,6 +443,10 @@ class EmbeddingSource(ABC):
         ids: (N,) row identifiers for display. Rows are compared by ``identities``.
         target: (N,) int64 index of the right candidate of every row; -1 where unknown.
         text: (K, D) candidates, if they are shared by all rows.
+        cluster: (N,) names of the clusters of the rows, which may be wrong together; None: no
+            clusters are known.
+        answer_numbers: (N,) numbers of answers that are no candidates, equal for equal answers of
+            rows in clusters; None: there are none.
         pool_size: Number of rows of a pool, whose captions are the candidates of the pool. None if
             the candidates are shared by all rows.
         columns: Names of the available columns (``vilu.embeddings.columns``).
@@ -482,6 +486,8 @@ class EmbeddingSource(ABC):
     target: Tensor
     text: Tensor
     pool_size: int | None = None
+    cluster: Sequence[str] | None = None
+    answer_numbers: NDArray[np.int64] | None = None
     columns: frozenset[str] = frozenset()
     candidate_of: Tensor | None = None
     second: EmbeddingSource | None = None

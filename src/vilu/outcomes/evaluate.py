@@ -101,8 +101,9 @@ def evaluate(
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
         warn_caller(f"{consequence}: {_listed(scarce)}.")
     if repeated:
-        note = " Intervals are of the pictures." if n_resamples else ""
-        warn_caller(f"rows of one picture are no independent answers: {_listed(repeated)}.{note}")
+        unit = "cluster" if any(tally.has_clusters for tally in tallies) else "picture"
+        note = f" Intervals are of the {unit}s." if n_resamples else ""
+        warn_caller(f"rows of one {unit} are no independent answers: {_listed(repeated)}.{note}")
     return ResultTable(tuple(rows))
 
 
@@ -326,10 +327,9 @@ def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.i
     if no two rows show one picture in ``b`` either.
     """
     for outcomes in (a, b):
-        if outcomes.picture is not None:
-            picture = repeated_pictures(outcomes.picture[rows])
-            if picture is not None:
-                return picture
+        picture = repeated_pictures(outcomes.identities(rows))
+        if picture is not None:
+            return picture
     return None
 
 
@@ -534,7 +534,9 @@ def _repeated(tally: Tally) -> list[str]:
     scores = tally.scores
     if scores.n_pictures >= (1 - MANY_REPEATS) * scores.n:
         return []
-    return [f"the {scores.n} rows of {_name(tally)} show {scores.n_pictures} pictures"]
+    shown = "are of" if tally.has_clusters else "show"
+    unit = "clusters" if tally.has_clusters else "pictures"
+    return [f"the {scores.n} rows of {_name(tally)} {shown} {scores.n_pictures} {unit}"]
 
 
 def _scarce(tally: Tally) -> list[str]:

@@ -134,6 +134,7 @@ class Tally:
     seed: int | None = None  # seed of the predictor
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
     sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
+    has_clusters: bool = False  # whether the rows that are resampled together are clusters
 
     def asked(self, metric: Metric) -> Scores | None:
         """Rows from which a metric is computed; None if it needs probabilities that are missing."""
@@ -162,6 +163,7 @@ DECISION = ("decision", "decision_reason", "label_set")
 
 TEXT_COLUMNS = (
     *("key", "pred_name", "label_name", "reason", "score_name", "answer", "zero_shot_name"),
+    "cluster",
     *DECISION,
 )
 """Columns of a file that hold texts."""
@@ -173,6 +175,7 @@ OPTIONAL = {
     "reason": "string",
     "failure_probability": "float64",
     "picture": "int64",
+    "cluster": "string",
     "zero_shot": "int64",
     **dict.fromkeys(DECISION, "string"),
 }
@@ -198,7 +201,7 @@ KINDS = {
 }
 """Types of the fields that have one value for all rows, by the name of the field."""
 
-FILLED = ("prediction", "target", "reason", "picture")
+FILLED = ("prediction", "target", "reason", "picture", "cluster")
 """Optional columns that some parts of ``concat`` may lack. Their rows get missing values."""
 
 OF_PROBLEM = ("space", "predictor_space", "n_candidates", "pool_size")
@@ -286,6 +289,8 @@ class Outcomes:
             such a row. As an argument, an empty array means that there is no such row.
         picture: Identities (N,) int64 of the pictures, -1 where not known. Rows that show the same
             picture have the same number. None if no picture is known.
+        cluster: Names of the clusters of the N rows (bursts, pages, ...), whose rows may be wrong
+            together; None in rows that are alone.
         ids: Identifiers of the N rows.
         class_names: Names of the candidates; predictions and targets are indices of this list.
         method: Name of the predictor.
@@ -349,6 +354,7 @@ class Outcomes:
     picture: NDArray[np.int64] | None = None
     answer: str = "zero_shot"
     zero_shot: NDArray[np.int64] | None = None
+    cluster: Sequence[str | None] | None = None
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
@@ -368,7 +374,7 @@ class Outcomes:
                 columns[name] = check_codes(getattr(self, name), name, last)
         if self.target is not None:
             columns["target"] = check_codes(self.target, "target", last, first=OUTSIDE)
-        for name in ("reason", *DECISION):
+        for name in ("reason", "cluster", *DECISION):
             columns[name] = check_texts(getattr(self, name), name, optional=True)
         require_decisions(columns["decision"])
         for name, column in columns.items():
@@ -634,6 +640,20 @@ class Outcomes:
             return column
         return pa.array(self.class_names, pa.string()).take(column)
 
+    def identities(self, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+        """Numbers (M,) of the clusters of the chosen rows, or else of their pictures; -1: alone.
+
+        Rows with one number are resampled together.
+        """
+        if self.cluster is not None:
+            number_of: dict[str | None, int] = {None: UNKNOWN}
+            for name in self.cluster:
+                number_of.setdefault(name, len(number_of))
+            return np.array([number_of[name] for name in self.cluster], dtype=np.int64)[rows]
+        if self.picture is not None:
+            return self.picture[rows]
+        return None
+
     def tally(self) -> Tally:
         """The counts from which ``vilu.evaluate`` computes metrics.
 
@@ -647,10 +667,8 @@ class Outcomes:
         scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        identities = None  # of the pictures of the evaluable rows
-        if self.picture is not None:
-            identities = self.picture[rows]
-        picture = repeated_pictures(identities)
+        pictures = None if self.picture is None else self.picture[rows]
+        picture = repeated_pictures(self.identities(rows))
         scores = ScoredRows(self.uncertainty[rows], failure, picture=picture)
         within = scores
         if self.outside.any():
@@ -671,7 +689,8 @@ class Outcomes:
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
-            sample=sample_of_rows(identities, ids),
+            sample=sample_of_rows(pictures, ids),
+            has_clusters=self.cluster is not None,
             **facts_of(self),
         )
 
@@ -710,8 +729,8 @@ class Outcomes:
 
         Every table has the columns row_id, key, pred, pred_name, label, label_name, uncertainty,
         failure, reason, score_name and answer. It has the columns zero_shot, zero_shot_name,
-        failure_probability, decision, decision_reason, label_set and picture_id if the outcomes
-        have them. Unknown values are null. The label is -2 in rows that are ``outside``.
+        failure_probability, cluster, decision, decision_reason, label_set and picture_id if the
+        outcomes have them. Unknown values are null. The label is -2 in rows that are ``outside``.
 
         Args:
             row_id: Indices (N,) of the rows in their data set; None: 0 to N-1.
@@ -759,7 +778,7 @@ class Outcomes:
                 zero_shot = nullable_codes(self.zero_shot, n)
                 columns["zero_shot"] = zero_shot
                 columns["zero_shot_name"] = no_names if names is None else names.take(zero_shot)
-            for name in ("failure_probability", *DECISION):
+            for name in ("failure_probability", "cluster", *DECISION):
                 values = getattr(self, name)
                 if values is not None:
                     columns[name] = pa.array(values, OPTIONAL[name], from_pandas=True)

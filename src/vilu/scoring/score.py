@@ -122,9 +122,9 @@ def require_streaming(calibration: CalibrationLike | None) -> None:
     """Refuse a rule that judges all rows of a batch together."""
     if calibration is not None and calibration.needs_batch:
         raise UsageError(
-            "conformal selection judges all rows of a batch together: there is no decision about "
-            "one image, nor in a folder of scores, written part by part. Score into a file, or "
-            "calibrate with --method ltt."
+            "conformal selection and rules about clusters judge all rows of a batch together: "
+            "there is no decision about one image, nor in a folder of scores, written part by "
+            "part. Score into a file, or calibrate with --method ltt and without a cluster risk."
         )
 
 
@@ -265,6 +265,11 @@ def score_rows(
         # The candidates of a table are only "the answer" and "another one": they say nothing more
         # than the failures do.
         outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
+    if source.answer_numbers is not None:
+        outcomes = replace(outcomes, prediction=source.answer_numbers[indices])
+    if source.cluster is not None:
+        clusters = [source.cluster[index] for index in indices.tolist()]
+        outcomes = replace(outcomes, cluster=clusters)
     if predictor.calibrator_ is not None:
         probability = predictor.failure_probability(outcomes.uncertainty)
         outcomes = replace(outcomes, failure_probability=probability)

@@ -21,6 +21,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.predictors.contract.given_logits import require_kind
 from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
+from vilu.predictors.contract.seen import Overlap
 from vilu.tables.combine import (
     CrossValidated,
     Linear,
@@ -155,10 +156,23 @@ class AnswerMethod(FailurePredictor):
             )
         width = self.notes_.get(WIDTH, 0)
         if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != width:
-            raise DataError(
-                f"this {self.name} was fitted on a table with {width} features. Got "
-                f"{data.n_features} instead."
-            )
+            raise self._wrong_width(width, data.n_features)
+        # Other methods do not read the features, but near copies are known by them.
+        width = 0 if self.space_ is None else self.space_.embed_dim
+        if width and data.has_vectors and data.space.embed_dim != width:
+            raise self._wrong_width(width, data.space.embed_dim)
+
+    def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
+        """Find which rows were used to fit, after a check that the table has the same columns."""
+        self._check_source(data, self.columns_to_score)
+        return super().seen(data, rows)
+
+    def _wrong_width(self, expected: int, present: int) -> DataError:
+        """The error about features of another width than those of the fit."""
+        return DataError(
+            f"this {self.name} was fitted on a table with {expected} features. Got {present} "
+            "instead."
+        )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         # As in the base class, but no space of embeddings is compared: a table has none.

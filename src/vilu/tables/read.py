@@ -264,8 +264,12 @@ def _texts(
 
     if name not in columns:
         return None
+    column = columns[name]
+    if pa.types.is_dictionary(column.type):
+        # pyarrow cannot cast the categories of polars, but it can list them.
+        column = pa.chunked_array([pa.array(column.to_pylist())])
     try:
-        cells = columns[name].cast(pa.string()).to_pylist()
+        cells = column.cast(pa.string()).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{where}: column {name} must hold texts: {error}") from error
     texts = []

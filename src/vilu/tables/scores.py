@@ -56,6 +56,8 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
                     table.failure,
                     ids=table.ids,
                     picture=table.picture_identities(),
+                    prediction=table.answer_numbers,
+                    cluster=table.cluster,
                     method=name,
                     dataset=table.name,
                     answer="given",

@@ -145,6 +145,8 @@ class AnswerTable(EmbeddingSource):
         self.answer = answer
         self.group = group
         self.cluster = cluster
+        if answer is not None and cluster is not None:
+            self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
         self.features = features
         self.asked_for = asked_for
         self.unused = unused
@@ -360,7 +362,7 @@ ROLE_BY_SIGN: Final[dict[Sign, str]] = {
 """The role of a numeric column in words, by its sign."""
 
 
-def _taken(texts: tuple[Text, ...] | None, rows: Ints) -> tuple[Text, ...] | None:
+def _taken(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...] | None:
     """The texts of some rows; None without texts."""
     if texts is None:
         return None

@@ -183,3 +183,21 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
             f"the label {OUTSIDE_NAME} they would count as wrong answers."
         )
     return photos.take(rows)
+
+
+def all_rows_with_random_labels(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
+    """All rows of a store, some of them labelled, to say something about all.
+
+    Raises:
+        UsageError: If ``vilu next`` chose labelled rows, by their scores.
+        DataError: In the cases of ``label_store``.
+    """
+    photos, book = label_store(store, files)
+    n_chosen = sum(entry.stream != "given" and entry.label is not None for entry in book)
+    if n_chosen:
+        raise UsageError(
+            f"`vilu next` or `vilu triage` chose {plural(n_chosen, 'labelled row')} by their "
+            "scores, so they say nothing about all rows. Draw rows at random, label them, and "
+            "give these labels only."
+        )
+    return photos

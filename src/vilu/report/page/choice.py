@@ -87,7 +87,7 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
             "scores do not tell the groups."
         )
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
-    accepted = rule.accept(outcomes.uncertainty, groups)
+    accepted = rule.accept(outcomes.uncertainty, groups, outcomes.cluster)
     first_line, *_ = str(rule).splitlines()
     if rule.needs_batch:
         # Conformal selection has no fixed threshold. In a single batch it accepts the same rows as

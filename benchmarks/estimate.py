@@ -1,0 +1,191 @@
+"""Do intervals of error rates hold? ``python -m benchmarks.estimate [SET.npz ...]``.
+
+Made-up worlds: 3,000 rows, of which 100, or ``--labels``, are drawn at random and labelled. A row
+is wrong with a probability p and has a prediction f of it. "Held" is the share of 1,000 draws in
+which the interval holds the error rate of the 3,000 rows; the nominal confidence is 95 %. "Width"
+is the mean width as a part of that of the exact interval of the labels alone (Clopper-Pearson).
+``plain normal`` is the usual normal interval of the labels alone.
+
+- calibrated: f = p; three quarters of the rows are almost surely right, a quarter almost surely
+  wrong.
+- blind: f knows nothing, 5 % are wrong.
+- rare: 3 % are wrong, and f knows of two thirds of them.
+- too sure: f says 99.9 % of 4 % of the rows, and 80 % of them are wrong.
+- misled: f says 95 % of 5 % of the rows, of which 10 % are wrong, and 0 of the others, of which 3 %
+  are wrong.
+- smooth: f = p = u^3 of a uniform u.
+
+Sets (arrays ``image``, ``text``, ``target``): ``vilu_plus`` is fitted on a random half. Of the
+other half 100 rows are labelled, 20 times at random. What is estimated is the error rate of the
+zero-shot answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import vilu
+from vilu.calibration.thresholds import lower_bound, upper_bound
+from vilu.metrics.counts import Floats, Ints
+
+ROWS, LABELS, DRAWS, SEEDS = 3_000, 100, 1_000, 20
+
+
+def calibrated(u: Floats) -> tuple[Floats, Floats]:
+    """Probabilities that rows are wrong, and their predictions, from uniform numbers (N,)."""
+    p = np.where(u < 0.75, 0.02, 0.9)
+    return p, p
+
+
+def blind(u: Floats) -> tuple[Floats, Floats]:
+    """As ``calibrated``."""
+    return np.full(len(u), 0.05), u
+
+
+def rare(u: Floats) -> tuple[Floats, Floats]:
+    """As ``calibrated``."""
+    p = np.where(u < 0.02, 0.95, 0.01)
+    return p, p
+
+
+def too_sure(u: Floats) -> tuple[Floats, Floats]:
+    """As ``calibrated``."""
+    return np.where(u < 0.04, 0.8, 0.005), np.where(u < 0.04, 0.999, 0.005)
+
+
+def misled(u: Floats) -> tuple[Floats, Floats]:
+    """As ``calibrated``."""
+    return np.where(u < 0.05, 0.1, 0.03), np.where(u < 0.05, 0.95, 0.0)
+
+
+def smooth(u: Floats) -> tuple[Floats, Floats]:
+    """As ``calibrated``."""
+    return u**3, u**3
+
+
+WORLDS: dict[str, Callable[[Floats], tuple[Floats, Floats]]] = {
+    "calibrated": calibrated,
+    "blind": blind,
+    "rare": rare,
+    "too sure": too_sure,
+    "misled": misled,
+    "smooth": smooth,
+}
+
+
+class Held:
+    """How often an interval held the truth, and how wide it was."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.hits = 0
+        self.width = 0.0
+
+    def add(self, low: float, high: float, truth: float) -> None:
+        """Count one interval."""
+        self.n += 1
+        self.hits += low <= truth <= high
+        self.width += high - low
+
+    def in_words(self, plain: Held) -> str:
+        """The share of draws with its exact interval of 95 %, and the width."""
+        low = lower_bound(self.hits, self.n, 0.025)
+        high = upper_bound(self.hits, self.n, 0.025)
+        held = f"held {self.hits / self.n:.1%} ({low:.1%} to {high:.1%})"
+        return f"{held}, width {self.width / plain.width:.2f}"
+
+
+def repeated(
+    probability: Floats, failure: Ints, draws: int, labels: int, random: np.random.Generator
+) -> dict[str, Held]:
+    """Estimate the error rate of rows from so many random samples of labels."""
+    held = {name: Held() for name in ("predictions", "plain exact", "plain normal")}
+    for _ in range(draws):
+        add_estimate(held, probability, failure, labels, random)
+    return held
+
+
+def add_estimate(
+    held: dict[str, Held],
+    probability: Floats,
+    failure: Ints,
+    labels: int,
+    random: np.random.Generator,
+) -> None:
+    """Estimate once."""
+    known = np.full(len(failure), -1)
+    labelled = random.permutation(len(failure))[:labels]
+    known[labelled] = failure[labelled]
+    truth = float(failure.mean())
+    (error_rate,) = vilu.estimate(vilu.Outcomes(probability, known, is_probability=True))
+    held["predictions"].add(error_rate.low, error_rate.high, truth)
+    held["plain exact"].add(*error_rate.plain, truth)
+    share = float(failure[labelled].mean())
+    half = 1.96 * math.sqrt(share * (1 - share) / labels)
+    held["plain normal"].add(share - half, share + half, truth)
+
+
+def in_worlds(names: list[str], seed: int, draws: int, labels: int) -> Iterator[str]:
+    """Lines for every world; every draw has new rows."""
+    for name in names:
+        world = WORLDS[name]
+        random = np.random.default_rng(seed)
+        held = {way: Held() for way in ("predictions", "plain exact", "plain normal")}
+        for _ in range(draws):
+            probability, predicted = world(random.random(ROWS))
+            failure = (random.random(ROWS) < probability).astype(np.int64)
+            add_estimate(held, predicted, failure, labels, random)
+        yield f"{name}, {labels} labels of {ROWS:,} rows, {draws:,} draws"
+        for way, counted in held.items():
+            yield f"  {way}: {counted.in_words(held['plain exact'])}"
+
+
+def on_set(path: Path, seed: int, seeds: int, labels: int) -> str:
+    """A line for a set of real embeddings."""
+    arrays = np.load(path, allow_pickle=False)
+    image = arrays["image"].astype(np.float32)
+    order = np.random.default_rng(seed).permutation(len(image))
+    half = len(order) // 2
+    halves = []
+    for rows in (order[:half], order[half:]):
+        target = arrays["target"][rows]
+        halves.append(
+            vilu.Embeddings(image[rows], arrays["text"], target=target, logit_scale=100.0)
+        )
+    fit_rows, rest = halves
+    outcomes = vilu.score(vilu.ViLUPlus().fit(fit_rows), rest)
+    random = np.random.default_rng(seed + 1)
+    held = repeated(outcomes.uncertainty, outcomes.failure, seeds, labels, random)
+    words = held["predictions"].in_words(held["plain exact"])
+    return f"{path.stem}: {len(rest):,} rows, {outcomes.failure.mean():.1%} wrong: {words}"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="Whether intervals of error rates hold.")
+    parser.add_argument("sets", nargs="*", type=Path)
+    parser.add_argument("--world", choices=WORLDS, action="append")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--labels", type=int, default=LABELS)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    worlds = options.world or list(WORLDS)
+    if not options.sets:
+        for line in in_worlds(worlds, options.seed, options.draws, options.labels):
+            print(line, flush=True)
+    for path in options.sets:
+        print(on_set(path, options.seed, options.seeds, options.labels), flush=True)
+
+
+if __name__ == "__main__":
+    main()

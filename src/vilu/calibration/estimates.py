@@ -1,0 +1,373 @@
+"""Error rates and shares of classes from a few labels and predictions of all rows.
+
+A random sample of n rows of N is labelled. Let y be 1 where a row has a property (its answer is
+wrong, or its class is k), and 0 elsewhere. f is a prediction of y that every row has. The share of
+all N rows with the property is, for any weight w in [0, 1],
+
+    mean of w f over all N rows + mean of y - w f over all N rows.
+
+The first mean is known. The second is estimated by the n labelled rows. Its variance is small if
+w f predicts y well, and wrong predictions make no bias. The weight is the slope of y on f among the
+labelled rows (power tuning). With w = 0 only the labels count.
+
+**Interval of the second mean.** With few labels a normal interval is too short: what the sample
+does not hold, it does not know of. So the n residuals y - w f get random weights, drawn from a
+Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row, whose
+residual is the largest possible one or the smallest possible one, each with probability 1/2. The
+limits are quantiles of the weighted mean.
+
+With w = 0 the weighted mean of k ones is a mixture of Beta(k + 1, n - k) and Beta(k, n - k + 1), so
+the limits are those of Clopper and Pearson with the mid-p value (Lancaster 1961). For other
+residuals there is no proof. ``benchmarks/estimate.py`` simulates how often the interval holds the
+share.
+
+Source: Angelopoulos et al., Prediction-powered inference (2023), and PPI++ (2023) for the weight;
+Gaffke, Three test statistics for a nonparametric one-sided hypothesis on the mean of a nonnegative
+variable (2005), for the unseen row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.calibration.rules import refuse_fitted
+from vilu.calibration.thresholds import lower_bound, upper_bound
+from vilu.errors import UNKNOWN, DataError
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.contract.probability import fit_calibrator
+from vilu.validation import checked, require_between
+
+FEWEST: Final = 30
+"""Smallest number of labels with which predictions are used."""
+
+FEWEST_EXPECTED: Final = 15
+"""Smallest expected number of labelled rows of a class with which predictions are used."""
+
+DRAWS: Final = 10_000
+"""Number of draws of the random weights; the limits then vary by about 1 % of the width."""
+
+BLOCK: Final = 2**21
+"""Largest number of weights in memory."""
+
+FOLDS: Final = 10
+"""Number of folds in which labelled rows get a probability that their label did not shape."""
+
+CHOSEN: Final = 1e-4
+"""Probability at which labelled rows are taken for chosen: so unlike the others are their scores.
+
+A random sample is refused with this probability.
+"""
+
+Method = Literal["prediction-powered", "exact"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The share of N rows with a property, and its interval.
+
+    Attributes:
+        name: "error rate", or the name of a class.
+        share: The estimate.
+        low: Lower limit of the interval.
+        high: Upper limit of the interval.
+        method: "prediction-powered", or "exact" (Clopper-Pearson) where labels or rows with the
+            property are too few.
+        weight: Weight of the predictions, from 0 to 1.
+        plain: Exact interval of the labels alone.
+        n_labelled: Number of labelled rows.
+        n: Number of rows that the share is of.
+    """
+
+    name: str
+    share: float
+    low: float
+    high: float
+    method: Method
+    weight: float
+    plain: tuple[float, float]
+    n_labelled: int
+    n: int
+
+    @property
+    def relative_width(self) -> float:
+        """Width of the interval as a part of the width of ``plain``."""
+        low, high = self.plain
+        return (self.high - self.low) / (high - low)
+
+    def __str__(self) -> str:
+        text = f"{self.name}: {self.share:.1%} [{self.low:.1%}, {self.high:.1%}]"
+        if self.method == "exact":
+            return text
+        return f"{text}, {self.relative_width:.2f} times as wide as by the labels alone"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions of a property.
+
+    Attributes:
+        labelled: (n,) of the labelled rows. No label of a row shapes its own prediction.
+        everywhere: (N,) of all rows.
+    """
+
+    labelled: Floats
+    everywhere: Floats
+
+    @property
+    def least(self) -> float:
+        """The smallest prediction."""
+        return float(min(self.labelled.min(), self.everywhere.min()))
+
+    @property
+    def most(self) -> float:
+        """The largest prediction."""
+        return float(max(self.labelled.max(), self.everywhere.max()))
+
+
+@checked
+def estimate(
+    outcomes: Outcomes, *, confidence: float = 0.95, of_classes: bool = False
+) -> tuple[Estimate, ...]:
+    """How often the answers are wrong, and how many rows each class has, from a few labels.
+
+    The shares are those of the N rows. Rows with a known failure must be a random sample of them.
+    Every interval alone holds its share with about the probability ``confidence``. This is
+    simulated and no guarantee (``vilu.calibration.estimates``).
+
+    Args:
+        outcomes: N rows with an uncertainty, some with a known failure. The probabilities of
+            failure are used: ``failure_probability``, an uncertainty that is a probability, or
+            else a calibrator of the uncertainty that is fitted to the labels in folds.
+        confidence: Confidence of the intervals, in (0, 1).
+        of_classes: Whether to estimate the shares of the classes, too. It needs ``prediction``,
+            ``target`` of the labelled rows, and ``class_names``.
+
+    Returns:
+        The estimate of the error rate, and those of the classes in their order.
+
+    Raises:
+        DataError: If there is no label, if the labelled rows are clearly no random sample, if rows
+            were used in the fit, or if classes are not known.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> rng = np.random.default_rng(0)
+        >>> probability = rng.random(3000) ** 3
+        >>> failure = (rng.random(3000) < probability).astype(int)
+        >>> true_rate = failure.mean()
+        >>> failure[rng.permutation(3000)[100:]] = -1  # 100 labels are left
+        >>> outcomes = vilu.Outcomes(probability, failure, is_probability=True)
+        >>> (error_rate,) = vilu.estimate(outcomes)
+        >>> print(error_rate)
+        error rate: 26.4% [19.7%, 33.2%], 0.71 times as wide as by the labels alone
+        >>> float(round(true_rate, 3))
+        0.246
+    """
+    require_between("confidence", confidence)
+    refuse_fitted(outcomes)
+    usable = outcomes.take(np.flatnonzero(np.isfinite(outcomes.uncertainty)))
+    is_labelled = usable.failure != UNKNOWN
+    _require_random_labels(usable, is_labelled)
+    failure = (usable.failure[is_labelled] == 1).astype(np.float64)
+    predicted = _failure_probability(usable, is_labelled)
+    estimates = [_estimate("error rate", failure, predicted, confidence, fewest_expected=0)]
+    if of_classes:
+        estimates += _class_shares(usable, is_labelled, predicted, confidence)
+    return tuple(estimates)
+
+
+def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> None:
+    """Refuse labels of rows whose uncertainties differ from those of the other rows."""
+    from scipy import stats
+
+    n_labelled = int(is_labelled.sum())
+    if not n_labelled:
+        raise DataError(
+            f"none of the {len(outcomes):,} rows has both a score and a label. Label rows that are "
+            "drawn at random, at least 100."
+        )
+    if n_labelled == len(outcomes):
+        return
+    test = stats.ks_2samp(outcomes.uncertainty[is_labelled], outcomes.uncertainty[~is_labelled])
+    if test.pvalue < CHOSEN:
+        raise DataError(
+            f"the {n_labelled:,} labelled rows are no random sample of the {len(outcomes):,} rows: "
+            f"their scores differ from those of the other rows (Kolmogorov-Smirnov, p = "
+            f"{test.pvalue:.1g}). Labels that `vilu next` or a person has chosen say nothing about "
+            "all rows. Draw rows at random, label them, and give no other labels."
+        )
+
+
+def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predicted:
+    """Probabilities of failure."""
+    probability = outcomes.failure_probability
+    if probability is None and outcomes.is_probability:
+        probability = outcomes.uncertainty
+    if probability is not None:
+        return Predicted(labelled=probability[is_labelled], everywhere=probability)
+    return _calibrated_in_folds(outcomes.uncertainty, outcomes.failure, is_labelled)
+
+
+def _calibrated_in_folds(
+    uncertainty: Floats, failure: Ints, is_labelled: NDArray[np.bool_]
+) -> Predicted:
+    """Probabilities of failure by calibrators that are fitted to the labels of other folds.
+
+    Rows get the mean of all calibrators (Zrnic and Candes, Cross-prediction-powered inference).
+    """
+    score = uncertainty[is_labelled]
+    failure = failure[is_labelled]
+    fold = np.random.default_rng(0).permutation(len(score)) % FOLDS
+    labelled = np.empty(len(score))
+    everywhere = np.zeros(len(uncertainty))
+    for number in np.unique(fold):
+        held_out = fold == number
+        calibrator = fit_calibrator(score[~held_out], failure[~held_out], is_log_odds=False)
+        labelled[held_out] = calibrator(score[held_out])
+        # weighted like the labelled rows of the fold, so that the mean residual has no bias
+        everywhere += calibrator(uncertainty) * held_out.mean()
+    return Predicted(labelled=labelled, everywhere=everywhere)
+
+
+def _class_shares(
+    outcomes: Outcomes, is_labelled: NDArray[np.bool_], wrong: Predicted, confidence: float
+) -> list[Estimate]:
+    """Estimates of the shares of all classes, from probabilities that the answer is wrong."""
+    names = outcomes.class_names
+    if names is None or outcomes.prediction is None or outcomes.target is None:
+        raise DataError(
+            "shares of classes need answers, names of classes, and the right class of every "
+            "labelled row. These rows lack some of them."
+        )
+    right_class = outcomes.target[is_labelled]
+    no_class = (right_class < 0) & ~outcomes.outside[is_labelled]
+    if no_class.any():
+        raise DataError(
+            f"the right class of {int(no_class.sum()):,} labelled rows is not known. Shares of "
+            "classes need it: where an answer is wrong, another class is right."
+        )
+    answer = outcomes.prediction
+    estimates = []
+    for index, name in enumerate(names):
+        says_class = answer == index
+        predicted = Predicted(
+            labelled=says_class[is_labelled] * (1 - wrong.labelled),
+            everywhere=says_class * (1 - wrong.everywhere),
+        )
+        is_of_class = (right_class == index).astype(np.float64)
+        estimates.append(
+            _estimate(name, is_of_class, predicted, confidence, fewest_expected=FEWEST_EXPECTED)
+        )
+    return estimates
+
+
+def _estimate(
+    name: str, truth: Floats, predicted: Predicted, confidence: float, *, fewest_expected: int
+) -> Estimate:
+    """The estimate of a share from labels (n,) and predictions."""
+    n = len(truth)
+    delta = 1 - confidence
+    hits = int(truth.sum())
+    plain = (lower_bound(hits, n, delta / 2), upper_bound(hits, n, delta / 2))
+    # The labels do not decide which interval is taken: that would be a choice after a look.
+    expected = n * float(predicted.everywhere.mean())
+    is_rare = min(expected, n - expected) < fewest_expected
+    by_labels = Estimate(
+        name=name,
+        share=hits / n,
+        low=plain[0],
+        high=plain[1],
+        method="exact",
+        weight=0.0,
+        plain=plain,
+        n_labelled=n,
+        n=len(predicted.everywhere),
+    )
+    if n < FEWEST or is_rare:
+        return by_labels
+    return _with_predictions(by_labels, truth, predicted, confidence)
+
+
+def _with_predictions(
+    by_labels: Estimate, truth: Floats, predicted: Predicted, confidence: float
+) -> Estimate:
+    """The estimate of the same share that uses predictions, too."""
+    weight = tuned_weight(truth, predicted.labelled)
+    known = weight * float(predicted.everywhere.mean())
+    residual = truth - weight * predicted.labelled
+    largest = 1 - weight * predicted.least
+    smallest = -weight * predicted.most
+    low, high = mean_interval(residual, smallest, largest, confidence)
+    return replace(
+        by_labels,
+        share=float(np.clip(known + residual.mean(), 0, 1)),
+        low=max(known + low, 0.0),
+        high=min(known + high, 1.0),
+        method="prediction-powered",
+        weight=weight,
+    )
+
+
+def tuned_weight(truth: Floats, predicted: Floats) -> float:
+    """Weight w in [0, 1] of predictions (n,) that makes the variance of truth - w f least.
+
+    It is the slope of a regression of the truth (n,) on the predictions; 0 if they are all equal.
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.estimates import tuned_weight
+        >>> round(tuned_weight(np.array([0.0, 0, 1, 1]), np.array([0.0, 1, 1, 2])), 6)
+        0.5
+    """
+    centred = predicted - predicted.mean()
+    square = float(centred @ centred)
+    if square == 0:
+        return 0.0
+    slope = float(centred @ truth) / square
+    return min(max(slope, 0.0), 1.0)
+
+
+def mean_interval(
+    values: Floats, smallest: float, largest: float, confidence: float
+) -> tuple[float, float]:
+    """Limits of the mean of a population from a random sample (n,) of values.
+
+    Args:
+        values: The sample.
+        smallest: Smallest value that is possible in the population.
+        largest: Largest value that is possible.
+        confidence: Confidence of the interval, in (0, 1).
+
+    Examples:
+        >>> import numpy as np
+        >>> from vilu.calibration.estimates import mean_interval
+        >>> low, high = mean_interval(np.zeros(100), 0, 1, 0.95)  # no one among 100
+        >>> low, abs(high - (1 - 0.05**0.01)) < 0.001  # mid-p: (1 - high)^100 / 2 = 0.025
+        (0.0, True)
+    """
+    n = len(values)
+    block = min(max(BLOCK // (n + 1), 1), DRAWS)
+    means = []
+    for first_draw in range(0, DRAWS, block):
+        weights = _random_weights(n + 1, min(block, DRAWS - first_draw), first_draw)
+        mean_of_seen = weights[:, :n] @ values
+        weight_of_unseen = weights[:, n]
+        means.append(mean_of_seen + weight_of_unseen * smallest)
+        means.append(mean_of_seen + weight_of_unseen * largest)
+    delta = 1 - confidence
+    low, high = np.quantile(np.concatenate(means), [delta / 2, 1 - delta / 2])
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=1)  # for the shares of many classes from the same labels
+def _random_weights(n: int, n_draws: int, seed: int) -> Floats:
+    """Draws (n_draws, n) from the Dirichlet distribution whose n parameters are 1."""
+    exponential = np.random.default_rng(seed).standard_exponential((n_draws, n))
+    weights: Floats = exponential / exponential.sum(axis=1, keepdims=True)
+    return weights

@@ -1,0 +1,143 @@
+"""The command estimate: error rates and shares of classes from few labels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+from typer import Option
+
+from vilu.cli import console
+from vilu.cli.options import Data, LabelFiles, Reading, RowsJson, path_option, reads
+from vilu.errors import UNKNOWN, UsageError
+from vilu.text import plural
+
+if TYPE_CHECKING:
+    from vilu.calibration.estimates import Estimate
+    from vilu.embeddings.source import EmbeddingSource
+    from vilu.outcomes.outcomes import Outcomes
+    from vilu.predictors.contract.predictor import FailurePredictor
+
+SHOWN = 20
+"""Largest number of classes that are printed; --json has all."""
+
+PredictorOption = Annotated[
+    Path | None,
+    path_option(
+        "Predictor that `vilu fit` wrote, fitted on other rows. [the one column of scores of the "
+        "table]",
+        metavar="PREDICTOR",
+    ),
+]
+Classes = Annotated[
+    bool, Option("--classes", help="Also estimate how many rows each class has; for stores.")
+]
+Confidence = Annotated[
+    float, Option(min=0, max=1, help="Confidence of every interval, by simulation.")
+]
+
+
+@reads
+def estimate(
+    data: Data,
+    predictor: PredictorOption = None,
+    labels: LabelFiles = None,
+    confidence: Confidence = 0.95,
+    *,
+    reading: Reading,
+    classes: Classes = False,
+    as_json: RowsJson = False,
+) -> None:
+    """Estimate how often the answers are wrong, from labels of a few rows drawn at random.
+
+    The scores of all rows make the interval shorter than labels alone would (prediction-powered
+    inference). The labelled rows must be a random sample: labels that `vilu next` asked for, or
+    that a person chose, are refused as far as that can be seen. The shares are those of the rows
+    of DATA.
+    """
+    from vilu.calibration.estimates import estimate as estimate_outcomes
+
+    source = reading.open_both(data)
+    _refuse_asked_for(source)
+    model = _model(source, data, predictor)
+    if labels is not None:
+        source = _with_labels(source, labels)
+    outcomes = _scores(model, source, data)
+    estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
+    facts = [asdict(share) for share in estimates]
+    console.print_result(facts, _in_words(estimates, confidence), as_json=as_json)
+
+
+def _refuse_asked_for(source: EmbeddingSource) -> None:
+    """Refuse a table with labels that `vilu next` asked for to fit on: it chose those rows."""
+    from vilu.tables.table import AnswerTable
+
+    if not isinstance(source, AnswerTable) or source.asked_for is None:
+        return
+    is_chosen = np.array(source.asked_for) == "fit"
+    n_chosen = int((is_chosen & (source.correct != UNKNOWN)).sum())
+    if n_chosen:
+        raise UsageError(
+            f"`vilu next` chose {plural(n_chosen, 'labelled row')} of this table to fit on, so "
+            "they say nothing about all rows. Draw rows at random, label them, and give these "
+            "labels only."
+        )
+
+
+def _model(source: EmbeddingSource, data: Path, predictor: Path | None) -> FailurePredictor:
+    """The saved predictor; or the one column of scores of a table of answers."""
+    from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.methods import one_score
+    from vilu.tables.table import AnswerTable
+
+    if predictor is not None:
+        return load_predictor(predictor)
+    if isinstance(source, AnswerTable):
+        return one_score(source)
+    raise UsageError(
+        f"{data} has no scores. Fit a predictor on other rows and name it: `vilu estimate {data} "
+        "--predictor PREDICTOR`."
+    )
+
+
+def _with_labels(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
+    """All rows of a store, with the labels of files."""
+    from vilu.store.reader import EmbeddingStore
+    from vilu.triage.store_labels import all_rows_with_random_labels
+
+    if not isinstance(source, EmbeddingStore):
+        raise UsageError(
+            "--labels are for a single store with classes. Fill in the column correct of a table, "
+            "and leave --labels out for pairs and for two models."
+        )
+    return all_rows_with_random_labels(source, files)
+
+
+def _scores(model: FailurePredictor, source: EmbeddingSource, data: Path) -> Outcomes:
+    """Scores of the rows that were not used in the fit."""
+    from vilu.scoring.score import score_fresh
+
+    is_fresh = model.unseen(source, "estimated")
+    return score_fresh(model, source, is_fresh, dataset=data.name)
+
+
+def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
+    """The estimates, with what they are of."""
+    from vilu.calibration.thresholds import exactly
+
+    error_rate, *shares = estimates
+    low, high = error_rate.plain
+    lines = [
+        f"{plural(error_rate.n, 'row')}, of which {error_rate.n_labelled:,} have a label; they "
+        "must be a random sample",
+        f"{error_rate} (intervals of {exactly(confidence)})",
+        f"  by the labels alone: [{low:.1%}, {high:.1%}] (Clopper-Pearson)",
+    ]
+    largest = sorted(shares, key=lambda share: share.share, reverse=True)
+    lines += [f"  {share}" for share in largest[:SHOWN]]
+    n_more = len(largest) - SHOWN
+    if n_more > 0:
+        lines.append(f"  and {plural(n_more, 'smaller class')}: --json has them all")
+    return "\n".join(lines)

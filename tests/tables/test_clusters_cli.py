@@ -1,0 +1,180 @@
+"""Clusters and estimates on the command line, on tables of answers and on stores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.command import run
+from tests.tables.answers import written
+from vilu.calibration.clusters import majority_outcomes
+from vilu.outcomes.outcomes import Outcomes
+
+
+def bursts(n_clusters: int, seed: int, n_labelled: int | None = None) -> dict[str, Any]:
+    """Bursts of three photos with nearly equal scores; one photo in ten dissents.
+
+    The answer of a burst is right or wrong, and so is the photo that agrees with it.
+    """
+    random = np.random.default_rng(seed)
+    cluster = np.repeat(np.arange(n_clusters), 3)
+    n = len(cluster)
+    doubt = random.random(n_clusters)
+    burst_is_wrong = random.random(n_clusters) < doubt**4
+    dissents = random.random(n) < 0.1
+    correct = (burst_is_wrong[cluster] == dissents).astype(int).tolist()
+    if n_labelled is not None:
+        labelled = set(random.permutation(n)[:n_labelled].tolist())
+        correct = [value if row in labelled else "" for row, value in enumerate(correct)]
+    return {
+        "id": [f"{seed}-{row}" for row in range(n)],
+        "answer": np.where(dissents, "fox", "cat").tolist(),
+        "score": (1 - doubt[cluster] + 0.01 * random.random(n)).tolist(),
+        "correct": correct,
+        "cluster": [f"burst{index}" for index in cluster],
+    }
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bursts")
+    written(folder / "calibration.csv", bursts(400, seed=1))
+    written(folder / "new.csv", bursts(200, seed=2))
+    written(folder / "few.csv", bursts(500, seed=3, n_labelled=100))
+    return folder
+
+
+@pytest.mark.parametrize("risk", ["majority", "ratio"])
+def test_a_risk_of_clusters_from_a_table_to_decisions(
+    tables: Path, tmp_path: Path, risk: str
+) -> None:
+    folder = tmp_path / "calibration"
+    command = ("calibrate", tables / "calibration.csv", "--max-risk", 0.2, "-o", folder)
+    done = run(*command, "--cluster-risk", risk)
+    sentence = {
+        "majority": "of the accepted clusters have a wrong majority answer",
+        "ratio": "of the accepted answers are wrong, of clusters of up to 3 rows",
+    }
+    assert sentence[risk] in done.stdout
+    data = vilu.open_table(tables / "calibration.csv")
+    assert data.cluster is not None
+    rows = Outcomes(
+        -data.numbers["score"],
+        data.failure,
+        prediction=[int(answer == "fox") for answer in data.answer or ()],
+    )
+    by_hand = vilu.certify_clusters(rows, data.cluster, risk, max_risk=0.2)
+    saved = vilu.Calibration.load(folder).rule  # which checks that it follows from the rows
+    assert saved is not None
+    assert saved.thresholds == by_hand.thresholds
+    assert saved.clusters == by_hand.clusters
+
+    scores = tmp_path / "scores.parquet"
+    run("score", folder, tables / "new.csv", "-o", scores)
+    outcomes = Outcomes.load(scores)
+    accepted = [decision == "accept" for decision in outcomes.decision or ()]
+    new = vilu.open_table(tables / "new.csv")
+    expected = by_hand.accept(-new.numbers["score"], clusters=new.cluster)
+    assert accepted == expected.tolist()
+    assert outcomes.cluster == new.cluster
+
+
+def test_the_majority_of_texts_answers_for_a_cluster(tables: Path) -> None:
+    data = vilu.open_table(tables / "calibration.csv")
+    from vilu.tables.scores import scores_of_columns
+
+    (outcomes,) = scores_of_columns(data)
+    assert outcomes.cluster is not None
+    clusters = majority_outcomes(outcomes, outcomes.cluster)
+    # burst 0 by hand: the answer of most of its three photos, and whether it is right
+    answers = (data.answer or ())[:3]
+    common = max(set(answers), key=answers.count)
+    row = answers.index(common)
+    assert clusters.failure[0] == data.failure[row]
+
+
+def test_without_a_risk_of_clusters_rows_that_correlate_warn(tables: Path, tmp_path: Path) -> None:
+    command = ("calibrate", tables / "calibration.csv", "--max-risk", 0.2)
+    done = run(*command, "-o", tmp_path / "calibration")
+    assert "which are wrong together with a correlation of" in done.stderr
+    assert "With --cluster-risk (cluster_risk) clusters count" in done.stderr
+
+
+def test_rows_one_by_one_are_refused_under_a_risk_of_clusters(tables: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    command = ("calibrate", tables / "calibration.csv", "--max-risk", 0.2, "-o", folder)
+    run(*command, "--cluster-risk", "majority")
+    refused = run("score", folder, tables / "new.csv", "-o", tmp_path / "parts", code=2)
+    assert "rules about clusters judge all rows of a batch together" in refused.stderr
+    scores = tmp_path / "scores.parquet"
+    run("score", folder, tables / "new.csv", "-o", scores)
+    refused = run("monitor", folder, scores, code=6)
+    assert "about clusters of rows, and not about rows that come one by one" in refused.stderr
+
+
+def test_impossible_risks_of_clusters_are_refused(tables: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "calibration"
+    command = ("calibrate", tables / "calibration.csv", "-o", folder)
+    refused = run(*command, "--min-coverage", 0.5, "--cluster-risk", "majority", code=2)
+    assert "a cluster_risk takes a max_risk" in refused.stderr
+    refused = run(
+        *command, "--max-risk", 0.1, "--cluster-risk", "majority", "--largest-cluster", 3, code=2
+    )
+    assert 'largest_cluster is for the cluster_risk "ratio"' in refused.stderr
+    content = bursts(100, seed=1)
+    del content["cluster"]
+    alone = written(tmp_path / "alone.csv", content)
+    refused = run(
+        "calibrate", alone, "--max-risk", 0.1, "--cluster-risk", "ratio", "-o", folder, code=3
+    )
+    assert "needs the cluster of every row: a column cluster" in refused.stderr
+
+
+def test_intervals_of_an_evaluation_are_of_clusters(tmp_path: Path) -> None:
+    def width_of(path: Path) -> float:
+        rows = json.loads(run("evaluate", path, "--json", "--resamples", 200).stdout)
+        (auroc,) = (row for row in rows if row["metric"] == "auroc")
+        return float(auroc["ci_high"] - auroc["ci_low"])
+
+    content = bursts(400, seed=1)
+    content["correct"] = np.repeat(content["correct"][::3], 3).tolist()  # bursts as a whole
+    by_clusters = written(tmp_path / "clusters.csv", content)
+    del content["cluster"]
+    by_rows = written(tmp_path / "rows.csv", content)
+    # 400 draws in place of 1,200: up to sqrt(3) times as wide
+    assert width_of(by_clusters) > 1.4 * width_of(by_rows)
+
+
+def test_estimate_of_a_table_with_few_labels(tables: Path) -> None:
+    done = run("estimate", tables / "few.csv")
+    assert "1,500 rows, of which 100 have a label" in done.stdout
+    assert "must be a random sample" in done.stdout
+    (error_rate,) = json.loads(run("estimate", tables / "few.csv", "--json").stdout)
+    truth = 1 - np.mean(bursts(500, seed=3)["correct"])
+    assert error_rate["low"] <= truth <= error_rate["high"]
+    assert error_rate["n_labelled"] == 100
+
+
+def test_estimate_refuses_labels_of_the_most_doubtful(tables: Path, tmp_path: Path) -> None:
+    content = bursts(500, seed=3)
+    doubtful = set(np.argsort(content["score"])[:100].tolist())
+    content["correct"] = [
+        value if row in doubtful else "" for row, value in enumerate(content["correct"])
+    ]
+    chosen = written(tmp_path / "chosen.csv", content)
+    refused = run("estimate", chosen, code=3)
+    assert "100 labelled rows are no random sample of the 1,500 rows" in refused.stderr
+    refused = run("estimate", tables / "few.csv", "--classes", code=3)
+    assert "shares of classes need answers, names of classes" in refused.stderr
+
+
+def test_estimate_refuses_labels_that_were_asked_for_to_fit_on(tmp_path: Path) -> None:
+    content = bursts(100, seed=3)
+    content["asked_for"] = ["fit", "calibration"] * 150
+    refused = run("estimate", written(tmp_path / "next.csv", content), code=2)
+    assert "`vilu next` chose 150 labelled rows of this table to fit on" in refused.stderr
