@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,8 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=N_SPLITS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    # that words of a page are wrong together is what is measured
+    warnings.simplefilter("ignore", UserWarning)
     words = read_pages(options.folder / "pages", options.pages, options.seed)
     words.write(options.folder / "words.csv")
     missed = words.missed_share or 0.0

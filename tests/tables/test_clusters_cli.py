@@ -171,3 +171,10 @@ def test_estimate_refuses_labels_of_the_most_doubtful(tables: Path, tmp_path: Pa
     assert "100 labelled rows are no random sample of the 1,500 rows" in refused.stderr
     refused = run("estimate", tables / "few.csv", "--classes", code=3)
     assert "shares of classes need answers, names of classes" in refused.stderr
+
+
+def test_estimate_refuses_labels_that_were_asked_for_to_fit_on(tmp_path: Path) -> None:
+    content = bursts(100, seed=3)
+    content["asked_for"] = ["fit", "calibration"] * 150
+    refused = run("estimate", written(tmp_path / "next.csv", content), code=2)
+    assert "`vilu next` chose 150 labelled rows of this table to fit on" in refused.stderr

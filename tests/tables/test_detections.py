@@ -96,8 +96,8 @@ def random_boxes(random: np.random.Generator, n: int) -> list[Json]:
     """Boxes on a coarse grid, so that equal overlaps and overlaps of exactly 0.5 occur."""
     boxes = []
     for _ in range(n):
-        left, top = random.integers(0, 12, size=2).tolist()
-        width, height = random.integers(1, 9, size=2).tolist()
+        left, top = random.integers(0, 5, size=2).tolist()
+        width, height = random.integers(3, 8, size=2).tolist()
         image = int(random.integers(1, 4))
         category = int(random.choice([CAT, DOG]))
         boxes.append(box(left, top, width, height, image=image, category=category))

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 from typer import Option
 
 from vilu.cli import console
 from vilu.cli.options import Data, LabelFiles, Reading, path_option, reads
-from vilu.errors import UsageError
+from vilu.errors import UNKNOWN, UsageError
 from vilu.text import plural
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def estimate(
     from vilu.calibration.estimates import estimate as estimate_outcomes
 
     source = reading.open_both(data)
+    _refuse_asked_for(source)
     model = _model(source, data, predictor)
     if labels is not None:
         source = _with_labels(source, labels)
@@ -65,6 +67,22 @@ def estimate(
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
     console.print_result(facts, _in_words(estimates, confidence))
+
+
+def _refuse_asked_for(source: EmbeddingSource) -> None:
+    """Refuse a table with labels that `vilu next` asked for to fit on: it chose those rows."""
+    from vilu.tables.table import AnswerTable
+
+    if not isinstance(source, AnswerTable) or source.asked_for is None:
+        return
+    is_chosen = np.array(source.asked_for) == "fit"
+    n_chosen = int((is_chosen & (source.correct != UNKNOWN)).sum())
+    if n_chosen:
+        raise UsageError(
+            f"`vilu next` chose {plural(n_chosen, 'labelled row')} of this table to fit on, so "
+            "they say nothing about all rows. Draw rows at random, label them, and give these "
+            "labels only."
+        )
 
 
 def _model(source: EmbeddingSource, data: Path, predictor: Path | None) -> FailurePredictor:
