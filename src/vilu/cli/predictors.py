@@ -904,8 +904,8 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
     if not isinstance(data, EmbeddingStore):
         raise UsageError(
-            "--labels need a single store with classes. Leave --labels out for pairs and for two "
-            "models."
+            "tables of labels need a single store with classes. Leave them out for pairs and for "
+            "two models."
         )
     return data
 
