@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect
 from vilu.artifacts.disk import make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff, stated_pixels
-from vilu.embeddings.source import DataKind
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.service import pages
 from vilu.service.bodies import (
@@ -50,6 +49,7 @@ from vilu.service.limits import (
 from vilu.service.measures import Measures
 
 if TYPE_CHECKING:
+    from vilu.embeddings.source import DataKind
     from vilu.service.engine import Engine, Judgement, Reply
 
 logger = logging.getLogger(__name__)

@@ -886,15 +886,18 @@ class FailurePredictor(ABC):
         return self.seen(data).unshared(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
-        from vilu.predictors.contract import given_logits
+        if self.takes != data.holds:
+            from vilu.predictors.contract.given_logits import require_kind
 
-        given_logits.require_kind(type(self), data)
+            require_kind(type(self), data)
         if self.no_captions is not None and data.pool_size is not None:
             raise UsageError(
                 f"{self.name} does not work on image-caption pairs: {self.no_captions}."
             )
         if not data.has_texts and data.holds == "embeddings":
-            given_logits.require_inputs(type(self), data)
+            from vilu.predictors.contract.given_logits import require_inputs
+
+            require_inputs(type(self), data)
         for column in columns:
             if column not in data.columns:
                 is_imported = column not in SECOND and column != ANSWER
