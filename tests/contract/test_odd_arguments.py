@@ -127,6 +127,10 @@ def calls_of(folder: Path) -> dict[str, Call]:
         ),
         "calibrate_scores": (mcm.calibrate_scores, {"uncertainty": [0.1, 0.3], "failure": [0, 1]}),
         "save": (mcm.save, {"folder": folder / "q"}),
+        "open_table": (
+            vilu.open_table,
+            {"source": {"id": ["a", "b"], "score": [0.1, 0.2]}, "name": "t"},
+        ),
         "Embeddings": (
             vilu.Embeddings,
             {
@@ -400,6 +404,7 @@ def outcomes(
 
 
 NOT_CALLED = {
+    "AnswerTable",  # open_table makes it
     "methods",
     "tune_process",  # of a whole process; tests/test_process.py
     *(

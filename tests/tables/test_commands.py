@@ -230,6 +230,9 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     later = vilu.open_table(second)
     assert not set(asked.ids) & set(later.ids)
 
+    labelled = ("next", work / "test.csv", "--predictor", calibrated, "-o", tmp_path / "no.csv")
+    assert "every answer" in run(*labelled, code=2).stderr
+
     predictor = tmp_path / "predictor"
     run("fit", filled(first, truth), "-o", predictor)
     assert vilu.load(predictor).notes_["n_train"] == 200

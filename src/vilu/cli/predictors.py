@@ -38,7 +38,7 @@ from vilu.text import plural
 if TYPE_CHECKING:
     from vilu.calibration.calibration import Calibration
     from vilu.calibration.target import Target
-    from vilu.embeddings.columns import AnswerKind
+    from vilu.embeddings.columns import AnswerKind, DataKind
     from vilu.embeddings.source import EmbeddingSource
     from vilu.outcomes.outcomes import Tallied
     from vilu.predictors.contract.predictor import FailurePredictor
@@ -206,7 +206,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             checkpoints.remove()
         console.print_outputs(output)
         n_rows = predictor.notes_.get("n_train", len(train))
-        next_step(f"{predictor.name} fitted on {plural(n_rows, 'row')}; {_to_score(output)}")
+        next_step(
+            f"{predictor.name} fitted on {plural(n_rows, 'row')}; {_to_score(output, train.holds)}"
+        )
 
 
 def _default_method(stores: list[Path]) -> str:
@@ -248,9 +250,12 @@ def _flags_of_fit(
     return flags
 
 
-def _to_score(predictor: Path) -> str:
+def _to_score(predictor: Path, holds: DataKind = "embeddings") -> str:
     """End of the closing line of a command: the next command, which scores with the predictor."""
-    return f"next: {console.shell('vilu', 'score', predictor, 'STORE', '-o', 'scores.parquet')}"
+    data = "STORE"
+    if holds == "answers":
+        data = "TABLE"
+    return f"next: {console.shell('vilu', 'score', predictor, data, '-o', 'scores.parquet')}"
 
 
 def _new_predictor(
@@ -787,7 +792,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     facts = calibration.model_dump(mode="json")
     console.print_result(facts, _summary(calibration))
-    next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor)}")
+    next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor, data.holds)}")
 
 
 def _predictor_of_one_score(table: Path, output: Path | None, *, overwrite: bool) -> Path:

@@ -338,6 +338,11 @@ def _next_of_table(
         raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
     answers = open_table(table)
     rows, purposes = next_answers(answers, load_predictor(predictor), asked_in(labels), n, seed)
+    if not len(rows):
+        raise UsageError(
+            f"every answer of {table} has a label, was fitted on or was asked for before, or -n is "
+            "0. Give a table with further answers."
+        )
     write_questions(output, answers.take(rows), purposes)
     console.print_outputs(output)
     next_step(

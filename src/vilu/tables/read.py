@@ -15,7 +15,7 @@ from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, nearest
 from vilu.metrics.counts import Floats, Ints
 from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, Purpose, sign_of
 from vilu.text import plural
-from vilu.validation import describe_value
+from vilu.validation import checked, describe_value
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +38,7 @@ CORRECT: Final = {
 """Whether an answer is right, by the cell in small letters."""
 
 
+@checked
 def open_table(source: object, *, name: str | None = None) -> AnswerTable:
     """Read a table of answers, one row per answer, and check every cell that is used.
 
