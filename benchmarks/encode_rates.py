@@ -1,14 +1,18 @@
-"""Images and texts per second of the named backbones and of the compact model, side by side.
+"""Images and texts per second of one core, of the named backbones and of the compact model.
+
+    python -m benchmarks.encode_rates [NAME ...]
 
 Weights are random and of the real size, so nothing is downloaded: what a tower costs does not
-depend on what it has learned. Only the towers run, in float32, on pixels and tokens that are ready.
-All take turns, pass by pass, and of each the best pass counts: whatever else the machine does can
-only slow one down.
+depend on what it has learned. Only the towers run, on pixels and tokens that are ready: those of
+images in float32 and in bfloat16, those of texts in float32. All take turns, pass by pass, on one
+thread. Processor time is measured, and of each the best pass counts: whatever else the machine does
+can only slow one down.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vilu.backbones.base import with_bf16_members
 from vilu.backbones.catalog import load_backbone, named_backbones
 from vilu.extras import import_extra, quiet
+from vilu.process import keep_freed_memory
 
 IMAGES, TEXTS = 16, 16
-COMPACT_SIZES = (128, 224)
+COMPACT_SIZES = {"compact:128": 128, "compact:224": 224}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Towers:
     Attributes:
         name: Of the model.
         pixels: Of a side of an image.
-        run_images: Encodes ``IMAGES`` images.
+        run_images: Encodes ``IMAGES`` images in float32.
+        run_images_bf16: Encodes them in bfloat16.
         run_texts: Encodes ``TEXTS`` texts.
         parameters: Number of weights of both towers, in millions; "-" of the compact model, which
             hides them.
@@ -41,6 +48,7 @@ class Towers:
     name: str
     pixels: int
     run_images: Callable[[], object]
+    run_images_bf16: Callable[[], object]
     run_texts: Callable[[], object]
     parameters: str
 
@@ -64,23 +72,28 @@ def named(name: str) -> Towers:
         1, vocabulary, (TEXTS, entry.context_length), generator=torch.Generator().manual_seed(0)
     )
     pixels = noise(entry.image_size)
+    rounded = with_bf16_members(model, ["visual"])
     return Towers(
         name,
         entry.image_size,
         lambda: model.encode_image(pixels),
+        lambda: rounded.encode_image(pixels.bfloat16()),
         lambda: model.encode_text(tokens),
         f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f}",
     )
 
 
-def compact(size: int) -> Towers:
+def compact(name: str) -> Towers:
     """The compact model, which has its weights, on prompts."""
-    backbone = load_backbone(f"compact:{size}", device="cpu")
+    size = COMPACT_SIZES[name]
+    backbone = load_backbone(name, device="cpu")
+    rounded = load_backbone(name, device="cpu", precision="bf16")
     pixels, texts = noise(size), [f"a photo of thing number {i}." for i in range(TEXTS)]
     return Towers(
-        f"compact:{size}",
+        name,
         size,
         lambda: backbone.encode_images(pixels),
+        lambda: rounded.encode_images(pixels),
         lambda: backbone.encode_texts(texts),
         "-",
     )
@@ -107,38 +120,49 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main(repeats: int = 6) -> dict[str, float]:
-    """Print a table of all models and return images per second."""
+def processor_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def main(*names: str, repeats: int = 6) -> dict[str, float]:
+    """Print a table of the models, by default of all, and return images per second of a core."""
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    chosen = names or (*named_backbones(), *COMPACT_SIZES)
     with torch.inference_mode():
-        models = [*map(named, named_backbones()), *map(compact, COMPACT_SIZES)]
+        models = [compact(name) if name in COMPACT_SIZES else named(name) for name in chosen]
         work = [
             (gflop(model.run_images, IMAGES), gflop(model.run_texts, TEXTS)) for model in models
         ]
-        rounds = [
-            [(seconds(model.run_images), seconds(model.run_texts)) for model in models]
-            for _ in range(repeats)
-        ]
-    print(
-        f"{torch.get_num_threads()} threads, float32, {IMAGES} images or {TEXTS} texts a pass, "
-        f"best of {repeats} passes"
-    )
-    row = "{:<16}{:>5}{:>14}{:>14}{:>12}{:>14}{:>11}"
-    print(row.format("", "px", "10^6 weights", "GFLOP/image", "images/s", "GFLOP/text", "texts/s"))
+        times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in chosen}
+        for _ in range(repeats):
+            for model in models:
+                in_fp32 = processor_seconds(model.run_images)
+                in_bf16 = processor_seconds(model.run_images_bf16)
+                texts = processor_seconds(model.run_texts)
+                times[model.name].append((in_fp32, in_bf16, texts))
+    print(f"one thread, {IMAGES} images or {TEXTS} texts a pass, best of {repeats} passes")
+    row = "{:<16}{:>5}{:>14}{:>14}{:>12}{:>12}{:>14}{:>11}"
+    columns = ("10^6 weights", "GFLOP/image", "fp32/s", "bf16/s", "GFLOP/text", "texts/s")
+    print(row.format("", "px", *columns))
     rates = {}
-    for i, model in enumerate(models):
-        images = IMAGES / min(times[i][0] for times in rounds)
-        texts = TEXTS / min(times[i][1] for times in rounds)
+    for model, (per_image, per_text) in zip(models, work, strict=True):
+        fp32, bf16, texts = map(min, zip(*times[model.name], strict=True))
         figures = (
             model.parameters,
-            f"{work[i][0]:.2f}",
-            f"{images:.2f}",
-            f"{work[i][1]:.2f}",
-            f"{texts:.1f}",
+            f"{per_image:.2f}",
+            f"{IMAGES / fp32:.2f}",
+            f"{IMAGES / bf16:.2f}",
+            f"{per_text:.2f}",
+            f"{TEXTS / texts:.1f}",
         )
-        print(row.format(model.name, model.pixels, *figures))
-        rates[f"{model.name}_images_per_s"] = round(images, 2)
+        print(row.format(model.name, model.pixels, *figures), flush=True)
+        rates[f"{model.name}_fp32_per_s"] = round(IMAGES / fp32, 2)
+        rates[f"{model.name}_bf16_per_s"] = round(IMAGES / bf16, 2)
     return rates
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    print(json.dumps(main(*sys.argv[1:])))
