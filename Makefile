@@ -8,7 +8,6 @@ ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
-	$(BIN)/vilu triage demo-output/photos --classes demo-output/classes.txt --labels demo-output/labels.csv -o demo-output/triage
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALL_CORES) $(ARGS)

@@ -146,7 +146,7 @@ def run(world: str, rng: np.random.Generator) -> tuple[bool, int]:
             n_waited = 0
             state = state.model_copy(update={"trial": None})
             continue
-        trial = further_trial(state.trial or trial, progress)
+        trial = further_trial(state.trial or trial, progress, outcomes.uncertainty)
         state = state.with_trial(trial)
         answered[split.open_rows(outcomes.uncertainty, trial.limit)[:ROUND]] = True
     return is_broken, n_certified

@@ -141,13 +141,11 @@ class Counted(NamedTuple):
     certified: int | None
 
 
-def further(trial: Trial, scores: Floats, counted: Counted) -> Trial:  # noqa: ARG001 - see follow
+def further(trial: Trial, scores: Floats, counted: Counted) -> Trial:
     """The trial with a higher limit if all thresholds up to its limit are certified."""
-    last = counted.looks.last
-    if counted.certified != last:
+    if counted.certified != counted.looks.last:
         return trial
-    next_last = min(last + FURTHER, len(trial.grid) - 1)
-    return trial.model_copy(update={"limit": trial.grid[next_last]})
+    return trial.further(FURTHER, scores)
 
 
 LARGEST_STEP: Final = 1.5

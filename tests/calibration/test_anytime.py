@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilu.calibration.anytime import BETS, STARTS, STEPS, Looks, grid_of, level_of, log_evidence
+from vilu.calibration.anytime import (
+    BETS,
+    STARTS,
+    STEPS,
+    Looks,
+    grid_of,
+    labels_needed,
+    level_of,
+    log_evidence,
+)
 from vilu.errors import DataError, UsageError
 
 RISK, DELTA = 0.05, 0.05
@@ -87,6 +96,21 @@ def test_what_more_would_do_does() -> None:
     assert not looks.can_certify(u)
     assert looks.can_certify(longer)
     assert looks.more_needed(np.linspace(0, 1, 60), np.arange(60) % 3 == 0) is None
+
+
+def test_more_labels_go_to_thresholds_by_the_rows_they_accept() -> None:
+    # The limit has moved by 16 thresholds, each of which accepts 2 % more rows than the one before.
+    # So the first limit still accepts 1 / 1.02^16 = 73 % of all rows up to the new limit.
+    scores = np.linspace(0.001, 1, 10_000)
+    grid = grid_of(scores, 0.5)
+    looks = Looks(grid, max_risk=0.05, delta=0.05, limit=float(grid[STEPS - 1 + 16]))
+    none = np.zeros(0)
+    # Without a wrong answer the first limit is certified once it accepts as many labels as
+    # ``labels_needed`` says.
+    needed = labels_needed(0, 0.05, 0.7 * 0.05)
+    share = 0.5 / grid[looks.last]
+    more = looks.more_needed(none, none.astype(np.int64))
+    assert more == pytest.approx(needed / share, abs=2)
 
 
 @pytest.mark.parametrize("bad", [{"max_risk": 0.0}, {"delta": 1.0}])

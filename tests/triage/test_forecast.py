@@ -5,15 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from vilu.triage.closed_folder import FolderSplit
 from vilu.triage.forecast import BUDGETS, Forecast, is_enough_to_fit
+from vilu.triage.guarantee import PhotoSplit
 from vilu.triage.trial import Trial
 
 
-def forecast(uncertainty: np.ndarray, **changes: int) -> Forecast:
+def forecast(
+    uncertainty: np.ndarray, *, split: type[PhotoSplit] = PhotoSplit, **changes: int
+) -> Forecast:
     facts = {"n_photos": 2 * len(uncertainty), "n_classes": 10, "n_fit_labels": 50, "n_labels": 50}
     facts["most_fit_labels"] = len(uncertainty)
     facts |= changes
-    return Forecast.of(uncertainty, max_risk=0.05, level=0.025, **facts)
+    return Forecast.of(
+        uncertainty, max_risk=0.05, level=0.025, looks_of=split.looks_before_labels, **facts
+    )
 
 
 def test_sure_answers_can_be_accepted_and_doubtful_ones_cannot() -> None:
@@ -33,6 +39,19 @@ def test_as_many_labels_as_fit_first_show_nothing() -> None:
     # 50 labels to fit on leave 50: fewer than the 80 that certify 5 % without an error
     assert expected[100].highest == 0
     assert expected[200].lowest == pytest.approx(1.0)
+
+
+def test_a_guarantee_about_the_folder_is_forecast_by_its_own_test() -> None:
+    # 200 labels are enough to label all 150 photos that may be drawn. That shows 5 % of new photos,
+    # and leaves no photo that a guarantee about the folder could be about.
+    sure = np.full(150, 1e-6)
+    for_new = forecast(sure, n_labels=0)
+    for_folder = forecast(sure, split=FolderSplit, n_labels=0)
+    assert for_new.expected[-1].lowest == pytest.approx(1.0)
+    assert not for_folder.can_be_shown
+    assert for_folder.least_risk is None
+    many = forecast(np.full(1_000, 1e-6), split=FolderSplit, n_labels=0)
+    assert many.expected[-1].lowest == pytest.approx(1.0)
 
 
 def test_no_more_labels_are_named_than_there_are_photos() -> None:

@@ -163,6 +163,32 @@ def test_no_calibration_label_is_ever_fitted_on_whoever_asked_for_it(
     assert counted <= set(truth)
 
 
+def test_labels_of_a_draw_count_if_labels_to_fit_on_come_with_them(
+    begun: Folder, tmp_path: Path
+) -> None:
+    """They are counted before a predictor that is fitted on the others takes the place."""
+    home, truth = begun
+    job = job_on(home / "photos")
+    output = tmp_path / "out"
+    shutil.copytree(home / "half", output)
+    before = read_document(output / "triage.json", TriageState)
+    assert before.trial is not None
+    stores = PhotoStores(output / "embeddings")
+    photos = stores.open([(path, (job.photos / path).stat()) for path in sorted(truth)])
+    is_calibration, _ = side_of(photos.pictures, job.seed)
+    to_fit = [photos.ids[row] for row in np.flatnonzero(~is_calibration)]
+    assert len(to_fit) >= 1.5 * before.trial.n_fit  # so a new predictor would be fitted
+    fit_labels = tmp_path / "fit.csv"
+    lines = [f"{path},{truth[path]},fit\n" for path in to_fit]
+    fit_labels.write_text("path,label,stream\n" + "".join(lines))
+    drawn = fill_in(output, truth, tmp_path / "drawn.csv")
+    triage_photos(job, output, [drawn, fit_labels])
+    after = read_document(output / "triage.json", TriageState)
+    assert after.guarantee
+    assert after.trial is not None
+    assert after.trial.n_fit == before.trial.n_fit
+
+
 def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(
     guaranteed: Folder, tmp_path: Path
 ) -> None:

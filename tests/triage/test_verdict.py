@@ -25,6 +25,21 @@ def test_shares_and_confusions_by_hand() -> None:
     assert labelled.confusions("zero_shot") == [(0, 1, 2), (1, 0, 1), (OUTSIDE, 2, 1)]
 
 
+def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
+    label = np.array([0, 0, 1, 1])
+    zero_shot = np.array([0, 1, 1, 0])  # the first and the third are right
+    adapted = np.array([UNKNOWN, UNKNOWN, 1, 1])  # two photos of the calibration side
+    labelled = LabelledAnswers(
+        label,
+        {"zero_shot": zero_shot, "adapted": adapted},
+        n_cross_fitted=2,
+        cross_fitted_wrong={"zero_shot": 1, "adapted": 0},
+    )
+    assert labelled.n_judging == 4
+    assert labelled.share_right("zero_shot") == 2 / 4  # 1 of 2, and 1 of 2 cross-fitted ones
+    assert labelled.share_right("adapted") == 4 / 4
+
+
 def test_none_of_the_classes_can_be_the_commonest_label() -> None:
     labelled = LabelledAnswers(np.array([OUTSIDE]), {"zero_shot": np.array([1])})
     assert labelled.commonest() == (OUTSIDE, 1.0)
@@ -46,7 +61,7 @@ def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_
     assert summary.verdict.startswith(
         f"By {len(labelled)} labels, right are {share:.0%} of the zero-shot"
     )
-    assert f"is right in {commonest:.0%}." in summary.verdict
+    assert f"is right in {commonest:.0%} of all {len(labelled)} labels." in summary.verdict
     adapted = re.search(r"(\d+)% of the adapted answers", summary.verdict)
     assert adapted is not None
     assert int(adapted[1]) > 100 * share  # kinds of photos are far apart, so few labels do

@@ -132,6 +132,18 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     return grid
 
 
+def relative_numbers(n_thresholds: int) -> Floats:
+    """Number (G,) of rows that every threshold of ``grid_of`` accepts, by that of the first limit.
+
+    Rounding is left out, so that only the number of thresholds has to be known.
+    """
+    number = np.arange(1, n_thresholds + 1)
+    up_to_limit = np.minimum(number / STEPS, 1.0)
+    n_beyond = np.maximum(number - STEPS, 0)
+    relative: Floats = up_to_limit * GROWTH**n_beyond
+    return relative
+
+
 def require_grid(grid: Floats) -> None:
     """Raise DataError if a grid has too few thresholds, or if they are not in ascending order."""
     if len(grid) < STEPS or (np.diff(grid) < 0).any():
@@ -259,10 +271,10 @@ class Looks:
         to be right. None if no number of labels would be enough.
         """
         wrong, accepted = self.counts(uncertainty, failure)
-        # The thresholds up to the limit divide the rows into equal parts, so threshold number k of
-        # K accepts the share k / K of the new labels.
-        number = np.arange(1, len(self.grid) + 1)
-        share_accepted = np.minimum(number / (self.last + 1), 1.0)
+        # New labels are of rows up to the limit. A threshold gets as many of them as it accepts
+        # of these rows.
+        n_accepted = relative_numbers(len(self.grid))
+        share_accepted = np.minimum(n_accepted / n_accepted[self.last], 1.0)
         error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
 
         def is_enough(more: int) -> bool:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from vilu.artifacts.documents import Document, Model, read_document, write_document
 from vilu.embeddings.columns import AnswerKind
-from vilu.errors import UNKNOWN, DataError, ProvenanceError
+from vilu.errors import DataError, ProvenanceError
 from vilu.metrics.counts import Floats
 from vilu.predictors.contract.calibrating import log_odds
 from vilu.predictors.contract.held_out import Judged
@@ -44,6 +44,8 @@ class LikelyRight(Model):
         widening: Factor of the expected error rate.
         n: Number of cross-fitted labels.
         n_wrong: Number of wrong answers among these labels.
+        n_wrong_zero_shot: Number of wrong zero-shot answers to the same labels; None if it was not
+            counted.
         probability: The calibrator; None with fewer than ``LEAST_WRONG`` wrong answers.
         threshold: Largest uncertainty that is likely right, among rows drawn as those of the fit;
             None if no answer is likely right, or if there is no calibrator.
@@ -63,6 +65,7 @@ class LikelyRight(Model):
     widening: float = Field(gt=0)
     n: int = Field(ge=0)
     n_wrong: int = Field(ge=0)
+    n_wrong_zero_shot: int | None = Field(default=None, ge=0)
     probability: Annotated[Calibrator, Field(discriminator="form")] | None = None
     threshold: float | None = None
 
@@ -81,7 +84,7 @@ class LikelyRight(Model):
                 that cannot be scored.
             max_risk: Largest expected error rate.
         """
-        is_known = np.isfinite(held_out.uncertainty) & (held_out.failure != UNKNOWN)
+        is_known = held_out.is_known
         failure = held_out.failure[is_known]
         n_wrong = int(failure.sum())
         counted = cls(max_risk=max_risk, widening=WIDENING, n=len(failure), n_wrong=n_wrong)

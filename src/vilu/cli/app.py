@@ -26,6 +26,7 @@ from vilu.cli.console import (
     require_kinds,
     speaking,
 )
+from vilu.cli.demo_command import demo
 from vilu.cli.estimating import estimate
 from vilu.cli.help import (
     COMMON,
@@ -39,7 +40,7 @@ from vilu.cli.help import (
     PanelledGroup,
 )
 from vilu.cli.images import embed
-from vilu.cli.looking import demo, explain, monitor, report
+from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect

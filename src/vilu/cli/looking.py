@@ -1,4 +1,4 @@
-"""Commands that evaluate scores: explain, monitor, report; and the command demo."""
+"""Commands that look at scores: explain, monitor, report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from vilu.cli.options import (
     Overwrite,
     Predictor,
     Reading,
-    Seed,
     path_argument,
     path_option,
     reads,
@@ -572,23 +571,3 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     write_text(output, page + mark("page", inputs))
     console.print_outputs(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")
-
-
-@console.goes_on
-def demo(
-    output: Annotated[
-        Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")
-    ] = Path("demo-output"),
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Run all steps on real photos of 10 kinds of clothes: see which answers to distrust.
-
-    A small model embeds the photos. The first run takes minutes on two cores, the second seconds.
-    Prints a table, and saves figures.
-    """
-    from vilu.cli.demo import run
-
-    result = run(output, seed=seed, overwrite=overwrite)
-    console.print_result(result.table.to_dicts(), result.text)
-    next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")

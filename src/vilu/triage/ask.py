@@ -40,7 +40,7 @@ from vilu.triage.guarantee import (
 from vilu.triage.labels import SKIPPED, Entry, LabelBook
 from vilu.triage.photos import Photos
 from vilu.triage.store_labels import label_store
-from vilu.triage.trial import Trial
+from vilu.triage.trial import Trial, require_scores
 from vilu.validation import checked
 
 CONFIDENCE: Final = 0.95
@@ -115,6 +115,7 @@ class StoreDraws:
         draws: Draws = {}
         if predictor.is_probability:  # otherwise no limit can be chosen, and there is no draw
             rows = np.flatnonzero(split.for_calibration)
+            require_scores(outcomes.uncertainty, rows, photos.ids)
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
         return cls(fingerprint_of(predictor), photos, book, outcomes, split, draws)
 

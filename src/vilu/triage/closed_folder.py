@@ -96,6 +96,16 @@ class FolderSplit(PhotoSplit):
         )
         return ClosedLooks(grid, max_risk, level, closed, trial.limit)
 
+    @staticmethod
+    def looks_before_labels(
+        trial: Trial, scores: Floats, max_risk: float, level: float
+    ) -> ClosedLooks:
+        """The tests of a trial while no photo has a label."""
+        grid = np.array(trial.grid)
+        nobody: Floats = np.zeros(0)
+        closed = ClosedCounts.of(grid, photos=scores, aside=nobody, failure=np.zeros(0, np.int64))
+        return ClosedLooks(grid, max_risk, level, closed, trial.limit)
+
     def closed(self, photos: Photos, uncertainty: Floats, threshold: float) -> ClosedPhotos | None:
         """The photos without a label up to a threshold; None if there are none."""
         is_covered = self.for_calibration & ~self.answered & (uncertainty <= threshold)

@@ -169,7 +169,10 @@ def likely_right(predictor: FailurePredictor, uncertainty: Floats, max_risk: flo
     if predictor.held_out_ is None:
         return LikelyRight.without_labels(max_risk)
     held_out = predictor.held_out_.judged(predictor.answer)
-    return LikelyRight.estimate(held_out, uncertainty, max_risk)
+    zero_shot_failure = predictor.held_out_.zero_shot.failure
+    n_wrong_zero_shot = int((zero_shot_failure[held_out.is_known] == 1).sum())
+    likely = LikelyRight.estimate(held_out, uncertainty, max_risk)
+    return likely.model_copy(update={"n_wrong_zero_shot": n_wrong_zero_shot})
 
 
 def require_possible(answer: AnswerKind | None) -> None:

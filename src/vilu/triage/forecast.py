@@ -3,8 +3,7 @@
 The labels are simulated, as if none were given yet. Of the photos up to the planned limit, as many
 as a triage would draw get an answer that is wrong with the probability that the predictor gives.
 These probabilities may all be too low or too high, so each simulation multiplies them by one random
-factor. The simulated labels are tested after every round, as labels of a guarantee about new photos
-are.
+factor. The simulated labels are tested after every round, as the labels of the guarantee will be.
 
 A predictor gets better with labels. So the upper end of a range that is not 0 is at least the share
 of photos up to which the mean probability is at most a multiple of the risk (``BEFORE_LABELS``,
@@ -16,14 +15,15 @@ The ranges are estimates, not guarantees. How often they held is in docs/triage.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final, Self
 
 import numpy as np
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.anytime import Looks, flawless_labels
+from vilu.calibration.closed_set import AnyLooks
 from vilu.metrics.counts import Floats, Ints
-from vilu.triage.trial import Trial, level_of_limit
+from vilu.triage.trial import Trial
 
 BUDGETS: Final = (100, 200, 400)
 """Numbers of labels in all for which a forecast is made."""
@@ -61,6 +61,9 @@ SHARE_WORTH_A_DRAW: Final = 0.3
 
 ENOUGH_TO_FIT: Final = 200
 """Number of fit-side labels after which photos are drawn whatever share the limit includes."""
+
+LooksOf = Callable[[Trial, Floats, float, float], AnyLooks]
+"""Makes the tests of a trial from the scores of its photos, the risk and the level."""
 
 
 def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
@@ -110,7 +113,7 @@ class Forecast(Model):
     least_risk: float | None
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913 - one keyword per fact
         cls,
         uncertainty: Floats,
         *,
@@ -121,6 +124,7 @@ class Forecast(Model):
         n_labels: int,
         max_risk: float,
         level: float,
+        looks_of: LooksOf,
     ) -> Self:
         """Make the forecast from scores alone.
 
@@ -133,13 +137,14 @@ class Forecast(Model):
             n_labels: Number of labels that were given.
             max_risk: Largest error rate that is allowed among the accepted answers.
             level: Level of the next test.
+            looks_of: The tests of a trial (``PhotoSplit.looks_before_labels``).
         """
         scores = np.sort(uncertainty[np.isfinite(uncertainty)])
-        budgets = [n for n in _budgets(n_labels) if n <= n_photos]
+        budgets = [n for n in _budgets(n_labels) if n < n_photos]
         expected = []
         least = None
         if len(scores):
-            world = _World(scores, n_classes, n_fit_labels, most_fit_labels)
+            world = _World(scores, n_classes, n_fit_labels, most_fit_labels, looks_of)
             expected = [world.expected(n, max_risk, level) for n in budgets]
             if budgets:
                 least = world.least_risk(budgets[-1], level)
@@ -195,12 +200,18 @@ class _World:
     """Photos whose answers are wrong with the probabilities of a predictor."""
 
     def __init__(
-        self, scores: Floats, n_classes: int, n_fit_labels: int, most_fit_labels: int
+        self,
+        scores: Floats,
+        n_classes: int,
+        n_fit_labels: int,
+        most_fit_labels: int,
+        looks_of: LooksOf,
     ) -> None:
         self.scores = scores  # (M,) ascending
         self.most_fit_labels = most_fit_labels
         self.n_classes = n_classes
         self.n_fit_labels = n_fit_labels
+        self.looks_of = looks_of
         self.rng = np.random.default_rng(SEED)
 
     def plan(self, max_risk: float, level: float) -> Trial:
@@ -226,7 +237,7 @@ class _World:
         """The range of the share that so many labels in all could get accepted."""
         trial = self.plan(max_risk, level)
         n_drawn = self.n_to_draw(trial, n_labels)
-        looks = Looks(np.array(trial.grid), max_risk, level, trial.limit)
+        looks = self.looks_of(trial, self.scores, max_risk, level)
         if not n_drawn:
             return Expected(n_labels=n_labels, lowest=0.0, highest=0.0)
         shares = [self._simulated_share(looks, n_drawn) for _ in range(SIMULATIONS)]
@@ -241,7 +252,7 @@ class _World:
             n_labels=n_labels, lowest=float(lowest), highest=max(float(highest), reachable)
         )
 
-    def _simulated_share(self, looks: Looks, n_drawn: int) -> float:
+    def _simulated_share(self, looks: AnyLooks, n_drawn: int) -> float:
         """The share of the photos that simulated labels certify, tested after every round."""
         below_limit = np.flatnonzero(self.scores <= looks.limit)
         rows: Ints = self.rng.permutation(below_limit)[:n_drawn]
@@ -257,11 +268,13 @@ class _World:
         return float((self.scores <= threshold).mean())
 
     def least_risk(self, n_labels: int, level: float) -> float | None:
-        """The least of ``RISKS`` that so many labels in all can show if few answers are wrong."""
+        """The least of ``RISKS`` that so many labels in all can show if no answer is wrong."""
         for risk in RISKS:
             trial = self.plan(risk, level)
-            n_drawn = self.n_to_draw(trial, n_labels)
-            is_enough = n_drawn >= flawless_labels(risk, level_of_limit(level))
+            below_limit = self.scores[self.scores <= trial.limit]
+            drawn = np.linspace(0, len(below_limit) - 1, self.n_to_draw(trial, n_labels))
+            looks = self.looks_of(trial, self.scores, risk, level)
+            is_enough = looks.can_certify(below_limit[drawn.round().astype(np.int64)])
             if is_enough and trial.likely:
                 return risk
         return None

@@ -167,12 +167,26 @@ class PhotoSplit:
     def looks(
         self,
         trial: Trial,
-        outcomes: Outcomes,  # noqa: ARG002
+        outcomes: Outcomes,
         rows: Ints,  # noqa: ARG002
         max_risk: float,
         level: float,
     ) -> AnyLooks:
         """The tests of a trial, where the labels of ``rows`` (M,) count."""
+        scores = outcomes.uncertainty[self.for_calibration]
+        return self.looks_before_labels(trial, scores, max_risk, level)
+
+    @staticmethod
+    def looks_before_labels(
+        trial: Trial,
+        scores: Floats,  # noqa: ARG004
+        max_risk: float,
+        level: float,
+    ) -> AnyLooks:
+        """The tests of a trial while no photo has a label.
+
+        ``scores`` (M,) are the uncertainties of the calibration photos.
+        """
         return Looks(np.array(trial.grid), max_risk, level, trial.limit)
 
     def closed(

@@ -73,7 +73,7 @@ from vilu.triage.state import (
     TriageState,
     open_state,
 )
-from vilu.triage.trial import Trial
+from vilu.triage.trial import Trial, require_scores
 
 FURTHER: Final = 8
 """Number of thresholds by which the limit moves up once all thresholds up to it are certified."""
@@ -285,13 +285,11 @@ def advance(
     run = TriageRun(root, settings, photos, book, split)
     has_drawn = state.has_drawn or book.has_drawn
     state = bind(state, split.bound_to(photos), has_drawn=has_drawn)
+    state = test_before_a_fit(run, state)
     state, predictor = choose_predictor(run, state)
     run = dataclasses.replace(run, split=split.for_predictor(predictor, photos))
     tested = run.score(predictor)
-    progress = None
-    if predictor.needs_labels and run.split.for_calibration.any():
-        state, progress = count_labels(run, state, tested)
-        state = keep_certified(run, state, predictor, tested, progress)
+    state, progress = test_predictor(run, state, predictor, tested)
     state = ask_for_labels(run, state, tested.uncertainty, progress)
     result = _result(run, state, tested, progress)
     guarantee = "" if result.rule is None else str(result.rule)
@@ -355,7 +353,40 @@ def forecast_of(run: TriageRun, state: TriageState, tested: Outcomes) -> Forecas
         n_labels=len(run.book.labels),
         max_risk=settings.max_risk,
         level=level_of(state.n_tested + 1, settings.delta),
+        looks_of=run.split.looks_before_labels,
     )
+
+
+def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
+    """Test the predictor of the last run if a new predictor would take its place untested.
+
+    Labels of a draw and labels to fit on may come in the same run. Without this test the labels of
+    the draw would say nothing about the predictor that they were drawn for.
+    """
+    is_going_on = case_of(run, state).goes_on
+    is_gone = not (run.tested_folder(state) / PREDICTOR).is_file()
+    if is_going_on or is_gone or state.tested_trial is None:
+        return state
+    predictor = _load_uncalibrated(run.tested_folder(state))
+    run = dataclasses.replace(run, split=run.split.for_predictor(predictor, run.photos))
+    state, _ = test_predictor(run, state, predictor, run.score(predictor))
+    return state
+
+
+def test_predictor(
+    run: TriageRun, state: TriageState, predictor: FailurePredictor, tested: Outcomes
+) -> tuple[TriageState, GuaranteeProgress | None]:
+    """Count the labels for the tested predictor, and keep what they certify.
+
+    Returns:
+        The next state, and how far the guarantee is: None if the predictor needs no labels, or if
+        there is no calibration photo.
+    """
+    has_test = predictor.needs_labels and run.split.for_calibration.any()
+    if not has_test:
+        return state, None
+    state, progress = count_labels(run, state, tested)
+    return keep_certified(run, state, predictor, tested, progress), progress
 
 
 def rule_in_force(folder: Path) -> Rule | None:
@@ -373,18 +404,11 @@ def rule_in_force(folder: Path) -> Rule | None:
 
 def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, FailurePredictor]:
     """Load the tested predictor or fit a new one, as the ``FitCase`` of the run says."""
-    fit_rows = run.split.fit_rows
-    method = method_for(run.photos, fit_rows)
-    case = fit_case(
-        state,
-        method=method,
-        n_labels=len(fit_rows),
-        is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
-        is_guaranteed=rule_in_force(run.present) is not None,
-        has_calibration_photos=bool(run.split.for_calibration.any()),
-    )
+    case = case_of(run, state)
     if case.goes_on:
         return state, _load_uncalibrated(run.tested_folder(state))
+    fit_rows = run.split.fit_rows
+    method = method_for(run.photos, fit_rows)
     predictor = fit(method, run.photos, fit_rows, run.settings.seed)
     labelled = run.photos.take(fit_rows)
     answer = answer_to_judge(run.settings.answer, predictor, labelled, run.settings.max_risk)
@@ -395,6 +419,19 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
         state = _let_decide(run, state, predictor, trial=None, answer=answer, likely=likely)
         return run.write(state), predictor
     return _test_beside(run, state, predictor, answer, likely, uncertainty)
+
+
+def case_of(run: TriageRun, state: TriageState) -> FitCase:
+    """Whether the run fits a new predictor, and why."""
+    fit_rows = run.split.fit_rows
+    return fit_case(
+        state,
+        method=method_for(run.photos, fit_rows),
+        n_labels=len(fit_rows),
+        is_saved=(run.tested_folder(state) / PREDICTOR).is_file(),
+        is_guaranteed=rule_in_force(run.present) is not None,
+        has_calibration_photos=bool(run.split.for_calibration.any()),
+    )
 
 
 def _load_uncalibrated(folder: Path) -> FailurePredictor:
@@ -458,6 +495,7 @@ def plan_trial(
     """Plan the trial of a predictor; its limit includes at least ``least_share`` of the photos."""
     settings = run.settings
     for_calibration = run.split.for_calibration
+    require_scores(scores, np.flatnonzero(for_calibration), run.photos.ids)
     n_answered = int((for_calibration & run.split.answered).sum())
     return Trial.plan(
         n_fit=len(run.split.fit_rows),
@@ -622,7 +660,7 @@ def _draw(
     )
     if not n_drawn:
         return state, nothing
-    trial = further_trial(trial, progress)
+    trial = further_trial(trial, progress, uncertainty[run.split.for_calibration])
     rows = run.split.open_rows(uncertainty, trial.limit)[:n_drawn]
     return state.with_trial(trial), rows
 
@@ -683,16 +721,14 @@ def n_to_draw(
     return n if is_ready and can_be_shown else 0
 
 
-def further_trial(trial: Trial, progress: GuaranteeProgress) -> Trial:
+def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
     """The trial with its limit ``FURTHER`` thresholds higher, if the threshold there is certified.
 
-    Otherwise the trial itself.
+    Otherwise the trial itself. ``scores`` (M,) are the uncertainties of the calibration photos.
     """
-    last = progress.looks.last
-    if progress.certified != last:
+    if progress.certified != progress.looks.last:
         return trial
-    next_last = min(last + FURTHER, len(trial.grid) - 1)
-    return trial.model_copy(update={"limit": trial.grid[next_last]})
+    return trial.further(FURTHER, scores)
 
 
 def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:

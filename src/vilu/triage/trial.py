@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Self
 
 import numpy as np
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
 from vilu.calibration.anytime import STARTS, flawless_labels, grid_of, labels_needed
-from vilu.metrics.counts import Floats
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats, Ints
+from vilu.text import plural
 from vilu.triage.choose import choose_limit
 
 ALLOWED_WRONG: Final = 2
@@ -17,6 +20,9 @@ ALLOWED_WRONG: Final = 2
 
 At 5 % risk these are about 200 labels, so that about 1 % of the answers up to the limit are wrong.
 """
+
+NAMES_SHOWN: Final = 5
+"""Maximum number of photos without a score that an error names."""
 
 
 class Trial(Model):
@@ -48,12 +54,12 @@ class Trial(Model):
         delta: float,
         *,
         least_share: float = 0.0,
-    ) -> Trial:
+    ) -> Self:
         """Plan a trial from scores alone.
 
         Args:
             n_fit: Number of labels that the predictor was fitted on.
-            scores: (M,) uncertainties of the calibration photos.
+            scores: (M,) uncertainties of the calibration photos, all finite (``require_scores``).
             n_answered: Number of calibration photos that have a label. More labels will come, so
                 the limit is chosen for more.
             max_risk: Largest error rate that is allowed.
@@ -72,8 +78,40 @@ class Trial(Model):
             limit = least_limit
             likely = False
         grid = tuple(grid_of(scores, limit).tolist())
-        share = float((scores <= limit).mean())
+        share = share_up_to(limit, scores)
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
+
+    def further(self, n_thresholds: int, scores: Floats) -> Self:
+        """The trial with its limit so many thresholds higher, or at the last threshold.
+
+        ``scores`` (M,) are the uncertainties of the calibration photos.
+        """
+        last = int(np.searchsorted(self.grid, self.limit, side="right")) - 1
+        limit = self.grid[min(last + n_thresholds, len(self.grid) - 1)]
+        return self.model_copy(update={"limit": limit, "share": share_up_to(limit, scores)})
+
+
+def share_up_to(limit: float, scores: Floats) -> float:
+    """Share of the scores (M,) up to a limit."""
+    return float((scores <= limit).mean())
+
+
+def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
+    """Raise DataError if a test would be planned for a photo without a score.
+
+    Args:
+        scores: (N,) uncertainties of all photos; NaN for a photo without a score.
+        rows: (M,) rows of the photos that the test may draw.
+        names: N paths or identifiers, for the error.
+    """
+    without = rows[np.isnan(scores[rows])]
+    if not len(without):
+        return
+    shown = ", ".join(repr(names[row]) for row in without[:NAMES_SHOWN].tolist())
+    raise DataError(
+        f"the predictor has no score (NaN) for {plural(len(without), 'photo')} of "
+        f"{len(rows):,} that labels could be drawn from: {shown}. Leave them out, or fit anew."
+    )
 
 
 def level_of_limit(delta: float) -> float:

@@ -8,7 +8,8 @@ answers are counted, which the fit has kept (``LikelyRight``).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -41,28 +42,40 @@ CONFUSIONS: Final = 3
 class LabelledAnswers:
     """Labels of M photos, and answers of predictors that were not fitted on these labels.
 
+    All kinds of answers are judged by the same labels: those of photos with an answer of every
+    kind, and the cross-fitted ones.
+
     Attributes:
         label: (M,) indices of classes; ``OUTSIDE`` for none of the classes.
         answers: (M,) indices of classes by kind of answers; -1 without an answer. Adapted answers
             are those to photos of the calibration side.
-        n_cross_fitted: Number of labels with a cross-fitted adapted answer.
-        n_cross_fitted_wrong: Number of wrong answers among these.
+        n_cross_fitted: Number of labels that cross-fitted answers are judged by.
+        cross_fitted_wrong: Number of wrong answers to these labels, by kind of answers.
     """
 
     label: Ints
     answers: dict[AnswerKind, Ints]
     n_cross_fitted: int = 0
-    n_cross_fitted_wrong: int = 0
+    cross_fitted_wrong: Mapping[AnswerKind, int] = field(default_factory=dict)
+
+    @property
+    def has_every_answer(self) -> NDArray[np.bool_]:
+        """(M,) which photos have an answer of every kind."""
+        has_answer = np.ones(len(self.label), np.bool_)
+        for answers in self.answers.values():
+            has_answer &= answers != UNKNOWN
+        return has_answer
+
+    @property
+    def n_judging(self) -> int:
+        """Number of labels that judge the answers."""
+        return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
     def share_right(self, kind: AnswerKind) -> float:
-        """Share of right answers among the labels that have an answer of this kind."""
-        has_answer = self.answers[kind] != UNKNOWN
-        n = int(has_answer.sum())
-        n_right = int((self.answers[kind] == self.label)[has_answer].sum())
-        if kind == "adapted":
-            n += self.n_cross_fitted
-            n_right += self.n_cross_fitted - self.n_cross_fitted_wrong
-        return n_right / n
+        """Share of right answers of this kind, by the labels that judge all kinds."""
+        is_right = (self.answers[kind] == self.label) & self.has_every_answer
+        n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
+        return (int(is_right.sum()) + n_right_cross_fitted) / self.n_judging
 
     def commonest(self) -> tuple[int, float]:
         """The most frequent label, and its share of all labels; -1 without any."""
@@ -106,12 +119,17 @@ def labelled_answers(
     answers: dict[AnswerKind, Ints] = {}
     if zero_shot is not None and (zero_shot[rows] != UNKNOWN).any():
         answers["zero_shot"] = zero_shot[rows]
-    if outcomes.answer != "adapted" or likely is None:
-        return LabelledAnswers(label[rows], answers)
+    n_cross_fitted = 0
+    cross_fitted_wrong: dict[AnswerKind, int] = {}
+    if likely is not None and likely.n_wrong_zero_shot is not None:
+        n_cross_fitted = likely.n
+        cross_fitted_wrong = {"zero_shot": likely.n_wrong_zero_shot, "adapted": likely.n_wrong}
     in_calibration = is_calibration[rows]
-    if likely.n or in_calibration.any():
-        answers["adapted"] = _adapted_answers(photos, predictor, rows, in_calibration)
-    return LabelledAnswers(label[rows], answers, likely.n, likely.n_wrong)
+    has_judges = n_cross_fitted > 0 or in_calibration.any()
+    if outcomes.answer != "adapted" or not has_judges:
+        return LabelledAnswers(label[rows], answers)
+    answers["adapted"] = _adapted_answers(photos, predictor, rows, in_calibration)
+    return LabelledAnswers(label[rows], answers, n_cross_fitted, cross_fitted_wrong)
 
 
 def _adapted_answers(
@@ -171,8 +189,9 @@ def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
         parts.append(f"{share:.0%} of the {KINDS[kind]} answers")
     always = _name(outcomes, commonest)
     sentences = [
-        f"By {plural(len(labelled.label), 'label')}, right are {' and '.join(parts)}. "
-        f"Always saying {always!r} is right in {share_commonest:.0%}."
+        f"By {plural(labelled.n_judging, 'label')}, right are {' and '.join(parts)}. "
+        f"Always saying {always!r} is right in {share_commonest:.0%} of all "
+        f"{plural(len(labelled.label), 'label')}."
     ]
     if labelled.share_right(judged) <= share_commonest:
         sentences.append("So the answers are worth no more than that one word.")

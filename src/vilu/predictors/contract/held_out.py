@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.rows import Rows
+from vilu.errors import UNKNOWN
 
 
 class Judged(NamedTuple):
@@ -17,6 +18,12 @@ class Judged(NamedTuple):
 
     uncertainty: NDArray[np.float64]  # (N,)
     failure: NDArray[np.int64]  # (N,) 1 if the answer is wrong, 0 if it is right
+
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """(N,) which answers have an uncertainty, and are known to be right or wrong."""
+        known: NDArray[np.bool_] = np.isfinite(self.uncertainty) & (self.failure != UNKNOWN)
+        return known
 
 
 class HeldOut(NamedTuple):

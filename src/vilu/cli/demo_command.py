@@ -1,0 +1,121 @@
+"""The command demo: all steps on photos of clothes, and a folder of them that is sorted."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Final
+
+from typer import Option
+
+from vilu.artifacts.disk import write_text
+from vilu.cli import console
+from vilu.cli.console import next_step
+from vilu.cli.options import Overwrite, Seed
+
+MAX_RISK: Final = 0.1
+"""Largest error rate among the accepted photos of the folder."""
+
+TO_FIT: Final = 60
+"""Number of labels that the triage asks for first, to fit on."""
+
+TO_TEST: Final = 140
+"""Number of labels that it asks for then: photos that are drawn at random to test a guarantee."""
+
+
+@console.goes_on
+def demo(
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")
+    ] = Path("demo-output"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run all steps on real photos of 10 kinds of clothes: see which answers to distrust.
+
+    A small model embeds the photos. The first run takes minutes on two cores, the second seconds.
+    Prints a table, and saves figures. Then a triage sorts a folder of 400 photos with 200 labels.
+    """
+    from vilu.cli.demo import run
+
+    result = run(output, seed=seed, overwrite=overwrite)
+    sorted_folder = sort_folder(output, seed)
+    console.print_result(result.table.to_dicts(), f"{result.text}\n\n{sorted_folder}")
+    next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")
+
+
+def sort_folder(output: Path, seed: int) -> str:
+    """Sort the folder of the demo, and say what was planned, accepted and wrong.
+
+    The labels are those of the data. The triage reads only those that it has asked for.
+
+    1. A run without labels says what labels could show, and asks for photos to fit on.
+    2. A run with their labels fits a predictor, and draws photos at random for its guarantee.
+    3. A run with the labels of these photos accepts the answers up to a guaranteed threshold.
+    """
+    from vilu.backbones.zeroshot import everyday_words
+    from vilu.cli.demo import BACKBONE, SORTED_CLASSES
+    from vilu.store.job import BackboneSpec
+    from vilu.triage.outputs import triage_photos
+    from vilu.triage.photos import EmbeddingSettings
+    from vilu.triage.state import TriageSettings
+
+    spec = BackboneSpec(BACKBONE)
+    settings = TriageSettings(
+        photos=output / "photos",
+        embedding=EmbeddingSettings(spec, SORTED_CLASSES, None, everyday_words()),
+        max_risk=MAX_RISK,
+        n_next=TO_FIT,
+        seed=seed,
+    )
+    root = output / "triage"
+    plan = triage_photos(settings, root, overwrite=True)
+    to_fit = write_answers(output, "labels_to_fit.csv")
+    triage_photos(replace(settings, n_next=TO_TEST), root, [to_fit])
+    drawn = write_answers(output, "labels_drawn.csv")
+    result = triage_photos(settings, root, [to_fit, drawn])
+    lines = (
+        f"A triage of photos of {', '.join(SORTED_CLASSES)} (triage/report.html). Before the first "
+        f"label it says: {plan.forecast or plan.counts}",
+        f"Then it gets the labels that it asks for. {result.guarantee}",
+        f"{result.counts}.",
+        check_accepted(output),
+    )
+    return "\n".join(lines)
+
+
+def write_answers(output: Path, name: str) -> Path:
+    """Write the labels of the photos that the triage asks for, as a person would give them.
+
+    Photos that somebody has added to the folder are skipped.
+    """
+    from vilu.triage.labels import SKIPPED
+
+    label_of = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
+    lines = ["path,label"]
+    for row in read_rows(output / "triage" / "next_labels.csv"):
+        path = row["path"]
+        lines.append(f"{path},{label_of.get(path, SKIPPED)}")
+    write_text(output / name, "\n".join(lines) + "\n")
+    return output / name
+
+
+def check_accepted(output: Path) -> str:
+    """How many of the accepted answers are wrong, by labels that the triage was not given."""
+    label_of = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
+    is_wrong = []
+    for row in read_rows(output / "triage" / "decisions.csv"):
+        is_known = row["path"] in label_of
+        if row["decision"] == "accept" and is_known:
+            is_wrong.append(row["answer"] != label_of[row["path"]])
+    return (
+        f"Of the {len(is_wrong)} accepted answers {sum(is_wrong)} are wrong, by labels that the "
+        "triage was not given."
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
