@@ -55,8 +55,8 @@ def zero_shot_logits(rows: Rows) -> Tensor:
 class OTTER(Adapted):
     """OTTER: class frequencies are matched to a known balance, here the uniform one.
 
-    u = 1 - q_t̂, with q = softmax(l + v). v (K,) is such that the mean of q over the N images is 1/K
-    for every class.
+    u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that the mean of q over
+    the N images is 1/K for every class.
 
     This is optimal transport between images and classes with the cost -log p and an entropy of
     weight 1. v are its dual potentials of the classes. They score images that come later.
