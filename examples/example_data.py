@@ -7,6 +7,7 @@ that is.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +24,26 @@ SMALL_MODEL = "compact:128"
 
 
 def photos_on_disk(
-    folder: Path, n: int, *, skip: int = 0, in_class_folders: bool = False
+    folder: Path,
+    n: int,
+    *,
+    skip: int = 0,
+    in_class_folders: bool = False,
+    kinds: Collection[str] = NAMES,
 ) -> dict[str, str]:
-    """Write ``n`` random photos into a folder; what each shows, by its path in there.
+    """Write ``n`` random photos of some kinds into a folder; what each shows, by its path in there.
 
     They are always in the same random order, so that those after ``skip`` are others than those
     before.
     """
     with resources.as_file(resources.files("vilu") / "assets" / "clothing.parquet") as path:
         rows = pq.read_table(path, columns=["image", "label"])
+    labels = rows["label"].to_pylist()
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    of_kinds = [number for number in order if NAMES[labels[number]] in kinds]
     truth = {}
-    for number in np.random.default_rng(0).permutation(len(rows))[skip : skip + n].tolist():
-        name = NAMES[rows["label"][number].as_py()]
+    for number in of_kinds[skip : skip + n]:
+        name = NAMES[labels[number]]
         file = folder / (name if in_class_folders else "") / f"{number:04}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(rows["image"][number].as_py())
