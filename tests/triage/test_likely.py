@@ -47,7 +47,7 @@ def test_likely_is_a_field_of_its_own(zero_shot: tuple[Path, TriageSummary]) -> 
     assert {row["likely"] for row in unlabelled} == {"true", "false"}
     assert {row["decision"] for row in unlabelled} == {"review"}
     n_likely = sum(row["likely"] == "true" for row in unlabelled)
-    assert summary.likely.startswith(f"Likely right are {n_likely} of 140 photos without a label.")
+    assert summary.likely.startswith(f"{n_likely} of 140 photos without a label are likely right.")
     assert "This is an estimate, not a guarantee" in summary.likely
     page = (home / "out" / "report.html").read_text(encoding="utf-8")
     assert summary.likely in page

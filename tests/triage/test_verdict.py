@@ -49,7 +49,7 @@ def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_
     """Of the zero-shot answers exactly those to the labelled photos are counted."""
     truth, output = folder[1], tmp_path / "out"
     assert triage_photos(job, output).verdict == ""
-    assert '<p class="lead">By ' not in (output / "report.html").read_text()
+    assert "answers are right, by" not in (output / "report.html").read_text()
     answer_of = {row["path"]: row["answer"] for row in rows(output / "decisions.csv")}
     summary = triage_photos(job, output, [fill_in(output, truth, tmp_path / "filled.csv")])
     labelled = [
@@ -58,16 +58,15 @@ def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_
     share = np.mean([answer_of[path] == truth[path] for path in labelled])
     names = [truth[path] for path in labelled]
     commonest = max(names.count(name) for name in names) / len(names)
-    assert summary.verdict.startswith(
-        f"By {len(labelled)} labels, right are {share:.0%} of the zero-shot"
-    )
+    assert summary.verdict.startswith(f"{share:.0%} of the zero-shot answers and ")
+    assert f"are right, by {len(labelled)} labels." in summary.verdict
     assert f"is right in {commonest:.0%} of all {len(labelled)} labels." in summary.verdict
     adapted = re.search(r"(\d+)% of the adapted answers", summary.verdict)
     assert adapted is not None
     assert int(adapted[1]) > 100 * share  # kinds of photos are far apart, so few labels do
     assert "all photos may do better" in summary.verdict
     page = (output / "report.html").read_text()
-    assert page.index("right are") < page.index("Not guaranteed yet")
+    assert page.index("answers are right, by") < page.index("Not guaranteed yet")
 
 
 def test_the_confusions_of_zero_shot_answers_are_named(

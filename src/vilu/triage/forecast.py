@@ -160,7 +160,7 @@ class Forecast(Model):
             return ""
         numbers = " / ".join(f"{expected.n_labels:,}" for expected in self.expected)
         most = f"{self.expected[-1].n_labels:,}"
-        goal = f"{self.max_risk:.3g} risk"
+        goal = f"a risk of {100 * self.max_risk:.3g}%"
         if self.can_be_shown:
             shares = " / ".join(map(str, self.expected))
             text = (

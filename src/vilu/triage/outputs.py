@@ -264,7 +264,7 @@ def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> st
         return f"{none} yet: {labels}, and {LEAST_WRONG} wrong ones are needed."
     n_unlabelled = counts["unlabelled"]
     return (
-        f"Likely right are {counts['likely']:,} of {n_unlabelled:,} photos without a label. "
+        f"{counts['likely']:,} of {n_unlabelled:,} photos without a label are likely right. "
         f"At most {percent(likely.max_risk, 1)} of these answers are expected to be wrong. This is "
         f"an estimate, not a guarantee: {labels}."
     )

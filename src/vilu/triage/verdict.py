@@ -189,7 +189,7 @@ def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
         parts.append(f"{share:.0%} of the {KINDS[kind]} answers")
     always = _name(outcomes, commonest)
     sentences = [
-        f"By {plural(labelled.n_judging, 'label')}, right are {' and '.join(parts)}. "
+        f"{' and '.join(parts)} are right, by {plural(labelled.n_judging, 'label')}. "
         f"Always saying {always!r} is right in {share_commonest:.0%} of all "
         f"{plural(len(labelled.label), 'label')}."
     ]
