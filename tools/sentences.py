@@ -36,6 +36,7 @@ HELD: Final = (
     "docs/alternatives.md",
     "docs/captions.md",
     "docs/concepts.md",
+    "docs/decisions.md",
     "docs/demo.md",
     "docs/explain.md",
     "docs/faq.md",
@@ -45,6 +46,7 @@ HELD: Final = (
     "docs/sharing.md",
     "docs/stability.md",
     "docs/start.md",
+    "docs/triage.md",
     "docs/troubleshooting.md",
 )
 """Pages that must keep the limits."""
