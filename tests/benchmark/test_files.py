@@ -10,7 +10,7 @@ from tests.builders.known_trees import TREES
 from vilu.backbones.catalog import named_backbones
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
-from vilu.predictors.contract.catalogue import method_names
+from vilu.predictors import PREDICTORS
 from vilu_bench.studies.config import Config
 from vilu_bench.studies.load import CONFIGS, find_studies, load_config, load_configs, study_names
 from vilu_bench.studies.run import Share
@@ -176,7 +176,7 @@ def test_the_study_of_clip_has_every_method_and_number_of_labels() -> None:
         for label in config.entries
         if config.entries[label].settings != ()
     }
-    assert run >= set(method_names())
+    assert run >= set(PREDICTORS.names())
     assert min(clip[name].seeds for name in ("labels", "none", "budgets")) >= 5
 
 

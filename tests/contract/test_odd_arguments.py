@@ -192,6 +192,21 @@ def calls_of(folder: Path) -> dict[str, Call]:
                 "calibration": None,
             },
         ),
+        "certify_clusters": (
+            vilu.certify_clusters,
+            {
+                "outcomes": certain,
+                "clusters": [str(row // 2) for row in range(len(certain.uncertainty))],
+                "risk": "majority",
+                "max_risk": 0.05,
+                "confidence": 0.95,
+                "largest": None,
+            },
+        ),
+        "estimate": (
+            vilu.estimate,
+            {"outcomes": certain, "confidence": 0.95, "of_classes": False},
+        ),
         "certify": (
             vilu.certify,
             {
@@ -405,6 +420,7 @@ def outcomes(
 
 NOT_CALLED = {
     "AnswerTable",  # open_table makes it
+    "Estimate",  # estimate makes it
     "methods",
     "tune_process",  # of a whole process; tests/test_process.py
     *(

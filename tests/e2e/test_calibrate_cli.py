@@ -157,9 +157,7 @@ def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     sets = [json.loads(text) for text in scores.label_set]
     assert all(set(one) <= set(NAMES) and one for one in sets)
     done = run("score", predictor, work / "new", "-o", predictor / "folder", code=2)
-    assert (
-        "judges all rows of a batch together: there is no decision about one image" in done.stderr
-    )
+    assert "judge all rows of a batch together: there is no decision about one image" in done.stderr
 
     again = (
         "calibrate",

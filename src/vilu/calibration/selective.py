@@ -17,7 +17,7 @@ from torch import Tensor
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.calibration.answer_choice import AnswerChoice, choose_answer
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.methods import Method, SetMethod
+from vilu.calibration.methods import ClusterRisk, Method, SetMethod
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
 from vilu.embeddings.columns import AnswerKind
@@ -150,13 +150,15 @@ class Selective(DecidingModel):
         max_miss: float = Target.max_miss,
         outside_share: float | None = None,
         class_shares: Mapping[str, float] | None = None,
+        cluster_risk: ClusterRisk | None = None,
+        largest_cluster: int | None = None,
         dataset: str | None = None,
         split: str | None = None,
     ) -> Self:
         """Learn a rule, label sets and the probability of failure, as ``vilu calibrate`` does.
 
         In place of ``target``, its fields may be given: the arguments from ``max_risk`` to
-        ``class_shares``.
+        ``largest_cluster``.
 
         Args:
             data: Labelled rows that were not fitted on.
@@ -171,6 +173,8 @@ class Selective(DecidingModel):
             max_miss: Largest share of label sets without the right label.
             outside_share: Expected share of pictures of none of the classes.
             class_shares: Expected share of each class among the other pictures.
+            cluster_risk: For rows with clusters: "majority" or "ratio". None: every row counts.
+            largest_cluster: For "ratio": rows of larger clusters are left for review.
             dataset: Name of the data set.
             split: Name of its part.
 
@@ -202,6 +206,8 @@ class Selective(DecidingModel):
             max_miss=max_miss,
             outside_share=outside_share,
             class_shares=class_shares,
+            cluster_risk=cluster_risk,
+            largest_cluster=largest_cluster,
         )
         has_fields = fields != Target()
         has_target = target is not None

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 from typer import Option
 
 from vilu.cli import console
@@ -75,8 +74,10 @@ def _refuse_asked_for(source: EmbeddingSource) -> None:
 
     if not isinstance(source, AnswerTable) or source.asked_for is None:
         return
-    is_chosen = np.array(source.asked_for) == "fit"
-    n_chosen = int((is_chosen & (source.correct != UNKNOWN)).sum())
+    is_labelled = (source.correct != UNKNOWN).tolist()
+    n_chosen = 0
+    for purpose, has_label in zip(source.asked_for, is_labelled, strict=True):
+        n_chosen += purpose == "fit" and has_label
     if n_chosen:
         raise UsageError(
             f"`vilu next` chose {plural(n_chosen, 'labelled row')} of this table to fit on, so "

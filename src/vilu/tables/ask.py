@@ -93,5 +93,5 @@ def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose])
     columns["correct"] = pa.nulls(len(table), pa.int8())
     if table.features is not None:
         with path.with_suffix(FEATURES_BESIDE).open("wb") as file:
-            np.save(file, table.features)
+            np.save(file, table.features, allow_pickle=False)
     write_bytes(path, csv_bytes(columns))
