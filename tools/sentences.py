@@ -42,6 +42,7 @@ HELD: Final = (
     "docs/monitor.md",
     "docs/report.md",
     "docs/scale.md",
+    "docs/serving.md",
     "docs/sharing.md",
     "docs/stability.md",
     "docs/start.md",
