@@ -34,6 +34,7 @@ HELD: Final = (
     "README.md",
     "docs/adding.md",
     "docs/alternatives.md",
+    "docs/answers.md",
     "docs/captions.md",
     "docs/concepts.md",
     "docs/demo.md",
