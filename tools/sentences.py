@@ -37,6 +37,7 @@ HELD: Final = (
     "docs/answers.md",
     "docs/captions.md",
     "docs/concepts.md",
+    "docs/conventions.md",
     "docs/demo.md",
     "docs/explain.md",
     "docs/faq.md",
