@@ -43,6 +43,7 @@ HELD: Final = (
     "docs/explain.md",
     "docs/faq.md",
     "docs/methods/vilu_plus.md",
+    "docs/methods/vilu_zero.md",
     "docs/monitor.md",
     "docs/report.md",
     "docs/scale.md",
