@@ -42,6 +42,7 @@ HELD: Final = (
     "docs/demo.md",
     "docs/explain.md",
     "docs/faq.md",
+    "docs/methods/duo.md",
     "docs/methods/outside.md",
     "docs/methods/vilu.md",
     "docs/methods/vilu_plus.md",
