@@ -35,6 +35,7 @@ HELD: Final = (
     "docs/adding.md",
     "docs/alternatives.md",
     "docs/answers.md",
+    "docs/backbones.md",
     "docs/benchmark.md",
     "docs/captions.md",
     "docs/concepts.md",
