@@ -40,6 +40,7 @@ HELD: Final = (
     "docs/captions.md",
     "docs/concepts.md",
     "docs/conventions.md",
+    "docs/datasets.md",
     "docs/demo.md",
     "docs/explain.md",
     "docs/faq.md",
