@@ -50,6 +50,7 @@ HELD: Final = (
     "docs/methods/vilu_plus.md",
     "docs/methods/vilu_zero.md",
     "docs/monitor.md",
+    "docs/performance.md",
     "docs/report.md",
     "docs/scale.md",
     "docs/serving.md",
