@@ -51,6 +51,7 @@ HELD: Final = (
     "docs/methods/vilu_zero.md",
     "docs/monitor.md",
     "docs/performance.md",
+    "docs/reliability.md",
     "docs/report.md",
     "docs/scale.md",
     "docs/serving.md",
