@@ -163,6 +163,18 @@ def test_a_score_before_the_start_is_not_certified() -> None:
     assert accepted_of(250.5) == 0
 
 
+def test_a_sequence_that_reaches_the_next_start_hands_on_its_level() -> None:
+    # 800 clusters of one row, the last 16 wrong, so the evidence is least at the end. Sequences
+    # start at 25, 50, 70 and 90 %, and only all levels together are enough for everything.
+    failure = (np.arange(800) >= 784).astype(np.int64)
+    rows = LabelledRows(np.arange(800.0), failure, np.arange(800), largest=1)
+    enough = math.exp(-float(log_evidence(16, 800, 0.05)))
+    assert enough < 0.05
+    aside = aside_at(np.linspace(0, 800, 30), 1)
+    assert ratio_threshold(rows, aside, 0.05, 1.001 * enough).n_accepted == 800
+    assert ratio_threshold(rows, aside, 0.05, 0.999 * enough).n_accepted == 799
+
+
 def test_labels_of_the_clusters_that_fix_the_starts_do_not_matter() -> None:
     outcomes, names = bursts(300, size=3)
     rows, aside = ratio_rows(outcomes, np.ones(900, dtype=np.bool_), names, largest=3)
@@ -332,3 +344,19 @@ def test_simulated_guarantees_hold_for_every_correlation(rho: float) -> None:
     for way in ("majority", "ratio"):
         assert tallies[way].broken <= 9
     assert tallies["ratio"].coverage > 0
+
+
+def test_simulated_ratio_where_the_risk_crosses_the_bar_three_times() -> None:
+    # 60 calibrations: as above, more than 9 broken ones have a probability of 0.1 % at most.
+    world = benchmark.World("waves", n_clusters=1_000, fewest=3, most=3)
+    random = np.random.default_rng(4)
+    thresholds = []
+    for _ in range(60):
+        uncertainty, failure, cluster = world.draw(random, 0.3, world.n_clusters)
+        rule = vilu.certify_clusters(
+            Outcomes(uncertainty, failure), names_of(cluster), "ratio", max_risk=0.05, largest=3
+        )
+        thresholds.append(rule.threshold or 0.0)
+    broken = sum(world.risk(threshold) > 0.05 for threshold in thresholds)
+    assert broken <= 9
+    assert max(thresholds) > 0.3  # the first step of the world, up to which 2 % are wrong
