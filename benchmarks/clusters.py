@@ -4,7 +4,8 @@ A made-up world: clusters of rows whose uncertainties are alike. A row of uncert
 with probability P(u). With probability sqrt(rho) its fate is that of its cluster, so two rows of a
 cluster with equal u are wrong together with the correlation rho. In the world "rising", P(u) is
 0.7 u^6, and 10 % of all answers are wrong. In "waves", the error rate of what is accepted crosses
-the bar of 5 % three times.
+the bar of 5 % three times. In "flat", 5.1 % of the answers are wrong whatever u is, so a rule that
+accepts rows is broken.
 
 Every line is of 500 calibrations. "Broken": a rule accepts rows, and the true error rate of what it
 accepts is above 5 %, at a confidence of 95 %. "rows" is ``vilu.certify``, which counts rows as
@@ -39,6 +40,9 @@ TRUTH_CLUSTERS = 40_000
 WAVES = ((0.3, 0.02), (0.5, 0.15), (0.8, 0.0), (1.0, 0.5))
 """Ends of the steps of P(u) in the world "waves", and P(u) up to each."""
 
+FLAT = 0.051
+"""P(u) in the world "flat"."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -54,6 +58,8 @@ class World:
         if self.name == "rising":
             probability: Floats = 0.7 * uncertainty**6
             return probability
+        if self.name == "flat":
+            return np.full(len(uncertainty), FLAT)
         ends, values = np.array(WAVES).T
         steps: Floats = values[np.searchsorted(ends, uncertainty)]
         return steps
@@ -85,6 +91,8 @@ WORLDS = (
     World("rising", n_clusters=400, fewest=1, most=5),
     World("rising", n_clusters=100, fewest=40, most=40),
     World("waves", n_clusters=1_500, fewest=3, most=3),
+    World("flat", n_clusters=400, fewest=10, most=10),
+    World("rising", n_clusters=600, fewest=10, most=30),
 )
 
 

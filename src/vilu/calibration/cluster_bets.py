@@ -5,33 +5,34 @@
     Z_c(t) = sum over its rows of 1{u <= t} (wrong - r),    r = max_risk.
 
 The clusters are independent draws, whatever happens within them. The error rate R(t) of the
-accepted rows is above r where E[Z_c(t)] > 0. Z_c(t) is at most (1 - r) M. So for a fixed bet b in
-(0, 1) every factor of
+accepted rows is r or more where E[Z_c(t)] >= 0. Z_c(t) is at most (1 - r) M. So for a fixed bet b
+in (0, 1) every factor of
 
     E(t) = prod_c (1 - b Z_c(t) / ((1 - r) M))
 
 is positive, and E[E(t)] <= 1 where R(t) >= r. The same holds for the mean of E(t) over several
-bets, which is used here. H_t, "R(t) is above r", is rejected at level a where E(t) >= 1 / a
+bets, which is used here. H_t, "R(t) is r or more", is rejected at level a where E(t) >= 1 / a
 (Markov's inequality). With M = 1 these are the bets of ``vilu.calibration.anytime``.
 
-**Fixed sequences.** Thresholds are tested from strict to lax until one H_t is not rejected. Three
-sequences start where 1/4, 1/2 and 4/5 of the clusters have an accepted row. A sequence that reaches
-the start of the next one adds its level to that of the next one (Wiens 2003).
+**Starts.** A random tenth of the clusters is set aside. The scores of its rows, not their labels,
+fix the thresholds at which sequences start: 25, 50, 70 and 90 % of these rows lie below them. The
+tenth is no evidence, so the starts are fixed thresholds for the clusters that are tested.
 
-**Proof, for scores without ties, if R(t) crosses r once.** Let t* be the crossing, T the start of a
-sequence, at which k clusters have an accepted row, and a its level.
+**Fixed sequences.** From a start on, thresholds are tested from strict to lax until one H_t is not
+rejected. A sequence that reaches the start of the next one adds its level to that of the next one
+(Wiens 2003).
 
-1. T < t*. The sequence errs only if E(t*) >= 1 / a. Condition on the number K >= k of clusters with
-   a row up to t*. They are independent draws, the others have the factor 1, and R(t*) = r. So
-   E[E(t*) | K] <= 1, and the sequence errs with probability at most a P[T < t*].
-2. T >= t*. One cluster has its first accepted row at T. Given T, the k - 1 clusters with a row
-   before T are independent draws with E[Z(T)] >= 0, and the others but this one have the factor 1.
-   So the first test leaves this cluster out, and it rejects with probability at most a P[T >= t*].
-3. A level is passed on only if all H_t before the next start were rejected. So the levels at which
-   the first true H_t is met add up to at most delta.
+**Proof.** Condition on the tenth.
 
-If R(t) crosses r several times, the proof is about the first crossing after every start only.
-``benchmarks/clusters.py`` simulates the procedure, that case too.
+1. Let t* be the first threshold from a start on at which H_t is true. R(t) is continuous from the
+   right, so there is a first one. It does not depend on the tested rows. So E[E(t*)] <= 1.
+2. The sequence certifies a wrong threshold only if it rejects H_t* before. At level a this has a
+   probability of at most a.
+3. A level is passed on only if all H_t before the next start were rejected. So before a true H_t
+   is rejected, the levels at which different t* are tested add up to at most delta.
+
+R(t) may cross r as often as it likes, and scores may be equal. ``benchmarks/clusters.py`` simulates
+the procedure.
 
 Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith and Ramdas,
 Estimating means of bounded random variables by betting (2023), for the product.
@@ -44,16 +45,19 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vilu.calibration.anytime import BETS, flawless_labels
 from vilu.calibration.thresholds import Threshold
 from vilu.metrics.counts import Floats, Ints, tie_counts
 
-STARTS: Final = ((1 / 4, 0.2), (1 / 2, 0.4), (4 / 5, 0.4))
-"""A pair for every sequence of thresholds: share of the clusters, and share of the level.
+ASIDE: Final = 0.1
+"""Share of the clusters that is set aside for the starts."""
 
-A sequence starts at the score at which this share of the clusters has an accepted row.
+STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
+"""A pair for every sequence: share of the rows of the tenth, and share of the level.
+
+A sequence starts at the score up to which this share of the rows lies. The last one has no level
+but that which no earlier one can use.
 """
 
 
@@ -71,47 +75,52 @@ class LabelledRows(NamedTuple):
         return len(np.unique(self.cluster))
 
 
-def ratio_threshold(rows: LabelledRows, max_risk: float, delta: float) -> Threshold:
+def ratio_threshold(
+    rows: LabelledRows, aside: LabelledRows, max_risk: float, delta: float
+) -> Threshold:
     """The laxest threshold at which at most ``max_risk`` of the accepted rows are wrong.
 
     The probability that more are wrong is at most ``delta``. If nothing is certified, the threshold
-    accepts nothing and says why.
+    accepts nothing and says why. ``aside`` has the rows of the tenth that fixes the starts.
     """
     counts = tie_counts(rows.uncertainty, rows.failure)
     # No threshold separates rows with equal scores. So evidence is taken at the last row of each.
     last_of_score = counts.accepted - 1
-    is_first, evidence = _evidence(rows, max_risk)
-    n_clusters = np.cumsum(is_first, dtype=np.int64)[last_of_score]
-    levels = _level_at_start(n_clusters, max_risk, delta)
-    index = _laxest(evidence[last_of_score], levels)
+    evidence = _evidence(rows, max_risk)[last_of_score]
+    levels = _level_at_start(rows, aside, max_risk, delta)
+    index = _laxest(counts.value, evidence, levels)
     if index is None:
-        return Threshold.nothing(len(rows.failure), _why_nothing(rows, max_risk, delta))
+        return Threshold.nothing(len(rows.failure), _why_nothing(rows, aside, max_risk, delta))
     return Threshold.at(counts, index, max_risk)
 
 
-def _laxest(log_e: Floats, levels: dict[int, float]) -> int | None:
-    """Index of the laxest threshold that the sequences certify, from log evidence (G,)."""
+def _laxest(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | None:
+    """Index of the laxest of the scores (G,) that the sequences certify, from log evidence (G,)."""
     carried = 0.0
     laxest = None
-    for start, end in pairwise([*sorted(levels), len(log_e)]):
+    for start, end in pairwise([*sorted(levels), math.inf]):
         level = carried + levels[start]
-        needed = -math.log(level)
-        # The cluster whose row is the start is no random draw, so the first test is without it.
-        without_it = log_e[start - 1] if start else 0.0
-        not_rejected = start + np.flatnonzero(log_e[start:end] < needed)
-        first_not_rejected = int(min(not_rejected, default=end))
-        if without_it < needed:
-            first_not_rejected = start
-        if first_not_rejected > start:
+        # Up to the first score above the start, the evidence is that of the last score before it.
+        first = int(np.searchsorted(scores, start, side="right")) - 1
+        last = int(np.searchsorted(scores, end, side="right")) - 1
+        carried = 0.0
+        if first < 0:
+            continue
+        not_rejected = first + np.flatnonzero(log_e[first : last + 1] < -math.log(level))
+        first_not_rejected = int(min(not_rejected, default=last + 1))
+        # A score below the start was not tested, so it is not certified.
+        is_certified = first_not_rejected > first and scores[first_not_rejected - 1] >= start
+        if is_certified:
             laxest = first_not_rejected - 1
-        carried = level if first_not_rejected == end else 0.0
+        if first_not_rejected > last:
+            carried = level
     return laxest
 
 
-def _evidence(rows: LabelledRows, max_risk: float) -> tuple[NDArray[np.bool_], Floats]:
-    """For the N rows in ascending order of scores: whether one is the first of its cluster; log E.
+def _evidence(rows: LabelledRows, max_risk: float) -> Floats:
+    """Log evidence (N,) of the rows in ascending order of scores.
 
-    log E (N,) is the log evidence if this row and all rows before it are accepted.
+    It is the evidence if this row and all rows before it are accepted.
     """
     by_score = np.argsort(rows.uncertainty, kind="stable")
     cluster = rows.cluster[by_score]
@@ -131,45 +140,46 @@ def _evidence(rows: LabelledRows, max_risk: float) -> tuple[NDArray[np.bool_], F
     log_before_row = np.log1p(-scaled_bet * z_before_row)
     change = np.empty((len(bet), len(ordered)))
     change[:, by_cluster] = log_with_row - log_before_row
-    first_in_order = np.empty(len(ordered), dtype=np.bool_)
-    first_in_order[by_cluster] = is_first
     log_wealth = np.log(share)[:, None] + change.cumsum(axis=1)
-    return first_in_order, np.logaddexp.reduce(log_wealth, axis=0)
+    log_evidence: Floats = np.logaddexp.reduce(log_wealth, axis=0)
+    return log_evidence
 
 
-def _level_at_start(n_clusters: Ints, max_risk: float, delta: float) -> dict[int, float]:
-    """Level of each sequence, by the index of the score at which it starts.
+def _level_at_start(
+    rows: LabelledRows, aside: LabelledRows, max_risk: float, delta: float
+) -> dict[float, float]:
+    """Level of each sequence, by the threshold at which it starts.
 
-    ``n_clusters`` (G,) is the number of clusters with a row up to every score. A sequence that
-    could reject nothing, even if all answers were right, gives its level to the next one.
+    A sequence that could reject nothing, even if all answers were right, gives its level to the
+    next one.
     """
-    total = int(n_clusters[-1])
-    last_share, _ = STARTS[-1]
-    levels: dict[int, float] = {}
+    ordered = np.sort(aside.uncertainty)
+    # The tested rows must not move a start, so their number is expected from the tenth.
+    rows_expected = len(ordered) * rows.n_clusters / aside.n_clusters
+    levels: dict[float, float] = {}
     level = 0.0
-    for clusters_share, level_share in STARTS:
+    for row_share, level_share in STARTS:
         level += delta * level_share
-        first_clusters = math.ceil(total * clusters_share)
-        # A cluster of M right rows wins as much as one right answer wins with ``anytime``, and
-        # smaller clusters win less. One cluster more is needed, as the first test leaves one out.
-        fewest = flawless_labels(max_risk, level) + 1
-        if clusters_share == last_share:
-            first_clusters = max(first_clusters, fewest)
-        # Starts depend on numbers of clusters only. Starts that depend on labels would be a choice
-        # among many tests.
-        if fewest <= first_clusters <= total:
-            index = int(np.searchsorted(n_clusters, first_clusters))
-            levels[index] = levels.get(index, 0.0) + level
+        if not level:
+            continue
+        # A cluster of M right rows wins as much as one right answer wins with ``anytime``, and a
+        # smaller cluster wins less.
+        full_clusters = row_share * rows_expected / rows.largest
+        could_reject = full_clusters >= flawless_labels(max_risk, level)
+        if could_reject or row_share == 1:
+            start = float(ordered[math.ceil(row_share * len(ordered)) - 1])
+            levels[start] = levels.get(start, 0.0) + level
             level = 0.0
     return levels
 
 
-def _why_nothing(rows: LabelledRows, max_risk: float, delta: float) -> str:
+def _why_nothing(rows: LabelledRows, aside: LabelledRows, max_risk: float, delta: float) -> str:
     """Why no threshold is certified."""
-    n_clusters = rows.n_clusters
-    mean_size = len(rows.cluster) / n_clusters
-    # Even if every cluster had M rows, all right, so many would be needed.
-    fewest = flawless_labels(max_risk, delta) + 1
+    n_clusters = rows.n_clusters + aside.n_clusters
+    mean_size = (len(rows.cluster) + len(aside.cluster)) / n_clusters
+    # Even if every tested cluster had M rows, all right, so many would be needed.
+    fewest_tested = flawless_labels(max_risk, delta)
+    fewest = math.ceil(fewest_tested / (1 - ASIDE))
     sizes = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"
     if n_clusters < fewest:
         return f"{sizes} are too few: a risk of {max_risk:.2%} needs {fewest:,} at least"

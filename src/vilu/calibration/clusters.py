@@ -11,6 +11,7 @@ There are two risks, and a rule says which one its guarantee is about.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.cluster_bets import LabelledRows
+from vilu.calibration.cluster_bets import ASIDE, LabelledRows
 from vilu.calibration.methods import ClusterRisk
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints
@@ -39,7 +40,8 @@ class Clusters(Model):
     Attributes:
         risk: "majority": at most ``max_risk`` of the accepted clusters have a wrong majority
             answer. "ratio": at most ``max_risk`` of the accepted rows are wrong.
-        n: Number of calibration clusters that count.
+        n: Number of calibration clusters that count. For "ratio" a tenth of the clusters is set
+            aside and does not.
         largest: Largest number of rows of a cluster that the guarantee speaks of. Rows of larger
             clusters are left for review. None for "majority", which takes clusters of any size.
     """
@@ -270,13 +272,13 @@ def ratio_rows(
     is_usable: NDArray[np.bool_],
     clusters: Sequence[str | None],
     largest: int | None,
-) -> LabelledRows:
-    """The rows that count for the risk "ratio", with the bound M.
+) -> tuple[LabelledRows, LabelledRows]:
+    """The rows that count for the risk "ratio", and those of the clusters that are set aside.
 
     ``is_usable`` (N,) marks the rows with an uncertainty and a label. Sizes of clusters count all
     rows. Clusters of more than M rows are left out. M is ``largest``, or else the largest size.
     """
-    _, cluster = cluster_indices(clusters, len(outcomes))
+    names, cluster = cluster_indices(clusters, len(outcomes))
     size = np.bincount(cluster)
     counts = is_usable.copy()
     if largest is None:
@@ -286,10 +288,29 @@ def ratio_rows(
         counts &= cluster != int(size.argmax())
     else:
         counts &= size[cluster] <= largest
-    if not counts.any():
+    is_aside = np.isin(cluster, _set_aside(np.unique(cluster[counts]), names))
+    if not (counts & ~is_aside).any():
         raise DataError(
             f"no cluster of up to {largest:,} rows is left to calibrate on. Give more clusters, or "
             "a larger bound (largest)."
         )
-    rows = outcomes.take(counts)
-    return LabelledRows(rows.uncertainty, rows.failure, cluster[counts], largest)
+
+    def labelled(chosen: NDArray[np.bool_]) -> LabelledRows:
+        rows = outcomes.take(chosen)
+        return LabelledRows(rows.uncertainty, rows.failure, cluster[chosen], largest)
+
+    return labelled(counts & ~is_aside), labelled(counts & is_aside)
+
+
+def _set_aside(cluster: Ints, names: list[str]) -> list[int]:
+    """A tenth of the clusters (C,), rounded up, by a hash of their names.
+
+    Hashes do not depend on scores or labels. So the tenth is a random one, and the same at every
+    run.
+    """
+
+    def drawn(index: int) -> bytes:
+        return hashlib.blake2b(names[index].encode(), digest_size=8).digest()
+
+    n_aside = math.ceil(ASIDE * len(cluster))
+    return sorted(cluster.tolist(), key=drawn)[:n_aside]

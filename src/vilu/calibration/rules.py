@@ -575,16 +575,18 @@ def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
         )
     max_risk = target.max_risk or 0.0  # with a cluster_risk there is one (``check_clusters``)
     if target.cluster_risk == "ratio":
-        rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
-        return _ratio_rule(rows, max_risk, target.confidence)
+        rows, aside = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
+        return _ratio_rule(rows, aside, max_risk, target.confidence)
     per_cluster = majority_outcomes(outcomes, outcomes.cluster)
     rule = rule_of(per_cluster, Target(max_risk=max_risk, confidence=target.confidence))
     return rule.model_copy(update={"clusters": Clusters(risk="majority", n=rule.n)})
 
 
-def _ratio_rule(rows: LabelledRows, max_risk: float, confidence: float) -> Rule:
+def _ratio_rule(
+    rows: LabelledRows, aside: LabelledRows, max_risk: float, confidence: float
+) -> Rule:
     """The rule for the risk "ratio"; it may accept nothing."""
-    threshold = ratio_threshold(rows, max_risk, 1 - confidence)
+    threshold = ratio_threshold(rows, aside, max_risk, 1 - confidence)
     return Rule(
         method="ltt",
         max_risk=max_risk,
