@@ -11,6 +11,8 @@ from tests.command import run
 from tests.service.conftest import hosted
 from tests.tables.answers import columns, written
 from vilu.errors import UsageError
+from vilu.service.limits import ClientLimits
+from vilu.service.setup import Setup, load_engine
 
 pytest.importorskip("fastapi")
 
@@ -81,6 +83,9 @@ def test_what_is_for_images_is_refused(calibration: Path, tmp_path: Path) -> Non
     refused = pytest.raises(UsageError, match="--keep is for images")
     with refused, hosted(calibration, tmp_path / "state", keep=tmp_path / "kept"):
         pass
+    setup = Setup(calibration, None, tmp_path / "state", ClientLimits(), None, precision="bf16")
+    with pytest.raises(UsageError, match="--precision is for images"):
+        load_engine(setup)
 
 
 def test_a_probe_is_served_with_its_features(tmp_path: Path) -> None:
