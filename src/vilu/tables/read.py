@@ -98,14 +98,15 @@ def has_answers(path: Path) -> bool:
     return "id" in names and not are_scores
 
 
-def files_of(path: Path) -> list[Path]:
-    """A path, and the file of features beside it if the path is a table that has one."""
-    if not is_table(path):
-        return [path]
-    beside = path.with_suffix(FEATURES_BESIDE)
-    if not beside.is_file():
-        return [path]
-    return [path, beside]
+def files_of(*paths: Path) -> list[Path]:
+    """The paths, each table followed by the file of features beside it if there is one."""
+    files = []
+    for path in paths:
+        files.append(path)
+        beside = path.with_suffix(FEATURES_BESIDE)
+        if is_table(path) and beside.is_file():
+            files.append(beside)
+    return files
 
 
 def _of_file(path: Path, name: str) -> AnswerTable:
