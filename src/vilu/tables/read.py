@@ -212,6 +212,7 @@ def _checked_table(
             f"{where} has no number that says how sure an answer is. Add a column such as "
             "score_confidence (a higher number: more likely right)."
         )
+    with_role = {*FIXED, *numeric}
     return AnswerTable(
         ids,
         cells.correct(columns.get("correct")),
@@ -221,7 +222,7 @@ def _checked_table(
         cluster=_texts(where, columns, "cluster", ids),
         asked_for=_purposes(where, columns, ids),
         features=features,
-        unused=tuple(column for column in columns if column not in {*FIXED, *numeric}),
+        unused=tuple(column for column in columns if column not in with_role),
         name=name,
     )
 
