@@ -103,8 +103,10 @@ def files_of(*paths: Path) -> list[Path]:
     files = []
     for path in paths:
         files.append(path)
+        if not is_table(path):
+            continue
         beside = path.with_suffix(FEATURES_BESIDE)
-        if is_table(path) and beside.is_file():
+        if beside.is_file():
             files.append(beside)
     return files
 
