@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import vilu
@@ -256,6 +258,19 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     share = 1 - np.mean(list(truth.values()))
     rows = vilu.Calibration.load(predictor).rows
     assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
+
+
+def test_questions_keep_columns_with_commas_and_quotes(calibrated: Path, tmp_path: Path) -> None:
+    content = columns(100, 40_000)
+    del content["correct"]
+    names = ["a,b", 'the "c"']
+    content.update(dict.fromkeys(names, [1.5] * 100))
+    path = tmp_path / "new.parquet"
+    pq.write_table(pa.table(content), path)
+    run("next", path, "--predictor", calibrated, "-o", tmp_path / "next.csv")
+    asked = vilu.open_table(tmp_path / "next.csv")
+    assert list(asked.numbers)[-2:] == names
+    assert asked.numbers["a,b"].tolist() == [1.5] * len(asked)
 
 
 def test_features_that_are_there_are_not_taken_for_those_of_new_questions(
