@@ -39,6 +39,8 @@ def test_stores_that_no_study_can_use_are_refused(stores: Path, tmp_path: Path) 
     file = tmp_path / "study.toml"
     bare = make_store(tmp_path / "bare", 20, 9_000, labelled=False)
     assert "has no labels" in run("init", bare, "-o", file, code=2).stderr
+    alone = make_store(tmp_path / "alone", 20, 9_500, k=1)
+    assert "has one class" in run("init", alone, "-o", file, code=2).stderr
     other = run("init", stores / "one-train", "--test", stores / "two-test", "-o", file, code=2)
     assert "different classes" in other.stderr
     assert "is a .toml file" in run("init", bare, "-o", tmp_path / "study.txt", code=2).stderr

@@ -244,9 +244,11 @@ def test_labels_of_the_most_doubtful_rows_are_refused() -> None:
 
 
 def test_no_label_fitted_rows_and_odd_arguments_are_refused() -> None:
-    outcomes, _ = sample(100, 0)
-    with pytest.raises(DataError, match="none of the 100 rows has both a score and a label"):
-        vilu.estimate(outcomes)
+    for n_labelled in (0, 1):
+        outcomes, _ = sample(100, n_labelled)
+        reason = f"{n_labelled} of the 100 rows has both a score and a label"
+        with pytest.raises(DataError, match=reason):
+            vilu.estimate(vilu.Outcomes(outcomes.uncertainty - 2, outcomes.failure))
     outcomes, _ = sample(2_000, 100)
     with pytest.raises(UsageError, match="confidence must be"):
         vilu.estimate(outcomes, confidence=1.0)

@@ -67,6 +67,11 @@ def test_no_two_lines_of_a_figure_look_alike() -> None:
     assert len({repr(look) for look in looks.values()}) == len(set(names))
 
 
+def test_a_figure_of_very_many_lines_is_drawn() -> None:
+    names = [f"vilu seed {number}" for number in range(100)]  # more than there are looks
+    assert set(looks_of(names)) == set(names)
+
+
 def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
     x = [1.0, 5.0, 16.0]
     lines = [

@@ -126,6 +126,8 @@ def test_impossible_risks_of_clusters_are_refused(tables: Path, tmp_path: Path) 
         *command, "--max-risk", 0.1, "--cluster-risk", "majority", "--largest-cluster", 3, code=2
     )
     assert 'largest_cluster is for the cluster_risk "ratio"' in refused.stderr
+    refused = run(*command, "--max-risk", 0.2, "--per-class", code=2)
+    assert "a table of answers has no classes" in refused.stderr
     content = bursts(100, seed=1)
     del content["cluster"]
     alone = written(tmp_path / "alone.csv", content)

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import vilu
 from tests.command import run
 from tests.tables.answers import columns, table, written
+from vilu.methods import AnswerProbe, AnswerScores
 from vilu.outcomes.outcomes import Outcomes
+from vilu.tables.onnx import batch_of, random_rows
 
 ONE_SCORE = ("id", "score_a", "correct")
 
@@ -180,6 +184,18 @@ def test_onnx_gives_the_same_scores(method: str, tmp_path: Path) -> None:
     assert uncertainty == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("method", [AnswerScores, AnswerProbe])
+def test_onnx_is_tried_on_rows_as_those_of_the_fit(method: type) -> None:
+    content = columns(500, features=3)
+    content["score_a"] = 5_000 + 10 * content["score_a"]  # far from 0
+    predictor = method().fit(content)
+    rows = random_rows(predictor)
+    uncertainty = predictor.score_batch(batch_of(**rows)).numpy()
+    assert len(np.unique(uncertainty)) > len(uncertainty) / 2
+    of_score = rows["numbers"][:, predictor.used_columns.index("score_a")]
+    assert np.median(of_score) == pytest.approx(np.median(content["score_a"]), abs=30)
+
+
 def test_an_explanation_names_the_columns(work: Path, calibrated: Path) -> None:
     done = run("explain", calibrated, work / "test.csv", "-n", 1, "--json")
     (row,) = json.loads(done.stdout)["rows"]
@@ -242,6 +258,30 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     share = 1 - np.mean(list(truth.values()))
     rows = vilu.Calibration.load(predictor).rows
     assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
+
+
+def test_questions_keep_columns_with_commas_and_quotes(calibrated: Path, tmp_path: Path) -> None:
+    content = columns(100, 40_000)
+    del content["correct"]
+    names = ["a,b", 'the "c"']
+    content.update(dict.fromkeys(names, [1.5] * 100))
+    path = tmp_path / "new.parquet"
+    pq.write_table(pa.table(content), path)
+    run("next", path, "--predictor", calibrated, "-o", tmp_path / "next.csv")
+    asked = vilu.open_table(tmp_path / "next.csv")
+    assert list(asked.numbers)[-2:] == names
+    assert asked.numbers["a,b"].tolist() == [1.5] * len(asked)
+
+
+def test_features_that_are_there_are_not_taken_for_those_of_new_questions(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    beside = tmp_path / "next.features.npy"
+    np.save(beside, np.zeros((3, 2)))
+    before = beside.read_bytes()
+    ask = ("next", work / "new.csv", "--predictor", calibrated, "-o", tmp_path / "next.csv")
+    assert "would be read as the features" in run(*ask, code=2).stderr
+    assert beside.read_bytes() == before
 
 
 def test_asked_for_is_checked(tmp_path: Path) -> None:

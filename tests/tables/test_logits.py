@@ -32,6 +32,15 @@ def test_many_rows_have_the_scores_of_few() -> None:
         assert many[name][4_990:] == few[name]
 
 
+def test_names_of_classes_that_are_numbers_are_names() -> None:
+    digits = ["1", "2", "3"]
+    made = logit_answers(np.eye(3), target=["1", "2", "1"], class_names=digits)
+    assert made.columns["answer"] == digits
+    assert made.columns["correct"] == [1, 1, 0]
+    numbers = logit_answers(np.eye(3), target=["0", "1", "0"], class_names=digits)
+    assert numbers.columns["correct"] == [1, 1, 0]
+
+
 def test_large_logits_do_not_overflow() -> None:
     columns = logit_answers([[1e300, 0.0], [-1e300, -1e300]]).columns
     assert columns["score_softmax"] == [1.0, 0.5]

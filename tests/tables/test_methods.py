@@ -28,6 +28,37 @@ from vilu.tables.methods import clusters_of
 FITTED = (AnswerScores, AnswerProbe)
 
 
+@pytest.mark.parametrize("method", FITTED)
+def test_too_few_labels_for_a_cross_validation_are_named(method: type) -> None:
+    content = columns(200)
+    one_wrong = np.arange(200) != 7
+    with (
+        pytest.warns(UserWarning, match="only 1 failures"),
+        pytest.raises(DataError, match="Got 1 wrong and 199 right"),
+    ):
+        method().fit({**content, "correct": one_wrong})
+    one_page = ["page"] * 200
+    with pytest.raises(DataError, match="in 1 cluster, and rows of one cluster are in one fold"):
+        method().fit({**content, "cluster": one_page})
+
+
+@pytest.mark.parametrize("method", FITTED)
+def test_rows_of_a_fit_are_known_in_any_order_of_columns(method: type) -> None:
+    content = columns(200, features=3)
+    predictor = method().fit(content)
+    ids = [f"new{row}" for row in range(200)]  # only the content tells that the rows are the same
+    turned = dict(reversed({**content, "id": ids, "score_further": np.arange(200)}.items()))
+    assert predictor.seen(vilu.open_table(turned)).shared.all()
+    assert not predictor.seen(table(200, 5000, features=3)).shared.any()
+
+
+def test_an_arranged_table_has_a_fingerprint_of_its_own() -> None:
+    data = table(20)
+    before = data.fingerprint
+    names = ["width", "score_a"]
+    assert data.arranged(names).fingerprint == table(20).arranged(names).fingerprint != before
+
+
 def test_one_score_is_turned_by_its_name() -> None:
     data = {"id": ["a", "b"], "score_p": [0.9, 0.2], "uncertainty_h": [3.0, 4.0], "width": [1, 2]}
     assert AnswerScore(column="score_p").predict_uncertainty(data).tolist() == [-0.9, -0.2]

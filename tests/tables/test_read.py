@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -166,3 +167,14 @@ def test_some_rows_are_a_table_of_their_own() -> None:
     assert second.fingerprint != table.fingerprint
     with pytest.raises(UsageError, match="has rows only"):
         table.take([0], classes=[0])
+
+
+def test_time_to_read_grows_with_the_number_of_columns() -> None:
+    def seconds(n_columns: int) -> float:
+        content: dict[str, list[Any]] = {f"column{place}": [0.5] for place in range(n_columns)}
+        begun = process_time()
+        vilu.open_table({**content, "id": ["a"]})
+        return process_time() - begun
+
+    seconds(10)  # imports what is needed
+    assert seconds(16_000) < 24 * seconds(2_000)  # 8 times as many; in squares 64 times

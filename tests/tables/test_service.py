@@ -11,6 +11,8 @@ from tests.command import run
 from tests.service.conftest import hosted
 from tests.tables.answers import columns, written
 from vilu.errors import UsageError
+from vilu.service.limits import ClientLimits
+from vilu.service.setup import Setup, load_engine
 
 pytest.importorskip("fastapi")
 
@@ -60,6 +62,21 @@ def test_rows_are_decided_on_and_audited(calibration: Path, tmp_path: Path) -> N
         assert (status["rows"], status["audit"]["n"]) == (200, expected.sum())
 
 
+def test_labels_of_answers_in_clusters_are_counted(tmp_path: Path) -> None:
+    content = {**columns(800), "cluster": [f"page{row // 4}" for row in range(800)]}
+    path = written(tmp_path / "t.csv", content, (*ONE_SCORE, "answer", "cluster"))
+    run("calibrate", path, "--max-risk", 0.1, "-o", tmp_path / "calibration")
+    new = columns(20, 5000)
+    body = {"id": new["id"], "numbers": {"score_a": new["score_a"].tolist()}}
+    with hosted(tmp_path / "calibration", tmp_path / "state") as service:
+        answers = service.post("/v1/scores", json=body).json()["answers"]
+        rows = [answer["row"] for answer in answers]
+        truth = dict(zip(rows, map(str, new["correct"].tolist()), strict=True))
+        labelled = service.post("/v1/labels", json={"labels": truth})
+        assert labelled.status_code == 200, labelled.text
+        assert labelled.json()["audited"][0]["new"] == 20
+
+
 def test_wrong_requests_are_refused_in_words(calibration: Path, tmp_path: Path) -> None:
     with hosted(calibration, tmp_path / "state") as service:
         for body, detail in (
@@ -81,6 +98,9 @@ def test_what_is_for_images_is_refused(calibration: Path, tmp_path: Path) -> Non
     refused = pytest.raises(UsageError, match="--keep is for images")
     with refused, hosted(calibration, tmp_path / "state", keep=tmp_path / "kept"):
         pass
+    setup = Setup(calibration, None, tmp_path / "state", ClientLimits(), None, precision="bf16")
+    with pytest.raises(UsageError, match="--precision is for images"):
+        load_engine(setup)
 
 
 def test_a_probe_is_served_with_its_features(tmp_path: Path) -> None:

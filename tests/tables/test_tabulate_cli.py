@@ -107,6 +107,15 @@ def test_a_second_run_does_nothing_and_edited_tables_stay(tmp_path: Path) -> Non
         assert "is left alone" in refused.stderr
 
 
+def test_a_file_in_another_role_is_another_input(tmp_path: Path) -> None:
+    np.save(tmp_path / "logits.npy", np.array([[2.0, 0.0], [3.0, 0.0]]))
+    (tmp_path / "numbers.txt").write_text("0\n1\n")
+    command = ["tabulate", "logits", "logits.npy", "-o", "t.parquet"]
+    run(*command, "--classes", "numbers.txt", cwd=tmp_path)
+    refused = run(*command, "--labels", "numbers.txt", code=2, cwd=tmp_path)
+    assert "other inputs" in refused.stderr
+
+
 def test_other_inputs_need_overwrite(tmp_path: Path) -> None:
     command = ["tabulate", "completions", "run.jsonl", "-o", "t.parquet"]
     completions(tmp_path, response(chat("cat", -0.5)))

@@ -100,6 +100,36 @@ def test_a_label_goes_into_a_sidecar_and_back(
     assert sidecar.read_bytes() == content
 
 
+@pytest.mark.parametrize("subjects", [TWO, ""])
+def test_a_subject_of_another_program_beside_ours_is_never_removed(
+    photos: Path, caplog: pytest.LogCaptureFixture, subjects: str
+) -> None:
+    sidecar = photos / "a.png.xmp"
+    sidecar.write_bytes(foreign(subjects))
+    write(photos, answer("a.png", "accept", "cat"))
+    item = b"<r:li>cat</r:li>"
+    changed = sidecar.read_bytes().replace(item, item + b"<r:li>holiday</r:li>")
+    assert changed.count(b"holiday") == 1
+    sidecar.write_bytes(changed)
+    for decision in ("accept", "review"):
+        assert write(photos, answer("a.png", decision, "car")) == 0
+        assert sidecar.read_bytes() == changed
+    assert "another program has changed what vilu added" in caplog.text
+
+
+def test_a_prefix_in_braces_is_text_as_any(photos: Path) -> None:
+    sidecar = photos / "a.png.xmp"
+    sidecar.write_bytes(foreign("", about="uuid:{p}"))
+    assert write(photos, answer("a.png", "accept", "{p}")) == 1
+    assert subjects_of(sidecar) == ["{p}"]
+    rdf = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+    root = ElementTree.fromstring(sidecar.read_bytes())  # noqa: S314 - written by this test
+    about = {element.get(f"{rdf}about") for element in root.iter(f"{rdf}Description")}
+    assert about == {"uuid:{p}"}
+    write(photos, answer("a.png", "review"))
+    assert sidecar.read_bytes() == foreign("", about="uuid:{p}")
+
+
 def test_a_subject_that_is_there_stays_where_it_is(photos: Path) -> None:
     sidecar = photos / "a.png.xmp"
     sidecar.write_bytes(foreign(TWO))

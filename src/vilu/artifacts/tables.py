@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -84,8 +84,9 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     texts = [column.name for column in table.schema if pa.types.is_string(column.type)]
     table = _replaced(table, texts, _FORMULA, r"'\1")  # an apostrophe before the cell
     buffer = BytesIO()
-    heading = ",".join(table.column_names) + "\n"
-    buffer.write(heading.encode())
+    heading = StringIO()
+    csv.writer(heading, lineterminator="\n").writerow(table.column_names)
+    buffer.write(heading.getvalue().encode())
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
     pyarrow.csv.write_csv(table, buffer, options)
     return buffer.getvalue()

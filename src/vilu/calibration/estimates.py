@@ -152,8 +152,8 @@ def estimate(
         The estimate of the error rate, and those of the classes in their order.
 
     Raises:
-        DataError: If there is no label, if the labelled rows are clearly no random sample, if rows
-            were used in the fit, or if classes are not known.
+        DataError: If there are fewer than two labels, if the labelled rows are clearly no random
+            sample, if rows were used in the fit, or if classes are not known.
 
     Examples:
         >>> import numpy as np, vilu
@@ -187,10 +187,10 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
     from scipy import stats
 
     n_labelled = int(is_labelled.sum())
-    if not n_labelled:
+    if n_labelled < 2:
         raise DataError(
-            f"none of the {len(outcomes):,} rows has both a score and a label. Label rows that are "
-            "drawn at random, at least 100."
+            f"{n_labelled} of the {len(outcomes):,} rows has both a score and a label. Label rows "
+            "that are drawn at random, at least 100."
         )
     if n_labelled == len(outcomes):
         return

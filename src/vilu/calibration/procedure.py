@@ -124,6 +124,12 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
         raise UsageError(
             "captions have no classes, so there are no thresholds per class. Leave per_class out."
         )
+    if target.per_class and data.holds == "answers":
+        # The answers of another table would have other numbers, and so other thresholds.
+        raise UsageError(
+            "a table of answers has no classes, so there are no thresholds per class. Leave "
+            "per_class out."
+        )
     if target.label_sets is not None:
         check_label_sets(predictor, data, target.max_miss)
     elif target.max_miss != Target.max_miss:

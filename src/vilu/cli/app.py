@@ -143,6 +143,9 @@ def speaks(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the flags --verbose, --quiet and --json, which `vilu` itself has, too.
 
     So they may stand before the command or after it.
+
+    Raises:
+        UsageError: If the command has a parameter with the name of such a flag.
     """
 
     @wraps(command)
@@ -153,6 +156,12 @@ def speaks(command: Callable[..., None]) -> Callable[..., None]:
 
     flags = {"verbose": Verbose, "quiet": Quiet, "as_json": AsJson}
     parameters = list(signature(command, eval_str=True).parameters.values())
+    clashing = [parameter.name for parameter in parameters if parameter.name in flags]
+    if clashing:
+        raise UsageError(
+            f"the command {command.__name__} has parameters that every command of vilu gets: "
+            f"{', '.join(clashing)}. Leave them out."
+        )
     for name, annotation in flags.items():
         parameters.append(
             Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)

@@ -119,6 +119,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
+    from vilu.tables.read import files_of
     from vilu.tables.table import AnswerTable
 
     if output is not None:
@@ -142,7 +143,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "n": n,
         "depth": str(depth),
     }
-    read = [predictor, *reading.files(store), *reading.read, *console.named_paths(train)]
+    read = [predictor, *files_of(store), *reading.read, *console.named_paths(train)]
     keep = console.keeping(
         output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings
     )
@@ -333,8 +334,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         watching = _open_monitor(predictor, state, false_alarm, seed)
         # The state is no part of the digest, because this command changes the state.
-        files = [file for path in (*new, *late) for file in files_of(path)]
-        inputs = inputs_of(predictor, *files, n_new=len(new), **settings)
+        inputs = inputs_of(predictor, *files_of(*new, *late), n_new=len(new), **settings)
         has_report = False
         if output is not None:
             has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)

@@ -245,15 +245,6 @@ class Reading:
             near_duplicates=self.near_duplicates,
         )
 
-    def files(self, *paths: Path) -> list[Path]:
-        """All files behind these paths: a table may have its features in a file beside it."""
-        from vilu.tables.read import files_of
-
-        files = []
-        for path in paths:
-            files += files_of(path)
-        return files
-
     def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """Open a store, with the pools of the flags.
 

@@ -153,6 +153,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     from vilu.predictors.contract.seen import candidates_of
     from vilu.predictors.nn.processes import world
     from vilu.predictors.persistence import storage
+    from vilu.tables.read import files_of
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))  # processes of torchrun, or only this one
@@ -176,7 +177,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             has_sample=not no_sample,
         )
         read = [
-            *reading.files(*stores),
+            *files_of(*stores),
             *(labels or ()),
             *console.named_paths(validation, init, unlabelled),
             *reading.read,
@@ -460,6 +461,7 @@ def score(
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.scoring.score import score as score_rows
     from vilu.scoring.score import score_parts
+    from vilu.tables.read import files_of
 
     is_folder = output.is_dir() or not output.suffix
     if not is_folder and output.suffix.lower() not in {".parquet", ".csv"}:
@@ -473,7 +475,7 @@ def score(
     keep = console.keeping(
         file,
         "scores",
-        [predictor, *reading.files(store), *reading.read],
+        [predictor, *files_of(store), *reading.read],
         overwrite=overwrite,
         reading=reading.settings,
     )
@@ -525,10 +527,16 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
     from vilu.scoring.score_folder import ScoreFolder
+    from vilu.tables.read import files_of
     from vilu.tables.scores import scores_in
 
     keep = console.keeping(
-        output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed
+        output,
+        "results",
+        files_of(*scores),
+        overwrite=overwrite,
+        resamples=resamples,
+        seed=seed,
     )
     runs: list[Tallied] = []
     for path in scores:

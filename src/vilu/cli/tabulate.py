@@ -83,7 +83,13 @@ def logits_(
     """
     from vilu.tables.sources import logit_answers
 
-    keep = keeping(output, "answers", _files(logits, labels, classes), overwrite=overwrite)
+    keep = keeping(
+        output,
+        "answers",
+        _files(logits, labels, classes),
+        overwrite=overwrite,
+        has_labels=labels is not None,  # one file may be the labels, or the names of the classes
+    )
     arrays = _arrays({"logits": logits, "target": labels, "class_names": classes})
     numbers = arrays.pop("logits")
     _finish(logit_answers(numbers, **arrays), output, keep)
@@ -110,7 +116,14 @@ def words_(
     from vilu.tables.sources import word_answers
     from vilu.tables.sources.truth import read_dictionary, read_words
 
-    keep = keeping(output, "answers", _files(*pages, truth, dictionary), overwrite=overwrite)
+    keep = keeping(
+        output,
+        "answers",
+        _files(*pages, truth, dictionary),
+        overwrite=overwrite,
+        n_pages=len(pages),
+        has_truth=truth is not None,
+    )
     stands = None if truth is None else read_words(truth)
     known = () if dictionary is None else read_dictionary(dictionary)
     _finish(word_answers(pages, truth=stands, dictionary=known), output, keep)

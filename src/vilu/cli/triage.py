@@ -332,10 +332,15 @@ def _next_of_table(
     """Write the answers of a table to label next; a file that is there is never replaced."""
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.tables.ask import asked_in, next_answers, write_questions
-    from vilu.tables.read import open_table
+    from vilu.tables.read import FEATURES_BESIDE, open_table
 
     if output.exists() or output.suffix.lower() != ".csv":
         raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
+    beside = output.with_suffix(FEATURES_BESIDE)
+    if beside.exists():
+        raise UsageError(
+            f"{beside} is there, and would be read as the features of {output}. Give another file."
+        )
     answers = open_table(table)
     rows, purposes = next_answers(answers, load_predictor(predictor), asked_in(labels), n, seed)
     if not len(rows):

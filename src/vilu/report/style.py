@@ -7,10 +7,9 @@ and markers.
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,33 +105,38 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
     A method looks the same in every figure: its name decides. The methods of ``MAIN_METHODS`` have
     colours of their own with solid lines. A label that begins with such a name, such as
     "vilu + MCM input", has the colour of that method with another dash. Two lines of one figure
-    never have the same look.
+    have the same look only if all looks that a line may have are taken.
     """
     looks: dict[str, Look] = {}
-    for label in sorted(labels):
+    taken: set[Look] = set()
+    for label in sorted(set(labels)):
         candidates = _candidates(label)
-        look = next(candidates)
-        while look in looks.values():
-            look = next(candidates)
+        free = (look for look in candidates if look not in taken)
+        look = next(free, candidates[0])
         looks[label] = look
+        taken.add(look)
     return looks
 
 
-def _candidates(label: str) -> Iterator[Look]:
-    """The looks that a line may have, the preferred one first, without end."""
+def _candidates(label: str) -> list[Look]:
+    """The looks that a line may have, the preferred one first."""
+    looks = []
     colours = list(COLOURS[1:])  # the first one belongs to the predictor to use
     method = _main_method(label)
     if method is not None:
         place = MAIN_METHODS.index(method)
         colours = [COLOURS[place]]
         if label == method:
-            yield Look(COLOURS[place], DASHES[0], MARKERS[place])
-    for number in itertools.count(zlib.crc32(label.encode("utf-8", "backslashreplace"))):
+            looks.append(Look(COLOURS[place], DASHES[0], MARKERS[place]))
+    first = zlib.crc32(label.encode("utf-8", "backslashreplace"))
+    n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # then the looks begin again
+    for number in range(first, first + n_numbers):
         colour = colours[number % len(colours)]
         # Solid lines are left to the main methods.
         dash = DASHES[1 + number // len(colours) % (len(DASHES) - 1)]
         marker = MARKERS[number // 3 % len(MARKERS)]
-        yield Look(colour, dash, marker)
+        looks.append(Look(colour, dash, marker))
+    return looks
 
 
 def _main_method(label: str) -> str | None:

@@ -205,9 +205,9 @@ class Journal:
     def _codes(self) -> dict[str, int]:
         """The code of every label that clients may send."""
         calibration = self.monitor.calibration
-        if calibration.prediction is None:
+        if calibration.class_names is None:
             return CODES_OF_TABLE
-        codes = {name: index for index, name in enumerate(calibration.class_names or ())}
+        codes = {name: index for index, name in enumerate(calibration.class_names)}
         return codes | {OUTSIDE_NAME: OUTSIDE}
 
     def _codes_of(self, labels: Mapping[str, str]) -> dict[str, int]:
@@ -327,7 +327,7 @@ class Journal:
     ) -> Outcomes:
         """Outcomes of rows for the monitor; without ``labels`` the failures are ``UNKNOWN``."""
         calibration = self.monitor.calibration
-        has_classes = calibration.prediction is not None
+        has_classes = calibration.class_names is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)
         target = np.full(len(rows), UNKNOWN, dtype=np.int64)
         failure = target.copy()

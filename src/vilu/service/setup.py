@@ -99,7 +99,7 @@ def _table_engine(setup: Setup, journals: Journals) -> Engine:
     """The engine of a predictor for tables; UsageError for settings that are about images."""
     from vilu.service.tables import TableEngine, TableGuard
 
-    for name in ("second", "keep", "models"):
+    for name in ("second", "keep", "models", "precision"):
         if getattr(setup, name) is not None:
             raise UsageError(
                 f"{setup.predictor} judges tables of answers, and --{name} is for images. Leave it "

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vilu.artifacts.disk import write_bytes
+from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
 from vilu.artifacts.tables import csv_bytes
 from vilu.errors import UNKNOWN
 from vilu.metrics.counts import Ints
@@ -80,7 +80,7 @@ def asked_in(files: Sequence[Path]) -> set[str]:
 def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose]) -> None:
     """Write a table of answers as CSV with an empty column ``correct``, to fill in.
 
-    Features go into a file beside it.
+    Features go into a file beside it, which is written first.
     """
     columns: dict[str, pa.Array] = {"id": pa.array(table.ids)}
     for name in ("answer", "group", "cluster"):
@@ -92,6 +92,7 @@ def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose])
     columns["asked_for"] = pa.array(purposes, pa.string())
     columns["correct"] = pa.nulls(len(table), pa.int8())
     if table.features is not None:
-        with path.with_suffix(FEATURES_BESIDE).open("wb") as file:
+        beside = path.with_suffix(FEATURES_BESIDE)
+        with or_refuse(f"write {beside}"), atomic_write(beside) as file:
             np.save(file, table.features, allow_pickle=False)
     write_bytes(path, csv_bytes(columns))

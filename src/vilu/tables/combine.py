@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.embeddings.split import part_of_rows
+from vilu.errors import DataError
 from vilu.metrics.counts import Floats, Ints
 from vilu.metrics.ranking import auroc
 from vilu.tables.table import sign_of
+from vilu.text import plural
 
 FOLDS: Final = 5
 """Number of folds of every cross-validation."""
@@ -45,6 +47,9 @@ def folds_of(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
     """Divisions for a cross-validation; rows of one cluster (N,) are in one fold.
 
     A fold that leaves only right or only wrong answers to fit on is left out.
+
+    Raises:
+        DataError: If all right answers, or all wrong ones, are in one fold.
     """
     part = part_of_rows(cluster, failure, [1 / FOLDS] * FOLDS, seed)
     folds = []
@@ -53,7 +58,24 @@ def folds_of(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
         has_both = len(np.unique(failure[~held_out])) == 2
         if has_both and held_out.any():
             folds.append(Fold(~held_out, held_out))
+    if not folds:
+        raise DataError(_too_few(cluster, failure))
+    is_held_out = np.any([fold.held_out for fold in folds], axis=0)
+    if len(np.unique(failure[is_held_out])) < 2:
+        raise DataError(_too_few(cluster, failure))
     return folds
+
+
+def _too_few(cluster: Ints, failure: Ints) -> str:
+    """Message about answers that cannot be cross-validated."""
+    n_wrong = int(failure.sum())
+    n_right = len(failure) - n_wrong
+    return (
+        f"the fit compares by {FOLDS}-fold cross-validation, so right and wrong answers must be in "
+        f"several folds each. Got {n_wrong} wrong and {n_right} right answers in "
+        f"{plural(len(np.unique(cluster)), 'cluster')}, and rows of one cluster are in one fold. "
+        "Label more answers, of more clusters."
+    )
 
 
 def log_losses(log_odds: Floats, failure: Ints) -> Floats:

@@ -31,11 +31,13 @@ class ExplainedAnswer:
     terms: dict[str, float]  # what each column adds to the score, less its mean, largest first
 
     def __str__(self) -> str:
-        said = "" if self.answer is None else f"   answer {printable(self.answer)!r:.60}"
+        answer = ""
+        if self.answer is not None:
+            answer = f"   answer {printable(self.answer)!r:.60}"
         truth = TRUTHS.get(self.correct, "")
         parts = [f"{value:+.3g} {name}" for name, value in self.terms.items()]
         return (
-            f"row {self.row}  {printable(self.key)}{said}   uncertainty {self.uncertainty:.4g}   "
+            f"row {self.row}  {printable(self.key)}{answer}   uncertainty {self.uncertainty:.4g}   "
             f"{truth}\n  {'   '.join(parts)}"
         )
 

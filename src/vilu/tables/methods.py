@@ -163,8 +163,13 @@ class AnswerMethod(FailurePredictor):
             raise self._wrong_width(width, data.space.embed_dim)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Find which rows were used to fit, after a check that the table has the same columns."""
+        """Find which rows were used to fit, after a check that the table has the same columns.
+
+        The order of the columns does not matter, nor do columns that the fit did not use.
+        """
         self._check_source(data, self.columns_to_score)
+        if isinstance(data, AnswerTable):
+            data = data.arranged(self.used_columns)
         return super().seen(data, rows)
 
     def _wrong_width(self, expected: int, present: int) -> DataError:

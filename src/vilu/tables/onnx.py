@@ -70,7 +70,7 @@ def export_answers(folder: str | Path | SavedModel, path: str | Path) -> float:
     predictor = load_predictor(folder)
     if not isinstance(predictor, AnswerMethod):
         raise DataError(f"{folder} holds a {predictor.name}, which is no method for tables.")
-    trial = _random_rows(predictor)
+    trial = random_rows(predictor)
     facts = _metadata(predictor, fit_fingerprint(folder))
     content = write_graph(TableGraph(predictor).eval(), trial, ("uncertainty",), facts)
     difference = _difference(predictor, content, trial)
@@ -104,12 +104,34 @@ def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
     }
 
 
-def _random_rows(predictor: AnswerMethod) -> Trial:
-    """Random inputs of the graph by name."""
+def random_rows(predictor: AnswerMethod) -> Trial:
+    """Random inputs of the graph by name, near the rows of the fit."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
-    n_features = predictor.notes_.get(WIDTH, 0)
-    rows: Trial = {NUMBERS: torch.randn(TRIED, n_columns, generator=generator, dtype=torch.float64)}
-    if n_features:
-        rows[FEATURES] = torch.randn(TRIED, n_features, generator=generator, dtype=torch.float32)
+    width = n_columns + predictor.notes_.get(WIDTH, 0)
+    noise = torch.randn(TRIED, width, generator=generator, dtype=torch.float64)
+    centre, spread = _centre_and_spread(predictor)
+    inputs = centre + spread * noise
+    rows: Trial = {NUMBERS: inputs[:, :n_columns].contiguous()}
+    if width > n_columns:
+        rows[FEATURES] = inputs[:, n_columns:].float()
     return rows
+
+
+def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
+    """Where the inputs (I,) of the fit are, and how far apart; 0 and 1 if nothing was learned.
+
+    Far from there, all rows have one score, and a comparison would show nothing.
+    """
+    learned = predictor.learned_
+    if "mean" in learned:  # a probe
+        return learned["mean"], learned["scale"]
+    if "lower" not in learned:
+        one = torch.ones(len(predictor.used_columns), dtype=torch.float64)
+        return 0 * one, one
+    # a combination: pieces of rising functions of turned columns
+    is_piece = learned["rise"] > 0
+    upper = learned["lower"] + learned["width"]
+    lowest = learned["lower"].where(is_piece, torch.inf).amin(dim=1).nan_to_num(posinf=0.0)
+    highest = upper.where(is_piece, -torch.inf).amax(dim=1).nan_to_num(neginf=0.0)
+    return learned["direction"] * (lowest + highest) / 2, (highest - lowest) / 2

@@ -98,14 +98,17 @@ def has_answers(path: Path) -> bool:
     return "id" in names and not are_scores
 
 
-def files_of(path: Path) -> list[Path]:
-    """A path, and the file of features beside it if the path is a table that has one."""
-    if not is_table(path):
-        return [path]
-    beside = path.with_suffix(FEATURES_BESIDE)
-    if not beside.is_file():
-        return [path]
-    return [path, beside]
+def files_of(*paths: Path) -> list[Path]:
+    """The paths, each table followed by the file of features beside it if there is one."""
+    files = []
+    for path in paths:
+        files.append(path)
+        if not is_table(path):
+            continue
+        beside = path.with_suffix(FEATURES_BESIDE)
+        if beside.is_file():
+            files.append(beside)
+    return files
 
 
 def _of_file(path: Path, name: str) -> AnswerTable:
@@ -211,6 +214,7 @@ def _checked_table(
             f"{where} has no number that says how sure an answer is. Add a column such as "
             "score_confidence (a higher number: more likely right)."
         )
+    with_role = {*FIXED, *numeric}
     return AnswerTable(
         ids,
         cells.correct(columns.get("correct")),
@@ -220,7 +224,7 @@ def _checked_table(
         cluster=_texts(where, columns, "cluster", ids),
         asked_for=_purposes(where, columns, ids),
         features=features,
-        unused=tuple(column for column in columns if column not in {*FIXED, *numeric}),
+        unused=tuple(column for column in columns if column not in with_role),
         name=name,
     )
 

@@ -284,6 +284,7 @@ class AnswerTable(EmbeddingSource):
             DataError: If the table lacks one of the columns.
         """
         table = copy.copy(self)
+        table.__dict__.pop("fingerprint", None)  # it would be that of the columns as they were
         matrix = self.matrix(names)
         table.numbers = {name: matrix[:, place] for place, name in enumerate(names)}
         table._columns = {**self._columns, NUMBERS: torch.from_numpy(matrix)}

@@ -11,7 +11,7 @@ from typing import Final
 from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
 from vilu.errors import DataError
 from vilu.text import plural
-from vilu.triage.xmp import read_xmp, with_subject, without_ours, xmp_with
+from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_ours, xmp_with
 
 SUFFIX: Final = ".xmp"
 """End of the name of a sidecar, after the whole name of the photo."""
@@ -80,12 +80,9 @@ def _changed(data: bytes, label: str | None) -> bytes | None:
     """The content of a sidecar with another label; None if the sidecar is to be removed."""
     if _is_ours(data):
         return None if label is None else xmp_with(label)
-    try:
-        original = without_ours(data)
-    except DataError:
-        if label is None:
-            return data  # nothing of ours can be in it
-        raise
+    if label is None and BEGIN.encode() not in data:
+        return data  # nothing of ours is in it
+    original = without_ours(data)
     return original if label is None else with_subject(original, label)
 
 

@@ -37,6 +37,17 @@ SIDECAR: Final = """<?xml version="1.0" encoding="UTF-8"?>
 """
 """XMP with one subject (XMP specification, part 1)."""
 
+# the two forms of what vilu adds; a tool may have put white space between tags
+_P: Final = r"(?:[^\s<>/:]+:)?"  # prefix of RDF
+_HEAD: Final = (
+    rf"<{_P}Description {_P}about=(?:\"[^<>\"]*\"|'[^<>']*') xmlns:dc=\"{re.escape(DUBLIN_CORE)}\">"
+    rf"\s*<dc:subject>\s*<{_P}Bag>\s*"
+)
+_TAIL: Final = rf"</{_P}Bag>\s*</dc:subject>\s*</{_P}Description>\s*"
+_ITEM: Final = rf"<{_P}li>[^<>]*</{_P}li>\s*"
+OURS: Final = re.compile(rf"{BEGIN}\s*(?:{_HEAD}{_ITEM}{_TAIL}|{_ITEM}){END}".encode())
+"""What vilu adds, with its comments. Anything else between the comments is of another program."""
+
 NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
 
@@ -145,8 +156,14 @@ def read_xmp(data: bytes) -> Xmp:
 
 
 def without_ours(data: bytes) -> bytes:
-    """XMP without the subject that vilu has added to it."""
+    """XMP without the subject that vilu has added to it.
+
+    Raises:
+        DataError: If another program has changed what vilu added, so that more would be lost.
+    """
     for begin, end in reversed(read_xmp(data).passages):
+        if OURS.fullmatch(data[begin:end]) is None:
+            raise DataError("another program has changed what vilu added to it")
         data = data[:begin] + data[end:]
     return data
 
@@ -193,14 +210,16 @@ class _Addition:
             raise DataError(f"its rdf:{self.name} is empty")
         prefix = end_tag.group(1).decode()
         item = f"<{prefix}li>{text}</{prefix}li>"
-        passage = f"{self.before}{item}{self.after}".replace("{p}", prefix)
-        added = f"{BEGIN}{passage}{END}".encode()
+        before = self.before.replace("{p}", prefix)
+        after = self.after.replace("{p}", prefix)
+        added = f"{BEGIN}{before}{item}{after}{END}".encode()
         return data[: self.position] + added + data[self.position :]
 
 
 def _description(found: Xmp) -> _Addition:
     """The place of a description of its own, about the same as those that are there."""
-    about = quoteattr(found.about or "")
+    # "{" is written as its number, because "{p}" stands for the prefix
+    about = quoteattr(found.about or "", {"{": "&#123;"})
     before = (
         f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE)}>"
         "<dc:subject><{p}Bag>"

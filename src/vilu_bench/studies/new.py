@@ -105,6 +105,8 @@ def _labelled_store(path: Path) -> EmbeddingStore:
     n_labelled = int((store.target != UNKNOWN).sum())
     if n_labelled == 0:
         raise UsageError(f"{path} has no labels. A study needs labelled images to test on.")
+    if store.n_candidates < 2:
+        raise UsageError(f"{path} has one class, so no answer is wrong. A study needs two or more.")
     return store
 
 

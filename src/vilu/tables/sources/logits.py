@@ -101,15 +101,15 @@ def _texts(texts: Sequence[str] | None, n: int, name: str) -> list[str]:
 
 
 def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
-    """Numbers of true classes; texts are names of classes, or numbers if all of them are."""
+    """Numbers of true classes; texts are names of classes if all of them are, else numbers."""
     labels = np.asarray(target)
     if labels.dtype.kind != "U":
         return labels
     texts = labels.tolist()
-    if all(WHOLE_NUMBER.fullmatch(text) for text in texts):
-        return labels.astype(np.int64)
     number_of = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
     unknown = [text for text in texts if text not in number_of]
+    if unknown and all(WHOLE_NUMBER.fullmatch(text) for text in texts):
+        return labels.astype(np.int64)
     if unknown:
         raise DataError(
             f'target must have names of classes, or "" if unknown. Got {unknown[0]!r:.80}.'
