@@ -11,9 +11,10 @@ import numpy as np
 from tests.builders.photo_folders import photo
 from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.errors import OUTSIDE, UNKNOWN
+from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.outputs import triage_photos
 from vilu.triage.state import TriageSettings
-from vilu.triage.verdict import LabelledAnswers
+from vilu.triage.verdict import LabelledAnswers, verdict_in_words
 
 
 def test_shares_and_confusions_by_hand() -> None:
@@ -43,6 +44,13 @@ def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
 def test_none_of_the_classes_can_be_the_commonest_label() -> None:
     labelled = LabelledAnswers(np.array([OUTSIDE]), {"zero_shot": np.array([1])})
     assert labelled.commonest() == (OUTSIDE, 1.0)
+
+
+def test_labels_of_photos_without_an_answer_give_no_shares() -> None:
+    """The only labelled photo cannot be read, so no label judges an answer."""
+    labelled = LabelledAnswers(np.array([0]), {"zero_shot": np.array([UNKNOWN])})
+    outcomes = Outcomes(np.array([0.5]), np.array([0]), prediction=np.array([0]))
+    assert verdict_in_words(labelled, outcomes, has_doubtful=False) == ""
 
 
 def test_a_run_begins_with_the_verdict(folder: Folder, job: TriageSettings, tmp_path: Path) -> None:

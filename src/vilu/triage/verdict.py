@@ -151,7 +151,7 @@ def verdict_in_words(labelled: LabelledAnswers, outcomes: Outcomes, *, has_doubt
         has_doubtful: Whether some labels were asked for because their photos are doubtful.
     """
     sentences = [_warning_of_one_class(labelled, outcomes)]
-    if labelled.answers:
+    if labelled.answers and labelled.n_judging:
         sentences += _judgement(labelled, outcomes)
         if has_doubtful:
             sentences.append(
