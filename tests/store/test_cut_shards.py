@@ -14,6 +14,7 @@ from tests.builders.tar_files import tar_bytes
 from tests.command import run
 from vilu.store.inspect import inspect
 from vilu.store.reader import CaptionStore
+from vilu.text import plural
 
 N = 6
 
@@ -83,7 +84,7 @@ def test_a_bad_shard_ends_in_exit_code_3_until_it_is_allowed(
     allowed = embed(tars, "--allow-bad-shards")
     assert "warning: 1 of 3 shards cannot be read to the end" in allowed
     assert "1.tar" in allowed
-    assert f"{2 * N + kept} embeddings, 0 bad images, 1 bad shards" in allowed
+    assert f"{2 * N + kept} embeddings, 0 bad images, 1 bad shard; next:" in allowed
     assert model.n_images == n_images
     assert len(CaptionStore(tars / "s")) == 2 * N + kept
     report = inspect(tars / "s", deep=True)
@@ -114,7 +115,7 @@ def test_what_the_shards_have_lost_is_no_part_of_the_share_of_bad_images(model, 
     assert "1 of 15 images (6.67%)" in embed(
         tars, "--allow-bad-shards", code=3
     )  # of 6 + 3 + 6, and not of 16
-    assert "1 bad images, 1 bad shards" in embed(
+    assert "1 bad image, 1 bad shard; next:" in embed(
         tars, "--allow-bad-shards", "--max-error-rate", 0.08
     )
 
@@ -151,4 +152,6 @@ def test_samples_that_do_not_stand_together_are_counted_one_by_one(
     (tars / "0.tar").write_bytes(tar_bytes(*members))
     assert f"{n_bad} of 18 images" in (said := embed(tars, code=3))
     assert f"{kind} {n_bad}" in said
-    assert f"{18 - n_bad} embeddings, {n_bad} bad images;" in embed(tars, "--max-error-rate", 1)
+    assert f"{18 - n_bad} embeddings, {plural(n_bad, 'bad image')};" in embed(
+        tars, "--max-error-rate", 1
+    )

@@ -152,6 +152,29 @@ def test_inspect_says_what_each_column_is(work: Path, calibrated: Path) -> None:
     assert "predictor answer_scores, calibrated: accepts" in run("inspect", calibrated).stdout
 
 
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id;score_a;correct\n1;0,5;1\n", "separates its columns by semicolons"),
+        ("score_a,correct\n0.5,1\n", "must have a column id"),
+    ],
+)
+def test_a_csv_without_scores_is_read_as_a_table(
+    tmp_path: Path, command: str, text: str, words: str
+) -> None:
+    (tmp_path / "sheet.csv").write_text(text)
+    assert words in run(command, tmp_path / "sheet.csv", code=3).stderr
+
+
+def test_inspect_reads_scores_in_csv(work: Path, calibrated: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.csv"
+    run("score", calibrated, work / "test.csv", "-o", scores)
+    assert "outcomes, 1,000 rows" in run("inspect", scores).stdout
+    scores.write_text("uncertainty\n0.5\n")
+    assert "Missing: failure" in run("inspect", scores, code=3).stderr
+
+
 def test_a_predictor_is_shared_with_its_guarantee(
     work: Path, calibrated: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 
@@ -291,3 +292,9 @@ def test_a_calibrated_model_keeps_its_promise_on_new_rows() -> None:
         assert accepted.mean() > 0.2
         missed += outcomes.failure[accepted].mean() > 0.05
     assert missed <= 3
+
+
+def test_a_bare_frame_is_refused_with_what_opens_it() -> None:
+    frame = pa.table({"id": [1, 2], "score": [0.5, 0.7]})
+    with pytest.raises(UsageError, match=r"vilu\.open_table\(table\)\)\. Got a"):
+        vilu.Selective(AnswerScore()).fit(frame)  # type: ignore[arg-type]

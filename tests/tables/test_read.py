@@ -60,7 +60,7 @@ def test_a_spreadsheets_csv_is_understood(tmp_path: Path) -> None:
         ("key,score\n1,2\n", "must have a column id"),
         ("id,who\n1,me\n", "no number that says how sure"),
         ("id,score\n", "has no row"),
-        ("id,score\n,2\n", "row 1: id is empty"),
+        ("id,score\n,2\n", "row 1: id is empty. Fill it, or remove the row"),
         ("id,score,cluster\na,2,\n", r"row 1 \(id 'a'\): cluster is empty"),
         ("id,score\n1,2,3\n", "Expected 2 columns, got 3"),
         ("", "Empty CSV file"),

@@ -138,7 +138,8 @@ def test_the_review_shows_both_answers_where_they_differ(begun: Folder, tmp_path
     page = ReviewSession(review, tmp_path / "labels.csv").tasks()
     assert page["kind"] == "adapted"
     assert {task["path"]: task["zero_shot"] for task in page["tasks"]} == shown
-    run("review", output, "-o", tmp_path / "tasks.csv", "--which", "all")
+    tasks = run("review", output, "-o", tmp_path / "tasks.csv", "--which", "all")
+    assert "afterwards: vilu labels DONE -o reviewed.csv" in tasks.stderr
     assert {row["path"]: row["zero_shot"] or None for row in rows(tmp_path / "tasks.csv")} == shown
     run("review", output, "-o", tmp_path / "t.json", "--to", "label-studio", "--which", "all")
     tasks = [task["data"] for task in json.loads((tmp_path / "t.json").read_text())]

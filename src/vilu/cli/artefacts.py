@@ -84,9 +84,11 @@ def check_file(path: Path) -> Artefact:
         return _check_document(path)
     if path.suffix == ".parquet":
         return _check_table(path)
+    if path.suffix == ".csv":
+        return _described(path, "outcomes", len(Outcomes.load(path)))
     raise DataError(
-        f"{path} cannot be checked by itself: only .json and .parquet files have a digest. Give "
-        "its folder."
+        f"{path} cannot be checked by itself: only .json, .parquet and .csv files can. Give its "
+        "folder."
     )
 
 

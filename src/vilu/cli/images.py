@@ -31,6 +31,7 @@ from vilu.cli.options import (
     path_option,
 )
 from vilu.errors import UsageError
+from vilu.text import plural
 
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
@@ -388,12 +389,13 @@ def embedded(
     for kind, count in manifest.errors.items():
         if kind in BAD_SHARD:
             n_bad_shards += count
-    what = "bad images"
+    what = "bad image"
     if manifest.imported is not None:
-        what = "unusable rows"
-    counts = [f"{manifest.n_ok:,} embeddings", f"{manifest.n_error - n_bad_shards:,} {what}"]
+        what = "unusable row"
+    n_bad = manifest.n_error - n_bad_shards
+    counts = [plural(manifest.n_ok, "embedding"), plural(n_bad, what)]
     if n_bad_shards:
-        counts.append(f"{n_bad_shards:,} bad shards")
+        counts.append(plural(n_bad_shards, "bad shard"))
     return f"{', '.join(counts)}; next: {_following(output, *names)}"
 
 

@@ -451,7 +451,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
         _serve_review(chosen, output, port)
         return
     console.print_outputs(*write_review(chosen, to, output, prefix=prefix))
-    afterwards = console.shell("vilu", "labels", "DONE", "-o", "labels.csv")
+    afterwards = console.shell("vilu", "labels", "DONE", "-o", "reviewed.csv")
     next_step(f"{plural(len(chosen.tasks), 'task')}; afterwards: {afterwards}")
 
 

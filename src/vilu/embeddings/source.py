@@ -472,7 +472,7 @@ class EmbeddingSource(ABC):
     # how to make a source, for messages about an argument that is no source
     how: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
-        "vilu.open_source(path) of a store)"
+        "vilu.open_source(path) of a store) or answers (vilu.open_table(table))"
     )
 
     holds: ClassVar[DataKind] = "embeddings"

@@ -81,7 +81,11 @@ def is_table(path: Path) -> bool:
 
 
 def has_answers(path: Path) -> bool:
-    """Whether a file has the columns of a table of answers, and not those of scores."""
+    """Whether a file is meant as a table of answers.
+
+    A CSV file without the columns of scores is meant so, too. ``open_table`` then says what is
+    wrong with it, such as semicolons between the columns.
+    """
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -94,8 +98,10 @@ def has_answers(path: Path) -> bool:
             names = pyarrow.parquet.read_schema(path).names
     except (pa.ArrowException, ValueError, OSError):
         return False  # whoever reads the file says what is wrong with it
-    are_scores = {"uncertainty", "failure"} <= set(names)
-    return "id" in names and not are_scores
+    columns_of_scores = {"uncertainty", "failure"} & set(names)
+    if "id" in names:
+        return len(columns_of_scores) < 2
+    return table_suffix(path) == ".csv" and not columns_of_scores
 
 
 def files_of(*paths: Path) -> list[Path]:
@@ -281,7 +287,9 @@ def _texts(
     for row, cell in enumerate(cells):
         text = "" if cell is None else cell
         if name != "answer" and not text.strip():
-            raise DataError(f"{where}, {_row(row, ids)}: {name} is empty. Fill it.")
+            raise DataError(
+                f"{where}, {_row(row, ids)}: {name} is empty. Fill it, or remove the row."
+            )
         texts.append(text)
     return tuple(texts)
 

@@ -83,10 +83,11 @@ def load_studies(output: Path) -> list[Board]:
     """The studies of a run folder, sorted by name."""
     documents = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
     if not documents:
-        raise DataError(
-            f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). "
-            "Make one: vilu benchmark CONFIG.toml."
-        )
+        hint = "Make one: vilu benchmark CONFIG.toml."
+        smoke = output / "smoke"
+        if (smoke / STUDIES).is_dir():
+            hint = f"That of --smoke is in {smoke}."
+        raise DataError(f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). {hint}")
     return [_load(path, output) for path in documents]
 
 
