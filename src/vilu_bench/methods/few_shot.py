@@ -11,6 +11,7 @@ most of them are answered rightly, where the original goes by accuracy.
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -321,9 +322,9 @@ class BesideZeroShot(ClosedSet):
 
     max_bank: Count = 100_000
 
+    @abstractmethod
     def _added(self, batch: Batch) -> Tensor:
         """Logits (B, K) float64 that are added to the zero-shot logits."""
-        raise NotImplementedError
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of the sum of the logits."""
