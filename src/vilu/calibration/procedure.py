@@ -473,7 +473,7 @@ def _infeasible(rule: Rule) -> str:
         goals.append(f"at a coverage of at least {rule.min_coverage:.1%}")
     return (
         f"{' '.join(goals)} cannot be guaranteed with confidence {exactly(rule.confidence)}: "
-        f"{' '.join(reasons)} Nothing was written but that these rows were looked at. "
+        f"{' '.join(reasons)} No rule was written, and looks.json counts the look at these rows. "
         "Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
         "--min-coverage), or take a predictor that ranks better."
     )

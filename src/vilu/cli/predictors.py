@@ -505,7 +505,11 @@ def score(
         keep(write)
     console.print_outputs(output)
     evaluation = console.shell("vilu", "evaluate", output)
-    next_step(f"{plural(len(data), 'row')} scored; next, where failures are known: {evaluation}")
+    decided = ""
+    if calibration is None or calibration.rule is None:
+        decided = " without decisions, because the predictor has no rule (vilu calibrate)"
+    n_rows = plural(len(data), "row")
+    next_step(f"{n_rows} scored{decided}; next, where failures are known: {evaluation}")
 
 
 def evaluate(
