@@ -162,8 +162,8 @@ def _level_at_start(
         level += delta * level_share
         if not level:
             continue
-        # A cluster of M right rows wins as much as one right answer wins with ``anytime``, and a
-        # smaller cluster wins less.
+        # Only a cluster of M = rows.largest right rows wins as much as one right answer wins with
+        # ``anytime``. So the rows count as rows / M full clusters.
         full_clusters = row_share * rows_expected / rows.largest
         could_reject = full_clusters >= flawless_labels(max_risk, level)
         if could_reject or row_share == 1:

@@ -326,8 +326,8 @@ def walk_images(
     """
     follows_links = bounds is not None and bounds.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # A stack: the next entry is the last one, so entries are added in reverse order. With every
-    # entry are the real folders that the links on its path lead from and to.
+    # A stack: the next entry is the last one, so entries are added in reverse order. Each
+    # entry is stored with the real folders at both ends of every link on its path.
     pending: list[_Pending] = [(entry, ()) for entry in _entries(folder)[::-1]]
     while pending:
         entry, passed = pending.pop()

@@ -371,6 +371,7 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     # in ``rows``, every view of an image is a row
     rows, status, norms = normalised(rows)
     status_of_views = status.reshape(len(block), -1)
+    # VALID is the smallest code, so an image is valid only if all its views are.
     status_of_images = status_of_views.max(axis=1, initial=VALID)
     return rows.view(block.shape), status_of_images, norms
 

@@ -171,7 +171,8 @@ def resampled_across_answers(
 ) -> Floats:
     """Values (M, B) of metrics on B resamples, where methods judge different answers.
 
-    As ``resampled_metrics``, but without strata: every kind of answers is wrong in other rows.
+    As ``resampled_metrics``, but without strata. Each kind of answers is wrong in different rows,
+    so no split into right and wrong rows fits them all.
     """
     kernels = {name: METRICS[name].kernel for name in metrics}
     values = resampled_across(kernels, uncertainty, failure, n_resamples, int(rows, 16))

@@ -82,7 +82,8 @@ class Request:
     split: str | None = None  # names of splits joined by ``+``; None for all
     raw_names: bool = False  # whether to use the class names as they are in the data
     classes: Path | None = None  # a classes file; None if the data have the class names
-    outside: tuple[str, ...] = ()  # classes that will be left out: ``classes`` may lack them
+    # names of classes to leave out; the file ``classes`` need not list them
+    outside: tuple[str, ...] = ()
 
     def unfit(self) -> list[str]:
         """Return the options in use that do not fit a data set without classes and splits."""

@@ -95,7 +95,7 @@ def _parsed(value: object, *, is_tuple: bool) -> object:
 
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
-    """Type of a parameter and its checker. Making a checker takes as long as some fits."""
+    """Type of a parameter and its checker. Cached, because making one is slow."""
     hint = _hint(cls, name)
     # in all methods the seed has the range that every random number generator accepts
     if name == "seed":
