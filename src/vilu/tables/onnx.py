@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +18,7 @@ from vilu.errors import DataError
 from vilu.extras import import_extra
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import SavedModel, folder_of
-from vilu.predictors.persistence.onnx import TOLERANCE, Trial, runner, write_graph
+from vilu.predictors.persistence.onnx import TOLERANCE, Trial, facts_of, runner, write_graph
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.tables.methods import WIDTH, AnswerMethod
 from vilu.tables.table import FEATURES
@@ -95,11 +94,7 @@ def _difference(predictor: AnswerMethod, content: bytes, trial: Trial) -> float:
 def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
     """Metadata of a file, as strings."""
     return {
-        "vilu.version": version("vilu"),
-        "vilu.method": predictor.name,
-        "vilu.answer": predictor.answer,
-        "vilu.fingerprint": fingerprint,
-        "vilu.is_probability": str(predictor.is_probability).lower(),
+        **facts_of(predictor, fingerprint),
         "vilu.columns": plain_json(list(predictor.used_columns)).decode(),
     }
 

@@ -309,16 +309,23 @@ def write_graph(
     return bytes(model.SerializeToString())
 
 
-def metadata(
-    predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
-) -> dict[str, str]:
-    """Metadata of a file: facts about its predictor and its embedding space, as strings."""
+def facts_of(predictor: FailurePredictor, fingerprint: str) -> dict[str, str]:
+    """Metadata of every file: facts about its predictor, as strings."""
     return {
         "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
         "vilu.answer": predictor.answer,
         "vilu.fingerprint": fingerprint,
         "vilu.is_probability": str(predictor.is_probability).lower(),
+    }
+
+
+def metadata(
+    predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str
+) -> dict[str, str]:
+    """Metadata of a file: facts about its predictor and its embedding space, as strings."""
+    return {
+        **facts_of(predictor, fingerprint),
         "vilu.embeddings.space": space.fingerprint,
         "vilu.backbone": space.backbone or "",
         "vilu.embed_dim": str(space.embed_dim),

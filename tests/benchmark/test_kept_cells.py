@@ -1,0 +1,40 @@
+"""The cells that are kept make the tables of the docs again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT
+
+CELLS = Path("benchmarks") / "cells"
+TABLES = {
+    "docs/methods/vilu_zero.md": [
+        "benchmarks.never_below_tables",
+        CELLS / "never_below.jsonl",
+        "--before",
+        CELLS / "never_below_before.jsonl",
+    ],
+    "docs/clip.md": [
+        "benchmarks.baseline_tables",
+        CELLS / "baselines.jsonl",
+        "--without",
+        "imagenet",
+        "cars",
+        "ucf101",
+        "oxford pets",
+    ],
+}
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_a_table_of_the_docs_is_that_of_its_cells(page: str) -> None:
+    command = [sys.executable, "-m", *map(str, TABLES[page])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    written = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows if row not in written] == []
