@@ -472,7 +472,8 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
         stated_digest = metadata.pop(SEAL, None)
         actual_digest = table_digest(table, metadata)
     # The file may be damaged. ValueError: the metadata are no JSON. RecursionError: they are nested
-    # too deeply. ArrowNotImplementedError: a flipped bit changed the type of a column.
+    # too deeply. ArrowNotImplementedError is pyarrow's error for a type that it cannot convert: a
+    # flipped bit may change the type of a column. All of them end as DataError with the path.
     except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."

@@ -146,7 +146,8 @@ class Group(World):
             return None
         try:
             result = act()
-        # whatever is raised, the other processes wait for a message; the error is raised again
+        # Any exception, because the other processes wait for a message whatever ``act`` raises.
+        # They get its kind and its text, and it is raised again here.
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
             raise
