@@ -288,6 +288,7 @@ def _assemble(files: Files, device: torch.device) -> Parts:
         tower.to(device, memory_format=torch.channels_last)
         last_norm = tower.last.norm
         mean_feature = expected_activation(mean=last_norm.bias, std=last_norm.weight)
+        tower.merge_norms()
         class_text = _class_text(files, device).to(device)
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
