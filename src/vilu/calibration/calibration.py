@@ -357,7 +357,7 @@ class Calibration(Document):
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
-        """Text of what does not follow from the rows and the target; None if everything does."""
+        """First fact that does not follow from the rows and the target, as text; None if all do."""
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
@@ -409,7 +409,7 @@ class Calibration(Document):
 def _reasons_in_folder(
     reasons: list[str | None], outcomes: Outcomes, closed: ClosedPhotos
 ) -> list[str | None]:
-    """The reasons of N rows, where no row of another picture than the ``closed`` is accepted."""
+    """The reasons of N rows; a row that shows none of the ``closed`` photos is not accepted."""
     if outcomes.picture is None:
         is_closed = np.zeros(len(reasons), np.bool_)
     else:

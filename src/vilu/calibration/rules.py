@@ -126,7 +126,8 @@ class Rule(Model):
     @model_serializer(mode="wrap")
     def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields to save; a rule about new single rows has those of earlier versions."""
-        # So the fingerprints of calibrations stay, by which scores and monitors know them.
+        # Scores and monitors refer to a calibration by its fingerprint, a hash of these fields. A
+        # new field with its default value would change the fingerprints of old calibrations.
         fields: dict[str, Any] = fields_of(self)
         if self.about == "new":
             fields.pop("about", None)
@@ -388,7 +389,7 @@ class Rule(Model):
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        # The sentence has four parts (see the last line). Every case below adds words to some.
+        # The sentence is built from four parts (see the last line). Each case below changes some.
         certainty = f"with confidence {exactly(self.confidence)}"
         errors = self._errors
         if self.method == "crc":
@@ -450,8 +451,8 @@ def certify(
         confidence: 1 - delta, in (0, 1).
         min_coverage: Smallest share of answers to accept. If shares are stated, it is the share
             among rows with the stated shares. Together with ``max_risk``, a threshold that accepts
-            less is infeasible. Without ``max_risk``, the strictest threshold with this coverage is
-            taken, and its risk is bounded.
+            less is infeasible. Without ``max_risk``, the rule has the strictest threshold with this
+            coverage, and states a bound of its risk.
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
             max_risk (``vilu.calibration.selection``). The method "anytime" needs labels that arrive
@@ -539,7 +540,8 @@ def certify_clusters(
         confidence: 1 - delta, in (0, 1).
         largest: For "ratio": largest number of rows of a cluster that the guarantee speaks of,
             chosen without the labels. Larger clusters are left for review, and a smaller number
-            needs fewer clusters. None: the size of the largest one, which then is no evidence.
+            needs fewer clusters. None: the size of the largest calibration cluster, which then
+            does not count as evidence.
 
     Raises:
         UsageError: If an argument is out of range, or if ``largest`` is given for "majority".

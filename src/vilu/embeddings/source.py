@@ -29,7 +29,7 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS, DataKind
 from vilu.embeddings.similarity import (
     Matches,
-    Others,
+    RivalWeights,
     ZeroShot,
     first_equal,
     float64,
@@ -130,15 +130,15 @@ class Batch:
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
 
     @cached_property
-    def rivals(self) -> Others:
+    def rivals(self) -> RivalWeights:
         """Softmax weights of all candidates except the zero-shot answer."""
-        return Others.of(self.logits)
+        return RivalWeights.of(self.logits)
 
     @cached_property
-    def beside_answer(self) -> Others:
+    def beside_answer(self) -> RivalWeights:
         """Softmax weights of all candidates except the judged answer."""
         if ANSWER in self.columns:
-            return Others.of(self.logits, self.columns[ANSWER][:, None])
+            return RivalWeights.of(self.logits, self.columns[ANSWER][:, None])
         return self.rivals
 
     @cached_property

@@ -325,7 +325,7 @@ class Ledger(ABC, Generic[P, R]):
             receipt = self.receipt(part)
             if deep:
                 # hashes, because a damaged disk can change bytes without changing sizes
-                verify_file = Vouched(self.root, [receipt])
+                verify_file = CheckedFiles(self.root, [receipt])
                 for name in part.files:
                     verify_file(name)
         except ViLUError as error:
@@ -452,10 +452,10 @@ def require_hash_once(path: Path, sha256: str, again: str, document: str = "its 
     return path
 
 
-class Vouched:
-    """The files of parts, each of which is compared with the hash in its receipt before use.
+class CheckedFiles:
+    """The files of parts; a file is compared with the hash in its receipt before it is used.
 
-    Calling the object with the name of a file compares the hash and returns the path.
+    The object is called with the name of a file. It compares the hash, and returns the path.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:

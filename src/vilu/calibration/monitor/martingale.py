@@ -234,9 +234,9 @@ class Reference:
         if counts is None:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
-        # Runs that are not longer are merged into the new one. So every run is shorter than the run
-        # before it, and there are few runs to search. Long runs are left as they are, because a
-        # merge takes several times the memory of its runs.
+        # Earlier runs that are no longer than the new one are merged into it. So every run is
+        # shorter than the run before it, and there are few runs to search. Long runs are left as
+        # they are, because a merge takes several times the memory of its runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
             run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)

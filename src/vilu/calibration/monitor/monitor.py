@@ -119,7 +119,7 @@ class Monitor:
         if self.rule is not None and not self._is_partial:
             self._coverage = float(1 - columns["acceptance"].mean())  # the column is 0 if accepted
         if self.rule is not None and self.rule.reweighted:
-            # The stated shares differ from those of the calibration rows. So these tests would
+            # The stated shares differ from those of the calibration rows. So tests of columns would
             # raise an alarm although the guarantee holds.
             columns = {}
         self._make_tests(columns)
@@ -446,7 +446,7 @@ class Monitor:
             n_bets = state.rows - state.unscored
             compares_all = self.below == np.inf
             if not compares_all:
-                # How many rows were compared is saved only with the wealth.
+                # Only the wealth says how many rows were compared.
                 n_bets = 0 if wealth is None else wealth.n
             distinct, counts = values[name]
             watches[name] = watch.resumed(tests[name], wealth, distinct, counts, n_bets)

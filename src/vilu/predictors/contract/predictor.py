@@ -227,7 +227,7 @@ class FailurePredictor(ABC):
         """(B,) uncertainty of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Return what the rows ``train`` teach. The predictor itself is not changed.
+        """Learn from the rows ``train``, and return the result. The predictor is not changed.
 
         ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
         labels get unknown failures.
@@ -422,7 +422,10 @@ class FailurePredictor(ABC):
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, kind: type[Settings], **changed: object) -> Settings:
-        """New settings of a ``kind``: the parameters of the same names, except for ``changed``."""
+        """Settings of the class ``kind``: each field has the value of the parameter of its name.
+
+        ``changed`` replaces some of these values.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
         values["device"] = self.device_
         return kind(**values | changed)
@@ -780,7 +783,8 @@ class FailurePredictor(ABC):
         device = self.device_ if data.device is None else data.device
         read = data.batches
         size = SCORING_BATCH
-        if self.looks_at == {"logits"}:  # then blocks whose logits stay in the cache are faster
+        if self.looks_at == {"logits"}:
+            # Such scores wait for memory, so blocks whose logits stay in the cache are faster.
             read = data.many
             size = cached_rows(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
@@ -916,10 +920,10 @@ class FailurePredictor(ABC):
         """The error for adapted answers of a method that has no posterior."""
         from vilu.registry import METHODS
 
-        able = [name for name in METHODS.names() if METHODS[name].has_posterior]
+        with_posterior = [name for name in METHODS.names() if METHODS[name].has_posterior]
         return UsageError(
             f"{self.name} has no posterior of its own, so it knows no other answer than the "
-            f"zero-shot one. Take one of {', '.join(able)}, or leave "
+            f"zero-shot one. Take one of {', '.join(with_posterior)}, or leave "
             'answer="adapted" out.'
         )
 

@@ -289,15 +289,15 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
         return _fit_isotonic(score, failure, counts)
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
-    falling = np.flatnonzero(np.array(weights) < 0)
+    negative = np.flatnonzero(np.array(weights) < 0)
     # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
     # and the other feature is fitted again (Kull et al.).
-    if form == "beta" and len(falling):
-        dropped = int(falling[0])
-        rising = 1 - dropped
-        refitted, intercept = _least_log_loss(features[:, [rising]], failure, intercept=True)
+    if form == "beta" and len(negative):
+        dropped = int(negative[0])
+        remaining = 1 - dropped  # index of the other one of the two features
+        refitted, intercept = _least_log_loss(features[:, [remaining]], failure, intercept=True)
         weights = [0.0, 0.0]
-        weights[rising] = max(refitted[0], 0.0)
+        weights[remaining] = max(refitted[0], 0.0)
     return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
 
 

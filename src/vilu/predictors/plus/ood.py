@@ -221,7 +221,7 @@ class Outside:
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """The outcome where nothing was learned: P(outside) is zero."""
-        # five separate tensors: safetensors refuses to save one tensor under two names
+        # Five tensors, each with its own memory: safetensors refuses to save tensors that share it.
         shapes = (0,), (), (), (0,), (0,)
         weight, bias, word_weight, slope, offset = (
             torch.zeros(shape, dtype=torch.float64) for shape in shapes
@@ -520,15 +520,15 @@ def fit_mixture(
             # the added 0.5 and 5 keep the share above zero, which EM could never leave
             share = (float(n_outside) + 0.5) / (n + 5)
         variance = max(float(squares.mean()), min_deviation**2)
-        after = Mixture(
+        updated = Mixture(
             inside=means,
             outside=outside_mean,
             variance=variance,
             share=min(max(share, 1e-3), 1 - 1e-3),
         )
-        moved = abs(after.outside - mixture.outside) + abs(after.share - mixture.share)
-        mixture = after
-        if moved < EM_TOLERANCE:
+        change = abs(updated.outside - mixture.outside) + abs(updated.share - mixture.share)
+        mixture = updated
+        if change < EM_TOLERANCE:
             break
     return mixture
 

@@ -34,10 +34,10 @@ EM_ROWS = 20_000
 EM_PASSES = 50
 """Number of passes of EM over these rows."""
 PSEUDO_COUNT = 0.5
-"""Number of rows of every class that EM counts beside the rows of the data.
+"""Number of rows of every class that EM counts in addition to the rows of the data.
 
-Without it, EM ends with counts of zero for many classes of which a few rows are there, where the
-zero-shot model tells them badly from others.
+Without these rows, EM gives a count of zero to many rare classes that the zero-shot model confuses
+with frequent ones.
 """
 ROUNDS = 2
 """Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
@@ -53,7 +53,7 @@ KNOWN_TO_OCCUR = 5.0
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 LOST_SHARE = 0.1
-"""Share of the occurring classes with a count near zero, because their rows count for others."""
+"""Share of the occurring classes with a count near zero: their rows count for wrong classes."""
 MAX_ANCHOR = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
 FULL_TRUST_VARIANCE = 0.2
@@ -553,17 +553,18 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
 
 
 def placement(purity: float, slope: float) -> float:
-    """Factor of the weight of the prototypes, in [0, 1], by what places the means of the classes.
+    """Factor of the weight of the prototypes, in [0, 1]: whether class means lie at their classes.
 
-    The factor rises from 0 at ``HALF`` to 1 at ``FULL`` of the larger of ``purity`` and ``slope``.
+    The larger of ``purity`` and ``slope`` decides: the factor is 0 up to ``HALF``, and rises from
+    there to 1 at ``FULL``.
     """
-    # Members: take two classes for which the zero-shot model confuses their rows. Of the members
-    # of either class, a share pi belongs there and 1 - pi to the other class. The means of the
-    # members then differ by (2 pi - 1) times the difference of the classes. Up to pi = 1/2 nothing
-    # of it is left, and the prototypes only repeat the confusion with more certainty.
-    # Texts: the prior mean of a class is m + a (t_c - t). If a is above 1/2, the texts (shifted to
-    # the mean image) are nearer to the class means than the mean image is, as far as texts explain
-    # the class means. The texts then hold the means of confused classes apart.
+    # Purity: take two classes that the zero-shot model confuses. Of the soft members of each class,
+    # a share pi belongs to the class, and 1 - pi to the other class. The means of the members then
+    # differ by (2 pi - 1) times the true difference. At pi = 1/2 they do not differ at all, and
+    # prototypes would only repeat the confusion with more certainty.
+    # Slope: the prior mean of a class is m + a (t_c - t). If the slope a is above 1/2, the texts
+    # (shifted to the mean image) are nearer to the class means than the mean image is. Then the
+    # texts keep the means of confused classes apart.
     larger = max(purity, slope)
     return min(max((larger - HALF) / (FULL - HALF), 0.0), 1.0)
 
