@@ -656,7 +656,7 @@ def _is_own_interval(row: ResultRow) -> bool:
 
 
 def _own_interval(row: ResultRow) -> str:
-    """Text on how the interval of a row was made, if the metric computed it itself; or else ""."""
+    """Text on how the interval of a row was made, if the metric computed it itself; else ""."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"
     return ""

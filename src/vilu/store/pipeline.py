@@ -209,7 +209,7 @@ class Encoder:
         return outcome
 
     def _who_waits(self) -> str:
-        """Return which of the two sides, decoding and the model, is the faster one and waits."""
+        """Say which waits for the other: decoding for the model, or the model for decoding."""
         share = self.waited / max(time.monotonic() - self.begun, 1e-9)
         if share > FEW_WAITS:
             return f"the model waits for photos {share:.0%} of the time"

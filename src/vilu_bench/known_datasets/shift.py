@@ -94,8 +94,8 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
 class ShiftedImages(Chosen):
     """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
 
-    Damaged pictures are PNGs. A row is identified by its undamaged picture, so a picture and its
-    damaged form count as copies of one picture.
+    Damaged pictures are PNGs. A row is identified by its undamaged picture. So a picture and its
+    damaged form count as one picture.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:

@@ -100,7 +100,7 @@ def _continued(
 def _trained_for(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor; if its entry sets ``steps``, a new one with the epochs that they come to."""
+    """The predictor; if its entry sets ``steps``, a copy with the number of epochs for them."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}

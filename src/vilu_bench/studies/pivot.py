@@ -57,8 +57,8 @@ def _conventions_note(view: View) -> str:
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # by data set and text of its numbers, the settings with these numbers: the keys of a dict,
-    # which keeps their order
+    # For every data set and every text of numbers: the settings whose numbers have this text. They
+    # are the keys of a dict, which are distinct and keep their order.
     settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:

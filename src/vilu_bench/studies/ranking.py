@@ -167,24 +167,24 @@ def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
 
 
 def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
-    able = []
+    with_result = []
     refused = {}
     for entrant in entrants:
         if entrant.results:
-            able.append(entrant)
+            with_result.append(entrant)
         else:
             refused[entrant.method] = str(entrant.reason)
-    able.sort(key=_best_first)
+    with_result.sort(key=_best_first)
     return Ranking(
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
-        n=occurring("n", able),
-        n_failures=occurring("n_failures", able),
-        lines=tuple(_ranked(board.config, entrant, able) for entrant in able),
+        n=occurring("n", with_result),
+        n_failures=occurring("n_failures", with_result),
+        lines=tuple(_ranked(board.config, entrant, with_result) for entrant in with_result),
         refused=refused,
-        contests=_contests(board, able),
-        n_outside=occurring("n_outside", able),
+        contests=_contests(board, with_result),
+        n_outside=occurring("n_outside", with_result),
     )
 
 
@@ -194,24 +194,24 @@ def _best_first(entrant: Entrant) -> tuple[float, float, str]:
     return -entrant.merit, entrant.mean(second) or 0.0, entrant.method
 
 
-def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """By seed that was planned for all methods of ``able``, the ranking metric by method."""
-    if not able:
+def _contests(board: Board, with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
+    """The ranking metric by seed and method, for the seeds planned for all of ``with_result``."""
+    if not with_result:
         return {}
-    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
+    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in with_result))
     contests: dict[int, dict[str, float]] = {}
     for seed in sorted(seeds):
         contests[seed] = {}
-        for entrant in able:
+        for entrant in with_result:
             if seed in entrant.results:
                 merit = entrant.results[seed].value(entrant.ranked_by[0]) or 0.0
                 contests[seed][entrant.method] = float(merit)
     return contests
 
 
-def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked:
-    """Rank a method among the methods ``able``, which have a result and are sorted best first."""
-    rivals = [rival for rival in able if rival is not entrant]
+def _ranked(config: Config, entrant: Entrant, with_result: Sequence[Entrant]) -> Ranked:
+    """Rank a method among the methods ``with_result``, which are sorted best first."""
+    rivals = [rival for rival in with_result if rival is not entrant]
     against = None
     gap = None
     if rivals:

@@ -183,7 +183,7 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:
-    """A list whose one element is the tuple of everyday words to store; empty if none are."""
+    """The lists of words to store: one list of everyday words, or none."""
     if not entry.negatives:
         return []
     return [everyday_words()]

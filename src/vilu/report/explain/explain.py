@@ -160,8 +160,10 @@ def _answer_line(row: Explanation) -> str:
     line = f"  answer      {answer}   uncertainty {row.uncertainty:.4g}"
     if row.truth is None:
         return line
-    verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
-    return f"{line}   truth {shown(row.truth)}{verdict}"
+    line += f"   truth {shown(row.truth)}"
+    if row.wrong is not None:
+        line += "  WRONG" if row.wrong else "  right"
+    return line
 
 
 def _attribution_line(attribution: Attribution, unit: str | None) -> str:

@@ -145,6 +145,8 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     changes = []
     with track("better texts", len(rows), "rows") as task:
         for measured in range(folds):
+            # For every fold ``left_out``: texts that are learned without that fold and without the
+            # fold ``measured``.
             better = [means.better_texts(text, {measured, left_out}) for left_out in range(folds)]
             measured_rows = rows[fold[rows] == measured]
             changes.append(_changes(data, measured_rows, better, task))
