@@ -283,9 +283,10 @@ def content_of(path: Path) -> object:
         return documents
     listing: list[object] = []
     with or_refuse(f"read {path}"):
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            status = file.stat()
-            listing.append([str(file.relative_to(path)), status.st_size, status.st_mtime_ns])
+        for entry in sorted(path.rglob("*")):
+            if entry.is_file():
+                status = entry.stat()
+                listing.append([str(entry.relative_to(path)), status.st_size, status.st_mtime_ns])
     return listing
 
 

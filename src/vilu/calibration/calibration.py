@@ -265,7 +265,7 @@ class Calibration(Document):
             )
 
     def _require_closed(self, data: EmbeddingSource) -> None:
-        """Refuse data with pictures that a guarantee about a folder does not speak of."""
+        """Refuse data with pictures that a guarantee about a folder does not cover."""
         if self.rule is None or self.rule.closed is None:
             return
         is_closed = self.rule.closed.shows(data.picture_identities())

@@ -163,7 +163,7 @@ def _accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
 
 
 class ClosedPhotos(Model):
-    """The photos that a guarantee about one folder speaks of.
+    """The photos that a guarantee about one folder covers.
 
     They are accepted, and nobody had labelled them when the guarantee was certified.
 
@@ -176,7 +176,7 @@ class ClosedPhotos(Model):
     files: int = Field(ge=1)
 
     def shows(self, pictures: Ints) -> NDArray[np.bool_]:
-        """Mask (N,) of the pictures (N,) that the guarantee speaks of."""
+        """Mask (N,) of the pictures (N,) that the guarantee covers."""
         return np.isin(pictures, np.array(self.pictures))
 
     def __str__(self) -> str:

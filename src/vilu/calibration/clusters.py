@@ -42,7 +42,7 @@ class Clusters(Model):
             answer. "ratio": at most ``max_risk`` of the accepted rows are wrong.
         n: Number of calibration clusters that count. For "ratio" a tenth of the clusters is set
             aside and does not.
-        largest: Largest number of rows of a cluster that the guarantee speaks of. Rows of larger
+        largest: Largest number of rows of a cluster that the guarantee covers. Rows of larger
             clusters are left for review. None for "majority", which takes clusters of any size.
     """
 

@@ -336,7 +336,7 @@ class Rule(Model):
 
         The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
         wrong), "not_certified" (the group accepts nothing), "not_selected" (from a batch) and
-        "large_cluster" (larger than those that the guarantee speaks of). Raises the errors of
+        "large_cluster" (larger than those that the guarantee covers). Raises the errors of
         ``accept``.
         """
         scores = self._compared_scores(uncertainty, clusters)
@@ -538,7 +538,7 @@ def certify_clusters(
             are accepted by their own scores (``vilu.calibration.cluster_bets``).
         max_risk: Largest error rate, in (0, 1).
         confidence: 1 - delta, in (0, 1).
-        largest: For "ratio": largest number of rows of a cluster that the guarantee speaks of,
+        largest: For "ratio": largest number of rows of a cluster that the guarantee covers,
             chosen without the labels. Larger clusters are left for review, and a smaller number
             needs fewer clusters. None: the size of the largest calibration cluster, which then
             does not count as evidence.
@@ -636,18 +636,18 @@ def rule_of(
 
 
 def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """Number of calibration rows for p-values, and uncertainties of the wrong rows, ascending.
+    """Number of calibration rows, and the uncertainties of the wrong rows in ascending order.
 
-    At most a million rows are used.
+    The p-values of "selection" are computed from both. At most a million rows are used.
     """
     max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
-    fewest = rows_for_mean(max_risk)
+    n_needed = rows_for_mean(max_risk)
     chosen = drawn(len(rows))
     n = len(chosen)
-    if n < fewest:
+    if n < n_needed:
         raise InfeasibleError(
             f"with {n} calibration rows no answer can be selected at a risk of "
-            f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {fewest} rows are "
+            f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {n_needed} rows are "
             "needed."
         )
     is_wrong = rows.failure[chosen] == 1
@@ -664,8 +664,7 @@ def rule_at_any_time(
     """The rule that is certified by labels which have arrived one after another.
 
     ``groups`` holds for every group the tests of its thresholds, and its labelled rows. A single
-    group of all rows has the name "". ``closed`` are the photos that a rule about one folder speaks
-    of.
+    group of all rows has the name "". ``closed`` are the photos of a rule about one folder.
     """
     thresholds: dict[str, Threshold] = {}
     for name, (looks, rows) in groups.items():

@@ -122,7 +122,7 @@ def show_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Speech:
-    """How a command speaks: the values of --verbose, --quiet and --json."""
+    """What a command prints and logs: the values of --verbose, --quiet and --json."""
 
     verbose: bool = False
     quiet: bool = False
@@ -138,7 +138,7 @@ class Speech:
 
 
 SPEECH: ContextVar[Speech] = ContextVar("SPEECH")
-"""How the running command speaks."""
+"""The flags of the running command."""
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def _scores(model: FailurePredictor, source: EmbeddingSource, data: Path) -> Out
 
 
 def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
-    """The estimates, with what they are of."""
+    """The estimates as text, the error rate first, then the largest classes."""
     from vilu.calibration.thresholds import exactly
 
     error_rate, *shares = estimates

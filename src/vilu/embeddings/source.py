@@ -948,7 +948,10 @@ def say_once(message: str) -> None:
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
     """Message that lists the merged classes; ``first`` has the first equal class of every class."""
     merged = [i for i, first_of_class in enumerate(first) if first_of_class != i]
-    examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
+    examples = []
+    for i in merged[:5]:
+        earlier = first[i]
+        examples.append(f"{names[i]!r} ({i}) is {names[earlier]!r} ({earlier})")
     more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
     listed = f"{', '.join(examples)}{more}"
     return (

@@ -154,7 +154,8 @@ class Ledger(ABC, Generic[P, R]):
             raise UsageError(
                 f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder."
             )
-        # no single file shows that the folder is ours; ``may_be_used`` has already decided that
+        # ``may_be_used`` has already decided whether the folder is ours. So ``claim_folder`` need
+        # not recognise single files, and refuses every file in a folder that may not be used.
         claim_folder(root, cls.what, ours=lambda _: False, same=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders

@@ -50,6 +50,7 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
 def _better(board: Board, claim: Better) -> Verdict:
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
+    # With "less", the text names the difference of two numbers; with "below", their comparison.
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _name(board, claim.better)
     than_name = _name(board, claim.than)

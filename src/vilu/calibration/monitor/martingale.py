@@ -36,8 +36,8 @@ SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS)
 
 EVERY: Final = 50  # number of rows between two starts of the bets
 BLOCK: Final = 4096  # number of rows that are processed at once
-LONGEST: Final = 2**15  # number of values from which on a sorted run is merged with no other
-EPS: Final = 2.0**-53  # p-values are kept at least so far from 0 and 1
+LONGEST: Final = 2**15  # a sorted run of more values is never merged
+EPS: Final = 2.0**-53  # smallest distance of a p-value from 0 and from 1
 
 
 def beta_bets(p: Floats) -> Floats:
@@ -299,15 +299,15 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
     return greater, equal
 
 
-# Number of shuffles. All of them must have less order than the rows. For exchangeable rows this
-# happens with probability 1/1000, whatever their distribution.
+# Number of shuffles. Rows count as sorted only if every shuffle has less order. For exchangeable
+# rows of any distribution this happens with probability 1/1000.
 SHUFFLES: Final = 999
-# The order of the rows must also exceed the mean of the shuffles by so many standard deviations. A
-# normal variable does so with probability 3/100,000.
+# Rows count as sorted only if their order exceeds the mean of the shuffles by at least this number
+# of standard deviations. A normal variable does so with probability 3/100,000.
 CLEAR: Final = 4.0
-# From each half of the rows at most so many evenly spaced rows are compared.
+# Maximum number of evenly spaced rows that are compared in each half of the rows.
 SAMPLED: Final = 4096
-# Fewer rows are never taken for sorted.
+# Minimum number of rows; fewer rows never count as sorted.
 FEWEST: Final = 20
 
 
@@ -347,10 +347,10 @@ def rising(values: Floats) -> bool:
 
 
 def in_blocks(codes: Ints) -> bool:
-    """Whether every code has all its rows in one block, and this is hardly possible by chance.
+    """Whether every code (N,) has all its rows in one block, and chance hardly explains this.
 
-    ``codes`` (N,) are those of the rows, in order. It is hardly possible if exchangeable rows have
-    one block per code with a probability of less than 1e-6.
+    Chance hardly explains it if exchangeable rows have one block per code with a probability of
+    less than 1e-6.
     """
     if not len(codes):
         return False

@@ -653,7 +653,8 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
         value = total.detach()
         for is_outside, part in enumerate(parts):  # 0 for rows inside, 1 for rows outside
             for inputs in part.blocks():
-                logits = (inputs - centre) / scale @ weights[:-1] + weights[-1]
+                standardised = (inputs - centre) / scale
+                logits = standardised @ weights[:-1] + weights[-1]
                 target = torch.full_like(logits, is_outside)
                 loss = (
                     functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n

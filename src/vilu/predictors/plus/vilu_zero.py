@@ -312,7 +312,9 @@ class SoftMembers(NamedTuple):
 
     def part(self, half: int | None) -> SoftMembers:
         """The sums over one half of the rows, or over both halves if ``half`` is None."""
-        return SoftMembers(*(whole.sum(0) if half is None else whole[half] for whole in self))
+        if half is None:
+            return SoftMembers(*(both_halves.sum(0) for both_halves in self))
+        return SoftMembers(*(both_halves[half] for both_halves in self))
 
 
 class Classifier(NamedTuple):
@@ -427,15 +429,18 @@ class Pool:
         #     sum log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
         # A pass computes the posterior of every row with the counts as prior. The sums of the
         # posteriors are the new counts.
-        n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
+        max_rows = EM_ROWS // 2  # of each half
+        n = 0
+        for half in halves:
+            n += min(len(self.halves[half]), max_rows)
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
             prior = (count + PSEUDO_COUNT).log().float().to(self.device)
-            blocks = (logits for half in halves for _, logits in self.blocks(half, EM_ROWS // 2))
-            count = sum(
-                ((logits + prior).softmax(1).sum(0).double().cpu() for logits in blocks),
-                torch.zeros_like(count),
-            )
+            count = torch.zeros_like(count)
+            for half in halves:
+                for _, logits in self.blocks(half, max_rows):
+                    posterior = (logits + prior).softmax(1)
+                    count += posterior.sum(0).double().cpu()
         return count
 
     def occurrence(self) -> tuple[Tensor, float]:
