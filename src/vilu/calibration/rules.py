@@ -201,7 +201,7 @@ class Rule(Model):
         return self._single_threshold("floor").floor
 
     def _single_threshold(self, wanted: str) -> Threshold:
-        """The threshold for all rows; ``wanted`` is the word for messages."""
+        """The threshold for all rows; ``wanted`` names the wanted property in messages."""
         if self.needs_batch:
             raise UsageError(f"this rule judges whole batches, so it has no {wanted} of its own.")
         if self.grouped_by is not None:
@@ -362,6 +362,7 @@ class Rule(Model):
         return "\n".join(lines)
 
     def _guarantee_of_batch(self) -> str:
+        """The guarantee of a rule that judges whole batches, as a text."""
         counted = "" if self.counted is None else f": {self.counted}"
         return (
             "accepts what it can of a batch, of which on average at most "
@@ -386,6 +387,7 @@ class Rule(Model):
         return "of the accepted answers are wrong"
 
     def _guarantee(self) -> str:
+        """The guarantee of a rule with thresholds, as a text."""
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"

@@ -559,7 +559,7 @@ ASKED = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""By the question of a metric: words for a row for which the answer to the question is yes."""
+"""Words for a row to which the answer of a metric's question is yes, for each question."""
 
 
 def _why(n: int, n_failures: int, question: Question) -> str:

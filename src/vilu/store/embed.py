@@ -223,6 +223,7 @@ def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float) -> None:
+    """Raise UsageError for a setting outside of its range."""
     require_at_least("batch_size", batch_size, 1)
     if workers is not None:
         require_at_least("workers", workers, 1)

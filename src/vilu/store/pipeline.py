@@ -81,6 +81,7 @@ class Decoder:
         return self._decode(position, record)
 
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
+        """Read and preprocess an image; an image that cannot be read gives an error row."""
         self._require_class(record)
         reading = _Reading(record)
         try:

@@ -88,7 +88,7 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
     "pixelate": (pixelate, (0.85, 0.7, 0.6, 0.5, 0.4)),
     "low_resolution": (low_resolution, (0.75, 0.625, 0.5, 0.375, 0.25)),
 }
-"""By kind of damage, its function and its five strengths, one for each severity."""
+"""Function and five strengths, one for each severity, of every kind of damage."""
 
 
 class ShiftedImages(Chosen):

@@ -47,7 +47,7 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "infonce": softmax_weights,
     "siglip": sigmoid_weights,
 }
-"""By name of a contrastive loss, the function that computes a and b from logits (M, K)."""
+"""Functions that compute a and b from logits (M, K), by name of the contrastive loss."""
 
 
 @dataclass(frozen=True)

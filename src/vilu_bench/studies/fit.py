@@ -63,6 +63,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 
 
 def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
+    """Fit a predictor on the rows of ``origin``, from the weights of ``start`` if there are any."""
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refused = None

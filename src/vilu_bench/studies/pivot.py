@@ -207,8 +207,8 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     measured = measured_of(board, view)
     numbers = {key: show(config, key, mean) for key, mean in measured.items()}
     ranked = _ranked(numbers, measured, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # by the labels of a row, its index
-    columns: dict[tuple[str, ...], int] = {}  # by the labels of a column, its index
+    rows: dict[tuple[str, ...], int] = {}  # indices of rows, by their labels
+    columns: dict[tuple[str, ...], int] = {}  # indices of columns, by their labels
     cells = {}
     for key, number in ranked.items():
         # new labels get the next index, and labels that occurred before keep their index

@@ -26,8 +26,8 @@ class Ranked:
     variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
     n_runs: int  # number of different results behind the means; 1 if the seed changes nothing
-    values: dict[str, float | None]  # by metric, the mean over seeds; None if undefined
-    # by metric of ``Config.ranked_by``, the bootstrap interval over test rows and seeds
+    values: dict[str, float | None]  # mean over seeds by metric; None if undefined
+    # bootstrap intervals over test rows and seeds, by metric of ``Config.ranked_by``
     intervals: dict[str, Interval]
     against: str | None  # the best other method
     # paired difference of the ranking metric from that of ``against`` over common seeds; None
@@ -63,7 +63,7 @@ class Ranking:
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
-    # by seed, the ranking metric by method; only seeds that were planned for all methods of
+    # the ranking metric by seed and method; only seeds that were planned for all methods of
     # ``lines``
     contests: dict[int, dict[str, float]]
     # the different numbers of test rows whose pictures are of none of the classes
@@ -167,6 +167,7 @@ def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
 
 
 def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
+    """Rank the methods on one data set in one setting."""
     with_result = []
     refused = {}
     for entrant in entrants:
@@ -234,6 +235,7 @@ def _ranked(config: Config, entrant: Entrant, with_result: Sequence[Entrant]) ->
 
 
 def _difference(quantity: Quantity | None, confidence: float) -> Difference | None:
+    """Difference with its interval; None without a quantity."""
     if quantity is None:
         return None
     return quantity.difference(confidence)
@@ -273,6 +275,7 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
 
 
 def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
+    """Texts of a time and a speed."""
     return [
         NOTHING if fit_seconds is None else f"{fit_seconds:.2f}",
         NOTHING if rows_per_second is None else f"{rows_per_second:,.0f}",
@@ -288,6 +291,7 @@ def layout(config: Config, summary: Summary) -> str:
 
 
 def _block_text(config: Config, block: Ranking) -> str:
+    """Text of a ranking: a title, a table, and the methods without a result."""
     title = f"{block.data}, {block.setting} ({block.description})"
     lines = [title]
     if block.lines:
@@ -314,6 +318,7 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
 
 
 def _line(config: Config, line: Ranked) -> list[str]:
+    """The cells of a method in the table of a ranking."""
     runs = str(line.n_runs)
     if line.refused_seeds:
         runs += f" (not {span(line.refused_seeds)})"
@@ -334,6 +339,7 @@ def _gap_shown(gap: Difference | None) -> list[str]:
 
 
 def _value(name: str, value: float | None, ends: Interval | None = None) -> str:
+    """Text of a value, with its interval if there is one."""
     if value is None:
         return NOTHING
     metric = METRICS[name]
@@ -366,6 +372,7 @@ def _standings(summary: Summary, best: str) -> str:
 
 
 def _notes(config: Config) -> list[str]:
+    """Notes below all tables."""
     metrics = [METRICS[name] for name in config.metrics]
     unit = f"in percent{but_for(metrics)}"
     best = METRICS[config.ranked_by[0]].title

@@ -123,6 +123,7 @@ class Martingale:
 
     @np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
     def _update(self, p: Floats) -> Floats:
+        """Log wealth (B,) after each p-value of a block."""
         p = np.clip(p, EPS, 1 - EPS)  # rounding can make a p-value exactly 0 or 1
         log_densities = self._bets(p)
         growth = np.cumsum(np.concatenate([self.growth[None], log_densities]), axis=0)
@@ -320,6 +321,7 @@ def grouped(codes: Ints) -> bool:
     few neighbours equal.
     """
 
+    # number of equal neighbours
     def together(codes: Floats) -> float:
         return float(np.count_nonzero(codes[1:] == codes[:-1]))
 
@@ -336,6 +338,7 @@ def rising(values: Floats) -> bool:
     sorted rows. Two kinds of rows, one after the other, reach only one half of it.
     """
 
+    # minus the total distance of neighbours, so that more order gives a larger number
     def near(rank: Floats) -> float:
         return -float(np.abs(np.diff(rank)).sum())
 

@@ -502,6 +502,7 @@ class FailurePredictor(ABC):
     def _check_unlabelled(
         self, train: EmbeddingSource, unlabelled: EmbeddingSource, columns: Sequence[str]
     ) -> None:
+        """Refuse unlabelled rows that this predictor cannot use."""
         from vilu.predictors.contract.given_logits import refuse_unlabelled
         from vilu.predictors.contract.labelled import require_comparable
 
@@ -767,6 +768,7 @@ class FailurePredictor(ABC):
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
+        """Yield batches with their scores (B,); raises if a score is not finite."""
         for batch, scores in self._scored_on_device(data, rows):
             of_batch = scores.numpy(force=True)
             n_candidates = batch.text.shape[-2]
@@ -890,6 +892,7 @@ class FailurePredictor(ABC):
         return self.seen(data).unshared(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
+        """Refuse data that the method cannot work on."""
         if self.takes != data.holds:
             from vilu.predictors.contract.given_logits import require_kind
 
@@ -928,6 +931,7 @@ class FailurePredictor(ABC):
         )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
+        """Refuse to score: invalid settings, no fit, or data that do not match the fit."""
         parameters.check_parameters(self)
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))
