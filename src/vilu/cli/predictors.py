@@ -232,10 +232,7 @@ def _flags_of_fit(
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit; ``left_out`` says whether --validation and --init are absent.
-
-    The digest identifies the inputs of a fit.
-    """
+    """Flags for the digest of a fit; ``left_out``: whether --validation and --init are absent."""
     # The key is "with", although its values say what was left out. Another key would change the
     # digest of every fit.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
