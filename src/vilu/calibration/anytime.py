@@ -43,7 +43,7 @@ STEPS: Final = 64
 """Number of thresholds in a grid up to its limit."""
 
 STARTS: Final = ((40, 0.3), (STEPS, 0.7))
-"""For every sequence of thresholds: number of its first threshold (from 1), and share of the level.
+"""Number of the first threshold (from 1), and share of the level, of every sequence of thresholds.
 
 The thresholds 1 to ``STEPS`` divide the rows up to the limit into equal parts, so number ``STEPS``
 is the limit itself. It gets the largest share, because all labels count for it.

@@ -112,8 +112,9 @@ class Predicted:
     """Predictions of a property.
 
     Attributes:
-        labelled: (n,) of the labelled rows. The prediction of a row never depends on its own label.
-        everywhere: (N,) of all rows.
+        labelled: (n,) predictions for the labelled rows. None of them depends on the row's own
+            label.
+        everywhere: (N,) predictions for all rows.
     """
 
     labelled: Floats

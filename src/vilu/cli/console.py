@@ -74,7 +74,8 @@ class CarefulOutput:
                 return self.stream.write(text)
             except UnicodeEncodeError:
                 encoding = self.stream.encoding
-                return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                escaped = text.encode(encoding, "backslashreplace")
+                return self.stream.write(escaped.decode(encoding))
 
     def flush(self) -> None:
         """Write the text that is still in the buffer."""
