@@ -92,8 +92,8 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# occurs in the names of temporary files and locks; these names also begin with a dot
-PASSING = re.compile(r"\.tmp\Z|\.lock")
+# in the names of locks and temporary files, which also begin with a dot
+LOCK_OR_TEMPORARY = re.compile(r"\.tmp\Z|\.lock")
 
 
 class KindAndInputs(NamedTuple):
@@ -214,12 +214,12 @@ def claim_folder(
 def entries(root: Path) -> list[Path]:
     """Sorted paths of the files in a folder, without locks and temporary files."""
     with or_refuse(f"read {root}"):
-        return sorted(path for path in root.iterdir() if not _is_passing(path.name))
+        return sorted(path for path in root.iterdir() if not _is_lock_or_temporary(path.name))
 
 
-def _is_passing(name: str) -> bool:
+def _is_lock_or_temporary(name: str) -> bool:
     """Whether a file with this name is a lock or a temporary file."""
-    return name.startswith(".") and PASSING.search(name) is not None
+    return name.startswith(".") and LOCK_OR_TEMPORARY.search(name) is not None
 
 
 def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
