@@ -270,6 +270,7 @@ class ProbeAndZeroShot(Regression):
     reference: ClassVar[str] = "this project, 2026"
     cost: ClassVar[str] = "fit: 6 logistic regressions; score: one product with K weights"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = f"{Regression._forms} mix:d2"
 
     C: Positive = PROBE_PENALTY
@@ -376,6 +377,7 @@ class GDAAndZeroShot(BesideZeroShot):
     reference: ClassVar[str] = "Wang et al., ICLR 2024"
     cost: ClassVar[str] = "fit: 6 inverses of D x D; score: one product with K vectors"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     grid: Grid = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -472,6 +474,7 @@ class TipAdapter(BesideZeroShot):
     reference: ClassVar[str] = "Zhang et al., ECCV 2022"
     cost: ClassVar[str] = "fit: products of the labelled images; score: one product with them"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K shape:d2"
 
     alphas: Grid = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -91,6 +91,7 @@ class OTTER(Adapted):
     reference: ClassVar[str] = "Shin et al., NeurIPS 2024"
     cost: ClassVar[str] = "fit: passes over 20,000 rows; score: K sums"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "offset:dK classes:fKD"
 
     passes: Count = 1_000
@@ -170,6 +171,7 @@ class StatA(Adapted):
     summary: ClassVar[str] = "Gaussians of the classes, fitted to images and anchored at texts"
     reference: ClassVar[str] = "Zanella et al., CVPR 2025"
     cost: ClassVar[str] = "fit: about 66 passes and N x N similarities; score: 2 products with K"
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "mean:dKD variance:dKD classes:fKD"
 
     anchor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0

@@ -198,6 +198,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     weight_decay: NonNegative = 0.2
     device: str = "auto"
 
+    # name, type and sizes of the learned tensors, see ``require_forms``
     _forms: ClassVar[str] = f"{POOL}:dP {Outside.forms}"
 
     @property

@@ -155,6 +155,7 @@ class ViLUZero(SeesOutside, ClosedSet):
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     optional_columns: ClassVar[tuple[str, ...]] = (NEGATIVES,)
+    # name, type and sizes of the learned tensors, see ``require_forms``
     _forms: ClassVar[str] = f"scale:d centre:dD weight:dKD bias:dK classes:fKD {Outside.forms}"
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
