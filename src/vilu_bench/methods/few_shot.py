@@ -421,13 +421,14 @@ def gaussian_discriminants(rows: Labelled) -> tuple[Tensor, Tensor]:
     total = torch.zeros(rows.n_classes, dim, dtype=torch.float64)
     total.index_add_(0, rows.label, image)
     mean = total / count.clamp(min=1)[:, None]
-    mean[count == 0] = image.mean(dim=0)
+    mean[count == 0] = image.mean(dim=0)  # a class without images has the mean of all
     centred = image - mean[rows.label]
     n = len(image)
-    scatter = centred.T @ centred
+    scatter = centred.T @ centred  # (n - 1) times the covariance within classes
     trace = float(scatter.trace()) / max(n - 1, 1)
     if trace <= NO_SPREAD:
         return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
+    # inverse of the covariance, with its trace as ridge
     precision = dim * torch.linalg.inv(scatter + trace * torch.eye(dim, dtype=torch.float64))
     weight = mean @ precision
     return weight, -(weight * mean).sum(dim=1) / 2
