@@ -354,7 +354,7 @@ def _kind_at_ends(path: Path) -> KindAndInputs | None:
     if mark_of_text:
         kind_of_text = TEXTS[mark_of_text["kind"]]
         return KindAndInputs(kind_of_text, mark_of_text["inputs"].decode())
-    # such a page has no digest of its inputs
+    # a page without the mark, and so without a digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", "")
     return None

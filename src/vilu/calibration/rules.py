@@ -414,7 +414,7 @@ class Rule(Model):
         return f"{self._share()}; {certainty} at most {percent(bound)} {errors} ({counts})"
 
     def _share(self) -> str:
-        """Text on the share of the answers that is accepted, and of which answers it is a share."""
+        """Text such as "accepts 62.0% of the calibration rows"."""
         accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted or self.method == "anytime":
             accepts += " of the calibration rows"

@@ -313,8 +313,8 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
     """Smallest number of rows that a stratum with this share needs; None if no number is enough.
 
     The number is for the best case: the other strata have infinitely many rows, and every accepted
-    answer is right. ``all_wrong``: whether all rows of the stratum are wrong. Then the best case is
-    that none of them is accepted.
+    answer is right. If ``all_wrong``, all rows of the stratum are wrong, and in the best case none
+    of them is accepted.
     """
     bets = np.array(BETS)
     # With infinitely many rows in the other strata their weights tend to 0 and their product tends

@@ -181,7 +181,7 @@ def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tens
     """(1 + M,) sums over a batch of -log p_target and of its derivatives in M factors, on the CPU.
 
     p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
-    p_target is the probability of the right candidates, of which there is usually one per row. The
+    p_target is the total probability of the right candidates; usually a row has one of them. The
     derivative in factor m is the mean of logits_m under p, minus their mean under p restricted to
     the right candidates.
     """

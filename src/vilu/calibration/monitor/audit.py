@@ -51,7 +51,8 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     # Either part of M may be 0. Its logarithm is then -inf, which is no error.
     with np.errstate(divide="ignore", under="ignore"):
         log_not_bet = np.log(special.betainc(a, b, rate))
-        # the integral over all theta is a quotient of beta functions, of which a part is above r
+        # The integral over all theta is a quotient of two beta functions. The factor ``betaincc``
+        # is the share of the integral that lies above ``rate``.
         log_share_above = np.log(special.betaincc(a + wrong, b + right, rate))
         log_integral = special.betaln(a + wrong, b + right) - special.betaln(a, b) + log_share_above
         log_bet = log_integral - wrong * math.log(rate) - right * math.log1p(-rate)

@@ -81,8 +81,9 @@ def trainable_rows(
 ) -> tuple[Tensor, Tensor]:
     """Indices (M,) of the rows that a fit can learn from, and their failures (M,).
 
-    These are the usable rows of which the failure, the class or nothing is known, as ``needs``
-    says. Rows of none of the classes have a failure, but no class.
+    If ``needs`` is "nothing", these are all usable rows. Otherwise they are the usable rows with a
+    known failure ("failure") or a known class ("class"). Rows of none of the classes have a
+    failure, but no class.
 
     If ``columns`` has "answer", the failures are those of the answers in this column, and otherwise
     those of the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing".

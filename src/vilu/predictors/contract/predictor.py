@@ -322,7 +322,7 @@ class FailurePredictor(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a training row. Rows of which it is unknown are left out."""
+        """What a training row must have: nothing, a known failure, or a known class."""
         if not self.needs_labels:
             return "nothing"
         if self.learns_failure:
@@ -448,8 +448,8 @@ class FailurePredictor(ABC):
         A method without ``_learn`` only stores the embedding space.
 
         Args:
-            train: Rows to learn from. Rows of which the method does not know what it ``needs`` are
-                left out with a warning.
+            train: Rows to learn from. Rows without the label that the method ``needs`` are left
+                out with a warning.
             validation: Rows for model selection. At most 1 % of them may be training rows, which
                 are left out with a warning. Without validation rows, a method that selects holds
                 out a part of ``train``.

@@ -162,7 +162,7 @@ class Overlap:
     """Which rows of a source are in another set, as far as that is known."""
 
     shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the other set
-    n_comparable: int  # number of rows of which it is known whether they are in the other set
+    n_comparable: int  # number of rows that could be compared with the other set
     whole: bool = True  # whether all rows of the other set are known, not a sample
 
     def __len__(self) -> int:
