@@ -318,7 +318,7 @@ class Workbench:
         return across_preprocessing(source, fitted_on.space)
 
     def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
-        """The rows of a test set, before its candidates are changed."""
+        """The rows of a test set, in the embedding space of their store."""
         source = self.source(scored.data, scored.role, scored.pool_size)
         source = self._divided(scored.data, scored.division_seed, source, to_fit=False)
         if scored.halves_seed is None:

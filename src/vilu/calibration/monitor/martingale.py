@@ -284,18 +284,18 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
     width = 1
     while width < n:
         pair = index // (2 * width)
-        odd = (index // width) % 2 == 1
+        is_odd_block = (index // width) % 2 == 1
         # The key sorts by pair of blocks, then by value. So one sorted array holds all even blocks,
         # and one search compares every odd block with its even block.
         key = pair * n + rank
-        even_keys = np.sort(key[~odd])
-        odd_keys = key[odd]
+        even_keys = np.sort(key[~is_odd_block])
+        odd_keys = key[is_odd_block]
         up_to = np.searchsorted(even_keys, odd_keys, "right")
         below = np.searchsorted(even_keys, odd_keys, "left")
         # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
         # Together they hold (pair + 1) * width values.
-        greater[odd] += (pair[odd] + 1) * width - up_to
-        equal[odd] += up_to - below
+        greater[is_odd_block] += (pair[is_odd_block] + 1) * width - up_to
+        equal[is_odd_block] += up_to - below
         width *= 2
     return greater, equal
 
