@@ -504,7 +504,7 @@ class TipAdapter(BesideZeroShot):
                 ]
             )
 
-        shape = (1.0, 5.5)
+        shape = (1.0, 5.5)  # alpha and beta of the paper, if no pair can be selected
         chosen = most_accurate(rows, self.seed, log_posteriors)
         if chosen is not None:
             shape = shapes[chosen]

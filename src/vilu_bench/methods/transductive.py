@@ -258,7 +258,7 @@ def fit_gaussians(
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
     """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by their posteriors (N, K)."""
-    count = posterior.sum(dim=0).clamp(min=1e-300)[:, None]
+    count = posterior.sum(dim=0).clamp(min=1e-300)[:, None]  # a divisor, so never 0
     mean_image = posterior.T @ image / count
     mean_square = posterior.T @ image.square() / count
     return (mean_square - 2 * mean_image * mean + mean.square()).clamp(min=0)

@@ -74,7 +74,8 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
     # once, below k / n.
-    smallest = 1e-300  # the rate itself must be above 0 and below 1
+    # both ends must be above 0 and below 1; 1 - 2^-53 is the largest float64 below 1
+    smallest = 1e-300
     largest = min(wrong / n, 1 - 2**-53)
     return float(optimize.brentq(excess, smallest, largest, xtol=1e-14))
 

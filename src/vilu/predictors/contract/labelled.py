@@ -353,7 +353,8 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
     be that both are in one group.
     """
     rng = np.random.default_rng(0)
-    factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
+    halves = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64)
+    factors = 2 * halves + 1  # odd
     sums = []
     for block in rows.split(block_rows):
         # the sum of -0 and 0 is 0, so that equal numbers have equal bits

@@ -445,7 +445,7 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
         shuffled = classes[torch.randperm(len(classes), generator=generator)]
         with_others = torch.cat([shuffled, random_texts[0]])
         for text in (classes, shuffled, shuffled[:2], with_others):
-            yield trial_of(widths, n=9, text=text, generator=generator)
+            yield trial_of(widths, n=9, text=text, generator=generator)  # any number of images
 
 
 def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:

@@ -503,7 +503,7 @@ def fit_mixture(
         if not known_inside:
             p_outside = torch.sigmoid(slope[answer] * value + offset[answer])
         p_inside = 1 - p_outside
-        mean = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)
+        mean = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
         mass = torch.zeros_like(count).index_add_(0, answer, p_inside)
         sums = torch.zeros_like(count).index_add_(0, answer, p_inside * value)
         class_means = (sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS)
@@ -692,5 +692,6 @@ def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
             squares = squares + inputs.square().sum(dim=0)
     mean = total / n
     variance = (squares / n - mean.square()).clamp_min(0)
+    # scales of at least 1e-6, so that constant regressors are not divided by 0
     norm = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
     return n, mean, torch.cat([norm, variance[dim:].sqrt().clamp_min(1e-6)])

@@ -356,7 +356,7 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     4. ``apart`` is the variance between the means of the classes: the mean square of m_c - m, less
        sampling noise.
     """
-    count = moments.members.clamp(min=1e-9)
+    count = moments.members.clamp(min=1e-9)  # a divisor, so never 0
     n = float(moments.members.sum())
     mean = moments.total.sum(0) / n
     centred = moments.total / count[:, None] - mean
@@ -600,5 +600,6 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         high = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
         present = (1 - absent) * (high + LOST_SHARE * low)
         p_absent = absent * low / (absent * low + present)  # Bayes' rule
+        # below 1, because ``mean`` is divided by 1 - absent
         absent = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
     return torch.log1p(-p_absent), absent
