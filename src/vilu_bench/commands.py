@@ -306,6 +306,7 @@ def _by_label(predictors: list[str]) -> dict[str, str]:
 
 
 def _print_sizes(table: ResultTable, draws: int) -> None:
+    """Print the table by pool size."""
     from vilu_bench.studies.pool_sizes import size_table
 
     print_result(table.to_dicts(), size_table(table))

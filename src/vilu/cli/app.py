@@ -139,7 +139,7 @@ def common(
         load_plugin(module)
 
 
-def speaks(command: Callable[..., None]) -> Callable[..., None]:
+def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the flags --verbose, --quiet and --json, which `vilu` itself has, too.
 
     So they may stand before the command or after it.
@@ -249,7 +249,7 @@ def add_command(
     group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
 ) -> None:
     """Add a command to a group of commands, with its checks and the common flags."""
-    decorated = speaks(with_stop_message(command))
+    decorated = with_common_flags(with_stop_message(command))
     group.command(name, cls=PanelledCommand, rich_help_panel=panel)(decorated)
 
 

@@ -222,6 +222,7 @@ def list_(
 
 
 def _predictors() -> list[dict[str, Any]]:
+    """A row for every predictor."""
     from vilu.predictors import PREDICTORS
     from vilu.predictors.contract.catalogue import find_method
     from vilu.registry import METHODS_OF_TABLES
@@ -232,6 +233,7 @@ def _predictors() -> list[dict[str, Any]]:
 
 
 def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
+    """The row of a predictor."""
     if not cls.needs_fit:
         needs_labels = "no"
     elif cls.needs_labels:
@@ -268,6 +270,7 @@ def _yes_or_no(value: bool) -> str:
 
 
 def _metrics() -> list[dict[str, Any]]:
+    """A row for every metric."""
     from vilu.metrics.catalog import METRICS
 
     return [_metric(name, metric) for name, metric in METRICS.items()]
@@ -330,6 +333,7 @@ def _flags(needed: list[str]) -> list[str]:
 
 
 def _backbones() -> list[dict[str, Any]]:
+    """A row for every backbone."""
     from vilu.backbones.catalog import BACKBONES, BackboneKind, named_backbones
 
     rows = []

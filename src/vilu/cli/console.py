@@ -74,7 +74,8 @@ class CarefulOutput:
                 return self.stream.write(text)
             except UnicodeEncodeError:
                 encoding = self.stream.encoding
-                return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                escaped = text.encode(encoding, "backslashreplace")
+                return self.stream.write(escaped.decode(encoding))
 
     def flush(self) -> None:
         """Write the text that is still in the buffer."""
@@ -122,7 +123,7 @@ def show_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Speech:
-    """How a command speaks: the values of --verbose, --quiet and --json."""
+    """What a command prints and logs: the values of --verbose, --quiet and --json."""
 
     verbose: bool = False
     quiet: bool = False
@@ -138,7 +139,7 @@ class Speech:
 
 
 SPEECH: ContextVar[Speech] = ContextVar("SPEECH")
-"""How the running command speaks."""
+"""The flags of the running command."""
 
 
 @contextmanager

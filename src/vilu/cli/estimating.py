@@ -69,7 +69,10 @@ def estimate(
 
 
 def _refuse_asked_for(source: EmbeddingSource) -> None:
-    """Refuse a table with labels that `vilu next` asked for to fit on: it chose those rows."""
+    """Refuse a table with labels of rows that `vilu next` chose to fit on.
+
+    These rows are not a random sample, so an estimate from them would be wrong.
+    """
     from vilu.tables.table import AnswerTable
 
     if not isinstance(source, AnswerTable) or source.asked_for is None:
@@ -124,7 +127,7 @@ def _scores(model: FailurePredictor, source: EmbeddingSource, data: Path) -> Out
 
 
 def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
-    """The estimates, with what they are of."""
+    """The estimates as text, the error rate first, then the largest classes."""
     from vilu.calibration.thresholds import exactly
 
     error_rate, *shares = estimates

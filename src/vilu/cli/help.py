@@ -1,4 +1,4 @@
-"""The help of commands: commands and options in groups, and values named by what they are."""
+"""The help of commands: commands and options in groups, and names of values, such as PATH."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class PanelledCommand(TyperCommand):
 
 
 def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
-    """Name the value of a parameter by what it is, unless the parameter names it or lists all."""
+    """Set the name of a parameter's value in the help, such as PATH, if it has none yet."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):

@@ -232,7 +232,7 @@ def _flags_of_fit(
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit; ``left_out`` is for --validation and --init."""
+    """Flags for the digest of a fit; ``left_out``: whether --validation and --init are absent."""
     # The key is "with", although its values say what was left out. Another key would change the
     # digest of every fit.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
@@ -252,7 +252,7 @@ def _flags_of_fit(
 
 
 def _to_score(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """End of the closing line of a command: the next command, which scores with the predictor."""
+    """Text for the closing line of a command: which command scores with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -763,6 +763,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.tables.table import AnswerTable
 
     if store is None:
+        # The only argument is a table, which the command line has put in place of the predictor.
         store = predictor
         predictor = _predictor_of_one_score(store, output, overwrite=overwrite)
     elif output is not None:
@@ -843,7 +844,7 @@ def _calibrate_at_any_time(
     from vilu.triage.ask import calibrate_by_labels
 
     max_risk = target.max_risk
-    # A target that sets only what method anytime allows; all else has its default value.
+    # A target with only those fields that method anytime allows; the rest have default values.
     allowed = Target(
         max_risk=max_risk,
         confidence=target.confidence,

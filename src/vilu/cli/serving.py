@@ -185,7 +185,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _require_protection(host, key_file, allow_host)
     if queue is None:
-        queue = 9 * batch_size // 8
+        queue = 9 * batch_size // 8  # a batch, and an eighth of the next one
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(

@@ -177,7 +177,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _tell(summary: TriageSummary, output: Path) -> None:
-    """Say what a run has shown, and what to do next."""
+    """Log the texts of a summary, and the next command."""
     texts = (
         summary.verdict,
         summary.counts,

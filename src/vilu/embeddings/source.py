@@ -29,7 +29,7 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS, DataKind
 from vilu.embeddings.similarity import (
     Matches,
-    Others,
+    RivalWeights,
     ZeroShot,
     first_equal,
     float64,
@@ -130,15 +130,15 @@ class Batch:
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
 
     @cached_property
-    def rivals(self) -> Others:
+    def rivals(self) -> RivalWeights:
         """Softmax weights of all candidates except the zero-shot answer."""
-        return Others.of(self.logits)
+        return RivalWeights.of(self.logits)
 
     @cached_property
-    def beside_answer(self) -> Others:
+    def beside_answer(self) -> RivalWeights:
         """Softmax weights of all candidates except the judged answer."""
         if ANSWER in self.columns:
-            return Others.of(self.logits, self.columns[ANSWER][:, None])
+            return RivalWeights.of(self.logits, self.columns[ANSWER][:, None])
         return self.rivals
 
     @cached_property
@@ -948,7 +948,10 @@ def say_once(message: str) -> None:
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
     """Message that lists the merged classes; ``first`` has the first equal class of every class."""
     merged = [i for i, first_of_class in enumerate(first) if first_of_class != i]
-    examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
+    examples = []
+    for i in merged[:5]:
+        earlier = first[i]
+        examples.append(f"{names[i]!r} ({i}) is {names[earlier]!r} ({earlier})")
     more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
     listed = f"{', '.join(examples)}{more}"
     return (

@@ -51,7 +51,7 @@ def check_texts(
     """Checked texts as a tuple; if ``optional`` is true, a text may be None."""
     if values is None:
         return None
-    # one text, or texts in an order that means nothing
+    # Refused are a single text, whose elements are characters, and collections without an order.
     is_no_list = isinstance(values, str | Set | Mapping)
     if is_no_list or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")

@@ -154,7 +154,7 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 def plan(config: Config) -> tuple[Cell, ...]:
     """Every cell, seed by seed; a cell that shares an earlier cell's result refers to that cell."""
-    first: dict[object, Cell] = {}  # by everything that decides a result, the first such cell
+    first: dict[object, Cell] = {}  # the first cell with a result, by all that decides the result
     cells = []
     for cell in _grid(config):
         decided_by = (*fit_of(config, cell), scored_set_of(config, cell))

@@ -61,7 +61,7 @@ class Archive(Section):
     kind: str = "study"
     vilu: str  # version of vilu that wrote the file
     config: dict[str, Any]  # the benchmark, with every method named
-    fingerprints: dict[str, str]  # by path of a cell that is run, the fingerprint of its result
+    fingerprints: dict[str, str]  # fingerprints of results, by path of the cell that is run
 
 
 def save_study(board: Board, output: Path) -> Path:
@@ -92,6 +92,7 @@ def load_studies(output: Path) -> list[Board]:
 
 
 def _load(path: Path, output: Path) -> Board:
+    """Read a study from its document and its cells."""
     try:
         archive = Archive.model_validate(read_json(path, AGAIN))
     except ValidationError as error:
@@ -133,7 +134,7 @@ RULINGS = {
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
     "not tested": ("**not tested**", "**Not tested**"),
 }
-"""By ruling, its Markdown in a table, then its Markdown in a heading."""
+"""Markdown of each ruling: in a table, and in a heading."""
 
 
 def page(
@@ -313,6 +314,7 @@ def _write_results(board: Board, folder: Path) -> None:
 
 
 def _write_exhibit(shown: Exhibit, folder: Path) -> None:
+    """Write the tables and the figures of a view."""
     if isinstance(shown.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, written in FORMATS.items():

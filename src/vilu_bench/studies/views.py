@@ -17,7 +17,7 @@ from vilu_bench import asset
 from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section, require_known
 
 Axis = Literal["method", "data", "setting"]
-# by axis, its name in messages
+# names of the axes in messages
 AXES = {"method": "method", "data": "data set", "setting": "setting"}
 FIELDS = (*AXES, "metric")
 
@@ -96,7 +96,7 @@ class View(Section):
 
     @property
     def chosen(self) -> dict[str, Names | None]:
-        """By axis, the names to show; None: all."""
+        """Names to show on each axis; None: all."""
         return {"method": self.methods, "data": self.data, "setting": self.settings}
 
     def check(self, known: Known) -> None:
@@ -164,6 +164,7 @@ class TableView(View):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
+        """Refuse unknown fields, and a field in both rows and columns."""
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, FIELDS)
         for name, count in Counter((*self.rows, *self.columns)).items():
@@ -371,7 +372,7 @@ class Published:
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
-    """By name of a published table and key, the published numbers: at most one per backbone."""
+    """Published numbers, by name of the table and key: at most one per backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
     _, rows = parse_csv(text.splitlines(), "published.csv")
