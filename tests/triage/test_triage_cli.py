@@ -21,13 +21,13 @@ from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
-from vilu.calibration.selective import Selective, load
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load_predictor
+from vilu.selective import Selective, load
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors

@@ -458,7 +458,7 @@ def certify(
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
             max_risk (``vilu.calibration.selection``). The method "anytime" needs labels that arrive
-            one after another; ``vilu calibrate --method anytime`` uses it.
+            one after another: ``vilu.Selective.next_labels``, or ``vilu next``.
         groups: Names of the groups of the N rows, or "prediction" for the judged answers. Every
             group with enough rows has a threshold of its own. All other groups, and a group with
             the name "(other)", share the threshold "(other)". delta is divided among the

@@ -840,21 +840,12 @@ def _calibrate_at_any_time(
     overwrite: bool,
 ) -> Calibration:
     """Calibrate with method anytime, whose guarantee stays valid while labels are added."""
-    from vilu.calibration.target import Target
     from vilu.triage.ask import calibrate_by_labels
 
-    max_risk = target.max_risk
-    # A target with only those fields that method anytime allows; the rest have default values.
-    allowed = Target(
-        max_risk=max_risk,
-        confidence=target.confidence,
-        method=target.method,
-        per_class=target.per_class,
-    )
-    if max_risk is None or labels is None or target != allowed:
+    max_risk = target.risk_of_anytime()
+    if labels is None:
         raise UsageError(
-            "anytime needs --labels and --max-risk, and allows no other target. `vilu next` writes "
-            "the file of labels to fill in."
+            "anytime needs --labels. `vilu next` writes the file of labels to fill in."
         )
     return calibrate_by_labels(
         predictor,
