@@ -283,6 +283,13 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
 
 
+def test_questions_of_a_table_take_no_risk_that_would_change_nothing(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    ask = ("next", work / "new.csv", "--predictor", calibrated, "-o", tmp_path / "next.csv")
+    assert "Leave --max-risk out" in run(*ask, "--max-risk", 0.1, code=2).stderr
+
+
 def test_questions_keep_columns_with_commas_and_quotes(calibrated: Path, tmp_path: Path) -> None:
     content = columns(100, 40_000)
     del content["correct"]

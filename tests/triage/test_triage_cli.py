@@ -159,6 +159,11 @@ def test_a_run_says_what_its_prompts_and_its_model_are(work: Path) -> None:
     assert "stand-in" not in done.stderr
 
 
+def test_sidecars_without_a_label_are_explained(work: Path) -> None:
+    arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out", "--xmp")
+    assert "--xmp has written no label" in run(*arguments, cwd=work).stderr
+
+
 @pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])
 def test_the_predictor_of_a_triage_is_exported(
     work: Path, more: tuple[str, ...], fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch

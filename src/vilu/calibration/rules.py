@@ -961,4 +961,7 @@ def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
             f"{most_trusted}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
             f"least {needed:,} accepted answers"
         )
-    return f"{most_trusted}, which would be enough if only this threshold were tested"
+    return (
+        f"{most_trusted}. For a threshold that was fixed before the labels came this would be "
+        "enough. But the labels choose among several thresholds, so more of them are needed"
+    )

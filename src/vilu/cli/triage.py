@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from typer import Option
 
@@ -186,6 +186,7 @@ def _tell(summary: TriageSummary, output: Path) -> None:
         summary.guarantee,
         summary.likely,
         summary.prompts,
+        summary.sidecars,
         summary.why_none,
     )
     for text in texts:
@@ -216,6 +217,18 @@ AskedBefore = Annotated[
         "Earlier output files of this command, filled in or not. May be repeated.", metavar="FILE"
     ),
 ]
+RiskOfDraw = Annotated[
+    float | None,
+    Option(
+        min=0,
+        max=1,
+        help="Largest error rate among accepted answers, which decides how far images are drawn. "
+        "[0.05]",
+    ),
+]
+DRAWN_FOR: Final = 0.05
+"""``--max-risk`` of a draw unless it is given."""
+
 SplitSeed = Annotated[
     int,
     Option(
@@ -255,7 +268,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
     n_next: HowMany = 50,
     labels: AskedBefore = None,
-    max_risk: Risk = 0.05,
+    max_risk: RiskOfDraw = None,
     seed: SplitSeed = 0,
     per_class: ForEachClass = False,
     for_guarantee: ForGuarantee = False,
@@ -287,10 +300,12 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.answers import write_next
     from vilu.triage.ask import next_of_store
 
-    settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    if per_class:  # only if it was asked for, so that the digests without it do not change
-        settings["per_class"] = True
     if is_table(store):
+        if max_risk is not None:
+            raise UsageError(
+                "the rows of a table are drawn from all of its answers, whatever risk is allowed. "
+                "Leave --max-risk out, and give it to `vilu calibrate`."
+            )
         if per_class:
             raise UsageError("a table of answers has no classes. Leave --per-class out.")
         if for_guarantee:
@@ -300,6 +315,11 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
             )
         _next_of_table(store, output, predictor, labels or [], n=n_next, seed=seed)
         return
+    if max_risk is None:
+        max_risk = DRAWN_FOR
+    settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
+    if per_class:  # only if it was asked for, so that the digests without it do not change
+        settings["per_class"] = True
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
     if for_guarantee:
