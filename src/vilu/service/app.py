@@ -40,6 +40,7 @@ from vilu.service.bodies import (
 from vilu.service.journals import ContradictionError
 from vilu.service.limits import (
     PROBLEM,
+    RETRY,
     ClientLimits,
     Gate,
     Refused,
@@ -124,7 +125,7 @@ class Service:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the model is still loading.",
-                **{"Retry-After": "1"},
+                **RETRY,
             )
         return self.engine
 
@@ -271,7 +272,7 @@ class Service:
                 f"there was no answer within {self.limits.answer:g} seconds. The same request "
                 "may be repeated."
             )
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "1"}) from None
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **RETRY) from None
 
     async def labels(self, request: Request) -> Response:
         """Take labels of answered rows, for the audit of the guarantee; a picture counts once.
@@ -394,7 +395,7 @@ class Service:
         logger.error("a request could not be written to the journal: %s", error)
         state = await asyncio.to_thread(self.ready.journals.state)
         detail = LOST if state.has_lost_journal else NOT_WRITTEN
-        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "1"})
+        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
 
     def _require_pixels(self, images: Sequence[bytes]) -> None:
         """Refuse images with too many pixels together; images that are too large count nothing."""
