@@ -3,9 +3,15 @@
     python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
 
 Requests with random vectors come one after the other over ``CLIENTS`` connections. After ``--warm``
-requests the resident memory is noted at ``PARTS + 1`` moments that are equally far apart. The slope
-is the mean growth a request of the parts between them. Its upper bound is one-sided, of 95 %, by
-Student's t over the parts. Needs Linux.
+requests the memory is noted, and again after each of ``PARTS`` equal parts. Two numbers are noted:
+
+- "resident": all pages of the process in memory. The system may take pages of files (libraries)
+  away and bring them back, so this number moves without any request.
+- "own": the pages that belong to no file (``Anonymous`` in smaps_rollup). Growth shows here.
+
+The slope is the mean growth a request of the parts. Its upper bound is one-sided, of 95 %, by
+Student's t over the parts. Nothing is done to the service before a reading. A line is printed after
+every part, with the slope so far, so a run that is stopped early is of use. Needs Linux.
 """
 
 from __future__ import annotations
@@ -22,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from scipy import stats
 
 from benchmarks.serve import Client
@@ -66,34 +71,43 @@ async def send_all(port: int, n_requests: int, n_rows: int, width: int, seed: in
     await asyncio.gather(*(send(port, share, n_rows, width, one_seed) for one_seed in seeds))
 
 
+def memory_of(process: int) -> dict[str, int]:
+    """Resident memory of a process, and its pages that belong to no file, in bytes."""
+    sizes = {}
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
+        name, kilobytes, *_ = line.split()
+        sizes[name.rstrip(":")] = 1024 * int(kilobytes)
+    return {"resident": sizes["Rss"], "own": sizes["Anonymous"]}
+
+
 def slope_of(sizes: Sequence[int], n_requests: int) -> dict[str, float]:
-    """Growth a request in bytes, and its upper bound; ``sizes`` stand between equal parts."""
-    growth = np.diff(sizes) / (n_requests / (len(sizes) - 1))
+    """Growth a request in bytes, and its upper bound; ``n_requests`` are between two sizes."""
+    growth = np.diff(sizes) / n_requests
     mean = float(growth.mean())
+    if len(growth) == 1:
+        return {"bytes a request": round(mean, 1)}
     error = float(growth.std(ddof=1)) / len(growth) ** 0.5
     upper = mean + float(stats.t.ppf(0.95, len(growth) - 1)) * error
     return {"bytes a request": round(mean, 1), "upper bound": round(upper, 1)}
 
 
-def measure(port: int, process: psutil.Process, options: argparse.Namespace) -> dict[str, Any]:
-    """Warm up, then note the memory after every part."""
+def measure(port: int, process: int, options: argparse.Namespace) -> None:
+    """Warm up, then print the memory after every part, and the slopes so far."""
     shape = (options.rows, options.width)
     asyncio.run(send_all(port, options.warm, *shape, seed=0))
-    sizes = [process.memory_info().rss]
+    sizes = [memory_of(process)]
     began = time.perf_counter()
-    for part in range(PARTS):
-        asyncio.run(send_all(port, options.requests // PARTS, *shape, seed=part + 1))
-        sizes.append(process.memory_info().rss)
-        print(json.dumps({"part": part + 1, "MB": round(sizes[-1] / 2**20, 1)}), flush=True)
-    seconds = time.perf_counter() - began
-    return {
-        "requests": options.requests,
-        "rows": options.rows,
-        "requests/s": round(options.requests / seconds, 1),
-        "MB before": round(sizes[0] / 2**20, 1),
-        "MB after": round(sizes[-1] / 2**20, 1),
-        **slope_of(sizes, options.requests),
-    }
+    n_of_part = CLIENTS * (options.requests // (PARTS * CLIENTS))  # as many for every client
+    for part in range(1, PARTS + 1):
+        asyncio.run(send_all(port, n_of_part, *shape, seed=part))
+        sizes.append(memory_of(process))
+        facts: dict[str, Any] = {"requests": part * n_of_part, "rows": options.rows}
+        facts["requests/s"] = round(part * n_of_part / (time.perf_counter() - began), 1)
+        for kind in sizes[0]:
+            of_kind = [size[kind] for size in sizes]
+            megabytes = [round(of_kind[index] / 2**20, 1) for index in (0, -1)]
+            facts[kind] = {"MB": megabytes, **slope_of(of_kind, n_of_part)}
+        print(json.dumps(facts), flush=True)
 
 
 def main() -> None:
@@ -115,7 +129,7 @@ def main() -> None:
             ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
             while asyncio.run(Client(port).ask(ready))[0] != 200:
                 time.sleep(0.2)
-            print(json.dumps(measure(port, psutil.Process(server.pid), options)), flush=True)
+            measure(port, server.pid, options)
             server.terminate()
 
 
