@@ -247,7 +247,6 @@ def test_in_a_tuned_process_pages_of_a_large_block_are_made_once() -> None:
 
 HEAPS = """
 import ctypes, threading, vilu
-{first}
 from vilu.process import use_one_heap
 use_one_heap()
 import numpy, pyarrow
@@ -262,18 +261,23 @@ ctypes.CDLL(None).malloc_stats()  # tells of every heap on stderr
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these heaps")
 def test_with_one_heap_a_thread_has_none_of_its_own() -> None:
     """Whoever sets how many heaps there are, or where Arrow takes its memory, is obeyed."""
-    heaps = HEAPS.format(first="")
-    done = answer_of(heaps)
+    done = answer_of(HEAPS)
     assert (done.stdout, done.stderr.count("Arena ")) == ("system\n", 1)
-    done = answer_of(heaps, MALLOC_ARENA_MAX="8", ARROW_DEFAULT_MEMORY_POOL="mimalloc")
+    done = answer_of(HEAPS, MALLOC_ARENA_MAX="8", ARROW_DEFAULT_MEMORY_POOL="mimalloc")
     assert done.stdout == "mimalloc\n"
     assert done.stderr.count("Arena ") > 1
 
 
-def test_arrow_takes_its_memory_from_the_heap_if_a_plugin_has_imported_it() -> None:
-    heaps = HEAPS.format(first="import pyarrow")
-    assert answer_of(heaps).stdout == "system\n"
-    assert answer_of(heaps, ARROW_DEFAULT_MEMORY_POOL="mimalloc").stdout == "mimalloc\n"
+def test_in_a_service_a_plugin_does_not_choose_where_arrow_takes_its_memory(tmp_path: Path) -> None:
+    (tmp_path / "says.py").write_text(
+        "import pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    )
+    program = (
+        "import sys; sys.argv = ['vilu', '--plugin', 'says', 'serve', '--help']\n"
+        "from vilu.cli import entry; entry()"
+    )
+    done = answer_of(program, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.stdout.startswith("system\n")
 
 
 def test_the_command_line_tunes_its_process(tmp_path: Path) -> None:

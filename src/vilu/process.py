@@ -98,16 +98,13 @@ def keep_freed_memory() -> None:
 def use_one_heap() -> None:
     """Let Arrow and all threads take their memory from the main heap of glibc.
 
-    Call this before other threads are started, in a process that runs for months. Otherwise every
-    thread has a heap of its own. ``return_freed_memory`` cannot return the end of such a heap, and
-    Arrow's own pool keeps some memory, too. So the process would keep as much memory as its largest
-    table ever took. What the user has set by an environment variable is not changed.
+    Call this before pyarrow is imported and before other threads are started, in a process that
+    runs for months. Otherwise every thread has a heap of its own. ``return_freed_memory`` cannot
+    return the end of such a heap, and Arrow's own pool keeps some memory, too. So the process would
+    keep as much memory as its largest table ever took. What the user has set by an environment
+    variable is not changed.
     """
-    if ARROW_POOL not in os.environ:
-        os.environ[ARROW_POOL] = "system"  # read when pyarrow is imported
-        if "pyarrow" in sys.modules:  # a plug-in has imported it before
-            arrow = sys.modules["pyarrow"]
-            arrow.set_memory_pool(arrow.system_memory_pool())
+    os.environ.setdefault(ARROW_POOL, "system")
     if sys.platform != "linux" or os.environ.keys() & HEAPS_SET_BY:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
