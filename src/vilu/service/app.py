@@ -119,7 +119,7 @@ class Service:
         )
 
     @property
-    def ready(self) -> Engine:
+    def loaded_engine(self) -> Engine:
         """The engine; Refused (503) while it is loading."""
         if self.engine is None:
             raise Refused(
@@ -197,7 +197,7 @@ class Service:
 
         Every answer has the probability that it is wrong, and whether to accept it.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         if engine.kind == "answers":
             raise Refused(
                 HTTPStatus.NOT_FOUND,
@@ -214,7 +214,7 @@ class Service:
 
         A service for tables of answers answers about rows of numbers instead.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         n_numbers = self.limits.images * engine.numbers_per_row
         body = await read_json(request, BODIES[engine.kind], n_numbers, "numbers")
         require_at_most(body.n_rows, self.limits.images, body.what)
@@ -243,7 +243,7 @@ class Service:
         if self.keep is not None and images:
             new_files = await asyncio.to_thread(_keep_images, self.keep, images, judgements)
         try:
-            replies = await asyncio.wrap_future(self.ready.record(judgements))
+            replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
         except StorageError:  # the rows are not written, so their images must not stay
             await asyncio.to_thread(_remove, new_files)
             raise
@@ -279,7 +279,7 @@ class Service:
 
         If a row has another label already, the request is refused, and nothing of it is written.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         body = await read_json(request, LabelsIn, self.limits.images, "labels")
         try:
             counts = await asyncio.to_thread(engine.journals.label, body.labels)
@@ -307,7 +307,7 @@ class Service:
 
     async def corrections(self, request: Request) -> Response:
         """Replace wrong labels; the journal keeps both, and the monitor counts all labels again."""
-        engine = self.ready
+        engine = self.loaded_engine
         body = await read_json(request, CorrectionsIn, 2 * self.limits.images, "labels")
         if body.before.keys() != body.after.keys():
             detail = "before and after must name the same rows."
@@ -322,7 +322,7 @@ class Service:
 
     async def monitor(self) -> Response:
         """State of every guarantee, and the evidence of its monitor."""
-        statuses = await asyncio.to_thread(self.ready.journals.statuses)
+        statuses = await asyncio.to_thread(self.loaded_engine.journals.statuses)
         monitors = await self._described_predictors()
         for monitor in monitors:
             status = statuses.get(monitor["name"])
@@ -341,7 +341,7 @@ class Service:
         From then on, answers have the guarantee of that predictor. The monitor of the previous
         predictor continues to run.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         choice = await read_json(request, ChoiceIn, 1, "choice")
         before = await asyncio.to_thread(engine.journals.state)
         try:
@@ -353,7 +353,7 @@ class Service:
 
     async def _described_predictors(self) -> list[dict[str, Any]]:
         """Descriptions of all predictors with their guarantees, for clients."""
-        engine = self.ready
+        engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.state)
         described = []
         for name, served in engine.served.items():
@@ -377,7 +377,7 @@ class Service:
 
     async def is_ready(self) -> Response:
         """Whether the model is loaded and tested, and rows can be written to the journal."""
-        engine = self.ready
+        engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.check)
         if state.has_lost_journal:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, LOST)
@@ -393,7 +393,7 @@ class Service:
     async def _cannot_write(self, _: Request, error: Exception) -> Response:
         """The refusal after rows could not be written; only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
-        state = await asyncio.to_thread(self.ready.journals.state)
+        state = await asyncio.to_thread(self.loaded_engine.journals.state)
         detail = LOST if state.has_lost_journal else NOT_WRITTEN
         return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
 

@@ -252,7 +252,8 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             judgement.set_exception(error)
             return
-        assert item is not None  # noqa: S101 - only END gives None
+        # The decoder gives None only for the mark after the last record, which is never sent here.
+        assert item is not None  # noqa: S101
         with self._lock:
             self._waiting.append(Waiting(row, position, item, judgement))
             self._schedule()

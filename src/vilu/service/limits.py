@@ -53,8 +53,9 @@ WORK: Final = frozenset({IMAGES, "/v1/scores"})
 OTHERS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
-PENDING: Final = 4
-"""The bodies in progress may have as many bytes together as this number of largest bodies."""
+LARGEST_BODIES: Final = 4
+"""All bodies in progress have at most as many bytes as this number of bodies of the largest length.
+"""
 
 CONNECTIONS: Final = 512
 """Maximum number of open connections."""
@@ -465,7 +466,7 @@ class Room:
     @property
     def most_bytes(self) -> int:
         """Maximum number of bytes of all bodies in progress."""
-        return PENDING * self.limits.body
+        return LARGEST_BODIES * self.limits.body
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
