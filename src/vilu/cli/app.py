@@ -47,6 +47,7 @@ from vilu.cli.stores import import_, inspect
 from vilu.cli.tabulate import completions_, detections_, logits_, words_
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.errors import UsageError
+from vilu.process import use_one_heap
 from vilu.registry import entry_points, load_entry, load_plugin
 
 app = typer.Typer(
@@ -135,6 +136,8 @@ def common(
     speech = Speech(verbose=verbose, quiet=quiet, as_json=as_json)
     context.with_resource(speaking(speech))
     _set_umask(context, umask)
+    if context.invoked_subcommand == "serve":
+        use_one_heap()  # before a plug-in may import pyarrow
     for module in plugin or ():
         load_plugin(module)
 
