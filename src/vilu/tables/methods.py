@@ -17,7 +17,7 @@ from vilu.embeddings.columns import NUMBERS, AnswerKind, DataKind
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
-from vilu.metrics.counts import Floats, Ints
+from vilu.metrics.counts import Floats
 from vilu.predictors.contract.given_logits import require_kind
 from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
@@ -320,7 +320,7 @@ class AnswerScores(AnswerMethod):
             )
         numbers = table.matrix(names)
         failures = failure.numpy()
-        folds = folds_of(clusters_of(table), failures, self.seed)
+        folds = folds_of(table.inseparable(), failures, self.seed)
         fit, compared = best_combination(names, numbers, failures, folds)
         spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
         signs = (-fit.direction).astype(int).tolist()
@@ -407,7 +407,7 @@ class AnswerProbe(AnswerMethod):
         names = tuple(table.numbers)
         inputs = _inputs_of(table, names)
         failures = failure.numpy()
-        folds = folds_of(clusters_of(table), failures, self.seed)
+        folds = folds_of(table.inseparable(), failures, self.seed)
         fit, compared = best_probe(inputs, failures, folds)
         terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
         spread = terms[:, : len(names)].std(axis=0)
@@ -446,14 +446,6 @@ def _table_of(train: Rows) -> AnswerTable:
     if not isinstance(table, AnswerTable):
         raise UsageError(f"a fit needs {AnswerTable.how}. Got {type(table).__name__} instead.")
     return table.take(train.index)
-
-
-def clusters_of(table: AnswerTable) -> Ints:
-    """Numbers (N,) of the clusters of the rows; without the column, of their exact copies."""
-    if table.cluster is None:
-        return table.picture_identities()
-    _, cluster = np.unique(np.array(table.cluster), return_inverse=True)
-    return cluster.astype(np.int64)
 
 
 def _inputs_of(table: AnswerTable, names: Sequence[str]) -> Floats:
