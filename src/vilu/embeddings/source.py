@@ -812,7 +812,8 @@ class EmbeddingSource(ABC):
         """Divide the rows into three parts: to fit on, to calibrate on and to test on.
 
         Rows of one picture, or of one cluster, are in one part. Every part has its share of every
-        class, up to one picture or cluster. Rows beyond the sum of the shares are in no part. A part of share 0 is empty.
+        class, up to one picture or cluster. Rows beyond the sum of the shares are in no part. A
+        part of share 0 is empty.
 
         Args:
             fit: Share of the rows to fit on, from 0 to 1.

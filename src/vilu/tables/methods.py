@@ -25,6 +25,7 @@ from vilu.predictors.contract.seen import Overlap
 from vilu.tables.combine import (
     CrossValidated,
     Linear,
+    Maps,
     Recipe,
     best_combination,
     best_probe,
@@ -330,13 +331,7 @@ class AnswerScores(AnswerMethod):
             SHARES: _shares(names, spread),
             "chosen": _recipe_in_words(names, compared),
         }
-        arrays = {
-            "direction": fit.direction,
-            "lower": fit.maps.lower,
-            "width": fit.maps.width,
-            "rise": fit.maps.rise,
-            **_arrays_of(fit.linear),
-        }
+        arrays = {"direction": fit.direction, **_arrays_of_maps(fit.maps), **_arrays_of(fit.linear)}
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
@@ -454,6 +449,11 @@ def _inputs_of(table: AnswerTable, names: Sequence[str]) -> Floats:
     if table.features is None:
         return numbers
     return np.hstack([numbers, table.features.astype(np.float64)])
+
+
+def _arrays_of_maps(maps: Maps) -> dict[str, Floats]:
+    """The pieces of the functions of all columns, by the names of their tensors."""
+    return {"lower": maps.lower, "width": maps.width, "rise": maps.rise}
 
 
 def _arrays_of(linear: Linear) -> dict[str, Floats]:
