@@ -161,7 +161,7 @@ def test_inspect_needs_no_word_for_what_it_shows(work: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("id;score_a;correct\n1;0,5;1\n", "separates its columns by semicolons"),
+        ("id;score_a;correct\n1;0,5;ja\n", "correct must be 1 (right), 0 (wrong), or empty"),
         ("score_a,correct\n0.5,1\n", "must have a column id"),
     ],
 )

@@ -135,13 +135,12 @@ def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     """The table in a CSV or Parquet file."""
     if not path.is_file():
         raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
-    names: list[str] = []
     if table_suffix(path) == ".csv":
-        names = csv_names(path)
-        _require_commas(path, names)
-    # All cells of a CSV file are read as text, so that a wrong cell can be named by its row.
-    table, _ = read_table(path, names)
-    columns = _with_clusters(_by_name(table), clusters)
+        columns = _of_csv(path)
+    else:
+        table, _ = read_table(path, ())
+        columns = _by_name(table)
+    columns = _with_clusters(columns, clusters)
     vectors = columns.pop("features", None)
     beside = path.with_suffix(FEATURES_BESIDE)
     if not beside.is_file():
@@ -157,14 +156,41 @@ def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     return _checked_table(columns, vectors, str(path), name)
 
 
-def _require_commas(path: Path, names: Sequence[str]) -> None:
-    """Refuse a CSV file whose columns are not separated by commas."""
-    for separator, in_words in ((";", "semicolons"), ("\t", "tabs")):
-        if len(names) == 1 and separator in names[0]:
-            raise DataError(
-                f"{path} separates its columns by {in_words}. Save it with commas between the "
-                "columns, and with a point in numbers (0.5)."
-            )
+def _of_csv(path: Path) -> dict[str, pa.ChunkedArray]:
+    """The columns of a CSV file; all are texts, so that a wrong cell can be named by its row.
+
+    Spreadsheets of many countries write semicolons between columns, and commas in numbers.
+    """
+    names = csv_names(path)
+    for separator in (";", "\t"):
+        has_one_name = len(names) == 1
+        if has_one_name and separator in names[0]:
+            table, _ = read_table(path, csv_names(path, separator), separator)
+            columns = _by_name(table)
+            for name in columns.keys() - set(FIXED):
+                columns[name] = _with_decimal_points(columns[name])
+            return columns
+    table, _ = read_table(path, names)
+    return _by_name(table)
+
+
+def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of texts, with points in its numbers if they all have commas or neither.
+
+    A column with points in some cells is left as it is, since its commas may stand for thousands.
+    """
+    import pyarrow as pa
+
+    with_points = []
+    for cell in column.to_pylist():
+        if not cell or not cell.strip():
+            with_points.append(cell)
+            continue
+        number = cell.replace(",", ".")
+        if "." in cell or _number(number) is None:
+            return column
+        with_points.append(number)
+    return pa.chunked_array([pa.array(with_points, pa.string())])
 
 
 def _of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
