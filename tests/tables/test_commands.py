@@ -152,11 +152,16 @@ def test_inspect_says_what_each_column_is(work: Path, calibrated: Path) -> None:
     assert "predictor answer_scores, calibrated: accepts" in run("inspect", calibrated).stdout
 
 
+def test_inspect_needs_no_word_for_what_it_shows(work: Path) -> None:
+    refused = run("inspect", "table", work / "test.csv", code=2)
+    assert "table does not exist. `vilu inspect PATH` takes one path" in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["inspect", "evaluate"])
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("id;score_a;correct\n1;0,5;1\n", "separates its columns by semicolons"),
+        ("id;score_a;correct\n1;0,5;ja\n", "correct must be 1 (right), 0 (wrong), or empty"),
         ("score_a,correct\n0.5,1\n", "must have a column id"),
     ],
 )

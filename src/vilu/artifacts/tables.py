@@ -198,7 +198,7 @@ def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
 
 
 def read_table(
-    path: str | Path, text_columns: Collection[str]
+    path: str | Path, text_columns: Collection[str], delimiter: str = ","
 ) -> tuple[pa.Table, dict[str, object]]:
     """Read a Parquet or CSV table and its metadata.
 
@@ -207,6 +207,7 @@ def read_table(
     Args:
         path: The file.
         text_columns: Names of columns that are read as text, even if they look like numbers.
+        delimiter: What stands between the columns of a CSV file.
 
     Raises:
         DataError: If the file is damaged, or is no such table.
@@ -230,8 +231,9 @@ def read_table(
                 table = _read_parquet(source)
                 is_ours = METADATA_IN_FOOTER.search(_footer(source)) is not None
             else:
-                csv_names(path)  # raises DataError if the heading would take minutes to read
-                table = _parse_csv(source, text_columns)
+                # raises DataError if the heading would take minutes to read
+                csv_names(path, delimiter)
+                table = _parse_csv(source, text_columns, delimiter)
         except DataError:
             raise
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
@@ -442,12 +444,13 @@ def table_suffix(path: str | Path) -> str:
     return suffix
 
 
-def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table:
+def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: str) -> pa.Table:
     import pyarrow as pa
 
     table = read_columns(
         source,
         dict.fromkeys(text_columns, pa.string()),
+        delimiter,
         null_values=[""],
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,

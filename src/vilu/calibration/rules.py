@@ -305,7 +305,7 @@ class Rule(Model):
         if clusters is None:
             raise UsageError(
                 f"this rule is about clusters, so it needs the cluster of each of {len(scores)} "
-                "rows, as text."
+                "rows, as text: the column cluster of a table, or that of --clusters COLUMN."
             )
         return self.clusters.compared_scores(scores, clusters)
 
@@ -575,7 +575,8 @@ def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
     is_usable = evaluable(outcomes)
     if outcomes.cluster is None:
         raise DataError(
-            "a risk of clusters needs the cluster of every row: a column cluster in the table."
+            "a risk of clusters needs the cluster of every row: the column cluster of the table, "
+            "or that of --clusters COLUMN."
         )
     max_risk = target.max_risk or 0.0  # with a cluster_risk there is one (``check_clusters``)
     if target.cluster_risk == "ratio":

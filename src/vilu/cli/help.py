@@ -26,6 +26,7 @@ NEEDED: Final = "Options"
 DATA: Final = "Which images and labels"
 MODEL: Final = "Model and prompts"
 CLASSIFIER: Final = "A classifier of yours"
+TABLE: Final = "Tables of answers"
 PAIRS: Final = "Image-caption pairs, and two models"
 SPEED: Final = "Speed and memory"
 GUARANTEE: Final = "The guarantee"
@@ -39,6 +40,7 @@ GROUPS: Final = (
     GUARANTEE,
     SORTING,
     DATA,
+    TABLE,
     MODEL,
     CLASSIFIER,
     PAIRS,

@@ -789,14 +789,31 @@ class EmbeddingSource(ABC):
             return self
         return self.take(np.flatnonzero(~is_left_out))
 
+    def inseparable(self) -> NDArray[np.int64]:
+        """Numbers (N,) of the rows: rows with one number belong into one part of a division.
+
+        They are the clusters of the rows. Without clusters they are ``picture_identities``.
+
+        Examples:
+            >>> import vilu
+            >>> table = {"id": [1, 2, 3], "score": [0.1, 0.2, 0.3], "cluster": ["x", "y", "x"]}
+            >>> vilu.open_table(table).inseparable().tolist()
+            [0, 1, 0]
+        """
+        if self.cluster is None:
+            return self.picture_identities()
+        _, number = np.unique(np.array(self.cluster), return_inverse=True)
+        return number.astype(np.int64)
+
     @checked
     def split(
         self, fit: float, calibration: float = 0.0, test: float = 0.0, *, seed: int = 0
     ) -> SplitParts[EmbeddingSource]:
         """Divide the rows into three parts: to fit on, to calibrate on and to test on.
 
-        Rows of one picture are in one part. Every part has its share of every class, up to one
-        picture. Rows beyond the sum of the shares are in no part. A part of share 0 is empty.
+        Rows of one picture, or of one cluster, are in one part. Every part has its share of every
+        class, up to one picture or cluster. Rows beyond the sum of the shares are in no part. A
+        part of share 0 is empty.
 
         Args:
             fit: Share of the rows to fit on, from 0 to 1.
@@ -827,7 +844,7 @@ class EmbeddingSource(ABC):
             )
         # rows of none of the classes, and rows without a label, are two further strata
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
-        part = part_of_rows(self.picture_identities(), stratum, shares, seed)
+        part = part_of_rows(self.inseparable(), stratum, shares, seed)
         sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
         return SplitParts(*sources)
 
