@@ -32,7 +32,14 @@ logger = logging.getLogger("vilu")
 
 Table = Literal["answers", "scores", "results", "labels", "label errors"]
 Kind = Literal[
-    Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"
+    Table,
+    "explanation",
+    "monitor report",
+    "monitor state",
+    "page",
+    "study",
+    "kept studies",
+    "ONNX export",
 ]
 """The kinds of files that vilu writes, as messages call them."""
 
@@ -47,6 +54,7 @@ KINDS: dict[str, Kind] = {
     "monitoring": "monitor report",
     "monitor": "monitor state",
     "label errors": "label errors",
+    "kept studies": "kept studies",
 }
 """Kind of a file, by the value of "kind" in a document or in the metadata of a table."""
 
@@ -65,6 +73,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "label errors": (".parquet", ".csv"),
     "scores": (".parquet", ".csv"),
     "monitor state": (".parquet",),
+    "kept studies": (".parquet",),
 }
 """Allowed suffixes of files, for kinds that have a fixed format."""
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final, Literal, TextIO
 
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.artifacts.documents import (
@@ -92,7 +92,12 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     return buffer.getvalue()
 
 
-def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
+def parquet_bytes(
+    columns: Mapping[str, pa.Array],
+    metadata: Mapping[str, object],
+    *,
+    compression: Literal["snappy", "zstd"] = "snappy",
+) -> bytes:
     """Encode columns of equal length as a Parquet file, with plain JSON metadata in its schema.
 
     Every page has a checksum. Because the checksums cover neither the footer nor the headers of
@@ -107,7 +112,13 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     buffer = BytesIO()
     sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
     repeating = [name for name in table.column_names if _repeats(table[name])]
-    pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
+    pyarrow.parquet.write_table(
+        sealed,
+        buffer,
+        compression=compression,
+        write_page_checksum=True,
+        use_dictionary=repeating,
+    )
     return buffer.getvalue()
 
 

@@ -235,6 +235,9 @@ def _grid(config: Config) -> list[Cell]:
 
 def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Cell]:
     """The cells of every method that runs on a data set, in a setting, with a seed."""
+    n_seeds = config.settings[setting].seeds
+    if n_seeds is not None and seed >= n_seeds:
+        return
     for label, method in config.entries.items():
         if not config.is_run_in(label, setting):
             continue

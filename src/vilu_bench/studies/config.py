@@ -41,6 +41,7 @@ class Setting(Section):
     test_on: Literal["validation", "test"] = "test"
     # number of captions in a pool of the test set; by default that of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
+    seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
     title: str | None = None  # title in tables and figures; by default the name
     x: float | None = None  # position on the axis of a curve
     published: str | None = None  # name of the setting in publications

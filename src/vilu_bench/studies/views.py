@@ -281,13 +281,21 @@ class Subject(Section):
     setting: str
 
 
+THIS_PROJECT = "this project"  # source of a claim that no publication makes
+
+
 class Claim(Section):
-    """A claim of a publication, which a number and its interval decide."""
+    """A claim of a publication or of this project, which a number and its interval decide."""
 
     says: str  # the claim in our words
-    source: str  # where the publication makes the claim
+    source: str  # where the publication makes the claim; or ``THIS_PROJECT``
     data: Names | None = None  # data sets over which the deciding number is averaged; None: all
     metric: str = RANKED_BY[0]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this project makes the claim, and no publication."""
+        return self.source == THIS_PROJECT
 
     @property
     @abstractmethod
