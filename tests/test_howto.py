@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,16 @@ import pytest
 import vilu
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from example_data import simulated
-
 PAGES = [ROOT / "docs" / "python.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_PYTHON = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
 @pytest.fixture
-def names_of_readers() -> dict[str, Any]:
+def names_of_readers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the pages take for given: arrays of a model, and scores of a predictor."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    simulated = importlib.import_module("example_data").simulated
     image, text, labels = simulated(1500, seed=1)
     outcomes = vilu.score(vilu.MCM(), vilu.Embeddings(image, text, target=labels, logit_scale=20.0))
     return {

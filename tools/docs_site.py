@@ -329,8 +329,7 @@ def methods_page() -> str:
     """The predictors that are reached by their names alone."""
     parts = [
         "# More methods",
-        "These have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit "
-        "--method`).",
+        "These have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit --method`).",
     ]
     for name, method in vilu.PREDICTORS.items():
         if method.__name__ not in vilu.__all__:
