@@ -187,6 +187,7 @@ def _tell(summary: TriageSummary, output: Path) -> None:
         summary.likely,
         summary.prompts,
         summary.why_none,
+        summary.sidecars,
     )
     for text in texts:
         if text:

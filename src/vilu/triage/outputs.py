@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -78,6 +78,7 @@ class TriageSummary:
         prompts: The templates, and a warning of prompts that read badly.
         n_asked: Number of photos whose labels are asked for.
         why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
+        sidecars: How many photos have their label in a sidecar; "" if none was wanted.
     """
 
     verdict: str
@@ -89,6 +90,7 @@ class TriageSummary:
     prompts: str
     n_asked: int
     why_none: str
+    sidecars: str = ""
 
 
 @checked
@@ -154,11 +156,13 @@ def triage_photos(
         write_page(output, listing, result, answers, settings, verdict)
         if sort is not None:
             sort_photos(output, listing, answers, settings, sort)
+        sidecars = ""
         if xmp:
             # listed again, because photos may have been moved
             now = list_folder(settings.photos, output, follow_links=settings.follow_links)
-            write_sidecars(accepted_labels(output, now, answers, settings))
-    return summary_of(result, answers, settings, verdict)
+            n_written = write_sidecars(accepted_labels(output, now, answers, settings))
+            sidecars = f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
+    return replace(summary_of(result, answers, settings, verdict), sidecars=sidecars)
 
 
 def check_settings(settings: TriageSettings) -> None:
