@@ -58,8 +58,9 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         ),
     ],
     data: Annotated[
-        Path, Option(help="Folder that the paths in the files are relative to.")
-    ] = Path("../shared/data"),
+        Path,
+        Option(help="Folder that the paths in the files are relative to."),
+    ] = Path(),
     output: Annotated[
         Path, Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
     ] = Path("benchmark-output"),

@@ -64,6 +64,35 @@ METAVARS: Final[Mapping[str, str]] = {
 }
 """Names of values in help texts, by typer's names of their types."""
 
+SHARE: Final = "SHARE"
+"""A number from 0 to 1."""
+
+VALUES: Final[Mapping[str, str]] = {
+    "backbone": "MODEL",
+    "confidence": SHARE,
+    "coverage": SHARE,
+    "device": "DEVICE",
+    "false_alarm": SHARE,
+    "host": "HOST",
+    "key": "KEY",
+    "main": "METHOD",
+    "max_error_rate": SHARE,
+    "max_miss": SHARE,
+    "max_risk": SHARE,
+    "method": "METHOD",
+    "min_coverage": SHARE,
+    "min_iou": SHARE,
+    "outside_share": SHARE,
+    "port": "PORT",
+    "prompts": "PROMPT",
+    "revision": "REVISION",
+    "sizes": "N,N,...",
+    "split": "SPLIT",
+    "template": "PROMPT",
+    "timeout": "SECONDS",
+}
+"""Names of values in help texts, by the names of their options, where the type says too little."""
+
 
 class PanelledCommand(TyperCommand):
     """Command whose help shows its options in groups, the most needed first."""
@@ -98,7 +127,9 @@ def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
         return
     if isinstance(parameter, TyperOption):
         context: Any = None  # typer needs one only to change the case of choices
-        parameter.metavar = METAVARS.get(parameter.display_type(context))
+        by_type = METAVARS.get(parameter.display_type(context))
+        if by_type is not None:  # None: typer lists all values
+            parameter.metavar = VALUES.get(parameter.name, by_type)
     else:
         parameter.metavar = parameter.name.upper()
 

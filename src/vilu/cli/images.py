@@ -196,10 +196,6 @@ AllowBadShards = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-OnError = Annotated[
-    Literal["skip", "raise"],
-    Option(help="Skip bad images, or stop at the first.", rich_help_panel=MORE),
-]
 
 
 @console.goes_on
@@ -233,7 +229,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     dtype: Dtype = "float16",
     max_error_rate: MaxErrorRate = 0.01,
     allow_bad_shards: AllowBadShards = False,
-    on_error: OnError = "skip",
     device: Device = "auto",
     precision: Precision = "fp32",
     full_decode: FullDecode = False,
@@ -247,10 +242,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     --views, --prompts and --negatives store what some methods need in addition to the embeddings
     (see `vilu list predictors`). Captions of images are embedded, too, and need no classes.
     """
-    max_unreadable = 0.0 if on_error == "raise" else max_error_rate
     images = _open_images(
         source,
-        max_unreadable,
+        max_error_rate,
         split=split,
         limit=limit,
         classes=classes,
@@ -285,7 +279,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         dtype=dtype,
         max_error_rate=max_error_rate,
         allow_bad_shards=allow_bad_shards,
-        on_error=on_error,
         split=split,
         overwrite=overwrite,
         executor=_executor(executor, processes),

@@ -106,10 +106,6 @@ Pseudo = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-Restart = Annotated[
-    bool,
-    Option("--restart", help="Drop the checkpoints of an interrupted fit.", rich_help_panel=MORE),
-]
 NoSample = Annotated[
     bool,
     Option(
@@ -138,7 +134,6 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     init: Init = None,
     shots: Shots = None,
     pseudo: Pseudo = False,
-    restart: Restart = False,
     no_sample: NoSample = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -196,7 +191,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         unlabelled_rows = _open_any(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
-            _begin_fit(checkpoints, inputs, restart=restart)
+            checkpoints.name_fit(inputs)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
@@ -413,13 +408,6 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, resume=True))
 
 
-def _begin_fit(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
-    """Prepare the checkpoints for a fit on these inputs; ``restart`` removes earlier ones."""
-    if restart:
-        checkpoints.remove()
-    checkpoints.name_fit(inputs)
-
-
 def _drop_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
 ) -> None:
@@ -568,14 +556,6 @@ def convert(
     logit_scale: Annotated[
         float, Option(help="Logit scale of the VLM, which is not in the checkpoint.")
     ] = 100.0,
-    embed_dim: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Embedding width. Needed only for a head without attention whose input is the "
-            "caption.",
-        ),
-    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint of the reference implementation, without running code in it.
@@ -586,13 +566,13 @@ def convert(
     from vilu.predictors.persistence import storage
     from vilu.predictors.persistence.convert import convert_official
 
-    inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
+    inputs = inputs_of(checkpoint, logit_scale=logit_scale)
     is_converted = storage.claim(output, inputs, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)
         console.nothing_to_do(output)
         return
-    predictor = convert_official(checkpoint, logit_scale, embed_dim=embed_dim)
+    predictor = convert_official(checkpoint, logit_scale)
     predictor.notes_["inputs"] = inputs
     predictor.save(output)
     console.print_outputs(output)

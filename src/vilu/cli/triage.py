@@ -188,8 +188,8 @@ def _tell(summary: TriageSummary, output: Path) -> None:
         summary.guarantee,
         summary.likely,
         summary.prompts,
-        summary.sidecars,
         summary.why_none,
+        summary.sidecars,
     )
     for text in texts:
         if text:

@@ -227,7 +227,7 @@ class Encoder:
             first = bad[0]
             raise DataError(
                 f"{first.key}: {first.kind} in stage {first.stage}: {first.message}. Mend the "
-                "image, or let bad images be set aside and counted with --on-error skip."
+                "image, or let bad images be set aside and counted with on_error='skip'."
             )
         content.errors += bad
         self.n_errors += len(bad)

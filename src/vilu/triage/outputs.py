@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -80,9 +80,10 @@ class TriageSummary:
         forecast: How many photos further labels could get accepted; "" if nothing is known.
         likely: How many photos without a label are likely right, or why this is not known.
         prompts: The templates, and a warning of prompts that read badly.
-        sidecars: Why no sidecar was written; "" if there are any, or if none were asked for.
         n_asked: Number of photos whose labels are asked for.
         why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
+        sidecars: How many photos have their label in a sidecar, or why none has; "" if none was
+            asked for.
     """
 
     verdict: str
@@ -92,9 +93,9 @@ class TriageSummary:
     forecast: str
     likely: str
     prompts: str
-    sidecars: str
     n_asked: int
     why_none: str
+    sidecars: str
 
 
 @checked
@@ -164,10 +165,10 @@ def triage_photos(
         if xmp:
             # listed again, because photos may have been moved
             now = list_folder(settings.photos, output, follow_links=settings.follow_links)
-            labels_of_photos = accepted_labels(output, now, answers, settings)
-            write_sidecars(labels_of_photos)
-            if not any(labels_of_photos.values()):
-                sidecars = NO_SIDECAR
+            n_written = write_sidecars(accepted_labels(output, now, answers, settings))
+            sidecars = NO_SIDECAR
+            if n_written:
+                sidecars = f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
     return summary_of(result, answers, settings, verdict, sidecars)
 
 

@@ -75,7 +75,7 @@ def find_studies(name: Path | str) -> list[Path]:
     if not chosen:
         raise UsageError(
             f"{name} does not exist: there is no file and no study of this name. "
-            f"Studies that come with vilu_bench: {', '.join(studies)}."
+            f"Studies that come with vilu_bench: {', '.join(studies)}.{nearest(str(name), studies)}"
         )
     return [CONFIGS / f"{study}.toml" for study in chosen]
 
