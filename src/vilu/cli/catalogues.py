@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BELOW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
 
+NAMED_BY_BENCH = "the data sets that have a name come with: pip install 'vilu[bench]'"
+
 FACTS = (
     "name",
     "title",
@@ -60,6 +62,9 @@ def list_known() -> None:
         rows.append(_dataset_in_brief(entry))
     table = columns(rows, below=("how", "url"))
     print_result(facts, table)
+    if not rows:
+        next_step(NAMED_BY_BENCH)
+        return
     next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
 
 
@@ -98,6 +103,9 @@ def check_known(
             f"not whole: {', '.join(not_whole)} ({len(not_whole)} of {len(presences)} data sets). "
             "See above."
         )
+    if not presences:
+        next_step(NAMED_BY_BENCH)
+        return
     n_whole = len(presences) - len(not_whole)
     next_step(f"{n_whole} of {len(presences)} data sets are here and whole")
 

@@ -472,11 +472,13 @@ def print_outputs(*outputs: Path | str) -> None:
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
-    """Format rows with equal keys as aligned text.
+    """Format rows with equal keys as aligned text; "" if there is no row.
 
     The cells of the keys in ``below`` are not aligned: each gets a line of its own below its row,
     unless it is empty.
     """
+    if not rows:
+        return ""
     names = [name for name in rows[0] if name not in below]
     cells = [[row[name] for name in names] for row in rows]
     heading, *lines = aligned([names, *cells])
