@@ -197,15 +197,14 @@ class PairSource(EmbeddingSource):
                 members=index,
             )
         distinct, target = torch.unique(of_caption, return_inverse=True)
-        # whether the rows of equal images have equal captions, so that an image has one caption
-        have_one_caption = torch.equal(of_caption[of_picture], of_caption)
+        equal_images_have_equal_captions = torch.equal(of_caption[of_picture], of_caption)
         matches = Matches(
             query=of_picture, candidate=of_caption, members=distinct, query_of_row=of_picture
         )
         return Candidates(
             text=caption[distinct],
             target=target,
-            matches=None if have_one_caption else matches,
+            matches=None if equal_images_have_equal_captions else matches,
             members=index[distinct],
         )
 
