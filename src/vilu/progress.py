@@ -29,7 +29,7 @@ class Reporter(Protocol):
 
 
 class Silence:
-    """A reporter that shows nothing. It is the task of its own reports, too."""
+    """A reporter that shows nothing. ``start`` returns the reporter itself as the task."""
 
     def start(self, description: str, total: float | None, unit: str) -> Task:  # noqa: ARG002
         """Show nothing."""

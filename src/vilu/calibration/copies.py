@@ -120,17 +120,18 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     if not len(usable) or not data.has_vectors:
         return
     nearest = sample.nearest(data, torch.from_numpy(usable))
-    near = _copies(nearest, NEAR_COPY, sample)
-    if not near.n_seen:
+    near_copies = _copies(nearest, NEAR_COPY, sample)
+    if not near_copies.n_seen:
         return
-    same = _copies(nearest, SAME, sample)
-    if _too_many(same, sample):
+    same_pictures = _copies(nearest, SAME, sample)
+    if _too_many(same_pictures, sample):
+        words = same_pictures.in_words(SAME)
         raise DataError(
-            f"{same.in_words(SAME)}: more than {MAX_SHARED:.0%}, and more than the fitted rows "
+            f"{words}: more than {MAX_SHARED:.0%}, and more than the fitted rows "
             "have among themselves. What is measured on copies of fitted rows holds for no "
             "others. Calibrate on pictures that the fit has not seen."
         )
-    words = near.in_words(NEAR_COPY)
+    words = near_copies.in_words(NEAR_COPY)
     logger.warning("%s. What is measured on copies of fitted rows holds for no others", words)
 
 

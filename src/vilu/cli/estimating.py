@@ -142,7 +142,7 @@ def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
     """The estimates as text, the error rate first, then the largest classes."""
     from vilu.calibration.thresholds import exactly
 
-    error_rate, *shares = estimates
+    error_rate, *class_shares = estimates
     low, high = error_rate.plain
     lines = [
         f"{plural(error_rate.n, 'row')}, of which {error_rate.n_labelled:,} have a label; they "
@@ -150,8 +150,8 @@ def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
         f"{error_rate} (intervals of {exactly(confidence)})",
         f"  by the labels alone: [{low:.1%}, {high:.1%}] (Clopper-Pearson)",
     ]
-    largest = sorted(shares, key=lambda share: share.share, reverse=True)
-    lines += [f"  {share}" for share in largest[:SHOWN]]
+    largest = sorted(class_shares, key=lambda estimate: estimate.share, reverse=True)
+    lines += [f"  {estimate}" for estimate in largest[:SHOWN]]
     n_more = len(largest) - SHOWN
     if n_more > 0:
         lines.append(f"  and {plural(n_more, 'smaller class')}: --json has them all")

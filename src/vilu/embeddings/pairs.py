@@ -197,14 +197,14 @@ class PairSource(EmbeddingSource):
                 members=index,
             )
         distinct, target = torch.unique(of_caption, return_inverse=True)
-        have_one_caption = torch.equal(of_caption[of_picture], of_caption)  # equal images, too
+        equal_images_have_equal_captions = torch.equal(of_caption[of_picture], of_caption)
         matches = Matches(
             query=of_picture, candidate=of_caption, members=distinct, query_of_row=of_picture
         )
         return Candidates(
             text=caption[distinct],
             target=target,
-            matches=None if have_one_caption else matches,
+            matches=None if equal_images_have_equal_captions else matches,
             members=index[distinct],
         )
 
@@ -504,8 +504,9 @@ class PrefixedIds(Identifiers):
         self._names = names
 
     def _of(self, row: int) -> str:
-        source, original = self._rows.origin(row)
-        return f"{self._names[source]}/{self._rows.sources[source].ids[original]}"
+        source_number, row_in_source = self._rows.origin(row)
+        source = self._rows.sources[source_number]
+        return f"{self._names[source_number]}/{source.ids[row_in_source]}"
 
 
 def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:

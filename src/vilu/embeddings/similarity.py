@@ -352,7 +352,7 @@ class Matches:
     Attributes:
         query: (M,) int64: for every pair, the first pair with the same query.
         candidate: (M,) int64: for every pair, the first pair with the same candidate.
-        members: (K,) int64: for every candidate of the batch, its pair.
+        members: (K,) int64: for every candidate of the batch, the pair that it comes from.
         query_of_row: (B,) int64: for every row of the batch, the first pair with its query.
     """
 

@@ -591,7 +591,7 @@ def paired_bootstrap(
     if np.isnan(observed):
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     blocks = []
-    # A and b have the same strata, so either can draw the rows. The wider one needs more memory per
+    # Both have the same strata, so either can draw the rows. The wider one needs more memory per
     # resample, and draws smaller blocks.
     wider = b if b.width > a.width else a
     with track("bootstrap", n_resamples, "resamples") as task:

@@ -150,8 +150,13 @@ class Histogram:
 
     def counted(self, correct: Ints, wrong: Ints) -> Histogram:
         """Histogram with other counts (G,) in the same bins, without empty bins."""
-        filled = correct + wrong > 0
-        return replace(self, bins=self.bins[filled], correct=correct[filled], wrong=wrong[filled])
+        is_filled = (correct + wrong) > 0
+        return replace(
+            self,
+            bins=self.bins[is_filled],
+            correct=correct[is_filled],
+            wrong=wrong[is_filled],
+        )
 
     @property
     def n(self) -> int:

@@ -125,7 +125,6 @@ class PictureScores:
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
         kind, n_of_kind = np.unique(key[is_single], return_counts=True)
         n_kinds = len(kind)
-        # the three values of every kind, taken out of its key again
         kind_wrong = kind % 2 == 1
         rows_and_group = kind // 2
         kind_group = rows_and_group % n_scores

@@ -260,6 +260,7 @@ class TrustScore(LabelledBank):
     k: Count = 10
 
     def _choose(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The bank without the share ``alpha`` of each class that lies in the sparsest regions."""
         if self.alpha == 0:
             return bank, label
         dense_members = []

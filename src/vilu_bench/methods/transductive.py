@@ -239,6 +239,7 @@ def fit_gaussians(
     for number in range(passes + 1):
         likelihood = gaussian_likelihood(image, mean, variance)
         for _ in range(INNER_PASSES):
+            # an image is drawn to its nearest images, and to the images that have it among theirs
             neighbours = affinity.T @ posterior + affinity @ posterior
             pull = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbours
             posterior = (zero_shot + (likelihood + pull) / TEMPERATURE).softmax(dim=1)

@@ -56,8 +56,8 @@ def study_names() -> list[str]:
     names = []
     for path in sorted(CONFIGS.rglob("*.toml")):
         study = path.with_suffix("")
-        is_group = study.is_dir()  # the file of a group is only to be included
-        if not is_group:
+        is_group = study.is_dir()
+        if not is_group:  # the file of a group has only what its studies include
             names.append(study.relative_to(CONFIGS).as_posix())
     return names
 

@@ -224,7 +224,7 @@ def one_thread(user_api: Literal["openmp", "blas"] = "openmp") -> AbstractContex
 
 
 Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
-"""Arguments of a ``Workbench``."""
+"""Arguments of a ``Workbench``: the benchmark, its stores, and stores of second models."""
 
 
 class Crew:

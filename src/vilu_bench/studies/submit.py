@@ -62,9 +62,9 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     Raises:
         UsageError: If no study has a result of the method, or if a study has adapted answers.
     """
-    # Both have an entry for every cell that was run: the first study with its result, and the
-    # settings and seeds that share its result.
+    # Two facts about every cell that was run with a result: the first study that has it ...
     first_board: dict[Cell, Board] = {}
+    # ... and the settings and seeds that share its result.
     stands_for: dict[Cell, list[tuple[str, int]]] = {}
     for board in boards:
         _refuse_adapted(board)

@@ -73,8 +73,8 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
         return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
-    # once, below k / n.
-    # both ends must be above 0 and below 1; 1 - 2^-53 is the largest float64 below 1
+    # once, below k / n. The ends of the search must be above 0 and below 1; the largest float64
+    # below 1 is 1 - 2^-53.
     smallest = 1e-300
     largest = min(wrong / n, 1 - 2**-53)
     return float(optimize.brentq(excess, smallest, largest, xtol=1e-14))

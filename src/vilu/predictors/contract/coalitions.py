@@ -81,8 +81,8 @@ class SingleCoalitions(Coalitions):
 
     def see(self, background: list[Scored]) -> None:
         """Store the mean score of the background rows."""
-        scores = np.concatenate([scores for _, scores in background])
-        self._mean = float(scores.mean())
+        all_scores = np.concatenate([scores for _, scores in background])
+        self._mean = float(all_scores.mean())
 
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002
         """(2, B): the background mean for the empty coalition, and the scores for the player."""
@@ -160,6 +160,7 @@ class HeadCoalitions(Coalitions):
         # effect gets exactly zero.
         of_members = of_members.expand_as(own[IMAGE])
         of_missing = of_missing.expand_as(background[IMAGE])
+        # number of rows whose pairs with all background rows are in memory together
         step = max(TILE_CELLS // (len(of_missing) * of_members.shape[1]), 1)
         means = []
         for part in of_members.split(step):

@@ -203,7 +203,7 @@ class Overlap:
 
 
 def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
-    """Phrase for a message, such as "3 of 200 rows"; "at least" where a sample was compared."""
+    """Phrase for a message: "3 of 200 rows", or "at least ..." if only a sample was compared."""
     count = f"{n} of {n_rows} {what}"
     if whole:
         return count

@@ -173,8 +173,8 @@ class Experts(nn.Module):
     ``weights`` (M,) float64 are the weights of the experts in a log-linear pool. The first weight
     belongs to the attention.
 
-    A candidate is foreign if it is no training class. If one or more candidates of a batch are
-    foreign, only the attention scores the batch, and its weight is 1.
+    If a candidate of a batch is no training class, only the attention scores the batch, and its
+    weight is 1.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Experts(nn.Module):
         if all_known:
             keys = self._pooled_keys(batch, match)
             companions = self._ready_companions(match)
-        else:  # the attention is the only expert that can score foreign candidates
+        else:  # only the attention can score candidates that are no training classes
             keys = attention.learned_keys(batch.text, match)
             companions = []
         n_candidates = len(batch.text)
@@ -211,7 +211,7 @@ class Experts(nn.Module):
             logits = attention.queries(rows) @ keys.T
             if all_known:
                 logits = plus(logits, self._given_offset(rows))
-            else:  # foreign candidates have an offset of their own temperature
+            else:  # candidates that are no training classes have an offset of their own temperature
                 logits = logits + attention.offset(rows, match)
             for weight, companion in companions:
                 logits = logits.add_(companion(rows), alpha=weight)
@@ -262,7 +262,7 @@ class Experts(nn.Module):
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, M, K) of all experts.
 
-        If a candidate is foreign, these are the logits (B, 1, K) of the attention alone.
+        If a candidate is no training class, these are the logits (B, 1, K) of the attention alone.
         """
         match = self.attention.match(batch.text)
         if bool(match.known.all()):

@@ -260,8 +260,9 @@ class FailureHead(nn.Module):
         """(B, H) term of the predicted caption in the outputs of the first layer."""
         weight = self.first["caption"]
         if has_few(batch.text, batch.image):
-            # every text is projected once, which is faster than one projection per image
-            # not table[rows]: several threads add up its gradient in another order every time
+            # Every text is projected once, which is faster than one projection per image. The
+            # projections are not indexed with [], because several threads would sum the gradient
+            # of an index in an order that varies.
             return functional.embedding(batch.prediction, functional.linear(batch.text, weight))
         return functional.linear(batch.text[batch.prediction], weight)
 
