@@ -313,6 +313,18 @@ def test_with_one_heap_a_thread_has_none_of_its_own() -> None:
     assert done.stderr.count("Arena ") > 1
 
 
+def test_in_a_service_a_plugin_does_not_choose_where_arrow_takes_its_memory(tmp_path: Path) -> None:
+    (tmp_path / "says.py").write_text(
+        "import pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    )
+    program = (
+        "import sys; sys.argv = ['vilu', '--plugin', 'says', 'serve', '--help']\n"
+        "from vilu.cli import entry; entry()"
+    )
+    done = answer_of(program, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.stdout.startswith("system\n")
+
+
 def test_the_command_line_tunes_its_process(tmp_path: Path) -> None:
     (tmp_path / "says.py").write_text("import os; print(os.environ['GOMP_SPINCOUNT'])")
     program = (

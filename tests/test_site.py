@@ -24,11 +24,14 @@ PAGES = [
     "",
     "concepts/",
     "start/",
+    "howto/classifier/",
+    "summary/",
+    "formats/",
     "results/",
     "examples/",
     "examples/guarantee/",
     "commands/triage/",
-    "python/decision/",
+    "python/begin/",
     "python/methods/",
 ]
 
@@ -90,14 +93,42 @@ def test_nothing_is_wider_than_the_window(page: Page, place: str) -> None:
     assert wider == []
 
 
-def test_search_finds(page: Page) -> None:
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [
+        ("coverage", "coverage"),
+        ("pandas", "pandas"),
+        ("cite", "cite"),
+        ("conformal", "conformal"),
+        ("FAQ", "FAQ"),
+        ("predict_proba", "predict_proba"),
+        ("exit code", "exit code"),
+    ],
+)
+def test_search_finds(page: Page, words: str, title: str) -> None:
     page.goto("")
     if page.viewport_size["width"] < 960:
         page.locator("label[for=__search]").first.click()
-    page.locator(".md-search__input").fill("coverage")
+    page.locator(".md-search__input").fill(words)
     first = page.locator(".md-search-result__item").first
     first.wait_for()
-    assert "coverage" in first.text_content().lower()
+    assert title.lower() in first.text_content().lower()
+
+
+def test_every_page_leads_to_the_next(page: Page) -> None:
+    page.goto("")
+    page.locator(".md-footer__link--next").click()
+    page.wait_for_url("**/install/")
+    page.locator(".md-footer__link--prev").wait_for()
+
+
+def test_the_home_page_has_four_doors(page: Page) -> None:
+    page.goto("")
+    doors = page.locator(".grid.cards a")
+    assert doors.count() == 4
+    for number in range(4):
+        assert doors.nth(number).bounding_box()["width"] > 0
+    assert page.locator("img[src$='risk_coverage.svg']").is_visible()
 
 
 def test_the_page_and_its_drawings_are_as_bright_as_the_system(page: Page) -> None:

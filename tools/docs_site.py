@@ -1,9 +1,9 @@
 """Hooks of MkDocs (mkdocs.yml): make the pages of the site that are no files in docs/.
 
 - The navigation is docs/index.md: its second headings, and the pages that each one lists.
-- A page for every command, from the help that the command line itself gives.
-- A page of the API for every room that has public names (``vilu.__all__``), in the order of
-  docs/architecture.md.
+- A page for every command, from the help that the command line itself gives, in the groups of
+  ``vilu --help``.
+- A page of the API for every task (``TASKS``), which has every public name (``vilu.__all__``).
 - A page for every example, from the script, what it prints and what it draws, in the order of
   examples/README.md, whose table becomes cards.
 - Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the
@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import html
-import importlib
 import logging
 import os
 import posixpath
@@ -43,22 +42,40 @@ OUTSIDE_DOCS = "repository"
 LOG = logging.getLogger("mkdocs.plugins.docs_site")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 """The target of a relative link, without its anchor."""
+REFERENCE = "Reference"
+"""The section of the navigation that ends with the pages of Python and of the command line."""
+TASKS = {
+    "Begin": "Embeddings Selective ViLUPlus load",
+    "Data": "EmbeddingStore open_source import_arrays open_dataset load_backbone embed "
+    "ExtraColumns PairEmbeddings Pools PseudoCaptions TwoModels EmbeddingSource EmbeddingSpace "
+    "Batch OUTSIDE",
+    "Predictors": "MCM Doctor Entropy Margin MaxLogit ViLU LVU PREDICTORS FailurePredictor",
+    "Score and evaluate": "score score_parts ScoreFolder Outcomes evaluate compare ResultTable",
+    "Guarantees": "certify certify_clusters Rule Target calibrate_predictor Calibration estimate "
+    "Estimate",
+    "Deploy and monitor": "Guard Answer Monitor tune_process",
+    "Tables of answers": "open_table AnswerTable",
+    "Explain and report": "explain prompt_gains risk_map report_page",
+    "Extend": "register convert_official",
+}
+"""Pages of the API: what a reader wants to do, and the public names for it."""
+NO_PAGE = {"__version__", "methods", "metrics"}
+"""Public names that are no object of their own: two modules have a page each."""
 EXAMPLE = re.compile(r"^\| (?P<question>.*?) \| \[(?P<name>\w+)\.py\].*\n", re.MULTILINE)
 """A row of the table in examples/README.md."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The navigation."""
-    config.nav = [
-        {"Home": "index.md"},
-        *sections((DOCS / "index.md").read_text(encoding="utf-8")),
-        {"Commands": list(command_pages())},
-        {"Python": list(api_pages())},
-    ]
+    navigation: list[Any] = [{"Home": "index.md"}]
+    for title, pages in sections((DOCS / "index.md").read_text(encoding="utf-8")):
+        made = [{"Python": list(api_pages())}, {"Command line": commands_by_group()}]
+        navigation.append({title: [*pages, *made] if title == REFERENCE else pages})
+    config.nav = navigation
     return config
 
 
-def sections(index: str) -> Iterator[dict[str, list[str]]]:
+def sections(index: str) -> Iterator[tuple[str, list[Any]]]:
     """Each second heading with the pages of its list."""
     for part in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
         title, _, body = part.partition("\n")
@@ -67,8 +84,11 @@ def sections(index: str) -> Iterator[dict[str, list[str]]]:
             target for item in listed for target in LINK.findall(item) if target.endswith(".md")
         ]
         if targets:
-            uris = [uri_of((DOCS / target).resolve()) for target in targets]
-            yield {title: [*uris, *(gallery_pages() if GALLERY in uris else ())]}
+            uris: list[Any] = [uri_of((DOCS / target).resolve()) for target in targets]
+            if GALLERY in uris:
+                place = uris.index(GALLERY)
+                uris[place : place + 1] = [{"Examples": [GALLERY, *gallery_pages()]}]
+            yield title, uris
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -232,10 +252,22 @@ def cards(markdown: str) -> str:
 
 def command_pages() -> dict[str, str]:
     """A page per command of the application, by its place."""
-    return {
-        f"commands/{'-'.join(names[1:])}.md": text
-        for names, text in told(typer.main.get_command(app), ("vilu",))
-    }
+    return {place_of(names): text for names, text in told(typer.main.get_command(app), ("vilu",))}
+
+
+def place_of(names: tuple[str, ...]) -> str:
+    """Where the page of a command lies."""
+    return f"commands/{'-'.join(names[1:])}.md"
+
+
+def commands_by_group() -> list[dict[str, list[str]]]:
+    """Places of the pages of commands, in the groups of ``vilu --help``."""
+    application: Any = typer.main.get_command(app)
+    groups: dict[str, list[str]] = {}
+    for names, _ in told(application, ("vilu",)):
+        panel = application.commands[names[1]].rich_help_panel
+        groups.setdefault(panel or "Others", []).append(place_of(names))
+    return [{group: places} for group, places in groups.items()]
 
 
 def told(
@@ -273,44 +305,31 @@ def plain(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """A page per room with public names, by its place, and one of methods without such a name."""
-    names: dict[str, list[str]] = {}
-    for name in vilu.__all__:
-        if module := vilu._HOME.get(name):
-            names.setdefault(module.split(".")[1], []).append(name)
-    names["metrics"] = [f"metrics.{name}" for name in vilu.metrics.__all__]
-    names["sklearn"] = ["sklearn.SelectiveClassifier"]
-    table = re.findall(
-        r"^\| `(\w+)/` \| (.*?) \|",
-        (DOCS / "architecture.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-    purpose = {
-        room: LINK.sub(r"../\1", f"{sentence[0].upper()}{sentence[1:]}.")
-        for room, sentence in table
-    }
-    order = [*(room for room in purpose if room in names), *sorted(names.keys() - purpose.keys())]
-    pages = {
-        f"python/{room}.md": api_page(room, purpose.get(room), sorted(names[room]))
-        for room in order
-    }
+    """A page per task, by its place; then metrics, scikit-learn, and methods without a name."""
+    listed = [name for names in TASKS.values() for name in names.split()]
+    if sorted(listed) != sorted(set(vilu.__all__) - NO_PAGE):
+        odd = sorted(set(listed) ^ (set(vilu.__all__) - NO_PAGE))
+        raise ValueError(f"TASKS must list every public name of vilu once. Look at: {odd}.")
+    pages = {}
+    for task, names in TASKS.items():
+        place = f"python/{task.lower().replace(' ', '-')}.md"
+        pages[place] = api_page(task, names.split())
+    metrics = [f"metrics.{name}" for name in vilu.metrics.__all__]
+    pages["python/metrics.md"] = api_page("Metrics", metrics)
+    pages["python/sklearn.md"] = api_page("scikit-learn", ["sklearn.SelectiveClassifier"])
     return {**pages, "python/methods.md": methods_page()}
 
 
-def api_page(room: str, purpose: str | None, names: list[str]) -> str:
-    """What mkdocstrings is to show; a single file says itself what it is for."""
-    purpose = purpose or plain(
-        (importlib.import_module(f"vilu.{room}").__doc__ or "").partition("\n")[0]
-    )
-    return "\n\n".join([f"# {room}", purpose, *(f"::: vilu.{name}" for name in names)]) + "\n"
+def api_page(title: str, names: list[str]) -> str:
+    """What mkdocstrings is to show."""
+    return "\n\n".join([f"# {title}", *(f"::: vilu.{name}" for name in names)]) + "\n"
 
 
 def methods_page() -> str:
     """The predictors that are reached by their names alone."""
     parts = [
-        "# methods",
-        "More methods, which have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit "
-        "--method`).",
+        "# More methods",
+        "These have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit --method`).",
     ]
     for name, method in vilu.PREDICTORS.items():
         if method.__name__ not in vilu.__all__:

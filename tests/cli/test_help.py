@@ -90,7 +90,8 @@ def test_a_command_that_writes_names_its_files_as_json(tmp_path: Path) -> None:
         (["fit"], "missing argument 'STORES'. See vilu fit --help."),
         (["datasets"], "missing command. See vilu datasets --help."),
         (["list", "metrix"], "'metrix' is not one of 'predictors', 'backbones'"),
-        (["--jsn", "list"], "no such option: --jsn (Possible options: --json). See vilu --help."),
+        (["--jsn", "list"], "no such option: --jsn. Did you mean '--json'? See vilu --help."),
+        (["list", "predictor"], "'metrics'. Did you mean 'predictors'? See vilu list --help."),
     ],
 )
 def test_wrong_command_lines_have_one_style_of_error(words: list[str], message: str) -> None:

@@ -47,7 +47,8 @@ def work(tmp_path: Path) -> Path:
 
 def test_the_loop_by_hand(work: Path) -> None:
     arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out", "-n", 12)
-    done = run(*arguments, cwd=work)
+    done = run(*arguments, "--xmp", cwd=work)
+    assert "0 photos with the accepted label in PHOTO.xmp" in done.stderr
     assert done.stdout == "out\n"
     assert "60 photos (60 of them new): accepted 0 of 60 without a label" in done.stderr
     assert "next: fill in the column label of out/next_labels.csv (12 photos;" in done.stderr
@@ -157,6 +158,11 @@ def test_a_run_says_what_its_prompts_and_its_model_are(work: Path) -> None:
     assert "Prompts: '{}'." in done.stderr
     assert "Warning" not in done.stderr
     assert "stand-in" not in done.stderr
+
+
+def test_sidecars_without_a_label_are_explained(work: Path) -> None:
+    arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out", "--xmp")
+    assert "--xmp has written no label" in run(*arguments, cwd=work).stderr
 
 
 @pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])

@@ -69,7 +69,8 @@ class Target:
 
     def _without_clusters(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields but for those of clusters, if there is no risk of clusters."""
-        # So digests of targets, and fingerprints of calibrations, stay as they were.
+        # A new field with its default value would change the digests of old targets, and the
+        # fingerprints of calibrations that contain them.
         if self.cluster_risk is None:
             fields.pop("cluster_risk", None)
             fields.pop("largest_cluster", None)

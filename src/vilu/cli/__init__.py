@@ -26,20 +26,27 @@ import atexit
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import typer
 
 from vilu.artifacts.disk import advice_to_owner
 from vilu.cli.app import app
 from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
-from vilu.errors import StorageError, UsageError, ViLUError
+from vilu.errors import StorageError, UsageError, ViLUError, nearest
 from vilu.process import keep_ray_on_this_machine, tune_process
 
+POSSIBLE: Final = re.compile(r" \(Possible options: .*\)$")
+"""What typer says of similar options."""
+CHOICE: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
+"""What typer says of a value that is none of the known ones."""
+NAMED: Final = re.compile(r"'([^']+)'")
+"""A known value in such a message."""
 MISUSE: type[Any] = typer.BadParameter.__bases__[0]
 """Class of the exceptions that typer raises for an invalid command line.
 
@@ -136,14 +143,25 @@ def _run() -> int:
 def _misuse(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
     """Message of an invalid command line, and the command whose help shows a valid one."""
     message = error.format_message().replace("Value error, ", "")
+    message = POSSIBLE.sub("", message)
     sentence = f"{message[:1].lower()}{message[1:]}"
     if not sentence.endswith((".", "?")):
         sentence += "."
+    sentence += _suggestion(error, message)
     command = "vilu"
     if error.ctx is not None:
         program = error.ctx.find_root().command_path
         command += error.ctx.command_path.removeprefix(program)
     return f"{sentence} See {command} --help."
+
+
+def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer exports no name for it
+    """The question whether a similar option or value was meant; "" if there is none."""
+    if similar := getattr(error, "possibilities", None):
+        return nearest(error.option_name, similar)
+    if choice := CHOICE.search(message):
+        return nearest(choice["given"], NAMED.findall(choice["known"]), cutoff=0.5)
+    return ""
 
 
 def _is_about_memory(error: Exception) -> bool:
@@ -176,6 +194,7 @@ def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports n
     if number is None:
         sys.__unraisablehook__(failure)
     else:
+        # after a short time, so that the main thread has left the code that lost the exception
         threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
 
 

@@ -1,4 +1,4 @@
-"""The help of commands: commands and options in groups, and values named by what they are."""
+"""The help of commands: commands and options in groups, and names of values, such as PATH."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NEEDED: Final = "Options"
 DATA: Final = "Which images and labels"
 MODEL: Final = "Model and prompts"
 CLASSIFIER: Final = "A classifier of yours"
+TABLE: Final = "Tables of answers"
 PAIRS: Final = "Image-caption pairs, and two models"
 SPEED: Final = "Speed and memory"
 GUARANTEE: Final = "The guarantee"
@@ -39,6 +40,7 @@ GROUPS: Final = (
     GUARANTEE,
     SORTING,
     DATA,
+    TABLE,
     MODEL,
     CLASSIFIER,
     PAIRS,
@@ -61,6 +63,35 @@ METAVARS: Final[Mapping[str, str]] = {
     "<float range>": "NUMBER",
 }
 """Names of values in help texts, by typer's names of their types."""
+
+SHARE: Final = "SHARE"
+"""A number from 0 to 1."""
+
+VALUES: Final[Mapping[str, str]] = {
+    "backbone": "MODEL",
+    "confidence": SHARE,
+    "coverage": SHARE,
+    "device": "DEVICE",
+    "false_alarm": SHARE,
+    "host": "HOST",
+    "key": "KEY",
+    "main": "METHOD",
+    "max_error_rate": SHARE,
+    "max_miss": SHARE,
+    "max_risk": SHARE,
+    "method": "METHOD",
+    "min_coverage": SHARE,
+    "min_iou": SHARE,
+    "outside_share": SHARE,
+    "port": "PORT",
+    "prompts": "PROMPT",
+    "revision": "REVISION",
+    "sizes": "N,N,...",
+    "split": "SPLIT",
+    "template": "PROMPT",
+    "timeout": "SECONDS",
+}
+"""Names of values in help texts, by the names of their options, where the type says too little."""
 
 
 class PanelledCommand(TyperCommand):
@@ -91,12 +122,14 @@ class PanelledCommand(TyperCommand):
 
 
 def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
-    """Name the value of a parameter by what it is, unless the parameter names it or lists all."""
+    """Set the name of a parameter's value in the help, such as PATH, if it has none yet."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):
         context: Any = None  # typer needs one only to change the case of choices
-        parameter.metavar = METAVARS.get(parameter.display_type(context))
+        by_type = METAVARS.get(parameter.display_type(context))
+        if by_type is not None:  # None: typer lists all values
+            parameter.metavar = VALUES.get(parameter.name, by_type)
     else:
         parameter.metavar = parameter.name.upper()
 

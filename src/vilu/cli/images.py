@@ -196,10 +196,6 @@ AllowBadShards = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-OnError = Annotated[
-    Literal["skip", "raise"],
-    Option(help="Skip bad images, or stop at the first.", rich_help_panel=MORE),
-]
 
 
 @console.goes_on
@@ -233,7 +229,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     dtype: Dtype = "float16",
     max_error_rate: MaxErrorRate = 0.01,
     allow_bad_shards: AllowBadShards = False,
-    on_error: OnError = "skip",
     device: Device = "auto",
     precision: Precision = "fp32",
     full_decode: FullDecode = False,
@@ -247,10 +242,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     --views, --prompts and --negatives store what some methods need in addition to the embeddings
     (see `vilu list predictors`). Captions of images are embedded, too, and need no classes.
     """
-    max_unreadable = 0.0 if on_error == "raise" else max_error_rate
     images = _open_images(
         source,
-        max_unreadable,
+        max_error_rate,
         split=split,
         limit=limit,
         classes=classes,
@@ -285,7 +279,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         dtype=dtype,
         max_error_rate=max_error_rate,
         allow_bad_shards=allow_bad_shards,
-        on_error=on_error,
         split=split,
         overwrite=overwrite,
         executor=_executor(executor, processes),
@@ -303,7 +296,7 @@ def backbone_spec(
     *,
     full_decode: bool,
 ) -> BackboneSpec:
-    """The backbone that the flags describe. The compact model is named for what it is.
+    """The backbone that the flags describe; logs advice if it is the compact model.
 
     The path of ``models`` is made absolute, because the processes of an executor may start in
     another folder.
@@ -317,7 +310,7 @@ def backbone_spec(
 
 
 def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: str) -> str:
-    """The precision for "auto"; says where bfloat16 may be faster."""
+    """The precision to use, also for "auto"; logs advice if bfloat16 may be faster."""
     from vilu.device import multiplies_bf16, resolve_device
 
     if wanted == "bf16":
@@ -336,7 +329,7 @@ def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: st
 
 
 def name_compact(backbone: str) -> None:
-    """Say what the compact model is, which is the default, and what to take in its place."""
+    """If the backbone is the compact model, log what it is and which model is better."""
     if not _is_compact(backbone):
         return
     next_step(

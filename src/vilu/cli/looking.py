@@ -58,21 +58,6 @@ MostUncertain = Annotated[
         help="Without --key and --row: number of rows to explain, the most uncertain first.",
     ),
 ]
-Candidates = Annotated[
-    int, Option(min=1, help="Competitors of each answer to show.", rich_help_panel=MORE)
-]
-Neighbours = Annotated[
-    int,
-    Option(
-        min=1,
-        help="Number of training failures, and of training successes, to show.",
-        rich_help_panel=MORE,
-    ),
-]
-Background = Annotated[
-    int,
-    Option(min=1, help="Number of rows that an attribution compares with.", rich_help_panel=MORE),
-]
 SeedOfExplanation = Annotated[
     int,
     Option(
@@ -99,9 +84,6 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     key: Keys = None,
     row: Rows = None,
     n: MostUncertain = 10,
-    candidates: Candidates = 5,
-    neighbours: Neighbours = 3,
-    background: Background = 128,
     seed: SeedOfExplanation = 0,
     summary: Summary = False,
     coverage: Coverage = None,
@@ -134,7 +116,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if coverage is None:
         coverage = 0.8
     require_between("coverage", coverage, "(0, 1]")
-    depth = Depth(candidates, neighbours, background, seed)
+    depth = Depth(seed=seed)
     settings = {
         "summary": summary,
         "coverage": coverage,
@@ -419,7 +401,7 @@ def _take_in(
     in_order: bool,
     is_late: bool,
 ) -> dict[str, Any]:
-    """Give the rows of a file to a monitor, and return what the report says about this file.
+    """Give the rows of a file to a monitor, and return the entry of the report for this file.
 
     If ``shuffle_seed`` is None, the rows are not shuffled.
     """

@@ -17,6 +17,7 @@ from vilu.cli.options import (
     MOST_RESAMPLES,
     MOST_SEED,
     Answer,
+    ClusterColumn,
     Data,
     Device,
     Fold,
@@ -105,10 +106,6 @@ Pseudo = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-Restart = Annotated[
-    bool,
-    Option("--restart", help="Drop the checkpoints of an interrupted fit.", rich_help_panel=MORE),
-]
 NoSample = Annotated[
     bool,
     Option(
@@ -137,7 +134,6 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     init: Init = None,
     shots: Shots = None,
     pseudo: Pseudo = False,
-    restart: Restart = False,
     no_sample: NoSample = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -195,7 +191,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         unlabelled_rows = _open_any(reading, unlabelled)
         checkpoints = _checkpoints(stack, predictor, output)
         if checkpoints is not None:
-            _begin_fit(checkpoints, inputs, restart=restart)
+            checkpoints.name_fit(inputs)
         predictor.fit(train, validation_rows, unlabelled=unlabelled_rows)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if no_sample:
@@ -232,7 +228,7 @@ def _flags_of_fit(
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit; ``left_out`` is for --validation and --init."""
+    """Flags for the digest of a fit; ``left_out``: whether --validation and --init are absent."""
     # The key is "with", although its values say what was left out. Another key would change the
     # digest of every fit.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
@@ -252,7 +248,7 @@ def _flags_of_fit(
 
 
 def _to_score(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """End of the closing line of a command: the next command, which scores with the predictor."""
+    """Text for the closing line of a command: which command scores with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -412,13 +408,6 @@ def _checkpoints(
     return stack.enter_context(checkpointing(folder, resume=True))
 
 
-def _begin_fit(checkpoints: FolderSession, inputs: str, *, restart: bool) -> None:
-    """Prepare the checkpoints for a fit on these inputs; ``restart`` removes earlier ones."""
-    if restart:
-        checkpoints.remove()
-    checkpoints.name_fit(inputs)
-
-
 def _drop_checkpoints(
     stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str
 ) -> None:
@@ -526,6 +515,7 @@ def evaluate(
         int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
+    clusters: ClusterColumn = None,
 ) -> None:
     """Compute failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
@@ -534,20 +524,22 @@ def evaluate(
     from vilu.tables.read import files_of
     from vilu.tables.scores import scores_in
 
-    keep = console.keeping(
-        output,
-        "results",
-        files_of(*scores),
-        overwrite=overwrite,
-        resamples=resamples,
-        seed=seed,
-    )
+    settings: dict[str, object] = {"resamples": resamples, "seed": seed}
+    if clusters is not None:  # newer than the digest: so digests without it do not change
+        settings["clusters"] = clusters
+    keep = console.keeping(output, "results", files_of(*scores), overwrite=overwrite, **settings)
     runs: list[Tallied] = []
     for path in scores:
-        of_table = scores_in(path)
+        of_table = scores_in(path, clusters=clusters)
         if of_table:
             runs += of_table
-        elif path.is_dir():
+            continue
+        if clusters is not None:
+            raise UsageError(
+                f"--clusters names a column of a table of answers, and {path} is none. Leave it "
+                "out: scores have the clusters of their table."
+            )
+        if path.is_dir():
             runs.append(ScoreFolder(path))
         else:
             runs.append(Outcomes.load(path))
@@ -564,14 +556,6 @@ def convert(
     logit_scale: Annotated[
         float, Option(help="Logit scale of the VLM, which is not in the checkpoint.")
     ] = 100.0,
-    embed_dim: Annotated[
-        int | None,
-        Option(
-            min=1,
-            help="Embedding width. Needed only for a head without attention whose input is the "
-            "caption.",
-        ),
-    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint of the reference implementation, without running code in it.
@@ -582,13 +566,13 @@ def convert(
     from vilu.predictors.persistence import storage
     from vilu.predictors.persistence.convert import convert_official
 
-    inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
+    inputs = inputs_of(checkpoint, logit_scale=logit_scale)
     is_converted = storage.claim(output, inputs, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)
         console.nothing_to_do(output)
         return
-    predictor = convert_official(checkpoint, logit_scale, embed_dim=embed_dim)
+    predictor = convert_official(checkpoint, logit_scale)
     predictor.notes_["inputs"] = inputs
     predictor.save(output)
     console.print_outputs(output)
@@ -763,8 +747,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.tables.table import AnswerTable
 
     if store is None:
+        # The only argument is a table, which the command line has put in place of the predictor.
         store = predictor
-        predictor = _predictor_of_one_score(store, output, overwrite=overwrite)
+        predictor = _predictor_of_one_score(store, output, reading, overwrite=overwrite)
     elif output is not None:
         raise UsageError(
             "-o is for a table that is calibrated without a predictor. With a predictor the result "
@@ -807,7 +792,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor, data.holds)}")
 
 
-def _predictor_of_one_score(table: Path, output: Path | None, *, overwrite: bool) -> Path:
+def _predictor_of_one_score(
+    table: Path, output: Path | None, reading: Reading, *, overwrite: bool
+) -> Path:
     """Write the predictor whose uncertainty is the one score of a table; returns its folder."""
     from vilu.predictors.persistence import storage
     from vilu.tables.methods import one_score
@@ -820,7 +807,7 @@ def _predictor_of_one_score(table: Path, output: Path | None, *, overwrite: bool
         )
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
-    predictor = one_score(open_table(table))
+    predictor = one_score(open_table(table, clusters=reading.clusters))
     inputs = storage.inputs_of_fit(predictor, [])
     is_there = storage.claim(output, inputs, overwrite=overwrite)
     if not is_there:

@@ -191,8 +191,7 @@ class FolderKeeper(Keeper):
             raise ProvenanceError(
                 f"the checkpoints in {self.folder} are of another training run; "
                 f"{'; '.join(differences)}. "
-                "Go on with what they were made with, drop them (--restart), "
-                "or give another folder."
+                "Go on with what they were made with, remove this folder, or give another one."
             )
 
 
