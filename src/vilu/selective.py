@@ -499,6 +499,7 @@ class Selective(DecidingModel):
         train, unlabelled = self._fitted_on
         self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
         self.predictor = self.predictor.judging(self.choice.answer)
+        self._folder = None  # an earlier folder holds the predictor before the choice
         # A second calibration keeps the choice, so the rows are no longer needed.
         self._fitted_on = None
 

@@ -116,6 +116,14 @@ def test_a_new_fit_drops_the_calibration(parts: tuple) -> None:
         model.predict(test)
 
 
+def test_the_chosen_answers_are_judged_after_a_look_at_its_folder(parts: tuple) -> None:
+    model = vilu.Selective(vilu.PREDICTORS["linear_probe"]()).fit(parts[0])
+    assert model.folder.is_dir()
+    model.calibrate(parts[1], max_risk=0.3)
+    assert model.choice is not None
+    assert model.predictor.answer == model.choice.answer == "adapted"
+
+
 def test_a_fitted_predictor_is_kept(parts: tuple) -> None:
     train, calibration, _ = parts
     predictor = vilu.PREDICTORS["linear_probe"]().fit(train)

@@ -245,6 +245,9 @@ def test_tables_name_the_answer_and_the_zero_shot_one(
     zero = vilu.score(make("linear_probe").fit(train), test)
     both = vilu.evaluate([outcomes, zero], metrics=["aurc"], n_resamples=0)
     assert [row.answer for row in both.mean_over_seeds()] == ["adapted", "zero_shot"]
+    assert "not to be compared" not in str(both)
+    ranked = vilu.evaluate([outcomes, zero], metrics=["auroc", "aurc"], n_resamples=0)
+    assert "AUROC: not to be compared between kinds of answers" in str(ranked)
 
 
 def test_parts_of_scores_keep_the_answer(

@@ -632,7 +632,20 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
     for row in rows:
         notes.append(f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}")
     notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
+    if len({row.answer for row in rows}) > 1:
+        notes += _notes_across_answers(rows)
     return list(dict.fromkeys(printable(note) for note in notes))
+
+
+def _notes_across_answers(rows: Sequence[ResultRow]) -> list[str]:
+    """Note on the metrics that do not compare rows about different answers."""
+    titles = [_metric(row.metric).title for row in rows if not _metric(row.metric).across_answers]
+    if not titles:
+        return []
+    return [
+        f"{', '.join(dict.fromkeys(titles))}: not to be compared between kinds of answers, which "
+        "are wrong in other rows"
+    ]
 
 
 def _intervals_in_words(rows: Sequence[ResultRow]) -> str:
