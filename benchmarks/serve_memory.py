@@ -4,8 +4,9 @@
 
 Requests with random vectors come one after the other over ``--clients`` connections. After
 ``--warm`` requests the memory is noted, and again after each of ``PARTS`` equal parts. Before that,
-the clients rest for ``REST`` seconds, so that a state that is being saved is written and its memory
-returned. Nothing else is done to the service. Two numbers are noted:
+the clients rest for ``REST`` seconds, so that a state that is being saved is written. Then the
+service is told to return freed memory (``benchmarks.returning``), which it does by itself after
+every saved state. Two numbers are noted:
 
 - "resident": all pages of the process in memory. The system may take pages of files (libraries)
   away and bring them back, so this number moves without any request.
@@ -21,6 +22,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,6 +86,14 @@ def memory_of(process: int) -> dict[str, int]:
     return {"resident": sizes["Rss"], "own": sizes["Anonymous"]}
 
 
+def settled_memory_of(process: int) -> dict[str, int]:
+    """The memory of a service at rest that has returned what it had freed."""
+    time.sleep(REST)
+    os.kill(process, signal.SIGUSR1)
+    time.sleep(1)
+    return memory_of(process)
+
+
 def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
     """Growth a row in bytes, and its upper bound; ``n_rows`` came between two sizes."""
     growth = np.diff(sizes) / n_rows
@@ -97,15 +108,13 @@ def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
 def measure(port: int, process: int, options: argparse.Namespace) -> None:
     """Warm up, then print the memory after every part, and the slopes so far."""
     asyncio.run(send_all(port, options, options.warm, seed=0))
-    time.sleep(REST)
-    sizes = [memory_of(process)]
+    sizes = [settled_memory_of(process)]
     began = time.perf_counter()
     share = options.requests // (PARTS * options.clients)
     n_of_part = share * options.clients
     for part in range(1, PARTS + 1):
         asyncio.run(send_all(port, options, n_of_part, seed=part))
-        time.sleep(REST)
-        sizes.append(memory_of(process))
+        sizes.append(settled_memory_of(process))
         facts: dict[str, Any] = {"requests": part * n_of_part, "rows": options.rows}
         facts["requests/s"] = round(part * n_of_part / (time.perf_counter() - began), 1)
         for kind in sizes[0]:
@@ -126,8 +135,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512, help="Width of the embeddings.")
     parser.add_argument("--plugin", help="Module with the backbone, if it is of a plug-in.")
     options = parser.parse_args()
-    plugin = ["--plugin", options.plugin] if options.plugin else []
-    command = [sys.executable, "-m", "vilu.cli", "-q", *plugin, "serve", str(options.predictor)]
+    command = [sys.executable, "-m", "vilu.cli", "-q", "--plugin", "benchmarks.returning"]
+    if options.plugin is not None:
+        command += ["--plugin", options.plugin]
+    command += ["serve", str(options.predictor)]
     with tempfile.TemporaryDirectory() as state, (Path(state) / "log").open("w") as log:
         words = [*command, "--port", "0", "--state", f"{state}/state", "--workers", "1"]
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as server:
