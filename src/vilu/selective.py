@@ -432,6 +432,8 @@ class Selective(DecidingModel):
         """The data; bare image embeddings get the classes of the calibration."""
         if isinstance(data, EmbeddingSource):
             return data
+        if self.predictor.takes == "answers":
+            raise UsageError("this model judges tables of answers. Give vilu.open_table(data).")
         if self.vocabulary is None:
             raise UsageError(
                 "this model keeps no classes for bare image embeddings: it was calibrated on "

@@ -103,7 +103,7 @@ def test_without_a_risk_of_clusters_rows_that_correlate_warn(tables: Path, tmp_p
     command = ("calibrate", tables / "calibration.csv", "--max-risk", 0.2)
     done = run(*command, "-o", tmp_path / "calibration")
     assert "which are wrong together with a correlation of" in done.stderr
-    assert "With --cluster-risk (cluster_risk) clusters count" in done.stderr
+    assert "Clusters count with --cluster-risk" in done.stderr
 
 
 def test_rows_one_by_one_are_refused_under_a_risk_of_clusters(tables: Path, tmp_path: Path) -> None:

@@ -311,3 +311,10 @@ def test_rows_of_one_cluster_stay_in_one_part_of_a_split() -> None:
 def test_a_table_in_place_of_outcomes_is_refused_with_the_way_to_outcomes() -> None:
     with pytest.raises(UsageError, match=r"vilu\.score\(predictor, data\) gives them"):
         vilu.estimate(table(100))
+
+
+def test_a_calibrated_model_says_how_to_give_it_a_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    model = vilu.Selective(AnswerScores().fit(table(500))).calibrate(table(800, 1000), max_risk=0.1)
+    with pytest.raises(UsageError, match=r"Give vilu\.open_table\(data\)"):
+        model.predict(pandas.DataFrame(columns(10, 5000)))

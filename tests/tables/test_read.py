@@ -71,7 +71,10 @@ def test_a_spreadsheet_may_write_semicolons_and_decimal_commas(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,score\n1,2\n2,3\n1,4\n", "'1', in the rows 1 and 3"),
+        (
+            "id,score\n1,2\n2,3\n1,4\n",
+            "'1' is the id of the rows 1 and 3. Number of ids that repeat: 1",
+        ),
         ("id,score,score\n1,2,3\n", "Repeated: score"),
         ("id,score,correct\na,2,1\nb,2,yes\n", r"row 2 \(id 'b'\): correct must be 1"),
         ("id,score\na,1\nb,nan\n", r"row 2 \(id 'b'\): the number in score is missing"),

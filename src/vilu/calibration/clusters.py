@@ -263,7 +263,7 @@ def correlation_warning(
         matters = "which matters little here"
     return (
         f"the rule accepts {among}. The guarantee counts them as independent, {matters}. "
-        "With --cluster-risk (cluster_risk) clusters count"
+        "Clusters count with --cluster-risk, or in Python with vilu.certify_clusters"
     )
 
 

@@ -334,7 +334,7 @@ class Outcomes:
     """
 
     # says how to get outcomes, in messages about a wrong argument
-    how: ClassVar[str] = "outcomes (vilu.score(predictor, data) gives them)"
+    how: ClassVar[str] = "vilu.Outcomes (vilu.score(predictor, data) gives them)"
 
     uncertainty: NDArray[np.float64]
     failure: NDArray[np.int64]

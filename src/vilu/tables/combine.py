@@ -224,9 +224,10 @@ def directions(names: Sequence[str], numbers: Floats, failure: Ints) -> Floats:
     learned = []
     for column, name in enumerate(names):
         sign = sign_of(name)
-        rises = auroc(numbers[:, column], failure) >= 0.5
-        direction = 1 if rises else -1
-        learned.append(direction if sign == 0 else -sign)
+        if sign == 0:
+            rises = auroc(numbers[:, column], failure) >= 0.5
+            sign = -1 if rises else 1
+        learned.append(-sign)
     return np.array(learned, dtype=np.float64)
 
 

@@ -113,8 +113,9 @@ def has_answers(path: Path) -> bool:
     except (pa.ArrowException, ValueError, OSError):
         return False  # whoever reads the file says what is wrong with it
     columns_of_scores = {"uncertainty", "failure"} & set(names)
+    has_both = len(columns_of_scores) == 2  # as in files of `vilu score`
     if "id" in names:
-        return len(columns_of_scores) < 2
+        return not has_both
     return table_suffix(path) == ".csv" and not columns_of_scores
 
 
@@ -387,9 +388,9 @@ def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
     second = ids.index(repeated, first + 1)
     n_repeated = sum(count > 1 for count in counts.values())
     raise DataError(
-        f"{where}: every row needs an id of its own. {n_repeated} stand more than once: the first, "
-        f"{repeated!r:.60}, in the rows {first + 1} and {second + 1}. Number the rows, or remove "
-        "the copies."
+        f"{where}: every row needs an id of its own. {repeated!r:.60} is the id of the rows "
+        f"{first + 1} and {second + 1}. Number of ids that repeat: {n_repeated}. Number the rows, "
+        "or remove the copies."
     )
 
 

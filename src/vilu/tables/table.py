@@ -150,6 +150,7 @@ class AnswerTable(EmbeddingSource):
         self.group = group
         self.cluster = cluster
         if answer is not None and cluster is not None:
+            # by these numbers the majority answer of a cluster is found
             self.answer_numbers = np.unique(np.array(answer), return_inverse=True)[1]
         self.features = features
         self.asked_for = asked_for
