@@ -1,6 +1,6 @@
 """The table of ``benchmarks.baselines``, as Markdown.
 
-    python -m benchmarks.baseline_tables CELLS.jsonl [--without imagenet cars]
+    python -m benchmarks.baseline_tables CELLS.jsonl [--without imagenet cars] [--divisions 1]
 
 AUROC of failures and FPR95 in percent: means over sets, of each set's mean over divisions. A method
 stands in a column if every set of the table has a cell for it there. Brackets: 95 % bootstrap
@@ -43,12 +43,14 @@ class Cells(NamedTuple):
     lines: dict[Column, dict[tuple[str, int], Line]]
 
     @classmethod
-    def read(cls, file: Path) -> Cells:
-        """Read a file."""
+    def read(cls, file: Path, n_divisions: int) -> Cells:
+        """Read the cells of the first ``n_divisions`` divisions from a file."""
         lines: dict[Column, dict[tuple[str, int], Line]] = {}
         for text in file.read_text().splitlines():
             line = json.loads(text)
             name, n_labels, division, method = line["cell"]
+            if division >= n_divisions:
+                continue
             lines.setdefault(Column(method, n_labels), {})[name, division] = line
         return cls(lines)
 
@@ -155,9 +157,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("cells", type=Path)
     parser.add_argument("--without", nargs="+", choices=NAMES, default=[])
+    parser.add_argument("--divisions", type=int, default=5, help="only the first so many [5]")
     options = parser.parse_args()
     names = [name for name in NAMES if name not in options.without]
-    table(Cells.read(options.cells), names)
+    table(Cells.read(options.cells, options.divisions), names)
 
 
 if __name__ == "__main__":
