@@ -301,18 +301,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.ask import next_of_store
 
     if is_table(store):
-        if max_risk is not None:
-            raise UsageError(
-                "the rows of a table are drawn from all of its answers, whatever risk is allowed. "
-                "Leave --max-risk out, and give it to `vilu calibrate`."
-            )
-        if per_class:
-            raise UsageError("a table of answers has no classes. Leave --per-class out.")
-        if for_guarantee:
-            raise UsageError(
-                "--for-guarantee draws images of a store. For a table of answers leave it out: "
-                "`vilu next` asks for rows to calibrate on, too."
-            )
+        _require_for_table(max_risk, per_class=per_class, for_guarantee=for_guarantee)
         _next_of_table(store, output, predictor, labels or [], n=n_next, seed=seed)
         return
     if max_risk is None:
@@ -344,6 +333,22 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     else:
         advice = "-n is 0"
     next_step(f"{plural(len(asked), 'image')} asked for; {advice}")
+
+
+def _require_for_table(max_risk: float | None, *, per_class: bool, for_guarantee: bool) -> None:
+    """Refuse the options that change nothing for a table of answers."""
+    if max_risk is not None:
+        raise UsageError(
+            "the rows of a table are drawn from all of its answers, whatever risk is allowed. "
+            "Leave --max-risk out, and give it to `vilu calibrate`."
+        )
+    if per_class:
+        raise UsageError("a table of answers has no classes. Leave --per-class out.")
+    if for_guarantee:
+        raise UsageError(
+            "--for-guarantee draws images of a store. For a table of answers leave it out: "
+            "`vilu next` asks for rows to calibrate on, too."
+        )
 
 
 def _next_of_table(

@@ -59,9 +59,7 @@ FEW_REPEATED: Final = 0.05
 RISKS: Final = np.arange(1, 1000) / 1000
 """Upper bounds on the error rate that ``least_risk`` tries, ascending."""
 
-NO_SIDECAR: Final = (
-    "--xmp has written no label: no photo is accepted or labelled with a class yet."
-)
+NO_SIDECAR: Final = "--xmp has written no label: no photo is accepted or labelled with a class yet."
 
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
 """For every file of labels: labels and streams, both by the name that the file gives a photo."""
