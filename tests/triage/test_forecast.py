@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 
 from vilu.triage.closed_folder import FolderSplit
 from vilu.triage.forecast import BUDGETS, Forecast, is_enough_to_fit
 from vilu.triage.guarantee import PhotoSplit
+from vilu.triage.outputs import why_nothing_is_asked
+from vilu.triage.run import TriageResult
 from vilu.triage.trial import Trial
 
 
@@ -76,6 +81,17 @@ def test_labels_beyond_all_budgets_are_named_on_top() -> None:
 def test_another_risk_is_named_if_it_can_be_shown() -> None:
     text = str(forecast(np.full(1_000, 0.06)))
     assert "give --max-risk 0." in text
+
+
+def test_a_run_that_asks_for_nothing_names_the_next_command() -> None:
+    doubtful = forecast(np.full(1_000, 0.06))
+    assert doubtful.least_risk is not None
+    nothing_shown = cast("TriageResult", SimpleNamespace(rule=None, forecast=doubtful))
+    text = why_nothing_is_asked(nothing_shown)
+    assert f"Run the same command with --max-risk {doubtful.least_risk}" in text
+    hopeless = forecast(np.full(1_000, 0.4))
+    nothing_shown = cast("TriageResult", SimpleNamespace(rule=None, forecast=hopeless))
+    assert "with a larger --max-risk, or add photos" in why_nothing_is_asked(nothing_shown)
 
 
 @pytest.mark.parametrize(

@@ -504,14 +504,27 @@ def _out_of_reach_in_words(progress: GuaranteeProgress) -> str:
 
 def why_nothing_is_asked(result: TriageResult) -> str:
     """Why no label is asked for, and what to do next, as a text for people."""
+    nothing_left = (
+        "No label is asked for: no photo is left from which a predictor or the guarantee could "
+        "gain."
+    )
+    if result.rule is not None and result.rule.closed is not None:
+        return (
+            f"{nothing_left} For new photos run `vilu triage` with --about new and another -o, and "
+            "with --labels and the labels.parquet of this folder."
+        )
     if result.rule is not None:
         return (
-            "No label is asked for: no photo is left from which a predictor or the guarantee could "
-            "gain. Use the predictor on new photos, or add photos to the folder."
+            f"{nothing_left} Use the predictor on new photos (`vilu embed`, then `vilu score`), or "
+            "add photos to the folder and run the same command."
         )
+    larger = "a larger --max-risk"
+    least_risk = result.forecast.least_risk
+    if least_risk is not None and least_risk > result.forecast.max_risk:
+        larger = f"--max-risk {least_risk}"
     return (
         "No label is asked for: all photos to fit on have labels, and no number of further labels "
-        "of these photos would show the risk. Allow a larger risk (--max-risk), or add photos."
+        f"of these photos would show the risk. Run the same command with {larger}, or add photos."
     )
 
 
