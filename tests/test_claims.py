@@ -84,7 +84,7 @@ def statements(page: str) -> list[str]:
 
 def quoted_of_the_demo(text: str) -> str:
     """What docs/demo.md shows of the run; a slow test compares it with a run."""
-    return text[text.index("> The compact model") : text.index("A small model, so it fails")]
+    return text[text.index("> The compact model") : text.index("A small model fails")]
 
 
 def plain(text: str) -> str:
