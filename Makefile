@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV := build/uv/bin/uv --no-managed-python
+BENCH := src/vilu_bench
+SBOM := $(BIN)/cyclonedx-py environment --output-reproducible
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras test-coverage lint types format bench bench-gpu audit docs release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras test-wheels test-coverage lint types format bench bench-gpu audit docs release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -85,31 +87,36 @@ test-lowest: build/lowest/.made
 
 test-newest: build/uv/bin/uv
 	$(UV) venv --quiet --allow-existing --python 3.13 build/newest
-	$(UV) pip install --quiet --python build/newest --upgrade --editable '.[dev]'
+	$(UV) pip install --quiet --python build/newest --upgrade --editable '.[dev]' --editable $(BENCH)
 	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest $(ALL_CORES) $(ARGS)
 
-build/lowest/.made: build/uv/bin/uv pyproject.toml
+build/lowest/.made: build/uv/bin/uv pyproject.toml $(BENCH)/pyproject.toml
 	$(UV) venv --quiet --clear --python 3.11 build/lowest
 	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --exclude-newer 2026-06-15 \
-		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package datasets=2025-07-01 --editable '.[dev]'
+		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package datasets=2025-07-01 \
+		--editable '.[dev]' --editable $(BENCH)
 	@touch $@
 
-# What type checkers see of the wheel: a program of someone else, with right uses and wrong ones.
+# What type checkers see of the wheels: a program of someone else, with right uses and wrong ones.
 test-types: build/wheel
 	$(UV) venv --quiet --clear build/types
 	$(UV) pip install --quiet --python build/types build/wheel/*.whl mypy basedpyright
 	build/types/bin/mypy --config-file= --strict --cache-dir build/types/cache tests/typed
 	build/types/bin/basedpyright --project tests/typed --pythonpath build/types/bin/python
 
-# The wheel in new environments: with no extra, and with each alone; what is missing is said. ARGS names extras.
+# The wheels in new environments: vilu with no extra, and with each alone; what is missing is said. ARGS names extras.
 test-extras: build/wheel
-	$(PYTHON) tools/extras.py build/uv/bin/uv build/wheel/*.whl $(ARGS)
+	$(PYTHON) tools/extras.py build/uv/bin/uv build/wheel $(ARGS)
 
-# From the source package, so that nothing comes in from an earlier build.
+# All that is asked of the wheels themselves.
+test-wheels: test-extras test-types
+
+# From the source packages, so that nothing comes in from an earlier build.
 .PHONY: build/wheel
 build/wheel: build/uv/bin/uv
 	rm -rf build/wheel
 	$(UV) build --quiet --out-dir build/wheel
+	$(UV) build --quiet --out-dir build/wheel $(BENCH)
 
 build/uv/bin/uv:
 	$(PYTHON) -m venv build/uv
@@ -149,19 +156,23 @@ docs: .venv/.docs
 test-docs: docs .venv/.dev
 	$(BIN)/python -m pytest -m site tests/test_site.py $(ARGS)
 
-# Packages, and what an installation of them consists of (CycloneDX), in dist/. The same commit gives the same packages:
-# what is not committed is not in them.
+# Both packages, what an installation of each consists of (CycloneDX), and checksums, in dist/. The same commit gives the
+# same packages: what is not committed is not in them.
 release: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 release: .venv/.release
 	rm -rf dist build/release
 	mkdir -p build/release/source && git archive HEAD | tar -x -C build/release/source
 	$(BIN)/python -m build --sdist --outdir dist build/release/source
+	$(BIN)/python -m build --sdist --outdir dist build/release/source/$(BENCH)
 	$(BIN)/python tools/repack.py dist/*.tar.gz
 	umask 022; $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-cache-dir --no-deps --wheel-dir dist dist/*.tar.gz
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 	$(PYTHON) -m venv build/release/installed
+	build/release/installed/bin/python -m pip install --quiet --disable-pip-version-check dist/vilu-*.whl
+	$(SBOM) --pyproject pyproject.toml --output-file dist/vilu-sbom.json build/release/installed
 	build/release/installed/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/vilu-sbom.json build/release/installed
+	$(SBOM) --pyproject $(BENCH)/pyproject.toml --output-file dist/vilu-bench-sbom.json build/release/installed
+	cd dist && sha256sum *.whl *.tar.gz *.json >SHA256SUMS
 
 clean:
 	rm -rf .venv demo-output build dist
@@ -172,6 +183,6 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # Of all that is installed a tenth is ever imported, and compiled then: half of the time of an installation.
-.venv/.%: .venv/pyvenv.cfg pyproject.toml
-	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --editable '.[$*]'
+.venv/.%: .venv/pyvenv.cfg pyproject.toml $(BENCH)/pyproject.toml
+	$(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check --editable '.[$*]' --editable $(BENCH)
 	@touch $@

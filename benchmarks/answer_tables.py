@@ -41,17 +41,20 @@ ANSWERS = {
 """What the methods are called in the tables."""
 
 TITLES = {
-    "imagenet1k": "ImageNet (training images)",
+    "imagenet1k": "ImageNet ‡ (training images)",
     "pets_in123": "pets among 123 †",
     "caltech66": "Caltech, 66 †",
     "food9": "Food, 9 †",
     "cifar10": "CIFAR-10",
-    "cars_text": "cars",
+    "cars_text": "cars ‡",
     "proto_ucf101": "UCF-101 (prototypes)",
     "proto_dtd": "DTD (prototypes) †",
     "proto_oxfordpets": "Oxford pets (prototypes)",
 }
-"""Titles of the sets; † marks those in view when the predictors were developed."""
+"""Titles of the sets; † marks those in view when the predictors were developed.
+
+‡ marks sets that were read at the end, with one choice after it (docs/readings.md).
+"""
 
 MARK = "†"
 MODEL = "_b32"  # the end of the files' names

@@ -1,14 +1,15 @@
 """``vilu serve`` under load, beside ``Guard``.
 
-    python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300]
+    python -m benchmarks.serve PREDICTOR IMAGES [--seconds 300] [--turns 1]
 
-The server runs on one core, its clients on another, both on this machine. Printed, one JSON line a
-step:
+The server runs on one core, its clients on another, both on this machine. One JSON line is printed
+after every step:
 
-- ``guard``: images/s of ``Guard`` alone, on the server's core, over the same bytes;
-- ``steady``: 32 clients who each send an image as soon as the last one is answered: images/s, its
-  ratio to ``guard``, latencies beside the time of a full batch, resident memory after one minute
-  and at the end, lost and wrong answers;
+- ``turn``: first ``Guard`` alone over all images, on the server's core, then 32 clients who each
+  send an image as soon as the last one is answered, for ``seconds / turns``: images/s of both. On a
+  machine with other work, many short turns are fairer than one long turn;
+- ``steady``: all turns together: the ratio of both rates with a lower bound, latencies beside the
+  time of a full batch, resident memory after each turn, lost and wrong answers;
 - ``overload``: ten times as many images a second as it can answer, whoever waits: how many got 429,
   latencies of those that were answered, and the seconds until a single request is as quick again as
   before;
@@ -27,22 +28,36 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import psutil
+from scipy import stats
 
-CLIENTS, OVER = 32, 10
-HALF_STEP = 2e-3
+import vilu
+
+if TYPE_CHECKING:
+    from vilu.guard.guard import Answer, Guard
+
+CLIENTS: Final = 32
+OVER: Final = 10
+"""In the step ``overload``, so many times as many images are sent as can be answered."""
+
+SERVER_CORE: Final = 0
+CLIENT_CORE: Final = 1
+
+HALF_STEP: Final = 2e-3
 """How far batches of another size may move a probability; beyond, it is another answer."""
+
+READY: Final = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def requests_of(images: Sequence[bytes]) -> list[bytes]:
     """Whole requests, one image each."""
-    found = []
+    requests = []
     for content in images:
         body = (
             b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
@@ -54,8 +69,8 @@ def requests_of(images: Sequence[bytes]) -> list[bytes]:
             "boundary=x\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
-        found.append(head.encode() + body)
-    return found
+        requests.append(head.encode() + body)
+    return requests
 
 
 class Client:
@@ -93,35 +108,30 @@ class Client:
 
 
 class Load:
-    """What clients met."""
+    """Counts and latencies of the requests of some clients.
 
-    def __init__(self, expected: Sequence[tuple[str | None, float | None]]) -> None:
+    Args:
+        expected: The answers of ``Guard`` about the images.
+    """
+
+    def __init__(self, expected: Sequence[Answer]) -> None:
         self.expected = expected
         self.status: Counter[int] = Counter()
         self.seconds: list[float] = []
         self.wrong = 0
 
-    async def one(self, client: Client, place: int, request: bytes) -> None:
-        """Ask, and hold the answer against ``Guard``'s."""
+    async def ask(self, client: Client, place: int, request: bytes) -> None:
+        """Ask about the image at a place, and compare the answer with ``Guard``'s."""
         began = time.perf_counter()
         status, body = await client.ask(request)
         self.status[status] += 1
         if status != 200:
             return
         self.seconds.append(time.perf_counter() - began)
-        (said,) = json.loads(body)["answers"]
-        label, p = self.expected[place]
-        same = said["label"] == label and (
-            p is None or abs(said["failure_probability"] - p) < HALF_STEP
-        )
-        near = (
-            p is not None
-            and said["failure_probability"] is not None
-            and abs(said["failure_probability"] - p) < 0.05
-        )
-        self.wrong += not (same or near)
+        (answer,) = json.loads(body)["answers"]
+        self.wrong += not is_same(answer, self.expected[place])
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """Counts and latencies."""
         seconds = np.array(self.seconds or [np.nan])
         p50, p99 = np.quantile(seconds, [0.5, 0.99])
@@ -133,65 +143,62 @@ class Load:
         }
 
 
-async def steady(
-    port: int, requests: Sequence[bytes], load: Load, seconds: float, server: psutil.Process
-) -> dict[str, Any]:
-    """All clients, each asking again as soon as it was answered."""
-    places, end, memory = (
-        cycle(range(len(requests))),
-        time.perf_counter() + seconds,
-        dict[str, int](),
-    )
+def is_same(answer: dict[str, Any], expected: Answer) -> bool:
+    """Whether an answer is ``Guard``'s, up to the order of sums in batches of another size."""
+    probability = answer["failure_probability"]
+    if probability is None or expected.failure_probability is None:
+        return bool(answer["label"] == expected.label)
+    difference = abs(probability - expected.failure_probability)
+    if answer["label"] == expected.label and difference < HALF_STEP:
+        return True
+    # two labels that are equally likely up to rounding
+    return bool(difference < 0.05)
 
-    async def client() -> None:
-        mine = Client(port)
+
+async def ask_steadily(
+    port: int, requests: Sequence[bytes], places: Iterator[int], load: Load, seconds: float
+) -> None:
+    """All clients, each asking again as soon as it was answered."""
+    end = time.perf_counter() + seconds
+
+    async def ask_again_and_again() -> None:
+        client = Client(port)
         while time.perf_counter() < end:
             place = next(places)
-            await load.one(mine, place, requests[place])
-        mine.close()
+            await load.ask(client, place, requests[place])
+        client.close()
 
-    async def watch() -> None:
-        await asyncio.sleep(min(60.0, seconds / 3))
-        memory["minute"] = server.memory_info().rss
-
-    began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(CLIENTS)), watch())
-    taken = time.perf_counter() - began
-    memory["end"] = server.memory_info().rss
-    grown = memory["end"] / memory["minute"] - 1
-    return {
-        **load.told(),
-        "images/s": round(len(load.seconds) / taken, 2),
-        "memory": memory,
-        "grown": round(grown, 4),
-    }
+    await asyncio.gather(*(ask_again_and_again() for _ in range(CLIENTS)))
 
 
 async def overload(
     port: int, requests: Sequence[bytes], load: Load, rate: float, seconds: float
 ) -> dict[str, Any]:
     """Images at ten times the rate, on their own connections; then single ones until quick."""
-    tasks, began = set[asyncio.Task[None]](), time.perf_counter()
-    for n, place in enumerate(cycle(range(len(requests)))):
-        due = began + n / (OVER * rate)
+
+    async def ask_once(place: int) -> None:
+        client = Client(port)
+        await load.ask(client, place, requests[place])
+        client.close()
+
+    tasks: set[asyncio.Task[None]] = set()
+    n_sent = 0
+    began = time.perf_counter()
+    for place in cycle(range(len(requests))):
+        due = began + n_sent / (OVER * rate)
         if due > began + seconds:
             break
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-
-        async def alone(place: int) -> None:
-            mine = Client(port)
-            await load.one(mine, place, requests[place])
-            mine.close()
-
-        tasks.add(asyncio.create_task(alone(place)))
+        tasks.add(asyncio.create_task(ask_once(place)))
+        n_sent += 1
     await asyncio.gather(*tasks)
-    offered, ended = n / (time.perf_counter() - began), time.perf_counter()
+    ended = time.perf_counter()
     quick = Load(load.expected)
     while not (quick.seconds and quick.seconds[-1] < 2 / rate + 0.2):
-        await quick.one(Client(port), 0, requests[0])
+        await quick.ask(Client(port), 0, requests[0])
     return {
-        **load.told(),
-        "offered/s": round(offered, 1),
+        **load.summary(),
+        "offered/s": round(n_sent / (ended - began), 1),
         "recovery": round(time.perf_counter() - ended, 3),
     }
 
@@ -202,19 +209,78 @@ async def stop(
     """SIGTERM while all clients ask, until nobody listens (0); -1 is a closed connection."""
     places = cycle(range(len(requests)))
 
-    async def client() -> None:
-        mine = Client(port)
-        while not (load.status[0] or load.status[-1]) or mine.streams is not None:
+    async def ask_until_the_end() -> None:
+        client = Client(port)
+        while not (load.status[0] or load.status[-1]) or client.streams is not None:
             place = next(places)
-            await load.one(mine, place, requests[place])
+            await load.ask(client, place, requests[place])
 
     async def end() -> None:
         await asyncio.sleep(3)
         server.send_signal(signal.SIGTERM)
 
-    await asyncio.gather(*(client() for _ in range(CLIENTS)), end())
+    await asyncio.gather(*(ask_until_the_end() for _ in range(CLIENTS)), end())
     code = server.wait(60)
-    return {**load.told(), "exit code": code}
+    return {**load.summary(), "exit code": code}
+
+
+def show(step: str, facts: dict[str, Any]) -> None:
+    """Print a line."""
+    print(json.dumps({"step": step, **facts}), flush=True)
+
+
+def guard_rate(guard: Guard, images: Sequence[bytes]) -> float:
+    """Images/s of ``Guard`` alone, on the core of the server."""
+    os.sched_setaffinity(0, {SERVER_CORE})
+    began = time.perf_counter()
+    guard(images)
+    seconds = time.perf_counter() - began
+    os.sched_setaffinity(0, {CLIENT_CORE})
+    return len(images) / seconds
+
+
+def lower_bound(ratios: Sequence[float]) -> float | None:
+    """One-sided 95 % bound of the mean ratio, by Student's t over the turns; None for one turn."""
+    n = len(ratios)
+    if n == 1:
+        return None
+    error = float(np.std(ratios, ddof=1)) / n**0.5
+    return round(float(np.mean(ratios) - stats.t.ppf(0.95, n - 1) * error), 3)
+
+
+def steady(
+    guard: Guard, images: Sequence[bytes], port: int, server: int, options: argparse.Namespace
+) -> tuple[Load, float]:
+    """All turns; returns what the clients met, and the median of ``Guard``'s rates."""
+    requests = requests_of(images)
+    places = cycle(range(len(requests)))
+    load = Load(guard(images))
+    seconds = options.seconds / options.turns
+    process = psutil.Process(server)
+    sizes: list[int] = []
+    rates: list[float] = []
+    ratios: list[float] = []
+    for _ in range(options.turns):
+        rates.append(guard_rate(guard, images))
+        n_before = len(load.seconds)
+        began = time.perf_counter()
+        asyncio.run(ask_steadily(port, requests, places, load, seconds))
+        rate = (len(load.seconds) - n_before) / (time.perf_counter() - began)
+        sizes.append(process.memory_info().rss)
+        ratios.append(rate / rates[-1])
+        show("turn", {"guard/s": round(rates[-1], 2), "service/s": round(rate, 2)})
+    full_batch = guard.batch_size / float(np.median(rates))
+    summary = load.summary()
+    facts = {
+        **summary,
+        "ratio": round(float(np.mean(ratios)), 3),
+        "lower bound": lower_bound(ratios),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "p99 in full batches": round(summary["p99"] / full_batch, 2),
+        "MB after each turn": [round(size / 2**20, 1) for size in sizes],
+    }
+    show("steady", facts)
+    return load, float(np.median(rates))
 
 
 def main() -> None:
@@ -223,78 +289,32 @@ def main() -> None:
     parser.add_argument("predictor", type=Path)
     parser.add_argument("images", type=Path, help="A folder of images.")
     parser.add_argument("--n", type=int, default=640)
-    parser.add_argument("--seconds", type=float, default=300)
-    given = parser.parse_args()
-    paths = sorted(path for path in given.images.rglob("*") if path.is_file())[: given.n]
+    parser.add_argument("--seconds", type=float, default=300, help="Seconds of all turns.")
+    parser.add_argument("--turns", type=int, default=1)
+    options = parser.parse_args()
+    paths = sorted(path for path in options.images.rglob("*") if path.is_file())[: options.n]
     images = [path.read_bytes() for path in paths]
-    os.sched_setaffinity(0, {0})
+    requests = requests_of(images)
+    os.sched_setaffinity(0, {SERVER_CORE})
+    vilu.tune_process()  # as the command line does for the service
     from vilu.guard.guard import Guard
 
-    guard, rates = Guard(given.predictor, workers=1), list[float]()
-    for _ in range(3):
-        began = time.perf_counter()
-        answers = guard(images)
-        rates.append(len(images) / (time.perf_counter() - began))
-    rate = float(np.median(rates))
-    full = guard.batch_size / rate
-    print(
-        json.dumps(
-            {
-                "step": "guard",
-                "images/s": [round(one, 2) for one in rates],
-                "full batch": round(full, 4),
-            }
-        ),
-        flush=True,
-    )
-    expected = [(answer.label, answer.failure_probability) for answer in answers]
-    del guard
-    with tempfile.TemporaryDirectory() as state:
-        command = [
-            str(Path(sys.executable).with_name("vilu")),
-            "-q",
-            "serve",
-            str(given.predictor),
-            "--port",
-            "0",
-            "--state",
-            state,
-        ]
-        with subprocess.Popen(
-            [*command, "--workers", "1"], stdout=subprocess.PIPE, text=True
-        ) as server:
-            os.sched_setaffinity(0, {1})
-            port, requests = (
-                int(next(iter(server.stdout or ())).rpartition(":")[2]),
-                requests_of(images),
-            )
+    guard = Guard(options.predictor, workers=1)
+    words = [sys.executable, "-m", "vilu.cli", "-q", "serve", str(options.predictor)]
+    with tempfile.TemporaryDirectory() as state, (Path(state) / "log").open("w") as log:
+        words += ["--port", "0", "--state", f"{state}/state", "--workers", "1"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as server:
             began = time.perf_counter()
-            ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            while asyncio.run(Client(port).ask(ready))[0] != 200:
+            port = int(next(iter(server.stdout or ())).rpartition(":")[2])
+            while asyncio.run(Client(port).ask(READY))[0] != 200:
                 time.sleep(0.05)
-            print(
-                json.dumps({"step": "ready", "seconds": round(time.perf_counter() - began, 2)}),
-                flush=True,
-            )
-            found = asyncio.run(
-                steady(port, requests, Load(expected), given.seconds, psutil.Process(server.pid))
-            )
-            more = {
-                "ratio": round(found["images/s"] / rate, 3),
-                "p99 in full batches": round(found["p99"] / full, 2),
-            }
-            print(json.dumps({"step": "steady", **found, **more}), flush=True)
-            over = asyncio.run(
-                overload(port, requests, Load(expected), rate, min(30.0, given.seconds))
-            )
-            more = {"p99 against steady": round(over["p99"] / found["p99"], 2)}
-            print(json.dumps({"step": "overload", **over, **more}), flush=True)
-            print(
-                json.dumps(
-                    {"step": "stop", **asyncio.run(stop(port, requests, Load(expected), server))}
-                ),
-                flush=True,
-            )
+            show("ready", {"seconds": round(time.perf_counter() - began, 2)})
+            load, rate = steady(guard, images, port, server.pid, options)
+            seconds = min(30.0, options.seconds)
+            over = Load(load.expected)
+            show("overload", asyncio.run(overload(port, requests, over, rate, seconds)))
+            ending = Load(load.expected)
+            show("stop", asyncio.run(stop(port, requests, ending, server)))
 
 
 if __name__ == "__main__":

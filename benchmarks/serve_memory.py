@@ -1,11 +1,19 @@
-"""Memory of ``vilu serve`` while rows come in: bytes that the process grows by a request.
+"""Memory of ``vilu serve`` while rows come in: bytes that the process grows by a row.
 
     python -m benchmarks.serve_memory PREDICTOR [--requests 200000] [--warm 20000] [--rows 1]
 
-Requests with random vectors come one after the other over ``CLIENTS`` connections. After ``--warm``
-requests the resident memory is noted at ``PARTS + 1`` moments that are equally far apart. The slope
-is the mean growth a request of the parts between them. Its upper bound is one-sided, of 95 %, by
-Student's t over the parts. Needs Linux.
+Requests with random vectors come one after the other over ``--clients`` connections. After
+``--warm`` requests the memory is noted, and again after each of ``PARTS`` equal parts. Before that,
+the clients rest for ``REST`` seconds, so that a state that is being saved is written and its memory
+returned. Nothing else is done to the service. Two numbers are noted:
+
+- "resident": all pages of the process in memory. The system may take pages of files (libraries)
+  away and bring them back, so this number moves without any request.
+- "own": the pages that belong to no file (``Anonymous`` in smaps_rollup). Growth shows here.
+
+The slope is the mean growth a row of the parts. Its upper bound is one-sided, of 95 %, by Student's
+t over the parts. A line is printed after every part, with the slope so far, so a run that is ended
+early is of use. Needs Linux.
 """
 
 from __future__ import annotations
@@ -22,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from scipy import stats
 
 from benchmarks.serve import Client
 
-CLIENTS = 32
 PARTS = 20
+REST = 5
 
 
 def request_of(vectors: np.ndarray) -> bytes:
@@ -59,41 +66,53 @@ async def send(port: int, n_requests: int, n_rows: int, width: int, seed: int) -
     client.close()
 
 
-async def send_all(port: int, n_requests: int, n_rows: int, width: int, seed: int) -> None:
+async def send_all(port: int, options: argparse.Namespace, n_requests: int, seed: int) -> None:
     """Send requests over all connections."""
-    share = n_requests // CLIENTS
-    seeds = [CLIENTS * seed + client for client in range(CLIENTS)]
-    await asyncio.gather(*(send(port, share, n_rows, width, one_seed) for one_seed in seeds))
+    share = n_requests // options.clients
+    seeds = [options.clients * seed + client for client in range(options.clients)]
+    shape = (options.rows, options.width)
+    await asyncio.gather(*(send(port, share, *shape, seed_of_client) for seed_of_client in seeds))
 
 
-def slope_of(sizes: Sequence[int], n_requests: int) -> dict[str, float]:
-    """Growth a request in bytes, and its upper bound; ``sizes`` stand between equal parts."""
-    growth = np.diff(sizes) / (n_requests / (len(sizes) - 1))
+def memory_of(process: int) -> dict[str, int]:
+    """Resident memory of a process, and its pages that belong to no file, in bytes."""
+    sizes = {}
+    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
+        name, kilobytes, *_ = line.split()
+        sizes[name.rstrip(":")] = 1024 * int(kilobytes)
+    return {"resident": sizes["Rss"], "own": sizes["Anonymous"]}
+
+
+def slope_of(sizes: Sequence[int], n_rows: int) -> dict[str, float]:
+    """Growth a row in bytes, and its upper bound; ``n_rows`` came between two sizes."""
+    growth = np.diff(sizes) / n_rows
     mean = float(growth.mean())
+    if len(growth) == 1:
+        return {"bytes a row": round(mean, 1)}
     error = float(growth.std(ddof=1)) / len(growth) ** 0.5
     upper = mean + float(stats.t.ppf(0.95, len(growth) - 1)) * error
-    return {"bytes a request": round(mean, 1), "upper bound": round(upper, 1)}
+    return {"bytes a row": round(mean, 1), "upper bound": round(upper, 1)}
 
 
-def measure(port: int, process: psutil.Process, options: argparse.Namespace) -> dict[str, Any]:
-    """Warm up, then note the memory after every part."""
-    shape = (options.rows, options.width)
-    asyncio.run(send_all(port, options.warm, *shape, seed=0))
-    sizes = [process.memory_info().rss]
+def measure(port: int, process: int, options: argparse.Namespace) -> None:
+    """Warm up, then print the memory after every part, and the slopes so far."""
+    asyncio.run(send_all(port, options, options.warm, seed=0))
+    time.sleep(REST)
+    sizes = [memory_of(process)]
     began = time.perf_counter()
-    for part in range(PARTS):
-        asyncio.run(send_all(port, options.requests // PARTS, *shape, seed=part + 1))
-        sizes.append(process.memory_info().rss)
-        print(json.dumps({"part": part + 1, "MB": round(sizes[-1] / 2**20, 1)}), flush=True)
-    seconds = time.perf_counter() - began
-    return {
-        "requests": options.requests,
-        "rows": options.rows,
-        "requests/s": round(options.requests / seconds, 1),
-        "MB before": round(sizes[0] / 2**20, 1),
-        "MB after": round(sizes[-1] / 2**20, 1),
-        **slope_of(sizes, options.requests),
-    }
+    share = options.requests // (PARTS * options.clients)
+    n_of_part = share * options.clients
+    for part in range(1, PARTS + 1):
+        asyncio.run(send_all(port, options, n_of_part, seed=part))
+        time.sleep(REST)
+        sizes.append(memory_of(process))
+        facts: dict[str, Any] = {"requests": part * n_of_part, "rows": options.rows}
+        facts["requests/s"] = round(part * n_of_part / (time.perf_counter() - began), 1)
+        for kind in sizes[0]:
+            of_kind = [size[kind] for size in sizes]
+            megabytes = [round(of_kind[index] / 2**20, 1) for index in (0, -1)]
+            facts[kind] = {"MB": megabytes, **slope_of(of_kind, n_of_part * options.rows)}
+        print(json.dumps(facts), flush=True)
 
 
 def main() -> None:
@@ -103,6 +122,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--warm", type=int, default=20_000)
     parser.add_argument("--rows", type=int, default=1, help="Rows of a request.")
+    parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--width", type=int, default=512, help="Width of the embeddings.")
     parser.add_argument("--plugin", help="Module with the backbone, if it is of a plug-in.")
     options = parser.parse_args()
@@ -115,7 +135,7 @@ def main() -> None:
             ready = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
             while asyncio.run(Client(port).ask(ready))[0] != 200:
                 time.sleep(0.2)
-            print(json.dumps(measure(port, psutil.Process(server.pid), options)), flush=True)
+            measure(port, server.pid, options)
             server.terminate()
 
 

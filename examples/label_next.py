@@ -1,15 +1,14 @@
 """I can label forty images today: which ones?
 
-Shows `vilu next`: half of what it asks for teaches, images that are doubtful and different from one
-another; the other half, a random draw of what could be accepted, vouches for a guarantee. And shows
-why the two may not be mixed. The embeddings are simulated.
+Shows `next_labels` (as a command: `vilu next`). Half of what it asks for teaches, images that are
+doubtful and different from one another. The other half, a random draw of what could be accepted,
+vouches for a guarantee. The script also shows why the two may not be mixed. The embeddings are
+simulated.
 """
 
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -33,11 +32,10 @@ def main() -> None:
         store = vilu.import_arrays(
             home / "all.npz", home / "store", logit_scale=20.0, logit_bias=0.0, class_names=names
         )
-        vilu.ViLUPlus(seed=0).fit(store.take(np.arange(54))).save(home / "predictor")
-        given = "next store --predictor predictor -n 40 --max-risk 0.2 -o next.csv"
-        command = [sys.executable, "-m", "vilu.cli", *given.split()]
-        subprocess.run(command, cwd=home, check=True, capture_output=True)
-        with (home / "next.csv").open(encoding="utf-8", newline="") as file:
+        model = vilu.Selective(vilu.ViLUPlus(seed=0), answer="zero_shot")
+        model.fit(store.take(np.arange(54)))
+        table = model.next_labels(store, home / "next.csv", n=40, max_risk=0.2)
+        with table.open(encoding="utf-8", newline="") as file:
             asked = list(csv.DictReader(file))
 
     rows = {

@@ -40,6 +40,11 @@ def test_the_index_lists_every_page() -> None:
     }
 
 
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len(README.splitlines()) <= 110
+    assert len(README.split()) <= 750
+
+
 def test_the_readme_shows_commands() -> None:
     assert {"embed", "fit", "score", "evaluate"} <= set(
         re.findall(r"^vilu (\w+)", README, re.MULTILINE)

@@ -19,13 +19,18 @@ import sklearn  # noqa: F401 - sets variables of its own when it is imported
 import torch
 import torch._dynamo  # so does torch's compiler, which torch's optimisers import
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 
 import vilu
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.conftest import toy_embeddings
+from tests.tables.answers import table
 from vilu import registry
+from vilu.predictors.persistence.onnx import export_onnx
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.process import KEPT_BY
+from vilu.sklearn import SelectiveClassifier
+from vilu.tables.methods import AnswerProbe
 
 PAUSE = 0.0002
 """Seconds between two looks of the second thread: less than any fit takes."""
@@ -125,6 +130,46 @@ def test_embedding_leaves_the_process_alone(tmp_path: Path) -> None:
     with watched() as changed:
         store = vilu.embed(dataset(12), FakeBackbone(), tmp_path / "store", names=NAMES, workers=2)
     assert len(store) > 0
+    assert changed == set()
+
+
+@pytest.mark.usefixtures("callers_own_settings")
+def test_tables_of_answers_leave_the_process_alone(tmp_path: Path) -> None:
+    with watched() as changed:
+        rows = table(1200, features=4)
+        model = vilu.Selective(AnswerProbe()).fit(rows[:500])
+        model.calibrate(rows[500:1000], max_risk=0.3)
+        vilu.Monitor.of_folder(model).update(model.predict(rows[1000:]))
+        vilu.estimate(vilu.score(model, rows[1000:]))
+        model.save(tmp_path / "model")
+        vilu.load(tmp_path / "model")
+    assert changed == set()
+
+
+@pytest.mark.usefixtures("callers_own_settings")
+def test_a_selective_model_and_its_page_leave_the_process_alone(
+    tmp_path: Path, data: vilu.Embeddings
+) -> None:
+    with watched() as changed:
+        model = vilu.Selective(vilu.PREDICTORS["linear_probe"]()).fit(data)
+        model.calibrate(toy_embeddings(n=400, k=3, seed=1, ids_from=1000), max_risk=0.4)
+        new = toy_embeddings(n=100, k=3, seed=2, ids_from=2000)
+        outcomes = model.predict(new)
+        outcomes.to_arrow()
+        vilu.report_page([outcomes])
+        vilu.explain(model.predictor, new)
+        model.save(tmp_path / "model")
+        vilu.MCM().fit(data).save(tmp_path / "mcm")
+        export_onnx(tmp_path / "mcm", tmp_path / "mcm.onnx")
+    assert changed == set()
+
+
+def test_a_classifier_of_scikit_learn_leaves_the_process_alone() -> None:
+    random_rows = np.random.default_rng(0).normal(size=(600, 2))
+    label = random_rows[:, 0] > 0
+    with watched() as changed:
+        model = SelectiveClassifier(LogisticRegression()).fit(random_rows, label)
+        model.predict_or_review(random_rows)
     assert changed == set()
 
 
@@ -266,6 +311,18 @@ def test_with_one_heap_a_thread_has_none_of_its_own() -> None:
     done = answer_of(HEAPS, MALLOC_ARENA_MAX="8", ARROW_DEFAULT_MEMORY_POOL="mimalloc")
     assert done.stdout == "mimalloc\n"
     assert done.stderr.count("Arena ") > 1
+
+
+def test_in_a_service_a_plugin_does_not_choose_where_arrow_takes_its_memory(tmp_path: Path) -> None:
+    (tmp_path / "says.py").write_text(
+        "import pyarrow; print(pyarrow.default_memory_pool().backend_name)"
+    )
+    program = (
+        "import sys; sys.argv = ['vilu', '--plugin', 'says', 'serve', '--help']\n"
+        "from vilu.cli import entry; entry()"
+    )
+    done = answer_of(program, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.stdout.startswith("system\n")
 
 
 def test_the_command_line_tunes_its_process(tmp_path: Path) -> None:

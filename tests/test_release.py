@@ -6,6 +6,7 @@ import gzip
 import io
 import re
 import runpy
+import subprocess
 import tarfile
 import tomllib
 from importlib import metadata
@@ -17,6 +18,8 @@ import yaml
 import vilu
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BENCH = tomllib.loads((ROOT / "src" / "vilu_bench" / "pyproject.toml").read_text())
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 REPACK = runpy.run_path(str(ROOT / "tools" / "repack.py"))["repacked"]
 FILES = {"p-1/PKG-INFO": b"Name: p\n", "p-1/run.sh": b"true\n", "p-1/src/p.py": b"x = 1\n"}
@@ -60,9 +63,11 @@ def test_two_builds_are_the_same_bytes() -> None:
     }
 
 
-def test_the_version_stands_in_one_place_and_its_changes_are_told() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+def test_both_packages_have_one_version_whose_changes_are_told() -> None:
+    version = PROJECT["version"]
     assert vilu.__version__ == metadata.version("vilu") == version
+    assert BENCH["project"]["version"] == version
+    assert BENCH["project"]["dependencies"] == [f"vilu[report]=={version}"]
     told = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert told[0] == "[Unreleased]"
     assert re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", told[1])
@@ -70,8 +75,25 @@ def test_the_version_stands_in_one_place_and_its_changes_are_told() -> None:
 
 def test_every_extra_is_tried_alone() -> None:
     extras = runpy.run_path(str(ROOT / "tools" / "extras.py"))
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["NEEDS"].keys() | extras["TOOLS"] == named.keys()
+    assert extras["NEEDS"].keys() | extras["TOOLS"] == PROJECT["optional-dependencies"].keys()
+
+
+def test_the_second_package_is_whole() -> None:
+    """Its folder is the package itself, so that its parts are written out."""
+    folder = ROOT / "src" / "vilu_bench"
+    folders = {path.parent for path in folder.rglob("__init__.py") if "build" not in path.parts}
+    names = {".".join(path.relative_to(folder.parent).parts) for path in folders}
+    settings = BENCH["tool"]["setuptools"]
+    assert set(settings["packages"]) == names
+    patterns = settings["package-data"]["vilu_bench"]
+    data = {path for pattern in patterns for path in folder.glob(pattern)}
+    beside = {folder / name for name in ("LICENSE", "README.md", "pyproject.toml")}
+    listed = subprocess.run(
+        ["git", "ls-files", "."], cwd=folder, capture_output=True, text=True, check=True
+    )
+    files = {folder / name for name in listed.stdout.split()}
+    assert {path for path in files - beside if path.suffix != ".py"} == data
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

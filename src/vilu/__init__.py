@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from vilu.calibration.rules import Rule as Rule
     from vilu.calibration.rules import certify as certify
     from vilu.calibration.rules import certify_clusters as certify_clusters
-    from vilu.calibration.selective import Selective as Selective
-    from vilu.calibration.selective import load as load
     from vilu.calibration.target import Target as Target
     from vilu.datasets.catalog import open_dataset as open_dataset
     from vilu.embeddings.memory import Embeddings as Embeddings
@@ -60,6 +58,8 @@ if TYPE_CHECKING:
     from vilu.scoring.score import score as score
     from vilu.scoring.score import score_parts as score_parts
     from vilu.scoring.score_folder import ScoreFolder as ScoreFolder
+    from vilu.selective import Selective as Selective
+    from vilu.selective import load as load
     from vilu.store.embed import ExtraColumns as ExtraColumns
     from vilu.store.embed import embed as embed
     from vilu.store.importing import import_arrays as import_arrays
@@ -77,7 +77,6 @@ _NAMES = {
     "vilu.calibration.target": "Target",
     "vilu.calibration.rules": "Rule certify certify_clusters",
     "vilu.calibration.estimates": "Estimate estimate",
-    "vilu.calibration.selective": "Selective load",
     "vilu.calibration.calibration": "Calibration",
     "vilu.calibration.monitor.monitor": "Monitor",
     "vilu.calibration.procedure": "calibrate_predictor",
@@ -104,6 +103,7 @@ _NAMES = {
     "vilu.report.explain.prompts": "prompt_gains",
     "vilu.report.explain.risk": "risk_map",
     "vilu.report.page.build": "report_page",
+    "vilu.selective": "Selective load",
     "vilu.store.embed": "ExtraColumns embed",
     "vilu.store.importing": "import_arrays",
     "vilu.store.reader": "EmbeddingStore open_source",

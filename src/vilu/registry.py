@@ -12,10 +12,12 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vilu.errors import StorageError, UsageError
+from vilu.errors import MissingModelError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -101,6 +103,7 @@ def _register_file(path: Path) -> None:
         functions[entry.name] = entry.value
     for section in tables_by_section:
         if section not in functions:
+            refuse_name_of_bench(SECTION_GROUP, section)
             known = ", ".join(f"[{name}.NAME]" for name in sorted(functions, reverse=True))
             raise UsageError(f"{path} has a section [{section}]; there are {known}.")
     for section, tables in tables_by_section.items():
@@ -241,6 +244,25 @@ def entry_points(group: str) -> list[EntryPoint]:
     from importlib import metadata  # imported here to keep `import vilu` fast
 
     return list(metadata.entry_points(group=group))
+
+
+@cache
+def names_of_bench() -> dict[str, list[str]]:
+    """Names that vilu-bench adds, by group of entry points, whether it is installed or not."""
+    text = resources.files("vilu").joinpath("assets", "bench.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def refuse_name_of_bench(group: str, name: str) -> None:
+    """Raise MissingModelError if only vilu-bench adds a name to a group of entry points.
+
+    It is called for a name that no installed package has.
+    """
+    if name in names_of_bench().get(group, ()):
+        raise MissingModelError(
+            f"{name!r} is part of vilu-bench, which is not installed. This needs: "
+            "pip install 'vilu[bench]'."
+        )
 
 
 def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any object

@@ -39,7 +39,8 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         calibration_size: Share of the rows of every class that are set aside, in (0, 1).
         prefit: Whether the estimator is fitted already. Then all rows of ``fit`` are for
             calibration, and the estimator must not have been fitted on them.
-        random_state: Seed or generator that decides which rows are set aside.
+        random_state: Seed or generator that decides which rows are set aside. None: other rows in
+            every fit; NumPy's global generator is not used.
 
     Attributes:
         estimator_: The fitted estimator.
@@ -210,6 +211,9 @@ def _set_aside(
 
     The number of rows of each class is rounded down.
     """
+    if random_state is None:
+        # With None, check_random_state would give the global generator of the process.
+        random_state = np.random.RandomState()
     generator = check_random_state(random_state)
     is_calibration = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):

@@ -162,7 +162,10 @@ def init(
 @wants(run=STUDIES)
 def render(
     run: Annotated[
-        Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
+        Path,
+        path_argument(
+            "Output folder of `vilu benchmark`, whose stores are not needed; or a file of --keep."
+        ),
     ],
     document: Annotated[
         Path | None,
@@ -176,11 +179,27 @@ def render(
     submitted: Annotated[
         Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
     ] = None,
+    kept: Annotated[
+        Path | None,
+        Option("--keep", help="Also write the studies as one small file, .parquet, to be kept."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the tables and figures of finished studies again, from their cells alone."""
+    """Write the tables and figures of finished studies again, from their cells alone.
+
+    Of a file of --keep, only the document is written.
+    """
+    from vilu_bench.studies.kept import keep, render_kept
     from vilu_bench.studies.study import render_studies
 
+    if run.is_file():
+        if kept is not None or submitted is not None:
+            raise UsageError(
+                f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
+                "folder of `vilu benchmark`."
+            )
+        _print(render_kept(run, document, title, intro, first=first, overwrite=overwrite))
+        return
     studies = render_studies(
         run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
     )
@@ -188,6 +207,9 @@ def render(
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
+    if kept is not None:
+        n_cells = keep(run, kept, overwrite=overwrite)
+        message += f"; {n_cells} cells are kept in {kept}"
     next_step(message)
 
 
@@ -307,6 +329,7 @@ def _by_label(predictors: list[str]) -> dict[str, str]:
 
 
 def _print_sizes(table: ResultTable, draws: int) -> None:
+    """Print the table by pool size."""
     from vilu_bench.studies.pool_sizes import size_table
 
     print_result(table.to_dicts(), size_table(table))

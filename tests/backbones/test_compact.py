@@ -365,6 +365,27 @@ def test_bf16_is_near(model: DualEncoder, pixels: torch.Tensor) -> None:
     assert torch.equal(rounded.encode_texts(["a dog"]), model.encode_texts(["a dog"]))
 
 
+def test_merged_norms_change_features_by_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tower = EfficientNetLite0().eval()
+    for module in tower.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after a training
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    images = torch.randn(2, 3, 64, 64, generator=generator)
+    with torch.inference_mode():
+        expected = tower(images)
+    tower.merge_norms()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules())
+    with torch.inference_mode():
+        features = tower(images)
+    assert expected.std() > 0
+    # fifty layers, each of which rounds by some 1e-7
+    torch.testing.assert_close(
+        features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
+
+
 def test_preprocessing_in_threads(model: DualEncoder) -> None:
     images = [picture(90, 60) for _ in range(32)]
     with ThreadPoolExecutor(8) as pool:

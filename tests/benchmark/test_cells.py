@@ -266,3 +266,13 @@ def test_parts_that_do_not_belong_together(folders: dict[Part, Path], tmp_path: 
     ):
         Workbench(config(), {**folders, ("one", "test"): bare}).check()
     Workbench(config(), folders).check()
+
+
+def test_a_setting_may_have_fewer_seeds() -> None:
+    settings = {
+        "few": {"kind": "labels", "budget": 8},
+        "all": {"kind": "labels", "seeds": 1},
+    }
+    cells = plan(config(seeds=3, settings=settings, methods={"lvu": {}}))
+    seeds = {(cell.setting, cell.seed) for cell in cells}
+    assert seeds == {("few", 0), ("few", 1), ("few", 2), ("all", 0)}

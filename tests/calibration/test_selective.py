@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from vilu.errors import (
 from vilu.predictors.persistence.hub import push
 from vilu.predictors.persistence.onnx import export_onnx
 from vilu.predictors.persistence.storage import load_predictor
+from vilu.store.reader import EmbeddingStore
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +174,81 @@ def test_every_field_of_a_target_is_an_argument(parts: tuple) -> None:
     assert model.calibration.label_sets.max_miss == 0.2
     with pytest.raises(UsageError, match="one of the two"):
         model.calibrate(calibration, vilu.Target(max_risk=0.2), confidence=0.9)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingStore:
+    """Rows whose labels nobody has given yet; the right class of a row is in its id."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    rows = toy_embeddings(1200, k=3, seed=5)
+    np.savez(
+        folder / "rows.npz",
+        image=rows.image.numpy(),
+        text=rows.text.numpy(),
+        ids=np.array([f"{row} {int(label)}" for row, label in enumerate(rows.target)]),
+        class_names=np.array(rows.class_names),
+    )
+    return vilu.import_arrays(
+        folder / "rows.npz", folder / "store", logit_scale=20.0, logit_bias=0.0
+    )
+
+
+def fill_in(path: Path) -> None:
+    """Write the right class into every row of a table of labels."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        for row in rows:
+            label = row["path"].split()[1]
+            writer.writerow(row | {"label": f"class {label}"})
+
+
+def test_labels_that_it_asks_for_one_after_another_make_its_guarantee(
+    tmp_path: Path, store: EmbeddingStore
+) -> None:
+    model = fitted(toy_embeddings(600, k=3, seed=6, ids_from=10_000))
+    command = tmp_path / "p"
+    model.predictor.save(command)
+    target = vilu.Target(max_risk=0.2, method="anytime")
+    files: list[Path] = []
+    while model.calibration is None:
+        file = tmp_path / f"{len(files)}.csv"
+        model.next_labels(store, file, n=60, max_risk=0.2, labels=files)
+        files.append(file)
+        with pytest.raises(DataError, match="of the labels that were asked for are missing"):
+            model.calibrate(store, target, labels=files)
+        fill_in(file)
+        with suppress(InfeasibleError):  # not shown yet, so more labels are asked for
+            model.calibrate(store, target, labels=files)
+    by_command = ("calibrate", command, store.path, "--method", "anytime", "--max-risk", 0.2)
+    run(*by_command, *(word for file in files for word in ("--labels", file)))
+    assert model.calibration.rule == vilu.load(command).calibration.rule
+    accepted = np.array(model.predict(store).decision) == "accept"
+    assert accepted.mean() > 0.3
+    model.save(tmp_path / "saved")
+    assert vilu.load(tmp_path / "saved").calibration == model.calibration
+    again = model.calibration
+    assert model.calibrate(store, target, labels=files).calibration == again
+
+
+def test_labels_one_after_another_need_a_store_and_a_risk_alone(
+    tmp_path: Path, store: EmbeddingStore, parts: tuple
+) -> None:
+    model = fitted(toy_embeddings(600, k=3, seed=6, ids_from=10_000))
+    with pytest.raises(UsageError, match="anytime takes the store"):
+        model.calibrate(parts[1], max_risk=0.2, method="anytime")
+    with pytest.raises(UsageError, match="allows no other target"):
+        model.calibrate(store, max_risk=0.2, method="anytime", min_coverage=0.5)
+    with pytest.raises(UsageError, match="Leave labels out"):
+        model.calibrate(store, max_risk=0.2, labels=["next.csv"])
+    with pytest.raises(UsageError, match="would be lost"):
+        model.next_labels(store, tmp_path / "a.csv", labels=[tmp_path / "a.csv"])
+    with pytest.raises(UsageError, match="has next_labels"):
+        vilu.calibrate_predictor(
+            model.folder, parts[1], vilu.Target(max_risk=0.2, method="anytime")
+        )
 
 
 def test_it_stands_in_place_of_its_folder(tmp_path: Path, parts: tuple) -> None:

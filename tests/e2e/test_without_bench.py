@@ -6,19 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command import run_process
+from tests.command import ROOT, run
 from vilu.cli.demo import PROMPT_NAMES
 from vilu.embeddings.memory import Embeddings
+from vilu.registry import names_of_bench
 from vilu_bench.methods.neighbours import KNNVote
 
+BENCH = ROOT / "src" / "vilu_bench"
 WORKER = Path(__file__).with_name("core_worker.py")
 FEW = {"train": 120, "validation": 120, "test": 100}
 """Photos of the demo's splits that the test takes."""
@@ -38,15 +43,56 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 '''
 
+UNINSTALLED = (
+    ABSENT
+    + """
+import importlib.metadata as metadata
+
+every = metadata.distributions
+
+
+def but_for_the_second(**context):
+    return (found for found in every(**context) if found.name != "vilu-bench")
+
+
+metadata.distributions = but_for_the_second
+"""
+)
+
+
+def environment(folder: Path, start: str) -> dict[str, str]:
+    """Environment of processes that run ``start`` before anything else."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(start)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
 
 @pytest.fixture
 def without_bench(tmp_path: Path) -> dict[str, str]:
-    """Environment of a process that does not find the second package."""
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(ABSENT)
-    path = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
-    return {"PYTHONPATH": path}
+    """Environment of a process in which the second package is not installed."""
+    return environment(tmp_path / "uninstalled", UNINSTALLED)
+
+
+@pytest.fixture
+def without_its_code(tmp_path: Path) -> dict[str, str]:
+    """The same, but its entry points are there still."""
+    return environment(tmp_path / "hidden", ABSENT)
+
+
+@pytest.fixture
+def voters(tmp_path: Path) -> Path:
+    """A folder with a predictor of the second package, and rows to score."""
+    rng = np.random.default_rng(0)
+    text = np.eye(4, 16)
+    target = rng.integers(4, size=100)
+    image = text[target] + 0.3 * rng.normal(size=(100, 16))
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    KNNVote(k=2).fit(Embeddings(image, text, target=target)).save(tmp_path / "voters")
+    arrays = {"image": image, "text": text, "target": target, "class_names": list("abcd")}
+    np.savez(tmp_path / "new.npz", **arrays, logit_scale=20.0, logit_bias=0.0)
+    run("import", "new.npz", "-o", "new", cwd=tmp_path)
+    (tmp_path / "run" / "cells").mkdir(parents=True)
+    return tmp_path
 
 
 def write_few_photos(path: Path) -> None:
@@ -84,16 +130,64 @@ def test_photos_to_a_service(tmp_path: Path, without_bench: dict[str, str]) -> N
     assert answer["decision"] in {"accept", "review"}
 
 
-def test_what_it_would_need_is_named(tmp_path: Path, without_bench: dict[str, str]) -> None:
-    rng = np.random.default_rng(0)
-    text = np.eye(4, 16)
-    target = rng.integers(4, size=100)
-    image = text[target] + 0.3 * rng.normal(size=(100, 16))
-    image /= np.linalg.norm(image, axis=1, keepdims=True)
-    KNNVote(k=2).fit(Embeddings(image, text, target=target)).save(tmp_path / "voters")
-    arrays = {"image": image, "text": text, "target": target, "class_names": list("abcd")}
-    np.savez(tmp_path / "new.npz", **arrays, logit_scale=20.0, logit_bias=0.0)
-    run_process("import", "new.npz", "-o", "new", cwd=tmp_path, **without_bench)
-    for words in (("score", "voters", "new", "-o", "s.parquet"), ("benchmark", "here/main")):
-        refused = run_process(*words, code=2, cwd=tmp_path, **without_bench)
-        assert "Install vilu-bench." in refused.stderr
+NEEDING = (
+    ("score", "voters", "new", "-o", "scores.parquet"),
+    ("inspect", "voters"),
+    ("inspect", "run"),
+    ("fit", "new", "-o", "head", "--method", "sirc"),
+    ("embed", "new.npz", "--dataset", "cifar10", "-o", "emb"),
+    ("benchmark", "here/main", "--dry-run"),
+    ("pools", "new", "mcm", "--sizes", "4"),
+)
+
+SEVERAL = """
+import json, sys
+from tests.command import command_line
+
+done = [command_line(*words) for words in json.loads(sys.argv[1])]
+print(json.dumps([[one.returncode, one.stdout, one.stderr] for one in done]))
+"""
+"""Commands in one process: imports take longer than each of them."""
+
+
+def run_several(commands: Iterable[tuple[str, ...]], cwd: Path, path: str) -> list[list[Any]]:
+    """Exit code, output and messages of each command, in a process with this PYTHONPATH."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(list(commands))],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([path, str(ROOT / "src"), str(ROOT)])},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results: list[list[Any]] = json.loads(done.stdout)
+    return results
+
+
+def test_what_to_install_is_named(voters: Path, without_bench: dict[str, str]) -> None:
+    shown = (("--help",), ("datasets", "list"))
+    results = run_several((*NEEDING, *shown), voters, without_bench["PYTHONPATH"])
+    for command, (code, _, message) in zip(NEEDING, results, strict=False):
+        assert code == 5, (command, message)
+        assert "part of vilu-bench, which is not installed" in message, command
+        assert "pip install 'vilu[bench]'" in message, command
+    (_, help_, _), (_, _, listed) = results[len(NEEDING) :]
+    assert "triage" in help_
+    assert "benchmark" not in help_
+    assert "pip install 'vilu[bench]'" in listed
+
+
+def test_what_has_lost_its_code_is_named(voters: Path, without_its_code: dict[str, str]) -> None:
+    commands = (("score", "voters", "new", "-o", "s.parquet"), ("benchmark", "here/main"))
+    for code, _, message in run_several(commands, voters, without_its_code["PYTHONPATH"]):
+        assert code == 2
+        assert "Install vilu-bench." in message
+
+
+def test_the_core_knows_the_names_of_the_bench() -> None:
+    """All but layouts of folders: a folder does not say of itself which layout it has."""
+    project = tomllib.loads((BENCH / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = project["entry-points"]
+    expected = {group: list(names) for group, names in entries.items() if group != "vilu.layouts"}
+    assert names_of_bench() == expected

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings.similarity import Matches, Others, first_equal, row_blocks, zero_shot
+from vilu.embeddings.similarity import Matches, RivalWeights, first_equal, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
 
@@ -94,7 +94,7 @@ def test_no_rows_and_no_candidates() -> None:
     text = unit(3, 4, 0)
     for found in (
         zero_shot(torch.empty(0, 4), text, first_equal(text), 1.0),
-        Others.of(torch.empty(0, 3)).zero_shot(torch.arange(3)),
+        RivalWeights.of(torch.empty(0, 3)).zero_shot(torch.arange(3)),
     ):
         assert [len(part) for part in found] == [0, 0, 0]
         assert found.prediction.dtype == torch.int64
@@ -139,7 +139,7 @@ def test_log_probability_of_the_target(grouped: bool, n: int, k: int) -> None:
     if grouped:  # candidates 0 and 3 are of one query, and so are 1 and 4
         number[[3, 4]] = number[[0, 1]]
         target = torch.arange(n) % k
-        matches = Matches(number, torch.arange(k), torch.arange(k), own=number[target])
+        matches = Matches(number, torch.arange(k), torch.arange(k), query_of_row=number[target])
     batch = batch_of(noisy(text, n), text, matches=matches)
     posterior = (30 * batch.image.double() @ text.double().T - 5).softmax(dim=1)
     expected = [
@@ -173,26 +173,26 @@ def test_no_odds_vanish_however_far_the_others_are(k: int, temperature: float) -
     logits[:, -1] = 1.0
     logits[:, k // 2] = 1.0
     logits[:, 0] = 1.0 + gap
-    others = Others.of(logits, temperature=temperature)
+    rivals = RivalWeights.of(logits, temperature=temperature)
     exact = logits.double() / temperature
     # numpy adds float64; an exponential of base two of x is off by x of a float32's rounding
     expected = np.logaddexp.reduce(exact[:, 1:].numpy(), axis=1) - exact[:, 0].numpy()
-    assert others.answer.squeeze(1).tolist() == [0] * len(gap)
-    assert others.log_odds.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    assert others.odds.log().numpy()[expected > -700] == pytest.approx(
+    assert rivals.answer.squeeze(1).tolist() == [0] * len(gap)
+    assert rivals.log_odds.numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert rivals.odds.log().numpy()[expected > -700] == pytest.approx(
         expected[expected > -700], rel=1e-6, abs=1e-6
     )
 
 
 def test_the_answer_may_be_any_candidate() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0], [0.0, 50.0, 0.0]])
-    others = Others.of(logits, torch.tensor([[1], [0]]))
+    rivals = RivalWeights.of(logits, torch.tensor([[1], [0]]))
     expected = [np.log(np.exp(2) + 1), np.log(np.exp(50) + 1)]
-    assert others.log_odds.tolist() == pytest.approx(expected)
+    assert rivals.log_odds.tolist() == pytest.approx(expected)
 
 
 def test_of_equal_logits_the_first_is_the_answer() -> None:
     logits = torch.randint(4, (50, 65), generator=torch.Generator().manual_seed(0)).float()
     rows = logits.tolist()
     expected = [row.index(max(row)) for row in rows]
-    assert Others.of(logits).answer.squeeze(1).tolist() == expected
+    assert RivalWeights.of(logits).answer.squeeze(1).tolist() == expected

@@ -207,7 +207,7 @@ def test_torchrun_with_one_process_needs_no_group() -> None:
 
 @given(st.integers(0, 10_000), st.integers(1, 64))
 def test_shares_are_all_rows_once_and_as_equal_as_can_be(n_rows: int, size: int) -> None:
-    shares = [Group(rank, size, torch.device("cpu")).mine(n_rows) for rank in range(size)]
+    shares = [Group(rank, size, torch.device("cpu")).own_slice(n_rows) for rank in range(size)]
     assert [row for share in shares for row in range(n_rows)[share]] == list(range(n_rows))
     lengths = [share.stop - share.start for share in shares]
     assert max(lengths) - min(lengths) <= 1

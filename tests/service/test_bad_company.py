@@ -331,6 +331,21 @@ def test_equal_pictures_count_once(predictors: tuple[Path, Path], tmp_path: Path
         assert monitored(running) == before
 
 
+def test_a_picture_with_one_other_pixel_is_another_picture(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A camera that is stuck or covered sends near copies, and the monitor should see each."""
+    with hosted(predictors[0], tmp_path / "s") as running:
+        for number in range(3):
+            picture = Image.open(BytesIO(photo(0, 0)))
+            picture.putpixel((0, 0), (85 * number, 0, 0))
+            content = BytesIO()
+            picture.save(content, "PNG")
+            reply = running.post("/v1/answers", files={"a": content.getvalue()})
+            assert reply.status_code == 200
+        assert monitored(running)["rows"] == 3
+
+
 def test_wrong_labels_are_told_and_can_be_corrected(
     predictors: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -74,6 +74,23 @@ def test_a_service_that_is_stopped_for_a_while_goes_on(
         assert monitored(running)["rows"] == 8
 
 
+def test_two_services_on_one_state(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    """The second is refused while the first lives, and goes on with its rows after its kill."""
+    state = ("--state", tmp_path / "s")
+    with served(predictors[0], *state) as first:
+        assert first.post("/v1/answers", files={"a": photo(0, 0)}).status_code == 200
+        words = command(*FRAME, "serve", predictors[0], *state, "--port", 0)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+        assert (done.returncode, "serving with the state in" in done.stderr) == (75, True)
+        assert first.post("/v1/answers", files={"a": photo(1, 1)}).status_code == 200
+        first.stop(signal.SIGKILL)
+    with served(predictors[0], *state) as second:
+        assert monitored(second)["rows"] == 2
+        assert second.post("/v1/answers", files={"a": photo(2, 2)}).status_code == 200
+        assert monitored(second)["rows"] == 3
+    assert not list((tmp_path / "s").rglob("*.aside-*"))
+
+
 def test_a_clock_that_is_set_back_under_a_service(
     predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

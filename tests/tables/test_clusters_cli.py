@@ -13,6 +13,7 @@ import vilu
 from tests.command import run
 from tests.tables.answers import written
 from vilu.calibration.clusters import majority_outcomes
+from vilu.errors import UsageError
 from vilu.outcomes.outcomes import Outcomes
 
 
@@ -134,7 +135,7 @@ def test_impossible_risks_of_clusters_are_refused(tables: Path, tmp_path: Path) 
     refused = run(
         "calibrate", alone, "--max-risk", 0.1, "--cluster-risk", "ratio", "-o", folder, code=3
     )
-    assert "needs the cluster of every row: a column cluster" in refused.stderr
+    assert "needs the cluster of every row: the column cluster" in refused.stderr
 
 
 def test_intervals_of_an_evaluation_are_of_clusters(tmp_path: Path) -> None:
@@ -171,8 +172,6 @@ def test_estimate_refuses_labels_of_the_most_doubtful(tables: Path, tmp_path: Pa
     chosen = written(tmp_path / "chosen.csv", content)
     refused = run("estimate", chosen, code=3)
     assert "100 labelled rows are no random sample of the 1,500 rows" in refused.stderr
-    refused = run("estimate", tables / "few.csv", "--classes", code=3)
-    assert "shares of classes need answers, names of classes" in refused.stderr
 
 
 def test_estimate_refuses_labels_that_were_asked_for_to_fit_on(tmp_path: Path) -> None:
@@ -180,3 +179,115 @@ def test_estimate_refuses_labels_that_were_asked_for_to_fit_on(tmp_path: Path) -
     content["asked_for"] = ["fit", "calibration"] * 150
     refused = run("estimate", written(tmp_path / "next.csv", content), code=2)
     assert "`vilu next` chose 150 labelled rows of this table to fit on" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def under_another_name(tables: Path) -> Path:
+    """The calibration table whose clusters stand in a column of numbers, ``burst``."""
+    content = bursts(400, seed=1)
+    content["burst"] = np.repeat(np.arange(400), 3).tolist()
+    del content["cluster"]
+    return written(tables / "bursts.csv", content)
+
+
+def test_another_column_names_the_clusters(
+    tables: Path, under_another_name: Path, tmp_path: Path
+) -> None:
+    alike = ("--max-risk", 0.2, "--cluster-risk", "majority", "-o")
+    run("calibrate", tables / "calibration.csv", *alike, tmp_path / "first")
+    named = ("--clusters", "burst")
+    run("calibrate", under_another_name, *alike, tmp_path / "second", *named)
+    first, second = (vilu.Calibration.load(tmp_path / name) for name in ("first", "second"))
+    assert first.rule.thresholds == second.rule.thresholds
+
+    scores = tmp_path / "scores.parquet"
+    score = ("score", tmp_path / "second", under_another_name, "-o", scores)
+    assert "needs the cluster of each" in run(*score, code=2).stderr
+    run(*score, *named)
+    assert Outcomes.load(scores).cluster[:4] == ("0", "0", "0", "1")
+
+    def width(*flags: str) -> float:
+        done = run("evaluate", under_another_name, "--json", "--resamples", 100, *flags)
+        (row,) = (row for row in json.loads(done.stdout) if row["metric"] == "auroc")
+        assert row.get("n_pictures") == (400 if flags else None)
+        return float(row["ci_high"] - row["ci_low"])
+
+    assert width(*named) != width()
+
+
+def test_a_column_of_clusters_that_is_missing_or_useless_is_refused(
+    tables: Path, under_another_name: Path, tmp_path: Path
+) -> None:
+    missing = run("estimate", under_another_name, "--clusters", "page", code=3)
+    assert "no column 'page' with the clusters of its rows. It has id, answer" in missing.stderr
+    scores = tmp_path / "scores.csv"
+    Outcomes([0.1, 0.9], [0, 1]).save(scores)
+    refused = run("evaluate", scores, "--clusters", "page", code=2)
+    assert "scores have the clusters of their table" in refused.stderr
+    with pytest.raises(UsageError, match="Name the column when you read it"):
+        vilu.open_table(vilu.open_table(under_another_name), clusters="burst")
+
+
+def test_next_asks_for_whole_clusters(tables: Path, tmp_path: Path) -> None:
+    """Half of them to fit on, half a random sample of the clusters; later ones are others."""
+    folder = tmp_path / "calibration"
+    run("calibrate", tables / "calibration.csv", "-o", folder)
+    content = bursts(600, seed=5)
+    truth = dict(zip(content["id"], content["correct"], strict=True))
+    cluster_of = dict(zip(content["id"], content["cluster"], strict=True))
+    content["correct"] = [content["correct"][0], *[""] * 1799]  # of burst0, which is then left out
+    new = written(tmp_path / "new.csv", content)
+    ask = ("next", new, "--predictor", folder, "--next", 240)
+    done = run(*ask, "-o", tmp_path / "first.csv")
+    assert "240 answers of 80 whole clusters to label" in done.stderr
+    first = vilu.open_table(tmp_path / "first.csv")
+    run(*ask, "--labels", tmp_path / "first.csv", "-o", tmp_path / "second.csv")
+    second = vilu.open_table(tmp_path / "second.csv")
+    assert "burst0" not in first.cluster + second.cluster
+    assert not set(first.cluster) & set(second.cluster)
+    for table in (first, second):
+        assert all(table.cluster.count(name) == 3 for name in table.cluster)
+        purposes = dict(zip(table.cluster, table.asked_for, strict=True))
+        assert list(purposes.values()).count("calibration") == 40
+        of_rows = [purposes[cluster_of[key]] for key in table.ids]
+        assert list(table.asked_for) == of_rows  # a cluster is for one purpose
+    # 80 random clusters: as many wrong as among all, within 4 errors
+    correct = []
+    for table in (first, second):
+        for key, purpose in zip(table.ids, table.asked_for, strict=True):
+            if purpose == "calibration":
+                correct.append(truth[key])
+    share = np.mean(list(truth.values()))
+    assert np.mean(correct) == pytest.approx(share, abs=4 * (share * (1 - share) / 80) ** 0.5)
+
+
+def test_estimate_says_how_many_answers_of_a_table_each_class_has(
+    tables: Path, tmp_path: Path
+) -> None:
+    """Where an answer is wrong, the other animal is right."""
+    content = bursts(500, seed=3, n_labelled=200)
+    other = {"cat": "fox", "fox": "cat"}
+    everything = bursts(500, seed=3)
+    of_class = []
+    for answer, correct in zip(everything["answer"], everything["correct"], strict=True):
+        of_class.append(answer if correct == 1 else other[answer])
+    table = written(tmp_path / "few.csv", content)
+    refused = run("estimate", table, "--classes", code=3)
+    assert "is wrong, so another class is right. Write it into the column truth" in refused.stderr
+
+    content["truth"] = [""] * 1500
+    for row, correct in enumerate(content["correct"]):
+        if correct == 0:
+            content["truth"][row] = other[content["answer"][row]]
+    table = written(tmp_path / "truth.csv", content)
+    facts = json.loads(run("estimate", table, "--classes", "--json").stdout)
+    assert [fact["name"] for fact in facts] == ["error rate", "cat", "fox"]
+    for fact in facts[1:]:
+        assert fact["low"] <= of_class.count(fact["name"]) / 1500 <= fact["high"]
+    assert sum(fact["share"] for fact in facts[1:]) == pytest.approx(1, abs=0.02)
+    assert "fox: " in run("estimate", table, "--classes").stdout
+
+    del content["answer"]
+    no_answers = written(tmp_path / "no.csv", content)
+    refused = run("estimate", no_answers, "--classes", code=3)
+    assert "shares of classes need the column answer" in refused.stderr

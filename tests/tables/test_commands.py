@@ -152,11 +152,16 @@ def test_inspect_says_what_each_column_is(work: Path, calibrated: Path) -> None:
     assert "predictor answer_scores, calibrated: accepts" in run("inspect", calibrated).stdout
 
 
+def test_inspect_needs_no_word_for_what_it_shows(work: Path) -> None:
+    refused = run("inspect", "table", work / "test.csv", code=2)
+    assert "table does not exist. `vilu inspect PATH` takes one path" in refused.stderr
+
+
 @pytest.mark.parametrize("command", ["inspect", "evaluate"])
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("id;score_a;correct\n1;0,5;1\n", "separates its columns by semicolons"),
+        ("id;score_a;correct\n1;0,5;ja\n", "correct must be 1 (right), 0 (wrong), or empty"),
         ("score_a,correct\n0.5,1\n", "must have a column id"),
     ],
 )
@@ -281,6 +286,13 @@ def test_answers_to_label_next_are_for_a_fit_and_for_a_guarantee(
     share = 1 - np.mean(list(truth.values()))
     rows = vilu.Calibration.load(predictor).rows
     assert rows.failure.mean() == pytest.approx(share, abs=4 * (share * (1 - share) / 200) ** 0.5)
+
+
+def test_questions_of_a_table_take_no_risk_that_would_change_nothing(
+    work: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    ask = ("next", work / "new.csv", "--predictor", calibrated, "-o", tmp_path / "next.csv")
+    assert "Leave --max-risk out" in run(*ask, "--max-risk", 0.1, code=2).stderr
 
 
 def test_questions_keep_columns_with_commas_and_quotes(calibrated: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from vilu.tables.combine import (
     ridge_logistic,
     rising_logistic,
 )
-from vilu.tables.methods import clusters_of
 
 FITTED = (AnswerScores, AnswerProbe)
 
@@ -139,10 +138,10 @@ def test_probabilities_are_calibrated_on_new_rows() -> None:
 
 def test_rows_of_one_cluster_stay_in_one_fold() -> None:
     data = vilu.open_table({**columns(6), "cluster": ["x", "y", "x", "z", "y", "x"]})
-    assert clusters_of(data).tolist() == [0, 1, 0, 2, 1, 0]
+    assert data.inseparable().tolist() == [0, 1, 0, 2, 1, 0]
     copies = {**columns(3), "features": np.eye(3)[[0, 1, 0]]}
     copies["score_a"] = copies["uncertainty_b"] = copies["width"] = [1.0, 1.0, 1.0]
-    first, second, third = clusters_of(vilu.open_table(copies))
+    first, second, third = vilu.open_table(copies).inseparable()
     assert first == third != second
 
 
@@ -298,3 +297,17 @@ def test_a_bare_frame_is_refused_with_what_opens_it() -> None:
     frame = pa.table({"id": [1, 2], "score": [0.5, 0.7]})
     with pytest.raises(UsageError, match=r"vilu\.open_table\(table\)\)\. Got a"):
         vilu.Selective(AnswerScore()).fit(frame)  # type: ignore[arg-type]
+
+
+def test_rows_of_one_cluster_stay_in_one_part_of_a_split() -> None:
+    cluster = [f"page{row // 5}" for row in range(300)]
+    data = vilu.open_table({**columns(300), "cluster": cluster})
+    parts = data.split(fit=0.5, calibration=0.3, test=0.2, seed=1)
+    pages = [set(part.cluster) for part in parts]
+    assert sum(map(len, pages)) == len(set.union(*pages)) == 60
+    assert [len(names) for names in pages] == pytest.approx([30, 18, 12], abs=2)
+
+
+def test_a_table_in_place_of_outcomes_is_refused_with_the_way_to_outcomes() -> None:
+    with pytest.raises(UsageError, match=r"vilu\.score\(predictor, data\) gives them"):
+        vilu.estimate(table(100))

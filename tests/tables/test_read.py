@@ -42,6 +42,32 @@ def test_a_spreadsheets_csv_is_understood(tmp_path: Path) -> None:
     assert table.name == "answers"
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_spreadsheet_may_write_semicolons_and_decimal_commas(
+    tmp_path: Path, separator: str
+) -> None:
+    lines = [
+        "id;answer;score_p;width;note;correct;;",
+        "1,5;a,b;0,5;3;1,5 or so;1;;",
+        "2;c;-1,25e-1;4,5;;;;",
+    ]
+    text = "\r\n".join(lines).replace(";", separator)
+    table = vilu.open_table(written(tmp_path, text, "utf-8-sig"))
+    assert table.ids == ("1,5", "2")
+    assert table.answer == ("a,b", "c")
+    assert table.numbers["score_p"].tolist() == [0.5, -0.125]
+    assert table.numbers["width"].tolist() == [3, 4.5]
+    assert table.correct.tolist() == [1, -1]
+    assert table.unused == ("note",)
+    with_points = (
+        text.replace(";0,5", ";0.5")
+        .replace("\t0,5", "\t0.5")
+        .replace("-1,25e-1", "-0.125")
+        .replace("4,5", "4.5")
+    )
+    assert vilu.open_table(written(tmp_path, with_points)).fingerprint == table.fingerprint
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -52,7 +78,8 @@ def test_a_spreadsheets_csv_is_understood(tmp_path: Path) -> None:
         ("id,score\na,\n", "the number in score is missing"),
         ("id,score\na,inf\n", "the number in score is inf"),
         ('id,score\na,"0,5"\n', "score must hold numbers, such as 0.95. Got '0,5'"),
-        ("id;score\n1;0,5\n", "separates its columns by semicolons"),
+        ("id;score\n1;0,5\n2;1.234,5\n", "score must hold numbers, such as 0.95. Got '0,5'"),
+        ("id;note\n1;0,5 or so\n", "no number that says how sure"),
         ("id,Score\n1,2\n", "Write 'score' if it is meant"),
         ("id,score p\n1,2\n", "Write 'score_p' if it is meant"),
         ("id,score,corect\n1,2,1\n", "Did you mean 'correct'"),

@@ -49,9 +49,19 @@ def test_a_guarantee_about_the_folder_is_forecast_by_its_own_test() -> None:
     for_folder = forecast(sure, split=FolderSplit, n_labels=0)
     assert for_new.expected[-1].lowest == pytest.approx(1.0)
     assert not for_folder.can_be_shown
-    assert for_folder.least_risk is None
+    assert for_folder.least_risk is not None
+    assert for_folder.least_risk > 0.05
     many = forecast(np.full(1_000, 1e-6), split=FolderSplit, n_labels=0)
     assert many.expected[-1].lowest == pytest.approx(1.0)
+
+
+def test_a_folder_whose_photos_may_all_be_labelled_shows_a_risk_before_they_are() -> None:
+    # 400 labels are more than the 240 photos that may be drawn. The first 150 of them show 5 % of
+    # the other 90, and once all have a label there is no photo left to guarantee.
+    small = forecast(np.full(240, 1e-6), split=FolderSplit, n_labels=0)
+    assert small.can_be_shown
+    assert small.least_risk is not None
+    assert small.least_risk <= 0.05
 
 
 def test_no_more_labels_are_named_than_there_are_photos() -> None:

@@ -21,13 +21,13 @@ from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.rules import Rule
-from vilu.calibration.selective import Selective, load
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.persistence.storage import load_predictor
+from vilu.selective import Selective, load
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors
@@ -158,6 +158,11 @@ def test_a_run_says_what_its_prompts_and_its_model_are(work: Path) -> None:
     assert "Prompts: '{}'." in done.stderr
     assert "Warning" not in done.stderr
     assert "stand-in" not in done.stderr
+
+
+def test_sidecars_without_a_label_are_explained(work: Path) -> None:
+    arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out", "--xmp")
+    assert "--xmp has written no label" in run(*arguments, cwd=work).stderr
 
 
 @pytest.mark.parametrize("more", [(), ("--with-backbone",)], ids=["head", "from pixels"])

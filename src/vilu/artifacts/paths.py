@@ -32,7 +32,14 @@ logger = logging.getLogger("vilu")
 
 Table = Literal["answers", "scores", "results", "labels", "label errors"]
 Kind = Literal[
-    Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"
+    Table,
+    "explanation",
+    "monitor report",
+    "monitor state",
+    "page",
+    "study",
+    "kept studies",
+    "ONNX export",
 ]
 """The kinds of files that vilu writes, as messages call them."""
 
@@ -47,6 +54,7 @@ KINDS: dict[str, Kind] = {
     "monitoring": "monitor report",
     "monitor": "monitor state",
     "label errors": "label errors",
+    "kept studies": "kept studies",
 }
 """Kind of a file, by the value of "kind" in a document or in the metadata of a table."""
 
@@ -65,6 +73,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "label errors": (".parquet", ".csv"),
     "scores": (".parquet", ".csv"),
     "monitor state": (".parquet",),
+    "kept studies": (".parquet",),
 }
 """Allowed suffixes of files, for kinds that have a fixed format."""
 
@@ -92,8 +101,8 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# occurs in the names of temporary files and locks; these names also begin with a dot
-PASSING = re.compile(r"\.tmp\Z|\.lock")
+# in the names of locks and temporary files, which also begin with a dot
+LOCK_OR_TEMPORARY = re.compile(r"\.tmp\Z|\.lock")
 
 
 class KindAndInputs(NamedTuple):
@@ -214,12 +223,12 @@ def claim_folder(
 def entries(root: Path) -> list[Path]:
     """Sorted paths of the files in a folder, without locks and temporary files."""
     with or_refuse(f"read {root}"):
-        return sorted(path for path in root.iterdir() if not _is_passing(path.name))
+        return sorted(path for path in root.iterdir() if not _is_lock_or_temporary(path.name))
 
 
-def _is_passing(name: str) -> bool:
+def _is_lock_or_temporary(name: str) -> bool:
     """Whether a file with this name is a lock or a temporary file."""
-    return name.startswith(".") and PASSING.search(name) is not None
+    return name.startswith(".") and LOCK_OR_TEMPORARY.search(name) is not None
 
 
 def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
@@ -283,9 +292,10 @@ def content_of(path: Path) -> object:
         return documents
     listing: list[object] = []
     with or_refuse(f"read {path}"):
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            status = file.stat()
-            listing.append([str(file.relative_to(path)), status.st_size, status.st_mtime_ns])
+        for entry in sorted(path.rglob("*")):
+            if entry.is_file():
+                status = entry.stat()
+                listing.append([str(entry.relative_to(path)), status.st_size, status.st_mtime_ns])
     return listing
 
 
@@ -353,7 +363,7 @@ def _kind_at_ends(path: Path) -> KindAndInputs | None:
     if mark_of_text:
         kind_of_text = TEXTS[mark_of_text["kind"]]
         return KindAndInputs(kind_of_text, mark_of_text["inputs"].decode())
-    # such a page has no digest of its inputs
+    # a page without the mark, and so without a digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", "")
     return None

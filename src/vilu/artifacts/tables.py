@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final, Literal, TextIO
 
 from vilu.artifacts.disk import or_refuse, write_bytes
 from vilu.artifacts.documents import (
@@ -92,7 +92,12 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     return buffer.getvalue()
 
 
-def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
+def parquet_bytes(
+    columns: Mapping[str, pa.Array],
+    metadata: Mapping[str, object],
+    *,
+    compression: Literal["snappy", "zstd"] = "snappy",
+) -> bytes:
     """Encode columns of equal length as a Parquet file, with plain JSON metadata in its schema.
 
     Every page has a checksum. Because the checksums cover neither the footer nor the headers of
@@ -107,7 +112,13 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     buffer = BytesIO()
     sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
     repeating = [name for name in table.column_names if _repeats(table[name])]
-    pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
+    pyarrow.parquet.write_table(
+        sealed,
+        buffer,
+        compression=compression,
+        write_page_checksum=True,
+        use_dictionary=repeating,
+    )
     return buffer.getvalue()
 
 
@@ -198,7 +209,7 @@ def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
 
 
 def read_table(
-    path: str | Path, text_columns: Collection[str]
+    path: str | Path, text_columns: Collection[str], delimiter: str = ","
 ) -> tuple[pa.Table, dict[str, object]]:
     """Read a Parquet or CSV table and its metadata.
 
@@ -207,6 +218,7 @@ def read_table(
     Args:
         path: The file.
         text_columns: Names of columns that are read as text, even if they look like numbers.
+        delimiter: What stands between the columns of a CSV file.
 
     Raises:
         DataError: If the file is damaged, or is no such table.
@@ -230,8 +242,9 @@ def read_table(
                 table = _read_parquet(source)
                 is_ours = METADATA_IN_FOOTER.search(_footer(source)) is not None
             else:
-                csv_names(path)  # raises DataError if the heading would take minutes to read
-                table = _parse_csv(source, text_columns)
+                # raises DataError if the heading would take minutes to read
+                csv_names(path, delimiter)
+                table = _parse_csv(source, text_columns, delimiter)
         except DataError:
             raise
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
@@ -442,12 +455,13 @@ def table_suffix(path: str | Path) -> str:
     return suffix
 
 
-def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table:
+def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: str) -> pa.Table:
     import pyarrow as pa
 
     table = read_columns(
         source,
         dict.fromkeys(text_columns, pa.string()),
+        delimiter,
         null_values=[""],
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from vilu.artifacts.disk import cache_folder, make_folder, write_bytes
 from vilu.artifacts.hashing import digest, tensor_hash
+from vilu.backbones.products import fast_products
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
 from vilu.progress import Silence, Task, track
@@ -212,7 +213,10 @@ class DualEncoder:
         if is_bf16 and self._bf16_tower is not None:
             with torch.autocast(device, enabled=False):
                 return self._bf16_tower(pixels.bfloat16()).float()
-        with torch.autocast(device, torch.bfloat16, enabled=is_bf16):
+        if is_bf16:
+            with torch.autocast(device, torch.bfloat16):
+                return self._image_tower(pixels).float()
+        with torch.autocast(device, enabled=False), fast_products(self.device):
             return self._image_tower(pixels).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:

@@ -29,7 +29,7 @@ SLOW = 2.0
 """Loading times above this number of seconds are logged."""
 
 FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""By library that loads named backbones, the file by which its folders are recognised."""
+"""The file by which folders of named backbones are recognised, for each library."""
 
 DEFAULT_FORMAT = "open_clip"  # library that loads a model of the hub if the spec names none
 

@@ -187,6 +187,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
 
 
 def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:
+    """The embedding space of the compact model."""
     tokenizer_hash = file_hash(files.text / "tokenizer.json")
     return EmbeddingSpace(
         embed_dim=EMBED_DIM,
@@ -280,6 +281,7 @@ def _find_files() -> Files:
 
 @cache  # assembling takes seconds, and the result is never changed
 def _assemble(files: Files, device: torch.device) -> Parts:
+    """Load all parts of the compact model but the sentence encoder."""
     with _default_modes(device), track("load compact", total=None, unit="steps"):
         # Any, because the types of torch lack ``memory_format``
         tower: Any = EfficientNetLite0().float().eval()
@@ -288,6 +290,7 @@ def _assemble(files: Files, device: torch.device) -> Parts:
         tower.to(device, memory_format=torch.channels_last)
         last_norm = tower.last.norm
         mean_feature = expected_activation(mean=last_norm.bias, std=last_norm.weight)
+        tower.merge_norms()
         class_text = _class_text(files, device).to(device)
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
@@ -353,6 +356,7 @@ def imagenet_class_names() -> list[str]:
 
 
 def _parse_size(argument: str) -> int:
+    """The picture size that the argument of a spec names."""
     if not argument:
         return DEFAULT_SIZE
     if not argument.isdecimal() or int(argument) not in SIZES:
@@ -365,6 +369,7 @@ def _parse_size(argument: str) -> int:
 
 @cache
 def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
+    """Load the sentence encoder and its tokenizer."""
     # transformers is imported before ``_default_modes`` enters ``quiet``, because ``quiet`` can
     # switch off the progress bars of transformers only if it is imported already.
     transformers = import_extra("transformers", "compact")

@@ -105,6 +105,7 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
 
 
 def _check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates that do not have exactly one place for a name."""
     if isinstance(templates, str):
         raise UsageError(
             f"templates must be a list of templates. Got the text {templates!r} instead."
@@ -177,6 +178,7 @@ def named_templates(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
+    """Warn of pairs of classes whose embeddings are nearly equal."""
     pairs: list[tuple[str, str]] = []
     for start in range(0, len(text), BLOCK):
         rows = text[start : start + BLOCK]

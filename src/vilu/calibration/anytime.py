@@ -43,14 +43,14 @@ STEPS: Final = 64
 """Number of thresholds in a grid up to its limit."""
 
 STARTS: Final = ((40, 0.3), (STEPS, 0.7))
-"""A pair for every sequence: number of its first threshold (from 1), and share of the level.
+"""Number of the first threshold (from 1), and share of the level, of every sequence of thresholds.
 
-Numbers up to ``STEPS`` are thresholds that divide the rows up to the limit into equal parts. The
-limit itself gets the most, because all labels count for it.
+The thresholds 1 to ``STEPS`` divide the rows up to the limit into equal parts, so number ``STEPS``
+is the limit itself. It gets the largest share, because all labels count for it.
 """
 
 GROWTH: Final = 1.02
-"""Factor between the numbers of rows that neighbouring thresholds beyond the limit accept."""
+"""Beyond the limit, each threshold accepts this many times the rows of the threshold before it."""
 
 
 @np.errstate(under="ignore")  # a term far smaller than the others is rounded to 0
@@ -70,8 +70,8 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     bet, share = np.array(BETS).T
     k = np.asarray(wrong, dtype=np.float64)[..., None]
     m = np.asarray(accepted, dtype=np.float64)[..., None]
-    # The sums are of logarithms, because after thousands of labels the wealth itself is outside the
-    # range of float64.
+    # Logarithms are added instead of multiplying wealth, because after thousands of labels the
+    # wealth itself is outside the range of float64.
     lost = k * np.log1p(-bet)
     won = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
     # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds for
@@ -97,8 +97,8 @@ def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
     def evidence_of(n_right: int) -> float:
         return float(log_evidence(wrong, wrong + n_right, max_risk))
 
-    # Every bet wins at a right answer. So the evidence rises with their number, and bisection finds
-    # the smallest number.
+    # Every bet wins at a right answer. So the evidence rises with the number of right answers, and
+    # bisection finds the smallest number that is enough.
     return wrong + bisect_left(range(MAX_ROWS), -math.log(delta), key=evidence_of)
 
 
@@ -118,12 +118,12 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     The first 64 thresholds rise in equal steps of rank to a limit, all others in growing steps.
     """
     # The grid is fixed before any label is seen. Thresholds that depend on labels would favour
-    # scores where the labels happen to be right, and the test of a fixed threshold would be wrong.
+    # scores where the labels happen to be right, and a test for fixed thresholds would not hold.
     ordered = np.sort(uncertainty)
-    inside = int(np.searchsorted(ordered, limit, side="right"))
-    if not inside:
+    n_up_to_limit = int(np.searchsorted(ordered, limit, side="right"))
+    if not n_up_to_limit:
         raise DataError(f"no score is at most {limit:.6g}, so nothing could be accepted.")
-    n_accepted = [math.ceil(inside * step / STEPS) for step in range(1, STEPS + 1)]
+    n_accepted = [math.ceil(n_up_to_limit * step / STEPS) for step in range(1, STEPS + 1)]
     while n_accepted[-1] < len(ordered):
         n_next = math.ceil(n_accepted[-1] * GROWTH)
         n_accepted.append(min(n_next, len(ordered)))
@@ -133,9 +133,9 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
 
 
 def relative_numbers(n_thresholds: int) -> Floats:
-    """Number (G,) of rows that every threshold of ``grid_of`` accepts, by that of the first limit.
+    """Rows (G,) that each threshold of ``grid_of`` accepts, divided by the rows up to the limit.
 
-    Rounding is left out, so that only the number of thresholds has to be known.
+    The numbers are not rounded to whole rows, so they follow from the number of thresholds alone.
     """
     number = np.arange(1, n_thresholds + 1)
     up_to_limit = np.minimum(number / STEPS, 1.0)

@@ -265,7 +265,7 @@ class Calibration(Document):
             )
 
     def _require_closed(self, data: EmbeddingSource) -> None:
-        """Refuse data with pictures that a guarantee about a folder does not speak of."""
+        """Refuse data with pictures that a guarantee about a folder does not cover."""
         if self.rule is None or self.rule.closed is None:
             return
         is_closed = self.rule.closed.shows(data.picture_identities())
@@ -357,7 +357,7 @@ class Calibration(Document):
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
-        """Text of what does not follow from the rows and the target; None if everything does."""
+        """First fact that does not follow from the rows and the target, as text; None if all do."""
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
@@ -409,7 +409,7 @@ class Calibration(Document):
 def _reasons_in_folder(
     reasons: list[str | None], outcomes: Outcomes, closed: ClosedPhotos
 ) -> list[str | None]:
-    """The reasons of N rows, where no row of another picture than the ``closed`` is accepted."""
+    """The reasons of N rows; a row that shows none of the ``closed`` photos is not accepted."""
     if outcomes.picture is None:
         is_closed = np.zeros(len(reasons), np.bool_)
     else:

@@ -7,9 +7,9 @@ left: at most the share r of them is wrong. This is false if
 
     K >= k + floor(r (c - m)) + 1.
 
-The right side changes with every label. A hypothesis that changes with the labels cannot be tested
-by Ville's inequality, and neither can a sequence of thresholds be tested in which the first false
-one changes. So the hypotheses here are the values of K, which are fixed:
+The right side changes with every label, but Ville's inequality needs a fixed hypothesis. The
+sequences of ``vilu.calibration.anytime`` do not help either: they need that the first threshold
+whose guarantee is false stays the same. So the hypotheses here are the fixed values of K:
 
 1. E(K) is the evidence against "exactly K of c are wrong". It is a likelihood ratio: the
    probability of the labels if the share of wrong answers is drawn from a beta distribution,
@@ -17,8 +17,8 @@ one changes. So the hypotheses here are the values of K, which are fixed:
    (1 - q) / (1 - p): q and p are the probabilities of a wrong answer under both assumptions, and
    p = (K - k) / (c - m) is the mean of the next draw. So E(K) is a bet against this mean, and its
    expectation is 1 if K are wrong.
-2. A guarantee that is false has rejected the true K. So the union over all K costs nothing, as in
-   a confidence sequence.
+2. If a certified guarantee is false, the true K was rejected. No other K can be rejected wrongly.
+   So testing all K at the full level is valid, as in a confidence sequence.
 3. The thresholds share the level. With shares w that add up to 1, the sum of w E(K) over all
    thresholds, each with its true K, has an expectation of at most 1. By Ville's inequality (1939)
    the probability that it ever reaches 1 / delta is at most delta.
@@ -106,8 +106,8 @@ def log_evidence(
     # the mode if the mode is larger.
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
     least_rejected = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
-    # The conditional mean of the next draw would be above 1: fewer photos are left than wrong
-    # answers would have to be among them.
+    # Impossible, because n_wrong - k wrong answers would have to be among fewer photos, the c - m
+    # that are left.
     is_impossible = c - least_rejected < m - k
     n_wrong = np.where(is_impossible, k, least_rejected)
     log_null = _log_falling(n_wrong, k) + _log_falling(c - n_wrong, m - k) - _log_falling(c, m)
@@ -163,7 +163,7 @@ def _accepted(grid: Floats, uncertainty: Floats) -> tuple[int, ...]:
 
 
 class ClosedPhotos(Model):
-    """The photos that a guarantee about one folder speaks of.
+    """The photos that a guarantee about one folder covers.
 
     They are accepted, and nobody had labelled them when the guarantee was certified.
 
@@ -176,7 +176,7 @@ class ClosedPhotos(Model):
     files: int = Field(ge=1)
 
     def shows(self, pictures: Ints) -> NDArray[np.bool_]:
-        """Mask (N,) of the pictures (N,) that the guarantee speaks of."""
+        """Mask (N,) of the pictures (N,) that the guarantee covers."""
         return np.isin(pictures, np.array(self.pictures))
 
     def __str__(self) -> str:
@@ -209,9 +209,9 @@ class ClosedDraw(Model):
 class ClosedLooks:
     """Tests of a grid of thresholds on a closed set, which may be repeated after every label.
 
-    It has the methods of ``vilu.calibration.anytime.Looks``. What is certified at a threshold is
-    another statement: of the photos of the set that it accepts and that have no label at most the
-    share ``max_risk`` is wrong.
+    It has the methods of ``vilu.calibration.anytime.Looks``, but it certifies another statement.
+    Take the photos of the set that a threshold accepts and that have no label: at most the share
+    ``max_risk`` of the answers about them is wrong.
 
     Let B be the largest number of wrong answers in the whole set with which this is true: those
     among the labels, and floor(max_risk n) among the n photos without a label. If it is false, the
@@ -274,7 +274,7 @@ class ClosedLooks:
         return np.array(wrong), np.array(accepted)
 
     def unlabelled(self, drawn: Ints) -> Ints:
-        """Number (G,) of photos without a label up to every threshold, if ``drawn`` (G,) are."""
+        """Number (G,) of photos without a label up to every threshold, after the ``drawn`` (G,)."""
         left: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
         return left
 
@@ -329,8 +329,8 @@ class ClosedLooks:
         n_left = self.unlabelled(drawn)
         error_rate = wrong / np.maximum(drawn, 1)
         left_at_limit = int(n_left[self.last])
-        # Every label is one photo less that the guarantee is about. So more labels may show less,
-        # and the numbers are tried one after another.
+        # Every label takes a photo out of the guarantee. So more labels may certify less. A
+        # bisection could miss the answer, and the numbers are tried one after another.
         tried = np.linspace(0, left_at_limit, MOST_TRIED, endpoint=False)
         numbers: list[int] = np.unique(np.ceil(tried).astype(np.int64)).tolist()
         for more in numbers:

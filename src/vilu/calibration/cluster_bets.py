@@ -56,8 +56,8 @@ ASIDE: Final = 0.1
 STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
 """A pair for every sequence: share of the rows of the tenth, and share of the level.
 
-A sequence starts at the score up to which this share of the rows lies. The last one has no level
-but that which no earlier one can use.
+A sequence starts at the score up to which this share of the rows lies. The last sequence has no
+level of its own. It gets what no earlier sequence can use.
 """
 
 
@@ -100,7 +100,8 @@ def _laxest(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | 
     laxest = None
     for start, end in pairwise([*sorted(levels), math.inf]):
         level = carried + levels[start]
-        # Up to the first score above the start, the evidence is that of the last score before it.
+        # The start need not be one of the scores. A threshold between two scores accepts the same
+        # rows as the lower one, so its evidence is that of the last score up to the start.
         first = int(np.searchsorted(scores, start, side="right")) - 1
         last = int(np.searchsorted(scores, end, side="right")) - 1
         carried = 0.0
@@ -127,8 +128,9 @@ def _evidence(rows: LabelledRows, max_risk: float) -> Floats:
     by_cluster = np.argsort(cluster, kind="stable")  # keeps the order of scores within a cluster
     ordered = cluster[by_cluster]
     gain = (rows.failure[by_score][by_cluster] == 1) - max_risk
-    is_first = np.ones(len(ordered), dtype=np.bool_)
+    is_first = np.ones(len(ordered), dtype=np.bool_)  # first row of its cluster
     is_first[1:] = ordered[1:] != ordered[:-1]
+    # Z_c after a row: the running total of all clusters, less the total before the cluster began
     total = np.cumsum(gain)
     first_of_row = np.maximum.accumulate(np.where(is_first, np.arange(len(ordered)), 0))
     z_with_row = total - (total - gain)[first_of_row]

@@ -40,9 +40,9 @@ class Clusters(Model):
     Attributes:
         risk: "majority": at most ``max_risk`` of the accepted clusters have a wrong majority
             answer. "ratio": at most ``max_risk`` of the accepted rows are wrong.
-        n: Number of calibration clusters that count. For "ratio" a tenth of the clusters is set
-            aside and does not.
-        largest: Largest number of rows of a cluster that the guarantee speaks of. Rows of larger
+        n: Number of calibration clusters that count. For "ratio", a tenth of the clusters is set
+            aside and does not count.
+        largest: Largest number of rows of a cluster that the guarantee covers. Rows of larger
             clusters are left for review. None for "majority", which takes clusters of any size.
     """
 

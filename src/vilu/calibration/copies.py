@@ -70,8 +70,8 @@ class Copies:
         n_copies = np.arange(self.n_seen, self.n + 1)
         at_least = 1 - self._at_most(self.n_seen - 1, n_copies)  # P[X >= k] = 1 - P[X <= k - 1]
         is_likely = at_least >= DELTA
-        # If k is much larger than f n, so many seen copies are unlikely even for K = n. Then no K
-        # is likely, and the bound is the largest possible K, which is n.
+        # There are at most n copies. If k is much larger than f n, even n copies make k seen copies
+        # unlikely. Then no K satisfies the condition, and the bound is n.
         if not is_likely.any():
             return self.n
         return int(n_copies[is_likely].min())

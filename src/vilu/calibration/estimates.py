@@ -10,8 +10,8 @@ The first mean is known. The second is estimated by the n labelled rows. Its var
 w f predicts y well, and wrong predictions make no bias. The weight is the slope of y on f among the
 labelled rows (power tuning). With w = 0 only the labels count.
 
-**Interval of the second mean.** With few labels a normal interval is too short: what the sample
-does not hold, it does not know of. So the n residuals y - w f get random weights, drawn from a
+**Interval of the second mean.** With few labels a normal interval is too short, because rare values
+are often missing in the sample. So the n residuals y - w f get random weights, drawn from a
 Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row, whose
 residual is the largest possible one or the smallest possible one, each with probability 1/2. The
 limits are quantiles of the weighted mean.
@@ -56,12 +56,12 @@ BLOCK: Final = 2**21
 """Largest number of weights in memory."""
 
 FOLDS: Final = 10
-"""Number of folds in which labelled rows get a probability that their label did not shape."""
+"""Number of folds; a labelled row gets its probability from a calibrator of the other folds."""
 
 CHOSEN: Final = 1e-4
-"""Probability at which labelled rows are taken for chosen: so unlike the others are their scores.
+"""Labels are refused as not random if their scores differ from the others at this p-value.
 
-A random sample is refused with this probability.
+So a sample that is random is refused with this probability.
 """
 
 Method = Literal["prediction-powered", "exact"]
@@ -112,8 +112,9 @@ class Predicted:
     """Predictions of a property.
 
     Attributes:
-        labelled: (n,) of the labelled rows. No label of a row shapes its own prediction.
-        everywhere: (N,) of all rows.
+        labelled: (n,) predictions for the labelled rows. None of them depends on the row's own
+            label.
+        everywhere: (N,) predictions for all rows.
     """
 
     labelled: Floats
@@ -205,7 +206,7 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
 
 
 def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predicted:
-    """Probabilities of failure."""
+    """Probabilities of failure: those of the outcomes, or else of calibrated uncertainties."""
     probability = outcomes.failure_probability
     if probability is None and outcomes.is_probability:
         probability = outcomes.uncertainty
@@ -230,7 +231,8 @@ def _calibrated_in_folds(
         held_out = fold == number
         calibrator = fit_calibrator(score[~held_out], failure[~held_out], is_log_odds=False)
         labelled[held_out] = calibrator(score[held_out])
-        # weighted like the labelled rows of the fold, so that the mean residual has no bias
+        # In the mean of ``labelled`` a calibrator weighs as much as its fold. It has the same
+        # weight here, so that the mean residual has no bias.
         everywhere += calibrator(uncertainty) * held_out.mean()
     return Predicted(labelled=labelled, everywhere=everywhere)
 
@@ -275,7 +277,8 @@ def _estimate(
     delta = 1 - confidence
     hits = int(truth.sum())
     plain = (lower_bound(hits, n, delta / 2), upper_bound(hits, n, delta / 2))
-    # The labels do not decide which interval is taken: that would be a choice after a look.
+    # Predictions decide which interval is taken, not labels. An interval that is chosen by the
+    # labels themselves would be too short.
     expected = n * float(predicted.everywhere.mean())
     is_rare = min(expected, n - expected) < fewest_expected
     by_labels = Estimate(

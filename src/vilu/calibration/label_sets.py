@@ -48,8 +48,8 @@ class LabelSets(Model):
     - "aps": s(x, j) = the total probability of the candidates that are more probable than j. The
       coverage of easy rows differs less from that of hard rows. A set is never empty.
 
-    Ties can only make sets larger. f is the probability of failure before calibration, because the
-    rows that determine c must not determine f, and with it the scores s, as well.
+    Ties can only make sets larger. f is the probability of failure before calibration. The
+    calibration rows determine c, so they must not also shape f, on which the scores s depend.
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets. There
     the last label of a set is included at random. Here it is always included, so that a set depends

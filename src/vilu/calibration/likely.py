@@ -47,8 +47,8 @@ class LikelyRight(Model):
         n_wrong_zero_shot: Number of wrong zero-shot answers to the same labels; None if it was not
             counted.
         probability: The calibrator; None with fewer than ``LEAST_WRONG`` wrong answers.
-        threshold: Largest uncertainty that is likely right, among rows drawn as those of the fit;
-            None if no answer is likely right, or if there is no calibrator.
+        threshold: New rows up to this uncertainty are likely right, if they are drawn as the rows
+            of the fit were. None if no answer is likely right, or if there is no calibrator.
 
     Examples:
         >>> import numpy as np
@@ -119,6 +119,7 @@ class LikelyRight(Model):
         return self._up_to(self.threshold, uncertainty)
 
     def _up_to(self, threshold: float | None, uncertainty: Floats) -> Flags:
+        """Whether each uncertainty (N,) is at most the threshold; all None without an estimate."""
         if self.probability is None:
             return [None] * len(uncertainty)
         if threshold is None:

@@ -140,7 +140,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
 
 
 def _check_draw(target: Target, predictor: FailurePredictor) -> None:
-    """Refuse targets and predictors of which rows up to a limit show nothing."""
+    """Refuse targets and predictors about which rows up to a limit show nothing."""
     # Means over all answers, coverages, label sets and stated shares need rows beyond the limit.
     possible = Target(
         max_risk=target.max_risk, confidence=target.confidence, per_class=target.per_class
@@ -191,8 +191,8 @@ def _calibrate(
             write_card(folder)
             return calibration
     fresh = predictor.unseen(data, "calibration")
-    places = np.flatnonzero(fresh)
-    check_copies(predictor, data, places)
+    fresh_rows = np.flatnonzero(fresh)
+    check_copies(predictor, data, fresh_rows)
     dataset, split = names
     rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
     if drawn_below is not None:
@@ -200,7 +200,8 @@ def _calibrate(
     n_looks = 1
     if rows.picture is not None and target.has_rule:
         n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
-    rule, saved, copies = _rule_of_pictures(target, rows, data, places)
+    # ``rows`` holds one outcome per index in ``fresh_rows``; ``saved`` and ``copies`` count these
+    rule, saved, copies = _rule_of_pictures(target, rows, data, fresh_rows)
     if rule is not None:
         rule = rule.model_copy(update={"drawn_below": drawn_below})
     rows = rows.take(saved)
@@ -213,7 +214,7 @@ def _calibrate(
     sets: LabelSets | None = None
     if target.label_sets is not None:
         is_left_out = np.ones(len(data), np.bool_)
-        is_left_out[places[saved]] = False
+        is_left_out[fresh_rows[saved]] = False
         saved_data = data.without(is_left_out)
         sets = fit_label_sets(
             predictor, saved_data, max_miss=target.max_miss, method=target.label_sets
@@ -248,15 +249,15 @@ def _inputs(
     if drawn_below is not None:  # the digests of calibrations without a limit stay
         asked["drawn_below"] = drawn_below
     made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
-    # The fingerprint of a store covers all rows. That of other sources covers a sample of the rows,
-    # so the identities of all rows are added: the best kind of identity, or none if there is none.
+    # The fingerprint of a store covers all rows, but that of other sources only a sample of them.
+    # So the identities of all rows are added. Of several kinds of identity the first is the best.
     if not isinstance(data, EmbeddingStore):
         made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
     return digest(made_from)
 
 
 def _rule_of_pictures(
-    target: Target, rows: Outcomes, data: EmbeddingSource, places: Ints
+    target: Target, rows: Outcomes, data: EmbeddingSource, index_in_data: Ints
 ) -> tuple[Rule | None, Ints, Ints]:
     """The rule of N calibration rows, where every picture counts once.
 
@@ -268,23 +269,23 @@ def _rule_of_pictures(
         target: The target.
         rows: N calibration rows.
         data: The source of the rows.
-        places: Indices (N,) of the rows in the source.
+        index_in_data: Indices (N,) of the rows in the source.
 
     Returns:
         The rule; indices (M,) of the rows to save, which are one row per picture and all rows
         without a label; and indices, among these M, of the copies that the rule leaves out.
     """
     if target.cluster_risk is not None:
-        # A cluster is a draw, whatever its rows are, so copies within it do no harm.
+        # Each cluster counts as one draw, so copies within a cluster do no harm.
         return _certified(rows, target), np.arange(len(rows)), np.arange(0)
     is_labelled = evaluable(rows)
     chosen, counted = count_once(rows, is_labelled)
     rule = _certified(rows, target)
     left_out = chosen[:0]  # no row is left out so far
-    is_first = _first_of_near_copies(data, places[chosen])
+    is_first = _first_of_near_copies(data, index_in_data[chosen])
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
-        is_different = first_of_scenes(data, places[chosen], ALIKE)
+        is_different = first_of_scenes(data, index_in_data[chosen], ALIKE)
         # Pictures that differ by noise only are one draw. If all of them count, the bound is too
         # small. If only one of them counts, its answer may be right by chance. So both rules are
         # made, and the rule that accepts less is used.

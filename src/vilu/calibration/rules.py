@@ -126,7 +126,8 @@ class Rule(Model):
     @model_serializer(mode="wrap")
     def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields to save; a rule about new single rows has those of earlier versions."""
-        # So the fingerprints of calibrations stay, by which scores and monitors know them.
+        # Scores and monitors refer to a calibration by its fingerprint, a hash of these fields. A
+        # new field with its default value would change the fingerprints of old calibrations.
         fields: dict[str, Any] = fields_of(self)
         if self.about == "new":
             fields.pop("about", None)
@@ -200,7 +201,7 @@ class Rule(Model):
         return self._single_threshold("floor").floor
 
     def _single_threshold(self, wanted: str) -> Threshold:
-        """The threshold for all rows; ``wanted`` is the word for messages."""
+        """The threshold for all rows; ``wanted`` names the wanted property in messages."""
         if self.needs_batch:
             raise UsageError(f"this rule judges whole batches, so it has no {wanted} of its own.")
         if self.grouped_by is not None:
@@ -304,7 +305,7 @@ class Rule(Model):
         if clusters is None:
             raise UsageError(
                 f"this rule is about clusters, so it needs the cluster of each of {len(scores)} "
-                "rows, as text."
+                "rows, as text: the column cluster of a table, or that of --clusters COLUMN."
             )
         return self.clusters.compared_scores(scores, clusters)
 
@@ -335,7 +336,7 @@ class Rule(Model):
 
         The reasons are "above_threshold", "below_floor" (such highly trusted answers are too often
         wrong), "not_certified" (the group accepts nothing), "not_selected" (from a batch) and
-        "large_cluster" (larger than those that the guarantee speaks of). Raises the errors of
+        "large_cluster" (larger than those that the guarantee covers). Raises the errors of
         ``accept``.
         """
         scores = self._compared_scores(uncertainty, clusters)
@@ -361,6 +362,7 @@ class Rule(Model):
         return "\n".join(lines)
 
     def _guarantee_of_batch(self) -> str:
+        """The guarantee of a rule that judges whole batches, as a text."""
         counted = "" if self.counted is None else f": {self.counted}"
         return (
             "accepts what it can of a batch, of which on average at most "
@@ -385,10 +387,11 @@ class Rule(Model):
         return "of the accepted answers are wrong"
 
     def _guarantee(self) -> str:
+        """The guarantee of a rule with thresholds, as a text."""
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        # The sentence has four parts (see the last line). Every case below adds words to some.
+        # The sentence is built from four parts (see the last line). Each case below changes some.
         certainty = f"with confidence {exactly(self.confidence)}"
         errors = self._errors
         if self.method == "crc":
@@ -411,7 +414,7 @@ class Rule(Model):
         return f"{self._share()}; {certainty} at most {percent(bound)} {errors} ({counts})"
 
     def _share(self) -> str:
-        """Text on the share of the answers that is accepted, and of which answers it is a share."""
+        """Text such as "accepts 62.0% of the calibration rows"."""
         accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted or self.method == "anytime":
             accepts += " of the calibration rows"
@@ -450,12 +453,12 @@ def certify(
         confidence: 1 - delta, in (0, 1).
         min_coverage: Smallest share of answers to accept. If shares are stated, it is the share
             among rows with the stated shares. Together with ``max_risk``, a threshold that accepts
-            less is infeasible. Without ``max_risk``, the strictest threshold with this coverage is
-            taken, and its risk is bounded.
+            less is infeasible. Without ``max_risk``, the rule has the strictest threshold with this
+            coverage, and states a bound of its risk.
         method: "ltt" or "crc" (``vilu.calibration.thresholds``), or "selection". "selection"
             accepts part of a batch such that E[share of wrong answers among the accepted] <=
             max_risk (``vilu.calibration.selection``). The method "anytime" needs labels that arrive
-            one after another; ``vilu calibrate --method anytime`` uses it.
+            one after another: ``vilu.Selective.next_labels``, or ``vilu next``.
         groups: Names of the groups of the N rows, or "prediction" for the judged answers. Every
             group with enough rows has a threshold of its own. All other groups, and a group with
             the name "(other)", share the threshold "(other)". delta is divided among the
@@ -537,9 +540,10 @@ def certify_clusters(
             are accepted by their own scores (``vilu.calibration.cluster_bets``).
         max_risk: Largest error rate, in (0, 1).
         confidence: 1 - delta, in (0, 1).
-        largest: For "ratio": largest number of rows of a cluster that the guarantee speaks of,
+        largest: For "ratio": largest number of rows of a cluster that the guarantee covers,
             chosen without the labels. Larger clusters are left for review, and a smaller number
-            needs fewer clusters. None: the size of the largest one, which then is no evidence.
+            needs fewer clusters. None: the size of the largest calibration cluster, which then
+            does not count as evidence.
 
     Raises:
         UsageError: If an argument is out of range, or if ``largest`` is given for "majority".
@@ -571,7 +575,8 @@ def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
     is_usable = evaluable(outcomes)
     if outcomes.cluster is None:
         raise DataError(
-            "a risk of clusters needs the cluster of every row: a column cluster in the table."
+            "a risk of clusters needs the cluster of every row: the column cluster of the table, "
+            "or that of --clusters COLUMN."
         )
     max_risk = target.max_risk or 0.0  # with a cluster_risk there is one (``check_clusters``)
     if target.cluster_risk == "ratio":
@@ -634,18 +639,18 @@ def rule_of(
 
 
 def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[float, ...]]:
-    """Number of calibration rows for p-values, and uncertainties of the wrong rows, ascending.
+    """Number of calibration rows, and the uncertainties of the wrong rows in ascending order.
 
-    At most a million rows are used.
+    The p-values of "selection" are computed from both. At most a million rows are used.
     """
     max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
-    fewest = rows_for_mean(max_risk)
+    n_needed = rows_for_mean(max_risk)
     chosen = drawn(len(rows))
     n = len(chosen)
-    if n < fewest:
+    if n < n_needed:
         raise InfeasibleError(
             f"with {n} calibration rows no answer can be selected at a risk of "
-            f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {fewest} rows are "
+            f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {n_needed} rows are "
             "needed."
         )
     is_wrong = rows.failure[chosen] == 1
@@ -662,8 +667,7 @@ def rule_at_any_time(
     """The rule that is certified by labels which have arrived one after another.
 
     ``groups`` holds for every group the tests of its thresholds, and its labelled rows. A single
-    group of all rows has the name "". ``closed`` are the photos that a rule about one folder speaks
-    of.
+    group of all rows has the name "". ``closed`` are the photos of a rule about one folder.
     """
     thresholds: dict[str, Threshold] = {}
     for name, (looks, rows) in groups.items():
@@ -958,4 +962,7 @@ def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
             f"{most_trusted}, and with so many wrong answers a risk of {max_risk:.2%} needs at "
             f"least {needed:,} accepted answers"
         )
-    return f"{most_trusted}, which would be enough if only this threshold were tested"
+    return (
+        f"{most_trusted}. For a threshold that was fixed before the labels came this would be "
+        "enough. But the labels choose among several thresholds, so more of them are needed"
+    )

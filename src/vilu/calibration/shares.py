@@ -31,9 +31,9 @@ It is used if no shares of classes are stated.
 """
 
 BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
-"""Bets, as shares of the limit that a bet must stay below.
+"""Sizes of the bets, as parts of the largest bet that is possible.
 
-A bet at the limit loses all wealth at one wrong row of the largest weight.
+The largest bet would lose all wealth at one wrong row of the largest weight.
 """
 
 SHOWN: Final = 3
@@ -95,7 +95,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 
 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
-    """Refuse stated shares that leave out a class of the rows: a share of 0 must be stated too."""
+    """Refuse stated shares that leave out a class of the rows. A share of 0 must be stated, too."""
     if class_shares is None or rows.class_names is None:
         return
     names = rows.class_names
@@ -312,8 +312,9 @@ def log_mean(evidence: Floats) -> Floats:
 def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool) -> int | None:
     """Smallest number of rows that a stratum with this share needs; None if no number is enough.
 
-    This is the best case: the other strata have infinitely many rows, and every answer is right.
-    ``all_wrong``: whether all rows of the stratum are wrong. Then at best none of them is accepted.
+    The number is for the best case: the other strata have infinitely many rows, and every accepted
+    answer is right. If ``all_wrong``, all rows of the stratum are wrong, and in the best case none
+    of them is accepted.
     """
     bets = np.array(BETS)
     # With infinitely many rows in the other strata their weights tend to 0 and their product tends

@@ -69,7 +69,8 @@ class Target:
 
     def _without_clusters(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields but for those of clusters, if there is no risk of clusters."""
-        # So digests of targets, and fingerprints of calibrations, stay as they were.
+        # A new field with its default value would change the digests of old targets, and the
+        # fingerprints of calibrations that contain them.
         if self.cluster_risk is None:
             fields.pop("cluster_risk", None)
             fields.pop("largest_cluster", None)
@@ -100,11 +101,9 @@ class Target:
         if self.method == "anytime":
             raise UsageError(
                 f"method must be one of {', '.join(get_args(RowsMethod))} if all labels are there "
-                'already. Got "anytime" instead, which is for labels that arrive one by one. Save '
-                "the model as a folder P, fill in the labels that `vilu next STORE --predictor P "
-                f"-o next.csv --max-risk {self.max_risk}` asks for, and run `vilu calibrate P "
-                f"STORE --method anytime --max-risk {self.max_risk} --labels next.csv`. "
-                'vilu.load("P") then has the guarantee.'
+                'already. Got "anytime" instead, which is for labels that arrive one by one: '
+                "vilu.Selective has next_labels, and calibrate with the method anytime. The "
+                "commands are `vilu next` and `vilu calibrate --method anytime`."
             )
         if self.method == "selection":
             has_only_max_risk = self.max_risk is not None and self.min_coverage is None
@@ -115,6 +114,24 @@ class Target:
                 )
         self.check_shares(grouped=grouped)
         self.check_clusters(grouped=grouped)
+
+    def risk_of_anytime(self) -> float:
+        """The ``max_risk`` of a target with the method "anytime".
+
+        Refuses a target without it, and one that such labels cannot show.
+        """
+        possible = Target(
+            max_risk=self.max_risk,
+            confidence=self.confidence,
+            method="anytime",
+            per_class=self.per_class,
+        )
+        if self.max_risk is None or self != possible:
+            raise UsageError(
+                "anytime needs a max_risk, and allows no other target but confidence and per_class "
+                "beside it."
+            )
+        return self.max_risk
 
     def check_clusters(self, *, grouped: bool) -> None:
         """Refuse a risk of clusters together with options that do not support it."""

@@ -135,9 +135,9 @@ WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
 NEAR = 2 / 3
-"""Two sequences are merged if the first cannot start before this share of the second's rows.
+"""A sequence is merged with the next one if it would start later than this part of its rows.
 
-The merged sequence starts where the second one would, with the levels of both.
+The merged sequence starts where the next one would, with the levels of both.
 """
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -160,7 +160,7 @@ take a part of delta, and with few rows all of delta is needed.
 """
 
 NO_FLOOR = -1
-"""Index of the floor if there is none: the scores above a floor start at the next index, here 0."""
+"""Index that stands for no floor. The scores above a floor begin at the next index, which is 0."""
 
 BLOCK = 2**14
 """Number of p-values that are computed at once."""
@@ -198,13 +198,13 @@ class Threshold(Model):
 
         ``floor`` is the index of the largest distinct score below the interval, or ``NO_FLOOR``.
         """
-        inside = slice(floor + 1, index + 1)
+        interval = slice(floor + 1, index + 1)
         floor_score = None if floor == NO_FLOOR else float(counts.value[floor])
         return cls(
             threshold=float(counts.value[index]),
             n=int(counts.n),
-            n_accepted=int(counts.size[inside].sum()),
-            n_wrong=int(counts.wrong[inside].sum()),
+            n_accepted=int(counts.size[interval].sum()),
+            n_wrong=int(counts.wrong[interval].sum()),
             risk_bound=risk_bound,
             floor=floor_score,
         )
@@ -267,8 +267,9 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     of the next sequence (fallback procedure of Wiens). If there are few rows, one sequence has all
     of delta.
 
-    **Exact starts.** A binomial tail has steps, and level between two steps would be wasted. So a
-    sequence starts at a number of rows at which one more wrong answer has just become admissible.
+    **Exact starts.** A binomial tail has steps: a level between two steps rejects no more than the
+    lower step does. So a sequence starts at a number of rows at which one more wrong answer has
+    just become admissible, and its test uses nearly all of its level.
     The sequence at all rows takes the largest value of its tail that is at most delta / 4. It is
     left out if it would admit no wrong answer.
 
@@ -371,11 +372,11 @@ def _fallback_procedure(
     for start, end in pairwise([*sorted(levels), len(accepted)]):
         level = carried + levels[start]
         # The row at the first threshold determines where the sequence starts. So it is no random
-        # draw, and the binomial law holds for the other rows only. The row is taken for right,
+        # draw, and the binomial law holds for the remaining rows only. The row counts as right,
         # unless all rows with its score are wrong.
-        wrong_of_others = wrong[start] - is_all_wrong[start]
+        wrong_of_remaining = wrong[start] - is_all_wrong[start]
         first_not_rejected = start
-        if tail(wrong_of_others, accepted[start] - 1, max_risk) <= level:
+        if tail(wrong_of_remaining, accepted[start] - 1, max_risk) <= level:
             first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
             # If all rows together do not reject H_t at the start, the threshold before t is
             # certified: t itself may be a score that many rows share, all of them wrong.
@@ -399,8 +400,8 @@ def _level_at_start(
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
     for beginning in beginnings(n, starts, whole, max_risk, delta):
-        # Starts depend on numbers of rows only. A start chosen where the answers happen to be right
-        # would be a choice among many tests, but the level allows for one test.
+        # Starts depend on numbers of rows only. To choose a start where the answers happen to be
+        # right would mean to look at many tests, but the level allows for one test only.
         index = int(np.searchsorted(accepted, beginning.best))  # the first with enough rows
         if index:
             n_before = accepted[index - 1]
@@ -464,7 +465,8 @@ def beginnings(
         trials_needed_next = rows_without_error(max_risk, level + level_left * next_share)
         next_rows = max(math.ceil(n * next_at), trials_needed_next + 1)
         has_next = next_at > 0
-        # This sequence must start later than it should, and then close to the next sequence.
+        # This sequence has too few rows at its planned start, and its first possible start is close
+        # to the start of the next sequence.
         is_late = trials_wanted < trials_needed and trials_needed + 1 > NEAR * next_rows
         if has_next and is_late:
             # One sequence with the levels of both certifies more than two sequences that start

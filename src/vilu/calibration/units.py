@@ -49,11 +49,10 @@ class CountedRows(Model):
 def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, CountedRows | None]:
     """Choose one row per picture among the rows where ``keep`` (N,) is True.
 
-    Rows of a class problem ask the same question about their picture. A picture counts as wrong if
-    any of its rows has a wrong answer, so the first wrong row is chosen. Several captions of an
-    image are different questions, and the image is not wrong because one of its captions is. So
-    with captions the first row is chosen, right or wrong. A row whose picture is not known counts
-    as a separate picture.
+    With classes, all rows of a picture ask the same question. The picture counts as wrong if any of
+    its rows has a wrong answer, so its first wrong row is chosen. With captions, each row of a
+    picture asks another question, and one wrong answer does not make the rest wrong. So the first
+    row is chosen, right or wrong. A row whose picture is not known counts as a separate picture.
 
     Returns:
         Indices (M,) of the chosen rows; and the numbers of files and pictures, None if they are
@@ -65,8 +64,8 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
     preferred = outcomes.failure[rows]  # 1 where the answer is wrong: such rows are chosen first
     has_captions = outcomes.provenance.get("pool_size") is not None
     if has_captions:
-        # If one wrong caption of five were chosen for its image, the error rate of the chosen rows
-        # would be higher than that of all captions. So no row is preferred.
+        # If the one wrong caption of five stood for its image, the chosen rows would have a higher
+        # error rate than all captions. So no row is preferred.
         preferred = np.zeros_like(preferred)
     # Rows of one picture tend to be wrong together, so they are one trial of the binomial law. If
     # every row were counted as a trial, the bound would be too small.

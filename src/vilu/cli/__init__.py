@@ -194,6 +194,7 @@ def _send_signal_again(failure: Any) -> None:  # noqa: ANN401 - Python exports n
     if number is None:
         sys.__unraisablehook__(failure)
     else:
+        # after a short time, so that the main thread has left the code that lost the exception
         threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
 
 

@@ -47,7 +47,14 @@ from vilu.cli.stores import import_, inspect
 from vilu.cli.tabulate import completions_, detections_, logits_, words_
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.errors import UsageError
-from vilu.registry import entry_points, load_entry, load_plugin
+from vilu.process import use_one_heap
+from vilu.registry import (
+    entry_points,
+    load_entry,
+    load_plugin,
+    names_of_bench,
+    refuse_name_of_bench,
+)
 
 app = typer.Typer(
     name="vilu",
@@ -135,11 +142,13 @@ def common(
     speech = Speech(verbose=verbose, quiet=quiet, as_json=as_json)
     context.with_resource(speaking(speech))
     _set_umask(context, umask)
+    if context.invoked_subcommand == "serve":
+        use_one_heap()  # before a plug-in may import pyarrow
     for module in plugin or ():
         load_plugin(module)
 
 
-def speaks(command: Callable[..., None]) -> Callable[..., None]:
+def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the flags --verbose, --quiet and --json, which `vilu` itself has, too.
 
     So they may stand before the command or after it.
@@ -249,7 +258,7 @@ def add_command(
     group: typer.Typer, name: str, command: Callable[..., None], panel: str | None = None
 ) -> None:
     """Add a command to a group of commands, with its checks and the common flags."""
-    decorated = speaks(with_stop_message(command))
+    decorated = with_common_flags(with_stop_message(command))
     group.command(name, cls=PanelledCommand, rich_help_panel=panel)(decorated)
 
 
@@ -273,6 +282,10 @@ for command in (completions_, detections_, logits_, words_):
 app.add_typer(tabulate, name="tabulate", rich_help_panel=EMBEDDINGS)
 
 
+COMMAND_GROUP: Final = "vilu.commands"
+"""Group of the entry points that add commands."""
+
+
 def refusing(error: UsageError) -> Callable[[], None]:
     """Make a command that raises ``error``, in place of a command that cannot be imported."""
 
@@ -283,18 +296,34 @@ def refusing(error: UsageError) -> Callable[[], None]:
     return command
 
 
+ANY_ARGUMENTS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""Settings of a command that only raises an error."""
+
+
 def add_command_of(entry: EntryPoint) -> None:
     """Add a command of another package; if its import fails, the command raises the error."""
     try:
         command = load_entry(entry, "command")
         add_command(app, entry.name, command, RESEARCH)
     except UsageError as error:
-        # Any arguments are accepted, because the command only raises the error.
-        settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-        app.command(entry.name, context_settings=settings, rich_help_panel=RESEARCH)(
+        app.command(entry.name, context_settings=ANY_ARGUMENTS, rich_help_panel=RESEARCH)(
             refusing(error)
         )
 
 
-for entry in entry_points("vilu.commands"):
+def add_commands_of_bench() -> None:
+    """Add the commands of vilu-bench that are not installed, so that each says what to install."""
+    installed = {entry.name for entry in entry_points(COMMAND_GROUP)}
+    for name in names_of_bench()[COMMAND_GROUP]:
+        if name not in installed:
+            app.command(name, context_settings=ANY_ARGUMENTS, hidden=True)(refuse_command)
+
+
+def refuse_command(context: typer.Context) -> None:
+    """Raise the error that a command is part of vilu-bench."""
+    refuse_name_of_bench(COMMAND_GROUP, str(context.info_name))
+
+
+for entry in entry_points(COMMAND_GROUP):
     add_command_of(entry)
+add_commands_of_bench()

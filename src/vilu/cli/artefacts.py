@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -18,12 +18,18 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.persistence.files import PREDICTOR
 from vilu.predictors.persistence.storage import load_predictor
-from vilu.registry import entry_points, load_entry
+from vilu.registry import entry_points, load_entry, refuse_name_of_bench
 from vilu.scoring.score_folder import ScoreFolder
 from vilu.store.inspect import StoreReport
 from vilu.store.inspect import inspect as inspect_store
 from vilu.store.parts import StoreLedger
 from vilu.text import plural
+
+ARTEFACT_GROUP: Final = "vilu.artefacts"
+"""Group of the entry points that recognise artefacts of other packages."""
+
+FOLDERS_OF_RUNS: Final = ("cells", "studies")
+"""Folders in the output of a benchmark, which vilu-bench checks."""
 
 
 class Artefact(NamedTuple):
@@ -53,6 +59,8 @@ def check(path: Path) -> Iterator[Artefact]:
     if artefact is not None:
         yield artefact
         return
+    if any((path / name).is_dir() for name in FOLDERS_OF_RUNS):
+        refuse_name_of_bench(ARTEFACT_GROUP, "benchmark")
     files = sorted(file for file in path.iterdir() if file.suffix in {".json", ".parquet"})
     if not files:
         raise DataError(
@@ -65,7 +73,7 @@ def check(path: Path) -> Iterator[Artefact]:
 
 def _recognised_by_plugin(path: Path) -> Artefact | None:
     """The artefact at a path, as another package recognises it; None if no package does."""
-    for entry in entry_points("vilu.artefacts"):
+    for entry in entry_points(ARTEFACT_GROUP):
         recognise = load_entry(entry, "artefact")
         artefact: Artefact | None = recognise(path)
         if artefact is not None:

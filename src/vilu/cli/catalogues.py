@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BELOW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` that are printed on lines of their own, below the row."""
 
+NAMED_BY_BENCH = "the data sets that have a name come with: pip install 'vilu[bench]'"
+
 FACTS = (
     "name",
     "title",
@@ -60,6 +62,9 @@ def list_known() -> None:
         rows.append(_dataset_in_brief(entry))
     table = columns(rows, below=("how", "url"))
     print_result(facts, table)
+    if not rows:
+        next_step(NAMED_BY_BENCH)
+        return
     next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
 
 
@@ -98,6 +103,9 @@ def check_known(
             f"not whole: {', '.join(not_whole)} ({len(not_whole)} of {len(presences)} data sets). "
             "See above."
         )
+    if not presences:
+        next_step(NAMED_BY_BENCH)
+        return
     n_whole = len(presences) - len(not_whole)
     next_step(f"{n_whole} of {len(presences)} data sets are here and whole")
 
@@ -222,6 +230,7 @@ def list_(
 
 
 def _predictors() -> list[dict[str, Any]]:
+    """A row for every predictor."""
     from vilu.predictors import PREDICTORS
     from vilu.predictors.contract.catalogue import find_method
     from vilu.registry import METHODS_OF_TABLES
@@ -232,6 +241,7 @@ def _predictors() -> list[dict[str, Any]]:
 
 
 def _predictor(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
+    """The row of a predictor."""
     if not cls.needs_fit:
         needs_labels = "no"
     elif cls.needs_labels:
@@ -268,6 +278,7 @@ def _yes_or_no(value: bool) -> str:
 
 
 def _metrics() -> list[dict[str, Any]]:
+    """A row for every metric."""
     from vilu.metrics.catalog import METRICS
 
     return [_metric(name, metric) for name, metric in METRICS.items()]
@@ -330,6 +341,7 @@ def _flags(needed: list[str]) -> list[str]:
 
 
 def _backbones() -> list[dict[str, Any]]:
+    """A row for every backbone."""
     from vilu.backbones.catalog import BACKBONES, BackboneKind, named_backbones
 
     rows = []

@@ -74,7 +74,8 @@ class CarefulOutput:
                 return self.stream.write(text)
             except UnicodeEncodeError:
                 encoding = self.stream.encoding
-                return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                escaped = text.encode(encoding, "backslashreplace")
+                return self.stream.write(escaped.decode(encoding))
 
     def flush(self) -> None:
         """Write the text that is still in the buffer."""
@@ -122,7 +123,7 @@ def show_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Speech:
-    """How a command speaks: the values of --verbose, --quiet and --json."""
+    """What a command prints and logs: the values of --verbose, --quiet and --json."""
 
     verbose: bool = False
     quiet: bool = False
@@ -138,7 +139,7 @@ class Speech:
 
 
 SPEECH: ContextVar[Speech] = ContextVar("SPEECH")
-"""How the running command speaks."""
+"""The flags of the running command."""
 
 
 @contextmanager
@@ -471,11 +472,13 @@ def print_outputs(*outputs: Path | str) -> None:
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
-    """Format rows with equal keys as aligned text.
+    """Format rows with equal keys as aligned text; "" if there is no row.
 
     The cells of the keys in ``below`` are not aligned: each gets a line of its own below its row,
     unless it is empty.
     """
+    if not rows:
+        return ""
     names = [name for name in rows[0] if name not in below]
     cells = [[row[name] for name in names] for row in rows]
     heading, *lines = aligned([names, *cells])

@@ -31,7 +31,12 @@ PredictorOption = Annotated[
     ),
 ]
 Classes = Annotated[
-    bool, Option("--classes", help="Also estimate how many rows each class has; for stores.")
+    bool,
+    Option(
+        "--classes",
+        help="Also estimate how many rows each class has. The classes of a table are its answers; "
+        "where an answer is wrong, the column truth has the right one.",
+    ),
 ]
 Confidence = Annotated[
     float, Option(min=0, max=1, help="Confidence of every interval, by simulation.")
@@ -62,14 +67,17 @@ def estimate(
     model = _model(source, data, predictor)
     if labels is not None:
         source = _with_labels(source, labels)
-    outcomes = _scores(model, source, data)
+    outcomes = _scores(model, source, data, with_classes=classes)
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
     console.print_result(facts, _in_words(estimates, confidence))
 
 
 def _refuse_asked_for(source: EmbeddingSource) -> None:
-    """Refuse a table with labels that `vilu next` asked for to fit on: it chose those rows."""
+    """Refuse a table with labels of rows that `vilu next` chose to fit on.
+
+    These rows are not a random sample, so an estimate from them would be wrong.
+    """
     from vilu.tables.table import AnswerTable
 
     if not isinstance(source, AnswerTable) or source.asked_for is None:
@@ -115,16 +123,23 @@ def _with_labels(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
     return all_rows_with_random_labels(source, files)
 
 
-def _scores(model: FailurePredictor, source: EmbeddingSource, data: Path) -> Outcomes:
-    """Scores of the rows that were not used in the fit."""
+def _scores(
+    model: FailurePredictor, source: EmbeddingSource, data: Path, *, with_classes: bool
+) -> Outcomes:
+    """Scores of the rows that were not used in the fit; for a table with its answers as classes."""
     from vilu.scoring.score import score_fresh
+    from vilu.tables import scores
+    from vilu.tables.table import AnswerTable
 
     is_fresh = model.unseen(source, "estimated")
-    return score_fresh(model, source, is_fresh, dataset=data.name)
+    outcomes = score_fresh(model, source, is_fresh, dataset=data.name)
+    if with_classes and isinstance(source, AnswerTable):
+        return scores.with_classes(outcomes, source)
+    return outcomes
 
 
 def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
-    """The estimates, with what they are of."""
+    """The estimates as text, the error rate first, then the largest classes."""
     from vilu.calibration.thresholds import exactly
 
     error_rate, *shares = estimates

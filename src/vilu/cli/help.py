@@ -1,4 +1,4 @@
-"""The help of commands: commands and options in groups, and values named by what they are."""
+"""The help of commands: commands and options in groups, and names of values, such as PATH."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NEEDED: Final = "Options"
 DATA: Final = "Which images and labels"
 MODEL: Final = "Model and prompts"
 CLASSIFIER: Final = "A classifier of yours"
+TABLE: Final = "Tables of answers"
 PAIRS: Final = "Image-caption pairs, and two models"
 SPEED: Final = "Speed and memory"
 GUARANTEE: Final = "The guarantee"
@@ -39,6 +40,7 @@ GROUPS: Final = (
     GUARANTEE,
     SORTING,
     DATA,
+    TABLE,
     MODEL,
     CLASSIFIER,
     PAIRS,
@@ -120,7 +122,7 @@ class PanelledCommand(TyperCommand):
 
 
 def _name_value(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
-    """Name the value of a parameter by what it is, unless the parameter names it or lists all."""
+    """Set the name of a parameter's value in the help, such as PATH, if it has none yet."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):

@@ -296,7 +296,7 @@ def backbone_spec(
     *,
     full_decode: bool,
 ) -> BackboneSpec:
-    """The backbone that the flags describe. The compact model is named for what it is.
+    """The backbone that the flags describe; logs advice if it is the compact model.
 
     The path of ``models`` is made absolute, because the processes of an executor may start in
     another folder.
@@ -310,7 +310,7 @@ def backbone_spec(
 
 
 def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: str) -> str:
-    """The precision for "auto"; says where bfloat16 may be faster."""
+    """The precision to use, also for "auto"; logs advice if bfloat16 may be faster."""
     from vilu.device import multiplies_bf16, resolve_device
 
     if wanted == "bf16":
@@ -329,7 +329,7 @@ def _precision_of(wanted: Literal["fp32", "bf16", "auto"], name: str, device: st
 
 
 def name_compact(backbone: str) -> None:
-    """Say what the compact model is, which is the default, and what to take in its place."""
+    """If the backbone is the compact model, log what it is and which model is better."""
     if not _is_compact(backbone):
         return
     next_step(

@@ -401,7 +401,7 @@ def _take_in(
     in_order: bool,
     is_late: bool,
 ) -> dict[str, Any]:
-    """Give the rows of a file to a monitor, and return what the report says about this file.
+    """Give the rows of a file to a monitor, and return the entry of the report for this file.
 
     If ``shuffle_seed`` is None, the rows are not shuffled.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from vilu.cli.help import DATA, MODEL, MORE, PAIRS, SPEED
+from vilu.cli.help import DATA, MODEL, MORE, PAIRS, SPEED, TABLE
 from vilu.embeddings.columns import AnswerKind
 from vilu.errors import UsageError
 
@@ -143,6 +143,15 @@ LabelFiles = Annotated[
         metavar="FILE",
     ),
 ]
+ClusterColumn = Annotated[
+    str | None,
+    Option(
+        "--clusters",
+        metavar="COLUMN",
+        help="Column with the cluster of each row, such as its page or conversation. [cluster]",
+        rich_help_panel=TABLE,
+    ),
+]
 Fold = Literal["train", "validation", "test"]
 
 
@@ -203,6 +212,7 @@ class Reading:
             rich_help_panel=PAIRS,
         ),
     ] = None
+    clusters: ClusterColumn = None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -214,6 +224,8 @@ class Reading:
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
+        if self.clusters is None:  # newer than the digest: so digests without it do not change
+            del flags["clusters"]
         return flags
 
     @property
@@ -273,13 +285,18 @@ class Reading:
         from vilu.tables.read import is_table, open_table
 
         if is_table(store):
-            if self != Reading():
+            if replace(self, clusters=None) != Reading():
                 raise UsageError(
                     f"{store} is a table of answers. Leave out the options that say how a store is "
                     "read: --pool-size, --direction, --hard-negatives, --near-duplicates, --fold, "
                     "--logit-scale and --second."
                 )
-            return open_table(store)
+            return open_table(store, clusters=self.clusters)
+        if self.clusters is not None:
+            raise UsageError(
+                f"--clusters names a column of a table of answers, and {store} is none. Leave it "
+                "out."
+            )
         fold = self.fold
         if fold is not None and role is not None:
             fold = role

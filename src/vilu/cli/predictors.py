@@ -17,6 +17,7 @@ from vilu.cli.options import (
     MOST_RESAMPLES,
     MOST_SEED,
     Answer,
+    ClusterColumn,
     Data,
     Device,
     Fold,
@@ -227,7 +228,7 @@ def _flags_of_fit(
     has_labels: bool,
     has_sample: bool,
 ) -> dict[str, object]:
-    """Flags for the digest of a fit; ``left_out`` is for --validation and --init."""
+    """Flags for the digest of a fit; ``left_out``: whether --validation and --init are absent."""
     # The key is "with", although its values say what was left out. Another key would change the
     # digest of every fit.
     flags: dict[str, object] = {"with": left_out, "shots": None, "pseudo": False}
@@ -247,7 +248,7 @@ def _flags_of_fit(
 
 
 def _to_score(predictor: Path, holds: DataKind = "embeddings") -> str:
-    """End of the closing line of a command: the next command, which scores with the predictor."""
+    """Text for the closing line of a command: which command scores with the predictor."""
     data = "STORE"
     if holds == "answers":
         data = "TABLE"
@@ -514,6 +515,7 @@ def evaluate(
         int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seed of the bootstrap.")] = 0,
+    clusters: ClusterColumn = None,
 ) -> None:
     """Compute failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
@@ -522,20 +524,22 @@ def evaluate(
     from vilu.tables.read import files_of
     from vilu.tables.scores import scores_in
 
-    keep = console.keeping(
-        output,
-        "results",
-        files_of(*scores),
-        overwrite=overwrite,
-        resamples=resamples,
-        seed=seed,
-    )
+    settings: dict[str, object] = {"resamples": resamples, "seed": seed}
+    if clusters is not None:  # newer than the digest: so digests without it do not change
+        settings["clusters"] = clusters
+    keep = console.keeping(output, "results", files_of(*scores), overwrite=overwrite, **settings)
     runs: list[Tallied] = []
     for path in scores:
-        of_table = scores_in(path)
+        of_table = scores_in(path, clusters=clusters)
         if of_table:
             runs += of_table
-        elif path.is_dir():
+            continue
+        if clusters is not None:
+            raise UsageError(
+                f"--clusters names a column of a table of answers, and {path} is none. Leave it "
+                "out: scores have the clusters of their table."
+            )
+        if path.is_dir():
             runs.append(ScoreFolder(path))
         else:
             runs.append(Outcomes.load(path))
@@ -743,8 +747,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.tables.table import AnswerTable
 
     if store is None:
+        # The only argument is a table, which the command line has put in place of the predictor.
         store = predictor
-        predictor = _predictor_of_one_score(store, output, overwrite=overwrite)
+        predictor = _predictor_of_one_score(store, output, reading, overwrite=overwrite)
     elif output is not None:
         raise UsageError(
             "-o is for a table that is calibrated without a predictor. With a predictor the result "
@@ -787,7 +792,9 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(f"calibrated on {plural(calibration.n, 'row')}; {_to_score(predictor, data.holds)}")
 
 
-def _predictor_of_one_score(table: Path, output: Path | None, *, overwrite: bool) -> Path:
+def _predictor_of_one_score(
+    table: Path, output: Path | None, reading: Reading, *, overwrite: bool
+) -> Path:
     """Write the predictor whose uncertainty is the one score of a table; returns its folder."""
     from vilu.predictors.persistence import storage
     from vilu.tables.methods import one_score
@@ -800,7 +807,7 @@ def _predictor_of_one_score(table: Path, output: Path | None, *, overwrite: bool
         )
     if output is None:
         raise UsageError("a table that is calibrated alone needs -o FOLDER for the result.")
-    predictor = one_score(open_table(table))
+    predictor = one_score(open_table(table, clusters=reading.clusters))
     inputs = storage.inputs_of_fit(predictor, [])
     is_there = storage.claim(output, inputs, overwrite=overwrite)
     if not is_there:
@@ -819,21 +826,12 @@ def _calibrate_at_any_time(
     overwrite: bool,
 ) -> Calibration:
     """Calibrate with method anytime, whose guarantee stays valid while labels are added."""
-    from vilu.calibration.target import Target
     from vilu.triage.ask import calibrate_by_labels
 
-    max_risk = target.max_risk
-    # A target that sets only what method anytime allows; all else has its default value.
-    allowed = Target(
-        max_risk=max_risk,
-        confidence=target.confidence,
-        method=target.method,
-        per_class=target.per_class,
-    )
-    if max_risk is None or labels is None or target != allowed:
+    max_risk = target.risk_of_anytime()
+    if labels is None:
         raise UsageError(
-            "anytime needs --labels and --max-risk, and allows no other target. `vilu next` writes "
-            "the file of labels to fill in."
+            "anytime needs --labels. `vilu next` writes the file of labels to fill in."
         )
     return calibrate_by_labels(
         predictor,

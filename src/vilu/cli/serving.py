@@ -12,7 +12,6 @@ from vilu.cli.console import next_step, print_outputs
 from vilu.cli.help import LIMITS, MORE, SPEED
 from vilu.cli.options import DecodingThreads, Device, Models, path_argument, path_option
 from vilu.errors import UsageError
-from vilu.process import use_one_heap
 
 if TYPE_CHECKING:
     from vilu.service.limits import ClientKey, ClientLimits
@@ -177,7 +176,6 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     requests in progress are answered, and then the state is saved. Nothing that a client sends is
     logged or stored, except with --keep.
     """
-    use_one_heap()
     _require_service(executor)
     from vilu.service.limits import log_access
     from vilu.service.server import Hosted
@@ -185,7 +183,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     _require_protection(host, key_file, allow_host)
     if queue is None:
-        queue = 9 * batch_size // 8
+        queue = 9 * batch_size // 8  # a batch, and an eighth of the next one
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(

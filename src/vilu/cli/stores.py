@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from vilu.cli.console import goes_on, next_step, pairs_of, print_outputs, print_result
 from vilu.cli.help import CLASSIFIER, MODEL, MORE, SPEED
@@ -184,12 +184,23 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(embedded(output, store, (split, str(source or logits))))
 
 
+def _to_inspect(path: Path) -> Path:
+    """Callback of typer: return the path; UsageError if it does not exist."""
+    if not path.exists():
+        raise UsageError(
+            f"{path} does not exist. `vilu inspect PATH` takes one path, and recognises what it "
+            "is: a store, a predictor, scores, a table of answers, ..."
+        )
+    return path
+
+
 def inspect(
     path: Annotated[
         Path,
-        path_argument(
-            "Output of a command of vilu: a store (finished or not), a predictor, scores, results, "
-            "...; or a table of answers, of which the role of each column is shown."
+        Argument(
+            help="Output of a command of vilu: a store (finished or not), a predictor, scores, "
+            "results, ...; or a table of answers, of which the role of each column is shown.",
+            callback=_to_inspect,
         ),
     ],
     deep: Annotated[

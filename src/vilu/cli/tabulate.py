@@ -88,7 +88,8 @@ def logits_(
         "answers",
         _files(logits, labels, classes),
         overwrite=overwrite,
-        has_labels=labels is not None,  # one file may be the labels, or the names of the classes
+        # Without this, the digest would be the same whether a single file has labels or names.
+        has_labels=labels is not None,
     )
     arrays = _arrays({"logits": logits, "target": labels, "class_names": classes})
     numbers = arrays.pop("logits")
@@ -124,9 +125,9 @@ def words_(
         n_pages=len(pages),
         has_truth=truth is not None,
     )
-    stands = None if truth is None else read_words(truth)
-    known = () if dictionary is None else read_dictionary(dictionary)
-    _finish(word_answers(pages, truth=stands, dictionary=known), output, keep)
+    true_words = None if truth is None else read_words(truth)
+    known_words = () if dictionary is None else read_dictionary(dictionary)
+    _finish(word_answers(pages, truth=true_words, dictionary=known_words), output, keep)
 
 
 def _files(*paths: Path | None) -> list[Path]:
@@ -156,7 +157,7 @@ def _arrays(files: dict[str, Path | None]) -> dict[str, Any]:
 def _finish(
     converted: Converted, output: Path, keep: Callable[[Callable[[Path, str], None]], None]
 ) -> None:
-    """Write the table, print its path, and say what it holds and what to do next."""
+    """Write the table, print its path, and log its number of answers and the next step."""
     keep(converted.write)
     print_outputs(output)
     missed = ""

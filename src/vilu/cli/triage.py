@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from typer import Option
 
@@ -16,6 +16,7 @@ from vilu.cli.options import (
     Answer,
     Backbone,
     BatchSize,
+    ClusterColumn,
     DecodingThreads,
     Device,
     FollowLinks,
@@ -36,6 +37,7 @@ from vilu.text import plural
 
 if TYPE_CHECKING:
     from vilu.embeddings.source import EmbeddingSource
+    from vilu.tables.table import AnswerTable
     from vilu.triage.outputs import TriageSummary
     from vilu.triage.review import Review
 
@@ -177,7 +179,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _tell(summary: TriageSummary, output: Path) -> None:
-    """Say what a run has shown, and what to do next."""
+    """Log the texts of a summary, and the next command."""
     texts = (
         summary.verdict,
         summary.counts,
@@ -217,6 +219,18 @@ AskedBefore = Annotated[
         "Earlier output files of this command, filled in or not. May be repeated.", metavar="FILE"
     ),
 ]
+RiskOfDraw = Annotated[
+    float | None,
+    Option(
+        min=0,
+        max=1,
+        help="Largest error rate among accepted answers, which decides how far images are drawn. "
+        "[0.05]",
+    ),
+]
+DRAWN_FOR: Final = 0.05
+"""``--max-risk`` of a draw unless it is given."""
+
 SplitSeed = Annotated[
     int,
     Option(
@@ -256,10 +270,11 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
     n_next: HowMany = 50,
     labels: AskedBefore = None,
-    max_risk: Risk = 0.05,
+    max_risk: RiskOfDraw = None,
     seed: SplitSeed = 0,
     per_class: ForEachClass = False,
     for_guarantee: ForGuarantee = False,
+    clusters: ClusterColumn = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Choose the images to label next: half to fit on, half for a guarantee.
@@ -288,19 +303,17 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.answers import write_next
     from vilu.triage.ask import next_of_store
 
+    if is_table(store):
+        _refuse_for_tables(max_risk, per_class=per_class, for_guarantee=for_guarantee)
+        _next_of_table(store, output, predictor, labels or [], clusters, n=n_next, seed=seed)
+        return
+    if clusters is not None:
+        raise UsageError(f"--clusters is for a table of answers, and {store} is none.")
+    if max_risk is None:
+        max_risk = DRAWN_FOR
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
     if per_class:  # only if it was asked for, so that the digests without it do not change
         settings["per_class"] = True
-    if is_table(store):
-        if per_class:
-            raise UsageError("a table of answers has no classes. Leave --per-class out.")
-        if for_guarantee:
-            raise UsageError(
-                "--for-guarantee draws images of a store. For a table of answers leave it out: "
-                "`vilu next` asks for rows to calibrate on, too."
-            )
-        _next_of_table(store, output, predictor, labels or [], n=n_next, seed=seed)
-        return
     inputs = inputs_of(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
     if for_guarantee:
@@ -327,13 +340,25 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     next_step(f"{plural(len(asked), 'image')} asked for; {advice}")
 
 
-def _next_of_table(
-    table: Path, output: Path, predictor: Path, labels: list[Path], *, n: int, seed: int
-) -> None:
-    """Write the answers of a table to label next; a file that is there is never replaced."""
-    from vilu.predictors.persistence.storage import load_predictor
-    from vilu.tables.ask import asked_in, next_answers, write_questions
-    from vilu.tables.read import FEATURES_BESIDE, open_table
+def _refuse_for_tables(max_risk: float | None, *, per_class: bool, for_guarantee: bool) -> None:
+    """Refuse the flags that are for images."""
+    if max_risk is not None:
+        raise UsageError(
+            "the rows of a table are drawn from all of its answers, whatever risk is allowed. "
+            "Leave --max-risk out, and give it to `vilu calibrate`."
+        )
+    if per_class:
+        raise UsageError("a table of answers has no classes. Leave --per-class out.")
+    if for_guarantee:
+        raise UsageError(
+            "--for-guarantee draws images of a store. For a table of answers leave it out: `vilu "
+            "next` asks for rows to calibrate on, too."
+        )
+
+
+def _require_new_table(output: Path) -> None:
+    """Refuse an output for answers to label that is there, or that has features beside it."""
+    from vilu.tables.read import FEATURES_BESIDE
 
     if output.exists() or output.suffix.lower() != ".csv":
         raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
@@ -342,18 +367,46 @@ def _next_of_table(
         raise UsageError(
             f"{beside} is there, and would be read as the features of {output}. Give another file."
         )
-    answers = open_table(table)
+
+
+def _next_of_table(
+    table: Path,
+    output: Path,
+    predictor: Path,
+    labels: list[Path],
+    clusters: str | None,
+    *,
+    n: int,
+    seed: int,
+) -> None:
+    """Write the answers of a table to label next; a file that is there is never replaced."""
+    from vilu.predictors.persistence.storage import load_predictor
+    from vilu.tables.ask import asked_in, next_answers, write_questions
+    from vilu.tables.read import open_table
+
+    _require_new_table(output)
+    answers = open_table(table, clusters=clusters)
     rows, purposes = next_answers(answers, load_predictor(predictor), asked_in(labels), n, seed)
     if not len(rows):
         raise UsageError(
-            f"every answer of {table} has a label, was fitted on or was asked for before, or -n is "
-            "0. Give a table with further answers."
+            f"every answer of {table} has a label, was fitted on or was asked for before, or is in "
+            "a cluster of such an answer; or -n is 0. Give a table with further answers."
         )
-    write_questions(output, answers.take(rows), purposes)
+    questions = answers.take(rows)
+    write_questions(output, questions, purposes)
     console.print_outputs(output)
-    next_step(
-        f"{plural(len(rows), 'answer')} to label: write 1 or 0 into the column correct. `vilu fit "
-        f"{output}` and `vilu calibrate PREDICTOR {output}` each take the rows that are for them."
+    next_step(_how_to_label(questions, output))
+
+
+def _how_to_label(questions: AnswerTable, output: Path) -> str:
+    """Closing line: what to do with the answers to label."""
+    whole = ""
+    if questions.cluster is not None:
+        whole = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
+    return (
+        f"{plural(len(questions), 'answer')}{whole} to label: write 1 or 0 into the column "
+        f"correct. `vilu fit {output}` and `vilu calibrate PREDICTOR {output}` each take the rows "
+        "that are for them."
     )
 
 

@@ -317,7 +317,7 @@ def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
 def walk_images(
     folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
 ) -> Iterator[tuple[str, os.stat_result | OSError]]:
-    """Yield every image file in the byte order of the paths: its path below ``folder``, its status.
+    """Yield path below ``folder`` and status of every image file, in the byte order of the paths.
 
     Each file costs one call of ``stat``. Links to files are followed. Links to folders are followed
     only if ``bounds`` says so. Where a link leads to itself, to a folder that contains it, or out

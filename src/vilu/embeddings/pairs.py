@@ -187,7 +187,9 @@ class PairSource(EmbeddingSource):
         if self.pools.direction == "text_to_image":
             rows = torch.arange(len(index))
             all_differ = torch.equal(of_caption, rows) and torch.equal(of_picture, rows)
-            matches = Matches(query=of_caption, candidate=of_picture, members=rows, own=of_caption)
+            matches = Matches(
+                query=of_caption, candidate=of_picture, members=rows, query_of_row=of_caption
+            )
             return Candidates(
                 text=picture,
                 target=rows,
@@ -196,7 +198,9 @@ class PairSource(EmbeddingSource):
             )
         distinct, target = torch.unique(of_caption, return_inverse=True)
         have_one_caption = torch.equal(of_caption[of_picture], of_caption)  # equal images, too
-        matches = Matches(query=of_picture, candidate=of_caption, members=distinct, own=of_picture)
+        matches = Matches(
+            query=of_picture, candidate=of_caption, members=distinct, query_of_row=of_picture
+        )
         return Candidates(
             text=caption[distinct],
             target=target,

@@ -113,11 +113,11 @@ def zero_shot(
 
 
 @dataclass(frozen=True, eq=False)
-class Others:
+class RivalWeights:
     """Softmax weights of all candidates except the answer, from logits l (B, K) with K > 1.
 
-    l_a is the logit of the answer, s is the largest logit of the other candidates, and T is the
-    temperature. The weight of another candidate j is
+    A rival is any candidate except the answer. l_a is the logit of the answer, s is the largest
+    logit of a rival, and T is the temperature. The weight of rival j is
 
         e_j = exp((l_j - s) / T)
 
@@ -128,35 +128,37 @@ class Others:
 
     A small 1 - p is computed from the odds, because the subtraction would lose its digits.
 
-    ``own``, ``logits``, ``second`` and ``weight`` have the number format of the logits.
+    ``answer_logit``, ``logits``, ``second`` and ``weight`` have the number format of the logits.
     """
 
     answer: Tensor  # (B, 1) int64 index of the answer
-    own: Tensor  # (B,) logit l_a of the answer
-    logits: Tensor  # (B, K) logits of the other candidates; ``NEGLIGIBLE`` in the answer's column
-    second: Tensor  # (B, 1) largest logit s of the other candidates
+    answer_logit: Tensor  # (B,) logit l_a of the answer
+    logits: Tensor  # (B, K) logits of the rivals; ``NEGLIGIBLE`` in the answer's column
+    second: Tensor  # (B, 1) largest logit s of a rival
     weight: Tensor  # (B, K) weights e_j; 0 in the answer's column
     total: Tensor  # (B,) float64 sum of the weights
     temperature: float = 1.0  # T
 
     @classmethod
-    def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
+    def of(
+        cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0
+    ) -> RivalWeights:
         """Compute the weights of all candidates except the answers (B, 1).
 
         By default the answer is the candidate with the largest logit, the first of equal logits.
         """
         if answer is None:
             answer = logits.argmax(dim=1, keepdim=True)
-        own = logits.gather(1, answer).squeeze(1)
-        other_logits = logits.scatter(1, answer, NEGLIGIBLE)
-        second = other_logits.amax(dim=1, keepdim=True)
+        answer_logit = logits.gather(1, answer).squeeze(1)
+        rival_logits = logits.scatter(1, answer, NEGLIGIBLE)
+        second = rival_logits.amax(dim=1, keepdim=True)
         # exp(x) is computed as 2^(x log2 e), because torch computes exp2 twice as fast as exp
-        weight = (other_logits - second).mul_(LOG2_E / temperature).exp2_()
+        weight = (rival_logits - second).mul_(LOG2_E / temperature).exp2_()
         total = float64(weight.sum(dim=1))
         return cls(
             answer=answer,
-            own=own,
-            logits=other_logits,
+            answer_logit=answer_logit,
+            logits=rival_logits,
             second=second,
             weight=weight,
             total=total,
@@ -165,8 +167,8 @@ class Others:
 
     @cached_property
     def gap(self) -> Tensor:
-        """Gap (s - l_a) / T (B,) float64 between the largest other logit and the answer's logit."""
-        return (float64(self.second.squeeze(1)) - float64(self.own)) / self.temperature
+        """Gap (s - l_a) / T (B,) float64 between the largest rival logit and the answer's logit."""
+        return (float64(self.second.squeeze(1)) - float64(self.answer_logit)) / self.temperature
 
     @property
     def log_odds(self) -> Tensor:
@@ -191,8 +193,8 @@ class Others:
         """
         # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
         # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
-        log_norm = self.own + torch.log1p(self.odds).to(self.own)
-        return ZeroShot(first[self.answer.squeeze(1)], self.own, log_norm)
+        log_norm = self.answer_logit + torch.log1p(self.odds).to(self.answer_logit)
+        return ZeroShot(first[self.answer.squeeze(1)], self.answer_logit, log_norm)
 
 
 NEGLIGIBLE = torch.finfo(torch.float32).min / 2
@@ -351,17 +353,17 @@ class Matches:
         query: (M,) int64: for every pair, the first pair with the same query.
         candidate: (M,) int64: for every pair, the first pair with the same candidate.
         members: (K,) int64: for every candidate of the batch, its pair.
-        own: (B,) int64: for every row of the batch, the first pair with its query.
+        query_of_row: (B,) int64: for every row of the batch, the first pair with its query.
     """
 
     query: Tensor
     candidate: Tensor
     members: Tensor
-    own: Tensor
+    query_of_row: Tensor
 
     def rows(self, part: slice | Tensor) -> Matches:
         """The matches of some rows of the batch."""
-        return replace(self, own=self.own[part])
+        return replace(self, query_of_row=self.query_of_row[part])
 
     def to(self, device: torch.device | str) -> Matches:
         """The same matches on another device."""
@@ -369,7 +371,7 @@ class Matches:
             query=self.query.to(device),
             candidate=self.candidate.to(device),
             members=self.members.to(device),
-            own=self.own.to(device),
+            query_of_row=self.query_of_row.to(device),
         )
 
     def are_right(self, answer: Tensor) -> Tensor:
@@ -377,12 +379,12 @@ class Matches:
         # the query and the candidate of a pair as one number
         n_pairs = len(self.query)
         pairs = self.query * n_pairs + self.candidate
-        answered = self.own * n_pairs + self.candidate[self.members[answer]]
+        answered = self.query_of_row * n_pairs + self.candidate[self.members[answer]]
         return torch.isin(answered, pairs)
 
     def right(self) -> Tensor:
         """Mask (B, K) of the right candidates of every row."""
-        has_query = self.query == self.own[:, None]
+        has_query = self.query == self.query_of_row[:, None]
         is_right = _in_same_group(has_query, self.candidate)
         return is_right[:, self.members]
 

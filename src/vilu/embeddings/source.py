@@ -29,7 +29,7 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS, DataKind
 from vilu.embeddings.similarity import (
     Matches,
-    Others,
+    RivalWeights,
     ZeroShot,
     first_equal,
     float64,
@@ -130,15 +130,15 @@ class Batch:
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
 
     @cached_property
-    def rivals(self) -> Others:
+    def rivals(self) -> RivalWeights:
         """Softmax weights of all candidates except the zero-shot answer."""
-        return Others.of(self.logits)
+        return RivalWeights.of(self.logits)
 
     @cached_property
-    def beside_answer(self) -> Others:
+    def beside_answer(self) -> RivalWeights:
         """Softmax weights of all candidates except the judged answer."""
         if ANSWER in self.columns:
-            return Others.of(self.logits, self.columns[ANSWER][:, None])
+            return RivalWeights.of(self.logits, self.columns[ANSWER][:, None])
         return self.rivals
 
     @cached_property
@@ -789,14 +789,31 @@ class EmbeddingSource(ABC):
             return self
         return self.take(np.flatnonzero(~is_left_out))
 
+    def inseparable(self) -> NDArray[np.int64]:
+        """Numbers (N,) of the rows: rows with one number belong into one part of a division.
+
+        They are the clusters of the rows. Without clusters they are ``picture_identities``.
+
+        Examples:
+            >>> import vilu
+            >>> table = {"id": [1, 2, 3], "score": [0.1, 0.2, 0.3], "cluster": ["x", "y", "x"]}
+            >>> vilu.open_table(table).inseparable().tolist()
+            [0, 1, 0]
+        """
+        if self.cluster is None:
+            return self.picture_identities()
+        _, number = np.unique(np.array(self.cluster), return_inverse=True)
+        return number.astype(np.int64)
+
     @checked
     def split(
         self, fit: float, calibration: float = 0.0, test: float = 0.0, *, seed: int = 0
     ) -> SplitParts[EmbeddingSource]:
         """Divide the rows into three parts: to fit on, to calibrate on and to test on.
 
-        Rows of one picture are in one part. Every part has its share of every class, up to one
-        picture. Rows beyond the sum of the shares are in no part. A part of share 0 is empty.
+        Rows of one picture, or of one cluster, are in one part. Every part has its share of every
+        class, up to one picture or cluster. Rows beyond the sum of the shares are in no part. A
+        part of share 0 is empty.
 
         Args:
             fit: Share of the rows to fit on, from 0 to 1.
@@ -827,7 +844,7 @@ class EmbeddingSource(ABC):
             )
         # rows of none of the classes, and rows without a label, are two further strata
         stratum = np.where(self.outside.numpy(), OUTSIDE, self.target.numpy())
-        part = part_of_rows(self.picture_identities(), stratum, shares, seed)
+        part = part_of_rows(self.inseparable(), stratum, shares, seed)
         sources = [self.take(np.flatnonzero(part == number)) for number in range(len(shares))]
         return SplitParts(*sources)
 
@@ -948,7 +965,10 @@ def say_once(message: str) -> None:
 def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
     """Message that lists the merged classes; ``first`` has the first equal class of every class."""
     merged = [i for i, first_of_class in enumerate(first) if first_of_class != i]
-    examples = [f"{names[i]!r} ({i}) is {names[first[i]]!r} ({first[i]})" for i in merged[:5]]
+    examples = []
+    for i in merged[:5]:
+        earlier = first[i]
+        examples.append(f"{names[i]!r} ({i}) is {names[earlier]!r} ({earlier})")
     more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
     listed = f"{', '.join(examples)}{more}"
     return (

@@ -102,6 +102,7 @@ class FirstPhotos:
         return dict(zip(positions, zip(embeddings, answers, strict=True), strict=True))
 
     def _finish(self) -> None:
+        """Compare the two precisions over all first photos, and log the result."""
         n = len(self._photos)
         n_equal_answers = sum(photo.is_answer_equal for photo in self._photos)
         n_equal_decisions = sum(photo.is_decision_equal for photo in self._photos)

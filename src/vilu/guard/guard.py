@@ -118,7 +118,7 @@ class ImageModel:
     widths: dict[str, int]  # number of columns of every array of embeddings
     encoder: Encoder
     decoder: Decoder
-    first_photos: FirstPhotos | None = None  # compared with float32; None without a need for it
+    first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
 
     def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
         """Embed decoded images; bad images are listed apart from the rows."""
@@ -161,9 +161,9 @@ class Guard:
         workers: Number of decoding threads; by default one per core.
         limits: Limits on the size of an image.
         backbone: A loaded model with the same weights, in place of the model that the folder names.
-        precision: "fp32" or "bf16", of the model that the folder names. By default that of the
-            photos which the predictor was fitted on. bf16 in place of their float32 is compared
-            with it on the first 64 photos that the guard sees.
+        precision: "fp32" or "bf16", for the model that the folder names. By default it is the
+            precision of the photos that the predictor was fitted on. If those were embedded in
+            float32, bf16 is compared with float32 on the first 64 photos that the guard sees.
         vectors_only: Load no model. Then only the method ``answer`` can be called, which takes
             embeddings.
 

@@ -23,7 +23,7 @@ from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import VOCABULARY, SavedModel
 from vilu.predictors.persistence.onnx import (
-    SAID,
+    OUTPUTS,
     Trial,
     largest_difference,
     metadata,
@@ -77,9 +77,9 @@ class ImageGraph(nn.Module):
         if FEATURES in columns:
             self.arrays = (EMBEDDINGS, FEATURES)
         self.limits = limits_of(guard)
-        self.outputs: tuple[str, ...] = (*SAID, *self.arrays)
+        self.outputs: tuple[str, ...] = (*OUTPUTS, *self.arrays)
         if self.limits is not None:
-            self.outputs = (*SAID, ACCEPT, *self.arrays)
+            self.outputs = (*OUTPUTS, ACCEPT, *self.arrays)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Embeddings (N, D), and features (N, F) if the score uses them.
@@ -282,7 +282,7 @@ def _check(
     worst = 0.0
     for pixels, by_torch in trials:
         outputs = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
-        uncertainty, answer = (outputs[name] for name in SAID)
+        uncertainty, answer = (outputs[name] for name in OUTPUTS)
         arrays = tuple(torch.from_numpy(outputs[name]) for name in graph.arrays)
         for name, array, expected in zip(graph.arrays, arrays, by_torch, strict=True):
             _require_near(name, array, expected, step)

@@ -441,7 +441,7 @@ def own_intervals(
     seed: int,
     picture: Ints | None = None,
 ) -> tuple[dict[str, Interval], dict[str, Kernel]]:
-    """By name, the intervals of the kernels that are ``OwnInterval``, and the other kernels.
+    """The intervals of the kernels that are ``OwnInterval``, and the other kernels, both by name.
 
     If some pictures have several rows, an interval is computed from the effective counts of
     independent rows (see ``independent``).

@@ -25,7 +25,7 @@ MAX_BINS = 2**20
 """Maximum number of occupied bins; they take 24 MB."""
 _TINY = 2.0**-512  # scores of a smaller magnitude count as 0
 # An octave (the numbers from one power of two to the next) has 2^52 codes. The codes of 0 and of 1
-# are whole numbers of octaves. So 0 and 1 are the start of a bin at every level.
+# are multiples of 2^52. So a bin starts at 0, and one at 1, whatever the level.
 _ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # bits less code, for scores up to 1/2
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO  # code of 1/2
 _NEAR = np.float64(2.0**-54).view(np.int64).item()  # bits of half the smallest gap between 1 and p
@@ -36,17 +36,17 @@ _ONE_BITS = np.float64(1.0).view(np.int64).item()
 def codes(scores: Floats) -> Ints:
     """Codes (N,) int64 of finite scores: equal scores have equal codes, larger scores larger codes.
 
-    The bits of a float64 would be such a code. But when low bits are dropped, this code would be
+    The bits of a float64 would be such a code, too. But if their low bits are dropped, the bins are
     fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore the code
-    of a score between 1/2 and 1 is taken from the bits of the gap 1 - score, which is exact. To
-    make room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
+    of a score between 1/2 and 1 comes from the bits of the gap 1 - score, which is exact. To make
+    room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
     """
     magnitude = np.abs(scores)
     bits = magnitude.view(np.int64)
     up_to_half = np.where(magnitude < _TINY, 0, bits - _ZERO)
     is_above_half = scores > 0.5
     is_below_one = scores < 1
-    # a gap elsewhere is not used; 2^-54 stands there
+    # For scores that are not between 1/2 and 1, the gap is a constant that is not used.
     gap = np.where(is_above_half & is_below_one, 1 - scores, 2.0**-54)
     up_to_one = _ONE - (gap.view(np.int64) - _NEAR)
     from_one = _ONE + (bits - _ONE_BITS)
@@ -61,7 +61,7 @@ def scores_of(code: Ints) -> Floats:
     is_zero = size == 0
     is_above_half = code > _HALF
     is_below_one = code < _ONE
-    # Bits are computed for every code. Where they are not used, a constant stands.
+    # ``np.where`` needs valid bits for every code, so unused entries get a constant.
     magnitude = np.where(is_zero | is_above_half, _ZERO, size + _ZERO).view(np.float64)
     signed = np.where(code < 0, -magnitude, magnitude)
     up_to_half = np.where(is_zero, 0.0, signed)

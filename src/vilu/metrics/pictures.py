@@ -121,9 +121,11 @@ class PictureScores:
         n_pictures = len(self.n_alike)
         n_entries = np.bincount(self.picture, minlength=n_pictures)  # of every picture
         is_single = n_entries[self.picture] == 1  # whether an entry is the only one of its picture
+        # one whole number per entry, which holds the number of rows, the score and the correctness
         key = (self.rows * n_scores + self.group) * 2 + self.wrong
         kind, n_of_kind = np.unique(key[is_single], return_counts=True)
         n_kinds = len(kind)
+        # the three values of every kind, taken out of its key again
         kind_wrong = kind % 2 == 1
         rows_and_group = kind // 2
         kind_group = rows_and_group % n_scores

@@ -323,8 +323,8 @@ def _cannot_compare(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     """Picture number of every row that is True in the mask ``rows`` (N,).
 
-    The numbers are those of ``a``, or those of ``b`` if in ``a`` no two rows show one picture. None
-    if no two rows show one picture in ``b`` either.
+    The numbers are those of ``a`` if two of its rows show the same picture, else those of ``b`` if
+    two of its rows do. Otherwise there are no numbers, and the result is None.
     """
     for outcomes in (a, b):
         picture = repeated_pictures(outcomes.identities(rows))
@@ -559,7 +559,7 @@ ASKED = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""By the question of a metric: words for a row for which the answer to the question is yes."""
+"""Words for a row to which the answer of a metric's question is yes, for each question."""
 
 
 def _why(n: int, n_failures: int, question: Question) -> str:

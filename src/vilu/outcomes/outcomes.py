@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,7 +51,7 @@ def check_texts(
     """Checked texts as a tuple; if ``optional`` is true, a text may be None."""
     if values is None:
         return None
-    # one text, or texts in an order that means nothing
+    # Refused are a single text, whose elements are characters, and collections without an order.
     is_no_list = isinstance(values, str | Set | Mapping)
     if is_no_list or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
@@ -332,6 +332,9 @@ class Outcomes:
         >>> outcomes
         Outcomes(n=3, evaluable=2, accuracy=0.500, answer='zero_shot')
     """
+
+    # says how to get outcomes, in messages about a wrong argument
+    how: ClassVar[str] = "outcomes (vilu.score(predictor, data) gives them)"
 
     uncertainty: NDArray[np.float64]
     failure: NDArray[np.int64]

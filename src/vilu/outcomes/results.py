@@ -527,7 +527,8 @@ def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Tit
     for row in rows:
         name = name_of(row.method, row.answer)
         key = (name, row.seed, row.metric)
-        lines.setdefault((name, row.seed, repeats[key]), {})[row.metric] = row
+        line = lines.setdefault((name, row.seed, repeats[key]), {})
+        line[row.metric] = row
         repeats[key] += 1  # a second row with the same key gets a line of its own
     n_seeds = len({row.seed for row in rows})
     table = [["method", *[_metric(metric).title for metric in metrics]]]
@@ -656,7 +657,7 @@ def _is_own_interval(row: ResultRow) -> bool:
 
 
 def _own_interval(row: ResultRow) -> str:
-    """Text on how the interval of a row was made, if the metric computed it itself; or else ""."""
+    """Text on how the interval of a row was made, if the metric computed it itself; else ""."""
     if row.interval and _is_own_interval(row):
         return f"; in brackets: {row.interval}"
     return ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.predictors.contract.catalogue import find_method
 from vilu.predictors.contract.labelled import cross_fitting
 from vilu.predictors.contract.parameters import build, parameters
@@ -154,10 +154,10 @@ class Stacking(WithSecondModel):
         """The class of the method ``name``; a UsageError if it is not installed."""
         try:
             return find_method(name)
-        except UsageError as error:
-            raise UsageError(
-                f"{self.name} has the member {name!r}, which cannot be used: {error} Install "
-                'vilu-bench, which has methods to compare with, or choose members=("mcm", ...).'
+        except (UsageError, MissingModelError) as error:
+            raise type(error)(
+                f"{self.name} has the member {name!r}, which cannot be used: {error} Or choose "
+                'members=("mcm", ...).'
             ) from error
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vilu.callers import warn_caller
 from vilu.embeddings.columns import SECOND
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import Others, float64
+from vilu.embeddings.similarity import RivalWeights, float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.contract.labelled import Needs, failure_log_odds
@@ -122,7 +122,7 @@ def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
     answer_column = batch.prediction[:, None].to(batch.logits.device)
     temperature = math.exp(-log_multiplier)
-    return Others.of(batch.logits, answer_column, temperature).doubt
+    return RivalWeights.of(batch.logits, answer_column, temperature).doubt
 
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
@@ -181,7 +181,7 @@ def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tens
     """(1 + M,) sums over a batch of -log p_target and of its derivatives in M factors, on the CPU.
 
     p is the softmax of z = sum_m factor_m logits_m, with the ``logits`` (B, K, M) of M models.
-    p_target is the probability of the right candidates, of which there is usually one per row. The
+    p_target is the total probability of the right candidates; usually a row has one of them. The
     derivative in factor m is the mean of logits_m under p, minus their mean under p restricted to
     the right candidates.
     """

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vilu.embeddings.similarity import Others, float64
+from vilu.embeddings.similarity import RivalWeights, float64
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.predictors.contract.predictor import FailurePredictor, own_graph
 
@@ -146,7 +146,7 @@ class MaxLogit(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return -batch.beside_answer.own
+        return -batch.beside_answer.answer_logit
 
 
 @dataclass
@@ -244,8 +244,8 @@ class Energy(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        rivals = Others.of(batch.logits, temperature=self.temperature)
-        return -(float64(rivals.own) + self.temperature * torch.log1p(rivals.odds))
+        rivals = RivalWeights.of(batch.logits, temperature=self.temperature)
+        return -(float64(rivals.answer_logit) + self.temperature * torch.log1p(rivals.odds))
 
 
 @dataclass
@@ -297,9 +297,9 @@ class KLUniform(FailurePredictor):
     """Negative divergence of the uniform distribution from p: u = -KL(uniform || p), at most 0.
 
     u = log K + mean_j log p_j. Most candidates are unlikely, and all have the same weight in the
-    mean. So u depends mostly on how far their logits are below the logit of the answer. The other
-    direction
-    of the divergence, KL(p || uniform) = log K - H(p), orders rows exactly as ``entropy`` does.
+    mean. So u depends mostly on how far their logits are below the logit of the answer. The
+    divergence in the other direction, KL(p || uniform) = log K - H(p), orders rows exactly as
+    ``entropy`` does.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
 

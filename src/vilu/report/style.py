@@ -128,12 +128,14 @@ def _candidates(label: str) -> list[Look]:
         colours = [COLOURS[place]]
         if label == method:
             looks.append(Look(COLOURS[place], DASHES[0], MARKERS[place]))
+    # The hash of the label is the first number. Successive numbers count through the colours, the
+    # dashes and the markers at different rates.
     first = zlib.crc32(label.encode("utf-8", "backslashreplace"))
     n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # then the looks begin again
+    dashed = DASHES[1:]  # solid lines are left to the main methods
     for number in range(first, first + n_numbers):
         colour = colours[number % len(colours)]
-        # Solid lines are left to the main methods.
-        dash = DASHES[1 + number // len(colours) % (len(DASHES) - 1)]
+        dash = dashed[number // len(colours) % len(dashed)]
         marker = MARKERS[number // 3 % len(MARKERS)]
         looks.append(Look(colour, dash, marker))
     return looks

@@ -262,8 +262,8 @@ def score_rows(
         **facts,
     )
     if source.holds == "answers":
-        # The candidates of a table are only "the answer" and "another one": they say nothing more
-        # than the failures do.
+        # A table has two candidates only, "this answer" and "another answer". They add nothing to
+        # the failures.
         outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
     if source.answer_numbers is not None:
         outcomes = replace(outcomes, prediction=source.answer_numbers[indices])

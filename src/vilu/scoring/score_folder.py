@@ -24,7 +24,15 @@ from vilu.errors import UNKNOWN, DataError, ProvenanceError, StorageError
 from vilu.metrics.counts import Floats, Ints, repeated_pictures
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
-from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, Reopened, Vouched, content_hash
+from vilu.store.ledger import (
+    AnyReceipt,
+    CheckedFiles,
+    Count,
+    FileInfo,
+    Ledger,
+    Reopened,
+    content_hash,
+)
 from vilu.validation import checked
 
 AGAIN = "Run the same `vilu score` again"
@@ -288,7 +296,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
 
     The histograms are checked against the receipt of the part.
     """
-    files = Vouched(root, [receipt])  # compares the bytes of a file with the receipt
+    files = CheckedFiles(root, [receipt])  # compares the bytes of a file with the receipt
     path = files(receipt.part.histogram)
     table, metadata = read_table(path, ())
     histogram = _histogram_of(path, table, metadata)
@@ -506,7 +514,7 @@ class ScoreFolder(Reopened):
 
     def _evaluable_parts(self) -> Iterator[EvaluableRows]:
         """Yield the evaluable rows of each part."""
-        files = Vouched(self.path, self._receipts)
+        files = CheckedFiles(self.path, self._receipts)
         for receipt in self._receipts:
             path = files(receipt.part.scores)
             part = Outcomes.load(path)
@@ -527,7 +535,7 @@ class ScoreFolder(Reopened):
             DataError: If a file is no table of outcomes, or if the parts do not hold every row of
                 the data once.
         """
-        files = Vouched(self.path, self._receipts)
+        files = CheckedFiles(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
         parts = [Outcomes.load(path) for path in paths]
         rows = []

@@ -40,6 +40,7 @@ from vilu.service.bodies import (
 from vilu.service.journals import ContradictionError
 from vilu.service.limits import (
     PROBLEM,
+    RETRY,
     ClientLimits,
     Gate,
     Refused,
@@ -118,13 +119,13 @@ class Service:
         )
 
     @property
-    def ready(self) -> Engine:
+    def loaded_engine(self) -> Engine:
         """The engine; Refused (503) while it is loading."""
         if self.engine is None:
             raise Refused(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the model is still loading.",
-                **{"Retry-After": "1"},
+                **RETRY,
             )
         return self.engine
 
@@ -196,7 +197,7 @@ class Service:
 
         Every answer has the probability that it is wrong, and whether to accept it.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         if engine.kind == "answers":
             raise Refused(
                 HTTPStatus.NOT_FOUND,
@@ -213,7 +214,7 @@ class Service:
 
         A service for tables of answers answers about rows of numbers instead.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         n_numbers = self.limits.images * engine.numbers_per_row
         body = await read_json(request, BODIES[engine.kind], n_numbers, "numbers")
         require_at_most(body.n_rows, self.limits.images, body.what)
@@ -242,7 +243,7 @@ class Service:
         if self.keep is not None and images:
             new_files = await asyncio.to_thread(_keep_images, self.keep, images, judgements)
         try:
-            replies = await asyncio.wrap_future(self.ready.record(judgements))
+            replies = await asyncio.wrap_future(self.loaded_engine.record(judgements))
         except StorageError:  # the rows are not written, so their images must not stay
             await asyncio.to_thread(_remove, new_files)
             raise
@@ -271,14 +272,14 @@ class Service:
                 f"there was no answer within {self.limits.answer:g} seconds. The same request "
                 "may be repeated."
             )
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "1"}) from None
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, detail, **RETRY) from None
 
     async def labels(self, request: Request) -> Response:
         """Take labels of answered rows, for the audit of the guarantee; a picture counts once.
 
         If a row has another label already, the request is refused, and nothing of it is written.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         body = await read_json(request, LabelsIn, self.limits.images, "labels")
         try:
             counts = await asyncio.to_thread(engine.journals.label, body.labels)
@@ -306,7 +307,7 @@ class Service:
 
     async def corrections(self, request: Request) -> Response:
         """Replace wrong labels; the journal keeps both, and the monitor counts all labels again."""
-        engine = self.ready
+        engine = self.loaded_engine
         body = await read_json(request, CorrectionsIn, 2 * self.limits.images, "labels")
         if body.before.keys() != body.after.keys():
             detail = "before and after must name the same rows."
@@ -321,7 +322,7 @@ class Service:
 
     async def monitor(self) -> Response:
         """State of every guarantee, and the evidence of its monitor."""
-        statuses = await asyncio.to_thread(self.ready.journals.statuses)
+        statuses = await asyncio.to_thread(self.loaded_engine.journals.statuses)
         monitors = await self._described_predictors()
         for monitor in monitors:
             status = statuses.get(monitor["name"])
@@ -340,7 +341,7 @@ class Service:
         From then on, answers have the guarantee of that predictor. The monitor of the previous
         predictor continues to run.
         """
-        engine = self.ready
+        engine = self.loaded_engine
         choice = await read_json(request, ChoiceIn, 1, "choice")
         before = await asyncio.to_thread(engine.journals.state)
         try:
@@ -352,7 +353,7 @@ class Service:
 
     async def _described_predictors(self) -> list[dict[str, Any]]:
         """Descriptions of all predictors with their guarantees, for clients."""
-        engine = self.ready
+        engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.state)
         described = []
         for name, served in engine.served.items():
@@ -376,7 +377,7 @@ class Service:
 
     async def is_ready(self) -> Response:
         """Whether the model is loaded and tested, and rows can be written to the journal."""
-        engine = self.ready
+        engine = self.loaded_engine
         state = await asyncio.to_thread(engine.journals.check)
         if state.has_lost_journal:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, LOST)
@@ -392,9 +393,9 @@ class Service:
     async def _cannot_write(self, _: Request, error: Exception) -> Response:
         """The refusal after rows could not be written; only the log names the file."""
         logger.error("a request could not be written to the journal: %s", error)
-        state = await asyncio.to_thread(self.ready.journals.state)
+        state = await asyncio.to_thread(self.loaded_engine.journals.state)
         detail = LOST if state.has_lost_journal else NOT_WRITTEN
-        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"Retry-After": "1"})
+        return _problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, RETRY)
 
     def _require_pixels(self, images: Sequence[bytes]) -> None:
         """Refuse images with too many pixels together; images that are too large count nothing."""

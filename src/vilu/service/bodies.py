@@ -199,14 +199,15 @@ def count_values(content: bytes) -> int:
 def count_labels(content: bytes, limit: int) -> int:
     """As ``count_values``, but without the commas within texts, which labels may have.
 
-    Where there are more texts than ``limit`` labels have, these commas count, too.
+    A body with more texts than ``limit`` labels have is refused in any case. So its texts are only
+    counted, and not taken out.
     """
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
     # A label and its row are two texts. Corrections have two fields, whose names are texts, too.
     most_texts = 2 * limit + 2
     if n_texts > most_texts:
-        return max(count_values(content), n_texts // 2)
+        return n_texts // 2
     return count_values(TEXT.sub(b"", unescaped))
 
 

@@ -86,11 +86,6 @@ class ClientRows(NamedTuple):
     arrays: dict[str, Tensor]  # (B, ...) by name, as the predictor reads them
     pictures: list[bytes]  # what is equal for equal pictures, or for the same answer of a table
 
-    def contents(self) -> list[bytes]:
-        """The bytes of all numbers of every row."""
-        joined_rows = torch.cat([*self.arrays.values()], dim=1).numpy()
-        return [row.tobytes() for row in joined_rows]
-
 
 @dataclass(frozen=True)
 class Unwritten:
@@ -230,13 +225,12 @@ class Engine:
                 array = _unit_rows(array)
             arrays[name] = array.to(dtype)
         # Rows with equal numbers show equal pictures.
-        return ClientRows(arrays, ClientRows(arrays, []).contents())
+        return ClientRows(arrays, pictures=bytes_of_rows(arrays))
 
     def rows(self, request: str, rows: ClientRows) -> list[Future[Judgement]]:
         """Submit B rows; returns B futures of judgements, in the same order."""
-        # The id of a row covers the numbers of all arrays, which are put side by side.
         ids = []
-        for index, content in enumerate(rows.contents()):
+        for index, content in enumerate(bytes_of_rows(rows.arrays)):
             ids.append(row_id(request, index, content, picture=rows.pictures[index]))
         judgements: list[Future[Judgement]] = [Future() for _ in ids]
         self._model.submit(self._settle, judgements, lambda: self._judged(rows.arrays, ids))
@@ -258,7 +252,8 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             judgement.set_exception(error)
             return
-        assert item is not None  # noqa: S101 - only END gives None
+        # The decoder gives None only for the mark after the last record, which is never sent here.
+        assert item is not None  # noqa: S101
         with self._lock:
             self._waiting.append(Waiting(row, position, item, judgement))
             self._schedule()
@@ -413,6 +408,12 @@ class Engine:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
         self._journal_writer.shutdown(wait=True)
+
+
+def bytes_of_rows(arrays: Mapping[str, Tensor]) -> list[bytes]:
+    """The numbers of every row as bytes; the arrays (B, ...) are put side by side."""
+    joined_rows = torch.cat([*arrays.values()], dim=1).numpy()
+    return [row.tobytes() for row in joined_rows]
 
 
 def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) -> None:

@@ -333,8 +333,9 @@ class Journal:
         failure = target.copy()
         if labels is not None:
             target = np.array(labels, dtype=np.int64)
-            # a label of a table says itself whether the answer is wrong
-            failure = (answer != target).astype(np.int64) if has_classes else target
+            failure = target  # a label of a table says itself whether the answer is wrong
+            if has_classes:
+                failure = (answer != target).astype(np.int64)
         return Outcomes(
             uncertainty=np.array([row.uncertainty for row in rows]),
             failure=failure,

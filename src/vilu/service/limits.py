@@ -53,11 +53,15 @@ WORK: Final = frozenset({IMAGES, "/v1/scores"})
 OTHERS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
-PENDING: Final = 4
-"""The bodies in progress may have as many bytes together as this number of largest bodies."""
+LARGEST_BODIES: Final = 4
+"""All bodies in progress have at most as many bytes as this number of bodies of the largest length.
+"""
 
 CONNECTIONS: Final = 512
 """Maximum number of open connections."""
+
+RETRY: Final = {"Retry-After": "1"}
+"""Header of a refusal: the same request may be sent again after a second."""
 
 KeyScope = Literal["ask", "label", "admin"]
 """What a key allows: ask about images and rows, give labels, or correct labels and switch."""
@@ -427,7 +431,7 @@ def full(what: str) -> Refused:
     return Refused(
         HTTPStatus.TOO_MANY_REQUESTS,
         f"the service has too many {what} in progress. Repeat the request after a second.",
-        **{"Retry-After": "1"},
+        **RETRY,
     )
 
 
@@ -462,7 +466,7 @@ class Room:
     @property
     def most_bytes(self) -> int:
         """Maximum number of bytes of all bodies in progress."""
-        return PENDING * self.limits.body
+        return LARGEST_BODIES * self.limits.body
 
     @contextmanager
     def admit(self, path: str, n_bytes: int) -> Iterator[Admission]:
@@ -470,7 +474,9 @@ class Room:
         is_work = path in WORK
         if self.n_bytes + n_bytes > self.most_bytes:
             raise full("bytes")
-        if is_work and max(self.n_working, self.n_images) >= self.limits.queue:
+        # Requests whose bodies have not arrived yet count as one image each, which is the least.
+        least_images = max(self.n_working, self.n_images)
+        if is_work and least_images >= self.limits.queue:
             raise full("images")
         if not is_work and self.n_others >= OTHERS:
             raise full("requests")

@@ -30,7 +30,7 @@ STOP: Final = 60
 """Seconds for finishing the requests in progress when the service has to stop."""
 
 
-class Patient(H11Protocol):
+class TimedProtocol(H11Protocol):
     """HTTP/1.1 with a time limit on heads of requests, and with problem documents as errors.
 
     The head of a request (its first line and its headers) must be complete within ``IDLE`` seconds.
@@ -49,7 +49,7 @@ class Patient(H11Protocol):
                 f"the service has at most {most} connections. Connect again later.",
             )
             return
-        self._watch()
+        self._update_deadline()
 
     def data_received(self, data: bytes) -> None:
         """Process data; keep the deadline until the head is complete.
@@ -57,7 +57,7 @@ class Patient(H11Protocol):
         The body of a request has another limit (``ClientLimits.upload``).
         """
         super().data_received(data)
-        self._watch()
+        self._update_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the deadline."""
@@ -65,7 +65,7 @@ class Patient(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
 
-    def _watch(self) -> None:
+    def _update_deadline(self) -> None:
         """Set the deadline while a head is awaited; cancel it while a request is answered."""
         is_answering = bool(self.cycle) and not self.cycle.response_complete
         if is_answering:
@@ -79,7 +79,7 @@ class Patient(H11Protocol):
     def on_response_complete(self) -> None:
         """Wait for the head of the next request."""
         super().on_response_complete()
-        self._watch()
+        self._update_deadline()
 
     def send_400_response(self, msg: str) -> None:
         """Answer invalid HTTP with a problem document; its content is not logged."""
@@ -150,7 +150,7 @@ class Hosted:
         self.socket = _bound(host, port)
         config = uvicorn.Config(
             self.service.gate,
-            http=Patient,
+            http=TimedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -209,7 +209,9 @@ def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET
     if ":" in host:
         family = socket.AF_INET6
-    bound = socket.socket(family)
+    # asyncio turns off Nagle's algorithm only where the socket states TCP. With it, the end of an
+    # answer waits 40 ms for the client to acknowledge the head.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))

@@ -31,7 +31,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.progress import track
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
-from vilu.store.ledger import Vouched, content_hash
+from vilu.store.ledger import CheckedFiles, content_hash
 from vilu.store.manifest import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
@@ -223,6 +223,7 @@ def _image_columns(model: Backbone, columns: ExtraColumns) -> dict[str, object]:
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float) -> None:
+    """Raise UsageError for a setting outside of its range."""
     require_at_least("batch_size", batch_size, 1)
     if workers is not None:
         require_at_least("workers", workers, 1)
@@ -539,7 +540,7 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
             continue
-        verify_file = Vouched(ledger.root, [receipt])
+        verify_file = CheckedFiles(ledger.root, [receipt])
         path = verify_file(part.errors)
         table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
         for row in table.to_pylist():

@@ -165,6 +165,7 @@ class BackboneSpec:
 
 @cache
 def _load(spec: BackboneSpec) -> Backbone:
+    """Load the backbone of a spec."""
     return load_backbone(
         spec.name,
         device=spec.device,
@@ -273,6 +274,7 @@ class EmbedJob:
                 yield receipt
 
     def _decoder(self, backbone: Backbone) -> Decoder:
+        """The decoder of the images, for a backbone."""
         return Decoder(
             preprocess=backbone.preprocess,
             limits=self.limits,
@@ -313,6 +315,7 @@ class EmbedJob:
         return backbone
 
     def _log(self, part: Part, receipt: Receipt, content: PartRows) -> None:
+        """Log a finished part, to the log of the store and to the log of the process."""
         seconds = round(time.monotonic() - content.started, 3)
         log(
             self.root,
@@ -330,6 +333,7 @@ class EmbedJob:
         )
 
     def _say_animated(self, content: PartRows) -> None:
+        """Log the number of animated images, of which only the first frame is used."""
         n_animated = sum(isinstance(row, Row) and row.n_frames > 1 for row in content.rows)
         if n_animated:
             logger.info("%s: the first frame is used", plural(n_animated, "animated image"))

@@ -388,10 +388,10 @@ def _common_width(shards: Sequence[Shard]) -> int:
 
 def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
     """Check a block of rows, and return the number of its first row, (b,) status and (b,) norms."""
-    first, rows = block
+    first_number, rows = block
     native = rows.astype(rows.dtype.newbyteorder("="))  # torch accepts only the native byte order
     status, norms = row_status(torch.from_numpy(native).float())
-    return first, status, norms
+    return first_number, status, norms
 
 
 def _hash_of_files(root: Path, shards: list[Shard]) -> str:

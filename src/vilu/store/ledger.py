@@ -154,7 +154,8 @@ class Ledger(ABC, Generic[P, R]):
             raise UsageError(
                 f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder."
             )
-        # no single file shows that the folder is ours; ``may_be_used`` has already decided that
+        # ``may_be_used`` has already decided whether the folder is ours. So ``claim_folder`` need
+        # not recognise single files, and refuses every file in a folder that may not be used.
         claim_folder(root, cls.what, ours=lambda _: False, same=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders
@@ -325,7 +326,7 @@ class Ledger(ABC, Generic[P, R]):
             receipt = self.receipt(part)
             if deep:
                 # hashes, because a damaged disk can change bytes without changing sizes
-                verify_file = Vouched(self.root, [receipt])
+                verify_file = CheckedFiles(self.root, [receipt])
                 for name in part.files:
                     verify_file(name)
         except ViLUError as error:
@@ -452,10 +453,10 @@ def require_hash_once(path: Path, sha256: str, again: str, document: str = "its 
     return path
 
 
-class Vouched:
-    """The files of parts, each of which is compared with the hash in its receipt before use.
+class CheckedFiles:
+    """The files of parts; a file is compared with the hash in its receipt before it is used.
 
-    Calling the object with the name of a file compares the hash and returns the path.
+    The object is called with the name of a file. It compares the hash, and returns the path.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:

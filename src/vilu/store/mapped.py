@@ -236,8 +236,13 @@ class MappedPairs(PairSource, MappedSource):
     fold (8 bytes each), and the status (1 byte). Rows that remain after the last full pool have the
     status "short_pool". Hard pools are made within blocks of rows (``PairSource``).
 
-    ``arrays`` are the names of two arrays in ``rows``: of the images, and of the captions.
-    ``chosen`` are the (M,) ascending numbers of the rows that belong to this source; None for all.
+    Args:
+        path: Folder, for messages.
+        rows: The arrays of all rows.
+        arrays: Names in ``rows`` of the array of images and of the array of captions.
+        space: Space of both embeddings.
+        pools: How the pools are made.
+        chosen: (M,) ascending numbers of the rows that belong to this source; None for all rows.
     """
 
     def __init__(
@@ -329,10 +334,11 @@ class PartStrings(Identifiers):
         return PartStrings, (self._starts, self._read.__wrapped__, self._rows)
 
     def _of(self, row: int) -> str:
-        stored = row if self._rows is None else int(self._rows[row])
-        part = int(np.searchsorted(self._starts, stored, side="right")) - 1
+        stored_row = row if self._rows is None else int(self._rows[row])
+        part = int(np.searchsorted(self._starts, stored_row, side="right")) - 1
         strings = self._read(part)
-        return str(strings[stored - int(self._starts[part])].as_py())
+        index_in_part = stored_row - int(self._starts[part])
+        return str(strings[index_in_part].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for number, (start, stop) in enumerate(pairwise(self._starts)):

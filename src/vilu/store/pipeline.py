@@ -81,6 +81,7 @@ class Decoder:
         return self._decode(position, record)
 
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
+        """Read and preprocess an image; an image that cannot be read gives an error row."""
         self._require_class(record)
         reading = _Reading(record)
         try:
@@ -209,7 +210,7 @@ class Encoder:
         return outcome
 
     def _who_waits(self) -> str:
-        """Return which of the two sides, decoding and the model, is the faster one and waits."""
+        """Say which waits for the other: decoding for the model, or the model for decoding."""
         share = self.waited / max(time.monotonic() - self.begun, 1e-9)
         if share > FEW_WAITS:
             return f"the model waits for photos {share:.0%} of the time"

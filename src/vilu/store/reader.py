@@ -25,7 +25,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
-from vilu.store.ledger import Reopened, Vouched, content_hash
+from vilu.store.ledger import CheckedFiles, Reopened, content_hash
 from vilu.store.manifest import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import (
@@ -122,7 +122,7 @@ class Sealed(Reopened):
         for field in ("n_in", "n_ok", "n_error"):
             sum_of_parts = sum(getattr(receipt, field) for receipt in receipts)
             self.require_seal(sum_of_parts == getattr(self.manifest, field))
-        self.files = Vouched(path, receipts)
+        self.files = CheckedFiles(path, receipts)
         self.n_errors = [receipt.n_error for receipt in receipts]
         n_rows = [receipt.n_ok for receipt in receipts]
         starts = np.cumsum([0, *n_rows], dtype=np.int64)

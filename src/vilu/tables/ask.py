@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
 from vilu.artifacts.tables import csv_bytes
+from vilu.calibration.clusters import cluster_indices
 from vilu.errors import UNKNOWN
 from vilu.metrics.counts import Ints
 from vilu.predictors.contract.predictor import FailurePredictor
@@ -33,6 +35,10 @@ def next_answers(
     so that right and wrong answers are among them. Rows that the predictor was fitted on, and
     copies of other rows, are not chosen.
 
+    In a table with clusters, whole clusters are chosen in the same way, by a hash of their names
+    and by their mean uncertainty. Their number is ``n`` divided by the mean size of all clusters,
+    so they have about ``n`` rows. Clusters of which a row cannot be chosen are left out.
+
     Args:
         table: The answers.
         predictor: Scores the answers.
@@ -43,28 +49,62 @@ def next_answers(
     Returns:
         Indices (M,) of the chosen rows, and what each is for.
     """
-    position = np.array([_position(key, seed) for key in table.ids], dtype=np.uint64)
-    was_asked = np.array([key in asked for key in table.ids], dtype=np.bool_)
-    is_free = (table.correct == UNKNOWN) & ~was_asked & ~predictor.seen(table).shared
-    _, first_copies = np.unique(table.picture_identities(), return_index=True)
-    is_first = np.zeros(len(table), dtype=np.bool_)
-    is_first[first_copies] = True
+    names, unit = cluster_indices(table.cluster or table.ids, len(table))
+    size = np.bincount(unit)
+    n_units = 0
+    if n:
+        n_units = max(round(n * len(names) / len(table)), 1)
+    position = np.array([_position(name, seed) for name in names], dtype=np.uint64)
     is_for_calibration = position % 2 == 1
-    free = np.flatnonzero(is_free & is_first & is_for_calibration)
-    to_calibrate = free[np.argsort(position[free])][: n // 2]
-    free = np.flatnonzero(is_free & is_first & ~is_for_calibration)
-    uncertainty = predictor.predict_uncertainty(table)
+    is_free = (
+        np.bincount(unit[_may_be_asked(table, predictor, asked)], minlength=len(names)) == size
+    )
+    free = np.flatnonzero(is_free & is_for_calibration)
+    to_calibrate = free[np.argsort(position[free])][: n_units // 2]
+    free = np.flatnonzero(is_free & ~is_for_calibration)
+    uncertainty = np.bincount(unit, predictor.predict_uncertainty(table)) / size
     in_order = free[np.argsort(uncertainty[free], kind="stable")]
-    n_to_fit = min(n - len(to_calibrate), len(in_order))
+    n_to_fit = min(n_units - len(to_calibrate), len(in_order))
     steps = np.linspace(0, len(in_order) - 1, n_to_fit).round().astype(np.int64)
-    to_fit = in_order[steps]
-    purposes: list[Purpose] = ["fit"] * len(to_fit)
-    purposes += ["calibration"] * len(to_calibrate)
-    return np.concatenate([to_fit, to_calibrate]), purposes
+    rows_to_fit = _rows_of(in_order[steps], unit)
+    rows_to_calibrate = _rows_of(to_calibrate, unit)
+    purposes: list[Purpose] = ["fit"] * len(rows_to_fit)
+    purposes += ["calibration"] * len(rows_to_calibrate)
+    return np.concatenate([rows_to_fit, rows_to_calibrate]), purposes
+
+
+def _may_be_asked(
+    table: AnswerTable, predictor: FailurePredictor, asked: Collection[str]
+) -> NDArray[np.bool_]:
+    """Mask (N,) of the rows without a label that were neither asked for nor fitted on.
+
+    Of exact copies only the first may be asked, unless the table has clusters, which stay whole.
+    """
+    was_asked = np.array([key in asked for key in table.ids], dtype=np.bool_)
+    may_be_asked: NDArray[np.bool_] = (table.correct == UNKNOWN) & ~was_asked
+    may_be_asked &= ~predictor.seen(table).shared
+    if table.cluster is None:
+        _, first_copies = np.unique(table.picture_identities(), return_index=True)
+        is_first = np.zeros(len(table), dtype=np.bool_)
+        is_first[first_copies] = True
+        may_be_asked &= is_first
+    return may_be_asked
+
+
+def _rows_of(chosen: Ints, unit: Ints) -> Ints:
+    """Indices of the rows of the chosen units, in the order of these; ``unit`` (N,) of every row.
+
+    A unit is a cluster, or a row of a table without clusters.
+    """
+    place = np.full(int(unit.max()) + 1, len(chosen))
+    place[chosen] = np.arange(len(chosen))
+    place_of_row = place[unit]
+    rows = np.flatnonzero(place_of_row < len(chosen))
+    return rows[np.argsort(place_of_row[rows], kind="stable")]
 
 
 def _position(key: str, seed: int) -> int:
-    """A random number of a row, from 0 to 2^64 - 1, which depends on nothing but these two."""
+    """A random number from 0 to 2^64 - 1, which depends on nothing but these two."""
     digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -98,10 +98,10 @@ def explain_answers(
     uncertainty = predictor.predict_uncertainty(table)
     contributions = predictor.contributions(table)
     if rows is None:
-        positions = np.argsort(-uncertainty, kind="stable")[:n].tolist()
-    else:
-        positions = [_position(table, row) for row in rows]
-    explained = [_explained(table, row, uncertainty, contributions) for row in positions]
+        rows = np.argsort(-uncertainty, kind="stable")[:n].tolist()
+    explained = []
+    for row in rows:
+        explained.append(_explained(table, _position(table, row), uncertainty, contributions))
     return ExplainedAnswers(predictor.label, predictor.notes_.get("shares", {}), tuple(explained))
 
 

@@ -17,7 +17,7 @@ from vilu.embeddings.columns import NUMBERS, AnswerKind, DataKind
 from vilu.embeddings.rows import Rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
-from vilu.metrics.counts import Floats, Ints
+from vilu.metrics.counts import Floats
 from vilu.predictors.contract.given_logits import require_kind
 from vilu.predictors.contract.parameters import check_parameters
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt
@@ -25,6 +25,7 @@ from vilu.predictors.contract.seen import Overlap
 from vilu.tables.combine import (
     CrossValidated,
     Linear,
+    Maps,
     Recipe,
     best_combination,
     best_probe,
@@ -320,7 +321,7 @@ class AnswerScores(AnswerMethod):
             )
         numbers = table.matrix(names)
         failures = failure.numpy()
-        folds = folds_of(clusters_of(table), failures, self.seed)
+        folds = folds_of(table.inseparable(), failures, self.seed)
         fit, compared = best_combination(names, numbers, failures, folds)
         spread = fit.maps(numbers * fit.direction).std(axis=0) * fit.linear.weights
         signs = (-fit.direction).astype(int).tolist()
@@ -330,13 +331,7 @@ class AnswerScores(AnswerMethod):
             SHARES: _shares(names, spread),
             "chosen": _recipe_in_words(names, compared),
         }
-        arrays = {
-            "direction": fit.direction,
-            "lower": fit.maps.lower,
-            "width": fit.maps.width,
-            "rise": fit.maps.rise,
-            **_arrays_of(fit.linear),
-        }
+        arrays = {"direction": fit.direction, **_arrays_of_maps(fit.maps), **_arrays_of(fit.linear)}
         return Learnt(_as_tensors(arrays), notes)
 
     def terms(self, batch: Batch) -> Tensor:
@@ -407,7 +402,7 @@ class AnswerProbe(AnswerMethod):
         names = tuple(table.numbers)
         inputs = _inputs_of(table, names)
         failures = failure.numpy()
-        folds = folds_of(clusters_of(table), failures, self.seed)
+        folds = folds_of(table.inseparable(), failures, self.seed)
         fit, compared = best_probe(inputs, failures, folds)
         terms = (inputs - fit.mean) / fit.scale * fit.linear.weights
         spread = terms[:, : len(names)].std(axis=0)
@@ -448,20 +443,17 @@ def _table_of(train: Rows) -> AnswerTable:
     return table.take(train.index)
 
 
-def clusters_of(table: AnswerTable) -> Ints:
-    """Numbers (N,) of the clusters of the rows; without the column, of their exact copies."""
-    if table.cluster is None:
-        return table.picture_identities()
-    _, cluster = np.unique(np.array(table.cluster), return_inverse=True)
-    return cluster.astype(np.int64)
-
-
 def _inputs_of(table: AnswerTable, names: Sequence[str]) -> Floats:
     """The columns of numbers with these names, and the features if there are any (N, C + F)."""
     numbers = table.matrix(names)
     if table.features is None:
         return numbers
     return np.hstack([numbers, table.features.astype(np.float64)])
+
+
+def _arrays_of_maps(maps: Maps) -> dict[str, Floats]:
+    """The pieces of the functions of all columns, by the names of their tensors."""
+    return {"lower": maps.lower, "width": maps.width, "rise": maps.rise}
 
 
 def _arrays_of(linear: Linear) -> dict[str, Floats]:

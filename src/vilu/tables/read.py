@@ -20,8 +20,11 @@ from vilu.validation import checked, describe_value
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FIXED: Final = ("id", "answer", "correct", "group", "cluster", "features", "asked_for")
+FIXED: Final = ("id", "answer", "correct", "truth", "group", "cluster", "features", "asked_for")
 """Names of the columns with a role of their own."""
+
+MAY_BE_EMPTY: Final = ("answer", "truth")
+"""Columns of texts in which a cell may be empty."""
 
 FEATURES_BESIDE: Final = ".features.npy"
 """What stands in place of the suffix of a table in the name of the file with its features."""
@@ -39,7 +42,9 @@ CORRECT: Final = {
 
 
 @checked
-def open_table(source: object, *, name: str | None = None) -> AnswerTable:
+def open_table(
+    source: object, *, name: str | None = None, clusters: str | None = None
+) -> AnswerTable:
     """Read a table of answers, one row per answer, and check every cell that is used.
 
     ``AnswerTable`` describes the columns.
@@ -48,6 +53,8 @@ def open_table(source: object, *, name: str | None = None) -> AnswerTable:
         source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
             pyarrow, or a dictionary of arrays and lists.
         name: Name of the data set. [the name of the file without its suffix]
+        clusters: Name of the column that has the role of ``cluster``, such as "page"; it takes the
+            place of a column ``cluster``. [cluster]
 
     Raises:
         DataError: If a column is missing, stands twice, or has a name that differs from a known one
@@ -63,16 +70,23 @@ def open_table(source: object, *, name: str | None = None) -> AnswerTable:
         (('1', '2'), [1, 0])
     """
     if isinstance(source, AnswerTable):
+        if clusters is not None:
+            raise UsageError(
+                "clusters names a column of a file or of a data frame, and this is a table that "
+                "was read. Name the column when you read it."
+            )
         return source
     if isinstance(source, str | Path):
         path = Path(source)
-        return _of_file(path, path.stem if name is None else name)
+        return _of_file(path, path.stem if name is None else name, clusters)
     if isinstance(source, Mapping):
         arrays = {str(key): values for key, values in source.items()}
         vectors = arrays.pop("features", None)
-        return _checked_table(_of_arrays(arrays), vectors, "the table", name)
-    columns = _of_frame(source)
-    return _checked_table(columns, columns.pop("features", None), "the table", name)
+        columns = _of_arrays(arrays)
+    else:
+        columns = _of_frame(source)
+        vectors = columns.pop("features", None)
+    return _checked_table(_with_clusters(columns, clusters), vectors, "the table", name)
 
 
 def is_table(path: Path) -> bool:
@@ -117,17 +131,16 @@ def files_of(*paths: Path) -> list[Path]:
     return files
 
 
-def _of_file(path: Path, name: str) -> AnswerTable:
+def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     """The table in a CSV or Parquet file."""
     if not path.is_file():
         raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
-    names: list[str] = []
     if table_suffix(path) == ".csv":
-        names = csv_names(path)
-        _require_commas(path, names)
-    # All cells of a CSV file are read as text, so that a wrong cell can be named by its row.
-    table, _ = read_table(path, names)
-    columns = _by_name(table)
+        columns = _of_csv(path)
+    else:
+        table, _ = read_table(path, ())
+        columns = _by_name(table)
+    columns = _with_clusters(columns, clusters)
     vectors = columns.pop("features", None)
     beside = path.with_suffix(FEATURES_BESIDE)
     if not beside.is_file():
@@ -143,14 +156,41 @@ def _of_file(path: Path, name: str) -> AnswerTable:
     return _checked_table(columns, vectors, str(path), name)
 
 
-def _require_commas(path: Path, names: Sequence[str]) -> None:
-    """Refuse a CSV file whose columns are not separated by commas."""
-    for separator, in_words in ((";", "semicolons"), ("\t", "tabs")):
-        if len(names) == 1 and separator in names[0]:
-            raise DataError(
-                f"{path} separates its columns by {in_words}. Save it with commas between the "
-                "columns, and with a point in numbers (0.5)."
-            )
+def _of_csv(path: Path) -> dict[str, pa.ChunkedArray]:
+    """The columns of a CSV file; all are texts, so that a wrong cell can be named by its row.
+
+    Spreadsheets of many countries write semicolons between columns, and commas in numbers.
+    """
+    names = csv_names(path)
+    for separator in (";", "\t"):
+        has_one_name = len(names) == 1
+        if has_one_name and separator in names[0]:
+            table, _ = read_table(path, csv_names(path, separator), separator)
+            columns = _by_name(table)
+            for name in columns.keys() - set(FIXED):
+                columns[name] = _with_decimal_points(columns[name])
+            return columns
+    table, _ = read_table(path, names)
+    return _by_name(table)
+
+
+def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of texts, with points in its numbers if they all have commas or neither.
+
+    A column with points in some cells is left as it is, since its commas may stand for thousands.
+    """
+    import pyarrow as pa
+
+    with_points = []
+    for cell in column.to_pylist():
+        if not cell or not cell.strip():
+            with_points.append(cell)
+            continue
+        number = cell.replace(",", ".")
+        if "." in cell or _number(number) is None:
+            return column
+        with_points.append(number)
+    return pa.chunked_array([pa.array(with_points, pa.string())])
 
 
 def _of_arrays(arrays: Mapping[str, Any]) -> dict[str, pa.ChunkedArray]:
@@ -199,6 +239,23 @@ def _by_name(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return columns
 
 
+def _with_clusters(
+    columns: dict[str, pa.ChunkedArray], clusters: str | None
+) -> dict[str, pa.ChunkedArray]:
+    """The columns, of which the one named ``clusters`` has the role of ``cluster``."""
+    if clusters is None:
+        return columns
+    if clusters not in columns:
+        raise DataError(
+            f"the table has no column {clusters!r} with the clusters of its rows. It has "
+            f"{', '.join(columns)}."
+        )
+    named = {**columns, "cluster": columns[clusters]}
+    if clusters not in FIXED:
+        del named[clusters]
+    return named
+
+
 def _checked_table(
     columns: Mapping[str, pa.ChunkedArray],
     vectors: Any,  # noqa: ANN401 - an array, or a column of lists
@@ -226,6 +283,7 @@ def _checked_table(
         cells.correct(columns.get("correct")),
         numbers,
         answer=_texts(where, columns, "answer", ids),
+        truth=_texts(where, columns, "truth", ids),
         group=_texts(where, columns, "group", ids),
         cluster=_texts(where, columns, "cluster", ids),
         asked_for=_purposes(where, columns, ids),
@@ -270,7 +328,7 @@ def _require_known_names(where: str, columns: Mapping[str, pa.ChunkedArray]) -> 
 def _texts(
     where: str, columns: Mapping[str, pa.ChunkedArray], name: str, ids: Sequence[str] = ()
 ) -> tuple[str, ...] | None:
-    """A column as texts; None if there is no such column. Only an answer may be an empty text."""
+    """A column as texts; None if there is no such column. Most may have no empty text."""
     import pyarrow as pa
 
     if name not in columns:
@@ -286,7 +344,7 @@ def _texts(
     texts = []
     for row, cell in enumerate(cells):
         text = "" if cell is None else cell
-        if name != "answer" and not text.strip():
+        if name not in MAY_BE_EMPTY and not text.strip():
             raise DataError(
                 f"{where}, {_row(row, ids)}: {name} is empty. Fill it, or remove the row."
             )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from vilu.calibration.calibration import Calibration
-from vilu.errors import UsageError
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.scoring.score import score
@@ -13,18 +16,21 @@ from vilu.tables.read import has_answers, open_table
 from vilu.tables.table import AnswerTable, sign_of
 
 
-def scores_in(path: Path, predictor: Path | None = None) -> list[Outcomes]:
+def scores_in(
+    path: Path, predictor: Path | None = None, *, clusters: str | None = None
+) -> list[Outcomes]:
     """The scores of a table of answers; empty if the path is something else.
 
     With the folder of a ``predictor`` they are its scores, decided on by its calibration if it has
     one. Without a predictor, each column whose name says its sign is a method of its own.
+    ``clusters`` is the name of the column with the clusters, if it is not ``cluster``.
 
     Raises:
         UsageError: If no column says its sign and there is no predictor.
     """
     if not has_answers(path):
         return []
-    table = open_table(path)
+    table = open_table(path, clusters=clusters)
     if predictor is None:
         return scores_of_columns(table)
     calibration = Calibration.find(predictor)
@@ -69,3 +75,65 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
             "right. Call one score_... or uncertainty_..., or score the table with a predictor."
         )
     return outcomes
+
+
+def with_classes(outcomes: Outcomes, table: AnswerTable) -> Outcomes:
+    """Outcomes of rows of a table, with the texts of the answers as classes.
+
+    So ``vilu.estimate`` can tell how many rows each class has. The right class of a row is its
+    answer if the answer is right, and else its ``truth``.
+
+    Raises:
+        DataError: If the table has no answers, if the truth of a wrong answer is not known, or if
+            it is the answer itself.
+
+    Examples:
+        >>> import vilu
+        >>> from vilu.tables.scores import with_classes
+        >>> table = vilu.open_table(
+        ...     {
+        ...         "id": ["a", "b", "c"],
+        ...         "answer": ["cat", "cat", "dog"],
+        ...         "truth": ["", "fox", ""],
+        ...         "score_p": [0.9, 0.2, 0.5],
+        ...         "correct": [1, 0, None],
+        ...     }
+        ... )
+        >>> scores = vilu.score(vilu.methods.AnswerScore(column="score_p"), table)
+        >>> outcomes = with_classes(scores, table)
+        >>> outcomes.class_names, outcomes.prediction.tolist(), outcomes.target.tolist()
+        (('cat', 'dog', 'fox'), [0, 0, 1], [0, 2, -1])
+    """
+    if table.answer is None:
+        raise DataError("shares of classes need the column answer. This table has none.")
+    right_class = {}
+    for row in np.flatnonzero(table.correct != UNKNOWN).tolist():
+        right_class[table.ids[row]] = _right_class(table, row)
+    class_of = dict(zip(table.ids, table.answer, strict=True))
+    names = sorted({*table.answer, *right_class.values()})
+    number = {name: index for index, name in enumerate(names)}
+    prediction = []
+    target = []
+    for key in outcomes.ids or ():
+        prediction.append(number[class_of[key]])
+        target.append(number[right_class[key]] if key in right_class else UNKNOWN)
+    return replace(
+        outcomes,
+        prediction=np.array(prediction, dtype=np.int64),
+        target=np.array(target, dtype=np.int64),
+        class_names=names,
+    )
+
+
+def _right_class(table: AnswerTable, row: int) -> str:
+    """The text of the right answer of a labelled row of a table with answers."""
+    answers = table.answer or ()
+    if table.correct[row] == 1:
+        return answers[row]
+    truth = "" if table.truth is None else table.truth[row]
+    if truth in {"", answers[row]}:
+        raise DataError(
+            f"row {row + 1} (id {table.ids[row]!r:.60}) is wrong, so another class is right. Write "
+            f"it into the column truth. Got {truth!r:.60} instead."
+        )
+    return truth

@@ -76,6 +76,7 @@ class AnswerTable(EmbeddingSource):
     - ``id``: identifier of the row; required, and different in all rows.
     - ``answer``: any text.
     - ``correct``: 1 if the answer is right, 0 if it is wrong, empty if it is not known.
+    - ``truth``: text of the right answer, or empty. Only shares of classes need it.
     - ``score`` and ``score_...``: a higher number means that the answer is more likely right.
     - ``uncertainty`` and ``uncertainty_...``: a higher number means more likely wrong.
     - ``group``, ``cluster``: any text.
@@ -91,6 +92,7 @@ class AnswerTable(EmbeddingSource):
         numbers: Columns (N,) float64 by name, in the order of the table. ``sign_of`` a name says
             whether a higher number means that the answer is more likely right.
         answer: Texts of the N answers; None if the table has no such column.
+        truth: Texts of the right answers, "" where not known; None if the table has no such column.
         group: Group of each row; None if the table has no such column.
         cluster: Cluster of each row, such as a page or a conversation; None without the column.
         features: (N, F) float32 vectors of the rows; None if the table has none.
@@ -130,6 +132,7 @@ class AnswerTable(EmbeddingSource):
         numbers: Mapping[str, Floats],
         *,
         answer: tuple[str, ...] | None = None,
+        truth: tuple[str, ...] | None = None,
         group: tuple[str, ...] | None = None,
         cluster: tuple[str, ...] | None = None,
         features: Features | None = None,
@@ -143,6 +146,7 @@ class AnswerTable(EmbeddingSource):
         self.correct = correct
         self.numbers = dict(numbers)
         self.answer = answer
+        self.truth = truth
         self.group = group
         self.cluster = cluster
         if answer is not None and cluster is not None:
@@ -212,6 +216,8 @@ class AnswerTable(EmbeddingSource):
             roles["answer"] = "text of the answer"
         if (self.correct != UNKNOWN).any():
             roles["correct"] = "whether the answer is right"
+        if self.truth is not None:
+            roles["truth"] = "text of the right answer, for shares of classes"
         for name in self.numbers:
             roles[name] = ROLE_BY_SIGN[sign_of(name)]
         if self.group is not None:
@@ -233,8 +239,9 @@ class AnswerTable(EmbeddingSource):
         if self.features is not None:
             content.update(self.features.tobytes())
         texts: list[object] = [self.ids, self.answer, self.group, self.cluster]
-        if self.asked_for is not None:
-            texts.append(self.asked_for)
+        for newer in (self.asked_for, self.truth):  # without them the fingerprint stays
+            if newer is not None:
+                texts.append(newer)
         return digest([list(self.numbers), texts, self.n_features, content.hexdigest()])
 
     def matrix(self, names: Sequence[str]) -> Floats:
@@ -345,6 +352,7 @@ class AnswerTable(EmbeddingSource):
             self.correct[index],
             {name: numbers[index] for name, numbers in self.numbers.items()},
             answer=_taken(self.answer, index),
+            truth=_taken(self.truth, index),
             group=_taken(self.group, index),
             cluster=_taken(self.cluster, index),
             features=None if self.features is None else self.features[index],

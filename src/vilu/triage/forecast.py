@@ -260,8 +260,7 @@ class _World:
         probability = np.minimum(factor * self.scores[rows], 1.0)
         failure = (self.rng.random(len(rows)) < probability).astype(np.int64)
         threshold = -math.inf
-        ends = [*range(ROUND, n_drawn, ROUND), n_drawn]
-        for end in ends:
+        for end in _ends_of_rounds(n_drawn):
             certified = looks.certified(self.scores[rows[:end]], failure[:end])
             if certified is not None:
                 threshold = max(threshold, float(looks.grid[certified]))
@@ -271,10 +270,24 @@ class _World:
         """The least of ``RISKS`` that so many labels in all can show if no answer is wrong."""
         for risk in RISKS:
             trial = self.plan(risk, level)
-            below_limit = self.scores[self.scores <= trial.limit]
-            drawn = np.linspace(0, len(below_limit) - 1, self.n_to_draw(trial, n_labels))
+            if not trial.likely:
+                continue
             looks = self.looks_of(trial, self.scores, risk, level)
-            is_enough = looks.can_certify(below_limit[drawn.round().astype(np.int64)])
-            if is_enough and trial.likely:
+            # Every end is tried, because of a folder whose photos are all labelled nothing is left
+            # to guarantee.
+            ends = _ends_of_rounds(self.n_to_draw(trial, n_labels))
+            if any(looks.can_certify(self._spread(trial.limit, end)) for end in ends):
                 return risk
         return None
+
+    def _spread(self, limit: float, n: int) -> Floats:
+        """``n`` scores up to a limit, in equal steps of rank."""
+        below_limit = self.scores[self.scores <= limit]
+        rank = np.linspace(0, len(below_limit) - 1, n)
+        spread: Floats = below_limit[rank.round().astype(np.int64)]
+        return spread
+
+
+def _ends_of_rounds(n_drawn: int) -> list[int]:
+    """Numbers of labels after which the test is made, while so many are drawn in rounds."""
+    return [*range(ROUND, n_drawn, ROUND), n_drawn]

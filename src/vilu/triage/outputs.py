@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -59,6 +59,8 @@ FEW_REPEATED: Final = 0.05
 RISKS: Final = np.arange(1, 1000) / 1000
 """Upper bounds on the error rate that ``least_risk`` tries, ascending."""
 
+NO_SIDECAR: Final = "--xmp has written no label: no photo is accepted or labelled with a class yet."
+
 LabelFiles = Mapping[Path, tuple[dict[str, str], dict[str, str]]]
 """For every file of labels: labels and streams, both by the name that the file gives a photo."""
 
@@ -78,7 +80,8 @@ class TriageSummary:
         prompts: The templates, and a warning of prompts that read badly.
         n_asked: Number of photos whose labels are asked for.
         why_none: Why no label is asked for, and what to do next; "" if labels are asked for.
-        sidecars: How many photos have their label in a sidecar; "" if none was wanted.
+        sidecars: How many photos have their label in a sidecar, or why none has; "" if none was
+            asked for.
     """
 
     verdict: str
@@ -90,7 +93,7 @@ class TriageSummary:
     prompts: str
     n_asked: int
     why_none: str
-    sidecars: str = ""
+    sidecars: str
 
 
 @checked
@@ -161,8 +164,10 @@ def triage_photos(
             # listed again, because photos may have been moved
             now = list_folder(settings.photos, output, follow_links=settings.follow_links)
             n_written = write_sidecars(accepted_labels(output, now, answers, settings))
-            sidecars = f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
-    return replace(summary_of(result, answers, settings, verdict), sidecars=sidecars)
+            sidecars = NO_SIDECAR
+            if n_written:
+                sidecars = f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
+    return summary_of(result, answers, settings, verdict, sidecars)
 
 
 def check_settings(settings: TriageSettings) -> None:
@@ -225,7 +230,11 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
 
 
 def summary_of(
-    result: TriageResult, answers: Sequence[Answer], settings: TriageSettings, verdict: str
+    result: TriageResult,
+    answers: Sequence[Answer],
+    settings: TriageSettings,
+    verdict: str,
+    sidecars: str,
 ) -> TriageSummary:
     """The summary of a run for people."""
     counts = count_answers(answers)
@@ -238,6 +247,7 @@ def summary_of(
         forecast=str(result.forecast),
         likely=likely_in_words(result.likely, counts),
         prompts=_prompts(settings),
+        sidecars=sidecars,
         n_asked=len(result.asked),
         why_none="" if result.asked else why_nothing_is_asked(result),
     )

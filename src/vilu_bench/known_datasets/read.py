@@ -36,7 +36,7 @@ class Listing:
     """The classes and images that a data set lists."""
 
     classes: tuple[str, ...]  # names of the classes in files or lists, in label order
-    # by split, its images; an iteration may list folders, and raises a DataError if that fails
+    # images of each split; an iteration may list folders, and raises a DataError if that fails
     splits: Mapping[str, Iterable[Entry]]
     origin: str  # text that says where the splits come from
     # cleaned names for prompts; None: ``classes`` with spaces for underscores

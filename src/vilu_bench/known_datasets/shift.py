@@ -88,14 +88,14 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
     "pixelate": (pixelate, (0.85, 0.7, 0.6, 0.5, 0.4)),
     "low_resolution": (low_resolution, (0.75, 0.625, 0.5, 0.375, 0.25)),
 }
-"""By kind of damage, its function and its five strengths, one for each severity."""
+"""Function and five strengths, one for each severity, of every kind of damage."""
 
 
 class ShiftedImages(Chosen):
     """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
 
-    Damaged pictures are PNGs. A row is identified by its undamaged picture, so a picture and its
-    damaged form count as copies of one picture.
+    Damaged pictures are PNGs. A row is identified by its undamaged picture. So a picture and its
+    damaged form count as one picture.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:

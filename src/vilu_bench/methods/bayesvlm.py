@@ -47,7 +47,7 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "infonce": softmax_weights,
     "siglip": sigmoid_weights,
 }
-"""By name of a contrastive loss, the function that computes a and b from logits (M, K)."""
+"""Functions that compute a and b from logits (M, K), by name of the contrastive loss."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def posterior(layer: Factors, squared_norm: float, pseudo_count: float) -> tuple
     """
     # each factor is multiplied by this scale, so their product is multiplied by tau / n
     scale = math.sqrt(pseudo_count / layer.n)
-    a, a_vectors = torch.linalg.eigh(scale * layer.inputs)
-    b, b_vectors = torch.linalg.eigh(scale * layer.outputs)
+    a, a_vectors = torch.linalg.eigh(scale * layer.inputs)  # (F,), (F, F)
+    b, b_vectors = torch.linalg.eigh(scale * layer.outputs)  # (D,), (D, D)
     a = a.clamp_min(0)
     b = b.clamp_min(0)
     prior = best_prior_precision(a, b, squared_norm)
@@ -183,9 +183,12 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
     In the eigenbasis Ã = diag(a) + sqrt(lambda) I and B̃ = diag(b) + sqrt(lambda) I, where a (F,)
     and b (D,) are the eigenvalues of sqrt(tau) A and sqrt(tau) B.
     """
-    root = math.exp(log_prior / 2)
-    log_det = float(len(b) * (a + root).log().sum() + len(a) * (b + root).log().sum())
-    return (len(a) * len(b) * log_prior - math.exp(log_prior) * squared_norm - log_det) / 2
+    n_inputs = len(a)  # F
+    n_outputs = len(b)  # D
+    root = math.exp(log_prior / 2)  # sqrt(lambda)
+    log_det = float(n_outputs * (a + root).log().sum() + n_inputs * (b + root).log().sum())
+    weight_term = math.exp(log_prior) * squared_norm
+    return (n_inputs * n_outputs * log_prior - weight_term - log_det) / 2
 
 
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:

@@ -21,6 +21,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 from vilu_bench.methods.mahalanobis import gaussian, shared_covariance
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# why the delta methods do not work on captions, as the end of a sentence in messages
 NO_CAPTIONS = (
     "it compares images answered rightly and wrongly, "
     "and with other captions other images would be answered wrongly"

@@ -3,9 +3,9 @@
 Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
 
 Some of these methods have a number to choose. The original work chooses it on a validation set.
-Here the labels are all there is, so it is chosen by cross-fitting (``cross_fitted``): labelled rows
-are held out in folds. The value is chosen under which their labels are most likely, or with which
-most of them are answered rightly, where the original goes by accuracy.
+Here there are no further labels, so it is chosen by cross-fitting (``cross_fitted``): labelled rows
+are held out in folds. The chosen value makes the labels of held-out rows most likely. Where the
+original work chooses by accuracy, it is the value with most right answers to held-out rows.
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ def most_accurate(
 class LinearProbeCV(Regression):
     """The linear probe, with the strength of its penalty chosen by cross-validation.
 
-    u = 1 - P(t̂ | z), as for ``linear_probe``. C is chosen from ``grid`` by five folds of the
-    labels: the one under which held-out labels are most likely. A class without labels in the folds
-    gets the probability 1e-6 for that. If no row can be held out, because every class has one
-    label, the C of ``linear_probe`` is taken, 100.
+    u = 1 - P(t̂ | z), as for ``linear_probe``. The labels are held out in five folds, and C is the
+    value of ``grid`` under which held-out labels are most likely. In this comparison every class
+    has at least the probability 1e-6. If no row can be held out, because every class has one label,
+    C is 100, as for ``linear_probe``.
 
     Args:
         grid: The values of C to choose from.
@@ -204,7 +204,7 @@ PROBE_PENALTY = 100.0
 def floored_probe(
     fitted_on: Labelled, rows: Labelled, penalty: float, max_iter: int = 500
 ) -> Tensor:
-    """Log posteriors (N, K) of rows by a linear probe of other rows, none below log ``FLOOR``."""
+    """Log posteriors (N, K) of ``rows`` by a linear probe of ``fitted_on``; at least log FLOOR."""
     weight, bias = fit_regression(
         fitted_on.image, fitted_on.label, fitted_on.n_classes, penalty, max_iter
     )
@@ -270,6 +270,7 @@ class ProbeAndZeroShot(Regression):
     reference: ClassVar[str] = "this project, 2026"
     cost: ClassVar[str] = "fit: 6 logistic regressions; score: one product with K weights"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = f"{Regression._forms} mix:d2"
 
     C: Positive = PROBE_PENALTY
@@ -346,8 +347,8 @@ class GDAAndZeroShot(BesideZeroShot):
     tr(C) I)^-1, with the covariance C (divisor N - 1) of N images less their class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
-    alpha is the value of ``grid`` with most right answers to held-out labels (five folds). With one
-    label a class C is zero, and nothing is added (the original has augmented images then).
+    alpha is the value of ``grid`` with most right answers to held-out rows (five folds). With one
+    label per class, C is zero and nothing is added. (The original work then uses augmented images.)
 
     Args:
         grid: The values of alpha to choose from, those of the released code.
@@ -376,6 +377,7 @@ class GDAAndZeroShot(BesideZeroShot):
     reference: ClassVar[str] = "Wang et al., ICLR 2024"
     cost: ClassVar[str] = "fit: 6 inverses of D x D; score: one product with K vectors"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     grid: Grid = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
@@ -396,7 +398,7 @@ class GDAAndZeroShot(BesideZeroShot):
             )
 
         weight, bias = gaussian_discriminants(rows)
-        alpha = 0.0  # of one label a class, which have no covariance
+        alpha = 0.0  # with one label per class there is no covariance, and nothing is added
         chosen = most_accurate(rows, self.seed, log_posteriors)
         if chosen is not None:
             alpha = self.grid[chosen]
@@ -419,13 +421,14 @@ def gaussian_discriminants(rows: Labelled) -> tuple[Tensor, Tensor]:
     total = torch.zeros(rows.n_classes, dim, dtype=torch.float64)
     total.index_add_(0, rows.label, image)
     mean = total / count.clamp(min=1)[:, None]
-    mean[count == 0] = image.mean(dim=0)
+    mean[count == 0] = image.mean(dim=0)  # a class without images has the mean of all
     centred = image - mean[rows.label]
     n = len(image)
-    scatter = centred.T @ centred
+    scatter = centred.T @ centred  # (n - 1) times the covariance within classes
     trace = float(scatter.trace()) / max(n - 1, 1)
     if trace <= NO_SPREAD:
         return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
+    # inverse of the covariance, with its trace as ridge
     precision = dim * torch.linalg.inv(scatter + trace * torch.eye(dim, dtype=torch.float64))
     weight = mean @ precision
     return weight, -(weight * mean).sum(dim=1) / 2
@@ -443,8 +446,8 @@ class TipAdapter(BesideZeroShot):
         A_c = sum over labelled images x of class c: exp(-beta (1 - z x))
 
     alpha and beta are the values of ``alphas`` and ``betas`` with most right answers to held-out
-    labels (five folds). If no row can be held out, because every class has one label, they are 1
-    and 5.5, as in the paper.
+    rows (five folds). If no row can be held out, because every class has one label, they are 1 and
+    5.5, as in the paper.
 
     Args:
         alphas: The values of alpha to choose from.
@@ -472,6 +475,7 @@ class TipAdapter(BesideZeroShot):
     reference: ClassVar[str] = "Zhang et al., ECCV 2022"
     cost: ClassVar[str] = "fit: products of the labelled images; score: one product with them"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K shape:d2"
 
     alphas: Grid = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -500,7 +504,7 @@ class TipAdapter(BesideZeroShot):
                 ]
             )
 
-        shape = (1.0, 5.5)
+        shape = (1.0, 5.5)  # alpha and beta of the paper, if no pair can be selected
         chosen = most_accurate(rows, self.seed, log_posteriors)
         if chosen is not None:
             shape = shapes[chosen]

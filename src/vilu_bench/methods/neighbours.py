@@ -219,7 +219,7 @@ class TRINE(LabelledBank):
 
 @dataclasses.dataclass
 class TrustScore(LabelledBank):
-    """Inverse trust score: distance to the predicted class over distance to the nearest other.
+    """Inverse trust score: distance to the predicted class over that to the nearest other class.
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
 

@@ -2,9 +2,9 @@
 
 Shapes: N images to learn from, B rows to score, K classes, D embedding width.
 
-Both were made for transduction: the images that are learned from are those that are judged. Here
-they are fitted on images and judge others, as all methods do. To see the images that are judged,
-fit on these without their labels.
+The papers of both methods are about transduction: a method learns from the same images that it
+judges. Here the methods are fitted like all methods, so they may judge other images than they
+learned from. For transduction, fit a method on the images to judge, without their labels.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import float64
@@ -53,23 +54,25 @@ def zero_shot_logits(rows: Rows) -> Tensor:
 
 @dataclasses.dataclass
 class OTTER(Adapted):
-    """OTTER: class frequencies are matched to a known balance, here the uniform one.
+    """OTTER: the posterior is changed such that all classes are equally frequent.
 
     u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that the mean of q over
     the N images is 1/K for every class.
 
-    This is optimal transport between images and classes with the cost -log p and an entropy of
-    weight 1. v are its dual potentials of the classes. They score images that come later.
+    This is optimal transport between images and classes with the cost -log p and an entropy term of
+    weight 1, where p is the zero-shot posterior. v has the dual potentials of the classes. They
+    are used for later images, too.
 
     Args:
         passes: Maximum number of passes of Sinkhorn's algorithm.
         max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
 
     Source: Shin et al., "OTTER: Effortless Label Distribution Adaptation of Zero-shot Models",
-    NeurIPS 2024. The original solves the transport without an entropy (``ot.emd``), so it has
-    answers and no probability; with a smaller weight of the entropy this goes over into that. It is
-    told the true balance, or estimates it from labels. Without a label the uniform balance is left.
-    So it does harm where classes do not occur.
+    NeurIPS 2024. The original solves the transport without an entropy term (``ot.emd``), so it has
+    answers and no probabilities; this method approaches it as the weight of the entropy term goes
+    to 0. The original gets the true class frequencies, or estimates them from labels. Here no label
+    is used, so equal frequencies are assumed. If some classes do not occur, this makes the
+    posterior worse.
 
     Examples:
         >>> import numpy as np, vilu
@@ -88,6 +91,7 @@ class OTTER(Adapted):
     reference: ClassVar[str] = "Shin et al., NeurIPS 2024"
     cost: ClassVar[str] = "fit: passes over 20,000 rows; score: K sums"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "offset:dK classes:fKD"
 
     passes: Count = 1_000
@@ -102,7 +106,8 @@ class OTTER(Adapted):
         offset = torch.zeros(logits.shape[1], dtype=torch.float64)
         for _ in range(self.passes):
             mean = (logits + offset).softmax(dim=1).mean(dim=0)
-            # Sinkhorn's step: classes with too small a share rise, those with too large a one fall
+            # Sinkhorn's step: it raises the logits of classes whose share is below 1/K, and lowers
+            # the logits of classes whose share is above 1/K
             step = -(mean * len(mean)).clamp(min=SMALLEST_SHARE).log()
             offset = offset + step
             if float(step.abs().max()) < SETTLED:
@@ -118,32 +123,32 @@ class OTTER(Adapted):
 
 
 SMALLEST_SHARE = 1e-12
-"""Share of a class, times K, below which its step would not be finite."""
+"""Lower bound of a class's share times K in a step; the logarithm of 0 would not be finite."""
 SETTLED = 1e-6
-"""Largest step of Sinkhorn's algorithm at which it has ended."""
+"""Sinkhorn's algorithm ends after a step without an entry larger than this number."""
 
 
 class Gaussians(NamedTuple):
-    """What StatA learns: a Gaussian with a diagonal covariance for each class, and posteriors."""
+    """The result of StatA's fit: a Gaussian with diagonal covariance per class, and posteriors."""
 
     mean: Tensor  # (K, D), unit norm
     variance: Tensor  # (K, D)
-    posterior: Tensor  # (N, K) of the images that it learned from
+    posterior: Tensor  # (N, K) posteriors of the images to learn from
 
 
 @dataclasses.dataclass
 class StatA(Adapted):
-    """StatA: Gaussians of the classes, held near those that texts describe.
+    """StatA: one Gaussian per class, whose mean and variance are kept near the class text.
 
         u = 1 - q_t̂, with q_c ~ p_c exp(-1/100 sum_d (z_d - m_cd)^2 / s_cd)
 
     p is the zero-shot posterior; m and s are fitted to images without labels (``fit_gaussians``).
-    While it is fitted, posteriors of images also follow those of their three nearest images. New
-    images have no neighbours among them, so q is without this term.
+    During the fit, the posterior of an image is also drawn towards the posteriors of its three
+    nearest images. For new images, q has no such term.
 
     Args:
-        anchor: Weight, in rows, of the anchors of each class.
-        neighbours: Number of nearest images that the posterior of an image follows.
+        anchor: Weight of the class text in mean and variance, as a number of images.
+        neighbours: Number of nearest images towards whose posteriors a posterior is drawn.
         passes: Number of updates of the Gaussians.
         max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
 
@@ -166,6 +171,7 @@ class StatA(Adapted):
     summary: ClassVar[str] = "Gaussians of the classes, fitted to images and anchored at texts"
     reference: ClassVar[str] = "Zanella et al., CVPR 2025"
     cost: ClassVar[str] = "fit: about 66 passes and N x N similarities; score: 2 products with K"
+    # name, type (f float32, d float64, i int64, ? bool) and sizes of the learned tensors
     _forms: ClassVar[str] = "mean:dKD variance:dKD classes:fKD"
 
     anchor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -203,7 +209,7 @@ class StatA(Adapted):
 TEMPERATURE = 50.0
 """Number by which log-likelihoods are divided, as in the code of TransCLIP and StatA."""
 INNER_PASSES = 5
-"""Updates of the posteriors between two updates of the Gaussians."""
+"""Number of updates of the posteriors between two updates of the Gaussians."""
 MIN_VARIANCE = 1e-12
 """Smallest variance, so that equal images have a finite likelihood."""
 
@@ -218,52 +224,55 @@ def fit_gaussians(
         m_c ~ b_c (mean of the members) + (1 - b_c) t_c
         s_c = b_c (variance of the members about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
 
-    with b_c = n_c / (n_c + anchor), n_c images answered c, and s_0 the variance of all images about
-    the texts of their classes.
+    Here t_c is the text of class c, n_c is the number of images whose answer is c,
+    b_c = n_c / (n_c + anchor), and s_0 is the variance of all images about the texts of their
+    classes. Means are scaled to unit norm.
     """
     zero_shot = logits.log_softmax(dim=1)
     posterior = zero_shot.exp()
     mean = text
+    # the mean over classes, weighted by the sums of their posteriors
     first_variance = variance_about(image, posterior, text).mul(posterior.sum(dim=0)[:, None])
-    first_variance = first_variance.sum(dim=0) / len(image)
+    first_variance = first_variance.sum(dim=0) / len(image)  # (D,)
     variance = first_variance.clamp(min=MIN_VARIANCE).expand_as(text)
     affinity = nearest_affinity(image, n_neighbours)
     for number in range(passes + 1):
         likelihood = gaussian_likelihood(image, mean, variance)
         for _ in range(INNER_PASSES):
             neighbours = affinity.T @ posterior + affinity @ posterior
-            follow = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbours
-            posterior = (zero_shot + (likelihood + follow) / TEMPERATURE).softmax(dim=1)
+            pull = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbours
+            posterior = (zero_shot + (likelihood + pull) / TEMPERATURE).softmax(dim=1)
         if number == passes:
-            break
+            break  # the last pass only updates the posteriors
         count = torch.bincount(posterior.argmax(dim=1), minlength=len(text)).double()
-        own_share = (count / (count + anchor))[:, None]
-        members = torch.nn.functional.normalize(posterior.T @ image, dim=1)
-        mean = torch.nn.functional.normalize(own_share * members + (1 - own_share) * text, dim=1)
-        of_members = variance_about(image, posterior, mean)
-        of_anchor = first_variance + (text - mean).square()
-        variance = own_share * of_members + (1 - own_share) * of_anchor
+        member_weight = (count / (count + anchor))[:, None]  # b_c
+        text_weight = 1 - member_weight
+        member_mean = normalize(posterior.T @ image, dim=1)
+        mean = normalize(member_weight * member_mean + text_weight * text, dim=1)
+        member_variance = variance_about(image, posterior, mean)
+        text_variance = first_variance + (text - mean).square()
+        variance = member_weight * member_variance + text_weight * text_variance
         variance = variance.clamp(min=MIN_VARIANCE)
     return Gaussians(mean, variance, posterior)
 
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
     """(K, D) mean of (z - mean_c)^2 over images (N, D), weighted by their posteriors (N, K)."""
-    count = posterior.sum(dim=0).clamp(min=1e-300)[:, None]
-    first = posterior.T @ image / count
-    second = posterior.T @ image.square() / count
-    return (second - 2 * first * mean + mean.square()).clamp(min=0)
+    count = posterior.sum(dim=0).clamp(min=1e-300)[:, None]  # a divisor, so never 0
+    mean_image = posterior.T @ image / count
+    mean_square = posterior.T @ image.square() / count
+    return (mean_square - 2 * mean_image * mean + mean.square()).clamp(min=0)
 
 
 def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """(B, K) -1/2 sum_d (z_d - m_cd)^2 / s_cd of images (B, D), for classes (K, D)."""
+    """Exponents (B, K), -1/2 sum_d (z_d - m_cd)^2 / s_cd, of images (B, D) for classes (K, D)."""
     precision = 1 / variance
     squares = image.square() @ precision.T - 2 * image @ (mean * precision).T
     return -(squares + (mean.square() * precision).sum(dim=1)) / 2
 
 
 def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
-    """(N, N) sparse cosines of every image with its nearest other images."""
+    """Sparse matrix (N, N): the cosines of every image with its nearest other images."""
     n = len(image)
     n_neighbours = min(n_neighbours, n - 1)
     rows = torch.arange(n).repeat_interleave(n_neighbours)
@@ -271,8 +280,8 @@ def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
     columns = []
     for start in range(0, n, SCORING_BATCH):
         cosine = image[start : start + SCORING_BATCH] @ image.T
-        own = torch.arange(len(cosine))
-        cosine[own, start + own] = -torch.inf
+        in_batch = torch.arange(len(cosine))
+        cosine[in_batch, start + in_batch] = -torch.inf  # an image is not its own neighbour
         value, index = cosine.topk(n_neighbours, dim=1)
         cosines.append(value.flatten())
         columns.append(index.flatten())

@@ -197,6 +197,7 @@ def _entrant(
     bootstrap: Bootstrap,
     ranked_by: Names,
 ) -> Entrant:
+    """The results of a method on one data set in one setting, from its cells."""
     by_seed = {}
     runs = {}
     refused_seeds = []

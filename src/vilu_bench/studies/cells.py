@@ -154,7 +154,7 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 def plan(config: Config) -> tuple[Cell, ...]:
     """Every cell, seed by seed; a cell that shares an earlier cell's result refers to that cell."""
-    first: dict[object, Cell] = {}  # by everything that decides a result, the first such cell
+    first: dict[object, Cell] = {}  # the first cell with a result, by all that decides the result
     cells = []
     for cell in _grid(config):
         decided_by = (*fit_of(config, cell), scored_set_of(config, cell))
@@ -235,6 +235,9 @@ def _grid(config: Config) -> list[Cell]:
 
 def _cells_in(config: Config, data: str, setting: str, seed: int) -> Iterator[Cell]:
     """The cells of every method that runs on a data set, in a setting, with a seed."""
+    n_seeds = config.settings[setting].seeds
+    if n_seeds is not None and seed >= n_seeds:
+        return
     for label, method in config.entries.items():
         if not config.is_run_in(label, setting):
             continue

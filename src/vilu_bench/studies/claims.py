@@ -48,8 +48,10 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
 
 
 def _better(board: Board, claim: Better) -> Verdict:
+    """Decide the claim that a method is better than another."""
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
+    # With "less", the text names the difference of two numbers; with "below", their comparison.
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _name(board, claim.better)
     than_name = _name(board, claim.than)
@@ -67,6 +69,7 @@ def _better(board: Board, claim: Better) -> Verdict:
 
 
 def _trend(board: Board, claim: Trend) -> Verdict:
+    """Decide the claim that a metric rises or falls along the settings."""
     data = claim.data or tuple(board.config.data)
     what = (
         f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, "
@@ -88,6 +91,7 @@ def _trend(board: Board, claim: Trend) -> Verdict:
 
 
 def _steeper(board: Board, claim: Steeper) -> Verdict:
+    """Decide the claim that a metric rises more with accuracy for one method."""
     data = claim.data or tuple(board.config.data)
     cases = list(itertools.product(data, claim.settings))
     what = (
@@ -153,6 +157,7 @@ def _ruling(ends: Interval) -> Ruling:
 def _not_tested(
     claim: AnyClaim, what: str, reason: str = "a method has no result there"
 ) -> Verdict:
+    """The verdict on a claim that cannot be decided."""
     return Verdict(claim, "not tested", number=None, interval=None, what=what, reason=reason)
 
 
@@ -190,6 +195,7 @@ def _name(board: Board, subject: Subject) -> str:
 
 
 def _on(data: tuple[str, ...]) -> str:
+    """Text that names the data sets of a claim."""
     if len(data) == 1:
         return data[0]
     return f"mean of {', '.join(data)}"

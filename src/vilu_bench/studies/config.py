@@ -41,6 +41,7 @@ class Setting(Section):
     test_on: Literal["validation", "test"] = "test"
     # number of captions in a pool of the test set; by default that of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
+    seeds: Count | None = None  # number of seeds to run, from seed 0; by default all
     title: str | None = None  # title in tables and figures; by default the name
     x: float | None = None  # position on the axis of a curve
     published: str | None = None  # name of the setting in publications
@@ -48,6 +49,7 @@ class Setting(Section):
     @field_validator("budget", mode="before")
     @classmethod
     def _check_budget(cls, value: object) -> object:
+        """Refuse a budget that is neither a word, a share, nor a number of labels."""
         is_word = value in ("all", "none")
         is_share = isinstance(value, float) and 0 < value < 1
         is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -237,6 +239,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
+        """Refuse names that the benchmark uses and does not define."""
         require_known("metric", self.metrics, METRICS)
         if self.judges_adapted:
             self._check_across_answers()
@@ -279,6 +282,7 @@ class Config(Section):
                 )
 
     def _check_method(self, label: str) -> None:
+        """Refuse a method with unknown names, or with an entry that contradicts its class."""
         method = self.methods[label]
         name = method.method or label
         require_known(f"method (methods.{label})", [name], method_names())
@@ -296,6 +300,7 @@ class Config(Section):
             raise ValueError(f"methods.{label}: {name} learns nothing from rows without labels")
 
     def _check_setting(self, name: str) -> None:
+        """Refuse a setting with unknown data sets, or that is impossible on a data set."""
         setting = self.settings[name]
         named = [*setting.sources, *(setting.data or ())]
         require_known(f"data set (settings.{name})", named, self.data)
@@ -311,6 +316,7 @@ class Config(Section):
             self._refuse_captions(name, setting.sources if draws_from_sources else tested)
 
     def _check_validation(self, setting: str, tested: Iterable[str]) -> None:
+        """Refuse data sets without validation rows, for a setting that tests on them."""
         for data in tested:
             if self.data[data].validation is None:
                 raise ValueError(
@@ -318,6 +324,7 @@ class Config(Section):
                 )
 
     def _check_union(self, setting: str) -> None:
+        """Refuse methods that use unlabelled rows in a union of data sets."""
         for label, method in self.entries.items():
             if method.unlabelled and self.is_run_in(label, setting):
                 raise ValueError(
@@ -326,6 +333,7 @@ class Config(Section):
                 )
 
     def _refuse_captions(self, setting: str, fitted: Iterable[str]) -> None:
+        """Refuse data sets with captions, for a setting that draws rows or classes."""
         for data in fitted:
             if self.data[data].captions:
                 raise ValueError(
@@ -334,6 +342,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
+        """Refuse invalid views and claims, and views with equal names."""
         for name, count in Counter(view.name for view in self.views).items():
             if count > 1:
                 raise ValueError(f"two views are called {name}, and would be one file")
@@ -363,7 +372,7 @@ class Config(Section):
         """A copy that also has methods whose results were submitted.
 
         Args:
-            made_by: By label of a submitted method, the distribution that has its code, or "".
+            made_by: The distribution with the code of each submitted method, or "", by label.
         """
         guests = {}
         for label, maker in made_by.items():

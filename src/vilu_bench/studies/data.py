@@ -121,8 +121,8 @@ class Workbench:
 
     Args:
         config: The benchmark.
-        folders: By part of a data set, the folder of its store.
-        seconds: By part, the folder of a second model's store, if there is one.
+        folders: Folder of the store of each part of a data set.
+        seconds: Folder of the second model's store of each part that has one.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class Workbench:
     def _open_part(
         self, data: str, role: Role, pool_size: int | None
     ) -> tuple[EmbeddingSource, str]:
+        """The rows of a role, and their hash; a share of the training rows may be held out."""
         share = self.config.data[data].validation
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
@@ -221,6 +222,7 @@ class Workbench:
                 self._check_pair(data, first_role, second_role)
 
     def _require_labels(self, data: str) -> None:
+        """Refuse a test set without labels."""
         test = self.source(data, "test")
         is_measurable = (test.target != UNKNOWN) | test.outside
         if not is_measurable.any():
@@ -230,6 +232,7 @@ class Workbench:
             )
 
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
+        """Compare two parts of a data set: embedding space, classes, and common rows."""
         a = self.source(data, role_a)
         b = self.source(data, role_b)
         name_a = _name_of_set(data, role_a)
@@ -315,6 +318,7 @@ class Workbench:
         return across_preprocessing(source, fitted_on.space)
 
     def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
+        """The rows of a test set, in the embedding space of their store."""
         source = self.source(scored.data, scored.role, scored.pool_size)
         source = self._divided(scored.data, scored.division_seed, source, to_fit=False)
         if scored.halves_seed is None:
@@ -346,6 +350,7 @@ class Workbench:
         return self._truth(scored_set_of(self.config, cell))
 
     def _truth_of(self, scored: ScoredSet) -> Truth:
+        """The truth of a test set."""
         content = self.fingerprint(scored.data, scored.role, scored.pool_size)
         decided_by: list[object] = [content, scored.halves_seed]
         share = self.config.data[scored.data].fit_share

@@ -84,6 +84,7 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
 
 
 def _listed(cell: Cell) -> dict[str, object]:
+    """A cell as plain JSON."""
     content = asdict(cell)
     if cell.same_as is not None:
         content["same_as"] = str(cell.same_as)
@@ -91,6 +92,7 @@ def _listed(cell: Cell) -> dict[str, object]:
 
 
 def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
+    """The plan of a part: from its store, its images, or else the catalogue."""
     by_catalogue = _by_catalogue(part, entry)
     if not _is_here(entry, data):
         return replace(by_catalogue, state="no images here")
@@ -123,6 +125,7 @@ def _is_here(entry: Data, data: Path) -> bool:
 
 
 def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
+    """The plan of a part that has a complete store."""
     numbers_per_image = sum(math.prod(shape) for shape in manifest.arrays.values())
     n_bytes = manifest.n_ok * numbers_per_image * np.dtype(manifest.dtype).itemsize
     return PartPlan(
@@ -137,6 +140,7 @@ def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 
 
 def _by_catalogue(part: Part, entry: Data) -> PartPlan:
+    """The plan of a part by the number of images in the catalogue."""
     return _expected(part, entry, _catalogued_images(entry, part[1]), "catalogue")
 
 
@@ -228,6 +232,7 @@ def describe(plans: Sequence[StudyPlan]) -> str:
 
 
 def _describe_study(study: StudyPlan) -> str:
+    """Text of a study's plan: a table of its parts, and numbers of cells and fits."""
     rows = [["data", "part", "backbone", "images", "state", "MB"]]
     problems = []
     for part in study.parts:

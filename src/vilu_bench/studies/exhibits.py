@@ -72,6 +72,7 @@ def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
 
 
 def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
+    """Table and figure of a curve view."""
     from vilu.report.figures import curves
 
     points = view.along(board.config, view.x)
@@ -85,6 +86,7 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
+    """Table and figure of a scatter view."""
     from vilu.report.figures import scatter
 
     def accuracy(key: Key) -> float | None:
@@ -145,6 +147,7 @@ def _panels(
 
 
 def _line(board: Board, label: str, points: list[_Point]) -> Series:
+    """A line of a figure, with intervals and published numbers."""
     from vilu.report.figures import Series
 
     intervals = []
@@ -166,6 +169,7 @@ def _line(board: Board, label: str, points: list[_Point]) -> Series:
 
 
 def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, Draw]:
+    """Table and figure of a histogram view."""
     from vilu.report.figures import score_histograms
 
     panels = _score_files(board, view, root)
@@ -180,7 +184,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
 
 
 def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Path]:
-    """By title of a panel, the file with the scores of the first seed, which the panel shows."""
+    """The file with the scores of the first seed, which a panel shows, by title of the panel."""
     entrants = {}
     for key, entrant in chosen(board, view).items():
         if entrant.results and key.metric == view.metrics[0]:
@@ -298,6 +302,7 @@ def _grid_cell(board: Board, key: Key) -> Shown | None:
 
 
 def _draw_grids(board: Board, view: GridView, data_grids: list[_DataGrid]) -> Figure:
+    """Draw, for every grid, a panel in each of the view's two settings."""
     from vilu.report.figures import grids
 
     panels = []

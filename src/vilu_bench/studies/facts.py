@@ -47,7 +47,7 @@ def code_digest(*modules: str) -> str:
                 f"{name} has no source file, so nothing would tell when its code changes. "
                 "Put it in a file."
             )
-    hashes: dict[str, str] = {}  # by name of a module
+    hashes: dict[str, str] = {}  # hashes of modules, by name of the module
     waiting = [*modules, *SHARED]
     while waiting:
         name = waiting.pop()

@@ -63,6 +63,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 
 
 def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
+    """Fit a predictor on the rows of ``origin``, from the weights of ``start`` if there are any."""
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refused = None
@@ -100,7 +101,7 @@ def _continued(
 def _trained_for(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor; if its entry sets ``steps``, a new one with the epochs that they come to."""
+    """The predictor; if its entry sets ``steps``, a copy with the number of epochs for them."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}

@@ -81,6 +81,7 @@ def find_studies(name: Path | str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a benchmark file, and check that its tables are tables."""
     try:
         content = tomllib.loads(read_toml_text(path))
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -126,6 +127,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 - as TOML has it
+    """Refuse an invalid ``include``, or an invalid table ``use`` beside it."""
     if not isinstance(name, str) or not _holds_lists(use):
         raise UsageError(
             f"{path.name}: include must be the name of a file, "
@@ -139,6 +141,7 @@ def _check_include(name: object, use: Any, path: Path) -> None:  # noqa: ANN401 
 
 
 def _holds_lists(use: object) -> bool:
+    """Whether a value from TOML is a table of lists."""
     if not isinstance(use, dict):
         return False
     return all(isinstance(names, list) for names in use.values())
@@ -237,6 +240,7 @@ def _small(entry: Data) -> Data:
 
 
 def _shallow(setting: AnySetting) -> AnySetting:
+    """A setting with small pools."""
     changes = {}
     if setting.pool_size is not None:
         changes["pool_size"] = min(setting.pool_size, POOL)

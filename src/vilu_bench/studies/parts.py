@@ -74,7 +74,7 @@ class Shift(Section):
 
 
 class Limits(Section):
-    """By role, the maximum number of images, which are taken evenly spaced; None: all images."""
+    """Maximum number of images of each role, which are taken evenly spaced; None: all images."""
 
     train: Count | None = None
     validation: Count | None = None
@@ -98,7 +98,7 @@ class Data(Section):
     classes: Names | None = None
     # whether the class names of a known data set are used in prompts unchanged, with underscores
     raw_names: bool = False
-    # by column of a table, the value that a row must have to be used
+    # values that a row of a table must have to be used, by column
     where: dict[str, str] = Field(default_factory=dict)
     # Whether images have captions instead of classes. With captions there is one store. The roles
     # are folds of its captions ("train", "validation", "test"), and each image is matched with the
@@ -133,6 +133,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
+        """Refuse contradictory settings of a data set."""
         has_images = self.source is not None or self.dataset is not None
         if self.stores is not None and has_images:
             raise ValueError("a data set has either a source or stores")
@@ -152,6 +153,7 @@ class Data(Section):
         return self
 
     def _check_captions(self) -> None:
+        """Refuse settings that a data set with captions cannot have."""
         if self.classes is not None or isinstance(self.validation, float):
             raise ValueError(
                 "captions have no classes, and their validation set is the fold of that name"

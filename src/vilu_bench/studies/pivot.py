@@ -57,8 +57,8 @@ def _conventions_note(view: View) -> str:
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Note on the numbers of test rows by data set; settings with equal numbers share a text."""
-    # by data set and text of its numbers, the settings with these numbers: the keys of a dict,
-    # which keeps their order
+    # For every data set and every text of numbers: the settings whose numbers have this text. They
+    # are the keys of a dict, which are distinct and keep their order.
     settings_of: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         if entrant.results:
@@ -207,8 +207,8 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     measured = measured_of(board, view)
     numbers = {key: show(config, key, mean) for key, mean in measured.items()}
     ranked = _ranked(numbers, measured, view.compete)
-    rows: dict[tuple[str, ...], int] = {}  # by the labels of a row, its index
-    columns: dict[tuple[str, ...], int] = {}  # by the labels of a column, its index
+    rows: dict[tuple[str, ...], int] = {}  # indices of rows, by their labels
+    columns: dict[tuple[str, ...], int] = {}  # indices of columns, by their labels
     cells = {}
     for key, number in ranked.items():
         # new labels get the next index, and labels that occurred before keep their index

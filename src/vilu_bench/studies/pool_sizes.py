@@ -110,6 +110,7 @@ def size_table(table: ResultTable) -> str:
 
 
 def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:
+    """Text of AUROC and FPR95, in percent."""
     if auroc.value is None or fpr95.value is None:
         return "undefined"
     text = f"{100 * auroc.value:.1f}"

@@ -26,8 +26,8 @@ class Ranked:
     variant: str  # suffix of the method's label, such as " (model)"; empty for most methods
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
     n_runs: int  # number of different results behind the means; 1 if the seed changes nothing
-    values: dict[str, float | None]  # by metric, the mean over seeds; None if undefined
-    # by metric of ``Config.ranked_by``, the bootstrap interval over test rows and seeds
+    values: dict[str, float | None]  # mean over seeds by metric; None if undefined
+    # bootstrap intervals over test rows and seeds, by metric of ``Config.ranked_by``
     intervals: dict[str, Interval]
     against: str | None  # the best other method
     # paired difference of the ranking metric from that of ``against`` over common seeds; None
@@ -63,7 +63,7 @@ class Ranking:
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # methods without a result, with the reason
-    # by seed, the ranking metric by method; only seeds that were planned for all methods of
+    # the ranking metric by seed and method; only seeds that were planned for all methods of
     # ``lines``
     contests: dict[int, dict[str, float]]
     # the different numbers of test rows whose pictures are of none of the classes
@@ -167,24 +167,25 @@ def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
 
 
 def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
-    able = []
+    """Rank the methods on one data set in one setting."""
+    with_result = []
     refused = {}
     for entrant in entrants:
         if entrant.results:
-            able.append(entrant)
+            with_result.append(entrant)
         else:
             refused[entrant.method] = str(entrant.reason)
-    able.sort(key=_best_first)
+    with_result.sort(key=_best_first)
     return Ranking(
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
-        n=occurring("n", able),
-        n_failures=occurring("n_failures", able),
-        lines=tuple(_ranked(board.config, entrant, able) for entrant in able),
+        n=occurring("n", with_result),
+        n_failures=occurring("n_failures", with_result),
+        lines=tuple(_ranked(board.config, entrant, with_result) for entrant in with_result),
         refused=refused,
-        contests=_contests(board, able),
-        n_outside=occurring("n_outside", able),
+        contests=_contests(board, with_result),
+        n_outside=occurring("n_outside", with_result),
     )
 
 
@@ -194,24 +195,24 @@ def _best_first(entrant: Entrant) -> tuple[float, float, str]:
     return -entrant.merit, entrant.mean(second) or 0.0, entrant.method
 
 
-def _contests(board: Board, able: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """By seed that was planned for all methods of ``able``, the ranking metric by method."""
-    if not able:
+def _contests(board: Board, with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
+    """The ranking metric by seed and method, for the seeds planned for all of ``with_result``."""
+    if not with_result:
         return {}
-    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in able))
+    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in with_result))
     contests: dict[int, dict[str, float]] = {}
     for seed in sorted(seeds):
         contests[seed] = {}
-        for entrant in able:
+        for entrant in with_result:
             if seed in entrant.results:
                 merit = entrant.results[seed].value(entrant.ranked_by[0]) or 0.0
                 contests[seed][entrant.method] = float(merit)
     return contests
 
 
-def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked:
-    """Rank a method among the methods ``able``, which have a result and are sorted best first."""
-    rivals = [rival for rival in able if rival is not entrant]
+def _ranked(config: Config, entrant: Entrant, with_result: Sequence[Entrant]) -> Ranked:
+    """Rank a method among the methods ``with_result``, which are sorted best first."""
+    rivals = [rival for rival in with_result if rival is not entrant]
     against = None
     gap = None
     if rivals:
@@ -234,6 +235,7 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
 
 
 def _difference(quantity: Quantity | None, confidence: float) -> Difference | None:
+    """Difference with its interval; None without a quantity."""
     if quantity is None:
         return None
     return quantity.difference(confidence)
@@ -273,6 +275,7 @@ def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
 
 
 def _times_shown(fit_seconds: float | None, rows_per_second: float | None) -> list[str]:
+    """Texts of a time and a speed."""
     return [
         NOTHING if fit_seconds is None else f"{fit_seconds:.2f}",
         NOTHING if rows_per_second is None else f"{rows_per_second:,.0f}",
@@ -288,6 +291,7 @@ def layout(config: Config, summary: Summary) -> str:
 
 
 def _block_text(config: Config, block: Ranking) -> str:
+    """Text of a ranking: a title, a table, and the methods without a result."""
     title = f"{block.data}, {block.setting} ({block.description})"
     lines = [title]
     if block.lines:
@@ -314,6 +318,7 @@ def _block_table(config: Config, block: Ranking) -> list[str]:
 
 
 def _line(config: Config, line: Ranked) -> list[str]:
+    """The cells of a method in the table of a ranking."""
     runs = str(line.n_runs)
     if line.refused_seeds:
         runs += f" (not {span(line.refused_seeds)})"
@@ -334,6 +339,7 @@ def _gap_shown(gap: Difference | None) -> list[str]:
 
 
 def _value(name: str, value: float | None, ends: Interval | None = None) -> str:
+    """Text of a value, with its interval if there is one."""
     if value is None:
         return NOTHING
     metric = METRICS[name]
@@ -366,6 +372,7 @@ def _standings(summary: Summary, best: str) -> str:
 
 
 def _notes(config: Config) -> list[str]:
+    """Notes below all tables."""
     metrics = [METRICS[name] for name in config.metrics]
     unit = f"in percent{but_for(metrics)}"
     best = METRICS[config.ranked_by[0]].title

@@ -64,7 +64,7 @@ class CellResult(Section):
     results: tuple[ResultRow, ...] = ()  # one row per metric; its ``split`` is the setting
     refused: Refusal | None = None  # why there are no results
     warnings: tuple[str, ...] = ()  # warnings of the fit and of scoring
-    # by suffix, the SHA-256 of the other files of the cell, which lie beside this document
+    # SHA-256 of the other files of the cell, which lie beside this document, by suffix
     files: dict[Suffix, str] = Field(default_factory=dict)
 
     @field_serializer("results")

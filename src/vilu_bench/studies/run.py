@@ -438,7 +438,8 @@ class _Work:
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:
     """Refuse benchmarks that share an output folder and would give a cell different results."""
-    first: dict[Cell, tuple[str, dict[str, object]]] = {}  # by cell, its first benchmark
+    # name of the first benchmark with a cell, and the facts that decide the result there
+    first: dict[Cell, tuple[str, dict[str, object]]] = {}
     for work in works:
         name = work.bench.config.name
         for cell in own_results(work.cells):

@@ -64,7 +64,7 @@ class Sheet:
     column_fields: Labels  # names of the fields that label a column
     rows: tuple[Labels, ...]  # labels of every row
     columns: tuple[Labels, ...]  # labels of every column
-    # by indices of row and column, the number shown; a cell without a result has no entry
+    # shown numbers by indices of row and column; a cell without a result has no entry
     cells: Mapping[tuple[int, int], Shown]
     notes: tuple[str, ...]  # notes below the table
 
@@ -231,6 +231,7 @@ def _published(shown: Shown, published: Published, doubts: Sequence[str]) -> str
 
 
 def _plain(shown: Shown, number: str, beside: str) -> str:
+    """A number in plain text, with the mark of its rank."""
     text = number + {"best": "*", "second": "+", None: ""}[shown.rank]
     if shown.tied:
         text += "≈"
@@ -238,6 +239,7 @@ def _plain(shown: Shown, number: str, beside: str) -> str:
 
 
 def _markdown(shown: Shown, number: str, beside: str) -> str:
+    """A number in Markdown, in the type of its rank."""
     text = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(number)
     if shown.tied:
         text += "≈"
@@ -247,6 +249,7 @@ def _markdown(shown: Shown, number: str, beside: str) -> str:
 
 
 def _latex(shown: Shown, number: str, beside: str) -> str:
+    """A number in LaTeX, in the type of its rank."""
     text = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % number
     if shown.tied:
         text += r"$\approx$"

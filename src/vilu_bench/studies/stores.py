@@ -133,7 +133,7 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
 
 
 def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
-    """By part, the folder of a second model's store; parts without a second model are left out."""
+    """Folders of the second model's stores, by part; parts without a second model are left out."""
     folders = {}
     for name, role in parts:
         second = config.data[name].second
@@ -143,6 +143,7 @@ def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part
 
 
 def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
+    """The folder of a ready-made store that a data set names for a role."""
     folder = getattr(paths, role)
     if folder is None:
         raise UsageError(
@@ -159,6 +160,7 @@ def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Pa
 
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
+    """Embed the images of a role into a store."""
     with open_images(entry, role, data) as images:
         embed(
             images,
@@ -184,7 +186,7 @@ def _columns(entry: Data, role: Role) -> ExtraColumns:
 
 
 def _words(entry: Data) -> list[tuple[str, ...]]:
-    """A list whose one element is the tuple of everyday words to store; empty if none are."""
+    """The lists of words to store: one list of everyday words, or none."""
     if not entry.negatives:
         return []
     return [everyday_words()]
@@ -199,6 +201,7 @@ def _split(entry: Data, role: Role) -> str | None:
 
 
 def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
+    """Names of the classes for prompts; none for captions."""
     if entry.captions:
         return ()
     names = entry.classes or images.class_names

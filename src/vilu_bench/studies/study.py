@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -61,20 +61,22 @@ class Archive(Section):
     kind: str = "study"
     vilu: str  # version of vilu that wrote the file
     config: dict[str, Any]  # the benchmark, with every method named
-    fingerprints: dict[str, str]  # by path of a cell that is run, the fingerprint of its result
+    fingerprints: dict[str, str]  # fingerprints of results, by path of the cell that is run
+
+
+def archive_of(config: Config, results: Mapping[Cell, CellResult]) -> Archive:
+    """The document of a study with these results."""
+    return Archive(
+        vilu=importlib.metadata.version("vilu"),
+        config=config.complete().model_dump(mode="json"),
+        fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in results.items()},
+    )
 
 
 def save_study(board: Board, output: Path) -> Path:
     """Write ``study.json`` and return its folder."""
-    config = board.config
-    archive = Archive(
-        vilu=importlib.metadata.version("vilu"),
-        config=config.complete().model_dump(mode="json"),
-        fingerprints={
-            cell.path.as_posix(): result.fingerprint for cell, result in board.results.items()
-        },
-    )
-    folder = make_folder(output / STUDIES / config.name)
+    archive = archive_of(board.config, board.results)
+    folder = make_folder(output / STUDIES / board.config.name)
     write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
     return folder
 
@@ -92,6 +94,7 @@ def load_studies(output: Path) -> list[Board]:
 
 
 def _load(path: Path, output: Path) -> Board:
+    """Read a study from its document and its cells."""
     try:
         archive = Archive.model_validate(read_json(path, AGAIN))
     except ValidationError as error:
@@ -133,7 +136,10 @@ RULINGS = {
     "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
     "not tested": ("**not tested**", "**Not tested**"),
 }
-"""By ruling, its Markdown in a table, then its Markdown in a heading."""
+"""Markdown of each ruling: in a table, and in a heading."""
+
+
+OURS = "What this project says"  # words above the table of claims that are no publication's
 
 
 def page(
@@ -150,8 +156,9 @@ def page(
     parts = [f"## {study.title if study else config.name}"]
     if study is not None:
         parts += _about(study)
-    if verdicts:
-        parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
+    for words, some in (("What the paper says", of_papers(verdicts)), (OURS, ours(verdicts))):
+        if some:
+            parts += [f"{words}, and what is found here:", claims_table(config, some)]
     for shown in exhibits:
         if shown.draw is not None:
             parts.append(f"![{in_markdown(shown.title)}]({figure(shown.name)})")
@@ -176,21 +183,36 @@ def _body_in_markdown(shown: Exhibit) -> str:
     return to_markdown(shown.body).rstrip()
 
 
+def of_papers(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """The verdicts on claims of publications."""
+    return [verdict for verdict in verdicts if not verdict.claim.is_ours]
+
+
+def ours(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """The verdicts on claims of this project."""
+    return [verdict for verdict in verdicts if verdict.claim.is_ours]
+
+
 def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
-    """Markdown list of the claims of several studies, grouped by ruling."""
+    """Markdown lists of the claims of several studies: those of the paper, then ours."""
+    every = list(itertools.chain.from_iterable(verdicts))
+    sections = (("## The paper's claims here", of_papers(every)), ("## Ours", ours(every)))
+    return "\n".join(_claims_under(heading, some) for heading, some in sections if some)
+
+
+def _claims_under(heading: str, verdicts: Iterable[Verdict]) -> str:
+    """Markdown list of claims, grouped by ruling."""
     by_ruling: dict[str, list[str]] = {ruling: [] for ruling in RULINGS}
-    for verdict in itertools.chain.from_iterable(verdicts):
+    for verdict in verdicts:
         says = in_markdown(verdict.claim.says)
-        source = in_markdown(verdict.claim.source)
-        by_ruling[verdict.ruling].append(f"- {says} ({source})")
-    parts = []
-    for ruling, (_, heading) in RULINGS.items():
+        source = "" if verdict.claim.is_ours else f" ({in_markdown(verdict.claim.source)})"
+        by_ruling[verdict.ruling].append(f"- {says}{source}")
+    parts = [heading]
+    for ruling, (_, name) in RULINGS.items():
         lines = by_ruling[ruling]
         if lines:
-            parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
-    if not parts:
-        return ""
-    return "\n\n".join(["## The paper's claims here", *parts, ""])
+            parts.append("\n".join([f"{name} ({len(lines)}):", "", *lines]))
+    return "\n\n".join([*parts, ""])
 
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
@@ -313,6 +335,7 @@ def _write_results(board: Board, folder: Path) -> None:
 
 
 def _write_exhibit(shown: Exhibit, folder: Path) -> None:
+    """Write the tables and the figures of a view."""
     if isinstance(shown.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, written in FORMATS.items():

@@ -62,8 +62,9 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     Raises:
         UsageError: If no study has a result of the method, or if a study has adapted answers.
     """
-    first_board: dict[Cell, Board] = {}  # by cell that was run, the first study with its result
-    # by cell that was run, the settings and seeds that share its result
+    # Both have an entry for every cell that was run: the first study with its result, and the
+    # settings and seeds that share its result.
+    first_board: dict[Cell, Board] = {}
     stands_for: dict[Cell, list[tuple[str, int]]] = {}
     for board in boards:
         _refuse_adapted(board)
@@ -92,6 +93,7 @@ def _refuse_adapted(board: Board) -> None:
 def _write(
     board: Board, run: Path, cell: Cell, stands_for: list[tuple[str, int]], folder: Path
 ) -> Path:
+    """Write the scores of a cell as a file that can be submitted."""
     submission = Submission(
         made_by=_maker(board, cell.method),
         result=board.results[cell].model_copy(update={"files": {}}),

@@ -17,7 +17,7 @@ from vilu_bench import asset
 from vilu_bench.studies.parts import RANKED_BY, Name, Names, Section, require_known
 
 Axis = Literal["method", "data", "setting"]
-# by axis, its name in messages
+# names of the axes in messages
 AXES = {"method": "method", "data": "data set", "setting": "setting"}
 FIELDS = (*AXES, "metric")
 
@@ -96,7 +96,7 @@ class View(Section):
 
     @property
     def chosen(self) -> dict[str, Names | None]:
-        """By axis, the names to show; None: all."""
+        """Names to show on each axis; None: all."""
         return {"method": self.methods, "data": self.data, "setting": self.settings}
 
     def check(self, known: Known) -> None:
@@ -164,6 +164,7 @@ class TableView(View):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
+        """Refuse unknown fields, and a field in both rows and columns."""
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, FIELDS)
         for name, count in Counter((*self.rows, *self.columns)).items():
@@ -280,13 +281,21 @@ class Subject(Section):
     setting: str
 
 
+THIS_PROJECT = "this project"  # source of a claim that no publication makes
+
+
 class Claim(Section):
-    """A claim of a publication, which a number and its interval decide."""
+    """A claim of a publication or of this project, which a number and its interval decide."""
 
     says: str  # the claim in our words
-    source: str  # where the publication makes the claim
+    source: str  # where the publication makes the claim; or ``THIS_PROJECT``
     data: Names | None = None  # data sets over which the deciding number is averaged; None: all
     metric: str = RANKED_BY[0]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this project makes the claim, and no publication."""
+        return self.source == THIS_PROJECT
 
     @property
     @abstractmethod
@@ -371,7 +380,7 @@ class Published:
 
 @cache
 def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
-    """By name of a published table and key, the published numbers: at most one per backbone."""
+    """Published numbers, by name of the table and key: at most one per backbone."""
     tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
     text = asset("published.csv")
     _, rows = parse_csv(text.splitlines(), "published.csv")

@@ -52,9 +52,9 @@ class Seen:
         run = np.unique(hashes[~self._holds(hashes)])
         if not len(run):
             return
-        # Runs that are not longer are merged into the new one. So every run is shorter than the run
-        # before it, and there are few runs to search. Long runs are left as they are, because a
-        # merge takes several times the memory of its runs.
+        # Earlier runs that are no longer than the new one are merged into it. So every run is
+        # shorter than the run before it, and there are few runs to search. Long runs are left as
+        # they are, because a merge takes several times the memory of its runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
             # Both are sorted, and no hash is in two runs. So a sort joins them.
             run = np.concatenate([self.runs.pop(), run])

@@ -51,7 +51,8 @@ def log_wealth(wrong: Ints, n: Ints, rate: float, prior: Prior) -> Floats:
     # Either part of M may be 0. Its logarithm is then -inf, which is no error.
     with np.errstate(divide="ignore", under="ignore"):
         log_not_bet = np.log(special.betainc(a, b, rate))
-        # the integral over all theta is a quotient of beta functions, of which a part is above r
+        # The integral over all theta is a quotient of two beta functions. The factor ``betaincc``
+        # is the share of the integral that lies above ``rate``.
         log_share_above = np.log(special.betaincc(a + wrong, b + right, rate))
         log_integral = special.betaln(a + wrong, b + right) - special.betaln(a, b) + log_share_above
         log_bet = log_integral - wrong * math.log(rate) - right * math.log1p(-rate)
@@ -73,7 +74,8 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
     # once, below k / n.
-    smallest = 1e-300  # the rate itself must be above 0 and below 1
+    # both ends must be above 0 and below 1; 1 - 2^-53 is the largest float64 below 1
+    smallest = 1e-300
     largest = min(wrong / n, 1 - 2**-53)
     return float(optimize.brentq(excess, smallest, largest, xtol=1e-14))
 

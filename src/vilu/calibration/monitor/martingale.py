@@ -36,8 +36,8 @@ SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS)
 
 EVERY: Final = 50  # number of rows between two starts of the bets
 BLOCK: Final = 4096  # number of rows that are processed at once
-LONGEST: Final = 2**15  # number of values from which on a sorted run is merged with no other
-EPS: Final = 2.0**-53  # p-values are kept at least so far from 0 and 1
+LONGEST: Final = 2**15  # a sorted run of more values is never merged
+EPS: Final = 2.0**-53  # smallest distance of a p-value from 0 and from 1
 
 
 def beta_bets(p: Floats) -> Floats:
@@ -123,6 +123,7 @@ class Martingale:
 
     @np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
     def _update(self, p: Floats) -> Floats:
+        """Log wealth (B,) after each p-value of a block."""
         p = np.clip(p, EPS, 1 - EPS)  # rounding can make a p-value exactly 0 or 1
         log_densities = self._bets(p)
         growth = np.cumsum(np.concatenate([self.growth[None], log_densities]), axis=0)
@@ -234,9 +235,9 @@ class Reference:
         if counts is None:
             counts = np.ones(len(values), np.int64)
         run = SortedRun.of(values, counts)
-        # Runs that are not longer are merged into the new one. So every run is shorter than the run
-        # before it, and there are few runs to search. Long runs are left as they are, because a
-        # merge takes several times the memory of its runs.
+        # Earlier runs that are no longer than the new one are merged into it. So every run is
+        # shorter than the run before it, and there are few runs to search. Long runs are left as
+        # they are, because a merge takes several times the memory of its runs.
         while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
             run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)
@@ -283,31 +284,31 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
     width = 1
     while width < n:
         pair = index // (2 * width)
-        odd = (index // width) % 2 == 1
+        is_odd_block = (index // width) % 2 == 1
         # The key sorts by pair of blocks, then by value. So one sorted array holds all even blocks,
         # and one search compares every odd block with its even block.
         key = pair * n + rank
-        even_keys = np.sort(key[~odd])
-        odd_keys = key[odd]
+        even_keys = np.sort(key[~is_odd_block])
+        odd_keys = key[is_odd_block]
         up_to = np.searchsorted(even_keys, odd_keys, "right")
         below = np.searchsorted(even_keys, odd_keys, "left")
         # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
         # Together they hold (pair + 1) * width values.
-        greater[odd] += (pair[odd] + 1) * width - up_to
-        equal[odd] += up_to - below
+        greater[is_odd_block] += (pair[is_odd_block] + 1) * width - up_to
+        equal[is_odd_block] += up_to - below
         width *= 2
     return greater, equal
 
 
-# Number of shuffles. All of them must have less order than the rows. For exchangeable rows this
-# happens with probability 1/1000, whatever their distribution.
+# Number of shuffles. Rows count as sorted only if every shuffle has less order. For exchangeable
+# rows of any distribution this happens with probability 1/1000.
 SHUFFLES: Final = 999
-# The order of the rows must also exceed the mean of the shuffles by so many standard deviations. A
-# normal variable does so with probability 3/100,000.
+# Rows count as sorted only if their order exceeds the mean of the shuffles by at least this number
+# of standard deviations. A normal variable does so with probability 3/100,000.
 CLEAR: Final = 4.0
-# From each half of the rows at most so many evenly spaced rows are compared.
+# Maximum number of evenly spaced rows that are compared in each half of the rows.
 SAMPLED: Final = 4096
-# Fewer rows are never taken for sorted.
+# Minimum number of rows; fewer rows never count as sorted.
 FEWEST: Final = 20
 
 
@@ -320,6 +321,7 @@ def grouped(codes: Ints) -> bool:
     few neighbours equal.
     """
 
+    # number of equal neighbours
     def together(codes: Floats) -> float:
         return float(np.count_nonzero(codes[1:] == codes[:-1]))
 
@@ -336,6 +338,7 @@ def rising(values: Floats) -> bool:
     sorted rows. Two kinds of rows, one after the other, reach only one half of it.
     """
 
+    # minus the total distance of neighbours, so that more order gives a larger number
     def near(rank: Floats) -> float:
         return -float(np.abs(np.diff(rank)).sum())
 
@@ -347,10 +350,10 @@ def rising(values: Floats) -> bool:
 
 
 def in_blocks(codes: Ints) -> bool:
-    """Whether every code has all its rows in one block, and this is hardly possible by chance.
+    """Whether every code (N,) has all its rows in one block, and chance hardly explains this.
 
-    ``codes`` (N,) are those of the rows, in order. It is hardly possible if exchangeable rows have
-    one block per code with a probability of less than 1e-6.
+    Chance hardly explains it if exchangeable rows have one block per code with a probability of
+    less than 1e-6.
     """
     if not len(codes):
         return False

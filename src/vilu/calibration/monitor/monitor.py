@@ -119,7 +119,7 @@ class Monitor:
         if self.rule is not None and not self._is_partial:
             self._coverage = float(1 - columns["acceptance"].mean())  # the column is 0 if accepted
         if self.rule is not None and self.rule.reweighted:
-            # The stated shares differ from those of the calibration rows. So these tests would
+            # The stated shares differ from those of the calibration rows. So tests of columns would
             # raise an alarm although the guarantee holds.
             columns = {}
         self._make_tests(columns)
@@ -302,8 +302,8 @@ class Monitor:
         # Labels that arrived together have no order. If the evidence were looked at after every
         # label, a difficult class that comes first could raise an alarm, although all labels
         # together do not.
-        judged = slice(0, None) if in_order else slice(-1, None)
-        self._take_labels(outcomes, self._accepted(outcomes, groups), rows, judged)
+        tested = slice(0, None) if in_order else slice(-1, None)
+        self._take_labels(outcomes, self._accepted(outcomes, groups), rows, tested)
         return self.status
 
     @checked
@@ -446,7 +446,7 @@ class Monitor:
             n_bets = state.rows - state.unscored
             compares_all = self.below == np.inf
             if not compares_all:
-                # How many rows were compared is saved only with the wealth.
+                # Only the wealth says how many rows were compared.
                 n_bets = 0 if wealth is None else wealth.n
             distinct, counts = values[name]
             watches[name] = watch.resumed(tests[name], wealth, distinct, counts, n_bets)
@@ -582,11 +582,11 @@ class Monitor:
         outcomes: Outcomes,
         accepted: NDArray[np.bool_],
         rows: Ints,
-        judged: slice = slice(None),
+        tested: slice = slice(None),
     ) -> None:
         """Audit the rows (N,) whose failure is known, except those that were audited before.
 
-        ``judged`` selects the labels after which the tests look at the evidence.
+        ``tested`` selects the labels after which the evidence is tested.
         """
         if self.audited is None or self.audit_test is None:
             return
@@ -604,25 +604,25 @@ class Monitor:
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)
         known = known[new]
-        self._count_for_rate("outside", outcomes.outside[known], rows[known], judged)
+        self._count_for_rate("outside", outcomes.outside[known], rows[known], tested)
         audited = known[accepted[known]]
         wrong = outcomes.failure[audited] == 1
         evidence = self.audited.path(wrong)
-        self.audit_test = self.audit_test.after(evidence[judged], rows[audited][judged])
+        self.audit_test = self.audit_test.after(evidence[tested], rows[audited][tested])
         self.audited = self.audited.more(wrong)
 
     def _count_for_rate(
-        self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
+        self, name: TestName, happened: NDArray[np.bool_], rows: Ints, tested: slice = slice(None)
     ) -> None:
         """Count rows for the rate of a test, if there is this test.
 
-        ``judged`` selects the rows after which the test looks at the evidence.
+        ``tested`` selects the rows after which the evidence is tested.
         """
         if name not in self.rates:
             return
         counts = happened.astype(np.int64)
         evidence = self.rates[name].path(counts)
-        self.rate_tests[name] = self.rate_tests[name].after(evidence[judged], rows[judged])
+        self.rate_tests[name] = self.rate_tests[name].after(evidence[tested], rows[tested])
         self.rates[name] = self.rates[name].more(counts)
 
     def _acceptance(self) -> Acceptance | None:
@@ -671,6 +671,7 @@ LABELS_SEEN = "labels seen"
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:
+    """Read the saved state of a monitor."""
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
         raise DataError(

@@ -63,8 +63,8 @@ def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
     inside_shares = strata.share[:-1]
     within = float(inside_shares @ np.array(inside_bounds)) / (1 - ood_share)
     # The true share of out-of-distribution images may be any number from 0 to the stated share. The
-    # rate is linear in this share, so its maximum is at 0 or at the stated share. If only the
-    # stated share were used, a smaller share of such images could raise an alarm.
+    # rate is linear in this share, so its maximum is at 0 or at the stated share. With the limit at
+    # the stated share alone, fewer such images than stated could raise a false alarm.
     at_stated_share = (1 - ood_share) * within + ood_share * ood_bound
     return max(within, at_stated_share)
 

@@ -22,9 +22,9 @@ PARTS: Final[dict[TestName, int]] = {
     "outside": 1,
     "review": 1,
 }
-"""Relative shares of the tests in the probability of a false alarm.
+"""Parts of the probability of a false alarm that a test gets.
 
-Only tests that are used count, so their shares add up to the whole probability.
+A test with p parts gets p / sum of the parts of all tests in use, so unused tests take nothing.
 """
 
 

@@ -20,7 +20,7 @@ from vilu.datasets.known.entry import (
 )
 from vilu.errors import DataError, StorageError, UsageError, nearest
 from vilu.progress import track
-from vilu.registry import ADDERS, Catalogue
+from vilu.registry import ADDERS, Catalogue, refuse_name_of_bench
 
 __all__ = [
     "KNOWN",
@@ -38,10 +38,13 @@ KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")
 def find_known(name: str) -> KnownDataset:
     """Return the entry of a data set.
 
-    If there is no entry, UsageError with the most similar name, or with all names.
+    Raises:
+        MissingModelError: If vilu-bench has it, and is not installed.
+        UsageError: If there is no entry. The message has the most similar name, or all names.
     """
     if name in KNOWN:
         return KNOWN[name]
+    refuse_name_of_bench(KNOWN.group, name)
     hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5)
     if hint == "":
         hint = f" There are: {', '.join(KNOWN)}."

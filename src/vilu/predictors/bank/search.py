@@ -153,9 +153,9 @@ def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         best, index = values.sort(dim=1, descending=True, stable=True)
         return best, index
     best, index = values.topk(k + 1, dim=1)
-    last = best[:, k - 1]
-    next_one = best[:, k]
-    is_tied = (last == next_one) & (next_one > -math.inf)
+    value_k = best[:, k - 1]
+    value_after_k = best[:, k]
+    is_tied = (value_k == value_after_k) & (value_after_k > -math.inf)
     # The leaders are sorted by ascending index, and then stably by descending value. So equal
     # values stay in the order of their indices.
     index, by_index = index[:, :k].sort(dim=1)

@@ -29,8 +29,8 @@ class Scorer(Protocol):
 
 def log_odds(probability: Floats) -> Floats:
     """(N,) ln p - ln(1 - p) of probabilities (N,); NaN stays NaN."""
-    inside = np.clip(probability, CERTAIN, 1 - CERTAIN)
-    logarithms: Floats = np.log(inside) - np.log1p(-inside)
+    clipped = np.clip(probability, CERTAIN, 1 - CERTAIN)
+    logarithms: Floats = np.log(clipped) - np.log1p(-clipped)
     return logarithms
 
 

@@ -9,7 +9,13 @@ from typing import cast
 
 from vilu.errors import UsageError, nearest
 from vilu.predictors.contract.predictor import FailurePredictor
-from vilu.registry import ADDERS, METHODS, METHODS_OF_TABLES, Catalogue
+from vilu.registry import (
+    ADDERS,
+    METHODS,
+    METHODS_OF_TABLES,
+    Catalogue,
+    refuse_name_of_bench,
+)
 
 # ``vilu/predictors/__init__.py`` adds the methods of this package
 PREDICTORS: Catalogue[type[FailurePredictor]] = METHODS
@@ -82,6 +88,7 @@ def find_method(name: str) -> type[FailurePredictor]:
         module, _, class_name = METHODS_OF_TABLES[name].partition(":")
         return cast("type[FailurePredictor]", getattr(importlib.import_module(module), class_name))
     if name not in PREDICTORS:
+        refuse_name_of_bench(PREDICTORS.group, name)
         known = method_names()
         raise UsageError(
             f"there is no method {name!r}; known are {', '.join(known)}.{nearest(name, known)}"

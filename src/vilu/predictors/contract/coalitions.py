@@ -148,22 +148,22 @@ class HeadCoalitions(Coalitions):
     def _value(self, head: FailureHead, own: Parts, background: Parts, coalition: int) -> Tensor:
         """(B,) float64 v(S) of one head."""
         # The first layer is the sum of two parts: summands of the members, from the explained rows,
-        # and summands of all other players, from the background rows.
-        of_others = torch.zeros_like(head.first_bias)[None]  # (1, H)
-        of_members = head.first_bias + of_others
+        # and summands of the missing players, from the background rows.
+        of_missing = torch.zeros_like(head.first_bias)[None]  # (1, H)
+        of_members = head.first_bias + of_missing
         for bit, player in enumerate(self.players):
             if is_member(bit, coalition):
                 of_members = of_members + own[player]
             else:
-                of_others = of_others + background[player]
+                of_missing = of_missing + background[player]
         # All coalitions use tensors of the same shape. They then round alike, and a player without
         # effect gets exactly zero.
         of_members = of_members.expand_as(own[IMAGE])
-        of_others = of_others.expand_as(background[IMAGE])
-        step = max(TILE_CELLS // (len(of_others) * of_members.shape[1]), 1)
+        of_missing = of_missing.expand_as(background[IMAGE])
+        step = max(TILE_CELLS // (len(of_missing) * of_members.shape[1]), 1)
         means = []
         for part in of_members.split(step):
-            pairs = part[:, None] + of_others  # (b, M, H): every row with every background row
+            pairs = part[:, None] + of_missing  # (b, M, H): every row with every background row
             logits = head.rest(pairs).squeeze(-1)
             means.append(self.link(logits.cpu().double()).mean(dim=1))
         return torch.cat(means)

@@ -65,11 +65,11 @@ def _methods_on_logits() -> str:
 
 def _methods_on_vectors() -> str:
     """Names of the methods that need vectors of the rows, but no texts, for a message."""
-    able = []
+    names = []
     for name in METHODS.names():
         if "image" in inputs_of(METHODS[name]):
-            able.append(name)
-    return ", ".join(able)
+            names.append(name)
+    return ", ".join(names)
 
 
 def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingSource) -> None:
@@ -101,7 +101,7 @@ def require_same_logits(method: str, fitted: Mapping[str, Any], data: EmbeddingS
 
 
 def are_given(candidates: Mapping[str, Any]) -> bool:
-    """Whether a description by ``candidates_of`` has an empty sketch, for want of texts."""
+    """Whether a description by ``candidates_of`` is of given logits: it has no sketch of texts."""
     return bool(candidates.get("texts") == [])
 
 
@@ -127,10 +127,10 @@ def require_kind(method: type[Any], data: EmbeddingSource) -> None:
     """Refuse a table of answers for a method of embeddings, and embeddings for one of tables."""
     if method.takes == data.holds:
         return
-    able = list(METHODS_OF_TABLES)
+    suitable = list(METHODS_OF_TABLES)
     if data.holds == "embeddings":
-        able = METHODS.names()
+        suitable = METHODS.names()
     raise UsageError(
         f"{method.name} takes {KIND_IN_WORDS[method.takes]}. Got {KIND_IN_WORDS[data.holds]} "
-        f"instead, for which there are {', '.join(able)}."
+        f"instead, for which there are {', '.join(suitable)}."
     )

@@ -15,7 +15,7 @@ from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.columns import ANSWER
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import Others, float64
+from vilu.embeddings.similarity import RivalWeights, float64
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.contract.seen import overlap
@@ -81,8 +81,9 @@ def trainable_rows(
 ) -> tuple[Tensor, Tensor]:
     """Indices (M,) of the rows that a fit can learn from, and their failures (M,).
 
-    These are the usable rows of which the failure, the class or nothing is known, as ``needs``
-    says. Rows of none of the classes have a failure, but no class.
+    If ``needs`` is "nothing", these are all usable rows. Otherwise they are the usable rows with a
+    known failure ("failure") or a known class ("class"). Rows of none of the classes have a
+    failure, but no class.
 
     If ``columns`` has "answer", the failures are those of the answers in this column, and otherwise
     those of the zero-shot answers. A failure is -1 (unknown) only if ``needs`` is "nothing".
@@ -169,7 +170,7 @@ def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     rows = [torch.empty(0, dtype=torch.int64)]
     failures = [torch.empty(0, dtype=torch.int64)]
     for batch in batches:
-        share = batch.rows(world.mine(len(batch.index)))
+        share = batch.rows(world.own_slice(len(batch.index)))
         rows.append(batch.index)
         failures.append(world.gather(share.failure))
     return torch.cat(rows), torch.cat(failures)
@@ -246,8 +247,8 @@ def fit_and_selection(
         _, held_failure = with_failures(selection.batches(SCORING_BATCH))
         stays = ~torch.isin(torch.arange(len(rows)), positions)
         rows = rows[stays]
-        # There must be failures and successes. But in pools the failures may be all equal now,
-        # because every pass draws new pools, with other failures.
+        # Both failures and successes must be left. With pools one kind is enough, because every
+        # pass over the rows draws new pools, in which other answers fail.
         min_kinds = 2 if train.source.pool_size is None else 1
         if len(failure[stays].unique()) < min_kinds:
             raise DataError(
@@ -274,8 +275,8 @@ def hold_out(
     stay together.
 
     With pools the held-out rows fill whole pools. If the rows make fewer than two pools, no rows
-    are held out. Groups stay together as well, unless there are fewer groups than rows in a pool.
-    So few groups are like classes: each group has rows in every pool.
+    are held out. Groups stay together as well, unless there are fewer groups than rows in a pool:
+    a pool then holds several rows of a group, as it would of a class.
     """
     if pool_size is not None:
         return _hold_out_pools(len(failure), fraction, pool_size, generator, groups)
@@ -352,7 +353,8 @@ def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLO
     be that both are in one group.
     """
     rng = np.random.default_rng(0)
-    factors = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
+    halves = rng.integers(2**63, size=source.space.embed_dim, dtype=np.uint64)
+    factors = 2 * halves + 1  # odd
     sums = []
     for block in rows.split(block_rows):
         # the sum of -0 and 0 is 0, so that equal numbers have equal bits
@@ -370,7 +372,7 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     round to zero or one.
     """
     if batch.matches is None:  # all candidates are different answers
-        return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
+        return RivalWeights.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
     is_answer = batch.alike(batch.prediction).to(logits.device)
     log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=-1)
@@ -385,7 +387,7 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
 
         u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
 
-    If u were computed first, it would round to one at smaller odds.
+    Large odds stay exact in this way. u itself would round to one, and its odds would be infinite.
 
     Args:
         log_odds: (B,) log((1 - q) / q).

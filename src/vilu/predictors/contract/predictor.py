@@ -227,7 +227,7 @@ class FailurePredictor(ABC):
         """(B,) uncertainty of a batch, float32 or float64, on any device."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        """Return what the rows ``train`` teach. The predictor itself is not changed.
+        """Learn from the rows ``train``, and return the result. The predictor is not changed.
 
         ``failure`` (M,) is 1, 0, or -1 (unknown) for each of these rows. Only methods that need no
         labels get unknown failures.
@@ -322,7 +322,7 @@ class FailurePredictor(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What must be known of a training row. Rows of which it is unknown are left out."""
+        """What a training row must have: nothing, a known failure, or a known class."""
         if not self.needs_labels:
             return "nothing"
         if self.learns_failure:
@@ -422,7 +422,10 @@ class FailurePredictor(ABC):
         return (ANSWER,) if self.answer == "given" else ()
 
     def _settings(self, kind: type[Settings], **changed: object) -> Settings:
-        """New settings of a ``kind``: the parameters of the same names, except for ``changed``."""
+        """Settings of the class ``kind``: each field has the value of the parameter of its name.
+
+        ``changed`` replaces some of these values.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
         values["device"] = self.device_
         return kind(**values | changed)
@@ -445,8 +448,8 @@ class FailurePredictor(ABC):
         A method without ``_learn`` only stores the embedding space.
 
         Args:
-            train: Rows to learn from. Rows of which the method does not know what it ``needs`` are
-                left out with a warning.
+            train: Rows to learn from. Rows without the label that the method ``needs`` are left
+                out with a warning.
             validation: Rows for model selection. At most 1 % of them may be training rows, which
                 are left out with a warning. Without validation rows, a method that selects holds
                 out a part of ``train``.
@@ -499,6 +502,7 @@ class FailurePredictor(ABC):
     def _check_unlabelled(
         self, train: EmbeddingSource, unlabelled: EmbeddingSource, columns: Sequence[str]
     ) -> None:
+        """Refuse unlabelled rows that this predictor cannot use."""
         from vilu.predictors.contract.given_logits import refuse_unlabelled
         from vilu.predictors.contract.labelled import require_comparable
 
@@ -764,6 +768,7 @@ class FailurePredictor(ABC):
     def _scored(
         self, data: EmbeddingSource, rows: Tensor | None
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
+        """Yield batches with their scores (B,); raises if a score is not finite."""
         for batch, scores in self._scored_on_device(data, rows):
             of_batch = scores.numpy(force=True)
             n_candidates = batch.text.shape[-2]
@@ -780,7 +785,8 @@ class FailurePredictor(ABC):
         device = self.device_ if data.device is None else data.device
         read = data.batches
         size = SCORING_BATCH
-        if self.looks_at == {"logits"}:  # then blocks whose logits stay in the cache are faster
+        if self.looks_at == {"logits"}:
+            # Such scores wait for memory, so blocks whose logits stay in the cache are faster.
             read = data.many
             size = cached_rows(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
@@ -886,6 +892,7 @@ class FailurePredictor(ABC):
         return self.seen(data).unshared(data, what, where, remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
+        """Refuse data that the method cannot work on."""
         if self.takes != data.holds:
             from vilu.predictors.contract.given_logits import require_kind
 
@@ -916,14 +923,15 @@ class FailurePredictor(ABC):
         """The error for adapted answers of a method that has no posterior."""
         from vilu.registry import METHODS
 
-        able = [name for name in METHODS.names() if METHODS[name].has_posterior]
+        with_posterior = [name for name in METHODS.names() if METHODS[name].has_posterior]
         return UsageError(
             f"{self.name} has no posterior of its own, so it knows no other answer than the "
-            f"zero-shot one. Take one of {', '.join(able)}, or leave "
+            f"zero-shot one. Take one of {', '.join(with_posterior)}, or leave "
             'answer="adapted" out.'
         )
 
     def _check_ready(self, data: EmbeddingSource) -> None:
+        """Refuse to score: invalid settings, no fit, or data that do not match the fit."""
         parameters.check_parameters(self)
         self.check_answer()
         self._check_source(data, (*self.columns_to_score, *self.answer_columns))

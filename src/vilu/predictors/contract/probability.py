@@ -226,7 +226,7 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
         calibrator = _fit(form, score[~held_out], failure[~held_out])
         p = calibrator(score[held_out])
         likelihood = np.where(failure[held_out] == 1, p, 1 - p)
-        losses[held_out] = -np.log(likelihood.clip(1e-12))
+        losses[held_out] = -np.log(likelihood.clip(1e-12))  # finite also for a likelihood of 0
     return losses
 
 
@@ -289,15 +289,15 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
         return _fit_isotonic(score, failure, counts)
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
-    falling = np.flatnonzero(np.array(weights) < 0)
+    negative = np.flatnonzero(np.array(weights) < 0)
     # Beta calibration has no negative weights. The feature of the first negative weight is dropped,
     # and the other feature is fitted again (Kull et al.).
-    if form == "beta" and len(falling):
-        dropped = int(falling[0])
-        rising = 1 - dropped
-        refitted, intercept = _least_log_loss(features[:, [rising]], failure, intercept=True)
+    if form == "beta" and len(negative):
+        dropped = int(negative[0])
+        remaining = 1 - dropped  # index of the other one of the two features
+        refitted, intercept = _least_log_loss(features[:, [remaining]], failure, intercept=True)
         weights = [0.0, 0.0]
-        weights[rising] = max(refitted[0], 0.0)
+        weights[remaining] = max(refitted[0], 0.0)
     return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
 
 
@@ -307,7 +307,7 @@ def _least_log_loss(
 ) -> tuple[list[float], float]:
     """Weights and intercept of a logistic regression without a penalty, on smoothed targets."""
     n_features = features.shape[1]
-    scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
+    scale = np.maximum(np.abs(features).max(axis=0), 1e-12)  # not 0 if a feature is 0 everywhere
     ones = np.ones((len(features), int(intercept)))  # (N, 1) for the intercept, or (N, 0)
     x = np.column_stack([features / scale, ones])
     weights = _by_newton(x, _smoothed(failure))
@@ -355,7 +355,7 @@ def _descend(
 ) -> tuple[Floats, float] | None:
     """Weights after a Newton step, and their log-loss; None if the loss decreases no further.
 
-    A full step may be too long, so it is halved until the loss is below ``least``.
+    A full step may be too long, so it is halved until the loss is below ``least``, up to 11 times.
     """
     for halvings in range(12):
         candidate = weights - step / 2**halvings

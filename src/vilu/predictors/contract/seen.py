@@ -130,7 +130,7 @@ class RowSketch:
             shared[part] = np.isin(block, self.hashes.numpy())
             n_comparable += int(np.count_nonzero(block <= largest_known))
         return Overlap(
-            shared=shared & _marked(source, by)[rows],
+            shared=shared & _has_identity(source, by)[rows],
             n_comparable=n_comparable,
             whole=self.whole,
         )
@@ -147,7 +147,7 @@ def _hashes(
         yield slice(start, start + len(block)), block.astype(np.int64)
 
 
-def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
+def _has_identity(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
     """(N,) whether the identity of a row distinguishes it from other rows.
 
     All rows without a usable embedding have the same embedding, which identifies none of them.
@@ -162,7 +162,7 @@ class Overlap:
     """Which rows of a source are in another set, as far as that is known."""
 
     shared: NDArray[np.bool_]  # (N,) whether a row is known to be in the other set
-    n_comparable: int  # number of rows of which it is known whether they are in the other set
+    n_comparable: int  # number of rows that could be compared with the other set
     whole: bool = True  # whether all rows of the other set are known, not a sample
 
     def __len__(self) -> int:
@@ -240,9 +240,9 @@ def warn_of_repeats(source: EmbeddingSource, sketches: Sketches) -> None:
     known = sketches[by]
     n_rows = known.n_rows
     n_distinct = known.n_distinct
-    is_marked = _marked(source, by)
-    if not is_marked.all():  # leave out rows without a usable embedding, which share one hash
-        n_rows = int(is_marked.sum())
+    has_identity = _has_identity(source, by)
+    if not has_identity.all():  # leave out rows without a usable embedding, which share one hash
+        n_rows = int(has_identity.sum())
         n_distinct -= 1
     max_repeats = MAX_SHARED
     about = ""
@@ -321,7 +321,7 @@ def overlap(
     if by is None:
         return None
     is_in_first = np.isin(second.identities(by), first.identities(by))
-    shared = is_in_first & _marked(second, by)
+    shared = is_in_first & _has_identity(second, by)
     return Overlap(shared=shared, n_comparable=len(second))
 
 

@@ -49,8 +49,9 @@ def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Flo
     if SPREAD not in predictor.notes_:
         return None
     quantiles = np.array(predictor.notes_[SPREAD])
-    # Equal quantiles are one score that several photos share. It counts up to the last of them.
-    last = np.append(np.diff(quantiles) > 0, True)
-    shares = np.linspace(0, 1, len(quantiles))
-    places: Floats = np.interp(uncertainty, quantiles[last], shares[last], left=0.0)
-    return places
+    # Equal quantiles are one score that many photos share. All of these photos are at most as
+    # doubtful as this score, so of equal quantiles the last one, with the largest share, is used.
+    is_last_of_equals = np.append(np.diff(quantiles) > 0, True)
+    shares = np.linspace(0, 1, len(quantiles))[is_last_of_equals]
+    share_of_row: Floats = np.interp(uncertainty, quantiles[is_last_of_equals], shares, left=0.0)
+    return share_of_row

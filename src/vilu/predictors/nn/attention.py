@@ -553,7 +553,7 @@ class Problem:
         return Solution(shared, own)
 
     def _first_guess(self, near: SupervisedAttention | None) -> Solution:
-        """Where the search begins: at zero, or at the solution of ``near`` for streamed rows."""
+        """Solution at which the search begins: zero, or that of ``near`` for streamed rows."""
         if near is not None and self.held is None:
             scale_column = self.scale[:, None]
             shared = near.shared.detach() / scale_column

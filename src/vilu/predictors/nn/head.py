@@ -44,7 +44,7 @@ class Dropout(nn.Module):
         world = current_world()
         n_rows = world.total(len(hidden))
         masks = self.mask((n_rows, *hidden.shape[1:]), self.generator)
-        mask = masks[world.mine(n_rows)]
+        mask = masks[world.own_slice(n_rows)]
         return hidden * mask.to(hidden.device)
 
     def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:

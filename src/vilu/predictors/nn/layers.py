@@ -17,7 +17,7 @@ def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> 
     weight = torch.empty(n_outputs, n_inputs, dtype=torch.float32)
     bias = torch.empty(n_outputs, dtype=torch.float32)
     if not weight.is_meta:  # on the meta device there is nothing to initialise
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)  # as nn.Linear does
         bound = 1 / math.sqrt(n_inputs)
         nn.init.uniform_(bias, -bound, bound, generator=generator)
     # on the meta device, nn.Linear draws no numbers from the global generator

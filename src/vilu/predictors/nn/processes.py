@@ -34,7 +34,7 @@ class World:
         """Whether this is the leading process, which writes files and messages."""
         return self.rank == 0
 
-    def mine(self, n_rows: int) -> slice:
+    def own_slice(self, n_rows: int) -> slice:
         """The slice of ``n_rows`` rows that this process computes.
 
         The slices of all processes together are all rows. Their lengths differ by at most one, and

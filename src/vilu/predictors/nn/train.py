@@ -129,7 +129,7 @@ def with_answers(rows: Rows, device: torch.device, world: World) -> Rows:
         return rows
     answers_of_batches = []
     for batch in rows.batches(SCORING_BATCH):
-        share = batch.rows(world.mine(len(batch.index)))
+        share = batch.rows(world.own_slice(len(batch.index)))
         zero_shot = share.to(device).zero_shot
         answers_of_batches.append([world.gather(tensor).cpu() for tensor in zero_shot])
     fields = []
@@ -314,7 +314,7 @@ class HeadTrainer:
     def step(self, batch: Batch, rate: float) -> Tensor:
         """Do one step on a batch, at this learning rate; returns the mean loss of the batch."""
         config = self.config
-        own_rows = batch.rows(self.world.mine(len(batch.index))).to(config.device)
+        own_rows = batch.rows(self.world.own_slice(len(batch.index))).to(config.device)
         is_bf16 = config.precision == "bf16"
         with torch.autocast(config.device.type, torch.bfloat16, enabled=is_bf16):
             logit = self.network(own_rows)
@@ -367,7 +367,7 @@ class HeadTrainer:
         logits = []
         failures = []
         for batch in validation.batches(SCORING_BATCH):
-            own_rows = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
+            own_rows = batch.rows(self.world.own_slice(len(batch.index))).to(self.config.device)
             logits.append(self.head(own_rows))
             failures.append(own_rows.failure)
         logit = self.world.gather(torch.cat(logits))

@@ -149,8 +149,8 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with files that do not belong to a predictor.
 
-    If the folder has the ``same`` fit, such files are allowed, unless they have the name of a file
-    of a predictor.
+    If the folder has the ``same`` fit, files of users are allowed beside it. A file with the name
+    of a predictor's file that vilu did not write is refused even then.
     """
     names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}
 

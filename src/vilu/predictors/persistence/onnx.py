@@ -215,7 +215,7 @@ They are ``image`` (N, D) and ``text`` (K, D). If the score uses them, ``feature
 ``negatives`` (M, D) follow.
 """
 
-SAID = ("uncertainty", "prediction")
+OUTPUTS = ("uncertainty", "prediction")
 """Names of the outputs of a graph."""
 
 
@@ -266,7 +266,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     graph = score_graph(predictor)
     example_sizes = ((3, 5),)  # three images and five texts
     example = next(trials(predictor, example_sizes))
-    return write_graph(graph, example, SAID, metadata(predictor, graph.space, fingerprint))
+    return write_graph(graph, example, OUTPUTS, metadata(predictor, graph.space, fingerprint))
 
 
 def write_graph(
@@ -445,7 +445,7 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
         shuffled = classes[torch.randperm(len(classes), generator=generator)]
         with_others = torch.cat([shuffled, random_texts[0]])
         for text in (classes, shuffled, shuffled[:2], with_others):
-            yield trial_of(widths, n=9, text=text, generator=generator)
+            yield trial_of(widths, n=9, text=text, generator=generator)  # any number of images
 
 
 def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:

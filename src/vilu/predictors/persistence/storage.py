@@ -22,7 +22,7 @@ from vilu.artifacts.paths import claim_folder, inputs_of
 from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
-from vilu.predictors.contract.catalogue import find_method, method_names
+from vilu.predictors.contract.catalogue import PREDICTORS, find_method, method_names
 from vilu.predictors.contract.parameters import build
 from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.probability import read_calibrator
@@ -30,6 +30,7 @@ from vilu.predictors.persistence import description
 from vilu.predictors.persistence.description import RECALIBRATE, REFIT, read_description, take_seen
 from vilu.predictors.persistence.files import PREDICTOR, RISK, WEIGHTS
 from vilu.predictors.persistence.fit_sample import FitSample
+from vilu.registry import refuse_name_of_bench
 from vilu.validation import checked
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
     home = content.get("home")
     if name in method_names():
         return find_method(name)
+    refuse_name_of_bench(PREDICTORS.group, name)
     if not isinstance(home, dict):
         raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
     module = home.get("module")

@@ -221,7 +221,7 @@ class Outside:
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """The outcome where nothing was learned: P(outside) is zero."""
-        # five separate tensors: safetensors refuses to save one tensor under two names
+        # Five tensors, each with its own memory: safetensors refuses to save tensors that share it.
         shapes = (0,), (), (), (0,), (0,)
         weight, bias, word_weight, slope, offset = (
             torch.zeros(shape, dtype=torch.float64) for shape in shapes
@@ -503,7 +503,7 @@ def fit_mixture(
         if not known_inside:
             p_outside = torch.sigmoid(slope[answer] * value + offset[answer])
         p_inside = 1 - p_outside
-        mean = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)
+        mean = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
         mass = torch.zeros_like(count).index_add_(0, answer, p_inside)
         sums = torch.zeros_like(count).index_add_(0, answer, p_inside * value)
         class_means = (sums + CLASS_PRIOR_ROWS * mean) / (mass + CLASS_PRIOR_ROWS)
@@ -520,15 +520,15 @@ def fit_mixture(
             # the added 0.5 and 5 keep the share above zero, which EM could never leave
             share = (float(n_outside) + 0.5) / (n + 5)
         variance = max(float(squares.mean()), min_deviation**2)
-        after = Mixture(
+        updated = Mixture(
             inside=means,
             outside=outside_mean,
             variance=variance,
             share=min(max(share, 1e-3), 1 - 1e-3),
         )
-        moved = abs(after.outside - mixture.outside) + abs(after.share - mixture.share)
-        mixture = after
-        if moved < EM_TOLERANCE:
+        change = abs(updated.outside - mixture.outside) + abs(updated.share - mixture.share)
+        mixture = updated
+        if change < EM_TOLERANCE:
             break
     return mixture
 
@@ -653,7 +653,8 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
         value = total.detach()
         for is_outside, part in enumerate(parts):  # 0 for rows inside, 1 for rows outside
             for inputs in part.blocks():
-                logits = (inputs - centre) / scale @ weights[:-1] + weights[-1]
+                standardised = (inputs - centre) / scale
+                logits = standardised @ weights[:-1] + weights[-1]
                 target = torch.full_like(logits, is_outside)
                 loss = (
                     functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
@@ -691,5 +692,6 @@ def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
             squares = squares + inputs.square().sum(dim=0)
     mean = total / n
     variance = (squares / n - mean.square()).clamp_min(0)
+    # scales of at least 1e-6, so that constant regressors are not divided by 0
     norm = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
     return n, mean, torch.cat([norm, variance[dim:].sqrt().clamp_min(1e-6)])

@@ -66,12 +66,15 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
     prior = np.eye(log_p.shape[1])[0]  # (1, 0, ...)
 
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        # minus the log posterior of the weights, and its gradient (M,)
         mixed = np.einsum("m,nmk->nk", weights, log_p)
         log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
-        gradient = np.einsum("nk,nmk->m", np.exp(log_q), log_p) - log_p[rows, :, target].sum(axis=0)
+        expected = np.einsum("nk,nmk->m", np.exp(log_q), log_p)  # under the mixed probabilities
+        observed = log_p[rows, :, target].sum(axis=0)
         distance = weights - prior
-        value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
-        return float(value), gradient + distance / POOL_SD**2
+        loss = -log_q[rows, target].sum()
+        penalty = (distance**2).sum() / (2 * POOL_SD**2)
+        return float(loss + penalty), expected - observed + distance / POOL_SD**2
 
     # The objective is convex, so there is one optimum. A negative weight would follow the opposite
     # of an expert, so weights are at least 0.
@@ -195,6 +198,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     weight_decay: NonNegative = 0.2
     device: str = "auto"
 
+    # name, type and sizes of the learned tensors, see ``require_forms``
     _forms: ClassVar[str] = f"{POOL}:dP {Outside.forms}"
 
     @property

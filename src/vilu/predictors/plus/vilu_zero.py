@@ -34,10 +34,10 @@ EM_ROWS = 20_000
 EM_PASSES = 50
 """Number of passes of EM over these rows."""
 PSEUDO_COUNT = 0.5
-"""Number of rows of every class that EM counts beside the rows of the data.
+"""Number of rows of every class that EM counts in addition to the rows of the data.
 
-Without it, EM ends with counts of zero for many classes of which a few rows are there, where the
-zero-shot model tells them badly from others.
+Without these rows, EM gives a count of zero to many rare classes that the zero-shot model confuses
+with frequent ones.
 """
 ROUNDS = 2
 """Passes that learn prototypes: by the zero-shot posterior first, then by the pooled posterior."""
@@ -53,7 +53,7 @@ KNOWN_TO_OCCUR = 5.0
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 LOST_SHARE = 0.1
-"""Share of the occurring classes with a count near zero, because their rows count for others."""
+"""Share of the occurring classes with a count near zero: their rows count for wrong classes."""
 MAX_ANCHOR = 100.0
 """Maximum weight, in rows, of the anchor of a class mean."""
 FULL_TRUST_VARIANCE = 0.2
@@ -155,6 +155,7 @@ class ViLUZero(SeesOutside, ClosedSet):
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     optional_columns: ClassVar[tuple[str, ...]] = (NEGATIVES,)
+    # name, type and sizes of the learned tensors, see ``require_forms``
     _forms: ClassVar[str] = f"scale:d centre:dD weight:dKD bias:dK classes:fKD {Outside.forms}"
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -312,7 +313,9 @@ class SoftMembers(NamedTuple):
 
     def part(self, half: int | None) -> SoftMembers:
         """The sums over one half of the rows, or over both halves if ``half`` is None."""
-        return SoftMembers(*(whole.sum(0) if half is None else whole[half] for whole in self))
+        if half is None:
+            return SoftMembers(*(both_halves.sum(0) for both_halves in self))
+        return SoftMembers(*(both_halves[half] for both_halves in self))
 
 
 class Classifier(NamedTuple):
@@ -353,7 +356,7 @@ def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     4. ``apart`` is the variance between the means of the classes: the mean square of m_c - m, less
        sampling noise.
     """
-    count = moments.members.clamp(min=1e-9)
+    count = moments.members.clamp(min=1e-9)  # a divisor, so never 0
     n = float(moments.members.sum())
     mean = moments.total.sum(0) / n
     centred = moments.total / count[:, None] - mean
@@ -427,15 +430,18 @@ class Pool:
         #     sum log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
         # A pass computes the posterior of every row with the counts as prior. The sums of the
         # posteriors are the new counts.
-        n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
+        max_rows = EM_ROWS // 2  # of each half
+        n = 0
+        for half in halves:
+            n += min(len(self.halves[half]), max_rows)
         count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
         for _ in range(EM_PASSES):
             prior = (count + PSEUDO_COUNT).log().float().to(self.device)
-            blocks = (logits for half in halves for _, logits in self.blocks(half, EM_ROWS // 2))
-            count = sum(
-                ((logits + prior).softmax(1).sum(0).double().cpu() for logits in blocks),
-                torch.zeros_like(count),
-            )
+            count = torch.zeros_like(count)
+            for half in halves:
+                for _, logits in self.blocks(half, max_rows):
+                    posterior = (logits + prior).softmax(1)
+                    count += posterior.sum(0).double().cpu()
         return count
 
     def occurrence(self) -> tuple[Tensor, float]:
@@ -553,17 +559,18 @@ def sufficiency(n_rows: int, n_classes: float) -> float:
 
 
 def placement(purity: float, slope: float) -> float:
-    """Factor of the weight of the prototypes, in [0, 1], by what places the means of the classes.
+    """Factor of the weight of the prototypes, in [0, 1]: whether class means lie at their classes.
 
-    The factor rises from 0 at ``HALF`` to 1 at ``FULL`` of the larger of ``purity`` and ``slope``.
+    The larger of ``purity`` and ``slope`` decides: the factor is 0 up to ``HALF``, and rises from
+    there to 1 at ``FULL``.
     """
-    # Members: take two classes for which the zero-shot model confuses their rows. Of the members
-    # of either class, a share pi belongs there and 1 - pi to the other class. The means of the
-    # members then differ by (2 pi - 1) times the difference of the classes. Up to pi = 1/2 nothing
-    # of it is left, and the prototypes only repeat the confusion with more certainty.
-    # Texts: the prior mean of a class is m + a (t_c - t). If a is above 1/2, the texts (shifted to
-    # the mean image) are nearer to the class means than the mean image is, as far as texts explain
-    # the class means. The texts then hold the means of confused classes apart.
+    # Purity: take two classes that the zero-shot model confuses. Of the soft members of each class,
+    # a share pi belongs to the class, and 1 - pi to the other class. The means of the members then
+    # differ by (2 pi - 1) times the true difference. At pi = 1/2 they do not differ at all, and
+    # prototypes would only repeat the confusion with more certainty.
+    # Slope: the prior mean of a class is m + a (t_c - t). If the slope a is above 1/2, the texts
+    # (shifted to the mean image) are nearer to the class means than the mean image is. Then the
+    # texts keep the means of confused classes apart.
     larger = max(purity, slope)
     return min(max((larger - HALF) / (FULL - HALF), 0.0), 1.0)
 
@@ -593,5 +600,6 @@ def presence(count: Tensor) -> tuple[Tensor, float]:
         high = (1 - LOST_SHARE) * torch.exp(-count / mean) / mean  # 0.9 f(m)
         present = (1 - absent) * (high + LOST_SHARE * low)
         p_absent = absent * low / (absent * low + present)  # Bayes' rule
+        # below 1, because ``mean`` is divided by 1 - absent
         absent = min(float(p_absent.sum()) / (k + KNOWN_TO_OCCUR), 0.99)
     return torch.log1p(-p_absent), absent

@@ -130,7 +130,7 @@ class Neighbour:
     truth: str  # name of the right answer, or "none of the classes"
 
 
-class Own(NamedTuple):
+class RowsToSkip(NamedTuple):
     """Identities of explained rows, by which these rows are recognised among training rows."""
 
     kind: Identity
@@ -161,14 +161,14 @@ class TrainingRows:
         self.successes = rows[failure == 0]
 
     def near(
-        self, image: Tensor, own: Own | None, n: int
+        self, image: Tensor, to_skip: RowsToSkip | None, n: int
     ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
         """For every image (B, D) the ``n`` nearest failures and successes, the nearest first.
 
-        Training rows that are the explained image itself are left out; ``own`` identifies them.
+        Training rows that are the explained image itself are left out; ``to_skip`` identifies them.
         """
-        failures = self._search(image, own, self.failures, n)
-        successes = self._search(image, own, self.successes, n)
+        failures = self._search(image, to_skip, self.failures, n)
+        successes = self._search(image, to_skip, self.successes, n)
         all_near = chain.from_iterable(failures + successes)
         answers = self._answers({near.row for near in all_near})
         neighbours = []
@@ -194,13 +194,15 @@ class TrainingRows:
             neighbours.append(neighbour)
         return neighbours
 
-    def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int) -> list[list[Near]]:
+    def _search(
+        self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, n: int
+    ) -> list[list[Near]]:
         """The ``n`` nearest training rows of each image."""
         # More than n rows are searched for, because some may be the image itself. The number is
         # increased until every image has n neighbours or all training rows are searched.
         n_more = 1
         while True:
-            near = self._near_but_own(image, own, rows, n + n_more)
+            near = self._near_but_own(image, to_skip, rows, n + n_more)
             n_fewest = min(map(len, near), default=n)
             has_searched_all = n + n_more >= len(rows)
             if n_fewest >= n or has_searched_all:
@@ -208,15 +210,15 @@ class TrainingRows:
             n_more *= 8
 
     def _near_but_own(
-        self, image: Tensor, own: Own | None, rows: Tensor, k: int
+        self, image: Tensor, to_skip: RowsToSkip | None, rows: Tensor, k: int
     ) -> list[list[Near]]:
         """The ``k`` nearest training rows of each image, without rows that are the image itself."""
         cosine, index = nearest_rows(image, Rows(self.train, rows), k)
         row = rows[index]  # (B, k), as are ``cosine`` and ``is_own``
         is_own = torch.zeros(row.shape, dtype=torch.bool)
-        if own is not None:
-            hashes = self.train.identities(own.kind, row.flatten().numpy()).reshape(row.shape)
-            is_own = torch.from_numpy(hashes == own.hashes.reshape(-1, 1))
+        if to_skip is not None:
+            hashes = self.train.identities(to_skip.kind, row.flatten().numpy()).reshape(row.shape)
+            is_own = torch.from_numpy(hashes == to_skip.hashes.reshape(-1, 1))
         near = []
         for rows_of_image, cosines_of_image, are_own in zip(row, cosine, is_own, strict=True):
             is_kept = ~are_own

@@ -24,7 +24,7 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
-from vilu.report.explain.competitors import Neighbour, Own, TrainingRows, Weights, weights_of
+from vilu.report.explain.competitors import Neighbour, RowsToSkip, TrainingRows, Weights, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, rest, shown
 from vilu.validation import checked
@@ -154,14 +154,17 @@ def _row_text(row: Explanation, unit: str | None) -> str:
 
 
 def _answer_line(row: Explanation) -> str:
+    """Text of the answer, its uncertainty, and the truth if it is known."""
     answer = f"{shown(row.answer)} ({row.posterior:.1%})"
     if row.zero_shot is not None:
         answer += f"; zero-shot: {shown(row.zero_shot)}"
     line = f"  answer      {answer}   uncertainty {row.uncertainty:.4g}"
     if row.truth is None:
         return line
-    verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
-    return f"{line}   truth {shown(row.truth)}{verdict}"
+    line += f"   truth {shown(row.truth)}"
+    if row.wrong is not None:
+        line += "  WRONG" if row.wrong else "  right"
+    return line
 
 
 def _attribution_line(attribution: Attribution, unit: str | None) -> str:
@@ -417,10 +420,10 @@ def _with_neighbours(
     kind_of_identity = common_identity(
         train.identified_by, data.identified_by, ("the training set", "the explained rows")
     )
-    own: Own | None = None
+    to_skip: RowsToSkip | None = None
     if kind_of_identity is not None:
-        own = Own(kind_of_identity, data.identities(kind_of_identity, rows))
-    near = TrainingRows(train).near(images, own, depth.neighbours)
+        to_skip = RowsToSkip(kind_of_identity, data.identities(kind_of_identity, rows))
+    near = TrainingRows(train).near(images, to_skip, depth.neighbours)
     with_neighbours = []
     for explanation, (failures, successes) in zip(explanations, near, strict=True):
         with_neighbours.append(

@@ -145,6 +145,8 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     changes = []
     with track("better texts", len(rows), "rows") as task:
         for measured in range(folds):
+            # For every fold ``left_out``: texts that are learned without that fold and without the
+            # fold ``measured``.
             better = [means.better_texts(text, {measured, left_out}) for left_out in range(folds)]
             measured_rows = rows[fold[rows] == measured]
             changes.append(_changes(data, measured_rows, better, task))
@@ -287,8 +289,9 @@ def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task
 def _at_best_mix(changes: Tensor) -> tuple[Tensor, Tensor]:
     """(K,) rows saved and (K,) rows lost, with the best mix for each fold and class.
 
-    The best mix for fold g gains most on the other folds. A fold counts 0 saved and 0 lost rows of
-    a class for which no mix gains anything on the other folds.
+    For fold g, the best mix of a class is the mix with the largest gain (saved minus lost rows) on
+    the other folds. If this gain is not above 0, the text of the class stays as it is in fold g, so
+    no row is saved or lost.
 
     Args:
         changes: (folds, folds, mixes, 2, K) numbers of rows that become right, and wrong. Entry

@@ -451,7 +451,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def score(value: float) -> str:
     """Format an uncertainty; a value slightly less than 1 is not rounded to 1."""
-    if 0.99995 <= value < 1:
+    if 0.99995 <= value < 1:  # four digits would show 1
         return "> 0.9999"
     is_readable = 1e-3 <= abs(value) < 1e6
     return f"{value:.4g}" if value == 0 or is_readable else f"{value:.2e}"

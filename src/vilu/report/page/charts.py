@@ -426,7 +426,7 @@ def _thin_lines(
     methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]
 ) -> tuple[Line, ...]:
     """One line per method, with few points. The main method is last, so it is drawn on top."""
-    limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
+    limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))  # points per line
     lines = []
     for look, (of_method, curve) in enumerate(zip(methods, curves, strict=True)):
         x, y = thin(*curve, limit)

@@ -108,7 +108,10 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
 def _require_match(link: str, of_rule: object, of_scores: object) -> None:
     """Raise ProvenanceError if scores are known to be of another method or calibration.
 
-    The message says that the rule was ``link`` ``of_rule``, such as "calibrated for" 'vilu'.
+    Args:
+        link: Words of the message before ``of_rule``, such as "calibrated for".
+        of_rule: Method or calibration of the rule; None if unknown.
+        of_scores: Method or calibration of the scores; None if unknown.
     """
     if of_rule is None or of_scores is None:
         return

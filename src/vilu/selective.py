@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Self, overload
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.paths import claim_file
 from vilu.calibration.answer_choice import AnswerChoice, choose_answer
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.methods import ClusterRisk, Method, SetMethod
@@ -30,6 +31,9 @@ from vilu.predictors.persistence.files import LIKELY, LOOKS, RISK, ROWS, VOCABUL
 from vilu.predictors.persistence.storage import load_predictor, write_card
 from vilu.predictors.persistence.vocabulary import Vocabulary
 from vilu.scoring.score import DecidingModel, score
+from vilu.store.reader import EmbeddingStore
+from vilu.triage.answers import write_next
+from vilu.triage.ask import calibrate_by_labels, next_of_store
 from vilu.validation import checked
 
 RISK_OF_CHOICE = 0.05
@@ -152,6 +156,8 @@ class Selective(DecidingModel):
         class_shares: Mapping[str, float] | None = None,
         cluster_risk: ClusterRisk | None = None,
         largest_cluster: int | None = None,
+        labels: Sequence[str | Path] = (),
+        seed: int = 0,
         dataset: str | None = None,
         split: str | None = None,
     ) -> Self:
@@ -161,13 +167,14 @@ class Selective(DecidingModel):
         ``largest_cluster``.
 
         Args:
-            data: Labelled rows that were not fitted on.
+            data: Labelled rows that were not fitted on; for "anytime" the store that
+                ``next_labels`` has chosen rows of.
             target: What is to be guaranteed.
             max_risk: Largest share of wrong answers among the accepted ones.
             min_coverage: Smallest share of answers to accept.
             confidence: Confidence with which the guarantee holds.
-            method: "ltt", "crc" or "selection". "anytime" is refused, because its labels arrive one
-                after another: ``vilu calibrate --method anytime``, as the error says.
+            method: "ltt", "crc" or "selection" for labels that are all there, or "anytime" for
+                labels that ``next_labels`` asks for. It may be called again after every label.
             per_class: Whether every predicted class has a threshold of its own.
             label_sets: "lac" or "aps"; None: no label sets.
             max_miss: Largest share of label sets without the right label.
@@ -175,6 +182,8 @@ class Selective(DecidingModel):
             class_shares: Expected share of each class among the other pictures.
             cluster_risk: For rows with clusters: "majority" or "ratio". None: every row counts.
             largest_cluster: For "ratio": rows of larger clusters are left for review.
+            labels: For "anytime": all files of ``next_labels``, filled in.
+            seed: For "anytime": the seed of ``next_labels``.
             dataset: Name of the data set.
             split: Name of its part.
 
@@ -219,9 +228,108 @@ class Selective(DecidingModel):
             )
         goal = fields if target is None else target
         self._choose(goal.max_risk or RISK_OF_CHOICE)
-        calibrate_predictor(self.folder, data, goal, dataset=dataset, split=split)
+        if goal.method == "anytime":
+            self._calibrate_by_labels(data, goal, labels, seed)
+        elif labels:
+            raise UsageError(
+                f"labels in files are for the method anytime. {goal.method} takes the labels of "
+                "the data. Leave labels out."
+            )
+        else:
+            calibrate_predictor(self.folder, data, goal, dataset=dataset, split=split)
         self._read(self.folder)
         return self
+
+    def _calibrate_by_labels(
+        self, data: EmbeddingSource, target: Target, labels: Sequence[str | Path], seed: int
+    ) -> None:
+        """Calibrate the predictor in the folder by labels that ``next_labels`` has asked for."""
+        if not isinstance(data, EmbeddingStore):
+            raise UsageError(
+                "anytime takes the store that next_labels has chosen rows of. `vilu embed` and "
+                "vilu.import_arrays make one."
+            )
+        max_risk = target.risk_of_anytime()
+        # A rule for the same target stays certified, whatever labels have come since.
+        is_other_target = self.calibration is not None and self.calibration.target != target
+        try:
+            calibrate_by_labels(
+                self.folder,
+                data,
+                [Path(file) for file in labels],
+                max_risk=max_risk,
+                confidence=target.confidence,
+                seed=seed,
+                per_class=target.per_class,
+                overwrite=is_other_target,
+            )
+        finally:
+            # None if nothing is certified, or if a label of an earlier calibration was changed
+            self.calibration = Calibration.find(self.folder)
+
+    @checked
+    def next_labels(
+        self,
+        store: EmbeddingStore,
+        output: str | Path,
+        *,
+        n: int = 50,
+        max_risk: float = RISK_OF_CHOICE,
+        labels: Sequence[str | Path] = (),
+        seed: int = 0,
+        per_class: bool = False,
+        overwrite: bool = False,
+    ) -> Path:
+        """Choose the rows of a store to label next, and write a CSV to fill in, as ``vilu next``.
+
+        Half of the rows are to fit on. The other half is for a guarantee, by ``calibrate`` with the
+        method "anytime". This half is drawn from the answers that could be accepted. The first call
+        fixes which kind of answers is judged.
+
+        Args:
+            store: The rows; its labels are used, too.
+            output: The file, .csv. Its column ``label`` is empty.
+            n: Number of rows.
+            max_risk: Error rate that the guarantee is to stay below.
+            labels: Files of earlier calls, filled in.
+            seed: Seed of the split into rows to fit on and rows for the guarantee.
+            per_class: Whether every predicted class gets a guarantee of its own.
+            overwrite: Whether an earlier file may be replaced.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            UsageError: If the output is one of ``labels`` or exists already, or if the predictor
+                gives no probability.
+
+        Examples:
+            >>> import numpy as np, tempfile, vilu
+            >>> image = np.random.default_rng(0).normal(size=(200, 8))
+            >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     np.savez(f"{folder}/a.npz", image=image, text=np.eye(8))
+            ...     store = vilu.import_arrays(
+            ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=10.0, logit_bias=0.0
+            ...     )
+            ...     path = vilu.Selective(vilu.MCM()).next_labels(store, f"{folder}/next.csv", n=10)
+            ...     print(len(path.read_text().splitlines()))
+            11
+        """
+        path = Path(output)
+        files = [Path(file) for file in labels]
+        if path.resolve() in {file.resolve() for file in files}:
+            raise UsageError(
+                f"{path} is one of the labels, which would be lost. Give another file."
+            )
+        claim_file(path, "labels", overwrite=overwrite)
+        self._choose(max_risk)
+        predictor = load_predictor(self.folder)
+        asked, answers = next_of_store(
+            store, predictor, files, n=n, max_risk=max_risk, seed=seed, per_class=per_class
+        )
+        write_next(path, asked, answers, predictor.answer)
+        return path
 
     def _read(self, folder: Path) -> None:
         """Take predictor, calibration and classes from a folder."""

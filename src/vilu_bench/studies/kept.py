@@ -1,0 +1,189 @@
+"""One small file with all that tables, figures and claims of finished studies need of a run.
+
+The file is a Parquet table with a row per cell that was run: the document of the cell, and its
+bootstrap values as whole numbers of ``STEP``. The scores of single rows are left out, and so are
+resamples after the first ``RESAMPLES``. The documents of the studies are in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from vilu.artifacts.disk import atomic_write, file_hash, make_folder, write_bytes
+from vilu.artifacts.documents import explain, write_json
+from vilu.artifacts.paths import claim_file
+from vilu.artifacts.tables import parquet_bytes, read_table
+from vilu.errors import DataError, UsageError
+from vilu.metrics.counts import Floats
+from vilu_bench.studies.result import AGAIN, BOOTSTRAP, CellResult, load_bootstrap
+from vilu_bench.studies.study import (
+    DOCUMENT,
+    STUDIES,
+    Archive,
+    Rendered,
+    archive_of,
+    load_studies,
+    render_studies,
+)
+from vilu_bench.studies.views import HistogramView
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+RESAMPLES: Final = 200
+"""Number of resamples of a cell that are kept. 95 % intervals are of the fifth from each end."""
+
+STEP: Final = 1e-4
+"""Step to which bootstrap values are rounded: a hundredth of a point, of which a tenth is shown."""
+
+UNDEFINED: Final = 65_535
+"""The whole number that stands for an undefined bootstrap value."""
+
+Steps = NDArray[np.uint16]
+
+
+def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
+    """Write the finished studies of a run folder as one file; returns the number of its cells.
+
+    Raises:
+        UsageError: If a study shows the scores of single rows, which are not kept.
+    """
+    claim_file(file, "kept studies", overwrite=overwrite)
+    archives = {}
+    results: dict[Path, CellResult] = {}
+    for board in load_studies(run):
+        name = board.config.name
+        if any(isinstance(view, HistogramView) for view in board.config.views):
+            raise UsageError(
+                f"the study {name} has a histogram of the scores of rows, which are not kept. "
+                "Keep the studies without it: run them in a folder of their own."
+            )
+        n_resamples = min(board.config.resamples, RESAMPLES)
+        config = board.config.model_copy(update={"resamples": n_resamples})
+        archives[name] = archive_of(config, board.results).model_dump(mode="json")
+        for cell, result in board.results.items():
+            results[cell.path] = result
+    kept = [results[path] for path in sorted(results)]
+    columns = _columns(run, kept)
+    metadata = {"kind": "kept studies", "studies": archives}
+    write_bytes(file, parquet_bytes(columns, metadata, compression="zstd"))
+    return len(kept)
+
+
+def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
+    """The documents of cells, and a column per metric and resample, NaN where there is none."""
+    import pyarrow as pa
+
+    of_cells = [_first_resamples(run, result) for result in results]
+    shape = np.max([values.shape for values in of_cells], axis=0)
+    steps = np.full((len(results), *shape), UNDEFINED, dtype=np.uint16)
+    for row, values in enumerate(of_cells):
+        n_metrics, n_resamples = values.shape
+        steps[row, :n_metrics, :n_resamples] = _to_steps(values)
+    columns = {"document": pa.array([_short(result) for result in results])}
+    for metric, resample in np.ndindex(*shape):
+        columns[f"draw_{metric}_{resample}"] = pa.array(steps[:, metric, resample])
+    return columns
+
+
+def _first_resamples(run: Path, result: CellResult) -> Floats:
+    """The bootstrap values (M, B) of a cell; (0, 0) if the cell was refused."""
+    if BOOTSTRAP not in result.files:
+        return np.empty((0, 0))
+    return load_bootstrap(run, result.cell)[:, :RESAMPLES]
+
+
+def _short(result: CellResult) -> str:
+    """The document of a cell, of whose inputs only the code is kept: rendering compares it."""
+    code = {"code": result.decided_by.get("code")}
+    short = result.model_copy(update={"decided_by": code, "files": {}})
+    return json.dumps(short.model_dump(mode="json"), separators=(",", ":"))
+
+
+def _to_steps(values: Floats) -> Steps:
+    steps = np.rint(np.nan_to_num(values) / STEP).astype(np.uint16)
+    steps[np.isnan(values)] = UNDEFINED
+    return steps
+
+
+def _to_values(steps: Steps) -> Floats:
+    values: Floats = steps.astype(np.float64) * STEP
+    values[steps == UNDEFINED] = np.nan
+    return values
+
+
+def render_kept(
+    file: Path,
+    document: Path | None = None,
+    title: str = "Results",
+    intro: str = "",
+    *,
+    first: Path | None = None,
+    overwrite: bool = True,
+) -> list[Rendered]:
+    """Render the studies of a file that ``keep`` wrote; arguments as those of ``render_studies``.
+
+    Only the document and its figures are written.
+    """
+    with TemporaryDirectory() as folder:
+        run = Path(folder)
+        restore(file, run)
+        return render_studies(run, document, title, intro, first=first, overwrite=overwrite)
+
+
+def restore(file: Path, run: Path) -> None:
+    """Write the studies and cells of a file that ``keep`` wrote as a run folder without scores.
+
+    Raises:
+        DataError: If the file is damaged or is no such file.
+    """
+    table, metadata = read_table(file, ["document"])
+    studies = metadata.get("studies")
+    if metadata.get("kind") != "kept studies" or not isinstance(studies, dict):
+        raise DataError(
+            f"{file} is not a file of kept studies. Give the output folder of `vilu benchmark`, or "
+            "a file of `vilu render RUN --keep FILE`."
+        )
+    try:
+        for name, content in studies.items():
+            archive = Archive.model_validate(content)
+            folder = make_folder(run / STUDIES / str(name))
+            write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
+        draws = _draws(table)
+        for row, text in enumerate(table["document"].to_pylist()):
+            _restore_cell(json.loads(text), draws[row], run)
+    except ValidationError as error:
+        raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
+
+
+def _draws(table: pa.Table) -> Steps:
+    """Bootstrap values (cells, M, B) of a table, in steps."""
+    places = [name.split("_")[1:] for name in table.column_names if name.startswith("draw_")]
+    metrics = {int(metric) for metric, _ in places}
+    resamples = {int(resample) for _, resample in places}
+    draws = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
+    for metric, resample in np.ndindex(len(metrics), len(resamples)):
+        draws[:, metric, resample] = table[f"draw_{metric}_{resample}"].to_numpy()
+    return draws
+
+
+def _restore_cell(content: dict[str, Any], steps: Steps, run: Path) -> None:
+    result = CellResult.model_validate(content)
+    path = run / result.cell.path
+    make_folder(path.parent)
+    files = {}
+    if result.refused is None:
+        beside = path.with_suffix(BOOTSTRAP)
+        with atomic_write(beside) as handle:
+            np.save(handle, _to_values(steps), allow_pickle=False)
+        files[BOOTSTRAP] = file_hash(beside)
+    whole = result.model_copy(update={"files": files})
+    write_json(path, whole.model_dump(mode="json"))

@@ -1,0 +1,83 @@
+"""Linear layers of image towers by oneDNN."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vilu.backbones.products import LinearByOneDNN, fast_products, is_onednn_faster
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+
+ROUNDING = 1e-5
+"""Sums of 64 products of numbers near 1, in float32 and in another order: 64 x 2^-24 x 2."""
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_are_those_of_torch(
+    generator: torch.Generator, shape: tuple[int, ...], *, with_bias: bool
+) -> None:
+    rows = torch.randn(*shape, generator=generator)
+    weight = torch.randn(4, 7, generator=generator)
+    bias = torch.randn(4, generator=generator) if with_bias else None
+    expected = functional.linear(rows.double(), weight.double(), _double(bias))
+    with torch.inference_mode(), LinearByOneDNN():
+        product = functional.linear(rows, weight, bias)
+    torch.testing.assert_close(product.double(), expected, atol=ROUNDING, rtol=0)
+
+
+def _double(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.double()
+
+
+def test_attention_of_torch_is_the_same(generator: torch.Generator) -> None:
+    """``nn.MultiheadAttention`` has a fast path of its own, which the mode must not break."""
+    attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    rows = torch.randn(2, 9, 64, generator=generator)
+    with torch.inference_mode():
+        expected, _ = attention(rows, rows, rows, need_weights=False)
+        with LinearByOneDNN():
+            outcome, _ = attention(rows, rows, rows, need_weights=False)
+    torch.testing.assert_close(outcome, expected, atol=ROUNDING, rtol=0)
+
+
+def test_other_number_formats_are_left_to_torch(generator: torch.Generator) -> None:
+    rows = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    with torch.inference_mode(), LinearByOneDNN():
+        product = functional.linear(rows, weight)
+    assert torch.equal(product, functional.linear(rows, weight))
+
+
+def test_other_threads_are_left_alone(generator: torch.Generator) -> None:
+    rows = torch.randn(3, 7, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 7, generator=generator)
+    products: list[torch.Tensor] = []
+
+    def multiply() -> None:
+        products.append(functional.linear(rows, weight))
+
+    with LinearByOneDNN():
+        thread = threading.Thread(target=multiply)
+        thread.start()
+        thread.join()
+    products[0].sum().backward()  # the product of oneDNN could not be differentiated
+    assert rows.grad is not None
+
+
+def test_only_a_processor_that_gains_uses_it() -> None:
+    is_used = isinstance(fast_products(torch.device("cpu")), LinearByOneDNN)
+    assert is_used == is_onednn_faster()
+    assert not isinstance(fast_products(torch.device("meta")), LinearByOneDNN)

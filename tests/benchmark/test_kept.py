@@ -1,0 +1,134 @@
+"""Finished studies in one small file, and what is made of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.builders.bench_fakes import config, make_stores
+from vilu.errors import DataError, UsageError
+from vilu_bench.studies.kept import RESAMPLES, STEP, keep, render_kept, restore
+from vilu_bench.studies.result import load_bootstrap
+from vilu_bench.studies.study import load_studies, render_studies, run_studies
+
+TABLE = {
+    "kind": "table",
+    "name": "numbers",
+    "title": "Numbers",
+    "columns": ["data", "setting", "metric"],
+}
+CURVE = {"kind": "curve", "name": "lines", "title": "Lines", "x_label": "labels"}
+CLAIMS = [
+    {
+        "kind": "better",
+        "says": f"{name} is better",
+        "source": source,
+        "better": {"method": name, "setting": "all"},
+        "than": {"method": "mcm", "setting": "all"},
+        "data": ["one"],
+    }
+    for name, source in (("lvu", "Table 1"), ("knn_distance", "this project"))
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    settings = {"few": {"kind": "labels", "budget": 8, "x": 8}, "all": {"kind": "labels", "x": 24}}
+    study = config(
+        name="small",
+        settings=settings,
+        views=[TABLE, CURVE],
+        claims=CLAIMS,
+        resamples=RESAMPLES + 50,
+    )
+    run_studies([study], make_stores(tmp_path_factory.mktemp("stores")), output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def kept(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("kept") / "kept.parquet"
+    keep(run, file)
+    return file
+
+
+def test_bootstrap_values_are_kept_to_a_hundredth_of_a_point(
+    run: Path, kept: Path, tmp_path: Path
+) -> None:
+    restore(kept, tmp_path)
+    (before,) = load_studies(run)
+    (after,) = load_studies(tmp_path)
+    assert after.config.resamples == RESAMPLES
+    assert before.results.keys() == after.results.keys()
+    for cell, result in before.results.items():
+        assert after.results[cell].results == result.results
+        if result.refused is None:
+            draws = load_bootstrap(run, cell)[:, :RESAMPLES]
+            np.testing.assert_allclose(load_bootstrap(tmp_path, cell), draws, atol=STEP / 2 + 1e-9)
+
+
+def test_a_document_is_made_of_the_file_alone(run: Path, kept: Path, tmp_path: Path) -> None:
+    whole, short = tmp_path / "whole.md", tmp_path / "short.md"
+    render_studies(run, whole, "Results")
+    render_kept(kept, short, "Results")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.md", "whole", "short.md", "short"}
+    rows = [
+        [
+            re.sub("<sub>.*?</sub>|≈", "", line)
+            for line in page.read_text().splitlines()
+            if "|" in line
+        ]
+        for page in (whole, short)
+    ]
+    assert len(rows[0]) > 10
+    numbers = [[row for row in page if "points" not in row] for page in rows]
+    assert numbers[0] == numbers[1]  # all but intervals and what they decide
+    assert f"{RESAMPLES} resamples" in short.read_text()
+
+
+def test_the_same_file_gives_the_same_document(kept: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.md", tmp_path / "second.md"
+    render_kept(kept, first)
+    render_kept(kept, second)
+    assert first.read_text().replace("first/", "second/") == second.read_text()
+    render_kept(kept, first, overwrite=False)  # nothing to do
+
+
+def test_claims_of_this_project_have_a_list_of_their_own(kept: Path, tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    render_kept(kept, document)
+    paper, ours = document.read_text().split("\n## small")[0].split("## Ours\n")
+    assert "- lvu is better (Table 1)" in paper
+    assert "knn" not in paper
+    assert "- knn\\_distance is better\n" in ours
+    assert "What this project says, and what is found here:" in document.read_text()
+
+
+def test_what_is_no_file_of_kept_studies(run: Path, kept: Path, tmp_path: Path) -> None:
+    results = run / "studies" / "small" / "results.parquet"
+    with pytest.raises(DataError, match="is not a file of kept studies"):
+        restore(results, tmp_path / "run")
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(bytes(content))
+    with pytest.raises(DataError):
+        restore(damaged, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"\.parquet"):
+        keep(run, tmp_path / "kept.json")
+    with pytest.raises(UsageError, match="--overwrite"):
+        keep(run, kept)
+
+
+def test_a_study_with_a_histogram_is_refused(tmp_path: Path) -> None:
+    bars = {"kind": "histograms", "name": "bars", "title": "Bars", "settings": ["all"]}
+    study = config(
+        name="bars", views=[bars], methods={"mcm": {}}, settings={"all": {"kind": "labels"}}
+    )
+    run_studies([study], make_stores(tmp_path / "stores"), tmp_path / "run")
+    with pytest.raises(UsageError, match="has a histogram of the scores of rows"):
+        keep(tmp_path / "run", tmp_path / "kept.parquet")
