@@ -33,6 +33,14 @@ CHOSEN: Final = frozenset({1, 2, 5, 10, 20, 60, 90, 95, 100})
 LEFT_OUT: Final = re.compile(r"\[arXiv[^\]]*\]\([^)]*\)|\]\([^)]*\)|`[^`]*`")
 """Targets of links, code, and the number of the paper."""
 MEASURED_ONCE: Final = re.compile(r"once at [0-9a-f]{7,}")
+OF_OTHER_SOURCES: Final = ("docs/datasets.md", "docs/reliability.md")
+"""Published facts; and promises, each with its file of tests (tests/test_docs.py)."""
+MADE_BY: Final = re.compile(
+    r"python -m\s+benchmarks|vilu\s+(?:benchmark|render)|make bench|[Mm]easured\s+once at commit"
+)
+"""What says how numbers can be made again, or at which commit they were made."""
+INTERVALS: Final = re.compile(r"^\|.*\d\.\d.*\|$", re.MULTILINE)
+"""A row of a table with a decimal number."""
 OPERATORS: Final[dict[type, Callable[[Any, Any], Any]]] = {
     ast.Sub: operator.sub,
     ast.Add: operator.add,
@@ -84,7 +92,7 @@ def statements(page: str) -> list[str]:
 
 def quoted_of_the_demo(text: str) -> str:
     """What docs/demo.md shows of the run; a slow test compares it with a run."""
-    return text[text.index("> The compact model") : text.index("A small model, so it fails")]
+    return text[text.index("> The compact model") : text.index("A small model fails")]
 
 
 def plain(text: str) -> str:
@@ -125,6 +133,28 @@ def test_a_claim_stands_on_its_page_and_its_numbers_in_its_source(claim: dict[st
         known.add(float(number))
     missing = [number for number in numbers_in(claim["text"]) if number not in known | {5.0}]
     assert missing == [], f"{claim['source']} does not hold these numbers"
+
+
+def test_tables_of_measurements_say_what_made_them() -> None:
+    """In their section, in one above it, or in the first lines of their page."""
+    without = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        name = page.relative_to(ROOT).as_posix()
+        if name in {*PAGES, *OF_OTHER_SOURCES}:
+            continue
+        first, *others = re.split(
+            r"^(?=##+ )", page.read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
+        is_made = MADE_BY.search(first) is not None
+        above = is_made
+        for section in others:
+            title = section.partition("\n")[0]
+            has_one = MADE_BY.search(section) is not None
+            if title.startswith("## "):
+                above = is_made or has_one
+            if len(INTERVALS.findall(section)) > 3 and not (above or has_one):
+                without.append(f"{name}: {title}")
+    assert without == []
 
 
 def test_the_size_of_the_photos_of_the_demo() -> None:

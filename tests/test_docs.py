@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import doctest
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 import vilu
 from tests.command import run
+from vilu.cli.app import app
 from vilu.report.style import DARK
 from vilu_bench.studies.dry_run import describe, estimate
 from vilu_bench.studies.load import load_configs
@@ -37,6 +40,11 @@ def test_the_index_lists_every_page() -> None:
     }
 
 
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len(README.splitlines()) <= 110
+    assert len(README.split()) <= 750
+
+
 def test_the_readme_shows_commands() -> None:
     assert {"embed", "fit", "score", "evaluate"} <= set(
         re.findall(r"^vilu (\w+)", README, re.MULTILINE)
@@ -58,6 +66,26 @@ def test_options_that_are_shown_exist(command: str) -> None:
             assert re.search(rf"(^|\s|,){option}\b", shown), (
                 f"{option} is not an option of vilu {command}"
             )
+
+
+def options(group: object, above: str = "vilu") -> Iterator[tuple[str, str]]:
+    """Every option of every command: a pattern of its names."""
+    for name, command in getattr(group, "commands", {}).items():
+        yield from options(command, f"{above} {name}")
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                yield f"{above} {name}", "|".join(map(re.escape, parameter.opts))
+
+
+def test_every_option_is_needed_by_a_page_or_an_example() -> None:
+    others = [*ROOT.glob("examples/*.py"), *ROOT.glob("notebooks/*.ipynb")]
+    text = SHOWN + "\n".join(file.read_text(encoding="utf-8") for file in others)
+    without = [
+        f"{command} {option}"
+        for command, option in options(typer.main.get_command(app))
+        if not re.search(rf"(?<![\w-])(?:{option})(?![\w-])", text)
+    ]
+    assert without == []
 
 
 def test_names_in_the_readme_exist() -> None:

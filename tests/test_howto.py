@@ -12,7 +12,11 @@ import pytest
 import vilu
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "docs" / "python.md", *sorted((ROOT / "docs" / "howto").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "python.md",
+    *sorted((ROOT / "docs" / "howto").glob("*.md")),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 WITH_PYTHON = [page for page in PAGES if BLOCK.search(page.read_text(encoding="utf-8"))]
 

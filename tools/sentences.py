@@ -68,6 +68,7 @@ HELD: Final = (
     "docs/methods/vilu_plus.md",
     "docs/methods/vilu_zero.md",
     "docs/monitor.md",
+    "docs/monitor-measured.md",
     "docs/performance.md",
     "docs/python.md",
     "docs/readings.md",

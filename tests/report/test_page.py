@@ -9,6 +9,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -34,6 +35,9 @@ from vilu.report.page.choice import (
 )
 from vilu.report.page.gallery import pick_rows
 from vilu.text import csp_hash
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 class Reader(HTMLParser):
@@ -417,3 +421,17 @@ def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
         UsageError, match=r"is the folder of a predictor.*Give scores of other rows.*--predictor"
     ):
         read_scores(tmp_path)
+
+
+@pytest.mark.parametrize(("scheme", "is_dark"), [("light", False), ("dark", True)])
+def test_the_page_is_as_dark_as_the_system(
+    browser: Browser, page: str, scheme: Literal["light", "dark"], is_dark: bool
+) -> None:
+    opened = browser.new_page(color_scheme=scheme)
+    opened.set_content(page)
+    colour = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = opened.evaluate("getComputedStyle(document.body).color")
+    opened.close()
+    red = int(re.findall(r"\d+", colour)[0])
+    assert (red < 64) == is_dark
+    assert (int(re.findall(r"\d+", ink)[0]) > 192) == is_dark

@@ -149,13 +149,14 @@ def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Pa
         raise UsageError(
             f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ...."
         )
+    place = data / str(folder)
     is_relative = not Path(folder).is_absolute()
-    if is_relative and not data.is_dir():
+    if is_relative and not place.is_dir():
         raise UsageError(
-            f"{data} is no folder, so no store is in it. Give the folder that the paths of the "
+            f"{place} is no folder, so no store is in it. Give the folder that the paths of the "
             "study are relative to: --data FOLDER."
         )
-    return data / str(folder)
+    return place
 
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
