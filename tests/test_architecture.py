@@ -127,7 +127,7 @@ def test_the_map_names_every_room_and_files_that_there_are() -> None:
     assert {room for room, _ in rows} | {"artifacts"} == folders
     for room, opened_first in rows:
         assert missing(PACKAGE / room, opened_first) == [], room
-    (beside,) = re.findall(r"^Beside them: (.*?)\n\n", MAP, re.MULTILINE | re.DOTALL)
+    (beside,) = re.findall(r"^Beside the rooms .*?\n\n(.*?)\n\n", MAP, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`(\w+)`", beside)) >= HOUSE["BASE"]
 
 

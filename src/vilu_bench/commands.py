@@ -179,7 +179,7 @@ def render(
     submitted: Annotated[
         Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
     ] = None,
-    kept: Annotated[
+    keep: Annotated[
         Path | None,
         Option("--keep", help="Also write the studies as one small file, .parquet, to be kept."),
     ] = None,
@@ -189,11 +189,11 @@ def render(
 
     Of a file of --keep, only the document is written.
     """
-    from vilu_bench.studies.kept import keep, render_kept
+    from vilu_bench.studies.kept import render_kept, write_kept
     from vilu_bench.studies.study import render_studies
 
     if run.is_file():
-        if kept is not None or submitted is not None:
+        if keep is not None or submitted is not None:
             raise UsageError(
                 f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
                 "folder of `vilu benchmark`."
@@ -207,9 +207,9 @@ def render(
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
-    if kept is not None:
-        n_cells = keep(run, kept, overwrite=overwrite)
-        message += f"; {n_cells} cells are kept in {kept}"
+    if keep is not None:
+        n_cells = write_kept(run, keep, overwrite=overwrite)
+        message += f"; {n_cells} cells are kept in {keep}"
     next_step(message)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders.bench_fakes import config, make_stores
 from vilu.errors import DataError, UsageError
-from vilu_bench.studies.kept import RESAMPLES, STEP, keep, render_kept, restore
+from vilu_bench.studies.kept import RESAMPLES, STEP, render_kept, restore, write_kept
 from vilu_bench.studies.result import load_bootstrap
 from vilu_bench.studies.study import load_studies, render_studies, run_studies
 
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kept(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("kept") / "kept.parquet"
-    keep(run, file)
+    write_kept(run, file)
     return file
 
 
@@ -119,9 +119,9 @@ def test_what_is_no_file_of_kept_studies(run: Path, kept: Path, tmp_path: Path) 
     with pytest.raises(DataError):
         restore(damaged, tmp_path / "run")
     with pytest.raises(UsageError, match=r"\.parquet"):
-        keep(run, tmp_path / "kept.json")
+        write_kept(run, tmp_path / "kept.json")
     with pytest.raises(UsageError, match="--overwrite"):
-        keep(run, kept)
+        write_kept(run, kept)
 
 
 def test_a_study_with_a_histogram_is_refused(tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_a_study_with_a_histogram_is_refused(tmp_path: Path) -> None:
     )
     run_studies([study], make_stores(tmp_path / "stores"), tmp_path / "run")
     with pytest.raises(UsageError, match="has a histogram of the scores of rows"):
-        keep(tmp_path / "run", tmp_path / "kept.parquet")
+        write_kept(tmp_path / "run", tmp_path / "kept.parquet")

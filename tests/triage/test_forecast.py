@@ -60,7 +60,7 @@ def test_a_guarantee_about_the_folder_is_forecast_by_its_own_test() -> None:
     assert many.expected[-1].lowest == pytest.approx(1.0)
 
 
-def test_a_folder_whose_photos_may_all_be_labelled_shows_a_risk_before_they_are() -> None:
+def test_a_folder_shows_its_least_risk_before_all_photos_are_labelled() -> None:
     # 400 labels are more than the 240 photos that may be drawn. The first 150 of them show 5 % of
     # the other 90, and once all have a label there is no photo left to guarantee.
     small = forecast(np.full(240, 1e-6), split=FolderSplit, n_labels=0)

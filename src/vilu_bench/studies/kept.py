@@ -50,7 +50,7 @@ UNDEFINED: Final = 65_535
 Steps = NDArray[np.uint16]
 
 
-def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
+def write_kept(run: Path, file: Path, *, overwrite: bool = False) -> int:
     """Write the finished studies of a run folder as one file; returns the number of its cells.
 
     Raises:
@@ -129,7 +129,9 @@ def render_kept(
     first: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Render the studies of a file that ``keep`` wrote; arguments as those of ``render_studies``.
+    """Render the studies of a file that ``write_kept`` wrote.
+
+    Further arguments are those of ``render_studies``.
 
     Only the document and its figures are written.
     """
@@ -140,7 +142,7 @@ def render_kept(
 
 
 def restore(file: Path, run: Path) -> None:
-    """Write the studies and cells of a file that ``keep`` wrote as a run folder without scores.
+    """Write the studies and cells of a file of ``write_kept`` as a run folder without scores.
 
     Raises:
         DataError: If the file is damaged or is no such file.
