@@ -313,7 +313,7 @@ def test_with_one_heap_a_thread_has_none_of_its_own() -> None:
     assert done.stderr.count("Arena ") > 1
 
 
-def test_a_plugin_of_a_service_leaves_the_memory_of_arrow_alone(tmp_path: Path) -> None:
+def test_a_plugin_does_not_choose_the_heap_of_arrow_in_a_service(tmp_path: Path) -> None:
     (tmp_path / "says.py").write_text(
         "import pyarrow; print(pyarrow.default_memory_pool().backend_name)"
     )
