@@ -151,8 +151,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a readable parquet table"):
         vilu.open_table(parquet)
     path = tmp_path / "answers.csv"
-    path.write_bytes(b"id,score\n\xff\xfe,1\n")
-    with pytest.raises(DataError, match="invalid UTF8"):
+    for content in (b"id,score\nM\xfcller,1\n", "id,score\n1,2\n".encode("utf-16")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"is not in UTF-8\. Save it as CSV UTF-8"):
+            vilu.open_table(path)
+    path.write_text('id,score,"' + "x" * 200_000 + '"\n')
+    with pytest.raises(DataError, match="is not a readable csv table: field larger"):
         vilu.open_table(path)
 
 

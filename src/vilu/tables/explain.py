@@ -34,12 +34,11 @@ class ExplainedAnswer:
         answer = ""
         if self.answer is not None:
             answer = f"   answer {printable(self.answer)!r:.60}"
-        truth = TRUTHS.get(self.correct, "")
+        head = f"row {self.row}  {printable(self.key)}{answer}   uncertainty {self.uncertainty:.4g}"
+        if self.correct in TRUTHS:
+            head += f"   {TRUTHS[self.correct]}"
         parts = [f"{value:+.3g} {name}" for name, value in self.terms.items()]
-        return (
-            f"row {self.row}  {printable(self.key)}{answer}   uncertainty {self.uncertainty:.4g}   "
-            f"{truth}\n  {'   '.join(parts)}"
-        )
+        return f"{head}\n  {'   '.join(parts)}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -137,7 +138,7 @@ def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     if not path.is_file():
         raise StorageError(f"{path} is no file. Give a .csv or a .parquet file of answers.")
     if table_suffix(path) == ".csv":
-        columns = _of_csv(path)
+        columns = _of_csv_file(path)
     else:
         table, _ = read_table(path, ())
         columns = _by_name(table)
@@ -155,6 +156,30 @@ def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
     except (OSError, ValueError) as error:
         raise DataError(f"{beside} is no readable .npy file of numbers: {error}.") from error
     return _checked_table(columns, vectors, str(path), name)
+
+
+def _of_csv_file(path: Path) -> dict[str, pa.ChunkedArray]:
+    """The columns of a CSV file; DataError if it is none, or not in UTF-8."""
+    try:
+        return _of_csv(path)
+    except DataError:
+        _require_utf8(path)
+        raise
+    except (csv.Error, ValueError) as error:
+        _require_utf8(path)
+        raise DataError(f"{path} is not a readable csv table: {error}") from error
+
+
+def _require_utf8(path: Path) -> None:
+    """Refuse a file whose text is not in UTF-8."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for _ in file:
+                pass
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{path} is not in UTF-8. Save it as CSV UTF-8, as spreadsheets call it."
+        ) from None
 
 
 def _of_csv(path: Path) -> dict[str, pa.ChunkedArray]:
