@@ -179,7 +179,7 @@ def render(
     submitted: Annotated[
         Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")
     ] = None,
-    keep: Annotated[
+    keep_in: Annotated[
         Path | None,
         Option("--keep", help="Also write the studies as one small file, .parquet, to be kept."),
     ] = None,
@@ -189,16 +189,16 @@ def render(
 
     Of a file of --keep, only the document is written.
     """
-    from vilu_bench.studies.kept import render_kept, write_kept
+    from vilu_bench.studies.keep import keep, render_file
     from vilu_bench.studies.study import render_studies
 
     if run.is_file():
-        if keep is not None or submitted is not None:
+        if keep_in is not None or submitted is not None:
             raise UsageError(
                 f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
                 "folder of `vilu benchmark`."
             )
-        _print(render_kept(run, document, title, intro, first=first, overwrite=overwrite))
+        _print(render_file(run, document, title, intro, first=first, overwrite=overwrite))
         return
     studies = render_studies(
         run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
@@ -207,9 +207,9 @@ def render(
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
-    if keep is not None:
-        n_cells = write_kept(run, keep, overwrite=overwrite)
-        message += f"; {n_cells} cells are kept in {keep}"
+    if keep_in is not None:
+        n_cells = keep(run, keep_in, overwrite=overwrite)
+        message += f"; {n_cells} cells are kept in {keep_in}"
     next_step(message)
 
 

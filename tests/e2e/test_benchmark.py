@@ -97,6 +97,18 @@ def test_tables_and_json(data: Path, tmp_path: Path) -> None:
     assert again == {"benchmark": found}
 
 
+def test_a_kept_file_stands_for_its_run(data: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, STORES + "\n[methods.mcm]\n[methods.margin]\n")
+    run(config, "--data", data, "-o", tmp_path / "out")
+    file, page = tmp_path / "kept.parquet", tmp_path / "page.md"
+    written = run(tmp_path / "out", "--keep", file, name="render")
+    assert f"8 cells are kept in {file}" in written.stderr
+    run(file, "--document", page, name="render")
+    assert "## benchmark" in page.read_text()
+    refused = run(file, "--keep", tmp_path / "again.parquet", name="render", code=2)
+    assert "has no scores of rows, which --keep and --submitted need" in refused.stderr
+
+
 def test_shares_of_the_work_make_the_whole(data: Path, tmp_path: Path) -> None:
     """Two shares, in any order, then the whole:
     nothing is run again, and the tables are those of one run.

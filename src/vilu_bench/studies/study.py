@@ -139,9 +139,6 @@ RULINGS = {
 """Markdown of each ruling: in a table, and in a heading."""
 
 
-OURS = "What this project says"  # words above the table of claims that are no publication's
-
-
 def page(
     config: Config,
     exhibits: Sequence[Exhibit],
@@ -156,9 +153,13 @@ def page(
     parts = [f"## {study.title if study else config.name}"]
     if study is not None:
         parts += _about(study)
-    for words, some in (("What the paper says", of_papers(verdicts)), (OURS, ours(verdicts))):
-        if some:
-            parts += [f"{words}, and what is found here:", claims_table(config, some)]
+    for speaker, its_claims in (
+        ("the paper", of_papers(verdicts)),
+        ("this project", ours(verdicts)),
+    ):
+        if its_claims:
+            parts.append(f"What {speaker} says, and what is found here:")
+            parts.append(claims_table(config, its_claims))
     for shown in exhibits:
         if shown.draw is not None:
             parts.append(f"![{in_markdown(shown.title)}]({figure(shown.name)})")
@@ -197,7 +198,7 @@ def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
     """Markdown lists of the claims of several studies: those of the paper, then ours."""
     every = list(itertools.chain.from_iterable(verdicts))
     sections = (("## The paper's claims here", of_papers(every)), ("## Ours", ours(every)))
-    return "\n".join(_claims_under(heading, some) for heading, some in sections if some)
+    return "\n".join(_claims_under(heading, claims) for heading, claims in sections if claims)
 
 
 def _claims_under(heading: str, verdicts: Iterable[Verdict]) -> str:

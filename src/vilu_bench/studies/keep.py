@@ -50,7 +50,7 @@ UNDEFINED: Final = 65_535
 Steps = NDArray[np.uint16]
 
 
-def write_kept(run: Path, file: Path, *, overwrite: bool = False) -> int:
+def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
     """Write the finished studies of a run folder as one file; returns the number of its cells.
 
     Raises:
@@ -71,15 +71,15 @@ def write_kept(run: Path, file: Path, *, overwrite: bool = False) -> int:
         archives[name] = archive_of(config, board.results).model_dump(mode="json")
         for cell, result in board.results.items():
             results[cell.path] = result
-    kept = [results[path] for path in sorted(results)]
-    columns = _columns(run, kept)
+    in_order = [results[path] for path in sorted(results)]
+    columns = _columns(run, in_order)
     metadata = {"kind": "kept studies", "studies": archives}
     write_bytes(file, parquet_bytes(columns, metadata, compression="zstd"))
-    return len(kept)
+    return len(in_order)
 
 
 def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
-    """The documents of cells, and a column per metric and resample, NaN where there is none."""
+    """The documents of cells, and a column of whole numbers per metric and resample."""
     import pyarrow as pa
 
     of_cells = [_first_resamples(run, result) for result in results]
@@ -88,6 +88,9 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
     for row, values in enumerate(of_cells):
         n_metrics, n_resamples = values.shape
         steps[row, :n_metrics, :n_resamples] = _to_steps(values)
+    # Resamples of a cell differ little, so their differences from its first one take less space.
+    # Whole numbers of 16 bits wrap around, so that no difference is too large.
+    steps[:, :, 1:] -= steps[:, :, :1]
     columns = {"document": pa.array([_short(result) for result in results])}
     for metric, resample in np.ndindex(*shape):
         columns[f"draw_{metric}_{resample}"] = pa.array(steps[:, metric, resample])
@@ -120,7 +123,7 @@ def _to_values(steps: Steps) -> Floats:
     return values
 
 
-def render_kept(
+def render_file(
     file: Path,
     document: Path | None = None,
     title: str = "Results",
@@ -129,9 +132,7 @@ def render_kept(
     first: Path | None = None,
     overwrite: bool = True,
 ) -> list[Rendered]:
-    """Render the studies of a file that ``write_kept`` wrote.
-
-    Further arguments are those of ``render_studies``.
+    """Render the studies of a file that ``keep`` wrote; arguments as those of ``render_studies``.
 
     Only the document and its figures are written.
     """
@@ -142,7 +143,7 @@ def render_kept(
 
 
 def restore(file: Path, run: Path) -> None:
-    """Write the studies and cells of a file of ``write_kept`` as a run folder without scores.
+    """Write the studies and cells of a file that ``keep`` wrote as a run folder without scores.
 
     Raises:
         DataError: If the file is damaged or is no such file.
@@ -174,6 +175,7 @@ def _draws(table: pa.Table) -> Steps:
     draws = np.empty((len(table), len(metrics), len(resamples)), dtype=np.uint16)
     for metric, resample in np.ndindex(len(metrics), len(resamples)):
         draws[:, metric, resample] = table[f"draw_{metric}_{resample}"].to_numpy()
+    draws[:, :, 1:] += draws[:, :, :1]
     return draws
 
 

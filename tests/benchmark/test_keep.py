@@ -10,7 +10,7 @@ import pytest
 
 from tests.builders.bench_fakes import config, make_stores
 from vilu.errors import DataError, UsageError
-from vilu_bench.studies.kept import RESAMPLES, STEP, render_kept, restore, write_kept
+from vilu_bench.studies.keep import RESAMPLES, STEP, keep, render_file, restore
 from vilu_bench.studies.result import load_bootstrap
 from vilu_bench.studies.study import load_studies, render_studies, run_studies
 
@@ -50,16 +50,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("kept") / "kept.parquet"
-    write_kept(run, file)
-    return file
+def file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kept") / "kept.parquet"
+    keep(run, path)
+    return path
 
 
 def test_bootstrap_values_are_kept_to_a_hundredth_of_a_point(
-    run: Path, kept: Path, tmp_path: Path
+    run: Path, file: Path, tmp_path: Path
 ) -> None:
-    restore(kept, tmp_path)
+    restore(file, tmp_path)
     (before,) = load_studies(run)
     (after,) = load_studies(tmp_path)
     assert after.config.resamples == RESAMPLES
@@ -71,10 +71,10 @@ def test_bootstrap_values_are_kept_to_a_hundredth_of_a_point(
             np.testing.assert_allclose(load_bootstrap(tmp_path, cell), draws, atol=STEP / 2 + 1e-9)
 
 
-def test_a_document_is_made_of_the_file_alone(run: Path, kept: Path, tmp_path: Path) -> None:
+def test_a_document_is_made_of_the_file_alone(run: Path, file: Path, tmp_path: Path) -> None:
     whole, short = tmp_path / "whole.md", tmp_path / "short.md"
     render_studies(run, whole, "Results")
-    render_kept(kept, short, "Results")
+    render_file(file, short, "Results")
     assert {path.name for path in tmp_path.iterdir()} == {"whole.md", "whole", "short.md", "short"}
     rows = [
         [
@@ -90,17 +90,17 @@ def test_a_document_is_made_of_the_file_alone(run: Path, kept: Path, tmp_path: P
     assert f"{RESAMPLES} resamples" in short.read_text()
 
 
-def test_the_same_file_gives_the_same_document(kept: Path, tmp_path: Path) -> None:
+def test_the_same_file_gives_the_same_document(file: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.md", tmp_path / "second.md"
-    render_kept(kept, first)
-    render_kept(kept, second)
+    render_file(file, first)
+    render_file(file, second)
     assert first.read_text().replace("first/", "second/") == second.read_text()
-    render_kept(kept, first, overwrite=False)  # nothing to do
+    render_file(file, first, overwrite=False)  # nothing to do
 
 
-def test_claims_of_this_project_have_a_list_of_their_own(kept: Path, tmp_path: Path) -> None:
+def test_claims_of_this_project_have_a_list_of_their_own(file: Path, tmp_path: Path) -> None:
     document = tmp_path / "page.md"
-    render_kept(kept, document)
+    render_file(file, document)
     paper, ours = document.read_text().split("\n## small")[0].split("## Ours\n")
     assert "- lvu is better (Table 1)" in paper
     assert "knn" not in paper
@@ -108,20 +108,20 @@ def test_claims_of_this_project_have_a_list_of_their_own(kept: Path, tmp_path: P
     assert "What this project says, and what is found here:" in document.read_text()
 
 
-def test_what_is_no_file_of_kept_studies(run: Path, kept: Path, tmp_path: Path) -> None:
+def test_what_is_no_file_of_kept_studies(run: Path, file: Path, tmp_path: Path) -> None:
     results = run / "studies" / "small" / "results.parquet"
     with pytest.raises(DataError, match="is not a file of kept studies"):
         restore(results, tmp_path / "run")
-    content = bytearray(kept.read_bytes())
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(bytes(content))
     with pytest.raises(DataError):
         restore(damaged, tmp_path / "run")
     with pytest.raises(UsageError, match=r"\.parquet"):
-        write_kept(run, tmp_path / "kept.json")
+        keep(run, tmp_path / "kept.json")
     with pytest.raises(UsageError, match="--overwrite"):
-        write_kept(run, kept)
+        keep(run, file)
 
 
 def test_a_study_with_a_histogram_is_refused(tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_a_study_with_a_histogram_is_refused(tmp_path: Path) -> None:
     )
     run_studies([study], make_stores(tmp_path / "stores"), tmp_path / "run")
     with pytest.raises(UsageError, match="has a histogram of the scores of rows"):
-        write_kept(tmp_path / "run", tmp_path / "kept.parquet")
+        keep(tmp_path / "run", tmp_path / "kept.parquet")
