@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vilu.errors import OUTSIDE, DataError
 from vilu.outcomes.outcomes import Outcomes
 
-FIELDS = tuple(Outcomes.__dataclass_fields__)
+FIELDS = tuple(field.name for field in fields(Outcomes))
 
 
 def full() -> Outcomes:
