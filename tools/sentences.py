@@ -43,6 +43,7 @@ HELD: Final = (
     "docs/conventions.md",
     "docs/datasets.md",
     "docs/decisions.md",
+    "docs/decisions-measured.md",
     "docs/demo.md",
     "docs/dry-run.md",
     "docs/explain.md",
