@@ -6,7 +6,7 @@ BENCH := src/vilu_bench
 SBOM := $(BIN)/cyclonedx-py environment --output-reproducible
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras test-wheels test-coverage lint types format bench bench-gpu audit docs release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras test-wheels compat test-coverage lint types format bench bench-gpu audit docs release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -110,6 +110,13 @@ test-extras: build/wheel
 
 # All that is asked of the wheels themselves.
 test-wheels: test-extras test-types
+
+# Artefacts of every kind, written anew by the wheels (for a release, see tests/compat/write.py), and read by this checkout.
+compat: build/wheel .venv/.dev
+	$(UV) venv --quiet --clear build/compat
+	$(UV) pip install --quiet --python build/compat build/wheel/*.whl
+	OMP_NUM_THREADS=1 build/compat/bin/python -m tests.compat.write
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compat
 
 # From the source packages, so that nothing comes in from an earlier build.
 .PHONY: build/wheel

@@ -6,6 +6,7 @@ import gzip
 import io
 import re
 import runpy
+import shutil
 import subprocess
 import tarfile
 import tomllib
@@ -20,6 +21,12 @@ import vilu
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BENCH = tomllib.loads((ROOT / "src" / "vilu_bench" / "pyproject.toml").read_text())
+VERSIONED = (
+    "pyproject.toml",
+    "src/vilu_bench/pyproject.toml",
+    "deploy/conda/recipe.yaml",
+    "CHANGELOG.md",
+)
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 REPACK = runpy.run_path(str(ROOT / "tools" / "repack.py"))["repacked"]
 FILES = {"p-1/PKG-INFO": b"Name: p\n", "p-1/run.sh": b"true\n", "p-1/src/p.py": b"x = 1\n"}
@@ -71,6 +78,53 @@ def test_both_packages_have_one_version_whose_changes_are_told() -> None:
     told = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert told[0] == "[Unreleased]"
     assert re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", told[1])
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files in which a version stands."""
+    for name in VERSIONED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "docs").mkdir()
+    return tmp_path
+
+
+def test_a_version_is_set_everywhere_at_once(checkout: Path) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "set_version.py"))
+    before = (checkout / "CHANGELOG.md").read_text()
+    tool["set_version"](checkout, "7.8.9", "2031-02-03")
+    texts = {name: (checkout / name).read_text() for name in VERSIONED}
+    assert tomllib.loads(texts["pyproject.toml"])["project"]["version"] == "7.8.9"
+    bench = tomllib.loads(texts["src/vilu_bench/pyproject.toml"])["project"]
+    assert (bench["version"], bench["dependencies"]) == ("7.8.9", ["vilu[report]==7.8.9"])
+    assert yaml.safe_load(texts["deploy/conda/recipe.yaml"])["context"]["version"] == "7.8.9"
+    headings = re.findall(r"^## (.*)$", texts["CHANGELOG.md"], flags=re.MULTILINE)
+    assert headings[:2] == ["[Unreleased]", "[7.8.9] - 2031-02-03"]
+    lists = (checkout / "docs" / "changes-7.8.9.md").read_text()
+    (unreleased,) = re.findall(r"^## \[Unreleased\]\n(.*?)^## \[", before, re.MULTILINE | re.DOTALL)
+    n_items = sum(
+        line.startswith("- ") for line in unreleased.partition("### Added")[2].splitlines()
+    )
+    assert sum(line.startswith("- ") for line in lists.splitlines()) == n_items
+    assert len(texts["CHANGELOG.md"].partition("## [0.1.0]")[0].splitlines()) < 80
+
+
+def test_the_recipe_for_conda_needs_what_the_packages_need() -> None:
+    """Its own builder is not here, so that what can be compared is compared."""
+    recipe = yaml.safe_load((ROOT / "deploy" / "conda" / "recipe.yaml").read_text())
+    assert recipe["context"]["version"] == PROJECT["version"]
+    core, bench = recipe["outputs"]
+    names = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+    needed = ["python >=3.11"]
+    for requirement in PROJECT["dependencies"]:
+        name, least = requirement.split(">=")
+        needed.append(f"{names.get(name, name)} >={least}")
+    assert core["requirements"]["run"] == needed
+    report = [requirement.split(">=") for requirement in PROJECT["optional-dependencies"]["report"]]
+    expected = [f"{names.get(name, name)} >={least}" for name, least in report]
+    assert bench["requirements"]["run"] == ["python >=3.11", "vilu ==${{ version }}", *expected]
+    assert [output["package"]["name"] for output in recipe["outputs"]] == ["vilu", "vilu-bench"]
 
 
 def test_every_extra_is_tried_alone() -> None:

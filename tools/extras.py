@@ -2,7 +2,8 @@
 
     python tools/extras.py UV WHEELS [EXTRA ...]
 
-WHEELS is the folder of both. Without extras: none, and every one that the wheel of vilu names.
+WHEELS is the folder of both. EXTRA may be `none`. Without extras: none, and every one that the
+wheel of vilu names.
 
 In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not
 there ends with exit code 5 and the sentence that names it; one whose extra is there gets beyond
@@ -200,8 +201,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     (packed,) = asked.wheels.glob("vilu-*.whl")
     wrong = False
-    for name in asked.extras or ["", *extras_of(packed)]:
-        found = problems(make(asked.uv, packed, name))
+    for name in asked.extras or ["none", *extras_of(packed)]:
+        found = problems(make(asked.uv, packed, "" if name == "none" else name))
         wrong |= bool(found)
-        print(f"{name or 'no extra'}: {'; '.join(found) or 'fine'}", flush=True)
+        print(f"{name}: {'; '.join(found) or 'fine'}", flush=True)
     sys.exit(wrong)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,11 @@ from tests.builders.bench_fakes import make_store
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line
+from vilu.calibration.likely import LikelyRight
+from vilu.predictors.contract.held_out import Judged
+from vilu.service.local_journals import LocalJournals
 from vilu.store.job import BackboneSpec
+from vilu.triage.label_errors import LabelErrors
 from vilu.triage.labels import LabelBook
 
 DATA = Path(__file__).parent / "data"
@@ -56,11 +62,20 @@ COMMANDS: tuple[tuple[object, ...], ...] = (
     ("evaluate", "scores.parquet", "-o", "results.json", "--resamples", 10),
     ("evaluate", "scores.parquet", "-o", "results.parquet", "--resamples", 10),
     ("explain", "calibrated", "new", "-n", 2, "-o", "why.json"),
+    ("explain", "calibrated", "new", "--summary", "-o", "summary.json"),
     ("monitor", "calibrated", "scores.parquet", "-o", "monitored.json"),
     ("monitor", "calibrated", "scores.parquet", "--state", "state.parquet"),
     ("benchmark", "study.toml", "--data", ".", "-o", "study"),
     ("triage", "photos", "--classes", "names.txt", "-o", "triage", "-n", 12),
     ("triage", "photos", "--classes", "names.txt", "-o", "triage", "--labels", "known.csv"),
+    ("triage", "moving", "--classes", "names.txt", "-o", "moved", "--move"),
+    ("import", "bare.npz", "-o", "bare"),
+    (
+        *("next", "bare", "--predictor", "calibrated", "--for-guarantee", "-o", "draw.csv"),
+        *("-n", 60, "--max-risk", 0.6),
+    ),
+    ("tabulate", "logits", "logits.npy", "--labels", "truth.npy", "-o", "answers.parquet"),
+    ("fit", "answers.parquet", "-o", "of-answers", "--method", "answer_probe"),
 )
 
 KEPT = (
@@ -76,10 +91,18 @@ KEPT = (
     "results.json",
     "results.parquet",
     "why.json",
+    "summary.json",
     "monitored.json",
     "state.parquet",
     "study",
     "triage",
+    "moved/moved.parquet",
+    "draw.csv",
+    "draw.draw.json",
+    "errors.parquet",
+    "answers.parquet",
+    "of-answers",
+    "served",
 )
 
 SHOWN = {".png", ".svg", ".html", ".jsonl"}
@@ -104,6 +127,29 @@ def make(root: Path) -> None:
     for name in METHODS:
         predictor = vilu.PREDICTORS[name](**SETTINGS.get(name, {}))
         predictor.fit(train).save(root / "predictors" / name)
+    _likely().save(root / "triage" / "predictor")
+    _serve(root)
+    errors = LabelErrors(["a.png"], ["cat"], ["dog"], np.array([0.1]), np.array([True]))
+    errors.save(root / "errors.parquet")
+
+
+def _likely() -> LikelyRight:
+    """An estimate of 100 answers, of which the 80 most trusted are right."""
+    uncertainty = np.linspace(0.01, 0.5, 100)
+    failure = (np.arange(100) >= 80).astype(int)
+    return LikelyRight.estimate(Judged(uncertainty, failure), uncertainty, max_risk=0.05)
+
+
+def _serve(root: Path) -> None:
+    """The journals of a service that answered ten rows, and got the labels of five."""
+    journals = LocalJournals(root / "served", {"first": root / "calibrated"})
+    ids = [f"photo-{number}" for number in range(10)]
+    answers = (np.arange(10) % len(NAMES)).tolist()
+    uncertainty = np.linspace(0.05, 0.5, 10).tolist()
+    journals.record(ids, {"first": (answers, uncertainty)})
+    journals.label(dict.fromkeys(ids[:5], NAMES[0]))
+    journals.switch("first")
+    journals.close()
 
 
 def _write_inputs(root: Path) -> None:
@@ -112,11 +158,19 @@ def _write_inputs(root: Path) -> None:
     (root / "study.toml").write_text(STUDY)
     with (root / "known.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *list(truth.items())[:16]])
-    rows = arrays(220)
+    rows = arrays(620)
     by_row = {"image", "target", "ids"}
-    for name, first, last in (("train", 0, 80), ("calibration", 80, 170), ("new", 170, 220)):
+    parts = (("train", 0, 80), ("calibration", 80, 170), ("new", 170, 220), ("bare", 220, 620))
+    for name, first, last in parts:
         part = {key: rows[key][first:last] if key in by_row else rows[key] for key in rows}
+        if name == "bare":
+            del part["target"]
         save(root / f"{name}.npz", part)
+    write_photos(root / "moving", 12)
+    logits = 8 * rows["image"] @ rows["text"].T
+    np.save(root / "logits.npy", logits)
+    hidden = logits + np.random.default_rng(2).gumbel(size=logits.shape)
+    np.save(root / "truth.npy", hidden.argmax(axis=1))
     make_store(root / "study-train", 60, 0)
     make_store(root / "study-test", 30, 1_000)
 
@@ -172,6 +226,11 @@ def numbers(root: Path) -> dict[str, Any]:
     explained = json.loads((root / "why.json").read_text())["rows"]
     found["explanation"] = [[row["key"], row["answer"], row["uncertainty"]] for row in explained]
     found["labels"] = sorted(LabelBook.load(root / "triage" / "labels.parquet").labels.items())
+    table = vilu.open_table(root / "answers.parquet")
+    found["answers"] = vilu.load(root / "of-answers").predict_uncertainty(table).tolist()
+    likely = LikelyRight.find(root / "triage" / "predictor")
+    found["likely"] = None if likely is None else likely.threshold
+    found["served"] = _of_journals(root)
     found["study"] = vilu.ResultTable.load(_results(root)).to_dicts()
     return found
 
@@ -199,6 +258,16 @@ def _of_outcomes(outcomes: vilu.Outcomes) -> dict[str, Any]:
         "failure": outcomes.failure.tolist(),
         "decision": list(outcomes.decision or ()),
     }
+
+
+def _of_journals(root: Path) -> list[object]:
+    """Of a copy, which is opened to be written."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(root / "served", Path(folder) / "served")
+        journals = LocalJournals(copy, {"first": root / "calibrated"})
+        status = journals.statuses()["first"]
+        journals.close()
+    return [status.verdict, status.rows]
 
 
 def _of_monitor(root: Path) -> list[object]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -58,9 +59,32 @@ def test_every_artefact_gives_its_numbers(kept: Path) -> None:
     require_near(numbers(kept), expected, "")
 
 
+KIND = re.compile(r"""(?:"kind": |\bkind: Literal\[.*\] = |\bKIND: Final = )"([a-z ]+)\"""")
+"""How the source states the kind of a document or of a table that it writes."""
+
+MADE_AGAIN = {"photos"}
+"""Kinds that no user keeps: the list of photos beside the embeddings of a triage."""
+
+
+def kind_of(path: Path) -> object:
+    """The kind that a document or a table states."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8")).get("kind")
+    return read_table(path, ())[1].get("kind")
+
+
+def test_an_artefact_of_every_kind_is_kept(kept: Path) -> None:
+    source = Path(vilu.__file__).parents[1]
+    stated = {kind for path in source.rglob("*.py") for kind in KIND.findall(path.read_text())}
+    assert len(stated) > 15
+    files = [path for path in kept.rglob("*") if path.suffix in {".json", ".parquet"}]
+    kinds = {kind_of(path) for path in files}
+    assert stated - kinds == MADE_AGAIN
+
+
 def test_every_artefact_is_whole(kept: Path) -> None:
     for path in sorted(kept.iterdir()):
-        if path.suffix == ".csv" or path.name == "predictors":
+        if path.suffix == ".csv" or path.name in {"predictors", "served"}:
             continue
         done = command_line("inspect", path, "--deep")
         assert done.returncode == 0, done.stderr

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m tests.compat.write
 
-The books of labels of 0.1.0 beside them are never written again.
+`make compat` does it with the wheels, in an environment without this source. The books of labels
+of 0.1.0 beside them are never written again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import vilu
 from tests.compat.artefacts import ARCHIVE, NUMBERS, make, numbers, pack, unpack
 
 
 def main() -> None:
     """Make everything, keep it, and note what the kept files give."""
+    print(f"written by vilu {vilu.__version__} of {Path(vilu.__file__).parent}")  # noqa: T201
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made"
         made.mkdir()

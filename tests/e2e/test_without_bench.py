@@ -8,15 +8,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 
+from tests.builders.clothes import write_few_photos
 from tests.command import ROOT, run
 from vilu.cli.demo import PROMPT_NAMES
 from vilu.embeddings.memory import Embeddings
@@ -95,18 +93,8 @@ def voters(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_few_photos(path: Path) -> None:
-    """Some photos of each split of the demo's table."""
-    whole = pq.read_table(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
-    rows: list[int] = []
-    for split, n in FEW.items():
-        of_split = np.flatnonzero(pc.equal(whole["split"], split).to_numpy())
-        rows.extend(of_split[np.linspace(0, len(of_split) - 1, n).astype(int)].tolist())
-    pq.write_table(whole.take(rows), path)
-
-
 def test_photos_to_a_service(tmp_path: Path, without_bench: dict[str, str]) -> None:
-    write_few_photos(tmp_path / "few.parquet")
+    write_few_photos(tmp_path / "few.parquet", FEW)
     folder = tmp_path / "work"
     folder.mkdir()
     root = WORKER.parents[2]
@@ -142,6 +130,7 @@ NEEDING = (
 
 SEVERAL = """
 import json, sys
+from tests.builders.clothes import write_few_photos
 from tests.command import command_line
 
 done = [command_line(*words) for words in json.loads(sys.argv[1])]

@@ -1,0 +1,71 @@
+"""Set the version everywhere it stands, and begin its section of the changelog.
+
+    python tools/set_version.py VERSION [--date YYYY-MM-DD]
+
+It changes both pyproject.toml (and the pin of vilu-bench), the recipe for conda, and CHANGELOG.md:
+what is unreleased gets the version and the date. The page of the changelog says what to change
+first; its lists (Added, Changed, Fixed) move to docs/changes-VERSION.md. Commit the result, then
+tag the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+UNRELEASED = "## [Unreleased]\n"
+LISTS = "### Added\n"
+
+
+def set_version(root: Path, version: str, date: str) -> None:
+    """Change every file; all are read before one is written."""
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        sys.exit(f"a version is MAJOR.MINOR.PATCH. Got {version!r}.")
+    changed = {}
+    for name, pattern, replacement in (
+        ("pyproject.toml", r'^version = ".*"$', f'version = "{version}"'),
+        ("src/vilu_bench/pyproject.toml", r'^version = ".*"$', f'version = "{version}"'),
+        ("deploy/conda/recipe.yaml", r'^  version: ".*"$', f'  version: "{version}"'),
+    ):
+        changed[root / name] = replaced(root / name, pattern, replacement)
+    bench = root / "src/vilu_bench/pyproject.toml"
+    changed[bench] = re.sub(r'"vilu\[report\]==.*?"', f'"vilu[report]=={version}"', changed[bench])
+    page, lists = divided((root / "CHANGELOG.md").read_text(encoding="utf-8"), version, date)
+    changed[root / "CHANGELOG.md"] = page
+    changed[root / "docs" / f"changes-{version}.md"] = lists
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def replaced(path: Path, pattern: str, replacement: str) -> str:
+    """The text of a file in which one line is another."""
+    text, n = re.subn(pattern, replacement, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if n != 1:
+        sys.exit(f"{path} has {n} lines with a version, expected 1.")
+    return text
+
+
+def divided(changelog: str, version: str, date: str) -> tuple[str, str]:
+    """The changelog with the new section, and the lists that stand on a page of their own."""
+    before, _, rest = changelog.partition(UNRELEASED)
+    section, following, older = rest.partition("\n## [")
+    page, heading, lists = section.partition(LISTS)
+    if not heading:
+        sys.exit("CHANGELOG.md has nothing unreleased.")
+    link = f"All changes: [docs/changes-{version}.md](docs/changes-{version}.md).\n"
+    new = f"{before}{UNRELEASED}\n## [{version}] - {date}\n{page}{link}{following}{older}"
+    # links of the lists are those of the root, and the page is one folder below it
+    moved = re.sub(r"\]\(docs/", "](", lists)
+    return new, f"# All changes of {version}\n\n## Added\n{moved.replace('### ', '## ')}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("version")
+    parser.add_argument("--date", default=datetime.datetime.now(datetime.UTC).date().isoformat())
+    asked = parser.parse_args()
+    set_version(ROOT, asked.version, asked.date)
