@@ -277,6 +277,8 @@ def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> st
     if likely.probability is None:
         return f"{none} yet: {labels}, and {LEAST_WRONG} wrong ones are needed."
     n_unlabelled = counts["unlabelled"]
+    if not n_unlabelled:
+        return "Every photo has a label, so no answer is left to be likely right."
     return (
         f"{counts['likely']:,} of {n_unlabelled:,} photos without a label are likely right. "
         f"At most {percent(likely.max_risk, 1)} of these answers are expected to be wrong. This is "
