@@ -169,8 +169,10 @@ def read_module(file: Path) -> Module:
 
 
 def read_package(package: str) -> list[Module]:
-    """Every file of a package."""
-    return [read_module(file) for file in sorted((SOURCE / package).rglob("*.py"))]
+    """Every file of a package, but for copies that building a wheel leaves in build/."""
+    folder = SOURCE / package
+    files = sorted(folder.rglob("*.py"))
+    return [read_module(file) for file in files if file.relative_to(folder).parts[0] != "build"]
 
 
 # What the table of the rooms counts.
