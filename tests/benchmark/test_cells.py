@@ -65,7 +65,7 @@ def test_a_score_without_fit_runs_once_per_test_set() -> None:
         for c in plan(config())
         if (c.method, c.data, c.setting, c.seed) == ("mcm", "two", "moved", 1)
     )
-    assert alias.run == Cell("mcm", "two", "all", 0)
+    assert alias.result_cell == Cell("mcm", "two", "all", 0)
 
 
 def test_a_deterministic_fit_runs_again_only_where_the_seed_draws_rows() -> None:

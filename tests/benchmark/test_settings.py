@@ -411,7 +411,7 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
         names.add(bench.truth(Cell("mcm", "one", "all", seed)).rows)
     assert len(names) == 2
     # a method without a fit has one result for each division, whatever the labels
-    assert [(cell.seed, cell.run.setting) for cell in cells if cell.method == "mcm"] == [
+    assert [(cell.seed, cell.result_cell.setting) for cell in cells if cell.method == "mcm"] == [
         (0, "all"), (0, "all"), (1, "all"), (1, "all"),
     ]  # fmt: skip
     assert all(cell.same_as is None for cell in cells if cell.method == "knn_distance")
@@ -545,7 +545,9 @@ def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Pa
     chosen = made(data={"one": ONE_SET}, settings=settings | halves, methods=methods)
     cells = plan(chosen)
     assert [cell.method for cell in cells if cell.setting == "none"] == ["mcm", Distance.name]
-    shared = {cell.setting: cell.run.setting for cell in cells if cell.method == Distance.name}
+    shared = {
+        cell.setting: cell.result_cell.setting for cell in cells if cell.method == Distance.name
+    }
     assert shared == {"none": "none", "few": "none", "unseen": "unseen"}
     origin = origin_of(chosen, Cell(Distance.name, "one", "few", 0))
     assert (origin.budget, origin.rows_seed) == ("none", None)

@@ -47,7 +47,7 @@ def test_detections_name_what_was_missed(tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(json.dumps(known))
     command = ["tabulate", "detections", "results.json", "truth.json", "-o"]
     done = run(*command, "t.parquet", cwd=tmp_path)
-    assert "1 of 2 that are there have no row (50.0%), and no guarantee speaks" in done.stderr
+    assert "1 of 2 that are there have no row (50.0%), and no guarantee covers" in done.stderr
     table = vilu.open_table(tmp_path / "t.parquet")
     assert (table.correct.tolist(), table.group, table.cluster) == ([1], ("cat",), ("1",))
     run(*command, "strict.csv", "--min-iou", "0.7", cwd=tmp_path)

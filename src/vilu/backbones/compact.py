@@ -48,13 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 class ClosedFormHead(nn.Module):
-    """Map from features f of the image tower to the space of sentences, in two closed forms.
+    """Two maps from image features f to the space of sentences, both in closed form.
 
-    The first form is a convex combination of class embeddings (Norouzi et al., ICLR 2014):
+    The first map is a convex combination of class embeddings (Norouzi et al., ICLR 2014):
 
         a = normalise(softmax(W f + b) (T - mean(T)))
 
-    The second form uses a ridge regression from class weights to class embeddings:
+    The second map is a ridge regression from class weights to class embeddings:
 
         r  = normalise((f - mean_feature) P)
         P  = (Wc^T Wc + ridge I)^-1 Wc^T (T - mean(T))

@@ -112,13 +112,13 @@ class LikelyRight(Model):
 
     def among(self, uncertainty: Floats) -> Flags:
         """Whether each of these rows (N,) is likely right, with a threshold of their own."""
-        return self._up_to(self.threshold_among(uncertainty), uncertainty)
+        return self._flags(self.threshold_among(uncertainty), uncertainty)
 
     def rows(self, uncertainty: Floats) -> Flags:
         """Whether each of new rows (N,) is likely right."""
-        return self._up_to(self.threshold, uncertainty)
+        return self._flags(self.threshold, uncertainty)
 
-    def _up_to(self, threshold: float | None, uncertainty: Floats) -> Flags:
+    def _flags(self, threshold: float | None, uncertainty: Floats) -> Flags:
         """Whether each uncertainty (N,) is at most the threshold; all None without an estimate."""
         if self.probability is None:
             return [None] * len(uncertainty)

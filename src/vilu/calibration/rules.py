@@ -865,6 +865,7 @@ def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) ->
 
 
 def _coverage_too_small(coverage: float, asked: float) -> str:
+    """The reason if the largest coverage is less than the coverage that was asked for."""
     return (
         f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked "
         "for"

@@ -280,7 +280,10 @@ def weighted_learn_then_test(
 
 
 def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Index of every floor, and ``NO_FLOOR``, with the level of the thresholds above it."""
+    """Index of every floor, and ``NO_FLOOR``, with the level of the thresholds above it.
+
+    ``accepted`` are cumulated counts of ``n`` rows, one for each score.
+    """
     levels = [(NO_FLOOR, main_level(delta))]
     for share in FLOORS:
         floor = int(np.searchsorted(accepted, math.ceil(n * share)))

@@ -360,7 +360,8 @@ def _fallback_procedure(
 ) -> Threshold | None:
     """The laxest threshold above a floor that Wiens' fallback procedure certifies.
 
-    ``floor`` is an index of ``counts``, or ``NO_FLOOR``.
+    ``floor`` is an index of ``counts``, or ``NO_FLOOR``. ``starts`` and ``whole`` are those of
+    ``beginnings``.
     """
     accepted = _count_above_floor(counts.accepted, floor)
     wrong = _count_above_floor(counts.accepted_wrong, floor)
@@ -443,6 +444,8 @@ def beginnings(
     n: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> tuple[Beginning, ...]:
     """Starts of the sequences of n rows: the one at all rows, then those of ``starts``.
+
+    The sequence at all rows gets at most the share ``whole`` of the level ``delta``.
 
     Sequences that cannot reject anything are left out. Each start has one row more than its first
     test has trials, because the last row is no random draw.

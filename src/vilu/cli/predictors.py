@@ -308,12 +308,12 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
         if method.needs_fit and not method.needs_labels:
             without_labels.append(method.name)
     if cls.name in without_labels:
-        instead = f"or give them as the STORE to fit {cls.name} on"
+        alternative = f"or give them as the STORE to fit {cls.name} on"
     else:
-        instead = f"or fit {_names(without_labels)} with them as the STORE"
+        alternative = f"or fit {_names(without_labels)} with them as the STORE"
     raise UsageError(
         f"{cls.name} does not use --unlabelled. Give rows without labels as --unlabelled of "
-        f"{_names(users)}, {instead}."
+        f"{_names(users)}, {alternative}."
     )
 
 

@@ -111,8 +111,7 @@ def words_(
     """Words that Tesseract read.
 
     `tesseract PAGE.png PAGE tsv` writes such a file. The closing line says which share of the
-    true words was never read: no row stands for them, so
-    no guarantee speaks of them.
+    true words was never read: they have no row, so no guarantee covers them.
     """
     from vilu.tables.sources import word_answers
     from vilu.tables.sources.truth import read_dictionary, read_words
@@ -164,7 +163,7 @@ def _finish(
     if converted.missed_share is not None:
         missed = (
             f"; {converted.n_missed:,} of {converted.n_wanted:,} that are there have no row "
-            f"({converted.missed_share:.1%}), and no guarantee speaks of them"
+            f"({converted.missed_share:.1%}), and no guarantee covers them"
         )
     n_known = converted.n_known
     next_step(

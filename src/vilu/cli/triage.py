@@ -362,10 +362,11 @@ def _require_new_table(output: Path) -> None:
 
     if output.exists() or output.suffix.lower() != ".csv":
         raise UsageError(f"the answers to label go to a new .csv file. Got {output} instead.")
-    beside = output.with_suffix(FEATURES_BESIDE)
-    if beside.exists():
+    features_file = output.with_suffix(FEATURES_BESIDE)
+    if features_file.exists():
         raise UsageError(
-            f"{beside} is there, and would be read as the features of {output}. Give another file."
+            f"{features_file} is there, and would be read as the features of {output}. "
+            "Give another file."
         )
 
 
@@ -557,14 +558,14 @@ def labels(
 ) -> None:
     """Write labels, or the known failures of scores, from a triage or from finished tasks.
 
-    Prints the file. Of a triage these are all labels, those of former classes too. `--labels` of
-    `vilu triage`, `fit`, `calibrate` and `audit-labels` reads it.
+    A triage gives all its labels, also those of classes that no longer exist. Prints the file,
+    which `--labels` of `vilu triage`, `fit`, `calibrate` and `audit-labels` reads.
     """
     from vilu.triage.label_files import write_labels
     from vilu.triage.review_files import read_done
 
-    answers, streams = read_done(done)
-    n = write_labels(answers, output, scores, streams)
+    labels_by_path, stream_of = read_done(done)
+    n = write_labels(labels_by_path, output, scores, stream_of)
     console.print_outputs(output)
     next_step(plural(n, "label"))
 

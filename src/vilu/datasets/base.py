@@ -152,10 +152,10 @@ class Faults:
         def path_at(position: int) -> str:
             return self.path(int(chosen[position]))
 
-        def rule_of(rows: NDArray[np.int64]) -> str:
-            return self.rule(chosen[rows])
+        def rule_at(chosen_positions: NDArray[np.int64]) -> str:
+            return self.rule(chosen[chosen_positions])
 
-        return Faults(self.kinds[chosen], self.folder, path_at, rule_of)
+        return Faults(self.kinds[chosen], self.folder, path=path_at, rule=rule_at)
 
     def require(self, source: str, budget: float) -> None:
         """Warn if files cannot be read, or refuse the listing if their share is above ``budget``.

@@ -57,7 +57,12 @@ class ListedFiles:
         faults = np.empty(0, np.uint8)
         if self._faults:  # NumPy refuses an empty buffer
             faults = np.frombuffer(self._faults, dtype=np.uint8)
-        return Faults(faults, self._folder, self._paths.__getitem__, _rule)
+        return Faults(
+            kinds=faults,
+            folder=self._folder,
+            path=self._paths.__getitem__,
+            rule=_say_where_files_must_be,
+        )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -82,7 +87,7 @@ class ListedFiles:
         listing.add(path, label, status)
 
 
-def _rule(_positions: NDArray[np.int64]) -> str:
+def _say_where_files_must_be(_positions: NDArray[np.int64]) -> str:
     """Return a sentence on where files must be. Here it is the same for files at all positions."""
     return OUT_OF_FOLDER
 

@@ -540,7 +540,12 @@ class PathTable(_RowsOfTable):
                 listing_hash.add(key.as_py(), int(label), status)
                 faults[position] = fault_of(status, partial(self._bounds.resolve, path))
                 task.advance(1)
-        self.faults = Faults(faults, self._bounds.folder, self._path, self._rule)
+        self.faults = Faults(
+            kinds=faults,
+            folder=self._bounds.folder,
+            path=self._path,
+            rule=self._say_where_files_must_be,
+        )
         if self._captions is not None:
             listing_hash.add_texts(cell.as_py() for cell in self._captions)
         self.fingerprint = listing_hash.hexdigest()
@@ -554,7 +559,7 @@ class PathTable(_RowsOfTable):
     def _path(self, row: int) -> str:
         return str(self._paths[row].as_py())
 
-    def _rule(self, out_of_bounds: NDArray[np.int64]) -> str:
+    def _say_where_files_must_be(self, out_of_bounds: NDArray[np.int64]) -> str:
         """Return a sentence on where files must be, with a ``--root`` that holds these files."""
         files = [self._bounds.real(self._path(row)) for row in out_of_bounds]
         common = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120

@@ -383,7 +383,7 @@ class Identifiers(Sequence[str]):
         self._n_rows = n_rows
 
     @abstractmethod
-    def _of(self, row: int) -> str:
+    def _identifier(self, row: int) -> str:
         """The identifier of a row. Subclasses override this method.
 
         An attribute with a method of the source would also be possible. But then the source and its
@@ -403,12 +403,12 @@ class Identifiers(Sequence[str]):
         # the index is negative.
         rows = range(len(self))[index]
         if isinstance(rows, range):
-            return self._several(rows)
-        return self._of(rows)
+            return self._identifiers(rows)
+        return self._identifier(rows)
 
-    def _several(self, rows: range) -> list[str]:
+    def _identifiers(self, rows: range) -> list[str]:
         """The identifiers of several rows."""
-        return [self._of(row) for row in rows]
+        return [self._identifier(row) for row in rows]
 
 
 class RowNumbers(Identifiers):
@@ -417,10 +417,10 @@ class RowNumbers(Identifiers):
     They cannot identify a row in another source.
     """
 
-    def _of(self, row: int) -> str:
+    def _identifier(self, row: int) -> str:
         return str(row)
 
-    def _several(self, rows: range) -> list[str]:
+    def _identifiers(self, rows: range) -> list[str]:
         return list(map(str, rows))
 
 

@@ -503,7 +503,7 @@ class PrefixedIds(Identifiers):
         self._rows = rows
         self._names = names
 
-    def _of(self, row: int) -> str:
+    def _identifier(self, row: int) -> str:
         source_number, row_in_source = self._rows.origin(row)
         source = self._rows.sources[source_number]
         return f"{self._names[source_number]}/{source.ids[row_in_source]}"

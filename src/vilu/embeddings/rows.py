@@ -26,8 +26,8 @@ class Rows:
         index: (M,) int64 indices of the rows in the source.
         columns: Names of the columns that batches contain.
         unlabelled: Source of further rows without labels.
-        examples: (E,) int64 indices of rows of none of the classes. None: all usable rows of the
-            source that are known to be of none of the classes.
+        outside_rows: (E,) int64 indices of rows of none of the classes. None: all usable rows of
+            the source that are known to be of none of the classes.
         answers: Zero-shot answers of all N rows of the source, if they were computed before
             (``vilu.predictors.nn.train.with_answers``).
     """
@@ -36,18 +36,18 @@ class Rows:
     index: Tensor
     columns: tuple[str, ...] = ()
     unlabelled: EmbeddingSource | None = None
-    examples: Tensor | None = None
+    outside_rows: Tensor | None = None
     answers: ZeroShot | None = None
 
     @property
     def outside(self) -> Tensor:
         """Indices (E,) int64 of rows of none of the classes.
 
-        If ``examples`` is None, they are the usable rows of the source that are known to be of none
-        of the classes.
+        If ``outside_rows`` is None, they are the usable rows of the source that are known to be of
+        none of the classes.
         """
-        if self.examples is not None:
-            return self.examples
+        if self.outside_rows is not None:
+            return self.outside_rows
         usable = self.source.usable_rows
         return usable[self.source.outside[usable]]
 

@@ -1063,10 +1063,10 @@ class Taken(EmbeddingSource):
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """Identities (M,) of the rows, from the original source."""
-        taken = self._rows.numpy()
+        rows_of_source = self._rows.numpy()
         if rows is not None:
-            taken = taken[rows]
-        return self._source.identities(by, taken)
+            rows_of_source = rows_of_source[rows]
+        return self._source.identities(by, rows_of_source)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Hashes (M,) of the pictures of the rows, from the original source."""
@@ -1095,7 +1095,7 @@ class TakenIds(Identifiers):
         self._ids = ids
         self._rows = rows
 
-    def _of(self, row: int) -> str:
+    def _identifier(self, row: int) -> str:
         return self._ids[int(self._rows[row])]
 
     def __iter__(self) -> Iterator[str]:

@@ -123,8 +123,9 @@ class EmbeddingSpace:
 
     def differs_by_decoding(self, other: EmbeddingSpace) -> bool:
         """Whether two spaces differ only by the size at which JPEGs are decoded."""
-        here = replace(self.with_full_jpegs, precision=None)
-        is_same_model = here == replace(other.with_full_jpegs, precision=None)
+        own_model = replace(self.with_full_jpegs, precision=None)
+        other_model = replace(other.with_full_jpegs, precision=None)
+        is_same_model = own_model == other_model
         return is_same_model and self.reduces_jpegs != other.reduces_jpegs
 
     def require_match(self, other: EmbeddingSpace, *, name: str, other_name: str) -> None:
@@ -149,12 +150,14 @@ class EmbeddingSpace:
             fields += PROVENANCE
         differences = []
         for field in fields:
-            here = getattr(self, field)
-            there = getattr(other, field)
-            if here is None or there is None:
+            own_value = getattr(self, field)
+            other_value = getattr(other, field)
+            if own_value is None or other_value is None:
                 continue  # the attribute is not known for one of the spaces
-            if here != there:
-                differences.append(f"{field}: {here!r} ({name}) against {there!r} ({other_name})")
+            if own_value != other_value:
+                differences.append(
+                    f"{field}: {own_value!r} ({name}) against {other_value!r} ({other_name})"
+                )
         if differences:
             advice = "Embed both with the same backbone, weights and preprocessing."
             if self.differs_by_decoding(other):

@@ -448,10 +448,10 @@ class Guard:
         self, outcomes: Outcomes, row: int, runners_up: RunnersUp, likely: bool | None
     ) -> Answer:
         """The answer about one row of the outcomes."""
-        key = _at(outcomes.ids, row) or ""
+        key = _text_of_row(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
-            return unanswered(self, key, _at(outcomes.reason, row))
+            return unanswered(self, key, _text_of_row(outcomes.reason, row))
         probability = _probability_of(outcomes, row)
         quantiles = None
         if probability is None:
@@ -464,8 +464,8 @@ class Guard:
             label=label,
             failure_probability=probability,
             uncertainty=uncertainty,
-            decision=_at(outcomes.decision, row),
-            reason=_at(outcomes.decision_reason, row),
+            decision=_text_of_row(outcomes.decision, row),
+            reason=_text_of_row(outcomes.decision_reason, row),
             runners_up=runners_up,
             zero_shot=outcomes.zero_shot_beside(row),
             likely=likely,
@@ -508,7 +508,7 @@ def unanswered(guard: Guard, key: str, reason: str | None) -> Answer:
     )
 
 
-def _at(texts: Sequence[str | None] | None, row: int) -> str | None:
+def _text_of_row(texts: Sequence[str | None] | None, row: int) -> str | None:
     """The text of a row; None if the outcomes have no such column of texts."""
     return None if texts is None else texts[row]
 

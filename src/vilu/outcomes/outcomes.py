@@ -36,9 +36,9 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
     ``target`` (N,) must be unknown in such rows.
     """
     outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
-    both = np.flatnonzero(outside & (target >= 0))
-    if len(both):
-        row = both[0]
+    contradictory_rows = np.flatnonzero(outside & (target >= 0))
+    if len(contradictory_rows):
+        row = contradictory_rows[0]
         raise DataError(
             f"row {row} cannot be of none of the classes (outside) and of class {target[row]}."
         )
@@ -520,14 +520,14 @@ class Outcomes:
             raise DataError(f"{expected}: {error}.") from error
         if (indices < 0).any():  # -1 means "unknown" in vilu, not the last row
             raise DataError(f"{expected}. Got {indices.min()} instead.")
-        taken: dict[str, Any] = {}
+        columns_of_rows: dict[str, Any] = {}
         for name in ("uncertainty", "failure", "outside", *OPTIONAL):
             column = getattr(self, name)
             if isinstance(column, np.ndarray):
-                taken[name] = column[chosen]
+                columns_of_rows[name] = column[chosen]
             elif column is not None:
-                taken[name] = [column[row] for row in chosen.tolist()]
-        return replace(self, **taken)
+                columns_of_rows[name] = [column[row] for row in chosen.tolist()]
+        return replace(self, **columns_of_rows)
 
     @staticmethod
     @checked

@@ -181,16 +181,16 @@ class Stacking(WithSecondModel):
         """Make new members and fit them on some rows."""
         members = self._new_members()
         failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
-        is_outside = rows.source.outside[rows.index]  # images of none of the classes
-        outside = rows.index[is_outside]
+        is_ood = rows.source.outside[rows.index]  # images of none of the classes
+        ood_rows = rows.index[is_ood]
         for member in members.values():
             if not member.needs_fit:
                 member.take({}, rows.source.space)  # only the space is stored
                 continue
-            usable = torch.ones_like(is_outside)
+            usable = torch.ones_like(is_ood)
             if member.needs == "class":
-                usable = ~is_outside
-            usable_rows = dataclasses.replace(rows, index=rows.index[usable], examples=outside)
+                usable = ~is_ood
+            usable_rows = dataclasses.replace(rows, index=rows.index[usable], outside_rows=ood_rows)
             learnt = member.learn(usable_rows, failure[usable])
             member.take(learnt.tensors, rows.source.space)
         return members

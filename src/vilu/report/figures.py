@@ -300,7 +300,7 @@ def _label_lines(axis: Axes, lines: Sequence[Series], looks: Mapping[str, Look])
     for line in lines:
         last = int(np.argmax(line.x))
         heights[line.label] = (100 * line.y[last] - bottom) / (top - bottom)
-    for label, height in _apart(heights, LABEL_HEIGHT).items():
+    for label, height in _spaced_heights(heights, LABEL_HEIGHT).items():
         axis.annotate(
             label,
             (1.02, height),
@@ -316,7 +316,7 @@ LABEL_HEIGHT = 0.065
 """Height of a label as a share of the height of a plot."""
 
 
-def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+def _spaced_heights(heights: Mapping[str, float], gap: float) -> dict[str, float]:
     """Heights in ascending order that differ by at least ``gap``, near the given ones.
 
     Heights that are too close form a group. A group is centred on the mean of its heights, and

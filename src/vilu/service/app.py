@@ -43,8 +43,8 @@ from vilu.service.limits import (
     RETRY,
     ClientLimits,
     Gate,
+    InProgress,
     Refused,
-    Room,
     problem,
     require_at_most,
 )
@@ -99,8 +99,8 @@ class Service:
         self.limits = limits
         self.keep = None if keep is None else make_folder(keep)
         self.engine: Engine | None = None
-        self.room = Room(limits)
-        self.measures = Measures(self.room, lambda: self.engine)
+        self.in_progress = InProgress(limits)
+        self.measures = Measures(self.in_progress, lambda: self.engine)
         self.api = FastAPI(
             title="vilu",
             version=metadata.version("vilu"),
@@ -113,7 +113,7 @@ class Service:
         self.gate = Gate(
             self.api,
             limits,
-            room=self.room,
+            in_progress=self.in_progress,
             on_answered=self.measures.count_request,
             paths=frozenset(route.path for route in self.api.routes if hasattr(route, "path")),
         )

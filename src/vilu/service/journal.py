@@ -199,7 +199,7 @@ class Journal:
             self._last_seen = 0
             self._take_in_all()
             self.status = self.monitor.status
-            self._save_beside()
+            self._save_in_background()
 
     @property
     def _codes(self) -> dict[str, int]:
@@ -245,9 +245,9 @@ class Journal:
         # labels after them, and the alarm would be reported at the wrong row.
         has_new_verdict = self.status.verdict != verdict_before
         if is_due or has_new_verdict:
-            self._save_beside()
+            self._save_in_background()
 
-    def _save_beside(self) -> None:
+    def _save_in_background(self) -> None:
         """Save a copy of the monitor in another thread, so that answers do not wait for it."""
         self._last_saved = self.monitor.rows
         calibration = self.monitor.calibration

@@ -48,7 +48,7 @@ IMAGES: Final = "/v1/answers"
 """Path of requests with encoded images, whose bodies may be longer than all others."""
 
 WORK: Final = frozenset({IMAGES, "/v1/scores"})
-"""Paths of requests with images or rows, which count towards the queue (``Room``)."""
+"""Paths of requests with images or rows, which count towards the queue (``InProgress``)."""
 
 OTHERS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
@@ -195,7 +195,7 @@ class Gate:
     Attributes:
         app: The application that gets the admitted requests.
         limits: Limits for clients.
-        room: Where admitted requests with a body take room.
+        in_progress: The requests with a body that are in progress.
         on_answered: Called with the path, the status and the seconds of every answered request.
         paths: Paths of the application; all other paths are counted together as "other".
         is_closing: Returns whether connections are to be closed after the present request.
@@ -203,7 +203,7 @@ class Gate:
 
     app: App
     limits: ClientLimits
-    room: Room
+    in_progress: InProgress
     on_answered: Callable[[str, int, float], None]
     paths: frozenset[str]
     is_closing: Callable[[], bool] = lambda: False
@@ -221,7 +221,7 @@ class Gate:
         answer = _Answer(send, request_id, self.is_closing)
         try:
             self._admit(scope, headers)
-            with self._room_taken(scope, headers):
+            with self._counted(scope, headers):
                 deadline = asyncio.get_running_loop().time() + self.limits.upload
                 longest = self.limits.longest_body(scope["path"])
                 body = _Body(receive, longest, self.limits.upload, deadline)
@@ -240,13 +240,13 @@ class Gate:
             self._require_key(scope, headers)
 
     @contextmanager
-    def _room_taken(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
-        """A block during which a request with a body has its room."""
+    def _counted(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
+        """A block during which a request with a body counts as in progress."""
         if scope["method"] != "POST":
             yield
             return
         n_bytes = self._length(scope["path"], headers)
-        with self.room.admit(scope["path"], n_bytes) as admission:
+        with self.in_progress.admit(scope["path"], n_bytes) as admission:
             scope["state"]["admission"] = admission
             yield
 
@@ -444,10 +444,10 @@ def require_at_most(n: int, limit: int, what: str) -> None:
         )
 
 
-class Room:
+class InProgress:
     """What is in progress: requests, the bytes of their bodies, and their images.
 
-    A request takes room before its body is read, and leaves it after its answer.
+    A request counts from before its body is read until after its answer.
 
     Attributes:
         n_working: Number of requests with images or rows.
@@ -497,19 +497,19 @@ class Room:
 class Admission:
     """A request that is in progress, with its images."""
 
-    room: Room
+    in_progress: InProgress
     n_images: int = 0
 
     def take_images(self, n: int) -> None:
-        """Take room for the images of this request; Refused (429) if they are too many.
+        """Count the images of this request as in progress; Refused (429) if they are too many.
 
         A request with more images than the queue holds is admitted if no other image is there.
         """
-        has_others = self.room.n_images > 0
-        if has_others and self.room.n_images + n > self.room.limits.queue:
+        has_others = self.in_progress.n_images > 0
+        if has_others and self.in_progress.n_images + n > self.in_progress.limits.queue:
             raise full("images")
         self.n_images = n
-        self.room.n_images += n
+        self.in_progress.n_images += n
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from vilu.calibration.monitor.status import Status
 from vilu.service.journals import Journals, ServiceState
-from vilu.service.limits import Room
+from vilu.service.limits import InProgress
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of the time to answer, in seconds."""
@@ -53,9 +53,9 @@ class Measured(Protocol):
 class Measures:
     """The metrics of one service, in a separate Prometheus registry."""
 
-    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
+    def __init__(self, in_progress: InProgress, engine: Callable[[], Measured | None]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(room, engine))
+        self.registry.register(_Gauges(in_progress, engine))
         self._requests = Counter(
             "vilu_requests",
             "Requests, by path and status.",
@@ -97,8 +97,8 @@ class Measures:
 class _Gauges(Collector):
     """Gauges whose values are read from the engine at every request for the metrics."""
 
-    def __init__(self, room: Room, engine: Callable[[], Measured | None]) -> None:
-        self.room = room
+    def __init__(self, in_progress: InProgress, engine: Callable[[], Measured | None]) -> None:
+        self.in_progress = in_progress
         self.engine = engine
 
     def describe(self) -> list[Metric]:
@@ -108,20 +108,20 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[Metric]:
         """Images in progress, and for every predictor its guarantee, evidence and audit."""
         yield GaugeMetricFamily(
-            "vilu_images_under_way", "Images that wait for an answer.", self.room.n_images
+            "vilu_images_under_way", "Images that wait for an answer.", self.in_progress.n_images
         )
         yield GaugeMetricFamily(
             "vilu_images_under_way_limit",
             "Maximum number of waiting images; further requests get 429.",
-            self.room.limits.queue,
+            self.in_progress.limits.queue,
         )
         yield GaugeMetricFamily(
-            "vilu_bytes_under_way", "Bytes of the bodies in progress.", self.room.n_bytes
+            "vilu_bytes_under_way", "Bytes of the bodies in progress.", self.in_progress.n_bytes
         )
         yield GaugeMetricFamily(
             "vilu_bytes_under_way_limit",
             "Maximum number of bytes in progress; further requests get 429.",
-            self.room.most_bytes,
+            self.in_progress.most_bytes,
         )
         engine = self.engine()
         if engine is None:

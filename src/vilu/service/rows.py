@@ -272,7 +272,7 @@ class RowFile:
                 row = (last, key, now, answer, value, digest)
                 self._table.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
                 ends = replace(ends, n=last, row=digest)
-        self._end_at(ends)
+        self._set_ends(ends)
 
     def add_labels(self, labels: Mapping[int, int]) -> None:
         """Write labels, by the numbers of their rows, which must have no label yet.
@@ -280,7 +280,7 @@ class RowFile:
         Raises:
             StorageError: As ``add``.
         """
-        self._add_to("labels", labels)
+        self._write_labels("labels", labels)
 
     def add_corrections(self, labels: Mapping[int, int]) -> None:
         """Write other labels for rows that have labels; the earlier ones stay in the file.
@@ -288,15 +288,16 @@ class RowFile:
         Raises:
             StorageError: As ``add``.
         """
-        self._add_to("corrections", labels)
+        self._write_labels("corrections", labels)
 
-    def _add_to(self, table: str, labels: Mapping[int, int]) -> None:
+    def _write_labels(self, table: str, labels: Mapping[int, int]) -> None:
+        """Write labels, by the number of their row, to the table "labels" or "corrections"."""
         self._require_in_place()
         ends = self.ends
         with self._sqlite_errors(), self._transaction():
             for n, label in labels.items():
                 ends = _insert_label(self._table, table, n, label, ends)
-        self._end_at(ends)
+        self._set_ends(ends)
 
     def require_writable(self) -> None:
         """Write to the file what it holds already; StorageError if it cannot be written."""
@@ -348,7 +349,7 @@ class RowFile:
                 "Stop the service, restore the file, and start again."
             )
 
-    def _end_at(self, ends: Ends) -> None:
+    def _set_ends(self, ends: Ends) -> None:
         """Note the new ends of the chains; their rows and labels must be on disk already."""
         self._require_in_place()
         self.ends = ends

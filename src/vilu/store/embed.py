@@ -61,10 +61,10 @@ class ExtraColumns:
     """What a store holds in addition to the embeddings of the images and of the classes.
 
     Attributes:
-        features: Whether to store the output of the image tower before its last map (column
-            ``features``). If the last maps of both towers are linear, the maps are stored, too
-            (columns ``image_projection`` and ``text_projection``). With a single template, the
-            input of the text tower's last map is also stored (column ``text_features``).
+        features: Whether to store the input of the image tower's last map (column ``features``). If
+            the last maps of both towers are linear, the maps are stored, too (columns
+            ``image_projection`` and ``text_projection``). With a single template, the input of the
+            text tower's last map is also stored (column ``text_features``).
         views: Number of augmented views of each image to embed, as the column ``views``.
         seed: Seed of the views.
         prompts: Templates in which to embed every class, as the column ``prompts``.

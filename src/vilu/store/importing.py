@@ -204,9 +204,9 @@ class SourceArrays:
     answer: NDArray[np.int64] | None = None  # (N,) classes that another model answered, if any
 
     @property
-    def rows_of(self) -> StoredArray:
+    def array_of_rows(self) -> StoredArray:
         """The array that decides the number of rows: image embeddings, or logits."""
-        return _rows_of(self.arrays)
+        return _array_of_rows(self.arrays)
 
     @property
     def width(self) -> int:
@@ -252,7 +252,7 @@ class SourceArrays:
             return "float32"
         if asked is not None:
             return asked
-        dtype = self.rows_of.dtype
+        dtype = self.array_of_rows.dtype
         has_float16 = dtype.kind == "f" and dtype.itemsize == 2  # in any byte order
         return "float16" if has_float16 else "float32"
 
@@ -391,7 +391,7 @@ def _read(
     for name in ("image", LOGITS):
         if name in opened:
             _require_matrix(opened[name])
-    n_rows = len(_rows_of(opened))
+    n_rows = len(_array_of_rows(opened))
     for name in BY_ROW:
         if name in opened and len(opened[name]) != n_rows:
             raise DataError(
@@ -421,7 +421,7 @@ def _read(
     )
 
 
-def _rows_of(opened: Mapping[str, StoredArray]) -> StoredArray:
+def _array_of_rows(opened: Mapping[str, StoredArray]) -> StoredArray:
     """The array that decides the number of rows: image embeddings if there are any, else logits."""
     if "image" in opened:
         return opened["image"]
@@ -510,15 +510,15 @@ def _require_matrix(image: StoredArray) -> None:
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """Open the arrays of a source, and return them by the names in ``NAMES``.
 
-    If an array has another name in the source, ``keys`` has the name in the source by the name in
-    ``NAMES``.
+    ``keys`` has an entry for each array that has another name in the source: the name in the
+    source, by the name in ``NAMES``.
     """
     unknown = sorted(keys.keys() - set(NAMES))
     if unknown:
         raise UsageError(
             f"{unknown[0]!r} is no array that is imported. Give one of {', '.join(NAMES)}."
         )
-    # the name in the source of every array
+    # the key of every array in the source, by its name in ``NAMES``
     key_of = {name: keys.get(name, name) for name in NAMES}
     needed = ["image", "text"]
     if key_of[LOGITS] in arrays.names:
@@ -554,16 +554,22 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     return opened
 
 
-def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed: Sequence[str]) -> None:
-    """Raise DataError if an array is missing; ``needed`` are names in the source."""
-    missing = [key for key in needed if key not in arrays.names]
-    if not missing:
+def _require_present(arrays: Arrays, key_of: Mapping[str, str], needed_keys: Sequence[str]) -> None:
+    """Raise DataError if the source lacks an array.
+
+    Args:
+        arrays: The arrays of the source.
+        key_of: The key of an array in the source, by the name of the array in ``NAMES``.
+        needed_keys: Keys that the source must have.
+    """
+    missing_keys = [key for key in needed_keys if key not in arrays.names]
+    if not missing_keys:
         return
-    first = missing[0]
-    name = next(name for name, key in key_of.items() if key == first)
+    missing_key = missing_keys[0]
+    name = next(name for name, key in key_of.items() if key == missing_key)
     present = ", ".join(map(repr, arrays.names[:20])) or "none"
     raise DataError(
-        f"{arrays.path} has no array {first!r}; it has {present}. If the array has another "
+        f"{arrays.path} has no array {missing_key!r}; it has {present}. If the array has another "
         f"name there, give --key {name}=NAME."
     )
 
@@ -818,7 +824,7 @@ def _describe(
     """Return the description of a run. All arrays are read once, for the fingerprint of the run."""
     described: dict[str, object] = {
         "dataset_fingerprint": content.fingerprint(),
-        "n_in": len(content.rows_of),
+        "n_in": len(content.array_of_rows),
         "space": asdict(space),
         "names": content.names,
         "folders": content.names if "target" in content.arrays else None,
@@ -829,7 +835,7 @@ def _describe(
         **settings,
     }
     # ``where`` is a text such as "FILE.npz, array 'image'", or "FOLDER/image.npy"
-    source_path, _, _ = content.rows_of.where.partition(", array ")
+    source_path, _, _ = content.array_of_rows.where.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
     return describe_run(described, source.name or path.stem)

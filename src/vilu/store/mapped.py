@@ -299,11 +299,11 @@ class ChosenNumbers(RowNumbers):
         super().__init__(len(numbers))
         self._numbers = numbers
 
-    def _of(self, row: int) -> str:
+    def _identifier(self, row: int) -> str:
         return str(self._numbers[row])
 
     # the method of RowNumbers would return the indices of the rows, and not the numbers in the list
-    _several = Identifiers._several
+    _identifiers = Identifiers._identifiers
 
     def __iter__(self) -> Iterator[str]:
         return map(str, self._numbers)
@@ -333,7 +333,7 @@ class PartStrings(Identifiers):
     def __reduce__(self) -> tuple[type[PartStrings], tuple[object, ...]]:
         return PartStrings, (self._starts, self._read.__wrapped__, self._rows)
 
-    def _of(self, row: int) -> str:
+    def _identifier(self, row: int) -> str:
         stored_row = row if self._rows is None else int(self._rows[row])
         part = int(np.searchsorted(self._starts, stored_row, side="right")) - 1
         strings = self._read(part)

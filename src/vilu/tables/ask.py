@@ -66,8 +66,8 @@ def next_answers(
     in_order = free[np.argsort(uncertainty[free], kind="stable")]
     n_to_fit = min(n_units - len(to_calibrate), len(in_order))
     steps = np.linspace(0, len(in_order) - 1, n_to_fit).round().astype(np.int64)
-    rows_to_fit = _rows_of(in_order[steps], unit)
-    rows_to_calibrate = _rows_of(to_calibrate, unit)
+    rows_to_fit = _rows_of_units(in_order[steps], unit)
+    rows_to_calibrate = _rows_of_units(to_calibrate, unit)
     purposes: list[Purpose] = ["fit"] * len(rows_to_fit)
     purposes += ["calibration"] * len(rows_to_calibrate)
     return np.concatenate([rows_to_fit, rows_to_calibrate]), purposes
@@ -91,10 +91,10 @@ def _may_be_asked(
     return may_be_asked
 
 
-def _rows_of(chosen: Ints, unit: Ints) -> Ints:
-    """Indices of the rows of the chosen units, in the order of these; ``unit`` (N,) of every row.
+def _rows_of_units(chosen: Ints, unit: Ints) -> Ints:
+    """Indices of the rows of the ``chosen`` units, in the order of the units.
 
-    A unit is a cluster, or a row of a table without clusters.
+    A unit is a cluster, or a row of a table without clusters. ``unit`` (N,) is that of every row.
     """
     place = np.full(int(unit.max()) + 1, len(chosen))
     place[chosen] = np.arange(len(chosen))
@@ -104,7 +104,7 @@ def _rows_of(chosen: Ints, unit: Ints) -> Ints:
 
 
 def _position(key: str, seed: int) -> int:
-    """A random number from 0 to 2^64 - 1, which depends on nothing but these two."""
+    """A random number from 0 to 2^64 - 1, which depends on the key and the seed only."""
     digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -132,7 +132,7 @@ def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose])
     columns["asked_for"] = pa.array(purposes, pa.string())
     columns["correct"] = pa.nulls(len(table), pa.int8())
     if table.features is not None:
-        beside = path.with_suffix(FEATURES_BESIDE)
-        with or_refuse(f"write {beside}"), atomic_write(beside) as file:
+        features_file = path.with_suffix(FEATURES_BESIDE)
+        with or_refuse(f"write {features_file}"), atomic_write(features_file) as file:
             np.save(file, table.features, allow_pickle=False)
     write_bytes(path, csv_bytes(columns))

@@ -127,9 +127,9 @@ def files_of(*paths: Path) -> list[Path]:
         files.append(path)
         if not is_table(path):
             continue
-        beside = path.with_suffix(FEATURES_BESIDE)
-        if beside.is_file():
-            files.append(beside)
+        features_file = path.with_suffix(FEATURES_BESIDE)
+        if features_file.is_file():
+            files.append(features_file)
     return files
 
 
@@ -144,17 +144,18 @@ def _of_file(path: Path, name: str, clusters: str | None) -> AnswerTable:
         columns = _by_name(table)
     columns = _with_clusters(columns, clusters)
     vectors = columns.pop("features", None)
-    beside = path.with_suffix(FEATURES_BESIDE)
-    if not beside.is_file():
+    features_file = path.with_suffix(FEATURES_BESIDE)
+    if not features_file.is_file():
         return _checked_table(columns, vectors, str(path), name)
     if vectors is not None:
         raise DataError(
-            f"{path} has a column features, and {beside} has features, too. Remove one of them."
+            f"{path} has a column features, and {features_file} has features, too. Remove one of "
+            "them."
         )
     try:
-        vectors = np.load(beside, allow_pickle=False)
+        vectors = np.load(features_file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{beside} is no readable .npy file of numbers: {error}.") from error
+        raise DataError(f"{features_file} is no readable .npy file of numbers: {error}.") from error
     return _checked_table(columns, vectors, str(path), name)
 
 

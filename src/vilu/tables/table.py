@@ -141,7 +141,7 @@ class AnswerTable(EmbeddingSource):
         name: str | None = None,
         image: Tensor | None = None,
     ) -> None:
-        """A table of checked columns; ``image`` are the rows' ``_directions``, if known."""
+        """A table of checked columns; ``image`` are the ``_directions`` of the rows, if known."""
         self.ids = ids
         self.correct = correct
         self.numbers = dict(numbers)
@@ -349,15 +349,15 @@ class AnswerTable(EmbeddingSource):
     def _rows(self, index: Ints) -> AnswerTable:
         """The table of the rows with these indices (M,)."""
         return AnswerTable(
-            _taken(self.ids, index) or (),
+            _texts_of_rows(self.ids, index) or (),
             self.correct[index],
             {name: numbers[index] for name, numbers in self.numbers.items()},
-            answer=_taken(self.answer, index),
-            truth=_taken(self.truth, index),
-            group=_taken(self.group, index),
-            cluster=_taken(self.cluster, index),
+            answer=_texts_of_rows(self.answer, index),
+            truth=_texts_of_rows(self.truth, index),
+            group=_texts_of_rows(self.group, index),
+            cluster=_texts_of_rows(self.cluster, index),
             features=None if self.features is None else self.features[index],
-            asked_for=_taken(self.asked_for, index),
+            asked_for=_texts_of_rows(self.asked_for, index),
             unused=self.unused,
             name=self.name,
             image=self.image[torch.from_numpy(index)],
@@ -372,7 +372,7 @@ ROLE_BY_SIGN: Final[dict[Sign, str]] = {
 """The role of a numeric column in words, by its sign."""
 
 
-def _taken(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...] | None:
+def _texts_of_rows(texts: Sequence[Text] | None, rows: Ints) -> tuple[Text, ...] | None:
     """The texts of some rows; None without texts."""
     if texts is None:
         return None

@@ -120,14 +120,14 @@ def _lists_in_words(before: Sequence[object], now: Sequence[object]) -> str:
     new = [repr(value) for value in now if value not in before]
     parts = []
     if gone:
-        parts.append(f"without {_named(gone)}")
+        parts.append(f"without {_first_names(gone)}")
     if new:
-        parts.append(f"with {_named(new)}")
+        parts.append(f"with {_first_names(new)}")
     return " and ".join(parts) or "in another order"
 
 
-def _named(names: Sequence[str]) -> str:
-    """The first names, and the number of further ones."""
+def _first_names(names: Sequence[str]) -> str:
+    """The first ``NAMED`` names as a text, and how many more there are."""
     text = ", ".join(names[:NAMED])
     if len(names) > NAMED:
         text += f" and {len(names) - NAMED} more"
@@ -179,7 +179,7 @@ def _no_longer_random(book: LabelBook) -> None:
 def _counted(labels: Sequence[str]) -> str:
     """The names among labels, the most frequent first, each with its number."""
     counts = Counter(labels).most_common()
-    return _named([f"{label!r} ({n})" for label, n in counts])
+    return _first_names([f"{label!r} ({n})" for label, n in counts])
 
 
 def _report_sorted(gone: Sequence[Entry], back: Sequence[Entry]) -> None:

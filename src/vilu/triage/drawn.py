@@ -145,7 +145,7 @@ def draw_for_guarantee(
     draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=False)
     limit, is_expected = _choose_limit(draws, unseen(predictor, draws.photos), n, max_risk)
     rows = draws.split.in_order(_rows_below(draws, limit, max_risk, store))
-    entries, answers = _asked(draws, rows[:n])
+    entries, answers = _entries_and_answers(draws, rows[:n])
     record = DrawRecord(
         store=source_fingerprint(store),
         predictor=draws.predictor,
@@ -229,7 +229,7 @@ def _choose_limit(
     return choose_limit_of_draw(uncertainty[chooses], n_possible, max_risk, 1 - CONFIDENCE)
 
 
-def _asked(draws: StoreDraws, drawn: Ints) -> tuple[list[Entry], dict[str, Answer]]:
+def _entries_and_answers(draws: StoreDraws, drawn: Ints) -> tuple[list[Entry], dict[str, Answer]]:
     """The entries of the drawn rows, with the labels that are there, and the answers by path."""
     paths = [draws.photos.ids[row] for row in drawn.tolist()]
     draws.book.ask(paths, "calibration", predictor=draws.predictor)

@@ -418,7 +418,7 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     if case is FitCase.NO_GUARANTEE:
         state = _let_decide(run, state, predictor, trial=None, answer=answer, likely=likely)
         return run.write(state), predictor
-    return _test_beside(run, state, predictor, answer, likely, uncertainty)
+    return _begin_trial(run, state, predictor, answer, likely, uncertainty)
 
 
 def case_of(run: TriageRun, state: TriageState) -> FitCase:
@@ -465,7 +465,7 @@ def _let_decide(
     )
 
 
-def _test_beside(
+def _begin_trial(
     run: TriageRun,
     state: TriageState,
     predictor: FailurePredictor,

@@ -170,7 +170,7 @@ def _warning_of_one_class(labelled: LabelledAnswers, outcomes: Outcomes) -> str:
     ((index, n),) = Counter(answers).most_common(1)
     if n < NEARLY_ALL * len(answers):
         return ""
-    warning = f"Warning: {n / len(answers):.0%} of the answers are {_name(outcomes, index)!r}"
+    warning = f"Warning: {n / len(answers):.0%} of the answers are {_class_name(outcomes, index)!r}"
     if len(labelled.label):
         share = float((labelled.label == index).mean())
         return f"{warning}, and {share:.0%} of the labels."
@@ -187,7 +187,7 @@ def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
     for kind in labelled.answers:
         share = labelled.share_right(kind)
         parts.append(f"{share:.0%} of the {KINDS[kind]} answers")
-    always = _name(outcomes, commonest)
+    always = _class_name(outcomes, commonest)
     sentences = [
         f"{' and '.join(parts)} are right, by {plural(labelled.n_judging, 'label')}. "
         f"Always saying {always!r} is right in {share_commonest:.0%} of all "
@@ -197,13 +197,15 @@ def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
         sentences.append("So the answers are worth no more than that one word.")
     confused = []
     for label, answer, n in labelled.confusions(judged):
-        confused.append(f"{_name(outcomes, answer)!r} for {_name(outcomes, label)!r} ({n})")
+        confused.append(
+            f"{_class_name(outcomes, answer)!r} for {_class_name(outcomes, label)!r} ({n})"
+        )
     if confused:
         sentences.append(f"The most frequent confusions: {', '.join(confused)}.")
     return sentences
 
 
-def _name(outcomes: Outcomes, index: int) -> str:
-    """The name of a class, or that of none of the classes."""
+def _class_name(outcomes: Outcomes, index: int) -> str:
+    """The name of the class with this index; a negative index is none of the classes."""
     names = outcomes.class_names or ()
     return str(names[index]) if index >= 0 else OUTSIDE_NAME

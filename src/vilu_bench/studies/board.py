@@ -203,10 +203,10 @@ def _entrant(
     refused_seeds = []
     reason = None
     for cell in cells:
-        result = results[cell.run]
+        result = results[cell.result_cell]
         if result.value(ranked_by[0]) is not None:
             by_seed[cell.seed] = result
-            runs[cell.seed] = cell.run
+            runs[cell.seed] = cell.result_cell
             continue
         refused_seeds.append(cell.seed)
         if reason is None:

@@ -23,8 +23,8 @@ class Cell:
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
-    def run(self) -> Cell:
-        """The cell that holds the result."""
+    def result_cell(self) -> Cell:
+        """The cell whose result is that of this cell: ``same_as``, or this cell itself."""
         return self.same_as or self
 
     @property

@@ -53,9 +53,11 @@ def _better(board: Board, claim: Better) -> Verdict:
     metric = METRICS[claim.metric]
     # With "less", the text names the difference of two numbers; with "below", their comparison.
     comparative = "less" if metric.higher_is_better else "below"
-    better_name = _name(board, claim.better)
-    than_name = _name(board, claim.than)
-    what = f"{metric.title} of {better_name} {comparative} that of {than_name}, {_on(data)}"
+    better_name = _subject_in_words(board, claim.better)
+    than_name = _subject_in_words(board, claim.than)
+    what = (
+        f"{metric.title} of {better_name} {comparative} that of {than_name}, {_data_in_words(data)}"
+    )
     better_cases = [(name, claim.better.setting) for name in data]
     than_cases = [(name, claim.than.setting) for name in data]
     better = _entrants(board, claim.better.method, better_cases)
@@ -87,7 +89,7 @@ def _trend(board: Board, claim: Trend) -> Verdict:
         slopes.append(Quantity.slope(doublings, heights))
     slope = Quantity.mean(slopes)
     sign = 1 if claim.metric_goes == "up" else -1
-    return _rule(board, claim, sign * slope, f"{what}, {_on(data)}")
+    return _rule(board, claim, sign * slope, f"{what}, {_data_in_words(data)}")
 
 
 def _steeper(board: Board, claim: Steeper) -> Verdict:
@@ -187,14 +189,14 @@ def _entrants(
     return tuple(entrants)
 
 
-def _name(board: Board, subject: Subject) -> str:
+def _subject_in_words(board: Board, subject: Subject) -> str:
     """The method's label, with the setting if the study has several."""
     if len(board.config.settings) == 1:
         return subject.method
     return f"{subject.method} ({subject.setting})"
 
 
-def _on(data: tuple[str, ...]) -> str:
+def _data_in_words(data: tuple[str, ...]) -> str:
     """Text that names the data sets of a claim."""
     if len(data) == 1:
         return data[0]

@@ -129,7 +129,7 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
         "parameters": {name: getattr(predictor, name) for name in parameters(predictor)},
         "steps": config.entries[cell.method].steps,
         "max_epochs": MAX_EPOCHS,
-        "train": _rows_of(bench, origin) if origin.train else None,
+        "train": _facts_of_rows(bench, origin) if origin.train else None,
         "test": bench.fingerprint(scored.data, scored.role, scored.pool_size),
         "halves_seed": scored.halves_seed,
         **_division(bench, scored.division_seed, (scored.data,)),
@@ -173,7 +173,7 @@ def _division(bench: Workbench, seed: int | None, data: Sequence[str]) -> dict[s
     return {"fit_share": shares if len(data) > 1 else shares[0], "division_seed": seed}
 
 
-def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
+def _facts_of_rows(bench: Workbench, origin: Origin) -> dict[str, object]:
     """The facts that decide the rows of a fit, and of the earlier fit that it starts from."""
     validation = None
     if selects(origin) and bench.config.data[origin.train[0]].validation is not None:
@@ -192,5 +192,5 @@ def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
         facts["unlabelled"] = True
     facts["start"] = None
     if origin.start is not None:
-        facts["start"] = _rows_of(bench, origin.start)
+        facts["start"] = _facts_of_rows(bench, origin.start)
     return facts

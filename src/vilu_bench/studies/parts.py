@@ -98,7 +98,7 @@ class Data(Section):
     classes: Names | None = None
     # whether the class names of a known data set are used in prompts unchanged, with underscores
     raw_names: bool = False
-    # values that a row of a table must have to be used, by column
+    # by column of a table, the value of the rows to use; other rows are left out
     where: dict[str, str] = Field(default_factory=dict)
     # Whether images have captions instead of classes. With captions there is one store. The roles
     # are folds of its captions ("train", "validation", "test"), and each image is matched with the

@@ -63,7 +63,7 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     for entrant in entrants:
         if entrant.results:
             _, data, setting = entrant.place
-            settings_of.setdefault((data, _rows_of(entrant)), {})[setting] = None
+            settings_of.setdefault((data, _row_numbers_in_words(entrant)), {})[setting] = None
     n_different = Counter(data for data, _ in settings_of)
     parts = []
     for (data, numbers), settings in settings_of.items():
@@ -74,7 +74,7 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     return f"Test rows: {'; '.join(parts)}."
 
 
-def _rows_of(entrant: Entrant) -> str:
+def _row_numbers_in_words(entrant: Entrant) -> str:
     """Text with the numbers of test rows and wrong answers of an entrant."""
     return counted_rows(
         occurring("n", [entrant]),
@@ -97,12 +97,12 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
     exceptions = []
     for n_runs in sorted(by_n_runs):
         if n_runs != usual_n_runs:
-            exceptions.append(f"{n_runs} for {_named(by_n_runs[n_runs], with_result)}")
+            exceptions.append(f"{n_runs} for {_methods_in_words(by_n_runs[n_runs], with_result)}")
     parts = "; ".join([*exceptions, f"{usual_n_runs} for the others"])
     return f"{intro} {parts}. Methods are compared on the seeds that both have."
 
 
-def _named(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
+def _methods_in_words(entrants: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
     """Names of the methods of some entrants, as text.
 
     If ``everywhere`` has further entrants of a method, the data sets and settings of ``entrants``
@@ -178,7 +178,7 @@ def _refusals(entrants: Sequence[Entrant]) -> list[str]:
         refused_for.setdefault(reason, []).append(entrant)
     notes = []
     for reason, refused in refused_for.items():
-        notes.append(f"No result of {_named(refused, entrants)}: {reason}")
+        notes.append(f"No result of {_methods_in_words(refused, entrants)}: {reason}")
     return notes
 
 

@@ -129,9 +129,9 @@ def _rows(board: Board) -> list[ResultRow]:
     If several seeds share a result, its rows are listed once.
     """
     rows = []
-    runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
-    for run, _, setting in runs:
-        for row in board.results[run].results:
+    shared = dict.fromkeys((cell.result_cell, cell.data, cell.setting) for cell in board.cells)
+    for result_cell, _, setting in shared:
+        for row in board.results[result_cell].results:
             rows.append(replace(row, split=setting))
     return rows
 

@@ -121,12 +121,12 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     if result.fingerprint != fingerprint:
         return None
     for suffix, sha256 in result.files.items():
-        beside = path.with_suffix(suffix)
-        if not beside.exists():
-            logger.warning("%s is gone: %s is run again", beside, cell)
+        further_file = path.with_suffix(suffix)
+        if not further_file.exists():
+            logger.warning("%s is gone: %s is run again", further_file, cell)
             return None
-        if file_hash(beside) != sha256:
-            logger.warning("%s is not the file of its cell: %s is run again", beside, cell)
+        if file_hash(further_file) != sha256:
+            logger.warning("%s is not the file of its cell: %s is run again", further_file, cell)
             return None
     return result
 

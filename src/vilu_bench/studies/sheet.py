@@ -197,7 +197,7 @@ def _lines(
             if shown is None:
                 line.append("")
             else:
-                line.append(written(shown, _number(shown), _beside(shown, doubts)))
+                line.append(written(shown, _number(shown), _text_beside(shown, doubts)))
         lines.append(line)
     return lines
 
@@ -208,7 +208,7 @@ def _number(shown: Shown) -> str:
     return METRICS[shown.metric].show(shown.value)
 
 
-def _beside(shown: Shown, doubts: Sequence[str]) -> str:
+def _text_beside(shown: Shown, doubts: Sequence[str]) -> str:
     """The text beside a number: its interval and the published number."""
     parts = []
     if shown.interval is not None:

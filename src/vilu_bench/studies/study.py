@@ -351,7 +351,7 @@ def _write_exhibit(shown: Exhibit, folder: Path) -> None:
 DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
 """View of a study whose configuration names no view."""
 
-DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # classes of views with a figure
+VIEWS_WITH_FIGURE = (CurveView, ScatterView, HistogramView, GridView)
 
 
 def run_studies(
@@ -370,7 +370,7 @@ def run_studies(
     """
     _claim_folders(configs, output)
     views = itertools.chain.from_iterable(config.views for config in configs)
-    if any(isinstance(view, DRAWN) for view in views):
+    if any(isinstance(view, VIEWS_WITH_FIGURE) for view in views):
         require_matplotlib()
     boards = run_all(
         configs, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only

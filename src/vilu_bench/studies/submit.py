@@ -69,10 +69,10 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
     for board in boards:
         _refuse_adapted(board)
         for cell in board.cells:
-            has_result = board.results[cell.run].refused is None
+            has_result = board.results[cell.result_cell].refused is None
             if cell.method == label and has_result:
-                first_board.setdefault(cell.run, board)  # an earlier study stays
-                stands_for.setdefault(cell.run, []).append((cell.setting, cell.seed))
+                first_board.setdefault(cell.result_cell, board)  # an earlier study stays
+                stands_for.setdefault(cell.result_cell, []).append((cell.setting, cell.seed))
     if not first_board:
         raise UsageError(f"no study in {run} has a result of a method {label!r}.")
     paths = []
@@ -179,18 +179,21 @@ def _read(path: Path) -> Guest:
 
 
 def _cells_of(board: Board, guest: Guest) -> list[Cell]:
-    """The study's cells to compare a guest with: one for each setting and seed of the guest."""
+    """The study's cells to compare a guest with: one for each setting and seed of the guest.
+
+    A setting and seed without a result in the study has no cell.
+    """
     data = guest.submission.result.data
     wanted = set(guest.submission.stands_for)
-    beside: dict[tuple[str, int], Cell] = {}
+    cell_of_place: dict[tuple[str, int], Cell] = {}
     for cell in board.cells:
         if cell.data != data:
             continue
         place = (cell.setting, cell.seed)
-        has_result = board.results[cell.run].refused is None
+        has_result = board.results[cell.result_cell].refused is None
         if has_result and place in wanted:
-            beside[place] = cell
-    return list(beside.values())
+            cell_of_place[place] = cell
+    return list(cell_of_place.values())
 
 
 def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -> Board:
@@ -199,12 +202,12 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
     A pair has a guest and the study's cell of the same data set, setting and seed.
     """
     guests: dict[Cell, Guest] = {}
-    runs = {cell: cell.run for cell in board.cells}
+    result_cells = {cell: cell.result_cell for cell in board.cells}
     results = dict(board.results)
-    for guest, beside in pairs:
-        result = _checked(board, run, guest, beside)
-        cell = replace(beside, method=result.method, same_as=None)
-        present = _present_scores(run, runs, guests, cell)
+    for guest, study_cell in pairs:
+        result = _checked(board, run, guest, study_cell)
+        cell = replace(study_cell, method=result.method, same_as=None)
+        present = _present_scores(run, result_cells, guests, cell)
         if present is not None:
             _require_same_scores(guest, present)
         elif result.method in board.config.entries:
@@ -226,13 +229,13 @@ def _with_guests(board: Board, run: Path, pairs: Sequence[tuple[Guest, Cell]]) -
 
 
 def _present_scores(
-    run: Path, runs: Mapping[Cell, Cell], guests: Mapping[Cell, Guest], cell: Cell
+    run: Path, result_cells: Mapping[Cell, Cell], guests: Mapping[Cell, Guest], cell: Cell
 ) -> Outcomes | None:
     """The scores that a cell already has, from an earlier guest or from the study; else None."""
     if cell in guests:
         return guests[cell].outcomes
-    if cell in runs:
-        return _scores(run, runs[cell])
+    if cell in result_cells:
+        return _scores(run, result_cells[cell])
     return None
 
 
@@ -254,7 +257,7 @@ def _bootstrap_with_guests(
     board: Board, run: Path, guests: Mapping[Cell, Guest], results: Mapping[Cell, CellResult]
 ) -> Bootstrap:
     """A function that reads the bootstrap values of the study's cells and computes the guests'."""
-    outcomes = {cell.run: guest.outcomes for cell, guest in guests.items()}
+    outcomes = {cell.result_cell: guest.outcomes for cell, guest in guests.items()}
 
     def bootstrap(cell: Cell) -> Floats:
         if cell not in outcomes:
@@ -267,22 +270,22 @@ def _bootstrap_with_guests(
     return cache(bootstrap)
 
 
-def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
+def _checked(board: Board, run: Path, guest: Guest, study_cell: Cell) -> CellResult:
     """The result of a guest, with metrics computed from its scores.
 
     Args:
         board: The study.
         run: Run folder of the study.
         guest: The submitted file.
-        beside: The study's cell with the same data set, setting and seed.
+        study_cell: The study's cell with the same data set, setting and seed.
 
     Raises:
         DataError: If the guest's facts, rows or metrics differ from what they must be.
     """
     result = guest.submission.result
-    why = _fault_of_facts(board, result, beside)
+    why = _fault_of_facts(board, result, study_cell)
     if why is None:
-        why = _fault_of_rows(_scores(run, beside.run), guest.outcomes)
+        why = _fault_of_rows(_scores(run, study_cell.result_cell), guest.outcomes)
     rows: tuple[ResultRow, ...] = ()
     if why is None:
         with collected_warnings():  # they are not shown, because the submitted result lists them
@@ -290,14 +293,14 @@ def _checked(board: Board, run: Path, guest: Guest, beside: Cell) -> CellResult:
         why = _fault_of_metrics(result, rows)
     if why is not None:
         raise DataError(
-            f"{guest.path} is no result of {board.config.name} on {beside.data}: {why}."
+            f"{guest.path} is no result of {board.config.name} on {study_cell.data}: {why}."
         )
     return result.model_copy(update={"results": rows})
 
 
 def _fault_of_facts(board: Board, result: CellResult, cell: Cell) -> str | None:
     """The fault of a submitted result: facts that differ from those of our cell; else None."""
-    our_result = board.results[cell.run]
+    our_result = board.results[cell.result_cell]
     facts = result.decided_by
     if result.fingerprint != digest(facts):
         return "its fingerprint does not match its own facts (decided_by)"
@@ -328,7 +331,7 @@ def _fits_of_study(board: Board, cell: Cell) -> Iterator[Mapping[str, object]]:
     place = (cell.data, cell.setting, cell.seed)
     for our_cell in board.cells:
         if (our_cell.data, our_cell.setting, our_cell.seed) == place:
-            ours = board.results[our_cell.run].decided_by.get("train")
+            ours = board.results[our_cell.result_cell].decided_by.get("train")
             if ours:
                 yield ours
 

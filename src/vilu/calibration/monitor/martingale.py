@@ -164,10 +164,13 @@ class Martingale:
 
 @dataclass
 class SortedRun:
-    """Distinct values, ascending, and for each the number of values that are at most as large."""
+    """Distinct values, ascending, and for each the number of values that are at most as large.
+
+    A repeated value counts as often as it occurred.
+    """
 
     values: Floats
-    up_to: Ints
+    n_up_to: Ints
 
     def __len__(self) -> int:
         return len(self.values)
@@ -175,7 +178,7 @@ class SortedRun:
     @property
     def n(self) -> int:
         """Number of values, where repeated values count as often as they occurred."""
-        return int(self.up_to[-1])
+        return int(self.n_up_to[-1])
 
     @classmethod
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
@@ -192,14 +195,14 @@ class SortedRun:
 
     def counts(self) -> Ints:
         """How often each distinct value occurred."""
-        return np.diff(self.up_to, prepend=0)
+        return np.diff(self.n_up_to, prepend=0)
 
     def compare(self, values: Floats) -> tuple[Ints, Ints]:
         """For each of these values, how many in the run are greater, and how many are equal."""
-        padded = np.concatenate([[0], self.up_to])
-        up_to = padded[np.searchsorted(self.values, values, "right")]
+        padded = np.concatenate([[0], self.n_up_to])
+        n_up_to = padded[np.searchsorted(self.values, values, "right")]
         below = padded[np.searchsorted(self.values, values, "left")]
-        return self.n - up_to, up_to - below
+        return self.n - n_up_to, n_up_to - below
 
 
 @dataclass
@@ -290,12 +293,12 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
         key = pair * n + rank
         even_keys = np.sort(key[~is_odd_block])
         odd_keys = key[is_odd_block]
-        up_to = np.searchsorted(even_keys, odd_keys, "right")
+        n_up_to = np.searchsorted(even_keys, odd_keys, "right")
         below = np.searchsorted(even_keys, odd_keys, "left")
         # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
         # Together they hold (pair + 1) * width values.
-        greater[is_odd_block] += (pair[is_odd_block] + 1) * width - up_to
-        equal[is_odd_block] += up_to - below
+        greater[is_odd_block] += (pair[is_odd_block] + 1) * width - n_up_to
+        equal[is_odd_block] += n_up_to - below
         width *= 2
     return greater, equal
 
@@ -321,14 +324,13 @@ def grouped(codes: Ints) -> bool:
     few neighbours equal.
     """
 
-    # number of equal neighbours
-    def together(codes: Floats) -> float:
+    def n_equal_neighbours(codes: Floats) -> float:
         return float(np.count_nonzero(codes[1:] == codes[:-1]))
 
-    def most_together(codes: Floats) -> float:
+    def most_equal_neighbours(codes: Floats) -> float:
         return len(codes) - len(np.unique(codes))
 
-    return _in_order(codes.astype(np.float64), together, most_together, least=0.1)
+    return _in_order(codes.astype(np.float64), n_equal_neighbours, most_equal_neighbours, least=0.1)
 
 
 def rising(values: Floats) -> bool:

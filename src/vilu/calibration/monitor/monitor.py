@@ -614,9 +614,13 @@ class Monitor:
     def _count_for_rate(
         self, name: TestName, happened: NDArray[np.bool_], rows: Ints, tested: slice = slice(None)
     ) -> None:
-        """Count rows for the rate of a test, if there is this test.
+        """Update the audit of a rate and its test with new rows; nothing without such an audit.
 
-        ``tested`` selects the rows after which the evidence is tested.
+        Args:
+            name: The rate, such as "review".
+            happened: (M,) which rows are events that the rate counts.
+            rows: (M,) for every row, the number of the row at which its alarm would be reported.
+            tested: Selects the rows after which the evidence is tested.
         """
         if name not in self.rates:
             return

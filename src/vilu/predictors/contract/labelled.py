@@ -324,19 +324,19 @@ def whole_groups(groups: Tensor, room: int) -> Tensor:
     after_last = torch.full((len(sizes),), len(groups))
     # index of the first row of every group: the smallest index of its rows
     first = after_last.scatter_reduce(0, group, torch.arange(len(groups)), reduce="amin")
-    taken = torch.zeros(len(sizes), dtype=torch.bool)
+    is_taken = torch.zeros(len(sizes), dtype=torch.bool)
     waiting = first.argsort()  # groups that may still be taken, in the order of their first rows
     waiting = waiting[sizes[waiting] <= room]
     while len(waiting):
         # Take as many of the next groups as fit together. That is at least one group, since every
         # waiting group fits alone.
         fits = waiting[sizes[waiting].cumsum(0) <= room]
-        taken[fits] = True
+        is_taken[fits] = True
         room -= int(sizes[fits].sum())
         # the next group no longer fits: skip all groups that are now too large
         waiting = waiting[len(fits) :]
         waiting = waiting[sizes[waiting] <= room]
-    return taken[group].nonzero().squeeze(1)
+    return is_taken[group].nonzero().squeeze(1)
 
 
 def caption_groups(source: PairSource, rows: Tensor, block_rows: int = GROUP_BLOCK) -> Tensor:

@@ -230,7 +230,7 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
     return losses
 
 
-def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Isotonic:
+def _fit_isotonic(score: Floats, failure: NDArray[np.int64]) -> Isotonic:
     """Fit an isotonic regression, with probabilities from 1 / (N + 2) to 1 - 1 / (N + 2).
 
     It replaces the function of SciPy, whose import takes half a second.
@@ -247,7 +247,8 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, A
         form="isotonic",
         score=value[knots].tolist(),
         probability=probability[knots].tolist(),
-        **counts,
+        n=len(score),
+        n_failures=int(failure.sum()),
     )
 
 
@@ -284,9 +285,8 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
     ``form`` is a key of ``FORMS``, or "isotonic". The targets of the logistic regression are
     smoothed (``_smoothed``).
     """
-    counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
     if form == "isotonic":
-        return _fit_isotonic(score, failure, counts)
+        return _fit_isotonic(score, failure)
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
     negative = np.flatnonzero(np.array(weights) < 0)
@@ -298,7 +298,13 @@ def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  #
         refitted, intercept = _least_log_loss(features[:, [remaining]], failure, intercept=True)
         weights = [0.0, 0.0]
         weights[remaining] = max(refitted[0], 0.0)
-    return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
+    return Logistic(
+        form=form,
+        weights=tuple(weights),
+        intercept=intercept,
+        n=len(score),
+        n_failures=int(failure.sum()),
+    )
 
 
 @np.errstate(under="ignore")  # an underflow to 0 is exact enough

@@ -134,8 +134,8 @@ class ImageInputs(nn.Module):
         """Inputs (B, D + F) of a batch. Over the training rows, their mean square norm is 1."""
         if not self.on_features:
             return cast("Tensor", self.image(batch.image))
-        both = [self.image(batch.image), self.features(batch.columns[FEATURES])]
-        return torch.cat(both, dim=1) / math.sqrt(2)
+        parts = [self.image(batch.image), self.features(batch.columns[FEATURES])]
+        return torch.cat(parts, dim=1) / math.sqrt(2)
 
     @property
     def image_gain(self) -> float:

@@ -257,11 +257,11 @@ def limits(
     if not method.is_probability:
         sentences.append("Its score orders answers; it is no probability.")
     else:
-        calibrated = "not calibrated on rows of its own (`vilu calibrate`)."
+        calibration = "It was not calibrated on rows of its own (`vilu calibrate`)."
         if risk:
-            calibrated = "calibrated, see above."
+            calibration = "It was calibrated, see above."
         sentences.append(
-            f"Its score estimates P(failure) for images like those of the fit. It was {calibrated}"
+            f"Its score estimates P(failure) for images like those of the fit. {calibration}"
         )
     if method.closed_set:
         sentences.append("It scores the classes that it was fitted on and no others.")

@@ -207,8 +207,8 @@ def is_ours(path: Path) -> bool:
     if path.name not in {PREDICTOR, WEIGHTS, RISK, ROWS, LOOKS, LIKELY, VOCABULARY, SAMPLE}:
         return False
     for name in (PREDICTOR, WEIGHTS):
-        beside = path.with_name(name)
-        if beside.is_file() and _has_our_content(beside):
+        sibling = path.with_name(name)
+        if sibling.is_file() and _has_our_content(sibling):
             return True
     return False
 

@@ -521,7 +521,8 @@ class Pool:
     ) -> SoftMembers:
         """Sums over the soft members of both halves.
 
-        The posterior of a row is pooled with the prototypes ``crossed`` of the other half.
+        The posterior of a row is pooled with the prototypes ``crossed`` of the other half, whose
+        weight is ``share`` and whose scale is ``trust``. ``occurrence`` (K,) is o of ``ViLUZero``.
         """
         moments = SoftMembers.nothing(*self.text.shape)
         for half in (0, 1):

@@ -278,7 +278,7 @@ def explain(
         unit=None if attributor is None else attributor.coalitions.unit,
         attribution=attribution,
         neighbours=neighbours,
-        n_seen=_seen(predictor, data, chosen),
+        n_seen=_count_fitted_rows(predictor, data, chosen),
         answer=predictor.answer,
     )
 
@@ -432,7 +432,7 @@ def _with_neighbours(
     return with_neighbours
 
 
-def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
+def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
     """Count the rows that were used to fit the predictor, and warn if there are any."""
     seen = predictor.seen(data, rows.numpy())
     if len(seen):

@@ -69,11 +69,11 @@ class RiskMap(Findings):
 
     def __str__(self) -> str:
         if self.labelled:
-            instead = "true"
+            title_of_right_class = "true"
             failures = "failures"
             are = "are"
         else:
-            instead = "competitor"
+            title_of_right_class = "competitor"
             failures = "expected failures"
             are = "are expected to be"
         left_out = ""
@@ -88,7 +88,7 @@ class RiskMap(Findings):
             f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {are} wrong."
         )
         measures = ("of all", "mean uncertainty", "accepted", "accepted risk")
-        heading = ("answered", instead, failures, *measures)
+        heading = ("answered", title_of_right_class, failures, *measures)
         cells = [row.cells() for row in self.rows]
         return "\n".join([head, "", *first_lines(heading, cells, "confusions")])
 
@@ -147,7 +147,7 @@ def risk_map(
     labelled = bool(is_judged.any())
     if labelled:
         is_counted = is_judged
-    instead = _instead(outcomes, competitor, labelled=labelled)
+    right_class = _true_or_competing_class(outcomes, competitor, labelled=labelled)
     rows = np.flatnonzero(is_counted)
     if not len(rows):
         raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
@@ -156,7 +156,7 @@ def risk_map(
     weight = failure[rows].astype(np.float64)
     accepted, threshold = acceptance(uncertainty, coverage)
     confusions = _confusions(
-        prediction[rows], instead[rows], uncertainty, weight, accepted, outcomes.class_names
+        prediction[rows], right_class[rows], uncertainty, weight, accepted, outcomes.class_names
     )
     return RiskMap(
         rows=tuple(sorted(confusions, key=_costliest_first)),
@@ -198,7 +198,9 @@ def _probability(outcomes: Outcomes) -> Floats:
     return probabilities
 
 
-def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool) -> Ints:
+def _true_or_competing_class(
+    outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
+) -> Ints:
     """(N,) true class of each row, or without labels the strongest competitor of its answer."""
     if labelled:
         if outcomes.target is None:
@@ -240,14 +242,18 @@ def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
 
 def _confusions(
     answer_of_row: Ints,
-    instead_of_row: Ints,
+    right_class_of_row: Ints,
     uncertainty: Floats,
     weight: Floats,
     accepted: Floats,
     names: Sequence[str] | None,
 ) -> list[Confusion]:
-    """One confusion per pair of answer and truth with a failure; all arrays are (N,)."""
-    pairs = np.stack([answer_of_row, instead_of_row], axis=1)
+    """One confusion per pair of an answer and its right class that has a failure.
+
+    All arrays are (N,). Without labels, the strongest competitor counts as the right class.
+    ``weight`` is how much of a failure a row is, and ``accepted`` is its ``acceptance``.
+    """
+    pairs = np.stack([answer_of_row, right_class_of_row], axis=1)
     distinct, inverse = np.unique(pairs, axis=0, return_inverse=True)
     group = inverse.ravel()
     n_groups = len(distinct)
@@ -255,12 +261,12 @@ def _confusions(
     uncertainty_sums = np.bincount(group, weights=weight * uncertainty, minlength=n_groups).tolist()
     accepted_failures = np.bincount(group, weights=weight * accepted, minlength=n_groups).tolist()
     confusions = []
-    for number, (answer, instead) in enumerate(distinct.tolist()):
+    for number, (answer, right_class) in enumerate(distinct.tolist()):
         n_failures = failures[number]
         if n_failures > 0:
             confusion = Confusion(
                 answer=class_name(names, answer),
-                instead=class_name(names, instead),
+                instead=class_name(names, right_class),
                 failures=n_failures,
                 share=float(n_failures / weight.sum()),
                 uncertainty=uncertainty_sums[number] / n_failures,

@@ -37,7 +37,7 @@ LogProbability = Annotated[float, Field(le=0)]
 
 
 class CompletionPart(BaseModel):
-    """A part of a completion. Types are strict, and what is not needed is not looked at."""
+    """A part of a completion. Types are strict, and fields that are not needed are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 

@@ -19,16 +19,17 @@ from vilu.tables.sources.converted import Columns, Converted
 from vilu.text import plural
 
 WORD_LEVEL: Final = 5
-"""Level of the lines of a TSV file that are words; above are pages, blocks, paragraphs, lines."""
+"""``level`` of the rows of a TSV file that are words; lower levels are pages to text lines."""
 
 LEAST_OVERLAP = 0.1
-"""Least intersection over union of a word that was read and the word that stands there.
+"""Least intersection over union of the boxes of a word that was read and of its true word.
 
-A box that was read ends where the ink ends, and a true box may be as high as the whole line.
+It is small, because a box that was read is as high as the ink, and a true box may be as high as the
+whole line.
 """
 
 PUNCTUATION = ".,;:!?\"'()[]"
-"""What is cut off a word before it is looked up in the dictionary."""
+"""Characters that are removed from both ends of a word before it is looked up."""
 
 SUREST = 0.999
 """Largest confidence, as a share, that a doubt tells apart: the logarithm stays finite."""
@@ -123,17 +124,17 @@ def word_answers(
         ([1], 0.5)
     """
     pages = _all_pages(files)
-    known = truth or {}
-    if known:
-        _require_common(known, pages)
+    true_words = truth or {}
+    if true_words:
+        _require_common(true_words, pages)
     columns: Columns = {}
     n_wanted = 0
     n_missed = 0
     for name, words in pages.items():
         correct: list[int | None] = [None] * len(words)
-        if name in known:
-            correct, n_unread = judged_words(words, known[name])
-            n_wanted += len(known[name])
+        if name in true_words:
+            correct, n_unread = judged_words(words, true_words[name])
+            n_wanted += len(true_words[name])
             n_missed += n_unread
         if not words:
             continue
@@ -166,17 +167,17 @@ def _all_pages(files: Sequence[str | os.PathLike[str]]) -> Pages:
     return pages
 
 
-def judged_words(read: Sequence[Word], known: Sequence[Word]) -> tuple[list[int | None], int]:
+def judged_words(read: Sequence[Word], true_words: Sequence[Word]) -> tuple[list[int | None], int]:
     """Whether each word that was read is right (1 or 0), and the number of words never read."""
     overlap = overlaps(
-        as_boxes([word.box for word in read]), as_boxes([word.box for word in known])
+        as_boxes([word.box for word in read]), as_boxes([word.box for word in true_words])
     )
     correct: list[int | None] = [0] * len(read)
-    n_unread = len(known)
+    n_unread = len(true_words)
     while overlap.size and overlap.max() >= LEAST_OVERLAP:
         place = int(overlap.argmax())
         row, column = divmod(place, overlap.shape[1])
-        correct[row] = int(read[row].text == known[column].text)
+        correct[row] = int(read[row].text == true_words[column].text)
         n_unread -= 1
         # both are taken
         overlap[row] = 0
@@ -226,7 +227,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _numbers(cells: Mapping[str, str], where: str) -> dict[str, float]:
-    """The numbers of a row by column."""
+    """The numbers of a row by column; ``where`` names the row in errors."""
     numbers = {name: number_in(cells[name], name, where) for name in COLUMNS if name != "text"}
     require_box([numbers[edge] for edge in BOX], where)
     return numbers
@@ -246,7 +247,11 @@ def number_in(cell: str, column: str, where: str) -> float:
 def _page_columns(
     page: str, words: Sequence[ReadWord], correct: list[int | None], dictionary: Collection[str]
 ) -> Columns:
-    """The columns of the words of a page."""
+    """The columns of the words of a page.
+
+    ``correct`` is 1 or 0 for every word, and None on a page without true words. ``dictionary`` has
+    words in small letters.
+    """
     texts = [word.text for word in words]
     n = len(words)
     columns: Columns = {
@@ -273,16 +278,16 @@ def _page_columns(
 def _doubts(words: Sequence[ReadWord]) -> Columns:
     """Doubts of the words of a page, of their neighbours in the line, of their line and page.
 
-    A word at an end of its line has its own doubt in place of the neighbour's. Of a line and of a
-    page it is the mean.
+    A word at an end of its line has its own doubt in place of the neighbour's. The doubt of a line
+    or a page is the mean of the doubts of its words.
     """
     doubts: Columns = {"doubt": [], "doubt_before": [], "doubt_after": [], "doubt_line": []}
     for _, line in groupby(words, key=lambda word: word.line):
-        of_line = [_doubt(word.confidence) for word in line]
-        doubts["doubt"] += of_line
-        doubts["doubt_before"] += [of_line[0], *of_line[:-1]]
-        doubts["doubt_after"] += [*of_line[1:], of_line[-1]]
-        doubts["doubt_line"] += [fmean(of_line)] * len(of_line)
+        doubts_of_line = [_doubt(word.confidence) for word in line]
+        doubts["doubt"] += doubts_of_line
+        doubts["doubt_before"] += [doubts_of_line[0], *doubts_of_line[:-1]]
+        doubts["doubt_after"] += [*doubts_of_line[1:], doubts_of_line[-1]]
+        doubts["doubt_line"] += [fmean(doubts_of_line)] * len(doubts_of_line)
     doubts["doubt_page"] = [fmean(doubts["doubt"])] * len(words)
     return doubts
 
