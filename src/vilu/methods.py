@@ -12,8 +12,8 @@ Examples:
     >>> from vilu.methods import MCM
     >>> MCM is vilu.MCM
     True
-    >>> [name for name in dir(vilu.methods) if name.startswith("ViLU")]
-    ['ViLU', 'ViLUPlus', 'ViLUZero']
+    >>> [name for name in dir(vilu.methods) if name.startswith("Linear")]
+    ['LinearProbe', 'LinearProbeCV']
 """
 
 from __future__ import annotations

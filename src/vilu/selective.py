@@ -308,7 +308,9 @@ class Selective(DecidingModel):
             >>> image = np.random.default_rng(0).normal(size=(200, 8))
             >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
             >>> with tempfile.TemporaryDirectory() as folder:
-            ...     np.savez(f"{folder}/a.npz", image=image, text=np.eye(8))
+            ...     np.savez(
+            ...         f"{folder}/a.npz", image=image, text=np.eye(8), class_names=[*"abcdefgh"]
+            ...     )
             ...     store = vilu.import_arrays(
             ...         f"{folder}/a.npz", f"{folder}/store", logit_scale=10.0, logit_bias=0.0
             ...     )

@@ -36,7 +36,7 @@ from vilu.predictors.plus.ood import SeesOutside
         (Target(min_coverage=0.5, method="selection"), "selection takes a max_risk"),
         (
             Target(max_risk=0.1, method="anytime"),
-            "one of ltt.* `vilu next STORE .* --method anytime",
+            "one of ltt.* vilu.Selective has next_labels",
         ),
         (Target(max_risk=2.0), "max_risk must be in"),
         (Target(max_risk=0.1, label_sets="lac", max_miss=1.0), "max_miss must be in"),

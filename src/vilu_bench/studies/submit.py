@@ -110,7 +110,7 @@ def _maker(board: Board, method: str) -> str:
     """Distribution and version of a method from outside vilu; "" for our methods."""
     home = home_of(board.config.class_of(method)).get("home", {})
     distribution = home.get("distribution")
-    if distribution in {None, "vilu"}:
+    if distribution in {None, "vilu", "vilu-bench"}:
         return ""
     return f"{distribution} {importlib.metadata.version(distribution)}"
 
