@@ -334,8 +334,8 @@ def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
     assert (
         told
         == "of the 60 most trusted answers 0 are wrong. For a threshold that was fixed before the "
-        "labels came this would be enough. But the labels choose among several thresholds, so more of "
-        "them are needed"
+        "labels came this would be enough. But the labels choose among several thresholds, so more "
+        "of them are needed"
     )
     assert needed is None
 
