@@ -34,7 +34,7 @@ from vilu.cli.options import (
     existing,
     path_argument,
     path_option,
-    reads,
+    with_reading_flags,
 )
 from vilu.errors import UsageError
 
@@ -261,7 +261,9 @@ PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Ta
 
 
 @wants(store=STORE)
-@partial(reads, without={"pool_size", "second"})  # ``reading`` stands for several flags
+@partial(
+    with_reading_flags, without={"pool_size", "second"}
+)  # ``reading`` stands for several flags
 def pools(
     store: Data,
     predictors: Annotated[

@@ -106,7 +106,8 @@ def fit_label_sets(
     check_label_sets(predictor, data, max_miss)
     # Rows of the fit have smaller scores than new rows. With them the limit would be too small, and
     # sets of new rows would miss the right label more often than max_miss.
-    data = data.without(~predictor.unseen(data, "calibration"))
+    was_fitted_on = ~predictor.unseen(data, "calibration")
+    data = data.without(was_fitted_on)
     n_ood = int(data.outside.sum())
     if n_ood:
         warn_caller(

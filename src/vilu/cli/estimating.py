@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from vilu.cli import console
-from vilu.cli.options import Data, LabelFiles, Reading, path_option, reads
+from vilu.cli.options import Data, LabelFiles, Reading, path_option, with_reading_flags
 from vilu.errors import UNKNOWN, UsageError
 from vilu.text import plural
 
@@ -43,7 +43,7 @@ Confidence = Annotated[
 ]
 
 
-@reads
+@with_reading_flags
 def estimate(
     data: Data,
     predictor: PredictorOption = None,

@@ -23,7 +23,7 @@ from vilu.cli.options import (
     Reading,
     path_argument,
     path_option,
-    reads,
+    with_reading_flags,
 )
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.text import plural, printable
@@ -76,7 +76,7 @@ Coverage = Annotated[
 ]
 
 
-@reads
+@with_reading_flags
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,

@@ -157,7 +157,10 @@ Fold = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class Reading:
-    """Flags that say how stores are read. A command with ``@reads`` has a flag for each field."""
+    """Flags that say how stores are read.
+
+    A command with ``@with_reading_flags`` has a flag for each field.
+    """
 
     pool_size: Annotated[
         int | None,
@@ -317,7 +320,9 @@ class Reading:
         return None
 
 
-def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+def with_reading_flags(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
     """Replace the parameter ``reading`` of a command by the flags of ``Reading``.
 
     ``without`` names flags that the command does not get.

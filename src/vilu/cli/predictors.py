@@ -31,7 +31,7 @@ from vilu.cli.options import (
     complete_methods,
     path_argument,
     path_option,
-    reads,
+    with_reading_flags,
 )
 from vilu.errors import UsageError
 from vilu.text import plural
@@ -117,7 +117,7 @@ NoSample = Annotated[
 ]
 
 
-@reads
+@with_reading_flags
 def fit(  # noqa: PLR0913 - one parameter per flag
     stores: TrainingStores,
     output: Output,
@@ -426,7 +426,7 @@ def _drop_checkpoints(
         checkpoints.remove()
 
 
-@reads
+@with_reading_flags
 def score(
     predictor: Predictor,
     store: Data,
@@ -703,7 +703,7 @@ ClassShares = Annotated[
 ]
 
 
-@reads
+@with_reading_flags
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[
         Path,

@@ -15,7 +15,7 @@ from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
 BLOCK: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this size
-# Larger extension headers are refused. A normal header holds only a name and a few times.
+# Larger extension headers are refused. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member

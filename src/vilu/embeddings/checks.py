@@ -109,22 +109,22 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     smallest_safe, largest_safe = SAFE_VALUES
     is_safe = (largest > smallest_safe) & (largest < largest_safe)
     has_direction = np.isfinite(largest) & (largest > 0)
-    is_scaled = has_direction & ~is_safe
-    if not is_scaled.any():
+    needs_scaling = has_direction & ~is_safe
+    if not needs_scaling.any():
         return array
-    low = largest[is_scaled].min()
-    high = largest[is_scaled].max()
+    low = largest[needs_scaling].min()
+    high = largest[needs_scaling].max()
     warn_caller(
-        f"{np.count_nonzero(is_scaled)} of {len(array)} {name} rows hold numbers that float32 "
+        f"{np.count_nonzero(needs_scaling)} of {len(array)} {name} rows hold numbers that float32 "
         f"cannot hold (largest numbers {low:.3g} to {high:.3g}). These rows were scaled, which "
         "changes no cosine."
     )
     # A row is scaled by the power of two that brings its largest number into [1/2, 1). A power of
     # two changes the exponent only, so no digit is lost.
-    _, exponents = np.frexp(largest[is_scaled])
+    _, exponents = np.frexp(largest[needs_scaling])
     exponent_column = exponents[:, None]
     array = array.copy()
-    array[is_scaled] = np.ldexp(array[is_scaled], -exponent_column)
+    array[needs_scaling] = np.ldexp(array[needs_scaling], -exponent_column)
     return array
 
 

@@ -142,7 +142,9 @@ class PictureScores:
         )
 
     def drawn(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
-        """Yield blocks of resamples as counts (B, G), one block for each of the ``sizes`` B.
+        """Yield one block of resamples for each of the ``sizes``.
+
+        A block of size B has counts (B, G) of its resamples, for G different scores.
 
         From each stratum, as many pictures are drawn as the stratum has, from a multinomial
         distribution.

@@ -106,9 +106,9 @@ class MCMTS(FailurePredictor):
 
 
 def has_failures(failure: Tensor, consequence: str) -> bool:
-    """Whether there are failures, which a fit of factors needs; warns if there are none.
+    """Whether there are failures. Without any, the fit has no solution, and a warning says so.
 
-    The warning ends with the ``consequence``.
+    The warning ends with the ``consequence``: what is not fitted, and what follows.
     """
     has_some = bool(failure.any())
     if not has_some:

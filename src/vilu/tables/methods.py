@@ -95,10 +95,12 @@ class AnswerMethod(FailurePredictor):
         return tuple(self.notes_.get(COLUMNS, ()))
 
     def contributions(self, data: object) -> dict[str, Floats]:
-        """How much each column moves the score of every row: its term less the mean term (N,).
+        """How much each column moves the log-odds of each of N rows, as (N,) by column.
 
-        All features together are one column. The terms of a row add up to its log-odds of failure
-        less the mean log-odds.
+        The contribution of a column is its term in the log-odds, less the mean of this term.
+
+        All features together are one column. The contributions of a row add up to its log-odds of
+        failure less the mean log-odds.
 
         Examples:
             >>> import numpy as np

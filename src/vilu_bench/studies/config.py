@@ -241,7 +241,7 @@ class Config(Section):
     def _check_names(self) -> Self:
         """Refuse names that the benchmark uses and does not define."""
         require_known("metric", self.metrics, METRICS)
-        if self.judges_adapted:
+        if self.judges_adapted_answers:
             self._check_across_answers()
         if not set(self.ranked_by) <= set(self.metrics):
             ranking = " and ".join(self.ranked_by)
@@ -255,20 +255,20 @@ class Config(Section):
         return self
 
     @property
-    def judges_adapted(self) -> bool:
+    def judges_adapted_answers(self) -> bool:
         """Whether any method judges adapted answers, so that methods judge different answers."""
         return any(method.params.get("answer") == "adapted" for method in self.methods.values())
 
     @property
     def ranked_by(self) -> Names:
         """Metrics that get intervals; methods are ranked by the first."""
-        return RANKED_ACROSS if self.judges_adapted else RANKED_BY
+        return RANKED_ACROSS if self.judges_adapted_answers else RANKED_BY
 
     @property
     def strata(self) -> str:
         """Text on the strata of the bootstrap."""
         # Different answers are wrong in different rows, so no resample keeps all of their numbers.
-        return "without strata" if self.judges_adapted else "stratified by failure"
+        return "without strata" if self.judges_adapted_answers else "stratified by failure"
 
     def _check_across_answers(self) -> None:
         """Refuse metrics that compare nothing where methods judge different answers."""

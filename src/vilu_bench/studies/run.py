@@ -158,7 +158,7 @@ def _bootstrap(bench: Workbench, outcomes: Outcomes, truth: Truth) -> Floats:
     scored = outcomes.evaluable
     uncertainty = outcomes.uncertainty[scored]
     failure = outcomes.failure[scored]
-    if config.judges_adapted:
+    if config.judges_adapted_answers:
         return resampled_across_answers(
             uncertainty, failure, config.resamples, truth.rows, config.ranked_by
         )
@@ -358,7 +358,8 @@ def run_all(
     through ``vilu.progress``.
 
     Returns:
-        The board of every benchmark; empty with ``embed_only``, and for one of several shares.
+        One board for each benchmark. The list is empty with ``embed_only``, and if ``share`` is
+        one of several.
     """
     require_at_least("jobs", jobs, 1)
     if share is None:
@@ -366,7 +367,9 @@ def run_all(
     is_whole = share.of == 1
     with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
         remove_leftovers(output)
-        works = [_Work.begin(config, data, output, models, make=is_whole) for config in configs]
+        works = [
+            _Work.begin(config, data, output, models, make_missing=is_whole) for config in configs
+        ]
         if embed_only:
             return []
         for work in works:
@@ -389,15 +392,15 @@ class _Work:
 
     @classmethod
     def begin(
-        cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool
+        cls, config: Config, data: Path, output: Path, models: Path | None, *, make_missing: bool
     ) -> _Work:
         """Plan the cells and open their stores.
 
-        With ``make``, missing stores are made. Without it, a missing store is an error.
+        With ``make_missing``, missing stores are made. Without it, a missing store is an error.
         """
         cells = plan(config)
         parts = needed_parts(config, cells)
-        if make:
+        if make_missing:
             folders = make_stores(config, parts, data, output, models=models)
         else:
             folders = require_stores(config, parts, data, output)

@@ -83,7 +83,7 @@ def export(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list
 
 def _refuse_adapted(board: Board) -> None:
     """Refuse a study in which methods judge different answers."""
-    if board.config.judges_adapted:
+    if board.config.judges_adapted_answers:
         raise UsageError(
             f"the study {board.config.name} has a method that judges adapted answers. Results can "
             "be submitted to studies of zero-shot answers only, where all methods judge the same."

@@ -871,12 +871,12 @@ class FailurePredictor(ABC):
         """
         from vilu.predictors.contract.seen import Overlap, common_identity
 
-        by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
+        kind = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
         if rows is None:
             rows = np.arange(len(data))
-        if by is None:
+        if kind is None:
             return Overlap(shared=np.zeros(len(rows), np.bool_), n_comparable=0)
-        return self.seen_[by].overlap(data, by, rows)
+        return self.seen_[kind].overlap(data, kind, rows)
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) bool: whether each row was not used to fit. Warns if some rows were used.

@@ -299,8 +299,9 @@ class HeadTrainer:
 
         The network is wrapped for several processes again in every epoch, for two reasons. The
         wrapper must know which parameters are trained, and the attention is thawed between two
-        epochs. It also decides in its first step in which order gradients are added, and a resumed
-        run must use the same order.
+        epochs. And the wrapper fixes in its first step in which order gradients are added. A
+        resumed run begins an epoch with a new wrapper. It has the same order only if every epoch
+        has a new one.
         """
         self.network = self.world.shared(self.head)
         self.network.train()

@@ -441,7 +441,7 @@ class Mixture(NamedTuple):
     The mean of an image inside depends on its zero-shot answer. All images outside have one mean.
     """
 
-    inside: Tensor  # (K + 1,) means inside by answer; the last one is for any other candidate
+    inside: Tensor  # (K + 1,) mean inside for each answer; the last: any other candidate
     outside: float  # mean outside
     variance: float
     share: float  # share of images outside

@@ -415,10 +415,12 @@ class PlusGraph(nn.Module):
         self.experts = experts
         attention = experts.attention
         self.classes = attention.classes
-        self.widths = {FEATURES: len(attention.inputs.features.mean)}
-        self.pool = nn.Buffer(experts.weights)
+        n_features = len(attention.inputs.features.mean)  # the mean has a number for each feature
+        self.widths = {FEATURES: n_features}
+        self.expert_weights = nn.Buffer(experts.weights)
         # weights (1, 0, ...) of the attention alone
-        self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
+        first = torch.eye(len(experts.weights), dtype=experts.weights.dtype)[0]
+        self.attention_only = nn.Buffer(first)
 
     def forward(self, batch: Batch) -> Tensor:
         """(N,) float64 uncertainties of the judged answers."""
@@ -435,9 +437,9 @@ class PlusGraph(nn.Module):
         """(N, K) float64 log probabilities of the candidates, up to a constant of every row."""
         match = self.match(batch)
         logits = self.experts.all_logits(batch, match)
-        weights: Tensor = self.alone
-        if match is not None and len(self.pool) > 1:
-            weights = torch.where(match.known.all(), self.pool, self.alone)
+        weights: Tensor = self.attention_only
+        if match is not None and len(self.expert_weights) > 1:
+            weights = torch.where(match.known.all(), self.expert_weights, self.attention_only)
         return pool(float64(logits).log_softmax(dim=-1), weights)
 
     def match(self, batch: Batch) -> Match | None:

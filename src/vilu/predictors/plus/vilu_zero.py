@@ -202,6 +202,7 @@ class ViLUZero(SeesOutside, ClosedSet):
         """The three parts of the pooled logits l' of a batch."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
+        # ``tensors`` has the names of the learned tensors; these are its first four
         scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
         return Pooled(
             zero_shot=scale * float64(batch.logits - batch.logit_bias),
