@@ -211,4 +211,6 @@ def test_time_to_read_grows_with_the_number_of_columns() -> None:
         return process_time() - begun
 
     seconds(10)  # imports what is needed
-    assert seconds(16_000) < 24 * seconds(2_000)  # 8 times as many; in squares 64 times
+    few = min(seconds(2_000) for _ in range(3))  # the least, because others share the machine
+    many = min(seconds(16_000) for _ in range(3))
+    assert many < 24 * few  # 8 times as many; in squares 64 times
