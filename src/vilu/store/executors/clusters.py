@@ -307,7 +307,8 @@ class _Action:
         try:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
-        # the exception is not ignored, because check() raises it in the main thread
+        # Any exception, because the job runs the model and the reader of the user, and an exception
+        # that ends this thread would only be printed. check() raises it in the main thread.
         except Exception as error:  # noqa: BLE001
             self._error = error
 

@@ -45,7 +45,8 @@ class Worker:
             if self._job is None:
                 self._job = self._begin()
             return pickle.dumps(self._job.process(part))
-        # the exception is not ignored: it is sent to the driver as bytes, and the driver raises it
+        # Any exception, because the model and the reader may be those of a plugin. It would end
+        # this process without a word. So the driver gets it as bytes, and raises it.
         except Exception as error:  # noqa: BLE001
             return _pack_error(error)
 
