@@ -91,9 +91,8 @@ def read_pages(folder: Path, n_pages: int, seed: int) -> Converted:
 def thirds(table: vilu.AnswerTable, seed: int) -> list[vilu.AnswerTable]:
     """The table in three parts of equally many pages each."""
     of_row = np.array(table.cluster)
-    return [
-        table[np.isin(of_row, part)] for part in np.array_split(_shuffled_pages(table, seed), 3)
-    ]
+    pages_of_parts = np.array_split(_shuffled_pages(table, seed), 3)
+    return [table[np.isin(of_row, pages)] for pages in pages_of_parts]
 
 
 def _shuffled_pages(table: vilu.AnswerTable, seed: int) -> NDArray[np.str_]:

@@ -139,6 +139,8 @@ def test_the_map_names_the_rooms_and_files_of_the_bench() -> None:
     assert rooms == folders - {"assets", "__pycache__", "build"}
     (studies,) = re.findall(r"^\| `studies/` \| (.*)\|$", MAP, re.MULTILINE)
     assert missing(bench / "studies", studies) == []
+    files = {path.stem for path in (bench / "studies").glob("*.py")} - {"__init__"}
+    assert files - set(re.findall(r"`(\w+)`", studies)) == set()
 
 
 def test_the_map_names_files_and_functions_that_there_are() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -62,8 +63,13 @@ def make(photos: Path, work: Path) -> Path:
 def describe(card: Path, about: str) -> None:
     """Write the licence and a section on the photos into the card of a predictor."""
     text = card.read_text(encoding="utf-8")
-    text = text.replace('license: "unknown"', f"license: {json.dumps(LICENCE)}")
-    text = text.replace("## Use\n", about + "## Use\n")
+    for old, new in (
+        ('license: "unknown"', f"license: {json.dumps(LICENCE)}"),
+        ("## Use\n", about + "## Use\n"),
+    ):
+        if old not in text:
+            sys.exit(f"{card} has no {old!r}, so it would lack its licence or its numbers.")
+        text = text.replace(old, new)
     card.write_text(text, encoding="utf-8")
 
 

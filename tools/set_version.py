@@ -31,9 +31,10 @@ def set_version(root: Path, version: str, date: str) -> None:
         ("src/vilu_bench/pyproject.toml", r'^version = ".*"$', f'version = "{version}"'),
         ("deploy/conda/recipe.yaml", r'^  version: ".*"$', f'  version: "{version}"'),
     ):
-        changed[root / name] = replaced(root / name, pattern, replacement)
+        changed[root / name] = replaced(root / name, read(root / name), pattern, replacement)
     bench = root / "src/vilu_bench/pyproject.toml"
-    changed[bench] = re.sub(r'"vilu\[report\]==.*?"', f'"vilu[report]=={version}"', changed[bench])
+    pin = f'"vilu[report]=={version}"'
+    changed[bench] = replaced(bench, changed[bench], r'"vilu\[report\]==.*?"', pin)
     page, lists = divided((root / "CHANGELOG.md").read_text(encoding="utf-8"), version, date)
     changed[root / "CHANGELOG.md"] = page
     changed[root / "docs" / f"changes-{version}.md"] = lists
@@ -41,12 +42,17 @@ def set_version(root: Path, version: str, date: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def replaced(path: Path, pattern: str, replacement: str) -> str:
-    """The text of a file in which one line is another."""
-    text, n = re.subn(pattern, replacement, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+def read(path: Path) -> str:
+    """The text of a file."""
+    return path.read_text(encoding="utf-8")
+
+
+def replaced(path: Path, text: str, pattern: str, replacement: str) -> str:
+    """The text of a file in which the one place of a pattern is replaced."""
+    changed, n = re.subn(pattern, replacement, text, flags=re.MULTILINE)
     if n != 1:
-        sys.exit(f"{path} has {n} lines with a version, expected 1.")
-    return text
+        sys.exit(f"{path} has {n} places like {pattern}, expected 1.")
+    return changed
 
 
 def divided(changelog: str, version: str, date: str) -> tuple[str, str]:

@@ -19,12 +19,12 @@ from vilu.artifacts.paths import claim_file
 from vilu.calibration.answer_choice import AnswerChoice, choose_answer
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.methods import ClusterRisk, Method, SetMethod
-from vilu.calibration.procedure import calibrate_predictor
+from vilu.calibration.procedure import calibrate_predictor, require_probability
 from vilu.calibration.target import Target
 from vilu.embeddings.columns import AnswerKind
 from vilu.embeddings.new_images import NewImages
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import NotFittedError, UsageError
+from vilu.errors import NotFittedError, UsageError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.predictor import FailurePredictor, RowsLike
 from vilu.predictors.persistence.files import LIKELY, LOOKS, RISK, ROWS, VOCABULARY
@@ -184,8 +184,8 @@ class Selective(DecidingModel):
             largest_cluster: For "ratio": rows of larger clusters are left for review.
             labels: For "anytime": all files of ``next_labels``, filled in.
             seed: For "anytime": the seed of ``next_labels``.
-            dataset: Name of the data set.
-            split: Name of its part.
+            dataset: Name of the data set; not for "anytime", whose store has one.
+            split: Name of its part; not for "anytime".
 
         Raises:
             UsageError: If neither ``target`` nor fields of it are given, or if both are, or if the
@@ -228,13 +228,11 @@ class Selective(DecidingModel):
             )
         goal = fields if target is None else target
         self._choose(goal.max_risk or RISK_OF_CHOICE)
+        has_labels = len(labels) > 0 or seed != 0
+        has_name = dataset is not None or split is not None
+        _refuse_what_changes_nothing(goal.method, has_labels=has_labels, has_name=has_name)
         if goal.method == "anytime":
             self._calibrate_by_labels(data, goal, labels, seed)
-        elif labels:
-            raise UsageError(
-                f"labels in files are for the method anytime. {goal.method} takes the labels of "
-                "the data. Leave labels out."
-            )
         else:
             calibrate_predictor(self.folder, data, goal, dataset=dataset, split=split)
         self._read(self.folder)
@@ -263,9 +261,13 @@ class Selective(DecidingModel):
                 per_class=target.per_class,
                 overwrite=is_other_target,
             )
-        finally:
-            # None if nothing is certified, or if a label of an earlier calibration was changed
-            self.calibration = Calibration.find(self.folder)
+        except ViLUError:
+            is_taken_back = Calibration.find(self.folder) is None
+            if is_taken_back:  # a label of an earlier calibration was changed
+                self.predictor = load_predictor(self.folder)
+                self.calibration = None
+                self.vocabulary = None
+            raise
 
     @checked
     def next_labels(
@@ -327,6 +329,7 @@ class Selective(DecidingModel):
         claim_file(path, "labels", overwrite=overwrite)
         self._choose(max_risk)
         predictor = load_predictor(self.folder)
+        require_probability(predictor)
         asked, answers = next_of_store(
             store, predictor, files, n=n, max_risk=max_risk, seed=seed, per_class=per_class
         )
@@ -526,6 +529,19 @@ class Selective(DecidingModel):
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             self.predictor.save(self._folder)
         return self._folder
+
+
+def _refuse_what_changes_nothing(method: Method, *, has_labels: bool, has_name: bool) -> None:
+    """Refuse arguments of ``Selective.calibrate`` that the method does not use."""
+    if method == "anytime" and has_name:
+        raise UsageError(
+            "anytime takes the name of the data from the store. Leave dataset and split out."
+        )
+    if method != "anytime" and has_labels:
+        raise UsageError(
+            f"labels in files and their seed are for the method anytime. {method} takes the labels "
+            "of the data. Leave labels and seed out."
+        )
 
 
 def _copy_calibration(source: Path, folder: Path) -> None:

@@ -261,9 +261,8 @@ PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Ta
 
 
 @wants(store=STORE)
-@partial(
-    with_reading_flags, without={"pool_size", "second"}
-)  # ``reading`` stands for several flags
+# ``reading`` stands for several flags
+@partial(with_reading_flags, without={"pool_size", "second"})
 def pools(
     store: Data,
     predictors: Annotated[

@@ -53,6 +53,20 @@ def test_attention_of_torch_is_the_same(generator: torch.Generator) -> None:
     torch.testing.assert_close(outcome, expected, atol=ROUNDING, rtol=0)
 
 
+def test_layers_run_by_onednn_in_the_mode_alone(generator: torch.Generator) -> None:
+    layer = nn.Linear(7, 4)
+    rows = torch.randn(3, 7, generator=generator)
+
+    def names() -> set[str]:
+        with torch.profiler.profile() as profile, torch.inference_mode():
+            layer(rows)
+        return {event.key for event in profile.key_averages()}
+
+    assert "mkldnn::_linear_pointwise" not in names()
+    with LinearByOneDNN():
+        assert "mkldnn::_linear_pointwise" in names()
+
+
 def test_other_number_formats_are_left_to_torch(generator: torch.Generator) -> None:
     rows = torch.randn(3, 7, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, 7, generator=generator, dtype=torch.float64)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.builders.bench_fakes import config, make_stores
+from vilu.artifacts.tables import parquet_bytes, read_table
 from vilu.errors import DataError, UsageError
 from vilu_bench.studies.keep import RESAMPLES, STEP, keep, render_file, restore
 from vilu_bench.studies.result import load_bootstrap
@@ -116,6 +117,36 @@ def test_what_is_no_file_of_kept_studies(run: Path, file: Path, tmp_path: Path) 
         keep(run, tmp_path / "kept.json")
     with pytest.raises(UsageError, match="--overwrite"):
         keep(run, file)
+
+
+def test_a_file_writes_into_its_folder_alone(file: Path, tmp_path: Path) -> None:
+    table, metadata = read_table(file, ["document"])
+    outside = tmp_path / "outside"
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    for name in (str(outside), "../../outside"):
+        studies = {name: next(iter(metadata["studies"].values()))}
+        forged = tmp_path / "forged.parquet"
+        forged.write_bytes(parquet_bytes(columns, {"kind": "kept studies", "studies": studies}))
+        with pytest.raises(DataError, match="is damaged"):
+            restore(forged, tmp_path / "run" / "folder")
+        assert not outside.exists()
+        assert not (tmp_path / "run" / "outside").exists()
+
+
+def test_studies_of_few_and_of_many_resamples_are_kept(tmp_path: Path) -> None:
+    settings = {"all": {"kind": "labels"}}
+    studies = [
+        config(name=f"of-{n}", settings=settings, methods={name: {}}, views=[TABLE], resamples=n)
+        for name, n in (("mcm", 20), ("margin", 30))
+    ]
+    run_studies(studies, make_stores(tmp_path / "stores"), tmp_path / "run")
+    keep(tmp_path / "run", tmp_path / "kept.parquet")
+    restore(tmp_path / "kept.parquet", tmp_path / "again")
+    for board in load_studies(tmp_path / "run"):
+        for cell in board.results:
+            before = load_bootstrap(tmp_path / "run", cell)
+            after = load_bootstrap(tmp_path / "again", cell)
+            np.testing.assert_allclose(after, before, atol=STEP / 2 + 1e-9)
 
 
 def test_a_changed_bit_is_noticed_or_changes_nothing(file: Path, tmp_path: Path) -> None:

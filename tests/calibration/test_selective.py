@@ -23,11 +23,13 @@ from vilu.errors import (
     NotFittedError,
     ProvenanceError,
     UsageError,
+    ViLUError,
 )
 from vilu.predictors.persistence.hub import push
 from vilu.predictors.persistence.onnx import export_onnx
 from vilu.predictors.persistence.storage import load_predictor
 from vilu.store.reader import EmbeddingStore
+from vilu.triage.ask import fingerprint_of
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +243,37 @@ def test_labels_that_it_asks_for_one_after_another_make_its_guarantee(
     assert model.calibrate(store, target, labels=files).calibration == again
 
 
+def test_a_changed_label_takes_the_whole_calibration_back(
+    tmp_path: Path, store: EmbeddingStore
+) -> None:
+    model = fitted(toy_embeddings(600, k=3, seed=6, ids_from=10_000))
+    target = vilu.Target(max_risk=0.2, method="anytime")
+    files: list[Path] = []
+    while model.calibration is None:
+        file = tmp_path / f"{len(files)}.csv"
+        model.next_labels(store, file, n=60, max_risk=0.2, labels=files)
+        files.append(file)
+        fill_in(file)
+        with suppress(InfeasibleError):
+            model.calibrate(store, target, labels=files)
+    assert model.vocabulary is not None
+    for file in files:
+        file.write_text(file.read_text().replace(",class 0", ",class 1"))
+    with pytest.raises(ViLUError):
+        model.calibrate(store, target, labels=files)
+    assert (model.calibration, model.vocabulary) == (None, None)
+    assert model.predictor.calibrator_ == load_predictor(model.folder).calibrator_
+
+
+def test_predictors_that_differ_have_shares_of_their_own() -> None:
+    """Without weights only the method and its parameters tell predictors apart."""
+    predictors = [vilu.MCM(), vilu.PREDICTORS["entropy"](), vilu.MCM(answer="given")]
+    predictors += [vilu.PREDICTORS["gen"](gamma=gamma) for gamma in (0.1, 0.5)]
+    names = {fingerprint_of(predictor) for predictor in predictors}
+    assert len(names) == len(predictors)
+    assert fingerprint_of(vilu.MCM()) == fingerprint_of(vilu.MCM())
+
+
 def test_labels_one_after_another_need_a_store_and_a_risk_alone(
     tmp_path: Path, store: EmbeddingStore, parts: tuple
 ) -> None:
@@ -249,8 +282,16 @@ def test_labels_one_after_another_need_a_store_and_a_risk_alone(
         model.calibrate(parts[1], max_risk=0.2, method="anytime")
     with pytest.raises(UsageError, match="allows no other target"):
         model.calibrate(store, max_risk=0.2, method="anytime", min_coverage=0.5)
-    with pytest.raises(UsageError, match="Leave labels out"):
+    with pytest.raises(UsageError, match="Leave labels and seed out"):
         model.calibrate(store, max_risk=0.2, labels=["next.csv"])
+    with pytest.raises(UsageError, match="Leave labels and seed out"):
+        model.calibrate(store, max_risk=0.2, seed=1)
+    with pytest.raises(UsageError, match="Leave dataset and split out"):
+        model.calibrate(store, max_risk=0.2, method="anytime", split="val")
+    unsure = vilu.Selective(vilu.PREDICTORS["max_logit"]())
+    with pytest.raises(UsageError, match="max_logit has none"):
+        unsure.next_labels(store, tmp_path / "none.csv")
+    assert not (tmp_path / "none.csv").exists()
     with pytest.raises(UsageError, match="would be lost"):
         model.next_labels(store, tmp_path / "a.csv", labels=[tmp_path / "a.csv"])
     with pytest.raises(UsageError, match="has next_labels"):

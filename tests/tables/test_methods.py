@@ -145,6 +145,15 @@ def test_rows_of_one_cluster_stay_in_one_fold() -> None:
     assert first == third != second
 
 
+def test_copies_in_two_clusters_join_these_clusters() -> None:
+    content = {**columns(5), "features": np.eye(5)[[0, 1, 0, 2, 3]]}
+    for name in ("score_a", "uncertainty_b", "width"):
+        content[name] = [1.0, 2.0, 1.0, 3.0, 4.0]
+    # rows 0 and 2 are copies, so the clusters x and y are one group; z is alone
+    data = vilu.open_table({**content, "cluster": ["x", "x", "y", "y", "z"]})
+    assert data.inseparable().tolist() == [0, 0, 0, 0, 1]
+
+
 def test_the_strength_of_the_probe_is_the_best_of_a_cross_validation() -> None:
     """Held-out log-losses of scikit-learn on the same folds, each of a fit without its fold."""
     data = table(400, features=40)

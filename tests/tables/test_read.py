@@ -68,6 +68,13 @@ def test_a_spreadsheet_may_write_semicolons_and_decimal_commas(
     assert vilu.open_table(written(tmp_path, with_points)).fingerprint == table.fingerprint
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_commas_that_may_stand_for_thousands_are_refused(tmp_path: Path, separator: str) -> None:
+    text = "id;score_tokens;correct\na;1,234;1\nb;999;0\n".replace(";", separator)
+    with pytest.raises(DataError, match="1,234"):
+        vilu.open_table(written(tmp_path, text))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

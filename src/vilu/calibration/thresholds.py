@@ -135,7 +135,8 @@ WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
 NEAR = 2 / 3
-"""A sequence is merged with the next one if it would start later than this part of its rows.
+"""A sequence is merged with the next one if it would start later than at this part of the rows at
+which the next one starts.
 
 The merged sequence starts where the next one would, with the levels of both.
 """

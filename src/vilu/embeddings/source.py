@@ -792,7 +792,8 @@ class EmbeddingSource(ABC):
     def inseparable(self) -> NDArray[np.int64]:
         """Numbers (N,) of the rows: rows with one number belong into one part of a division.
 
-        They are the clusters of the rows. Without clusters they are ``picture_identities``.
+        They are ``picture_identities``. Rows with clusters have one number if they are connected by
+        clusters and pictures.
 
         Examples:
             >>> import vilu
@@ -802,8 +803,10 @@ class EmbeddingSource(ABC):
         """
         if self.cluster is None:
             return self.picture_identities()
-        _, number = np.unique(np.array(self.cluster), return_inverse=True)
-        return number.astype(np.int64)
+        from vilu.embeddings.split import connected_rows
+
+        _, cluster = np.unique(np.array(self.cluster), return_inverse=True)
+        return connected_rows(cluster.astype(np.int64), self.picture_identities())
 
     @checked
     def split(

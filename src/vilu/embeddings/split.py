@@ -34,6 +34,34 @@ def require_shares(shares: Sequence[float]) -> None:
         raise UsageError(f"the shares of the parts must add up to at most 1. Got {total:g}.")
 
 
+def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers (N,) of groups of rows that are connected by a cluster or by a picture.
+
+    A group may have several clusters, because copies of one picture may lie in two of them. A
+    picture of -1 (N,) is in no other row.
+    """
+    # imported here to keep `import vilu` fast
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    # every row is connected with the first row of its cluster, and with that of its picture
+    has_picture = picture >= 0
+    ends = [_first_rows(cluster), _first_rows(picture)[has_picture]]
+    starts = [np.arange(len(cluster)), np.flatnonzero(has_picture)]
+    start = np.concatenate(starts)
+    shape = (len(cluster), len(cluster))
+    graph = coo_array((np.ones(len(start)), (start, np.concatenate(ends))), shape=shape)
+    number: NDArray[np.int32]
+    _, number = connected_components(graph, directed=False)
+    return number.astype(np.int64)
+
+
+def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(N,) first row of the group of every row."""
+    _, first_row, group_of_row = np.unique(group, return_index=True, return_inverse=True)
+    return first_row[group_of_row]
+
+
 def part_of_rows(
     picture: NDArray[np.int64], stratum: NDArray[np.int64], shares: Sequence[float], seed: int
 ) -> NDArray[np.int64]:

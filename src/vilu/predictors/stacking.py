@@ -151,7 +151,7 @@ class Stacking(WithSecondModel):
         return members
 
     def _member_class(self, name: str) -> type[FailurePredictor]:
-        """The class of the method ``name``; a UsageError if it is not installed."""
+        """The class of the method ``name``; raises the errors of ``find_method``."""
         try:
             return find_method(name)
         except (UsageError, MissingModelError) as error:

@@ -123,7 +123,7 @@ def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose])
     Features go into a file beside it, which is written first.
     """
     columns: dict[str, pa.Array] = {"id": pa.array(table.ids)}
-    for name in ("answer", "group", "cluster"):
+    for name in ("answer", "truth", "group", "cluster"):
         texts = getattr(table, name)
         if texts is not None:
             columns[name] = pa.array(texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def has_answers(path: Path) -> bool:
     """Whether a file is meant as a table of answers.
 
     A CSV file without the columns of scores is meant so, too. ``open_table`` then says what is
-    wrong with it, such as semicolons between the columns.
+    wrong with it.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -201,13 +202,21 @@ def _of_csv(path: Path) -> dict[str, pa.ChunkedArray]:
     return _by_name(table)
 
 
+THOUSANDS: Final = re.compile(r"-?[1-9]\d{0,2}(,\d{3})+")
+"""A number whose commas may stand between thousands, such as 1,234."""
+
+
 def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of texts, with points in its numbers if they all have commas or neither.
 
-    A column with points in some cells is left as it is, since its commas may stand for thousands.
+    A column is left as it is if its commas may stand for thousands. Then ``numbers`` refuses it.
+    This is so if some cell has a point, or if every comma stands as in 12,345.
     """
     import pyarrow as pa
 
+    with_commas = [cell for cell in column.to_pylist() if cell and "," in cell]
+    if with_commas and all(THOUSANDS.fullmatch(cell.strip()) for cell in with_commas):
+        return column
     with_points = []
     for cell in column.to_pylist():
         if not cell or not cell.strip():

@@ -53,10 +53,11 @@ Draws = dict[str, tuple[Ints, Trial]]
 def fingerprint_of(predictor: FailurePredictor) -> str:
     """Name of a predictor in the tables of labels that were asked for to test this predictor.
 
-    The name depends on the weights and on the judged answers. So predictors with equal weights that
-    judge different answers are two predictors, each with a share of the level.
+    The name depends on the method, its parameters, the weights and the judged answers. So
+    predictors that differ in one of them are two predictors, each with a share of the level.
     """
     sums = {name: str(values.sum().item()) for name, values in predictor.state().items()}
+    sums["method"] = f"{predictor.name} {predictor.get_params()!r}"
     if predictor.answer != "zero_shot":
         sums["answer"] = predictor.answer
     return digest(sums)[:16]

@@ -273,8 +273,8 @@ class _World:
             if not trial.likely:
                 continue
             looks = self.looks_of(trial, self.scores, risk, level)
-            # Every end is tried, because of a folder whose photos are all labelled nothing is left
-            # to guarantee.
+            # Every end is tried. If all photos of a folder get a label, none is left for the
+            # guarantee, so fewer labels can show more.
             ends = _ends_of_rounds(self.n_to_draw(trial, n_labels))
             if any(looks.can_certify(self._spread(trial.limit, end)) for end in ends):
                 return risk

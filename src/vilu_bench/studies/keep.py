@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from vilu.artifacts.disk import atomic_write, file_hash, make_folder, write_bytes
 from vilu.artifacts.documents import explain, write_json
@@ -23,6 +23,7 @@ from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import parquet_bytes, read_table
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats
+from vilu_bench.studies.parts import Name
 from vilu_bench.studies.result import AGAIN, BOOTSTRAP, CellResult, load_bootstrap
 from vilu_bench.studies.study import (
     DOCUMENT,
@@ -48,6 +49,9 @@ UNDEFINED: Final = 65_535
 """The whole number that stands for an undefined bootstrap value."""
 
 Steps = NDArray[np.uint16]
+
+NAME: Final = TypeAdapter[str](Name)
+"""Check of the name of a study."""
 
 
 def keep(run: Path, file: Path, *, overwrite: bool = False) -> int:
@@ -91,7 +95,11 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
     # Resamples of a cell differ little, so their differences from its first one take less space.
     # Whole numbers of 16 bits wrap around, so that no difference is too large.
     steps[:, :, 1:] -= steps[:, :, :1]
-    columns = {"document": pa.array([_short(result) for result in results])}
+    columns = {
+        "document": pa.array([_short(result) for result in results]),
+        "n_metrics": pa.array([len(values) for values in of_cells]),
+        "n_resamples": pa.array([values.shape[1] for values in of_cells]),
+    }
     for metric, resample in np.ndindex(*shape):
         columns[f"draw_{metric}_{resample}"] = pa.array(steps[:, metric, resample])
     return columns
@@ -158,13 +166,18 @@ def restore(file: Path, run: Path) -> None:
     try:
         for name, content in studies.items():
             archive = Archive.model_validate(content)
-            folder = make_folder(run / STUDIES / str(name))
+            NAME.validate_python(name)  # it becomes the name of a folder
+            folder = make_folder(run / STUDIES / name)
             write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
         draws = _draws(table)
+        n_metrics = table["n_metrics"].to_pylist()
+        n_resamples = table["n_resamples"].to_pylist()
         for row, text in enumerate(table["document"].to_pylist()):
-            _restore_cell(json.loads(text), draws[row], run)
+            _restore_cell(text, draws[row, : n_metrics[row], : n_resamples[row]], run)
     except ValidationError as error:
         raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
+    except KeyError as error:  # of a column
+        raise DataError(f"{file} is damaged: it has no column {error}. {AGAIN}.") from error
 
 
 def _draws(table: pa.Table) -> Steps:
@@ -179,8 +192,9 @@ def _draws(table: pa.Table) -> Steps:
     return draws
 
 
-def _restore_cell(content: dict[str, Any], steps: Steps, run: Path) -> None:
-    result = CellResult.model_validate(content)
+def _restore_cell(document: str, steps: Steps, run: Path) -> None:
+    """Write a cell from its document and its bootstrap values (M, B), in steps."""
+    result = CellResult.model_validate_json(document)
     path = run / result.cell.path
     make_folder(path.parent)
     files = {}

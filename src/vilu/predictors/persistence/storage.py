@@ -151,12 +151,14 @@ def method_of(content: dict[str, Any], path: Path) -> type[FailurePredictor]:
     Raises:
         DataError: If the class is not installed. The message says which package to install, or
             which module to load.
+        MissingModelError: If the class is one of vilu-bench, which is not installed.
     """
     name = content["method"]
     home = content.get("home")
     if name in method_names():
         return find_method(name)
-    refuse_name_of_bench(PREDICTORS.group, name)
+    if not isinstance(home, dict) or str(home.get("module")).startswith("vilu_bench."):
+        refuse_name_of_bench(PREDICTORS.group, name)
     if not isinstance(home, dict):
         raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
     module = home.get("module")
