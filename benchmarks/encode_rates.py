@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vilu.backbones.base import with_bf16_members
 from vilu.backbones.catalog import load_backbone, named_backbones
+from vilu.backbones.products import fast_products
 from vilu.extras import import_extra, quiet
 from vilu.process import keep_freed_memory
 
@@ -73,10 +74,16 @@ def named(name: str) -> Towers:
     )
     pixels = noise(entry.image_size)
     rounded = with_bf16_members(model, ["visual"])
+
+    def encode_in_float32() -> Tensor:
+        with fast_products(torch.device("cpu")):  # as an embedding does
+            rows: Tensor = model.encode_image(pixels)
+        return rows
+
     return Towers(
         name,
         entry.image_size,
-        lambda: model.encode_image(pixels),
+        encode_in_float32,
         lambda: rounded.encode_image(pixels.bfloat16()),
         lambda: model.encode_text(tokens),
         f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.0f}",
