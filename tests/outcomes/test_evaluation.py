@@ -162,6 +162,15 @@ def test_few_failures_or_successes_warn_once_per_call() -> None:
     assert warning.filename == __file__
 
 
+def test_rows_that_the_predictor_was_fitted_on_warn() -> None:
+    failure = [1, 0] * 50
+    fresh = Outcomes(np.arange(100.0), failure, method="a", provenance={"n_seen_in_fit": 0})
+    fitted = replace(fresh, method="b", provenance={"n_seen_in_fit": 7})
+    with pytest.warns(UserWarning, match="fitted on at least 7 rows of b") as caught:
+        evaluate([fresh, fitted], n_resamples=0)
+    assert len(caught) == 1
+
+
 def test_without_intervals_no_warning_speaks_of_them() -> None:
     few = Outcomes(np.arange(40.0) % 20, [1, 0, 0, 0] * 10, picture=np.arange(40) % 20)
     with pytest.warns(UserWarning, match="wrong answers|independent") as caught:

@@ -32,9 +32,11 @@ from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.artifacts.tables import csv_bytes, write_table
 from vilu.calibration.anytime import Looks
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.rules import certify
 from vilu.datasets.files import Bounds
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import OUTSIDE_NAME, DataError, MissingModelError, ProvenanceError, UsageError
+from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec
@@ -64,6 +66,13 @@ def test_from_photos_to_a_guarantee_that_holds(begun: Folder) -> None:
     } == {(True, "")}
     scores = Outcomes.load(output / "decisions.parquet")
     assert scores.decision is not None
+    with (
+        pytest.warns(UserWarning, match="numbers rest on few answers"),
+        pytest.warns(UserWarning, match="the predictor was fitted on at least"),
+    ):
+        evaluate(scores, n_resamples=0)
+    with pytest.raises(DataError, match="of these rows were used to fit the predictor"):
+        certify(scores, max_risk=0.1)
     guarantee = Calibration.load(output / "predictor")
     assert guarantee.rule is not None
     assert guarantee.rule.method == "anytime"

@@ -199,7 +199,8 @@ def _split_for_cache(pixels: Tensor) -> tuple[Tensor, ...]:
         return (pixels,)
     height, width = pixels.shape[-2:]
     n_images = max(1, PIXELS_IN_CACHE // (height * width))
-    return pixels.split(n_images)
+    batches: tuple[Tensor, ...] = pixels.split(n_images)
+    return batches
 
 
 def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:

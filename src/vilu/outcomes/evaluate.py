@@ -62,8 +62,9 @@ def evaluate(
     therefore has the same intervals as one that contains every row once.
 
     Warns:
-        UserWarning: If fewer than 30 answers are wrong, or fewer than 30 are right, or if more than
-            1 % of the rows show the picture of another row.
+        UserWarning: If fewer than 30 answers are wrong, or fewer than 30 are right, if more than
+            1 % of the rows show the picture of another row, or if the predictor was fitted on some
+            of the rows.
 
     Raises:
         DataError: If some outcomes have no row to evaluate.
@@ -93,10 +94,17 @@ def evaluate(
     rows: list[ResultRow] = []
     scarce: list[str] = []
     repeated: list[str] = []
+    fitted: list[str] = []
     for tally in tallies:
         rows += _rows(tally, _chosen_metrics(metrics, tally), resampling)
         scarce += _scarce(tally)
         repeated += _repeated(tally)
+        if tally.n_seen_in_fit:
+            fitted.append(f"at least {tally.n_seen_in_fit} rows of {_name(tally)}")
+    if fitted:
+        warn_caller(
+            f"the predictor was fitted on {_listed(fitted)}. Numbers of such rows are too good."
+        )
     if scarce:
         consequence = "intervals are wide" if n_resamples else "numbers rest on few answers"
         warn_caller(f"{consequence}: {_listed(scarce)}.")

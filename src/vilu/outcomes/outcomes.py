@@ -135,6 +135,7 @@ class Tally:
     answer: str = "zero_shot"  # kind of the answers that are judged, as in ``Outcomes``
     sample: RowSample | None = None  # ``sample_of_rows`` of the evaluable rows
     has_clusters: bool = False  # whether the rows that are resampled together are clusters
+    n_seen_in_fit: int = 0  # number of rows that were used to fit the predictor, as far as known
 
     def asked(self, metric: Metric) -> Scores | None:
         """Rows from which a metric is computed; None if it needs probabilities that are missing."""
@@ -685,6 +686,9 @@ class Outcomes:
         ids = None
         if self.ids is not None:
             ids = [self.ids[row] for row in np.flatnonzero(rows).tolist()]
+        n_seen_in_fit = self.provenance.get("n_seen_in_fit")
+        if not isinstance(n_seen_in_fit, int):
+            n_seen_in_fit = 0  # not known
         return Tally(
             scores=scores,
             within=within,
@@ -694,6 +698,7 @@ class Outcomes:
             n_unusable=int(np.count_nonzero(~scored)),
             sample=sample_of_rows(pictures, ids),
             has_clusters=self.cluster is not None,
+            n_seen_in_fit=n_seen_in_fit,
             **facts_of(self),
         )
 

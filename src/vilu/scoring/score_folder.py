@@ -466,6 +466,7 @@ class ScoreFolder(Reopened):
             probability=scores if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
+            n_seen_in_fit=self.counts.n_seen,
             **facts_of(self.run),
         )
 

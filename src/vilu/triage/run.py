@@ -321,9 +321,14 @@ def _result(
     is_first_of_scene = None
     if progress is not None:
         is_first_of_scene = first_of_scene(run.photos, run.split.fit_rows, progress.rows)
+    n_fit = 0 if state.trial is None else state.trial.n_fit
+    outcomes = run.score(predictor, calibration)
+    # so that `vilu evaluate` and `vilu calibrate` know that the predictor learned from these labels
+    seen = {"n_seen_in_fit": n_fit, "n_compared_with_fit": len(run.book.labels)}
+    outcomes = dataclasses.replace(outcomes, provenance={**outcomes.provenance, **seen})
     return TriageResult(
         photos=run.photos,
-        outcomes=run.score(predictor, calibration),
+        outcomes=outcomes,
         predictor=predictor,
         answer=state.answer,
         likely=LikelyRight.find(run.present),
@@ -335,7 +340,7 @@ def _result(
         is_first_of_scene=is_first_of_scene,
         asked=run.book.waiting(),
         book=run.book,
-        n_fit=0 if state.trial is None else state.trial.n_fit,
+        n_fit=n_fit,
         forecast=forecast_of(run, state, tested),
     )
 
