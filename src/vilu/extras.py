@@ -65,7 +65,7 @@ class _QuietCategory(type):
 
 
 class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
-    """The category that the filter of warnings has. No warning is of this class itself."""
+    """The category in the filter of warnings. It contains every warning of a quiet thread."""
 
 
 @contextmanager
@@ -89,11 +89,11 @@ BELOW_ALL_HANDLERS = -1
 @contextmanager
 def _hook_logging() -> Iterator[None]:
     """Drop the log records of quiet threads below ERROR in the block."""
-    make = logging.getLogRecordFactory()
+    make_record = logging.getLogRecordFactory()
     configure = logging.basicConfig
 
     def make_silent(*args: object, **fields: object) -> logging.LogRecord:
-        record = make(*args, **fields)
+        record = make_record(*args, **fields)
         if _is_quiet.get() and record.levelno < logging.ERROR:
             record.levelno = BELOW_ALL_HANDLERS
         return record
@@ -104,13 +104,13 @@ def _hook_logging() -> Iterator[None]:
 
     logging.setLogRecordFactory(make_silent)
     try:
-        # ``logging.info``, which open_clip calls, would add a handler to a root logger without any
-        with setting(logging, basicConfig=configure_unless_quiet):
+        # open_clip calls ``logging.info``, which would add a handler to a root logger that has none
+        with temporarily_set(logging, basicConfig=configure_unless_quiet):
             yield
     finally:
         # a factory that another thread has set meanwhile stays
         if logging.getLogRecordFactory() is make_silent:
-            logging.setLogRecordFactory(make)
+            logging.setLogRecordFactory(make_record)
 
 
 TRANSFORMERS_BARS = "transformers.utils.logging"
@@ -147,7 +147,7 @@ def _hook_hub_bars() -> Iterator[None]:
     def are_disabled_here(name: str | None = None) -> bool:
         return _is_quiet.get() or are_disabled(name)
 
-    with setting(bars, are_progress_bars_disabled=are_disabled_here):
+    with temporarily_set(bars, are_progress_bars_disabled=are_disabled_here):
         yield
 
 
@@ -157,8 +157,8 @@ _is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
 """Whether the current thread is in an ``offline_hub`` block."""
 
 
-class _OfflineHere:
-    """A switch that is on in offline threads, and as ``before`` in all others."""
+class _OfflineSwitch:
+    """A switch that is on in offline threads, and has the value ``before`` in all others."""
 
     def __init__(self, before: object) -> None:
         self.before = before
@@ -173,7 +173,7 @@ def _hook_hub_offline() -> Iterator[None]:
     # The client reads the environment variable HF_HUB_OFFLINE when it is imported, and this
     # constant at every request.
     client: Any = importlib.import_module(HUB_CONSTANTS)
-    switch = _OfflineHere(client.HF_HUB_OFFLINE)
+    switch = _OfflineSwitch(client.HF_HUB_OFFLINE)
     client.HF_HUB_OFFLINE = switch
     try:
         yield
@@ -190,19 +190,19 @@ class _SharedContext:
         self._context = context
         self._lock = threading.Lock()
         self._n_inside = 0
-        self._ending = ExitStack()
+        self._exit_stack = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if self._n_inside == 0:
-                self._ending.enter_context(self._context())
+                self._exit_stack.enter_context(self._context())
             self._n_inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._n_inside -= 1
             if self._n_inside == 0:
-                self._ending.close()
+                self._exit_stack.close()
 
 
 HOOKS = {
@@ -233,7 +233,7 @@ def offline_hub() -> Iterator[None]:
 
 
 @contextmanager
-def setting(target: object, **values: object) -> Iterator[None]:
+def temporarily_set(target: object, **values: object) -> Iterator[None]:
     """Set attributes of ``target`` to other values in the block, and restore them afterwards."""
     before = {name: getattr(target, name) for name in values}
     try:
