@@ -34,7 +34,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, log lines below ERROR and progress bars of this thread in the block.
+    """Within the block, suppress warnings, log lines below ERROR and progress bars of this thread.
 
     Other threads are not affected, because every hook asks whether it is called from such a block.
     When the last of all blocks ends, the hooks are removed.
@@ -70,7 +70,7 @@ class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
 
 @contextmanager
 def _hook_warnings() -> Iterator[None]:
-    """Ignore the warnings of quiet threads in the block."""
+    """Within the block, ignore the warnings of quiet threads."""
     filters = cast("list[object]", warnings.filters)
     # the action, the message, the category, the module and the line; None and 0 match all
     ignore_any = ("ignore", None, _AnyOfQuietThread, None, 0)
@@ -88,7 +88,7 @@ BELOW_ALL_HANDLERS = -1
 
 @contextmanager
 def _hook_logging() -> Iterator[None]:
-    """Drop the log records of quiet threads below ERROR in the block."""
+    """Within the block, drop the log records of quiet threads that are below ERROR."""
     make_record = logging.getLogRecordFactory()
     configure = logging.basicConfig
 
@@ -119,7 +119,7 @@ HUB_BARS = "huggingface_hub.utils.tqdm"
 
 @contextmanager
 def _hook_transformers_bars() -> Iterator[None]:
-    """Hide the progress bars that transformers makes in quiet threads, in the block."""
+    """Within the block, hide the progress bars that transformers makes in quiet threads."""
     bars = importlib.import_module(TRANSFORMERS_BARS)
 
     def make_bar(
@@ -140,7 +140,7 @@ def _hook_transformers_bars() -> Iterator[None]:
 
 @contextmanager
 def _hook_hub_bars() -> Iterator[None]:
-    """Hide the progress bars that the client of the hub makes in quiet threads, in the block."""
+    """Within the block, hide progress bars that the client of the hub makes in quiet threads."""
     bars = importlib.import_module(HUB_BARS)
     are_disabled = bars.are_progress_bars_disabled
 
@@ -169,7 +169,7 @@ class _OfflineSwitch:
 
 @contextmanager
 def _hook_hub_offline() -> Iterator[None]:
-    """Let the client of the hub ask in the block whether its thread is offline."""
+    """Within the block, the client of the hub asks whether its thread is offline."""
     # The client reads the environment variable HF_HUB_OFFLINE when it is imported, and this
     # constant at every request.
     client: Any = importlib.import_module(HUB_CONSTANTS)
@@ -219,7 +219,7 @@ _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
 
 @contextmanager
 def offline_hub() -> Iterator[None]:
-    """Keep the client of the hub from the network in this thread, in the block.
+    """Within the block, keep the client of the hub from the network in this thread.
 
     Other threads are not affected. An argument ``local_files_only`` would not do, because open_clip
     has none.
@@ -234,7 +234,7 @@ def offline_hub() -> Iterator[None]:
 
 @contextmanager
 def temporarily_set(target: object, **values: object) -> Iterator[None]:
-    """Set attributes of ``target`` to other values in the block, and restore them afterwards."""
+    """Set attributes of ``target`` within the block, and restore their values afterwards."""
     before = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():

@@ -26,7 +26,7 @@ from vilu.registry import METHODS, METHODS_OF_TABLES, entry_points, load_plugins
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of its own
-    if name.startswith("__"):  # asked for by the import system and by tools
+    if name.startswith("__"):  # the import system and tools ask for such names
         raise AttributeError(f"module 'vilu.methods' has no attribute {name!r}")
     method_of_class = _methods_by_class()
     if name not in method_of_class:

@@ -85,7 +85,7 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
 
 def flawless_labels(max_risk: float, delta: float) -> int:
     """Smallest number of labels that certify one threshold at level delta if no answer is wrong."""
-    return labels_needed(0, max_risk, delta)
+    return labels_needed(wrong=0, max_risk=max_risk, delta=delta)
 
 
 def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
@@ -130,21 +130,21 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     while n_accepted[-1] < len(ordered):
         n_next = math.ceil(n_accepted[-1] * GROWTH)
         n_accepted.append(min(n_next, len(ordered)))
-    last_accepted = np.array(n_accepted) - 1
-    grid: Floats = ordered[last_accepted]
+    index_of_last_accepted = np.array(n_accepted) - 1
+    grid: Floats = ordered[index_of_last_accepted]
     return grid
 
 
 def accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """Quotients (G,): rows that each threshold of ``grid_of`` accepts, by rows up to the limit.
+    """Rows (G,) that each threshold of ``grid_of`` accepts, as a multiple of those up to the limit.
 
-    The quotients are not rounded to whole rows, so they follow from the number of thresholds alone.
+    The multiples are not rounded to whole rows, so they follow from the number of thresholds alone.
     """
     number = np.arange(1, n_thresholds + 1)
     up_to_limit = np.minimum(number / STEPS, 1.0)
     n_beyond = np.maximum(number - STEPS, 0)
-    quotients: Floats = up_to_limit * GROWTH**n_beyond
-    return quotients
+    multiples: Floats = up_to_limit * GROWTH**n_beyond
+    return multiples
 
 
 def require_grid(grid: Floats) -> None:
@@ -276,8 +276,8 @@ class Looks:
         wrong, accepted = self.counts(uncertainty, failure)
         # New labels are of rows up to the limit. A threshold gets the same share of these labels as
         # it accepts of these rows.
-        quotient = accepted_relative_to_limit(len(self.grid))
-        share_accepted = np.minimum(quotient / quotient[self.last], 1.0)
+        multiple = accepted_relative_to_limit(len(self.grid))
+        share_accepted = np.minimum(multiple / multiple[self.last], 1.0)
         error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
 
         def is_enough(n_more: int) -> bool:

@@ -106,11 +106,14 @@ def log_evidence(
     # the mode if the mode is larger.
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
     least_rejected = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
-    # n_wrong - k wrong answers would be among the c - m photos that are left. That is impossible if
-    # fewer photos than that are left.
-    is_impossible = c - least_rejected < m - k
+    # m - k of the drawn answers are right. That is impossible if fewer answers than that are right
+    # in the whole set.
+    n_right = c - least_rejected
+    is_impossible = n_right < m - k
     n_wrong = np.where(is_impossible, k, least_rejected)
+    # log probability of the labels if n_wrong answers are wrong
     log_null = _log_falling(n_wrong, k) + _log_falling(c - n_wrong, m - k) - _log_falling(c, m)
+    # log probability of the labels if the share of wrong answers has the beta distribution
     prior_right = PRIOR_WRONG / (PRIOR_SHARE * max_risk) - PRIOR_WRONG
     log_bet = betaln(PRIOR_WRONG + k, prior_right + m - k) - betaln(PRIOR_WRONG, prior_right)
     evidence: Floats = np.where(is_impossible, np.inf, log_bet - log_null)
@@ -295,7 +298,7 @@ class ClosedLooks:
         n_left = self.unlabelled(drawn)
         n_known_wrong = wrong + np.array(self.closed.aside_wrong)
         tolerated = n_known_wrong + np.floor(self.max_risk * n_left).astype(np.int64)
-        tested = slice(0, self.last + 1)
+        tested = slice(0, self.last + 1)  # the thresholds up to the limit
         evidence = self._evidence(wrong[tested], drawn[tested], tolerated[tested])
         is_rejected = evidence >= -math.log(self.delta)
         # a guarantee about no photo at all would be true, but useless

@@ -236,11 +236,13 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
         return Correlation(n_rows=n, n_clusters=k, value=math.nan, n_effective=n)
     wrong = np.bincount(index, weights=failure)
     mean_of_cluster = wrong / size
-    between = float((size * (mean_of_cluster - failure.mean()) ** 2).sum()) / (k - 1)
-    within = float(((failure - mean_of_cluster[index]) ** 2).sum()) / (n - k)
-    n_0 = float(n - (size**2).sum() / n) / (k - 1)
-    value = (between - within) / (between + (n_0 - 1) * within)
+    squares_between = size * (mean_of_cluster - failure.mean()) ** 2
+    squares_within = (failure - mean_of_cluster[index]) ** 2
+    between = float(squares_between.sum()) / (k - 1)  # B
+    within = float(squares_within.sum()) / (n - k)  # W
     mean_size = float((size**2).sum()) / n
+    n_0 = (n - mean_size) / (k - 1)
+    value = (between - within) / (between + (n_0 - 1) * within)
     design_effect = 1 + (mean_size - 1) * max(value, 0.0)
     return Correlation(n_rows=n, n_clusters=k, value=value, n_effective=n / design_effect)
 

@@ -28,8 +28,8 @@ from vilu.metrics.counts import Floats, Ints
 MAX_ROWS = 10**6
 """Largest number of calibration rows that a rule uses.
 
-The scores of the wrong ones among them are saved in ``risk.json``. More rows would hardly change a
-p-value.
+The scores of the wrong answers among them are saved in ``risk.json``. More rows would hardly change
+a p-value.
 """
 
 

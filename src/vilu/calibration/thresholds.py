@@ -139,7 +139,7 @@ WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
 LARGEST_QUOTIENT = 2 / 3
-"""Largest quotient of the starts of two neighbouring sequences, each in rows.
+"""Largest quotient of the starts of two neighbouring sequences in rows, the earlier by the later.
 
 With a larger quotient the two sequences would start close together, so they are merged. The merged
 sequence starts where the later one would, with the levels of both.
@@ -409,12 +409,14 @@ def _level_at_start(
     for sequence_start in sequence_starts(n, starts, whole, max_risk, delta):
         # Starts depend on numbers of rows only. To choose a start where the answers happen to be
         # right would mean to look at many tests, but the level allows for one test only.
-        index = int(np.searchsorted(accepted, sequence_start.best))  # the first with enough rows
+        # the first index that accepts at least the best number of rows
+        index = int(np.searchsorted(accepted, sequence_start.best_rows))
         if index:
             n_before = accepted[index - 1]
-            is_enough = sequence_start.fewest <= n_before
-            is_nearer = sequence_start.best - n_before < accepted[index] - sequence_start.best
-            if is_enough and is_nearer:
+            has_enough_rows = n_before >= sequence_start.fewest_rows
+            n_missing = sequence_start.best_rows - n_before
+            n_surplus = accepted[index] - sequence_start.best_rows
+            if has_enough_rows and n_missing < n_surplus:
                 index -= 1
         # two sequences that start at one index become one sequence with both levels
         levels[index] = levels.get(index, 0.0) + sequence_start.level
@@ -442,8 +444,8 @@ def _first_not_rejected(
 class SequenceStart(NamedTuple):
     """Start of a fixed sequence, as the number of rows accepted there."""
 
-    fewest: int  # smallest number of rows at which a rejection is possible
-    best: int  # number of rows at which one more wrong answer has just become admissible
+    fewest_rows: int  # smallest number of rows at which a rejection is possible
+    best_rows: int  # number of rows at which one more wrong answer has just become admissible
     level: float
 
 
@@ -465,7 +467,7 @@ def sequence_starts(
         # The tail has steps. A level above the step at ``wrong`` would not reject more. So what is
         # above the step is left to the other sequences.
         level = float(binomial_tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
-        sequences.append(SequenceStart(fewest=n, best=n, level=level))
+        sequences.append(SequenceStart(fewest_rows=n, best_rows=n, level=level))
         level_left = delta - level
     carried_level = 0.0
     no_start = (0.0, 0.0)  # follows the last start
@@ -494,7 +496,9 @@ def sequence_starts(
         carried_level = 0.0
         if trials < n:
             best_rows = min(best_trials + 1, n)
-            sequences.append(SequenceStart(fewest=trials + 1, best=best_rows, level=level))
+            sequences.append(
+                SequenceStart(fewest_rows=trials + 1, best_rows=best_rows, level=level)
+            )
     return tuple(sequences)
 
 

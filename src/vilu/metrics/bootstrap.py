@@ -185,12 +185,12 @@ class SortedScores:
         """Number of array entries that one resample needs."""
         return len(self.group)
 
-    def counts(self, *drawn: Ints) -> TieCounts:
+    def counts(self, *drawn_rows: Ints) -> TieCounts:
         """Counts (B, G) of the drawn right rows (B, ·) and the drawn wrong rows (B, ·).
 
         A row that is drawn several times counts several times.
         """
-        right_rows, wrong_rows = drawn
+        right_rows, wrong_rows = drawn_rows
         return TieCounts(self.value, correct=self._tally(right_rows), wrong=self._tally(wrong_rows))
 
     def observed(self) -> TieCounts:

@@ -72,12 +72,12 @@ class PictureScores:
         """Number of array entries that one resample needs."""
         return len(self.picture)
 
-    def counts(self, *drawn: Ints) -> TieCounts:
+    def counts(self, *drawn_pictures: Ints) -> TieCounts:
         """Counts (B, G) of the rows of the drawn pictures (B, ·) of every stratum.
 
         A picture that is drawn several times counts several times.
         """
-        pictures = np.concatenate(drawn, axis=1)
+        pictures = np.concatenate(drawn_pictures, axis=1)
         n_resamples = len(pictures)
         n_pictures = len(self.n_alike)
         # one call of bincount counts all resamples: resample b has the cells from b * n_pictures on

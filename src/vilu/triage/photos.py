@@ -162,7 +162,8 @@ class PhotoStores:
         paths = table["path"].to_pylist()
         sizes = table["size"].to_pylist()
         times = table["time"].to_pylist()
-        return dict(zip(paths, zip(sizes, times, strict=True), strict=True))
+        versions = zip(sizes, times, strict=True)
+        return dict(zip(paths, versions, strict=True))
 
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.

@@ -65,9 +65,9 @@ from vilu.triage.photos import FOLDER, PhotoFolder, Photos, PhotoStores
 from vilu.triage.state import (
     BOOK,
     CANDIDATE_FOLDER,
-    MADE,
     NOTHING_CHOSEN,
     PREDICTOR_FOLDER,
+    RESULT_FILES,
     STATE,
     TriageSettings,
     TriageState,
@@ -209,11 +209,11 @@ def run_triage(
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
     """Open the state in which a run begins, and carry it over to the settings of the run.
 
-    ``overwrite`` removes earlier results (``MADE``).
+    ``overwrite`` removes earlier results (``RESULT_FILES``).
     """
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
-        for name in MADE:
+        for name in RESULT_FILES:
             path = root / name
             if path.is_dir():
                 shutil.rmtree(path)
@@ -618,22 +618,22 @@ def ask_for_labels(
 ) -> TriageState:
     """Ask for the labels of the draw that are missing, or else for new labels of both sides."""
     description = read_description(run.tested_folder(state) / PREDICTOR)
-    # The predictor is named in the book by the start of its digest.
-    predictor = str(description["weights_sha256"])[:16]
+    # The book names a predictor by the start of the digest of its weights.
+    fingerprint = str(description["weights_sha256"])[:16]
     missing = np.zeros(0, np.int64) if progress is None else progress.missing
-    _withdraw_requests(run, predictor, _paths_of(run, missing))
-    drawn = missing
+    _withdraw_requests(run, fingerprint, _paths_of(run, missing))
+    drawn_rows = missing
     if progress is not None and not len(missing):
-        state, drawn = _draw(run, state, uncertainty, progress)
-    _ask_for_guarantee(run, predictor, drawn)
+        state, drawn_rows = _draw(run, state, uncertainty, progress)
+    _ask_for_guarantee(run, fingerprint, drawn_rows)
     if not len(missing):
         n_to_fit = run.settings.n_next - len(run.book.waiting())
-        _ask_to_fit(run, predictor, uncertainty, n_to_fit)
+        _ask_to_fit(run, fingerprint, uncertainty, n_to_fit)
     run.book.save(run.root / BOOK)
     return run.write(state)
 
 
-def _ask_for_guarantee(run: TriageRun, predictor: str, rows: Ints) -> None:
+def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
     """Ask for labels of calibration ``rows``, in the random order, unless they are asked for."""
     if not len(rows):
         return
@@ -641,7 +641,7 @@ def _ask_for_guarantee(run: TriageRun, predictor: str, rows: Ints) -> None:
     new_paths = [path for path in _paths_of(run, rows) if path not in waiting]
     last_position = int(run.split.position[rows[-1]])
     probability = (last_position + 1) / POSITIONS
-    run.book.ask(new_paths, "calibration", predictor=predictor, probability=probability)
+    run.book.ask(new_paths, "calibration", predictor=fingerprint, probability=probability)
 
 
 def _draw(
@@ -683,8 +683,8 @@ def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
     return [run.photos.ids[row] for row in rows.tolist()]
 
 
-def _withdraw_requests(run: TriageRun, predictor: str, missing: list[str]) -> None:
-    """Withdraw the requests that were made for other predictors than ``predictor``.
+def _withdraw_requests(run: TriageRun, fingerprint: str, missing: list[str]) -> None:
+    """Withdraw the requests that were made for another predictor than that with ``fingerprint``.
 
     Requests for labels of the paths ``missing`` stay. If there are any and nothing is guaranteed,
     all other requests are withdrawn.
@@ -694,7 +694,7 @@ def _withdraw_requests(run: TriageRun, predictor: str, missing: list[str]) -> No
     def is_forgotten(entry: Entry) -> bool:
         if entry.path in missing:
             return False
-        return only_missing or entry.predictor != predictor
+        return only_missing or entry.predictor != fingerprint
 
     run.book.forget(is_forgotten)
 
@@ -733,10 +733,10 @@ def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> 
     return trial.further(FURTHER, scores)
 
 
-def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:
+def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -> None:
     """Ask for ``n`` labels of the fit side."""
     if n <= 0:
         return
     rows = run.split.rows_to_pick(run.photos, run.book)
     fit_rows = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
-    run.book.ask(_paths_of(run, fit_rows), "fit", predictor=predictor)
+    run.book.ask(_paths_of(run, fit_rows), "fit", predictor=fingerprint)

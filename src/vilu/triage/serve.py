@@ -150,7 +150,7 @@ class ReviewSession:
         image.save(content, "WEBP", quality=85, method=2)
         return content.getvalue()
 
-    def tasks(self) -> dict[str, Any]:
+    def page_data(self) -> dict[str, Any]:
         """Data of the page, ready for JSON: the names to choose from, and the photos."""
         tasks = []
         for task in self.review.tasks:
@@ -257,7 +257,7 @@ class PageHandler(BaseHTTPRequestHandler):
         if not kind:
             self._page()
         elif kind == "tasks":
-            content = json.dumps(self.page_session.tasks()).encode()
+            content = json.dumps(self.page_session.page_data()).encode()
             self._send(HTTPStatus.OK, content, "application/json")
         elif kind == "photo" and number.isdigit() and int(number) < n_photos:
             self._photo(int(number))

@@ -11,7 +11,7 @@ from typing import Final
 from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
 from vilu.errors import DataError
 from vilu.text import plural
-from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_ours, xmp_with
+from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_added_subject, xmp_with
 
 SUFFIX: Final = ".xmp"
 """End of the name of a sidecar, after the whole name of the photo."""
@@ -82,7 +82,7 @@ def _new_content(data: bytes, label: str | None) -> bytes | None:
         return None if label is None else xmp_with(label)
     if label is None and BEGIN.encode() not in data:
         return data  # vilu has added nothing to it
-    original = without_ours(data)
+    original = without_added_subject(data)
     return original if label is None else with_subject(original, label)
 
 

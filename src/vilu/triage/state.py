@@ -30,7 +30,7 @@ NEXT: Final = "next_labels.csv"
 REPORT: Final = "report.html"
 SORTED: Final = "sorted"
 MOVED: Final = "moved.parquet"
-MADE: Final = (
+RESULT_FILES: Final = (
     STATE,
     BOOK,
     FORMER_BOOK,
@@ -201,7 +201,7 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     claim_folder(
         root,
         "triage",
-        lambda path: path.name in {*MADE, SORTED, MOVED},
+        lambda path: path.name in {*RESULT_FILES, SORTED, MOVED},
         same=state is not None,
         overwrite=overwrite,
     )

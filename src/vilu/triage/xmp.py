@@ -159,7 +159,7 @@ def read_xmp(data: bytes) -> Xmp:
     return _Reader().read(data)
 
 
-def without_ours(data: bytes) -> bytes:
+def without_added_subject(data: bytes) -> bytes:
     """XMP without the subject that vilu has added to it.
 
     Raises:
