@@ -13,10 +13,10 @@ whose guarantee is false stays the same. So the hypotheses here are the fixed va
 
 1. E(K) is the evidence against "exactly K of c are wrong". It is a likelihood ratio: the
    probability of the labels if the share of wrong answers is drawn from a beta distribution,
-   divided by their probability if K are wrong. Every label multiplies it by q / p or by
-   (1 - q) / (1 - p): q and p are the probabilities of a wrong answer under both assumptions, and
-   p = (K - k) / (c - m) is the mean of the next draw. So E(K) is a bet against this mean, and its
-   expectation is 1 if K are wrong.
+   divided by their probability if K are wrong. A label of a wrong answer multiplies E(K) by q / p,
+   and any other label by (1 - q) / (1 - p). q is the probability of a wrong answer under the beta
+   distribution. p = (K - k) / (c - m) is its probability if K are wrong. So E(K) is a bet against
+   p, and its expectation is 1 if K are wrong.
 2. If a certified guarantee is false, the true K was rejected. No other K can be rejected wrongly.
    So testing all K at the full level is valid, as in a confidence sequence.
 3. The thresholds share the level. With shares w that add up to 1, the sum of w E(K) over all

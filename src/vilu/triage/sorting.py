@@ -191,7 +191,7 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """The flat name of a photo after a hash of its path; a long name loses its start.
+    """A hash of the path of a photo, and then its flat name; a long name loses its start.
 
     Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name, and so would two long
     paths with the same end.

@@ -71,7 +71,7 @@ class SeenRows:
         """
         if outcomes.ids is not None:
             return self._new_by_name(outcomes, outcomes.ids)
-        numbers = _recognising_numbers(outcomes)
+        numbers = _identifying_numbers(outcomes)
         if labels:
             numbers = np.column_stack([numbers, outcomes.failure])
         return self._new_as_a_whole(outcomes, numbers)
@@ -80,7 +80,7 @@ class SeenRows:
         self, outcomes: Outcomes, ids: Sequence[str]
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``find_new``, for rows with identifiers."""
-        numbers = _recognising_numbers(outcomes)
+        numbers = _identifying_numbers(outcomes)
         hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
         # equal rows of this batch count once
         _, first_of_equals = np.unique(hashes, return_index=True)
@@ -119,7 +119,7 @@ class SeenRows:
         return is_known
 
 
-def _recognising_numbers(outcomes: Outcomes) -> Ints:
+def _identifying_numbers(outcomes: Outcomes) -> Ints:
     """Numbers (N, 2) by which rows are recognised: the bits of the uncertainty, and the answer."""
     answers = outcomes.prediction
     if answers is None:
