@@ -300,7 +300,7 @@ def test_type_checkers_see_every_public_name(
     checked = next(node for node in statements if isinstance(node, ast.If))
     imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.asname: node.module for node in imports for alias in node.names}
-    assert seen == {**package._HOME, **beside}
+    assert seen == {**package._MODULE_OF_NAME, **beside}
 
 
 def test_names_of_tests_are_short() -> None:

@@ -70,8 +70,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# the public names of every module, with spaces between them
-_NAMES = {
+# for every module, its public names with spaces between them
+_NAMES_OF_MODULE = {
     "vilu.backbones.catalog": "load_backbone",
     "vilu.datasets.catalog": "open_dataset",
     "vilu.calibration.target": "Target",
@@ -111,10 +111,11 @@ _NAMES = {
     "vilu.tables.table": "AnswerTable",
     "vilu.guard.guard": "Answer Guard",
 }
-# the module of every public name
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULE_OF_NAME = {
+    name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()
+}
 
-__all__ = ["__version__", "methods", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too
+__all__ = ["__version__", "methods", "metrics", *_MODULE_OF_NAME]  # noqa: PLE0604 - strings, too
 
 
 if not TYPE_CHECKING:  # with this function, a type checker would accept any name
@@ -127,9 +128,9 @@ if not TYPE_CHECKING:  # with this function, a type checker would accept any nam
         if name == "__version__":
             # imported here because this import is slower than the whole module
             return importlib.import_module("importlib.metadata").version("vilu")
-        if name not in _HOME:
+        if name not in _MODULE_OF_NAME:
             raise AttributeError(f"module 'vilu' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOME[name]), name)
+        value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
         globals()[name] = value
         return value
 

@@ -24,19 +24,21 @@ def resolve_device(name: str) -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    kinds_here = [kind for kind, is_here in available.items() if is_here]
+    available_kinds = [kind for kind, is_available in available.items() if is_available]
     if name == "auto":
-        first, *_ = kinds_here
+        first, *_ = available_kinds
         return torch.device(first)
     is_numbered = re.fullmatch("cuda:[0-9]{1,4}", name) is not None
     if name not in available and not is_numbered:
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
     kind, _, number = name.partition(":")
-    is_here = available[kind]
-    if is_here and number:
-        is_here = int(number) < torch.cuda.device_count()
-    if not is_here:
-        raise UsageError(f"device {name!r} is not on this machine. Found: {', '.join(kinds_here)}.")
+    is_available = available[kind]
+    if is_available and number:
+        is_available = int(number) < torch.cuda.device_count()
+    if not is_available:
+        raise UsageError(
+            f"device {name!r} is not on this machine. Found: {', '.join(available_kinds)}."
+        )
     return torch.device(name)
 
 
@@ -45,17 +47,17 @@ BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16")
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself, as it says. If not, torch emulates it slowly.
+    """Whether a device has instructions that multiply bfloat16. If not, torch emulates them slowly.
 
-    The answer is False for a processor that torch cannot ask.
+    The result is False for a processor that torch cannot ask.
     """
     if device.type == "cuda":
         is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
         return is_supported
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    if device.type != "cpu" or ask is None:
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if device.type != "cpu" or get_capabilities is None:
         return False
-    capabilities = ask()
+    capabilities = get_capabilities()
     return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
@@ -99,7 +101,7 @@ def each_with_torch_defaults(items: Generator[Item, None, None]) -> Iterator[Ite
             yield item
 
 
-FILLING = {
+FILLING_FUNCTIONS = {
     "uniform_",
     "normal_",
     "bernoulli_",
@@ -116,7 +118,7 @@ They are methods of tensors and functions of ``torch.nn.init``. They are compare
 transformers replaces them by functions of its own with the same names while it makes a model.
 """
 
-MAKING: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
+MAKING_FUNCTIONS: set[Callable[..., object]] = {torch.rand, torch.randn, torch.normal}
 """Functions that make a new tensor of random numbers."""
 
 
@@ -140,18 +142,18 @@ class OwnGenerator(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         """Call a function of torch, with the generator of the block if it draws random numbers."""
-        named = dict(kwargs or {})  # torch passes None if there are no keyword arguments
-        if named.get("generator") is None and _draws_on_cpu(func, args, named):
-            named["generator"] = self.generator
-        return func(*args, **named)
+        keywords = dict(kwargs or {})  # torch passes None if there are no keyword arguments
+        if keywords.get("generator") is None and _draws_on_cpu(func, args, keywords):
+            keywords["generator"] = self.generator
+        return func(*args, **keywords)
 
 
 def _draws_on_cpu(
-    function: Callable[..., object], args: tuple[Any, ...], named: dict[str, Any]
+    function: Callable[..., object], args: tuple[Any, ...], keywords: dict[str, Any]
 ) -> bool:
     """Whether a call of a function of torch draws random numbers on the CPU."""
-    if getattr(function, "__name__", None) in FILLING:
-        tensor: Tensor = args[0] if args else named["tensor"]
+    if getattr(function, "__name__", None) in FILLING_FUNCTIONS:
+        tensor: Tensor = args[0] if args else keywords["tensor"]
         return tensor.device.type == "cpu"
-    device = named.get("device") or "cpu"  # no device, or None, counts as the CPU
-    return function in MAKING and torch.device(device).type == "cpu"
+    device = keywords.get("device") or "cpu"  # no device, or None, counts as the CPU
+    return function in MAKING_FUNCTIONS and torch.device(device).type == "cpu"

@@ -84,6 +84,9 @@ class BusyError(ViLUError):
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The question whether the most similar known name was meant; "" if no name is similar."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Text that asks whether the most similar known name was meant; "" if no name is similar.
+
+    ``cutoff`` is the smallest similarity, from 0 to 1.
+    """
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" Did you mean {similar[0]!r}?" if similar else ""

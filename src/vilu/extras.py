@@ -34,7 +34,7 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings, log lines below ERROR and progress bars of this thread in the block.
+    """Within the block, suppress warnings, log lines below ERROR and progress bars of this thread.
 
     Other threads are not affected, because every hook asks whether it is called from such a block.
     When the last of all blocks ends, the hooks are removed.
@@ -65,12 +65,12 @@ class _QuietCategory(type):
 
 
 class _AnyOfQuietThread(Warning, metaclass=_QuietCategory):
-    """The category that the filter of warnings has. No warning is of this class itself."""
+    """The category in the filter of warnings. It contains every warning of a quiet thread."""
 
 
 @contextmanager
 def _hook_warnings() -> Iterator[None]:
-    """Ignore the warnings of quiet threads in the block."""
+    """Within the block, ignore the warnings of quiet threads."""
     filters = cast("list[object]", warnings.filters)
     # the action, the message, the category, the module and the line; None and 0 match all
     ignore_any = ("ignore", None, _AnyOfQuietThread, None, 0)
@@ -88,12 +88,12 @@ BELOW_ALL_HANDLERS = -1
 
 @contextmanager
 def _hook_logging() -> Iterator[None]:
-    """Drop the log records of quiet threads below ERROR in the block."""
-    make = logging.getLogRecordFactory()
+    """Within the block, drop the log records of quiet threads that are below ERROR."""
+    make_record = logging.getLogRecordFactory()
     configure = logging.basicConfig
 
     def make_silent(*args: object, **fields: object) -> logging.LogRecord:
-        record = make(*args, **fields)
+        record = make_record(*args, **fields)
         if _is_quiet.get() and record.levelno < logging.ERROR:
             record.levelno = BELOW_ALL_HANDLERS
         return record
@@ -104,13 +104,13 @@ def _hook_logging() -> Iterator[None]:
 
     logging.setLogRecordFactory(make_silent)
     try:
-        # ``logging.info``, which open_clip calls, would add a handler to a root logger without any
-        with setting(logging, basicConfig=configure_unless_quiet):
+        # open_clip calls ``logging.info``, which would add a handler to a root logger that has none
+        with temporarily_set(logging, basicConfig=configure_unless_quiet):
             yield
     finally:
         # a factory that another thread has set meanwhile stays
         if logging.getLogRecordFactory() is make_silent:
-            logging.setLogRecordFactory(make)
+            logging.setLogRecordFactory(make_record)
 
 
 TRANSFORMERS_BARS = "transformers.utils.logging"
@@ -119,7 +119,7 @@ HUB_BARS = "huggingface_hub.utils.tqdm"
 
 @contextmanager
 def _hook_transformers_bars() -> Iterator[None]:
-    """Hide the progress bars that transformers makes in quiet threads, in the block."""
+    """Within the block, hide the progress bars that transformers makes in quiet threads."""
     bars = importlib.import_module(TRANSFORMERS_BARS)
 
     def make_bar(
@@ -140,14 +140,14 @@ def _hook_transformers_bars() -> Iterator[None]:
 
 @contextmanager
 def _hook_hub_bars() -> Iterator[None]:
-    """Hide the progress bars that the client of the hub makes in quiet threads, in the block."""
+    """Within the block, hide progress bars that the client of the hub makes in quiet threads."""
     bars = importlib.import_module(HUB_BARS)
     are_disabled = bars.are_progress_bars_disabled
 
     def are_disabled_here(name: str | None = None) -> bool:
         return _is_quiet.get() or are_disabled(name)
 
-    with setting(bars, are_progress_bars_disabled=are_disabled_here):
+    with temporarily_set(bars, are_progress_bars_disabled=are_disabled_here):
         yield
 
 
@@ -157,8 +157,8 @@ _is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
 """Whether the current thread is in an ``offline_hub`` block."""
 
 
-class _OfflineHere:
-    """A switch that is on in offline threads, and as ``before`` in all others."""
+class _OfflineSwitch:
+    """A switch that is on in offline threads, and has the value ``before`` in all others."""
 
     def __init__(self, before: object) -> None:
         self.before = before
@@ -169,11 +169,11 @@ class _OfflineHere:
 
 @contextmanager
 def _hook_hub_offline() -> Iterator[None]:
-    """Let the client of the hub ask in the block whether its thread is offline."""
+    """Within the block, the client of the hub asks whether its thread is offline."""
     # The client reads the environment variable HF_HUB_OFFLINE when it is imported, and this
     # constant at every request.
     client: Any = importlib.import_module(HUB_CONSTANTS)
-    switch = _OfflineHere(client.HF_HUB_OFFLINE)
+    switch = _OfflineSwitch(client.HF_HUB_OFFLINE)
     client.HF_HUB_OFFLINE = switch
     try:
         yield
@@ -190,19 +190,19 @@ class _SharedContext:
         self._context = context
         self._lock = threading.Lock()
         self._n_inside = 0
-        self._ending = ExitStack()
+        self._exit_stack = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if self._n_inside == 0:
-                self._ending.enter_context(self._context())
+                self._exit_stack.enter_context(self._context())
             self._n_inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._n_inside -= 1
             if self._n_inside == 0:
-                self._ending.close()
+                self._exit_stack.close()
 
 
 HOOKS = {
@@ -219,7 +219,7 @@ _OFFLINE_HOOK = _SharedContext(_hook_hub_offline)
 
 @contextmanager
 def offline_hub() -> Iterator[None]:
-    """Keep the client of the hub from the network in this thread, in the block.
+    """Within the block, keep the client of the hub from the network in this thread.
 
     Other threads are not affected. An argument ``local_files_only`` would not do, because open_clip
     has none.
@@ -233,8 +233,8 @@ def offline_hub() -> Iterator[None]:
 
 
 @contextmanager
-def setting(target: object, **values: object) -> Iterator[None]:
-    """Set attributes of ``target`` to other values in the block, and restore them afterwards."""
+def temporarily_set(target: object, **values: object) -> Iterator[None]:
+    """Set attributes of ``target`` within the block, and restore their values afterwards."""
     before = {name: getattr(target, name) for name in values}
     try:
         for name, value in values.items():

@@ -26,7 +26,7 @@ from vilu.registry import METHODS, METHODS_OF_TABLES, entry_points, load_plugins
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - every method has a class of its own
-    if name.startswith("__"):  # asked for by the import system and by tools
+    if name.startswith("__"):  # the import system and tools ask for such names
         raise AttributeError(f"module 'vilu.methods' has no attribute {name!r}")
     method_of_class = _methods_by_class()
     if name not in method_of_class:
@@ -46,13 +46,13 @@ def _methods_by_class() -> dict[str, str]:
     importlib.import_module("vilu.predictors")  # puts the methods of vilu into the catalogue
     load_plugins()
     # "module:class" by the name of the method
-    places = {**METHODS.offered, **METHODS_OF_TABLES}
-    for entry in entry_points(METHODS.group):  # a method of vilu keeps its place
-        places.setdefault(entry.name, entry.value)
-    methods: dict[str, str] = {}  # of several methods with one class name, the first one stays
-    for method, place in places.items():
-        _, _, class_name = place.partition(":")
-        methods.setdefault(class_name, method)
-    for method, cls in METHODS.here.items():
-        methods.setdefault(cls.__name__, method)
-    return methods
+    addresses = {**METHODS.addresses, **METHODS_OF_TABLES}
+    for entry in entry_points(METHODS.group):
+        addresses.setdefault(entry.name, entry.value)  # does not replace a method of vilu
+    method_of_class: dict[str, str] = {}  # if methods have the same class name, the first one stays
+    for method, address in addresses.items():
+        _, _, class_name = address.partition(":")
+        method_of_class.setdefault(class_name, method)
+    for method, cls in METHODS.registered.items():
+        method_of_class.setdefault(cls.__name__, method)
+    return method_of_class

@@ -9,9 +9,9 @@ import sys
 
 from vilu.callers import warn_caller
 
-SPINS = "GOMP_SPINCOUNT"
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
 """Environment variable by which vilu sets how long a waiting thread spins."""
-WAITING_IS_SET_BY = {SPINS, "OMP_WAIT_POLICY"}
+WAITING_SET_BY = {SPIN_VARIABLE, "OMP_WAIT_POLICY"}
 """If the user has set one of these environment variables, vilu does not set how threads wait."""
 SHORT_WAIT = "3000"
 """Number of turns that a waiting thread spins before it sleeps (docs/performance.md)."""
@@ -22,13 +22,18 @@ RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
 RAY_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Environment variable for whether Ray listens to other machines; Ray reads it on Linux, too."""
 
-KEPT_BYTES = 2**29
+LARGEST_KEPT_BLOCK = 2**29
 """Largest freed block that glibc keeps, in bytes."""
 ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
 """Environment variable for where Arrow takes its memory from."""
 HEAPS_SET_BY = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
 """If the user has set one of these environment variables, vilu does not set the heaps of glibc."""
-KEPT_BY = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
+KEPT_MEMORY_SET_BY = {
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "GLIBC_TUNABLES",
+}
 """If the user has set one of these environment variables, vilu does not set what glibc keeps."""
 
 
@@ -57,13 +62,14 @@ def tune_process() -> None:
     """
     keep_freed_memory()
     os.environ.setdefault(RAY_REPORTS, "0")
-    if os.environ.keys() & WAITING_IS_SET_BY:
+    if os.environ.keys() & WAITING_SET_BY:
         return
-    os.environ[SPINS] = SHORT_WAIT
+    os.environ[SPIN_VARIABLE] = SHORT_WAIT
     if "torch" in sys.modules:
         warn_caller(
-            f"torch was imported before vilu.tune_process(): {SPINS} has no effect in this process "
-            f"any more. Call it before torch is imported, or set {SPINS}={SHORT_WAIT} outside."
+            f"torch was imported before vilu.tune_process(): {SPIN_VARIABLE} has no effect in this "
+            "process any more. Call it before torch is imported, or set "
+            f"{SPIN_VARIABLE}={SHORT_WAIT} outside."
         )
 
 
@@ -86,13 +92,13 @@ def keep_freed_memory() -> None:
     and a sixth of the time of an entropy of 1,000 candidates. Nothing is changed if an environment
     variable of the user sets what glibc keeps, or if the C library is not glibc.
     """
-    if sys.platform != "linux" or os.environ.keys() & KEPT_BY:
+    if sys.platform != "linux" or os.environ.keys() & KEPT_MEMORY_SET_BY:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # the C library is musl, which has no mallopt
         return
-    mallopt(-3, KEPT_BYTES)  # M_MMAP_THRESHOLD of <malloc.h>
-    mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
+    mallopt(-3, LARGEST_KEPT_BLOCK)  # -3 is M_MMAP_THRESHOLD of <malloc.h>
+    mallopt(-1, 2 * LARGEST_KEPT_BLOCK)  # -1 is M_TRIM_THRESHOLD
 
 
 def use_one_heap() -> None:
@@ -109,7 +115,7 @@ def use_one_heap() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # the C library musl has no mallopt
-        mallopt(-8, 1)  # M_ARENA_MAX of <malloc.h>
+        mallopt(-8, 1)  # -8 is M_ARENA_MAX of <malloc.h>
 
 
 def return_freed_memory() -> None:

@@ -48,7 +48,7 @@ PLUGINS = "VILU_PLUGINS"
 """Environment variable with the comma-separated names of modules that every process imports."""
 
 IMPORTED: list[str] = []
-"""Names of the plugins that ``load_plugin`` has imported in this process."""
+"""Names of the modules that ``load_plugin`` has imported in this process."""
 
 
 def register(thing: Added) -> Added:
@@ -152,47 +152,47 @@ class Catalogue(MutableMapping[str, Added]):
     def __init__(self, what: str, group: str) -> None:
         self.what = what  # kind of object, for messages
         self.group = group  # group of entry points
-        self.here: dict[str, Added] = {}  # objects that are registered in this process
-        # places ("module:object") of the objects of this package, which are imported on first use
-        self.offered: dict[str, str] = {}
+        self.registered: dict[str, Added] = {}  # objects that are registered in this process
+        # addresses "module:object" of the objects of this package, which are imported on first use
+        self.addresses: dict[str, str] = {}
         self._has_imported_all = False
 
     def names(self) -> list[str]:
         """All names, without importing any entry point."""
         load_plugins()
-        of_entries = [entry.name for entry in self._entries()]
-        return list(dict.fromkeys([*self.offered, *self.here, *of_entries]))
+        entry_names = [entry.name for entry in self._entries()]
+        return list(dict.fromkeys([*self.addresses, *self.registered, *entry_names]))
 
-    def offer(self, places: Mapping[str, str]) -> None:
-        """Add objects of this package by their names and places, without importing them.
+    def offer(self, addresses: Mapping[str, str]) -> None:
+        """Add objects of this package by their names and addresses, without importing them.
 
-        A place is "module:object".
+        An address is "module:object".
         """
-        self.offered.update(places)
+        self.addresses.update(addresses)
 
     def __getitem__(self, name: str) -> Added:
-        if name not in self.here and name in self.offered:
-            self._import_offered(name)
-        if name not in self.here:
+        if name not in self.registered and name in self.addresses:
+            self._import_own(name)
+        if name not in self.registered:
             load_plugins()
-        if name not in self.here:
+        if name not in self.registered:
             entry = next((entry for entry in self._entries() if entry.name == name), None)
             if entry is not None:
                 self._import_entry(entry)
-        return self.here[name]
+        return self.registered[name]
 
     def __setitem__(self, name: str, thing: Added) -> None:
-        self.here[name] = thing
+        self.registered[name] = thing
 
     def __delitem__(self, name: str) -> None:
-        del self.here[name]
+        del self.registered[name]
 
     def __iter__(self) -> Iterator[str]:
         load_plugins()
         if not self._has_imported_all:
             self._has_imported_all = True
             self._import_all()
-        return iter(self.here)
+        return iter(self.registered)
 
     def _import_all(self) -> None:
         """Import all objects of the catalogue.
@@ -200,11 +200,11 @@ class Catalogue(MutableMapping[str, Added]):
         Afterwards their order is: objects of this package in the order of ``offer``, registered
         objects, objects of entry points.
         """
-        for name in self.offered:
-            if name not in self.here:
-                self._import_offered(name)
-        in_order = {name: self.here[name] for name in self.offered}
-        self.here = in_order | self.here  # registered objects of other packages come afterwards
+        for name in self.addresses:
+            if name not in self.registered:
+                self._import_own(name)
+        own_objects = {name: self.registered[name] for name in self.addresses}
+        self.registered = own_objects | self.registered  # other registered objects come afterwards
         reasons = []
         for entry in self._entries():
             try:
@@ -214,9 +214,9 @@ class Catalogue(MutableMapping[str, Added]):
         for reason in dict.fromkeys(reasons):
             logger.warning("left out: %s", reason)
 
-    def _import_offered(self, name: str) -> None:
+    def _import_own(self, name: str) -> None:
         """Import an object of this package, and register it."""
-        module, _, attribute = self.offered[name].partition(":")
+        module, _, attribute = self.addresses[name].partition(":")
         register(getattr(importlib.import_module(module), attribute))
 
     def __len__(self) -> int:
@@ -228,14 +228,14 @@ class Catalogue(MutableMapping[str, Added]):
     def _import_entry(self, entry: EntryPoint) -> None:
         """Import the object of an entry point, and register it."""
         loaded = register_entry(entry, self.what)
-        # A TOML file registers its tables by their own names. So the object that is registered by
-        # the name of the entry point is made from a table, and is not equal to the file.
+        # A TOML file registers its tables by their own names. So the object of this name is made
+        # from a table, and does not equal the file.
         is_file = isinstance(loaded, str | os.PathLike)
-        registered = self.here.get(entry.name)
-        has_its_name = registered is not None and (is_file or registered == loaded)
-        if not has_its_name:
+        object_of_name = self.registered.get(entry.name)
+        is_same = is_file or object_of_name == loaded
+        if object_of_name is None or not is_same:
             raise UsageError(
-                f"{_in_words(entry, self.what)} has another name than its entry point."
+                f"{_entry_in_words(entry, self.what)} has another name than its entry point."
             )
 
 
@@ -276,7 +276,7 @@ def load_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any objec
     # The import runs code of other packages, which may raise any exception. The new message names
     # the distribution.
     except Exception as error:
-        raise _not_imported(entry, what, error) from error
+        raise _import_error(entry, what, error) from error
 
 
 def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any object
@@ -285,19 +285,19 @@ def register_entry(entry: EntryPoint, what: str) -> Any:  # noqa: ANN401 - any o
     try:
         return register(loaded)
     except UsageError as error:
-        raise _not_imported(entry, what, error) from error
+        raise _import_error(entry, what, error) from error
 
 
-def _not_imported(entry: EntryPoint, what: str, error: Exception) -> UsageError:
-    """The error that an entry point cannot be imported; names a package that is missing."""
-    message = f"{_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
+def _import_error(entry: EntryPoint, what: str, error: Exception) -> UsageError:
+    """The error for an entry point that cannot be imported. It names a package that is missing."""
+    message = f"{_entry_in_words(entry, what)} cannot be imported: {type(error).__name__}: {error}"
     package, *_ = re.split("[.:]", entry.value)  # the value is "package.module:object"
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         message = f"{message}. Install {package.replace('_', '-')}."
     return UsageError(message)
 
 
-def _in_words(entry: EntryPoint, what: str) -> str:
+def _entry_in_words(entry: EntryPoint, what: str) -> str:
     """Text that names an entry point, its distribution and its value."""
     distribution = entry.dist.name if entry.dist else "?"
     return f"the {what} {entry.name!r} of {distribution} ({entry.value})"
@@ -336,8 +336,9 @@ def load_plugins() -> None:
 
 def plugins() -> list[str]:
     """Names of the plugins of this process, from ``VILU_PLUGINS`` and from ``load_plugin``."""
-    of_user = [module for module in os.environ.get(PLUGINS, "").split(",") if module]
-    return list(dict.fromkeys([*of_user, *IMPORTED]))
+    names_of_user = os.environ.get(PLUGINS, "").split(",")
+    modules_of_user = [name for name in names_of_user if name]
+    return list(dict.fromkeys([*modules_of_user, *IMPORTED]))
 
 
 METHODS = Catalogue[Any]("method", "vilu.predictors")

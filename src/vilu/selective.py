@@ -39,8 +39,11 @@ from vilu.validation import checked
 RISK_OF_CHOICE = 0.05
 """Risk at which both kinds of answers are compared if the target has no ``max_risk``."""
 
-OF_CALIBRATION = (ROWS, LOOKS, LIKELY, VOCABULARY, RISK)
-"""Files of a calibration beside those of its predictor. The last file makes the others valid."""
+CALIBRATION_FILES = (ROWS, LOOKS, LIKELY, VOCABULARY, RISK)
+"""Files of a calibration, in the order in which they are copied.
+
+RISK is the last one, so that an incomplete copy is not taken for a calibration.
+"""
 
 
 class Selective(DecidingModel):
@@ -95,9 +98,10 @@ class Selective(DecidingModel):
         self.predictor = copy.copy(predictor)  # a fit must not change the caller's object
         self.calibration: Calibration | None = None
         self.choice: AnswerChoice | None = None
-        self._chooses = answer is None and predictor.answer == "zero_shot"
-        # rows of the fit, and its rows without labels, until the kind of answers is chosen
-        self._fitted_on: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
+        self._chooses_answer = answer is None and predictor.answer == "zero_shot"
+        # Rows of the fit, and rows without labels that it used. They are kept until the kind of
+        # answers is chosen.
+        self._fit_data: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
 
@@ -134,7 +138,7 @@ class Selective(DecidingModel):
         self.predictor.fit(train, validation, unlabelled=unlabelled)
         self.calibration = None
         self.choice = None
-        self._fitted_on = (train, unlabelled) if self._chooses else None
+        self._fit_data = (train, unlabelled) if self._chooses_answer else None
         self.vocabulary = None
         self._folder = None
         return self
@@ -205,7 +209,7 @@ class Selective(DecidingModel):
             >>> model.calibration.rule.n_accepted
             200
         """
-        fields = Target(
+        target_of_fields = Target(
             max_risk=max_risk,
             min_coverage=min_coverage,
             confidence=confidence,
@@ -218,24 +222,24 @@ class Selective(DecidingModel):
             cluster_risk=cluster_risk,
             largest_cluster=largest_cluster,
         )
-        has_fields = fields != Target()
+        has_fields = target_of_fields != Target()
         has_target = target is not None
-        # both or neither
+        # True if both were given, or neither
         if has_target == has_fields:
             raise UsageError(
                 "calibrate takes a target, or max_risk and other fields of a target. Give one of "
                 "the two."
             )
-        goal = fields if target is None else target
-        self._choose(goal.max_risk or RISK_OF_CHOICE)
+        chosen_target = target_of_fields if target is None else target
+        self._choose_answer(chosen_target.max_risk or RISK_OF_CHOICE)
         has_labels = len(labels) > 0 or seed != 0
         has_name = dataset is not None or split is not None
-        _refuse_what_changes_nothing(goal.method, has_labels=has_labels, has_name=has_name)
-        if goal.method == "anytime":
-            self._calibrate_by_labels(data, goal, labels, seed)
+        _refuse_unused_arguments(chosen_target.method, has_labels=has_labels, has_name=has_name)
+        if chosen_target.method == "anytime":
+            self._calibrate_by_labels(data, chosen_target, labels, seed)
         else:
-            calibrate_predictor(self.folder, data, goal, dataset=dataset, split=split)
-        self._read(self.folder)
+            calibrate_predictor(self.folder, data, chosen_target, dataset=dataset, split=split)
+        self._read_folder(self.folder)
         return self
 
     def _calibrate_by_labels(
@@ -262,8 +266,8 @@ class Selective(DecidingModel):
                 overwrite=is_other_target,
             )
         except ViLUError:
-            is_taken_back = Calibration.find(self.folder) is None
-            if is_taken_back:  # a label of an earlier calibration was changed
+            was_removed = Calibration.find(self.folder) is None
+            if was_removed:  # because a label of the earlier calibration has changed
                 self.predictor = load_predictor(self.folder)
                 self.calibration = None
                 self.vocabulary = None
@@ -327,16 +331,16 @@ class Selective(DecidingModel):
                 f"{path} is one of the labels, which would be lost. Give another file."
             )
         claim_file(path, "labels", overwrite=overwrite)
-        self._choose(max_risk)
+        self._choose_answer(max_risk)
         predictor = load_predictor(self.folder)
         require_probability(predictor)
-        asked, answers = next_of_store(
+        rows_to_label, answers = next_of_store(
             store, predictor, files, n=n, max_risk=max_risk, seed=seed, per_class=per_class
         )
-        write_next(path, asked, answers, predictor.answer)
+        write_next(path, rows_to_label, answers, predictor.answer)
         return path
 
-    def _read(self, folder: Path) -> None:
+    def _read_folder(self, folder: Path) -> None:
         """Take predictor, calibration and classes from a folder."""
         self.predictor = load_predictor(folder)
         self.calibration = Calibration.load(folder)
@@ -496,19 +500,19 @@ class Selective(DecidingModel):
         model = cls(load_predictor(folder))
         Calibration.load(folder)  # an error about a damaged calibration names this folder
         _copy_calibration(Path(folder), model.folder)
-        model._read(model.folder)
+        model._read_folder(model.folder)
         return model
 
-    def _choose(self, max_risk: float) -> None:
+    def _choose_answer(self, max_risk: float) -> None:
         """Choose which answers the fitted predictor judges, once after every fit."""
-        if self._fitted_on is None:
+        if self._fit_data is None:
             return
-        train, unlabelled = self._fitted_on
+        train, unlabelled = self._fit_data
         self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
         self.predictor = self.predictor.judging(self.choice.answer)
         self._folder = None  # an earlier folder holds the predictor before the choice
         # A second calibration keeps the choice, so the rows are no longer needed.
-        self._fitted_on = None
+        self._fit_data = None
 
     def _require_calibrated(self) -> Calibration:
         if self.calibration is None:
@@ -531,7 +535,7 @@ class Selective(DecidingModel):
         return self._folder
 
 
-def _refuse_what_changes_nothing(method: Method, *, has_labels: bool, has_name: bool) -> None:
+def _refuse_unused_arguments(method: Method, *, has_labels: bool, has_name: bool) -> None:
     """Refuse arguments of ``Selective.calibrate`` that the method does not use."""
     if method == "anytime" and has_name:
         raise UsageError(
@@ -545,8 +549,8 @@ def _refuse_what_changes_nothing(method: Method, *, has_labels: bool, has_name: 
 
 
 def _copy_calibration(source: Path, folder: Path) -> None:
-    """Copy the files of a calibration, in the order of ``OF_CALIBRATION``."""
-    for name in OF_CALIBRATION:
+    """Copy the files of a calibration, in the order of ``CALIBRATION_FILES``."""
+    for name in CALIBRATION_FILES:
         if (source / name).is_file():
             with or_refuse(f"read {source / name}"):
                 content = (source / name).read_bytes()

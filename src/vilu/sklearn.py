@@ -89,9 +89,9 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
     def __sklearn_tags__(self) -> Tags:
         """Tags of scikit-learn: the same inputs and classes are allowed as for the estimator."""
         tags = super().__sklearn_tags__()
-        of_estimator = get_tags(self.estimator)
-        tags.input_tags = of_estimator.input_tags
-        tags.classifier_tags = of_estimator.classifier_tags
+        estimator_tags = get_tags(self.estimator)
+        tags.input_tags = estimator_tags.input_tags
+        tags.classifier_tags = estimator_tags.classifier_tags
         return tags
 
     def fit(self, X: Any, y: ArrayLike) -> Self:  # noqa: ANN401 - whatever the estimator takes
@@ -107,7 +107,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
             self.estimator_ = self.estimator
             calibration_rows = np.arange(len(labels))
         else:
-            is_calibration = _set_aside(labels, self.calibration_size, self.random_state)
+            is_calibration = _calibration_mask(labels, self.calibration_size, self.random_state)
             fit_rows = np.flatnonzero(~is_calibration)
             calibration_rows = np.flatnonzero(is_calibration)
             self.estimator_ = clone(self.estimator)
@@ -117,7 +117,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
             if hasattr(self.estimator_, name):
                 setattr(self, name, getattr(self.estimator_, name))
         X_calibration = _safe_indexing(X, calibration_rows)
-        self.rule_ = self._certified(X_calibration, labels[calibration_rows])
+        self.rule_ = self._certified_rule(X_calibration, labels[calibration_rows])
         return self
 
     def _check_parameters(self) -> None:
@@ -129,7 +129,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
                 "sklearn.calibration.CalibratedClassifierCV."
             )
 
-    def _certified(self, X: Any, labels: NDArray[Any]) -> Rule | None:  # noqa: ANN401
+    def _certified_rule(self, X: Any, labels: NDArray[Any]) -> Rule | None:  # noqa: ANN401
         """The rule from the calibration rows; None if there are no calibration rows."""
         if not len(labels):
             warn_caller(
@@ -153,9 +153,9 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
 
     def predict(self, X: Any) -> NDArray[Any]:  # noqa: ANN401
         """The likeliest class (N,) of every row, whether this answer is accepted or not."""
-        likeliest = self.predict_proba(X).argmax(axis=1)
-        classes: NDArray[Any] = self.classes_[likeliest]
-        return classes
+        class_index = self.predict_proba(X).argmax(axis=1)
+        likeliest: NDArray[Any] = self.classes_[class_index]
+        return likeliest
 
     def predict_uncertainty(self, X: Any) -> Floats:  # noqa: ANN401
         """Uncertainty (N,) of every row: 1 - max_c p_c."""
@@ -204,7 +204,7 @@ def _checked_rows(X: Any, y: ArrayLike | None) -> tuple[Any, NDArray[Any]]:  # n
     return X, np.asarray(labels)
 
 
-def _set_aside(
+def _calibration_mask(
     labels: NDArray[Any], share: float, random_state: int | np.random.RandomState | None
 ) -> NDArray[np.bool_]:
     """Mask (N,) of random rows for calibration: the share of each class, in whole rows.

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 NOTHING = "-"  # cell without a number
-WIDEST = 120  # maximum number of characters in a cell of an aligned table
+WIDEST_CELL = 120  # maximum number of characters in a cell of an aligned table
 # characters that have a meaning in Markdown, and their replacements
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _LATEX = str.maketrans(
@@ -42,10 +42,11 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths: list[int] = []
     for column in zip(*cells, strict=True):  # the cells of one column after another
         widths.append(max(map(len, column)))
-    padded: list[str] = []
+    aligned_lines: list[str] = []
     for line in cells:
-        padded.append("  ".join(map(str.ljust, line, widths)).rstrip())
-    return padded
+        padded_cells = map(str.ljust, line, widths)
+        aligned_lines.append("  ".join(padded_cells).rstrip())
+    return aligned_lines
 
 
 def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -97,8 +98,8 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def shown(text: str) -> str:
-    """Make a name printable, and shorten it to ``WIDEST`` characters, for text in a terminal."""
-    return _cut(printable(text), WIDEST)
+    """Make a name printable for a terminal, and shorten it to ``WIDEST_CELL`` characters."""
+    return _cut(printable(text), WIDEST_CELL)
 
 
 def _cut(line: str, length: int) -> str:
@@ -123,11 +124,14 @@ def short(text: str, length: int) -> str:
     return _cut(" ".join(text.split()), length)
 
 
-def rest(n: int, shown: int, what: str) -> list[str]:
-    """A list with one line: how many of ``n`` rows are not shown. Empty if all rows are shown."""
-    if n <= shown:
+def more_line(n: int, n_shown: int, what: str) -> list[str]:
+    """A list with one line: how many of ``n`` rows are not shown. Empty if all rows are shown.
+
+    ``what`` names the rows.
+    """
+    if n <= n_shown:
         return []
-    return [f"... and {n - shown:,} more {what} (--json has all)"]
+    return [f"... and {n - n_shown:,} more {what} (--json has all)"]
 
 
 def csp_hash(content: str) -> str:

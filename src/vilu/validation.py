@@ -19,10 +19,10 @@ C = TypeVar("C", bound=type)
 LARGEST_SEED = 2**63 - 1
 """Largest seed that all generators of random numbers accept."""
 
-CHECKED_ELEMENTS = 100
+MOST_ELEMENTS_CHECKED = 100
 """Number of elements at the beginning of a list whose types are checked."""
 
-MOST_WITH_OR = 2
+MOST_JOINED_BY_OR = 2
 """Up to this many choices are joined by "or" in a message. More are listed after "one of"."""
 
 
@@ -80,12 +80,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         UsageError: If an argument has another type. The message states both types.
         TypeError: If there are too many arguments, too few, or unknown ones.
     """
-    shape = inspect.signature(function)
+    signature = inspect.signature(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            bound = shape.bind(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{_name_of_call(function, args)}: {error}") from None
         arguments = bound.arguments
@@ -105,11 +105,11 @@ def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> 
     owner = args[0] if args else None
     if not isinstance(owner, type):
         owner = type(owner)
-    # the name in the source, without the functions in which the function is defined
-    _, _, written = function.__qualname__.rpartition("<locals>.")
-    is_method = "." in written and hasattr(owner, function.__name__)
+    # such as "MCM.fit" or "score", without the functions in which this function is defined
+    _, _, name_in_source = function.__qualname__.rpartition("<locals>.")
+    is_method = "." in name_in_source and hasattr(owner, function.__name__)
     if not is_method:
-        return written
+        return name_in_source
     if function.__name__ == "__init__":
         return owner.__name__
     return f"{owner.__name__}.{function.__name__}"
@@ -180,8 +180,8 @@ def _problem(
 def _fitting_argument(name: str, hint: object, arguments: Mapping[str, object]) -> str | None:
     """Name of another argument whose value has the type ``hint``; None if there is none.
 
-    ``hint`` is the type that the argument ``name`` should have. The other arguments are searched
-    only if ``hint`` is a type of vilu with an attribute ``how``, which describes the type.
+    ``hint`` is the type that the argument ``name`` should have. The search is only made if ``hint``
+    is a type of vilu with an attribute ``how``. This attribute describes the type.
     """
     kinds = get_args(hint) or (hint,)
     if not any(hasattr(kind, "how") for kind in kinds):
@@ -223,8 +223,8 @@ def _fits(value: object, hint: object) -> bool:
     """Whether a value is of an annotated type; only the first elements of a list are checked."""
     kind = get_origin(hint) or hint
     inner = get_args(hint)
-    if kind in RULES:
-        fits, _ = RULES[kind]
+    if kind in TYPE_CHECKS:
+        fits, _ = TYPE_CHECKS[kind]
         return fits(value, inner)
     return _is_instance(value, kind, inner)
 
@@ -251,11 +251,11 @@ def _has_elements(value: Any, kind: type, element: object) -> bool:  # noqa: ANN
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     if isinstance(value, list | tuple):
-        return all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
+        return all(_fits(item, element) for item in value[:MOST_ELEMENTS_CHECKED])
     if hasattr(value, "dtype"):
         is_vector = type(value).__module__ == "numpy" and value.ndim == 1
-        return is_vector and all(_fits(item, element) for item in value[:CHECKED_ELEMENTS])
-    # A source of embeddings takes rows by [ ], too, but it is not iterable: it is no list of rows.
+        return is_vector and all(_fits(item, element) for item in value[:MOST_ELEMENTS_CHECKED])
+    # A source of embeddings has __getitem__, too. But it is not iterable, so it is no list of rows.
     is_ordered = hasattr(value, "__getitem__") and isinstance(value, Iterable)
     return isinstance(value, kind) or is_ordered
 
@@ -264,8 +264,8 @@ def _expected(hint: object) -> str:
     """Describe a type, for a message."""
     kind = get_origin(hint) or hint
     inner = get_args(hint)
-    if kind in RULES:
-        _, in_words = RULES[kind]
+    if kind in TYPE_CHECKS:
+        _, in_words = TYPE_CHECKS[kind]
         return in_words(inner)
     if isinstance(kind, type) and inner and issubclass(kind, Sequence):
         return f"a list, each {_expected(inner[0])}"
@@ -297,7 +297,7 @@ def _is_choice(value: object, choices: tuple[object, ...]) -> bool:
 
 def _choices_in_words(choices: tuple[object, ...]) -> str:
     names = [repr(choice) for choice in choices]
-    if len(names) > MOST_WITH_OR:
+    if len(names) > MOST_JOINED_BY_OR:
         return f"one of {', '.join(names)}"
     return " or ".join(names)
 
@@ -305,7 +305,7 @@ def _choices_in_words(choices: tuple[object, ...]) -> str:
 Fits = Callable[[object, Any], bool]
 InWords = Callable[[Any], str]
 
-RULES: dict[object, tuple[Fits, InWords]] = {
+TYPE_CHECKS: dict[object, tuple[Fits, InWords]] = {
     Any: (lambda _, __: True, lambda _: "anything"),
     Union: (_is_any_of, _any_in_words),
     UnionType: (_is_any_of, _any_in_words),

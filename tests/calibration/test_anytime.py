@@ -153,11 +153,11 @@ def test_an_exact_test_repeated_at_every_look_breaks_it() -> None:
     """What this is for:
     the same looks with the binomial test at the full level certify far too often.
     """
-    from vilu.calibration.thresholds import tail
+    from vilu.calibration.thresholds import binomial_tail
 
     rng, broken = np.random.default_rng(7), 0
     for _ in range(500):
         wrong = np.cumsum(rng.random(2_000) < 0.052)
         n = np.arange(60, 2_001, 10)
-        broken += bool((tail(wrong[n - 1], n, RISK) <= DELTA).any())
+        broken += bool((binomial_tail(wrong[n - 1], n, RISK) <= DELTA).any())
     assert broken / 500 > 2 * DELTA

@@ -14,8 +14,8 @@ import pytest
 
 import vilu
 from vilu.artifacts.tables import read_table, write_table
-from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
-from vilu.calibration.monitor.martingale import grouped, in_blocks, rising
+from vilu.calibration.monitor.arrivals import SeenRows, admit, refuse_sorted
+from vilu.calibration.monitor.martingale import is_grouped, is_in_blocks, is_rising
 from vilu.errors import DataError
 
 NAMES = ("a", "b", "c", "d")
@@ -235,7 +235,7 @@ def test_a_few_rows_are_looked_up_without_copying_the_calibration() -> None:
 
 
 def test_memory_is_eight_bytes_a_row() -> None:
-    seen, hashes = Seen(), np.random.default_rng(0).integers(-(2**63), 2**63, size=20_000)
+    seen, hashes = SeenRows(), np.random.default_rng(0).integers(-(2**63), 2**63, size=20_000)
     for start in range(0, 20_000, 7):
         seen.add(hashes[start : start + 7])
     seen.add(hashes[:500])
@@ -259,10 +259,10 @@ def by_class(
 )
 def test_a_folder_of_classes_is_known_by_its_answers(n: int, k: int, accuracy: float) -> None:
     target, prediction, u = by_class(n, k, accuracy)
-    assert grouped(prediction)
-    assert not rising(u)
+    assert is_grouped(prediction)
+    assert not is_rising(u)
     shuffled = np.random.default_rng(1).permutation(n)
-    assert not grouped(prediction[shuffled])
+    assert not is_grouped(prediction[shuffled])
     rows = vilu.Outcomes(u, np.full(n, -1), prediction=prediction)
     with pytest.raises(DataError, match=r"sorted by their answer.*--shuffle.*--in-order"):
         refuse_sorted(rows)
@@ -272,21 +272,21 @@ def test_a_folder_of_classes_is_known_by_its_answers(n: int, k: int, accuracy: f
 
 
 def test_labels_in_blocks_are_an_order_only_where_chance_has_none() -> None:
-    assert in_blocks(np.repeat([1, 0], [20, 20]))  # 2 / C(40, 20)
-    assert not in_blocks(np.repeat([1, 0], [99, 1]))  # one time in 50
-    assert not in_blocks(np.arange(50))
-    assert not in_blocks(np.repeat([1, 0, 1], [20, 20, 1]))
+    assert is_in_blocks(np.repeat([1, 0], [20, 20]))  # 2 / C(40, 20)
+    assert not is_in_blocks(np.repeat([1, 0], [99, 1]))  # one time in 50
+    assert not is_in_blocks(np.arange(50))
+    assert not is_in_blocks(np.repeat([1, 0, 1], [20, 20, 1]))
 
 
 @pytest.mark.parametrize("reverse", [1, -1])
 def test_rows_sorted_by_their_uncertainty(reverse: int) -> None:
     u = np.sort(np.random.default_rng(0).random(500))[::reverse]
     nearly = u + np.random.default_rng(1).normal(size=500) * 0.01
-    assert rising(u)
-    assert rising(nearly)
+    assert is_rising(u)
+    assert is_rising(nearly)
     with pytest.raises(DataError, match="sorted by their uncertainty"):
         refuse_sorted(vilu.Outcomes(u, np.full(500, -1)))
-    assert not rising(np.full(500, 0.5))
+    assert not is_rising(np.full(500, 0.5))
 
 
 def test_a_shift_is_no_order() -> None:

@@ -84,9 +84,9 @@ def test_the_verdict_follows_the_bounds_and_the_path() -> None:
         failure = (rng.random(600) < rate).astype(np.int64)
         audit = Audit(0.05, 0.01)
         assert audit.verdict == "not enough audited answers"
-        path = audit.path(failure)
+        path = audit.log_wealth_after(failure)
         for row in range(600):
-            audit = audit.more(failure[row : row + 1])
+            audit = audit.with_answers(failure[row : row + 1])
             by_bounds = (
                 "broken" if audit.lower > 0.05 else "holds so far" if audit.upper < 0.05 else None
             )

@@ -286,4 +286,4 @@ def test_a_rule_about_new_rows_is_saved_as_earlier_versions_saved_it() -> None:
     of_folder = rule.model_copy(update={"about": "folder", "closed": closed})
     assert vilu.Rule.model_validate_json(of_folder.model_dump_json()) == of_folder
     assert "of 2 pictures (3 files) of one folder" in str(of_folder)
-    assert closed.shows(np.array([2, 3])).tolist() == [True, False]
+    assert closed.covers(np.array([2, 3])).tolist() == [True, False]

@@ -208,7 +208,7 @@ def test_a_bound_far_above_the_sizes_certifies_nothing() -> None:
     far = vilu.certify_clusters(outcomes, names, "ratio", max_risk=0.1, largest=30)
     assert close.feasible
     assert not far.feasible
-    assert "a smaller largest size help" in str(far.thresholds[""].why)
+    assert "a smaller bound on the size of a cluster help" in str(far.thresholds[""].why)
 
 
 def test_clusters_above_the_bound_are_left_for_review() -> None:

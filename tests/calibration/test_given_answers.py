@@ -51,7 +51,7 @@ def test_in_sample_answers_warn_and_out_of_fold_ones_do_not() -> None:
 
 
 def test_few_warnings_are_false() -> None:
-    from vilu.calibration.given_answers import warn_of_in_sample
+    from vilu.calibration.given_answers import warn_of_in_sample_answers
 
     rng = np.random.default_rng(0)
     n_warned = 0
@@ -64,7 +64,7 @@ def test_few_warnings_are_false() -> None:
         fitted = {"n": n_fit, "n_right": int(rng.binomial(n_fit, accuracy))}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            warn_of_in_sample(fitted, outcomes)
+            warn_of_in_sample_answers(fitted, outcomes)
         n_warned += len(caught)
     # one side of a normal law beyond three standard errors is 0.13 %; three standard errors of the
     # count of 4,000 runs are 7

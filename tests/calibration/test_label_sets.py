@@ -62,7 +62,7 @@ def test_scores_by_hand() -> None:
 def test_sets_grow_with_the_probability_of_failure(method: str) -> None:
     batch = batch_of([np.log([0.6, 0.2, 0.15, 0.05]).tolist()] * 5)
     limit = {"lac": 0.9, "aps": 0.75}[method]
-    sets = LabelSets(method=method, limit=limit, **MADE).of(
+    sets = LabelSets(method=method, limit=limit, **MADE).members(
         vilu.MCM(), batch, np.array([0.01, 0.2, 0.3, 0.45, 0.55])
     )
     sizes = sets.sum(dim=1).tolist()
@@ -80,7 +80,9 @@ def test_the_share_that_misses_is_guaranteed(method: str) -> None:
         chosen = torch.from_numpy(rng.permutation(len(data)))
         calibration, new = (data.take(rows) for rows in (chosen[:300], chosen[300:800]))
         sets = fit_label_sets(predictor, calibration, max_miss=0.2, method=method)
-        found = [(sets.of(predictor, batch, u), batch.target) for batch, u in predictor.scored(new)]
+        found = [
+            (sets.members(predictor, batch, u), batch.target) for batch, u in predictor.scored(new)
+        ]
         inside = torch.cat([one.gather(1, target[:, None])[:, 0] for one, target in found])
         misses.append(1 - inside.double().mean().item())
         sizes.append(sets.mean_size)

@@ -47,7 +47,7 @@ def test_the_threshold_is_where_the_mean_reaches_the_risk(
 def test_rows_have_a_threshold_of_their_own_or_that_of_the_fit() -> None:
     of_fit = estimate().model_copy(update={"threshold": 0.02})
     uncertainty = np.array([0.01, 0.03, float("nan"), 0.2])
-    assert of_fit.among(uncertainty) == [True, True, False, False]
+    assert of_fit.rows_by_own_threshold(uncertainty) == [True, True, False, False]
     assert of_fit.rows(uncertainty) == [True, False, False, False]
     assert estimate().rows(uncertainty) == [False] * 4
 

@@ -12,8 +12,8 @@ from scipy import stats
 from vilu.calibration.monitor.martingale import (
     BETAS,
     DECAY,
-    EVERY,
     HISTOGRAMS,
+    ROWS_PER_START,
     SHARES,
     Martingale,
     beta_bets,
@@ -79,7 +79,7 @@ def test_shares_of_bets_and_of_starts_sum_to_one() -> None:
 
 
 def test_wealth_is_the_sum_over_bets_and_starts() -> None:
-    n = 3 * EVERY + 7
+    n = 3 * ROWS_PER_START + 7
     p = np.random.default_rng(1).beta(1, 1.5, n)
     bets = [beta_bets(p)]
     for cells, weight in HISTOGRAMS:
@@ -94,15 +94,15 @@ def test_wealth_is_the_sum_over_bets_and_starts() -> None:
     share = [1 - 2**-0.5, 2**-0.5 - 3**-0.5, 3**-0.5 - 4**-0.5, 4**-0.5 - 5**-0.5]
     expected = []
     for t in range(n):
-        started = range(0, t + 1, EVERY)
+        started = range(0, t + 1, ROWS_PER_START)
         wealth = sum(
-            share[s // EVERY] * (SHARES @ density[s : t + 1].prod(axis=0)) for s in started
+            share[s // ROWS_PER_START] * (SHARES @ density[s : t + 1].prod(axis=0)) for s in started
         )
         expected.append(wealth + 1 - sum(share[: len(started)]))
     assert np.exp(Martingale().update(p)).tolist() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("before", [0, 1, EVERY - 1, EVERY, 333])
+@pytest.mark.parametrize("before", [0, 1, ROWS_PER_START - 1, ROWS_PER_START, 333])
 def test_the_mean_of_the_next_wealth_is_the_wealth(before: int) -> None:
     """The property of a martingale, exactly: the integral over the next p-value, after any past."""
     martingale = Martingale()

@@ -34,7 +34,7 @@ def counts(blocks: list[tuple[int, int]]):
 @given(st.integers(1, 400), st.data(), st.floats(0.001, 0.999))
 def test_tail_is_the_binomials(m: int, data: st.DataObject, risk: float) -> None:
     k = data.draw(st.integers(0, m))
-    found = thresholds.tail(np.array([k]), np.array([m]), risk)[0]
+    found = thresholds.binomial_tail(np.array([k]), np.array([m]), risk)[0]
     assert found == pytest.approx(stats.binom.cdf(k, m, risk), rel=1e-9, abs=1e-300)
 
 

@@ -58,7 +58,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(tmp_path / "site")
     for catalogue in CATALOGUES:
-        monkeypatch.setattr(catalogue, "here", dict(catalogue.here))
+        monkeypatch.setattr(catalogue, "registered", dict(catalogue.registered))
         monkeypatch.setattr(catalogue, "_has_imported_all", False)
     yield tmp_path / "site"
     for name in [name for name in sys.modules if name.partition(".")[0] == "vilu_example"]:

@@ -135,7 +135,7 @@ def test_the_review_shows_both_answers_where_they_differ(begun: Folder, tmp_path
             continue
         is_other = row["zero_shot"] not in {"", row["answer"]}
         assert shown[path] == (row["zero_shot"] if is_other else None)
-    page = ReviewSession(review, tmp_path / "labels.csv").tasks()
+    page = ReviewSession(review, tmp_path / "labels.csv").page_data()
     assert page["kind"] == "adapted"
     assert {task["path"]: task["zero_shot"] for task in page["tasks"]} == shown
     tasks = run("review", output, "-o", tmp_path / "tasks.csv", "--which", "all")

@@ -119,7 +119,7 @@ def test_only_scores_of_the_covered_photos_are_decided_on(copied: Folder) -> Non
     store = EmbeddingStore(home / "out" / FOLDER / "001")
     with pytest.raises(ProvenanceError, match=r"rows show other pictures.*--about new"):
         vilu.score(predictor, store, calibration=calibration)
-    is_covered = calibration.rule.closed.shows(store.picture_identities())
+    is_covered = calibration.rule.closed.covers(store.picture_identities())
     covered = store.take(np.flatnonzero(is_covered))
     outcomes = vilu.score(predictor, covered, calibration=calibration)
     decisions = outcomes.decision or ()

@@ -512,7 +512,7 @@ def test_a_label_in_the_triage_and_in_the_file_counts_once(half: Path, tmp_path:
     session = ReviewSession(review, tmp_path / "labels.csv")
     for index in range(2):
         session.answer(index, "cat")
-    assert session.tasks()["used"] == ["dog", "cat"]
+    assert session.page_data()["used"] == ["dog", "cat"]
 
 
 def test_of_many_classes_the_most_used_ones_have_digits(

@@ -22,7 +22,7 @@ def test_shares_and_confusions_by_hand() -> None:
     zero_shot = np.array([0, 1, 1, 1, 0, 2, UNKNOWN, 2])
     labelled = LabelledAnswers(label, {"zero_shot": zero_shot})
     assert labelled.share_right("zero_shot") == 3 / 7  # one photo has no answer
-    assert labelled.commonest() == (0, 3 / 8)
+    assert labelled.most_frequent_label() == (0, 3 / 8)
     assert labelled.confusions("zero_shot") == [(0, 1, 2), (1, 0, 1), (OUTSIDE, 2, 1)]
 
 
@@ -43,7 +43,7 @@ def test_both_kinds_of_answers_are_judged_by_the_same_labels() -> None:
 
 def test_none_of_the_classes_can_be_the_commonest_label() -> None:
     labelled = LabelledAnswers(np.array([OUTSIDE]), {"zero_shot": np.array([1])})
-    assert labelled.commonest() == (OUTSIDE, 1.0)
+    assert labelled.most_frequent_label() == (OUTSIDE, 1.0)
 
 
 def test_labels_of_photos_without_an_answer_give_no_shares() -> None:

@@ -61,7 +61,7 @@ def test_the_review_is_ordered_by_doubt(output: Path, tmp_path: Path) -> None:
     quantiles = [task.quantile or 0 for task in shown]
     assert quantiles == sorted(quantiles, reverse=True)
     assert quantiles[0] > 0
-    sent = ReviewSession(review, tmp_path / "labels.csv").tasks()["tasks"]
+    sent = ReviewSession(review, tmp_path / "labels.csv").page_data()["tasks"]
     assert {task["p"] for task in sent} == {None}
 
 

@@ -265,7 +265,7 @@ def add_backbone(entry: NamedBackbone | BackboneKind) -> None:
             f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead."
         )
     # ``setdefault`` adds the entry; if the name is taken already, it returns the earlier entry
-    if BACKBONES.here.setdefault(name, entry) != entry:
+    if BACKBONES.registered.setdefault(name, entry) != entry:
         raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
 
 

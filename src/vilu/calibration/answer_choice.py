@@ -56,9 +56,10 @@ def choose_answer(
     answers. The own ("adapted") answers are chosen unless they clearly lose coverage. They do if
     the 80 % interval of their gain in coverage lies below zero (paired bootstrap over rows).
 
-    If the fit held out rows, these are used. Otherwise copies of the predictor are fitted on folds
-    of the training rows. No comparison is possible if the rows outside some fold have no label of a
-    class. Then the adapted answers are chosen.
+    If the fit held out rows, these are used. Otherwise the training rows are divided into folds,
+    and a copy of the predictor is fitted without each fold. This is not possible if the rows
+    without some fold lack a label of a class. Then nothing is compared, and the adapted answers are
+    chosen.
 
     Args:
         predictor: A predictor that was fitted on ``train``.
@@ -113,7 +114,10 @@ def _choose_by_coverage(held_out: HeldOut, max_risk: float) -> AnswerChoice:
 def _held_out(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOut | None:
-    """The held-out rows of the fit, or else of a cross-fit; None if some fold lacks a class."""
+    """The held-out rows of the fit, or else those of a cross-fit.
+
+    None if the rows without some fold lack a class, so that no cross-fit is possible.
+    """
     if predictor.held_out_ is not None:
         return predictor.held_out_
     folds = labelled_folds(train)

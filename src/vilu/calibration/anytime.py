@@ -43,10 +43,11 @@ STEPS: Final = 64
 """Number of thresholds in a grid up to its limit."""
 
 STARTS: Final = ((40, 0.3), (STEPS, 0.7))
-"""Number of the first threshold (from 1), and share of the level, of every sequence of thresholds.
+"""A pair for every sequence of thresholds: number of its first threshold, and share of the level.
 
-The thresholds 1 to ``STEPS`` divide the rows up to the limit into equal parts, so number ``STEPS``
-is the limit itself. It gets the largest share, because all labels count for it.
+Thresholds are numbered from 1. The thresholds 1 to ``STEPS`` divide the rows up to the limit into
+equal parts, so number ``STEPS`` is the limit itself. It gets the largest share, because all labels
+count for it.
 """
 
 GROWTH: Final = 1.02
@@ -72,17 +73,19 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     m = np.asarray(accepted, dtype=np.float64)[..., None]
     # Logarithms are added instead of multiplying wealth, because after thousands of labels the
     # wealth itself is outside the range of float64.
-    lost = k * np.log1p(-bet)
-    won = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
+    change_by_wrong = k * np.log1p(-bet)
+    change_by_right = (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
     # The mean wealth of the bets has an expectation of at most 1, so Ville's inequality holds for
     # it. The wealth of the bet that is best in hindsight would reach 1 / a too often.
-    evidence: Floats = np.logaddexp.reduce(np.log(share) + lost + won, axis=-1)
+    evidence: Floats = np.logaddexp.reduce(
+        np.log(share) + change_by_wrong + change_by_right, axis=-1
+    )
     return evidence
 
 
 def flawless_labels(max_risk: float, delta: float) -> int:
     """Smallest number of labels that certify one threshold at level delta if no answer is wrong."""
-    return labels_needed(0, max_risk, delta)
+    return labels_needed(wrong=0, max_risk=max_risk, delta=delta)
 
 
 def labels_needed(wrong: int, max_risk: float, delta: float) -> int:
@@ -127,21 +130,21 @@ def grid_of(uncertainty: Floats, limit: float) -> Floats:
     while n_accepted[-1] < len(ordered):
         n_next = math.ceil(n_accepted[-1] * GROWTH)
         n_accepted.append(min(n_next, len(ordered)))
-    last_accepted = np.array(n_accepted) - 1
-    grid: Floats = ordered[last_accepted]
+    index_of_last_accepted = np.array(n_accepted) - 1
+    grid: Floats = ordered[index_of_last_accepted]
     return grid
 
 
-def relative_numbers(n_thresholds: int) -> Floats:
-    """Rows (G,) that each threshold of ``grid_of`` accepts, divided by the rows up to the limit.
+def accepted_relative_to_limit(n_thresholds: int) -> Floats:
+    """Rows (G,) that each threshold of ``grid_of`` accepts, as a multiple of those up to the limit.
 
-    The numbers are not rounded to whole rows, so they follow from the number of thresholds alone.
+    The multiples are not rounded to whole rows, so they follow from the number of thresholds alone.
     """
     number = np.arange(1, n_thresholds + 1)
     up_to_limit = np.minimum(number / STEPS, 1.0)
     n_beyond = np.maximum(number - STEPS, 0)
-    relative: Floats = up_to_limit * GROWTH**n_beyond
-    return relative
+    multiples: Floats = up_to_limit * GROWTH**n_beyond
+    return multiples
 
 
 def require_grid(grid: Floats) -> None:
@@ -245,7 +248,7 @@ class Looks:
 
     def _certified(self, wrong: Ints, accepted: Ints) -> int | None:
         """As ``certified``, from the numbers (G,) that ``counts`` returns."""
-        share_at_start = dict(STARTS)
+        share_at_start = dict(STARTS)  # by the number of the threshold
         level = 0.0
         laxest = None
         # Only rows up to the limit are labelled. There is no random sample of rows beyond it.
@@ -271,19 +274,19 @@ class Looks:
         to be right. None if no number of labels would be enough.
         """
         wrong, accepted = self.counts(uncertainty, failure)
-        # New labels are of rows up to the limit. A threshold gets as many of them as it accepts
-        # of these rows.
-        n_accepted = relative_numbers(len(self.grid))
-        share_accepted = np.minimum(n_accepted / n_accepted[self.last], 1.0)
+        # New labels are of rows up to the limit. A threshold gets the same share of these labels as
+        # it accepts of these rows.
+        multiple = accepted_relative_to_limit(len(self.grid))
+        share_accepted = np.minimum(multiple / multiple[self.last], 1.0)
         error_rate = np.minimum(wrong / np.maximum(accepted, 1), 1.0)
 
-        def is_enough(more: int) -> bool:
-            grown = accepted + np.floor(more * share_accepted).astype(np.int64)
+        def is_enough(n_more: int) -> bool:
+            accepted_then = accepted + np.floor(n_more * share_accepted).astype(np.int64)
             # Rounded up, so that the estimate is not too small. The tolerance 1e-9 keeps a
             # float64 like 3.0000000001 at 3.
-            grown_wrong = np.ceil(error_rate * grown - 1e-9).astype(np.int64)
-            return self._certified(grown_wrong, grown) is not None
+            wrong_then = np.ceil(error_rate * accepted_then - 1e-9).astype(np.int64)
+            return self._certified(wrong_then, accepted_then) is not None
 
         if is_enough(0):
             return 0
-        return first_enough(is_enough, 1)
+        return first_enough(is_enough, first_tried=1)

@@ -35,16 +35,16 @@ from vilu.predictors.persistence.description import RECALIBRATE, fit_fingerprint
 from vilu.predictors.persistence.files import RISK, ROWS
 
 ROUNDING = 1e-9
-"""Relative tolerance when bounds are compared: SciPy versions may round them differently."""
+"""Tolerance when bounds and levels are compared: versions of SciPy may round them differently."""
 
-LAST_DIGITS = 1e-6
+SCORE_TOLERANCE = 1e-6
 """Relative tolerance of a score that is computed again, among other rows."""
 
 ABOUT_NEW = (
     "For a guarantee about new photos run `vilu triage PHOTOS --about new -o FOLDER` into a new "
     "folder, with --labels and the labels.parquet of the old one."
 )
-"""What to do where a guarantee about a folder is asked about other photos."""
+"""What to do if a guarantee is about the photos of a folder, and the data show other photos."""
 
 
 class Calibration(Document):
@@ -219,7 +219,7 @@ class Calibration(Document):
         return self.rule.needs_batch or self.rule.clusters is not None
 
     def require_match(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse another predictor, other candidates and other photos, for which nothing holds.
+        """Refuse a predictor, candidates or photos that the guarantee is not about.
 
         Raises:
             ProvenanceError: If the predictor or the candidates are not those of the calibration, or
@@ -250,29 +250,29 @@ class Calibration(Document):
                 f"{predictor.name} judges {predictor.answer} ones: nothing is guaranteed of them. "
                 f"{RECALIBRATE}."
             )
-        expected = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}
-        present = _facts_of_candidates(data)
+        facts = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}
+        facts_of_data = _candidate_facts(data)
         difference = None
-        if expected != present:
-            difference = _in_words(present)
+        if facts != facts_of_data:
+            difference = _candidates_in_words(facts_of_data)
         elif not same_candidates(vars(self), candidates_of(data)):
             difference = "the same names in other prompts"
         if difference is not None:
             raise ProvenanceError(
-                f"the predictor was calibrated on rows with {_in_words(expected)}, and these have "
-                f"{difference}: its thresholds are not valid for them. {RECALIBRATE} on rows like "
-                f"these, or remove {RISK}."
+                f"the predictor was calibrated on rows with {_candidates_in_words(facts)}, and "
+                f"these have {difference}: its thresholds are not valid for them. {RECALIBRATE} on "
+                f"rows like these, or remove {RISK}."
             )
 
     def _require_closed(self, data: EmbeddingSource) -> None:
         """Refuse data with pictures that a guarantee about a folder does not cover."""
         if self.rule is None or self.rule.closed is None:
             return
-        is_closed = self.rule.closed.shows(data.picture_identities())
-        n_others = int((~is_closed).sum())
-        if n_others:
+        is_closed = self.rule.closed.covers(data.picture_identities())
+        n_not_closed = int((~is_closed).sum())
+        if n_not_closed:
             raise ProvenanceError(
-                f"{n_others:,} of {len(data):,} rows show other pictures than the "
+                f"{n_not_closed:,} of {len(data):,} rows show other pictures than the "
                 f"{self.rule.closed} that this guarantee is about. {ABOUT_NEW}"
             )
 
@@ -312,7 +312,7 @@ class Calibration(Document):
         """
         if self.label_sets is None or len(batch.text) < 2:
             return None
-        return named_sets(self.label_sets.of(predictor, batch, uncertainty), class_names)
+        return named_sets(self.label_sets.members(predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None = None) -> Outcomes:
         """The outcomes with a decision for every row, and a reason for every row not accepted.
@@ -350,14 +350,14 @@ class Calibration(Document):
         if self.rule.closed is not None:
             reasons = _reasons_in_folder(reasons, outcomes, self.rule.closed)
         decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
-        # a row without an uncertainty is not judged, and keeps the reason why it has none
+        # A row without an uncertainty is not judged. Its reason says why it has no uncertainty.
         for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
             decisions[row] = REVIEW
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _contradiction(self) -> str | None:
-        """First fact that does not follow from the rows and the target, as text; None if all do."""
+        """First fact that does not follow from rows and target, as text; None if all facts do."""
         n = int(self.rows.evaluable.sum())
         if self.n != n:
             return f"it counts {self.n} calibration rows"
@@ -385,7 +385,7 @@ class Calibration(Document):
         if self.target.method == "anytime":
             return self._recompute_from_draws(rows)
         rule = rule_of(rows, self.target, "prediction" if self.target.per_class else None)
-        # The limit of a draw was fixed before, so it does not follow from the calibration rows.
+        # The limit was fixed before the rows were drawn, so it does not follow from the rows.
         limit = None if self.rule is None else self.rule.drawn_below
         return rule.model_copy(update={"drawn_below": limit})
 
@@ -397,7 +397,7 @@ class Calibration(Document):
             raise DataError("its levels add up to more than 1 - confidence")
         groups: dict[str, tuple[AnyLooks, Outcomes]] = {}
         names = group_names(rows) if self.target.per_class else [ALL] * len(rows)
-        # groups without settings of their own are tested together as "(other)"
+        # rows of groups without settings of their own are tested together as the group "(other)"
         group_of = np.array([name if name in draws else OTHER for name in names], dtype=object)
         for name, draw in draws.items():
             groups[name] = draw.looks(max_risk), rows.take(group_of == name)
@@ -413,23 +413,26 @@ def _reasons_in_folder(
     if outcomes.picture is None:
         is_closed = np.zeros(len(reasons), np.bool_)
     else:
-        is_closed = closed.shows(outcomes.picture)
-    reasons_in_folder = []
+        is_closed = closed.covers(outcomes.picture)
+    reasons_in_folder: list[str | None] = []
     for reason, is_of_folder in zip(reasons, is_closed.tolist(), strict=True):
-        is_accepted_elsewhere = reason is None and not is_of_folder
-        reasons_in_folder.append(NOT_COVERED if is_accepted_elsewhere else reason)
+        is_accepted_by_rule = reason is None
+        if is_accepted_by_rule and not is_of_folder:
+            reasons_in_folder.append(NOT_COVERED)
+        else:
+            reasons_in_folder.append(reason)
     return reasons_in_folder
 
 
 def above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the rows with an uncertainty above the limit of their draw."""
-    # The same row scored among other rows may differ in its last digits.
-    tolerance = LAST_DIGITS * abs(limit)
+    """Mask (N,) of the rows with an uncertainty above the limit up to which rows were drawn."""
+    # A row that is scored again, among other rows, may have a score with other last digits.
+    tolerance = SCORE_TOLERANCE * abs(limit)
     return rows.uncertainty > limit + tolerance
 
 
 def require_about_new(rule: Rule | LabelSets | None) -> None:
-    """Refuse a rule about one folder or about clusters, where new rows come one by one."""
+    """Refuse a rule about one folder or about clusters, because new rows come one by one."""
     if isinstance(rule, Rule) and rule.closed is not None:
         raise ProvenanceError(
             f"this guarantee is about {rule.closed} of one folder, and about no new image. "
@@ -447,7 +450,7 @@ def _difference(rule: Rule, recomputed: Rule) -> str | None:
     if rule.thresholds.keys() != recomputed.thresholds.keys():
         return f"it has thresholds for {', '.join(rule.thresholds) or 'no group'}"
     for name, threshold in rule.thresholds.items():
-        if not _same(threshold, recomputed.thresholds[name]):
+        if not _is_same_threshold(threshold, recomputed.thresholds[name]):
             for_group = f" for {name!r}" if name else ""
             return f"{threshold}{for_group}"
     not_compared = {"thresholds", "counted"}
@@ -458,7 +461,7 @@ def _difference(rule: Rule, recomputed: Rule) -> str | None:
     return None
 
 
-def _same(threshold: Threshold, recomputed: Threshold) -> bool:
+def _is_same_threshold(threshold: Threshold, recomputed: Threshold) -> bool:
     """Whether both thresholds accept the same and have equal bounds; texts are not compared."""
     not_compared = {"why", "risk_bound"}
     saved = threshold.model_dump(exclude=not_compared)
@@ -469,8 +472,8 @@ def _same(threshold: Threshold, recomputed: Threshold) -> bool:
     return math.isclose(threshold.risk_bound, recomputed.risk_bound, rel_tol=ROUNDING)
 
 
-def _facts_of_candidates(data: EmbeddingSource) -> dict[str, Any]:
-    """Number of candidates, hash of the class names, and pool size. A guarantee depends on them."""
+def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
+    """What a guarantee depends on: number of candidates, hash of the class names, pool size."""
     classes = None
     if data.class_names is not None:
         classes = digest(list(data.class_names))
@@ -478,8 +481,8 @@ def _facts_of_candidates(data: EmbeddingSource) -> dict[str, Any]:
     return {"n_candidates": n_candidates, "classes": classes, "pool_size": data.pool_size}
 
 
-def _in_words(facts: dict[str, Any]) -> str:
-    """Text on the facts of candidates, for messages."""
+def _candidates_in_words(facts: dict[str, Any]) -> str:
+    """Text for messages about facts of candidates, as ``_candidate_facts`` returns them."""
     if facts["pool_size"] is not None:
         return f"pools of {facts['pool_size']}"
     return f"{facts['n_candidates']} candidates (names {facts['classes'] or 'unknown'})"
@@ -492,7 +495,7 @@ def save_calibration(
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
     facts = {
-        **_facts_of_candidates(data),
+        **_candidate_facts(data),
         "predictor": fit_fingerprint(folder),
         "texts": candidates_of(data).get("texts"),
         "n": int(rows.evaluable.sum()),

@@ -13,10 +13,10 @@ whose guarantee is false stays the same. So the hypotheses here are the fixed va
 
 1. E(K) is the evidence against "exactly K of c are wrong". It is a likelihood ratio: the
    probability of the labels if the share of wrong answers is drawn from a beta distribution,
-   divided by their probability if K are wrong. Every label multiplies it by q / p or by
-   (1 - q) / (1 - p): q and p are the probabilities of a wrong answer under both assumptions, and
-   p = (K - k) / (c - m) is the mean of the next draw. So E(K) is a bet against this mean, and its
-   expectation is 1 if K are wrong.
+   divided by their probability if K are wrong. A label of a wrong answer multiplies E(K) by q / p,
+   and any other label by (1 - q) / (1 - p). q is the probability of a wrong answer under the beta
+   distribution. p = (K - k) / (c - m) is its probability if K are wrong. So E(K) is a bet against
+   p, and its expectation is 1 if K are wrong.
 2. If a certified guarantee is false, the true K was rejected. No other K can be rejected wrongly.
    So testing all K at the full level is valid, as in a confidence sequence.
 3. The thresholds share the level. With shares w that add up to 1, the sum of w E(K) over all
@@ -85,7 +85,7 @@ def log_evidence(
         wrong: Number of wrong answers among the drawn photos.
         drawn: Number of photos that were drawn in the random order and labelled.
         n_photos: Number of photos in the closed set.
-        total: Smallest number of wrong answers in the closed set that is to be rejected.
+        total: Smallest number of wrong answers in the closed set that is tested.
         max_risk: Largest error rate that is allowed, for the beta distribution.
 
     Returns:
@@ -106,11 +106,14 @@ def log_evidence(
     # the mode if the mode is larger.
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
     least_rejected = np.maximum(np.asarray(total, dtype=np.float64), np.minimum(mode, c))
-    # Impossible, because n_wrong - k wrong answers would have to be among fewer photos, the c - m
-    # that are left.
-    is_impossible = c - least_rejected < m - k
+    # m - k of the drawn answers are right. That is impossible if fewer answers than that are right
+    # in the whole set.
+    n_right = c - least_rejected
+    is_impossible = n_right < m - k
     n_wrong = np.where(is_impossible, k, least_rejected)
+    # log probability of the labels if n_wrong answers are wrong
     log_null = _log_falling(n_wrong, k) + _log_falling(c - n_wrong, m - k) - _log_falling(c, m)
+    # log probability of the labels if the share of wrong answers has the beta distribution
     prior_right = PRIOR_WRONG / (PRIOR_SHARE * max_risk) - PRIOR_WRONG
     log_bet = betaln(PRIOR_WRONG + k, prior_right + m - k) - betaln(PRIOR_WRONG, prior_right)
     evidence: Floats = np.where(is_impossible, np.inf, log_bet - log_null)
@@ -132,7 +135,7 @@ class ClosedCounts(Model):
 
     Attributes:
         photos: Photos, with or without a label.
-        aside: Photos that have a label and are not drawn.
+        aside: Photos that have a label but were not drawn at random.
         aside_wrong: Photos among ``aside`` whose answer is wrong.
     """
 
@@ -147,7 +150,7 @@ class ClosedCounts(Model):
         Args:
             grid: Thresholds (G,), ascending.
             photos: Uncertainties (N,) of all photos of the set.
-            aside: Uncertainties (M,) of the photos that have a label and are not drawn.
+            aside: Uncertainties (M,) of the photos that have a label but were not drawn at random.
             failure: (M,) 1 where the answer about such a photo is wrong, 0 where it is right.
         """
         return cls(
@@ -175,7 +178,7 @@ class ClosedPhotos(Model):
     pictures: tuple[int, ...] = Field(min_length=1)
     files: int = Field(ge=1)
 
-    def shows(self, pictures: Ints) -> NDArray[np.bool_]:
+    def covers(self, pictures: Ints) -> NDArray[np.bool_]:
         """Mask (N,) of the pictures (N,) that the guarantee covers."""
         return np.isin(pictures, np.array(self.pictures))
 
@@ -274,7 +277,10 @@ class ClosedLooks:
         return np.array(wrong), np.array(accepted)
 
     def unlabelled(self, drawn: Ints) -> Ints:
-        """Number (G,) of photos without a label up to every threshold, after the ``drawn`` (G,)."""
+        """Number (G,) of photos up to every threshold that are left without a label.
+
+        ``drawn`` (G,) is the number of drawn photos up to every threshold, which all have a label.
+        """
         left: Ints = np.array(self.closed.photos) - np.array(self.closed.aside) - drawn
         return left
 
@@ -292,12 +298,12 @@ class ClosedLooks:
         n_left = self.unlabelled(drawn)
         n_known_wrong = wrong + np.array(self.closed.aside_wrong)
         tolerated = n_known_wrong + np.floor(self.max_risk * n_left).astype(np.int64)
-        tested = slice(0, self.last + 1)
+        tested = slice(0, self.last + 1)  # the thresholds up to the limit
         evidence = self._evidence(wrong[tested], drawn[tested], tolerated[tested])
-        is_shown = evidence >= -math.log(self.delta)
-        # a guarantee about no photo at all would be true, and say nothing
-        says_something = n_left[tested] > 0
-        certified = np.flatnonzero(is_shown & says_something)
+        is_rejected = evidence >= -math.log(self.delta)
+        # a guarantee about no photo at all would be true, but useless
+        is_useful = n_left[tested] > 0
+        certified = np.flatnonzero(is_rejected & is_useful)
         return int(certified[-1]) if len(certified) else None
 
     def _evidence(self, wrong: Ints, drawn: Ints, tolerated: Ints) -> Floats:
@@ -309,13 +315,14 @@ class ClosedLooks:
             tolerated: (T,) largest number of wrong answers with which the guarantee is true.
         """
         n_photos = np.array(self.closed.photos[: len(wrong)])
-        # One row for each threshold whose guarantee is tested, one column for each threshold whose
-        # labels are evidence. Wrong answers up to the row's threshold are also wrong answers up to
-        # the column's, so the same total is rejected in both.
-        in_column = log_evidence(wrong, drawn, n_photos, tolerated[:, None] + 1, self.max_risk)
-        is_laxer = np.triu(np.ones(in_column.shape, np.bool_))  # the row's threshold included
+        # A matrix (T, T): one row for each threshold whose guarantee is tested, one column for each
+        # threshold whose labels are evidence. Wrong answers up to the threshold of the row are also
+        # wrong answers up to a laxer threshold of a column. So both test the same total.
+        total = tolerated[:, None] + 1
+        log_e = log_evidence(wrong, drawn, n_photos, total, self.max_risk)
+        is_laxer = np.triu(np.ones(log_e.shape, np.bool_))  # the row's threshold included
         log_share = np.log(shares_of(len(self.grid))[: len(wrong)])
-        terms = np.where(is_laxer, in_column + log_share, -np.inf)
+        terms = np.where(is_laxer, log_e + log_share, -np.inf)
         evidence: Floats = logsumexp(terms, axis=1)
         return evidence
 
@@ -329,16 +336,17 @@ class ClosedLooks:
         n_left = self.unlabelled(drawn)
         error_rate = wrong / np.maximum(drawn, 1)
         left_at_limit = int(n_left[self.last])
-        # Every label takes a photo out of the guarantee. So more labels may certify less. A
-        # bisection could miss the answer, and the numbers are tried one after another.
-        tried = np.linspace(0, left_at_limit, MOST_TRIED, endpoint=False)
-        numbers: list[int] = np.unique(np.ceil(tried).astype(np.int64)).tolist()
-        for more in numbers:
-            grown = drawn + np.floor(more * n_left / max(left_at_limit, 1)).astype(np.int64)
+        # Every label takes a photo out of the guarantee, so more labels may certify less. Bisection
+        # could therefore miss the smallest number. So numbers are tried one after another.
+        evenly_spaced = np.linspace(0, left_at_limit, MOST_TRIED, endpoint=False)
+        tried: list[int] = np.unique(np.ceil(evenly_spaced).astype(np.int64)).tolist()
+        for n_more in tried:
+            n_more_drawn = np.floor(n_more * n_left / max(left_at_limit, 1)).astype(np.int64)
+            drawn_then = drawn + n_more_drawn
             # rounded up, so that the estimate is not too small
-            grown_wrong = np.ceil(error_rate * grown - ROUNDING).astype(np.int64)
-            if self._certified(grown_wrong, grown) is not None:
-                return more
+            wrong_then = np.ceil(error_rate * drawn_then - ROUNDING).astype(np.int64)
+            if self._certified(wrong_then, drawn_then) is not None:
+                return n_more
         return None
 
 
@@ -346,11 +354,11 @@ AnyLooks = Looks | ClosedLooks
 """Tests of thresholds, about new photos or about those of a closed set."""
 
 AnyDraw = Draw | ClosedDraw
-"""Saved settings of such tests."""
+"""Saved settings of the tests of ``AnyLooks``."""
 
 
 def draw_of(looks: AnyLooks) -> AnyDraw:
-    """The settings of tests, to be saved."""
+    """The settings of the tests ``looks``, to be saved."""
     if isinstance(looks, ClosedLooks):
         return ClosedDraw.of(looks)
     return Draw.of(looks)

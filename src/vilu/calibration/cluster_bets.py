@@ -16,17 +16,17 @@ bets, which is used here. H_t, "R(t) is r or more", is rejected at level a where
 
 **Starts.** A random tenth of the clusters is set aside. The scores of its rows, not their labels,
 fix the thresholds at which sequences start: 25, 50, 70 and 90 % of these rows lie below them. The
-tenth is no evidence, so the starts are fixed thresholds for the clusters that are tested.
+tenth itself is not tested. So for the clusters that are tested, the starts are fixed thresholds.
 
 **Fixed sequences.** From a start on, thresholds are tested from strict to lax until one H_t is not
 rejected. A sequence that reaches the start of the next one adds its level to that of the next one
 (Wiens 2003).
 
-**Proof.** Condition on the tenth.
+**Proof.** Condition on the tenth that is set aside.
 
 1. Let t* be the first threshold from a start on at which H_t is true. R(t) is continuous from the
    right, so there is a first one. It does not depend on the tested rows. So E[E(t*)] <= 1.
-2. The sequence certifies a wrong threshold only if it rejects H_t* before. At level a this has a
+2. The sequence certifies a wrong threshold only if it has rejected H_t*. At level a this has a
    probability of at most a.
 3. A level is passed on only if all H_t before the next start were rejected. So before a true H_t
    is rejected, the levels at which different t* are tested add up to at most delta.
@@ -50,14 +50,14 @@ from vilu.calibration.anytime import BETS, flawless_labels
 from vilu.calibration.thresholds import Threshold
 from vilu.metrics.counts import Floats, Ints, tie_counts
 
-ASIDE: Final = 0.1
+SHARE_ASIDE: Final = 0.1
 """Share of the clusters that is set aside for the starts."""
 
 STARTS: Final = ((0.25, 0.2), (0.5, 0.3), (0.7, 0.3), (0.9, 0.2), (1.0, 0.0))
 """A pair for every sequence: share of the rows of the tenth, and share of the level.
 
 A sequence starts at the score up to which this share of the rows lies. The last sequence has no
-level of its own. It gets what no earlier sequence can use.
+level of its own. It gets the levels that no earlier sequence can use.
 """
 
 
@@ -76,35 +76,36 @@ class LabelledRows(NamedTuple):
 
 
 def ratio_threshold(
-    rows: LabelledRows, aside: LabelledRows, max_risk: float, delta: float
+    rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> Threshold:
     """The laxest threshold at which at most ``max_risk`` of the accepted rows are wrong.
 
     The probability that more are wrong is at most ``delta``. If nothing is certified, the threshold
-    accepts nothing and says why. ``aside`` has the rows of the tenth that fixes the starts.
+    accepts nothing and says why. ``start_rows`` are the rows of the tenth that fixes the starts.
     """
     counts = tie_counts(rows.uncertainty, rows.failure)
-    # No threshold separates rows with equal scores. So evidence is taken at the last row of each.
+    # No threshold separates rows with equal scores. So the evidence for a score is taken at the
+    # last row with this score.
     last_of_score = counts.accepted - 1
     evidence = _evidence(rows, max_risk)[last_of_score]
-    levels = _level_at_start(rows, aside, max_risk, delta)
+    levels = _level_at_start(rows, start_rows, max_risk, delta)
     index = _laxest(counts.value, evidence, levels)
     if index is None:
-        return Threshold.nothing(len(rows.failure), _why_nothing(rows, aside, max_risk, delta))
+        return Threshold.nothing(len(rows.failure), _why_nothing(rows, start_rows, max_risk, delta))
     return Threshold.at(counts, index, max_risk)
 
 
 def _laxest(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | None:
     """Index of the laxest of the scores (G,) that the sequences certify, from log evidence (G,)."""
-    carried = 0.0
+    carried_level = 0.0
     laxest = None
     for start, end in pairwise([*sorted(levels), math.inf]):
-        level = carried + levels[start]
+        level = carried_level + levels[start]
+        carried_level = 0.0  # unless this sequence reaches the start of the next one
         # The start need not be one of the scores. A threshold between two scores accepts the same
         # rows as the lower one, so its evidence is that of the last score up to the start.
         first = int(np.searchsorted(scores, start, side="right")) - 1
         last = int(np.searchsorted(scores, end, side="right")) - 1
-        carried = 0.0
         if first < 0:
             continue
         not_rejected = first + np.flatnonzero(log_e[first : last + 1] < -math.log(level))
@@ -114,14 +115,14 @@ def _laxest(scores: Floats, log_e: Floats, levels: dict[float, float]) -> int | 
         if is_certified:
             laxest = first_not_rejected - 1
         if first_not_rejected > last:
-            carried = level
+            carried_level = level
     return laxest
 
 
 def _evidence(rows: LabelledRows, max_risk: float) -> Floats:
-    """Log evidence (N,) of the rows in ascending order of scores.
+    """Log evidence (N,) after every row, in ascending order of scores.
 
-    It is the evidence if this row and all rows before it are accepted.
+    It is log E(t) of a threshold t that accepts this row and all rows before it.
     """
     by_score = np.argsort(rows.uncertainty, kind="stable")
     cluster = rows.cluster[by_score]
@@ -130,10 +131,12 @@ def _evidence(rows: LabelledRows, max_risk: float) -> Floats:
     gain = (rows.failure[by_score][by_cluster] == 1) - max_risk
     is_first = np.ones(len(ordered), dtype=np.bool_)  # first row of its cluster
     is_first[1:] = ordered[1:] != ordered[:-1]
-    # Z_c after a row: the running total of all clusters, less the total before the cluster began
+    # Z_c after a row: the running total over all clusters, minus the total before its cluster began
     total = np.cumsum(gain)
+    total_before = total - gain
+    # for each row, the index of the first row of its cluster
     first_of_row = np.maximum.accumulate(np.where(is_first, np.arange(len(ordered)), 0))
-    z_with_row = total - (total - gain)[first_of_row]
+    z_with_row = total - total_before[first_of_row]
     z_before_row = np.where(is_first, 0.0, z_with_row - gain)
     bet, share = np.array(BETS).T
     scaled_bet = bet[:, None] / ((1 - max_risk) * rows.largest)
@@ -141,31 +144,31 @@ def _evidence(rows: LabelledRows, max_risk: float) -> Floats:
     log_with_row = np.log1p(-scaled_bet * z_with_row)
     log_before_row = np.log1p(-scaled_bet * z_before_row)
     change = np.empty((len(bet), len(ordered)))
-    change[:, by_cluster] = log_with_row - log_before_row
+    change[:, by_cluster] = log_with_row - log_before_row  # in ascending order of scores again
     log_wealth = np.log(share)[:, None] + change.cumsum(axis=1)
     log_evidence: Floats = np.logaddexp.reduce(log_wealth, axis=0)
     return log_evidence
 
 
 def _level_at_start(
-    rows: LabelledRows, aside: LabelledRows, max_risk: float, delta: float
+    rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
 ) -> dict[float, float]:
     """Level of each sequence, by the threshold at which it starts.
 
     A sequence that could reject nothing, even if all answers were right, gives its level to the
     next one.
     """
-    ordered = np.sort(aside.uncertainty)
+    ordered = np.sort(start_rows.uncertainty)
     # The tested rows must not move a start, so their number is expected from the tenth.
-    rows_expected = len(ordered) * rows.n_clusters / aside.n_clusters
+    rows_expected = len(ordered) * rows.n_clusters / start_rows.n_clusters
     levels: dict[float, float] = {}
     level = 0.0
     for row_share, level_share in STARTS:
         level += delta * level_share
-        if not level:
+        if level == 0:
             continue
-        # Only a cluster of M = rows.largest right rows wins as much as one right answer wins with
-        # ``anytime``. So the rows count as rows / M full clusters.
+        # With ``anytime``, one right answer wins as much as a full cluster here, which has
+        # M = rows.largest rows, all of them right. So n rows count as n / M full clusters.
         full_clusters = row_share * rows_expected / rows.largest
         could_reject = full_clusters >= flawless_labels(max_risk, level)
         if could_reject or row_share == 1:
@@ -175,18 +178,20 @@ def _level_at_start(
     return levels
 
 
-def _why_nothing(rows: LabelledRows, aside: LabelledRows, max_risk: float, delta: float) -> str:
+def _why_nothing(
+    rows: LabelledRows, start_rows: LabelledRows, max_risk: float, delta: float
+) -> str:
     """Why no threshold is certified."""
-    n_clusters = rows.n_clusters + aside.n_clusters
-    mean_size = (len(rows.cluster) + len(aside.cluster)) / n_clusters
+    n_clusters = rows.n_clusters + start_rows.n_clusters
+    mean_size = (len(rows.cluster) + len(start_rows.cluster)) / n_clusters
     # Even if every tested cluster had M rows, all right, so many would be needed.
-    fewest_tested = flawless_labels(max_risk, delta)
-    fewest = math.ceil(fewest_tested / (1 - ASIDE))
+    n_tested_needed = flawless_labels(max_risk, delta)
+    n_needed = math.ceil(n_tested_needed / (1 - SHARE_ASIDE))
     sizes = f"{n_clusters:,} clusters of {mean_size:.1f} labelled rows on average"
-    if n_clusters < fewest:
-        return f"{sizes} are too few: a risk of {max_risk:.2%} needs {fewest:,} at least"
+    if n_clusters < n_needed:
+        return f"{sizes} are too few: a risk of {max_risk:.2%} needs {n_needed:,} at least"
     return (
         f"{sizes} do not show a risk of {max_risk:.2%}, as all {rows.largest:,} rows of a cluster "
-        "might be wrong at once. More clusters, scores that rank better, or a smaller largest "
-        "size help: larger clusters are then left for review"
+        "might be wrong at once. More clusters, scores that rank better, or a smaller "
+        "bound on the size of a cluster help: larger clusters are then left for review"
     )

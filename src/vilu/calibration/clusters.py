@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vilu.artifacts.documents import Model
-from vilu.calibration.cluster_bets import ASIDE, LabelledRows
+from vilu.calibration.cluster_bets import SHARE_ASIDE, LabelledRows
 from vilu.calibration.methods import ClusterRisk
 from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Floats, Ints
@@ -30,7 +30,7 @@ from vilu.outcomes.outcomes import Outcomes, check_texts
 TOO_LARGE: Final = math.inf
 """Score of a row whose cluster is too large: no threshold accepts it."""
 
-NO_MATTER: Final = 1.1
+NEGLIGIBLE_EFFECT: Final = 1.1
 """Design effect up to which a message says that correlated rows matter little."""
 
 
@@ -51,14 +51,14 @@ class Clusters(Model):
     largest: int | None = Field(default=None, ge=1)
 
     @property
-    def counted_as(self) -> str:
-        """What the numbers of the rule count, in words."""
+    def units_in_words(self) -> str:
+        """What the rule counts, such as "calibration rows", in words."""
         if self.risk == "majority":
             return "calibration clusters"
         return f"calibration rows in {self.n:,} clusters"
 
     @property
-    def errors(self) -> str:
+    def errors_in_words(self) -> str:
         """What is guaranteed to be rare, in words that follow "at most 5%"."""
         if self.risk == "majority":
             return "of the accepted clusters have a wrong majority answer"
@@ -74,16 +74,16 @@ class Clusters(Model):
         if self.risk == "majority":
             is_scored = np.isfinite(uncertainty)
             _, index = np.unique(cluster[is_scored], return_inverse=True)
-            mean = _mean_per_cluster(uncertainty[is_scored], index)
+            mean_of_cluster = _mean_per_cluster(uncertainty[is_scored], index)
             scores = np.full(len(uncertainty), np.nan)
-            scores[is_scored] = mean[index]
+            scores[is_scored] = mean_of_cluster[index]
             return scores
-        size = np.bincount(cluster)[cluster]
-        return np.where(size > (self.largest or 0), TOO_LARGE, uncertainty)
+        size_of_row = np.bincount(cluster)[cluster]  # size of the cluster of every row
+        return np.where(size_of_row > (self.largest or 0), TOO_LARGE, uncertainty)
 
 
 def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], Ints]:
-    """Names of the C clusters in order of first appearance, and index (N,) of that of every row.
+    """Names of the C clusters in order of appearance, and index (N,) of the cluster of every row.
 
     Raises:
         DataError: If ``clusters`` does not name one cluster per row.
@@ -135,10 +135,10 @@ def majority_outcomes(outcomes: Outcomes, clusters: Sequence[str | None]) -> Out
     if outcomes.prediction is not None:
         answer = outcomes.prediction[scored]
     majority = _majority_answer(cluster, answer, uncertainty)
-    gives_it = answer == majority[cluster]
+    gives_majority = answer == majority[cluster]
     n_clusters = len(present)
-    n_wrong = np.bincount(cluster[gives_it & (failure == 1)], minlength=n_clusters)
-    n_labelled = np.bincount(cluster[gives_it & (failure != UNKNOWN)], minlength=n_clusters)
+    n_wrong = np.bincount(cluster[gives_majority & (failure == 1)], minlength=n_clusters)
+    n_labelled = np.bincount(cluster[gives_majority & (failure != UNKNOWN)], minlength=n_clusters)
     # Half of the rows wrong counts as wrong: a tie must not make the bound smaller.
     is_wrong = 2 * n_wrong >= n_labelled
     cluster_failure = np.where(n_labelled > 0, is_wrong, UNKNOWN)
@@ -224,8 +224,8 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
         >>> import numpy as np
         >>> from vilu.calibration.clusters import correlation
         >>> failure = np.array([1, 1, 1, 0, 0, 0, 0, 0])
-        >>> among = correlation(failure, np.array([0, 0, 1, 1, 2, 2, 3, 3]))
-        >>> round(among.value, 3), round(among.n_effective, 1)  # B = 11/24, W = 1/8
+        >>> estimated = correlation(failure, np.array([0, 0, 1, 1, 2, 2, 3, 3]))
+        >>> round(estimated.value, 3), round(estimated.n_effective, 1)  # B = 11/24, W = 1/8
         (0.571, 5.1)
     """
     n = len(failure)
@@ -236,11 +236,13 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
         return Correlation(n_rows=n, n_clusters=k, value=math.nan, n_effective=n)
     wrong = np.bincount(index, weights=failure)
     mean_of_cluster = wrong / size
-    between = float((size * (mean_of_cluster - failure.mean()) ** 2).sum()) / (k - 1)
-    within = float(((failure - mean_of_cluster[index]) ** 2).sum()) / (n - k)
-    typical = float(n - (size**2).sum() / n) / (k - 1)
-    value = (between - within) / (between + (typical - 1) * within)
+    squares_between = size * (mean_of_cluster - failure.mean()) ** 2
+    squares_within = (failure - mean_of_cluster[index]) ** 2
+    between = float(squares_between.sum()) / (k - 1)  # B
+    within = float(squares_within.sum()) / (n - k)  # W
     mean_size = float((size**2).sum()) / n
+    n_0 = (n - mean_size) / (k - 1)
+    value = (between - within) / (between + (n_0 - 1) * within)
     design_effect = 1 + (mean_size - 1) * max(value, 0.0)
     return Correlation(n_rows=n, n_clusters=k, value=value, n_effective=n / design_effect)
 
@@ -248,21 +250,22 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
 def correlation_warning(
     outcomes: Outcomes, clusters: Sequence[str | None], accepted: NDArray[np.bool_]
 ) -> str | None:
-    """What to warn of if rows were counted as independent; None if no cluster has two such rows.
+    """Warning about a rule that counts rows as independent, although they come in clusters.
 
-    The correlation is that among the accepted labelled rows, because only they count for a bound.
-    It is often smaller than that among all rows.
+    The correlation is that of the accepted rows with a label, because only they count for a bound.
+    It is often smaller than that of all rows. If no cluster has two such rows, there is no warning
+    (None).
     """
     _, cluster = cluster_indices(clusters, len(outcomes))
-    counts = accepted & (outcomes.failure != UNKNOWN)
-    among = correlation(outcomes.failure[counts], cluster[counts])
-    if among.n_clusters == among.n_rows:
+    is_counted = accepted & (outcomes.failure != UNKNOWN)
+    estimated = correlation(outcomes.failure[is_counted], cluster[is_counted])
+    if estimated.n_clusters == estimated.n_rows:
         return None
-    matters = "so it says more than they show"
-    if among.design_effect <= NO_MATTER:
-        matters = "which matters little here"
+    consequence = "so it says more than they show"
+    if estimated.design_effect <= NEGLIGIBLE_EFFECT:
+        consequence = "which matters little here"
     return (
-        f"the rule accepts {among}. The guarantee counts them as independent, {matters}. "
+        f"the rule accepts {estimated}. The guarantee counts them as independent, {consequence}. "
         "Clusters count with --cluster-risk, or in Python with vilu.certify_clusters"
     )
 
@@ -280,37 +283,42 @@ def ratio_rows(
     """
     names, cluster = cluster_indices(clusters, len(outcomes))
     size = np.bincount(cluster)
-    counts = is_usable.copy()
+    is_counted = is_usable.copy()
     if largest is None:
         largest = int(size.max())
-        # The cluster that sets the bound is no random draw: given its size, all others are draws
-        # of clusters of at most this size.
-        counts &= cluster != int(size.argmax())
+        # The largest cluster sets the bound, so it is no random draw. Given its size, all other
+        # clusters are draws of clusters of at most this size.
+        is_counted &= cluster != int(size.argmax())
     else:
-        counts &= size[cluster] <= largest
-    is_aside = np.isin(cluster, _set_aside(np.unique(cluster[counts]), names))
-    if not (counts & ~is_aside).any():
+        is_counted &= size[cluster] <= largest
+    clusters_aside = _clusters_set_aside(np.unique(cluster[is_counted]), names)
+    is_aside = np.isin(cluster, clusters_aside)
+    if not (is_counted & ~is_aside).any():
         raise DataError(
             f"no cluster of up to {largest:,} rows is left to calibrate on. Give more clusters, or "
             "a larger bound (largest)."
         )
 
-    def labelled(chosen: NDArray[np.bool_]) -> LabelledRows:
-        rows = outcomes.take(chosen)
-        return LabelledRows(rows.uncertainty, rows.failure, cluster[chosen], largest)
+    def labelled_rows(is_wanted: NDArray[np.bool_]) -> LabelledRows:
+        rows = outcomes.take(is_wanted)
+        return LabelledRows(rows.uncertainty, rows.failure, cluster[is_wanted], largest)
 
-    return labelled(counts & ~is_aside), labelled(counts & is_aside)
+    return labelled_rows(is_counted & ~is_aside), labelled_rows(is_counted & is_aside)
 
 
-def _set_aside(cluster: Ints, names: list[str]) -> list[int]:
-    """A tenth of the clusters (C,), rounded up, by a hash of their names.
+def _clusters_set_aside(cluster: Ints, names: list[str]) -> list[int]:
+    """Indices of a tenth of the clusters (C,), rounded up: those with the smallest name hashes.
 
     Hashes do not depend on scores or labels. So the tenth is a random one, and the same at every
     run.
+
+    Args:
+        cluster: Indices (C,) of the clusters to choose from.
+        names: Names of all clusters, by index.
     """
 
-    def drawn(index: int) -> bytes:
+    def hash_of_name(index: int) -> bytes:
         return hashlib.blake2b(names[index].encode(), digest_size=8).digest()
 
-    n_aside = math.ceil(ASIDE * len(cluster))
-    return sorted(cluster.tolist(), key=drawn)[:n_aside]
+    n_aside = math.ceil(SHARE_ASIDE * len(cluster))
+    return sorted(cluster.tolist(), key=hash_of_name)[:n_aside]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.calibration.thresholds import lower_bound, tail
+from vilu.calibration.thresholds import binomial_tail, lower_bound
 from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError
@@ -19,20 +19,20 @@ from vilu.predictors.contract.predictor import FailurePredictor
 from vilu.predictors.contract.seen import MAX_SHARED
 from vilu.predictors.persistence.fit_sample import FitSample
 
-SAME: Final = 0.995
+SAME_PICTURE: Final = 0.995
 """Smallest cosine at which a row counts as a copy of a fitted row, such as a picture saved again.
 
 Five data sets were halved at random (CLIP). Of the rows of one half, 0 to 0.24 % have such a
 neighbour in the other half.
 """
 
-DELTA: Final = 0.05
+BOUND_LEVEL: Final = 0.05
 """Level of each bound of the number of copies."""
 
-CHANCE: Final = 0.001
-"""Level of the lower bound of the share of copies.
+SHARE_LEVEL: Final = 0.001
+"""Level of the lower bound of the share of calibration rows that are copies.
 
-The bound is compared with the share of copies among the fitted rows themselves.
+The bound is compared with the share of the fitted rows that are copies of each other.
 """
 
 logger = logging.getLogger(__name__)
@@ -56,33 +56,34 @@ class Copies:
         return min(self.n_seen / (self.share * self.n), 1.0)
 
     @property
-    def most(self) -> int:
+    def largest_count(self) -> int:
         """Upper bound of the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
         # How many of the fitted rows that have copies are in the sample depends on chance. If the
         # sample happens to hold few of them, k / f is too low, so an upper bound is returned.
         n_copies = np.arange(self.n_seen, self.n + 1)
-        is_likely = self._at_most(self.n_seen, n_copies) >= DELTA
+        is_likely = self._probability_up_to(self.n_seen, n_copies) >= BOUND_LEVEL
         return int(n_copies[is_likely].max())
 
     @property
-    def least(self) -> int:
+    def smallest_count(self) -> int:
         """Lower bound of the number of copies: the smallest K with P[Bin(K, f) >= k] >= 5 %."""
         n_copies = np.arange(self.n_seen, self.n + 1)
-        at_least = 1 - self._at_most(self.n_seen - 1, n_copies)  # P[X >= k] = 1 - P[X <= k - 1]
-        is_likely = at_least >= DELTA
+        # at least k copies are seen if not at most k - 1 are seen
+        probability = 1 - self._probability_up_to(self.n_seen - 1, n_copies)
+        is_likely = probability >= BOUND_LEVEL
         # There are at most n copies. If k is much larger than f n, even n copies make k seen copies
         # unlikely. Then no K satisfies the condition, and the bound is n.
         if not is_likely.any():
             return self.n
         return int(n_copies[is_likely].min())
 
-    def _at_most(self, limit: int, n_copies: Ints) -> Floats:
+    def _probability_up_to(self, limit: int, n_copies: Ints) -> Floats:
         """Probability P[Bin(K, f) <= limit] for every K in ``n_copies``."""
         # The sample is drawn without replacement, so the number of seen copies varies a little less
         # than a binomial number. The bounds are therefore conservative.
         if limit < 0:
             return np.zeros(len(n_copies))
-        return tail(np.full(len(n_copies), limit), n_copies, self.share)
+        return binomial_tail(np.full(len(n_copies), limit), n_copies, self.share)
 
     def in_words(self, cosine: float) -> str:
         """Text on the number of copies, with a bound if the sample lacks rows of the fit."""
@@ -95,12 +96,14 @@ class Copies:
             f"{self.n_seen} of {self.n} calibration rows have a cosine of at least {cosine} with a "
             f"row of the sample, which holds {self.share:.1%} of the rows of the fit. So about "
             f"{self.estimate:.1%} of the calibration rows are near copies of fitted rows, and with "
-            f"95% confidence at most {self.most / self.n:.1%}"
+            f"95% confidence at most {self.largest_count / self.n:.1%}"
         )
 
 
 def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints) -> None:
-    """Search for near copies of fitted rows among calibration rows (M,), and warn of them.
+    """Search for near copies of fitted rows among calibration rows, and warn of them.
+
+    ``rows`` (M,) holds the indices of the calibration rows in ``data``.
 
     Raises:
         DataError: If more than 1 % of the calibration rows are copies (cosine 0.995), and copies
@@ -116,16 +119,16 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
                 predictor.name,
             )
         return
-    usable = np.intersect1d(rows, data.usable_rows.numpy())
-    if not len(usable) or not data.has_vectors:
+    usable_rows = np.intersect1d(rows, data.usable_rows.numpy())
+    if not len(usable_rows) or not data.has_vectors:
         return
-    nearest = sample.nearest(data, torch.from_numpy(usable))
-    near_copies = _copies(nearest, NEAR_COPY, sample)
+    nearest = sample.nearest(data, torch.from_numpy(usable_rows))
+    near_copies = _count_copies(nearest, NEAR_COPY, sample)
     if not near_copies.n_seen:
         return
-    same_pictures = _copies(nearest, SAME, sample)
-    if _too_many(same_pictures, sample):
-        words = same_pictures.in_words(SAME)
+    same_pictures = _count_copies(nearest, SAME_PICTURE, sample)
+    if _are_too_many(same_pictures, sample):
+        words = same_pictures.in_words(SAME_PICTURE)
         raise DataError(
             f"{words}: more than {MAX_SHARED:.0%}, and more than the fitted rows "
             "have among themselves. What is measured on copies of fitted rows holds for no "
@@ -135,24 +138,25 @@ def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints)
     logger.warning("%s. What is measured on copies of fitted rows holds for no others", words)
 
 
-def _copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
-    """Number of copies among rows, from their cosines (M,) with the nearest row of the sample.
+def _count_copies(nearest: Tensor, cosine: float, sample: FitSample) -> Copies:
+    """Number of copies among M rows; a row with at least the cosine ``cosine`` is a copy.
 
-    A row with at least the cosine ``cosine`` is a copy.
+    ``nearest`` (M,) holds the cosine of each row with its nearest row of the sample.
     """
     n_seen = int((nearest >= cosine).sum())
     return Copies(n_seen=n_seen, n=len(nearest), share=sample.share)
 
 
-def _too_many(copies: Copies, sample: FitSample) -> bool:
-    """Whether more than 1 % are copies, and clearly more than among the fitted rows themselves."""
+def _are_too_many(copies: Copies, sample: FitSample) -> bool:
+    """Whether over 1 % are copies, and clearly more than among the fitted rows themselves."""
     # The lower bound is used, not the estimate. With a sample of 1 % of the fitted rows, a single
     # copy gives an estimate of 100 copies, and data with hardly any copies would be refused.
-    if copies.least <= MAX_SHARED * copies.n:
+    if copies.smallest_count <= MAX_SHARED * copies.n:
         return False
     # In some data (frames of films, photos of products) many rows are copies of each other. Then
     # new rows are copies of fitted rows, too, so copies do not make the calibration wrong.
-    within = _copies(sample.nearest_within(), SAME, sample)
-    if not within.n_seen:
+    copies_in_fit = _count_copies(sample.nearest_within(), SAME_PICTURE, sample)
+    if not copies_in_fit.n_seen:
         return True
-    return lower_bound(copies.least, copies.n, CHANCE) > within.estimate
+    share_of_copies = lower_bound(copies.smallest_count, copies.n, SHARE_LEVEL)
+    return share_of_copies > copies_in_fit.estimate

@@ -13,8 +13,8 @@ labelled rows (power tuning). With w = 0 only the labels count.
 **Interval of the second mean.** With few labels a normal interval is too short, because rare values
 are often missing in the sample. So the n residuals y - w f get random weights, drawn from a
 Dirichlet distribution with n + 1 parameters of 1. The last weight belongs to an unseen row, whose
-residual is the largest possible one or the smallest possible one, each with probability 1/2. The
-limits are quantiles of the weighted mean.
+residual is the largest or the smallest possible one, each with probability 1/2. The limits
+are quantiles of the weighted mean.
 
 With w = 0 the weighted mean of k ones is a mixture of Beta(k + 1, n - k) and Beta(k, n - k + 1), so
 the limits are those of Clopper and Pearson with the mid-p value (Lancaster 1961). For other
@@ -43,7 +43,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.probability import fit_calibrator
 from vilu.validation import checked, require_between
 
-FEWEST: Final = 30
+FEWEST_LABELS: Final = 30
 """Smallest number of labels with which predictions are used."""
 
 FEWEST_EXPECTED: Final = 15
@@ -52,16 +52,17 @@ FEWEST_EXPECTED: Final = 15
 DRAWS: Final = 10_000
 """Number of draws of the random weights; the limits then vary by about 1 % of the width."""
 
-BLOCK: Final = 2**21
-"""Largest number of weights in memory."""
+MOST_WEIGHTS: Final = 2**21
+"""Largest number of random weights that are in memory at once."""
 
 FOLDS: Final = 10
 """Number of folds; a labelled row gets its probability from a calibrator of the other folds."""
 
-CHOSEN: Final = 1e-4
-"""Labels are refused as not random if their scores differ from the others at this p-value.
+SMALLEST_P_VALUE: Final = 1e-4
+"""Smallest p-value of a test of whether the labelled rows are a random sample.
 
-So a sample that is random is refused with this probability.
+With a smaller p-value the labels are refused. So a sample that is random is refused with this
+probability.
 """
 
 Method = Literal["prediction-powered", "exact"]
@@ -108,27 +109,27 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Predictions:
     """Predictions of a property.
 
     Attributes:
-        labelled: (n,) predictions for the labelled rows. None of them depends on the row's own
+        of_labelled: (n,) predictions for the labelled rows. None of them depends on the row's own
             label.
-        everywhere: (N,) predictions for all rows.
+        of_all_rows: (N,) predictions for all rows.
     """
 
-    labelled: Floats
-    everywhere: Floats
+    of_labelled: Floats
+    of_all_rows: Floats
 
     @property
-    def least(self) -> float:
+    def smallest(self) -> float:
         """The smallest prediction."""
-        return float(min(self.labelled.min(), self.everywhere.min()))
+        return float(min(self.of_labelled.min(), self.of_all_rows.min()))
 
     @property
-    def most(self) -> float:
+    def largest(self) -> float:
         """The largest prediction."""
-        return float(max(self.labelled.max(), self.everywhere.max()))
+        return float(max(self.of_labelled.max(), self.of_all_rows.max()))
 
 
 @checked
@@ -196,7 +197,7 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
     if n_labelled == len(outcomes):
         return
     test = stats.ks_2samp(outcomes.uncertainty[is_labelled], outcomes.uncertainty[~is_labelled])
-    if test.pvalue < CHOSEN:
+    if test.pvalue < SMALLEST_P_VALUE:
         raise DataError(
             f"the {n_labelled:,} labelled rows are no random sample of the {len(outcomes):,} rows: "
             f"their scores differ from those of the other rows (Kolmogorov-Smirnov, p = "
@@ -205,42 +206,44 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
         )
 
 
-def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predicted:
+def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
     """Probabilities of failure: those of the outcomes, or else of calibrated uncertainties."""
     probability = outcomes.failure_probability
     if probability is None and outcomes.is_probability:
         probability = outcomes.uncertainty
     if probability is not None:
-        return Predicted(labelled=probability[is_labelled], everywhere=probability)
+        return Predictions(of_labelled=probability[is_labelled], of_all_rows=probability)
     return _calibrated_in_folds(outcomes.uncertainty, outcomes.failure, is_labelled)
 
 
 def _calibrated_in_folds(
     uncertainty: Floats, failure: Ints, is_labelled: NDArray[np.bool_]
-) -> Predicted:
+) -> Predictions:
     """Probabilities of failure by calibrators that are fitted to the labels of other folds.
 
     Rows get the mean of all calibrators (Zrnic and Candes, Cross-prediction-powered inference).
     """
-    score = uncertainty[is_labelled]
-    failure = failure[is_labelled]
-    fold = np.random.default_rng(0).permutation(len(score)) % FOLDS
-    labelled = np.empty(len(score))
-    everywhere = np.zeros(len(uncertainty))
+    labelled_score = uncertainty[is_labelled]
+    labelled_failure = failure[is_labelled]
+    fold = np.random.default_rng(0).permutation(len(labelled_score)) % FOLDS
+    of_labelled = np.empty(len(labelled_score))
+    of_all_rows = np.zeros(len(uncertainty))
     for number in np.unique(fold):
         held_out = fold == number
-        calibrator = fit_calibrator(score[~held_out], failure[~held_out], is_log_odds=False)
-        labelled[held_out] = calibrator(score[held_out])
-        # In the mean of ``labelled`` a calibrator weighs as much as its fold. It has the same
+        calibrator = fit_calibrator(
+            labelled_score[~held_out], labelled_failure[~held_out], is_log_odds=False
+        )
+        of_labelled[held_out] = calibrator(labelled_score[held_out])
+        # In the mean of ``of_labelled`` a calibrator weighs as much as its fold. It has the same
         # weight here, so that the mean residual has no bias.
-        everywhere += calibrator(uncertainty) * held_out.mean()
-    return Predicted(labelled=labelled, everywhere=everywhere)
+        of_all_rows += calibrator(uncertainty) * held_out.mean()
+    return Predictions(of_labelled=of_labelled, of_all_rows=of_all_rows)
 
 
 def _class_shares(
-    outcomes: Outcomes, is_labelled: NDArray[np.bool_], wrong: Predicted, confidence: float
+    outcomes: Outcomes, is_labelled: NDArray[np.bool_], failure: Predictions, confidence: float
 ) -> list[Estimate]:
-    """Estimates of the shares of all classes, from probabilities that the answer is wrong."""
+    """Estimates of the shares of all classes; ``failure`` are probabilities of a wrong answer."""
     names = outcomes.class_names
     if names is None or outcomes.prediction is None or outcomes.target is None:
         raise DataError(
@@ -248,19 +251,19 @@ def _class_shares(
             "labelled row. These rows lack some of them."
         )
     right_class = outcomes.target[is_labelled]
-    no_class = (right_class < 0) & ~outcomes.outside[is_labelled]
-    if no_class.any():
+    is_unknown = (right_class < 0) & ~outcomes.outside[is_labelled]
+    if is_unknown.any():
         raise DataError(
-            f"the right class of {int(no_class.sum()):,} labelled rows is not known. Shares of "
+            f"the right class of {int(is_unknown.sum()):,} labelled rows is not known. Shares of "
             "classes need it: where an answer is wrong, another class is right."
         )
-    answer = outcomes.prediction
     estimates = []
     for index, name in enumerate(names):
-        says_class = answer == index
-        predicted = Predicted(
-            labelled=says_class[is_labelled] * (1 - wrong.labelled),
-            everywhere=says_class * (1 - wrong.everywhere),
+        # An answer predicts its class with the probability that it is right.
+        says_class = outcomes.prediction == index
+        predicted = Predictions(
+            of_labelled=says_class[is_labelled] * (1 - failure.of_labelled),
+            of_all_rows=says_class * (1 - failure.of_all_rows),
         )
         is_of_class = (right_class == index).astype(np.float64)
         estimates.append(
@@ -270,48 +273,52 @@ def _class_shares(
 
 
 def _estimate(
-    name: str, truth: Floats, predicted: Predicted, confidence: float, *, fewest_expected: int
+    name: str, truth: Floats, predicted: Predictions, confidence: float, *, fewest_expected: int
 ) -> Estimate:
-    """The estimate of a share from labels (n,) and predictions."""
+    """The estimate of a share from the labels of n rows, and predictions.
+
+    ``truth`` (n,) is 1 where a labelled row has the property. Predictions are not used if fewer
+    than ``fewest_expected`` labelled rows are expected to have the property, or to lack it.
+    """
     n = len(truth)
     delta = 1 - confidence
-    hits = int(truth.sum())
-    plain = (lower_bound(hits, n, delta / 2), upper_bound(hits, n, delta / 2))
+    n_true = int(truth.sum())
+    plain = (lower_bound(n_true, n, delta / 2), upper_bound(n_true, n, delta / 2))
     # Predictions decide which interval is taken, not labels. An interval that is chosen by the
     # labels themselves would be too short.
-    expected = n * float(predicted.everywhere.mean())
-    is_rare = min(expected, n - expected) < fewest_expected
+    n_expected = n * float(predicted.of_all_rows.mean())
+    is_too_rare = min(n_expected, n - n_expected) < fewest_expected
     by_labels = Estimate(
         name=name,
-        share=hits / n,
+        share=n_true / n,
         low=plain[0],
         high=plain[1],
         method="exact",
         weight=0.0,
         plain=plain,
         n_labelled=n,
-        n=len(predicted.everywhere),
+        n=len(predicted.of_all_rows),
     )
-    if n < FEWEST or is_rare:
+    if n < FEWEST_LABELS or is_too_rare:
         return by_labels
     return _with_predictions(by_labels, truth, predicted, confidence)
 
 
 def _with_predictions(
-    by_labels: Estimate, truth: Floats, predicted: Predicted, confidence: float
+    by_labels: Estimate, truth: Floats, predicted: Predictions, confidence: float
 ) -> Estimate:
     """The estimate of the same share that uses predictions, too."""
-    weight = tuned_weight(truth, predicted.labelled)
-    known = weight * float(predicted.everywhere.mean())
-    residual = truth - weight * predicted.labelled
-    largest = 1 - weight * predicted.least
-    smallest = -weight * predicted.most
-    low, high = mean_interval(residual, smallest, largest, confidence)
+    weight = tuned_weight(truth, predicted.of_labelled)
+    first_mean = weight * float(predicted.of_all_rows.mean())  # the mean of w f, which is known
+    residual = truth - weight * predicted.of_labelled
+    largest_residual = 1 - weight * predicted.smallest
+    smallest_residual = -weight * predicted.largest
+    low, high = mean_interval(residual, smallest_residual, largest_residual, confidence)
     return replace(
         by_labels,
-        share=float(np.clip(known + residual.mean(), 0, 1)),
-        low=max(known + low, 0.0),
-        high=min(known + high, 1.0),
+        share=float(np.clip(first_mean + residual.mean(), 0, 1)),
+        low=max(first_mean + low, 0.0),
+        high=min(first_mean + high, 1.0),
         method="prediction-powered",
         weight=weight,
     )
@@ -350,15 +357,16 @@ def mean_interval(
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.estimates import mean_interval
-        >>> low, high = mean_interval(np.zeros(100), 0, 1, 0.95)  # no one among 100
+        >>> low, high = mean_interval(np.zeros(100), 0, 1, 0.95)  # all 100 values are 0
         >>> low, abs(high - (1 - 0.05**0.01)) < 0.001  # mid-p: (1 - high)^100 / 2 = 0.025
         (0.0, True)
     """
     n = len(values)
-    block = min(max(BLOCK // (n + 1), 1), DRAWS)
+    draws_per_block = min(max(MOST_WEIGHTS // (n + 1), 1), DRAWS)
     means = []
-    for first_draw in range(0, DRAWS, block):
-        weights = _random_weights(n + 1, min(block, DRAWS - first_draw), first_draw)
+    for first_draw in range(0, DRAWS, draws_per_block):
+        n_draws = min(draws_per_block, DRAWS - first_draw)
+        weights = _random_weights(n + 1, n_draws, seed=first_draw)
         mean_of_seen = weights[:, :n] @ values
         weight_of_unseen = weights[:, n]
         means.append(mean_of_seen + weight_of_unseen * smallest)

@@ -12,14 +12,14 @@ from vilu.callers import warn_caller
 from vilu.errors import UNKNOWN
 from vilu.outcomes.outcomes import Outcomes
 
-MOST_ERRORS: Final = 3.0
+MOST_STANDARD_ERRORS: Final = 3.0
 """Largest difference of the two accuracies without a warning, in standard errors.
 
 If both accuracies are equal apart from chance, about one calibration in 700 leads to a warning.
 """
 
 
-def warn_of_in_sample(fitted: Mapping[str, int] | None, rows: Outcomes) -> None:
+def warn_of_in_sample_answers(fit_counts: Mapping[str, int] | None, rows: Outcomes) -> None:
     """Warn if given answers are right for clearly more of the fit rows than of these rows.
 
     A model is better on the rows that it was trained on. A predictor that is fitted on such answers
@@ -31,31 +31,31 @@ def warn_of_in_sample(fitted: Mapping[str, int] | None, rows: Outcomes) -> None:
     Rows of none of the classes do not count.
 
     Args:
-        fitted: Numbers of fit rows (``n``) and of right answers among them (``n_right``). None: the
-            fit used no given answers.
+        fit_counts: Number of fit rows (``n``), and of right answers among them (``n_right``). None:
+            the fit used no given answers.
         rows: Calibration rows.
 
     Warns:
         UserWarning: If the fit accuracy is too high.
     """
-    if fitted is None:
+    if fit_counts is None:
         return
     is_known = rows.failure != UNKNOWN
     if rows.outside is not None:
         is_known &= ~rows.outside
     failure = rows.failure[is_known]
-    n_fit = fitted["n"]
+    n_fit = fit_counts["n"]
     m = len(failure)
     if n_fit == 0 or m == 0:
         return
     n_right = int(np.count_nonzero(failure == 0))
-    accuracy_of_fit = fitted["n_right"] / n_fit
+    accuracy_of_fit = fit_counts["n_right"] / n_fit
     accuracy = n_right / m
     difference = accuracy_of_fit - accuracy
-    accuracy_of_all = (fitted["n_right"] + n_right) / (n_fit + m)
-    variance_of_one = accuracy_of_all * (1 - accuracy_of_all)
-    standard_error = math.sqrt(variance_of_one * (1 / n_fit + 1 / m))
-    if difference <= MOST_ERRORS * standard_error:
+    accuracy_of_all = (fit_counts["n_right"] + n_right) / (n_fit + m)
+    variance_of_answer = accuracy_of_all * (1 - accuracy_of_all)
+    standard_error = math.sqrt(variance_of_answer * (1 / n_fit + 1 / m))
+    if difference <= MOST_STANDARD_ERRORS * standard_error:
         return
     warn_caller(
         f"the given answers are right for {accuracy_of_fit:.1%} of {n_fit:,} fit rows and for "

@@ -1,4 +1,4 @@
-"""Split-conformal label sets: candidates of a row, among which is probably the right one.
+"""Split-conformal label sets: candidates of a row that probably include the right one.
 
 The sets are built on a posterior q that includes the probability of failure. Let f be the
 probability that the answer a is wrong, and p the predictor's own posterior over the candidates, or
@@ -63,7 +63,7 @@ class LabelSets(Model):
     mean_size: float = Field(ge=0)  # mean size of the sets of the calibration rows
     empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label
 
-    def of(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
+    def members(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
         """Mask (B, K) of the candidates in the sets of a batch with uncertainties (B,)."""
         return nonconformity(predictor, batch, uncertainty, self.method) <= self.limit
 
@@ -86,15 +86,16 @@ def nonconformity(
 ) -> Tensor:
     """Scores s(x, j) (B, K) of all candidates, float64."""
     f = torch.from_numpy(predictor.raw_failure_probability(uncertainty))
-    log_p_of = predictor.log_posterior if predictor.has_posterior else log_posterior
+    own_or_zero_shot = predictor.log_posterior if predictor.has_posterior else log_posterior
     with torch.no_grad():
-        q = failure_aware_posterior(batch, log_p_of(batch).cpu(), f)
+        q = failure_aware_posterior(batch, own_or_zero_shot(batch).cpu(), f)
     if method == "lac":
         return 1 - q
     q_sorted, candidate = q.sort(dim=1, descending=True, stable=True)
     mass_before = q_sorted.cumsum(dim=1) - q_sorted
     # Candidates with equal q all get the mass before the first of them. Otherwise their scores
-    # would depend on the order of the classes.
+    # would depend on the order of the classes. The search finds, for every q, the first position of
+    # an equal q; it needs ascending numbers, so the signs are changed.
     first_of_ties = torch.searchsorted(-q_sorted, -q_sorted)
     return torch.empty_like(q).scatter_(1, candidate, mass_before.gather(1, first_of_ties))
 
@@ -124,8 +125,8 @@ def fit_label_sets(
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
     # The factor is n + 1, because the new row has each of n + 1 ranks among the calibration rows
     # with equal probability. With n the sets would miss more often than max_miss (Vovk et al.
-    # 2005). The product is rounded to nine decimals first, because in float64 a whole number may
-    # come out a little larger.
+    # 2005). The product is rounded to nine decimals first: in float64 a whole number may come out
+    # a little larger, and rounding up alone would give the next one.
     rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))
     if rank > len(scores):
         raise InfeasibleError(
@@ -154,13 +155,13 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
             "label sets need classes; these are image-caption pairs, each with candidates of its "
             "own pool."
         )
-    predictor.raw_failure_probability([])  # an error if the scores are not probabilities
+    predictor.raw_failure_probability([])  # raises an error if the scores are not probabilities
 
 
 def _labelled_scores(
     predictor: FailurePredictor, data: EmbeddingSource, method: SetMethod
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scores s(x, j) (B, K) and true labels (B,) of the labelled rows, batch by batch."""
+    """Yield scores s(x, j) (B, K) and true labels (B,) of labelled rows, batch by batch."""
     for batch, uncertainty in predictor.scored(data):
         target = batch.target.cpu()
         is_known = target != UNKNOWN

@@ -97,25 +97,26 @@ class LikelyRight(Model):
         return estimated.model_copy(update={"threshold": threshold})
 
     def threshold_among(self, uncertainty: Floats) -> float | None:
-        """Largest uncertainty (N,) up to which rows are likely right; None if there is none."""
+        """Largest of N uncertainties up to which rows are likely right; None if no row is."""
         if self.probability is None:
             return None
         ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
         probability = self.probability(log_odds(ascending))
-        expected = np.cumsum(probability) / np.arange(1, len(ascending) + 1)
-        # Rows of equal uncertainty are likely right together, or not at all. So the threshold is
-        # the last of equals. The last row of all is followed by infinity.
+        # expected error rate of each row together with all rows before it
+        expected_risk = np.cumsum(probability) / np.arange(1, len(ascending) + 1)
+        # Rows of equal uncertainty are all likely right, or none of them is. So only the last of
+        # them may set the threshold. The appended infinity makes the last row of all such a row.
         is_last_of_equals = np.diff(ascending, append=np.inf) > 0
-        is_possible = is_last_of_equals & (self.widening * expected <= self.max_risk)
-        possible = ascending[is_possible]
-        return float(possible[-1]) if len(possible) else None
+        is_low_risk = self.widening * expected_risk <= self.max_risk
+        possible_thresholds = ascending[is_last_of_equals & is_low_risk]
+        return float(possible_thresholds[-1]) if len(possible_thresholds) else None
 
-    def among(self, uncertainty: Floats) -> Flags:
-        """Whether each of these rows (N,) is likely right, with a threshold of their own."""
+    def rows_by_own_threshold(self, uncertainty: Floats) -> Flags:
+        """Whether each of these rows (N,) is likely right, by the threshold of these rows."""
         return self._flags(self.threshold_among(uncertainty), uncertainty)
 
     def rows(self, uncertainty: Floats) -> Flags:
-        """Whether each of new rows (N,) is likely right."""
+        """Whether each of new rows (N,) is likely right, by the saved threshold."""
         return self._flags(self.threshold, uncertainty)
 
     def _flags(self, threshold: float | None, uncertainty: Floats) -> Flags:
@@ -124,13 +125,13 @@ class LikelyRight(Model):
             return [None] * len(uncertainty)
         if threshold is None:
             return [False] * len(uncertainty)
-        flags: Flags = (uncertainty <= threshold).tolist()  # not true of NaN
+        flags: Flags = (uncertainty <= threshold).tolist()  # False for NaN
         return flags
 
     def save(self, folder: Path) -> None:
         """Write ``likely.json`` beside the predictor in a folder."""
-        weights, answer = _judge(folder)
-        file = _LikelyFile(weights_sha256=weights, answer=answer, estimate=self)
+        weights_sha256, answer = _weights_and_answer(folder)
+        file = _LikelyFile(weights_sha256=weights_sha256, answer=answer, estimate=self)
         write_document(folder / LIKELY, file)
 
     @classmethod
@@ -145,7 +146,7 @@ class LikelyRight(Model):
         if not path.is_file():
             return None
         saved = read_document(path, _LikelyFile)
-        if (saved.weights_sha256, saved.answer) != _judge(folder):
+        if (saved.weights_sha256, saved.answer) != _weights_and_answer(folder):
             raise ProvenanceError(
                 f"{path} was made for another predictor than the one beside it, so it says nothing "
                 f"about its answers. Remove the file, or: {saved.again}."
@@ -165,7 +166,7 @@ class _LikelyFile(Document):
     estimate: LikelyRight
 
 
-def _judge(folder: Path) -> tuple[str, AnswerKind]:
+def _weights_and_answer(folder: Path) -> tuple[str, AnswerKind]:
     """Hash of the weights of a saved predictor, and the kind of answers that it judges."""
     description = read_description(folder / PREDICTOR)
     answer: AnswerKind = description["parameters"].get("answer", "zero_shot")

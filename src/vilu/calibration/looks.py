@@ -15,8 +15,8 @@ from vilu.metrics.counts import Ints
 from vilu.predictors.persistence.description import read_description
 from vilu.predictors.persistence.files import LOOKS, PREDICTOR
 
-SKETCH: Final = 64
-"""How many hashes of a set of rows, its smallest ones, are saved to recognise the set later."""
+SKETCH_SIZE: Final = 64
+"""Number of hashes, the smallest of a set of rows, that are saved to recognise the set later."""
 
 SAME_ROWS: Final = 0.5
 """Two sets A and B of rows are taken for the same if |A and B| / |A or B| is at least this."""
@@ -31,7 +31,8 @@ ORDINALS: Final = (
 class LookedAt(Model):
     """A set of rows, and the targets that were tried on it."""
 
-    hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH)  # smallest hashes of the rows
+    # smallest hashes of the rows
+    hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH_SIZE)
     targets: tuple[str, ...]  # digests of the targets, earliest first
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
@@ -40,7 +41,7 @@ class LookedAt(Model):
         # sample that is in both sets estimates |A and B| / |A or B| (Broder 1997). All saved hashes
         # of both sets together would not be a random sample of the union: the 64 smallest hashes of
         # a small set reach up to larger numbers than those of a large set.
-        sample = sorted({*self.hashes, *hashes})[:SKETCH]
+        sample = sorted({*self.hashes, *hashes})[:SKETCH_SIZE]
         common = set(self.hashes) & set(hashes) & set(sample)
         return len(common) >= SAME_ROWS * len(sample)
 
@@ -62,23 +63,23 @@ def note_look(folder: Path, picture: Ints, target: dict[str, object]) -> int:
     ``picture`` (N,) holds the identities of the pictures in the rows. The target itself is counted,
     too.
     """
-    smallest = np.unique(picture[picture >= 0])[:SKETCH]
+    smallest = np.unique(picture[picture >= 0])[:SKETCH_SIZE]
     if not len(smallest):
         return 1  # without known pictures the rows cannot be recognised, so nothing is recorded
     hashes = tuple(smallest.tolist())
     record = _load(folder)
-    different = []
+    other_sets = []
     targets: tuple[str, ...] = (digest(target),)
     for recorded in record.rows:
         if not recorded.is_same_set(hashes):
-            different.append(recorded)
+            other_sets.append(recorded)
             continue
         # Recorded sets that are mostly these rows become one set with all their targets. If they
         # were counted separately, a few new rows would reset the count, and the best of many
         # targets would be reported as the first.
-        new = [tried for tried in targets if tried not in recorded.targets]
-        targets = (*recorded.targets, *new)
-    all_sets = (*different, LookedAt(hashes=hashes, targets=targets))
+        new_targets = [tried for tried in targets if tried not in recorded.targets]
+        targets = (*recorded.targets, *new_targets)
+    all_sets = (*other_sets, LookedAt(hashes=hashes, targets=targets))
     write_document(folder / LOOKS, record.model_copy(update={"rows": all_sets}))
     return len(targets)
 
@@ -94,7 +95,7 @@ def _load(folder: Path) -> LookRecord:
     return LookRecord(weights_sha256=weights)
 
 
-def in_words(n_looks: int) -> str:
+def looks_in_words(n_looks: int) -> str:
     """Text that says how many targets were tried, and what follows; "" for the first target."""
     if n_looks == 1:
         return ""

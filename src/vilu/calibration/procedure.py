@@ -15,12 +15,18 @@ from vilu.artifacts.hashing import digest
 from vilu.calibration.calibration import Calibration, above_limit, save_calibration
 from vilu.calibration.closed_set import AnyDraw
 from vilu.calibration.copies import check_copies
-from vilu.calibration.given_answers import warn_of_in_sample
+from vilu.calibration.given_answers import warn_of_in_sample_answers
 from vilu.calibration.label_sets import LabelSets, check_label_sets, fit_label_sets
-from vilu.calibration.looks import in_words, note_look
-from vilu.calibration.rules import Rule, evaluable, group_names, rule_of, warning_of_clusters
+from vilu.calibration.looks import looks_in_words, note_look
+from vilu.calibration.rules import (
+    Rule,
+    group_names,
+    require_evaluable,
+    rule_of,
+    warning_of_clusters,
+)
 from vilu.calibration.target import Target
-from vilu.calibration.thresholds import exactly, percent
+from vilu.calibration.thresholds import exact_percent, percent
 from vilu.calibration.units import ALIKE, MOST_COMPARED, CountedRows, count_once, first_of_scenes
 from vilu.embeddings.copies import NEAR_COPY
 from vilu.embeddings.source import EmbeddingSource
@@ -37,7 +43,7 @@ from vilu.scoring.score import predictor_fingerprint, score_fresh, source_finger
 from vilu.store.reader import EmbeddingStore
 from vilu.validation import checked
 
-SHOWN = 3  # largest number of groups whose reasons a message lists
+GROUPS_SHOWN = 3  # largest number of groups whose reasons a message lists
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +110,7 @@ def calibrate_predictor(
             Path(folder),
             data,
             target,
-            (dataset, split),
+            dataset_and_split=(dataset, split),
             overwrite=overwrite,
             drawn_below=drawn_below,
         )
@@ -132,7 +138,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
         )
     if target.label_sets is not None:
         check_label_sets(predictor, data, target.max_miss)
-    elif target.max_miss != Target.max_miss:
+    elif target.max_miss != Target.max_miss:  # another value than the default was given
         raise UsageError(
             f"max_miss ({target.max_miss}) is for label sets. Ask for label_sets too, or leave "
             "it out."
@@ -142,10 +148,10 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
 def _check_draw(target: Target, predictor: FailurePredictor) -> None:
     """Refuse targets and predictors about which rows up to a limit show nothing."""
     # Means over all answers, coverages, label sets and stated shares need rows beyond the limit.
-    possible = Target(
+    allowed_target = Target(
         max_risk=target.max_risk, confidence=target.confidence, per_class=target.per_class
     )
-    if target.max_risk is None or target != possible:
+    if target.max_risk is None or target != allowed_target:
         raise UsageError(
             "rows that were drawn below a limit need a max_risk, and allow confidence and "
             "per_class beside it. Leave the rest of the target out."
@@ -154,7 +160,7 @@ def _check_draw(target: Target, predictor: FailurePredictor) -> None:
 
 
 def require_probability(predictor: FailurePredictor) -> None:
-    """Refuse a predictor without probabilities, by which no limit of a draw can be chosen."""
+    """Refuse a predictor without probabilities: no limit of a draw can be chosen by it."""
     if not predictor.is_probability:
         raise UsageError(
             "labels for a guarantee are chosen by a probability of failure; "
@@ -162,7 +168,7 @@ def require_probability(predictor: FailurePredictor) -> None:
         )
 
 
-def _require_below(rows: Outcomes, limit: float) -> None:
+def _require_below_limit(rows: Outcomes, limit: float) -> None:
     """Refuse rows with an uncertainty above the limit of their draw."""
     n_above = int(above_limit(rows, limit).sum())
     if n_above:
@@ -176,47 +182,48 @@ def _calibrate(
     folder: Path,
     data: EmbeddingSource,
     target: Target,
-    names: tuple[str | None, str | None],
     *,
+    dataset_and_split: tuple[str | None, str | None],
     overwrite: bool,
     drawn_below: float | None,
 ) -> Calibration:
-    """Calibrate in a locked folder; ``names`` are the names of the data set and of its split."""
+    """Calibrate in a locked folder, with the arguments of ``calibrate_predictor``."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
-    inputs = _inputs(predictor, data, target, names, drawn_below)
+    inputs = _inputs(predictor, data, target, dataset_and_split, drawn_below)
     if not overwrite:
-        calibration = _made_before(folder, inputs)
+        calibration = _existing_calibration(folder, inputs)
         if calibration is not None:
             write_card(folder)
             return calibration
-    fresh = predictor.unseen(data, "calibration")
-    fresh_rows = np.flatnonzero(fresh)
+    is_fresh = predictor.unseen(data, "calibration")
+    fresh_rows = np.flatnonzero(is_fresh)
     check_copies(predictor, data, fresh_rows)
-    dataset, split = names
-    rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
+    dataset, split = dataset_and_split
+    rows = score_fresh(predictor, data, is_fresh, dataset=dataset, split=split)
     if drawn_below is not None:
-        _require_below(rows, drawn_below)
+        _require_below_limit(rows, drawn_below)
     n_looks = 1
     if rows.picture is not None and target.has_rule:
         n_looks = note_look(folder, rows.picture[rows.evaluable], target.facts())
-    # ``rows`` holds one outcome per index in ``fresh_rows``; ``saved`` and ``copies`` count these
-    rule, saved, copies = _rule_of_pictures(target, rows, data, fresh_rows)
+    # ``rows`` holds one outcome per index in ``fresh_rows``. ``saved_rows`` holds indices of
+    # ``rows``, and ``copies`` positions among them.
+    rule, saved_rows, copies = _rule_of_pictures(target, rows, data, fresh_rows)
     if rule is not None:
         rule = rule.model_copy(update={"drawn_below": drawn_below})
-    rows = rows.take(saved)
-    warn_of_in_sample(predictor.notes_.get("given_answers"), rows)
+    rows = rows.take(saved_rows)
+    warn_of_in_sample_answers(predictor.notes_.get("given_answers"), rows)
     if drawn_below is None:
         predictor.calibrate_scores(rows.uncertainty, rows.failure)
     else:
         # A calibrator of these rows would be biased, because they all have scores up to the limit.
         predictor.calibrator_ = unchanged(rows.failure)
-    sets: LabelSets | None = None
+    label_sets: LabelSets | None = None
     if target.label_sets is not None:
         is_left_out = np.ones(len(data), np.bool_)
-        is_left_out[fresh_rows[saved]] = False
+        is_left_out[fresh_rows[saved_rows]] = False
         saved_data = data.without(is_left_out)
-        sets = fit_label_sets(
+        label_sets = fit_label_sets(
             predictor, saved_data, max_miss=target.max_miss, method=target.label_sets
         )
     calibration = keep_calibration(
@@ -226,8 +233,8 @@ def _calibrate(
         data,
         target,
         rule,
-        names,
-        label_sets=sets,
+        dataset_and_split,
+        label_sets=label_sets,
         inputs=inputs,
         near_copies=tuple(copies.tolist()),
         n_looks=n_looks,
@@ -240,20 +247,26 @@ def _inputs(
     predictor: FailurePredictor,
     data: EmbeddingSource,
     target: Target,
-    names: tuple[str | None, str | None],
+    dataset_and_split: tuple[str | None, str | None],
     drawn_below: float | None,
 ) -> str:
-    """Digest of predictor, data, names, target and limit, from which a calibration is made."""
+    """Digest of everything from which a calibration is made.
+
+    It is made from the predictor, the data and their names, the target, and the limit.
+    """
     source = source_fingerprint(data)
-    asked = target.facts()
-    if drawn_below is not None:  # the digests of calibrations without a limit stay
-        asked["drawn_below"] = drawn_below
-    made_from: list[object] = [predictor_fingerprint(predictor), source, *names, asked]
+    target_facts = target.facts()
+    # Without a limit nothing is added, so that the digests of older calibrations stay the same.
+    if drawn_below is not None:
+        target_facts["drawn_below"] = drawn_below
+    predictor_hash = predictor_fingerprint(predictor)
+    origin: list[object] = [predictor_hash, source, *dataset_and_split, target_facts]
     # The fingerprint of a store covers all rows, but that of other sources only a sample of them.
-    # So the identities of all rows are added. Of several kinds of identity the first is the best.
+    # So the identities of all rows are added. Rows may have several kinds of identity. The first
+    # kind is the best.
     if not isinstance(data, EmbeddingStore):
-        made_from.append([data.identities(by).tolist() for by in data.identified_by[:1]])
-    return digest(made_from)
+        origin.append([data.identities(by).tolist() for by in data.identified_by[:1]])
+    return digest(origin)
 
 
 def _rule_of_pictures(
@@ -272,36 +285,37 @@ def _rule_of_pictures(
         index_in_data: Indices (N,) of the rows in the source.
 
     Returns:
-        The rule; indices (M,) of the rows to save, which are one row per picture and all rows
-        without a label; and indices, among these M, of the copies that the rule leaves out.
+        The rule.
+        Indices (M,) of the rows to save: one row per picture, and all rows without a label.
+        Positions, among these M indices, of the copies that the rule leaves out.
     """
     if target.cluster_risk is not None:
         # Each cluster counts as one draw, so copies within a cluster do no harm.
-        return _certified(rows, target), np.arange(len(rows)), np.arange(0)
-    is_labelled = evaluable(rows)
-    chosen, counted = count_once(rows, is_labelled)
-    rule = _certified(rows, target)
-    left_out = chosen[:0]  # no row is left out so far
-    is_first = _first_of_near_copies(data, index_in_data[chosen])
+        return _feasible_rule(rows, target), np.arange(len(rows)), np.arange(0)
+    is_labelled = require_evaluable(rows)
+    picture_rows, counted = count_once(rows, is_labelled)  # one row per picture
+    rule = _feasible_rule(rows, target)
+    left_out = picture_rows[:0]  # no row is left out so far
+    is_first = _first_of_near_copies(data, index_in_data[picture_rows])
     if not is_first.all():
         counted = _count_scenes(counted, is_first)
-        is_different = first_of_scenes(data, index_in_data[chosen], ALIKE)
+        is_different = first_of_scenes(data, index_in_data[picture_rows], ALIKE)
         # Pictures that differ by noise only are one draw. If all of them count, the bound is too
         # small. If only one of them counts, its answer may be right by chance. So both rules are
         # made, and the rule that accepts less is used.
-        rule_without_copies = _certified(rows.take(chosen[is_different]), target)
-        if _accepts_less(rule_without_copies, rule, rows.take(chosen)):
+        rule_without_copies = _feasible_rule(rows.take(picture_rows[is_different]), target)
+        if _accepts_less(rule_without_copies, rule, rows.take(picture_rows)):
             rule = rule_without_copies
-            left_out = chosen[~is_different]
+            left_out = picture_rows[~is_different]
     if rule is not None:
         rule = rule.model_copy(update={"counted": counted})
         warning = warning_of_clusters(rule, rows)
         if warning is not None:
             logger.warning("%s", warning)
     is_saved = ~is_labelled
-    is_saved[chosen] = True
-    saved = np.flatnonzero(is_saved)
-    return rule, saved, np.flatnonzero(np.isin(saved, left_out))
+    is_saved[picture_rows] = True
+    saved_rows = np.flatnonzero(is_saved)
+    return rule, saved_rows, np.flatnonzero(np.isin(saved_rows, left_out))
 
 
 def _first_of_near_copies(data: EmbeddingSource, pictures: Ints) -> NDArray[np.bool_]:
@@ -336,7 +350,7 @@ def _count_scenes(counted: CountedRows | None, is_first: NDArray[np.bool_]) -> C
     return counted
 
 
-def _certified(rows: Outcomes, target: Target) -> Rule | None:
+def _feasible_rule(rows: Outcomes, target: Target) -> Rule | None:
     """The rule of calibration rows; None if the target asks for no rule.
 
     Raises an InfeasibleError if the rule accepts nothing.
@@ -345,12 +359,12 @@ def _certified(rows: Outcomes, target: Target) -> Rule | None:
         return None
     rule = rule_of(rows, target, "prediction" if target.per_class else None)
     if not rule.feasible:
-        raise InfeasibleError(_infeasible(rule))
+        raise InfeasibleError(_why_infeasible(rule))
     return rule
 
 
 def _accepts_less(rule: Rule | None, rival: Rule | None, pictures: Outcomes) -> bool:
-    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False without rules."""
+    """Whether ``rule`` accepts fewer of these pictures than ``rival``; False if one is None."""
     if rule is None or rival is None:
         return False
     groups = group_names(pictures) if rule.grouped_by == "prediction" else None
@@ -366,7 +380,7 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     data: EmbeddingSource,
     target: Target,
     rule: Rule | None,
-    names: tuple[str | None, str | None],
+    dataset_and_split: tuple[str | None, str | None],
     *,
     dtype: str | None = None,
     label_sets: LabelSets | None = None,
@@ -377,8 +391,8 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
 ) -> Calibration:
     """Write a calibrated predictor, the calibration rows of ``data``, and then the calibration.
 
-    ``names`` are the names of the data set and of its split. ``dtype`` is the number format to
-    which new embeddings are rounded; None: the format of the data.
+    ``dtype`` is the number format to which new embeddings are rounded; None: the format of the
+    data. ``n_looks`` is the number of targets that were tried on these rows.
     """
     probability = predictor.failure_probability(rows.uncertainty)
     rows = dataclasses.replace(rows, failure_probability=probability)
@@ -386,10 +400,10 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     # The vocabulary is needed to score bare embeddings and new images. Without texts there is none.
     if data.pool_size is None and data.has_texts:
         Vocabulary.of(data, dtype).save(folder)
-    dataset, split = names
+    dataset, split = dataset_and_split
     guarantee = None
     if rule is not None:
-        guarantee = f"{rule}{in_words(n_looks)}"
+        guarantee = f"{rule}{looks_in_words(n_looks)}"
     return save_calibration(
         folder,
         rows,
@@ -409,15 +423,15 @@ def keep_calibration(  # noqa: PLR0913 - one argument per part of a calibration
     )
 
 
-def take_back(folder: Path, changed: set[str]) -> bool:
+def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
     """Remove a calibration if labels of its rows have changed; return whether it was removed.
 
-    ``changed`` holds the keys of all rows whose labels have changed.
+    ``changed_keys`` holds the keys of all rows whose labels have changed.
     """
-    calibration = Calibration.find(folder) if changed else None
+    calibration = Calibration.find(folder) if changed_keys else None
     if calibration is None:
         return False
-    changed_rows = changed & set(calibration.rows.ids or ())
+    changed_rows = changed_keys & set(calibration.rows.ids or ())
     if not changed_rows:
         return False
     (folder / RISK).unlink()
@@ -430,8 +444,8 @@ def take_back(folder: Path, changed: set[str]) -> bool:
     return True
 
 
-def _made_before(folder: Path, inputs: str) -> Calibration | None:
-    """The existing calibration; None if there is none.
+def _existing_calibration(folder: Path, inputs: str) -> Calibration | None:
+    """The calibration in the folder; None if there is none.
 
     A calibration from other inputs is refused. A calibration that cannot be loaded counts as none,
     with a warning.
@@ -453,27 +467,28 @@ def _made_before(folder: Path, inputs: str) -> Calibration | None:
     )
 
 
-def _infeasible(rule: Rule) -> str:
+def _why_infeasible(rule: Rule) -> str:
     """Message that says why nothing can be accepted, and what is missing."""
     reasons = []
-    for name, threshold in list(rule.thresholds.items())[:SHOWN]:
+    for name, threshold in list(rule.thresholds.items())[:GROUPS_SHOWN]:
         group = f"{name}: " if name else ""
         needed = ""
         if threshold.n_needed is not None:
             needed = f" At least {threshold.n_needed:,} calibration rows are needed."
         reasons.append(f"{group}{threshold.why}.{needed}")
-    n_more = len(rule.thresholds) - SHOWN
+    n_more = len(rule.thresholds) - GROUPS_SHOWN
     if n_more > 0:
         reasons.append(f"And {n_more} more groups.")
     if rule.counted is not None:
         reasons.append(f"The {rule.counted}.")
-    goals = []
+    target_parts = []
     if rule.max_risk is not None:
-        goals.append(f"a risk of at most {percent(rule.max_risk)}")
+        target_parts.append(f"a risk of at most {percent(rule.max_risk)}")
     if rule.min_coverage is not None:
-        goals.append(f"at a coverage of at least {rule.min_coverage:.1%}")
+        target_parts.append(f"at a coverage of at least {rule.min_coverage:.1%}")
     return (
-        f"{' '.join(goals)} cannot be guaranteed with confidence {exactly(rule.confidence)}: "
+        f"{' '.join(target_parts)} cannot be guaranteed with confidence "
+        f"{exact_percent(rule.confidence)}: "
         f"{' '.join(reasons)} No rule was written, and looks.json counts the look at these rows. "
         "Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
         "--min-coverage), or take a predictor that ranks better."

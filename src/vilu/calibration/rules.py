@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,26 +24,26 @@ from vilu.calibration.clusters import (
     ratio_rows,
 )
 from vilu.calibration.methods import ClusterRisk, Method, RowsMethod
-from vilu.calibration.selection import drawn, p_values, selected
+from vilu.calibration.selection import p_values, sampled_rows, selected_answers
 from vilu.calibration.shares import (
     Strata,
-    in_words,
     require_every_class,
+    shares_in_words,
     weighted_learn_then_test,
-    why_nothing,
+    why_nothing_for_shares,
 )
 from vilu.calibration.target import Target
 from vilu.calibration.thresholds import (
     PROCEDURES,
     Threshold,
     accepted_needed,
+    binomial_tail,
     coverage_first,
-    exactly,
+    exact_percent,
     percent,
     rows_for_coverage,
     rows_for_mean,
     rows_without_error,
-    tail,
 )
 from vilu.calibration.units import CountedRows, count_once
 from vilu.callers import warn_caller
@@ -125,7 +126,7 @@ class Rule(Model):
 
     @model_serializer(mode="wrap")
     def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save; a rule about new single rows has those of earlier versions."""
+        """The fields to save; those of a rule about new single rows are as in earlier versions."""
         # Scores and monitors refer to a calibration by its fingerprint, a hash of these fields. A
         # new field with its default value would change the fingerprints of old calibrations.
         fields: dict[str, Any] = fields_of(self)
@@ -234,19 +235,19 @@ class Rule(Model):
         return self._limits(n, groups)
 
     def _limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
-        """As ``limits``; with clusters, limits of the scores that are compared."""
+        """As ``limits``, for any rule with thresholds, also for a rule about clusters."""
         intervals = {name: threshold.interval for name, threshold in self.thresholds.items()}
         # Rows of a group without a threshold of its own get the interval of "(other)". If there is
         # no such interval either, nothing is accepted.
-        without_group = intervals.get(OTHER, (-math.inf, -math.inf))
-        group_of_row = self._group_of_each(n, groups)
-        interval_of_row = [intervals.get(name, without_group) for name in group_of_row]
-        # reshaped, because an array of no intervals (n = 0) would have one axis only
+        default_interval = intervals.get(OTHER, (-math.inf, -math.inf))
+        group_of_row = self._groups_of_rows(n, groups)
+        interval_of_row = [intervals.get(name, default_interval) for name in group_of_row]
+        # reshaped, because with n = 0 the array would have one axis only
         floors, thresholds = np.array(interval_of_row, dtype=np.float64).reshape(n, 2).T
         return floors, thresholds
 
-    def _group_of_each(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
-        """Name of the group of every one of n rows, as in ``thresholds``."""
+    def _groups_of_rows(self, n: int, groups: Sequence[str] | None) -> Sequence[str]:
+        """Names of the groups of n rows, as in ``thresholds``."""
         if self.grouped_by is None:
             return [ALL] * n
         names = check_texts(groups, "groups")
@@ -291,7 +292,7 @@ class Rule(Model):
         """
         scores = self._compared_scores(uncertainty, clusters)
         if self.needs_batch:
-            return selected(self.p_values(scores), self.max_risk or 0.0)
+            return selected_answers(self.p_values(scores), level=self.max_risk or 0.0)
         floors, thresholds = self._limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
 
@@ -371,17 +372,17 @@ class Rule(Model):
         )
 
     @property
-    def _units(self) -> str:
+    def _units_in_words(self) -> str:
         """What the numbers of a rule count, in words."""
         if self.clusters is None:
             return "calibration rows"
-        return self.clusters.counted_as
+        return self.clusters.units_in_words
 
     @property
-    def _errors(self) -> str:
+    def _errors_in_words(self) -> str:
         """What is guaranteed to be rare, in words that follow "at most 5%"."""
         if self.clusters is not None:
-            return self.clusters.errors
+            return self.clusters.errors_in_words
         if self.method == "crc":
             return "of all answers are accepted and wrong"
         return "of the accepted answers are wrong"
@@ -391,12 +392,13 @@ class Rule(Model):
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        # The sentence is built from four parts (see the last line). Each case below changes some.
-        certainty = f"with confidence {exactly(self.confidence)}"
-        errors = self._errors
+        # The sentence has five parts, which the last line joins. Each case below changes some.
+        certainty = f"with confidence {exact_percent(self.confidence)}"
+        errors = self._errors_in_words
         if self.method == "crc":
             certainty = "on average"
-        counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} {self._units}"
+        n_of_units = f"{self.n} {self._units_in_words}"
+        counts = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {n_of_units}"
         if self.closed is not None:
             return (
                 f"of {self.closed} of one folder, accepted and without a label, {certainty} at "
@@ -404,16 +406,16 @@ class Rule(Model):
             )
         if self.reweighted:
             counts += ", which have other shares"
-            errors += f" {in_words(self.outside_share, self.class_shares)}"
+            errors += f" {shares_in_words(self.outside_share, self.class_shares)}"
         if self.drawn_below is not None:
             counts += " drawn among them"
         if self.counted is not None:
             counts += f": {self.counted}"
         if self.method == "anytime":
             counts += ", at whatever moment one looks"
-        return f"{self._share()}; {certainty} at most {percent(bound)} {errors} ({counts})"
+        return f"{self._acceptance()}; {certainty} at most {percent(bound)} {errors} ({counts})"
 
-    def _share(self) -> str:
+    def _acceptance(self) -> str:
         """Text such as "accepts 62.0% of the calibration rows"."""
         accepts = f"accepts {self.coverage:.1%}"
         if self.reweighted or self.method == "anytime":
@@ -508,7 +510,7 @@ def certify(
 
 
 def warning_of_clusters(rule: Rule, outcomes: Outcomes) -> str | None:
-    """What to warn of if a rule counts rows of one cluster as independent; None if nothing."""
+    """Warning about a rule that counts rows of a cluster as independent; None if all is well."""
     counts_rows = rule.clusters is None and rule.grouped_by is None and rule.feasible
     if outcomes.cluster is None or not counts_rows:
         return None
@@ -572,7 +574,7 @@ def certify_clusters(
 
 def _rule_of_clusters(outcomes: Outcomes, target: Target) -> Rule:
     """The rule for a target with a risk of clusters; it may accept nothing."""
-    is_usable = evaluable(outcomes)
+    is_usable = require_evaluable(outcomes)
     if outcomes.cluster is None:
         raise DataError(
             "a risk of clusters needs the cluster of every row: the column cluster of the table, "
@@ -608,7 +610,7 @@ def rule_of(
     """The rule for a target, as ``certify`` makes it; the rule may accept nothing."""
     if target.cluster_risk is not None:
         return _rule_of_clusters(outcomes, target)
-    chosen, counted = count_once(outcomes, evaluable(outcomes))
+    chosen, counted = count_once(outcomes, require_evaluable(outcomes))
     rows = outcomes.take(chosen)
     thresholds: dict[str, Threshold] = {}
     wrong: tuple[float, ...] = ()
@@ -618,7 +620,7 @@ def rule_of(
     elif target.states_shares:
         thresholds = {ALL: _threshold_for_shares(rows, target)}
     else:
-        names = None if groups is None else _groups_of_rows(outcomes, groups, chosen)
+        names = None if groups is None else _names_of_groups(outcomes, groups, chosen)
         thresholds = _thresholds_of_groups(rows, names, target)
     grouped_by: Literal["prediction", "groups"] | None = None
     if groups is not None:
@@ -645,16 +647,16 @@ def _rows_for_selection(rows: Outcomes, target: Target) -> tuple[int, tuple[floa
     """
     max_risk = target.max_risk or 0.0  # "selection" always has a max_risk (``check_rule``)
     n_needed = rows_for_mean(max_risk)
-    chosen = drawn(len(rows))
-    n = len(chosen)
+    sample = sampled_rows(len(rows))
+    n = len(sample)
     if n < n_needed:
         raise InfeasibleError(
             f"with {n} calibration rows no answer can be selected at a risk of "
             f"{percent(max_risk)}: no p-value is below 1 / {n + 1}. At least {n_needed} rows are "
             "needed."
         )
-    is_wrong = rows.failure[chosen] == 1
-    wrong = np.sort(rows.uncertainty[chosen][is_wrong])
+    is_wrong = rows.failure[sample] == 1
+    wrong = np.sort(rows.uncertainty[sample][is_wrong])
     return n, tuple(wrong.tolist())
 
 
@@ -711,7 +713,7 @@ def _laxest_so_far(looks: AnyLooks, rows: Outcomes, max_risk: float) -> Threshol
     return Threshold.nothing(len(rows), why)
 
 
-def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
+def require_evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
     """Mask (N,) of the rows that a calibration can use.
 
     Raises a DataError if there is no such row, or if too many rows were used in the fit.
@@ -768,8 +770,11 @@ def group_names(outcomes: Outcomes) -> list[str]:
     return names
 
 
-def _groups_of_rows(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) -> list[str]:
-    """Names of the groups of the chosen rows, whose indices are ``chosen`` (M,)."""
+def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) -> list[str]:
+    """Names of the groups of M rows, whose indices are ``chosen`` (M,).
+
+    ``groups`` is as in ``certify``.
+    """
     names: Sequence[str] | None
     if isinstance(groups, str):
         names = group_names(outcomes)
@@ -783,7 +788,7 @@ def _groups_of_rows(outcomes: Outcomes, groups: Sequence[str], chosen: Ints) -> 
 
 
 def members_of(
-    names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]
+    names: list[str] | None, n: int, delta: float, rows_needed: Callable[[float], int]
 ) -> dict[str, Ints]:
     """Indices of the rows of each group with a threshold of its own, and of the group "(other)".
 
@@ -791,7 +796,11 @@ def members_of(
     them has enough rows for its share of delta. All smaller groups together are "(other)". Only the
     sizes of groups are used, not their wrong answers.
 
-    ``fewest`` gives the smallest number of rows that a group needs at a level.
+    Args:
+        names: Names of the groups of n rows; None: all rows are one group.
+        n: Number of rows.
+        delta: Level of all groups together.
+        rows_needed: Returns the smallest number of rows that a group needs at a level.
     """
     if names is None:
         return {ALL: np.arange(n)}
@@ -802,13 +811,13 @@ def members_of(
     for n_groups in range(1, len(ranked) + 1):
         # one more share is for "(other)", unless no group is left for it
         n_shares = min(n_groups + 1, len(ranked))
-        smallest = ranked[n_groups - 1]
-        if sizes[smallest] >= fewest(delta / n_shares):
+        smallest = ranked[n_groups - 1]  # name of the smallest of the n_groups largest groups
+        if sizes[smallest] >= rows_needed(delta / n_shares):
             n_own = n_groups
-    own = set(ranked[:n_own])
-    group_of = np.array([name if name in own else OTHER for name in names], dtype=object)
+    own_groups = set(ranked[:n_own])
+    group_of = np.array([name if name in own_groups else OTHER for name in names], dtype=object)
     members: dict[str, Ints] = {}
-    for name in [*sorted(own), OTHER]:
+    for name in [*sorted(own_groups), OTHER]:
         rows = np.flatnonzero(group_of == name)
         if len(rows):
             members[name] = rows
@@ -822,12 +831,8 @@ def _thresholds_of_groups(
 
     If all groups together accept less than ``min_coverage``, every threshold accepts nothing.
     """
-
-    def fewest(delta: float) -> int:
-        return _rows_needed(target, delta)
-
     delta = 1 - target.confidence
-    members = members_of(names, len(rows), delta, fewest)
+    members = members_of(names, len(rows), delta, partial(_rows_needed, target))
     # The guarantees of all groups must hold together. With all of delta for each group, some group
     # would break its guarantee far more often than with probability delta (union bound).
     level = delta / len(members)
@@ -856,19 +861,19 @@ def _why_coverage_missed(thresholds: Mapping[str, Threshold], target: Target) ->
         return None
     n = sum(threshold.n for threshold in thresholds.values())
     n_accepted = sum(threshold.n_accepted for threshold in thresholds.values())
-    n_asked = (target.min_coverage - ROUNDING) * n
-    is_too_small = n_accepted < n_asked
+    n_wanted = (target.min_coverage - ROUNDING) * n
+    is_too_small = n_accepted < n_wanted
     # If nothing is accepted, every threshold already says why.
     if is_too_small and n_accepted > 0:
         return _coverage_too_small(n_accepted / n, target.min_coverage)
     return None
 
 
-def _coverage_too_small(coverage: float, asked: float) -> str:
-    """The reason if the largest coverage is less than the coverage that was asked for."""
+def _coverage_too_small(coverage: float, min_coverage: float) -> str:
+    """The reason why nothing is accepted if the largest ``coverage`` is below ``min_coverage``."""
     return (
-        f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked "
-        "for"
+        f"the risk is attained at {coverage:.1%} coverage at most, less than the "
+        f"{min_coverage:.1%} asked for"
     )
 
 
@@ -879,11 +884,11 @@ def _threshold_for_shares(rows: Outcomes, target: Target) -> Threshold:
     delta = 1 - target.confidence
     require_every_class(rows, target.class_shares)
     best: Threshold | None = None
-    if not strata.lacking(max_risk, delta):
+    if not strata.too_small(max_risk, delta):
         is_wrong = rows.failure == 1
         best = weighted_learn_then_test(rows.uncertainty, is_wrong, strata.weight, max_risk, delta)
     if best is None:
-        return Threshold.nothing(len(rows), why_nothing(strata, max_risk, delta))
+        return Threshold.nothing(len(rows), why_nothing_for_shares(strata, max_risk, delta))
     floor, limit = best.interval
     accepted = (rows.uncertainty > floor) & (rows.uncertainty <= limit)
     coverage = float(strata.weight[accepted].sum()) / len(rows)
@@ -918,38 +923,38 @@ def _rows_needed(target: Target, delta: float) -> int:
 
 
 def _why_nothing(counts: TieCounts, target: Target, delta: float) -> tuple[str, int | None]:
-    """Why no threshold is certified, and the number of rows that is needed if there are fewer."""
+    """Why no threshold is certified, and how many rows are needed (None: there are enough)."""
     n = int(counts.n)
     max_risk = target.max_risk
-    fewest = _rows_needed(target, delta)
+    n_needed = _rows_needed(target, delta)
     if max_risk is None:
         why = f"{n} rows cannot show that {target.min_coverage:.1%} of all answers are accepted"
         if target.min_coverage == 1:
             return why, None  # no number of rows would be enough
-        return why, fewest
+        return why, n_needed
     if target.method == "crc":
-        if n < fewest:
-            why = f"a mean risk of {max_risk:.2%} needs at least {fewest} rows, and there are {n}"
-            return why, fewest
-        wrong = int(counts.accepted_wrong[0])  # wrong answers at the smallest score
-        return f"{wrong} of the most trusted answers, equal in score, are wrong", None
-    if n < fewest:
+        if n < n_needed:
+            why = f"a mean risk of {max_risk:.2%} needs at least {n_needed} rows, and there are {n}"
+            return why, n_needed
+        n_wrong = int(counts.accepted_wrong[0])  # wrong answers at the smallest score
+        return f"{n_wrong} of the most trusted answers, equal in score, are wrong", None
+    if n < n_needed:
         # number of the most trusted rows before the first score with a wrong answer
-        right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
+        n_right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
         why = (
-            f"a risk of {max_risk:.2%} needs {fewest:,} accepted answers without a wrong one, but "
-            f"there are {n:,} rows, of which the {right:,} most trusted are right"
+            f"a risk of {max_risk:.2%} needs {n_needed:,} accepted answers without a wrong one, "
+            f"but there are {n:,} rows, of which the {n_right:,} most trusted are right"
         )
-        return why, fewest
+        return why, n_needed
     return _why_not_enough(counts, max_risk, delta), None
 
 
 def _why_not_enough(counts: TieCounts, max_risk: float, delta: float) -> str:
     """Why no threshold is certified although there are enough rows."""
-    p_value = tail(counts.accepted_wrong, counts.accepted, max_risk)
-    best = int(np.argmin(p_value))  # the threshold that is nearest to a certificate
-    accepted = int(counts.accepted[best])
-    wrong = int(counts.accepted_wrong[best])
+    p_value = binomial_tail(counts.accepted_wrong, counts.accepted, max_risk)
+    nearest = int(np.argmin(p_value))  # the threshold that is nearest to a certificate
+    accepted = int(counts.accepted[nearest])
+    wrong = int(counts.accepted_wrong[nearest])
     verb = "is" if wrong == 1 else "are"
     most_trusted = f"of the {accepted:,} most trusted answers {wrong:,} {verb} wrong"
     if wrong >= max_risk * accepted:

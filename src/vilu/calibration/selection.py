@@ -28,8 +28,8 @@ from vilu.metrics.counts import Floats, Ints
 MAX_ROWS = 10**6
 """Largest number of calibration rows that a rule uses.
 
-The scores of the wrong ones among them are saved in ``risk.json``. More rows would hardly change a
-p-value.
+The scores of the wrong answers among them are saved in ``risk.json``. More rows would hardly change
+a p-value.
 """
 
 
@@ -52,15 +52,15 @@ def p_values(uncertainty: Floats, wrong: Sequence[float], n: int) -> Floats:
     return np.where(np.isnan(uncertainty), np.nan, p)
 
 
-def selected(p: Floats, level: float) -> NDArray[np.bool_]:
-    """Mask (N,) of the answers that the procedure of Benjamini and Hochberg accepts.
+def selected_answers(p: Floats, level: float) -> NDArray[np.bool_]:
+    """Mask (N,) of the answers that the procedure of Benjamini and Hochberg accepts at a level.
 
     An answer without a p-value (NaN) is not accepted and not counted.
     """
-    scored = np.isfinite(p)
-    ordered = np.sort(p[scored])
+    has_p = np.isfinite(p)
+    ordered = np.sort(p[has_p])
     if not len(ordered):
-        return scored
+        return has_p
     # If every p-value were compared with the level itself, a fixed share of all wrong answers would
     # be accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
     # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
@@ -70,13 +70,13 @@ def selected(p: Floats, level: float) -> NDArray[np.bool_]:
     # if a smaller p-value is above its own step.
     passed = ordered[ordered <= steps]
     if not len(passed):
-        return np.zeros_like(scored)
+        return np.zeros_like(has_p)
     limit = passed.max()
-    accepted: NDArray[np.bool_] = scored & (p <= limit)
+    accepted: NDArray[np.bool_] = has_p & (p <= limit)
     return accepted
 
 
-def drawn(n: int) -> Ints:
+def sampled_rows(n: int) -> Ints:
     """Indices of the rows, among n calibration rows, that the rule uses: at most ``MAX_ROWS``.
 
     The rows are a random sample, which is the same in every call.

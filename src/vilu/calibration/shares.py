@@ -36,7 +36,7 @@ BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
 The largest bet would lose all wealth at one wrong row of the largest weight.
 """
 
-SHOWN: Final = 3
+STRATA_SHOWN: Final = 3
 """Largest number of strata whose missing rows a message lists."""
 
 SUM_TOLERANCE: Final = 1e-3
@@ -108,7 +108,7 @@ def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None
         )
 
 
-class LackingStratum(NamedTuple):
+class SmallStratum(NamedTuple):
     """A stratum with too few rows for any guarantee."""
 
     name: str
@@ -170,21 +170,21 @@ class Strata:
         The mean weight is 1 if every stratum with a share above 0 has rows.
         """
         # If a stratum has a share but no rows, the mean weight is below 1, and a bound would hold
-        # for another population. Callers check ``lacking`` before they look for a threshold.
+        # for another population. Callers check ``too_small`` before they look for a threshold.
         per_stratum = self.share * len(self.stratum) / np.maximum(self.n, 1)
         return per_stratum[self.stratum]
 
-    def lacking(self, max_risk: float, delta: float) -> list[LackingStratum]:
+    def too_small(self, max_risk: float, delta: float) -> list[SmallStratum]:
         """Strata with too few rows for any guarantee; a stratum with the share 0 needs no rows."""
         level = main_level(delta)
-        lacking: list[LackingStratum] = []
+        small_strata: list[SmallStratum] = []
         for name, n, share in zip(self.names, self.n.tolist(), self.share.tolist(), strict=True):
             if share == 0:
                 continue
             needed = fewest_rows(share, max_risk, level, all_wrong=name == OUTSIDE_NAME)
             if needed is None or n < needed:
-                lacking.append(LackingStratum(name=name, n=n, n_needed=needed))
-        return lacking
+                small_strata.append(SmallStratum(name=name, n=n, n_needed=needed))
+        return small_strata
 
 
 def _by_class(rows: Outcomes, class_shares: Mapping[str, float]) -> tuple[dict[str, float], Ints]:
@@ -252,7 +252,7 @@ def weighted_learn_then_test(
     """
     counts = tie_counts(uncertainty, wrong.astype(np.int64))
     order = np.argsort(uncertainty, kind="stable")
-    # No threshold separates rows with equal scores. So sums are taken at the last row of a score.
+    # No threshold separates equal scores. So the sums for a score are those at its last row.
     last_of_score = counts.accepted - 1
     accepted = np.cumsum(weight[order])[last_of_score]
     evidence = cumulated_evidence(wrong[order], weight[order], max_risk, float(weight.max()))
@@ -280,9 +280,9 @@ def weighted_learn_then_test(
 
 
 def _levels(accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Index of every floor, and ``NO_FLOOR``, with the level of the thresholds above it.
+    """Pairs for ``NO_FLOOR`` and every floor: its index, and the level of thresholds above it.
 
-    ``accepted`` are cumulated counts of ``n`` rows, one for each score.
+    ``accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
     """
     levels = [(NO_FLOOR, main_level(delta))]
     for share in FLOORS:
@@ -319,44 +319,45 @@ def fewest_rows(share: float, max_risk: float, level: float, *, all_wrong: bool)
     answer is right. If ``all_wrong``, all rows of the stratum are wrong, and in the best case none
     of them is accepted.
     """
-    bets = np.array(BETS)
+    # gain of every bet by one right row of the largest weight
+    gain = np.array(BETS) * max_risk / (1 - max_risk)
     # With infinitely many rows in the other strata their weights tend to 0 and their product tends
     # to exp(-b sum Z). With finitely many rows the product is smaller, so more rows are needed.
-    others_gain = bets * max_risk / (1 - max_risk) * (1 - share) / share
-    own_gain = np.zeros(len(bets))
+    log_gain_of_others = gain * (1 - share) / share  # per row of this stratum
+    log_gain_of_own = np.zeros(len(gain))
     if not all_wrong:
-        own_gain = np.log1p(bets * max_risk / (1 - max_risk))
+        log_gain_of_own = np.log1p(gain)
 
     def is_enough(n: int) -> bool:
-        evidence = log_mean((n * (others_gain + own_gain))[:, None])
+        evidence = log_mean((n * (log_gain_of_others + log_gain_of_own))[:, None])
         return bool(evidence[0] >= -math.log(level))
 
-    return first_enough(is_enough, 1)
+    return first_enough(is_enough, first_tried=1)
 
 
-def why_nothing(strata: Strata, max_risk: float, delta: float) -> str:
+def why_nothing_for_shares(strata: Strata, max_risk: float, delta: float) -> str:
     """Why nothing is certified: too few rows in some strata, or scores that separate too little."""
-    lacking = strata.lacking(max_risk, delta)
-    if not lacking:
+    small_strata = strata.too_small(max_risk, delta)
+    if not small_strata:
         return (
             f"no threshold shows a risk of {max_risk:.2%} at the stated shares: too few rows, or "
             "scores that do not single out answers with so low an error rate"
         )
     words = []
-    for name, n, needed in lacking[:SHOWN]:
+    for name, n, needed in small_strata[:STRATA_SHOWN]:
         enough = "no number is enough" if needed is None else f"needs {needed:,} at least"
         words.append(f"{name} has {n:,} and {enough}")
     more = ""
-    if len(lacking) > SHOWN:
-        more = f" and {len(lacking) - SHOWN} more"
+    if len(small_strata) > STRATA_SHOWN:
+        more = f" and {len(small_strata) - STRATA_SHOWN} more"
     return f"too few rows for the stated shares: {', '.join(words)}{more}"
 
 
-def in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
+def shares_in_words(outside_share: float | None, class_shares: Mapping[str, float] | None) -> str:
     """Text that says for which shares a guarantee holds."""
     words = []
     if outside_share is not None:
-        largest_share = percent(outside_share, 1, math.floor)
+        largest_share = percent(outside_share, decimals=1, rounding=math.floor)
         words.append(f"for up to {largest_share} of out-of-distribution images like those shown")
     if class_shares is not None:
         words.append(f"at the stated shares of {len(class_shares)} classes")

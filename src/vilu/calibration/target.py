@@ -60,7 +60,7 @@ class Target:
 
     @model_serializer(mode="wrap")
     def _saved(self, fields_of: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields to save; a target without clusters has those of earlier versions."""
+        """The fields to save; without clusters they are the fields of earlier versions."""
         return self._without_clusters(fields_of(self))
 
     def facts(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Target:
         return self._without_clusters(dataclasses.asdict(self))
 
     def _without_clusters(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields but for those of clusters, if there is no risk of clusters."""
+        """The fields, without the fields about clusters if there is no risk of clusters."""
         # A new field with its default value would change the digests of old targets, and the
         # fingerprints of calibrations that contain them.
         if self.cluster_risk is None:
@@ -118,15 +118,15 @@ class Target:
     def risk_of_anytime(self) -> float:
         """The ``max_risk`` of a target with the method "anytime".
 
-        Refuses a target without it, and one that such labels cannot show.
+        A target without it is refused, and one with options that "anytime" does not allow.
         """
-        possible = Target(
+        allowed_target = Target(
             max_risk=self.max_risk,
             confidence=self.confidence,
             method="anytime",
             per_class=self.per_class,
         )
-        if self.max_risk is None or self != possible:
+        if self.max_risk is None or self != allowed_target:
             raise UsageError(
                 "anytime needs a max_risk, and allows no other target but confidence and per_class "
                 "beside it."

@@ -22,7 +22,7 @@ Starts = tuple[tuple[float, float], ...]
 """A pair for every sequence: share of the rows at which it starts, and share of the level."""
 
 
-def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
+def binomial_tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
     """P-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
 
     k = ``wrong``, m = ``accepted``. The p-value is 1 where nothing is accepted.
@@ -64,22 +64,23 @@ def lower_bound(hits: float, n: float, delta: float) -> float:
     return float(special.betaincinv(hits, n - hits + 1, delta))
 
 
-def percent(share: float, decimals: int = 2, rounded: Callable[[float], int] = math.ceil) -> str:
+def percent(share: float, decimals: int = 2, rounding: Callable[[float], int] = math.ceil) -> str:
     """Text of a bound in per cent, never rounded in the direction that would guarantee more.
 
     An upper bound is rounded up (``math.ceil``), a lower bound down (``math.floor``). A small share
     is shown with more than ``decimals`` decimals.
     """
     if share > 0:
+        # as many decimals as show the first two digits of the share other than 0
         decimals_of_two_digits = 1 - math.floor(math.log10(100 * share))
         decimals = max(decimals, decimals_of_two_digits)
     unit = 10 ** (decimals + 2)
     # Rounded to six decimals first: 0.07 * 10,000 is a little more than 700 in float64, and
     # rounding up alone would give 7.01 %.
-    return f"{rounded(round(share * unit, 6)) / unit:.{decimals}%}"
+    return f"{rounding(round(share * unit, 6)) / unit:.{decimals}%}"
 
 
-def exactly(confidence: float) -> str:
+def exact_percent(confidence: float) -> str:
     """Text of a confidence in per cent with all its decimals: 99.9 % is not shown as 100 %."""
     return f"{100 * confidence:.10g}%"
 
@@ -100,17 +101,20 @@ def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
     """
 
     def is_enough(m: int) -> bool:
-        return bool(tail(np.asarray(wrong), np.asarray(m), risk) <= delta)
+        return bool(binomial_tail(np.asarray(wrong), np.asarray(m), risk) <= delta)
 
     # For a fixed number of wrong answers the tail falls as m grows, so bisection is possible.
-    return first_enough(is_enough, max(rows_without_error(risk, delta), wrong + 1))
+    fewest = max(rows_without_error(risk, delta), wrong + 1)
+    return first_enough(is_enough, first_tried=fewest)
 
 
-def first_enough(is_enough: Callable[[int], bool], high: int) -> int | None:
+def first_enough(is_enough: Callable[[int], bool], first_tried: int) -> int | None:
     """Find a number m that is enough while m - 1 is not; None if m is above 2^40.
 
-    The search begins at ``high``. It doubles this number until it is enough, and then bisects.
+    The search begins at ``first_tried``. It doubles this number until it is enough, and then
+    bisects.
     """
+    high = first_tried
     while not is_enough(high):
         high *= 2
         if high > MAX_ROWS:
@@ -134,11 +138,11 @@ The level is what remains of delta after the sequence that starts at all rows (`
 WHOLE = 1 / 4
 """Largest share of delta for the sequence that starts at all rows."""
 
-NEAR = 2 / 3
-"""A sequence is merged with the next one if it would start later than at this part of the rows at
-which the next one starts.
+LARGEST_QUOTIENT = 2 / 3
+"""Largest quotient of the starts of two neighbouring sequences in rows, the earlier by the later.
 
-The merged sequence starts where the next one would, with the levels of both.
+With a larger quotient the two sequences would start close together, so they are merged. The merged
+sequence starts where the later one would, with the levels of both.
 """
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
@@ -151,10 +155,10 @@ FLOOR_SHARE = 0.01
 """Share of delta that each floor takes."""
 
 FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
-"""The same pairs as in ``STARTS``, for the rows above a floor."""
+"""Pairs as in ``STARTS``, for the rows above a floor."""
 
 FLOOR_ROWS = 500
-"""Number of rows from which on floors are tried.
+"""Smallest number of rows with which floors are tried.
 
 Among fewer rows, one or two wrong answers among the most trusted may be chance. Floors would also
 take a part of delta, and with few rows all of delta is needed.
@@ -337,7 +341,8 @@ def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
     # would not be independent draws.
     for floor_share in FLOORS:
         rank = math.ceil(n * floor_share)
-        if (n - rank) * start_share >= n_needed:
+        rows_at_first_start = (n - rank) * start_share
+        if rows_at_first_start >= n_needed:
             floors.append(int(np.searchsorted(accepted, rank)))
     return floors
 
@@ -361,31 +366,31 @@ def _fallback_procedure(
 ) -> Threshold | None:
     """The laxest threshold above a floor that Wiens' fallback procedure certifies.
 
-    ``floor`` is an index of ``counts``, or ``NO_FLOOR``. ``starts`` and ``whole`` are those of
-    ``beginnings``.
+    ``floor`` is the index of a score in ``counts``, or ``NO_FLOOR``. ``starts`` and ``whole`` are
+    those of ``sequence_starts``.
     """
     accepted = _count_above_floor(counts.accepted, floor)
     wrong = _count_above_floor(counts.accepted_wrong, floor)
     first_score = floor + 1  # index of the first score above the floor
     is_all_wrong = (counts.size == counts.wrong)[first_score:]
     levels = _level_at_start(accepted, starts, whole, max_risk, delta)
-    carried = 0.0
+    carried_level = 0.0
     laxest = None
     for start, end in pairwise([*sorted(levels), len(accepted)]):
-        level = carried + levels[start]
+        level = carried_level + levels[start]
         # The row at the first threshold determines where the sequence starts. So it is no random
         # draw, and the binomial law holds for the remaining rows only. The row counts as right,
         # unless all rows with its score are wrong.
         wrong_of_remaining = wrong[start] - is_all_wrong[start]
         first_not_rejected = start
-        if tail(wrong_of_remaining, accepted[start] - 1, max_risk) <= level:
+        if binomial_tail(wrong_of_remaining, accepted[start] - 1, max_risk) <= level:
             first_not_rejected = _first_not_rejected(wrong, accepted, max_risk, level, start, end)
             # If all rows together do not reject H_t at the start, the threshold before t is
             # certified: t itself may be a score that many rows share, all of them wrong.
             laxest = first_not_rejected - 1
         # The level is carried on only if all hypotheses were rejected. A hypothesis that is not
         # rejected may be true, and then its test has used up the level (Wiens 2003).
-        carried = level if first_not_rejected == end else 0.0
+        carried_level = level if first_not_rejected == end else 0.0
     if laxest is None:
         return None
     return Threshold.at(counts, first_score + laxest, max_risk, floor)
@@ -401,18 +406,20 @@ def _level_at_start(
     """
     n = int(accepted[-1]) if len(accepted) else 0
     levels: dict[int, float] = {}
-    for beginning in beginnings(n, starts, whole, max_risk, delta):
+    for sequence_start in sequence_starts(n, starts, whole, max_risk, delta):
         # Starts depend on numbers of rows only. To choose a start where the answers happen to be
         # right would mean to look at many tests, but the level allows for one test only.
-        index = int(np.searchsorted(accepted, beginning.best))  # the first with enough rows
+        # the first index that accepts at least the best number of rows
+        index = int(np.searchsorted(accepted, sequence_start.best_rows))
         if index:
             n_before = accepted[index - 1]
-            is_enough = beginning.fewest <= n_before
-            is_nearer = beginning.best - n_before < accepted[index] - beginning.best
-            if is_enough and is_nearer:
+            has_enough_rows = n_before >= sequence_start.fewest_rows
+            n_missing = sequence_start.best_rows - n_before
+            n_surplus = accepted[index] - sequence_start.best_rows
+            if has_enough_rows and n_missing < n_surplus:
                 index -= 1
         # two sequences that start at one index become one sequence with both levels
-        levels[index] = levels.get(index, 0.0) + beginning.level
+        levels[index] = levels.get(index, 0.0) + sequence_start.level
     return levels
 
 
@@ -426,24 +433,26 @@ def _first_not_rejected(
     """
     for block_start in range(start, end, BLOCK):
         block = slice(block_start, min(block_start + BLOCK, end))
-        not_rejected = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
+        not_rejected = np.flatnonzero(
+            binomial_tail(wrong[block], accepted[block], max_risk) > level
+        )
         if len(not_rejected):
             return block_start + int(not_rejected[0])
     return end
 
 
-class Beginning(NamedTuple):
+class SequenceStart(NamedTuple):
     """Start of a fixed sequence, as the number of rows accepted there."""
 
-    fewest: int  # smallest number of rows at which a rejection is possible
-    best: int  # number of rows at which one more wrong answer has just become admissible
+    fewest_rows: int  # smallest number of rows at which a rejection is possible
+    best_rows: int  # number of rows at which one more wrong answer has just become admissible
     level: float
 
 
 @lru_cache
-def beginnings(
+def sequence_starts(
     n: int, starts: Starts, whole: float, max_risk: float, delta: float
-) -> tuple[Beginning, ...]:
+) -> tuple[SequenceStart, ...]:
     """Starts of the sequences of n rows: the one at all rows, then those of ``starts``.
 
     The sequence at all rows gets at most the share ``whole`` of the level ``delta``.
@@ -451,41 +460,45 @@ def beginnings(
     Sequences that cannot reject anything are left out. Each start has one row more than its first
     test has trials, because the last row is no random draw.
     """
-    sequences: list[Beginning] = []
+    sequences: list[SequenceStart] = []
     level_left = delta
     wrong = admissible(n - 1, max_risk, whole * delta)
     if wrong > 0:
-        # The tail has steps. Level above the step at ``wrong`` would not reject more, so it is left
-        # to the other sequences.
-        level = float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
-        sequences.append(Beginning(fewest=n, best=n, level=level))
+        # The tail has steps. A level above the step at ``wrong`` would not reject more. So what is
+        # above the step is left to the other sequences.
+        level = float(binomial_tail(np.asarray(wrong), np.asarray(n - 1), max_risk))
+        sequences.append(SequenceStart(fewest_rows=n, best_rows=n, level=level))
         level_left = delta - level
-    carried = 0.0
+    carried_level = 0.0
     no_start = (0.0, 0.0)  # follows the last start
-    for (at, share), (next_at, next_share) in pairwise([*starts, no_start]):
-        level = carried + level_left * share
-        trials_wanted = math.ceil(n * at) - 1
+    for start, next_start in pairwise([*starts, no_start]):
+        row_share, level_share = start
+        next_row_share, next_level_share = next_start
+        level = carried_level + level_left * level_share
+        trials_wanted = math.ceil(n * row_share) - 1
         trials_needed = rows_without_error(max_risk, level)
-        trials_needed_next = rows_without_error(max_risk, level + level_left * next_share)
-        next_rows = max(math.ceil(n * next_at), trials_needed_next + 1)
-        has_next = next_at > 0
-        # This sequence has too few rows at its planned start, and its first possible start is close
-        # to the start of the next sequence.
-        is_late = trials_wanted < trials_needed and trials_needed + 1 > NEAR * next_rows
-        if has_next and is_late:
+        merged_level = level + level_left * next_level_share
+        trials_needed_next = rows_without_error(max_risk, merged_level)
+        next_rows = max(math.ceil(n * next_row_share), trials_needed_next + 1)
+        has_next = next_start != no_start
+        has_too_few = trials_wanted < trials_needed  # at its planned start
+        is_near_next = trials_needed + 1 > LARGEST_QUOTIENT * next_rows
+        if has_next and has_too_few and is_near_next:
             # One sequence with the levels of both certifies more than two sequences that start
             # close together.
-            carried = level
+            carried_level = level
             continue
         trials = max(trials_wanted, trials_needed)
         # Where one more wrong answer has just become admissible, the test uses nearly all of its
         # level. With fewer trials the level between two steps of the tail would be unused.
         one_more_wrong = admissible(trials - 1, max_risk, level) + 1
         best_trials = accepted_needed(one_more_wrong, max_risk, level) or trials
-        carried = 0.0
+        carried_level = 0.0
         if trials < n:
             best_rows = min(best_trials + 1, n)
-            sequences.append(Beginning(fewest=trials + 1, best=best_rows, level=level))
+            sequences.append(
+                SequenceStart(fewest_rows=trials + 1, best_rows=best_rows, level=level)
+            )
     return tuple(sequences)
 
 
@@ -493,7 +506,7 @@ def admissible(n: int, max_risk: float, level: float) -> int:
     """Largest number k of wrong answers with P[Bin(n, max_risk) <= k] <= level; -1 if none."""
 
     def tail_of(wrong: int) -> float:
-        return float(tail(np.asarray(wrong), np.asarray(n), max_risk))
+        return float(binomial_tail(np.asarray(wrong), np.asarray(n), max_risk))
 
     return bisect_right(range(n), level, key=tail_of) - 1
 

@@ -76,9 +76,16 @@ def count_once(outcomes: Outcomes, keep: NDArray[np.bool_]) -> tuple[Ints, Count
 
 
 def first_of_scenes(source: EmbeddingSource, rows: Ints, cosine: float) -> NDArray[np.bool_]:
-    """Mask (M,) of the first row of every group of near copies, which have at least this cosine."""
+    """Mask (M,) of the rows that are the first of their group of near copies.
+
+    Args:
+        source: The source of the rows.
+        rows: Indices (M,) of the rows in the source.
+        cosine: Smallest cosine of two rows that count as near copies.
+    """
     # The first row of each group is chosen, whether it is right or wrong. A choice that depends on
-    # failures would bias the error rate.
+    # failures would bias the error rate. ``near_copies`` returns, for each row, the position of the
+    # first row of its group.
     first_of_group = near_copies(source, rows, cosine)
     is_first: NDArray[np.bool_] = first_of_group == np.arange(len(rows))
     return is_first

@@ -140,14 +140,14 @@ def _scores(
 
 def _in_words(estimates: tuple[Estimate, ...], confidence: float) -> str:
     """The estimates as text, the error rate first, then the largest classes."""
-    from vilu.calibration.thresholds import exactly
+    from vilu.calibration.thresholds import exact_percent
 
     error_rate, *class_shares = estimates
     low, high = error_rate.plain
     lines = [
         f"{plural(error_rate.n, 'row')}, of which {error_rate.n_labelled:,} have a label; they "
         "must be a random sample",
-        f"{error_rate} (intervals of {exactly(confidence)})",
+        f"{error_rate} (intervals of {exact_percent(confidence)})",
         f"  by the labels alone: [{low:.1%}, {high:.1%}] (Clopper-Pearson)",
     ]
     largest = sorted(class_shares, key=lambda estimate: estimate.share, reverse=True)

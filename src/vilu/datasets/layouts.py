@@ -50,7 +50,7 @@ def _add(layout: object) -> bool:
     if not isinstance(layout, FolderLayout):
         return False
     # setdefault adds the layout and returns it, or returns an earlier layout with the same name
-    if LAYOUTS.here.setdefault(layout.name, layout) is not layout:
+    if LAYOUTS.registered.setdefault(layout.name, layout) is not layout:
         raise UsageError(f"there is another layout {layout.name!r} already. Rename this one.")
     return True
 

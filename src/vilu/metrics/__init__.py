@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vilu.metrics.selective import risk_at_coverage as risk_at_coverage
     from vilu.metrics.selective import risk_coverage_curve as risk_coverage_curve
 
-# names of this package, separated by spaces, by the module that defines them
-_NAMES = {
+# for every module, its public names with spaces between them
+_NAMES_OF_MODULE = {
     "vilu.metrics.bootstrap": "Difference Interval bootstrap_interval paired_bootstrap",
     "vilu.metrics.catalog": "DEFAULT_METRICS METRICS Metric",
     "vilu.metrics.ranking": "aupr_failure aupr_success auroc fpr_at_tpr roc_curve_points",
@@ -45,17 +45,19 @@ _NAMES = {
         "augrc aurc coverage_at_risk excess_aurc naurc risk_at_coverage risk_coverage_curve"
     ),
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULE_OF_NAME = {
+    name: module for module, names in _NAMES_OF_MODULE.items() for name in names.split()
+}
 
-__all__ = [*_HOME]  # noqa: PLE0604 - the keys are strings
+__all__ = [*_MODULE_OF_NAME]  # noqa: PLE0604 - the keys are strings
 
 
 if not TYPE_CHECKING:  # a type checker that sees ``__getattr__`` would accept every name
 
     def __getattr__(name: str) -> object:
-        if name not in _HOME:
+        if name not in _MODULE_OF_NAME:
             raise AttributeError(f"module 'vilu.metrics' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOME[name]), name)
+        value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
         globals()[name] = value
         return value
 

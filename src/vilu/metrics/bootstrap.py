@@ -34,7 +34,7 @@ from vilu.metrics.counts import (
     tie_counts,
 )
 from vilu.metrics.histogram import Histogram
-from vilu.metrics.pictures import PictureScores, ScoredRows, independent
+from vilu.metrics.pictures import PictureScores, ScoredRows, independent_counts
 from vilu.metrics.reliability import probability_counts
 from vilu.progress import track
 from vilu.validation import checked, require_at_least, require_between
@@ -42,7 +42,7 @@ from vilu.validation import checked, require_at_least, require_between
 MAX_RESAMPLES = 1_000_000
 """Maximum number of resamples. More resamples would hardly change an interval."""
 RESAMPLED_GROUPS = 2**13
-"""Maximum number of rows that are drawn one by one, and maximum number of groups of scores.
+"""Maximum number of rows that are drawn one by one, and of groups of scores.
 
 If there are more rows, the counts of the scores are drawn. If there are more distinct scores,
 neighbouring scores are grouped.
@@ -108,9 +108,11 @@ class Quantity:
         """
         n_seeds, n_resamples = per_seed.shape
         # The generator depends only on S, so means over equally many seeds draw the same seeds.
-        seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
-        drawn = np.take_along_axis(per_seed, seeds, axis=0)  # S drawn seeds for every resample
-        return cls(float(np.mean(values)), drawn.mean(axis=0))
+        generator = np.random.default_rng(n_seeds)
+        drawn_seeds = generator.integers(n_seeds, size=(n_seeds, n_resamples))
+        # (S, B): for every resample, its values for S drawn seeds
+        values_of_drawn = np.take_along_axis(per_seed, drawn_seeds, axis=0)
+        return cls(float(np.mean(values)), values_of_drawn.mean(axis=0))
 
     @classmethod
     def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
@@ -139,8 +141,8 @@ class Quantity:
 
         If the value is outside, the interval is extended to the value.
         """
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(self.draws, [tail, 1 - tail])
+        share_below = (1 - confidence) / 2
+        low, high = np.quantile(self.draws, [share_below, 1 - share_below])
         return Interval(self.value, float(min(low, self.value)), float(max(high, self.value)))
 
     def p_value(self) -> float:
@@ -179,16 +181,16 @@ class SortedScores:
         self.strata = right_rows, wrong_rows
 
     @property
-    def width(self) -> int:
+    def cells_per_resample(self) -> int:
         """Number of array entries that one resample needs."""
         return len(self.group)
 
-    def counts(self, *drawn: Ints) -> TieCounts:
+    def counts(self, *drawn_rows: Ints) -> TieCounts:
         """Counts (B, G) of the drawn right rows (B, ·) and the drawn wrong rows (B, ·).
 
         A row that is drawn several times counts several times.
         """
-        right_rows, wrong_rows = drawn
+        right_rows, wrong_rows = drawn_rows
         return TieCounts(self.value, correct=self._tally(right_rows), wrong=self._tally(wrong_rows))
 
     def observed(self) -> TieCounts:
@@ -229,8 +231,8 @@ def resampled_rows(scores: AnyScores, n_resamples: int, seed: int) -> Iterator[t
     From a stratum of N rows or pictures, N are drawn with repetition (see ``scores.strata``).
     """
     rng = np.random.default_rng(seed)
-    for size in block_sizes(n_resamples, CELLS // scores.width):
-        yield tuple([_draw(rng, stratum, size) for stratum in scores.strata])
+    for size in block_sizes(n_resamples, CELLS // scores.cells_per_resample):
+        yield tuple([_draw_members(rng, stratum, size) for stratum in scores.strata])
 
 
 def block_sizes(n_resamples: int, max_size: int) -> list[int]:
@@ -239,7 +241,7 @@ def block_sizes(n_resamples: int, max_size: int) -> list[int]:
     return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
 
-def _draw(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
+def _draw_members(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
     """Members (B, N) of a stratum ``rows`` (N,), drawn with repetition."""
     n = len(rows)
     bound = max(1, n)  # n may be 0, but numpy refuses a bound of 0
@@ -261,21 +263,23 @@ def bootstrap_intervals(
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
     pair = check_pair(uncertainty, failure)
-    repeated = repeated_pictures(check_pictures(picture, int(counts.n)))
-    n_units = counts.n if repeated is None else repeated.max() + 1  # rows, or pictures
+    picture_number = repeated_pictures(check_pictures(picture, int(counts.n)))
+    n_units = counts.n if picture_number is None else picture_number.max() + 1  # rows, or pictures
     if n_units > RESAMPLED_GROUPS:
-        # drawn counts have the same distribution as counts of drawn rows, and drawing them takes a
-        # time that does not grow with the number of rows
-        if repeated is None:
+        # Counts are drawn instead of rows. They have the same distribution, and the time for a draw
+        # does not grow with the number of rows.
+        if picture_number is None:
             return counted_intervals(kernels, counts, n_resamples, confidence, seed)
-        return _picture_intervals(kernels, pair, repeated, n_resamples, confidence, seed)
-    scores = sorted_scores(*pair, repeated)
-    intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed, repeated)
-    if not remaining:
+        return _picture_intervals(kernels, pair, picture_number, n_resamples, confidence, seed)
+    scores = sorted_scores(*pair, picture_number)
+    intervals, other_kernels = own_intervals(
+        kernels, counts, n_resamples, confidence, seed, picture_number
+    )
+    if not other_kernels:
         return intervals
     observed = scores.observed()  # as if it were one resample
-    draws = resampled(remaining, scores, n_resamples, seed)
-    for name, kernel in remaining.items():
+    draws = resampled(other_kernels, scores, n_resamples, seed)
+    for name, kernel in other_kernels.items():
         value = float(kernel(observed)[0])
         intervals[name] = Quantity(value, draws[name]).interval(confidence)
     return intervals
@@ -322,21 +326,24 @@ def counted_intervals(
     Grouping changes the metric slightly. The bootstrap values are shifted back by this change, and
     clipped to the range of the metric.
     """
-    groups = grouped(counts, most_groups)
-    intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed)
-    blocks = _drawn_blocks(groups, n_resamples, seed)
-    return intervals | _intervals_around(remaining, counts, groups, blocks, n_resamples, confidence)
+    groups = group_scores(counts, most_groups)
+    intervals, other_kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    blocks = _draw_blocks(groups, n_resamples, seed)
+    resampled_intervals = _intervals_around(
+        other_kernels, counts, groups, blocks, n_resamples, confidence
+    )
+    return intervals | resampled_intervals
 
 
-def _drawn_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
+def _draw_blocks(groups: TieCounts, n_resamples: int, seed: int) -> Iterator[TieCounts]:
     """Yield blocks of resamples (B, G) of counts (G,).
 
     Right and wrong answers are drawn separately.
     """
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, CELLS // len(groups.value)):
-        correct = _drawn(rng, groups.correct, size)
-        wrong = _drawn(rng, groups.wrong, size)
+        correct = _draw_counts(rng, groups.correct, size)
+        wrong = _draw_counts(rng, groups.wrong, size)
         yield TieCounts(groups.value, correct, wrong)
 
 
@@ -350,23 +357,27 @@ def _picture_intervals(
 ) -> dict[str, Interval]:
     """Intervals as those of ``counted_intervals``, from resamples of pictures instead of rows.
 
-    ``pair`` has the uncertainties (N,) and failures (N,), ``picture`` (N,) the picture number of
-    every row. The multinomial distributions are over kinds of equal pictures (see
-    ``PictureScores.merged``).
+    ``pair`` has the uncertainties and failures of N rows, ``picture`` (N,) their picture numbers.
+    The multinomial distributions are over kinds of equal pictures (``PictureScores.merged``).
     """
     uncertainty, failure = pair
     counts = tie_counts(uncertainty, failure)
-    intervals, remaining = own_intervals(kernels, counts, n_resamples, confidence, seed, picture)
-    groups = grouped(counts)
+    intervals, other_kernels = own_intervals(
+        kernels, counts, n_resamples, confidence, seed, picture
+    )
+    groups = group_scores(counts)
     score_of_row = np.searchsorted(counts.value, uncertainty)
     group_of_row = group_indices(counts)[score_of_row]
     scores = PictureScores.of(groups.value, group_of_row, failure, picture).merged()
     # A score has up to two entries, one of right rows and one of wrong rows. So half the number of
     # entries is comparable with the number of scores, which ``counted_intervals`` uses.
-    width = max(len(groups.value), scores.width // 2)
+    width = max(len(groups.value), scores.cells_per_resample // 2)
     sizes = block_sizes(n_resamples, CELLS // width)
-    blocks = scores.drawn(np.random.default_rng(seed), sizes)
-    return intervals | _intervals_around(remaining, counts, groups, blocks, n_resamples, confidence)
+    blocks = scores.resample_blocks(np.random.default_rng(seed), sizes)
+    resampled_intervals = _intervals_around(
+        other_kernels, counts, groups, blocks, n_resamples, confidence
+    )
+    return intervals | resampled_intervals
 
 
 def _intervals_around(
@@ -384,19 +395,19 @@ def _intervals_around(
     intervals = {}
     for name, kernel in kernels.items():
         value = float(kernel(counts))
-        drawn = draws[name]
+        drawn_values = draws[name]
         # Nearly every metric is between 0 and 1. The clipped values stay in this range, unless the
         # value or a drawn value lies outside it.
-        lowest = min(drawn.min(), value, 0.0)
-        highest = max(drawn.max(), value, 1.0)
+        lowest = min(drawn_values.min(), value, 0.0)
+        highest = max(drawn_values.max(), value, 1.0)
         value_of_groups = float(kernel(groups))
-        shifted = drawn + value - value_of_groups
+        shifted = drawn_values + value - value_of_groups
         quantity = Quantity(value, np.clip(shifted, lowest, highest))
         intervals[name] = quantity.interval(confidence)
     return intervals
 
 
-def grouped(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
+def group_scores(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> TieCounts:
     """Counts of at most ``max_groups`` groups of neighbouring scores.
 
     The value of a group is the mean score of its rows.
@@ -423,14 +434,14 @@ def group_indices(counts: TieCounts, max_groups: int = RESAMPLED_GROUPS) -> Ints
     return np.cumsum(is_new_group)  # without missing numbers
 
 
-def _drawn(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
+def _draw_counts(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
     """Resampled counts (B, G): as many rows as ``counts`` (G,) has, drawn with repetition."""
-    drawn = np.zeros((n_resamples, len(counts)), np.int64)
+    drawn_counts = np.zeros((n_resamples, len(counts)), np.int64)
     occupied = np.flatnonzero(counts)
     if len(occupied):
         n = int(counts.sum())
-        drawn[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=n_resamples)
-    return drawn
+        drawn_counts[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=n_resamples)
+    return drawn_counts
 
 
 def own_intervals(
@@ -444,14 +455,14 @@ def own_intervals(
     """The intervals of the kernels that are ``OwnInterval``, and the other kernels, both by name.
 
     If some pictures have several rows, an interval is computed from the effective counts of
-    independent rows (see ``independent``).
+    independent rows (see ``independent_counts``).
     """
-    effective_counts = counts if picture is None else independent(counts, picture)
+    effective_counts = counts if picture is None else independent_counts(counts, picture)
     intervals: dict[str, Interval] = {}
-    remaining: dict[str, Kernel] = {}
+    other_kernels: dict[str, Kernel] = {}
     for name, kernel in kernels.items():
         if not isinstance(kernel, OwnInterval):
-            remaining[name] = kernel
+            other_kernels[name] = kernel
             continue
         value = float(kernel(counts))
         low, high = kernel.interval(effective_counts, n_resamples, confidence, seed)
@@ -459,7 +470,7 @@ def own_intervals(
             low = min(low, value)
             high = max(high, value)
         intervals[name] = Interval(value, low, high)
-    return intervals, remaining
+    return intervals, other_kernels
 
 
 def resampled(
@@ -583,21 +594,21 @@ def paired_bootstrap(
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
     scores_a, failures = check_pair(uncertainty_a, failure)
     scores_b, _ = check_pair(uncertainty_b, failure)
-    repeated = repeated_pictures(check_pictures(picture, len(failures)))
-    a = sorted_scores(scores_a, failures, repeated)
-    b = sorted_scores(scores_b, failures, repeated)
+    picture_number = repeated_pictures(check_pictures(picture, len(failures)))
+    a = sorted_scores(scores_a, failures, picture_number)
+    b = sorted_scores(scores_b, failures, picture_number)
     difference = kernel(a.observed()) - kernel(b.observed())  # (1,)
     observed = float(difference[0])
     if np.isnan(observed):
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     blocks = []
-    # Both have the same strata, so either can draw the rows. The wider one needs more memory per
-    # resample, and draws smaller blocks.
-    wider = b if b.width > a.width else a
+    # Both have the same strata, so either can draw the rows. If the one that needs more memory per
+    # resample draws them, the blocks are small enough for both.
+    larger = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
-        for rows in resampled_rows(wider, n_resamples, seed):
+        for rows in resampled_rows(larger, n_resamples, seed):
             blocks.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
-            task.advance(len(blocks[-1]))
+            task.advance(len(blocks[-1]))  # number of resamples
     differences = np.concatenate(blocks)
     # The metric is biased, and resampling adds the bias once more. The added bias of a and that of
     # b may differ, so the differences are centred on the observed difference.
@@ -679,21 +690,21 @@ class _TiedRows(NamedTuple):
 
     def counts(self, times: Ints) -> TieCounts:
         """Counts (B, G), where ``times`` (B, N) is how often each row is drawn."""
-        drawn = times[:, self.order]
-        size = np.add.reduceat(drawn, self.starts, axis=1)
-        wrong = np.add.reduceat(drawn * self.wrong, self.starts, axis=1)
+        times_in_order = times[:, self.order]
+        size = np.add.reduceat(times_in_order, self.starts, axis=1)
+        wrong = np.add.reduceat(times_in_order * self.wrong, self.starts, axis=1)
         return TieCounts(self.value, size - wrong, wrong)
 
 
 def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
-    """The kernel of a metric, after the uncertainties are checked if they must be probabilities."""
+    """The kernel of a metric. If it needs probabilities, the uncertainties are checked first."""
     if not isinstance(metric, str):
         return metric
-    chosen = get_metric(metric)
-    if chosen.of_probability:
+    known_metric = get_metric(metric)
+    if known_metric.of_probability:
         for scores in uncertainty:
             probability_counts(scores, failure)  # raises DataError if a score is no probability
-    return chosen.kernel
+    return known_metric.kernel
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:

@@ -91,7 +91,8 @@ def _for_question(question: Question, metric: Metric, convention: str) -> Metric
 _AUROC = Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True)
 _FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation")
 _AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
-_RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}  # titles by risk
+# for every risk of a coverage at a risk, the title of the metric
+_COVERAGE_TITLES = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
 _ENTRIES = {
     "auroc": _AUROC,
     "fpr95": _FPR95,
@@ -163,7 +164,7 @@ _ENTRIES = {
             wanted="always" if risk == "0.05" else "evaluated",
             across_answers=True,
         )
-        for risk, title in _RISKS.items()
+        for risk, title in _COVERAGE_TITLES.items()
     },
     "ece": Metric("ECE", BinnedError(), "binary, 15 bins of equal width", of_probability=True),
     "ece_mass": Metric(
@@ -185,7 +186,7 @@ _ENTRIES = {
     ),
 }
 METRICS = Catalogue[Metric]("metric", "vilu.metrics")
-METRICS.here.update({name: replace(metric, name=name) for name, metric in _ENTRIES.items()})
+METRICS.registered.update({name: replace(metric, name=name) for name, metric in _ENTRIES.items()})
 
 
 def evaluated_metrics() -> list[str]:
@@ -196,7 +197,9 @@ def evaluated_metrics() -> list[str]:
     return [name for name, metric in METRICS.items() if metric.wanted != "chosen"]
 
 
-DEFAULT_METRICS = tuple(name for name, metric in METRICS.here.items() if metric.wanted != "chosen")
+DEFAULT_METRICS = tuple(
+    name for name, metric in METRICS.registered.items() if metric.wanted != "chosen"
+)
 """Names of the built-in metrics that ``evaluate`` computes by default.
 
 Metrics of a probability are computed only if the uncertainty is a probability. Metrics of the
@@ -223,16 +226,18 @@ def add_metric(metric: Metric) -> None:
         UsageError: If the metric has no name, if another metric has the same name, or if the kernel
             does not return one value per resample.
     """
-    is_name_taken = METRICS.here.get(metric.name, metric) != metric  # by another metric
+    existing = METRICS.registered.get(metric.name, metric)
+    is_name_taken = existing != metric  # the same metric may be added again
     if not metric.name or is_name_taken:
         raise UsageError(
             "a metric needs a name of its own, such as Metric(..., name='my_metric'). "
             f"Got {metric.name!r}; taken are: {', '.join(METRICS)}."
         )
-    correct = np.array([[2, 1, 0], [1, 1, 1]])  # two resamples of three scores
+    # The kernel is tried on two resamples of three scores.
+    correct = np.array([[2, 1, 0], [1, 1, 1]])
     wrong = correct[:, ::-1]
-    trial = TieCounts(np.array([0.0, 0.5, 1.0]), correct, wrong)
-    shape = np.shape(metric.kernel(trial))
+    trial_counts = TieCounts(np.array([0.0, 0.5, 1.0]), correct, wrong)
+    shape = np.shape(metric.kernel(trial_counts))
     if shape != (2,):
         raise UsageError(
             f"the kernel of {metric.name} must give values (B,) for counts (B, G). "
@@ -241,17 +246,20 @@ def add_metric(metric: Metric) -> None:
     METRICS[metric.name] = metric
 
 
-def _add(candidate: object) -> bool:
+def _add_if_metric(candidate: object) -> bool:
+    """Add an object if it is a metric; return whether it is one."""
     if not isinstance(candidate, Metric):
         return False
     add_metric(candidate)
     return True
 
 
-ADDERS["a vilu.metrics.catalog.Metric"] = _add
+ADDERS["a vilu.metrics.catalog.Metric"] = _add_if_metric
 
 
-def but_for(metrics: Iterable[Metric]) -> str:
-    """Text to follow "in percent": ", but for" and the metrics not shown in percent, or ""."""
-    not_percent = [metric.title for metric in metrics if not metric.percent]
-    return f", but for {', '.join(not_percent)}" if not_percent else ""
+def not_in_percent(metrics: Iterable[Metric]) -> str:
+    """Text after "in percent" that names the metrics that are not shown in percent; "" if none."""
+    titles = [metric.title for metric in metrics if not metric.percent]
+    if not titles:
+        return ""
+    return f", but for {', '.join(titles)}"

@@ -66,7 +66,7 @@ class TieCounts:
         return self.accepted[..., -1]
 
     @cached_property
-    def flipped(self) -> TieCounts:
+    def exchanged(self) -> TieCounts:
         """Counts with exchanged roles of wrong and correct answers.
 
         The scores are negated, so that the least trusted score is first.
@@ -78,9 +78,9 @@ class TieCounts:
     def towards(self, positive: Positive) -> TieCounts:
         """Counts whose field ``correct`` counts the answers of the class ``positive``.
 
-        The result is ``self`` or ``flipped``. The score that is most typical of the class is first.
+        The result is ``self`` or ``exchanged``. The score most typical of the class is first.
         """
-        return self if positive == "correct" else self.flipped
+        return self if positive == "correct" else self.exchanged
 
 
 def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
@@ -90,17 +90,17 @@ def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDAr
     require_same_length(scores, failures)
     if not len(scores):
         raise DataError("a metric needs at least one row. Got none.")
-    finite = np.isfinite(scores)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        n_bad = np.count_nonzero(~finite)
+    is_finite = np.isfinite(scores)
+    if not is_finite.all():
+        row = int(np.argmin(is_finite))  # the first row where the mask is False
+        n_bad = np.count_nonzero(~is_finite)
         raise DataError(
             f"uncertainty must be finite. Got {n_bad} bad values of {len(scores)}, "
             f"the first in row {row} ({scores[row]}). Leave those rows out."
         )
-    binary = (failures == 0) | (failures == 1)
-    if not binary.all():
-        row = int(np.argmin(binary))
+    is_binary = (failures == 0) | (failures == 1)
+    if not is_binary.all():
+        row = int(np.argmin(is_binary))
         raise DataError(
             "failure must be 0 (the answer is right) or 1 (it is wrong). "
             f"Got {failures[row]:g} in row {row} instead."
@@ -130,17 +130,17 @@ def check_codes(
     If ``last`` is None, there is no upper bound. ``name`` is the name of the values in messages.
     """
     numbers = real_vector(values, name)
-    top = np.inf if last is None else last
-    is_in_range = (numbers >= first) & (numbers <= top)
+    largest = np.inf if last is None else last
+    is_in_range = (numbers >= first) & (numbers <= largest)
     is_whole = numbers == np.rint(numbers)
-    bad = np.flatnonzero(~(is_in_range & is_whole))
-    if len(bad):
+    bad_rows = np.flatnonzero(~(is_in_range & is_whole))
+    if len(bad_rows):
         lowest = f"{UNKNOWN} (unknown)"
         if first != UNKNOWN:
             lowest = f"{OUTSIDE} (none of the classes), {lowest}"
         raise DataError(
-            f"{name} must hold whole numbers from {lowest} to {top:g}. "
-            f"Got {numbers[bad[0]]:g} in row {bad[0]} instead."
+            f"{name} must hold whole numbers from {lowest} to {largest:g}. "
+            f"Got {numbers[bad_rows[0]]:g} in row {bad_rows[0]} instead."
         )
     return numbers.astype(np.int64)
 
@@ -171,18 +171,20 @@ def tie_counts(
     scores, failures = check_pair(uncertainty, failure)
     blocks = []
     for start in range(0, len(scores), block_rows):
-        block = slice(start, start + block_rows)
-        blocks.append(_counts(scores[block], failures[block]))
+        rows = slice(start, start + block_rows)
+        blocks.append(_counts_of_block(scores[rows], failures[rows]))
     if len(blocks) == 1:
         return blocks[0]
-    value, group = np.unique(np.concatenate([block.value for block in blocks]), return_inverse=True)
-    correct, wrong = np.zeros((2, len(value)), np.int64)  # two arrays (G,)
-    np.add.at(correct, group, np.concatenate([block.correct for block in blocks]))
-    np.add.at(wrong, group, np.concatenate([block.wrong for block in blocks]))
+    values_of_blocks = np.concatenate([block.value for block in blocks])
+    value, index = np.unique(values_of_blocks, return_inverse=True)  # index of the score in value
+    correct = np.zeros(len(value), np.int64)
+    np.add.at(correct, index, np.concatenate([block.correct for block in blocks]))
+    wrong = np.zeros(len(value), np.int64)
+    np.add.at(wrong, index, np.concatenate([block.wrong for block in blocks]))
     return TieCounts(value, correct, wrong)
 
 
-def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
+def _counts_of_block(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
     """Counts (G,) of the rows of one block."""
     # The wrong rows are sorted once more. That takes less time than to look up the score of every
     # row in ``value``.
@@ -238,14 +240,15 @@ def first_rows(picture: Ints) -> Ints:
         >>> first_rows(picture).tolist()
         [0, 1, 2, 0, 4]
     """
-    first = np.arange(len(picture))
-    known = np.flatnonzero(picture != UNKNOWN)
+    first_row = np.arange(len(picture))
+    known_rows = np.flatnonzero(picture != UNKNOWN)
     _, first_of_picture, picture_index = np.unique(
-        picture[known], return_index=True, return_inverse=True
+        picture[known_rows], return_index=True, return_inverse=True
     )
-    first_known = first_of_picture[picture_index]  # for every known row, a position in ``known``
-    first[known] = known[first_known]
-    return first
+    # for every row in ``known_rows``, the position there of the first row of the same picture
+    first_position = first_of_picture[picture_index]
+    first_row[known_rows] = known_rows[first_position]
+    return first_row
 
 
 def repeated_pictures(picture: Ints | None) -> Ints | None:
@@ -262,5 +265,7 @@ def repeated_pictures(picture: Ints | None) -> Ints | None:
     """
     if picture is None:
         return None
-    first, number = np.unique(first_rows(picture), return_inverse=True)
-    return None if len(first) == len(picture) else number
+    first_row_of_picture, number = np.unique(first_rows(picture), return_inverse=True)
+    if len(first_row_of_picture) == len(picture):
+        return None
+    return number

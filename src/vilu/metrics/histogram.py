@@ -25,10 +25,12 @@ MAX_BINS = 2**20
 """Maximum number of occupied bins; they take 24 MB."""
 _TINY = 2.0**-512  # scores of a smaller magnitude count as 0
 # An octave (the numbers from one power of two to the next) has 2^52 codes. The codes of 0 and of 1
-# are multiples of 2^52. So a bin starts at 0, and one at 1, whatever the level.
-_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # bits less code, for scores up to 1/2
+# are multiples of 2^52. So at every level a bin starts at 0, and another bin starts at 1. "Bits"
+# are those of the float64, read as an integer.
+_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # bits minus code, for scores up to 1/2
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO  # code of 1/2
-_NEAR = np.float64(2.0**-54).view(np.int64).item()  # bits of half the smallest gap between 1 and p
+# bits of 2^-54, which is half the gap between 1 and the largest smaller float64
+_NEAR = np.float64(2.0**-54).view(np.int64).item()
 _ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR  # code of 1
 _ONE_BITS = np.float64(1.0).view(np.int64).item()
 
@@ -57,12 +59,12 @@ def codes(scores: Floats) -> Ints:
 
 def scores_of(code: Ints) -> Floats:
     """Scores (N,) of codes (N,), the inverse of ``codes``."""
-    size = np.abs(code)
-    is_zero = size == 0
+    code_size = np.abs(code)
+    is_zero = code_size == 0
     is_above_half = code > _HALF
     is_below_one = code < _ONE
     # ``np.where`` needs valid bits for every code, so unused entries get a constant.
-    magnitude = np.where(is_zero | is_above_half, _ZERO, size + _ZERO).view(np.float64)
+    magnitude = np.where(is_zero | is_above_half, _ZERO, code_size + _ZERO).view(np.float64)
     signed = np.where(code < 0, -magnitude, magnitude)
     up_to_half = np.where(is_zero, 0.0, signed)
     gap = np.where(is_above_half & is_below_one, _ONE - code + _NEAR, 0).view(np.float64)
@@ -110,45 +112,45 @@ class Histogram:
             high=float(scores.max()),
             max_bins=max_bins,
         )
-        return one_bin_per_row._collapsed(level=0)
+        return one_bin_per_row._merge_bins(level=0)
 
     @classmethod
     def total(cls, histograms: Iterable[Histogram]) -> Histogram:
         """Sum of many histograms; only a bounded number of bins is in memory at a time."""
-        waiting: list[Histogram] = []
+        parts: list[Histogram] = []
         for histogram in histograms:
-            waiting.append(histogram)
-            n_bins = sum(len(part.bins) for part in waiting)
-            if n_bins > 2 * waiting[0].max_bins:
-                waiting = [cls._joined(waiting)]
-        return cls._joined(waiting) if waiting else cls.empty()
+            parts.append(histogram)
+            n_bins = sum(len(part.bins) for part in parts)
+            if n_bins > 2 * parts[0].max_bins:
+                parts = [cls._join(parts)]
+        return cls._join(parts) if parts else cls.empty()
 
     def __add__(self, other: Histogram) -> Histogram:
-        return self._joined([self, other])
+        return self._join([self, other])
 
     def without(self, part: Histogram) -> Histogram:
         """Histogram without the rows of ``part``, whose answers must all be wrong."""
-        return self.counted(self.correct, self.wrong - self.rows_of_part(part))
+        return self.with_counts(self.correct, self.wrong - self.rows_of_part(part))
 
     def against(self, part: Histogram) -> Histogram:
         """Histogram that counts the rows of ``part`` as wrong and all other rows as correct.
 
         ``part`` holds some of the rows with wrong answers.
         """
-        in_part = self.rows_of_part(part)
-        not_in_part = self.correct + self.wrong - in_part
-        return self.counted(not_in_part, in_part)
+        n_in_part = self.rows_of_part(part)
+        n_not_in_part = self.correct + self.wrong - n_in_part
+        return self.with_counts(correct=n_not_in_part, wrong=n_in_part)
 
     def rows_of_part(self, part: Histogram) -> Ints:
         """Number (G,) of rows of ``part`` in each bin of this histogram."""
         # not negative, because the level of a part is never higher than that of the whole
-        more_dropped_bits = self.level - part.level
-        bins = part.bins >> more_dropped_bits
-        rows = np.zeros_like(self.wrong)
-        np.add.at(rows, np.searchsorted(self.bins, bins), part.wrong)
-        return rows
+        n_more_dropped_bits = self.level - part.level
+        bins_of_part = part.bins >> n_more_dropped_bits
+        n_rows = np.zeros_like(self.wrong)
+        np.add.at(n_rows, np.searchsorted(self.bins, bins_of_part), part.wrong)
+        return n_rows
 
-    def counted(self, correct: Ints, wrong: Ints) -> Histogram:
+    def with_counts(self, correct: Ints, wrong: Ints) -> Histogram:
         """Histogram with other counts (G,) in the same bins, without empty bins."""
         is_filled = (correct + wrong) > 0
         return replace(
@@ -207,7 +209,7 @@ class Histogram:
         smallest, largest = codes(np.array([self.low, self.high]))
         start = scores_of(np.maximum(first_code, smallest))
         end = scores_of(np.minimum(last_code, largest))
-        return start / 2 + end / 2  # not the half of the sum, which may overflow
+        return start / 2 + end / 2  # not (start + end) / 2, because the sum may overflow
 
     @property
     def tied_pairs(self) -> float:
@@ -228,10 +230,10 @@ class Histogram:
         return TieCounts(self.values, self.correct, self.wrong)
 
     @staticmethod
-    def _joined(histograms: list[Histogram]) -> Histogram:
+    def _join(histograms: list[Histogram]) -> Histogram:
         """The histogram of the rows of one or several histograms."""
         level = max(part.level for part in histograms)
-        with_equal_bins = Histogram(
+        concatenated = Histogram(
             bins=np.concatenate([part.bins >> (level - part.level) for part in histograms]),
             correct=np.concatenate([part.correct for part in histograms]),
             wrong=np.concatenate([part.wrong for part in histograms]),
@@ -240,12 +242,13 @@ class Histogram:
             high=max(part.high for part in histograms),
             max_bins=min(part.max_bins for part in histograms),
         )
-        return with_equal_bins._collapsed(level)
+        return concatenated._merge_bins(level)
 
-    def _collapsed(self, level: int) -> Histogram:
+    def _merge_bins(self, level: int) -> Histogram:
         """Merge equal bins, and raise the level until there are at most ``max_bins`` bins.
 
-        ``level`` is the current level of ``bins``, which need not be sorted or distinct.
+        ``level`` is the current level of ``bins``. The bins need not be sorted, and there may be
+        equal ones.
         """
         if not len(self.bins):
             return replace(self, level=level)

@@ -18,7 +18,7 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_pictures, tie_
 
 @dataclass(frozen=True, eq=False)
 class PictureScores:
-    """Counts of the rows of pictures, in E entries.
+    """Counts of rows in E entries, for the bootstrap over P pictures.
 
     An entry counts the rows of a picture that have the same score and the same correctness.
     """
@@ -27,7 +27,7 @@ class PictureScores:
     picture: Ints  # (E,) picture number of every entry, ascending from 0
     group: Ints  # (E,) index of the score of every entry in ``value``
     wrong: NDArray[np.bool_]  # (E,) whether the rows of every entry are wrong
-    rows: Ints  # (E,) number of rows of every entry
+    n_rows: Ints  # (E,) number of rows of every entry
     n_alike: Ints  # (P,) number of pictures that each picture stands for; 1 before ``merged``
 
     @classmethod
@@ -44,7 +44,7 @@ class PictureScores:
         """
         # One number identifies an entry. Picture, score and failure are computed back from it.
         key = (picture * len(value) + group) * 2 + failure
-        entry, rows = np.unique(key, return_counts=True)
+        entry, n_rows = np.unique(key, return_counts=True)
         n_alike = np.ones(int(picture.max()) + 1, np.int64)
         picture_and_group = entry // 2
         return cls(
@@ -52,7 +52,7 @@ class PictureScores:
             picture=picture_and_group // len(value),
             group=picture_and_group % len(value),
             wrong=entry % 2 == 1,
-            rows=rows,
+            n_rows=n_rows,
             n_alike=n_alike,
         )
 
@@ -68,29 +68,29 @@ class PictureScores:
         return all_right, all_wrong, mixed
 
     @property
-    def width(self) -> int:
+    def cells_per_resample(self) -> int:
         """Number of array entries that one resample needs."""
         return len(self.picture)
 
-    def counts(self, *drawn: Ints) -> TieCounts:
+    def counts(self, *drawn_pictures: Ints) -> TieCounts:
         """Counts (B, G) of the rows of the drawn pictures (B, ·) of every stratum.
 
         A picture that is drawn several times counts several times.
         """
-        pictures = np.concatenate(drawn, axis=1)
+        pictures = np.concatenate(drawn_pictures, axis=1)
         n_resamples = len(pictures)
         n_pictures = len(self.n_alike)
         # one call of bincount counts all resamples: resample b has the cells from b * n_pictures on
         first_cell = n_pictures * np.arange(n_resamples)[:, None]
         cells = pictures + first_cell
         times = np.bincount(cells.ravel(), minlength=n_resamples * n_pictures)
-        return self.weighed(times.reshape(n_resamples, n_pictures))
+        return self.weighted(times.reshape(n_resamples, n_pictures))
 
     def observed(self) -> TieCounts:
         """Counts (1, G) of the sample itself: every row counts once."""
-        return self.weighed(self.n_alike[None])
+        return self.weighted(self.n_alike[None])
 
-    def weighed(self, times: Ints) -> TieCounts:
+    def weighted(self, times: Ints) -> TieCounts:
         """Counts (B, G), where ``times`` (B, P) is how often each picture is drawn."""
         return TieCounts(
             self.value,
@@ -98,16 +98,19 @@ class PictureScores:
             wrong=self._tally(times, self.wrong),
         )
 
-    def _tally(self, times: Ints, chosen: NDArray[np.bool_]) -> Ints:
-        """Number (B, G) of rows of the entries ``chosen`` (E,) at each score."""
+    def _tally(self, times: Ints, is_counted: NDArray[np.bool_]) -> Ints:
+        """Number (B, G) of drawn rows at each score, for the entries in a mask ``is_counted`` (E,).
+
+        ``times`` (B, P) is how often each picture is drawn.
+        """
         n_resamples = len(times)
         n_scores = len(self.value)
-        rows = times[:, self.picture[chosen]] * self.rows[chosen]
+        n_rows = times[:, self.picture[is_counted]] * self.n_rows[is_counted]
         # one call of bincount counts all resamples: resample b has the cells from b * n_scores on
         first_cell = n_scores * np.arange(n_resamples)[:, None]
-        cells = self.group[chosen] + first_cell
+        cells = self.group[is_counted] + first_cell
         # with weights, bincount sums in float64, which is exact for whole numbers below 2^53
-        sums = np.bincount(cells.ravel(), weights=rows.ravel(), minlength=n_resamples * n_scores)
+        sums = np.bincount(cells.ravel(), weights=n_rows.ravel(), minlength=n_resamples * n_scores)
         return sums.astype(np.int64).reshape(n_resamples, n_scores)
 
     def merged(self) -> PictureScores:
@@ -121,14 +124,14 @@ class PictureScores:
         n_pictures = len(self.n_alike)
         n_entries = np.bincount(self.picture, minlength=n_pictures)  # of every picture
         is_single = n_entries[self.picture] == 1  # whether an entry is the only one of its picture
-        # one whole number per entry, which holds the number of rows, the score and the correctness
-        key = (self.rows * n_scores + self.group) * 2 + self.wrong
+        # one whole number per entry holds its number of rows, its score and its correctness
+        key = (self.n_rows * n_scores + self.group) * 2 + self.wrong
         kind, n_of_kind = np.unique(key[is_single], return_counts=True)
         n_kinds = len(kind)
         kind_wrong = kind % 2 == 1
         rows_and_group = kind // 2
         kind_group = rows_and_group % n_scores
-        kind_rows = rows_and_group // n_scores
+        kind_n_rows = rows_and_group // n_scores
         # the pictures with several entries stay, with numbers from ``n_kinds`` on
         unmerged, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
         n_of_unmerged = np.ones(len(unmerged), np.int64)
@@ -137,17 +140,15 @@ class PictureScores:
             picture=np.concatenate([np.arange(n_kinds), n_kinds + unmerged_index]),
             group=np.concatenate([kind_group, self.group[~is_single]]),
             wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
-            rows=np.concatenate([kind_rows, self.rows[~is_single]]),
+            n_rows=np.concatenate([kind_n_rows, self.n_rows[~is_single]]),
             n_alike=np.concatenate([n_of_kind, n_of_unmerged]),
         )
 
-    def drawn(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
-        """Yield one block of resamples for each of the ``sizes``.
+    def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
+        """Yield the counts (B, G) of one block of resamples for each size B in ``sizes``.
 
-        A block of size B has counts (B, G) of its resamples, for G different scores.
-
-        From each stratum, as many pictures are drawn as the stratum has, from a multinomial
-        distribution.
+        From each stratum, as many pictures are drawn as the stratum has. The numbers of draws are
+        multinomial.
         """
         for size in sizes:
             times = np.zeros((size, len(self.n_alike)), np.int64)
@@ -156,7 +157,7 @@ class PictureScores:
                 n = int(n_alike.sum())
                 if n:
                     times[:, stratum] = rng.multinomial(n, n_alike / n, size=size)
-            yield self.weighed(times)
+            yield self.weighted(times)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +233,7 @@ def rows_per_independent(picture: Ints | None) -> float:
     return int((rows**2).sum()) / int(rows.sum())
 
 
-def independent(counts: TieCounts, picture: Ints) -> TieCounts:
+def independent_counts(counts: TieCounts, picture: Ints) -> TieCounts:
     """Counts (G,) divided by ``rows_per_independent``: effective counts of independent rows."""
     divisor = rows_per_independent(picture)
     correct: NDArray[Any] = counts.correct / divisor

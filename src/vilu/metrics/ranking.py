@@ -181,7 +181,8 @@ def fpr_at_tpr_kernel(
     require_one_of("rule", rule, get_args(Rule))
     fpr, tpr = _roc(counts.towards(positive))
     if rule == "first":
-        # rates are ascending, so the number of smaller rates is the index of the first other rate
+        # The rates are ascending. So the number of rates below ``level`` is the index of the first
+        # rate that is not below it.
         first_at_level = (tpr < level).sum(-1)
         return _pick(fpr, first_at_level)
     if rule == "nearest":

@@ -17,7 +17,7 @@ from vilu.validation import checked, require_at_least, require_one_of
 
 Binning = Literal["width", "mass"]
 
-CERTAIN = 1e-12
+LEAST_DISTANCE = 1e-12
 """Smallest distance of a probability from 0 and from 1 in a logarithm."""
 
 
@@ -132,8 +132,8 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
         n_below = counts.accepted - counts.size
         bin_of_score = n_below * bins // counts.n[..., None]
         bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
-    resamples = counts.size.shape[:-1]
-    n_resamples = int(np.prod(resamples))
+    leading_shape = counts.size.shape[:-1]  # the axes of resamples
+    n_resamples = int(np.prod(leading_shape))
     # one call of bincount sums over all resamples: resample r has the cells from r * bins on
     first_cell = bins * np.arange(n_resamples)[:, None]
     cells = bin_of_score.reshape(n_resamples, -1) + first_cell
@@ -142,22 +142,22 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
         total = np.bincount(
             cells.ravel(), weights=numbers.ravel(), minlength=bins * n_resamples
         ).astype(np.float64)
-        sums.append(total.reshape(*resamples, bins))
+        sums.append(total.reshape(*leading_shape, bins))
     return sums
 
 
-CLEAR = 2.0
-"""Number of standard errors from which on a gap is clear; see ``BinnedError``."""
+CLEAR_ERRORS = 2.0
+"""A gap is clear if it is at least this many standard errors; see ``BinnedError``."""
 
 
 @dataclass(frozen=True)
 class BinnedError:
     """The kernel of ``ece``, with an interval that corrects for the bias of the ECE.
 
-    The estimate of the ECE is T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures less
-    expected failures, as a share of all rows. A gap contains noise e_b, so its absolute value is
-    too large on average, by up to E|e_b| per bin. For example, the estimate is 9 % on 180 rows of a
-    calibrated predictor, whose true ECE is 0. Resampled rows add this bias once more, so their
+    The estimate of the ECE is T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures
+    minus expected failures, as a share of all rows. A gap contains noise e_b, so its absolute value
+    is too large on average, by up to E|e_b| per bin. For example, the estimate is 9 % on 180 rows
+    of a calibrated predictor, whose true ECE is 0. Resampled rows add this bias once more, so their
     percentiles lie above T.
 
     Therefore the noise is drawn instead of rows:
@@ -196,13 +196,13 @@ class BinnedError:
         gap, deviation = self._gaps(counts)
         noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
         estimate = np.abs(gap).sum()
-        upper = 1 - (1 - confidence) / 2
-        clear_gap = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
+        upper_quantile = 1 - (1 - confidence) / 2
+        clear_gap = np.where(np.abs(gap) < CLEAR_ERRORS * deviation, 0.0, gap)
         largest_bias = np.abs(clear_gap + noise).sum(axis=1) - np.abs(clear_gap).sum()
-        low = min(estimate - np.quantile(largest_bias, upper), estimate)
-        drawn = np.abs(gap + noise).sum(axis=1)
-        smallest_bias = drawn.mean() - estimate
-        high = max(np.quantile(drawn, upper) - smallest_bias, estimate)
+        low = min(estimate - np.quantile(largest_bias, upper_quantile), estimate)
+        drawn_error = np.abs(gap + noise).sum(axis=1)
+        smallest_bias = drawn_error.mean() - estimate
+        high = max(np.quantile(drawn_error, upper_quantile) - smallest_bias, estimate)
         return float(max(low, 0.0)), float(min(high, 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
@@ -212,8 +212,8 @@ class BinnedError:
         gap_of_score = counts.wrong - p * counts.size
         square_of_score = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
         # variance of the failures if the predictor is calibrated
-        calibrated_of_score = counts.size * p * (1 - p)
-        per_score = (gap_of_score, square_of_score, calibrated_of_score)
+        calibrated_variance_of_score = counts.size * p * (1 - p)
+        per_score = (gap_of_score, square_of_score, calibrated_variance_of_score)
         per_bin = _per_bin(counts, self.bins, self.binning, *per_score)
         gap, square, calibrated_variance = [total / n for total in per_bin]
         observed_variance = square - gap**2
@@ -229,5 +229,5 @@ def brier_kernel(counts: TieCounts) -> Floats:
 
 def log_loss_kernel(counts: TieCounts) -> Floats:
     """Log-loss (...)."""
-    p = counts.value.clip(CERTAIN, 1 - CERTAIN)
+    p = counts.value.clip(LEAST_DISTANCE, 1 - LEAST_DISTANCE)
     return ratio(-(counts.wrong * np.log(p) + counts.correct * np.log1p(-p)).sum(-1), counts.n)

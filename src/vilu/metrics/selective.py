@@ -20,7 +20,7 @@ Convention = Literal["mean", "trapezoid"]
 
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
-TABLE = 2**21
+TABLE_SIZE = 2**21
 """Number of harmonic numbers in a table of 16 MB, for data sets with fewer rows than that.
 
 Reading the table is five times as fast as computing logarithms.
@@ -224,7 +224,7 @@ def _harmonic(n: Ints) -> Floats:
     largest = int(n.max(initial=0))
     if largest < len(_HARMONIC):
         return _HARMONIC[n]
-    if largest < TABLE:
+    if largest < TABLE_SIZE:
         return _large_harmonic()[n]
     last = len(_HARMONIC) - 1
     exact = _HARMONIC[np.minimum(n, last)]
@@ -245,8 +245,8 @@ def _series(n: Ints) -> Floats:
 
 @cache
 def _large_harmonic() -> Floats:
-    """Table of H_0 to H_(TABLE - 1), computed when it is needed for the first time."""
-    return np.concatenate([_HARMONIC, _series(np.arange(len(_HARMONIC), TABLE))])
+    """Table of H_0 to H_(TABLE_SIZE - 1), computed when it is needed for the first time."""
+    return np.concatenate([_HARMONIC, _series(np.arange(len(_HARMONIC), TABLE_SIZE))])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
@@ -261,23 +261,25 @@ def _mean_risk(counts: TieCounts) -> Floats:
 
         Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s)
     """
-    before = counts.accepted - counts.size
+    n_before = counts.accepted - counts.size
     wrong_before = counts.accepted_wrong - counts.wrong
     error_rate = ratio(counts.wrong, counts.size, empty=0.0)
-    harmonic_difference = _harmonic(counts.accepted) - _harmonic(before)
+    harmonic_difference = _harmonic(counts.accepted) - _harmonic(n_before)
     # For a block of one row the difference is 1 / (s + 1), computed here without cancellation.
     np.divide(1.0, counts.accepted, out=harmonic_difference, where=counts.size == 1)
-    sum_over_block = counts.wrong + (wrong_before - error_rate * before) * harmonic_difference
+    sum_over_block = counts.wrong + (wrong_before - error_rate * n_before) * harmonic_difference
     return ratio(sum_over_block.sum(-1), counts.n)
 
 
 def _trapezoid_risk(counts: TieCounts) -> Floats:
     """Area (...) under the risk-coverage curve by trapezoids over the distinct scores."""
     risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
-    before = counts.accepted - counts.size
-    risk_of_previous = np.roll(risk, 1, axis=-1)  # at the first score that of the last, not used
-    left = np.where(before > 0, risk_of_previous, risk)  # constant below the smallest coverage
-    twice_area = (counts.size * (left + risk)).sum(-1)
+    n_before = counts.accepted - counts.size
+    # The roll puts the risk of the last score in front of the first score. It is not used there,
+    # because the risk is constant below the smallest coverage.
+    risk_of_previous = np.roll(risk, 1, axis=-1)
+    risk_at_left = np.where(n_before > 0, risk_of_previous, risk)
+    twice_area = (counts.size * (risk_at_left + risk)).sum(-1)
     return ratio(twice_area, 2 * counts.n)
 
 

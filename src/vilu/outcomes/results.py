@@ -20,9 +20,9 @@ from vilu.metrics.catalog import (
     DEFAULT_METRICS,
     METRICS,
     Metric,
-    but_for,
     evaluated_metrics,
     get_metric,
+    not_in_percent,
 )
 from vilu.outcomes.row_sample import RowSample, are_disjoint
 from vilu.text import aligned, in_markdown, markdown_rows, printable, span
@@ -624,7 +624,7 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown]
-    first_note = f"in percent{but_for(map(_metric, shown))}"
+    first_note = f"in percent{not_in_percent(map(_metric, shown))}"
     intervals = _intervals_in_words(rows)
     if intervals:
         first_note = f"{first_note}; in brackets: {intervals}"

@@ -314,7 +314,7 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histog
     if not _has_valid_bins(histogram):
         raise _damaged(path, "its bins are empty, not ascending, or do not match its ends")
     no_correct = np.zeros_like(histogram.correct)  # every answer to an ``outside`` row is wrong
-    return histogram, histogram.counted(correct=no_correct, wrong=wrong_ood)
+    return histogram, histogram.with_counts(correct=no_correct, wrong=wrong_ood)
 
 
 def _histogram_of(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> Histogram:

@@ -315,7 +315,7 @@ class Journal:
 
     def _take_in_labels(self, *, after: int) -> None:
         """Let the monitor take in the labels after number ``after``, in the order of arrival."""
-        if self.monitor.audited is None:
+        if self.monitor.error_audit is None:
             return
         rows = self._rows.labels_after(after)
         if rows:

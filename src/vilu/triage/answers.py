@@ -50,16 +50,16 @@ def answers_of(
     runners_up = all_runners_up(photos, predictor)
     flags: Flags = [None] * len(photos)
     if likely is not None:
-        flags = likely.among(unlabelled_scores(photos, outcomes, labels))
+        flags = likely.rows_by_own_threshold(unlabelled_scores(photos, outcomes, labels))
     quantiles = quantiles_of(outcomes.uncertainty)
     answers = []
     for row, path in enumerate(photos.ids):
         if path in labels:
-            answers.append(_labelled(path, labels[path]))
+            answers.append(_answer_by_label(path, labels[path]))
         else:
             answers.append(answer_of(outcomes, row, runners_up[row], flags[row], quantiles))
     for path, kind in photos.bad.items():
-        answers.append(_unanswered(path, kind))
+        answers.append(_no_answer(path, kind))
     return sorted(answers, key=lambda answer: answer.key)
 
 
@@ -70,7 +70,7 @@ def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, s
 
 
 def quantiles_of(uncertainty: Floats) -> Floats:
-    """(N,) share of the photos that are at most as doubtful; NaN where the uncertainty is."""
+    """(N,) share of the photos that are at most as doubtful; NaN where the uncertainty is NaN."""
     scored = np.sort(uncertainty[np.isfinite(uncertainty)])
     n_at_most = np.searchsorted(scored, uncertainty, side="right")
     return np.where(np.isfinite(uncertainty), n_at_most / max(len(scored), 1), np.nan)
@@ -86,7 +86,7 @@ def answer_of(
     """The model's answer about a row; the label of the row is not used."""
     path = "" if outcomes.ids is None else outcomes.ids[row]
     if np.isnan(outcomes.uncertainty[row]) or outcomes.prediction is None:
-        return _unanswered(path, None if outcomes.reason is None else outcomes.reason[row])
+        return _no_answer(path, None if outcomes.reason is None else outcomes.reason[row])
     decision = REVIEW
     if outcomes.decision is not None and outcomes.decision[row] == ACCEPT:
         decision = ACCEPT
@@ -118,7 +118,7 @@ def failure_probability(outcomes: Outcomes, row: int) -> float | None:
     return None if math.isnan(probability) else probability
 
 
-def _labelled(path: str, label: str) -> Answer:
+def _answer_by_label(path: str, label: str) -> Answer:
     """The answer about a labelled photo: the label, not the model's answer."""
     return Answer(
         key=path,
@@ -130,7 +130,7 @@ def _labelled(path: str, label: str) -> Answer:
     )
 
 
-def _unanswered(path: str, reason: str | None) -> Answer:
+def _no_answer(path: str, reason: str | None) -> Answer:
     """The answer about a photo without a score."""
     return Answer(
         key=path,
@@ -148,18 +148,18 @@ def all_runners_up(photos: EmbeddingSource, predictor: FailurePredictor) -> list
     names = photos.class_names or ()
     columns = (*predictor.columns_to_score, *predictor.answer_columns)
     for batch in photos.batches(SCORING_BATCH, columns=columns):
-        of_batch = runners_up_of(predictor, batch.to(predictor.device_), names)
-        for row, of_row in zip(batch.index.tolist(), of_batch, strict=True):
-            runners_up[row] = of_row
+        batch_runners_up = runners_up_of(predictor, batch.to(predictor.device_), names)
+        for row, row_runners_up in zip(batch.index.tolist(), batch_runners_up, strict=True):
+            runners_up[row] = row_runners_up
     return runners_up
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, int]:
-    """Number of photos: of all, with and without a label, and of those without a label by decision.
+    """Numbers of photos, by what became of them.
 
-    People gave the answers of "labelled" photos. All counts below "unlabelled" are of answers that
-    nobody checked. Unreadable photos do not count as "review". Photos counted as "outside" or
-    "likely" also count by their decision.
+    "photos" counts all photos. People gave the labels of "labelled" photos. The counts after
+    "unlabelled" are of answers that nobody checked. Unreadable photos do not count as "review".
+    Photos that count as "outside" or "likely" also count by their decision.
     """
     n_labelled = sum(answer.decision == LABELLED for answer in answers)
     counts = {
@@ -203,25 +203,25 @@ def write_decisions(root: Path, outcomes: Outcomes, answers: Sequence[Answer]) -
 
 
 def write_next(
-    path: Path, asked: Sequence[Entry], answers: Mapping[str, Answer], kind: str
+    path: Path, entries: Sequence[Entry], answers: Mapping[str, Answer], kind: str
 ) -> None:
     """Write the table of the photos to label, with an empty column for the labels.
 
     Args:
         path: The file.
-        asked: Entries of the photos.
+        entries: Entries of the photos, whose labels are asked for.
         answers: The answers by path.
         kind: Kind of the answers, such as "zero_shot".
     """
-    asked_answers = []
-    for entry in asked:
-        without_answer = _unanswered(entry.path, reason=None)
-        asked_answers.append(answers.get(entry.path, without_answer))
+    answers_to_entries = []
+    for entry in entries:
+        without_answer = _no_answer(entry.path, reason=None)
+        answers_to_entries.append(answers.get(entry.path, without_answer))
     columns = {
-        **columns_of(asked, ("path", "label")),  # all labels are None: the column to fill in
-        **_answer_columns(asked_answers),
-        **columns_of(asked, ("stream", "probability", "predictor", "asked")),
-        **_zero_shot_column(kind, asked_answers),
+        **columns_of(entries, ("path", "label")),  # all labels are None: the column to fill in
+        **_answer_columns(answers_to_entries),
+        **columns_of(entries, ("stream", "probability", "predictor", "asked")),
+        **_zero_shot_column(kind, answers_to_entries),
     }
     write_table(path, columns, {})
 

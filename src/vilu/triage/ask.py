@@ -15,7 +15,7 @@ from vilu.artifacts.disk import locked
 from vilu.artifacts.hashing import digest
 from vilu.calibration.anytime import flawless_labels, level_of
 from vilu.calibration.calibration import Calibration
-from vilu.calibration.procedure import require_probability, take_back
+from vilu.calibration.procedure import remove_outdated_calibration, require_probability
 from vilu.calibration.rules import Rule, group_names, members_of
 from vilu.device import torch_defaults
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError
@@ -120,48 +120,49 @@ class StoreDraws:
             draws = plan_draws(outcomes, rows, max_risk, per_class=per_class)
         return cls(fingerprint_of(predictor), photos, book, outcomes, split, draws)
 
-    def next_calibration_rows(self, n: int, asked: Mask, max_risk: float) -> list[Ints]:
+    def next_calibration_rows(self, n: int, was_asked: Mask, max_risk: float) -> list[Ints]:
         """At most ``n`` calibration rows to ask for: an array for every draw, in random order.
 
-        Draws that lack a guarantee and are likely to get one come first, then unlikely ones, then
-        draws that have a guarantee. Among equals the draw with the fewest asked rows comes first.
+        Draws without a guarantee come first: those that are likely to get one, then the others.
+        Draws that have a guarantee come last. Among equals, the draw with the fewest rows that were
+        asked for comes first.
 
         Args:
             n: Number of rows, of all draws together.
-            asked: (N,) which rows were asked for before.
+            was_asked: (N,) which rows were asked for before.
             max_risk: Error rate that the guarantee is to stay below.
         """
         all_progress = self.progress(max_risk, 1 - CONFIDENCE)
         queue = []
         for group, (rows, trial) in self.draws.items():
             below_limit = rows[self.outcomes.uncertainty[rows] <= trial.limit]
-            waiting = below_limit[~asked[below_limit]]
-            waiting = waiting[np.argsort(self.split.position[waiting])]
-            n_asked = len(below_limit) - len(waiting)
+            not_asked = below_limit[~was_asked[below_limit]]
+            not_asked = self.split.in_order(not_asked)
+            n_asked = len(below_limit) - len(not_asked)
             is_certified = all_progress[group].certified is not None
             is_unlikely = not trial.likely
-            for n_earlier, row in enumerate(waiting[:n].tolist()):
+            for n_earlier, row in enumerate(not_asked[:n].tolist()):
                 n_asked_before = n_asked + n_earlier
-                # Sorted in ascending order, so that False comes before True.
+                # The queue is sorted in ascending order, and False comes before True.
                 priority = (is_certified, is_unlikely, n_asked_before)
                 queue.append((priority, group, row))
-        chosen: dict[str, list[int]] = {group: [] for group in self.draws}
+        rows_of_draw: dict[str, list[int]] = {group: [] for group in self.draws}
         for _, group, row in sorted(queue)[:n]:
-            chosen[group].append(row)
-        return [np.array(rows, np.int64) for rows in chosen.values()]
+            rows_of_draw[group].append(row)
+        return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
         """How far the guarantee of each draw is; all draws have equal shares of ``delta``."""
         if not self.draws:
             return {}
-        # Every calibration label was asked for to test one predictor.
-        predictor_of = {entry.path: entry.predictor for entry in self.book if _is_drawn(entry)}
-        is_for_this = np.array(
+        # Every calibration label was asked for in order to test one predictor.
+        predictor_of = {entry.path: entry.predictor for entry in self.book if _is_of_draw(entry)}
+        is_for_this_predictor = np.array(
             [predictor_of.get(path) == self.predictor for path in self.photos.ids], np.bool_
         )
         other_predictors = set(predictor_of.values()) - {self.predictor}
         level = level_of(len(other_predictors) + 1, delta / len(self.draws))
-        awaited = self.split.awaited & is_for_this
+        awaited = self.split.awaited & is_for_this_predictor
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
             in_group = np.zeros(len(self.photos.ids), np.bool_)
@@ -197,14 +198,15 @@ def unseen(predictor: FailurePredictor, photos: Photos) -> Mask:
         DataError: If only a sample was recorded and more than 1 % of the rows are in it.
     """
     overlap = predictor.seen(photos)
-    has_recorded_all = overlap.whole
-    if has_recorded_all:
-        unseen: Mask = ~overlap.shared
-        return unseen
+    has_recorded_all_rows = overlap.whole
+    if has_recorded_all_rows:
+        is_unseen: Mask = ~overlap.shared
+        return is_unseen
     return predictor.unseen(photos, "calibration")
 
 
-def _is_drawn(entry: Entry) -> bool:
+def _is_of_draw(entry: Entry) -> bool:
+    """Whether a label was asked for by a draw, for a guarantee."""
     return entry.stream == "calibration"
 
 
@@ -266,10 +268,10 @@ def next_of_store(
     book = store_draws.book
     split = store_draws.split
     fingerprint = store_draws.predictor
-    asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
-    free = np.flatnonzero(split.for_fit & ~asked)
+    was_asked = np.array([path in book.entries for path in paths], dtype=np.bool_)
+    free_fit_rows = np.flatnonzero(split.for_fit & ~was_asked)
     calibration_rows: list[int] = []
-    for drawn in store_draws.next_calibration_rows(n // 2, asked, max_risk):
+    for drawn in store_draws.next_calibration_rows(n // 2, was_asked, max_risk):
         last_position = int(split.position[drawn].max(initial=-1))  # -1 if no row is drawn
         probability = (last_position + 1) / POSITIONS
         drawn_paths = [paths[row] for row in drawn]
@@ -277,7 +279,7 @@ def next_of_store(
         calibration_rows += drawn.tolist()
     n_to_fit = n - len(calibration_rows)
     uncertainty = store_draws.outcomes.uncertainty
-    fit_rows = choose_to_fit(store_draws.photos, free, uncertainty, n_to_fit, seed)
+    fit_rows = choose_to_fit(store_draws.photos, free_fit_rows, uncertainty, n_to_fit, seed)
     book.ask([paths[row] for row in fit_rows], "fit", predictor=fingerprint)
     rows = [*fit_rows.tolist(), *calibration_rows]
     answers = {paths[row]: answer_of(store_draws.outcomes, row) for row in rows}
@@ -308,7 +310,7 @@ def calibrate_by_labels(
     ``files`` must hold the tables of all these predictors.
 
     Raises:
-        UsageError: If the predictor gives no probability, or was calibrated for another goal.
+        UsageError: If the predictor gives no probability, or was calibrated for another target.
         DataError: If labels that were asked for are missing, if the predictor was fitted on all
             calibration rows, or if it has recorded only a sample of its fit and more than 1 % of
             the rows are in the sample.
@@ -327,28 +329,28 @@ def calibrate_by_labels(
                 "its guarantee."
             )
         groups = set(store_draws.draws)
-        before = None
+        earlier_rule = None
         calibration = Calibration.find(folder)
         if calibration is not None and not overwrite:
-            before = _rule_before(folder, calibration, max_risk, confidence, groups)
+            earlier_rule = _earlier_rule(folder, calibration, max_risk, confidence, groups)
         all_progress = store_draws.progress(max_risk, 1 - confidence)
         store_draws.require_labels(all_progress)
         rule = rule_of(all_progress, max_risk, confidence)
         return _keep_better(
-            folder, predictor, store_draws, all_progress, rule, before, max_risk=max_risk
+            folder, predictor, store_draws, all_progress, rule, earlier_rule, max_risk=max_risk
         )
 
 
-def _rule_before(
+def _earlier_rule(
     folder: Path, calibration: Calibration, max_risk: float, confidence: float, groups: set[str]
 ) -> Rule | None:
-    """The rule of a calibration; UsageError if the rule is for another goal or other groups."""
+    """The rule of a calibration; UsageError if it is for another target or other groups."""
     rule = calibration.rule
     if rule is None:
         return None
     if rule.method == "anytime":
-        is_same_goal = (rule.max_risk, rule.confidence) == (max_risk, confidence)
-        if is_same_goal and rule.thresholds.keys() == groups:
+        is_same_target = (rule.max_risk, rule.confidence) == (max_risk, confidence)
+        if is_same_target and rule.thresholds.keys() == groups:
             return rule
     raise UsageError(
         f"{folder} is calibrated already ({rule}). --overwrite replaces that calibration."
@@ -361,25 +363,25 @@ def _keep_better(
     store_draws: StoreDraws,
     all_progress: Mapping[str, GuaranteeProgress],
     rule: Rule,
-    before: Rule | None,
+    earlier_rule: Rule | None,
     *,
     max_risk: float,
 ) -> Calibration:
-    """Keep the rule ``before`` if it accepts at least as many rows, or write the new rule.
+    """Keep the earlier rule if it accepts at least as many rows, or write the new rule.
 
-    The rule ``before`` may be kept, because a rule that was certified once stays certified.
+    The earlier rule may be kept, because a rule that was certified once stays certified.
     """
     outcomes = store_draws.outcomes
     for progress in all_progress.values():
         # In the outcomes of the progress, a picture that nobody could name is a failure.
         outcomes.failure[progress.rows] = progress.outcomes.failure
-    if before is not None and not _take_back_if_changed(folder, outcomes):
+    if earlier_rule is not None and not _remove_if_changed(folder, outcomes):
         names = group_names(outcomes)
-        n_before = before.accept(outcomes.uncertainty, names).sum()
-        if n_before >= rule.accept(outcomes.uncertainty, names).sum():
+        n_earlier = earlier_rule.accept(outcomes.uncertainty, names).sum()
+        if n_earlier >= rule.accept(outcomes.uncertainty, names).sum():
             return Calibration.load(folder)
     if not rule.feasible:
-        _take_back_if_changed(folder, outcomes)  # this is the first call if ``before`` is None
+        _remove_if_changed(folder, outcomes)  # the first call if there is no earlier rule
         reasons = []
         for group, threshold in rule.thresholds.items():
             # The group of all answers has the name "", which needs no colon.
@@ -389,12 +391,12 @@ def _keep_better(
         )
     rows = np.sort(np.concatenate([progress.rows for progress in all_progress.values()]))
     dataset = store_draws.photos.first.path.name
-    counted = outcomes.take(rows)
     photos = store_draws.photos
-    return keep_guarantee(folder, predictor, photos, all_progress, counted, rule, dataset)
+    counted_rows = outcomes.take(rows)
+    return keep_guarantee(folder, predictor, photos, all_progress, counted_rows, rule, dataset)
 
 
-def _take_back_if_changed(folder: Path, outcomes: Outcomes) -> bool:
+def _remove_if_changed(folder: Path, outcomes: Outcomes) -> bool:
     """Remove a calibration by labels if an answer among its rows is judged differently now.
 
     Returns whether the calibration was removed.
@@ -403,10 +405,10 @@ def _take_back_if_changed(folder: Path, outcomes: Outcomes) -> bool:
     if calibration is None or calibration.target.method != "anytime":
         return False  # another method may have calibrated on rows of another store
     rows = calibration.rows
-    now = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
-    changed = set()
+    failure_of = dict(zip(outcomes.ids or (), outcomes.failure.tolist(), strict=True))
+    changed_keys = set()
     for key, failure in zip(rows.ids or (), rows.failure.tolist(), strict=True):
-        # An answer without a label now (UNKNOWN) is not judged differently.
-        if now.get(key, UNKNOWN) not in {UNKNOWN, failure}:
-            changed.add(key)
-    return take_back(folder, changed)
+        # An answer that has no label now (UNKNOWN) is not judged differently.
+        if failure_of.get(key, UNKNOWN) not in {UNKNOWN, failure}:
+            changed_keys.add(key)
+    return remove_outdated_calibration(folder, changed_keys)

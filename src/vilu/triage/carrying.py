@@ -1,7 +1,7 @@
-"""Carries a triage over to other settings: its labels stay, and what was made of them goes.
+"""Carries a triage over to other settings: its labels stay, and results from them are removed.
 
 - Labels and the random order stay. So does the share of the level that tests have used.
-- Predictors are fitted anew, and their guarantee goes: it was about other settings.
+- Predictors are fitted anew. Their guarantee is removed, because it was about other settings.
 - Photos are embedded again if the model or its texts have changed.
 - A label whose class no longer exists is set aside in a book of its own. It is used again once the
   class is back.
@@ -39,10 +39,10 @@ EMBEDDED_WITH: Final = (
 )
 """Settings that the embeddings depend on."""
 
-FIXED: Final = ("seed", "about")
+FIXED_SETTINGS: Final = ("seed", "about")
 """Settings that never change (``open_state``)."""
 
-NAMED: Final = 5
+MOST_NAMES: Final = 5
 """Maximum number of classes that a message names."""
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> TriageState:
     """Carry a triage over to the settings of this run, and say what has changed.
 
-    A run that is killed here repeats all of it, because the caller writes the returned state last.
+    If the process is killed here, the next run repeats all of this, because the caller writes the
+    returned state last.
 
     Args:
         root: The folder of the triage.
@@ -70,7 +71,7 @@ def carry_over(root: Path, state: TriageState, settings: TriageSettings) -> Tria
         # A model that cannot be loaded fails here, before anything is removed.
         settings.embedding.backbone.load()
         outdated.append(FOLDER)
-    logger.warning("%s", _carried_in_words(changed, state, embeds_again=FOLDER in outdated))
+    logger.warning("%s", _change_in_words(changed, state, embeds_again=FOLDER in outdated))
     for name in outdated:
         if (root / name).is_dir():
             shutil.rmtree(root / name)
@@ -83,14 +84,14 @@ def changed_settings(
     """Value before and now of every recorded setting that has changed, by its name."""
     changed = {}
     for name, value in now.items():
-        if name in FIXED:
+        if name in FIXED_SETTINGS:
             continue
         if before.get(name) != value:
             changed[name] = (before.get(name), value)
     return changed
 
 
-def _carried_in_words(
+def _change_in_words(
     changed: Mapping[str, tuple[object, object]], state: TriageState, *, embeds_again: bool
 ) -> str:
     """One line: what has changed, and what follows."""
@@ -115,30 +116,30 @@ def _carried_in_words(
 
 
 def _lists_in_words(before: Sequence[object], now: Sequence[object]) -> str:
-    """What has gone from a list, and what is new in it."""
-    gone = [repr(value) for value in before if value not in now]
-    new = [repr(value) for value in now if value not in before]
+    """Text on the values that a list has lost, and those that are new in it."""
+    removed_values = [repr(value) for value in before if value not in now]
+    new_values = [repr(value) for value in now if value not in before]
     parts = []
-    if gone:
-        parts.append(f"without {_first_names(gone)}")
-    if new:
-        parts.append(f"with {_first_names(new)}")
+    if removed_values:
+        parts.append(f"without {_first_names(removed_values)}")
+    if new_values:
+        parts.append(f"with {_first_names(new_values)}")
     return " and ".join(parts) or "in another order"
 
 
 def _first_names(names: Sequence[str]) -> str:
-    """The first ``NAMED`` names as a text, and how many more there are."""
-    text = ", ".join(names[:NAMED])
-    if len(names) > NAMED:
-        text += f" and {len(names) - NAMED} more"
+    """The first ``MOST_NAMES`` names as a text, and how many more there are."""
+    text = ", ".join(names[:MOST_NAMES])
+    if len(names) > MOST_NAMES:
+        text += f" and {len(names) - MOST_NAMES} more"
     return text
 
 
 def sort_labels(root: Path, known: Collection[str], about: About) -> None:
-    """Set labels aside whose class no longer exists; use those again whose class is back.
+    """Set aside the labels whose class no longer exists, and take back those whose class is back.
 
     The book of former labels keeps every label that was ever set aside. It is saved first, so that
-    a run that is killed loses no label.
+    no label is lost if the process is killed.
 
     Args:
         root: The folder of the triage.
@@ -147,52 +148,54 @@ def sort_labels(root: Path, known: Collection[str], about: About) -> None:
     """
     book = LabelBook.load(root / BOOK)
     former = LabelBook.load(root / FORMER_BOOK)
-    gone = [entry for entry in book if entry.label not in {*known, None}]
-    back = [entry for entry in former if entry.label in known and not book.has_label(entry.path)]
-    if not gone and not back:
+    without_class = [entry for entry in book if entry.label not in {*known, None}]
+    known_again = [entry for entry in former if entry.label in known]
+    returning = [entry for entry in known_again if not book.has_label(entry.path)]
+    if not without_class and not returning:
         return
-    for entry in gone:
+    for entry in without_class:
         former.entries[entry.path] = entry
         del book.entries[entry.path]
-    for entry in back:
+    for entry in returning:
         book.entries[entry.path] = entry
-    # About the folder, labels without a request never count, and some are never fitted on.
-    if about == "new" and any(entry.stream == "given" for entry in gone):
-        _no_longer_random(book)
-        _no_longer_random(former)
+    # With "folder", labels without a request never count, and some must not be fitted on either.
+    if about == "new" and any(entry.stream == "given" for entry in without_class):
+        _count_as_fit_labels(book)
+        _count_as_fit_labels(former)
     former.save(root / FORMER_BOOK)
     book.save(root / BOOK)
-    _report_sorted(gone, back)
+    _report_sorted(without_class, returning)
 
 
-def _no_longer_random(book: LabelBook) -> None:
-    """Change "given" to "fit": the labels then count only at their place in the random order.
+def _count_as_fit_labels(book: LabelBook) -> None:
+    """Change the stream "given" to "fit", so that labels count only by their random position.
 
-    The photos of some classes are missing among them now. So they are no random pick any more, and
-    an error rate of what is left would be too low.
+    Now photos of some classes are missing among the "given" ones. So these are no longer picked at
+    random, and their error rate would be too low.
     """
     for path, entry in book.entries.items():
         if entry.stream == "given":
             book.entries[path] = replace(entry, stream="fit")
 
 
-def _counted(labels: Sequence[str]) -> str:
+def _names_with_numbers(labels: Sequence[str]) -> str:
     """The names among labels, the most frequent first, each with its number."""
     counts = Counter(labels).most_common()
     return _first_names([f"{label!r} ({n})" for label, n in counts])
 
 
-def _report_sorted(gone: Sequence[Entry], back: Sequence[Entry]) -> None:
-    if gone:
+def _report_sorted(without_class: Sequence[Entry], returning: Sequence[Entry]) -> None:
+    """Log how many labels were set aside, and how many were taken back."""
+    if without_class:
         logger.warning(
             "%s left out, because the class no longer exists: %s. They stay in %s and count again "
             "once the class is back",
-            plural(len(gone), "label"),
-            _counted([str(entry.label) for entry in gone]),
+            plural(len(without_class), "label"),
+            _names_with_numbers([str(entry.label) for entry in without_class]),
             FORMER_BOOK,
         )
-    if back:
-        logger.warning("%s of classes that are back count again", plural(len(back), "label"))
+    if returning:
+        logger.warning("%s of classes that are back count again", plural(len(returning), "label"))
 
 
 def without_former(
@@ -205,11 +208,11 @@ def without_former(
         former: Names of classes that the triage had once, and has no longer.
         source: The file, for the warning.
     """
-    present = {}
+    remaining_labels = {}
     left_out = []
     for name, label in labels.items():
         if name_of(label, former) is None:
-            present[name] = label
+            remaining_labels[name] = label
         else:
             left_out.append(label)
     if left_out:
@@ -217,9 +220,9 @@ def without_former(
             "%s: %s left out, because the class no longer exists: %s",
             source,
             plural(len(left_out), "label"),
-            _counted(left_out),
+            _names_with_numbers(left_out),
         )
-    return present
+    return remaining_labels
 
 
 def former_names(root: Path, known: Collection[str]) -> set[str]:

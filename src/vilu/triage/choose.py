@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from vilu.calibration.anytime import log_evidence
-from vilu.calibration.thresholds import tail
+from vilu.calibration.thresholds import binomial_tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
 
 Mask = NDArray[np.bool_]
 
-POOL: Final = 20_000
+POOL_SIZE: Final = 20_000
 """Maximum number of photos that are clustered.
 
 If there are more photos, half of this number are the most uncertain photos, and the other half are
@@ -42,7 +42,7 @@ ITERATIONS: Final = 20
 LEAST_SHARE: Final = 1 / 8
 """Smallest share of the photos that a limit includes."""
 
-WIDENED: Final = 1.25
+WIDENING: Final = 1.25
 """Factor by which the limit of a single draw includes more photos than are expected to pass.
 
 Probabilities may be too pessimistic, and nothing beyond the limit can be accepted. The price is a
@@ -62,33 +62,33 @@ def choose_to_fit(
     """
     from sklearn.cluster import KMeans
 
-    rows = _pool(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
+    rows = _rows_to_cluster(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
     if len(rows) <= n:
         return _doubtful_first(rows, uncertainty)
     image = source.image_rows(torch.from_numpy(rows)).numpy()
     excess = uncertainty[rows] - np.nanmin(uncertainty)  # at least 0
-    largest_excess = max(float(excess.max()), 1e-12)  # not 0, because it divides
+    largest_excess = max(float(excess.max()), 1e-12)  # above 0, because it is a divisor
     weight = excess / largest_excess + 1e-3  # above 0, so that no photo is left out
     clusters = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed)
     clusters.fit(image, sample_weight=weight)
     distance = clusters.transform(image)  # of each row to each centre
-    chosen = np.empty(n, dtype=np.int64)
+    index_of_cluster = np.empty(n, dtype=np.int64)  # index in ``rows`` of the row that is chosen
     is_free = np.ones(len(rows), dtype=np.bool_)
     for cluster in range(n):
         nearest_free = int(np.where(is_free, distance[:, cluster], np.inf).argmin())
-        chosen[cluster] = nearest_free
+        index_of_cluster[cluster] = nearest_free
         is_free[nearest_free] = False
-    return _doubtful_first(rows[chosen], uncertainty)
+    return _doubtful_first(rows[index_of_cluster], uncertainty)
 
 
-def _pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
-    """The rows that are clustered: all, or the pool (``POOL``) if there are too many."""
-    if len(rows) <= POOL:
+def _rows_to_cluster(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
+    """The rows that are clustered: all, or the pool (``POOL_SIZE``) if there are too many."""
+    if len(rows) <= POOL_SIZE:
         return rows
     ordered = _doubtful_first(rows, uncertainty)
-    half = POOL // 2
-    rest = np.random.default_rng(seed).permutation(ordered[half:])
-    return np.sort(np.concatenate([ordered[:half], rest[:half]]))
+    half = POOL_SIZE // 2
+    shuffled_rest = np.random.default_rng(seed).permutation(ordered[half:])
+    return np.sort(np.concatenate([ordered[:half], shuffled_rest[:half]]))
 
 
 def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
@@ -122,18 +122,18 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
 def choose_limit_of_draw(
     uncertainty: Floats, n: int, max_risk: float, delta: float
 ) -> tuple[float, bool]:
-    """As ``choose_limit``, for ``n`` labels that are all there before they are looked at once.
+    """As ``choose_limit``, for a single test of ``n`` labels, after all of them have come.
 
-    The limit includes ``WIDENED`` times as many photos. It is 1, the largest probability, if these
+    The limit includes ``WIDENING`` times as many photos. It is 1, the largest probability, if these
     are all photos.
     """
 
     def is_shown(wrong: Floats) -> Mask:
-        return tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
+        return binomial_tail(wrong.astype(np.int64), np.full(len(wrong), n), max_risk) <= delta
 
     limit, is_expected = _largest_limit(uncertainty, n, is_shown)
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
-    n_included = math.ceil(WIDENED * np.searchsorted(ordered, limit, side="right"))
+    n_included = math.ceil(WIDENING * np.searchsorted(ordered, limit, side="right"))
     if n_included >= len(ordered):
         return 1.0, is_expected
     return float(ordered[n_included - 1]), is_expected
@@ -144,18 +144,18 @@ def _largest_limit(
 ) -> tuple[float, bool]:
     """The largest limit up to which the expected number of wrong answers among n is low enough.
 
-    ``is_shown`` tells for every expected number (M,) whether it would show the risk.
+    ``is_shown`` returns for every expected number (M,) of wrong answers whether the risk is shown.
     """
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
-    # Expected error rate up to each photo, and the evidence of n labels with this error rate.
+    # Every photo is tried as the limit: the error rate up to it is the mean of the probabilities.
     risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
     expected_wrong = np.round(risk * n)
-    enough = np.flatnonzero(is_shown(expected_wrong))  # indices of limits
+    possible = np.flatnonzero(is_shown(expected_wrong))  # indices of photos
     n_least = max(math.ceil(LEAST_SHARE * len(ordered)), LEAST_PHOTOS)
     least_index = min(n_least, len(ordered)) - 1
-    last_index = int(enough[-1]) if len(enough) else -1
+    last_index = int(possible[-1]) if len(possible) else -1
     limit = float(ordered[max(last_index, least_index)])
     is_expected = last_index >= least_index
     return limit, is_expected

@@ -5,9 +5,10 @@ labelled in the random order of the pictures, which is fixed before the first la
 
 A photo that is picked to fit on leaves the population of the predictors that are fitted on it. The
 picks must not depend on which photos were drawn: only then are the drawn photos of a population a
-random sample of it. So drawn photos are picked, too, and their labels are used again. No photo
-returns: a label that came without a request after the first draw is never fitted on, because people
-choose what they label by what is already labelled.
+random sample of it. So drawn photos are picked, too, and their labels are used again.
+
+People choose what they label by what is already labelled. So after the first draw, a label that
+came without a request is never fitted on.
 """
 
 from __future__ import annotations
@@ -41,17 +42,19 @@ class FolderSplit(PhotoSplit):
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Self:
         """Split photos by the book of their labels."""
         split = super().of(photos, book, seed)
+        # Equal pictures have equal positions. The rows with a label are put first, so that
+        # ``np.unique`` finds a labelled row of every picture that has any.
         labelled_first = np.argsort(~split.answered, kind="stable")
-        _, first = np.unique(split.position[labelled_first], return_index=True)
+        _, index = np.unique(split.position[labelled_first], return_index=True)
         is_first = np.zeros(len(photos), np.bool_)
-        is_first[labelled_first[first]] = True
+        is_first[labelled_first[index]] = True
         is_readable = np.zeros(len(photos), np.bool_)
         is_readable[photos.usable_rows.numpy()] = True
-        picked = split.position[_is_picked(photos, book)]
+        picked_positions = split.position[_is_picked(photos, book)]
         return dataclasses.replace(
             split,
             usable=is_readable & is_first,
-            is_calibration=~np.isin(split.position, picked),
+            is_calibration=~np.isin(split.position, picked_positions),
             unasked=np.zeros(len(photos), np.bool_),  # only drawn photos count
         )
 
@@ -102,8 +105,9 @@ class FolderSplit(PhotoSplit):
     ) -> ClosedLooks:
         """The tests of a trial while no photo has a label."""
         grid = np.array(trial.grid)
-        nobody: Floats = np.zeros(0)
-        closed = ClosedCounts.of(grid, photos=scores, aside=nobody, failure=np.zeros(0, np.int64))
+        no_scores: Floats = np.zeros(0)
+        no_failures: Ints = np.zeros(0, np.int64)
+        closed = ClosedCounts.of(grid, photos=scores, aside=no_scores, failure=no_failures)
         return ClosedLooks(grid, max_risk, level, closed, trial.limit)
 
     def closed(self, photos: Photos, uncertainty: Floats, threshold: float) -> ClosedPhotos | None:

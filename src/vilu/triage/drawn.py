@@ -130,8 +130,8 @@ def draw_for_guarantee(
 ) -> GuaranteeDraw:
     """Draw ``n`` rows of a store up to a limit, and write them and the record of the draw.
 
-    If there are fewer rows up to the limit, all of them are drawn. The other arguments are those of
-    ``next_of_store``; ``table`` is the file to write.
+    If there are fewer rows up to the limit, all of them are drawn. ``table`` is the file to write.
+    ``folder`` is that of the predictor. The other arguments are those of ``next_of_store``.
 
     Raises:
         UsageError: If the predictor gives no probability, if ``n`` rows are too few for any
@@ -139,8 +139,8 @@ def draw_for_guarantee(
         DataError: If there are too few rows to choose the limit, or up to it.
     """
     _require_no_record(table, overwrite=overwrite)
-    _require_enough(n, max_risk)
-    predictor = _load(folder)
+    _require_enough_rows(n, max_risk)
+    predictor = _load_uncalibrated(folder)
     require_probability(predictor)
     draws = StoreDraws.of(store, predictor, files, seed, max_risk, per_class=False)
     limit, is_expected = _choose_limit(draws, unseen(predictor, draws.photos), n, max_risk)
@@ -163,7 +163,7 @@ def draw_for_guarantee(
     return GuaranteeDraw(record, n_open, is_expected)
 
 
-def _load(folder: Path) -> FailurePredictor:
+def _load_uncalibrated(folder: Path) -> FailurePredictor:
     """The predictor as it was fitted, without the probabilities of an earlier calibration."""
     predictor = load_predictor(folder)
     predictor.calibrator_ = None
@@ -179,16 +179,16 @@ def _require_no_record(table: Path, *, overwrite: bool) -> None:
         )
 
 
-def _fewest(max_risk: float) -> int:
+def _fewest_rows(max_risk: float) -> int:
     """Smallest number of drawn rows with which anything can be guaranteed."""
     # One more than the test needs, because the row at the threshold is no trial of the test.
     return rows_without_error(max_risk, 1 - CONFIDENCE) + 1
 
 
-def _require_enough(n: int, max_risk: float) -> None:
+def _require_enough_rows(n: int, max_risk: float) -> None:
     """Refuse to draw so few rows that nothing can be guaranteed."""
     require_between("max_risk", max_risk)
-    fewest = _fewest(max_risk)
+    fewest = _fewest_rows(max_risk)
     if n < fewest:
         raise UsageError(
             f"a risk of {percent(max_risk)} with confidence {CONFIDENCE:.0%} needs at least "
@@ -200,7 +200,7 @@ def _rows_below(draws: StoreDraws, limit: float, max_risk: float, store: Embeddi
     """(M,) rows of the calibration side up to a limit; DataError if they are too few."""
     is_below = draws.split.for_calibration & (draws.outcomes.uncertainty <= limit)
     rows = np.flatnonzero(is_below)
-    fewest = _fewest(max_risk)
+    fewest = _fewest_rows(max_risk)
     if len(rows) < fewest:
         raise DataError(
             f"only {plural(len(rows), 'row')} of the calibration side of {store.path} that the "
@@ -216,21 +216,22 @@ def _choose_limit(
     """The limit that the scores of the fit side choose, and whether a guarantee is expected."""
     uncertainty = draws.outcomes.uncertainty
     is_calibration = draws.split.for_calibration
-    # A limit that is chosen by the tested rows would follow these rows. And the predictor is too
-    # sure about the rows that it was fitted on.
-    chooses = draws.split.usable & ~is_calibration & is_unseen & np.isfinite(uncertainty)
-    if not chooses.any():
+    # If the tested rows chose the limit, it would depend on them. Rows that the predictor was
+    # fitted on do not choose it either, because their scores are too low.
+    is_of_fit_side = draws.split.usable & ~is_calibration
+    chooses_limit = is_of_fit_side & is_unseen & np.isfinite(uncertainty)
+    if not chooses_limit.any():
         raise DataError(
             "the predictor was fitted on all rows of the fit side, and rows that it has not seen "
             "choose the limit of the draw. A fit on a store has seen all of its rows, also those "
             "without a label: fit on the labelled ones with `vilu fit STORE --labels FILE`."
         )
     n_possible = min(n, int(is_calibration.sum()))
-    return choose_limit_of_draw(uncertainty[chooses], n_possible, max_risk, 1 - CONFIDENCE)
+    return choose_limit_of_draw(uncertainty[chooses_limit], n_possible, max_risk, 1 - CONFIDENCE)
 
 
 def _entries_and_answers(draws: StoreDraws, drawn: Ints) -> tuple[list[Entry], dict[str, Answer]]:
-    """The entries of the drawn rows, with the labels that are there, and the answers by path."""
+    """The entries of the ``drawn`` (M,) rows, with their labels so far, and the answers by path."""
     paths = [draws.photos.ids[row] for row in drawn.tolist()]
     draws.book.ask(paths, "calibration", predictor=draws.predictor)
     entries = [draws.book.entries[path] for path in paths]
@@ -261,7 +262,7 @@ def calibrate_by_draw(
         UsageError, InfeasibleError: As ``calibrate_predictor``.
     """
     record = _read_record(table)
-    _require_same(record, folder, store)
+    _require_same_origin(record, folder, store)
     photos, book = label_store(store, [table])
     _require_only_drawn(record, store, book, table)
     _require_all_labels(record.paths, book, table)
@@ -289,15 +290,17 @@ def _read_record(table: Path) -> DrawRecord:
     return read_document(path, DrawRecord)
 
 
-def _require_same(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
+def _require_same_origin(record: DrawRecord, folder: Path, store: EmbeddingStore) -> None:
     """Refuse another predictor and another store than those of the draw."""
-    present = {"predictor": fingerprint_of(_load(folder)), "store": source_fingerprint(store)}
-    where = {"predictor": folder, "store": store.path}
-    for name, fingerprint in present.items():
-        drawn = getattr(record, name)
-        if fingerprint != drawn:
+    predictor = _load_uncalibrated(folder)
+    fingerprints = {"predictor": fingerprint_of(predictor), "store": source_fingerprint(store)}
+    path_of = {"predictor": folder, "store": store.path}
+    for name, fingerprint in fingerprints.items():
+        recorded = getattr(record, name)
+        if fingerprint != recorded:
             raise ProvenanceError(
-                f"the rows were drawn with the {name} {drawn}, and {where[name]} is {fingerprint}. "
+                f"the rows were drawn with the {name} {recorded}, and {path_of[name]} is "
+                f"{fingerprint}. "
                 f"Give the {name} of the draw, or draw again with `vilu next --for-guarantee`."
             )
 
@@ -306,8 +309,9 @@ def _require_only_drawn(
     record: DrawRecord, store: EmbeddingStore, book: LabelBook, table: Path
 ) -> None:
     """Refuse a table with rows that were not drawn."""
-    _, own = label_store(store, ())
-    surplus = sorted(book.entries.keys() - own.entries.keys() - set(record.paths))
+    _, book_of_store = label_store(store, ())  # labels of the store itself may be there
+    paths_of_table = book.entries.keys() - book_of_store.entries.keys()
+    surplus = sorted(paths_of_table - set(record.paths))
     if surplus:
         raise DataError(
             f"{table} has {plural(len(surplus), 'row')} outside the draw, first {surplus[0]}. Only "

@@ -36,7 +36,7 @@ GROWN_AFTER_A_LOOK: Final = 1.5
 """Factor by which the number of labels must grow before a tested predictor is fitted anew."""
 
 GROWN_BEFORE_A_LOOK: Final = 1.25
-"""The same factor for a predictor that was not tested yet, so that nothing is lost with it."""
+"""The same factor for a predictor that was not tested yet. It is smaller, as no test is lost."""
 
 GROWN_FOR_A_CANDIDATE: Final = 1.25
 """Factor by which the number of labels must grow from one candidate to the next."""
@@ -147,11 +147,12 @@ def fit(method: str, photos: Photos, fit_rows: Ints, seed: int) -> FailurePredic
 
 
 def _hold_out(predictor: FailurePredictor, labelled: EmbeddingSource) -> None:
-    """Cross-fit answers to the labels of a fit, unless the fit has held them out itself.
+    """Give a predictor cross-fitted answers to the labels of its fit, unless it has held-out ones.
 
     The choice of answers and the estimate of likely answers use them. A fit that pools experts
-    holds rows out, and five more such fits would take most of the time of a run. But it holds out
-    no row of none of the classes, whose answer is always wrong.
+    holds out rows itself. Five more such fits would take most of the time of a run. But such a fit
+    holds out no row of none of the classes, whose answer is always wrong. So if there are such
+    rows, answers are cross-fitted.
     """
     has_outside = bool(labelled.outside.any())
     if predictor.held_out_ is None or has_outside:
@@ -185,7 +186,7 @@ def require_possible(answer: AnswerKind | None) -> None:
 
 
 def answer_to_judge(
-    asked: AnswerKind | None,
+    requested: AnswerKind | None,
     predictor: FailurePredictor,
     labelled: EmbeddingSource,
     max_risk: float,
@@ -196,13 +197,13 @@ def answer_to_judge(
     answers are judged, because the guarantee of these answers depends on the same labels.
 
     Args:
-        asked: Kind of answers that the user asked for; None if vilu chooses.
+        requested: Kind of answers that the user asked for; None if vilu chooses.
         predictor: The new predictor.
         labelled: Rows that the predictor was fitted on, with their labels.
         max_risk: Largest error rate that the guarantee allows.
     """
-    if asked is not None:
-        return AnswerChoice(answer=asked, reason=f"--answer {asked} asks for them")
+    if requested is not None:
+        return AnswerChoice(answer=requested, reason=f"--answer {requested} asks for them")
     if not predictor.needs_labels:
         return AnswerChoice(answer="zero_shot", reason="there are too few labels to fit on")
     return choose_answer(predictor, labelled, max_risk)

@@ -1,4 +1,4 @@
-"""What a folder can show: how many photos labels could get accepted, before anybody gives them.
+"""Forecast of how many photos could be accepted, before anybody gives the labels for it.
 
 The labels are simulated, as if none were given yet. Of the photos up to the planned limit, as many
 as a triage would draw get an answer that is wrong with the probability that the predictor gives.
@@ -37,7 +37,7 @@ SIMULATIONS: Final = 60
 SPREAD: Final = 0.7
 """Standard deviation of the logarithm of the random factor of the probabilities."""
 
-INNER: Final = (0.1, 0.9)
+RANGE_QUANTILES: Final = (0.1, 0.9)
 """Quantiles of the simulated shares that are the ends of a range."""
 
 BEFORE_LABELS: Final = 1.5
@@ -57,7 +57,7 @@ MOST_TO_FIT: Final = 100
 """Before the first draw there is a fit-side label for every class, but at least 50, at most 100."""
 
 SHARE_WORTH_A_DRAW: Final = 0.3
-"""If the limit includes a smaller share of the photos, more labels to fit on come first."""
+"""If the limit includes a smaller share of the photos, labels to fit on are asked for first."""
 
 ENOUGH_TO_FIT: Final = 200
 """Number of fit-side labels after which photos are drawn whatever share the limit includes."""
@@ -78,7 +78,7 @@ def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
 
 
 class Expected(Model):
-    """The range of the share of photos that so many labels in all could get accepted.
+    """Range of the share of photos that could be accepted with some number of labels.
 
     Attributes:
         n_labels: Number of labels in all.
@@ -160,15 +160,15 @@ class Forecast(Model):
             return ""
         numbers = " / ".join(f"{expected.n_labels:,}" for expected in self.expected)
         most = f"{self.expected[-1].n_labels:,}"
-        goal = f"a risk of {100 * self.max_risk:.3g}%"
+        target = f"a risk of {100 * self.max_risk:.3g}%"
         if self.can_be_shown:
             shares = " / ".join(map(str, self.expected))
             text = (
                 f"With {numbers} labels in all, about {shares} % of the photos could be accepted "
-                f"at {goal} (an estimate)."
+                f"at {target} (an estimate)."
             )
         else:
-            text = f"With up to {most} labels in all, probably nothing can be accepted at {goal}."
+            text = f"With up to {most} labels in all, probably nothing can be accepted at {target}."
         is_out_of_reach = self.least_risk is None or self.least_risk > self.max_risk
         if self.can_be_shown and is_out_of_reach:
             return text  # few simulations show the risk, so another risk is no advice
@@ -192,8 +192,8 @@ class Forecast(Model):
 
 def _budgets(n_labels: int) -> list[int]:
     """Numbers of labels in all, beyond the number that was given."""
-    beyond = [n for n in BUDGETS if n > n_labels]
-    return beyond or [n_labels + n for n in BUDGETS]
+    larger_budgets = [n for n in BUDGETS if n > n_labels]
+    return larger_budgets or [n_labels + n for n in BUDGETS]
 
 
 class _World:
@@ -234,20 +234,22 @@ class _World:
         return max(0, min(n_labels - n_fit, n_below_limit))
 
     def expected(self, n_labels: int, max_risk: float, level: float) -> Expected:
-        """The range of the share that so many labels in all could get accepted."""
+        """Range of the share of photos that could be accepted with ``n_labels`` labels in all."""
         trial = self.plan(max_risk, level)
         n_drawn = self.n_to_draw(trial, n_labels)
         looks = self.looks_of(trial, self.scores, max_risk, level)
         if not n_drawn:
             return Expected(n_labels=n_labels, lowest=0.0, highest=0.0)
         shares = [self._simulated_share(looks, n_drawn) for _ in range(SIMULATIONS)]
-        lowest, highest = np.quantile(shares, INNER)
+        lowest, highest = np.quantile(shares, RANGE_QUANTILES)
         if highest == 0:
             return Expected(n_labels=n_labels, lowest=0.0, highest=0.0)
         multiple = AFTER_LABELS if self.n_fit_labels else BEFORE_LABELS
         n_up_to = np.arange(1, len(self.scores) + 1)
-        is_below = np.cumsum(self.scores) / n_up_to <= multiple * max_risk
-        reachable = float(is_below.mean())  # the mean rises, so these are the first photos
+        mean_up_to = np.cumsum(self.scores) / n_up_to
+        is_below = mean_up_to <= multiple * max_risk
+        # The mean rises from photo to photo, so this is the share of the first photos.
+        reachable = float(is_below.mean())
         return Expected(
             n_labels=n_labels, lowest=float(lowest), highest=max(float(highest), reachable)
         )
@@ -273,14 +275,14 @@ class _World:
             if not trial.likely:
                 continue
             looks = self.looks_of(trial, self.scores, risk, level)
-            # Every end is tried. If all photos of a folder get a label, none is left for the
-            # guarantee, so fewer labels can show more.
-            ends = _ends_of_rounds(self.n_to_draw(trial, n_labels))
-            if any(looks.can_certify(self._spread(trial.limit, end)) for end in ends):
-                return risk
+            # The end of every round is tried. If all photos of a folder get a label, none is left
+            # for the guarantee, so fewer labels can show more.
+            for end in _ends_of_rounds(self.n_to_draw(trial, n_labels)):
+                if looks.can_certify(self._evenly_spread_scores(trial.limit, end)):
+                    return risk
         return None
 
-    def _spread(self, limit: float, n: int) -> Floats:
+    def _evenly_spread_scores(self, limit: float, n: int) -> Floats:
         """``n`` scores up to a limit, in equal steps of rank."""
         below_limit = self.scores[self.scores <= limit]
         rank = np.linspace(0, len(below_limit) - 1, n)
@@ -289,5 +291,5 @@ class _World:
 
 
 def _ends_of_rounds(n_drawn: int) -> list[int]:
-    """Numbers of labels after which the test is made, while so many are drawn in rounds."""
+    """Numbers of labels after which the test is made, if ``n_drawn`` labels come in rounds."""
     return [*range(ROUND, n_drawn, ROUND), n_drawn]

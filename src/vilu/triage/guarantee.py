@@ -132,8 +132,9 @@ class PhotoSplit:
         In the random order these are all rows before the first one without a label. Rows that were
         picked at random and labelled without a request count, too.
         """
-        # Evidence may stop at any row. So nobody weakens it who leaves a photo without a label.
+        # Evidence may stop at any row. So it stays valid if people leave a photo without a label.
         open_rows = self.open_rows(uncertainty, limit)
+        # position of the first row without a label; beyond all positions if there is none
         end = int(self.position[open_rows[0]]) if len(open_rows) else POSITIONS
         is_below_limit = self.for_calibration & (uncertainty <= limit)
         is_drawn = is_below_limit & (self.position < end)
@@ -202,8 +203,8 @@ class PhotoSplit:
 def first_of_scene(photos: EmbeddingSource, known: Ints, rows: Ints) -> Mask:
     """(M,) bool, which ``rows`` are near copies of no ``known`` row and of no earlier row."""
     known_and_rows = np.concatenate([known, rows])
+    # for every row, the position of the first row of its group of near copies
     first_copy = near_copies(photos, known_and_rows)
-    # A row is the first of its scene if the first near copy of the row is the row itself.
     is_first: Mask = first_copy == np.arange(len(known_and_rows))
     return is_first[len(known) :]
 
@@ -273,18 +274,18 @@ def progress_of(
     """
     rows = split.drawn_rows(outcomes.uncertainty, trial.limit)
     looks = split.looks(trial, outcomes, rows, max_risk, level)
-    counted = outcomes.take(rows)
+    counted_outcomes = outcomes.take(rows)
     # A photo that nobody could name counts as a failure.
-    failure = np.where(split.skipped[rows], 1, counted.failure)
-    counted = dataclasses.replace(counted, failure=failure)
+    failure = np.where(split.skipped[rows], 1, counted_outcomes.failure)
+    counted_outcomes = dataclasses.replace(counted_outcomes, failure=failure)
     is_missing = split.for_calibration & split.awaited & (outcomes.uncertainty <= trial.limit)
     return GuaranteeProgress(
         looks=looks,
         rows=rows,
-        outcomes=counted,
+        outcomes=counted_outcomes,
         missing=split.in_order(np.flatnonzero(is_missing)),
-        certified=looks.certified(counted.uncertainty, counted.failure),
-        more=looks.more_needed(counted.uncertainty, counted.failure),
+        certified=looks.certified(counted_outcomes.uncertainty, counted_outcomes.failure),
+        more=looks.more_needed(counted_outcomes.uncertainty, counted_outcomes.failure),
         n_left=len(split.open_rows(outcomes.uncertainty, trial.limit)),
     )
 

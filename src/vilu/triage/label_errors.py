@@ -30,7 +30,7 @@ from vilu.report.page.gallery import find_pictures
 from vilu.triage.posteriors import cross_fitted_posterior, posterior_of
 from vilu.validation import checked
 
-SHOWN: Final = 8
+PICTURES_SHOWN: Final = 8
 """Maximum number of pictures in a row of the contact sheet."""
 
 logger = logging.getLogger(__name__)
@@ -97,32 +97,32 @@ def find_label_errors(
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
     if predictor is not None:
-        # If the predictor was fitted on a few of these rows, they are dropped; on many: DataError.
+        # Rows that the predictor was fitted on are left out. If there are many, it is a DataError.
         rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
-    present = np.unique(target)  # the classes that have labels
-    if len(present) < 2:
+    classes = np.unique(target)  # indices of the classes that have labels
+    if len(classes) < 2:
         raise DataError(
             "finding wrong labels needs labels of at least two classes. These rows have labels of "
-            f"{len(present)}."
+            f"{len(classes)}."
         )
     if predictor is None:
         posterior = cross_fitted_posterior(source, rows, seed)
     else:
         posterior = posterior_of(predictor, source, rows)
-    of_present = posterior[:, present]
-    of_present /= of_present.sum(axis=1, keepdims=True)
-    index_in_present = np.searchsorted(present, target)
-    lab = datalab(data={"label": index_in_present.tolist()}, label_name="label", verbosity=0)
+    probability = posterior[:, classes]
+    probability /= probability.sum(axis=1, keepdims=True)
+    label = np.searchsorted(classes, target)  # position in ``classes``
+    lab = datalab(data={"label": label.tolist()}, label_name="label", verbosity=0)
     # With one job cleanlab does not fork. A fork of a process with threads may hang.
-    in_one_process = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
-    lab.find_issues(pred_probs=of_present, issue_types={"label": in_one_process})
+    with_one_job = {"clean_learning_kwargs": {"find_label_issues_kwargs": {"n_jobs": 1}}}
+    lab.find_issues(pred_probs=probability, issue_types={"label": with_one_job})
     issues = lab.get_issues("label")
     quality = issues["label_score"].to_numpy(dtype=np.float64)
     order = np.argsort(quality, kind="stable")
     # Classes without names are called "class 0", "class 1", and so on.
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
-    suggested = present[of_present.argmax(axis=1)]
+    suggested = classes[probability.argmax(axis=1)]
     keys = TakenIds(source.ids, torch.from_numpy(rows[order]))  # read from a store block by block
     return LabelErrors(
         keys=list(keys),
@@ -140,7 +140,7 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
         DataError: If ``images`` has no pictures with the keys of the labels.
     """
     n_rows = len(errors.keys)
-    n = min(SHOWN, n_rows // 2)
+    n = min(PICTURES_SHOWN, n_rows // 2)
     worst_rows = range(n)
     best_rows = range(n_rows - n, n_rows)
     photos = _photos(errors, [*worst_rows, *best_rows], images)

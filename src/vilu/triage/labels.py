@@ -48,10 +48,10 @@ STREAMS: Final = get_args(Stream)
 SKIPPED: Final = NO_NAME
 """The label of a photo that nobody can name."""
 
-KEYS: Final = ("path", "file", "filename", "image", "key")
+PATH_COLUMNS: Final = ("path", "file", "filename", "image", "key")
 """Columns that may name the photo in a file of labels; the first that is present is used."""
 
-SHOWN: Final = 3
+PATHS_SHOWN: Final = 3
 """Maximum number of paths that a message names."""
 
 
@@ -102,7 +102,7 @@ COLUMNS: Final = (
 )
 """Columns of a book, in the order of its file: the attributes of ``Entry``."""
 
-NUMBERS: Final = {
+NUMBER_TYPES: Final = {
     "probability": pa.float64(),
     "failure_probability": pa.float64(),
     "quantile": pa.float64(),
@@ -117,7 +117,7 @@ def columns_of(rows: Sequence[object], names: Iterable[str]) -> dict[str, pa.Arr
     columns = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
-        columns[name] = pa.array(values, NUMBERS.get(name, pa.string()), from_pandas=True)
+        columns[name] = pa.array(values, NUMBER_TYPES.get(name, pa.string()), from_pandas=True)
     return columns
 
 
@@ -202,27 +202,27 @@ class LabelBook:
             n_photos_changed += entry.is_of_another(picture)
         return n_photos_changed
 
-    def forget(self, which: Callable[[Entry], bool]) -> None:
-        """Remove the entries without a label for which ``which`` is true."""
-        kept_entries = {}
+    def forget(self, is_to_forget: Callable[[Entry], bool]) -> None:
+        """Remove the entries without a label for which ``is_to_forget`` returns True."""
+        remaining = {}
         for path, entry in self.entries.items():
-            is_forgotten = entry.label is None and which(entry)
-            if not is_forgotten:
-                kept_entries[path] = entry
-        self.entries = kept_entries
+            is_removed = entry.label is None and is_to_forget(entry)
+            if not is_removed:
+                remaining[path] = entry
+        self.entries = remaining
 
-    def rename(self, former: Callable[[str], str], paths: Iterable[str]) -> None:
+    def rename(self, former_text: Callable[[str], str], paths: Iterable[str]) -> None:
         """Rename entries whose paths version 0.1.0 wrote differently.
 
         Args:
-            former: Gives the text that version 0.1.0 wrote for a path.
+            former_text: Returns the text that version 0.1.0 wrote for a path.
             paths: The paths of all photos, as tables write them now.
         """
-        present = set(paths)
-        for path in present - self.entries.keys():
-            former_path = former(path)
+        present_paths = set(paths)
+        for path in present_paths - self.entries.keys():
+            former_path = former_text(path)
             # If a photo has the former path now, the entry belongs to that photo.
-            if former_path in self.entries and former_path not in present:
+            if former_path in self.entries and former_path not in present_paths:
                 self.entries[path] = replace(self.entries.pop(former_path), path=path)
 
     @property
@@ -274,7 +274,7 @@ def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
 
 
 def side_of(pictures: Iterable[bytes], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
-    """Side and random position of pictures, from the SHA-256 hash of the seed and their digests.
+    """Side and random position of each picture, from a hash of the seed and its digest (SHA-256).
 
     Equal pictures are on the same side, whatever their file names.
 
@@ -305,11 +305,11 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     if path.suffix.lower() == ".parquet":
         return labels_and_streams(LabelBook.load(path))
     columns, rows = csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-    path_column = next((name for name in KEYS if name in columns), None)
+    path_column = next((name for name in PATH_COLUMNS if name in columns), None)
     if path_column is None or "label" not in columns:
         raise DataError(
-            f"{path} must have the columns path (or {', '.join(KEYS[1:])}) and label. It has "
-            f"{', '.join(columns) or 'none'}."
+            f"{path} must have the columns path (or {', '.join(PATH_COLUMNS[1:])}) and label. It "
+            f"has {', '.join(columns) or 'none'}."
         )
     # In our own tables " a.jpg" and "a.jpg" are two photos, so names are not stripped.
     is_ours = "stream" in columns
@@ -355,7 +355,6 @@ class PhotoNames:
         self.by_name: dict[str, list[str]] = {}  # photos by their file name
         for photo in photos:
             _, _, file_name = photo.rpartition("/")
-            # Usually the photo is the first with this file name, and begins a new list.
             self.by_name.setdefault(file_name, []).append(photo)
 
     def find(self, name: str) -> str | None:
@@ -378,13 +377,13 @@ class PhotoNames:
         file_name = text_among(relative, self.by_name)
         if file_name is None:
             return None
-        same_name = self.by_name[file_name]
-        if len(same_name) > 1:
+        photos_of_name = self.by_name[file_name]
+        if len(photos_of_name) > 1:
             raise UsageError(
-                f"{name!r} is the name of {plural(len(same_name), 'photo')}: "
-                f"{', '.join(same_name[:SHOWN])}. Give their paths."
+                f"{name!r} is the name of {plural(len(photos_of_name), 'photo')}: "
+                f"{', '.join(photos_of_name[:PATHS_SHOWN])}. Give their paths."
             )
-        return same_name[0]
+        return photos_of_name[0]
 
     def warn_of_backslash(self, name: str, source: Path) -> None:
         """Warn if a name can mean two photos: the text of one is the file name of the other.
@@ -408,10 +407,10 @@ class PhotoNames:
                 f"{missing[0]!r}.{nearest(missing[0], self.photos)} Paths are relative to the "
                 "folder of photos."
             )
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        more = f" and {len(missing) - PATHS_SHOWN} more" if len(missing) > PATHS_SHOWN else ""
         say_once(
             f"{source}: {plural(len(missing), 'label')} left out, since no photo in {self.root} "
-            f"has the name: {', '.join(missing[:SHOWN])}{more}"
+            f"has the name: {', '.join(missing[:PATHS_SHOWN])}{more}"
         )
 
 
@@ -442,7 +441,7 @@ def match_photos(
         if photo is None:
             missing.append(name)
         else:
-            # Usually this is the first name of the photo, and its label is compared with itself.
+            # The first name of a photo is compared with itself, so it raises no error.
             first_name = first_name_of.setdefault(photo, name)
             first_label = labels[first_name]
             if label != first_label:
@@ -495,14 +494,14 @@ def require_names(
         else:
             by_path[path] = name
     if unknown:
-        raise _no_class(min(unknown), labels, len(names), known, source)
+        raise _unknown_label(min(unknown), labels, len(names), known, source)
     return by_path
 
 
-def _no_class(
+def _unknown_label(
     label: str, labels: Mapping[str, str], n_classes: int, known: Collection[str], source: Path
 ) -> DataError:
-    """The error for a label that is no class."""
+    """The error for a label that is none of the ``known`` names."""
     paths = [path for path in labels if labels[path] == label]
     more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return DataError(

@@ -16,7 +16,7 @@ from vilu.calibration.anytime import Looks, log_evidence
 from vilu.calibration.closed_set import ClosedLooks, ClosedPhotos
 from vilu.calibration.likely import LEAST_WRONG, LikelyRight
 from vilu.calibration.rules import Rule
-from vilu.calibration.thresholds import exactly, percent
+from vilu.calibration.thresholds import exact_percent, percent
 from vilu.device import torch_defaults
 from vilu.errors import UsageError
 from vilu.guard.guard import Answer
@@ -53,7 +53,7 @@ PHOTOS_SHOWN: Final = 24
 LEVELS_SHOWN: Final = 20
 """Number of thresholds in the table of the page, or fewer if the grid is smaller."""
 
-FEW_REPEATED: Final = 0.05
+FEW_NEAR_COPIES: Final = 0.05
 """The page mentions near copies if they are more than this share of the labelled photos."""
 
 RISKS: Final = np.arange(1, 1000) / 1000
@@ -142,13 +142,13 @@ def triage_photos(
         files[file] = (labels_of_file, streams_of_file)
     open_state(output, settings, overwrite=overwrite)  # fails here if the folder is no triage
     listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
-    by_path, streams = _labels_by_path(files, listing)
+    labels_by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
-        _require_answers(output, files, by_path)
+        _require_no_lost_answers(output, files, labels_by_path)
     with locked(make_folder(output), "sorting into", who="triage"):
         # ``run_triage`` reads the state again, because another run may have changed it before the
         # lock was taken.
-        result = run_triage(output, settings, listing, by_path, streams, overwrite=overwrite)
+        result = run_triage(output, settings, listing, labels_by_path, streams, overwrite=overwrite)
         answers = answers_of(
             result.photos, result.predictor, result.outcomes, result.book.labels, result.likely
         )
@@ -162,8 +162,8 @@ def triage_photos(
         sidecars = ""
         if xmp:
             # listed again, because photos may have been moved
-            now = list_folder(settings.photos, output, follow_links=settings.follow_links)
-            n_written = write_sidecars(accepted_labels(output, now, answers, settings))
+            listing = list_folder(settings.photos, output, follow_links=settings.follow_links)
+            n_written = write_sidecars(accepted_labels(output, listing, answers, settings))
             sidecars = NO_SIDECAR
             if n_written:
                 sidecars = f"{plural(n_written, 'photo')} with the accepted label in PHOTO.xmp"
@@ -204,7 +204,7 @@ def _labels_by_path(
     return by_path, streams
 
 
-def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) -> None:
+def _require_no_lost_answers(output: Path, files: LabelFiles, paths: Collection[str]) -> None:
     """Raise UsageError if ``next_labels.csv`` holds answers that would be lost.
 
     Answers are lost if they are neither in the book nor in the files of this run.
@@ -212,13 +212,13 @@ def _require_answers(output: Path, files: LabelFiles, by_path: Collection[str]) 
     Args:
         output: The folder of the triage.
         files: The files of labels of this run.
-        by_path: Paths of the photos that these files label.
+        paths: Paths of the photos that these files label.
     """
     if not (output / NEXT).is_file():
         return
-    in_files = set(by_path)  # paths of photos, and below also their names in the files
-    for by_name, _ in files.values():
-        in_files |= by_name.keys()
+    in_files = set(paths)  # paths of photos, and below also their names in the files
+    for labels_by_name, _ in files.values():
+        in_files |= labels_by_name.keys()
     in_book = {entry.path for entry in all_labels(output) if entry.label is not None}
     filled_in, _ = read_labels(output / NEXT)
     lost = filled_in.keys() - in_files - in_book
@@ -281,8 +281,8 @@ def likely_in_words(likely: LikelyRight | None, counts: Mapping[str, int]) -> st
         return "Every photo has a label, so no answer is left to be likely right."
     return (
         f"{counts['likely']:,} of {n_unlabelled:,} photos without a label are likely right. "
-        f"At most {percent(likely.max_risk, 1)} of these answers are expected to be wrong. This is "
-        f"an estimate, not a guarantee: {labels}."
+        f"At most {percent(likely.max_risk, decimals=1)} of these answers are expected to be "
+        f"wrong. This is an estimate, not a guarantee: {labels}."
     )
 
 
@@ -434,33 +434,34 @@ def guarantee_in_words(result: TriageResult, settings: TriageSettings) -> str:
     among = "the accepted"
     if settings.about == "folder":
         among = "the accepted photos of this folder that nobody has labelled"
-    goal = (
-        f"at most {percent(settings.max_risk, 1)} wrong among {among}, with "
-        f"{exactly(settings.confidence)} confidence"
+    target = (
+        f"at most {percent(settings.max_risk, decimals=1)} wrong among {among}, with "
+        f"{exact_percent(settings.confidence)} confidence"
     )
     if result.rule is not None and result.rule.closed is not None:
-        return _of_folder_in_words(result.rule, result.rule.closed, settings)
+        return _folder_guarantee_in_words(result.rule, result.rule.closed, settings)
     if result.rule is not None:
         return (
-            f"Guaranteed: {goal}, at whatever moment one looks. {result.rule.n_wrong} of "
+            f"Guaranteed: {target}, at whatever moment one looks. {result.rule.n_wrong} of "
             f"{result.rule.n_accepted} labelled answers up to the threshold are wrong. The "
             "guarantee is about photos that are drawn in the same way as these."
             f"{scenes_in_words(result)}"
         )
     if result.progress is None:
         return (
-            f"Nothing is guaranteed ({goal}) with {plural(len(result.book.labels), 'label')}. The "
-            "photos are ranked without labels, by the model alone."
+            f"Nothing is guaranteed ({target}) with {plural(len(result.book.labels), 'label')}. "
+            "The photos are ranked without labels, by the model alone."
         )
-    return f"Not guaranteed yet ({goal}): {_lacking_in_words(result.progress)}"
+    return f"Not guaranteed yet ({target}): {_lacking_in_words(result.progress)}"
 
 
-def _of_folder_in_words(rule: Rule, closed: ClosedPhotos, settings: TriageSettings) -> str:
+def _folder_guarantee_in_words(rule: Rule, closed: ClosedPhotos, settings: TriageSettings) -> str:
     """What is guaranteed of the photos of the folder."""
     return (
         f"Guaranteed: of the {closed} that are accepted and that nobody had labelled, at most "
-        f"{percent(settings.max_risk, 1)} are wrong, with {exactly(settings.confidence)} "
-        f"confidence, at whatever moment one looks. {rule.n_wrong} of {rule.n_accepted} labelled "
+        f"{percent(settings.max_risk, decimals=1)} are wrong, with "
+        f"{exact_percent(settings.confidence)} confidence, at whatever moment one looks. "
+        f"{rule.n_wrong} of {rule.n_accepted} labelled "
         "answers up to the threshold are wrong. The guarantee is about these photos only, and "
         "about no new ones."
     )
@@ -520,13 +521,14 @@ def why_nothing_is_asked(result: TriageResult) -> str:
             f"{nothing_left} Use the predictor on new photos (`vilu embed`, then `vilu score`), or "
             "add photos to the folder and run the same command."
         )
-    larger = "a larger --max-risk"
+    larger_risk = "a larger --max-risk"
     least_risk = result.forecast.least_risk
     if least_risk is not None and least_risk > result.forecast.max_risk:
-        larger = f"--max-risk {least_risk}"
+        larger_risk = f"--max-risk {least_risk}"
     return (
         "No label is asked for: all photos to fit on have labels, and no number of further labels "
-        f"of these photos would show the risk. Run the same command with {larger}, or add photos."
+        f"of these photos would show the risk. Run the same command with {larger_risk}, or add "
+        "photos."
     )
 
 
@@ -542,23 +544,23 @@ def scenes_in_words(result: TriageResult) -> str:
     if progress is None or result.rule is None or is_first is None:
         return ""
     n_repeated = int((~is_first).sum())
-    if n_repeated <= FEW_REPEATED * len(is_first):
+    if n_repeated <= FEW_NEAR_COPIES * len(is_first):
         return ""
     certified = progress.looks.certified(
         progress.outcomes.uncertainty[is_first], progress.outcomes.failure[is_first]
     )
-    shown = "nothing"
+    what_is_shown = "nothing"
     if certified is not None:
         threshold = float(progress.looks.grid[certified])  # ``certified`` is an index
         share = float((_unlabelled_scores(result) <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
-        shown = f"the guarantee for {share:.0%} of the photos without a label"
+        what_is_shown = f"the guarantee for {share:.0%} of the photos without a label"
         if accepts_as_many:
-            shown = "the same"
+            what_is_shown = "the same"
     return (
         f" But {n_repeated:,} of the {len(is_first):,} labels that count are of photos nearly like "
         "another labelled photo, as in bursts and films. With one label for each scene the labels "
-        f"show {shown}: rely on this for photos of new scenes."
+        f"show {what_is_shown}: rely on this for photos of new scenes."
     )
 
 

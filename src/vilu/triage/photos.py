@@ -105,8 +105,10 @@ class PhotoFolder:
 
     def files_of(self, paths: Collection[str], names: Sequence[str] = ()) -> PhotoFiles:
         """A data set of the photos with these paths; ``names`` are its classes."""
-        chosen = [listed for listed in self.listing if portable_name(listed[0]) in paths]
-        return PhotoFiles(self.root, chosen, names, self.moved, follow_links=self.follow_links)
+        chosen_photos = [photo for photo in self.listing if portable_name(photo[0]) in paths]
+        return PhotoFiles(
+            self.root, chosen_photos, names, self.moved, follow_links=self.follow_links
+        )
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class PhotoStores:
         paths = table["path"].to_pylist()
         sizes = table["size"].to_pylist()
         times = table["time"].to_pylist()
-        return dict(zip(paths, zip(sizes, times, strict=True), strict=True))
+        versions = zip(sizes, times, strict=True)
+        return dict(zip(paths, versions, strict=True))
 
     def update(self, photos: PhotoFolder, settings: EmbeddingSettings) -> int:
         """Embed new and changed photos, and photos that have become readable.
@@ -168,8 +171,8 @@ class PhotoStores:
         An interrupted store is finished first. Returns the number of photos in the new store, 0
         without a new store.
         """
-        now = versions_of(photos.listing)
-        stored = self._stored(now)
+        present_versions = versions_of(photos.listing)
+        stored = self._stored(present_versions)
         done = stored.done
         unread = stored.unread
         if stored.begun is not None:
@@ -179,14 +182,16 @@ class PhotoStores:
             unread -= resumed.keys()
         for path in self._readable_again(photos, unread):
             del done[path]  # so that the photo is embedded now
-        new = {path: version for path, version in now.items() if done.get(path) != version}
+        new = {
+            path: version for path, version in present_versions.items() if done.get(path) != version
+        }
         if new:
             number = max(self.numbers(), default=0) + 1
             self._write_list(number, new)
             self._embed(number, photos, new, settings)
         return len(new)
 
-    def _stored(self, now: Mapping[str, Version]) -> _StoredPhotos:
+    def _stored(self, present_versions: Mapping[str, Version]) -> _StoredPhotos:
         """What the stores hold; an interrupted store is removed if its photos have changed."""
         done: dict[str, Version] = {}
         unread: set[str] = set()
@@ -198,7 +203,7 @@ class PhotoStores:
                 # What this store says about its photos replaces what older stores say about them.
                 unread -= listed.keys()
                 unread |= self._unread(number)
-            elif all(now.get(path) == version for path, version in listed.items()):
+            elif all(present_versions.get(path) == version for path, version in listed.items()):
                 begun = number  # the listed photos are unchanged, so this store can be continued
             else:
                 logger.info(
@@ -209,12 +214,12 @@ class PhotoStores:
         return _StoredPhotos(done, unread, begun)
 
     def _unread(self, number: int) -> set[str]:
-        """Paths of the photos of a store that could not be read, or not be decoded until now."""
-        retried = {"read_error"}
+        """Paths of the photos of a store that may be readable now, although they were not."""
+        kinds_to_retry = {"read_error"}
         if find_spec("pillow_heif") is not None:
-            retried.add(NEEDS_PILLOW_HEIF)
+            kinds_to_retry.add(NEEDS_PILLOW_HEIF)
         bad = EmbeddingStore(self.store(number)).bad_images()
-        return {path for path, kind in bad if kind in retried}
+        return {path for path, kind in bad if kind in kinds_to_retry}
 
     @staticmethod
     def _readable_again(photos: PhotoFolder, unread: Collection[str]) -> list[str]:
@@ -277,12 +282,12 @@ class PhotoStores:
 
     def open(self, photos: Sequence[Listed]) -> Photos:
         """The listed photos, each from the newest store that holds its present version."""
-        now = versions_of(photos)
+        present_versions = versions_of(photos)
         numbers = self.numbers()
         newest: dict[str, int] = {}
         for number in numbers:
             for path, version in self.listed(number).items():
-                if now.get(path) == version:
+                if present_versions.get(path) == version:
                     newest[path] = number  # replaces the number of an older store
         parts = []
         bad: dict[str, str] = {}

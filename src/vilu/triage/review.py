@@ -120,13 +120,13 @@ def open_review(source: Path, which: Which = "asked", n: int | None = None) -> R
             images and classes.
     """
     if (source / STATE).is_file():
-        review = _of_triage(source, which)
+        review = _review_of_triage(source, which)
     else:
-        review = _of_scores(source, which)
+        review = _review_of_scores(source, which)
     return replace(review, tasks=review.tasks[:n])  # all tasks if ``n`` is None
 
 
-def _of_triage(folder: Path, which: Which) -> Review:
+def _review_of_triage(folder: Path, which: Which) -> Review:
     """The review of a triage, from the tables in its folder."""
     state = read_document(folder / STATE, TriageState)
     hidden = _calibration_side(folder, state)
@@ -151,20 +151,20 @@ def _of_triage(folder: Path, which: Which) -> Review:
 def _tasks_in_order(folder: Path, which: Which) -> list[ReviewTask]:
     """Photos that were asked for, in the order of the requests; then the most doubtful ones."""
     streams = {}
-    for row in _read_written(folder / NEXT, NEXT_COLUMNS):
+    for row in _read_table_of_triage(folder / NEXT, NEXT_COLUMNS):
         streams[row["path"]] = row["stream"]
     tasks = []
-    for row in _read_written(folder / DECISIONS_CSV, DECISION_COLUMNS):
+    for row in _read_table_of_triage(folder / DECISIONS_CSV, DECISION_COLUMNS):
         if _is_wanted(row, streams, which):
             tasks.append(_task(row, streams.get(row["path"], CHOSEN)))
-    request_of = {path: number for number, path in enumerate(streams)}  # place of each request
-    n_requests = len(request_of)
+    number_of_request = {path: number for number, path in enumerate(streams)}
+    n_requests = len(number_of_request)
 
     def rank(task: ReviewTask) -> tuple[int, float]:
-        # All photos that were not asked for share the place after the last request.
-        request = request_of.get(task.path, n_requests)
+        # All photos that were not asked for share the number after the last request.
+        number = number_of_request.get(task.path, n_requests)
         doubt = task.failure_probability if task.quantile is None else task.quantile
-        return request, -(doubt or 0.0)
+        return number, -(doubt or 0.0)
 
     return sorted(tasks, key=rank)
 
@@ -177,7 +177,8 @@ def _calibration_side(folder: Path, state: TriageState) -> set[str]:
         if stores.is_complete(number):
             store = EmbeddingStore(stores.store(number))
             photos = Photos([(store, np.arange(len(store)))], bad={})
-            picture_of |= zip(photos.ids, photos.pictures, strict=True)  # a newer store is right
+            # What a newer store says about a photo replaces what an older one says.
+            picture_of |= zip(photos.ids, photos.pictures, strict=True)
     seed = int(str(state.settings.get("seed", 0)))
     is_calibration, _ = side_of(picture_of.values(), seed)
     return set(compress(picture_of, is_calibration.tolist()))
@@ -185,22 +186,22 @@ def _calibration_side(folder: Path, state: TriageState) -> set[str]:
 
 def _names(settings: Mapping[str, object]) -> tuple[str, ...]:
     """The classes of a triage, then its labels for "none of the classes"."""
-    outside = [name for name in _texts(settings, "outside") if name != OUTSIDE_NAME]
-    names = (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
+    outside = [name for name in _list_setting(settings, "outside") if name != OUTSIDE_NAME]
+    names = (*_list_setting(settings, "classes"), *outside, OUTSIDE_NAME)
     return tuple(portable_name(name) for name in names)
 
 
-def _texts(settings: Mapping[str, object], name: str) -> list[str]:
+def _list_setting(settings: Mapping[str, object], name: str) -> list[str]:
     """The values of a setting that is a list; [] if the setting is missing or is no list."""
     values = settings.get(name)
     return [str(value) for value in values] if isinstance(values, list) else []
 
 
-def _read_written(path: Path, wanted: Sequence[str]) -> list[CsvRow]:
+def _read_table_of_triage(path: Path, required_columns: Sequence[str]) -> list[CsvRow]:
     """Read the rows of a table that a triage has written; DataError if the table is damaged."""
     columns, rows = csv_rows(path)
     again = "Run `vilu triage` again, which writes it."
-    missing = [name for name in wanted if name not in columns]
+    missing = [name for name in required_columns if name not in columns]
     if missing:
         raise DataError(f"{path} has no column {missing[0]!r}. {again}")
     for number, row in enumerate(rows, start=2):  # row 1 is the heading
@@ -257,7 +258,7 @@ def _task(row: Mapping[str, str], stream: str) -> ReviewTask:
     )
 
 
-def _of_scores(path: Path, which: Which) -> Review:
+def _review_of_scores(path: Path, which: Which) -> Review:
     """The review of a file of scores."""
     outcomes = Outcomes.load(path)
     if outcomes.class_names is None or outcomes.prediction is None or outcomes.ids is None:

@@ -138,7 +138,7 @@ def _write_csv(review: Review, output: Path) -> list[Path]:
     return [output]
 
 
-# A field has a type, the class of an embedded document or None, and a name in the database.
+# For every field: type, class of an embedded document (or None), and name in the database.
 FIELDS: Final = {
     "id": ("ObjectIdField", None, "_id"),
     "filepath": ("StringField", None, "filepath"),
@@ -240,17 +240,17 @@ def read_done(path: Path) -> Labels:
     if (path / STATE).is_file():
         return labels_and_streams(all_labels(path))
     if path.is_dir():
-        return _of_samples(_read_json(path / "samples.json"), path)
+        return _labels_of_samples(_read_json(path / "samples.json"), path)
     if path.suffix.lower() != ".json":
         return read_labels(path)
     content = _read_json(path)
     if isinstance(content, dict) and "samples" in content:
-        return _of_samples(content, path)
+        return _labels_of_samples(content, path)
     if not isinstance(content, list):
         raise DataError(
             f"{path} is no list of tasks. Export them from Label Studio as JSON or JSON-MIN."
         )
-    return _of_tasks(content, path)
+    return _labels_of_tasks(content, path)
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
@@ -266,7 +266,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
         raise DataError(f"{path} is not JSON: {error}.") from error
 
 
-def _of_tasks(tasks: list[Any], source: Path) -> Labels:
+def _labels_of_tasks(tasks: list[Any], source: Path) -> Labels:
     """Labels and streams of Label Studio's tasks, by path."""
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
@@ -313,11 +313,11 @@ def _label_of_task(task: Mapping[str, Any], path: str, source: Path) -> str | No
     return _only_choice(choices, path, source)
 
 
-def _only_choice(chosen: object, path: str, source: Path) -> str | None:
-    """The name in a choice; None if nothing is chosen, DataError if several names are."""
-    if chosen is None or chosen == []:
+def _only_choice(choice: object, path: str, source: Path) -> str | None:
+    """The name in a choice; None if no name is chosen, DataError if several names are chosen."""
+    if choice is None or choice == []:
         return None
-    names = chosen if isinstance(chosen, list) else [chosen]
+    names = choice if isinstance(choice, list) else [choice]
     if len(names) != 1 or not isinstance(names[0], str):
         raise DataError(
             f"{source}: {path!r} has the choices {names!r:.100}, where one name is expected."
@@ -325,7 +325,7 @@ def _only_choice(chosen: object, path: str, source: Path) -> str | None:
     return names[0]
 
 
-def _of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - any content
+def _labels_of_samples(content: Any, source: Path) -> Labels:  # noqa: ANN401 - any content
     """Labels and streams of FiftyOne's samples, by path."""
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):

@@ -23,7 +23,7 @@ from vilu.calibration.answer_choice import AnswerChoice
 from vilu.calibration.anytime import level_of
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.likely import LikelyRight
-from vilu.calibration.procedure import take_back
+from vilu.calibration.procedure import remove_outdated_calibration
 from vilu.calibration.rules import ALL, Rule
 from vilu.datasets.files import former_text
 from vilu.errors import DataError, UsageError
@@ -65,9 +65,9 @@ from vilu.triage.photos import FOLDER, PhotoFolder, Photos, PhotoStores
 from vilu.triage.state import (
     BOOK,
     CANDIDATE_FOLDER,
-    MADE,
     NOTHING_CHOSEN,
     PREDICTOR_FOLDER,
+    RESULT_FILES,
     STATE,
     TriageSettings,
     TriageState,
@@ -197,7 +197,8 @@ def run_triage(
     n_new = stores.update(listing, settings.embedding)
     photos = stores.open(listing.listing)
     _require_photos(photos, settings.photos)
-    # The book may have lost its drawn photos, if their classes are gone. The state has not.
+    # The book may no longer have its drawn photos, if their classes are gone. The state remembers
+    # that there were any.
     has_drawn = state.has_drawn or LabelBook.load(root / BOOK).has_drawn
     streams = SPLITS[settings.about].streams_of(labels, streams, has_drawn=has_drawn)
     book = note_labels(root, photos, listing.paths, labels, streams)
@@ -208,19 +209,19 @@ def run_triage(
 def begin(root: Path, settings: TriageSettings, *, overwrite: bool) -> TriageState:
     """Open the state in which a run begins, and carry it over to the settings of the run.
 
-    ``overwrite`` removes earlier results (``MADE``).
+    ``overwrite`` removes earlier results (``RESULT_FILES``).
     """
     state = open_state(root, settings, overwrite=overwrite)
     if overwrite:
-        for name in MADE:
+        for name in RESULT_FILES:
             path = root / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
     state = carry_over(root, state, settings)
-    now = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
-    state = state.model_copy(update=now)
+    folder = {"photos": str(settings.photos.absolute()), "follow_links": settings.follow_links}
+    state = state.model_copy(update=folder)
     write_document(root / STATE, state)
     return state
 
@@ -248,7 +249,7 @@ def note_labels(
     book.rename(former_text, paths)  # books of version 0.1.0 write some paths in another way
     # The guarantee is removed before the book is saved. Otherwise a run that is killed in between
     # could leave a guarantee whose labels have changed.
-    take_back(root / PREDICTOR_FOLDER, _changed(book, labels))
+    remove_outdated_calibration(root / PREDICTOR_FOLDER, _paths_to_relabel(book, labels))
     n_noted = book.answer(labels, streams)
     if n_noted:
         logger.info("%d labels are new or changed; %d in all", n_noted, len(book.labels))
@@ -264,7 +265,7 @@ def note_labels(
     return book
 
 
-def _changed(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
+def _paths_to_relabel(book: LabelBook, labels: Mapping[str, str]) -> set[str]:
     """Paths of the photos whose label in the book is replaced by a different label."""
     paths = set()
     for path, label in labels.items():
@@ -369,8 +370,8 @@ def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
     the draw would say nothing about the predictor that they were drawn for.
     """
     is_going_on = case_of(run, state).goes_on
-    is_gone = not (run.tested_folder(state) / PREDICTOR).is_file()
-    if is_going_on or is_gone or state.tested_trial is None:
+    is_missing = not (run.tested_folder(state) / PREDICTOR).is_file()
+    if is_going_on or is_missing or state.tested_trial is None:
         return state
     predictor = _load_uncalibrated(run.tested_folder(state))
     run = dataclasses.replace(run, split=run.split.for_predictor(predictor, run.photos))
@@ -622,30 +623,30 @@ def ask_for_labels(
 ) -> TriageState:
     """Ask for the labels of the draw that are missing, or else for new labels of both sides."""
     description = read_description(run.tested_folder(state) / PREDICTOR)
-    # The predictor is named in the book by the start of its digest.
-    predictor = str(description["weights_sha256"])[:16]
+    # The book names a predictor by the start of the digest of its weights.
+    fingerprint = str(description["weights_sha256"])[:16]
     missing = np.zeros(0, np.int64) if progress is None else progress.missing
-    _forget(run, predictor, _paths(run, missing))
-    drawn = missing
+    _withdraw_requests(run, fingerprint, _paths_of(run, missing))
+    drawn_rows = missing
     if progress is not None and not len(missing):
-        state, drawn = _draw(run, state, uncertainty, progress)
-    _ask_for_guarantee(run, predictor, drawn)
+        state, drawn_rows = _draw(run, state, uncertainty, progress)
+    _ask_for_guarantee(run, fingerprint, drawn_rows)
     if not len(missing):
         n_to_fit = run.settings.n_next - len(run.book.waiting())
-        _ask_to_fit(run, predictor, uncertainty, n_to_fit)
+        _ask_to_fit(run, fingerprint, uncertainty, n_to_fit)
     run.book.save(run.root / BOOK)
     return run.write(state)
 
 
-def _ask_for_guarantee(run: TriageRun, predictor: str, rows: Ints) -> None:
+def _ask_for_guarantee(run: TriageRun, fingerprint: str, rows: Ints) -> None:
     """Ask for labels of calibration ``rows``, in the random order, unless they are asked for."""
     if not len(rows):
         return
     waiting = {entry.path for entry in run.book.waiting()}
-    new = [path for path in _paths(run, rows) if path not in waiting]
+    new_paths = [path for path in _paths_of(run, rows) if path not in waiting]
     last_position = int(run.split.position[rows[-1]])
     probability = (last_position + 1) / POSITIONS
-    run.book.ask(new, "calibration", predictor=predictor, probability=probability)
+    run.book.ask(new_paths, "calibration", predictor=fingerprint, probability=probability)
 
 
 def _draw(
@@ -673,8 +674,8 @@ def _draw(
 def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
     """Whether a predictor without a guarantee is worth calibration labels already.
 
-    A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``),
-    unless no photo is left to fit on: then nothing is gained by waiting.
+    A guarantee must be likely, and there must be enough labels to fit on (``is_enough_to_fit``). If
+    no photo is left to fit on, nothing is gained by waiting, so the predictor is always worth them.
     """
     if not len(run.split.rows_to_pick(run.photos, run.book)):
         return True
@@ -682,12 +683,13 @@ def is_ready_to_draw(run: TriageRun, trial: Trial) -> bool:
     return trial.likely and is_enough_to_fit(trial, len(run.split.fit_rows), n_classes)
 
 
-def _paths(run: TriageRun, rows: Ints) -> list[str]:
+def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
+    """Paths of the photos in these rows (M,)."""
     return [run.photos.ids[row] for row in rows.tolist()]
 
 
-def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
-    """Withdraw the requests that were made for other predictors than ``predictor``.
+def _withdraw_requests(run: TriageRun, fingerprint: str, missing: list[str]) -> None:
+    """Withdraw the requests that were made for another predictor than that with ``fingerprint``.
 
     Requests for labels of the paths ``missing`` stay. If there are any and nothing is guaranteed,
     all other requests are withdrawn.
@@ -697,7 +699,7 @@ def _forget(run: TriageRun, predictor: str, missing: list[str]) -> None:
     def is_forgotten(entry: Entry) -> bool:
         if entry.path in missing:
             return False
-        return only_missing or entry.predictor != predictor
+        return only_missing or entry.predictor != fingerprint
 
     run.book.forget(is_forgotten)
 
@@ -727,7 +729,7 @@ def n_to_draw(
 
 
 def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> Trial:
-    """The trial with its limit ``FURTHER`` thresholds higher, if the threshold there is certified.
+    """The trial with its limit ``FURTHER`` thresholds higher, if the present limit is certified.
 
     Otherwise the trial itself. ``scores`` (M,) are the uncertainties of the calibration photos.
     """
@@ -736,10 +738,10 @@ def further_trial(trial: Trial, progress: GuaranteeProgress, scores: Floats) -> 
     return trial.further(FURTHER, scores)
 
 
-def _ask_to_fit(run: TriageRun, predictor: str, uncertainty: Floats, n: int) -> None:
+def _ask_to_fit(run: TriageRun, fingerprint: str, uncertainty: Floats, n: int) -> None:
     """Ask for ``n`` labels of the fit side."""
     if n <= 0:
         return
     rows = run.split.rows_to_pick(run.photos, run.book)
-    chosen = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
-    run.book.ask(_paths(run, chosen), "fit", predictor=predictor)
+    fit_rows = choose_to_fit(run.photos, rows, uncertainty, n, run.settings.seed)
+    run.book.ask(_paths_of(run, fit_rows), "fit", predictor=fingerprint)

@@ -82,7 +82,7 @@ class ReviewSession:
         if not self.review.tasks:
             raise UsageError("there is no photo to look at.")
         self.bounds = Bounds(self.review.photos, follow_links=self.review.follow_links)
-        self.written = self._on_disk()
+        self.written = self._content_on_disk()
         if self.written is not None:
             self.answers, self.streams = read_labels(self.output)
             self.labelled_before = frozenset(self.answers)
@@ -116,12 +116,13 @@ class ReviewSession:
     def _save(self, answers: dict[str, str]) -> None:
         """Write the answers; BusyError if another program has changed the file."""
         # A file that was removed (None) is written again.
-        if self._on_disk() not in {None, self.written}:
+        if self._content_on_disk() not in {None, self.written}:
             raise BusyError(
                 f"{self.output} was changed by another program, and stays as it is. Stop this "
                 "command and start it again: it goes on with what the file holds now."
             )
-        # A label without a stream in the file is of a random pick, and stays so.
+        # A label that was in the file without a stream is of a photo that was picked at random. It
+        # gets no stream here.
         streams = dict(self.streams)
         for task in self.review.tasks:
             if task.path not in self.labelled_before:
@@ -130,7 +131,7 @@ class ReviewSession:
         write_bytes(self.output, content)
         self.written = content
 
-    def _on_disk(self) -> bytes | None:
+    def _content_on_disk(self) -> bytes | None:
         """Present content of the file; None if there is no file."""
         with or_refuse(f"read {self.output}"):
             return self.output.read_bytes() if self.output.exists() else None
@@ -149,7 +150,7 @@ class ReviewSession:
         image.save(content, "WEBP", quality=85, method=2)
         return content.getvalue()
 
-    def tasks(self) -> dict[str, Any]:
+    def page_data(self) -> dict[str, Any]:
         """Data of the page, ready for JSON: the names to choose from, and the photos."""
         tasks = []
         for task in self.review.tasks:
@@ -168,12 +169,12 @@ class ReviewSession:
             "names": list(self.review.names),
             "skip": SKIPPED,
             "kind": self.review.answer,
-            "used": self._most_used(),
+            "used": self._names_by_use(),
             "next": self.next_command(),
             "tasks": tasks,
         }
 
-    def _most_used(self) -> list[str]:
+    def _names_by_use(self) -> list[str]:
         """Names that were given as labels so far, the most frequent first."""
         # The triage may know the file of answers already; each photo counts once.
         labels = {**self.review.labels, **self.answers}
@@ -248,7 +249,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the page, the data of its tasks, or a photo."""
-        if not self._allowed():
+        if not self._is_allowed():
             return
         # The paths are /, /tasks and /photo/NUMBER.
         kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
@@ -256,7 +257,7 @@ class PageHandler(BaseHTTPRequestHandler):
         if not kind:
             self._page()
         elif kind == "tasks":
-            content = json.dumps(self.page_session.tasks()).encode()
+            content = json.dumps(self.page_session.page_data()).encode()
             self._send(HTTPStatus.OK, content, "application/json")
         elif kind == "photo" and number.isdigit() and int(number) < n_photos:
             self._photo(int(number))
@@ -265,7 +266,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Take an answer such as {"index": 3, "label": "cat"}; the label null removes the label."""
-        if not self._allowed():
+        if not self._is_allowed():
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > MAX_BODY:
@@ -287,10 +288,10 @@ class PageHandler(BaseHTTPRequestHandler):
             return
         self._send(HTTPStatus.OK, b"{}", "application/json")
 
-    def _allowed(self) -> bool:
+    def _is_allowed(self) -> bool:
         """Whether a request has the key and the right host name; otherwise refuse it."""
         query = parse_qs(urlsplit(self.path).query)
-        key, *_ = query.get("key", [""])  # the first if there are several
+        key, *_ = query.get("key", [""])  # the first key if there are several
         _, port = self.connection.getsockname()
         host = self.headers.get("Host", "")
         # The host is checked because a hostile site may let its own host name lead to this machine

@@ -11,7 +11,7 @@ from typing import Final
 from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
 from vilu.errors import DataError
 from vilu.text import plural
-from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_ours, xmp_with
+from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_added_subject, xmp_with
 
 SUFFIX: Final = ".xmp"
 """End of the name of a sidecar, after the whole name of the photo."""
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 def sidecar_of(photo: Path) -> Path:
-    """Place of the sidecar of a photo."""
+    """Path of the sidecar of a photo."""
     return photo.with_name(f"{photo.name}{SUFFIX}")
 
 
 def write_sidecars(labels: Mapping[Path, str | None]) -> int:
-    """Write labels as ``dc:subject`` to PHOTO.xmp beside each photo; return how many have one.
+    """Write labels as ``dc:subject`` to PHOTO.xmp beside each photo; return the number of labels.
 
     - Photos are never changed.
-    - A sidecar of another program keeps all its bytes; the label is added to its subjects. Where it
-      is not sure where the label belongs, the sidecar is not changed, and a warning says why.
+    - A sidecar of another program keeps all its bytes; the label is added to its subjects. If it is
+      not clear where the label belongs, the sidecar is not changed, and a warning says why.
     - Where the label is None, a label of an earlier run is taken back.
     """
     refused: dict[Path, str] = {}
@@ -41,7 +41,7 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
         sidecar = sidecar_of(photo)
         try:
             with or_refuse(f"write {sidecar}"):
-                _write(sidecar, label)
+                _update_sidecar(sidecar, label)
         except DataError as error:
             refused[sidecar] = str(error)
             continue
@@ -51,8 +51,8 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
     return n_written
 
 
-def _write(sidecar: Path, label: str | None) -> None:
-    """Bring one sidecar to a label; DataError with the reason if that is not safe."""
+def _update_sidecar(sidecar: Path, label: str | None) -> None:
+    """Write a label into a sidecar, or remove it (None); DataError with the reason if unsafe."""
     if sidecar.is_symlink() or (sidecar.exists() and not sidecar.is_file()):
         if label is not None:
             raise DataError("it is a link or no file")
@@ -66,23 +66,23 @@ def _write(sidecar: Path, label: str | None) -> None:
         if label is not None:
             raise DataError(f"it has {status.st_size} bytes; at most {MAX_BYTES} are read")
         return
-    before = sidecar.read_bytes()
-    after = _changed(before, label)
-    if after is None:
+    old_content = sidecar.read_bytes()
+    new_content = _new_content(old_content, label)
+    if new_content is None:
         sidecar.unlink()
-    elif after != before:
+    elif new_content != old_content:
         with atomic_write(sidecar) as handle:
-            handle.write(after)
+            handle.write(new_content)
             Path(handle.name).chmod(S_IMODE(status.st_mode))
 
 
-def _changed(data: bytes, label: str | None) -> bytes | None:
+def _new_content(data: bytes, label: str | None) -> bytes | None:
     """The content of a sidecar with another label; None if the sidecar is to be removed."""
     if _is_ours(data):
         return None if label is None else xmp_with(label)
     if label is None and BEGIN.encode() not in data:
-        return data  # nothing of ours is in it
-    original = without_ours(data)
+        return data  # vilu has added nothing to it
+    original = without_added_subject(data)
     return original if label is None else with_subject(original, label)
 
 

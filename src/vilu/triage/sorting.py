@@ -46,10 +46,10 @@ def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> Phot
         DataError: If there is no photo, or if a new photo has the name of a photo that was moved.
     """
     moved = moved_photos(root)
-    n_least = 0 if moved else 1  # if all photos were moved, the folder may have none
-    listing = list_photos(photos, least=n_least, follow_links=follow_links)
-    names = {portable_name(path) for path, _ in listing}
-    moved_and_new = sorted(names & moved.keys())
+    n_required = 0 if moved else 1  # if all photos were moved, the folder may have none
+    listing = list_photos(photos, least=n_required, follow_links=follow_links)
+    listed_names = {portable_name(path) for path, _ in listing}
+    moved_and_new = sorted(listed_names & moved.keys())
     if moved_and_new:
         name = moved_and_new[0]
         raise DataError(
@@ -109,22 +109,23 @@ def sort_photos(
         settings: The settings of the triage.
         how: "link" or "move".
     """
-    home = root / SORTED
+    sorted_folder = root / SORTED
     sources = _sources(listing)
-    targets = _targets(home, answers, settings)
-    with or_refuse(f"sort photos into {home}"):
-        _remove_links(home)
+    targets = _targets(sorted_folder, answers, settings)
+    with or_refuse(f"sort photos into {sorted_folder}"):
+        _remove_links(sorted_folder)
         targets = {path: target for path, target in targets.items() if not target.exists()}
         if how == "link":
             for path, target in targets.items():
                 _link(sources[path], target)
             return
-        links = {path for path in targets if _is_behind_link(sources[path], listing.root, root)}
-        targets = {path: target for path, target in targets.items() if path not in links}
+        linked = {path for path in targets if _is_behind_link(sources[path], listing.root, root)}
+        targets = {path: target for path, target in targets.items() if path not in linked}
         _note_moves(root, [*listing.moved.items(), *targets.items()])
         for path, target in targets.items():
             sidecar = sidecar_of(sources[path])
-            # before the photo: if this process is killed in between, the next run moves the photo
+            # The sidecar is moved before the photo. If the process is killed in between, the next
+            # run moves the photo.
             if sidecar.is_file() and not sidecar.is_symlink():
                 _move(sidecar, sidecar_of(target))
             _move(sources[path], target)
@@ -133,7 +134,7 @@ def sort_photos(
 def accepted_labels(
     root: Path, listing: PhotoFolder, answers: Sequence[Answer], settings: TriageSettings
 ) -> dict[Path, str | None]:
-    """The accepted label of every photo, None for the others, by the present path of the photo.
+    """The label of every photo if it is accepted, else None, by the present path of the photo.
 
     Photos that links to folders lead to are left out, because they lie outside of the folder.
     """
@@ -157,15 +158,17 @@ def _sources(listing: PhotoFolder) -> dict[str, Path]:
     return sources
 
 
-def _targets(home: Path, answers: Sequence[Answer], settings: TriageSettings) -> dict[str, Path]:
-    """New path of every photo below ``home``."""
+def _targets(
+    sorted_folder: Path, answers: Sequence[Answer], settings: TriageSettings
+) -> dict[str, Path]:
+    """New path of every photo below ``sorted_folder``."""
     n_photos_of = Counter(flat_name(answer.key) for answer in answers)
     targets = {}
     for answer in answers:
         name = flat_name(answer.key)
         if n_photos_of[name] > 1:
             name = hashed_name(answer.key)
-        targets[answer.key] = home / folder_of(answer, settings.of_no_class) / name
+        targets[answer.key] = sorted_folder / folder_of(answer, settings.of_no_class) / name
     return targets
 
 
@@ -188,7 +191,7 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """The flat name of a photo after a hash of its path; a long name loses its start.
+    """A hash of the path of a photo, and then its flat name; a long name loses its start.
 
     Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name, and so would two long
     paths with the same end.
@@ -200,7 +203,7 @@ def hashed_name(path: str) -> str:
 
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:
-    """Whether a photo is a link, or lies really in none of the folders."""
+    """Whether a photo is a link, or its real folder lies in none of the ``folders``."""
     return photo.is_symlink() or not lies_inside(photo, *folders)
 
 
@@ -210,20 +213,23 @@ def lies_inside(photo: Path, *folders: Path) -> bool:
     return any(real_folder.is_relative_to(folder.resolve()) for folder in folders)
 
 
-def _remove_links(home: Path) -> None:
-    for path in home.rglob("*"):
+def _remove_links(sorted_folder: Path) -> None:
+    """Remove all links below a folder."""
+    for path in sorted_folder.rglob("*"):
         if path.is_symlink():
             path.unlink()
 
 
 def _link(source: Path, target: Path) -> None:
+    """Make a relative link at ``target`` that leads to the real file of ``source``."""
     make_folder(target.parent)
     # Path.resolve raises an error for a link to itself; os.path.realpath does not.
-    real = os.path.realpath(source)
-    target.symlink_to(os.path.relpath(real, target.parent.resolve()))
+    real_file = os.path.realpath(source)
+    target.symlink_to(os.path.relpath(real_file, target.parent.resolve()))
 
 
 def _move(source: Path, target: Path) -> None:
+    """Move a file if it exists and no file is at the target."""
     make_folder(target.parent)
     if source.exists() and not target.exists():
         shutil.move(source, target, _copy)

@@ -30,7 +30,7 @@ NEXT: Final = "next_labels.csv"
 REPORT: Final = "report.html"
 SORTED: Final = "sorted"
 MOVED: Final = "moved.parquet"
-MADE: Final = (
+RESULT_FILES: Final = (
     STATE,
     BOOK,
     FORMER_BOOK,
@@ -48,10 +48,12 @@ MADE: Final = (
 About = Literal["new", "folder"]
 """Which photos a guarantee is about: photos drawn as these were, or those of the folder."""
 
-STAYS: Final = "It decides which photos are fitted on and which a guarantee rests on, so it stays."
+WHY_FIXED: Final = (
+    "It decides which photos are fitted on and which a guarantee rests on, so it stays."
+)
 """Why a setting must not change."""
 
-ANEW: Final = "Give a new folder, or --overwrite to begin anew, which removes the labels too."
+BEGIN_ANEW: Final = "Give a new folder, or --overwrite to begin anew, which removes the labels too."
 """What to do if a setting must not change."""
 
 NOTHING_CHOSEN = AnswerChoice(answer="zero_shot", reason="no other answers were chosen")
@@ -199,7 +201,7 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     claim_folder(
         root,
         "triage",
-        lambda path: path.name in {*MADE, SORTED, MOVED},
+        lambda path: path.name in {*RESULT_FILES, SORTED, MOVED},
         same=state is not None,
         overwrite=overwrite,
     )
@@ -210,10 +212,12 @@ def _require_same_split(root: Path, before: Mapping[str, object], now: TriageSet
     """Raise UsageError if a setting has changed that decides which photos a guarantee rests on."""
     if before.get("seed") != now.seed:
         raise UsageError(
-            f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. {STAYS} {ANEW}"
+            f"{root} was begun with the seed {before.get('seed')}, now {now.seed}. "
+            f"{WHY_FIXED} {BEGIN_ANEW}"
         )
     about = before.get("about", "new")  # states of earlier versions do not name it
     if about != now.about:
         raise UsageError(
-            f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. {STAYS} {ANEW}"
+            f"{root} was begun with a guarantee about {about!r}, now {now.about!r}. "
+            f"{WHY_FIXED} {BEGIN_ANEW}"
         )

@@ -43,12 +43,13 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
     book = LabelBook()
     book.answer(_own_labels(store, photos.ids))
     for file in files:
-        asked = asked_before(file, photos.ids)
-        if asked:
-            _add_asked(book, asked)
+        entries = entries_of_next(file, photos.ids)
+        if entries:
+            _add_entries(book, entries)
         else:
             _add_labels(book, file, photos.ids, store.path)
-    source = files[0] if files else store.path  # named in the error about a label
+    # the first file of labels, or the store, which an error about a label names
+    source = files[0] if files else store.path
     classes = tuple(photos.candidates_by_name())
     book.answer(require_names(book.labels, classes, (OUTSIDE_NAME,), source))
     photos.label(book.labels, (OUTSIDE_NAME,))
@@ -67,8 +68,8 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Entries by path of a table that ``vilu next`` wrote; {} for any other file of labels.
+def entries_of_next(path: Path, keys: Collection[str]) -> dict[str, Entry]:
+    """Entries by path of a table that ``vilu next`` wrote; {} for other files of labels.
 
     Only rows whose path is among ``keys`` are read.
     """
@@ -78,22 +79,22 @@ def asked_before(path: Path, keys: Collection[str]) -> dict[str, Entry]:
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
     known = set(keys)
-    asked = {}
+    entries = {}
     for row in rows:
         key = row["path"]
         if key in known:
             stream: Stream = "calibration" if row["stream"] == "calibration" else "fit"
             label = row["label"] or None  # an empty cell: the label has not come
-            asked[key] = Entry(key, label, stream, predictor=row["predictor"])
-    return asked
+            entries[key] = Entry(key, label, stream, predictor=row["predictor"])
+    return entries
 
 
-def _add_asked(book: LabelBook, asked: dict[str, Entry]) -> None:
+def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
     """Note entries of ``vilu next``; an entry without a label keeps the label in the book."""
-    for path, entry in asked.items():
-        before = book.entries.get(path)
-        if entry.label is None and before is not None:
-            book.entries[path] = dataclasses.replace(entry, label=before.label)
+    for path, entry in entries.items():
+        earlier = book.entries.get(path)
+        if entry.label is None and earlier is not None:
+            book.entries[path] = dataclasses.replace(entry, label=earlier.label)
         else:
             book.entries[path] = entry
 
@@ -128,20 +129,20 @@ def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSou
         DataError: In the cases of ``label_store``, or if no row is left.
     """
     photos, book = label_store(store, files)
-    drawn = {entry.path for entry in book if entry.stream == "calibration"}
-    wanted = book.labels.keys() - drawn
-    n_left_out = len(book.labels) - len(wanted)
+    drawn_paths = {entry.path for entry in book if entry.stream == "calibration"}
+    wanted_paths = book.labels.keys() - drawn_paths
+    n_left_out = len(book.labels) - len(wanted_paths)
     if n_left_out:
         say_once(
             f"{plural(n_left_out, 'label')} left out, because `vilu next` drew the rows for a "
             "guarantee. No predictor may be fitted on them"
         )
-    return _take_labelled(photos, wanted)
+    return _take_labelled(photos, wanted_paths)
 
 
-def _take_labelled(photos: Photos, wanted: Collection[str]) -> EmbeddingSource:
-    """The rows with the ``wanted`` paths; DataError if there is none."""
-    rows = [row for row, path in enumerate(photos.ids) if path in wanted]
+def _take_labelled(photos: Photos, wanted_paths: Collection[str]) -> EmbeddingSource:
+    """The rows with the ``wanted_paths`` paths; DataError if there is none."""
+    rows = [row for row, path in enumerate(photos.ids) if path in wanted_paths]
     if not rows:
         raise DataError(
             f"no row of {photos.first.path} has a label that may be used here. Fill in the column "
@@ -167,13 +168,13 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
             "Calibrate by these labels with `--method anytime`. The other methods need rows that "
             "were picked at random from all rows."
         )
-    chosen = {entry.path for entry in book if entry.stream == "fit"}
-    wanted = book.labels.keys() - chosen
-    rows = [row for row, path in enumerate(photos.ids) if path in wanted]
+    fit_paths = {entry.path for entry in book if entry.stream == "fit"}
+    wanted_paths = book.labels.keys() - fit_paths
+    rows = [row for row, path in enumerate(photos.ids) if path in wanted_paths]
     if not rows:
         raise DataError(
             "no labelled row was picked at random, but only "
-            f"{plural(len(chosen), 'row')} chosen to fit on."
+            f"{plural(len(fit_paths), 'row')} chosen to fit on."
         )
     n_skipped = sum(entry.label == SKIPPED and entry.stream == "given" for entry in book)
     if n_skipped:
@@ -186,7 +187,7 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
 
 
 def all_rows_with_random_labels(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """All rows of a store, some of them labelled, to say something about all.
+    """All rows of a store, some of them labelled, for statements about all rows.
 
     Raises:
         UsageError: If ``vilu next`` chose labelled rows, by their scores.

@@ -82,7 +82,7 @@ class Trial(Model):
         return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely, share=share)
 
     def further(self, n_thresholds: int, scores: Floats) -> Self:
-        """The trial with its limit so many thresholds higher, or at the last threshold.
+        """The trial with its limit ``n_thresholds`` further up the grid, at most at its end.
 
         ``scores`` (M,) are the uncertainties of the calibration photos.
         """
@@ -97,19 +97,19 @@ def share_up_to(limit: float, scores: Floats) -> float:
 
 
 def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
-    """Raise DataError if a test would be planned for a photo without a score.
+    """Raise DataError if a photo that a test may draw has no score.
 
     Args:
         scores: (N,) uncertainties of all photos; NaN for a photo without a score.
         rows: (M,) rows of the photos that the test may draw.
         names: N paths or identifiers, for the error.
     """
-    without = rows[np.isnan(scores[rows])]
-    if not len(without):
+    unscored = rows[np.isnan(scores[rows])]
+    if not len(unscored):
         return
-    shown = ", ".join(repr(names[row]) for row in without[:NAMES_SHOWN].tolist())
+    shown = ", ".join(repr(names[row]) for row in unscored[:NAMES_SHOWN].tolist())
     raise DataError(
-        f"the predictor has no score (NaN) for {plural(len(without), 'photo')} of "
+        f"the predictor has no score (NaN) for {plural(len(unscored), 'photo')} of "
         f"{len(rows):,} that labels could be drawn from: {shown}. Leave them out, or fit anew."
     )
 

@@ -1,8 +1,9 @@
 """What the labels say about the answers: the verdict with which a run begins.
 
-No answer is judged by a label that its predictor was fitted on. Adapted answers are those of the
-present predictor to labelled photos of the calibration side. Of the fit side the cross-fitted
-answers are counted, which the fit has kept (``LikelyRight``).
+No answer is judged by a label that its predictor was fitted on. So adapted answers are judged on
+two kinds of photos. For labelled photos of the calibration side, they are the answers of the
+present predictor. For those of the fit side, they are the cross-fitted answers, whose numbers are
+saved with the predictor (``LikelyRight``).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class LabelledAnswers:
         n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
         return (int(is_right.sum()) + n_right_cross_fitted) / self.n_judging
 
-    def commonest(self) -> tuple[int, float]:
+    def most_frequent_label(self) -> tuple[int, float]:
         """The most frequent label, and its share of all labels; -1 without any."""
         counts = Counter(self.label.tolist())
         if not counts:
@@ -101,7 +102,7 @@ def labelled_answers(
     is_calibration: NDArray[np.bool_],
     likely: LikelyRight | None,
 ) -> LabelledAnswers:
-    """Labels and answers of all labelled photos.
+    """The labels of all labelled photos, and the answers that they judge.
 
     Args:
         photos: The photos, with their labels.
@@ -125,8 +126,8 @@ def labelled_answers(
         n_cross_fitted = likely.n
         cross_fitted_wrong = {"zero_shot": likely.n_wrong_zero_shot, "adapted": likely.n_wrong}
     in_calibration = is_calibration[rows]
-    has_judges = n_cross_fitted > 0 or in_calibration.any()
-    if outcomes.answer != "adapted" or not has_judges:
+    has_judging_label = n_cross_fitted > 0 or in_calibration.any()
+    if outcomes.answer != "adapted" or not has_judging_label:
         return LabelledAnswers(label[rows], answers)
     answers["adapted"] = _adapted_answers(photos, predictor, rows, in_calibration)
     return LabelledAnswers(label[rows], answers, n_cross_fitted, cross_fitted_wrong)
@@ -182,26 +183,26 @@ def _judgement(labelled: LabelledAnswers, outcomes: Outcomes) -> list[str]:
     judged: AnswerKind = "zero_shot"
     if outcomes.answer == "adapted" and "adapted" in labelled.answers:
         judged = "adapted"
-    commonest, share_commonest = labelled.commonest()
+    most_frequent_label, share_of_most_frequent = labelled.most_frequent_label()
     parts = []
     for kind in labelled.answers:
         share = labelled.share_right(kind)
         parts.append(f"{share:.0%} of the {KINDS[kind]} answers")
-    always = _class_name(outcomes, commonest)
+    class_name = _class_name(outcomes, most_frequent_label)
     sentences = [
         f"{' and '.join(parts)} are right, by {plural(labelled.n_judging, 'label')}. "
-        f"Always saying {always!r} is right in {share_commonest:.0%} of all "
+        f"Always saying {class_name!r} is right in {share_of_most_frequent:.0%} of all "
         f"{plural(len(labelled.label), 'label')}."
     ]
-    if labelled.share_right(judged) <= share_commonest:
+    if labelled.share_right(judged) <= share_of_most_frequent:
         sentences.append("So the answers are worth no more than that one word.")
-    confused = []
+    confusion_texts = []
     for label, answer, n in labelled.confusions(judged):
-        confused.append(
+        confusion_texts.append(
             f"{_class_name(outcomes, answer)!r} for {_class_name(outcomes, label)!r} ({n})"
         )
-    if confused:
-        sentences.append(f"The most frequent confusions: {', '.join(confused)}.")
+    if confusion_texts:
+        sentences.append(f"The most frequent confusions: {', '.join(confusion_texts)}.")
     return sentences
 
 

@@ -45,7 +45,7 @@ _HEAD: Final = (
 )
 _TAIL: Final = rf"</{_P}Bag>\s*</dc:subject>\s*</{_P}Description>\s*"
 _ITEM: Final = rf"<{_P}li>[^<>]*</{_P}li>\s*"
-OURS: Final = re.compile(rf"{BEGIN}\s*(?:{_HEAD}{_ITEM}{_TAIL}|{_ITEM}){END}".encode())
+ADDED_BY_VILU: Final = re.compile(rf"{BEGIN}\s*(?:{_HEAD}{_ITEM}{_TAIL}|{_ITEM}){END}".encode())
 """What vilu adds, with its comments. Anything else between the comments is of another program."""
 
 NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -54,10 +54,11 @@ NOT_IN_XML: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ff
 
 def xmp_with(subject: str) -> bytes:
     """XMP that has a subject and nothing else; DataError if XML cannot hold the subject."""
-    return SIDECAR.format(label=_text(subject)).encode()
+    return SIDECAR.format(label=_escaped(subject)).encode()
 
 
-def _text(subject: str) -> str:
+def _escaped(subject: str) -> str:
+    """A subject as text of XML; DataError if XML cannot hold it."""
     if NOT_IN_XML.search(subject):
         raise DataError("the label has a character that XML cannot hold")
     return escape(subject)
@@ -88,8 +89,9 @@ class _Reader:
     """Handlers of the parser, which fill an ``Xmp``."""
 
     def __init__(self) -> None:
-        self.found = Xmp()
-        self._open: list[str] = []  # names of the elements around the present position
+        self.xmp = Xmp()
+        # names of the elements around the present position, the innermost one last
+        self._open_elements: list[str] = []
         self._begun: int | None = None  # position of ``BEGIN``
         self._parser = expat.ParserCreate(namespace_separator=" ")
         self._parser.buffer_text = True
@@ -106,38 +108,40 @@ class _Reader:
             self._parser.Parse(data, True)
         except expat.ExpatError as error:
             raise DataError(f"it is no XML ({error})") from error
-        return self.found
+        return self.xmp
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
-        self._open.append(name)
-        if name == DESCRIPTION and self._open[-2:-1] == [ROOT] and self.found.about is None:
-            self.found.about = attributes.get(ABOUT, "")
-        if self._open[-3:] == [ROOT, DESCRIPTION, SUBJECT]:
-            self.found.n_subject_elements += 1
+        self._open_elements.append(name)
+        is_description = self._open_elements[-2:] == [ROOT, DESCRIPTION]
+        if is_description and self.xmp.about is None:
+            self.xmp.about = attributes.get(ABOUT, "")
+        if self._open_elements[-3:] == [ROOT, DESCRIPTION, SUBJECT]:
+            self.xmp.n_subject_elements += 1
         if self._is_in_bag() and name == ITEM:
-            self.found.subjects.append("")
+            self.xmp.subjects.append("")
 
     def _is_in_bag(self) -> bool:
-        return self._open[-5:-1] == [ROOT, DESCRIPTION, SUBJECT, BAG]
+        """Whether the innermost open element is a child of a bag of subjects."""
+        return self._open_elements[-5:-1] == [ROOT, DESCRIPTION, SUBJECT, BAG]
 
     def _end(self, name: str) -> None:
         position = self._parser.CurrentByteIndex
-        if self._open[-4:] == [ROOT, DESCRIPTION, SUBJECT, BAG]:
-            self.found.bag_ends.append(position)
+        if self._open_elements[-4:] == [ROOT, DESCRIPTION, SUBJECT, BAG]:
+            self.xmp.bag_ends.append(position)
         if name == ROOT:
-            self.found.root_ends.append(position)
-        self._open.pop()
+            self.xmp.root_ends.append(position)
+        self._open_elements.pop()
 
     def _characters(self, text: str) -> None:
-        if self._is_in_bag() and self._open[-1] == ITEM:
-            self.found.subjects[-1] += text
+        if self._is_in_bag() and self._open_elements[-1] == ITEM:
+            self.xmp.subjects[-1] += text
 
     def _comment(self, text: str) -> None:
         position = self._parser.CurrentByteIndex
         if f"<!--{text}-->" == BEGIN:
             self._begun = position
         if f"<!--{text}-->" == END and self._begun is not None:
-            self.found.passages.append((self._begun, position + len(END)))
+            self.xmp.passages.append((self._begun, position + len(END)))
             self._begun = None
 
     def _doctype(self, *_: object) -> None:
@@ -155,14 +159,14 @@ def read_xmp(data: bytes) -> Xmp:
     return _Reader().read(data)
 
 
-def without_ours(data: bytes) -> bytes:
+def without_added_subject(data: bytes) -> bytes:
     """XMP without the subject that vilu has added to it.
 
     Raises:
         DataError: If another program has changed what vilu added, so that more would be lost.
     """
     for begin, end in reversed(read_xmp(data).passages):
-        if OURS.fullmatch(data[begin:end]) is None:
+        if ADDED_BY_VILU.fullmatch(data[begin:end]) is None:
             raise DataError("another program has changed what vilu added to it")
         data = data[:begin] + data[end:]
     return data
@@ -172,58 +176,58 @@ def with_subject(data: bytes, subject: str) -> bytes:
     """XMP of another program with one more subject; a subject that is there is not added.
 
     Raises:
-        DataError: If it is not sure where the subject belongs.
+        DataError: If it is not clear where the subject belongs.
     """
-    found = read_xmp(data)
-    if len(found.root_ends) != 1:
-        raise DataError(f"it has {len(found.root_ends)} elements rdf:RDF; one was expected")
-    if found.n_subject_elements > 1:
+    xmp = read_xmp(data)
+    if len(xmp.root_ends) != 1:
+        raise DataError(f"it has {len(xmp.root_ends)} elements rdf:RDF; one was expected")
+    if xmp.n_subject_elements > 1:
         raise DataError("it has several elements dc:subject")
-    if subject in found.subjects:
+    if subject in xmp.subjects:
         return data
-    if found.n_subject_elements == 0:
-        addition = _description(found)
-    elif len(found.bag_ends) == 1:
-        addition = _Addition(found.bag_ends[0], "Bag", "", "")
+    if xmp.n_subject_elements == 0:
+        addition = _new_description(xmp)
+    elif len(xmp.bag_ends) == 1:
+        addition = _Addition(xmp.bag_ends[0], tag_name="Bag", opening="", closing="")
     else:
         raise DataError("its dc:subject holds no rdf:Bag")
-    merged = addition.to(data, _text(subject))
-    if read_xmp(merged).subjects != [*found.subjects, subject]:
+    merged = addition.inserted_into(data, _escaped(subject))
+    if read_xmp(merged).subjects != [*xmp.subjects, subject]:
         raise DataError("the label could not be added to its subjects")
     return merged
 
 
 @dataclass(frozen=True)
 class _Addition:
-    """A place for one more item of a bag, with what has to stand around the item."""
+    """Where one more item of a bag is inserted, and the elements that have to enclose the item."""
 
-    position: int  # of the end tag before which the addition goes
-    name: str  # of this end tag, without its prefix
-    before: str  # "{p}" stands for the prefix of RDF
-    after: str
+    position: int  # position of the end tag before which the item is inserted
+    tag_name: str  # name of this end tag, without its prefix
+    opening: str  # tags before the item; "{p}" stands for the prefix of RDF
+    closing: str  # tags after the item
 
-    def to(self, data: bytes, text: str) -> bytes:
+    def inserted_into(self, data: bytes, text: str) -> bytes:
         """The data with the addition; DataError if there is no end tag at the position."""
-        pattern = rf"</((?:[^\s<>/:]+:)?){self.name}\s*>".encode()
+        pattern = rf"</((?:[^\s<>/:]+:)?){self.tag_name}\s*>".encode()
         end_tag = re.compile(pattern).match(data, self.position)
         if end_tag is None:  # an element without content has a single tag
-            raise DataError(f"its rdf:{self.name} is empty")
+            raise DataError(f"its rdf:{self.tag_name} is empty")
         prefix = end_tag.group(1).decode()
         item = f"<{prefix}li>{text}</{prefix}li>"
-        before = self.before.replace("{p}", prefix)
-        after = self.after.replace("{p}", prefix)
-        added = f"{BEGIN}{before}{item}{after}{END}".encode()
+        opening = self.opening.replace("{p}", prefix)
+        closing = self.closing.replace("{p}", prefix)
+        added = f"{BEGIN}{opening}{item}{closing}{END}".encode()
         return data[: self.position] + added + data[self.position :]
 
 
-def _description(found: Xmp) -> _Addition:
-    """The place of a description of its own, about the same as those that are there."""
+def _new_description(xmp: Xmp) -> _Addition:
+    """The addition of a new description, about the same as the descriptions that are there."""
     # "{" is written as its number, because "{p}" stands for the prefix
-    about = quoteattr(found.about or "", {"{": "&#123;"})
-    before = (
+    about = quoteattr(xmp.about or "", {"{": "&#123;"})
+    opening = (
         f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE)}>"
         "<dc:subject><{p}Bag>"
     )
-    after = "</{p}Bag></dc:subject></{p}Description>"
-    (end,) = found.root_ends
-    return _Addition(end, "RDF", before, after)
+    closing = "</{p}Bag></dc:subject></{p}Description>"
+    (end,) = xmp.root_ends
+    return _Addition(end, tag_name="RDF", opening=opening, closing=closing)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from vilu.metrics.catalog import METRICS, but_for
+from vilu.metrics.catalog import METRICS, not_in_percent
 from vilu.text import short, span
 from vilu_bench.studies.board import Board, Entrant, Mean, counted_rows, occurring
 from vilu_bench.studies.config import Config
@@ -38,7 +38,7 @@ def notes_of(
 
 def _interval_note(config: Config, view: View) -> str:
     """Note on the unit of the numbers and on their intervals."""
-    exceptions = but_for(METRICS[name] for name in view.metrics)
+    exceptions = not_in_percent(METRICS[name] for name in view.metrics)
     return (
         f"In percent{exceptions}. Brackets: {100 * config.confidence:g} % bootstrap interval "
         f"over test rows ({config.strata}) and seeds, "

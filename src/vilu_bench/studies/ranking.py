@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 from vilu.metrics.bootstrap import Difference, Interval, Quantity
-from vilu.metrics.catalog import METRICS, but_for
+from vilu.metrics.catalog import METRICS, not_in_percent
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.text import NOTHING, aligned, short, span
 from vilu_bench.studies.board import Board, Entrant, counted_rows, occurring
@@ -374,7 +374,7 @@ def _standings(summary: Summary, best: str) -> str:
 def _notes(config: Config) -> list[str]:
     """Notes below all tables."""
     metrics = [METRICS[name] for name in config.metrics]
-    unit = f"in percent{but_for(metrics)}"
+    unit = f"in percent{not_in_percent(metrics)}"
     best = METRICS[config.ranked_by[0]].title
     return [
         f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows "

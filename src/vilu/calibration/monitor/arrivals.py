@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.calibration.monitor.martingale import LONGEST, grouped, in_blocks, rising
+from vilu.calibration.monitor.martingale import LONGEST_MERGED, is_grouped, is_in_blocks, is_rising
 from vilu.callers import warn_caller
 from vilu.embeddings.checks import hash_names, hash_of_each
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
@@ -24,7 +24,7 @@ repetition.
 """
 
 
-class Seen:
+class SeenRows:
     """Set of rows and their names, as 64-bit hashes in sorted runs.
 
     A hash takes 8 bytes. The probability that any two of n rows and names have the same hash is
@@ -34,34 +34,36 @@ class Seen:
     def __init__(self, runs: Sequence[Ints] = ()) -> None:
         self.runs = list(runs)
 
-    def __deepcopy__(self, _: object) -> Seen:
+    def __deepcopy__(self, _: object) -> SeenRows:
         """A copy that shares the runs; a run is replaced and never changed."""
-        return Seen(self.runs)
+        return SeenRows(self.runs)
 
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
     def hashes(self) -> Ints:
         """All hashes, ascending."""
-        every = np.concatenate([np.empty(0, np.int64), *self.runs])
-        every.sort()
-        return every
+        hashes = np.concatenate([np.empty(0, np.int64), *self.runs])
+        hashes.sort()
+        return hashes
 
     def add(self, hashes: Ints) -> None:
         """Add hashes; hashes that are already there are ignored."""
-        run = np.unique(hashes[~self._holds(hashes)])
+        run = np.unique(hashes[~self._contains(hashes)])
         if not len(run):
             return
         # Earlier runs that are no longer than the new one are merged into it. So every run is
         # shorter than the run before it, and there are few runs to search. Long runs are left as
         # they are, because a merge takes several times the memory of its runs.
-        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
+        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
             # Both are sorted, and no hash is in two runs. So a sort joins them.
             run = np.concatenate([self.runs.pop(), run])
             run.sort(kind="stable")
         self.runs.append(run)
 
-    def new(self, outcomes: Outcomes, *, labels: bool = False) -> tuple[Ints, NDArray[np.bool_]]:
+    def find_new(
+        self, outcomes: Outcomes, *, labels: bool = False
+    ) -> tuple[Ints, NDArray[np.bool_]]:
         """Hashes of the rows of ``outcomes``, and a mask (N,) of the rows that are new.
 
         Rows without identifiers are recognised as a whole batch: all are new, or none.
@@ -69,7 +71,7 @@ class Seen:
         """
         if outcomes.ids is not None:
             return self._new_by_name(outcomes, outcomes.ids)
-        numbers = _content(outcomes)
+        numbers = _identifying_numbers(outcomes)
         if labels:
             numbers = np.column_stack([numbers, outcomes.failure])
         return self._new_as_a_whole(outcomes, numbers)
@@ -77,44 +79,47 @@ class Seen:
     def _new_by_name(
         self, outcomes: Outcomes, ids: Sequence[str]
     ) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``new``, for rows with identifiers."""
-        numbers = _content(outcomes)
+        """As ``find_new``, for rows with identifiers."""
+        numbers = _identifying_numbers(outcomes)
         hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
-        _, first = np.unique(hashes, return_index=True)  # equal rows of this batch count once
-        is_first = np.isin(np.arange(len(outcomes)), first)
+        # equal rows of this batch count once
+        _, first_of_equals = np.unique(hashes, return_index=True)
+        is_first = np.isin(np.arange(len(outcomes)), first_of_equals)
         name_hashes = hash_names(ids).view(np.int64)
-        is_known = self._holds(hashes)
+        is_known = self._contains(hashes)
         is_mixed = is_known.any() and not is_known.all()
         # If some names of this batch were seen with other scores, the names are used again for new
-        # rows. Then a score that many rows share may occur with the same name by chance. Only a
-        # score that a single row has shows a repetition.
-        has_reused_names = not np.array_equal(self._holds(name_hashes), is_known)
+        # rows. Then a name may occur by chance with the same score as before, if many rows share
+        # this score. So only a score of a single row shows a repetition.
+        has_reused_names = not np.array_equal(self._contains(name_hashes), is_known)
         if is_mixed and has_reused_names:
-            is_known &= ~_tied_by_chance(numbers, is_known)
+            is_known &= ~_known_by_chance(numbers, is_known)
         return np.concatenate([hashes, name_hashes]), is_first & ~is_known
 
     def _new_as_a_whole(self, outcomes: Outcomes, numbers: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """As ``new``, for rows without identifiers: the whole batch is new, or none of it."""
+        """As ``find_new``, for rows without identifiers: the whole batch is new, or none of it."""
         n = len(outcomes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
         # The rows are sorted, because the same rows in another order are the same batch.
         in_order = numbers[np.lexsort(numbers.T)]
         content = np.ascontiguousarray(in_order).tobytes()
-        batch_hash = hash_of_each([content]).view(np.int64)
-        return batch_hash, np.full(n, not self._holds(batch_hash).all())
+        batch_hash = hash_of_each([content]).view(np.int64)  # (1,)
+        is_new = not self._contains(batch_hash)[0]
+        return batch_hash, np.full(n, is_new)
 
-    def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
+    def _contains(self, hashes: Ints) -> NDArray[np.bool_]:
         """Mask of the hashes that are in this set."""
         is_known = np.zeros(len(hashes), dtype=np.bool_)
         for run in self.runs:
-            # index of the first hash that is not smaller; the last index if all are smaller
-            nearest = np.searchsorted(run, hashes).clip(max=len(run) - 1)
-            is_known |= run[nearest] == hashes
+            # Index of the first hash of the run that is not smaller than the wanted one. If all are
+            # smaller, it is the last index.
+            index = np.searchsorted(run, hashes).clip(max=len(run) - 1)
+            is_known |= run[index] == hashes
         return is_known
 
 
-def _content(outcomes: Outcomes) -> Ints:
+def _identifying_numbers(outcomes: Outcomes) -> Ints:
     """Numbers (N, 2) by which rows are recognised: the bits of the uncertainty, and the answer."""
     answers = outcomes.prediction
     if answers is None:
@@ -131,15 +136,15 @@ def _rows_as_bytes(ids: Sequence[str], numbers: Ints) -> Iterator[bytes]:
         yield name.encode(errors="surrogatepass") + content[start : start + width]
 
 
-def _tied_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _known_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Mask (N,) of the rows with tied scores, if these rows seem to be known only by chance.
 
     They seem so if the share of known rows is more than ten times as large among rows with tied
     scores as among all other rows. Otherwise the mask is False everywhere.
     """
-    _, index, count = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
-    is_tied = count[index.ravel()] > 1
-    # counts of the untied rows, then of the tied rows; at least 1, because they are divisors
+    _, index, n_equal = np.unique(numbers, axis=0, return_inverse=True, return_counts=True)
+    is_tied = n_equal[index.ravel()] > 1
+    # each a pair: counts of the untied rows, and of the tied rows; the divisors are at least 1
     n_rows = np.bincount(is_tied, minlength=2).clip(1)
     n_known = np.bincount(is_tied, is_known, minlength=2)
     share_untied, share_tied = n_known / n_rows
@@ -148,8 +153,8 @@ def _tied_by_chance(numbers: Ints, is_known: NDArray[np.bool_]) -> NDArray[np.bo
     return is_tied
 
 
-def _is_numbered(ids: Sequence[str]) -> bool:
-    """Whether identifiers are only the numbers of the rows, which are the same in every batch."""
+def _are_row_numbers(ids: Sequence[str]) -> bool:
+    """Whether identifiers are only the numbers 0, 1, 2, ... of the rows, as in every batch."""
     if not len(ids) or not ids[0].isdigit():
         return False
     return set(ids) == {str(row) for row in range(len(ids))}
@@ -176,11 +181,11 @@ def _sorted_by(outcomes: Outcomes, scored: NDArray[np.bool_]) -> str | None:
     """
     if outcomes.target is not None:
         labels = outcomes.target[scored]
-        if (labels != UNKNOWN).all() and in_blocks(labels):
+        if (labels != UNKNOWN).all() and is_in_blocks(labels):
             return "right answer"
-    if outcomes.prediction is not None and grouped(outcomes.prediction[scored]):
+    if outcomes.prediction is not None and is_grouped(outcomes.prediction[scored]):
         return "answer"
-    if rising(outcomes.uncertainty[scored]):
+    if is_rising(outcomes.uncertainty[scored]):
         return "uncertainty"
     return None
 
@@ -211,15 +216,15 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
             f"these scores were decided on by the calibration {decided_by}, the one monitored is "
             f"{risk}. Score again with the predictor as it is calibrated now."
         )
-    n_known = _n_known(outcomes, calibration)
-    if n_known:
+    n_calibration_rows = _n_calibration_rows(outcomes, calibration)
+    if n_calibration_rows:
         warn_caller(
-            f"{n_known} of {len(outcomes)} rows are calibration rows, which say nothing about new "
-            "ones.",
+            f"{n_calibration_rows} of {len(outcomes)} rows are calibration rows, which say nothing "
+            "about new ones.",
         )
     # Numbers of rows are recognised here, before any rows are left out. Afterwards there would be
     # gaps in the numbers, and they would look like keys.
-    if outcomes.ids is not None and _is_numbered(outcomes.ids):
+    if outcomes.ids is not None and _are_row_numbers(outcomes.ids):
         outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
         return replace(outcomes, class_names=calibration.class_names)
@@ -233,7 +238,7 @@ def _differs(expected: object, present: object) -> bool:
     return expected != present
 
 
-def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
+def _n_calibration_rows(outcomes: Outcomes, calibration: Outcomes) -> int:
     """Number of rows with the same key and the same uncertainty as a calibration row.
 
     Equal keys alone are not enough, because a row of another data set may have the same key.
@@ -242,7 +247,9 @@ def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
         return 0
     # Uncertainties are compared first, because this is fast and only few calibration rows have the
     # uncertainties of a small batch.
-    alike = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))
-    known = {(calibration.ids[row], calibration.uncertainty[row]) for row in alike.tolist()}
+    candidate_rows = np.flatnonzero(np.isin(calibration.uncertainty, outcomes.uncertainty))
+    known = {
+        (calibration.ids[row], calibration.uncertainty[row]) for row in candidate_rows.tolist()
+    }
     rows = zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True)
     return sum(row in known for row in rows)

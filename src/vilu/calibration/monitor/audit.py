@@ -69,7 +69,7 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
         return 0.0
 
     def excess(rate: float) -> float:
-        """Log of M(rate) over 1 / delta."""
+        """Logarithm of M(rate) / (1 / delta): above 0 where M is larger than 1 / delta."""
         return float(log_wealth(np.asarray(wrong), np.asarray(n), rate, prior)) + math.log(delta)
 
     # M decreases as the rate rises to k / n, and is at most 1 from there on. So M crosses 1 / delta
@@ -116,16 +116,16 @@ class Audit:
         """Verdict from the answers so far."""
         # The wealth at the limit shows on which side of the limit the bounds are. This is faster
         # than a search for the bounds.
-        enough = -math.log(self.delta)
+        needed_log_wealth = -math.log(self.delta)
         wrong = np.asarray(self.wrong)
         n = np.asarray(self.n)
-        if log_wealth(wrong, n, self.limit, self.prior) >= enough:
+        if log_wealth(wrong, n, self.limit, self.prior) >= needed_log_wealth:
             return "broken"
-        if log_wealth(n - wrong, n, 1 - self.limit, self.prior_of_right) >= enough:
+        if log_wealth(n - wrong, n, 1 - self.limit, self.prior_of_right) >= needed_log_wealth:
             return "holds so far"
         return "not enough audited answers"
 
-    def path(self, failure: Ints) -> Floats:
+    def log_wealth_after(self, failure: Ints) -> Floats:
         """Log wealth (B,), log M(limit), after each of the next B audited answers (1 = wrong).
 
         Where the log wealth reaches log(1/delta), the lower bound reaches the limit. Then the
@@ -134,7 +134,7 @@ class Audit:
         n = self.n + np.arange(1, len(failure) + 1)
         return log_wealth(self.wrong + np.cumsum(failure), n, self.limit, self.prior)
 
-    def more(self, failure: Ints) -> Audit:
+    def with_answers(self, failure: Ints) -> Audit:
         """The audit with B more audited answers (1 = wrong)."""
         return replace(self, n=self.n + len(failure), wrong=self.wrong + int(failure.sum()))
 
@@ -149,15 +149,15 @@ class Audit:
             return None
         # The number of wrong answers is rounded towards the limit, so that the estimate is not too
         # small.
-        rounded: Callable[[float], int] = math.ceil if rate < self.limit else math.floor
+        round_to_limit: Callable[[float], int] = math.ceil if rate < self.limit else math.floor
 
         def is_enough(n: int) -> bool:
-            audit = replace(self, n=n, wrong=rounded(rate * n))
+            audit = replace(self, n=n, wrong=round_to_limit(rate * n))
             return audit.verdict != "not enough audited answers"
 
         if is_enough(self.n):
             return 0
-        n = first_enough(is_enough, max(self.n, 1))
+        n = first_enough(is_enough, first_tried=max(self.n, 1))
         if n is None:
             return None
         return n - self.n

@@ -1,7 +1,7 @@
 """Conformal test martingales: bets against p-values that are uniform as long as nothing changes.
 
-Rows must come in their order of arrival. ``grouped``, ``rising`` and ``in_blocks`` recognise rows
-that are sorted instead.
+Rows must come in their order of arrival. ``is_grouped``, ``is_rising`` and ``is_in_blocks``
+recognise rows that are sorted instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy import signal, special
 
 from vilu.metrics.counts import Floats, Ints
 
-SHAPES: Final = tuple(1.3**power for power in (-2, -1, 0, 1, 2, 3))
+SHAPES: Final = tuple(1.3**power for power in range(-2, 4))
 """Values of the parameters a and b of the beta densities that are bets.
 
 With both below 1, the bet is on p-values near 0 and 1. With both above 1, it is on p-values near
@@ -31,12 +31,15 @@ HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
 
 DECAY: Final = 1 - 1 / 400  # factor by which the weight of an earlier p-value falls at every row
 
-SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS), len(HISTOGRAMS)])
+N_BETS: Final = (len(BETAS), len(HISTOGRAMS))
+"""Number of beta bets, and number of histogram bets."""
+
+SHARES: Final = np.repeat([0.5 / N_BETS[0], 0.5 / N_BETS[1]], N_BETS)
 """Share (K,) of the wealth of every bet: half for the beta densities, half for the histograms."""
 
-EVERY: Final = 50  # number of rows between two starts of the bets
-BLOCK: Final = 4096  # number of rows that are processed at once
-LONGEST: Final = 2**15  # a sorted run of more values is never merged
+ROWS_PER_START: Final = 50  # number of rows between two starts of the bets
+ROWS_PER_BLOCK: Final = 4096  # number of rows that are processed at once
+LONGEST_MERGED: Final = 2**15  # a sorted run of more values is never merged
 EPS: Final = 2.0**-53  # smallest distance of a p-value from 0 and from 1
 
 
@@ -52,7 +55,7 @@ def beta_bets(p: Floats) -> Floats:
 
 @np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
 def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
-    """Log densities of a histogram bet at p-values (B,), and its updated counts (m,).
+    """Log densities (B,) of a histogram bet at p-values (B,), and its updated counts (m,).
 
     The bet is a histogram of the last few hundred p-values in m equal cells, with a uniform prior
     that weighs as much as ``weight`` p-values:
@@ -118,8 +121,10 @@ class Martingale:
 
         The result does not depend on how the p-values are divided into calls.
         """
-        blocks = [self._update(p[start : start + BLOCK]) for start in range(0, len(p), BLOCK)]
-        return np.concatenate(blocks) if blocks else np.empty(0)
+        wealth = [np.empty(0)]
+        for start in range(0, len(p), ROWS_PER_BLOCK):
+            wealth.append(self._update(p[start : start + ROWS_PER_BLOCK]))
+        return np.concatenate(wealth)
 
     @np.errstate(under="ignore")  # a number far smaller than the others is rounded to 0
     def _update(self, p: Floats) -> Floats:
@@ -133,10 +138,10 @@ class Martingale:
         # Every start takes a share of the wealth that is not used yet. Bets that all start at row 0
         # would lose wealth as long as nothing changes. After a late shift they would first have to
         # win back these losses.
-        start = (row // EVERY).astype(np.float64)
+        start = (row // ROWS_PER_START).astype(np.float64)
         unused_before = np.where(start > 0, unused_share(start - 1), 1.0)
         share = unused_before - unused_share(start)
-        share_of_row = np.where(row % EVERY == 0, share, 0.0)[:, None]  # (B, 1)
+        share_of_row = np.where(row % ROWS_PER_START == 0, share, 0.0)[:, None]  # (B, 1)
         with np.errstate(divide="ignore"):  # log 0 = -inf at rows without a start
             started_here = np.log(share_of_row) - growth_before
         all_started = np.concatenate([self.started[None], started_here])
@@ -199,18 +204,20 @@ class SortedRun:
 
     def compare(self, values: Floats) -> tuple[Ints, Ints]:
         """For each of these values, how many in the run are greater, and how many are equal."""
-        padded = np.concatenate([[0], self.n_up_to])
-        n_up_to = padded[np.searchsorted(self.values, values, "right")]
-        below = padded[np.searchsorted(self.values, values, "left")]
-        return self.n - n_up_to, n_up_to - below
+        # The search gives the number k of distinct values up to (or below) each value. Entry k of
+        # this array is the number of all values among the k smallest distinct ones.
+        n_among_smallest = np.concatenate([[0], self.n_up_to])
+        n_up_to = n_among_smallest[np.searchsorted(self.values, values, "right")]
+        n_below = n_among_smallest[np.searchsorted(self.values, values, "left")]
+        return self.n - n_up_to, n_up_to - n_below
 
 
 @dataclass
 class Reference:
     """All values so far, in sorted runs.
 
-    For n values, log n runs and n / LONGEST long ones are searched. Repeated values take no memory
-    in a run.
+    About log n short runs and n / LONGEST_MERGED long ones are searched, for n values. Repeated
+    values take no memory in a run.
     """
 
     runs: list[SortedRun] = field(default_factory=list)
@@ -241,7 +248,7 @@ class Reference:
         # Earlier runs that are no longer than the new one are merged into it. So every run is
         # shorter than the run before it, and there are few runs to search. Long runs are left as
         # they are, because a merge takes several times the memory of its runs.
-        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST):
+        while self.runs and len(self.runs[-1]) <= min(len(run), LONGEST_MERGED):
             run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)
 
@@ -249,8 +256,8 @@ class Reference:
         """Distinct values, ascending, and how often each occurred."""
         if not self.runs:
             return np.empty(0), np.empty(0, np.int64)
-        every = SortedRun.merged(self.runs)
-        return every.values, every.counts()
+        all_values = SortedRun.merged(self.runs)
+        return all_values.values, all_values.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
         """P-values (B,) of new values (B,), which are then added to the reference.
@@ -263,7 +270,7 @@ class Reference:
             greater_in_run, equal_in_run = run.compare(values)
             greater = greater + greater_in_run
             equal = equal + equal_in_run
-        n_before = self.n + np.arange(len(values))
+        n_before = self.n + np.arange(len(values))  # number of values before each new value
         self.add(values)
         # Ties are broken at random, and each row is also compared with itself. Otherwise p-values
         # of tied scores would not be uniform, and the bets would win although nothing changes
@@ -294,11 +301,11 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
         even_keys = np.sort(key[~is_odd_block])
         odd_keys = key[is_odd_block]
         n_up_to = np.searchsorted(even_keys, odd_keys, "right")
-        below = np.searchsorted(even_keys, odd_keys, "left")
+        n_below = np.searchsorted(even_keys, odd_keys, "left")
         # If an odd block has values, the even blocks of its pair and of all earlier pairs are full.
         # Together they hold (pair + 1) * width values.
         greater[is_odd_block] += (pair[is_odd_block] + 1) * width - n_up_to
-        equal[is_odd_block] += n_up_to - below
+        equal[is_odd_block] += n_up_to - n_below
         width *= 2
     return greater, equal
 
@@ -308,14 +315,14 @@ def compare_with_earlier(values: Floats) -> tuple[Ints, Ints]:
 SHUFFLES: Final = 999
 # Rows count as sorted only if their order exceeds the mean of the shuffles by at least this number
 # of standard deviations. A normal variable does so with probability 3/100,000.
-CLEAR: Final = 4.0
+CLEAR_DEVIATIONS: Final = 4.0
 # Maximum number of evenly spaced rows that are compared in each half of the rows.
-SAMPLED: Final = 4096
+ROWS_PER_HALF: Final = 4096
 # Minimum number of rows; fewer rows never count as sorted.
-FEWEST: Final = 20
+FEWEST_ROWS: Final = 20
 
 
-def grouped(codes: Ints) -> bool:
+def is_grouped(codes: Ints) -> bool:
     """Whether equal codes (N,) are neighbours, as in a list of files by class.
 
     In both halves of the rows, the excess of equal neighbours over shuffled rows must be at least a
@@ -330,10 +337,15 @@ def grouped(codes: Ints) -> bool:
     def most_equal_neighbours(codes: Floats) -> float:
         return len(codes) - len(np.unique(codes))
 
-    return _in_order(codes.astype(np.float64), n_equal_neighbours, most_equal_neighbours, least=0.1)
+    return _is_sorted_in_halves(
+        codes.astype(np.float64),
+        order=n_equal_neighbours,
+        largest_order=most_equal_neighbours,
+        least_share=0.1,
+    )
 
 
-def rising(values: Floats) -> bool:
+def is_rising(values: Floats) -> bool:
     """Whether neighbours among values (N,) have similar ranks, as in sorted values.
 
     In both halves, the excess over shuffled rows must be at least three quarters of the excess of
@@ -341,17 +353,22 @@ def rising(values: Floats) -> bool:
     """
 
     # minus the total distance of neighbours, so that more order gives a larger number
-    def near(rank: Floats) -> float:
+    def nearness_of_neighbours(rank: Floats) -> float:
         return -float(np.abs(np.diff(rank)).sum())
 
-    def nearest(rank: Floats) -> float:
+    def nearness_if_sorted(rank: Floats) -> float:
         return float(rank.min() - rank.max())
 
     _, rank = np.unique(values, return_inverse=True)
-    return _in_order(rank.astype(np.float64), near, nearest, least=0.75)
+    return _is_sorted_in_halves(
+        rank.astype(np.float64),
+        order=nearness_of_neighbours,
+        largest_order=nearness_if_sorted,
+        least_share=0.75,
+    )
 
 
-def in_blocks(codes: Ints) -> bool:
+def is_in_blocks(codes: Ints) -> bool:
     """Whether every code (N,) has all its rows in one block, and chance hardly explains this.
 
     Chance hardly explains it if exchangeable rows have one block per code with a probability of
@@ -363,20 +380,25 @@ def in_blocks(codes: Ints) -> bool:
     n_blocks = 1 + np.count_nonzero(codes[1:] != codes[:-1])
     if n_blocks != len(sizes):
         return False
-    # out of N! orders, K! n_1! ... n_K! have one block for each of the K codes
+    # Let n_k be the number of rows of code k. Of all N! orders, K! n_1! ... n_K! have one block for
+    # each of the K codes.
     log_in_blocks = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum()
     log_all_orders = special.gammaln(len(codes) + 1)
     return bool(log_in_blocks - log_all_orders < np.log(1e-6))
 
 
-def _in_order(
-    values: Floats, order: Callable[[Floats], float], most: Callable[[Floats], float], least: float
+def _is_sorted_in_halves(
+    values: Floats,
+    *,
+    order: Callable[[Floats], float],
+    largest_order: Callable[[Floats], float],
+    least_share: float,
 ) -> bool:
     """Whether values are sorted within both halves of the rows.
 
     1. The values must have more order than every shuffle of them.
-    2. In each half, the excess of order over shuffles must be at least ``least`` of the largest
-       possible excess.
+    2. In each half, the excess of order over shuffles must be at least the share ``least_share`` of
+       the largest possible excess.
 
     A shuffle moves values only within their half. So a difference between the two halves does not
     count as order.
@@ -384,27 +406,28 @@ def _in_order(
     Args:
         values: Values (N,) in the order of the rows.
         order: Measure of order of the values of a half.
-        most: Largest value of this measure that the values of a half can have.
-        least: Smallest share of the largest possible excess.
+        largest_order: Largest value of this measure that the values of a half can have.
+        least_share: Smallest share of the largest possible excess.
     """
-    if len(values) < FEWEST:
+    if len(values) < FEWEST_ROWS:
         return False
     rng = np.random.default_rng(0)
     halves = []
     for half in np.array_split(values, 2):
-        step = math.ceil(len(half) / SAMPLED)
+        step = math.ceil(len(half) / ROWS_PER_HALF)
         halves.append(half[::step])
-    present = np.array([order(half) for half in halves])
-    shuffled = np.empty((SHUFFLES, 2))
+    order_of_half = np.array([order(half) for half in halves])
+    total_order = order_of_half.sum()
+    shuffled_order = np.empty((SHUFFLES, 2))  # one row per shuffle, one column per half
     for number in range(SHUFFLES):
-        shuffled[number] = [order(rng.permutation(half)) for half in halves]
-        if shuffled[number].sum() >= present.sum():
+        shuffled_order[number] = [order(rng.permutation(half)) for half in halves]
+        if shuffled_order[number].sum() >= total_order:
             return False
-    mean = shuffled.mean(axis=0)
-    shuffled_total = shuffled.sum(axis=1)
-    excess_of_half = present - mean
-    largest_excess = np.array([most(half) for half in halves]) - mean
-    is_much = (excess_of_half > 0) & (excess_of_half >= least * largest_excess)
-    total_excess = present.sum() - shuffled_total.mean()
-    is_clear = total_excess >= CLEAR * shuffled_total.std()
-    return bool(is_much.all() and is_clear)
+    mean = shuffled_order.mean(axis=0)
+    excess = order_of_half - mean
+    largest_excess = np.array([largest_order(half) for half in halves]) - mean
+    is_large_enough = (excess > 0) & (excess >= least_share * largest_excess)  # in each half
+    shuffled_total = shuffled_order.sum(axis=1)
+    total_excess = total_order - shuffled_total.mean()
+    is_clear = total_excess >= CLEAR_DEVIATIONS * shuffled_total.std()
+    return bool(is_large_enough.all() and is_clear)

@@ -19,7 +19,7 @@ from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
 from vilu.calibration.calibration import Calibration, has_guarantee, require_about_new
 from vilu.calibration.label_sets import LabelSets
-from vilu.calibration.monitor.arrivals import Seen, admit, refuse_sorted
+from vilu.calibration.monitor.arrivals import SeenRows, admit, refuse_sorted
 from vilu.calibration.monitor.audit import Audit, TestName
 from vilu.calibration.monitor.martingale import Reference
 from vilu.calibration.monitor.rates import ood_in_words, rates_of
@@ -111,24 +111,27 @@ class Monitor:
         self.unscored = 0
         self.accepted = 0
         self.repeated = 0
-        self.monitored = Seen()
-        self.labelled = Seen()
-        self.below = self._end_of_sample()
-        columns = self._columns(calibration, self._accepted(calibration, groups))
+        self.seen_rows = SeenRows()
+        self.seen_labels = SeenRows()
+        self.compared_below = self._end_of_sample()
+        values = self._values_by_test(calibration, self._accepted(calibration, groups))
         self._coverage: float | None = None
         if self.rule is not None and not self._is_partial:
-            self._coverage = float(1 - columns["acceptance"].mean())  # the column is 0 if accepted
+            self._coverage = float(1 - values["acceptance"].mean())  # the value is 0 if accepted
         if self.rule is not None and self.rule.reweighted:
-            # The stated shares differ from those of the calibration rows. So tests of columns would
-            # raise an alarm although the guarantee holds.
-            columns = {}
-        self._make_tests(columns)
+            # The stated shares differ from those of the calibration rows. So new rows that differ
+            # from them in the same way would raise an alarm although the guarantee holds.
+            values = {}
+        self._make_tests(values)
         self.fingerprint = self._fingerprint()
 
-    def _make_tests(self, columns: Mapping[TestName, Floats]) -> None:
-        """Make the tests of columns, audit and rates, each with a share of ``false_alarm``."""
+    def _make_tests(self, values: Mapping[TestName, Floats]) -> None:
+        """Make all tests, each with a share of ``false_alarm``.
+
+        ``values`` holds, by test, the values of calibration rows with which new rows are compared.
+        """
         limit = self._guaranteed_risk()
-        names: list[TestName] = list(columns)
+        names: list[TestName] = list(values)
         if limit is not None:
             names.append("audit")
         # Only the names of the rates are needed here. Their levels follow from ``total_parts``.
@@ -140,28 +143,28 @@ class Monitor:
         for name in names:
             tests[name] = Test(name=name, level=self.false_alarm * PARTS[name] / total_parts)
         self.watches: dict[TestName, Watch] = {}
-        for name, column in columns.items():
-            self.watches[name] = Watch(tests[name], Reference.of(column))
-        # every rate has one part of the level; without any test there is no rate
+        for name, values_of_test in values.items():
+            self.watches[name] = Watch(tests[name], Reference.of(values_of_test))
+        # Every rate gets one part of the level. At least 1, so that nothing is divided by 0.
         level_of_part = self.false_alarm / max(total_parts, 1)
         self.rates = rates_of(self.rule, self.calibration, level_of_part)
         self.rate_tests: dict[TestName, Test] = {}
         for name, rate in self.rates.items():
             self.rate_tests[name] = Test(name=name, level=rate.delta)
-        self.audited: Audit | None = None
+        self.error_audit: Audit | None = None
         self.audit_test = tests.get("audit")
         if limit is not None:
-            self.audited = Audit(limit, delta=tests["audit"].level)
+            self.error_audit = Audit(limit, delta=tests["audit"].level)
 
     def _end_of_sample(self) -> float:
-        """Uncertainty below which rows are compared with calibration rows; infinite: all rows."""
+        """Uncertainty below which rows are compared with calibration rows; infinite: all are."""
         scores = self.calibration.uncertainty
-        distinct = np.unique(scores[np.isfinite(scores)])
+        distinct_scores = np.unique(scores[np.isfinite(scores)])
         # If labels arrived one after another, or rows were drawn below a limit, the labelled rows
-        # are a random sample only up to the limit. Any row beyond it was chosen by somebody, and
-        # new rows are not like it.
-        if self._is_partial and len(distinct) > 1:
-            return float(distinct[-1])
+        # are a random sample only up to the limit. Somebody chose the rows beyond it, so new rows
+        # are not like these.
+        if self._is_partial and len(distinct_scores) > 1:
+            return float(distinct_scores[-1])
         return np.inf
 
     @classmethod
@@ -235,29 +238,29 @@ class Monitor:
         """
         outcomes = admit(outcomes, self.calibration, self.risk)
         accepted = self._accepted(outcomes, groups)
-        hashes, new = self.monitored.new(outcomes)
-        if not new.all():
+        hashes, is_new = self.seen_rows.find_new(outcomes)
+        if not is_new.all():
             warn_caller(
-                f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not "
-                "counted again.",
+                f"{np.count_nonzero(~is_new)} of {len(is_new)} rows were monitored before and are "
+                "not counted again.",
             )
-            outcomes = outcomes.take(new)
-            accepted = accepted[new]
+            outcomes = outcomes.take(is_new)
+            accepted = accepted[is_new]
         if not in_order:
             refuse_sorted(outcomes)
-        scored = np.isfinite(outcomes.uncertainty)
-        watched = self._watched(outcomes)
-        rows = self.rows + np.arange(len(outcomes))
-        for name, column in self._columns(outcomes, accepted).items():
+        is_scored = np.isfinite(outcomes.uncertainty)
+        row_numbers = self.rows + np.arange(len(outcomes))
+        compared_row_numbers = row_numbers[self._is_compared(outcomes)]
+        for name, values in self._values_by_test(outcomes, accepted).items():
             if name in self.watches:
-                self.watches[name].update(column, rows[watched], self.seed)
-        self._count_for_rate("review", ~accepted[scored], rows[scored])
+                self.watches[name].update(values, compared_row_numbers, self.seed)
+        self._count_for_rate("review", ~accepted[is_scored], row_numbers[is_scored])
         self.rows += len(outcomes)
-        self.unscored += int(np.count_nonzero(~scored))
+        self.unscored += int(np.count_nonzero(~is_scored))
         self.accepted += int(np.count_nonzero(accepted))
-        self.repeated += int(np.count_nonzero(~new))
-        self.monitored.add(hashes)
-        self._take_labels(outcomes, accepted, rows)
+        self.repeated += int(np.count_nonzero(~is_new))
+        self.seen_rows.add(hashes)
+        self._take_labels(outcomes, accepted, row_numbers)
         return self.status
 
     @checked
@@ -291,19 +294,19 @@ class Monitor:
             >>> monitor.audit(vilu.Outcomes(uncertainty, failure, ids=ids)).verdict
             'broken'
         """
-        if self.audited is None:
+        if self.error_audit is None:
             raise UsageError(
                 "there is no guarantee to audit: the rule accepts nothing, judges whole batches, "
                 "or bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
         # An alarm is reported at the last row that was monitored before.
-        rows = np.full(len(outcomes), max(self.rows - 1, 0))
+        row_numbers = np.full(len(outcomes), max(self.rows - 1, 0))
         # Labels that arrived together have no order. If the evidence were looked at after every
         # label, a difficult class that comes first could raise an alarm, although all labels
         # together do not.
         tested = slice(0, None) if in_order else slice(-1, None)
-        self._take_labels(outcomes, self._accepted(outcomes, groups), rows, tested)
+        self._take_labels(outcomes, self._accepted(outcomes, groups), row_numbers, tested)
         return self.status
 
     @checked
@@ -345,7 +348,7 @@ class Monitor:
         tables.append(pa.table(empty))
         # The hashes of rows and labels that were seen are in the same table. For them, the column
         # "test" names the kind of hash.
-        for kind, seen in ((ROWS_SEEN, self.monitored), (LABELS_SEEN, self.labelled)):
+        for kind, seen in ((ROWS_SEEN, self.seen_rows), (LABELS_SEEN, self.seen_labels)):
             hashes = seen.hashes()
             tables.append(pa.table({"test": pa.repeat(kind, len(hashes)), "row": hashes}))
         # With this option, a column that a table lacks is filled with null.
@@ -390,19 +393,23 @@ class Monitor:
                 f"{self.fingerprint}: another calibration, probability of a false alarm, or seed. "
                 "After a new calibration begin a new state."
             )
-        name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
-        # in the rows of hashes these two columns are null
+        test_column = read_column(path, table, "test", "string")
+        test_of_line = np.asarray(test_column.to_pylist(), dtype=object)
+        # in the lines with hashes these two columns are null
         value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
-        row = read_column(path, table, "row", "int64")
+        row_hash = read_column(path, table, "row", "int64")
         values: dict[TestName, tuple[Floats, Ints]] = {}
         for test in self.watches:
-            values[test] = value[name == test], count[name == test]
-        monitored = row.filter(pa.array(name == ROWS_SEEN))
-        labelled = row.filter(pa.array(name == LABELS_SEEN))
+            is_of_test = test_of_line == test
+            values[test] = value[is_of_test], count[is_of_test]
+        hashes_of_rows = row_hash.filter(pa.array(test_of_line == ROWS_SEEN))
+        hashes_of_labels = row_hash.filter(pa.array(test_of_line == LABELS_SEEN))
+        n_rows, n_labels = state.remembered
         try:
             self._restore(state, values)
-            self._remember(state, monitored, labelled)
+            _remember(self.seen_rows, hashes_of_rows, n_rows)
+            _remember(self.seen_labels, hashes_of_labels, n_labels)
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
         return self
@@ -419,8 +426,8 @@ class Monitor:
             (3, 3)
         """
         audited = (0, 0)
-        if self.audited is not None:
-            audited = (self.audited.n, self.audited.wrong)
+        if self.error_audit is not None:
+            audited = (self.error_audit.n, self.error_audit.wrong)
         return State(
             fingerprint=self.fingerprint,
             rows=self.rows,
@@ -429,14 +436,15 @@ class Monitor:
             tests=tuple(self._tests()),
             wealth={name: Wealth.of(watch.martingale) for name, watch in self.watches.items()},
             audited=audited,
-            remembered=(len(self.monitored), len(self.labelled)),
+            remembered=(len(self.seen_rows), len(self.seen_labels)),
             counted={name: (rate.n, rate.wrong) for name, rate in self.rates.items()},
         )
 
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
-        """Set this monitor to a state, with the values and counts of every test.
+        """Set this monitor to a saved state.
 
-        Raises a ValueError if the state does not fit.
+        ``values`` holds, by test, the distinct values so far and how often each occurred. Raises a
+        ValueError if the state does not fit.
         """
         self._require_tests(state)
         tests = {test.name: test for test in state.tests}
@@ -444,59 +452,46 @@ class Monitor:
         for name, watch in self.watches.items():
             wealth = state.wealth[name]
             n_bets = state.rows - state.unscored
-            compares_all = self.below == np.inf
+            compares_all = self.compared_below == np.inf
             if not compares_all:
                 # Only the wealth says how many rows were compared.
                 n_bets = 0 if wealth is None else wealth.n
-            distinct, counts = values[name]
-            watches[name] = watch.resumed(tests[name], wealth, distinct, counts, n_bets)
+            distinct_values, counts = values[name]
+            watches[name] = watch.resumed(tests[name], wealth, distinct_values, counts, n_bets)
         self.watches = watches
         self.rows = state.rows
         self.unscored = state.unscored
         self.accepted = state.accepted
         for name, rate in self.rates.items():
-            n_rows, n_happened = state.counted[name]
-            self.rates[name] = replace(rate, n=n_rows, wrong=n_happened)
+            n_rows, n_events = state.counted[name]
+            self.rates[name] = replace(rate, n=n_rows, wrong=n_events)
             self.rate_tests[name] = tests[name]
-        if self.audited is not None:
+        if self.error_audit is not None:
             n, wrong = state.audited
-            self.audited = replace(self.audited, n=n, wrong=wrong)
+            self.error_audit = replace(self.error_audit, n=n, wrong=wrong)
             self.audit_test = tests["audit"]
 
     def _require_tests(self, state: State) -> None:
         """Raise a ValueError if a state has other tests or impossible counts."""
         levels = {test.name: test.level for test in self._tests()}
         saved_levels = {test.name: test.level for test in state.tests}
-        n, wrong = state.audited
+        n_audited, n_wrong = state.audited
         has_tests = saved_levels.keys() == levels.keys()
         has_wealth = state.wealth.keys() == self.watches.keys()
-        if not has_tests or not has_wealth or wrong > n:
+        if not has_tests or not has_wealth or n_wrong > n_audited:
             raise ValueError(f"its tests are not {', '.join(levels)}")
         has_rates = state.counted.keys() == self.rates.keys()
-        is_impossible = any(n_happened > n_rows for n_rows, n_happened in state.counted.values())
+        is_impossible = any(n_events > n_rows for n_rows, n_events in state.counted.values())
         if not has_rates or is_impossible:
             raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
         if saved_levels != levels:
             raise ValueError("its tests have other levels")
 
-    def _remember(
-        self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray
-    ) -> None:
-        """Add the hashes of monitored and labelled rows; ValueError if their number is wrong."""
-        n_monitored, n_labelled = state.remembered
-        for seen, hashes, n in (
-            (self.monitored, monitored, n_monitored),
-            (self.labelled, labelled, n_labelled),
-        ):
-            seen.add(hashes.drop_null().to_numpy())
-            if len(hashes) != n or len(seen) != n:
-                raise ValueError("it does not hold the rows that were taken in")
-
     @property
     def status(self) -> Status:
         """The current status."""
         tests = self._tests()
-        audited = None if self.audited is None else Audited.from_audit(self.audited)
+        audited = None if self.error_audit is None else Audited.from_audit(self.error_audit)
         verdict, raised_at, reason, advice = conclude(tests, audited)
         ood_rate = self.rates.get("outside")
         present = None
@@ -517,9 +512,10 @@ class Monitor:
         )
 
     def _tests(self) -> list[Test]:
-        watched = [watch.test for watch in self.watches.values()]
-        audit = () if self.audit_test is None else (self.audit_test,)
-        return [*watched, *audit, *self.rate_tests.values()]
+        tests = [watch.test for watch in self.watches.values()]
+        if self.audit_test is not None:
+            tests.append(self.audit_test)
+        return [*tests, *self.rate_tests.values()]
 
     def _guaranteed_risk(self) -> float | None:
         """The guaranteed largest error rate of accepted answers.
@@ -549,99 +545,110 @@ class Monitor:
             groups = group_names(outcomes)
         return self.rule.accept(outcomes.uncertainty, groups)
 
-    def _columns(self, outcomes: Outcomes, accepted: NDArray[np.bool_]) -> dict[TestName, Floats]:
-        """Monitored numbers of the rows that are compared with the calibration, by test."""
-        watched = self._watched(outcomes)
-        columns: dict[TestName, Floats] = {"scores": outcomes.uncertainty[watched]}
+    def _values_by_test(
+        self, outcomes: Outcomes, accepted: NDArray[np.bool_]
+    ) -> dict[TestName, Floats]:
+        """For each test that compares rows, the values (M,) of the M compared rows."""
+        is_compared = self._is_compared(outcomes)
+        values: dict[TestName, Floats] = {"scores": outcomes.uncertainty[is_compared]}
         if self.rule is not None:
-            columns["acceptance"] = (~accepted[watched]).astype(np.float64)  # 1: not accepted
+            values["acceptance"] = (~accepted[is_compared]).astype(np.float64)  # 1: not accepted
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError(
                     "the calibration rows have answers, and these scores have none. Score the rows "
                     "again."
                 )
-            columns["answers"] = outcomes.prediction[watched].astype(np.float64)
-        return columns
+            values["answers"] = outcomes.prediction[is_compared].astype(np.float64)
+        return values
 
     @property
     def _is_partial(self) -> bool:
         """Whether calibration rows are a random sample only up to some uncertainty."""
         return self.rule is not None and self.rule.is_partial
 
-    def _watched(self, outcomes: Outcomes) -> NDArray[np.bool_]:
+    def _is_compared(self, outcomes: Outcomes) -> NDArray[np.bool_]:
         """Mask (N,) of the rows that are compared with the calibration rows.
 
         Rows without an uncertainty are not compared. If calibration rows are a random sample only
         up to some uncertainty, rows from there on are not compared either.
         """
-        return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
+        return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.compared_below)
 
     def _take_labels(
         self,
         outcomes: Outcomes,
         accepted: NDArray[np.bool_],
-        rows: Ints,
+        row_numbers: Ints,
         tested: slice = slice(None),
     ) -> None:
-        """Audit the rows (N,) whose failure is known, except those that were audited before.
+        """Audit the rows whose failure is known, except those that were audited before.
 
-        ``tested`` selects the labels after which the evidence is tested.
+        Args:
+            outcomes: N rows.
+            accepted: Mask (N,) of the accepted answers.
+            row_numbers: (N,) for every row, the number of the row at which its alarm is reported.
+            tested: Selects the labels after which the evidence is tested.
         """
-        if self.audited is None or self.audit_test is None:
+        if self.error_audit is None or self.audit_test is None:
             return
         is_counted = accepted
         if "outside" in self.rates:
             # every labelled row counts for the share of out-of-distribution images
             is_counted = np.ones(len(outcomes), dtype=np.bool_)
-        known = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
-        hashes, new = self.labelled.new(outcomes.take(known), labels=True)
-        if not new.all():
+        labelled = np.flatnonzero((outcomes.failure != UNKNOWN) & is_counted)
+        hashes, is_new = self.seen_labels.find_new(outcomes.take(labelled), labels=True)
+        if not is_new.all():
             warn_caller(
-                f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not "
-                "counted again.",
+                f"{np.count_nonzero(~is_new)} of {len(is_new)} labels were given before and are "
+                "not counted again.",
             )
-        self.repeated += int(np.count_nonzero(~new))
-        self.labelled.add(hashes)
-        known = known[new]
-        self._count_for_rate("outside", outcomes.outside[known], rows[known], tested)
-        audited = known[accepted[known]]
-        wrong = outcomes.failure[audited] == 1
-        evidence = self.audited.path(wrong)
-        self.audit_test = self.audit_test.after(evidence[tested], rows[audited][tested])
-        self.audited = self.audited.more(wrong)
+        self.repeated += int(np.count_nonzero(~is_new))
+        self.seen_labels.add(hashes)
+        new_rows = labelled[is_new]
+        is_ood = outcomes.outside[new_rows]
+        self._count_for_rate("outside", is_ood, row_numbers[new_rows], tested)
+        audited_rows = new_rows[accepted[new_rows]]
+        is_wrong = outcomes.failure[audited_rows] == 1
+        evidence = self.error_audit.log_wealth_after(is_wrong)
+        self.audit_test = self.audit_test.after(evidence[tested], row_numbers[audited_rows][tested])
+        self.error_audit = self.error_audit.with_answers(is_wrong)
 
     def _count_for_rate(
-        self, name: TestName, happened: NDArray[np.bool_], rows: Ints, tested: slice = slice(None)
+        self,
+        name: TestName,
+        is_event: NDArray[np.bool_],
+        row_numbers: Ints,
+        tested: slice = slice(None),
     ) -> None:
-        """Update the audit of a rate and its test with new rows; nothing without such an audit.
+        """Update a rate and its test with M new rows; a rate that is not monitored is ignored.
 
         Args:
             name: The rate, such as "review".
-            happened: (M,) which rows are events that the rate counts.
-            rows: (M,) for every row, the number of the row at which its alarm would be reported.
+            is_event: Mask (M,) of the rows that the rate counts, such as those left for review.
+            row_numbers: (M,) for every row, the number of the row at which its alarm is reported.
             tested: Selects the rows after which the evidence is tested.
         """
         if name not in self.rates:
             return
-        counts = happened.astype(np.int64)
-        evidence = self.rates[name].path(counts)
-        self.rate_tests[name] = self.rate_tests[name].after(evidence[tested], rows[tested])
-        self.rates[name] = self.rates[name].more(counts)
+        events = is_event.astype(np.int64)
+        evidence = self.rates[name].log_wealth_after(events)
+        self.rate_tests[name] = self.rate_tests[name].after(evidence[tested], row_numbers[tested])
+        self.rates[name] = self.rates[name].with_answers(events)
 
     def _acceptance(self) -> Acceptance | None:
         if self._coverage is None:
             return None
-        n = self.rows - self.unscored
-        since = self.accepted / n if n else None
-        return Acceptance(calibration=self._coverage, since=since, n=n)
+        n_scored = self.rows - self.unscored
+        share = self.accepted / n_scored if n_scored else None
+        return Acceptance(calibration=self._coverage, since=share, n=n_scored)
 
     def _fingerprint(self) -> str:
         """Digest of everything that the results of this monitor depend on, except new rows."""
         content = hashlib.sha256()
         for watch in self.watches.values():
-            for column in watch.reference.table():
-                content.update(column.tobytes())
+            for values_or_counts in watch.reference.table():
+                content.update(values_or_counts.tobytes())
         if not self.watches:
             content.update(self.calibration.uncertainty.tobytes())
         if self.rule is not None and self.rule.reweighted:
@@ -672,6 +679,13 @@ def _load_guarantee(folder: Path) -> tuple[Calibration, Rule | LabelSets]:
 # Names of the two kinds of hashes in the column "test" of a saved state.
 ROWS_SEEN = "rows seen"
 LABELS_SEEN = "labels seen"
+
+
+def _remember(seen: SeenRows, hashes: pa.ChunkedArray, n: int) -> None:
+    """Add n saved hashes to ``seen``; ValueError if they are not n different hashes."""
+    seen.add(hashes.drop_null().to_numpy())
+    if len(hashes) != n or len(seen) != n:
+        raise ValueError("it does not hold the rows that were taken in")
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:

@@ -16,7 +16,7 @@ from vilu.calibration.shares import Strata
 from vilu.calibration.thresholds import percent, upper_bound
 from vilu.outcomes.outcomes import Outcomes
 
-LEAST: Final = 1e-3
+SMALLEST_LIMIT: Final = 1e-3
 """Smallest limit of the share of out-of-distribution images, even if a smaller one was stated."""
 
 
@@ -41,14 +41,14 @@ def rates_of(rule: Rule | None, calibration: Outcomes, level: float) -> dict[Tes
         return {}
     rates: dict[TestName, Audit] = {}
     if rule.outside_share is not None:
-        rates["outside"] = Audit(limit=max(rule.outside_share, LEAST), delta=level)
-    review_limit = _reviewed_at_most(rule, calibration.take(calibration.evaluable), level / 2)
+        rates["outside"] = Audit(limit=max(rule.outside_share, SMALLEST_LIMIT), delta=level)
+    review_limit = _largest_review_share(rule, calibration.take(calibration.evaluable), level / 2)
     if review_limit < 1:
         rates["review"] = Audit(limit=review_limit, delta=level / 2)
     return rates
 
 
-def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
+def _largest_review_share(rule: Rule, rows: Outcomes, delta: float) -> float:
     """Upper bound of the share of rows that are left for review, at the stated shares."""
     strata = Strata(rows, rule.outside_share, rule.class_shares)
     is_reviewed = ~rule.accept(rows.uncertainty)
@@ -61,20 +61,21 @@ def _reviewed_at_most(rule: Rule, rows: Outcomes, delta: float) -> float:
     *inside_bounds, ood_bound = bounds  # out-of-distribution rows are the last stratum
     ood_share = float(strata.share[-1])
     inside_shares = strata.share[:-1]
-    within = float(inside_shares @ np.array(inside_bounds)) / (1 - ood_share)
+    inside_bound = float(inside_shares @ np.array(inside_bounds)) / (1 - ood_share)
     # The true share of out-of-distribution images may be any number from 0 to the stated share. The
-    # rate is linear in this share, so its maximum is at 0 or at the stated share. With the limit at
-    # the stated share alone, fewer such images than stated could raise a false alarm.
-    at_stated_share = (1 - ood_share) * within + ood_share * ood_bound
-    return max(within, at_stated_share)
+    # rate is linear in this share, so its maximum is at 0 or at the stated share. If only
+    # the rate at the stated share were the limit, fewer such images than stated could raise a false
+    # alarm.
+    bound_at_stated_share = (1 - ood_share) * inside_bound + ood_share * ood_bound
+    return max(inside_bound, bound_at_stated_share)
 
 
 def ood_in_words(audit: Audit, stated: float) -> str:
     """Text on the share of out-of-distribution rows among labelled rows, with anytime bounds."""
-    lower = percent(audit.lower, 2, math.floor)
+    lower = percent(audit.lower, rounding=math.floor)
     upper = percent(audit.upper)
-    confidence = percent(1 - audit.delta, 2, math.floor)
-    largest_share = percent(stated, 2, math.floor)
+    confidence = percent(1 - audit.delta, rounding=math.floor)
+    largest_share = percent(stated, rounding=math.floor)
     return (
         f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share {lower} to "
         f"{upper}, each bound with confidence {confidence}; stated: at most {largest_share})"

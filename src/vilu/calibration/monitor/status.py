@@ -29,7 +29,7 @@ MEANING = {
     ),
     "review": "more answers are left for review than the stated shares explain",
 }
-RECALIBRATE = (
+ADVICE_AFTER_ALARM = (
     "Do not rely on the guaranteed risk for rows from there on. Collect labels of new rows, drawn "
     "at random, and run `vilu calibrate` on them; then begin a new monitor."
 )
@@ -60,9 +60,9 @@ class Test(Model):
         raised_at = self.raised_at
         # The alarm stays, even if the evidence falls again. Ville's inequality bounds the
         # probability that a false alarm is ever raised, so later rows need not confirm it.
-        reached = np.flatnonzero(log_wealth >= -math.log(self.level))
-        if raised_at is None and len(reached):
-            raised_at = int(rows[reached[0]])
+        alarms = np.flatnonzero(log_wealth >= -math.log(self.level))
+        if raised_at is None and len(alarms):
+            raised_at = int(rows[alarms[0]])
         return self.model_copy(
             update={
                 "log_wealth": float(log_wealth[-1]),
@@ -116,15 +116,15 @@ class Audited(Model):
         )
 
     def __str__(self) -> str:
-        lower = percent(self.lower, 2, math.floor)
-        confidence = percent(self.confidence, 2, math.floor)
+        lower = percent(self.lower, rounding=math.floor)
+        confidence = percent(self.confidence, rounding=math.floor)
         bounds = f"rate {lower} to {percent(self.upper)}, each bound with confidence {confidence}"
-        more = ""
+        hint = ""
         if self.n_needed:
-            more = f"; about {self.n_needed} more would tell"
+            hint = f"; about {self.n_needed} more would tell"
         return (
             f"{self.verdict}: {self.wrong} of {self.n} audited accepted answers are wrong "
-            f"({bounds}; guaranteed: at most {percent(self.guarantee)}){more}"
+            f"({bounds}; guaranteed: at most {percent(self.guarantee)}){hint}"
         )
 
 
@@ -204,7 +204,7 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
         is_broken = any(alarm.test == "audit" for alarm in alarms)
         verdict: Verdict = "broken" if is_broken else "shifted: guarantee void"
         reason = "; ".join(f"{MEANING[alarm.test]} (row {alarm.row:,})" for alarm in alarms)
-        return Conclusion(verdict, first.row, reason, RECALIBRATE)
+        return Conclusion(verdict, first.row, reason, ADVICE_AFTER_ALARM)
     if audit is None:
         advice = "Nothing to do; go on monitoring."
         reason = "no sign of a shift"
@@ -212,12 +212,12 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> Conclusion:
     if audit.verdict == "holds so far":
         reason = "no sign of a shift, and the audited answers keep the guarantee"
         return Conclusion("holds", raised_at=None, reason=reason, advice="Go on monitoring.")
-    more = "some"
+    n_to_label = "some"
     if audit.n_needed is not None:
-        more = f"about {audit.n_needed} more"
+        n_to_label = f"about {audit.n_needed} more"
     reason = "no sign of a shift; too few answers are audited to see the guarantee itself"
     advice = (
-        f"Go on monitoring; to see the guarantee itself, label {more} accepted answers, drawn at "
-        "random."
+        f"Go on monitoring; to see the guarantee itself, label {n_to_label} accepted answers, "
+        "drawn at random."
     )
     return Conclusion("holds", raised_at=None, reason=reason, advice=advice)

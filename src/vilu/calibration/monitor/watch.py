@@ -24,7 +24,8 @@ PARTS: Final[dict[TestName, int]] = {
 }
 """Parts of the probability of a false alarm that a test gets.
 
-A test with p parts gets p / sum of the parts of all tests in use, so unused tests take nothing.
+A test with p parts gets the share p / s, where s is the sum of the parts of all tests in use. So
+unused tests take nothing.
 """
 
 
@@ -50,19 +51,25 @@ class Watch:
     def resumed(
         self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int
     ) -> Watch:
-        """This watch after n rows, with a saved test, saved wealth, and saved values.
+        """This watch as it was after n rows, from its saved parts.
 
-        ``values`` are the distinct values of the reference, ``counts`` how often each occurred.
         Raises a ValueError if the values are not those of n rows.
+
+        Args:
+            test: The saved test.
+            wealth: The saved wealth; None before the first row.
+            values: Distinct values of the reference.
+            counts: How often each of the values occurred.
+            n: Number of rows after the calibration rows.
         """
         martingale = Martingale()
         if wealth is not None:
             martingale = wealth.martingale()
         reference = Reference.of(values, counts)
-        expected = self.reference.n + n
+        n_expected = self.reference.n + n
         are_valid = bool(np.isfinite(values).all() and (counts >= 1).all())
-        if not are_valid or reference.n != expected:
-            raise ValueError(f"{test.name} must hold {expected} numbers")
+        if not are_valid or reference.n != n_expected:
+            raise ValueError(f"{test.name} must hold {n_expected} numbers")
         if martingale.n != n:
             raise ValueError(f"{test.name} has bet on {martingale.n} rows")
         return Watch(test, reference, martingale)
@@ -104,9 +111,9 @@ class Wealth(Model):
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
-        sizes = [len(cells) for cells in self.counts]
-        expected = [n_cells for n_cells, _ in HISTOGRAMS]
-        if sizes != expected:
+        n_cells_saved = [len(cells) for cells in self.counts]
+        n_cells_expected = [n_cells for n_cells, _ in HISTOGRAMS]
+        if n_cells_saved != n_cells_expected:
             raise ValueError("the histograms have other cells")
         return self
 

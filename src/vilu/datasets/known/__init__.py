@@ -79,12 +79,14 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
     """
     require_free(entry)
     # setdefault adds the entry and returns it, or returns an equal entry that was added before
-    return KNOWN.here.setdefault(entry.name, entry)
+    return KNOWN.registered.setdefault(entry.name, entry)
 
 
 def require_free(entry: KnownDataset) -> None:
     """Raise UsageError if another data set has the name of this one."""
-    entry_with_name = KNOWN.here.get(entry.name, entry)  # ``entry`` itself if its name is free
+    entry_with_name = KNOWN.registered.get(
+        entry.name, entry
+    )  # ``entry`` itself if its name is free
     if entry_with_name != entry:
         raise UsageError(
             f"there is another data set {entry.name!r} already. Give this one another name."

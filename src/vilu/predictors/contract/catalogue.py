@@ -35,7 +35,7 @@ def add_predictor(cls: object) -> bool:
         raise UsageError(
             f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute."
         )
-    if PREDICTORS.here.get(cls.name, cls) is not cls:
+    if PREDICTORS.registered.get(cls.name, cls) is not cls:
         raise UsageError(
             f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. "
             f"Rename {where}."

@@ -26,7 +26,7 @@ from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, RowsToSkip, TrainingRows, Weights, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
-from vilu.text import aligned, rest, shown
+from vilu.text import aligned, more_line, shown
 from vilu.validation import checked
 
 SHOWN = 15  # rows of a printed table; further rows are only counted
@@ -67,7 +67,7 @@ class Findings:
 
 def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], what: str) -> list[str]:
     """Format the first ``SHOWN`` rows as a table, and a last line that counts the other rows."""
-    return [*aligned([heading, *rows[:SHOWN]]), *rest(len(rows), SHOWN, what)]
+    return [*aligned([heading, *rows[:SHOWN]]), *more_line(len(rows), SHOWN, what)]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from vilu.device import torch_defaults
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError
 from vilu.extras import import_extra
-from vilu.metrics.catalog import METRICS, but_for
+from vilu.metrics.catalog import METRICS, not_in_percent
 from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
@@ -266,7 +266,7 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
         tables.append(
             {
                 "caption": caption,
-                "but_for": but_for(METRICS[name] for name in metrics),
+                "but_for": not_in_percent(METRICS[name] for name in metrics),
                 "metrics": metrics,
                 "rows": rows,
             }

@@ -18,7 +18,7 @@ import numpy as np
 
 from vilu.artifacts.hashing import bytes_hash
 from vilu.errors import MissingModelError, StorageError
-from vilu.extras import import_extra, quiet, setting
+from vilu.extras import import_extra, quiet, temporarily_set
 from vilu.store.executors.local import (
     Worker,
     check_processes,
@@ -165,7 +165,7 @@ class RayExecutor:
         }
         # some versions of Ray lack some of these settings
         available = {name: value for name, value in wanted.items() if hasattr(context, name)}
-        with setting(context, **available), _only_errors_of("ray.data"):
+        with temporarily_set(context, **available), _only_errors_of("ray.data"):
             yield
 
 
