@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vilu.calibration.monitor.martingale import LONGEST, grouped, in_blocks, rising
 from vilu.callers import warn_caller
-from vilu.embeddings.checks import hash_names, hash_of_each
+from vilu.embeddings.checks import hash_items, hash_names
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -79,7 +79,7 @@ class Seen:
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``new``, for rows with identifiers."""
         numbers = _content(outcomes)
-        hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
+        hashes = hash_items(_rows_as_bytes(ids, numbers)).view(np.int64)
         _, first = np.unique(hashes, return_index=True)  # equal rows of this batch count once
         is_first = np.isin(np.arange(len(outcomes)), first)
         name_hashes = hash_names(ids).view(np.int64)
@@ -101,7 +101,7 @@ class Seen:
         # The rows are sorted, because the same rows in another order are the same batch.
         in_order = numbers[np.lexsort(numbers.T)]
         content = np.ascontiguousarray(in_order).tobytes()
-        batch_hash = hash_of_each([content]).view(np.int64)
+        batch_hash = hash_items([content]).view(np.int64)
         return batch_hash, np.full(n, not self._holds(batch_hash).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
