@@ -41,7 +41,7 @@ import torch
 import vilu
 from benchmarks.mixes import experts, fit_weights, judged_by_mixes, linear_probe
 from vilu.calibration.answer_choice import choose_answer
-from vilu.embeddings.source import SAME_TEXT
+from vilu.embeddings.source import SAME_TEXT_COSINE
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.held_out import Judged
@@ -77,7 +77,7 @@ class Arrays:
             text = arrays["text"].astype(np.float32)
             target = arrays["target"]
         unit = text / np.linalg.norm(text, axis=1, keepdims=True)
-        first_of_text = (unit @ unit.T >= SAME_TEXT).argmax(axis=1)
+        first_of_text = (unit @ unit.T >= SAME_TEXT_COSINE).argmax(axis=1)
         kept, candidate = np.unique(first_of_text, return_inverse=True)
         return cls(image, text[kept], candidate[target])
 

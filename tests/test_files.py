@@ -14,24 +14,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilu.artifacts.disk import (
-    STALE,
+    MAX_TEMPORARY_AGE,
     TEMPORARY,
     atomic_write,
+    convert_os_errors,
     host_hash,
     is_leftover,
-    or_refuse,
     write_bytes,
 )
 from vilu.artifacts.documents import (
     MAX_DOCUMENT_BYTES,
     SCHEMA_VERSION,
-    log,
+    append_to_log,
     read_json,
     read_log,
     write_json,
 )
 from vilu.artifacts.hashing import digest
-from vilu.artifacts.paths import content_of
+from vilu.artifacts.paths import content_identity
 from vilu.artifacts.tables import read_table, table_digest, write_table
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 
@@ -177,22 +177,22 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
     leftovers = [
         make(tmp_path / f".a.npy.{here}.{dead_pid}.0123abcd.tmp"),
         make(tmp_path / f".a.npy.{here}.{10**30}.0123abcd.tmp"),  # no such process can be
-        make(tmp_path / f".a.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", STALE + 60),
+        make(tmp_path / f".a.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", MAX_TEMPORARY_AGE + 60),
         make(
-            tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp", STALE + 60
+            tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp", MAX_TEMPORARY_AGE + 60
         ),  # the number was given anew
         make(
-            tmp_path / f".a.npy.{dead_pid}.0123abcd.tmp", STALE + 60
+            tmp_path / f".a.npy.{dead_pid}.0123abcd.tmp", MAX_TEMPORARY_AGE + 60
         ),  # without a host, as there once were
     ]
     others = [
-        make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp1", STALE + 60),
+        make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp1", MAX_TEMPORARY_AGE + 60),
         make(tmp_path / f".b.npy.{here}.{os.getpid()}.0123abcd.tmp"),
-        make(tmp_path / f".b.npy.{here}.{os.getppid()}.0123abcd.tmp", STALE - 60),
-        make(tmp_path / f".b.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", STALE - 60),
-        make(tmp_path / f".b.npy.{dead_pid}.0123abcd.tmp", STALE - 60),
-        make(tmp_path / "b.npy", STALE + 60),
-        make(tmp_path / ".mine.tmp", STALE + 60),
+        make(tmp_path / f".b.npy.{here}.{os.getppid()}.0123abcd.tmp", MAX_TEMPORARY_AGE - 60),
+        make(tmp_path / f".b.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", MAX_TEMPORARY_AGE - 60),
+        make(tmp_path / f".b.npy.{dead_pid}.0123abcd.tmp", MAX_TEMPORARY_AGE - 60),
+        make(tmp_path / "b.npy", MAX_TEMPORARY_AGE + 60),
+        make(tmp_path / ".mine.tmp", MAX_TEMPORARY_AGE + 60),
         tmp_path / f".gone.{here}.{dead_pid}.0123abcd.tmp",
     ]
     assert [path for path in [*leftovers, *others] if is_leftover(path)] == leftovers
@@ -218,10 +218,10 @@ def test_a_write_removes_what_crashes_left_of_it_and_nothing_else(
 
 def test_a_log_is_read_but_for_lines_that_were_cut(tmp_path: Path) -> None:
     assert list(read_log(tmp_path)) == []
-    log(tmp_path, part=0, seconds=1.5)
+    append_to_log(tmp_path, part=0, seconds=1.5)
     with (tmp_path / "log.jsonl").open("a") as handle:
         handle.write('{"part": 1, "sec\n[1]\n')
-    log(tmp_path, part=2, seconds=0.25)
+    append_to_log(tmp_path, part=2, seconds=0.25)
     assert list(read_log(tmp_path)) == [{"part": 0, "seconds": 1.5}, {"part": 2, "seconds": 0.25}]
 
 
@@ -275,12 +275,15 @@ def test_json_that_cannot_be_read(content, message, fault, tmp_path: Path) -> No
 
 def test_a_refusal_of_the_file_system_is_an_error_of_ours(tmp_path: Path) -> None:
     said = r"^cannot look: No such file or directory \(.*nothing\)\. Look elsewhere\.$"
-    with pytest.raises(StorageError, match=said) as caught, or_refuse("look", "Look elsewhere."):
+    with (
+        pytest.raises(StorageError, match=said) as caught,
+        convert_os_errors("cannot look", "Look elsewhere."),
+    ):
         (tmp_path / "nothing").stat()
     assert isinstance(caught.value.__cause__, FileNotFoundError)
-    with pytest.raises(StorageError, match=r"^said already$"), or_refuse("look"):
+    with pytest.raises(StorageError, match=r"^said already$"), convert_os_errors("cannot look"):
         raise StorageError("said already")
-    with pytest.raises(ValueError, match="no matter of files"), or_refuse("look"):
+    with pytest.raises(ValueError, match="no matter of files"), convert_os_errors("cannot look"):
         raise ValueError("no matter of files")
 
 
@@ -446,7 +449,7 @@ def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
     """
     path = tmp_path / "a.parquet"
     write_table(path, columns(), {"kind": "outcomes"})
-    content, said = path.read_bytes(), content_of(path)
+    content, said = path.read_bytes(), content_identity(path)
     seen = {"same": 0, "damaged": 0}
     for place in range(len(content) - 1200, len(content), 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -456,5 +459,5 @@ def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
             seen["damaged"] += 1
         else:
             seen["same"] += 1
-            assert content_of(path) == said, place
+            assert content_identity(path) == said, place
     assert min(seen.values()) > 10

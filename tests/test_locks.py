@@ -21,14 +21,14 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from vilu.artifacts.disk import locked
-with locked(Path(sys.argv[1]), "scoring into"):
+with locked(Path(sys.argv[1]), activity="scoring into"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_lock_names_its_holder_and_then_nobody(tmp_path: Path) -> None:
-    with locked(tmp_path, "scoring into"):
+    with locked(tmp_path, activity="scoring into"):
         assert (tmp_path / HOLDER).read_text() == f"process {os.getpid()} of {socket.gethostname()}"
     assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
 
@@ -44,13 +44,13 @@ def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
         assert first.stdout.readline() == "held\n"
         named = rf"another process \(process {first.pid} of \S+\) is scoring into .*Wait for it"
         for _ in range(2):  # asking leaves the name where it is
-            with pytest.raises(BusyError, match=named), locked(tmp_path, "scoring into"):
+            with pytest.raises(BusyError, match=named), locked(tmp_path, activity="scoring into"):
                 pytest.fail("two hold the lock")
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
     assert f"process {first.pid} of" in (tmp_path / HOLDER).read_text()
-    with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
+    with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, activity="scoring into"):
         assert f"process {os.getpid()} of" in (tmp_path / HOLDER).read_text()
     assert not caplog.messages
 
@@ -62,7 +62,7 @@ def test_the_lock_of_another_machine_is_worth_a_line(
     nobody here can tell.
     """
     (tmp_path / HOLDER).write_text("process 12 of elsewhere")
-    with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
+    with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, activity="scoring into"):
         (said,) = caplog.messages
     assert (
         f"{tmp_path / HOLDER} names process 12 of elsewhere. "
@@ -74,13 +74,13 @@ def test_the_lock_of_another_machine_is_worth_a_line(
 @pytest.mark.parametrize("content", [b"4711\nhost\n", b"\xff\xfe junk", b"x" * 5000])
 def test_a_file_of_somebody_else_beside_the_lock_stays(tmp_path: Path, content: bytes) -> None:
     (tmp_path / HOLDER).write_bytes(content)
-    with locked(tmp_path, "scoring into"):
+    with locked(tmp_path, activity="scoring into"):
         assert (tmp_path / HOLDER).read_bytes() == content
     assert (tmp_path / HOLDER).read_bytes() == content
 
 
 def test_the_name_of_another_machine_that_came_meanwhile_stays(tmp_path: Path) -> None:
-    with locked(tmp_path, "scoring into"):
+    with locked(tmp_path, activity="scoring into"):
         (tmp_path / HOLDER).write_text("process 12 of elsewhere")
     assert (tmp_path / HOLDER).read_text() == "process 12 of elsewhere"
 
@@ -88,7 +88,7 @@ def test_the_name_of_another_machine_that_came_meanwhile_stays(tmp_path: Path) -
 def test_a_link_beside_the_lock_leads_to_no_writing_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / HOLDER).symlink_to(tmp_path / "elsewhere")
-    with locked(tmp_path / "folder", "scoring into"):
+    with locked(tmp_path / "folder", activity="scoring into"):
         assert not (tmp_path / "elsewhere").exists()
 
 
@@ -97,5 +97,5 @@ def test_no_room_for_the_name_stops_nobody(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "open", full)
-    with locked(tmp_path, "scoring into"):
+    with locked(tmp_path, activity="scoring into"):
         assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208

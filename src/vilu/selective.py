@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.paths import claim_file
 from vilu.calibration.answer_choice import AnswerChoice, choose_answer
 from vilu.calibration.calibration import Calibration
@@ -552,7 +552,7 @@ def _copy_calibration(source: Path, folder: Path) -> None:
     """Copy the files of a calibration, in the order of ``CALIBRATION_FILES``."""
     for name in CALIBRATION_FILES:
         if (source / name).is_file():
-            with or_refuse(f"read {source / name}"):
+            with convert_os_errors(f"cannot read {source / name}"):
                 content = (source / name).read_bytes()
             write_bytes(folder / name, content)
     write_card(folder)

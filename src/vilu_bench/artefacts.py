@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vilu.artifacts.documents import explain, read_json
+from vilu.artifacts.documents import first_error, read_json
 from vilu.cli.artefacts import Artefact, check_file
 from vilu.errors import DataError
 from vilu_bench.studies.result import AGAIN, CellResult, load_result
@@ -39,7 +39,7 @@ def _check_cell(file: Path, run: Path) -> None:
     try:
         result = CellResult.model_validate(read_json(file, AGAIN))
     except ValidationError as error:
-        raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
+        raise DataError(f"{file} is damaged: {first_error(error)}. {AGAIN}.") from error
     is_in_place = run / result.cell.path == file
     if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
         raise DataError(

@@ -123,7 +123,9 @@ def test_head_against_its_formulas() -> None:
     )  # some tens of float32 roundings of numbers below 1
     sentence = torch.tensor(text[:2], dtype=torch.float32)
     t = target[:2] / np.linalg.norm(target[:2], axis=1, keepdims=True)
-    np.testing.assert_allclose(head.text(sentence).double().numpy(), np.hstack([t, t]), atol=1e-6)
+    np.testing.assert_allclose(
+        head.text_embeddings(sentence).double().numpy(), np.hstack([t, t]), atol=1e-6
+    )
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -208,7 +210,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compact, "imagenet_class_names", lambda: ["cat", "dog"])
     files, cpu = compact._find_files(), torch.device("cpu")
-    assert compact._class_text(files, cpu).shape == (2, 384)
+    assert compact._encode_class_prompts(files, cpu).shape == (2, 384)
 
 
 def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
@@ -230,7 +232,7 @@ def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
                 asked.extend(texts) or torch.tensor([[len(t), 1.0, 2, 3] for t in texts])
             ),
             truncates=lambda texts: [False] * len(texts),
-            texts_known_as=known_as,
+            text_cache_key=known_as,
         )
 
     first = class_texts(encoder("a"), ["cat", "elephant"])
@@ -398,7 +400,7 @@ def test_the_first_text_shows_no_bar_of_transformers() -> None:
     code = """if True:
         import torch
         from vilu.backbones import compact
-        compact._sentence_encoder(compact._find_files().text, torch.device("cpu"))
+        compact._load_sentence_encoder(compact._find_files().text, torch.device("cpu"))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -47,7 +47,7 @@ def test_loading_and_encoding_say_so(
     """Whatever takes more than two seconds:
     what is loaded, how long that took, texts with their rate.
     """
-    monkeypatch.setattr("vilu.backbones.catalog.SLOW", 0.0)
+    monkeypatch.setattr("vilu.backbones.catalog.SLOW_SECONDS", 0.0)
     caplog.set_level(logging.INFO, "vilu")
     backbone = load_backbone("compact:64")
     assert caplog.messages[0] == "loading compact:64 ..."

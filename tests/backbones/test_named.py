@@ -17,7 +17,13 @@ import torch
 from tests.builders.tiny_models import open_clip, transformers, write_tiny
 from tests.builders.tiny_weights import to_transformers
 from vilu.backbones import loading
-from vilu.backbones.catalog import BACKBONES, FORMATS, find_named, load_backbone, named_backbones
+from vilu.backbones.catalog import (
+    BACKBONES,
+    CONFIG_FILES,
+    find_named,
+    load_backbone,
+    named_backbones,
+)
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import quiet
 from vilu.store.job import BackboneSpec
@@ -36,7 +42,7 @@ def test_names() -> None:
     named = named_backbones()
     assert [name for name in named if name in ON_THE_HUB] == list(ON_THE_HUB)
     assert all(named[name].image_rate > 0 and named[name].text_rate > 0 for name in ON_THE_HUB)
-    assert all(kind in BACKBONES for kind in FORMATS)
+    assert all(kind in BACKBONES for kind in CONFIG_FILES)
 
 
 @pytest.mark.parametrize("name", ON_THE_HUB)
@@ -220,7 +226,7 @@ def test_a_configuration_of_another_activation(
     """Without the flag open_clip would compute with GELU, and say nothing."""
     folder = shutil.copytree(models / "clip-vit-b32", tmp_path / "clip-vit-b32")
     text = content if isinstance(content, str) else json.dumps(content)
-    (folder / FORMATS["open_clip"]).write_text(text, errors="surrogateescape")
+    (folder / CONFIG_FILES["open_clip"]).write_text(text, errors="surrogateescape")
     with pytest.raises(ProvenanceError, match=message):
         load_backbone("clip-vit-b32", device="cpu", models=tmp_path)
 

@@ -29,7 +29,7 @@ from vilu.artifacts.hashing import tensors_hash
 from vilu.backbones import loading
 from vilu.backbones.base import DualEncoder
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.open_clip import CONFIG, find_truncated
+from vilu.backbones.open_clip import CONFIG_FILE, find_truncated
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 
 TEXTS = ["a photo of a dog", "two cats", "a very long sentence about a red house by the sea " * 7]
@@ -205,9 +205,9 @@ def test_pixels_follow_the_configuration(
         ("bilinear", Image.Resampling.BILINEAR),
     ):
         folder = shutil.copytree(siglip[0], tmp_path / interpolation)
-        settings = json.loads((folder / CONFIG).read_text())
+        settings = json.loads((folder / CONFIG_FILE).read_text())
         settings["preprocess_cfg"]["interpolation"] = interpolation
-        (folder / CONFIG).write_text(json.dumps(settings))
+        (folder / CONFIG_FILE).write_text(json.dumps(settings))
         squash = np.asarray(picture.resize((32, 32), resampling)) / 255
         pixels = load_backbone(f"open_clip:{folder}", device="cpu").preprocess(picture)
         np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), squash * 2 - 1, atol=1e-6)
@@ -216,25 +216,25 @@ def test_pixels_follow_the_configuration(
 def test_folder_without_weights_is_not_a_random_model(
     clip: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    shutil.copy(clip[0] / CONFIG, tmp_path)
+    shutil.copy(clip[0] / CONFIG_FILE, tmp_path)
     with pytest.raises(MissingModelError, match="no weights"):
         load_backbone(f"open_clip:{tmp_path}", device="cpu")
-    (tmp_path / CONFIG).unlink()
+    (tmp_path / CONFIG_FILE).unlink()
     for spec in (str(tmp_path), f"local-dir:{tmp_path / 'absent'}"):
-        with pytest.raises(MissingModelError, match=f"no {CONFIG}"):
+        with pytest.raises(MissingModelError, match=f"no {CONFIG_FILE}"):
             load_backbone(f"open_clip:{spec}", device="cpu")
 
 
 def test_weights_that_do_not_fit(clip: tuple[Path, Any], tmp_path: Path) -> None:
     folder = shutil.copytree(clip[0], tmp_path / "other")
-    settings = json.loads((folder / CONFIG).read_text())
+    settings = json.loads((folder / CONFIG_FILE).read_text())
     settings["model_cfg"]["embed_dim"] = 8
-    (folder / CONFIG).write_text(json.dumps(settings))
+    (folder / CONFIG_FILE).write_text(json.dumps(settings))
     with pytest.raises(
         ProvenanceError, match=r"open_clip:other do not make a model together.*size mismatch"
     ):
         load_backbone(f"open_clip:{folder}", device="cpu")
-    (folder / CONFIG).write_text("{")
+    (folder / CONFIG_FILE).write_text("{")
     with pytest.raises(ProvenanceError, match="valid config"):
         load_backbone(f"open_clip:{folder}", device="cpu")
 

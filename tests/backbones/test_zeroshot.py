@@ -100,7 +100,7 @@ class Sticky(Hashing):
         return rows
 
 
-@pytest.mark.parametrize("n_between", [1, zeroshot.BLOCK - 1, zeroshot.BLOCK])
+@pytest.mark.parametrize("n_between", [1, zeroshot.BLOCK_SIZE - 1, zeroshot.BLOCK_SIZE])
 def test_near_duplicates_are_named(n_between: int) -> None:
     """In one block of the comparison, and in two."""
     between = [f"table {number}" for number in range(n_between)]

@@ -26,7 +26,7 @@ from tests.builders.tiny_tokenizers import (
     vocabulary_size,
 )
 from tests.builders.tiny_weights import draw_weights, to_transformers
-from vilu.backbones.open_clip import CONFIG
+from vilu.backbones.open_clip import CONFIG_FILE
 from vilu.extras import quiet
 
 open_clip = pytest.importorskip("open_clip")
@@ -162,7 +162,9 @@ def save_open_clip(
     """Lay a model out as ``push_to_hf_hub`` of open_clip does, but for its tokenizer."""
     model = build(model_config)
     model.load_state_dict(state)
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": pixels}))
+    (folder / CONFIG_FILE).write_text(
+        json.dumps({"model_cfg": model_config, "preprocess_cfg": pixels})
+    )
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return model
 

@@ -21,7 +21,7 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import PREDICTORS
 from vilu.artifacts.documents import write_json
-from vilu.embeddings.columns import HOW, TEXT_COLUMNS
+from vilu.embeddings.columns import COLUMN_COMMANDS, TEXT_COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -263,7 +263,7 @@ def test_missing_columns_are_named(name: str, fitted: dict, train: Embeddings) -
     for column in PREDICTORS[name].columns:
         for refused in (make(name).fit, fitted[name].predict_uncertainty):
             with pytest.raises(
-                DataError, match=f"needs the column .* Make it with `{HOW[column]}`"
+                DataError, match=f"needs the column .* Make it with `{COLUMN_COMMANDS[column]}`"
             ):
                 refused(bare)
 

@@ -200,7 +200,7 @@ def test_both_folders_of_bounds_are_named(photos: Path) -> None:
     root = photos.parent
     (photos / "link.png").symlink_to(root / "secret.txt")
     with pytest.raises(OutsideError) as refused:
-        Bounds(photos, beside=root / "lists").resolve("link.png")
+        Bounds(photos, link_folder=root / "lists").resolve("link.png")
     real = os.path.realpath(root)
     expected = f"must lie below {real}/photos/ or {real}/lists/, links included"
     assert expected in str(refused.value)

@@ -36,25 +36,25 @@ def test_default_names_are_cleaned_and_raw_ones_kept():
 def test_names_in_label_order(tmp_path, text):
     file = classes_file(tmp_path, text)
     assert class_table(None, file) == ClassTable(("zebra", "ant"), ("zebra", "ant"))
-    table = class_table(["c0", "c1"], file, by_position=True)
+    table = class_table(["c0", "c1"], file, numeric_labels=True)
     assert table == ClassTable(("c0", "c1"), ("zebra", "ant"))
 
 
 def test_tabbed_names_are_matched_with_the_folders(tmp_path):
     file = classes_file(tmp_path, "ant\tan ant\nn01\ta tench\nred_fox\ta red_fox\n")
     expected = ClassTable(FOLDERS, ("a tench", "a red_fox", "an ant"))
-    assert class_table(FOLDERS, file) == class_table(FOLDERS, file, by_position=True) == expected
+    assert class_table(FOLDERS, file) == class_table(FOLDERS, file, numeric_labels=True) == expected
     assert class_table(None, file).folders == ("ant", "n01", "red_fox")
 
 
 def test_numbers_before_names_are_the_labels_where_labels_are_numbers(tmp_path):
     file = classes_file(tmp_path, "2\tdog\n0\tcat\n1\tbird\n")
-    assert class_table(None, file, by_position=True) == ClassTable(
+    assert class_table(None, file, numeric_labels=True) == ClassTable(
         ("0", "1", "2"), ("cat", "bird", "dog")
     )
     for text in ("1\tcat\n2\tdog\n", "0\tcat\n0\tdog\n", "0\tcat\n01\tdog\n"):
         with pytest.raises(DataError, match="must be the labels 0 to 1, each once"):
-            class_table(None, classes_file(tmp_path, text), by_position=True)
+            class_table(None, classes_file(tmp_path, text), numeric_labels=True)
 
 
 def test_plain_names_are_matched_with_the_folders(tmp_path):
@@ -90,9 +90,9 @@ def test_files_that_do_not_fit_the_folders(tmp_path, text, message):
 
 def test_names_by_position_must_be_as_many_and_not_merely_reordered(tmp_path):
     with pytest.raises(DataError, match=r"one name per class of the data \(3\). Got 2"):
-        class_table(FOLDERS, classes_file(tmp_path, "a\nb\n"), by_position=True)
+        class_table(FOLDERS, classes_file(tmp_path, "a\nb\n"), numeric_labels=True)
     with pytest.raises(DataError, match=r"another order \(class 0 is 'n01' in the data\)"):
-        class_table(FOLDERS, classes_file(tmp_path, "ant\nn01\nred_fox\n"), by_position=True)
+        class_table(FOLDERS, classes_file(tmp_path, "ant\nn01\nred_fox\n"), numeric_labels=True)
 
 
 def test_a_classes_file_that_cannot_be_read(tmp_path):

@@ -24,7 +24,13 @@ from tests.builders.image_files import (
     pixels,
     png,
 )
-from vilu.datasets.images import MAX_FRAMES, ImageFlag, count_directories, decode_image, orientation
+from vilu.datasets.images import (
+    MAX_FRAMES,
+    ImageFlag,
+    count_directories,
+    decode_image,
+    read_orientation,
+)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSLESS))
@@ -262,7 +268,7 @@ def test_bad_exif_never_fails_a_picture(name, exif):
     prefix=st.sampled_from([b"", b"Exif\0\0"]),
 )
 def test_orientation_in_every_byte_order_and_type(value, order, kind, big, prefix):
-    assert orientation(prefix + orientation_block(value, order=order, kind=kind, big=big)) == (
+    assert read_orientation(prefix + orientation_block(value, order=order, kind=kind, big=big)) == (
         value or None
     )
 
@@ -270,6 +276,6 @@ def test_orientation_in_every_byte_order_and_type(value, order, kind, big, prefi
 @given(st.binary(max_size=60).map(lambda tail: b"II*\0" + tail) | st.binary(max_size=60))
 def test_orientation_of_any_bytes_is_a_value_or_a_value_error(block):
     try:
-        assert orientation(block) in {None, *range(1, 9)}
+        assert read_orientation(block) in {None, *range(1, 9)}
     except ValueError:
         return

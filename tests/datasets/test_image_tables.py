@@ -12,7 +12,7 @@ from tests.builders.image_files import (
     picture,
 )
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.base import FINE, MISSING
+from vilu.datasets.base import MISSING_FILE, READABLE
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError, UsageError
@@ -108,7 +108,7 @@ def test_apostrophes_against_formulas_are_taken_away(tmp_path):
         [("-1.png", 0), ("'b.png", 1)],
         ("=cat", "@dog"),
     )
-    assert dataset.faults.kinds.tolist() == [FINE, MISSING]
+    assert dataset.faults.kinds.tolist() == [READABLE, MISSING_FILE]
 
 
 @pytest.mark.parametrize("name", ["names.csv", "names.parquet", "numbers.csv"])

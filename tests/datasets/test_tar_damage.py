@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.builders.tar_files import PICTURE, outcomes, pair, raw_header, tar_bytes, write_shard
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage
-from vilu.datasets.tar_members import MAX_HEADER_BYTES, members
+from vilu.datasets.tar_members import MAX_HEADER_BYTES, read_members
 
 KEYS = ("a", "b" * 150, "c")  # the second has an extension header
 WHOLE = tar_bytes(*(member for key in KEYS for member in pair(key)))
@@ -248,7 +248,7 @@ def test_sparse_members_are_no_files_and_what_follows_is_found(tmp_path):
 
 
 def test_a_shard_of_too_many_members():
-    found = members(io.BytesIO(WHOLE), len(WHOLE), max_members=4)
+    found = read_members(io.BytesIO(WHOLE), len(WHOLE), max_members=4)
     names = [next(found).name for _ in range(4)]
     assert {name.split(".")[0] for name in names} == {*KEYS[:2]}
     with pytest.raises(BadImage, match="more than 4 members") as caught:
@@ -267,6 +267,6 @@ def test_members_are_those_of_tarfile(entries, format):  # noqa: A002
     )
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = [(m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
-    found = list(members(io.BytesIO(data), len(data)))
+    found = list(read_members(io.BytesIO(data), len(data)))
     assert [(member.start, member.size) for member in found] == expected
     assert all(member.is_file for member in found)

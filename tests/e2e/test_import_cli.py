@@ -122,7 +122,7 @@ def test_exit_codes(tmp_path: Path) -> None:
     run("import", "nothing.npz", "-o", "store", code=2, cwd=tmp_path)
     save(tmp_path / "a.npz", arrays(seed=3))
     run("import", "a.npz", "-o", "store", code=6, cwd=tmp_path)
-    with locked(tmp_path / "store", "importing into"):
+    with locked(tmp_path / "store", activity="importing into"):
         run("import", "a.npz", "-o", "store", "--overwrite", code=75, cwd=tmp_path)
     run("import", "a.npz", "-o", "store", "--overwrite", cwd=tmp_path)
     (tmp_path / "mine").mkdir()

@@ -276,7 +276,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from vilu.artifacts.disk import locked
-with locked(Path(sys.argv[1]), "at work in"):
+with locked(Path(sys.argv[1]), activity="at work in"):
     print("held", flush=True)
     sys.stdin.read()
 """

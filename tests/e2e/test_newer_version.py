@@ -17,7 +17,7 @@ from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.builders.versions import NEWER, OLDER, raise_version
 from tests.command import command_line
-from vilu.artifacts.documents import SEAL, identity
+from vilu.artifacts.documents import SEAL, content_digest
 from vilu.calibration.calibration import Calibration
 from vilu.cli.demo import key_of
 from vilu.service.local_journals import LocalJournals
@@ -114,7 +114,7 @@ def content_of(path: Path) -> object:
     document = json.loads(content)
     if not isinstance(document, dict):
         return document
-    return identity(document, "fingerprint", SEAL)
+    return content_digest(document, "fingerprint", SEAL)
 
 
 def files_of(folder: Path) -> dict[str, object]:

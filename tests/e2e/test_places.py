@@ -22,7 +22,7 @@ from tests.builders.bench_fakes import make_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, dataset, picture
 from tests.command import run
 from tests.predictors.test_convert import checkpoint
-from vilu.artifacts.paths import HEADERS
+from vilu.artifacts.paths import KIND_OF_CSV_HEADER
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.target import Target
 from vilu.cli.demo import claim as claim_demo
@@ -410,7 +410,9 @@ def test_the_library_replaces_what_is_ours_and_nothing_else(tmp_path: Path) -> N
         results.save(link)
     for save in (outcomes.save, results.save):
         save(tmp_path / "csv.csv")
-        assert any((tmp_path / "csv.csv").read_bytes().startswith(header) for header in HEADERS)
+        assert any(
+            (tmp_path / "csv.csv").read_bytes().startswith(header) for header in KIND_OF_CSV_HEADER
+        )
         (tmp_path / "csv.csv").unlink()
     torch.save({}, tmp_path / "model.pt")
     with pytest.raises(UsageError, match=r"'a\.csv', which is no part"):

@@ -16,7 +16,7 @@ from tests.embeddings.test_similarity import noisy, unit
 from vilu import PREDICTORS
 from vilu.embeddings import pairs
 from vilu.embeddings.memory import PairEmbeddings
-from vilu.embeddings.pairs import Pools, first_alike, hard_order, require_full_pools
+from vilu.embeddings.pairs import Pools, group_leaders, hard_order, require_full_pools
 from vilu.errors import DataError, UsageError
 
 SCORING = [name for name, cls in PREDICTORS.items() if cls.no_captions is None]
@@ -185,23 +185,23 @@ def test_near_duplicates_are_greedy_leaders(cosine: float, block: int) -> None:
     )
     rows[[50, 170]] = rows[[3, 20]]
     expected = greedy(rows, cosine)
-    assert first_alike(rows, cosine, block).tolist() == expected
+    assert group_leaders(rows, cosine, block).tolist() == expected
     assert 10 < len(set(expected)) < 198
 
 
 def test_likeness_does_not_chain() -> None:
     angles = torch.tensor([0.0, 0.3, 0.6, 0.9, 0.3])
     rows = torch.stack([angles.cos(), angles.sin()], dim=1)
-    assert first_alike(rows, 0.9).tolist() == [0, 0, 2, 2, 0]  # cos 0.3 = 0.955, cos 0.6 = 0.825
+    assert group_leaders(rows, 0.9).tolist() == [0, 0, 2, 2, 0]  # cos 0.3 = 0.955, cos 0.6 = 0.825
 
 
 def test_a_cosine_of_one_is_equality() -> None:
     rows = unit(300, 16, 0)
     rows[[5, 250]] = rows[[1, 2]]
-    assert torch.equal(first_alike(rows, 1.0), first_alike(rows))
-    assert first_alike(rows)[[5, 250]].tolist() == [1, 2]
-    assert first_alike(rows, 1e-9)[0] == 0
-    assert first_alike(rows[:0]).tolist() == first_alike(rows[:0], 0.9).tolist() == []
+    assert torch.equal(group_leaders(rows, 1.0), group_leaders(rows))
+    assert group_leaders(rows)[[5, 250]].tolist() == [1, 2]
+    assert group_leaders(rows, 1e-9)[0] == 0
+    assert group_leaders(rows[:0]).tolist() == group_leaders(rows[:0], 0.9).tolist() == []
 
 
 @pytest.mark.parametrize(("n", "size"), [(256, 16), (250, 16), (10, 16), (48, 16), (7, 1)])
@@ -243,7 +243,7 @@ def test_hard_pools_fail_more_often() -> None:
 
 
 def test_hard_pools_are_sought_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "HARD_ROWS", 40)  # two pools of 16
+    monkeypatch.setattr(pairs, "MAX_HARD_ROWS", 40)  # two pools of 16
     data = pool_of(Pools(16, hard=True, seed=None))
     blocks = data.usable_rows.split(32)
     assert [sorted(block.tolist()) for block in blocks] == [
@@ -288,9 +288,9 @@ def test_pools_that_cannot_be(wrong: dict, message: str) -> None:
 
 
 def test_a_pool_must_be_full() -> None:
-    require_full_pools(8, 8, "it")
+    require_full_pools(8, 8, subject="it")
     with pytest.raises(DataError, match="it has 7 usable pairs, and a pool has 8"):
-        require_full_pools(7, 8, "it")
+        require_full_pools(7, 8, subject="it")
 
 
 @BOTH
@@ -319,7 +319,7 @@ def test_blocks_of_a_pool_are_its_rows(direction: str, size: int) -> None:
             pool = data.candidates(members)
             assert torch.equal(batch.text, pool.text)
             assert torch.equal(
-                batch.columns["text_features"], data.column("text_features", pool.members)
+                batch.columns["text_features"], data.column("text_features", pool.row_of_candidate)
             )
             assert torch.equal(batch.columns["features"], data.column("features", batch.index))
             assert torch.equal(

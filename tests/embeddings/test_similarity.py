@@ -94,7 +94,7 @@ def test_no_rows_and_no_candidates() -> None:
     text = unit(3, 4, 0)
     for found in (
         zero_shot(torch.empty(0, 4), text, first_equal(text), 1.0),
-        RivalWeights.of(torch.empty(0, 3)).zero_shot(torch.arange(3)),
+        RivalWeights.from_logits(torch.empty(0, 3)).zero_shot(torch.arange(3)),
     ):
         assert [len(part) for part in found] == [0, 0, 0]
         assert found.prediction.dtype == torch.int64
@@ -173,7 +173,7 @@ def test_no_odds_vanish_however_far_the_others_are(k: int, temperature: float) -
     logits[:, -1] = 1.0
     logits[:, k // 2] = 1.0
     logits[:, 0] = 1.0 + gap
-    rivals = RivalWeights.of(logits, temperature=temperature)
+    rivals = RivalWeights.from_logits(logits, temperature=temperature)
     exact = logits.double() / temperature
     # numpy adds float64; an exponential of base two of x is off by x of a float32's rounding
     expected = np.logaddexp.reduce(exact[:, 1:].numpy(), axis=1) - exact[:, 0].numpy()
@@ -186,7 +186,7 @@ def test_no_odds_vanish_however_far_the_others_are(k: int, temperature: float) -
 
 def test_the_answer_may_be_any_candidate() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0], [0.0, 50.0, 0.0]])
-    rivals = RivalWeights.of(logits, torch.tensor([[1], [0]]))
+    rivals = RivalWeights.from_logits(logits, torch.tensor([[1], [0]]))
     expected = [np.log(np.exp(2) + 1), np.log(np.exp(50) + 1)]
     assert rivals.log_odds.tolist() == pytest.approx(expected)
 
@@ -195,4 +195,4 @@ def test_of_equal_logits_the_first_is_the_answer() -> None:
     logits = torch.randint(4, (50, 65), generator=torch.Generator().manual_seed(0)).float()
     rows = logits.tolist()
     expected = [row.index(max(row)) for row in rows]
-    assert RivalWeights.of(logits).answer.squeeze(1).tolist() == expected
+    assert RivalWeights.from_logits(logits).answer.squeeze(1).tolist() == expected

@@ -190,5 +190,5 @@ def test_a_source_shows_its_size_and_its_labels() -> None:
         np.eye(4), np.eye(4)[:2], target=[0, -1, -2, 1], columns={"answer": [0, 0, 1, 1]}
     )
     assert repr(data) == "Embeddings(n=4, K=2, D=4, labelled=2, outside=1, columns=['answer'])"
-    assert repr(data[:1]) == "Taken(n=1, K=2, D=4, labelled=1, columns=['answer'])"
+    assert repr(data[:1]) == "RowSubset(n=1, K=2, D=4, labelled=1, columns=['answer'])"
     assert repr(toy_pairs(64, 32, 16)).startswith("PairEmbeddings(n=64, K=32, D=16, pool_size=32")

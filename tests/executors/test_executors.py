@@ -61,7 +61,7 @@ def srun(rank: int, world: int) -> dict[str, str]:
     ],
 )
 def test_rank_from_the_environment(environment, rank, world):
-    assert Rank.of(environment) == Rank(rank, world)
+    assert Rank.from_environment(environment) == Rank(rank, world)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,9 @@ def test_every_actor_fits_on_its_machine(nodes, processes, number, threads, gpus
     executor = make_executor("ray", processes)
     total = {"GPU": sum(node["Resources"].get("GPU", 0) for node in nodes if node["Alive"])}
     executor._ray = SimpleNamespace(nodes=lambda: nodes, cluster_resources=lambda: total)
-    found = executor._actors()
-    assert (found.number, found.threads, found.gpus) == (number, threads, gpus)
+    plan = executor._plan_for_running_ray()
+    found = (plan.n_actors, plan.threads_per_actor, plan.gpus_per_actor)
+    assert found == (number, threads, gpus)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import pytest
 from benchmarks.simulate_scale import ATTEMPTS, Plan, Replay, main, parse, summary
 
-from vilu.artifacts.documents import log
+from vilu.artifacts.documents import append_to_log
 from vilu.store.job import MAX_ATTEMPTS
 
 
@@ -70,7 +70,7 @@ def test_times_come_from_the_log(tmp_path, capsys):
         (1, 30.0),
         (0, 10.0),
     ):  # a part that was done twice: the last time counts
-        log(tmp_path, part=part, seconds=seconds)
+        append_to_log(tmp_path, part=part, seconds=seconds)
     with (tmp_path / "log.jsonl").open("a") as cut:
         cut.write('{"part": 2, "sec')
     options = ["--parts", "8", "--workers", "2", "--receipts", str(tmp_path)]

@@ -165,7 +165,7 @@ def test_an_error_of_the_leading_process_reaches_the_others(tmp_path: Path) -> N
     (tmp_path / "4 earlier" / "run_0").mkdir(parents=True)
     busy = tmp_path / "5"
     busy.mkdir()
-    with locked(busy, "training with"):
+    with locked(busy, activity="training with"):
         leading, second = by_hand(tmp_path, "-c", FITS_THAT_FAIL)
     errors = leading.splitlines()
     assert [error[:2] for error in errors] == ["7 ", "7 ", "3 ", "7 ", "2 ", "75"]

@@ -310,7 +310,7 @@ def test_the_parts_are_the_score(data: Embeddings) -> None:
     parts, score = predictor.parts(batch), predictor.score_batch(batch)
     mass = parts.logits.softmax(1).gather(1, batch.prediction[:, None]).squeeze(1)
     assert torch.allclose(score, 1 - mass, atol=1e-12)
-    assert parts.texts.shape == (1, 6)
+    assert parts.class_offset.shape == (1, 6)
 
 
 @pytest.mark.data

@@ -25,7 +25,7 @@ from tests.conftest import in_memory
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import read_document, write_document, write_json
 from vilu.datasets.images import decode_image
-from vilu.embeddings.columns import COLUMNS, SECOND
+from vilu.embeddings.columns import COLUMNS, SECOND_MODEL_COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.store.embed import ExtraColumns, embed
 from vilu.store.inspect import inspect
@@ -66,7 +66,7 @@ def everything(store):
 
 def test_what_is_kept(original):
     store, backbone, data = EmbeddingStore(original), FakeBackbone(), dataset(N, bad=BAD)
-    assert store.columns == set(COLUMNS) - SECOND
+    assert store.columns == set(COLUMNS) - SECOND_MODEL_COLUMNS
     kept = everything(store)
     assert all(values.dtype == torch.float32 for values in kept.values())
     good = [i for i in range(N) if i not in BAD]
@@ -346,7 +346,7 @@ def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, dat
     content[where : where + len(junk)] = junk
     (root / name).write_bytes(content)
     with suppress(ViLUError):
-        assert everything(EmbeddingStore(root)).keys() == set(COLUMNS) - SECOND
+        assert everything(EmbeddingStore(root)).keys() == set(COLUMNS) - SECOND_MODEL_COLUMNS
     shutil.copy(original / name, root / name)
 
 

@@ -20,7 +20,7 @@ import torch
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, FakeDataset, dataset, picture, tree
 from vilu.artifacts.disk import host_hash
 from vilu.artifacts.documents import write_json
-from vilu.artifacts.paths import entries
+from vilu.artifacts.paths import folder_entries
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import ImageLimits, decode_image
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
@@ -85,7 +85,7 @@ def test_a_store_begun_during_the_check_belongs_to_this_job(tmp_path, monkeypatc
 
         return seen
 
-    monkeypatch.setattr(ledger, "entries", then_it_begins(entries))
+    monkeypatch.setattr(ledger, "folder_entries", then_it_begins(folder_entries))
     monkeypatch.setattr(StoreLedger, "has_begun", then_it_begins(StoreLedger.has_begun))
     StoreLedger.check_place(here)
 

@@ -178,7 +178,7 @@ def test_less_than_a_pool_is_refused_when_it_matters(root):
 
 
 def test_hard_pools_are_made_of_bounded_blocks(root, monkeypatch):
-    monkeypatch.setattr("vilu.embeddings.pairs.HARD_ROWS", 13)
+    monkeypatch.setattr("vilu.embeddings.pairs.MAX_HARD_ROWS", 13)
     asked = []
     take = MappedParts.take
     monkeypatch.setattr(

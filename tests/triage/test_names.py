@@ -21,7 +21,7 @@ from tests.command import run
 from tests.triage.conftest import rows
 from vilu.artifacts.tables import csv_bytes
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.files import former_text, path_of, portable_name
+from vilu.datasets.files import original_path, portable_name, text_of_version_0_1
 from vilu.errors import DataError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.label_files import label_columns, write_labels
@@ -75,8 +75,8 @@ def decided(work: Path) -> dict[str, tuple[str, str]]:
 
 def test_a_text_for_every_name_and_the_name_again() -> None:
     assert {name: portable_name(name) for name in TEXTS} == TEXTS
-    assert {path_of(text): text for text in TEXTS.values()} == TEXTS
-    assert path_of(r"a\x41.png") == r"a\x41.png"  # nobody's escape: A needs none
+    assert {original_path(text): text for text in TEXTS.values()} == TEXTS
+    assert original_path(r"a\x41.png") == r"a\x41.png"  # nobody's escape: A needs none
     assert portable_name("half \ud83d.png") == r"half \xed\xa0\xbd.png"
 
 
@@ -126,7 +126,7 @@ def test_labels_that_older_code_kept_under_raw_names_are_read(work: Path) -> Non
     (work / "photos" / BYTE).unlink()
     book = LabelBook()
     for name in (LITERAL, ESCAPE, BIDI, r"a\x41.png"):
-        path = former_text(TEXTS[name])
+        path = text_of_version_0_1(TEXTS[name])
         assert path == name
         book.entries[path] = replace(Entry(path, None, "given"), label="car")
     book.save(work / "out" / "labels.parquet")
@@ -205,7 +205,7 @@ def test_keys_of_a_table_are_texts_of_its_paths(work: Path) -> None:
     records = list(dataset.records(0, len(dataset)))
     assert {record.key for record in records} == {TEXTS[name] for name in names}
     for record in records:
-        assert record.read() == (work / "photos" / path_of(record.key)).read_bytes()
+        assert record.read() == (work / "photos" / original_path(record.key)).read_bytes()
 
 
 @pytest.mark.parametrize("how", ["--link", "--move"])

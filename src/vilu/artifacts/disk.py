@@ -37,17 +37,17 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 TEMPORARY = re.compile(
     r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL
 )
-"""Pattern of temporary names: final name, host hash, process, random number.
+"""Pattern of temporary names: final name, host hash, process number, random digits.
 
 Temporary names of older versions of vilu have no host hash.
 """
 
 # age in seconds after which a temporary file counts as abandoned, whichever process made it
-STALE = 24 * 3600.0
+MAX_TEMPORARY_AGE = 24 * 3600.0
 
 # Maximum number of bytes that a temporary name takes from the final name. File systems allow 255
 # bytes for the whole name.
-LONGEST_NAME = 220
+MAX_NAME_BYTES = 220
 
 
 @contextmanager
@@ -59,15 +59,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Temporary files that earlier crashes left for ``path`` are removed.
     """
     target = Path(path)
-    # a character that is cut in two at ``LONGEST_NAME`` bytes is left out ("ignore")
-    name = os.fsencode(target.name)[:LONGEST_NAME].decode("utf-8", "ignore")
+    # "ignore" drops the last character if the limit of bytes cuts it in two
+    final_name = os.fsencode(target.name)[:MAX_NAME_BYTES].decode("utf-8", "ignore")
     random_digits = secrets.token_hex(4)
-    temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{random_digits}.tmp")
-    with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
-        # pop, so that this process looks at the leftovers of a name only once
-        for earlier_temporary in unfinished(target.parent.absolute()).pop(name, ()):
-            if is_leftover(earlier_temporary):
-                earlier_temporary.unlink(missing_ok=True)
+    temporary = target.with_name(f".{final_name}.{host_hash()}.{os.getpid()}.{random_digits}.tmp")
+    hint = "Give a folder that exists, is writable and has room."
+    with convert_os_errors(f"cannot write {target}", hint=hint):
+        # pop, so that this process looks for leftovers of a final name only once
+        earlier_files = temporary_paths(target.parent.absolute()).pop(final_name, ())
+        for earlier_file in earlier_files:
+            if is_leftover(earlier_file):
+                earlier_file.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -82,47 +84,53 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @lru_cache(maxsize=1024)
-def unfinished(folder: Path) -> dict[str, list[Path]]:
+def temporary_paths(folder: Path) -> dict[str, list[Path]]:
     """Temporary files and folders in a folder, by their final name.
 
     The folder is listed only once per process, because listing 100,000 files is slow. Therefore
     temporary files that other processes make after the first call are not found.
     """
-    by_name: dict[str, list[Path]] = {}
+    paths_of_name: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match is not None:
             # the first path with a final name begins a new list, and the others are added to it
-            by_name.setdefault(match["name"], []).append(path)
-    return by_name
+            paths_of_name.setdefault(match["name"], []).append(path)
+    return paths_of_name
 
 
 @contextmanager
-def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
+def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
     """Convert an OSError in the block into a ``StorageError``.
 
-    The message is "cannot DOING: REASON. HINT", where REASON is the message of the OSError.
+    The message is "FAILURE: REASON. HINT", where REASON is the message of the OSError.
+
+    Args:
+        failure: What vilu cannot do then, such as "cannot read scores.parquet".
+        hint: What the user can do then, as a sentence.
     """
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-        is_new = file != "" and file not in doing  # the message does not name the file yet
-        file_in_brackets = f" ({file})" if is_new else ""
+        file_in_brackets = ""
+        if isinstance(error.filename, str | bytes):
+            file = os.fsdecode(error.filename)
+            if file not in failure:  # the message does not name the file yet
+                file_in_brackets = f" ({file})"
         reason = error.strerror or error
         advice = advice_to_owner(error)
         if hint:
             advice = f" {hint}{advice}"
-        raise StorageError(f"cannot {doing}: {reason}{file_in_brackets}.{advice}") from error
+        raise StorageError(f"{failure}: {reason}{file_in_brackets}.{advice}") from error
 
 
 def advice_to_owner(error: OSError) -> str:
-    """What the owner of a private file can do if ``error`` says that it may not be read; else "".
+    """Sentences for the owner of a private file that may not be read; "" for other errors.
 
-    The text begins with a space. A file is private if only its owner may read it, or if it is in a
-    folder that only the owner may open.
+    They begin with a space, because they follow the message of ``error``. A file is private if only
+    its owner may read it, or if it is in a folder that only the owner may open.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
@@ -147,7 +155,7 @@ def host_hash() -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is temporary (its name matches ``TEMPORARY``) and abandoned by its process.
+    """Whether a file has a temporary name, and its process has abandoned it.
 
     A file is abandoned if its process ran on this machine and has ended. Whether a process of
     another machine still runs cannot be checked from here. Therefore a file of any machine also
@@ -160,7 +168,7 @@ def is_leftover(path: Path) -> bool:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:  # its process has just renamed or removed the file
         return False
-    if age > STALE:
+    if age > MAX_TEMPORARY_AGE:
         return True
     # a process number has a meaning only on the machine of the process
     is_of_this_machine = match["host"] == host_hash()
@@ -201,7 +209,7 @@ def _sync_folder(folder: Path) -> None:
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder and its parents if missing; StorageError if they cannot be made."""
     folder = Path(path)
-    with or_refuse(f"make the folder {folder}"):
+    with convert_os_errors(f"cannot make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -215,7 +223,12 @@ If the process dies, the file stays until another process takes the lock.
 
 @contextmanager
 def locked(
-    folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process"
+    folder: Path,
+    *,
+    activity: str,
+    wait_seconds: float = 0.0,
+    lock_name: str = LOCK,
+    holder_kind: str = "process",
 ) -> Iterator[None]:
     """Hold the lock of an existing folder during the block.
 
@@ -224,58 +237,66 @@ def locked(
     because all writers of a part write the same bytes. A file next to the lock names the holder. If
     this file names a process of another machine when the lock is taken, a warning is logged.
 
+    If another process holds the lock, the message is "another HOLDER_KIND is ACTIVITY FOLDER."
+
     Args:
         folder: The folder, which must exist.
-        doing: What the holder of the lock does with the folder, such as "embedding into".
-        patience: Seconds to wait if another process holds the lock.
-        name: Name of the lock file. A folder may have several locks.
-        who: What the error message calls the process that holds the lock.
+        activity: What the holder of the lock does with the folder, such as "embedding into".
+        wait_seconds: Seconds to wait if another process holds the lock.
+        lock_name: Name of the lock file. A folder may have several locks.
+        holder_kind: What the message calls the holder of the lock.
 
     Raises:
-        BusyError: If another process still holds the lock after ``patience`` seconds.
+        BusyError: If another process still holds the lock after ``wait_seconds``.
         StorageError: If the lock cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    holder_file = folder / f"{name}-holder"
+    holder_file = folder / f"{lock_name}-holder"
     host = re.sub(r"\s", "_", socket.gethostname())
     this_process = f"process {os.getpid()} of {host}"
-    lock = FileLock(folder / name)
-    with or_refuse(f"write to {folder}"):
+    lock = FileLock(folder / lock_name)
+    with convert_os_errors(f"cannot write to {folder}"):
         try:
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=wait_seconds)
         except Timeout as error:
-            holder = _holder(holder_file)
+            holder = _read_holder(holder_file)
             holder_in_brackets = f" ({holder.group()})" if holder else ""
             raise BusyError(
-                f"another {who}{holder_in_brackets} is {doing} {folder}. Wait for it, or give "
-                "another folder."
+                f"another {holder_kind}{holder_in_brackets} is {activity} {folder}. Wait for it, "
+                "or give another folder."
             ) from error
     try:
-        _write_holder(holder_file, this_process, host, f"{doing} {folder}")
+        _warn_of_other_machine(holder_file, host, f"{activity} {folder}")
+        _write_holder(holder_file, this_process)
         yield
     finally:
         # The file is removed while this process still has the lock. After the release, the file
         # could be that of the next holder. If the file names another process, the lock did not
         # exclude that process, which may still be at work. So the file stays.
-        holder = _holder(holder_file)
+        holder = _read_holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):
                 holder_file.unlink()
         lock.release()
 
 
-def _write_holder(holder_file: Path, this_process: str, host: str, work: str) -> None:
-    """Write this process into the holder's file, and warn if the file names another machine."""
-    holder = _holder(holder_file)
+def _warn_of_other_machine(holder_file: Path, host: str, activity: str) -> None:
+    """Warn if a holder file names a process of another machine than ``host``."""
+    holder = _read_holder(holder_file)
     if holder and holder["host"] != host:
         logger.warning(
             "%s names %s. Either it died there, or it is %s too, because the locks of this file "
             "system do not exclude other machines. Make sure that only one machine works there.",
             holder_file,
             holder.group(),
-            work,
+            activity,
         )
+
+
+def _write_holder(holder_file: Path, this_process: str) -> None:
+    """Write a holder file that names this process, in place of an earlier one."""
+    holder = _read_holder(holder_file)
     # the file is only read for messages, so the work goes on if the file cannot be written
     with suppress(OSError):
         if holder:
@@ -284,10 +305,10 @@ def _write_holder(holder_file: Path, this_process: str, host: str, work: str) ->
             handle.write(this_process)
 
 
-def _holder(holder_file: Path) -> re.Match[str] | None:
+def _read_holder(holder_file: Path) -> re.Match[str] | None:
     """The match of ``HOLDER`` in a holder file; None if there is no such file or no match.
 
-    It names the process that holds the lock, or that died while it held the lock.
+    The match names the process that holds the lock, or that died while it held the lock.
     """
     try:
         with holder_file.open("rb") as handle:
@@ -309,7 +330,7 @@ def cache_folder() -> Path:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; StorageError if it cannot be read."""
-    with or_refuse(f"read {path}"), path.open("rb") as handle:
+    with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
         return stream_hash(handle)
 
 
@@ -320,5 +341,5 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 atomically."""
+    """Write a text atomically, as UTF-8."""
     write_bytes(path, text.encode())

@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
-from vilu.artifacts.disk import LOG, or_refuse, write_bytes
+from vilu.artifacts.disk import LOG, convert_os_errors, write_bytes
 from vilu.artifacts.hashing import digest
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def identity(content: Mapping[str, object], *left_out: str) -> str:
-    """Digest of what ``without_version`` returns for the content of a document."""
-    return digest(without_version(content, *left_out))
+def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
+    """Digest of the content of a document, as ``without_version`` returns it."""
+    return digest(without_version(content, *excluded_keys))
 
 
-def without_version(content: Mapping[str, object], *left_out: str) -> dict[str, object]:
-    """The content of a document, except the version of vilu and the keys in ``left_out``."""
-    return {key: value for key, value in content.items() if key not in {MADE_WITH, *left_out}}
+def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[str, object]:
+    """The content of a document, except the version of vilu and the keys in ``excluded_keys``."""
+    excluded = {VERSION_KEY, *excluded_keys}
+    return {key: value for key, value in content.items() if key not in excluded}
 
 
-MADE_WITH: Final = "vilu"
+VERSION_KEY: Final = "vilu"
 """Key of the version of vilu that wrote a document. Versions are information, never compared."""
 
 SEAL: Final = "digest"
@@ -60,8 +61,10 @@ class Model(BaseModel):
 class Document(Model):
     """A JSON file of vilu with a fixed schema."""
 
-    again: ClassVar[str]  # how to make the document again, for messages
-    fault: ClassVar[type[ViLUError]] = StorageError  # raised if the document is missing or damaged
+    # for messages: how to make the document again, such as "Run `vilu embed` again"
+    remedy: ClassVar[str]
+    # exception that is raised if the document is missing or damaged
+    error_class: ClassVar[type[ViLUError]] = StorageError
 
     schema_version: Literal[2] = SCHEMA_VERSION
 
@@ -74,77 +77,81 @@ def write_document(path: Path, document: Document) -> None:
     write_json(path, document.model_dump(mode="json"))
 
 
-def read_document(path: Path, kind: type[D]) -> D:
-    """Read a document of this kind, and check its digest, its schema and its fields."""
-    content = read_json(path, kind.again, kind.fault)
+def read_document(path: Path, document_class: type[D]) -> D:
+    """Read a document of a class, and check its digest, its schema version and its fields."""
+    remedy = document_class.remedy
+    error_class = document_class.error_class
+    content = read_json(path, remedy, error_class)
     try:
-        return kind.model_validate_json(json.dumps(content))
+        return document_class.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise kind.fault(
-            f"{path} is damaged: {explain(error)}. {kind.again} to repair it."
+        raise error_class(
+            f"{path} is damaged: {first_error(error)}. {remedy} to repair it."
         ) from error
 
 
 def read_json(
-    path: Path, again: str, fault: type[ViLUError] = DataError, *, seal: str = SEAL
+    path: Path, remedy: str, error_class: type[ViLUError] = DataError, *, seal: str = SEAL
 ) -> dict[str, Any]:
     """Read a JSON document of vilu, check its digest, and return its content without the digest.
 
     Args:
         path: The file.
-        again: How to make the document again, for messages.
-        fault: Exception to raise if the document is missing or damaged.
+        remedy: For messages: how to make the document again, such as "Run `vilu embed` again".
+        error_class: Exception to raise if the document is missing or damaged.
         seal: Key of the digest. In ``predictor.json`` it is "fingerprint".
 
     Raises:
         ProvenanceError: If the schema version is one that this vilu does not read.
     """
-    text = read_bounded(path, again, fault)
     try:
-        content = parse_json(text)
+        content = parse_json(read_bounded(path, remedy, error_class))
         stated_digest = content.pop(seal, None)
         actual_digest = digest(content)
     except (ValueError, RecursionError) as error:
-        raise fault(
-            f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it."
+        raise error_class(
+            f"{path} is damaged: it is not JSON of ours ({error}). {remedy} to repair it."
         ) from error
     if stated_digest is not None and stated_digest != actual_digest:
-        raise fault(
-            f"{path} is damaged: its content is not what its {seal} says. {again} to repair it."
+        raise error_class(
+            f"{path} is damaged: its content is not what its {seal} says. {remedy} to repair it."
         )
-    require_schema(path, content, again, fault)
+    require_schema(path, content, remedy, error_class)
     if stated_digest is None:
-        raise fault(f"{path} is damaged: it has no {seal}. {again} to repair it.")
+        raise error_class(f"{path} is damaged: it has no {seal}. {remedy} to repair it.")
     return content
 
 
 def require_schema(
     path: str | os.PathLike[str],
     content: Mapping[str, object],
-    again: str,
-    fault: type[ViLUError] = DataError,
+    remedy: str,
+    error_class: type[ViLUError] = DataError,
     *,
     oldest: int = SCHEMA_VERSION,
 ) -> None:
-    """Raise unless a document or the metadata of a table have a schema version that can be read.
+    """Raise if the schema version of a document, or of a table, cannot be read.
 
-    Versions from ``oldest`` to ``SCHEMA_VERSION`` can be read.
+    Versions from ``oldest`` to ``SCHEMA_VERSION`` can be read. ``content`` is the content of the
+    document, or the metadata of the table. For the rest see ``read_json``.
     """
     version = content.get(SCHEMA)
     if version is None:
         raise ProvenanceError(
             f"{path} has no {SCHEMA}: it was made before vilu 0.2.0, or is no file of vilu. "
-            f"{again}."
+            f"{remedy}."
         )
     if type(version) is not int:
-        raise fault(f"{path} is damaged: its {SCHEMA} is {version!r}, no whole number. {again}.")
+        raise error_class(
+            f"{path} is damaged: its {SCHEMA} is {version!r}, no whole number. {remedy}."
+        )
     if version > SCHEMA_VERSION:
         raise ProvenanceError(
             f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. Update vilu, "
             "or use the vilu that wrote it."
         )
     if version < oldest:
-        raise ProvenanceError(f"{path} was made before vilu 0.2.0 (schema {version}). {again}.")
+        raise ProvenanceError(f"{path} was made before vilu 0.2.0 (schema {version}). {remedy}.")
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
@@ -156,11 +163,11 @@ def parse_json(content: bytes) -> dict[str, Any]:
     """
     document = json.loads(
         content.decode(),
-        object_pairs_hook=each_once,
+        object_pairs_hook=object_of_distinct_keys,
         parse_float=_parse_finite,
         parse_constant=_refuse_number,
     )
-    # An escape from \ud800 to \udfff without its other half is no character. Encoding it as UTF-8
+    # The escapes \ud800 to \udfff are halves of characters. For a half alone, encoding as UTF-8
     # raises a ValueError.
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
@@ -170,7 +177,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
     return document
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object for ``json.loads``; ValueError if a key occurs twice."""
     document = dict(pairs)
     if len(document) < len(pairs):
@@ -190,29 +197,32 @@ def _refuse_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
 
 
-def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
-    """Read a file of at most ``limit`` bytes, by default ``MAX_DOCUMENT_BYTES``.
+def read_bounded(
+    path: Path, remedy: str, error_class: type[ViLUError], max_bytes: int | None = None
+) -> bytes:
+    """Read a file of at most ``max_bytes``, by default ``MAX_DOCUMENT_BYTES``.
 
-    A larger file raises ``fault`` and is not read to its end.
+    A larger file raises an ``error_class`` and is not read to its end. So does a missing file;
+    ``remedy`` says in the message how to make it.
     """
-    if limit is None:
-        limit = MAX_DOCUMENT_BYTES
-    with or_refuse(f"read {path}"):
+    if max_bytes is None:
+        max_bytes = MAX_DOCUMENT_BYTES
+    with convert_os_errors(f"cannot read {path}"):
         if not path.is_file():
-            raise fault(f"{path} is missing. {again} to complete the folder.")
+            raise error_class(f"{path} is missing. {remedy} to complete the folder.")
         with path.open("rb") as handle:
-            content = handle.read(limit + 1)  # one byte more shows that a file is too large
-    if len(content) > limit:
-        raise fault(f"{path} is larger than {limit} bytes, so it is no file of vilu.")
+            content = handle.read(max_bytes + 1)  # one byte more shows that a file is too large
+    if len(content) > max_bytes:
+        raise error_class(f"{path} is larger than {max_bytes} bytes, so it is no file of vilu.")
     return content
 
 
-def explain(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """Describe the first error that pydantic found, on one line."""
     first, *_ = error.errors(include_url=False, include_context=False)
-    where = ".".join(str(step) for step in first["loc"]) or "document"
+    field = ".".join(str(step) for step in first["loc"]) or "document"
     value = json.dumps(first["input"], default=str)
-    return f"{where}: {first['msg']} (got {value:.80})"
+    return f"{field}: {first['msg']} (got {value:.80})"
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
@@ -221,31 +231,33 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: 
     The file begins with the schema version and ends with the digest. It is UTF-8 and indented, and
     the keys keep their order.
     """
-    what = f"cannot write {path}: its content"
+    subject = f"cannot write {path}: its content"
     content = {SCHEMA: SCHEMA_VERSION, **value}
     content.pop(seal, None)  # a document that was read and changed may have its earlier digest
-    # the digest is that of the values as they will be read: a tuple becomes a list
-    plain = json.loads(plain_json(content, what))
+    # encoded and parsed, so that the digest is that of the values as they will be read: a tuple
+    # becomes a list
+    plain = json.loads(plain_json(content, subject=subject))
     plain[seal] = digest(plain)
-    write_bytes(path, plain_json(plain, what, indent=2) + b"\n")
+    write_bytes(path, plain_json(plain, subject=subject, indent=2) + b"\n")
     return str(plain[seal])
 
 
-def log(folder: Path, **facts: object) -> None:
-    """Add a line to the log of a folder.
+def append_to_log(folder: Path, **facts: object) -> None:
+    """Add ``facts`` to the log of a folder, as one line of JSON.
 
     The line is written in a single call, so that lines of several processes do not mix.
     """
-    line = plain_json(facts, "a line of the log") + b"\n"
-    with or_refuse(f"write to {folder / LOG}"), (folder / LOG).open("ab", buffering=0) as handle:
+    path = folder / LOG
+    line = plain_json(facts, subject="a line of the log") + b"\n"
+    with convert_os_errors(f"cannot write to {path}"), path.open("ab", buffering=0) as handle:
         handle.write(line)
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a folder's log, if any; a line that a crash cut off is left out."""
+    """Yield the facts of each line of a folder's log; a line that a crash cut off is left out."""
     path = folder / LOG
     lines: list[bytes] = []
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         if path.is_file():
             lines = path.read_bytes().splitlines()
     for line in lines:
@@ -255,27 +267,30 @@ def read_log(folder: Path) -> Iterator[dict[str, Any]]:
                 yield facts
 
 
-def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
-    """Encode a value as UTF-8 JSON; DataError if this is impossible, as for NaN and infinity."""
+def plain_json(value: object, subject: str = "metadata", indent: int | None = None) -> bytes:
+    """Encode a value as UTF-8 JSON; DataError if this is impossible, as for NaN and infinity.
+
+    The message of the error is "SUBJECT must be plain JSON, but REASON."
+    """
     try:
         return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what} must be plain JSON, but {error}.") from error
+        raise DataError(f"{subject} must be plain JSON, but {error}.") from error
 
 
 Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
-def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
+def fill_dataclass(entry_class: type[Entry], values: Mapping[str, object], title: str) -> Entry:
     """Make a dataclass from values by field name, after a check of names and types.
 
-    Messages call the origin of the values ``where``.
+    ``title`` is what messages call the entry, such as "backbone 'compact'".
     """
-    known = [field.name for field in fields(kind)]
-    for name in facts:
-        if name not in known:
-            raise UsageError(f"{where} has no {name!r}; it has {', '.join(known)}.")
+    field_names = [field.name for field in fields(entry_class)]
+    for name in values:
+        if name not in field_names:
+            raise UsageError(f"{title} has no {name!r}; it has {', '.join(field_names)}.")
     try:
-        return TypeAdapter(kind).validate_python(facts)
+        return TypeAdapter(entry_class).validate_python(values)
     except ValidationError as error:
-        raise UsageError(f"{where}, {explain(error)}.") from error
+        raise UsageError(f"{title}, {first_error(error)}.") from error

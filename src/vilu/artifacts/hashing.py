@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK_NUMBERS = 2**20
-"""How many numbers of a tensor are copied at once, at most. So the copy needs little memory."""
+MAX_BLOCK_SIZE = 2**20
+"""Maximum number of entries of a tensor that are copied at once, to limit the memory of the copy.
+
+A block has at least one row of the tensor, so a block of wide rows may be larger.
+"""
 
 
 def digest(value: object) -> str:
@@ -73,7 +76,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in blocks of at most about ``BLOCK_NUMBERS`` numbers.
+    """Yield the bytes of a tensor in blocks of rows, each with about ``MAX_BLOCK_SIZE`` entries.
 
     So a tensor that repeats its rows (``Tensor.expand``) is not copied as a whole.
     """
@@ -84,6 +87,6 @@ def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     n_rows = tensor.shape[0] if tensor.ndim else 1
     width = math.prod(tensor.shape[1:])
     rows = tensor.reshape(n_rows, width)
-    rows_per_block = max(BLOCK_NUMBERS // width, 1)  # a block has at least one row
+    rows_per_block = max(MAX_BLOCK_SIZE // width, 1)
     for block in rows.split(rows_per_block):
         yield block.cpu().contiguous().view(torch.uint8).numpy().data

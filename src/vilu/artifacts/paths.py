@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vilu.artifacts.disk import MANIFEST, RUN, file_hash, or_refuse
+from vilu.artifacts.disk import MANIFEST, RUN, convert_os_errors, file_hash
 from vilu.artifacts.documents import (
-    MADE_WITH,
     SEAL,
+    VERSION_KEY,
     parse_json,
     read_bounded,
     read_json,
@@ -43,7 +43,7 @@ Kind = Literal[
 ]
 """The kinds of files that vilu writes, as messages call them."""
 
-KINDS: dict[str, Kind] = {
+KIND_OF_ENTRY: dict[str, Kind] = {
     "answers": "answers",
     "outcomes": "scores",
     "results": "results",
@@ -56,9 +56,9 @@ KINDS: dict[str, Kind] = {
     "label errors": "label errors",
     "kept studies": "kept studies",
 }
-"""Kind of a file, by the value of "kind" in a document or in the metadata of a table."""
+"""Kind of a file, by the entry "kind" of a document or of the metadata of a table."""
 
-HEADERS: dict[bytes, Kind] = {
+KIND_OF_CSV_HEADER: dict[bytes, Kind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
     b"method,dataset,split,seed,metric,value,ci_low,ci_high,n,n_failures,accuracy,": "results",
     b"path,label,suggested,quality,is_error": "label errors",
@@ -78,15 +78,25 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 """Allowed suffixes of files, for kinds that have a fixed format."""
 
 INPUTS = "inputs"  # key of the digest of the inputs that a file was made from
-# pattern of the last line of a text (HTML, Markdown) that vilu wrote: the kind of the text, and the
-# digest of its inputs
-MARK = re.compile(rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z")
-TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
+
+TEXT_MARK = re.compile(
+    rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z"
+)
+"""Pattern of the last line of a text (HTML, Markdown) that vilu wrote.
+
+The line has the kind of the text and the digest of its inputs.
+"""
+
+KIND_OF_TEXT: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
 """Kind of a text, by the word in its last line."""
-# pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file, where protobuf puts two
-# bytes between key and value: \x12 and the length of the value
+
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.(?P<inputs>[0-9a-f]{32})", re.DOTALL)
-TAIL = 4096  # number of bytes that are searched at the end of a file, and at its beginning
+r"""Pattern of the entry "vilu.fingerprint" in the metadata of an ONNX file.
+
+Protobuf puts two bytes between the key and the value: \x12 and the length of the value.
+"""
+
+SEARCHED_BYTES = 4096  # bytes that are searched at the beginning and at the end of a file
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
@@ -101,7 +111,7 @@ def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> No
     write_json(path, {**content, **inputs_entry(inputs)})
 
 
-# in the names of locks and temporary files, which also begin with a dot
+# pattern of a part of the names of locks and temporary files; these names also begin with a dot
 LOCK_OR_TEMPORARY = re.compile(r"\.tmp\Z|\.lock")
 
 
@@ -112,7 +122,7 @@ class KindAndInputs(NamedTuple):
     inputs: str  # digest of the inputs; "" if the file has none
 
 
-def mark(kind: str, inputs: str) -> str:
+def text_mark(kind: str, inputs: str) -> str:
     """Last line of a text (HTML, Markdown), by which vilu recognises its own file."""
     return f"<!-- made by vilu: {kind} {inputs} -->\n"
 
@@ -142,7 +152,7 @@ def claim_file(
     if os.path.lexists(target):
         stated_inputs = _require_kind(target, kind)
         has_same_inputs = bool(inputs) and stated_inputs == inputs
-        if has_same_inputs and not overwrite and _is_whole(target):
+        if has_same_inputs and not overwrite and _is_undamaged(target):
             return True
         if not has_same_inputs and not overwrite:
             which_inputs = "inputs that it does not name"
@@ -152,7 +162,7 @@ def claim_file(
                 f"{target} holds the {kind} of {which_inputs}. "
                 "Give another file, or --overwrite to replace it."
             )
-    _require_room(target)
+    _require_writable_folder(target.parent, target)
     return False
 
 
@@ -166,7 +176,7 @@ def _require_suffix(target: Path, kind: Kind) -> None:
 
 
 def _require_kind(target: Path, kind: Kind) -> str:
-    """The digest of the inputs of a file; UsageError if the file is not of this kind."""
+    """Return the digest of the inputs of a file; UsageError if the file is not of this kind."""
     stated = kind_and_inputs(target)
     if stated is None or stated.kind != kind:
         raise UsageError(
@@ -178,20 +188,20 @@ def _require_kind(target: Path, kind: Kind) -> str:
 
 def claim_folder(
     path: str | os.PathLike[str],
-    what: str,
-    ours: Callable[[Path], bool],
+    result_kind: str,
+    is_ours: Callable[[Path], bool],
     *,
-    same: bool = False,
+    has_same_inputs: bool = False,
     overwrite: bool = False,
 ) -> bool:
     """Check an output folder before the work begins.
 
     Args:
         path: The output folder. It is not made here.
-        what: The kind of result that the folder will have, for messages.
-        ours: Returns whether a file in the folder belongs to such a result. It is not called for
+        result_kind: The kind of result that the folder will have, for messages.
+        is_ours: Returns whether a file in the folder belongs to such a result. It is not called for
             temporary files and locks.
-        same: Whether the existing result was made from the same inputs.
+        has_same_inputs: Whether the existing result was made from the same inputs.
         overwrite: Replace an existing result, whatever its inputs.
 
     Returns:
@@ -204,25 +214,28 @@ def claim_folder(
     """
     root = Path(path)
     if os.path.lexists(root) and not root.is_dir():
-        raise UsageError(f"{root} is a file, so no {what} can be put there. Give a new folder.")
+        raise UsageError(
+            f"{root} is a file, so no {result_kind} can be put there. Give a new folder."
+        )
     present: list[Path] = []
     if root.exists():
-        present = entries(root)
-    if present and same and not overwrite:
+        present = folder_entries(root)
+    if present and has_same_inputs and not overwrite:
         return True
-    foreign = [entry for entry in present if not ours(entry)]
-    require_no_others(root, what, foreign)
+    foreign = [path for path in present if not is_ours(path)]
+    refuse_foreign_files(root, result_kind, foreign)
     if present and not overwrite:
         raise UsageError(
-            f"{root} holds another {what}. Give a new folder, or --overwrite to replace it."
+            f"{root} holds another {result_kind}. Give a new folder, or --overwrite to replace it."
         )
-    _require_room(root / what, parents=True)  # the last part of this path is only for the message
+    # A folder that does not exist can be made if its nearest existing parent can be written to.
+    _require_writable_folder(_first_existing(root), root / result_kind)
     return False
 
 
-def entries(root: Path) -> list[Path]:
-    """Sorted paths of the files in a folder, without locks and temporary files."""
-    with or_refuse(f"read {root}"):
+def folder_entries(root: Path) -> list[Path]:
+    """Sorted paths of the files and folders in a folder, without locks and temporary files."""
+    with convert_os_errors(f"cannot read {root}"):
         return sorted(path for path in root.iterdir() if not _is_lock_or_temporary(path.name))
 
 
@@ -231,16 +244,19 @@ def _is_lock_or_temporary(name: str) -> bool:
     return name.startswith(".") and LOCK_OR_TEMPORARY.search(name) is not None
 
 
-def require_no_others(root: Path, what: str, foreign: Iterable[Path]) -> None:
-    """Raise UsageError if the folder ``root`` has ``foreign`` files: files of no such result.
+def refuse_foreign_files(root: Path, result_kind: str, foreign: Iterable[Path]) -> None:
+    """Raise UsageError if there are ``foreign`` files: files in ``root`` of no result of this kind.
 
-    ``what`` is the kind of result that the folder will have, for the message.
+    Args:
+        root: The output folder.
+        result_kind: The kind of result that the folder will have, for the message.
+        foreign: Paths of the files in ``root`` that belong to no such result.
     """
     first = min(foreign, default=None)
     if first is not None:
         raise UsageError(
-            f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's {what}, "
-            "so nothing there is touched. Give a new folder."
+            f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's "
+            f"{result_kind}, so nothing there is touched. Give a new folder."
         )
 
 
@@ -248,28 +264,28 @@ def kind_and_inputs(path: Path) -> KindAndInputs | None:
     """The kind of a file of vilu and the digest of its inputs; None for any other file."""
     if not path.is_file():
         return None
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         suffix = path.suffix.lower()
         if suffix == ".parquet":
-            facts = _metadata(path)
+            facts = _table_metadata(path)
         elif suffix == ".json":
-            facts = _content(path)
+            facts = _document_content(path)
         else:
-            return _kind_at_ends(path)
+            return _kind_by_text(path)
     if facts is None:
         return None
-    kind = KINDS.get(str(facts.get("kind")))
+    kind = KIND_OF_ENTRY.get(str(facts.get("kind")))
     if kind is None:
         return None
     return KindAndInputs(kind, str(facts.get(INPUTS) or ""))
 
 
-def inputs_of(*paths: Path, **settings: object) -> str:
+def inputs_digest(*paths: Path, **settings: object) -> str:
     """Digest of the files that a command reads, and of the settings of the command."""
-    return digest([[content_of(path) for path in paths], settings])
+    return digest([[content_identity(path) for path in paths], settings])
 
 
-def content_of(path: Path) -> object:
+def content_identity(path: Path) -> object:
     """A JSON value that identifies the content of a file or folder.
 
     - A JSON document that states which version of vilu wrote it: the content of the document. The
@@ -280,48 +296,53 @@ def content_of(path: Path) -> object:
       documents, without versions and digests as above.
     - Any other folder: names, sizes and modification times of all files.
     """
-    content = _content(path) if path.suffix.lower() == ".json" else None
-    is_document_of_vilu = content is not None and MADE_WITH in content
+    content = _document_content(path) if path.suffix.lower() == ".json" else None
+    is_document_of_vilu = content is not None and VERSION_KEY in content
     if is_document_of_vilu:
-        return _facts_of(path)
+        return _document_identity(path)
     if path.is_file():  # a table of vilu, or any other file: the function handles both
         return _file_digest(path)
-    names = ["predictor.json", "risk.json", RUN, MANIFEST]
-    documents = [[name, _facts_of(path / name)] for name in names if (path / name).is_file()]
-    if documents:
-        return documents
+    documents: list[object] = []
+    for name in ("predictor.json", "risk.json", RUN, MANIFEST):
+        if (path / name).is_file():
+            documents.append([name, _document_identity(path / name)])
+    return documents or _list_files(path)
+
+
+def _list_files(folder: Path) -> list[object]:
+    """The names, sizes and modification times of all files in a folder, at any depth."""
     listing: list[object] = []
-    with or_refuse(f"read {path}"):
-        for entry in sorted(path.rglob("*")):
-            if entry.is_file():
-                status = entry.stat()
-                listing.append([str(entry.relative_to(path)), status.st_size, status.st_mtime_ns])
+    with convert_os_errors(f"cannot read {folder}"):
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                status = file.stat()
+                listing.append([str(file.relative_to(folder)), status.st_size, status.st_mtime_ns])
     return listing
 
 
 def _file_digest(path: Path) -> object:
     """The digest in the metadata of a Parquet table of vilu; for any other file, its SHA-256."""
     if path.suffix.lower() == ".parquet":
-        with or_refuse(f"read {path}"):
-            metadata = _metadata(path) or {}
+        with convert_os_errors(f"cannot read {path}"):
+            metadata = _table_metadata(path) or {}
         if metadata.get(SEAL):
             return metadata[SEAL]
     return file_hash(path)
 
 
-def _facts_of(path: Path) -> object:
+def _document_identity(path: Path) -> object:
     """The content of a document, without the version of vilu and the document's own digest.
 
     For a damaged document, the SHA-256 of the file.
     """
-    facts = _content(path)
-    if facts is None:
+    content = _document_content(path)
+    if content is None:
         return file_hash(path)
     # the key of the digest is "fingerprint" in ``predictor.json``, and ``SEAL`` in other documents
-    return without_version(facts, "fingerprint", SEAL)
+    return without_version(content, "fingerprint", SEAL)
 
 
-def _content(path: Path) -> dict[str, Any] | None:
+def _document_content(path: Path) -> dict[str, Any] | None:
     """The content of a JSON document; None for any other file."""
     try:
         return parse_json(read_bounded(path, "Make it again", DataError))
@@ -329,7 +350,7 @@ def _content(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _metadata(path: Path) -> dict[str, Any] | None:
+def _table_metadata(path: Path) -> dict[str, Any] | None:
     """The metadata of a table of vilu; None for any other table."""
     import pyarrow as pa
     import pyarrow.parquet
@@ -343,33 +364,34 @@ def _metadata(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _kind_at_ends(path: Path) -> KindAndInputs | None:
-    """Kind and inputs of a file, by the first line of a CSV file or a mark at the end of another.
+def _kind_by_text(path: Path) -> KindAndInputs | None:
+    """Kind and inputs of a file, by the text at its beginning or at its end.
 
-    None if the file has neither.
+    A CSV file is recognised by its header, and any other file by a mark at its end. None if the
+    file has neither.
     """
     with path.open("rb") as handle:
-        start = handle.read(TAIL)
+        start = handle.read(SEARCHED_BYTES)
         size = os.fstat(handle.fileno()).st_size
-        handle.seek(max(size - TAIL, 0))
+        handle.seek(max(size - SEARCHED_BYTES, 0))
         end = handle.read()
-    for header, kind in HEADERS.items():
+    for header, kind in KIND_OF_CSV_HEADER.items():
         if start.startswith(header):
             return KindAndInputs(kind, "")
-    mark_of_onnx = ONNX_MARK.search(end)
-    if mark_of_onnx:
-        return KindAndInputs("ONNX export", mark_of_onnx["inputs"].decode())
-    mark_of_text = MARK.search(end)
-    if mark_of_text:
-        kind_of_text = TEXTS[mark_of_text["kind"]]
-        return KindAndInputs(kind_of_text, mark_of_text["inputs"].decode())
+    onnx_match = ONNX_MARK.search(end)
+    if onnx_match:
+        return KindAndInputs("ONNX export", onnx_match["inputs"].decode())
+    text_match = TEXT_MARK.search(end)
+    if text_match:
+        kind_of_text = KIND_OF_TEXT[text_match["kind"]]
+        return KindAndInputs(kind_of_text, text_match["inputs"].decode())
     # a page without the mark, and so without a digest of its inputs
     if b"Made by vilu " in end and end.rstrip().endswith(b"</html>"):
         return KindAndInputs("page", "")
     return None
 
 
-def _is_whole(path: Path) -> bool:
+def _is_undamaged(path: Path) -> bool:
     """Whether the content of a file matches its digest; True for kinds of files without digest."""
     suffix = path.suffix.lower()
     try:
@@ -378,6 +400,7 @@ def _is_whole(path: Path) -> bool:
         elif suffix == ".parquet":
             read_table(path, text_columns=())
     except ViLUError as error:
+        # the message of the error begins with the path
         logger.warning("it is made again: %s", error)
         return False
     return True
@@ -390,23 +413,20 @@ def _first_existing(folder: Path) -> Path:
     return folder
 
 
-def _require_room(target: Path, *, parents: bool = False) -> None:
-    """Raise if the folder of ``target`` does not exist or cannot be written to.
+def _require_writable_folder(folder: Path, target: Path) -> None:
+    """Raise if ``folder`` does not exist or cannot be written to.
 
-    If ``parents`` is True, a folder that does not exist is accepted if it can be made, because its
-    nearest existing parent can be written to.
+    Messages say that ``target`` cannot be written.
     """
-    folder = target.parent
-    if parents:
-        folder = _first_existing(folder)
     if not folder.is_dir():
-        fault = "does not exist"
+        problem = "does not exist"
         if folder.exists():
-            fault = "is no folder"
+            problem = "is no folder"
         raise UsageError(
-            f"cannot write {target}: the folder {folder} {fault}. Make it, or give another place."
+            f"cannot write {target}: the folder {folder} {problem}. Make it, or give another place."
         )
-    # the rights of the user as whom the process acts count, where the system can check them
+    # By default, os.access checks the rights of the user who started the process. Where the system
+    # can, check those of the user as whom the process acts (the effective user).
     as_effective_user = os.access in os.supports_effective_ids
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(

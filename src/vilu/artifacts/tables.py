@@ -11,7 +11,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TextIO
 
-from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.documents import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -34,15 +34,15 @@ A flipped bit in the key or the length of the metadata hides the metadata from p
 still finds them.
 """
 
-AGAIN: Final = {
+REMEDIES: Final = {
     "outcomes": "Run `vilu score` again",
     "results": "Run `vilu evaluate` again",
     "monitor": "Begin a new monitor with `vilu monitor`",
     "label errors": "Run `vilu audit-labels` again",
 }
-"""How to make a table again, by its kind, for messages."""
+"""For messages: how to make a table again, by its kind."""
 
-OLDEST: Final = {"labels": 1}
+OLDEST_VERSIONS: Final = {"labels": 1}
 """Lowest schema version that is read, by kind of table; by default ``SCHEMA_VERSION``.
 
 Labels are the work of people, so tables of labels of all versions are read.
@@ -50,15 +50,15 @@ Labels are the work of people, so tables of labels of all versions are read.
 
 MAX_COLUMNS = 10_000
 """Maximum number of columns of a table. Reading a million columns would take minutes."""
-MAX_HEADER = 2**20
+MAX_HEADER_CHARACTERS = 2**20
 """Maximum number of characters of a line in the header of a CSV file."""
 
 # A spreadsheet runs a cell as a formula if the cell starts with one of the characters in these
 # patterns. When a CSV file is written, such a cell (_FORMULA) gets an apostrophe before it, which
 # makes it a text. A cell that already has apostrophes before such a character gets one more. So
-# when the file is read, exactly one apostrophe is removed from each such cell (_DEFUSED).
+# when the file is read, exactly one apostrophe is removed from each such cell (_QUOTED_FORMULA).
 _FORMULA = r"^('*[=+\-@\t\r])"
-_DEFUSED = r"^'('*[=+\-@\t\r])"
+_QUOTED_FORMULA = r"^'('*[=+\-@\t\r])"
 
 
 def write_table(
@@ -81,12 +81,13 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     import pyarrow.csv
 
     table = pa.table(dict(columns))
-    texts = [column.name for column in table.schema if pa.types.is_string(column.type)]
-    table = _replaced(table, texts, _FORMULA, r"'\1")  # an apostrophe before the cell
+    text_columns = [column.name for column in table.schema if pa.types.is_string(column.type)]
+    # puts an apostrophe before the cell, which is group 1 of the pattern
+    table = _replace_in_texts(table, text_columns, pattern=_FORMULA, replacement=r"'\1")
     buffer = BytesIO()
-    heading = StringIO()
-    csv.writer(heading, lineterminator="\n").writerow(table.column_names)
-    buffer.write(heading.getvalue().encode())
+    header = StringIO()
+    csv.writer(header, lineterminator="\n").writerow(table.column_names)
+    buffer.write(header.getvalue().encode())
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
     pyarrow.csv.write_csv(table, buffer, options)
     return buffer.getvalue()
@@ -111,29 +112,30 @@ def parquet_bytes(
     content[SEAL] = table_digest(table, content)
     buffer = BytesIO()
     sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(content)})
-    repeating = [name for name in table.column_names if _repeats(table[name])]
+    repetitive = [name for name in table.column_names if _is_repetitive(table[name])]
     pyarrow.parquet.write_table(
         sealed,
         buffer,
         compression=compression,
         write_page_checksum=True,
-        use_dictionary=repeating,
+        use_dictionary=repetitive,
     )
     return buffer.getvalue()
 
 
-SAMPLED = 1_024  # number of values of a column that ``_repeats`` looks at
+SAMPLE_SIZE = 1_024  # number of values of a column that ``_is_repetitive`` looks at
 
 
-def _repeats(column: pa.ChunkedArray) -> bool:
+def _is_repetitive(column: pa.ChunkedArray) -> bool:
     """Whether at most half of the first values of a column are distinct.
 
     Only for such columns a dictionary of the values saves time and space.
     """
     import pyarrow.compute as pc
 
-    first = column[:SAMPLED]
-    return bool(pc.count_distinct(first).as_py() <= len(first) / 2)
+    first_values = column[:SAMPLE_SIZE]
+    n_distinct = pc.count_distinct(first_values).as_py()
+    return bool(n_distinct <= len(first_values) / 2)
 
 
 def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
@@ -160,9 +162,9 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     if column.null_count:
         for chunk in column.chunks:
             sha256.update(chunk.is_null().cast(pa.int8()).to_numpy())
-        # the value stored for a null is undefined, so replace it by a fixed value before hashing
-        blank = "" if is_text else pa.scalar(0).cast(column.type)
-        column = pc.fill_null(column, blank)
+        # the bytes stored for a null are undefined, so a fixed value replaces them before hashing
+        fixed_value = "" if is_text else pa.scalar(0).cast(column.type)
+        column = pc.fill_null(column, fixed_value)
     if not is_text:
         for chunk in column.chunks:
             sha256.update(chunk.to_numpy())
@@ -182,30 +184,32 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     _, offsets, content = chunk.buffers()
     if not len(chunk) or content is None:
         return memoryview(b"")
-    # String i of the buffers has the bytes from offset i to offset i + 1. The array has the strings
-    # from ``chunk.offset`` on.
+    # String i of the buffers has the bytes from all_offsets[i] to all_offsets[i + 1]. The array may
+    # be a slice of the buffers, which begins at the string number ``chunk.offset``.
     all_offsets = np.frombuffer(offsets, np.int32)
-    first = all_offsets[chunk.offset]
-    last = all_offsets[chunk.offset + len(chunk)]
-    return memoryview(content)[first:last]
+    start = all_offsets[chunk.offset]
+    end = all_offsets[chunk.offset + len(chunk)]
+    return memoryview(content)[start:end]
 
 
-def _replaced(table: pa.Table, names: Collection[str], pattern: str, replacement: str) -> pa.Table:
-    """Return a table with a pattern replaced in the text columns ``names``."""
+def _replace_in_texts(
+    table: pa.Table, text_columns: Collection[str], *, pattern: str, replacement: str
+) -> pa.Table:
+    """Return a table with a regular expression replaced in some columns of texts."""
     import pyarrow.compute as pc
 
     for index, column in enumerate(table.schema):
-        if column.name in names:
-            text = pc.replace_substring_regex(
+        if column.name in text_columns:
+            texts = pc.replace_substring_regex(
                 table.column(index), pattern=pattern, replacement=replacement
             )
-            table = table.set_column(index, column.name, text)
+            table = table.set_column(index, column.name, texts)
     return table
 
 
-def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
-    """Remove the apostrophes that ``csv_bytes`` put before texts in the named columns."""
-    return _replaced(table, names, _DEFUSED, r"\1")
+def remove_apostrophes(table: pa.Table, text_columns: Collection[str]) -> pa.Table:
+    """Remove the apostrophes that ``csv_bytes`` puts before cells that look like formulas."""
+    return _replace_in_texts(table, text_columns, pattern=_QUOTED_FORMULA, replacement=r"\1")
 
 
 def read_table(
@@ -250,8 +254,8 @@ def read_table(
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     require_width(path, len(table.column_names))
-    require_distinct(str(path), table.column_names)
-    return table, _metadata(path, table, is_ours=is_ours)
+    require_distinct_columns(str(path), table.column_names)
+    return table, _checked_metadata(path, table, is_ours=is_ours)
 
 
 def _read_parquet(source: pa.NativeFile) -> pa.Table:
@@ -273,20 +277,22 @@ def _footer(source: pa.NativeFile) -> bytes:
     return bytes(source.read(end - start))
 
 
-def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
-    """Read a column as Arrow type ``kind`` ("float64", "int64", "string", ...).
+def read_column(path: str | Path, table: pa.Table, name: str, type_name: str) -> pa.ChunkedArray:
+    """Return a column as an Arrow type: ``type_name`` is "float64", "int64", "string" or another.
 
-    If the table has no such column, all values are null.
+    If the table has no such column, all values are null. ``path`` is only for messages.
     """
     import pyarrow as pa
 
-    arrow_type = pa.type_for_alias(kind)
+    arrow_type = pa.type_for_alias(type_name)
     if name not in table.column_names:
         return pa.chunked_array([pa.nulls(len(table), arrow_type)])
     try:
         return table[name].cast(arrow_type)
     except pa.ArrowException as error:
-        raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
+        raise DataError(
+            f"column {name!r} of {path} must hold {type_name} values: {error}"
+        ) from error
 
 
 class CsvRow(dict[str, str]):
@@ -314,7 +320,10 @@ def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[CsvRow]]
             has a text to the right of the last named column.
         StorageError: If the file cannot be read.
     """
-    with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
+    with (
+        convert_os_errors(f"cannot read {path}"),
+        path.open(encoding="utf-8-sig", newline="") as file,
+    ):
         return parse_csv(file, str(path), delimiter)
 
 
@@ -323,69 +332,78 @@ def parse_csv(
 ) -> tuple[list[str], list[CsvRow]]:
     """Parse the lines of a CSV file like ``csv_rows``; messages call the file ``source``."""
     # strict, or else an unclosed quote would take the rest of the file as one cell
-    table = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     rows: list[CsvRow] = []
     try:
-        names = next(table, [])
-        last_line = table.line_num  # a row may have several lines, if its cells have line breaks
-        for cells in table:
+        names = next(reader, [])
+        last_line = reader.line_num  # a row may have several lines, if its cells have line breaks
+        for cells in reader:
             line = last_line + 1
-            last_line = table.line_num
+            last_line = reader.line_num
             if not rows:  # checked only now, so that the message can show the first row's cells
-                require_distinct(f"{source} line 1", names, cells)
-            _require_named(f"{source} line {line}", names, cells)
+                require_distinct_columns(f"{source} line 1", names, cells)
+            _require_named_columns(f"{source} line {line}", names, cells)
             if not cells:
                 continue
-            texts = [re.sub(_DEFUSED, r"\1", cell) for cell in cells]
-            missing = [""] * (len(names) - len(cells))  # empty if no cells are missing
-            # any further cells, which are empty (_require_named), are left out: strict=False
-            by_column = dict(zip(names, texts + missing, strict=False))
-            rows.append(CsvRow(by_column, line, ends_early=bool(missing)))
+            texts = [re.sub(_QUOTED_FORMULA, r"\1", cell) for cell in cells]
+            missing_texts = [""] * (len(names) - len(cells))  # empty if no cells are missing
+            # strict=False leaves out cells without a column. They are empty: see the check above.
+            text_of_column = dict(zip(names, texts + missing_texts, strict=False))
+            rows.append(CsvRow(text_of_column, line, ends_early=bool(missing_texts)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{source} is no CSV file in UTF-8 whose quotes are all closed: {error}."
         ) from error
-    require_distinct(f"{source} line 1", names)  # not checked above if there are no rows
+    require_distinct_columns(f"{source} line 1", names)  # not checked above if there are no rows
     return names, rows
 
 
-def require_distinct(where: str, names: Sequence[str], cells: Sequence[str] = ()) -> None:
+def require_distinct_columns(
+    location: str, names: Sequence[str], first_cells: Sequence[str] = ()
+) -> None:
     """Raise DataError if two columns have the same name, which would be ambiguous.
 
     Columns without a name are not checked: spreadsheets add empty columns, and pandas an index.
-    ``cells`` are the cells of the first row, for the message.
+
+    Args:
+        location: The file, or the line of the file, with which the message begins.
+        names: Names of the columns.
+        first_cells: Cells of the first row, for the message.
     """
     counts = Counter(name for name in names if name.strip())
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if not repeated:
         return
-    first_repeated = repeated[0]
-    values = [
-        repr(cell) for name, cell in zip(names, cells, strict=False) if name == first_repeated
-    ]
+    example_cells: list[str] = []
+    for name, cell in zip(names, first_cells, strict=False):
+        if name == repeated[0]:
+            example_cells.append(repr(cell))
     example = ""
-    if values:
-        example = f" The first row has {' and '.join(values)} there."
+    if example_cells:
+        example = f" The first row has {' and '.join(example_cells)} there."
     raise DataError(
-        f"{where}: distinct columns are needed. Repeated: {', '.join(repeated)}.{example} "
+        f"{location}: distinct columns are needed. Repeated: {', '.join(repeated)}.{example} "
         "Rename or remove all but one."
     )
 
 
-def _require_named(where: str, names: Sequence[str], cells: Sequence[str]) -> None:
-    """Raise DataError if a row has a text to the right of the last named column."""
+def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[str]) -> None:
+    """Raise DataError if a row has a text to the right of the last named column.
+
+    The message begins with ``location``, which is the line of the file.
+    """
     n_columns = len(names)
     while n_columns and not names[n_columns - 1].strip():  # columns at the end without a name
         n_columns -= 1
-    for column in range(n_columns, len(cells)):
-        if not cells[column].strip():
+    for index in range(n_columns, len(cells)):
+        if not cells[index].strip():
             continue
-        before = ""
-        if column:
-            before = f" after {cells[column - 1]!r}"
+        cell_before = ""
+        if index:
+            cell_before = f" after {cells[index - 1]!r}"
         raise DataError(
-            f"{where}: {cells[column]!r}{before} is in none of the columns {', '.join(names)}. Put "
-            "a text that holds a comma into quotes, or name the column."
+            f"{location}: {cells[index]!r}{cell_before} is in none of the columns "
+            f"{', '.join(names)}. Put a text that holds a comma into quotes, or name the column."
         )
 
 
@@ -394,12 +412,12 @@ def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
     # The file is decoded in blocks, which also contain rows. Invalid UTF-8 in a row is escaped here
     # and refused when the rows are read.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        table = csv.reader(_short_lines(file, path), delimiter=delimiter)
-        names = next(table, [])
+        reader = csv.reader(_lines_of_limited_length(file, path), delimiter=delimiter)
+        names = next(reader, [])
         require_width(path, len(names))
         if len(set(names)) < len(names):
-            first_row = next(table, [])
-            require_distinct(f"{path} line 1", names, first_row)
+            first_cells = next(reader, [])
+            require_distinct_columns(f"{path} line 1", names, first_cells)
     "".join(names).encode()  # raises a ValueError if the names are no valid UTF-8
     return names
 
@@ -408,34 +426,39 @@ def read_columns(
     source: str | Path | pa.NativeFile,
     types: Mapping[str, pa.DataType],
     delimiter: str = ",",
-    **convert: object,
+    **convert_options: object,
 ) -> pa.Table:
     """Read a CSV file as an Arrow table.
 
-    ``types`` has the types of some columns; Arrow infers the types of all other columns. A row with
-    more cells than there are columns raises ``pyarrow.ArrowInvalid``. ``convert`` are further
-    options of ``pyarrow.csv.ConvertOptions``.
+    A row with more cells than there are columns raises ``pyarrow.ArrowInvalid``.
+
+    Args:
+        source: The file.
+        types: Types of some columns, by name. Arrow infers the types of all other columns.
+        delimiter: What stands between the columns.
+        convert_options: Further options of ``pyarrow.csv.ConvertOptions``.
     """
     import pyarrow.csv
 
     return pyarrow.csv.read_csv(
         source,
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=types, **convert),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types, **convert_options),
     )
 
 
-def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
-    """Yield the lines of a file; DataError at a line of more than ``MAX_HEADER`` characters."""
-    line = file.readline(MAX_HEADER)
+def _lines_of_limited_length(file: TextIO, path: str | Path) -> Iterator[str]:
+    """Yield the lines of a file; DataError at a line over ``MAX_HEADER_CHARACTERS``."""
+    line = file.readline(MAX_HEADER_CHARACTERS)
     while line:
-        if len(line) == MAX_HEADER and line[-1] not in "\r\n":
+        is_cut = len(line) == MAX_HEADER_CHARACTERS and line[-1] not in "\r\n"
+        if is_cut:
             raise DataError(
-                f"{path} has a line of more than {MAX_HEADER:,} characters where the names of "
-                "columns are."
+                f"{path} has a line of more than {MAX_HEADER_CHARACTERS:,} characters where the "
+                "names of columns are."
             )
         yield line
-        line = file.readline(MAX_HEADER)
+        line = file.readline(MAX_HEADER_CHARACTERS)
 
 
 def require_width(path: str | Path, n_columns: int) -> None:
@@ -466,10 +489,10 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str], delimiter: 
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    return as_written(table, text_columns)
+    return remove_apostrophes(table, text_columns)
 
 
-def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
+def _checked_metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, object]:
     """The metadata of a table of vilu, after a check of the digest; empty for any other table.
 
     ``is_ours`` says that the footer contains metadata of vilu. If pyarrow finds no metadata in such
@@ -485,9 +508,9 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
         metadata = parse_json(text or b"")  # ValueError for b"": pyarrow does not find the metadata
         stated_digest = metadata.pop(SEAL, None)
         actual_digest = table_digest(table, metadata)
-    # The file may be damaged. ValueError: the metadata are no JSON. RecursionError: they are nested
-    # too deeply. ArrowNotImplementedError is pyarrow's error for a type that it cannot convert: a
-    # flipped bit may change the type of a column. All of them end as DataError with the path.
+    # A damaged file raises one of these. ValueError: the metadata are no JSON. RecursionError: they
+    # are nested too deeply. ArrowNotImplementedError: pyarrow cannot convert the type of a column,
+    # because a flipped bit has changed the type.
     except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again."
@@ -498,9 +521,10 @@ def _metadata(path: str | Path, table: pa.Table, *, is_ours: bool) -> dict[str, 
             "digest says. Make it again."
         )
     kind = str(metadata.get("kind"))
-    again = AGAIN.get(kind, "Make it again")
-    require_schema(path, metadata, again, oldest=OLDEST.get(kind, SCHEMA_VERSION))
+    remedy = REMEDIES.get(kind, "Make it again")
+    oldest_version = OLDEST_VERSIONS.get(kind, SCHEMA_VERSION)
+    require_schema(path, metadata, remedy, oldest=oldest_version)
     if stated_digest is None:
-        raise DataError(f"{path} is damaged: its metadata have no digest. {again}.")
+        raise DataError(f"{path} is damaged: its metadata have no digest. {remedy}.")
     del metadata[SCHEMA]
     return metadata

@@ -91,10 +91,11 @@ def _progress(n_texts: int) -> AbstractContextManager[Task]:
     return nullcontext(Silence())
 
 
-LEAST_REDUCED: Final = 2
-"""A JPEG that is decoded at a reduced size is at least this many times as large as the model needs.
+MIN_JPEG_FACTOR: Final = 2
+"""Least side of a JPEG that is decoded at a reduced size, divided by the side that the model needs.
 
-So resizing still averages over several pixels, and hardly changes: by about half a grey level.
+With this factor, resizing still averages over several pixels. So the resized pixels change by only
+about half a grey level.
 """
 
 
@@ -122,8 +123,8 @@ class DualEncoder:
         text_projection: Matrix (D, F_t) from text features to embeddings of any norm. None: the
             text tower itself returns embeddings.
         feature_dim: Width F; needed only if there is an ``image_head``.
-        texts_known_as: Name that identifies everything that determines the embeddings of texts,
-            as a part of their key in the user's cache. None: texts are not cached.
+        text_cache_key: Name that identifies everything that determines the embeddings of texts, as
+            a part of their key in the user's cache. None: texts are not cached.
         bf16_tower: The image tower with its weights in bfloat16, as a function from bfloat16 pixels
             (B, 3, H, W) to features (B, F). It saves autocast's conversion of weights.
         resize_to: Length in pixels to which ``transform`` resizes the shorter side of an image, or
@@ -147,14 +148,14 @@ class DualEncoder:
         image_projection: Tensor | None = None,
         text_projection: Tensor | None = None,
         feature_dim: int | None = None,
-        texts_known_as: str | None = None,
+        text_cache_key: str | None = None,
         bf16_tower: Callable[[Tensor], Tensor] | None = None,
         resize_to: int | None = None,
     ) -> None:
         self.space = space
         self.jpeg_side: int | None = None
         self._resize_to = resize_to
-        self._texts_known_as = texts_known_as
+        self._text_cache_key = text_cache_key
         self.device = device
         self.projections: tuple[Tensor, Tensor] | None = None
         if image_projection is not None and text_projection is not None:
@@ -164,16 +165,16 @@ class DualEncoder:
         self._transform = transform
         self._image_tower = image_tower
         self._bf16_tower = bf16_tower
-        self._image_head = image_head or _linear(image_projection)
+        self._image_head = image_head or _linear_map(image_projection)
         self._text_tower = text_tower
-        self._text_head = _linear(text_projection)
+        self._text_head = _linear_map(text_projection)
         self._truncates = truncates
 
     def reduce_jpegs(self) -> None:
         """Let JPEGs be decoded at a reduced size, if it is known to which size they are resized."""
         if self._resize_to is None:
             return
-        self.jpeg_side = LEAST_REDUCED * self._resize_to
+        self.jpeg_side = MIN_JPEG_FACTOR * self._resize_to
         self.space = self.space.with_reduced_jpegs
 
     def in_float32(self) -> DualEncoder:
@@ -190,12 +191,12 @@ class DualEncoder:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Unit-norm embeddings (B, D) float32 on the CPU; the pixels are (B, 3, H, W)."""
         rows, _ = self._run_image_tower(pixels)
-        return _unit(rows)
+        return _normalise(rows)
 
     def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings as ``encode_images``, and features (B, F) float32 on the CPU."""
         rows, features = self._run_image_tower(pixels)
-        return _unit(rows), features.clone().cpu()
+        return _normalise(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, D) of any norm and features (B, F), both in float32."""
@@ -207,7 +208,7 @@ class DualEncoder:
                 return self._image_head(features), features
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """Features (B, F) in float32, of the image tower in the precision of the space."""
+        """Run the image tower in the precision of the space; features (B, F) in float32."""
         device = self.device.type
         is_bf16 = self.space.precision == "bf16"
         if is_bf16 and self._bf16_tower is not None:
@@ -229,14 +230,14 @@ class DualEncoder:
 
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(encode, texts)
-        return _unit(rows)
+        return _normalise(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
         """As ``encode_texts``, but the embeddings are stored in the user's cache for reuse."""
-        if self._texts_known_as is None:
+        if self._text_cache_key is None:
             return self.encode_texts(texts)
-        identity = digest([self._texts_known_as, self.device.type, list(texts)])
-        return cached_rows(f"texts-{identity}", lambda: self.encode_texts(texts))
+        key = digest([self._text_cache_key, self.device.type, list(texts)])
+        return cached_rows(f"texts-{key}", lambda: self.encode_texts(texts))
 
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Whether the tokenizer truncates each text."""
@@ -249,21 +250,21 @@ class DualEncoder:
         return rows.float().clone().cpu()
 
 
-MAX_CACHED = 2**22
+MAX_CACHED_ENTRIES = 2**22
 """Maximum number of entries of a tensor in the user's cache; they take 16 MiB."""
 
 
-def cached_rows(name: str, make: Callable[[], Tensor]) -> Tensor:
-    """Rows on the CPU from the user's cache; if they are not there, ``make`` computes them.
+def cached_rows(name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Rows on the CPU from the user's cache; if they are not there, ``compute`` computes them.
 
-    Computed rows are written to the cache, unless there are more than ``MAX_CACHED`` entries.
+    Computed rows are written to the cache, unless they have more than ``MAX_CACHED_ENTRIES``.
     """
     path = cache_folder() / f"{name}.safetensors"
     cached = _read_cached(path)
     if cached is not None:
         return cached
-    rows = make().cpu().contiguous()
-    if rows.numel() <= MAX_CACHED:
+    rows = compute().cpu().contiguous()
+    if rows.numel() <= MAX_CACHED_ENTRIES:
         try:
             make_folder(path.parent)
             write_bytes(path, save({"rows": rows}, {"sha256": tensor_hash(rows)}))
@@ -288,15 +289,15 @@ def _read_cached(path: Path) -> Tensor | None:
     return None
 
 
-def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Linear map of a matrix (D, F); the identity if ``projection`` is None."""
+def _linear_map(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Function from rows (B, F) to rows (B, D), by a matrix (D, F); the identity for None."""
     if projection is None:
         return lambda rows: rows
     return lambda rows: rows @ projection.T
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Rows normalised to unit norm, on the CPU.
+def _normalise(rows: Tensor) -> Tensor:
+    """Normalise rows to unit norm, and copy them to the CPU.
 
     The function must run outside inference mode, because predictors cannot be trained on tensors
     that are made in inference mode.
@@ -309,20 +310,24 @@ def with_bf16_members(network: nn.Module, names: Sequence[str]) -> Any:  # noqa:
 
     All other members are shared. A name that the network lacks is ignored.
     """
-    shared = {id(member): member for name, member in network.named_children() if name not in names}
-    twin = deepcopy(network, shared)
+    # ``deepcopy`` uses an object in its memo as it is, in place of a copy
+    shared_memo: dict[int, Any] = {}
+    for name, member in network.named_children():
+        if name not in names:
+            shared_memo[id(member)] = member
+    twin = deepcopy(network, shared_memo)
     for name, member in twin.named_children():
         if name in names:
             member.bfloat16()
     return twin
 
 
-ROUNDING = 1e-4
+PROJECTION_TOLERANCE = 1e-4
 """Largest rounding error of a float32 projection, relative to its largest entry."""
 
 
 def detach_projection(
-    network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]
+    network: nn.Module, candidates: Sequence[str], run_probe: Callable[[], Tensor]
 ) -> Tensor | None:
     """Remove the last linear map from a tower, so that the tower returns the features before it.
 
@@ -331,33 +336,34 @@ def detach_projection(
 
     Args:
         network: The model that contains the tower. It is changed in place.
-        paths: Dotted names of members that may be the last map. A member is a matrix (F, D) that is
-            applied from the right, or an ``nn.Linear``.
-        run: Function that runs the tower on a probe and returns (1, D).
+        candidates: Dotted names of members that may be the last map. A member is a matrix (F, D)
+            that is applied from the right, or an ``nn.Linear``.
+        run_probe: Function that runs the tower on a probe. It returns (1, D) before the map is
+            removed, and (1, F) afterwards.
 
     Returns:
         The map (D, F). None if no member is the last map; then the network is not changed.
     """
     modules = dict(network.named_modules())
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        owner = modules.get(parent)
-        member = getattr(owner, name, None)
-        weight = _matrix(member)
-        if owner is None or weight is None:
+    for dotted_name in candidates:
+        parent_name, _, name = dotted_name.rpartition(".")
+        parent = modules.get(parent_name)
+        member = getattr(parent, name, None)
+        weight = _linear_weight(member)
+        if parent is None or weight is None:
             continue
-        expected = run()
+        embedding = run_probe()
         # torch allows only a module in place of a module; open_clip skips a parameter that is None
-        without_map = nn.Identity() if isinstance(member, nn.Linear) else None
-        setattr(owner, name, without_map)
-        features = run()
-        if _maps(weight, features, expected):
+        substitute = nn.Identity() if isinstance(member, nn.Linear) else None
+        setattr(parent, name, substitute)
+        features = run_probe()
+        if _is_mapped(features, weight, embedding):
             return weight
-        setattr(owner, name, member)  # it was not the last map
+        setattr(parent, name, member)  # it was not the last map
     return None
 
 
-def _matrix(member: object) -> Tensor | None:
+def _linear_weight(member: object) -> Tensor | None:
     """Matrix (D, F) of a member that is a linear map without bias; None for other members."""
     if isinstance(member, nn.Linear):
         parameters = [name for name, _ in member.named_parameters()]
@@ -367,9 +373,9 @@ def _matrix(member: object) -> Tensor | None:
     return None
 
 
-def _maps(weight: Tensor, features: Tensor, expected: Tensor) -> bool:
-    """Whether ``weight`` maps the features of the probe to its expected embedding."""
-    if features.shape[-1] != weight.shape[1] or expected.shape[-1] != weight.shape[0]:
+def _is_mapped(features: Tensor, weight: Tensor, embedding: Tensor) -> bool:
+    """Whether ``weight`` maps the features (1, F) of the probe to its embedding (1, D)."""
+    if weight.shape != (embedding.shape[-1], features.shape[-1]):
         return False
-    error = (features @ weight.T - expected).abs().max()
-    return bool(error < ROUNDING * expected.abs().max())
+    error = (features @ weight.T - embedding).abs().max()
+    return bool(error < PROJECTION_TOLERANCE * embedding.abs().max())

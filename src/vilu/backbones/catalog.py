@@ -13,25 +13,28 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vilu.artifacts.documents import fill
+from vilu.artifacts.documents import fill_dataclass
 from vilu.errors import MissingModelError, ProvenanceError, UsageError, nearest
 from vilu.progress import track
 from vilu.registry import ADDERS, Catalogue, toml_tables
 from vilu.validation import checked, require_one_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from vilu.backbones.base import Backbone
 
 
-SLOW = 2.0
+SLOW_SECONDS = 2.0
 """Loading times above this number of seconds are logged."""
 
-FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""The file by which folders of named backbones are recognised, for each library."""
+CONFIG_FILES = {"open_clip": "open_clip_config.json", "hf": "config.json"}
+"""Libraries that load named backbones, with the file by which a folder for each is recognised.
 
-DEFAULT_FORMAT = "open_clip"  # library that loads a model of the hub if the spec names none
+The name of a library is also the name of the ``BackboneKind`` that loads by it.
+"""
+
+DEFAULT_LIBRARY = "open_clip"  # library that loads a model of the hub if the spec names none
 
 
 @dataclass(frozen=True)
@@ -107,39 +110,42 @@ def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     by the library whose configuration file is in the folder. Returns None if ``spec`` is no named
     backbone.
     """
-    name, sign, kind = spec.partition("@")
+    name, sign, library = spec.partition("@")
     model = BACKBONES.get(name)
     if not isinstance(model, NamedBackbone):
         return None
-    if sign and kind not in FORMATS:
-        ways = " or ".join(f"{name}@{known}" for known in FORMATS)
-        raise UsageError(f"{name} is loaded by {ways}. Got {spec!r}.")
+    if sign and library not in CONFIG_FILES:
+        valid_specs = " or ".join(f"{name}@{known}" for known in CONFIG_FILES)
+        raise UsageError(f"{name} is loaded by {valid_specs}. Got {spec!r}.")
     if models is None:
-        kind = kind or DEFAULT_FORMAT
-        argument: str = getattr(model, kind)  # the field with the name of the library
+        library = library or DEFAULT_LIBRARY
+        argument: str = getattr(model, library)  # the field with the name of the library
     else:
         folder = Path(models) / name
-        kind = _format_of(folder, model, [kind] if kind else list(FORMATS))
-        if kind == "open_clip":
-            _require_activation(folder / FORMATS[kind], model)
+        library = _library_of_folder(folder, model, [library] if library else list(CONFIG_FILES))
+        if library == "open_clip":
+            _require_activation(folder / CONFIG_FILES[library], model)
         argument = str(folder)
-    options = {"tanh_gelu": model.tanh_gelu} if kind == "open_clip" else {}
-    full_name = name if kind == DEFAULT_FORMAT else f"{name}@{kind}"
-    return NamedSource(full_name, f"{kind}:{argument}", options)
+    options = {"tanh_gelu": model.tanh_gelu} if library == "open_clip" else {}
+    full_name = name if library == DEFAULT_LIBRARY else f"{name}@{library}"
+    return NamedSource(full_name, f"{library}:{argument}", options)
 
 
-def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
-    """The first of the libraries ``kinds`` whose configuration file is in the folder."""
-    for kind in kinds:
-        if (folder / FORMATS[kind]).is_file():
-            return kind
-    files = " or ".join(FORMATS[kind] for kind in kinds)
+def _library_of_folder(folder: Path, model: NamedBackbone, libraries: list[str]) -> str:
+    """The first of ``libraries`` whose configuration file is in the folder."""
+    for library in libraries:
+        if (folder / CONFIG_FILES[library]).is_file():
+            return library
     repositories = {"open_clip": model.open_clip_hub, "hf": model.hf}
-    ways = " or ".join(f"`hf download {repositories[kind]} --local-dir {folder}`" for kind in kinds)
+    files: list[str] = []
+    commands: list[str] = []
+    for library in libraries:
+        files.append(CONFIG_FILES[library])
+        commands.append(f"`hf download {repositories[library]} --local-dir {folder}`")
     raise MissingModelError(
-        f"there is no {files} in the folder {folder}, where {model.title} was expected. Where "
-        f"there is a network, {ways} makes that folder; given a folder of models, vilu downloads "
-        "nothing."
+        f"there is no {' or '.join(files)} in the folder {folder}, where {model.title} was "
+        f"expected. Where there is a network, {' or '.join(commands)} makes that folder; given a "
+        "folder of models, vilu downloads nothing."
     )
 
 
@@ -220,15 +226,15 @@ def load_backbone(
     module, _, function = entry.loader.partition(":")
     options = {} if source is None else source.options
     if source is None and models is not None:
-        argument = _found_in(Path(models), argument)
-    log.info("loading %s ...", spec)
+        argument = _with_local_path(argument, Path(models))
+    logger.info("loading %s ...", spec)
     begun = time.monotonic()
     with track(f"load {spec}", total=None, unit="steps"), OwnGenerator():
         load = getattr(importlib.import_module(module), function)
         backbone: Backbone = load(argument, resolve_device(device), precision, **options)
     seconds = time.monotonic() - begun
-    if seconds > SLOW:
-        log.info("%s loaded in %.1f s", spec, seconds)
+    if seconds > SLOW_SECONDS:
+        logger.info("%s loaded in %.1f s", spec, seconds)
     if source is not None:
         # The embedding spaces of the same model must match, so the name must not depend on the
         # location of the weights.
@@ -238,15 +244,15 @@ def load_backbone(
     return backbone
 
 
-def _found_in(models: Path, argument: str) -> str:
-    """Replace the last name of FOLDER or NAME/FILE by its path, if it is in ``models``.
+def _with_local_path(argument: str, models: Path) -> str:
+    """Replace FOLDER, or the FILE of NAME/FILE, by its path in ``models``, if it is there.
 
     Embedding spaces name such models without local paths. So a saved predictor finds its model in
     ``models``.
     """
-    model, slash, name = argument.rpartition("/")
-    path = models / name
-    is_folder = not slash and bool(name) and path.is_dir()
+    model, slash, last_name = argument.rpartition("/")
+    path = models / last_name
+    is_folder = not slash and bool(last_name) and path.is_dir()
     is_file = bool(model) and "/" not in model and path.is_file()
     if is_folder or is_file:
         return f"{model}{slash}{path.absolute()}"
@@ -295,11 +301,12 @@ def add_backbones(source: Path | str) -> list[str]:
 
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
     """Add the backbones in ``tables`` (by name) with the keys that ``add_backbones`` describes."""
-    for name, facts in tables.items():
-        kind: type[NamedBackbone | BackboneKind] = NamedBackbone
-        if "loader" in facts:
-            kind = BackboneKind
-        add_backbone(fill(kind, {"name": name, **facts}, f"backbone {name!r}"))
+    for name, table in tables.items():
+        entry_class: type[NamedBackbone | BackboneKind] = NamedBackbone
+        if "loader" in table:
+            entry_class = BackboneKind
+        values = {"name": name, **table}
+        add_backbone(fill_dataclass(entry_class, values, title=f"backbone {name!r}"))
     return list(tables)
 
 

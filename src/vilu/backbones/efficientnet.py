@@ -64,7 +64,7 @@ class Convolution(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, groups=groups, bias=False)
-        # Any, because its place is taken by an ``nn.Identity`` in ``merge_norm``
+        # Any, because ``merge_norm`` replaces the batch norm by an ``nn.Identity``
         self.norm: Any = nn.BatchNorm2d(channels_out, eps=EPSILON)
         # TensorFlow pads an even side by k - s zeros in total, and the smaller half comes first.
         # All sides are even here, since those of the images are multiples of 32.
@@ -74,7 +74,7 @@ class Convolution(nn.Module):
         self.is_symmetric = before == after
         if self.is_symmetric:
             self.conv.padding = (before, before)
-        self.margins = (before, after, before, after)
+        self.margins = (before, after, before, after)  # left, right, top, bottom
         self.activated = activated
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra
 
-MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
+DUAL_ENCODER_MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """Members by which a model of transformers is recognised as a dual encoder with a logit scale."""
 
-PIXEL_SETTINGS = (
+PIXEL_SETTING_PREFIXES = (
     "do_",
     "size",
     "crop_size",
@@ -38,9 +38,9 @@ PIXEL_SETTINGS = (
     "image_std",
     "image_processor",
 )
-"""Settings of an image processor that change pixels, by the beginning of their names."""
+"""Beginnings of the names of the settings of an image processor that change pixels."""
 
-PROBE = Image.new("RGB", (64, 64))  # picture for a trial run
+PROBE_IMAGE = Image.new("RGB", (64, 64))  # picture for a trial run
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Towers:
 
         SigLIP was trained with this padding. The embeddings of CLIP do not depend on the padding.
         """
-        of_tokenizer = self.processor.tokenizer.model_max_length
-        of_tower = self.model.config.text_config.max_position_embeddings
-        return int(min(of_tokenizer, of_tower))
+        tokenizer_length = self.processor.tokenizer.model_max_length
+        tower_length = self.model.config.text_config.max_position_embeddings
+        return int(min(tokenizer_length, tower_length))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """Inputs of the text tower.
@@ -85,18 +85,19 @@ class Towers:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Embeddings (M, D) of M texts, of any norm."""
-        return self._features("get_text_features", **self.tokenize(texts))
+        return self._embeddings("get_text_features", **self.tokenize(texts))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Embeddings (B, D) of pixels (B, 3, H, W), of any norm."""
-        return self._features("get_image_features", pixel_values=pixels)
+        return self._embeddings("get_image_features", pixel_values=pixels)
 
-    def _features(self, tower: str, **inputs: Tensor) -> Tensor:
-        """Embeddings from the method ``tower`` of the model.
+    def _embeddings(self, method_name: str, **inputs: Tensor) -> Tensor:
+        """Embeddings that a method of the model computes from ``inputs``.
 
         transformers 4 returns a tensor, transformers 5 an object that contains the tensor.
         """
-        output = getattr(self.model, tower)(**inputs)
+        method = getattr(self.model, method_name)
+        output = method(**inputs)
         if isinstance(output, Tensor):
             return output
         return cast("Tensor", output.pooler_output)
@@ -124,15 +125,16 @@ class Towers:
         processor = self.processor.image_processor
         settings = {"class": type(processor).__name__}
         for key, value in processor.to_dict().items():
-            if key.startswith(PIXEL_SETTINGS):
+            if key.startswith(PIXEL_SETTING_PREFIXES):
                 settings[key] = value
         return json.dumps(settings, sort_keys=True)
 
 
-def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
+def _read_towers(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
     """Read model and processor, and return them with the identity of the tokenizer.
 
-    Missing weights raise an error, although transformers only warns.
+    ``origin`` is the folder of the model, or its repository on the hub. Messages call the model
+    ``name``. Missing weights raise an error, although transformers only warns.
     """
     model, report = transformers.AutoModel.from_pretrained(
         origin, dtype=torch.float32, output_loading_info=True
@@ -147,7 +149,7 @@ def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towe
         origin, backend="pil", use_fast=False
     )
     towers = Towers(model, processor)
-    if towers.pixels(PROBE).ndim != 3:
+    if towers.pixels(PROBE_IMAGE).ndim != 3:
         raise UsageError(
             f"{name} cuts pictures into patches of varying number; take a model of fixed "
             "resolution."
@@ -164,17 +166,21 @@ def _require_dual_encoder(
     report: Mapping[str, Iterable[object]],
     name: str,
 ) -> None:
-    """Refuse a model with missing weights, or without an image tower or a text tower."""
-    unfilled = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-    if unfilled:
+    """Refuse a model with missing weights, or without an image tower or a text tower.
+
+    ``report`` is what transformers reports about the loading of the weights.
+    """
+    missing_weights = [*report["missing_keys"], *report["mismatched_keys"]]
+    if missing_weights:
+        first_name = min(str(weight) for weight in missing_weights)
         raise ProvenanceError(
-            f"{name} has no weights for {len(unfilled)} tensors, the first is {unfilled[0]}."
+            f"{name} has no weights for {len(missing_weights)} tensors, the first is {first_name}."
         )
-    absent = [member for member in MEMBERS if not hasattr(model, member)]
-    if absent:
+    missing_members = [member for member in DUAL_ENCODER_MEMBERS if not hasattr(model, member)]
+    if missing_members:
         raise UsageError(
-            f"{name} is a {type(model).__name__}, which has no {', '.join(absent)}; a dual encoder "
-            "was expected, such as CLIP or SigLIP."
+            f"{name} is a {type(model).__name__}, which has no {', '.join(missing_members)}; a "
+            "dual encoder was expected, such as CLIP or SigLIP."
         )
 
 
@@ -191,7 +197,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     model = towers.model.eval().requires_grad_(requires_grad=False)
     weights = tensors_hash(model.state_dict())
     model.to(device)
-    probe = towers.pixels(PROBE)[None].to(device)
+    probe = towers.pixels(PROBE_IMAGE)[None].to(device)
     bias = model.logit_bias.item() if hasattr(model, "logit_bias") else 0.0
     space = EmbeddingSpace(
         embed_dim=towers.encode_texts(["a photo"]).shape[1],
@@ -222,7 +228,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         truncates=towers.truncates,
         image_projection=image_projection,
         text_projection=text_projection,
-        texts_known_as=space.fingerprint,
+        text_cache_key=space.fingerprint,
         bf16_tower=bf16_tower,
         resize_to=towers.resize_to(),
     )
@@ -237,11 +243,11 @@ def _load_towers(argument: str) -> tuple[str, Towers, str]:
     folder = Path(argument).expanduser()
     if argument and folder.is_dir():
         name = f"hf:{folder.resolve().name}"
-        towers, tokenizer = load_local(lambda: _read(transformers, folder, name), name)
+        towers, tokenizer = load_local(lambda: _read_towers(transformers, folder, name), name)
         return name, towers, tokenizer
     require_hub_id(argument)
     name = f"hf:{argument}"
     towers, tokenizer = load_cached_first(
-        lambda: _read(transformers, argument, name), name, argument
+        lambda: _read_towers(transformers, argument, name), name, repository=argument
     )
     return name, towers, tokenizer

@@ -22,7 +22,7 @@ from vilu.artifacts.hashing import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, offline_hub, quiet
 
-UNREADABLE = (
+READING_ERRORS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -33,18 +33,18 @@ UNREADABLE = (
 )
 """Exceptions that other libraries raise when they read damaged or malicious files."""
 
-PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
+PROBE_TEXTS = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 """Sentences whose tokens identify a tokenizer."""
-DISTINCT = 5
-"""Number of different words and signs in the first probe.
+MIN_DISTINCT_TOKENS = 5
+"""Number of different words and signs in the first probe text.
 
-A tokenizer that knows no word makes at most four different tokens of the probe: start, unknown, end
+A tokenizer that knows no word makes at most four different tokens of this text: start, unknown, end
 and padding.
 """
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # NAME or ORG/NAME of a repository
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 
@@ -56,13 +56,13 @@ def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor])
     Raises:
         ProvenanceError: If the vocabulary is missing.
     """
-    tokens = encode(PROBES)
+    tokens = encode(PROBE_TEXTS)
     # transformers creates an empty vocabulary if the files of the tokenizer are missing
-    if len(tokens[0].unique()) < DISTINCT:
+    if len(tokens[0].unique()) < MIN_DISTINCT_TOKENS:
         raise ProvenanceError(
-            f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in {PROBES[0]!r}: "
-            "its vocabulary is missing. Put the tokenizer files (such as tokenizer.json) beside "
-            "the weights."
+            f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in "
+            f"{PROBE_TEXTS[0]!r}: its vocabulary is missing. Put the tokenizer files (such as "
+            "tokenizer.json) beside the weights."
         )
     return f"{type(tokenizer).__name__} {digest(tokens.tolist())}"
 
@@ -81,15 +81,15 @@ def require_hub_id(text: str) -> str:
     return text
 
 
-class _AbsentError(Exception):
+class _MissingFileError(Exception):
     """A file that a model needs is missing; the message names it."""
 
 
 def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
     """Run ``load`` without network access, to load the model ``name`` from a local folder."""
     try:
-        return _run(load, name, offline=True)
-    except _AbsentError as error:
+        return _load_quietly(load, name, offline=True)
+    except _MissingFileError as error:
         raise MissingModelError(f"{name} cannot be loaded from this folder: {error}.") from error
 
 
@@ -101,15 +101,17 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
     do.
     """
     try:
-        return _run(load, name, offline=True)
+        return _load_quietly(load, name, offline=True)
     # A ProvenanceError means that files do not match. Perhaps one of them is not cached yet.
-    except (_AbsentError, ProvenanceError) as error:
+    except (_MissingFileError, ProvenanceError) as error:
         cache_error = error
     if hub_reachable():
-        log.info("%s is not in the local cache of the model hub; downloading %s", name, repository)
+        logger.info(
+            "%s is not in the local cache of the model hub; downloading %s", name, repository
+        )
         try:
-            return _run(load, name, offline=False)
-        except _AbsentError as error:
+            return _load_quietly(load, name, offline=False)
+        except _MissingFileError as error:
             reason = f"the download failed: {error}"
     elif isinstance(cache_error, ProvenanceError):
         raise cache_error
@@ -122,8 +124,11 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
     ) from cache_error
 
 
-def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
-    """Run ``load`` without output of libraries, and convert their exceptions to errors of vilu."""
+def _load_quietly(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
+    """Run ``load`` without output of libraries, and convert their exceptions to errors of vilu.
+
+    If ``offline``, the libraries do not use the network.
+    """
     try:
         network = offline_hub() if offline else nullcontext()
         with quiet(), network:
@@ -132,35 +137,37 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
         raise
     except ImportError as error:
         raise MissingModelError(
-            f"{name} needs a package that is not installed: {_brief(error)}."
+            f"{name} needs a package that is not installed: {_short_message(error)}."
         ) from error
     except OSError as error:
-        raise _AbsentError(_brief(error)) from error
+        raise _MissingFileError(_short_message(error)) from error
     except (SafetensorError, UnpicklingError) as error:
-        why = why_refused(error) if isinstance(error, UnpicklingError) else _brief(error)
+        reason = _short_message(error)
+        if isinstance(error, UnpicklingError):
+            reason = unpickling_problem(error)
         raise StorageError(
-            f"the weights of {name} are damaged or more than plain tensors: {why}. Download them "
-            "again."
+            f"the weights of {name} are damaged or more than plain tensors: {reason}. Download "
+            "them again."
         ) from error
-    except UNREADABLE as error:
+    except READING_ERRORS as error:
         raise ProvenanceError(
-            f"the files of {name} do not make a model together: {_brief(error)}."
+            f"the files of {name} do not make a model together: {_short_message(error)}."
         ) from error
 
 
-def why_refused(error: Exception) -> str:
+def unpickling_problem(error: Exception) -> str:
     """The reason why the restricted unpickler of torch refused a file.
 
     The message of torch is not shown, because it explains how to execute arbitrary code.
     """
-    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    reason = "it is cut short, damaged or something else"
-    if refused:
-        reason = f"it asks for {refused[1]}"
-    return f"{reason}, and tensors alone are read"
+    refused_global = re.search(r"GLOBAL ([\w.]+)", str(error))  # such as "os.system"
+    problem = "it is cut short, damaged or something else"
+    if refused_global:
+        problem = f"it asks for {refused_global[1]}"
+    return f"{problem}, and tensors alone are read"
 
 
-def _brief(error: BaseException) -> str:
+def _short_message(error: BaseException) -> str:
     """The message of an exception on one line, shortened to 300 characters."""
     message = str(error) or type(error).__name__
     return textwrap.shorten(message, 300, placeholder=" ...").rstrip(".")

@@ -27,8 +27,8 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import import_extra
 
-CONFIG = "open_clip_config.json"  # name of the configuration file in a folder
-WEIGHTS = (".safetensors", ".bin", ".pth")  # suffixes of files of weights
+CONFIG_FILE = "open_clip_config.json"  # name of the configuration file in a folder
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
 """Dotted names that the last map of an image tower may have in open_clip."""
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
@@ -75,7 +75,7 @@ def load(
     """
     open_clip = import_extra("open_clip", "clip")
     source = find_source(open_clip, argument)
-    network, transform, tokenizer, identity = _load_model(open_clip, source)
+    network, transform, tokenizer, tokenizer_id = _load_model(open_clip, source)
     network = network.eval().requires_grad_(requires_grad=False)
     # hashed before the model is changed, because the hash is to identify the weights on disk
     weights = tensors_hash(network.state_dict())
@@ -87,15 +87,15 @@ def load(
         return cast("Tensor", network.encode_text(tokenizer(texts).to(device)))
 
     probe = transform(Image.new("RGB", (64, 64)))[None].to(device)
-    pixels = open_clip.get_model_preprocess_cfg(network)
+    pixel_settings = open_clip.get_model_preprocess_cfg(network)
     space = EmbeddingSpace(
         embed_dim=encode_texts(["a photo"]).shape[1],
         logit_scale=network.logit_scale.exp().item(),
         logit_bias=0.0 if network.logit_bias is None else network.logit_bias.item(),
         backbone=source.name,
         weights=weights,
-        preprocess=json.dumps(pixels, sort_keys=True),
-        tokenizer=identity,
+        preprocess=json.dumps(pixel_settings, sort_keys=True),
+        tokenizer=tokenizer_id,
         precision=precision,
     )
     image_projection = detach_projection(
@@ -116,9 +116,10 @@ def load(
         truncates=lambda texts: find_truncated(tokenizer, texts),
         image_projection=image_projection,
         text_projection=text_projection,
-        texts_known_as=space.fingerprint,
+        text_cache_key=space.fingerprint,
         bf16_tower=bf16_tower,
-        resize_to=int(np.max(pixels["size"])),  # one length, or height and width
+        # "size" is one length, or height and width
+        resize_to=int(np.max(pixel_settings["size"])),
     )
 
 
@@ -132,9 +133,9 @@ def _load_model(open_clip: ModuleType, source: Source) -> tuple[Any, Transform, 
         )
         network.float()  # needed if the caller has changed the default type of torch
         tokenizer = open_clip.get_tokenizer(source.model)
-        # a tokenizer of open_clip is also the function that encodes
-        identity = tokenizer_identity(tokenizer, encode=tokenizer)
-        return network, transform, tokenizer, identity
+        # a tokenizer of open_clip is itself the function that encodes texts
+        tokenizer_id = tokenizer_identity(tokenizer, encode=tokenizer)
+        return network, transform, tokenizer, tokenizer_id
 
     if source.repository is None:
         return load_local(read, source.name)
@@ -155,13 +156,14 @@ def use_tanh_gelu(network: nn.Module, name: str) -> None:
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """Whether a tokenizer of open_clip truncates each text.
 
-    The tokenizers do not report truncation. So every text is tokenized again with room for one more
-    token. If the text fits, its tokens stay the same. If the text was truncated, its next token
-    takes the place of the end token.
+    The tokenizers do not report truncation. So every text is tokenized twice, the second time with
+    a limit of one more token, and the tokens up to the first limit are compared. If the text fits,
+    they are equal. If it was truncated, its next token takes the place of the end token.
     """
     length = tokenizer.context_length
-    with_more_room = tokenizer(texts, context_length=length + 1)[:, :length]
-    is_truncated = (tokenizer(texts) != with_more_room).any(dim=1)
+    tokens = tokenizer(texts)
+    tokens_of_longer_limit = tokenizer(texts, context_length=length + 1)
+    is_truncated = (tokens != tokens_of_longer_limit[:, :length]).any(dim=1)
     return [bool(flag) for flag in is_truncated]
 
 
@@ -187,7 +189,7 @@ def _hub_source(open_clip: ModuleType, argument: str) -> Source:
     hub = open_clip.pretrained
 
     def fetch() -> None:
-        hub.download_pretrained_from_hf(repository, filename=CONFIG)
+        hub.download_pretrained_from_hf(repository, filename=CONFIG_FILE)
         hub.download_pretrained_from_hf(repository)  # the weights
 
     return Source(name=f"open_clip:{argument}", model=argument, repository=repository, fetch=fetch)
@@ -197,32 +199,32 @@ def _registry_source(open_clip: ModuleType, argument: str) -> Source:
     """Location of a model in the registry of open_clip: NAME/TAG, or NAME/PATH of its weights."""
     model, _, tag = argument.partition("/")
     if model not in open_clip.list_models():
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+        similar_names = difflib.get_close_matches(model, open_clip.list_models(), n=3)
         raise UsageError(
             f"open_clip has no model {model!r}, and there is no such folder. Expected NAME/TAG, "
             "NAME/PATH of a checkpoint file, hf-hub:ORG/NAME or a folder. Near names: "
-            f"{', '.join(near) or 'none'}."
+            f"{', '.join(similar_names) or 'none'}."
         )
-    pretrained = open_clip.get_pretrained_cfg(model, tag)
-    if not pretrained:
+    pretrained_config = open_clip.get_pretrained_cfg(model, tag)
+    if not pretrained_config:
         return _file_source(open_clip, model, tag)
     hub = open_clip.pretrained
     # an entry is ORG/NAME/FILE, or ORG/NAME/ for the usual file
-    entry = pretrained.get("hf_hub", "")
+    entry = pretrained_config.get("hf_hub", "")
     repository, _, _ = entry.rpartition("/")
     if not repository:
         raise UsageError(
             f"the registry of open_clip names no repository of the model hub for {argument} (its "
             f"entry is {entry!r}, expected ORG/NAME/FILE). Choose another tag, or give a folder "
-            f"with {CONFIG} and weights."
+            f"with {CONFIG_FILE} and weights."
         )
     return Source(
         name=f"open_clip:{argument}",
         model=model,
         repository=repository,
-        fetch=lambda: hub.download_pretrained(pretrained),
+        fetch=lambda: hub.download_pretrained(pretrained_config),
         tag=tag,
-        quick_gelu=bool(pretrained.get("quick_gelu")),
+        quick_gelu=bool(pretrained_config.get("quick_gelu")),
     )
 
 
@@ -231,10 +233,10 @@ def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
     file = Path(path).expanduser()
     if not path or not file.is_file():
         tags = open_clip.list_pretrained_tags_by_model(model)
-        near = difflib.get_close_matches(path, tags, n=3, cutoff=0.3) or tags[:3]
+        similar_tags = difflib.get_close_matches(path, tags, n=3, cutoff=0.3) or tags[:3]
         raise UsageError(
             f"{model} of open_clip has no pretraining tag {path!r}, and there is no such file. "
-            f"Near tags: {', '.join(near) or 'none'}. For weights of your own give "
+            f"Near tags: {', '.join(similar_tags) or 'none'}. For weights of your own give "
             f"open_clip:{model}/PATH, or the folder of the file with --models."
         )
     return Source(
@@ -248,11 +250,12 @@ def _file_source(open_clip: ModuleType, model: str, path: str) -> Source:
 
 def _require_weights(folder: Path) -> None:
     """Refuse a folder without weights, for which open_clip would create a random model."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise MissingModelError(
-            f"the folder {folder} has no {CONFIG}; open_clip's `push_to_hf_hub` writes one."
+            f"the folder {folder} has no {CONFIG_FILE}; open_clip's `push_to_hf_hub` writes one."
         )
-    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+    has_weights = any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir())
+    if not has_weights:
         raise MissingModelError(
             f"the folder {folder} has no weights; expected a file such as "
             "open_clip_model.safetensors."

@@ -37,12 +37,12 @@ DETERMINERS = frozenset(
 )
 """Words of which no two may stand side by side, as in "a the"."""
 
-SHOWN = 3
-"""Maximum number of templates or prompts that a text shows."""
+MAX_SHOWN = 3
+"""Maximum number of templates that ``prompts_in_words`` shows."""
 
-NEAR_DUPLICATE = 0.999
+NEAR_DUPLICATE_COSINE = 0.999
 """If the cosine of two candidates is above this number, images can hardly decide between them."""
-BLOCK = 1024
+BLOCK_SIZE = 1024
 """Number of candidates whose cosines with all candidates are in memory at a time."""
 
 
@@ -82,9 +82,10 @@ def class_texts(
 def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Embeddings (K, D) as those of ``class_texts``, without a warning of nearly equal rows.
 
-    The function is for words that are no candidates, among which similar words do no harm.
+    The function is for words that are no candidates. Among them, similar words do no harm.
     """
-    return functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
+    mean_over_templates = prompt_texts(backbone, names, templates).mean(dim=1)
+    return functional.normalize(mean_over_templates, dim=-1)
 
 
 def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -94,13 +95,13 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
     check_class_names(names, n_candidates=len(names))
     _check_templates(templates)
     # Each name is encoded once, because equal names may be rounded differently in another batch.
-    unique = tuple(dict.fromkeys(names))
+    distinct_names = tuple(dict.fromkeys(names))
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
-    prompts = fill_templates(unique, templates)
-    rows = encode(prompts).view(len(unique), len(templates), -1)
-    if len(unique) == len(names):
+    prompts = fill_templates(distinct_names, templates)
+    rows = encode(prompts).view(len(distinct_names), len(templates), -1)
+    if len(distinct_names) == len(names):
         return rows
-    row_of_name = {name: row for row, name in enumerate(unique)}
+    row_of_name = {name: row for row, name in enumerate(distinct_names)}
     return rows[[row_of_name[name] for name in names]]
 
 
@@ -150,41 +151,45 @@ def clumsy_prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 
 
 def _is_determiner(words: Sequence[str]) -> bool:
-    """Whether the words are one determiner, such as "a"."""
+    """Whether ``words`` is a single word, and this word is a determiner such as "a"."""
     return len(words) == 1 and words[0].lower() in DETERMINERS
 
 
 def prompts_in_words(names: Sequence[str], templates: Sequence[str]) -> str:
     """The templates as a text for people, with a warning of ``clumsy_prompts``."""
-    shown = ", ".join(repr(template) for template in templates[:SHOWN])
-    more = f" and {len(templates) - SHOWN} more" if len(templates) > SHOWN else ""
-    sentences = [f"Prompts: {shown}{more}."]
+    shown = ", ".join(repr(template) for template in templates[:MAX_SHOWN])
+    n_more = len(templates) - MAX_SHOWN
+    and_more = f" and {n_more} more" if n_more > 0 else ""
+    sentences = [f"Prompts: {shown}{and_more}."]
     clumsy = clumsy_prompts(names, templates)
     if clumsy:
-        others = f", and so do {len(clumsy) - 1} more" if len(clumsy) > 1 else ""
+        and_more = f", and so do {len(clumsy) - 1} more" if len(clumsy) > 1 else ""
         sentences.append(
-            f"Warning: {clumsy[0]!r} has two articles{others}. Leave them out of the class names, "
-            "or give another --template, such as 'a photo of {}.'"
+            f"Warning: {clumsy[0]!r} has two articles{and_more}. Leave them out of the class "
+            "names, or give another --template, such as 'a photo of {}.'"
         )
     return " ".join(sentences)
 
 
 def named_templates(names: Sequence[str]) -> tuple[str, ...]:
-    """The templates that ``names`` lists, singly or by the name of a set in ``TEMPLATES``."""
+    """Replace each name of a set in ``TEMPLATES`` by the templates of the set.
+
+    All other ``names`` are templates themselves.
+    """
     templates: list[str] = []
     for name in names:
-        templates += TEMPLATES.get(name, (name,))  # a text that names no set is a template itself
+        templates += TEMPLATES.get(name, (name,))
     return tuple(templates)
 
 
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     """Warn of pairs of classes whose embeddings are nearly equal."""
     pairs: list[tuple[str, str]] = []
-    for start in range(0, len(text), BLOCK):
-        rows = text[start : start + BLOCK]
+    for start in range(0, len(text), BLOCK_SIZE):
+        rows = text[start : start + BLOCK_SIZE]
         cosines = rows @ text[start:].T
         # only cosines above the diagonal, so that each pair is reported once
-        is_near = cosines.triu(diagonal=1) > NEAR_DUPLICATE
+        is_near = cosines.triu(diagonal=1) > NEAR_DUPLICATE_COSINE
         for i, j in torch.nonzero(is_near).tolist():
             first = names[start + i]
             second = names[start + j]
@@ -194,6 +199,6 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
         first, second = pairs[0]
         warn_caller(
             "the model can hardly tell some classes apart, since their text embeddings have a "
-            f"cosine above {NEAR_DUPLICATE}: {plural(len(pairs), 'pair')}, the first is {first!r} "
-            f"and {second!r}. Reword or merge them."
+            f"cosine above {NEAR_DUPLICATE_COSINE}: {plural(len(pairs), 'pair')}, the first is "
+            f"{first!r} and {second!r}. Reword or merge them."
         )

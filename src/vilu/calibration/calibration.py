@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr
 
 from vilu.artifacts.disk import file_hash, write_bytes
-from vilu.artifacts.documents import Document, identity, read_document, write_document
+from vilu.artifacts.documents import Document, content_digest, read_document, write_document
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import parquet_bytes
 from vilu.calibration.closed_set import AnyDraw, AnyLooks, ClosedPhotos
@@ -95,8 +95,8 @@ class Calibration(Document):
         (('accept', 'accept'), 0.05)
     """
 
-    again = RECALIBRATE
-    fault = DataError
+    remedy = RECALIBRATE
+    error_class = DataError
 
     kind: Literal["risk"] = "risk"
     vilu: str = Field(default_factory=partial(version, "vilu"))
@@ -198,7 +198,7 @@ class Calibration(Document):
         The hash depends neither on the version of vilu nor on the bytes of
         ``calibration.parquet``, which contain the version of pyarrow.
         """
-        return identity(self.model_dump(mode="json"), "rows_sha256")
+        return content_digest(self.model_dump(mode="json"), "rows_sha256")
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:

@@ -149,7 +149,7 @@ class LikelyRight(Model):
         if (saved.weights_sha256, saved.answer) != _weights_and_answer(folder):
             raise ProvenanceError(
                 f"{path} was made for another predictor than the one beside it, so it says nothing "
-                f"about its answers. Remove the file, or: {saved.again}."
+                f"about its answers. Remove the file, or: {saved.remedy}."
             )
         return saved.estimate
 
@@ -157,8 +157,8 @@ class LikelyRight(Model):
 class _LikelyFile(Document):
     """The file ``likely.json``: an estimate, and the predictor and answers that it is about."""
 
-    again = "run `vilu triage` into a new folder, with --labels and the labels.parquet of this one"
-    fault = DataError
+    remedy = "run `vilu triage` into a new folder, with --labels and the labels.parquet of this one"
+    error_class = DataError
 
     kind: Literal["likely"] = "likely"
     weights_sha256: str

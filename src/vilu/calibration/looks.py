@@ -49,8 +49,8 @@ class LookedAt(Model):
 class LookRecord(Document):
     """Record of all calibrations of one fit, including those that ended without a guarantee."""
 
-    again = "Remove it, which forgets the earlier looks, and run `vilu calibrate` again"
-    fault = DataError
+    remedy = "Remove it, which forgets the earlier looks, and run `vilu calibrate` again"
+    error_class = DataError
 
     kind: Literal["looks"] = "looks"
     weights_sha256: str  # hash of the weights of the fit

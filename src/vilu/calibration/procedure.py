@@ -105,7 +105,7 @@ def calibrate_predictor(
     if drawn_below is not None:
         _check_draw(target, predictor)
     claim(folder, same=True)
-    with locked(Path(folder), "calibrating", who="calibration"):
+    with locked(Path(folder), activity="calibrating", holder_kind="calibration"):
         return _calibrate(
             Path(folder),
             data,

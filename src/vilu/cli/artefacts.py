@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from pydantic import ValidationError
 
 from vilu.artifacts.disk import RUN
-from vilu.artifacts.documents import explain, read_json
+from vilu.artifacts.documents import first_error, read_json
 from vilu.artifacts.tables import read_table
 from vilu.calibration.calibration import Calibration
 from vilu.calibration.monitor.watch import State
@@ -126,7 +126,7 @@ def _check_state(path: Path, metadata: dict[str, object]) -> None:
     try:
         State.model_validate(metadata)
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {explain(error)}. Begin a new monitor.") from error
+        raise DataError(f"{path} is damaged: {first_error(error)}. Begin a new monitor.") from error
 
 
 def _described(path: Path, kind: str, n_rows: int) -> Artefact:

@@ -334,9 +334,9 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
 
 def _flags(needed: list[str]) -> list[str]:
     """The flags with which `vilu embed` stores these columns, without repetition."""
-    from vilu.embeddings.columns import HOW
+    from vilu.embeddings.columns import COLUMN_COMMANDS
 
-    flags = [HOW[column].removeprefix("vilu embed ") for column in needed]
+    flags = [COLUMN_COMMANDS[column].removeprefix("vilu embed ") for column in needed]
     return list(dict.fromkeys(flags))
 
 

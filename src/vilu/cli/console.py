@@ -313,9 +313,9 @@ def keeping(
     is_there = False
     if output is not None:
         # This import is here, so that `vilu --help` does not import pydantic.
-        from vilu.artifacts.paths import claim_file, inputs_of
+        from vilu.artifacts.paths import claim_file, inputs_digest
 
-        inputs = inputs_of(*read, **settings)
+        inputs = inputs_digest(*read, **settings)
         is_there = claim_file(output, kind, inputs, overwrite=overwrite)
 
     def keep(write: Callable[[Path, str], None]) -> None:

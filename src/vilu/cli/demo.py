@@ -202,7 +202,9 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
     def is_ours(path: Path) -> bool:
         return is_begun and path.name in FILES
 
-    claim_folder(output, "demo", is_ours, same=is_begun and is_of_key, overwrite=overwrite)
+    claim_folder(
+        output, "demo", is_ours, has_same_inputs=is_begun and is_of_key, overwrite=overwrite
+    )
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:

@@ -294,7 +294,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     all rows. Rows and labels that were given before are left out.
     """
     from vilu.artifacts.disk import locked
-    from vilu.artifacts.paths import claim_file, inputs_of
+    from vilu.artifacts.paths import claim_file, inputs_digest
     from vilu.progress import track
     from vilu.tables.read import files_of
 
@@ -307,7 +307,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             # A state is updated even without the flag --overwrite, so ``overwrite`` is True. The
             # flag does not reset a state, because there is no other copy of the state.
             claim_file(state, "monitor state", overwrite=True)
-            stack.enter_context(locked(state.parent, "monitoring with a state in"))
+            stack.enter_context(locked(state.parent, activity="monitoring with a state in"))
         settings = {
             "false_alarm": false_alarm,
             "shuffle": shuffle,
@@ -316,7 +316,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         watching = _open_monitor(predictor, state, false_alarm, seed)
         # The state is no part of the digest, because this command changes the state.
-        inputs = inputs_of(predictor, *files_of(*new, *late), n_new=len(new), **settings)
+        inputs = inputs_digest(predictor, *files_of(*new, *late), n_new=len(new), **settings)
         has_report = False
         if output is not None:
             has_report = claim_file(output, "monitor report", inputs, overwrite=overwrite)
@@ -500,7 +500,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     The page needs no network. Prints the file.
     """
     from vilu.artifacts.disk import write_text
-    from vilu.artifacts.paths import claim_file, inputs_of, mark
+    from vilu.artifacts.paths import claim_file, inputs_digest, text_mark
     from vilu.datasets.catalog import open_dataset
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
@@ -528,7 +528,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "with": [predictor is None, store is None],  # which of the ``optional_paths`` are missing
     }
     optional_paths = console.named_paths(predictor, store)
-    inputs = inputs_of(*score_files, *optional_paths, images=fingerprint, **settings)
+    inputs = inputs_digest(*score_files, *optional_paths, images=fingerprint, **settings)
     has_page = claim_file(output, "page", inputs, overwrite=overwrite)
     if has_page:
         console.print_outputs(output)
@@ -550,6 +550,6 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         embeddings=embeddings,
         title=title,
     )
-    write_text(output, page + mark("page", inputs))
+    write_text(output, page + text_mark("page", inputs))
     console.print_outputs(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

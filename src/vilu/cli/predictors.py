@@ -562,11 +562,11 @@ def convert(
 
     Prints the folder of the predictor.
     """
-    from vilu.artifacts.paths import inputs_of
+    from vilu.artifacts.paths import inputs_digest
     from vilu.predictors.persistence import storage
     from vilu.predictors.persistence.convert import convert_official
 
-    inputs = inputs_of(checkpoint, logit_scale=logit_scale)
+    inputs = inputs_digest(checkpoint, logit_scale=logit_scale)
     is_converted = storage.claim(output, inputs, overwrite=overwrite)
     if is_converted:
         console.print_outputs(output)

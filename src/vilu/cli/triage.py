@@ -296,7 +296,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(
             f"{output} is one of --labels, so its labels would be lost. Give another file."
         )
-    from vilu.artifacts.paths import claim_file, inputs_of
+    from vilu.artifacts.paths import claim_file, inputs_digest
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.store.reader import EmbeddingStore
     from vilu.tables.read import is_table
@@ -314,7 +314,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
     if per_class:  # only if it was asked for, so that the digests without it do not change
         settings["per_class"] = True
-    inputs = inputs_of(store, predictor, *(labels or ()), **settings)
+    inputs = inputs_digest(store, predictor, *(labels or ()), **settings)
     claim_file(output, "labels", inputs, overwrite=overwrite)
     if for_guarantee:
         _draw(store, predictor, labels or [], output, n_next, max_risk, seed, overwrite=overwrite)
@@ -525,9 +525,10 @@ def _serve_review(chosen: Review, output: Path, port: int) -> None:
         )
         console.print_outputs(address)
 
-    doing = f"labelling into {output.name} in"
-    lock = f".{output.name}.lock"
-    with locked(make_folder(output.parent), doing, name=lock, who="review"):
+    activity = f"labelling into {output.name} in"
+    lock_name = f".{output.name}.lock"
+    folder = make_folder(output.parent)
+    with locked(folder, activity=activity, lock_name=lock_name, holder_kind="review"):
         session = ReviewSession(chosen, output)
         serve_page(session, port, announce)
     n_open = sum(task.path not in session.answers for task in chosen.tasks)

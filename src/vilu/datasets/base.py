@@ -21,7 +21,7 @@ from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
 from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, nearest
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,65 +100,66 @@ class ShardedDataset(ImageDataset, Protocol):
         """Return a hash of sizes and times of modification of shards start ... stop - 1."""
 
 
-# What can be said of a file without reading it: no fault, or one of three faults.
-FINE, MISSING, ELSEWHERE, DENIED = range(4)
-FAULTS: Final = {
-    MISSING: "files are missing below {folder}",
-    ELSEWHERE: "paths lead out of {folder}",
+# What is known of a file before it is read: it seems readable, or it has one of three faults.
+READABLE, MISSING_FILE, OUT_OF_BOUNDS, DENIED = range(4)
+FAULT_MESSAGES: Final = {
+    MISSING_FILE: "files are missing below {folder}",
+    OUT_OF_BOUNDS: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
-"""The part of the message about each of the three faults."""
+"""What a message says about files with each of the three faults, after their number."""
 
 
-def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
-    """Return the fault of a file, a key of ``FAULTS`` or ``FINE``.
+def find_fault(status: os.stat_result | OSError | None, get_path: Callable[[], str]) -> int:
+    """Return the fault of a file, a key of ``FAULT_MESSAGES`` or ``READABLE``.
 
     Args:
-        status: The status of the file, the error of asking for it, or None if it is missing.
-        path: Function that returns the path. It is only called if the status does not decide.
+        status: The status of the file. If the system call failed, its error. None if the file is
+            missing.
+        get_path: Function that returns the path. It is only called if the status does not decide.
     """
     if status is None:
-        return MISSING
+        return MISSING_FILE
     if isinstance(status, OutsideError):
-        return ELSEWHERE
+        return OUT_OF_BOUNDS
     if isinstance(status, OSError):
-        return DENIED if status.errno == errno.EACCES else MISSING
+        return DENIED if status.errno == errno.EACCES else MISSING_FILE
     if status.st_mode & stat.S_IROTH:  # everyone may read the file, so os.access is not needed
-        return FINE
-    return FINE if os.access(path(), os.R_OK) else DENIED
+        return READABLE
+    return READABLE if os.access(get_path(), os.R_OK) else DENIED
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What is known, without reading them, of the faults of the N files of a listing.
+    """The faults of the N files of a listing, as far as they are known before files are read.
 
     Attributes:
-        kinds: (N,) uint8 fault of each file (``fault_of``).
+        kinds: (N,) uint8 fault of each file (``find_fault``).
         folder: Folder of the files.
-        path: Function that takes a position and returns the path of the file, as listed.
-        rule: Function that takes the positions of files that are out of bounds, and returns a
-            sentence on where files must be.
+        path_at: Function that takes a position and returns the path of the file, as listed.
+        location_rule: Function that takes the positions of files that are out of bounds, and
+            returns a sentence on where files must be.
     """
 
     kinds: NDArray[np.uint8]
     folder: Path
-    path: Callable[[int], str]
-    rule: Callable[[NDArray[np.int64]], str]
+    path_at: Callable[[int], str]
+    location_rule: Callable[[NDArray[np.int64]], str]
 
-    def of(self, positions: Sequence[int]) -> Faults:
-        """Return the faults of the files at some positions."""
-        chosen = np.asarray(positions, dtype=np.int64)
+    def take(self, positions: Sequence[int]) -> Faults:
+        """Return the faults of the files at some positions, as a listing of these files."""
+        taken = np.asarray(positions, dtype=np.int64)
 
-        def path_at(position: int) -> str:
-            return self.path(int(chosen[position]))
+        def path_at(new_position: int) -> str:
+            return self.path_at(int(taken[new_position]))
 
-        def rule_at(chosen_positions: NDArray[np.int64]) -> str:
-            return self.rule(chosen[chosen_positions])
+        def location_rule(new_positions: NDArray[np.int64]) -> str:
+            return self.location_rule(taken[new_positions])
 
-        return Faults(self.kinds[chosen], self.folder, path=path_at, rule=rule_at)
+        return Faults(self.kinds[taken], self.folder, path_at=path_at, location_rule=location_rule)
 
-    def require(self, source: str, budget: float) -> None:
-        """Warn if files cannot be read, or refuse the listing if their share is above ``budget``.
+    def check(self, source: str, max_share: float) -> None:
+        """Warn of files that cannot be read; raise an error if their share is above ``max_share``.
 
         Raises:
             StorageError: If the only fault is that permission is denied.
@@ -170,62 +171,61 @@ class Faults:
             return
         faults = "; ".join(self._summaries())
         summary = f"{source}: of {n_files:,} images, {faults}."
-        is_within_budget = n_bad <= budget * n_files
-        if is_within_budget:
-            log.warning("%s They will be counted as errors", summary)
+        if n_bad <= max_share * n_files:
+            logger.warning("%s They will be counted as errors", summary)
             return
-        elsewhere = np.flatnonzero(self.kinds == ELSEWHERE)
-        if len(elsewhere):
-            summary += f" {self.rule(elsewhere)}"
+        out_of_bounds = np.flatnonzero(self.kinds == OUT_OF_BOUNDS)
+        if len(out_of_bounds):
+            summary += f" {self.location_rule(out_of_bounds)}"
         n_denied = int(np.count_nonzero(self.kinds == DENIED))
-        error = StorageError if n_denied == n_bad else DataError
-        raise error(
-            f"{summary} At most {budget:.2%} may be unreadable (--max-error-rate); "
+        error_class = StorageError if n_denied == n_bad else DataError
+        raise error_class(
+            f"{summary} At most {max_share:.2%} may be unreadable (--max-error-rate); "
             "nothing was begun."
         )
 
     def _summaries(self) -> list[str]:
         """Return a text for each fault that occurs, with the number of files and the first file."""
         summaries = []
-        for kind, message in FAULTS.items():
+        for kind, message in FAULT_MESSAGES.items():
             positions = np.flatnonzero(self.kinds == kind)
             if len(positions):
                 fault = message.format(folder=self.folder)
-                first = self.path(int(positions[0]))
+                first = self.path_at(int(positions[0]))
                 summaries.append(f"{len(positions):,} {fault} (the first: {first!r})")
         return summaries
 
 
-def require_files(images: ImageDataset, budget: float) -> None:
-    """Refuse a listing if more than the share ``budget`` of its files cannot be read.
+def require_files(images: ImageDataset, max_share: float) -> None:
+    """Refuse a listing if the share of its files that cannot be read is above ``max_share``.
 
     The files are not opened. So this check is fast, and is made before any slow work.
     """
     faults: Faults | None = getattr(images, "faults", None)
     if faults is not None:
-        faults.require(images.source, budget)
+        faults.check(images.source, max_share)
 
 
-class Chosen:
+class ChosenImages:
     """A data set of some images of another data set, or of its first shards.
 
     Args:
         images: The other data set.
         positions: Positions of the images, ascending. For a ``ShardedDataset``, the numbers of its
             first n shards: 0, 1, ..., n - 1.
-        mark: Description of the choice, which is part of the fingerprint: {"limit": 100}.
+        choice: Description of the choice, which is part of the fingerprint: {"limit": 100}.
     """
 
     def __init__(
-        self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, object]
+        self, images: ImageDataset, positions: Sequence[int], choice: Mapping[str, object]
     ) -> None:
         self.source = images.source
         self.class_names = images.class_names
         self.captioned = images.captioned
-        self.fingerprint = digest({"dataset": images.fingerprint, **mark})
+        self.fingerprint = digest({"dataset": images.fingerprint, **choice})
         self._images = images
         self._positions = positions
-        # with this attribute, ``isinstance`` takes this data set for a ShardedDataset, too
+        # a data set with this method is an instance of the protocol ShardedDataset
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
@@ -239,7 +239,7 @@ class Chosen:
         faults: Faults | None = getattr(self._images, "faults", None)
         if faults is None:
             return None
-        return faults.of(self._positions)
+        return faults.take(self._positions)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -254,8 +254,8 @@ class Chosen:
         records = self._images.records(first, last + 1)
         has_gap = last - first >= len(wanted)
         if not has_gap:
-            # Numbers of shards have no gap, so they always end here. The loop below would be wrong
-            # for them: it counts one record per position, but a shard has many records.
+            # This is always the case for shards, because their numbers have no gap. The loop below
+            # would be wrong for shards: it counts one record per position, but a shard has many.
             yield from records
             return
         positions = set(wanted)
@@ -264,8 +264,8 @@ class Chosen:
                 yield record
 
 
-class WithOutside:
-    """A data set in which some classes are left out. Their images get the label -2 (outside).
+class ImagesWithOutside:
+    """A data set without some of its classes. The images of these classes get the label -2.
 
     Args:
         images: The data set with all classes.
@@ -285,7 +285,7 @@ class WithOutside:
         table: ClassTable | None = getattr(images, "classes", None)
         prompts = images.class_names
         folders = prompts if table is None else table.folders
-        _require_known(outside, folders, prompts, images)
+        _require_known_names(outside, folders, prompts, images)
         labels = _labels_inside(outside, folders, prompts)
         if not labels:
             raise UsageError(
@@ -301,8 +301,8 @@ class WithOutside:
         self.fingerprint = images.fingerprint
         self.outside = tuple(sorted(set(outside)))
         self._images = images
-        self._new_labels = {old: new for new, old in enumerate(labels)}
-        # with this attribute, ``isinstance`` takes this data set for a ShardedDataset, too
+        self._new_label_of = {old_label: new_label for new_label, old_label in enumerate(labels)}
+        # a data set with this method is an instance of the protocol ShardedDataset
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
 
@@ -321,14 +321,17 @@ class WithOutside:
             if record.label is None:
                 yield record
             else:
-                # the label of a class that is left out is not in ``_new_labels``
-                yield replace(record, label=self._new_labels.get(record.label, OUTSIDE))
+                # the label of a class that is left out is not in ``_new_label_of``
+                yield replace(record, label=self._new_label_of.get(record.label, OUTSIDE))
 
 
-def _require_known(
+def _require_known_names(
     outside: Sequence[str], folders: Sequence[str], prompts: Sequence[str], images: ImageDataset
 ) -> None:
-    """Raise UsageError where a name in ``outside`` is neither a class nor a stray label."""
+    """Raise UsageError if a name in ``outside`` is neither a class nor a stray label.
+
+    ``folders`` and ``prompts`` are the names of the classes in the data and in prompts.
+    """
     strays: frozenset[str] = getattr(images, "strays", frozenset())
     known = {*folders, *prompts, *strays}
     unknown = [name for name in outside if name not in known]
@@ -337,7 +340,7 @@ def _require_known(
     hint = nearest(unknown[0], sorted(known), cutoff=0.5)
     raise UsageError(
         f"{images.source} has no class or label {unknown[0]!r} for --outside; "
-        f"it has {_listed(folders)}.{hint}"
+        f"it has {_list_names(folders)}.{hint}"
     )
 
 
@@ -378,12 +381,12 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
 CAPTIONS_OR_CLASSES: Final = (
     "captions take the place of classes. Give --captions or --classes, not both."
 )
-SHOWN: Final = 10  # maximum number of names or values that a message lists
+MAX_LISTED: Final = 10  # maximum number of names or values that a message lists
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The options of opening a table, a folder or tar files.
+    """The options with which a table, a folder or tar files are opened.
 
     Attributes:
         split: Names of splits joined by ``+``; None for all rows.
@@ -391,8 +394,8 @@ class Selection:
         captions: Whether to use captions even if the table has labels.
         where: Values that a row must have, by column. The values are compared as text.
         root: Folder that paths start from and must stay below; None for the folder of the table.
-        outside: Classes to leave out, and labels that are no class. Images with these labels belong
-            to none of the classes.
+        outside: Classes to leave out, and labels that are no class. Their images belong to none of
+            the classes.
         follow_links: Whether links in a folder of images may lead anywhere, also to folders.
     """
 
@@ -406,14 +409,19 @@ class Selection:
 
     def bounds(self, table: Path) -> Bounds:
         """Return the folders in which the files of a table may be."""
-        return Bounds(table.parent) if self.root is None else Bounds(self.root, home=table.parent)
+        if self.root is None:
+            return Bounds(table.parent)
+        return Bounds(self.root, table_folder=table.parent)
 
-    def columns(self, names: Sequence[str], source: str) -> list[str]:
-        """Return the columns of ``where``; UsageError if one is missing, DataError if repeated."""
+    def where_columns(self, names: Sequence[str], source: str) -> list[str]:
+        """Return the columns in ``where``. ``names`` are the names of all columns.
+
+        UsageError if a column of ``where`` is missing, DataError if its name is repeated.
+        """
         for name in self.where:
             if name not in names:
                 raise UsageError(
-                    f"{source} has no column {name!r} for --where; it has {_listed(names)}."
+                    f"{source} has no column {name!r} for --where; it has {_list_names(names)}."
                 )
             if names.count(name) > 1:
                 raise DataError(
@@ -428,7 +436,9 @@ class Selection:
             return {}
         return {"where": sorted(self.where.items())}
 
-    def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
+    def find_rows(
+        self, table: pa.Table, source: str, split_column: str | None
+    ) -> NDArray[np.int64]:
         """Return the (N,) positions in the table of the selected rows."""
         is_chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
@@ -439,59 +449,63 @@ class Selection:
             wanted = parse_split(self.split, available, source)
             is_chosen &= pc.is_in(splits, value_set=pa.array(wanted)).to_numpy()
         for name, value in self.where.items():
-            cells = bytes_of(table[name], f"{source}, column {name!r}")
-            values = pa.array([value.encode()], cells.type)
-            has_value = pc.is_in(cells, value_set=values).to_numpy(zero_copy_only=False)
-            still_chosen = is_chosen & has_value
-            if not still_chosen.any():
-                raise UsageError(_no_row(source, name, value, cells, is_chosen))
-            is_chosen = still_chosen
+            cells = cells_as_bytes(table[name], f"{source}, column {name!r}")
+            accepted_values = pa.array([value.encode()], cells.type)
+            has_value = pc.is_in(cells, value_set=accepted_values).to_numpy(zero_copy_only=False)
+            is_still_chosen = is_chosen & has_value
+            if not is_still_chosen.any():
+                raise UsageError(_no_row_message(source, name, value, cells, is_chosen))
+            is_chosen = is_still_chosen
         return np.flatnonzero(is_chosen).astype(np.int64)
 
 
-def _no_row(
+def _no_row_message(
     source: str, name: str, value: str, cells: pa.Array, is_chosen: NDArray[np.bool_]
 ) -> str:
     """Return the message that no row has ``value`` in column ``name``. It lists existing values.
 
     ``cells`` is the column. ``is_chosen`` marks the rows that fulfil the earlier conditions.
     """
-    among = "" if is_chosen.all() else " among those chosen so far"
+    restriction = "" if is_chosen.all() else " among those chosen so far"
     values = pc.unique(cells.filter(pa.array(is_chosen)).drop_null())
-    # one value more than ``_listed`` shows, so that it ends the list with "..."
-    first = values.slice(0, SHOWN + 1).to_pylist()
-    present = _listed([data.decode("utf-8", "backslashreplace") for data in first])
-    return f"{source} has no row with {name}={value}{among}; column {name!r} has {present}."
+    # one value more than ``_list_names`` shows, so that it ends the list with "..."
+    first_values = values.slice(0, MAX_LISTED + 1).to_pylist()
+    existing = _list_names([value.decode("utf-8", "backslashreplace") for value in first_values])
+    return f"{source} has no row with {name}={value}{restriction}; column {name!r} has {existing}."
 
 
-def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """Return the cells of a column as bytes, without a check that texts are UTF-8."""
-    kind = column.type
-    if pa.types.is_nested(kind):
+def cells_as_bytes(column: pa.ChunkedArray, location: str) -> pa.Array:
+    """Return the cells of a column as bytes, without a check that texts are UTF-8.
+
+    The message of a DataError begins with ``location``, which names the file and the column.
+    """
+    column_type = column.type
+    if pa.types.is_nested(column_type):
         raise DataError(
-            f"{where}: text is expected, one per row. Found {kind}. Write one row for each."
+            f"{location}: text is expected, one per row. Found {column_type}. Write one row for "
+            "each."
         )
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
-    if not is_binary(column.type):
+    if pa.types.is_dictionary(column_type):
+        column = column.cast(column_type.value_type)
+    if not is_bytes_type(column.type):
         column = column.cast(pa.large_string())
     return column.cast(pa.large_binary()).combine_chunks()
 
 
-def is_binary(kind: pa.DataType) -> bool:
+def is_bytes_type(column_type: pa.DataType) -> bool:
     """Whether cells are bytes, in any of Arrow's three types of bytes."""
     checks = [pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view]
-    return any(check(kind) for check in checks)
+    return any(check(column_type) for check in checks)
 
 
-def _listed(names: Collection[str]) -> str:
+def _list_names(names: Collection[str]) -> str:
     """Return the first names for a message. A name with invisible characters is in quotes."""
     if not names:
         return "nothing"
     shown = []
-    for name in list(names)[:SHOWN]:
+    for name in list(names)[:MAX_LISTED]:
         is_visible = name != "" and name.isprintable()
         shown.append(name if is_visible else repr(name))
-    if len(names) > SHOWN:
+    if len(names) > MAX_LISTED:
         shown.append("...")
     return ", ".join(shown)

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.datasets.base import (
     CAPTIONS_OR_CLASSES,
-    Chosen,
+    ChosenImages,
     ImageDataset,
+    ImagesWithOutside,
     Selection,
     ShardedDataset,
-    WithOutside,
 )
 from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
 from vilu.datasets.layouts import find_opener
 from vilu.datasets.table import open_table
-from vilu.datasets.tar import SUFFIX, TarShards, find_shards
+from vilu.datasets.tar import TAR_SUFFIX, TarShards, find_shards
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.validation import checked, require_at_least
 
@@ -46,7 +46,7 @@ DATASETS: Final[dict[str, str]] = {
 ``vilu.datasets.known`` has the data sets that are opened by name.
 """
 
-TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
+TABLE_SUFFIXES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 
 
 @checked
@@ -139,22 +139,22 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
             outside=tuple(outside),
         )
     if outside:
-        images = WithOutside(images, outside)
+        images = ImagesWithOutside(images, outside)
     if limit is not None:
-        images = _first(images, limit)
+        images = _first_images(images, limit)
     return images
 
 
 def _require_root(root: Path | None) -> None:
-    """Raise UsageError where ``root`` is given and is no folder."""
+    """Raise UsageError if ``root`` is not None and is no folder."""
     if root is None:
         return
-    with or_refuse("look at the folder of the images"):
+    with convert_os_errors("cannot look at the folder of the images"):
         if not root.is_dir():
             raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
 
 
-def _first(images: ImageDataset, limit: int) -> ImageDataset:
+def _first_images(images: ImageDataset, limit: int) -> ImageDataset:
     """Return a data set of the first ``limit`` images."""
     require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
@@ -164,14 +164,14 @@ def _first(images: ImageDataset, limit: int) -> ImageDataset:
         )
     if limit >= len(images):
         return images
-    return Chosen(images, range(limit), {"limit": limit})
+    return ChosenImages(images, range(limit), {"limit": limit})
 
 
 def _open(source: Path | str, selection: Selection) -> ImageDataset:
     """Open a source that is a table, tar files, a folder with a layout, or a folder of images."""
     path = Path(source)
     # not Path.is_file, which raises an error if a pattern is too long for a file name
-    if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113
+    if os.path.isfile(path) and path.suffix.lower() in TABLE_SUFFIXES:  # noqa: PTH113
         return open_table(path, selection)
     is_folder = os.path.isdir(path)  # noqa: PTH112
     opener = find_opener(path) if is_folder else None
@@ -186,14 +186,14 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
         _refuse_root(source, selection)
         return _open_shards(str(source), shards, selection)
     if not is_folder:
-        raise _no_source(path)
+        raise _source_error(path)
     _refuse_where(source, selection)
     _refuse_captions(source, selection)
     return FolderDataset(
         path,
         split=selection.split,
         classes=selection.classes,
-        beside=selection.root,
+        link_folder=selection.root,
         outside=selection.outside,
         follow_links=selection.follow_links,
     )
@@ -216,16 +216,17 @@ def _refuse_captions(source: Path | str, selection: Selection) -> None:
         )
 
 
-def _no_source(path: Path) -> UsageError | DataError:
+def _source_error(path: Path) -> UsageError | DataError:
     """Return the error for a path that no reader can open."""
     expected = "a folder of images, a CSV or Parquet file, or tar files"
     if not path.exists():
         return UsageError(f"{path} does not exist. Expected {expected}.")
     if not path.is_file():
         return DataError(f"{path} is no regular file. Expected {expected}.")
+    suffixes = sorted({*TABLE_SUFFIXES, TAR_SUFFIX})
     return DataError(
         f"{path} is a file ending in {path.suffix or 'nothing'!r}. "
-        f"Expected a folder of images, or a file ending in {', '.join(sorted({*TABLES, SUFFIX}))}."
+        f"Expected a folder of images, or a file ending in {', '.join(suffixes)}."
     )
 
 

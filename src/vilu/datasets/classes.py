@@ -12,6 +12,8 @@ from typing import overload
 from vilu.datasets.files import portable_name, read_file
 from vilu.errors import DataError, StorageError, UsageError, nearest
 
+MAX_LISTED = 5  # maximum number of names that a message lists
+
 
 @dataclass(frozen=True)
 class ClassTable:
@@ -36,54 +38,54 @@ class ClassTable:
             # Equal names are accepted here. They only occur if labels are numbers, which tell
             # classes of the same name apart.
             return
-        repeated = _repeated(Counter(self.folders))
+        repeated = _repeated_names(Counter(self.folders))
         if repeated:
             raise DataError(
-                f"class names must be distinct. Repeated: {_listed(repeated)}. "
+                f"class names must be distinct. Repeated: {_list_names(repeated)}. "
                 "Merge or rename them."
             )
 
 
 def _require_texts(kind: str, names: Sequence[str]) -> None:
-    """Raise DataError where a name is blank, or cannot be encoded in UTF-8.
+    """Raise DataError if a name is blank, or cannot be encoded in UTF-8.
 
     ``kind`` is "class" or "prompt", for the message.
     """
     for number, name in enumerate(names):
         if not name.strip():
             raise DataError(f"{kind} names must not be blank. Class {number} (counting from 0) is.")
-    not_text = [portable_name(name) for name in names if not _is_text(name)]
-    if not_text:
-        raise DataError(f"{kind} names must be UTF-8 text. Rename: {_listed(not_text)}.")
+    invalid_names = [portable_name(name) for name in names if not _is_utf8(name)]
+    if invalid_names:
+        raise DataError(f"{kind} names must be UTF-8 text. Rename: {_list_names(invalid_names)}.")
 
 
-def _repeated(counts: Counter[str]) -> list[str]:
+def _repeated_names(counts: Counter[str]) -> list[str]:
     """Return the names that occur more than once."""
     return [name for name, count in counts.items() if count > 1]
 
 
 @overload
 def class_table(
-    raw: Sequence[str],
+    data_names: Sequence[str],
     file: Path | None,
     *,
-    by_position: bool = False,
+    numeric_labels: bool = False,
     names: Sequence[str] | None = None,
     outside: Collection[str] = (),
 ) -> ClassTable: ...
 @overload
 def class_table(
-    raw: Sequence[str] | None,
+    data_names: Sequence[str] | None,
     file: Path | None,
     *,
-    by_position: bool = False,
+    numeric_labels: bool = False,
     outside: Collection[str] = (),
 ) -> ClassTable | None: ...
 def class_table(
-    raw: Sequence[str] | None,
+    data_names: Sequence[str] | None,
     file: Path | None,
     *,
-    by_position: bool = False,
+    numeric_labels: bool = False,
     names: Sequence[str] | None = None,
     outside: Collection[str] = (),
 ) -> ClassTable | None:
@@ -92,74 +94,79 @@ def class_table(
     All lines of a classes file are ``name``, or all are ``folder<TAB>name``. They are assigned to
     labels as follows:
 
-    1. ``folder<TAB>name``: The folders are matched with ``raw``. Without ``raw``, the lines are in
-       label order. There is one exception: if ``by_position`` is True and all folders are numbers,
-       these numbers are the labels.
-    2. ``name``: With ``by_position`` or without ``raw``, the lines are in label order. Otherwise
-       the names are matched with ``raw``.
+    1. ``folder<TAB>name``: The folders are matched with ``data_names``. Without ``data_names``, the
+       lines are in label order. There is one exception: if ``numeric_labels`` is True and all
+       folders are numbers, these numbers are the labels.
+    2. ``name``: With ``numeric_labels`` or without ``data_names``, the lines are in label order.
+       Otherwise the names are matched with ``data_names``.
 
     Args:
-        raw: Names in the data, in label order; None if the data have none.
+        data_names: Names in the data, in label order; None if the data have none.
         file: A classes file; None if there is none.
-        by_position: Whether labels are whole numbers. Label i is then line i of the file.
-        names: Names for prompts if there is no file; by default ``raw`` with spaces in place of
-            underscores.
-        outside: Classes that will be left out (``WithOutside``). They need no line in a file that
-            is matched with ``raw``.
+        numeric_labels: Whether labels are whole numbers. Label i is then line i of the file.
+        names: Names for prompts if there is no file; by default ``data_names`` with spaces in place
+            of underscores.
+        outside: Classes that will be left out (``ImagesWithOutside``). They need no line in a file
+            that is matched with ``data_names``.
     """
     if file is None and names is not None:
-        # without ``raw``, the empty tuple of folders makes ClassTable raise an error
-        return ClassTable(tuple(raw or ()), tuple(names))
+        # without ``data_names``, the empty tuple of folders makes ClassTable raise an error
+        return ClassTable(tuple(data_names or ()), tuple(names))
     if file is None:
-        if raw is None:
+        if data_names is None:
             return None
-        return _default(raw)
-    keys, prompts = read_classes(file)
-    if raw is None and keys is not None and by_position:
-        raw = _labels_of(keys, file)
-    if raw is None:
-        return ClassTable(keys or prompts, prompts)
-    if keys is not None:
-        return _named_by_keys(raw, keys, prompts, file, outside)
-    if by_position:
-        _require_same_order(raw, prompts, file)
-        return ClassTable(tuple(raw), prompts)
-    name_of = {clean_name(name): name for name in raw}
-    name_of |= {name: name for name in raw}  # an unchanged name has precedence over a cleaned name
-    _require_all_named(raw, name_of, prompts, file, outside)
-    return _default(raw)  # all names in the file are also in the data, so it changes nothing
+        return _cleaned_table(data_names)
+    file_folders, file_names = read_classes(file)
+    if data_names is None and file_folders is not None and numeric_labels:
+        data_names = _parse_labels(file_folders, file)
+    if data_names is None:
+        return ClassTable(file_folders or file_names, file_names)
+    if file_folders is not None:
+        return _match_folders(data_names, file_folders, file_names, file, outside)
+    if numeric_labels:
+        _require_same_order(data_names, file_names, file)
+        return ClassTable(tuple(data_names), file_names)
+    # an unchanged name has precedence over a cleaned name, so it is entered last
+    class_of_line = {clean_name(name): name for name in data_names}
+    class_of_line |= {name: name for name in data_names}
+    _require_each_class_once(data_names, class_of_line, file_names, file, outside)
+    # all names in the file are also in the data, so the file changes nothing
+    return _cleaned_table(data_names)
 
 
-def _labels_of(keys: Sequence[str], file: Path) -> tuple[str, ...] | None:
-    """Return the labels 0, 1, ... as texts if all keys are numbers; None otherwise.
+def _parse_labels(file_folders: Sequence[str], file: Path) -> tuple[str, ...] | None:
+    """Return the labels 0, 1, ... as texts if all folders are numbers; None otherwise.
 
-    DataError if the keys are numbers, but not every label occurs once.
+    DataError if the folders are numbers, but not every label occurs once.
     """
-    if not all(key.isdecimal() for key in keys):
+    if not all(folder.isdecimal() for folder in file_folders):
         return None
-    labels = tuple(str(label) for label in range(len(keys)))
-    if sorted(labels) != sorted(keys):
+    n_classes = len(file_folders)
+    labels = tuple(str(label) for label in range(n_classes))
+    if sorted(labels) != sorted(file_folders):
         raise DataError(
-            f"{file}: numbers before names must be the labels 0 to {len(keys) - 1}, each once."
+            f"{file}: numbers before names must be the labels 0 to {n_classes - 1}, each once."
         )
     return labels
 
 
-def _named_by_keys(
-    raw: Sequence[str],
-    keys: Sequence[str],
-    prompts: Sequence[str],
+def _match_folders(
+    data_names: Sequence[str],
+    file_folders: Sequence[str],
+    file_names: Sequence[str],
     file: Path,
     outside: Collection[str],
 ) -> ClassTable:
-    """Return the table of the classes ``raw`` with the prompts in their lines of the file.
+    """Return the table of the classes ``data_names`` with the names in their lines of the file.
 
-    ``keys`` and ``prompts`` are the two columns of the file. A class in ``outside`` may be missing.
+    ``file_folders`` and ``file_names`` are the two columns of the file. A class in ``outside`` may
+    be missing there.
     """
-    _require_all_named(raw, {name: name for name in raw}, keys, file, outside)
-    prompt_of = dict(zip(keys, prompts, strict=True))
-    names = [prompt_of.get(name, clean_name(name)) for name in raw]
-    return ClassTable(tuple(raw), tuple(names))
+    class_of_line = {name: name for name in data_names}
+    _require_each_class_once(data_names, class_of_line, file_folders, file, outside)
+    name_of_folder = dict(zip(file_folders, file_names, strict=True))
+    names = [name_of_folder.get(folder, clean_name(folder)) for folder in data_names]
+    return ClassTable(tuple(data_names), tuple(names))
 
 
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
@@ -202,9 +209,11 @@ def _read_text(file: Path) -> str:
         raise DataError(f"{file} must be UTF-8 text: {error}. Save it as UTF-8.") from error
 
 
-def _default(raw: Sequence[str]) -> ClassTable:
+def _cleaned_table(data_names: Sequence[str]) -> ClassTable:
     """Return the class table of a data set without a classes file."""
-    return ClassTable(tuple(raw), tuple(clean_name(name) for name in raw), cleaned=True)
+    return ClassTable(
+        tuple(data_names), tuple(clean_name(name) for name in data_names), cleaned=True
+    )
 
 
 def clean_name(name: str) -> str:
@@ -212,56 +221,56 @@ def clean_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _require_all_named(
-    raw: Sequence[str],
-    name_of: dict[str, str],
+def _require_each_class_once(
+    data_names: Sequence[str],
+    class_of_line: dict[str, str],
     lines: Sequence[str],
     file: Path,
     outside: Collection[str],
 ) -> None:
-    """Raise DataError unless the file names every class of the data (``raw``) once.
+    """Raise DataError unless the file names every class of the data (``data_names``) once.
 
-    Names in ``outside`` may be missing. ``lines`` are the names in the file, and ``name_of`` maps
-    each line that is accepted to a name in the data.
+    Names in ``outside`` may be missing. ``lines`` are the names in the file, and ``class_of_line``
+    maps each line that is accepted to a class in the data.
     """
-    unknown = [line for line in lines if line not in name_of]
+    unknown = [line for line in lines if line not in class_of_line]
     if unknown:
         first = unknown[0]
-        hint = nearest(first, name_of)
+        hint = nearest(first, class_of_line)
         if hint:
             # " Did you mean 'cat'?" becomes " Did you mean 'cat' for 'cta'?"
             hint = f"{hint.removesuffix('?')} for {first!r}?"
         raise DataError(
-            f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} "
+            f"{file} names classes that the data does not have: {_list_names(unknown)}.{hint} "
             "Leave them out. If they are classes without an image here, make an empty sub-folder "
             "for each, or in a table use numbers as labels (lines of this file, from 0)."
         )
-    counts = Counter(name_of[line] for line in lines)
-    repeated = _repeated(counts)
+    counts = Counter(class_of_line[line] for line in lines)
+    repeated = _repeated_names(counts)
     if repeated:
-        raise DataError(f"{file} names classes more than once: {_listed(repeated)}.")
+        raise DataError(f"{file} names classes more than once: {_list_names(repeated)}.")
     missing = []
-    for name in raw:
+    for name in data_names:
         is_outside = name in outside or clean_name(name) in outside
         if name not in counts and not is_outside:
             missing.append(name)
     if missing:
         raise DataError(
-            f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each, or "
-            "name them with --outside to count their images as outside of the classes."
+            f"{file} leaves out classes of the data: {_list_names(missing)}. Add a line for each, "
+            "or name them with --outside to count their images as outside of the classes."
         )
 
 
-def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:
+def _require_same_order(data_names: Sequence[str], names: Sequence[str], file: Path) -> None:
     """Raise DataError for a wrong number of names, or names of the data in another order."""
-    if len(raw) != len(names):
+    if len(data_names) != len(names):
         raise DataError(
-            f"{file} must have one name per class of the data ({len(raw)}). "
+            f"{file} must have one name per class of the data ({len(data_names)}). "
             f"Got {len(names)} instead."
         )
-    if sorted(raw) != sorted(names):
+    if sorted(data_names) != sorted(names):
         return
-    for label, name in enumerate(raw):
+    for label, name in enumerate(data_names):
         if name != names[label]:
             raise DataError(
                 f"{file} has the data's class names in another order (class {label} is {name!r} "
@@ -283,20 +292,21 @@ def refuse_numbers(classes: ClassTable, source: str) -> None:
     if are_labels:
         return
     raise DataError(
-        f"{source}: labels are numbers, and so are the classes ({_listed(names)}). Is a label a "
-        "name, or a line of the classes file, counted from 0? Make the labels such numbers, and "
+        f"{source}: labels are numbers, and so are the classes ({_list_names(names)}). Is a label "
+        "a name, or a line of the classes file, counted from 0? Make the labels such numbers, and "
         "write number<TAB>name in that file."
     )
 
 
-def _is_text(name: str) -> bool:
-    """Whether a name has no surrogates, which stand for bytes that are not UTF-8."""
+def _is_utf8(name: str) -> bool:
+    """Whether a name can be encoded in UTF-8: surrogates stand for bytes that are not UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     """Return the first names for a message, and the number of the rest."""
-    listed = ", ".join(map(repr, names[:5]))
-    if len(names) > 5:
-        return f"{listed} and {len(names) - 5} more"
-    return listed
+    first_names = ", ".join(repr(name) for name in names[:MAX_LISTED])
+    n_more = len(names) - MAX_LISTED
+    if n_more > 0:
+        return f"{first_names} and {n_more} more"
+    return first_names

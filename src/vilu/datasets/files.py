@@ -12,28 +12,30 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
-from typing import Final
+from typing import Final, NamedTuple
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 
 MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
-_PHOTOS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif")
-_BITMAPS = (".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-_OF_PHONES = (".avif", ".heic", ".heif", ".hif")
-_UNSUPPORTED = (".jp2", ".jxl", ".svg", ".psd")
-_RAW_OF_CANON_NIKON_SONY = (".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2")
-_RAW_OF_OTHERS = (".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".kdc", ".mrw")
-RAW_SUFFIXES = _RAW_OF_CANON_NIKON_SONY + _RAW_OF_OTHERS + (".x3f", ".iiq", ".rwl")
+_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif")
+_BITMAP_SUFFIXES = (".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+_PHONE_SUFFIXES = (".avif", ".heic", ".heif", ".hif")
+_UNSUPPORTED_SUFFIXES = (".jp2", ".jxl", ".svg", ".psd")
+_CANON_NIKON_SONY_RAW = (".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2")
+_OTHER_RAW = (".dng", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".kdc", ".mrw")
+RAW_SUFFIXES = _CANON_NIKON_SONY_RAW + _OTHER_RAW + (".x3f", ".iiq", ".rwl")
 """File name endings of RAW photos, which are not decoded."""
 
-SUFFIXES = _PHOTOS + _BITMAPS + _OF_PHONES + _UNSUPPORTED + RAW_SUFFIXES
+IMAGE_SUFFIXES = (
+    _PHOTO_SUFFIXES + _BITMAP_SUFFIXES + _PHONE_SUFFIXES + _UNSUPPORTED_SUFFIXES + RAW_SUFFIXES
+)
 """File name endings of images.
 
 Formats that cannot be decoded are included, so that such a file is reported and not skipped.
 """
 
-MISSING: Final = -1  # value in a listing for a label, size or time that does not exist
+NO_VALUE: Final = -1  # value in a listing for a label, size or time that does not exist
 
 
 def read_file(path: str | Path) -> bytes:
@@ -94,9 +96,10 @@ class Bounds:
 
     Args:
         folder: Folder that relative paths start from. Files must be below this folder.
-        home: Folder that paths with ".." start from. If it is given, absolute paths and paths with
-            ".." are accepted where they end below ``folder``. If it is None, they are refused.
-        beside: A second folder that links may lead into.
+        table_folder: Folder of the table that lists the files. Paths with ".." start from it. If it
+            is None, absolute paths and paths with ".." are refused. Otherwise, they are accepted if
+            they end below ``folder``.
+        link_folder: A second folder that links may lead into.
         follow_links: Whether links may lead anywhere, and links to folders are walked, too. Paths
             still have to be below ``folder``.
     """
@@ -105,19 +108,19 @@ class Bounds:
         self,
         folder: Path,
         *,
-        home: Path | None = None,
-        beside: Path | None = None,
+        table_folder: Path | None = None,
+        link_folder: Path | None = None,
         follow_links: bool = False,
     ) -> None:
         self.folder = folder
         self.follow_links = follow_links
-        self._home: str | None = None
-        if home is not None:
-            self._home = os.path.realpath(home)
+        self._table_folder: str | None = None
+        if table_folder is not None:
+            self._table_folder = os.path.realpath(table_folder)
         # prefixes of the real paths of all files that are in bounds
         self._prefixes: tuple[str, ...] = (_real_prefix(folder),)
-        if beside is not None:
-            self._prefixes += (_real_prefix(beside),)
+        if link_folder is not None:
+            self._prefixes += (_real_prefix(link_folder),)
 
     def resolve(self, path: str) -> str:
         """Return the full path of a file.
@@ -125,44 +128,44 @@ class Bounds:
         Raises:
             OutsideError: If the path, or a link on it, leads out of bounds.
         """
-        full = self._full(path)
+        full_path = self._full_path(path)
         if self.follow_links:
-            return full
-        folder = os.path.dirname(full)  # noqa: PTH120  for speed
-        is_folder_inside = _has_prefix(folder, self._prefixes)
-        if not is_folder_inside or self.leads_out(full):
+            return full_path
+        folder = os.path.dirname(full_path)  # noqa: PTH120  for speed
+        is_folder_inside = _has_real_prefix(folder, self._prefixes)
+        if not is_folder_inside or self.leads_out(full_path):
             folders = " or ".join(self._prefixes)
             reason = f"the file must lie below {folders}, links included"
             raise OutsideError(errno.EACCES, reason, path)
-        return full
+        return full_path
 
-    def _full(self, path: str) -> str:
-        """Return the full path for a path that starts from ``folder`` or from ``home``.
+    def _full_path(self, path: str) -> str:
+        """Return the full path for a path that starts from ``folder`` or from ``table_folder``.
 
-        Absolute paths and paths with ".." start from ``home``, if ``home`` is given.
+        Absolute paths and paths with ".." start from ``table_folder``, if it is not None.
         """
-        if self._home is None or stays_below(path):
+        if self._table_folder is None or stays_below(path):
             return resolve_below(self.folder, path)
         if not _can_be_path(path):
             return resolve_below(self.folder, path)  # raises OutsideError
-        return os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  for speed
+        return os.path.normpath(os.path.join(self._table_folder, path))  # noqa: PTH118  for speed
 
-    def leads_out(self, full: str) -> bool:
-        """Whether a file is a link to a file out of bounds."""
-        if self.follow_links or not os.path.islink(full):  # noqa: PTH114  for speed
+    def leads_out(self, full_path: str) -> bool:
+        """Whether a file is a link that leads out of bounds."""
+        if self.follow_links or not os.path.islink(full_path):  # noqa: PTH114  for speed
             return False
-        return not os.path.realpath(full).startswith(self._prefixes)
+        return not os.path.realpath(full_path).startswith(self._prefixes)
 
     def status(self, path: str) -> os.stat_result | OSError:
-        """Return the status of a file, or the error of asking for it."""
+        """Return the status of a file, or the error of the system call."""
         try:
             return os.stat(self.resolve(path))  # noqa: PTH116  for speed
         except OSError as error:
             return error.with_traceback(None)
 
-    def real(self, path: str) -> str:
+    def real_path(self, path: str) -> str:
         """Return the real path of a file, with all links followed. It may be out of bounds."""
-        start = self._home or self.folder  # ``folder`` if no home is given
+        start = self._table_folder or self.folder
         without_nul = path.replace("\0", "")  # os.path.realpath raises an error at a NUL
         return os.path.realpath(os.path.join(start, without_nul))  # noqa: PTH118  for speed
 
@@ -180,8 +183,8 @@ def _real_prefix(folder: str | Path) -> str:
 
 
 @lru_cache(4096)
-def _has_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a folder is one of the folders with these prefixes (``_real_prefix``), or below one.
+def _has_real_prefix(folder: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether the real path of a folder begins with one of the prefixes (``_real_prefix``).
 
     The results are cached, because most files of a data set are in few folders.
     """
@@ -216,7 +219,7 @@ def portable_name(path: str) -> str:
     Two kinds of bytes become ``\xNN`` (a backslash, x and two hexadecimal digits): bytes that are
     not UTF-8, and the bytes of characters that control a terminal. A backslash that would look
     like the beginning of such an escape becomes ``\x5c``. The rest of the path is unchanged.
-    ``path_of`` is the inverse.
+    ``original_path`` is the inverse function.
 
     Examples:
         >>> import os
@@ -234,12 +237,12 @@ def portable_name(path: str) -> str:
     if is_plain and "\\x" not in path:
         return path
     # the backslash of a text that only looks like an escape is escaped itself
-    marked = _ESCAPE.sub(rb"\\x5cx\1", _encoded(path))
-    text = marked.decode("utf-8", "backslashreplace")
-    return _CONTROLS.sub(_escaped, text)
+    content = _ESCAPE.sub(rb"\\x5cx\1", _path_bytes(path))
+    text = content.decode("utf-8", "backslashreplace")
+    return _CONTROLS.sub(_escape_character, text)
 
 
-def _encoded(path: str) -> bytes:
+def _path_bytes(path: str) -> bytes:
     """Return the bytes of a path."""
     try:
         return os.fsencode(path)
@@ -247,19 +250,19 @@ def _encoded(path: str) -> bytes:
         return path.encode("utf-8", "surrogatepass")
 
 
-def _escaped(match: re.Match[str]) -> str:
+def _escape_character(match: re.Match[str]) -> str:
     """Return the escapes of the UTF-8 bytes of a character."""
     return "".join(f"\\x{byte:02x}" for byte in match[0].encode())
 
 
-def _unescaped(match: re.Match[bytes]) -> bytes:
+def _unescape_byte(match: re.Match[bytes]) -> bytes:
     """Return the byte that an escape stands for."""
     digits = match[1].decode()
     return bytes.fromhex(digits)
 
 
-def path_of(text: str) -> str:
-    r"""Return the path that a text from ``portable_name`` stands for: the inverse of that function.
+def original_path(text: str) -> str:
+    r"""Return the path for which ``portable_name`` returns ``text``.
 
     A text that ``portable_name`` cannot return is returned unchanged.
 
@@ -273,17 +276,17 @@ def path_of(text: str) -> str:
     """
     if "\\x" not in text:
         return text
-    content = _ESCAPE.sub(_unescaped, _encoded(text))
+    content = _ESCAPE.sub(_unescape_byte, _path_bytes(text))
     path = os.fsdecode(content)
     if portable_name(path) != text:
         return text
     return path
 
 
-def text_among(name: str, texts: Collection[str]) -> str | None:
-    """Return the text among ``texts`` that a name in a user's table stands for; None if none fits.
+def matching_text(name: str, texts: Collection[str]) -> str | None:
+    """Return the text in ``texts`` that a name in a user's table stands for; None if none fits.
 
-    The name is such a text itself, or the path from which ``portable_name`` makes the text.
+    The name fits if it is such a text itself, or a path for which ``portable_name`` returns it.
     """
     if name in texts:
         return name
@@ -293,12 +296,12 @@ def text_among(name: str, texts: Collection[str]) -> str | None:
     return text
 
 
-def former_text(text: str) -> str:
-    """Return the text that vilu 0.1.0 wrote in a label book for the path that ``text`` stands for.
+def text_of_version_0_1(text: str) -> str:
+    """Return what vilu 0.1.0 wrote in a book of labels for a path that is now written as ``text``.
 
-    These former texts were not unique, because two paths could have the same text.
+    These earlier texts were not unique: two paths could have the same text.
     """
-    return os.fsencode(path_of(text)).decode("utf-8", "backslashreplace")
+    return os.fsencode(original_path(text)).decode("utf-8", "backslashreplace")
 
 
 def subfolders(folder: str | Path, *, follow_links: bool = False) -> list[str]:
@@ -320,44 +323,51 @@ def walk_images(
     """Yield path below ``folder`` and status of every image file, in the byte order of the paths.
 
     Each file costs one call of ``stat``. Links to files are followed. Links to folders are followed
-    only if ``bounds`` says so. Where a link leads to itself, to a folder that contains it, or out
-    of ``bounds``, the second value is the error in place of the status. Skipped entries are counted
-    in ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
+    only if ``bounds`` says so. If a link leads to itself, to a folder that contains it, or out of
+    ``bounds``, the second value is the error in place of the status. Skipped entries are counted in
+    ``ignored`` under "hidden", "linked_folder", "not_image" (by suffix) or "not_a_file".
     """
     follows_links = bounds is not None and bounds.follow_links
     prefix = os.path.join(folder, "")  # noqa: PTH118  a Path drops the slash
-    # A stack: the next entry is the last one, so entries are added in reverse order. Each
-    # entry is stored with the real folders at both ends of every link on its path.
-    pending: list[_Pending] = [(entry, ()) for entry in _entries(folder)[::-1]]
+    # The list is a stack, from whose end entries are taken, so they are added in reverse order.
+    pending = [_PendingEntry(entry, ()) for entry in reversed(_entries(folder))]
     while pending:
-        entry, passed = pending.pop()
+        entry, folders_of_links = pending.pop()
         path = entry.path.removeprefix(prefix).replace(os.sep, "/")
         reason = _reason_to_ignore(entry, follows_links=follows_links)
         if reason:
             ignored[reason] += 1
         elif not _is_folder(entry):
             yield path, _status_of(entry, bounds)
-        elif entry.is_symlink() and _leads_back(entry, passed):
+        elif entry.is_symlink() and _leads_back(entry, folders_of_links):
             yield path, OSError(errno.ELOOP, "the link leads to a folder that contains it", path)
         else:
             if entry.is_symlink():
-                passed = (*passed, *_ends_of(entry))
-            pending.extend((inner, passed) for inner in _entries(entry.path)[::-1])
+                folders_of_links = (*folders_of_links, *_folders_at_ends(entry))
+            for inner_entry in reversed(_entries(entry.path)):
+                pending.append(_PendingEntry(inner_entry, folders_of_links))
 
 
-_Pending = tuple[os.DirEntry[str], tuple[str, ...]]
+class _PendingEntry(NamedTuple):
+    """An entry of a folder that ``walk_images`` has not visited yet."""
+
+    entry: os.DirEntry[str]
+    folders_of_links: tuple[str, ...]  # for every link on its path, the folders at both ends
 
 
-def _ends_of(link: os.DirEntry[str]) -> tuple[str, str]:
-    """Return the real folder that contains a link to a folder, and the one that it leads to."""
+def _folders_at_ends(link: os.DirEntry[str]) -> tuple[str, str]:
+    """Return the real folder that contains a link, and the real folder that the link leads to."""
     container = os.path.dirname(link.path)  # noqa: PTH120  for speed
     return _real_prefix(container), _real_prefix(link.path)
 
 
-def _leads_back(link: os.DirEntry[str], passed: tuple[str, ...]) -> bool:
-    """Whether a link leads to a folder that contains it, perhaps through the links before it."""
-    container, target = _ends_of(link)
-    return any(folder.startswith(target) for folder in (*passed, container))
+def _leads_back(link: os.DirEntry[str], folders_of_links: tuple[str, ...]) -> bool:
+    """Whether a link leads to a folder that contains it, perhaps through other links.
+
+    ``folders_of_links`` are the folders at both ends of every link on the path to this link.
+    """
+    container, target = _folders_at_ends(link)
+    return any(folder.startswith(target) for folder in (*folders_of_links, container))
 
 
 def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | None:
@@ -367,7 +377,7 @@ def _reason_to_ignore(entry: os.DirEntry[str], *, follows_links: bool) -> str | 
     if _is_folder(entry):
         is_skipped = entry.is_symlink() and not follows_links
         return "linked_folder" if is_skipped else None
-    if not entry.name.lower().endswith(SUFFIXES):
+    if not entry.name.lower().endswith(IMAGE_SUFFIXES):
         return "not_image"
     try:
         if not entry.is_file():
@@ -394,7 +404,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _status_of(entry: os.DirEntry[str], bounds: Bounds | None) -> os.stat_result | OSError:
-    """Return the status of a file, or the error of asking for it."""
+    """Return the status of a file, or the error of the system call or of ``bounds``."""
     if bounds is not None and entry.is_symlink():
         if bounds.leads_out(entry.path):
             return OutsideError(errno.EACCES, "the link leads out of its folder", entry.path)
@@ -411,14 +421,15 @@ def _is_hidden(entry: os.DirEntry[str]) -> bool:
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder in the order in which ``walk_images`` visits them."""
     hint = "Check its permissions or leave it out."
-    with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
+    with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
         return sorted(entries, key=_sort_key)
 
 
 def _sort_key(entry: os.DirEntry[str]) -> bytes:
     """Return the name as bytes, with a slash if it is a folder, so that whole paths are in order.
 
-    Without the slash, "a/1.jpg" would come before "a b.jpg", although "/" is greater than " ".
+    Without the slash, the folder "a" would come before "a b.jpg". But its files come later, since
+    "/" is greater than " " in "a/1.jpg".
     """
     name = os.fsencode(entry.name)
     if entry.is_dir(follow_symlinks=False):
@@ -436,13 +447,13 @@ class ListingHash:
     def __init__(self, *context: str) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
         for text in context:
-            self.add(text, label=MISSING, status=None)
+            self.add(text, label=NO_VALUE, status=None)
 
     def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
         """Add one file; ``status`` is None or an error if the file is missing or not readable."""
         name = key.encode("utf-8", "surrogateescape")
-        size = MISSING
-        time = MISSING
+        size = NO_VALUE
+        time = NO_VALUE
         if isinstance(status, os.stat_result):
             size = status.st_size
             time = status.st_mtime_ns
@@ -453,7 +464,7 @@ class ListingHash:
         """Add the texts of files, in order; None for a file without a text."""
         for text in texts:
             if text is None:
-                self._hash.update(struct.pack("<q", MISSING))
+                self._hash.update(struct.pack("<q", NO_VALUE))
             else:
                 self._hash.update(struct.pack("<q", len(text)) + text)
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.datasets.base import Faults, ImageRecord, fault_of, parse_split
+from vilu.datasets.base import Faults, ImageRecord, find_fault, parse_split
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import (
     Bounds,
@@ -33,7 +33,7 @@ from vilu.progress import Task, track
 logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-OUT_OF_FOLDER = (
+LINK_RULE = (
     "A link may lead to a file below the folder of images, or below one that --root DIR names; "
     "with --follow-links anywhere."
 )
@@ -49,7 +49,7 @@ class ListedFiles:
         self._folder = folder
         self._paths: list[str] = []
         self._labels = array("i")
-        self._faults = array("B")  # fault of each file: the number that ``fault_of`` returns
+        self._faults = array("B")  # fault of each file: the number that ``find_fault`` returns
 
     @property
     def faults(self) -> Faults:
@@ -60,8 +60,8 @@ class ListedFiles:
         return Faults(
             kinds=faults,
             folder=self._folder,
-            path=self._paths.__getitem__,
-            rule=_say_where_files_must_be,
+            path_at=self._paths.__getitem__,
+            location_rule=_location_rule,
         )
 
     def __len__(self) -> int:
@@ -71,9 +71,9 @@ class ListedFiles:
         """Yield the images at positions start ... stop - 1."""
         for path, number in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
             label: int | None = None if number == UNKNOWN else number
-            yield ImageRecord(portable_name(path), label, self._reader(path))
+            yield ImageRecord(portable_name(path), label, self._make_reader(path))
 
-    def _reader(self, path: str) -> Callable[[], bytes]:
+    def _make_reader(self, path: str) -> Callable[[], bytes]:
         """Return a function that reads the file ``path``."""
         return partial(read_below, self._folder, path)
 
@@ -83,13 +83,13 @@ class ListedFiles:
         """Add a file to the list and to the hash of the listing."""
         self._paths.append(path)
         self._labels.append(label)
-        self._faults.append(fault_of(status, partial(os.path.join, self._folder, path)))
+        self._faults.append(find_fault(status, partial(os.path.join, self._folder, path)))
         listing.add(path, label, status)
 
 
-def _say_where_files_must_be(_positions: NDArray[np.int64]) -> str:
+def _location_rule(_positions: NDArray[np.int64]) -> str:
     """Return a sentence on where files must be. Here it is the same for files at all positions."""
-    return OUT_OF_FOLDER
+    return LINK_RULE
 
 
 class FolderDataset(ListedFiles):
@@ -104,8 +104,8 @@ class FolderDataset(ListedFiles):
         root: The folder.
         split: Names of split folders, joined by ``+``; None if there are no split folders.
         classes: A classes file, whose names are matched with the class folders.
-        beside: A second folder, besides ``root``, that links to files may lead into. Reading a link
-            to a file outside of both folders raises OutsideError.
+        link_folder: A second folder, besides ``root``, that links to files may lead into. Reading a
+            link to a file outside of both folders raises OutsideError.
         outside: Classes that may be missing in the classes file, because they will be left out.
         follow_links: Whether links may lead anywhere, also to folders.
 
@@ -120,12 +120,12 @@ class FolderDataset(ListedFiles):
         *,
         split: str | None = None,
         classes: Path | None = None,
-        beside: Path | None = None,
+        link_folder: Path | None = None,
         outside: Collection[str] = (),
         follow_links: bool = False,
     ) -> None:
         super().__init__(root)
-        self._bounds = Bounds(root, beside=beside, follow_links=follow_links)
+        self._bounds = Bounds(root, link_folder=link_folder, follow_links=follow_links)
         self.source = str(root)
         self.captioned = False
         self.ignored: Counter[str] = Counter()
@@ -142,23 +142,27 @@ class FolderDataset(ListedFiles):
                 self._list_split(name, label_of, listing, task)
         self.fingerprint = listing.hexdigest()
         if not self._paths:
-            _refuse_empty(self.ignored, root, "images, or one folder of images per class")
-        _warn_of_left_out(self.ignored, root)
+            expected = "images, or one folder of images per class"
+            _refuse_empty(self.ignored, root, expected=expected)
+        _warn_of_ignored(self.ignored, root)
 
-    def _reader(self, path: str) -> Callable[[], bytes]:
+    def _make_reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
 
     def _read(self, path: str) -> bytes:
         # the path is joined as it was listed: Path could change a name that is special on Windows
-        full = os.path.join(self._folder, path)  # noqa: PTH118
-        if self._bounds.leads_out(full):
-            raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
-        return read_file(full)
+        full_path = os.path.join(self._folder, path)  # noqa: PTH118
+        if self._bounds.leads_out(full_path):
+            raise OutsideError(errno.EACCES, LINK_RULE, path)
+        return read_file(full_path)
 
     def _list_split(
         self, name: str, label_of: dict[str, int], listing: ListingHash, task: Task
     ) -> None:
-        """Add the images of the split folder ``name``; "" is the data set's own folder."""
+        """Add the images of the split folder ``name``; "" is the folder of the data set itself.
+
+        ``label_of`` has the labels by class folder.
+        """
         folder = self._folder / name
         has_class_folders = len(subfolders(folder, follow_links=self._bounds.follow_links)) > 0
         for path_in_split, status in walk_images(folder, self.ignored, self._bounds):
@@ -173,52 +177,54 @@ class FolderDataset(ListedFiles):
             task.advance(1)
 
 
-Listed = tuple[str, os.stat_result | OSError]
-"""Path of an image below a folder, and the status of the file, or the error of asking for it."""
+ListedPhoto = tuple[str, os.stat_result | OSError]
+"""Path of an image below a folder, and the status of the file, or the error of the system call."""
 
 
-def list_photos(root: Path, *, least: int = 1, follow_links: bool = False) -> list[Listed]:
+def list_photos(
+    root: Path, *, min_photos: int = 1, follow_links: bool = False
+) -> list[ListedPhoto]:
     """Return all images below a folder, at any depth, in the byte order of their paths.
 
     Sub-folders do not count as classes or splits. With ``follow_links``, links may lead anywhere.
 
     Raises:
         UsageError: If ``root`` is no folder.
-        DataError: If there are fewer than ``least`` images.
+        DataError: If there are fewer than ``min_photos`` images.
         StorageError: If a folder cannot be listed.
     """
     if not root.is_dir():
         raise UsageError(f"{root} is no folder. Give the folder that the photos are in.")
     ignored: Counter[str] = Counter()
     with track(f"listing {root.name}", None, "images") as task:
-        photos: list[Listed] = []
+        photos: list[ListedPhoto] = []
         for path, status in walk_images(root, ignored, Bounds(root, follow_links=follow_links)):
             photos.append((path, status))
             task.advance(1)
-    if len(photos) < least:
-        _refuse_empty(ignored, root, "photos, in folders of any kind")
-    _warn_of_left_out(ignored, root)
+    if len(photos) < min_photos:
+        _refuse_empty(ignored, root, expected="photos, in folders of any kind")
+    _warn_of_ignored(ignored, root)
     return photos
 
 
-def _refuse_empty(ignored: Counter[str], root: Path, expected: str) -> NoReturn:
+def _refuse_empty(ignored: Counter[str], root: Path, *, expected: str) -> NoReturn:
     """Raise DataError for a folder without images; the message names what is in it instead."""
-    contents = _counted(ignored) or "nothing"
+    contents = _list_counts(ignored) or "nothing"
     raise DataError(f"no image in {root}. Found: {contents}. Expected {expected}.")
 
 
-def _warn_of_left_out(ignored: Counter[str], root: Path) -> None:
+def _warn_of_ignored(ignored: Counter[str], root: Path) -> None:
     """Warn if entries were skipped that the user may expect in the data set."""
-    unexpected = ignored.keys() - {"hidden", "not_image"}
-    if not unexpected:
+    unexpected_reasons = ignored.keys() - {"hidden", "not_image"}
+    if not unexpected_reasons:
         return
     advice = "Give --follow-links to read what links lead to."
     if ignored["outside_class"]:
         advice = f"{advice} Put images into class folders."
-    logger.warning("%s: left out %s. %s", root, _counted(ignored), advice)
+    logger.warning("%s: left out %s. %s", root, _list_counts(ignored), advice)
 
 
-def _counted(ignored: Counter[str]) -> str:
+def _list_counts(ignored: Counter[str]) -> str:
     """Return a text with the number of skipped entries for each reason."""
     return ", ".join(f"{count} {reason}" for reason, count in ignored.items())
 
@@ -230,22 +236,22 @@ class PhotoFiles(ListedFiles):
         root: The folder.
         photos: Paths of the photos below the folder, with their status.
         names: Class names of the data set.
-        elsewhere: New path of each photo that was moved after it was listed. The key of a photo is
-            the text that ``portable_name`` returns for its listed path.
+        moved_paths: New path of each photo that was moved after it was listed. The key of a photo
+            is the text that ``portable_name`` returns for its listed path.
         follow_links: Whether links may lead anywhere, also to folders.
     """
 
     def __init__(
         self,
         root: Path,
-        photos: Sequence[Listed],
+        photos: Sequence[ListedPhoto],
         names: Sequence[str],
-        elsewhere: Mapping[str, Path] | None = None,
+        moved_paths: Mapping[str, Path] | None = None,
         *,
         follow_links: bool = False,
     ) -> None:
         super().__init__(root)
-        self._elsewhere = elsewhere or {}
+        self._moved_paths = moved_paths or {}
         self._bounds = Bounds(root, follow_links=follow_links)
         self.source = str(root)
         self.captioned = False
@@ -255,11 +261,11 @@ class PhotoFiles(ListedFiles):
             self._add(path, UNKNOWN, status, listing)
         self.fingerprint = listing.hexdigest()
 
-    def _reader(self, path: str) -> Callable[[], bytes]:
-        moved_to = self._elsewhere.get(portable_name(path))
-        if moved_to is None:
+    def _make_reader(self, path: str) -> Callable[[], bytes]:
+        new_path = self._moved_paths.get(portable_name(path))
+        if new_path is None:
             return partial(self._bounds.read, path)
-        return partial(read_file, moved_to)
+        return partial(read_file, new_path)
 
 
 def _class_folders(root: Path, splits: Sequence[str], *, follow_links: bool) -> list[str]:
@@ -285,12 +291,15 @@ def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequen
         _require_no_splits(root, folders)
         return [""], [""]
     chosen = parse_split(split, folders, str(root))
-    with_usual_name = SPLIT_FOLDERS.intersection(folders)
-    return chosen, sorted(with_usual_name.union(chosen))
+    folders_of_usual_name = SPLIT_FOLDERS.intersection(folders)
+    return chosen, sorted(folders_of_usual_name.union(chosen))
 
 
 def _require_no_splits(root: Path, folders: Sequence[str]) -> None:
-    """Raise UsageError where all sub-folders are splits, and ``split`` was not given."""
+    """Raise UsageError if all sub-folders of ``root`` have names of splits.
+
+    The function is called if the user has chosen no split.
+    """
     are_all_splits = SPLIT_FOLDERS.issuperset(folders)
     if not folders or not are_all_splits:
         return

@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIENTATION: Final = 0x0112  # number of the orientation tag
-# The codes of ``struct`` for the types BYTE (1), SHORT (3) and LONG (4). The standard prescribes
-# SHORT, but cameras also write the other types.
-_INTEGERS: Final = {1: "B", 3: "H", 4: "I"}
-# The code of ``struct`` for the byte order of a TIFF file, by the first four bytes of the file. "+"
+# Codes of ``struct`` for the numbers of the types BYTE (1), SHORT (3) and LONG (4). The standard
+# prescribes SHORT, but cameras also write the other types.
+_INTEGER_CODES: Final = {1: "B", 3: "H", 4: "I"}
+# Codes of ``struct`` for the byte order of a TIFF file, by the first four bytes of the file. "+"
 # marks BigTIFF.
-BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+BYTE_ORDER_CODES: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
-def orientation(block: bytes) -> int | None:
+def read_orientation(block: bytes) -> int | None:
     """Return the orientation (1 to 8) in a TIFF file or EXIF block; None if it is not stated.
 
     Source: EXIF 3.0, tag 0x0112.
@@ -71,52 +71,51 @@ def orientation(block: bytes) -> int | None:
 
 def _orientation_tag(block: bytes) -> int | None:
     """Return the value of the orientation tag in the first directory; None without this tag."""
-    layout = _layout(block)
+    layout = _tiff_layout(block)
     directory = layout.read(layout.offset_code, block, layout.first_offset)
     n_entries = layout.read(layout.count_code, block, directory)
-    begin = directory + struct.calcsize(layout.count_code)
-    # The positions of the entries: the first ``n_entries`` positions, or fewer if the stated number
-    # is too large, because the range ends at the end of the block.
-    possible_entries = range(begin, len(block), layout.entry_bytes)
-    for entry in possible_entries[:n_entries]:
-        tag, value_type = struct.unpack_from(layout.order + "HH", block, entry)
+    first_entry = directory + struct.calcsize(layout.count_code)
+    # A damaged block may state too many entries. So the range ends at the end of the block.
+    possible_positions = range(first_entry, len(block), layout.entry_bytes)
+    for position in possible_positions[:n_entries]:
+        tag, value_type = struct.unpack_from(layout.order + "HH", block, position)
         if tag == ORIENTATION:
             # an entry has tag and type (four bytes), the number of values (as wide as an offset),
             # and the value
-            value_at = entry + 4 + struct.calcsize(layout.offset_code)
-            return layout.read(_INTEGERS[value_type], block, value_at)
+            value_position = position + 4 + struct.calcsize(layout.offset_code)
+            return layout.read(_INTEGER_CODES[value_type], block, value_position)
     return None
 
 
 def count_directories(data: bytes, limit: int) -> int:
     """Return the number of directories (pages) of a TIFF file.
 
-    Counting stops at ``limit``, at a directory that was counted before, and where an offset is
+    Counting stops at ``limit``, at a directory that was counted before, and at an offset that is
     outside of the file.
     """
     seen: set[int] = set()
     with suppress(struct.error, OverflowError):
-        layout = _layout(data)
+        layout = _tiff_layout(data)
         directory = layout.read(layout.offset_code, data, layout.first_offset)
-        # the last directory has the offset 0 in place of that of a next directory
+        # ``directory`` is the offset of a directory, or 0 after the last directory
         while directory and directory not in seen and len(seen) < limit:
             n_entries = layout.read(layout.count_code, data, directory)
             seen.add(directory)
             # the offset of the next directory is behind the entries of this directory
             first_entry = directory + struct.calcsize(layout.count_code)
-            next_at = first_entry + n_entries * layout.entry_bytes
-            directory = layout.read(layout.offset_code, data, next_at)
+            end_of_entries = first_entry + n_entries * layout.entry_bytes
+            directory = layout.read(layout.offset_code, data, end_of_entries)
     return len(seen)
 
 
-class _Layout(NamedTuple):
-    """The format of the numbers in a TIFF file. The codes are format characters of ``struct``."""
+class _TiffLayout(NamedTuple):
+    """How numbers are written in a TIFF file. The codes are format characters of ``struct``."""
 
     order: str  # code of the byte order
     count_code: str  # code of the number of entries of a directory
     offset_code: str  # code of an offset: a position in the file
     entry_bytes: int  # size of an entry of a directory
-    first_offset: int  # position of the number that is the offset of the first directory
+    first_offset: int  # position at which the offset of the first directory is stated
 
     def read(self, code: str, block: bytes, position: int) -> int:
         """Return the number with this code at a position."""
@@ -124,12 +123,12 @@ class _Layout(NamedTuple):
         return int(number)
 
 
-def _layout(block: bytes) -> _Layout:
+def _tiff_layout(block: bytes) -> _TiffLayout:
     """Return the layout of classic TIFF, or of BigTIFF if the first four bytes contain "+"."""
-    order = BYTE_ORDER[block[:4]]
+    order = BYTE_ORDER_CODES[block[:4]]
     if b"+" in block[:4]:
-        return _Layout(order, count_code="Q", offset_code="Q", entry_bytes=20, first_offset=8)
-    return _Layout(order, count_code="H", offset_code="I", entry_bytes=12, first_offset=4)
+        return _TiffLayout(order, count_code="Q", offset_code="Q", entry_bytes=20, first_offset=8)
+    return _TiffLayout(order, count_code="H", offset_code="I", entry_bytes=12, first_offset=4)
 
 
 class _JpegFile(JpegImagePlugin.JpegImageFile):
@@ -147,7 +146,7 @@ NEEDS_PILLOW_HEIF: Final = "needs_pillow_heif"
 
 
 def _open_heic(file: BytesIO) -> ImageFile.ImageFile:
-    """Open a HEIC photo. Its decoder rotates it upright, unlike those of other formats.
+    """Open a HEIC photo. The decoder of HEIC rotates photos upright; other decoders do not.
 
     Raises:
         BadImage: If pillow-heif is not installed.
@@ -178,11 +177,13 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
 """The formats that are decoded, and the class of Pillow that opens each."""
 
 MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
-_TABLE = (
+_SIGNATURE_TABLE = (
     resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
 )
-_, _ROWS = parse_csv(_TABLE.splitlines(), "image_signatures.csv")
-_SIGNATURES = [(int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in _ROWS]
+_, _SIGNATURE_ROWS = parse_csv(_SIGNATURE_TABLE.splitlines(), "image_signatures.csv")
+_SIGNATURES = [
+    (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in _SIGNATURE_ROWS
+]
 """Signatures of formats: position in the file, bytes at this position, and name of the format."""
 
 
@@ -207,15 +208,15 @@ def _looks_like_svg(data: bytes) -> bool:
     return head.startswith(b"<svg")
 
 
-def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
+def count_frames(format_name: str, data: bytes, image: ImageFile.ImageFile) -> int:
     """Return the number of frames, at most ``MAX_FRAMES``, without decoding a frame.
 
-    Frames of GIF and TIFF are not counted by Pillow, because its counting has no limit. For TIFF,
-    its time would also be quadratic in the number of frames.
+    Pillow could count the frames of GIF and TIFF, but it counts without a limit. For TIFF, its time
+    is also quadratic in the number of frames.
     """
-    if name == "GIF":
+    if format_name == "GIF":
         return _count_gif_frames(data)
-    if name == "TIFF":
+    if format_name == "TIFF":
         return max(count_directories(data, MAX_FRAMES), 1)
     return min(getattr(image, "n_frames", 1), MAX_FRAMES)
 
@@ -230,15 +231,16 @@ def _count_gif_frames(data: bytes) -> int:
     n_frames = 0
     # in a truncated GIF, IndexError ends the counting, and the frames so far are returned
     with suppress(IndexError):
-        # the header has 13 bytes; byte 10 has the flags of the colour table that follows it
+        # the header has 13 bytes; its byte 10 has the flags of the colour table after the header
         position = 13 + _colour_table_bytes(data[10])
         while n_frames < MAX_FRAMES and data[position] in GIF_BLOCKS:
             if data[position] == GIF_IMAGE:
                 n_frames += 1
-                # before its data, a frame has 11 bytes and a colour table, with flags in byte 9
+                # The data of a frame come after 11 bytes and a colour table. Byte 9 has the flags
+                # of this table.
                 position += 11 + _colour_table_bytes(data[position + 9])
             else:
-                # before its data, an extension has 2 bytes
+                # the data of an extension come after 2 bytes
                 position += 2
             # The data are chunks: a byte with the length of the chunk, then its bytes. A chunk of
             # length 0 ends the block.
@@ -249,7 +251,7 @@ def _count_gif_frames(data: bytes) -> int:
 
 
 def _colour_table_bytes(flags: int) -> int:
-    """Return the size of a colour table: 2^(n + 1) colours of 3 bytes, n in the last 3 bits."""
+    """Return the size of a colour table: 2^(n + 1) colours of 3 bytes; n is the last 3 bits."""
     has_table = flags & 0b1000_0000
     if not has_table:
         return 0
@@ -270,14 +272,15 @@ class ImageFlag(IntFlag):
     ANIMATED = 1  # it has more than one frame, and the first frame is used
     ALPHA = 2  # transparent pixels were put on white
     DEEP = 4  # more than 8 bits per channel were scaled to 8
-    STRETCHED = 8  # values were outside the usual range: the lowest is now black, the highest white
+    STRETCHED = 8  # values were out of range: now the lowest value is black, the highest white
     BAD_EXIF = 16  # the EXIF block cannot be read
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     """Convert a loaded image, which must have one of ``MODES``, to RGB.
 
-    Returns the RGB image, and flags for the conversion. A damaged image raises one of ``CORRUPT``.
+    Returns the RGB image, and flags for the conversion. A damaged image raises one of
+    ``DECODING_ERRORS``.
     """
     if image.mode in DEEP_MODES:
         grey, flags = _deep_to_grey(image)
@@ -294,15 +297,16 @@ def _deep_to_grey(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
     """Convert 16-bit, 32-bit or float grey to 8 bits.
 
     Whole numbers from 0 to 65535 are divided by 257 and rounded. Floats from 0 to 1 are multiplied
-    by 255. Other ranges are stretched. Pillow would clip the values instead, and nearly all of a
-    16-bit photo would become white.
+    by 255. Other ranges are stretched to 0 to 255. Pillow would clip the values at 255 instead, and
+    nearly all of a 16-bit photo would become white.
     """
     # The pixels are copied first. A TIFF with an orientation tag states the size that it would have
     # after rotation, but a copy has the size of its pixels.
     values = np.asarray(image.copy())
     low = float(values.min())
     high = float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    is_finite = np.isfinite(low) and np.isfinite(high)
+    if not is_finite:
         raise ValueError("pixel values that are not finite")
     black = 0.0
     span = 1.0 if values.dtype.kind == "f" else 65535.0  # white minus black
@@ -324,7 +328,7 @@ Stage = Literal["open", "decode", "geometry", "text"]
 
 # The kinds of errors (``BadImage.kind``), grouped by what is wrong: the picture, its file, its
 # shard, the members of its sample in a shard, or its text.
-OfPicture = Literal[
+PictureErrorKind = Literal[
     "empty",
     "unidentified",
     "unsupported",
@@ -335,16 +339,16 @@ OfPicture = Literal[
     "bomb",
     "bad_geometry",
 ]
-OfFile = Literal["too_large", "read_error", "not_a_file", "bad_path"]
-OfShard = Literal["truncated_shard", "bad_shard"]
+FileErrorKind = Literal["too_large", "read_error", "not_a_file", "bad_path"]
+ShardErrorKind = Literal["truncated_shard", "bad_shard"]
 """Errors of a whole shard: one record stands for all images that the shard has lost."""
-OfSample = Literal["interleaved", "duplicate", "missing_image"]
-OfText = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
-Kind = OfPicture | OfFile | OfShard | OfSample | OfText
+SampleErrorKind = Literal["interleaved", "duplicate", "missing_image"]
+TextErrorKind = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
+ErrorKind = PictureErrorKind | FileErrorKind | ShardErrorKind | SampleErrorKind | TextErrorKind
 
-CORRUPT: Final = (
+DECODING_ERRORS: Final = (
     OSError,  # truncated data, error of a codec, impossible header field
-    SyntaxError,  # data at any place in the file are not in the file's format
+    SyntaxError,  # a part of the file does not have the format of the file
     ValueError,  # a value is out of range: tile outside the image, oversized text chunk
     EOFError,  # a header without a first frame
     struct.error,  # the file is too short for a field
@@ -374,12 +378,12 @@ class BadImage(DataError):  # noqa: N818  named after the kind of input
         kind: Kind of error, by which errors are counted.
     """
 
-    def __init__(self, stage: Stage, kind: Kind, message: str) -> None:
+    def __init__(self, stage: Stage, kind: ErrorKind, message: str) -> None:
         super().__init__(message)
         self.stage: Stage = stage
-        self.kind: Kind = kind
+        self.kind: ErrorKind = kind
 
-    def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, Kind, str]]:
+    def __reduce__(self) -> tuple[type[BadImage], tuple[Stage, ErrorKind, str]]:
         """Return how to make the error again when it is unpickled.
 
         Workers send errors to the driver as pickles.
@@ -451,12 +455,13 @@ def read_image(
 ) -> DecodedImage:
     """Read and decode one record, as ``decode_image`` does; BadImage where this fails."""
     if record.key.lower().endswith(RAW_SUFFIXES):
-        # not by its bytes: most RAW formats are TIFF files, whose first frame is a small preview
-        raise _raw_photo(record.key.rpartition(".")[2].upper())
+        # Judged by the name: most RAW formats are TIFF files, whose first frame is a small preview.
+        suffix = record.key.rpartition(".")[2]
+        raise _raw_photo_error(suffix.upper())
     try:
         data = record.read()
     except OSError as error:
-        kind: Kind = "read_error"
+        kind: ErrorKind = "read_error"
         if error.errno == errno.EFBIG:
             kind = "too_large"
         raise BadImage("open", kind, f"cannot read the file: {error}") from error
@@ -489,38 +494,39 @@ def decode_image(
         raise UsageError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off."
         )
-    name = _require_format(data, limits)
-    with _damage("open", f"damaged {name} header"):
-        file = OPENERS[name](BytesIO(data))
+    format_name = _require_format(data, limits)
+    with _convert_damage("open", f"damaged {format_name} header"):
+        file = OPENERS[format_name](BytesIO(data))
     with file as opened:
         _require_geometry(*opened.size, limits)
         size_in_file = opened.size
-        with _damage("decode", "damaged pixels"):
-            if name == "TIFF":  # without this tag, Pillow does not rotate the pixels of a TIFF
+        with _convert_damage("decode", "damaged pixels"):
+            if format_name == "TIFF":  # without this tag, Pillow does not rotate the pixels
                 opened.getexif().pop(ORIENTATION, None)
-            if name == "JPEG" and jpeg_side is not None:
+            if format_name == "JPEG" and jpeg_side is not None:
                 opened.draft(None, (jpeg_side, jpeg_side))
             opened.load()
         exif = opened.info.get("exif")
-        if name == "TIFF":  # the whole file takes the place of the block: both have one format
+        if format_name == "TIFF":  # a TIFF file has the format of an EXIF block
             exif = data
-        exif_orientation, flags = _orientation(exif)
-        n_frames = count_frames(name, data, opened)
+        exif_orientation, flags = _orientation_and_flag(exif)
+        n_frames = count_frames(format_name, data, opened)
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED
         if opened.mode not in MODES:
             raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
-        with _damage("decode", f"cannot convert {opened.mode} to RGB"):
-            image, conversion = to_rgb(opened)
-    # The pixels of a JPEG may be reduced. The header of a TIFF may state the size after rotation.
-    width, height = size_in_file if name == "JPEG" else image.size
+        with _convert_damage("decode", f"cannot convert {opened.mode} to RGB"):
+            image, conversion_flags = to_rgb(opened)
+    # A JPEG may be decoded at a reduced size, so its size is that of its header. Not so for TIFF,
+    # whose header may state the size after rotation.
+    width, height = size_in_file if format_name == "JPEG" else image.size
     return DecodedImage(
         image,
         width=width,
         height=height,
         n_frames=n_frames,
         exif_orientation=exif_orientation,
-        flags=flags | conversion,
+        flags=flags | conversion_flags,
     )
 
 
@@ -535,27 +541,27 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
         raise BadImage(
             "open", "too_large", f"{len(data)} bytes; at most {limits.max_bytes} are read"
         )
-    name = sniff(data)
-    if name is None:
+    format_name = sniff(data)
+    if format_name is None:
         raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of an unknown format")
-    if name.startswith("RAW"):
-        raise _raw_photo(name.removeprefix("RAW "))
-    if name not in OPENERS:
+    if format_name.startswith("RAW"):
+        raise _raw_photo_error(format_name.removeprefix("RAW "))
+    if format_name not in OPENERS:
         raise BadImage(
             "open",
             "unsupported",
-            f"{name} is not decoded; convert it to one of {', '.join(OPENERS)}",
+            f"{format_name} is not decoded; convert it to one of {', '.join(OPENERS)}",
         )
-    return name
+    return format_name
 
 
-def _raw_photo(name: str) -> BadImage:
+def _raw_photo_error(format_name: str) -> BadImage:
     """Return the error of a RAW photo, which says what to do."""
     return BadImage(
         "open",
         "raw_photo",
-        f"{name} is a RAW photo, which is not developed here: export it as JPEG or TIFF, or take "
-        "the JPEG that the camera wrote beside it",
+        f"{format_name} is a RAW photo, which is not developed here: export it as JPEG or TIFF, or "
+        "take the JPEG that the camera wrote beside it",
     )
 
 
@@ -568,7 +574,7 @@ def stated_pixels(data: bytes) -> int:
     if opener is None:
         return 0
     try:
-        with _damage("open", "damaged header"):
+        with _convert_damage("open", "damaged header"):
             file = opener(BytesIO(data))
     except BadImage:
         return 0
@@ -578,24 +584,27 @@ def stated_pixels(data: bytes) -> int:
 
 
 @contextmanager
-def _damage(stage: Stage, what: str) -> Iterator[None]:
-    """Turn the exceptions of Pillow for a damaged file into ``BadImage``."""
+def _convert_damage(stage: Stage, failure: str) -> Iterator[None]:
+    """Turn the exceptions of Pillow for a damaged file into ``BadImage``.
+
+    The message is "FAILURE: REASON", where REASON is the exception of Pillow.
+    """
     try:
         yield
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(stage, "bomb", str(error)) from error
-    except CORRUPT as error:
-        kind: Kind = "decode_error"
+    except DECODING_ERRORS as error:
+        kind: ErrorKind = "decode_error"
         if "truncated" in str(error).lower():
             kind = "truncated"
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise BadImage(stage, kind, f"{what}: {reason}") from error
+        raise BadImage(stage, kind, f"{failure}: {reason}") from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
-    """Raise BadImage where the size breaks a limit."""
+    """Raise BadImage if the size breaks a limit."""
     if width * height > limits.max_pixels:
         raise BadImage(
             "geometry",
@@ -612,12 +621,12 @@ def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
         )
 
 
-def _orientation(exif: object) -> tuple[int | None, ImageFlag]:
+def _orientation_and_flag(exif: object) -> tuple[int | None, ImageFlag]:
     """Return the orientation in an EXIF block, and a flag if the block is damaged."""
     if not isinstance(exif, bytes):
         return None, ImageFlag(0)
     try:
-        return orientation(exif), ImageFlag(0)
+        return read_orientation(exif), ImageFlag(0)
     except ValueError:  # the block is damaged, but the image is still used
         return None, ImageFlag.BAD_EXIF
 
@@ -628,13 +637,13 @@ MAX_CAPTION_BYTES: Final = 2**20
 INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of control characters, invisible marks, and blanks.
 
-Category Cn (unassigned) is not included, because it has visible characters, too: an old Python puts
-all characters there that are newer than itself.
+Category Cn (unassigned) is not included. In an old Python, it also has visible characters: all that
+are newer than this Python.
 """
 
 
 def read_caption(record: ImageRecord) -> str:
-    """Return the caption of a record; BadImage where it is missing or cannot be read."""
+    """Return the caption of a record; BadImage if it is missing or cannot be read."""
     if record.caption is None:
         return decode_caption(None)  # raises BadImage
     try:
@@ -671,7 +680,8 @@ def decode_caption(data: bytes | None) -> str:
         raise BadImage(
             "text", "bad_text", f"the caption must be UTF-8: {error.reason} at byte {error.start}"
         ) from error
-    if all(unicodedata.category(character) in INVISIBLE for character in text):
+    is_blank = all(unicodedata.category(character) in INVISIBLE for character in text)
+    if is_blank:
         raise BadImage("text", "empty_text", "the caption is blank")
     return text
 
@@ -679,7 +689,7 @@ def decode_caption(data: bytes | None) -> str:
 def caption_readers(
     captions: pa.Array | None, start: int, stop: int
 ) -> Iterator[Callable[[], str] | None]:
-    """Yield, for each of the rows start ... stop - 1, the function that returns its caption.
+    """Yield, for each of the rows start ... stop - 1, a function that returns its caption.
 
     ``captions`` is the column with the bytes of the captions. If it is None, None is yielded for
     each row.

@@ -21,7 +21,8 @@ class FolderLayout:
 
     name: str
     description: str  # what messages say about the layout
-    find: Callable[[Path], Opener | None]  # the opener of a folder; None for another layout
+    # function from a folder to its opener, or to None if the folder has another layout
+    find: Callable[[Path], Opener | None]
 
 
 LAYOUTS: Final = Catalogue[FolderLayout]("layout of folders", "vilu.layouts")

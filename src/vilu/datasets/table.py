@@ -21,16 +21,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vilu.artifacts.hashing import digest
-from vilu.artifacts.tables import as_written, csv_names, read_columns, require_width
+from vilu.artifacts.tables import csv_names, read_columns, remove_apostrophes, require_width
 from vilu.datasets.base import (
     CAPTIONS_OR_CLASSES,
     Faults,
     ImageDataset,
     ImageRecord,
     Selection,
-    bytes_of,
-    fault_of,
-    is_binary,
+    cells_as_bytes,
+    find_fault,
+    is_bytes_type,
 )
 from vilu.datasets.classes import ClassTable, class_table, refuse_numbers
 from vilu.datasets.files import Bounds, ListingHash, portable_name
@@ -38,12 +38,12 @@ from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.progress import track
 
-# names that a column may have, by what it holds
-PATH: Final = ("path", "file", "filename", "image_path", "filepath")
-LABEL: Final = ("label", "class", "target")
-SPLIT: Final = ("split",)
-KEY: Final = ("key",)
-CAPTION: Final = ("caption", "text")
+# names that a column of paths, labels, splits, keys or captions may have
+PATH_NAMES: Final = ("path", "file", "filename", "image_path", "filepath")
+LABEL_NAMES: Final = ("label", "class", "target")
+SPLIT_NAMES: Final = ("split",)
+KEY_NAMES: Final = ("key",)
+CAPTION_NAMES: Final = ("caption", "text")
 
 CLASS_NAMES: Final = b"class_names"  # key in the metadata of a schema: names joined by commas
 
@@ -59,7 +59,7 @@ class TableRows:
         classes: Class table of the whole file; None without labels.
         captions: (N,) bytes of the captions, null in a row without caption; None if captions are
             not used.
-        strays: Labels that are no class, and that the user names as outside.
+        strays: Labels that are no class, and that the user has named as outside.
     """
 
     rows: NDArray[np.int64]
@@ -93,32 +93,36 @@ def caption_column(
 
     They are used if the user asks for them, or if the table has captions and no classes.
     """
-    name = find_column(names, CAPTION)
+    column = find_column(names, CAPTION_NAMES)
     if not selection.captions:
-        has_labels = find_column(names, LABEL) is not None
+        has_labels = find_column(names, LABEL_NAMES) is not None
         has_classes = selection.classes or has_labels or CLASS_NAMES in metadata
-        return None if has_classes else name
+        return None if has_classes else column
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
-    if name is None:
+    if column is None:
         raise UsageError(
-            f"no column of captions: expected one of {', '.join(CAPTION)}. "
+            f"no column of captions: expected one of {', '.join(CAPTION_NAMES)}. "
             f"Found: {', '.join(names)}."
         )
-    return name
+    return column
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """Return the columns that ``table_rows`` reads."""
+    """Return the columns that ``select_rows`` reads."""
     names = schema.names
-    possible = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
-    possible.append(caption_column(names, schema.metadata or {}, selection))
-    columns = [name for name in possible if name is not None]
-    columns += selection.columns(names, source)
+    columns_or_none = [
+        find_column(names, KEY_NAMES),
+        find_column(names, LABEL_NAMES),
+        find_column(names, SPLIT_NAMES),
+        caption_column(names, schema.metadata or {}, selection),
+    ]
+    columns = [column for column in columns_or_none if column is not None]
+    columns += selection.where_columns(names, source)
     return list(dict.fromkeys(columns))  # without repetitions, in order
 
 
-def table_rows(
+def select_rows(
     table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None
 ) -> TableRows:
     """Check the columns of a whole table, and return the selected rows.
@@ -126,83 +130,86 @@ def table_rows(
     If there is no key column, keys are in the column ``default_key``. If ``default_key`` is None,
     too, keys are row numbers.
     """
-    caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
+    caption_name = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions: pa.Array | None = None
-    if caption is None:
+    if caption_name is None:
         table.validate(full=True)
-        labelling = _read_labels(table, source, selection)
+        table_labels = _read_labels(table, source, selection)
     else:
-        captions = bytes_of(table[caption], f"{source}, column {caption!r}")
+        captions = cells_as_bytes(table[caption_name], f"{source}, column {caption_name!r}")
         # A caption is checked when it is read. So a bad caption is an error of its row only.
-        table.drop_columns([caption]).validate(full=True)
-        labelling = _unlabelled(table)
-    rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
+        table.drop_columns([caption_name]).validate(full=True)
+        table_labels = _unlabelled(table)
+    split_name = find_column(table.column_names, SPLIT_NAMES)
+    rows = selection.find_rows(table, source, split_name)
     row_numbers = pa.array(rows)
     if captions is not None:
         captions = captions.take(row_numbers)
-    key = find_column(table.column_names, KEY) or default_key
+    key_name = find_column(table.column_names, KEY_NAMES) or default_key
     keys = row_numbers.cast(pa.string())
-    if key is not None:
-        keys = _read_keys(table, key, source).take(row_numbers)
-    labels = labelling.labels[rows]
-    return TableRows(rows, labels, keys, labelling.classes, captions, labelling.strays)
+    if key_name is not None:
+        keys = _read_keys(table, key_name, source).take(row_numbers)
+    labels = table_labels.labels[rows]
+    return TableRows(rows, labels, keys, table_labels.classes, captions, table_labels.strays)
 
 
-class _Labelling(NamedTuple):
-    """Labels of all rows of a table, classes and strays. ``TableRows`` describes these fields."""
+class _TableLabels(NamedTuple):
+    """Labels of all rows of a table, selected or not. ``TableRows`` describes the fields."""
 
     labels: NDArray[np.int32]
     classes: ClassTable | None
     strays: frozenset[str] = frozenset()
 
 
-def _unlabelled(table: pa.Table) -> _Labelling:
-    return _Labelling(labels=np.full(len(table), UNKNOWN, dtype=np.int32), classes=None)
+def _unlabelled(table: pa.Table) -> _TableLabels:
+    return _TableLabels(labels=np.full(len(table), UNKNOWN, dtype=np.int32), classes=None)
 
 
-def _read_labels(table: pa.Table, source: str, selection: Selection) -> _Labelling:
+def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLabels:
     """Return the labels of all rows and the classes.
 
     The label column holds names of classes, or numbers. For numbers, the names come from the
     metadata of the schema or from the classes file.
     """
-    name = find_column(table.column_names, LABEL)
-    raw = _names_in_schema(table.schema, name, source)
+    label_name = find_column(table.column_names, LABEL_NAMES)
+    names_in_schema = _names_in_schema(table.schema, label_name, source)
     column = pa.nulls(len(table))  # without the column, all labels are missing
-    if name is not None:
-        column = table[name].combine_chunks()
+    if label_name is not None:
+        column = table[label_name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if _is_text(column.type):
-        labels, raw = _encode(column)
-        # ``raw`` is empty, and the data have no names, if all labels are missing
-        classes = class_table(raw or None, selection.classes, outside=selection.outside)
-        return _Labelling(labels, classes)
-    numbers = _whole_numbers(column, f"{source}, column {name!r}")
+    if _is_text_type(column.type):
+        labels, names = _encode_labels(column)
+        # ``names`` is empty, and the data have no names, if all labels are missing
+        classes = class_table(names or None, selection.classes, outside=selection.outside)
+        return _TableLabels(labels, classes)
+    numbers = _to_whole_numbers(column, f"{source}, column {label_name!r}")
     has_labels = numbers.null_count < len(numbers)
-    classes = class_table(raw, selection.classes, by_position=True, outside=selection.outside)
+    classes = class_table(
+        names_in_schema, selection.classes, numeric_labels=True, outside=selection.outside
+    )
     if classes is None:
         if not has_labels:
             return _unlabelled(table)
         raise DataError(
-            f"{source}: column {name!r} holds numbers, but the names of the classes are missing. "
-            "Give the names in label order with --classes FILE, or store them in the schema "
-            "metadata."
+            f"{source}: column {label_name!r} holds numbers, but the names of the classes are "
+            "missing. Give the names in label order with --classes FILE, or store them in the "
+            "schema metadata."
         )
-    if raw is None and has_labels:
+    if names_in_schema is None and has_labels:
         refuse_numbers(classes, source)
-    return _check_numbers(numbers, classes, source, selection.outside)
+    return _check_label_numbers(numbers, classes, source, selection.outside)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text_type(column_type: pa.DataType) -> bool:
     """Whether cells are text, in any of Arrow's three types of text."""
     checks = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
-    return any(check(kind) for check in checks)
+    return any(check(column_type) for check in checks)
 
 
-def _check_numbers(
+def _check_label_numbers(
     numbers: pa.Array, classes: ClassTable, source: str, outside: Sequence[str]
-) -> _Labelling:
+) -> _TableLabels:
     """Check and return labels that are numbers.
 
     DataError if a label is neither missing, nor a class, nor outside.
@@ -211,7 +218,7 @@ def _check_numbers(
     numbers, strays = _replace_strays(numbers, n_classes, outside)
     _require_in_range(numbers, n_classes, source)
     labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
-    return _Labelling(labels, classes, strays)
+    return _TableLabels(labels, classes, strays)
 
 
 def _replace_strays(
@@ -232,31 +239,39 @@ def _replace_strays(
     return labels, frozenset(map(str, strays))
 
 
-def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
+def _encode_labels(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     """Return the label of each text, and the sorted distinct texts. Label i stands for text i."""
+    # a dictionary of the distinct texts, and for each row an index into the dictionary
     encoded = _null_if_unknown(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)  # indices that sort the names
-    label_of = np.empty(len(names) + 1, dtype=np.int32)
-    label_of[order] = np.arange(len(names))  # the first name in sorted order gets label 0
-    label_of[-1] = UNKNOWN  # a missing label has index -1 below, so it gets this last entry
+    label_of_index = np.empty(len(names) + 1, dtype=np.int32)
+    label_of_index[order] = np.arange(len(names))  # the first name in sorted order gets label 0
+    label_of_index[-1] = UNKNOWN  # for missing labels, which get the index -1
     indices = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-    return label_of[indices], [names[i] for i in order]
+    return label_of_index[indices], [names[i] for i in order]
 
 
-def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
-    """Convert labels to int64; DataError if they are not whole numbers."""
-    kind = column.type
-    is_floating = pa.types.is_floating(kind)
-    if not (is_floating or pa.types.is_integer(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{where}: labels must be whole numbers or strings. Found {kind}.")
+def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
+    """Convert labels to int64; DataError if they are not whole numbers.
+
+    The message begins with ``location``, which names the file and the column.
+    """
+    column_type = column.type
+    is_floating = pa.types.is_floating(column_type)
+    is_integer = pa.types.is_integer(column_type)
+    is_empty = pa.types.is_null(column_type)
+    if not (is_floating or is_integer or is_empty):
+        raise DataError(
+            f"{location}: labels must be whole numbers or strings. Found {column_type}."
+        )
     if is_floating:  # pandas writes whole numbers with missing values as floats with NaN
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column_type), column)
     try:
         return column.cast(pa.int64())
     except pa.ArrowException as error:
         raise DataError(
-            f"{where}: labels must be whole numbers or strings. Found {kind}: {error}."
+            f"{location}: labels must be whole numbers or strings. Found {column_type}: {error}."
         ) from error
 
 
@@ -274,19 +289,19 @@ def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
         )
 
 
-def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[str] | None:
-    """Return the class names in the metadata of a schema; None where there are none.
+def _names_in_schema(schema: pa.Schema, label_name: str | None, source: str) -> list[str] | None:
+    """Return the class names in the metadata of a schema; None if there are none.
 
     They are either joined by commas under the key ``class_names``, or a list in the ClassLabel with
-    which Hugging Face describes the column ``label``.
+    which Hugging Face describes the column ``label_name``.
     """
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
         if CLASS_NAMES in metadata:
             return [name.strip() for name in metadata[CLASS_NAMES].decode().split(",")]
-        described: Any = json.loads(metadata.get(b"huggingface", b"{}"))
-        features: Any = described.get("info", {}).get("features", {})
-        names = features.get(label, {}).get("names")
+        description: Any = json.loads(metadata.get(b"huggingface", b"{}"))
+        features: Any = description.get("info", {}).get("features", {})
+        names = features.get(label_name, {}).get("names")
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{source}: damaged class names in the schema metadata: {error}."
@@ -330,23 +345,23 @@ def _escape_keys(keys: pa.Array) -> pa.Array:
     return pa.array([portable_name(key) for key in keys.to_pylist()], keys.type)
 
 
-IMAGE: Final = "image"  # column of encoded images
+IMAGE_COLUMN: Final = "image"  # column of encoded images
 BATCH_ROWS: Final = 32  # number of images in memory at a time
-# Options of ParquetFile. Without these, a column of a whole row group would be read at once.
-STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}
+# Options of ParquetFile. Without them, a column of a whole row group would be read at once.
+STREAM_OPTIONS: Final = {"pre_buffer": False, "buffer_size": 2**20}
 
 
 def is_image_column(schema: pa.Schema) -> bool:
     """Whether the column ``image`` has bytes, or structs with bytes as Hugging Face writes them."""
-    if IMAGE not in schema.names:
+    if IMAGE_COLUMN not in schema.names:
         return False
-    kind = schema.field(IMAGE).type
-    if pa.types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0)
-    return is_binary(kind)
+    column_type = schema.field(IMAGE_COLUMN).type
+    if pa.types.is_struct(column_type):
+        return bool(column_type.get_field_index("bytes") >= 0)
+    return is_bytes_type(column_type)
 
 
-class _RowsOfTable:
+class _ImagesOfTable:
     """The base of data sets whose rows are listed in a table. Subclasses read the images."""
 
     def __init__(self, source: Path, listing: TableRows) -> None:
@@ -380,17 +395,18 @@ class _RowsOfTable:
             yield ImageRecord(key.as_py(), label, read, caption)
 
 
-class ParquetDataset(_RowsOfTable):
+class ParquetDataset(_ImagesOfTable):
     """Images stored in a Parquet file.
 
     ``records`` streams the images. Memory holds two pages of the file and a batch of ``BATCH_ROWS``
     images, whatever the size of the file and of the row groups. A page has up to about a thousand
-    images. If a call starts where the last call ended, the reading goes on there. Otherwise, the
-    row group of ``start`` is read from its beginning, and rows before ``start`` are skipped.
+    images. If a call of ``records`` starts at the row at which the last call ended, it goes on
+    reading there. Otherwise, the row group of ``start`` is read from its beginning, and rows before
+    ``start`` are skipped.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
-        if IMAGE in selection.where:
+        if IMAGE_COLUMN in selection.where:
             raise UsageError(
                 f"{source}: rows cannot be chosen by their images. Give --where another column."
             )
@@ -398,7 +414,7 @@ class ParquetDataset(_RowsOfTable):
             self._metadata = file.metadata
             schema = file.schema_arrow
             table = file.read(columns=listing_columns(schema, selection, str(source)))
-        listing = table_rows(table, str(source), selection)
+        listing = select_rows(table, str(source), selection)
         status = source.stat()
         super().__init__(source, listing)
         facts = {
@@ -415,47 +431,51 @@ class ParquetDataset(_RowsOfTable):
         self._path = source
         self._bounds = selection.bounds(source)
         self._rows = listing.rows
-        sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
-        # at most one entry: the open iterator of the last call of ``records``, by its next position
-        self._resume: dict[int, Iterator[pa.Scalar]] = {}
+        n_groups = self._metadata.num_row_groups
+        group_sizes = [self._metadata.row_group(group).num_rows for group in range(n_groups)]
+        # the iterator of the last call of ``records``, by its next position; empty before a call
+        self._open_images: dict[int, Iterator[pa.Scalar]] = {}
         # number of the first row of each row group, and the number of rows at the end
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._group_starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the images at positions start ... stop - 1."""
         n_rows = len(self._labels[start:stop])
-        # the iterator of the last call if that call ended at ``start``, otherwise a new iterator
-        images = self._resume.pop(start, None) or self._images(start)
+        images = self._open_images.pop(start, None)  # not None if the last call ended at ``start``
+        if images is None:
+            images = self._image_cells(start)
         readers = (partial(_read_cell, image, self._bounds) for image in islice(images, n_rows))
         yield from self._records(start, n_rows, readers)
-        self._resume = {start + n_rows: images}
+        self._open_images = {start + n_rows: images}
 
     def __getstate__(self) -> dict[str, object]:
         """Return what is pickled for worker processes: everything except the open file."""
-        return {**self.__dict__, "_resume": {}}
+        return {**self.__dict__, "_open_images": {}}
 
-    def _images(self, first: int) -> Iterator[pa.Scalar]:
+    def _image_cells(self, first: int) -> Iterator[pa.Scalar]:
         """Yield the image cells of the rows from position ``first`` to the end."""
         rows = self._rows[first:]
-        # for each row group, the positions in ``rows`` between which the rows of this group are
-        bounds_of_groups = pairwise(np.searchsorted(rows, self._starts))
+        # the rows of a group are rows[begin:end] of ``rows``, which are ascending
+        group_borders = pairwise(np.searchsorted(rows, self._group_starts))
         try:
-            with pq.ParquetFile(self._path, metadata=self._metadata, **STREAMED) as file:
-                for group, (begin, end) in enumerate(bounds_of_groups):
+            with pq.ParquetFile(self._path, metadata=self._metadata, **STREAM_OPTIONS) as file:
+                for group, (begin, end) in enumerate(group_borders):
                     has_rows = begin < end
                     if has_rows:
-                        rows_in_group = rows[begin:end] - self._starts[group]
-                        yield from _image_cells(file, group, rows_in_group)
+                        rows_in_group = rows[begin:end] - self._group_starts[group]
+                        yield from _image_cells_of_group(file, group, rows_in_group)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self._path} cannot be read on: {error}. Write it again.") from error
 
 
-def _image_cells(file: pq.ParquetFile, group: int, rows: NDArray[np.int64]) -> Iterator[pa.Scalar]:
+def _image_cells_of_group(
+    file: pq.ParquetFile, group: int, rows: NDArray[np.int64]
+) -> Iterator[pa.Scalar]:
     """Yield the image cells at the ascending positions ``rows`` of a row group."""
     first = 0  # position in the row group of the first row of the batch
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE]):
-        images = batch.column(IMAGE)
-        # the positions in ``rows`` between which the rows of this batch are
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[IMAGE_COLUMN]):
+        images = batch.column(IMAGE_COLUMN)
+        # the rows of this batch are rows[begin:end]
         begin, end = np.searchsorted(rows, [first, first + len(batch)])
         for row in rows[begin:end].tolist():
             yield images[row - first]
@@ -511,7 +531,7 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
         raise DataError(f"{source} cannot be read as a table: {error}. Write it again.") from error
 
 
-class PathTable(_RowsOfTable):
+class PathTable(_ImagesOfTable):
     """Images whose paths are listed in a table.
 
     Paths are relative to the folder of the table and must stay below it. If ``selection.root`` is
@@ -523,10 +543,10 @@ class PathTable(_RowsOfTable):
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
-        column = _path_column(source, table.column_names)
-        listing = table_rows(table, str(source), selection, default_key=column)
+        path_name = _path_column(source, table.column_names)
+        listing = select_rows(table, str(source), selection, default_key=path_name)
         super().__init__(source, listing)
-        paths = table[column].cast(pa.large_string()).combine_chunks()
+        paths = table[path_name].cast(pa.large_string()).combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
         self._bounds = selection.bounds(source)
         folders = () if self.classes is None else self.classes.folders
@@ -538,13 +558,13 @@ class PathTable(_RowsOfTable):
                 path = cell.as_py()
                 status = self._bounds.status(path)
                 listing_hash.add(key.as_py(), int(label), status)
-                faults[position] = fault_of(status, partial(self._bounds.resolve, path))
+                faults[position] = find_fault(status, partial(self._bounds.resolve, path))
                 task.advance(1)
         self.faults = Faults(
             kinds=faults,
             folder=self._bounds.folder,
-            path=self._path,
-            rule=self._say_where_files_must_be,
+            path_at=self._path_at,
+            location_rule=self._location_rule,
         )
         if self._captions is not None:
             listing_hash.add_texts(cell.as_py() for cell in self._captions)
@@ -556,17 +576,23 @@ class PathTable(_RowsOfTable):
         readers = (partial(self._bounds.read, path.as_py()) for path in paths)
         return self._records(start, len(paths), readers)
 
-    def _path(self, row: int) -> str:
-        return str(self._paths[row].as_py())
+    def _path_at(self, position: int) -> str:
+        return str(self._paths[position].as_py())
 
-    def _say_where_files_must_be(self, out_of_bounds: NDArray[np.int64]) -> str:
-        """Return a sentence on where files must be, with a ``--root`` that holds these files."""
-        files = [self._bounds.real(self._path(row)) for row in out_of_bounds]
-        common = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
+    def _location_rule(self, out_of_bounds: NDArray[np.int64]) -> str:
+        """Return a sentence on where files must be, with a ``--root`` that holds these files.
+
+        ``out_of_bounds`` are the positions of the files that are elsewhere.
+        """
+        folders: list[str] = []
+        for position in out_of_bounds:
+            file = self._bounds.real_path(self._path_at(position))
+            folders.append(os.path.dirname(file))  # noqa: PTH120
+        common_folder = os.path.commonpath(folders)
         hint = ""
-        is_top_folder = Path(common).parent == Path(common)  # "/" is no advice
+        is_top_folder = Path(common_folder).parent == Path(common_folder)  # "/" is no advice
         if not is_top_folder:
-            hint = f" --root {shlex.quote(common)} holds these."
+            hint = f" --root {shlex.quote(common_folder)} holds these."
         return (
             "Paths are relative to the table's folder, or to --root DIR. Neither paths nor links "
             "may lead out of this folder. With --root, absolute paths below it are accepted, too."
@@ -576,11 +602,11 @@ class PathTable(_RowsOfTable):
 
 def _path_column(source: Path, names: Sequence[str]) -> str:
     """Return the column of paths; DataError if there is none."""
-    column = find_column(names, PATH)
+    column = find_column(names, PATH_NAMES)
     if column is None:
         raise DataError(
-            f"{source} has no column of images: expected one of {', '.join(PATH)}, or in Parquet "
-            f"'image' with encoded bytes. Found: {', '.join(names) or 'no columns'}."
+            f"{source} has no column of images: expected one of {', '.join(PATH_NAMES)}, or in "
+            f"Parquet 'image' with encoded bytes. Found: {', '.join(names) or 'no columns'}."
         )
     return column
 
@@ -596,21 +622,23 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
     names = csv_names(source, delimiter)
     schema = pa.schema([(name, pa.string()) for name in names])
     columns = [_path_column(source, names), *listing_columns(schema, selection, str(source))]
-    wanted = list(dict.fromkeys(columns))  # without repetitions, in order
-    types = dict.fromkeys(wanted, pa.string())
-    caption = caption_column(names, {}, selection)
-    if caption is not None:
-        types[caption] = pa.binary()
-    table = read_columns(source, types, delimiter, include_columns=wanted)
-    table = as_written(table, [name for name in wanted if name != caption])
-    label = find_column(wanted, LABEL)
-    if label is None or caption is not None:
+    columns = list(dict.fromkeys(columns))  # without repetitions, in order
+    types = dict.fromkeys(columns, pa.string())
+    caption_name = caption_column(names, {}, selection)
+    if caption_name is not None:
+        types[caption_name] = pa.binary()
+    table = read_columns(source, types, delimiter, include_columns=columns)
+    text_columns = [column for column in columns if column != caption_name]
+    table = remove_apostrophes(table, text_columns)
+    label_name = find_column(columns, LABEL_NAMES)
+    if label_name is None or caption_name is not None:
         return table
-    return table.set_column(wanted.index(label), label, _numbers_if_all(table[label]))
+    labels = _numbers_if_possible(table[label_name])
+    return table.set_column(columns.index(label_name), label_name, labels)
 
 
-def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return labels as int64 if all are whole numbers or missing, else as text."""
+def _numbers_if_possible(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return labels as int64 if all are whole numbers or missing, otherwise as text."""
     labels = _null_if_unknown(column)
     # float64 is tried, too, because pandas writes the label 3 as 3.0 if other labels are missing
     for number_type in (pa.int64(), pa.float64()):
@@ -625,6 +653,6 @@ def _null_if_unknown(
     column: pa.Array | pa.ChunkedArray,
 ) -> Any:  # noqa: ANN401 - the same kind of array
     """Return labels without outer blanks; null if the label is empty or ``NO_NAME``."""
-    text = pc.utf8_trim_whitespace(column)
-    is_unknown = pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type))
-    return pc.if_else(is_unknown, pa.scalar(None, text.type), text)
+    texts = pc.utf8_trim_whitespace(column)
+    is_unknown = pc.is_in(texts, value_set=pa.array(["", NO_NAME], texts.type))
+    return pc.if_else(is_unknown, pa.scalar(None, texts.type), texts)

@@ -15,27 +15,30 @@ from math import prod
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.datasets.base import SHARD, ImageRecord
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import (
+    IMAGE_SUFFIXES,
     MAX_FILE_BYTES,
-    MISSING,
-    SUFFIXES,
+    NO_VALUE,
     ListingHash,
     is_file,
     portable_name,
     stays_below,
     subfolders,
 )
-from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
-from vilu.datasets.tar_members import Member, members
+from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, ErrorKind, Stage, decode_caption
+from vilu.datasets.tar_members import Member, read_members
 from vilu.errors import OUTSIDE, DataError, UsageError
 
-IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)  # extensions of images
-CAPTION: Final = "txt"  # extension of captions
-# the two errors in the order of members, with their messages
-FAULTS: Final = {
+IMAGE_EXTENSIONS: Final = frozenset(
+    suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES
+)  # extensions of images
+CAPTION_EXTENSION: Final = "txt"
+MAX_LISTED: Final = 5  # maximum number of extensions that a message lists
+# messages of the two errors in the order of members
+ORDER_ERRORS: Final = {
     "interleaved": "members of other samples are between its members. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
 }
@@ -59,14 +62,17 @@ class Sample:
                     f"{member.name!r}: a name must be relative and without '..'",
                 )
         if self.fault is not None:
-            raise BadImage("open", self.fault, FAULTS[self.fault])
-        extension = next((name for name in self.members if name in IMAGES), None)
-        image = None if extension is None else self.companion(extension)
+            raise BadImage("open", self.fault, ORDER_ERRORS[self.fault])
+        image: Member | None = None
+        for extension in self.members:
+            if extension in IMAGE_EXTENSIONS:
+                image = self.plain_member(extension)
+                break
         if image is None:
             raise BadImage(
                 "open",
                 "missing_image",
-                f"the sample has no image; it has {self.listed()} "
+                f"the sample has no image; it has {self.list_extensions()} "
                 "(an extension begins at the name's first dot)",
             )
         if image.size > MAX_FILE_BYTES:
@@ -77,10 +83,12 @@ class Sample:
 
     def caption(self) -> Member:
         """Return the member that holds the caption; BadImage where none is usable."""
-        member = self.companion(CAPTION)
+        member = self.plain_member(CAPTION_EXTENSION)
         if member is None:
             raise BadImage(
-                "text", "missing_caption", f"the sample has no .{CAPTION}; it has {self.listed()}"
+                "text",
+                "missing_caption",
+                f"the sample has no .{CAPTION_EXTENSION}; it has {self.list_extensions()}",
             )
         if member.size > MAX_CAPTION_BYTES:
             raise BadImage(
@@ -90,7 +98,7 @@ class Sample:
             )
         return member
 
-    def companion(self, extension: str) -> Member | None:
+    def plain_member(self, extension: str) -> Member | None:
         """Return the member with an extension; None if there is no such member.
 
         BadImage if the member is no plain file.
@@ -104,16 +112,16 @@ class Sample:
             )
         return member
 
-    def is_whole(self, companion: str) -> bool:
-        """Whether the sample has an image and a member with the extension ``companion``."""
-        if companion not in self.members:
-            return False
-        return not IMAGES.isdisjoint(self.members)
+    def is_complete(self, required_extension: str) -> bool:
+        """Whether the sample has an image and a member with the required extension."""
+        has_image = not IMAGE_EXTENSIONS.isdisjoint(self.members)
+        return has_image and required_extension in self.members
 
-    def listed(self) -> str:
+    def list_extensions(self) -> str:
         """Return the first extensions of the members, for messages."""
-        shown = [f".{name[:20]}" for name in list(self.members)[:5]]
-        if len(self.members) > 5:
+        first_extensions = list(self.members)[:MAX_LISTED]
+        shown = [f".{extension[:20]}" for extension in first_extensions]
+        if len(self.members) > MAX_LISTED:
             shown.append("...")
         return ", ".join(shown)
 
@@ -137,35 +145,36 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def list_samples(path: Path, companion: str) -> tuple[list[Sample], BadImage | None]:
+def list_samples(path: Path, required_extension: str) -> tuple[list[Sample], BadImage | None]:
     """Return the samples of a shard, and the error that ended the reading early (or None).
 
-    ``companion`` is the extension of captions or labels, without which a sample is incomplete.
+    ``required_extension`` is that of captions or labels. Without such a member, a sample is
+    incomplete.
     """
-    by_key: dict[str, Sample] = {}
-    error_of_shard = None
+    sample_of_key: dict[str, Sample] = {}
+    shard_error = None
     try:
-        size = _size(path)
+        size = _file_size(path)
         with path.open("rb") as file:
-            _group_by_key(members(file, size), by_key)
+            _group_by_key(read_members(file, size), sample_of_key)
     except BadImage as error:
-        error_of_shard = error
+        shard_error = error
     except OSError as error:
-        error_of_shard = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
-    samples = list(by_key.values())
-    if error_of_shard is None or not samples:
-        return samples, error_of_shard
+        shard_error = BadImage("open", "bad_shard", f"cannot read the shard: {error.strerror}")
+    samples = list(sample_of_key.values())
+    if shard_error is None or not samples:
+        return samples, shard_error
     # The last sample may lack members that were behind the damage. In this case, the sample gets no
     # record of its own, because the error of the shard counts for all samples that are lost.
-    last = samples[-1]
-    is_cut = last.fault is None and not last.is_whole(companion)
+    last_sample = samples[-1]
+    is_cut = last_sample.fault is None and not last_sample.is_complete(required_extension)
     if is_cut:
         samples.pop()
-    return samples, error_of_shard
+    return samples, shard_error
 
 
-def _size(path: Path) -> int:
-    """Return the size of a regular file in bytes; OSError where the file is not regular."""
+def _file_size(path: Path) -> int:
+    """Return the size of a regular file in bytes; OSError if the file is not regular."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait without end
         raise OSError(errno.EINVAL, "not a regular file")
@@ -174,7 +183,7 @@ def _size(path: Path) -> int:
 
 def _group_by_key(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
     """Add the members of a shard to the samples of their keys, and mark errors in their order."""
-    last = None  # the sample to which the previous member belongs
+    previous_sample = None  # the sample to which the previous member belongs
     for member in shard:
         key_and_extension = split_name(member.name)
         if key_and_extension is None:
@@ -185,15 +194,15 @@ def _group_by_key(shard: Iterable[Member], samples: dict[str, Sample]) -> None:
         key, extension = key_and_extension
         sample = samples.setdefault(key, Sample(key))  # a new sample at its first member
         is_new = not sample.members
-        if not is_new and sample is not last:
+        if not is_new and sample is not previous_sample:
             sample.fault = "interleaved"
         elif extension in sample.members and sample.fault is None:
             sample.fault = "duplicate"
         sample.members.setdefault(extension, member)  # of two equal names, the first member counts
-        last = sample
+        previous_sample = sample
 
 
-LABEL: Final = "cls"  # extension of labels
+LABEL_EXTENSION: Final = "cls"
 MAX_LABEL_BYTES: Final = 32
 
 
@@ -225,8 +234,8 @@ class TarShards:
 
     The lines of a classes file are in label order, or begin with the labels. ``outside`` has names
     of classes, or labels that are no class. Images with these labels, and images with label -2,
-    belong to none of the classes. ``strays`` are the labels in ``outside`` that are no class. It is
-    not checked that they occur, because this would take a read of all tar files.
+    belong to none of the classes. ``strays`` are the labels in ``outside`` that are no class. They
+    need not occur in the data, because checking this would take a read of all tar files.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -240,26 +249,26 @@ class TarShards:
         outside: Sequence[str] = (),
     ) -> None:
         self.source = source
-        self.classes = class_table(None, classes, by_position=True)
+        self.classes = class_table(None, classes, numeric_labels=True)
         self.class_names: tuple[str, ...] | None = None
         context = ["tar"]
         if self.classes is not None:
             self.class_names = self.classes.names
             context += [*self.classes.folders, *self.classes.names]
         self.captioned = self.classes is None
-        self.strays = self._labels_beyond(outside)
+        self.strays = self._stray_labels(outside)
         self._paths = [path.absolute() for path in paths]
         self._names = _shard_names(self._paths)
         listing = ListingHash(*context)
         for name in self._names:
-            listing.add(name, label=MISSING, status=None)
+            listing.add(name, label=NO_VALUE, status=None)
         self.fingerprint = listing.hexdigest()
 
     @property
     def _n_classes(self) -> int:
         return len(self.class_names or ())
 
-    def _labels_beyond(self, outside: Sequence[str]) -> frozenset[str]:
+    def _stray_labels(self, outside: Sequence[str]) -> frozenset[str]:
         """Return the texts in ``outside`` that are numbers but not the label of a class."""
         numbers = [name for name in outside if name.isdecimal()]
         return frozenset(name for name in numbers if int(name) >= self._n_classes)
@@ -269,26 +278,26 @@ class TarShards:
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the samples of shards start ... stop - 1, and after a damaged shard its error."""
-        companion = CAPTION if self.captioned else LABEL
+        required_extension = CAPTION_EXTENSION if self.captioned else LABEL_EXTENSION
         for number in range(len(self))[start:stop]:  # the slice ends at the last shard
-            samples, error_of_shard = list_samples(self._paths[number], companion)
+            samples, shard_error = list_samples(self._paths[number], required_extension)
             # Every shard has a fixed range of positions. So if a damaged shard loses samples, the
             # positions in later shards stay the same.
             first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
-            if error_of_shard is not None:
+            if shard_error is not None:
                 next_position = first + len(samples)
-                yield _bad(self._names[number], error_of_shard, next_position, self.captioned)
+                yield self._unusable_record(self._names[number], shard_error, next_position)
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Return a hash of names, sizes and times of modification of shards start ... stop - 1."""
         listing = ListingHash()
         for name, path in zip(self._names[start:stop], self._paths[start:stop], strict=True):
             try:
-                listing.add(name, label=MISSING, status=path.stat())
+                listing.add(name, label=NO_VALUE, status=path.stat())
             except OSError:  # the shard is hashed as missing, and reading it reports the error
-                listing.add(name, label=MISSING, status=None)
+                listing.add(name, label=NO_VALUE, status=None)
         return listing.hexdigest()
 
     def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
@@ -302,13 +311,19 @@ class TarShards:
             if self.captioned:
                 caption = partial(_read_caption, path, sample.caption())
             else:
-                label = self._label(path, sample.companion(LABEL))
+                label = self._read_label(path, sample.plain_member(LABEL_EXTENSION))
         except BadImage as error:
-            return _bad(key, error, position, self.captioned)
+            return self._unusable_record(key, error, position)
         read = partial(_read_at, path, image.start, image.size)
         return ImageRecord(key, label, read, caption, position)
 
-    def _label(self, path: Path, member: Member | None) -> int | None:
+    def _unusable_record(self, key: str, error: BadImage, position: int) -> ImageRecord:
+        """Return a record without a label. Reading the record raises a copy of the error."""
+        raise_error = partial(_raise_bad_image, error.stage, error.kind, str(error))
+        caption = raise_error if self.captioned else None
+        return ImageRecord(key, None, raise_error, caption, position)
+
+    def _read_label(self, path: Path, member: Member | None) -> int | None:
         """Return the label in a member; None without a member, -2 for none of the classes."""
         if member is None:
             return None
@@ -319,8 +334,8 @@ class TarShards:
             raise BadImage(
                 "text", "read_error", f"cannot read the label: {error.strerror}"
             ) from error
-        # Latin-1, because it decodes any bytes without an error
-        if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
+        outside_labels = {str(OUTSIDE), *self.strays}
+        if text.decode("latin-1") in outside_labels:  # Latin-1 decodes any bytes without an error
             return OUTSIDE
         is_number = text.isdigit() and len(text) <= MAX_LABEL_BYTES
         if not is_number or int(text) >= self._n_classes:
@@ -337,10 +352,10 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
 
     "#" is replaced by "%23", because in a key "#" separates the name of the shard from the rest.
     """
-    common = os.path.commonpath({path.parent for path in paths})
+    common_folder = os.path.commonpath({path.parent for path in paths})
     names = []
     for path in paths:
-        name = portable_name(path.relative_to(common).as_posix())
+        name = portable_name(path.relative_to(common_folder).as_posix())
         names.append(name.replace("#", "%23"))
     for name, count in Counter(names).items():
         if count > 1:
@@ -367,18 +382,11 @@ def _read_caption(path: Path, member: Member) -> str:
     return decode_caption(_read_at(path, member.start, member.size))
 
 
-def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
-    """Return a record without a label. Reading the record raises a copy of the error."""
-    raise_error = partial(_raise_bad_image, error.stage, error.kind, str(error))
-    caption = raise_error if captioned else None
-    return ImageRecord(key, None, raise_error, caption, position)
-
-
-def _raise_bad_image(stage: Stage, kind: Kind, message: str) -> NoReturn:
+def _raise_bad_image(stage: Stage, kind: ErrorKind, message: str) -> NoReturn:
     raise BadImage(stage, kind, message)
 
 
-SUFFIX: Final = ".tar"
+TAR_SUFFIX: Final = ".tar"
 COMPRESSED_SUFFIXES: Final = (
     ".tar.gz",
     ".tgz",
@@ -408,10 +416,13 @@ def find_shards(source: str | Path) -> list[Path] | None:
     # not Path.exists, which raises an error if a pattern is too long for a file name
     exists = os.path.exists(path)  # noqa: PTH110
     if exists and path.is_dir():
-        return _in_folder(path)
-    _refuse_others(text, exists=exists)
+        return _shards_in_folder(path)
+    if not exists:
+        _refuse_url(text)
+    if text.lower().endswith(COMPRESSED_SUFFIXES):
+        _refuse_compressed(text)
     if exists:
-        return [path] if path.suffix.lower() == SUFFIX else None
+        return [path] if path.suffix.lower() == TAR_SUFFIX else None
     if "{" not in text:
         return None
     paths = [Path(name) for name in expand_braces(text)]
@@ -420,7 +431,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
 
 def _require_shards(paths: Sequence[Path], pattern: str) -> None:
-    """Raise UsageError where a path of a pattern does not exist, or does not end in ".tar"."""
+    """Raise UsageError if a path of a pattern does not exist, or does not end in ".tar"."""
     missing = [path for path in paths if not path.exists()]
     if missing:
         raise UsageError(
@@ -428,8 +439,10 @@ def _require_shards(paths: Sequence[Path], pattern: str) -> None:
             f"the first is {missing[0]}. Check the pattern or download them."
         )
     for path in paths:
-        if path.suffix.lower() != SUFFIX:
-            raise UsageError(f"a pattern names shards ending in {SUFFIX}. {pattern} names {path}.")
+        if path.suffix.lower() != TAR_SUFFIX:
+            raise UsageError(
+                f"a pattern names shards ending in {TAR_SUFFIX}. {pattern} names {path}."
+            )
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -448,13 +461,15 @@ def expand_braces(pattern: str) -> list[str]:
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     if re.search(r"[{}]", "".join(pieces)):
         raise UsageError(f"{pattern}: braces must match and cannot be nested.")
-    choices = []
+    choices_of_pieces: list[list[str]] = []
     for number, piece in enumerate(pieces):
         is_in_braces = number % 2 == 1  # ``re.split`` returns: outside, inside, outside, ...
-        choices.append(_alternatives(piece, pattern) if is_in_braces else [piece])
-    if prod(map(len, choices)) > MAX_SHARDS:
+        choices = _alternatives(piece, pattern) if is_in_braces else [piece]
+        choices_of_pieces.append(choices)
+    n_names = prod(len(choices) for choices in choices_of_pieces)
+    if n_names > MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    return ["".join(names) for names in product(*choices)]
+    return ["".join(combination) for combination in product(*choices_of_pieces)]
 
 
 def _alternatives(inside: str, pattern: str) -> list[str]:
@@ -471,29 +486,29 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     last = int(last_text)
     if abs(last - first) >= MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    n_digits = 0  # without leading zeros, zfill adds none
+    min_digits = 0
     if _has_leading_zero(first_text) or _has_leading_zero(last_text):
-        n_digits = max(len(first_text), len(last_text))
+        min_digits = max(len(first_text), len(last_text))
     step = 1 if last >= first else -1
-    return [str(number).zfill(n_digits) for number in range(first, last + step, step)]
+    return [str(number).zfill(min_digits) for number in range(first, last + step, step)]
 
 
 def _has_leading_zero(digits: str) -> bool:
     return digits.startswith("0") and digits != "0"
 
 
-def _in_folder(folder: Path) -> list[Path] | None:
-    """Return the tar files of a folder; None where it has no uncompressed tar files.
+def _shards_in_folder(folder: Path) -> list[Path] | None:
+    """Return the tar files of a folder; None if it has no uncompressed tar files.
 
-    UsageError where the folder has tar files and also images or sub-folders. DataError where all
-    tar files are compressed, and there are no images or sub-folders.
+    UsageError if the folder has tar files and also images or sub-folders. DataError if all tar
+    files are compressed, and there are no images or sub-folders.
     """
     names = _visible_files(folder)
-    shards = sorted(_ending_in(SUFFIX, names), key=os.fsencode)
-    compressed = _ending_in(COMPRESSED_SUFFIXES, names)
+    shards = sorted(_names_with_suffix(TAR_SUFFIX, names), key=os.fsencode)
+    compressed = _names_with_suffix(COMPRESSED_SUFFIXES, names)
     if not shards and not compressed:
         return None
-    images_or_folders = _ending_in(SUFFIXES, names) or subfolders(folder)
+    images_or_folders = _names_with_suffix(IMAGE_SUFFIXES, names) or subfolders(folder)
     if shards and images_or_folders:
         raise UsageError(
             f"{folder} holds tar files and {images_or_folders[0]!r}, so what to read is unclear. "
@@ -509,28 +524,27 @@ def _in_folder(folder: Path) -> list[Path] | None:
 def _visible_files(folder: Path) -> list[str]:
     """Return the names of the files in a folder that are not hidden."""
     hint = "Check its permissions."
-    with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
+    with convert_os_errors(f"cannot list the folder {folder}", hint), os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
         return [entry.name for entry in visible if is_file(entry)]
 
 
-def _ending_in(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[str]:
+def _names_with_suffix(suffixes: str | tuple[str, ...], names: Sequence[str]) -> list[str]:
     return [name for name in names if name.lower().endswith(suffixes)]
 
 
-def _refuse_others(text: str, *, exists: bool) -> None:
-    """Refuse URLs, commands and compressed tar files."""
+def _refuse_url(source: str) -> None:
+    """Raise UsageError if a source that does not exist is a URL, or a command of webdataset."""
     # A URL or command has at least two letters before its colon. One letter is a drive of Windows.
-    if not exists and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", text):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source):
         raise UsageError(
-            f"{text} is no file: nothing is downloaded and no command is run. Give files on a disk."
+            f"{source} is no file: nothing is downloaded and no command is run. Give files on a "
+            "disk."
         )
-    if text.lower().endswith(COMPRESSED_SUFFIXES):
-        _refuse_compressed(text)
 
 
 def _refuse_compressed(name: str) -> None:
     raise DataError(
         f"{name} is compressed, so it cannot be read in parts. "
-        f"Uncompress it (gunzip, unxz, unzstd) to a {SUFFIX} file."
+        f"Uncompress it (gunzip, unxz, unzstd) to a {TAR_SUFFIX} file."
     )

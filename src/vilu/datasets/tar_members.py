@@ -14,23 +14,27 @@ from typing import BinaryIO, Final
 from vilu.datasets.files import portable_name
 from vilu.datasets.images import BadImage
 
-BLOCK: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this size
+BLOCK: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks of this number of bytes
 # Larger extension headers are refused. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the member list of a shard is in memory: about 400 bytes per member
 # types of plain files
-FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
-NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
+PLAIN_FILE_TYPES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
+TYPES_WITHOUT_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
 """Types of members without data: links, devices, folders. The size in their header is ignored.
 
 A member of an unknown type has as many bytes of data as its header states.
 """
 # types of extension headers, which describe the members after them
-PAX: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
-EXTENSIONS: Final = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+PAX_TYPES: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
+EXTENSION_TYPES: Final = PAX_TYPES | {
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
 
-COMPRESSED: Final = {
+UNCOMPRESS_PROGRAMS: Final = {
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
     b"\xfd7zXZ\0": "unxz",
@@ -53,7 +57,7 @@ class Member:
     is_file: bool  # whether it is a plain file: no link, no device, not sparse
 
 
-def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterator[Member]:
+def read_members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterator[Member]:
     """Yield the members of a tar file of ``size`` bytes in order, without folders.
 
     Raises:
@@ -63,27 +67,29 @@ def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterat
     """
     position = 0
     n_members = 0
-    extended: dict[bytes, bytes] = {}  # what extension headers state about the next member
-    while True:
+    extension_fields: dict[bytes, bytes] = {}  # what extension headers state about the next member
+    while True:  # one header in each pass
         header = _read_header(file, position)
         if header is None:
             return
         header_start = position
         position = _start_of_data(file, header, header_start)
-        if header.type in EXTENSIONS:
+        if header.type in EXTENSION_TYPES:
             body = _read_body(file, position, header.size, size)
-            _extend(extended, header.type, body, header_start)
-            position += _whole_blocks(header.size)
+            _add_extension_fields(extension_fields, header.type, body, header_start)
+            position += _round_up_to_blocks(header.size)
             continue
-        member = _member(header, extended, position, header_start)
-        extended = {}  # an extension header is valid for the next member only
+        member = _make_member(header, extension_fields, position, header_start)
+        extension_fields = {}  # an extension header is valid for the next member only
         # a link may state the size of its target, but no data follow its header
-        length = 0 if header.type in NO_DATA else member.size
-        if position + length > size:
+        n_data_bytes = 0 if header.type in TYPES_WITHOUT_DATA else member.size
+        if position + n_data_bytes > size:
             raise BadImage(
-                "open", "truncated_shard", f"the shard ends inside {member.name!r}; {_AGAIN}"
+                "open",
+                "truncated_shard",
+                f"the shard ends inside {member.name!r}; {_TRUNCATION_HINT}",
             )
-        position += _whole_blocks(length)
+        position += _round_up_to_blocks(n_data_bytes)
         if header.isdir():
             continue
         n_members += 1
@@ -94,7 +100,7 @@ def members(file: BinaryIO, size: int, max_members: int = MAX_MEMBERS) -> Iterat
         yield member
 
 
-_AGAIN: Final = "members before the break are kept. Write or download it again"
+_TRUNCATION_HINT: Final = "members before the break are kept. Write or download it again"
 
 
 def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
@@ -120,14 +126,16 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK and may_be_truncated:
         raise BadImage(
-            "open", "truncated_shard", f"the shard ends at byte {position + len(block)}; {_AGAIN}"
+            "open",
+            "truncated_shard",
+            f"the shard ends at byte {position + len(block)}; {_TRUNCATION_HINT}",
         )
     return _parse_header(block, position)
 
 
 def _refuse_compressed(block: bytes) -> None:
-    """Raise BadImage where a shard begins with the first bytes of a compressed file."""
-    for magic, program in COMPRESSED.items():
+    """Raise BadImage if a shard begins with the first bytes of a compressed file."""
+    for magic, program in UNCOMPRESS_PROGRAMS.items():
         if block.startswith(magic):
             raise BadImage(
                 "open",
@@ -137,38 +145,39 @@ def _refuse_compressed(block: bytes) -> None:
 
 
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    """Return the header in a block at a position; BadImage where it is none."""
-    fault = "this is no tar file"
+    """Return the header in a block at a position; BadImage if the block is no header."""
+    problem = "this is no tar file"
     if position > 0:
-        fault = f"the header at byte {position} is damaged, and what follows it is lost"
+        problem = f"the header at byte {position} is damaged, and what follows it is lost"
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise BadImage("open", "bad_shard", f"{fault}: {error}. Write it again") from error
+        raise BadImage("open", "bad_shard", f"{problem}: {error}. Write it again") from error
     if header.size < 0:
-        raise BadImage("open", "bad_shard", f"{fault}: a size of {header.size}. Write it again")
+        raise BadImage("open", "bad_shard", f"{problem}: a size of {header.size}. Write it again")
     return header
 
 
 def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, header_start: int) -> int:
     """Return the position of a member's first byte of data.
 
-    The data begin behind the header. In an old GNU sparse file, blocks of a map are in between.
+    The data begin behind the header. In an old GNU sparse file, the blocks of the sparse map are
+    between the header and the data.
     """
     position = header_start + BLOCK
     if header.type != tarfile.GNUTYPE_SPARSE:
         return position
     # the size in the header does not include the blocks of the sparse map, so they are skipped here
-    flag_index = SPARSE_FLAG
+    flag_index = HEADER_FLAG_INDEX
     while _has_flag(file, position - BLOCK, flag_index):
         position += BLOCK
-        flag_index = SPARSE_MAP_FLAG
+        flag_index = SPARSE_MAP_FLAG_INDEX
     return position
 
 
-SPARSE_FLAG: Final = 482
+HEADER_FLAG_INDEX: Final = 482
 """Index in a header of the byte that is not 0 if a block of the sparse map follows."""
-SPARSE_MAP_FLAG: Final = 504
+SPARSE_MAP_FLAG_INDEX: Final = 504
 """Index of the same byte in a block of the sparse map."""
 
 
@@ -177,12 +186,17 @@ def _has_flag(file: BinaryIO, position: int, flag_index: int) -> bool:
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
-        raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
+        raise BadImage(
+            "open", "truncated_shard", f"the shard ends inside a header; {_TRUNCATION_HINT}"
+        )
     return block[flag_index] != 0
 
 
 def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
-    """Return the ``length`` bytes of an extension header in a file of ``size`` bytes."""
+    """Return the ``length`` bytes of data of an extension header, which begin at ``position``.
+
+    ``size`` is the size of the file in bytes.
+    """
     if length > MAX_HEADER_BYTES:  # a damaged header can state many GB, which would fill the memory
         raise BadImage(
             "open",
@@ -190,22 +204,26 @@ def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
             f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read",
         )
     if position + length > size:
-        raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
+        raise BadImage(
+            "open", "truncated_shard", f"the shard ends inside a header; {_TRUNCATION_HINT}"
+        )
     file.seek(position)
     return file.read(length)
 
 
-def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: int) -> None:
-    """Add to ``extended`` what an extension header states about the next member.
+def _add_extension_fields(
+    extension_fields: dict[bytes, bytes], header_type: bytes, body: bytes, position: int
+) -> None:
+    """Add to ``extension_fields`` what an extension header states about the next member.
 
-    ``kind`` is the type of the header, ``body`` its data, and ``position`` its position.
+    ``body`` are the data of the header, and ``position`` is its position in the file.
     """
-    if kind == tarfile.GNUTYPE_LONGNAME:
+    if header_type == tarfile.GNUTYPE_LONGNAME:
         name, _, _ = body.partition(b"\0")
-        extended[b"path"] = name
-    elif kind in PAX:
-        extended |= _pax_fields(body, position)
-    elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
+        extension_fields[b"path"] = name
+    elif header_type in PAX_TYPES:
+        extension_fields |= _pax_fields(body, position)
+    elif header_type == tarfile.XGLTYPE and _pax_fields(body, position):
         # The name or size in a global header is valid for all members. With a wrong size, the
         # positions of all later headers would be wrong.
         raise BadImage(
@@ -220,18 +238,19 @@ def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
     """Return the fields of a pax header that change name, size or type of the member.
 
     The header is a series of records. A record is ``LENGTH KEY=VALUE`` and a line feed, where
-    LENGTH is the number of bytes of the whole record.
+    LENGTH is the number of bytes of the whole record. ``body`` are the records, and ``position`` is
+    the position of the header in the file.
     """
     fields = {}
     begin = 0
     while begin < len(body) and body[begin] != 0:
-        length = _PAX_LENGTH.match(body, begin)
-        if length is None:
+        length_match = _PAX_LENGTH.match(body, begin)
+        if length_match is None:
             raise _damaged_header(position)
-        end = begin + int(length[1])
+        end = begin + int(length_match[1])
         # A damaged file may state any length. The record must end behind its own digits, or this
         # loop would not end, and it must end within the header.
-        text_start = length.end()
+        text_start = length_match.end()
         is_inside = text_start < end <= len(body)
         if not is_inside or body[end - 1] != ord("\n"):
             raise _damaged_header(position)
@@ -248,23 +267,23 @@ def _damaged_header(position: int) -> BadImage:
     )
 
 
-def _member(
-    header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int
+def _make_member(
+    header: tarfile.TarInfo, extension_fields: dict[bytes, bytes], start: int, position: int
 ) -> Member:
-    """Return the member of a header, with name and size from extension headers where they exist.
+    """Return the member of a header. The fields of extension headers have precedence.
 
     ``start`` is the position of the member's data, and ``position`` that of the header.
     """
-    is_sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
+    is_sparse = any(key.startswith(b"GNU.sparse.") for key in extension_fields)
     # in a sparse file, "path" is a made-up name, so "GNU.sparse.name" has precedence
-    extended_name = extended.get(b"GNU.sparse.name", extended.get(b"path"))
+    extended_name = extension_fields.get(b"GNU.sparse.name", extension_fields.get(b"path"))
     name = header.name
     if extended_name is not None:
         name = extended_name.decode("utf-8", "surrogateescape")
-    digits = extended.get(b"size", str(header.size).encode())
-    if not re.fullmatch(rb"[0-9]{1,19}", digits):
+    size = extension_fields.get(b"size", str(header.size).encode())
+    if not re.fullmatch(rb"[0-9]{1,19}", size):
         raise BadImage(
-            "open", "bad_shard", f"the header at byte {position} gives a size of {digits[:30]!r}"
+            "open", "bad_shard", f"the header at byte {position} gives a size of {size[:30]!r}"
         )
     if len(name) > MAX_NAME_BYTES:
         raise BadImage(
@@ -272,11 +291,11 @@ def _member(
             "bad_shard",
             f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read",
         )
-    is_file = header.type in FILES and not is_sparse
-    return Member(portable_name(name), start, int(digits), is_file)
+    is_file = header.type in PLAIN_FILE_TYPES and not is_sparse
+    return Member(portable_name(name), start, int(size), is_file)
 
 
-def _whole_blocks(length: int) -> int:
-    """Return a number of bytes, rounded up to whole blocks."""
-    n_blocks = (length + BLOCK - 1) // BLOCK
+def _round_up_to_blocks(n_bytes: int) -> int:
+    """Round a number of bytes up to whole blocks."""
+    n_blocks = (n_bytes + BLOCK - 1) // BLOCK
     return n_blocks * BLOCK

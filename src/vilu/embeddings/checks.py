@@ -46,11 +46,11 @@ SAFE_VALUES = (1e-30, 1e30)
 """Float32 keeps the direction of a row whose largest number is between these bounds."""
 
 # kinds of NumPy's types (the letters of ``dtype.kind``), by what an array of the type can hold
-WHOLE = "iu"
+WHOLE_KINDS = "iu"
 """Kinds of arrays of whole numbers: signed (i) or unsigned (u)."""
-REAL = "fiu"
+REAL_KINDS = "fiu"
 """Kinds of arrays of real numbers: floats (f) or whole numbers."""
-TEXTS = "UTO"
+TEXT_KINDS = "UTO"
 """Kinds of arrays that can hold texts: of fixed length (U), of any length (T), or objects (O)."""
 
 _REAL_OR_COMPLEX = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128}
@@ -78,22 +78,22 @@ def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
         raise DataError(f"{name} must be an array of numbers: {error}.") from error
 
 
-def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> Tensor:
+def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = True) -> Tensor:
     """Convert ``values`` to a new float32 matrix (N, D) on the CPU; D must be at least 1.
 
     The values may have any float or integer type, byte order and memory layout.
 
-    ``scaled`` decides what happens to numbers that are too large or too small for float32. If it is
-    true, only the direction of rows matters, so a row with such numbers is scaled. If it is false,
+    ``keep_direction`` decides what happens to numbers that are too large or too small for float32.
+    If it is true, a row with such numbers is scaled, which keeps its direction. If it is false,
     such numbers become infinite or zero.
     """
     array = as_array(values, name)
-    if array.dtype.kind not in REAL:
+    if array.dtype.kind not in REAL_KINDS:
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
     is_wide = array.dtype.kind == "f" and array.dtype.itemsize > 4
-    if scaled and is_wide:
+    if keep_direction and is_wide:
         array = _scale_into_float32(array, name)
     with np.errstate(over="ignore"):
         return torch.from_numpy(array.astype(np.float32, order="C"))
@@ -112,6 +112,7 @@ def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     needs_scaling = has_direction & ~is_safe
     if not needs_scaling.any():
         return array
+    # the range of the largest numbers of these rows
     low = largest[needs_scaling].min()
     high = largest[needs_scaling].max()
     warn_caller(
@@ -152,7 +153,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
     Rows that already have unit norm are not changed. If rows are changed, a warning is given.
     """
-    rows, status, norms = normalised(as_matrix(values, name))
+    rows, status, norms = normalise_rows(as_matrix(values, name))
     norms.warn(name)
     return rows, status
 
@@ -162,7 +163,7 @@ class Norms:
     """Range of the norms of the usable rows, and the number of rows that were normalised."""
 
     n_rows: int = 0  # number of all rows
-    n_changed: int = 0  # rows that did not have unit norm and were normalised
+    n_changed: int = 0  # number of rows that did not have unit norm and were normalised
     low: float = math.inf  # smallest norm
     high: float = 0.0  # largest norm
 
@@ -183,22 +184,25 @@ class Norms:
             )
 
 
-def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
-    """Normalise rows; return them (N, D), their status codes (N,), and their previous norms."""
+def normalise_rows(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
+    """Normalise rows; return them (N, D), their status codes (N,), and their previous norms.
+
+    Rows that already have unit norm, and rows that are not usable, are not changed.
+    """
     status, norms = row_status(rows)
-    usable = torch.from_numpy(status == VALID)
-    has_other_norm = usable & ((norms - 1).abs() > NORM_TOLERANCE)
-    if not bool(has_other_norm.any()):
+    is_usable = torch.from_numpy(status == VALID)
+    is_changed = is_usable & ((norms - 1).abs() > NORM_TOLERANCE)
+    if not bool(is_changed.any()):
         return rows, status, Norms(n_rows=len(rows))
-    low = norms[usable].min().item()
-    high = norms[usable].max().item()
-    norm_column = norms[:, None]
-    unit = (rows / norm_column).float()
-    # rows that already have unit norm, and rows that are not usable, are not changed
-    is_changed_column = has_other_norm[:, None]
-    unit = torch.where(is_changed_column, unit, rows)
-    n_changed = int(has_other_norm.sum())
-    return unit, status, Norms(n_rows=len(rows), n_changed=n_changed, low=low, high=high)
+    normalised = (rows / norms[:, None]).float()
+    normalised = torch.where(is_changed[:, None], normalised, rows)
+    range_and_numbers = Norms(
+        n_rows=len(rows),
+        n_changed=int(is_changed.sum()),
+        low=norms[is_usable].min().item(),
+        high=norms[is_usable].max().item(),
+    )
+    return normalised, status, range_and_numbers
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
@@ -241,11 +245,11 @@ def check_targets(
         raise DataError(
             f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead."
         )
-    names = _texts_in(array)
+    names = _texts_or_none(array)
     if names is not None:
-        no_class = {"": UNKNOWN, OUTSIDE_NAME: OUTSIDE}
-        array = _indices_of_names(names, "target", class_names, no_class)
-    if array.size and array.dtype.kind not in WHOLE:
+        special_codes = {"": UNKNOWN, OUTSIDE_NAME: OUTSIDE}
+        array = _indices_of_names(names, "target", class_names, special_codes)
+    if array.size and array.dtype.kind not in WHOLE_KINDS:
         raise DataError(
             "target must hold whole numbers (rows of text), or names of classes. "
             f"Got dtype {array.dtype} instead."
@@ -268,10 +272,10 @@ def check_answers(
         raise DataError(
             f"answer must have one entry per image row ({n_rows}). Got shape {array.shape} instead."
         )
-    names = _texts_in(array)
+    names = _texts_or_none(array)
     if names is not None:
-        array = _indices_of_names(names, "answer", class_names, no_class={})
-    if array.size and array.dtype.kind not in WHOLE:
+        array = _indices_of_names(names, "answer", class_names, special_codes={})
+    if array.size and array.dtype.kind not in WHOLE_KINDS:
         raise DataError(
             "answer must hold rows of text, or names of candidates. "
             f"Got dtype {array.dtype} instead."
@@ -284,62 +288,76 @@ def check_answers(
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _texts_in(array: NDArray[np.generic]) -> list[str] | None:
-    """The texts (N,) in an array, with "" for None; None if the array does not hold texts."""
-    if not array.size or array.dtype.kind not in TEXTS:
+def _texts_or_none(array: NDArray[np.generic]) -> list[str] | None:
+    """The texts (N,) in an array; None if the array does not hold texts.
+
+    An entry None of the array becomes the text "".
+    """
+    if not array.size or array.dtype.kind not in TEXT_KINDS:
         return None
-    values = ["" if value is None else value for value in array.tolist()]
-    if not all(isinstance(value, str) for value in values):
-        return None
-    return values
+    texts: list[str] = []
+    for value in array.tolist():
+        text = "" if value is None else value
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return texts
 
 
 def _indices_of_names(
     names: Sequence[str],
     argument: str,
     class_names: Sequence[str] | None,
-    no_class: Mapping[str, int],
+    special_codes: Mapping[str, int],
 ) -> NDArray[np.generic]:
     """Indices (N,) int64 of the candidates that have the names (N,).
 
-    ``no_class`` has the codes of further names that are allowed, although they are no candidates.
+    Args:
+        names: Names that a user gave.
+        argument: The argument that holds them, for messages: "target" or "answer".
+        class_names: Names of the candidates; None if they have none, which raises a DataError.
+        special_codes: Codes of further names that are allowed, although they are no candidates.
     """
     if class_names is None:
         raise DataError(
             f"{argument} holds names, and the candidates have none: give class_names too."
         )
-    index_of = dict(no_class)
-    index_of.update({name: index for index, name in enumerate(class_names)})
-    unknown = sorted({name for name in names if name not in index_of})
+    index_of_name = dict(special_codes)
+    index_of_name.update({name: index for index, name in enumerate(class_names)})
+    unknown = sorted({name for name in names if name not in index_of_name})
     if unknown:
-        listed = ", ".join(map(repr, unknown[:5]))
+        first_unknown = ", ".join(repr(name) for name in unknown[:5])
         raise DataError(
-            f"{argument} must hold names of the {len(class_names)} candidates. Got {listed} too."
-            f"{nearest(unknown[0], class_names)} {_REMEDY[argument]}"
+            f"{argument} must hold names of the {len(class_names)} candidates. "
+            f"Got {first_unknown} too."
+            f"{nearest(unknown[0], class_names)} {_REMEDIES[argument]}"
         )
-    return np.array([index_of[name] for name in names], np.int64)
+    return np.array([index_of_name[name] for name in names], np.int64)
 
 
-_REMEDY = {
+_REMEDIES = {
     "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
     "answer": ("Such an answer cannot be judged. Add the candidate, or leave these rows out."),
 }
 """What a user can do about a name that is no candidate, by the argument that holds the name."""
 
 
-def check_indices(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
-    """Check indices (M,), which must be whole numbers from 0 to n - 1; return them as int64."""
+def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor:
+    """Check indices (M,) of ``n_items`` items: whole numbers from 0 on; return them as int64.
+
+    Messages call the indices ``name``.
+    """
     array = as_array(values, name)
     # an empty list becomes a float64 array, and is accepted
-    is_whole = array.dtype.kind in WHOLE or array.size == 0
+    is_whole = array.dtype.kind in WHOLE_KINDS or array.size == 0
     if array.ndim != 1 or not is_whole:
         raise DataError(
             f"{name} must be a vector of whole numbers. "
             f"Got {array.dtype} of shape {array.shape} instead."
         )
-    if array.size and (array.min() < 0 or array.max() >= n):
+    if array.size and (array.min() < 0 or array.max() >= n_items):
         raise DataError(
-            f"{name} must be from 0 to {n - 1}. Got {array.min()} to {array.max()} instead."
+            f"{name} must be from 0 to {n_items - 1}. Got {array.min()} to {array.max()} instead."
         )
     return torch.from_numpy(array.astype(np.int64))
 
@@ -386,9 +404,9 @@ class Identifiers(Sequence[str]):
     def _identifier(self, row: int) -> str:
         """The identifier of a row. Subclasses override this method.
 
-        An attribute with a method of the source would also be possible. But then the source and its
-        identifiers would refer to each other, so the files of the source would stay open until the
-        garbage collector runs.
+        A subclass must not store a method of the source that has these identifiers. Otherwise, the
+        source and its identifiers would refer to each other, and the files of the source would stay
+        open until the garbage collector runs.
         """
 
     def __len__(self) -> int:
@@ -399,12 +417,12 @@ class Identifiers(Sequence[str]):
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        # A slice of a range is a range. An index of a range gives one row number, from 0 on even if
-        # the index is negative.
-        rows = range(len(self))[index]
-        if isinstance(rows, range):
-            return self._identifiers(rows)
-        return self._identifier(rows)
+        # For a slice, this is a range of row numbers. For an index, it is one row number, which is
+        # not negative even if the index is.
+        row_or_rows = range(len(self))[index]
+        if isinstance(row_or_rows, range):
+            return self._identifiers(row_or_rows)
+        return self._identifier(row_or_rows)
 
     def _identifiers(self, rows: range) -> list[str]:
         """The identifiers of several rows."""
@@ -421,7 +439,7 @@ class RowNumbers(Identifiers):
         return str(row)
 
     def _identifiers(self, rows: range) -> list[str]:
-        return list(map(str, rows))
+        return [str(row) for row in rows]
 
 
 Identity = Literal["pictures", "embeddings", "rows", "names"]
@@ -436,7 +454,7 @@ HASH_BYTES = 8
 """Number of bytes of a hash."""
 
 
-def hash_of_each(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
+def hash_items(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
     """Hash (N,) of each item: its BLAKE2b digest of 8 bytes, as a whole number."""
     digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
@@ -444,7 +462,7 @@ def hash_of_each(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
 
 def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     """Hashes (N,) of identifiers."""
-    return hash_of_each(name.encode(errors="surrogatepass") for name in names)
+    return hash_items(name.encode(errors="surrogatepass") for name in names)
 
 
 def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
@@ -456,4 +474,4 @@ def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
     content = memoryview(rounded.numpy().astype("<f2").tobytes())
     row_bytes = 2 * rows.shape[1]  # a number in float16 has 2 bytes
     starts = range(0, len(content), row_bytes)
-    return hash_of_each(content[start : start + row_bytes] for start in starts)
+    return hash_items(content[start : start + row_bytes] for start in starts)

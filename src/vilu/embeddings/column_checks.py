@@ -13,7 +13,7 @@ from vilu.embeddings.columns import (
     COLUMNS,
     IMAGE_COLUMNS,
     MODEL_COLUMNS,
-    UNIT_NORM,
+    UNIT_NORM_COLUMNS,
 )
 from vilu.errors import DataError, UsageError
 
@@ -27,7 +27,13 @@ def check_columns(
     """Check columns and convert them to float32 tensors.
 
     Every column must have a known name, the right shape and finite numbers. The columns of
-    ``UNIT_NORM`` must have the width of the embeddings, and are normalised.
+    ``UNIT_NORM_COLUMNS`` must have the width of the embeddings, and are normalised.
+
+    Args:
+        columns: The columns of a user, by name.
+        n_rows: Number of images.
+        n_texts: Number of candidates.
+        width: Width of the embeddings; None or 0 if it is not known.
     """
     checked = {}
     for name, values in (columns or {}).items():
@@ -36,8 +42,8 @@ def check_columns(
         array = as_array(values, f"column {name!r}")
         _require_shape(name, array.shape, n_rows, n_texts)
         rows = array.reshape(-1, array.shape[-1])
-        if name not in UNIT_NORM:
-            tensor = as_matrix(rows, name, scaled=False)
+        if name not in UNIT_NORM_COLUMNS:
+            tensor = as_matrix(rows, name, keep_direction=False)
         else:
             _require_width(name, rows.shape[1], width)
             if name in IMAGE_COLUMNS:  # a view of an image may have norm zero
@@ -61,8 +67,9 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
     if name in MODEL_COLUMNS:
         expected = "one or more"
         has_entries = n_entries > 0
-    has_dims = len(shape) == n_dims and all(shape[1:])  # no axis after the first may be empty
-    if not (has_dims and has_entries):
+    has_dims = len(shape) == n_dims
+    has_empty_entries = 0 in shape[1:]
+    if not has_dims or not has_entries or has_empty_entries:
         raise DataError(
             f"column {name!r} must be {meaning}, with {expected} entries. "
             f"Got shape {shape} instead."

@@ -42,12 +42,12 @@ rows.
 """
 
 NUMBERS = "numbers"
-"""Name of the column (N, C) float64 of a table of answers: its columns of numbers."""
+"""Name of the column (N, C) float64 with the C columns of numbers of a table of answers."""
 
-OF_ROWS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS, NUMBERS})
+ROW_COLUMNS = frozenset({*IMAGE_COLUMNS, ANSWER, LOGITS, NUMBERS})
 """Names of all columns with one entry per row."""
 
-ANY_NORM = frozenset({"features", "second_image", LOGITS})
+UNNORMALISED_COLUMNS = frozenset({"features", "second_image", LOGITS})
 """Columns with one entry per image that are not normalised to unit norm."""
 
 TEXT_COLUMNS = {
@@ -73,25 +73,25 @@ MODEL_COLUMNS = {
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
 """All columns but ``ANSWER``, ``LOGITS`` and ``NUMBERS``: dimensions and meaning of each."""
 
-UNIT_NORM = frozenset({"views", "prompts", "negatives"})
+UNIT_NORM_COLUMNS = frozenset({"views", "prompts", "negatives"})
 """Columns that are normalised to unit norm, because they are compared with the embeddings."""
 
-SECOND = frozenset({"second_image", "second_text"})
+SECOND_MODEL_COLUMNS = frozenset({"second_image", "second_text"})
 """Columns that come from a second source of the same rows (``vilu.embeddings.two_models``)."""
 
-HOW = {
+COLUMN_COMMANDS = {
     "features": "vilu embed --features",
     "views": "vilu embed --views 8",
     "prompts": "vilu embed --prompts ensemble",
     "negatives": "vilu embed --negatives",
     ANSWER: 'vilu import --answers FILE` or `vilu.Embeddings(..., columns={"answer": answers})',
-    **dict.fromkeys(SECOND, "--second STORE"),
+    **dict.fromkeys(SECOND_MODEL_COLUMNS, "--second STORE"),
     **dict.fromkeys(
         ("text_features", "image_projection", "text_projection"), "vilu embed --features"
     ),
 }
 """Command or call that makes each column, by the name of the column.
 
-Messages put a backtick before the text and a backtick after it. A text that names both a command
-and a call has the two inner backticks itself.
+A message quotes the text in backticks: "Make it with `vilu embed --features`." So a text with a
+command and a call has only the two backticks between them.
 """

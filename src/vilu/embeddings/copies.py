@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.pairs import NEAR_ROWS, PairSource, first_alike
+from vilu.embeddings.pairs import COSINE_BLOCK_ROWS, PairSource, group_leaders
 from vilu.embeddings.source import EmbeddingSource
 
 NEAR_COPY: Final = 0.98
@@ -24,7 +24,7 @@ def near_copies(
     source: EmbeddingSource,
     rows: NDArray[np.int64],
     cosine: float = NEAR_COPY,
-    block_rows: int = NEAR_ROWS,
+    block_rows: int = COSINE_BLOCK_ROWS,
 ) -> NDArray[np.int64]:
     """Group near copies: for every row the index (M,) of the first row of its group.
 
@@ -32,7 +32,7 @@ def near_copies(
 
     A row is compared with the first row of every group, in order. It joins the first group where
     the two rows are near copies. If there is no such group, the row starts a new group. So two rows
-    of a group need not be near copies of each other (``first_alike``). For an image-caption pair
+    of a group need not be near copies of each other (``group_leaders``). For an image-caption pair
     only the image is compared. The cosines are computed block by block, but all M embeddings are
     in memory.
 
@@ -53,7 +53,7 @@ def near_copies(
     if not source.has_vectors:  # there are no cosines, so every row is a group of its own
         return np.arange(len(rows))
     image = picture_vectors(source, torch.from_numpy(np.ascontiguousarray(rows)))
-    return first_alike(image, cosine, block_rows).numpy()
+    return group_leaders(image, cosine, block_rows).numpy()
 
 
 def picture_vectors(source: EmbeddingSource, index: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from vilu.embeddings.checks import (
     check_class_names,
     check_ids,
     check_targets,
-    normalised,
+    normalise_rows,
 )
 from vilu.embeddings.columns import ANSWER, LOGITS
-from vilu.embeddings.similarity import rows_at
+from vilu.embeddings.similarity import select_rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -80,18 +80,18 @@ class LogitEmbeddings(EmbeddingSource):
         ids: Sequence[str] | None = None,
         answer: ArrayLike | Tensor | None = None,
     ) -> None:
-        rounded = float32_logits(logits)
-        n_rows, n_candidates = rounded.shape
-        self.image, self.status = _vectors(features, n_rows)
-        is_finite = torch.isfinite(rounded).all(dim=1).numpy()
+        float32_logits = logits_to_float32(logits)
+        n_rows, n_candidates = float32_logits.shape
+        self.image, self.status = _unit_vectors(features, n_rows)
+        is_finite = torch.isfinite(float32_logits).all(dim=1).numpy()
         self.status[~is_finite] = NONFINITE
         self.space = logit_space(self.image.shape[1])
-        self.text = no_texts(n_candidates, self.space)
+        self.text = zero_texts(n_candidates, self.space)
         self.target, self.outside = check_targets(target, n_rows, n_candidates)
         self.class_names = check_class_names(class_names, n_candidates)
-        require_different(self.class_names)
+        require_distinct_names(self.class_names)
         self.ids = check_ids(ids, n_rows)
-        self._columns = {LOGITS: rounded}
+        self._columns = {LOGITS: float32_logits}
         if answer is not None:
             self._columns[ANSWER] = check_answers(answer, n_rows, self.class_names, n_candidates)
         self.columns = frozenset(self._columns)
@@ -105,7 +105,7 @@ class LogitEmbeddings(EmbeddingSource):
             >>> data.image_rows(torch.tensor([0])).tolist()  # (3, 0) was normalised
             [[1.0, 0.0]]
         """
-        return rows_at(self.image, index)
+        return select_rows(self.image, index)
 
 
 def logit_space(width: int) -> EmbeddingSpace:
@@ -117,29 +117,30 @@ def logit_space(width: int) -> EmbeddingSpace:
     return EmbeddingSpace(width, logit_scale=1.0)
 
 
-def no_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
+def zero_texts(n_candidates: int, space: EmbeddingSpace) -> Tensor:
     """Zeros (K, D) in place of the embeddings of candidates."""
     return torch.zeros(n_candidates, space.embed_dim, dtype=torch.float32)
 
 
-def float32_logits(logits: ArrayLike | Tensor) -> Tensor:
-    """Convert logits (N, K) to float32 without a change of any row's answer."""
+def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
+    """Convert logits (N, K) to float32. The answer of every row stays the same."""
     exact = as_array(logits, "logits")
-    rounded = as_matrix(exact, "logits", scaled=False)
+    rounded = as_matrix(exact, "logits", keep_direction=False)
     if not len(rounded):
         return rounded
     answer = torch.from_numpy(exact.argmax(axis=1))
     has_other_answer = rounded.argmax(dim=1) != answer
     is_finite = torch.isfinite(rounded).all(dim=1)
-    affected = (has_other_answer & is_finite).nonzero().squeeze(1)
+    changed_rows = (has_other_answer & is_finite).nonzero().squeeze(1)
     # In these rows, rounding made the logit of an earlier candidate equal to that of the answer.
-    # So that the answer's logit is the largest again, it becomes the next larger float32 number.
-    next_larger = torch.nextafter(rounded[affected].amax(dim=1), torch.tensor(torch.inf))
-    rounded[affected, answer[affected]] = next_larger
+    # The logit of the answer becomes the next larger float32 number, so it is the largest again.
+    largest = rounded[changed_rows].amax(dim=1)
+    next_larger = torch.nextafter(largest, torch.tensor(torch.inf))
+    rounded[changed_rows, answer[changed_rows]] = next_larger
     return rounded
 
 
-def require_different(names: Sequence[str] | None) -> None:
+def require_distinct_names(names: Sequence[str] | None) -> None:
     """Raise DataError if two candidates have the same name.
 
     Candidates with the same name would be one answer, but their logits may differ.
@@ -154,7 +155,9 @@ def require_different(names: Sequence[str] | None) -> None:
     )
 
 
-def _vectors(features: ArrayLike | Tensor | None, n_rows: int) -> tuple[Tensor, NDArray[np.uint8]]:
+def _unit_vectors(
+    features: ArrayLike | Tensor | None, n_rows: int
+) -> tuple[Tensor, NDArray[np.uint8]]:
     """Unit vectors (N, D) and status codes (N,) of the rows; vectors (N, 0) without features."""
     if features is None:
         return torch.zeros(n_rows, 0, dtype=torch.float32), np.full(n_rows, VALID, np.uint8)
@@ -163,5 +166,5 @@ def _vectors(features: ArrayLike | Tensor | None, n_rows: int) -> tuple[Tensor, 
         raise DataError(
             f"features must have one row per row of logits ({n_rows}). Got {n_features} instead."
         )
-    vectors, status, _ = normalised(as_matrix(features, "features"))
+    vectors, status, _ = normalise_rows(as_matrix(features, "features"))
     return vectors, status

@@ -24,7 +24,7 @@ from vilu.embeddings.checks import (
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
 from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
-from vilu.embeddings.similarity import rows_at
+from vilu.embeddings.similarity import select_rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -134,7 +134,7 @@ class Embeddings(EmbeddingSource):
                 n_candidates=len(self.text),
             )
         self.columns = frozenset(self._columns)
-        class_of_candidate = self._merge_same()
+        class_of_candidate = self._merge_equal_classes()
         if class_of_candidate is not None:  # columns of classes become columns of candidates
             for name in TEXT_COLUMNS:
                 if name in self._columns:
@@ -149,7 +149,7 @@ class Embeddings(EmbeddingSource):
             >>> data.image_rows(torch.tensor([2, 0])).tolist()
             [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
         """
-        return rows_at(self.image, index)
+        return select_rows(self.image, index)
 
     @staticmethod
     def from_logits(
@@ -270,7 +270,7 @@ class PairEmbeddings(PairSource):
             pool_size = Pools(pool_size, seed=None)
         self.pools = pool_size
         self.pool_size = self.pools.size
-        require_full_pools(len(self.image), self.pool_size, "this set of pairs")
+        require_full_pools(len(self.image), self.pool_size, subject="this set of pairs")
         self.space = space or EmbeddingSpace(
             embed_dim=self.image.shape[1],
             logit_scale=float(logit_scale),

@@ -21,7 +21,7 @@ from vilu.embeddings.checks import (
     as_matrix,
     require_usable,
 )
-from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.columns import ROW_COLUMNS
 from vilu.embeddings.similarity import first_equal
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -70,7 +70,7 @@ class NewImages(EmbeddingSource):
         self.target = torch.full((len(image),), UNKNOWN, device="cpu")
 
     @classmethod
-    def of_arrays(
+    def from_arrays(
         cls, image: ArrayLike | Tensor, text: ArrayLike | Tensor, space: EmbeddingSpace
     ) -> NewImages:
         """Check images (N, D) and candidates (K, D), and return a source with both.
@@ -120,15 +120,15 @@ class NewImages(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Embeddings (B, D) of the rows ``index`` (B,), which must be on the CPU."""
-        return self._rows_at(self.image, index)
+        return self._select_rows(self.image, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name``, as in ``EmbeddingSource``."""
-        if name in OF_ROWS and name in self._columns:
-            return self._rows_at(self._columns[name], index)
+        if name in ROW_COLUMNS and name in self._columns:
+            return self._select_rows(self._columns[name], index)
         return super().column(name, index)
 
-    def _rows_at(self, rows: Tensor, index: Tensor) -> Tensor:
+    def _select_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """Select the rows (B, ...) of ``rows`` (N, ...) by their indices ``index`` (B,).
 
         ``index`` is on the CPU, so it can be compared without waiting for the device of ``rows``.
@@ -201,16 +201,16 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     largest = rows.abs().amax(dim=1, keepdim=True)
     is_finite = torch.isfinite(largest)  # ``largest`` is NaN if a number of the row is NaN
     is_usable = is_finite & (largest > 0)
-    plain = rows.float()
-    norm = torch.linalg.vector_norm(plain, dim=1, keepdim=True)
+    float32_rows = rows.float()
+    norm = torch.linalg.vector_norm(float32_rows, dim=1, keepdim=True)
     smallest_safe, largest_safe = SAFE_NORMS
     is_safe = (norm > smallest_safe) & (norm < largest_safe)
-    # Rows are divided by their largest number first, so that no square overflows or underflows.
+    # Other rows are divided by their largest number, so that no square overflows or underflows.
     scaled = (rows / largest).float()
-    unit_of_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    unit = torch.where(is_safe, plain / norm, unit_of_scaled)
+    normalised_scaled = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    normalised = torch.where(is_safe, float32_rows / norm, normalised_scaled)
     has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE
-    unit = torch.where(has_unit_norm, plain, unit)
+    normalised = torch.where(has_unit_norm, float32_rows, normalised)
     status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
     status = status.masked_fill(largest == 0, ZERO_NORM).masked_fill(~is_finite, NONFINITE)
-    return torch.where(is_usable, unit, substitute), status.squeeze(1)
+    return torch.where(is_usable, normalised, substitute), status.squeeze(1)

@@ -18,19 +18,19 @@ from torch import Tensor
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import Matches, first_equal, row_keys
-from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hashed
+from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch, hash_row_blocks
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import checked, checked_fields, require_at_least, require_mask
 
 Direction = Literal["image_to_text", "text_to_image"]
 
-HARD_ROWS = 2**17
+MAX_HARD_ROWS = 2**17
 """Maximum number of rows that are sorted into hard pools together.
 
 The captions of so many rows are in memory at the same time: 256 MiB at a width of 512.
 """
 
-NEAR_ROWS = 1024
+COSINE_BLOCK_ROWS = 1024
 """Number of rows of a block. The cosines of two blocks are computed together."""
 
 
@@ -49,7 +49,7 @@ class Pools:
         direction: With "image_to_text", the caption of an image is searched. With "text_to_image",
             the image of a caption is searched.
         hard: If true, the captions of a pool are similar (``hard_order``, applied to blocks of
-            ``HARD_ROWS`` rows). If false, a pool is a random choice of rows.
+            ``MAX_HARD_ROWS`` rows). If false, a pool is a random choice of rows.
         near_duplicates: Two captions of a pool count as the same answer if their cosine is at least
             this number. None: only equal captions count as the same answer.
         seed: Seed of the random pools in scoring. None: the rows are in the order of the data.
@@ -103,19 +103,19 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
-    # (M,) ascending indices of the pairs that ``without`` did not leave out; None: all pairs
-    _left: Tensor | None = None
+    # (M,) ascending indices of the pairs that remain after ``without``; None: all usable pairs
+    _remaining: Tensor | None = None
 
     @cached_property
     def usable_rows(self) -> Tensor:
         """Indices (M,) of the usable pairs that fill pools, in the order of the pools."""
-        return self._order(self.pair_rows)
+        return self._scoring_order(self.pair_rows)
 
     @property
     def pair_rows(self) -> Tensor:
         """Indices (M,) int64 of all usable pairs, ascending, whether or not they fill a pool."""
-        if self._left is not None:
-            return self._left
+        if self._remaining is not None:
+            return self._remaining
         return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
@@ -160,7 +160,7 @@ class PairSource(EmbeddingSource):
         return self.caption_rows(index)
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-        return hashed(torch.from_numpy(rows), self.picture_rows)
+        return hash_row_blocks(torch.from_numpy(rows), self.picture_rows)
 
     def _content(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
@@ -182,51 +182,58 @@ class PairSource(EmbeddingSource):
         caption = self.caption_rows(index)
         picture = self.picture_rows(index)
         # for every row, the first row with the same caption, and the first with the same image
-        of_caption = first_alike(caption, self.pools.near_duplicates)
-        of_picture = first_equal(picture)
+        caption_row = group_leaders(caption, self.pools.near_duplicates)
+        picture_row = first_equal(picture)
         if self.pools.direction == "text_to_image":
-            rows = torch.arange(len(index))
-            all_differ = torch.equal(of_caption, rows) and torch.equal(of_picture, rows)
+            own_row = torch.arange(len(index))
+            all_differ = torch.equal(caption_row, own_row) and torch.equal(picture_row, own_row)
             matches = Matches(
-                query=of_caption, candidate=of_picture, members=rows, query_of_row=of_caption
+                query_of_pair=caption_row,
+                candidate_of_pair=picture_row,
+                pair_of_candidate=own_row,
+                query_of_row=caption_row,
             )
             return Candidates(
                 text=picture,
-                target=rows,
+                target=own_row,
                 matches=None if all_differ else matches,
-                members=index,
+                row_of_candidate=index,
             )
-        distinct, target = torch.unique(of_caption, return_inverse=True)
-        equal_images_have_equal_captions = torch.equal(of_caption[of_picture], of_caption)
+        distinct_rows, target = torch.unique(caption_row, return_inverse=True)
+        equal_images_have_equal_captions = torch.equal(caption_row[picture_row], caption_row)
         matches = Matches(
-            query=of_picture, candidate=of_caption, members=distinct, query_of_row=of_picture
+            query_of_pair=picture_row,
+            candidate_of_pair=caption_row,
+            pair_of_candidate=distinct_rows,
+            query_of_row=picture_row,
         )
         return Candidates(
-            text=caption[distinct],
+            text=caption[distinct_rows],
             target=target,
             matches=None if equal_images_have_equal_captions else matches,
-            members=index[distinct],
+            row_of_candidate=index[distinct_rows],
         )
 
     def many(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
         """As ``EmbeddingSource.many``; a pool with possibly equal rows is a batch of its own."""
-        n_together = self._in_whole_pools(size)
-        batch_holds_one_pool = n_together <= self.pools.size
+        n_rows_together = self._n_rows_in_whole_pools(size)
+        batch_holds_one_pool = n_rows_together <= self.pools.size
         has_near_duplicates = self.pools.near_duplicates is not None
         if batch_holds_one_pool or columns or has_near_duplicates:
             yield from self.batches(size, rows=rows, columns=columns)
             return
         if rows is None:
             rows = self.usable_rows
-        whole = rows[: self._in_whole_pools(len(rows))]
-        if not len(whole):
+        rows_in_pools = rows[: self._n_rows_in_whole_pools(len(rows))]
+        if not len(rows_in_pools):
             return
-        for batches in self._map_parts(self._pooled_batches, whole.split(n_together)):
+        parts = rows_in_pools.split(n_rows_together)
+        for batches in self._map_parts(self._pooled_batches, parts):
             yield from batches
 
-    def _in_whole_pools(self, n_rows: int) -> int:
+    def _n_rows_in_whole_pools(self, n_rows: int) -> int:
         """Number of rows in the whole pools that ``n_rows`` rows fill."""
         return n_rows // self.pools.size * self.pools.size
 
@@ -247,7 +254,7 @@ class PairSource(EmbeddingSource):
             image = caption
             text = picture
         batches: list[Batch] = []
-        for start, stop, run_has_repeats in runs(has_repeats.tolist()):
+        for start, stop, run_has_repeats in equal_runs(has_repeats.tolist()):
             part = slice(start * size, stop * size)
             rows = index[part]
             if run_has_repeats:
@@ -294,27 +301,27 @@ class PairSource(EmbeddingSource):
         is_left_out = require_mask("rows", np.asarray(rows), len(self))
         if not is_left_out.any():
             return self
-        remains = torch.from_numpy(~is_left_out)
-        remaining = self.pair_rows[remains[self.pair_rows]]
-        require_full_pools(len(remaining), self.pools.size, "what is left")
-        fewer = copy.copy(self)
-        fewer._left = remaining
-        fewer.usable_rows = self._order(remaining)
+        is_kept = torch.from_numpy(~is_left_out)
+        remaining = self.pair_rows[is_kept[self.pair_rows]]
+        require_full_pools(len(remaining), self.pools.size, subject="what is left")
+        subset = copy.copy(self)
+        subset._remaining = remaining
+        subset.usable_rows = self._scoring_order(remaining)
         status = np.full(len(self), SHORT_POOL, np.uint8)
-        status[fewer.usable_rows.numpy()] = VALID
+        status[subset.usable_rows.numpy()] = VALID
         # rows whose embedding is not usable keep their status
         has_embedding = np.isin(self.status, (VALID, SHORT_POOL))
-        fewer.status = np.where(has_embedding, status, self.status)
-        return fewer
+        subset.status = np.where(has_embedding, status, self.status)
+        return subset
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in the order of new random pools, for one pass of training."""
         rows = super().shuffled(rows, generator)
         if self.pools.hard:
-            return self._in_hard_pools(rows, generator)
+            return self._order_hard_pools(rows, generator)
         return rows
 
-    def _order(self, rows: Tensor) -> Tensor:
+    def _scoring_order(self, rows: Tensor) -> Tensor:
         """The rows in the order of their pools in scoring.
 
         The last rows are left out if they do not fill a pool.
@@ -323,18 +330,18 @@ class PairSource(EmbeddingSource):
         generator = torch.Generator().manual_seed(self.pools.seed or 0)
         if self.pools.seed is not None:
             rows = super().shuffled(rows, generator)
-        rows = rows[: self._in_whole_pools(len(rows))]
+        rows = rows[: self._n_rows_in_whole_pools(len(rows))]
         if self.pools.hard:
-            return self._in_hard_pools(rows, generator)
+            return self._order_hard_pools(rows, generator)
         return rows
 
     @torch_defaults()
-    def _in_hard_pools(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _order_hard_pools(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in the order of hard pools, which are formed block by block.
 
         A block consists of one or more whole pools.
         """
-        block_rows = max(self._in_whole_pools(HARD_ROWS), self.pools.size)
+        block_rows = max(self._n_rows_in_whole_pools(MAX_HARD_ROWS), self.pools.size)
         ordered_blocks = []
         for block in rows.split(block_rows):
             order = hard_order(self.caption_rows(block), self.pools.size, generator)
@@ -342,7 +349,7 @@ class PairSource(EmbeddingSource):
         return torch.cat(ordered_blocks)
 
 
-def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
+def equal_runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
     """Yield (start, stop, value) of each run of equal values, which is ``values[start:stop]``."""
     start = 0
     for value, group in itertools.groupby(values):
@@ -403,25 +410,26 @@ class PseudoCaptions(PairSource):
         self.pools = pools
         self.pool_size = self.pools.size
         self.space = sources[0].space
-        chosen = [labelled_rows(source) for source in sources]
-        n_of_source = torch.tensor([len(rows) for rows in chosen])
+        rows_of_sources = [labelled_rows(source) for source in sources]
+        n_rows_of_sources = torch.tensor([len(rows) for rows in rows_of_sources])
         # for every row, the number of its source, and its row number in that source
-        self._source = torch.repeat_interleave(n_of_source)
-        self._row = torch.cat(chosen)
-        require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
+        self._source_of_row = torch.repeat_interleave(n_rows_of_sources)
+        self._row_in_source = torch.cat(rows_of_sources)
+        n_rows = len(self._row_in_source)
+        require_full_pools(n_rows, self.pool_size, subject="the union of the labelled rows")
         # the class texts, and for every row the index of its text: 0 if its source has captions
-        self._text, self._caption = class_captions(sources, chosen)
-        self.target = torch.arange(len(self._row)) % self.pool_size
+        self._class_texts, self._text_of_row = class_captions(sources, rows_of_sources)
+        self.target = torch.arange(n_rows) % self.pool_size
         if any(isinstance(source.ids, RowNumbers) for source in sources):
-            self.ids = RowNumbers(len(self._row))
+            self.ids = RowNumbers(n_rows)
         else:
             self.ids = PrefixedIds(self, names)
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """Image embeddings (B, D) from the sources."""
-        pictures = self._text.new_empty(len(index), self.space.embed_dim)
-        for i, source in enumerate(self.sources):
-            positions, rows = self._of_source(i, index)
+        pictures = self._class_texts.new_empty(len(index), self.space.embed_dim)
+        for number, source in enumerate(self.sources):
+            positions, rows = self._find_rows_of_source(number, index)
             if isinstance(source, PairSource):
                 pictures[positions] = source.picture_rows(rows)
             else:
@@ -430,20 +438,20 @@ class PseudoCaptions(PairSource):
 
     def caption_rows(self, index: Tensor) -> Tensor:
         """Captions (B, D): the text of the class, or the caption if the source has captions."""
-        captions = self._text[self._caption[index]]
-        for i, source in enumerate(self.sources):
+        captions = self._class_texts[self._text_of_row[index]]
+        for number, source in enumerate(self.sources):
             if isinstance(source, PairSource):
-                positions, rows = self._of_source(i, index)
+                positions, rows = self._find_rows_of_source(number, index)
                 captions[positions] = source.caption_rows(rows)
         return captions
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
         """The kinds of identity that all sources have, best first."""
-        common = self.sources[0].identified_by
+        common_kinds = self.sources[0].identified_by
         for source in self.sources[1:]:
-            common = tuple(by for by in common if by in source.identified_by)
-        return common
+            common_kinds = tuple(kind for kind in common_kinds if kind in source.identified_by)
+        return common_kinds
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
         """Identities (M,) of the rows in their own sources.
@@ -455,15 +463,15 @@ class PseudoCaptions(PairSource):
             return super().identities(by, rows)
         index = self._positions(rows)
         identities = np.empty(len(index), np.uint64)
-        for i, source in enumerate(self.sources):
-            positions, source_rows = self._of_source(i, index)
+        for number, source in enumerate(self.sources):
+            positions, source_rows = self._find_rows_of_source(number, index)
             identities[positions.numpy()] = source.identities(by, source_rows.numpy())
         return identities
 
     def _picture_hashes(self, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         hashes = np.empty(len(rows), np.uint64)
         for number, source in enumerate(self.sources):
-            positions, source_rows = self._of_source(number, torch.from_numpy(rows))
+            positions, source_rows = self._find_rows_of_source(number, torch.from_numpy(rows))
             hashes[positions.numpy()] = source._picture_hashes(source_rows.numpy())
         return hashes
 
@@ -479,20 +487,20 @@ class PseudoCaptions(PairSource):
             >>> data.of_classes(torch.arange(4)).tolist()  # the rows of the pets come first
             [True, True, False, False]
         """
-        return self._caption[index] > 0
+        return self._text_of_row[index] > 0
 
-    def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _find_rows_of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Find the rows of source ``number`` in ``index``.
 
         Returns their positions in ``index``, and their row numbers in the source.
         """
-        is_of_source = self._source[index] == number
+        is_of_source = self._source_of_row[index] == number
         positions = is_of_source.nonzero().squeeze(1)
-        return positions, self._row[index[positions]]
+        return positions, self._row_in_source[index[positions]]
 
     def origin(self, row: int) -> tuple[int, int]:
         """The number of the source of a row, and the row number in that source."""
-        return int(self._source[row]), int(self._row[row])
+        return int(self._source_of_row[row]), int(self._row_in_source[row])
 
 
 class PrefixedIds(Identifiers):
@@ -534,28 +542,28 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 
 
 def class_captions(
-    sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]
+    sources: Sequence[EmbeddingSource], rows_of_sources: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Texts (T, D) of all classes of all sources, and for every chosen row the index of its text.
+    """Texts (T, D) of all classes of all sources, and for every row the index (M,) of its text.
 
-    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T = 1 +
-    the number of classes, summed over all sources that are not pairs. ``chosen`` has, for every
-    source, the indices of the chosen rows.
+    The rows are those of ``rows_of_sources``, which has the indices of some rows for each source.
+    Text 0 is a placeholder of zeros for rows of pairs, which have their own captions. So T is 1
+    plus the number of classes, summed over all sources that are not pairs.
     """
     # Class numbers are counted over all sources. Number 0 is the placeholder.
     number_of_name: dict[str, int] = {}  # class name -> number of the first class with this name
     text_of_class = [0]  # for every class number, the first class number with the same name
     texts = [torch.zeros(1, sources[0].space.embed_dim, dtype=torch.float32)]
-    class_numbers = []  # for every source, the class numbers of its chosen rows
-    for source, rows in zip(sources, chosen, strict=True):
+    class_numbers = []  # for every source, the class numbers of its rows
+    for source, rows in zip(sources, rows_of_sources, strict=True):
         if isinstance(source, PairSource):
             class_numbers.append(torch.zeros(len(rows), dtype=torch.int64))
             continue
-        n_before = len(text_of_class)
-        class_numbers.append(source.target[rows] + n_before)
+        first_number = len(text_of_class)
+        class_numbers.append(source.target[rows] + first_number)
         no_rows = rows[:0]  # the candidates are the same for all rows
         texts.append(source.candidates(no_rows).text)
-        numbers = range(n_before, n_before + source.n_candidates)
+        numbers = range(first_number, first_number + source.n_candidates)
         if source.class_names is None:  # every class has its own text
             text_of_class += numbers
             continue
@@ -565,7 +573,9 @@ def class_captions(
     return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
 
 
-def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEAR_ROWS) -> Tensor:
+def group_leaders(
+    rows: Tensor, cosine: float | None = None, block_rows: int = COSINE_BLOCK_ROWS
+) -> Tensor:
     """For every unit-norm row, the index (N,) int64 of the leader of its group of similar rows.
 
     Without ``cosine``, the leader is the first row that equals the row.
@@ -581,45 +591,47 @@ def first_alike(rows: Tensor, cosine: float | None = None, block_rows: int = NEA
     if cosine is None:
         return first
     distinct = first.unique()
-    leader_of = torch.arange(len(rows))
+    leader_of_row = torch.arange(len(rows))
     leaders = distinct[:0]  # no leader yet
     for block in distinct.split(block_rows):
-        leader = _first_near(rows, block, leaders.split(block_rows), cosine)
-        is_led = leader >= 0
-        leader_of[block[is_led]] = leader[is_led]
+        leader = _first_leaders_near(rows, block, leaders.split(block_rows), cosine)
+        has_leader = leader >= 0
+        leader_of_row[block[has_leader]] = leader[has_leader]
         # rows that are near no leader of earlier blocks; some of them become leaders
-        new = block[~is_led]
-        are_near = rows[new] @ rows[new].T >= cosine
-        leader_of[new] = new[_greedy_leaders(are_near)]
-        new_leaders = leader_of[new].unique()
+        new_rows = block[~has_leader]
+        are_near = rows[new_rows] @ rows[new_rows].T >= cosine
+        leader_of_row[new_rows] = new_rows[_greedy_leaders(are_near)]
+        new_leaders = leader_of_row[new_rows].unique()
         leaders = torch.cat([leaders, new_leaders])
-    return leader_of[first]
+    return leader_of_row[first]
 
 
-def _first_near(rows: Tensor, block: Tensor, tiles: Sequence[Tensor], cosine: float) -> Tensor:
+def _first_leaders_near(
+    rows: Tensor, block: Tensor, leader_tiles: Sequence[Tensor], cosine: float
+) -> Tensor:
     """For each row of a block, the index (B,) of the first leader near it; -1 if no leader is near.
 
-    ``block`` (B,) holds indices of ``rows``. The ``tiles`` hold the indices of all leaders. The
-    block is compared with one tile at a time.
+    ``block`` (B,) holds indices of ``rows``. The ``leader_tiles`` hold the indices of all leaders.
+    The block is compared with one tile at a time.
     """
     leader = torch.full_like(block, -1)
-    for tile in tiles:
+    for tile in leader_tiles:
         if not len(tile):
             continue
         has_no_leader = leader < 0
         are_near = rows[block] @ rows[tile].T >= cosine
         # argmax of a row of 0 and 1 is the index of its first 1
         first_in_tile = tile[are_near.byte().argmax(dim=1)]
-        joins = has_no_leader & are_near.any(dim=1)
-        leader = torch.where(joins, first_in_tile, leader)
+        joins_tile = has_no_leader & are_near.any(dim=1)
+        leader = torch.where(joins_tile, first_in_tile, leader)
     return leader
 
 
 def _greedy_leaders(are_near: Tensor) -> Tensor:
     """For each of N rows, the index (N,) int64 of the first leader near it.
 
-    A row that is near no earlier leader is a leader itself. ``are_near`` (N, N) is a symmetric
-    relation.
+    A row that is near no earlier leader is a leader itself. ``are_near`` (N, N) says which rows are
+    near each other.
     """
     relation = are_near.numpy()
     if not len(relation):
@@ -655,9 +667,9 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
             pools.append(part)
             continue
         block = rows[part]
-        drawn = int(torch.randint(len(part), (1,), generator=generator))
+        drawn_row = int(torch.randint(len(part), (1,), generator=generator))
         # the farthest unit vector has the smallest cosine
-        first_end = int((block @ block[drawn]).argmin())
+        first_end = int((block @ block[drawn_row]).argmin())
         second_end = int((block @ block[first_end]).argmin())
         projection = block @ (block[first_end] - block[second_end])
         ordered = part[projection.argsort(stable=True)]
@@ -669,11 +681,11 @@ def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tens
     return torch.cat(pools)
 
 
-def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
-    """Raise DataError if ``n_rows`` pairs do not fill one pool."""
+def require_full_pools(n_rows: int, pool_size: int, *, subject: str) -> None:
+    """Raise DataError if ``n_rows`` pairs do not fill one pool. ``subject`` names these pairs."""
     if n_rows < pool_size:
         raise DataError(
-            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}. The size of a pool is "
-            "the number of candidates, so a pool is never shortened. Give more pairs or a smaller "
-            "--pool-size."
+            f"{subject} has {n_rows} usable pairs, and a pool has {pool_size}. The size of a pool "
+            "is the number of candidates, so a pool is never shortened. Give more pairs or a "
+            "smaller --pool-size."
         )

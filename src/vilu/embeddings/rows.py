@@ -59,9 +59,9 @@ class Rows:
         """
         identities = self.source.picture_identities(self.index.numpy(force=True))
         # for every row, the position of the first row of the same picture
-        first_of_picture = first_rows(identities)
-        first, picture = np.unique(first_of_picture, return_inverse=True)
-        return torch.from_numpy(first), torch.from_numpy(picture)
+        first_position = first_rows(identities)
+        first_of_picture, picture_of_row = np.unique(first_position, return_inverse=True)
+        return torch.from_numpy(first_of_picture), torch.from_numpy(picture_of_row)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield batches of the rows, in order; all logits of a batch fit into memory.
@@ -86,4 +86,4 @@ class Rows:
         """Give the batch the zero-shot answers of its rows, if ``answers`` has them; return it."""
         if self.answers is None:
             return batch
-        return batch.answered(self.answers.at(batch.index))
+        return batch.answered(self.answers.take(batch.index))

@@ -59,7 +59,7 @@ class ZeroShot(NamedTuple):
         """Largest probability (B,) max_j p_j of the zero-shot posterior (the confidence of MCM)."""
         return (self.max_logit - self.log_norm).exp()
 
-    def at(self, rows: slice | Tensor) -> ZeroShot:
+    def take(self, rows: slice | Tensor) -> ZeroShot:
         """Return the summary of some rows, which are selected by a slice or by indices."""
         return ZeroShot(
             prediction=self.prediction[rows],
@@ -77,7 +77,7 @@ class ZeroShot(NamedTuple):
 def zero_shot(
     image: Tensor,
     text: Tensor,
-    first: Tensor,
+    first_equal_text: Tensor,
     logit_scale: float,
     logit_bias: float = 0.0,
     *,
@@ -88,17 +88,17 @@ def zero_shot(
     They are computed in float32, tile by tile. Besides the images (B, D), the texts (K, D) and the
     result, at most one tile of ``tile_cells`` numbers is in memory.
 
-    ``first`` (K,) is the result of ``first_equal`` for the texts. With it, every answer is replaced
-    by the first candidate that equals the answer. Otherwise the winner among equal candidates would
-    depend on the size of the tiles, because a matrix product rounds differently at the edge of a
-    block.
+    ``first_equal_text`` (K,) is the result of ``first_equal`` for the texts. With it, every answer
+    is replaced by the first candidate that equals the answer. Otherwise the winner among equal
+    candidates would depend on the size of the tiles, because a matrix product rounds differently at
+    the edge of a block.
     """
     if not len(text):
         raise ValueError("there is no candidate")
     n_candidates = len(text)
     # with this number of rows, a tile of all candidates has about four columns per row
-    square_rows = min(TILE_ROWS, n_candidates // 4)
-    wanted_rows = max(cached_rows(n_candidates), square_rows)
+    rows_of_wide_tile = min(TILE_ROWS, n_candidates // 4)
+    wanted_rows = max(rows_in_cache(n_candidates), rows_of_wide_tile)
     n_rows = min(wanted_rows, tile_cells)
     n_columns = min(n_candidates, tile_cells // n_rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
@@ -106,18 +106,20 @@ def zero_shot(
             _summary_over_tiles(block, text, logit_scale, logit_bias, n_columns)
             for block in image.split(n_rows)
         ]
-    # one tuple per field of ``ZeroShot``: the tensors of all blocks of images
-    fields = zip(*summaries, strict=True)
-    prediction, max_logit, log_norm = (torch.cat(of_blocks) for of_blocks in fields)
-    return ZeroShot(first[prediction], max_logit, log_norm)
+    prediction = torch.cat([summary.prediction for summary in summaries])
+    return ZeroShot(
+        prediction=first_equal_text[prediction],
+        max_logit=torch.cat([summary.max_logit for summary in summaries]),
+        log_norm=torch.cat([summary.log_norm for summary in summaries]),
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class RivalWeights:
     """Softmax weights of all candidates except the answer, from logits l (B, K) with K > 1.
 
-    A rival is any candidate except the answer. l_a is the logit of the answer, s is the largest
-    logit of a rival, and T is the temperature. The weight of rival j is
+    A rival is any candidate except the answer. Let l_a be the logit of the answer, s the largest
+    logit of a rival, and T the temperature. The weight of rival j is
 
         e_j = exp((l_j - s) / T)
 
@@ -134,13 +136,13 @@ class RivalWeights:
     answer: Tensor  # (B, 1) int64 index of the answer
     answer_logit: Tensor  # (B,) logit l_a of the answer
     logits: Tensor  # (B, K) logits of the rivals; ``NEGLIGIBLE`` in the answer's column
-    second: Tensor  # (B, 1) largest logit s of a rival
+    max_rival_logit: Tensor  # (B, 1) largest logit s of a rival
     weight: Tensor  # (B, K) weights e_j; 0 in the answer's column
     total: Tensor  # (B,) float64 sum of the weights
     temperature: float = 1.0  # T
 
     @classmethod
-    def of(
+    def from_logits(
         cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0
     ) -> RivalWeights:
         """Compute the weights of all candidates except the answers (B, 1).
@@ -151,15 +153,15 @@ class RivalWeights:
             answer = logits.argmax(dim=1, keepdim=True)
         answer_logit = logits.gather(1, answer).squeeze(1)
         rival_logits = logits.scatter(1, answer, NEGLIGIBLE)
-        second = rival_logits.amax(dim=1, keepdim=True)
+        max_rival_logit = rival_logits.amax(dim=1, keepdim=True)
         # exp(x) is computed as 2^(x log2 e), because torch computes exp2 twice as fast as exp
-        weight = (rival_logits - second).mul_(LOG2_E / temperature).exp2_()
+        weight = (rival_logits - max_rival_logit).mul_(LOG2_E / temperature).exp2_()
         total = float64(weight.sum(dim=1))
         return cls(
             answer=answer,
             answer_logit=answer_logit,
             logits=rival_logits,
-            second=second,
+            max_rival_logit=max_rival_logit,
             weight=weight,
             total=total,
             temperature=temperature,
@@ -168,7 +170,8 @@ class RivalWeights:
     @cached_property
     def gap(self) -> Tensor:
         """Gap (s - l_a) / T (B,) float64 between the largest rival logit and the answer's logit."""
-        return (float64(self.second.squeeze(1)) - float64(self.answer_logit)) / self.temperature
+        difference = float64(self.max_rival_logit.squeeze(1)) - float64(self.answer_logit)
+        return difference / self.temperature
 
     @property
     def log_odds(self) -> Tensor:
@@ -185,16 +188,17 @@ class RivalWeights:
         """Doubt 1 - p (B,) float64, where p is the probability of the answer."""
         return self.odds / (1 + self.odds)
 
-    def zero_shot(self, first: Tensor) -> ZeroShot:
+    def zero_shot(self, first_equal_text: Tensor) -> ZeroShot:
         """Return the summary of the logits.
 
         Every answer must have the largest logit of its row, and the temperature must be 1.
-        ``first`` (K,) is the result of ``first_equal`` for the candidates.
+        ``first_equal_text`` (K,) is the result of ``first_equal`` for the candidates.
         """
         # p = exp(l_a) / sum_j exp(l_j), and 1 / p = 1 + odds.
         # Therefore log sum_j exp(l_j) = l_a + log(1 + odds). log1p keeps the digits of small odds.
         log_norm = self.answer_logit + torch.log1p(self.odds).to(self.answer_logit)
-        return ZeroShot(first[self.answer.squeeze(1)], self.answer_logit, log_norm)
+        prediction = first_equal_text[self.answer.squeeze(1)]
+        return ZeroShot(prediction, self.answer_logit, log_norm)
 
 
 NEGLIGIBLE = torch.finfo(torch.float32).min / 2
@@ -215,14 +219,15 @@ def first_equal(rows: Tensor) -> Tensor:
     """
     _, key_number, key_count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
     has_repeated_key = key_count[key_number] > 1
-    repeated = has_repeated_key.nonzero().squeeze(1)
+    repeated = has_repeated_key.nonzero().squeeze(1)  # indices of the rows with a repeated key
     first = torch.arange(len(rows), device=rows.device)
     if len(repeated):
         _, group = torch.unique(rows[repeated], dim=0, return_inverse=True)
-        # the lowest index of each group; the search begins at len(rows), which is above all of them
-        above_all = torch.full_like(repeated, len(rows))
-        lowest = above_all.scatter_reduce(0, group, repeated, "amin")
-        first[repeated] = lowest[group]
+        # The lowest index of each group is the least of its indices and len(rows), which is above
+        # all of them.
+        upper_bounds = torch.full_like(repeated, len(rows))
+        lowest_of_group = upper_bounds.scatter_reduce(0, group, repeated, "amin")
+        first[repeated] = lowest_of_group[group]
     return first
 
 
@@ -231,31 +236,32 @@ def row_keys(rows: Tensor) -> Tensor:
 
     Equal rows have equal keys. Different rows may have equal keys, too.
     """
-    columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
-    bits = columns.view(torch.int32).long()  # the four bytes of each float as a whole number
+    first_columns = (rows[:, :KEY_COLUMNS] + 0.0).contiguous()  # adding 0 turns -0 into 0
+    # the four bytes of each float as a whole number
+    whole_numbers = first_columns.view(torch.int32).long()
     # Each column has another factor, so that the same numbers in another order give another key.
-    factors = 31 ** torch.arange(bits.shape[1], device=rows.device)
-    return (bits * factors).sum(dim=1)
+    factors = 31 ** torch.arange(whole_numbers.shape[1], device=rows.device)
+    return (whole_numbers * factors).sum(dim=1)
 
 
-def rows_at(rows: Tensor, index: Tensor) -> Tensor:
+def select_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Return the rows (B, ...) of ``rows`` (N, ...) that have the indices ``index`` (B,).
 
     If the indices are consecutive, the result is a view and nothing is copied.
     """
-    n = len(index)
+    n_rows = len(index)
     # an empty index has no minimum, and ``index_select`` takes no negative indices
-    if n == 0 or int(index.min()) < 0:
+    if n_rows == 0 or int(index.min()) < 0:
         return rows[index]
-    start = int(index[0])
+    first = int(index[0])
     last = int(index[-1])
-    may_be_consecutive = last - start == n - 1  # a cheap test before all indices are compared
+    may_be_consecutive = last - first == n_rows - 1  # a cheap test before all indices are compared
     if may_be_consecutive and bool((index.diff() == 1).all()):
-        return rows[start : start + n]
+        return rows[first : first + n_rows]
     return rows.index_select(0, index)  # takes a third of the time of rows[index]
 
 
-def cached_rows(n_candidates: int) -> int:
+def rows_in_cache(n_candidates: int) -> int:
     """Number of rows whose logits fit into the cache, from 256 to 32,768.
 
     A matrix product of fewer rows would be slow.
@@ -277,17 +283,17 @@ def row_blocks(
         yield slice(start, min(start + step, n_rows))
 
 
-def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest cosine (N,) of every row (N, D) with the known rows (M, D).
+def nearest_rows(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the known row (M, D) that has the largest cosine with each row (N, D).
 
-    Returns this cosine, and the index (N,) of the known row that has it. The cosines are computed
-    block by block, so memory is bounded.
+    Returns the largest cosines (N,), and the indices (N,) of these known rows. The cosines are
+    computed block by block, so memory is bounded.
     """
     # an exported graph is for any number of rows, so it cannot split them into blocks
     if torch.compiler.is_exporting():
         cosine, index = (rows @ known.T).max(dim=1)
         return cosine, index
-    # the usual case: the rows are the candidates of the fit, so every row has cosine 1 with itself
+    # Usually the rows are the candidates of the fit. Then each row is nearest to itself.
     if torch.equal(rows, known):
         return rows.new_ones(len(rows)), torch.arange(len(rows), device=rows.device)
     cosines = []
@@ -303,13 +309,21 @@ def _summary_over_tiles(
     image: Tensor, text: Tensor, scale: float, bias: float, n_columns: int
 ) -> ZeroShot:
     """Summary of the logits of some images and all texts, from tiles of ``n_columns`` texts."""
-    summaries = (
-        _summary_of_tile(
-            logits=(image @ part.T).mul_(scale).add_(bias), first_candidate=number * n_columns
+    summaries = _summaries_of_tiles(image, text, scale, bias, n_columns)
+    return functools.reduce(_merge_summaries, summaries)
+
+
+def _summaries_of_tiles(
+    image: Tensor, text: Tensor, scale: float, bias: float, n_columns: int
+) -> Iterator[ZeroShot]:
+    """Yield the summary of every tile of ``n_columns`` texts.
+
+    The logits of a tile are in no variable here, so those of one tile are in memory at a time.
+    """
+    for number, texts in enumerate(text.split(n_columns)):
+        yield _summary_of_tile(
+            logits=(image @ texts.T).mul_(scale).add_(bias), first_candidate=number * n_columns
         )
-        for number, part in enumerate(text.split(n_columns))
-    )
-    return functools.reduce(_merge, summaries)
 
 
 def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
@@ -320,10 +334,10 @@ def _summary_of_tile(logits: Tensor, first_candidate: int) -> ZeroShot:
     return ZeroShot(column + first_candidate, logits.amax(dim=1), logits.logsumexp(dim=1))
 
 
-def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:
+def _merge_summaries(left: ZeroShot, right: ZeroShot) -> ZeroShot:
     """Merge the summaries of two ranges of candidates; ``left`` has the lower indices.
 
-    Where the largest logits are equal, the answer is that of ``left``.
+    If the largest logits of a row are equal, its answer is that of ``left``.
     """
     right_is_larger = right.max_logit > left.max_logit
     return ZeroShot(
@@ -349,59 +363,63 @@ class Matches:
     has both. So if image A has the captions 1 and 2, and image B has the captions 2 and 3, caption
     2 is right for both images, and caption 3 is wrong for image A.
 
+    A query is identified by the first pair that has it, and so is a candidate.
+
     Attributes:
-        query: (M,) int64: for every pair, the first pair with the same query.
-        candidate: (M,) int64: for every pair, the first pair with the same candidate.
-        members: (K,) int64: for every candidate of the batch, the pair that it comes from.
+        query_of_pair: (M,) int64: for every pair, the first pair with the same query.
+        candidate_of_pair: (M,) int64: for every pair, the first pair with the same candidate.
+        pair_of_candidate: (K,) int64: for every candidate of the batch, the pair it comes from.
         query_of_row: (B,) int64: for every row of the batch, the first pair with its query.
     """
 
-    query: Tensor
-    candidate: Tensor
-    members: Tensor
+    query_of_pair: Tensor
+    candidate_of_pair: Tensor
+    pair_of_candidate: Tensor
     query_of_row: Tensor
 
-    def rows(self, part: slice | Tensor) -> Matches:
-        """The matches of some rows of the batch."""
-        return replace(self, query_of_row=self.query_of_row[part])
+    def take_rows(self, rows: slice | Tensor) -> Matches:
+        """The matches of some rows of the batch, which are selected by a slice or by indices."""
+        return replace(self, query_of_row=self.query_of_row[rows])
 
     def to(self, device: torch.device | str) -> Matches:
         """The same matches on another device."""
         return Matches(
-            query=self.query.to(device),
-            candidate=self.candidate.to(device),
-            members=self.members.to(device),
+            query_of_pair=self.query_of_pair.to(device),
+            candidate_of_pair=self.candidate_of_pair.to(device),
+            pair_of_candidate=self.pair_of_candidate.to(device),
             query_of_row=self.query_of_row.to(device),
         )
 
     def are_right(self, answer: Tensor) -> Tensor:
         """Mask (B,): whether the answer (B,) of every row is right. Nothing holds B x K numbers."""
-        # the query and the candidate of a pair as one number
-        n_pairs = len(self.query)
-        pairs = self.query * n_pairs + self.candidate
-        answered = self.query_of_row * n_pairs + self.candidate[self.members[answer]]
-        return torch.isin(answered, pairs)
+        n_pairs = len(self.query_of_pair)
+        answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
+        # query and candidate as one number: an answer is right if its number is that of a pair
+        pair_numbers = self.query_of_pair * n_pairs + self.candidate_of_pair
+        answer_numbers = self.query_of_row * n_pairs + answered_candidate
+        return torch.isin(answer_numbers, pair_numbers)
 
-    def right(self) -> Tensor:
+    def right_mask(self) -> Tensor:
         """Mask (B, K) of the right candidates of every row."""
-        has_query = self.query == self.query_of_row[:, None]
-        is_right = _in_same_group(has_query, self.candidate)
-        return is_right[:, self.members]
+        has_query = self.query_of_pair == self.query_of_row[:, None]
+        is_right = _in_same_group(has_query, self.candidate_of_pair)
+        return is_right[:, self.pair_of_candidate]
 
-    def alike(self, answer: Tensor) -> Tensor:
+    def same_answer_mask(self, answer: Tensor) -> Tensor:
         """Mask (B, K): whether any query has both the candidate and the answer (B,) of the row."""
-        answered = self.candidate[self.members[answer]]
-        has_answer = self.candidate == answered[:, None]
-        shares_query = _in_same_group(has_answer, self.query)
-        is_alike = _in_same_group(shares_query, self.candidate)
-        return is_alike[:, self.members]
+        answered_candidate = self.candidate_of_pair[self.pair_of_candidate[answer]]
+        has_answer = self.candidate_of_pair == answered_candidate[:, None]
+        shares_query = _in_same_group(has_answer, self.query_of_pair)
+        is_same_answer = _in_same_group(shares_query, self.candidate_of_pair)
+        return is_same_answer[:, self.pair_of_candidate]
 
 
 def _in_same_group(is_chosen: Tensor, group: Tensor) -> Tensor:
     """Mask (B, M) of the pairs that are in one group with a chosen pair.
 
-    ``is_chosen`` (B, M) is the mask of the chosen pairs, and ``group`` (M,) the group of each pair:
-    the index of the first pair of the group.
+    Args:
+        is_chosen: (B, M) mask of the chosen pairs.
+        group: (M,) group of each pair, which is the index of the first pair of the group.
     """
     row, pair = is_chosen.nonzero(as_tuple=True)
     is_group_chosen = torch.zeros_like(is_chosen)

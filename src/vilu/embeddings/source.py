@@ -26,7 +26,14 @@ from vilu.embeddings.checks import (
     hash_names,
     hash_rows,
 )
-from vilu.embeddings.columns import ANSWER, HOW, LOGITS, OF_ROWS, TEXT_COLUMNS, DataKind
+from vilu.embeddings.columns import (
+    ANSWER,
+    COLUMN_COMMANDS,
+    LOGITS,
+    ROW_COLUMNS,
+    TEXT_COLUMNS,
+    DataKind,
+)
 from vilu.embeddings.similarity import (
     Matches,
     RivalWeights,
@@ -43,10 +50,10 @@ from vilu.validation import checked, describe_value, require_mask
 if TYPE_CHECKING:
     from vilu.embeddings.split import SplitParts
 
-HASHED_ROWS = 2**14
+HASH_BLOCK_ROWS = 2**14
 """Number of rows whose embeddings are hashed together."""
 
-SAME_TEXT = 0.999
+SAME_TEXT_COSINE = 0.999
 """The texts of two classes of one name count as equal if their cosine is at least this number.
 
 Rounding of the embeddings to float16 changes the cosine by less than 1e-6.
@@ -64,7 +71,7 @@ class Candidates:
     target: Tensor  # (B,) int64 index of the right candidate; -1 where unknown
     matches: Matches | None = None  # None: only the target of a row is right
     # (K,) int64: for every candidate, its row in the source. None: all rows share the candidates.
-    members: Tensor | None = None
+    row_of_candidate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,13 +139,13 @@ class Batch:
     @cached_property
     def rivals(self) -> RivalWeights:
         """Softmax weights of all candidates except the zero-shot answer."""
-        return RivalWeights.of(self.logits)
+        return RivalWeights.from_logits(self.logits)
 
     @cached_property
-    def beside_answer(self) -> RivalWeights:
+    def judged_rivals(self) -> RivalWeights:
         """Softmax weights of all candidates except the judged answer."""
         if ANSWER in self.columns:
-            return RivalWeights.of(self.logits, self.columns[ANSWER][:, None])
+            return RivalWeights.from_logits(self.logits, self.columns[ANSWER][:, None])
         return self.rivals
 
     @cached_property
@@ -194,12 +201,12 @@ class Batch:
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.matches is not None:
-                of_blocks = []
+                log_probabilities = []
                 n_rows = len(target)
                 for block in row_blocks(n_rows, n_candidates=len(self.text), size=n_rows):
                     batch = self.rows(block)
-                    of_blocks.append(batch.log_likelihood(batch.logits))
-                return torch.cat(of_blocks)
+                    log_probabilities.append(batch.log_likelihood(batch.logits))
+                return torch.cat(log_probabilities)
             # Each target is one candidate, so one dot product per row is enough.
             cosine = (self.image * self.text[target]).sum(dim=1)
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
@@ -247,14 +254,14 @@ class Batch:
         if self.matches is None:
             candidates = torch.arange(len(self.text), device=self.target.device)
             return candidates == self.target[:, None]
-        return self.matches.right()
+        return self.matches.right_mask()
 
     def alike(self, answer: Tensor) -> Tensor:
         """Mask (B, K): whether each candidate is the same answer as the row's ``answer`` (B,).
 
-        Captions of one image are the same answer, and so are images of one caption. The rows of all
-        images and captions are compared, not only those of the row itself, whose image or caption
-        would reveal the right answer.
+        Captions of one image are the same answer, and so are images of one caption. All images and
+        captions of the pool are compared, not only those of the row itself. The image or caption of
+        the row alone would reveal the right answer.
 
         Examples:
             >>> import torch, vilu
@@ -268,7 +275,7 @@ class Batch:
             candidates = torch.arange(len(self.text), device=answer.device)
             return candidates == answer[:, None]
         matches = self.matches.to(answer.device)
-        return matches.alike(answer)
+        return matches.same_answer_mask(answer)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on another device."""
@@ -289,7 +296,7 @@ class Batch:
         """Return a batch of some rows, selected by a slice or by indices, with all candidates."""
         columns = dict(self.columns)
         for name in columns:
-            if name in OF_ROWS:
+            if name in ROW_COLUMNS:
                 columns[name] = columns[name][part]
         batch = replace(
             self,
@@ -297,11 +304,11 @@ class Batch:
             target=self.target[part],
             index=self.index[part],
             columns=columns,
-            matches=None if self.matches is None else self.matches.rows(part),
+            matches=None if self.matches is None else self.matches.take_rows(part),
             outside=None if self.outside is None else self.outside[part],
         )
         if self._has_answers:
-            batch.answered(self.zero_shot.at(part))
+            batch.answered(self.zero_shot.take(part))
         if "first_equal" in self.__dict__:
             batch.__dict__["first_equal"] = self.first_equal
         return batch
@@ -346,7 +353,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class WholeLogits(Batch):
-    """A batch whose logits are all in memory, and whose candidates all differ."""
+    """A batch whose logits are all in memory, and no two of whose candidates are equal."""
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
@@ -387,7 +394,7 @@ class PooledBatch(WholeLogits):
     """A batch of several pools of one size, one after another, for methods that use only logits.
 
     ``text`` is (P, K, D), and a target is the index of a candidate within its own pool. The logits
-    are bit for bit those of batches of one pool. No two candidates of a pool are equal.
+    are bit for bit the same as in batches of one pool. No two candidates of a pool are equal.
     """
 
     @cached_property
@@ -423,16 +430,16 @@ class PooledBatch(WholeLogits):
                 outside=None if self.outside is None else self.outside[part],
             )
             if self._has_answers:
-                pool.answered(self.zero_shot.at(part))
+                pool.answered(self.zero_shot.take(part))
             yield part, pool
 
 
 class EmbeddingSource(ABC):
     """Rows of image embeddings with their candidate texts, on which predictors fit and score.
 
-    Methods read the rows, those of other packages as well: ``batches`` to score, ``many`` to score
-    by the logits alone, ``shuffled`` and ``steps`` to train, ``candidates`` for the texts, and
-    ``identified_by`` with ``identities`` to find rows again.
+    Methods of vilu and of other packages read the rows: by ``batches`` to score, by ``many`` to
+    score by the logits alone, by ``shuffled`` and ``steps`` to train, by ``candidates`` for the
+    texts, and by ``identified_by`` with ``identities`` to find rows again.
 
     Attributes:
         space: The embedding space.
@@ -440,10 +447,10 @@ class EmbeddingSource(ABC):
         ids: (N,) row identifiers for display. Rows are compared by ``identities``.
         target: (N,) int64 index of the right candidate of every row; -1 where unknown.
         text: (K, D) candidates, if they are shared by all rows.
-        cluster: (N,) names of the clusters of the rows, which may be wrong together; None: no
-            clusters are known.
-        answer_numbers: (N,) numbers of answers that are no candidates, equal for equal answers of
-            rows in clusters; None: there are none.
+        cluster: (N,) names of the clusters of the rows. The answers to the rows of a cluster may be
+            wrong together. None: no clusters are known.
+        answer_numbers: (N,) numbers of the answers of rows in clusters, if answers are no
+            candidates. Equal answers have equal numbers. None: there are no such answers.
         pool_size: Number of rows of a pool, whose captions are the candidates of the pool. None if
             the candidates are shared by all rows.
         columns: Names of the available columns (``vilu.embeddings.columns``).
@@ -454,7 +461,7 @@ class EmbeddingSource(ABC):
         stored_dtype: Number format in which a store keeps the embeddings. None if they are not from
             a store.
         device: Device on which the rows are scored. None: the predictor chooses it.
-        fingerprint: Hash of all rows; None where it would need a pass over all embeddings.
+        fingerprint: Hash of all rows; None if it would need a pass over all embeddings.
 
     Examples:
         >>> import numpy as np, torch, vilu
@@ -493,26 +500,26 @@ class EmbeddingSource(ABC):
     fingerprint: str | None = None
     _columns: Mapping[str, Tensor] = {}  # columns that are in memory
 
-    def _merge_same(self) -> Tensor | None:
+    def _merge_equal_classes(self) -> Tensor | None:
         """Merge classes with the same text into one candidate.
 
         Returns the class (K,) int64 from which each candidate is taken; None if no class is merged.
         """
-        first = first_same(self.text, self.class_names)
-        distinct: Tensor
-        distinct, candidate = first.unique(return_inverse=True)
-        if len(distinct) == len(candidate):
+        first_class = first_same_answer(self.text, self.class_names)
+        class_of_candidate: Tensor
+        class_of_candidate, candidate_of = first_class.unique(return_inverse=True)
+        if len(class_of_candidate) == len(candidate_of):
             return None
-        names = self.class_names or tuple(f"class {i}" for i in range(len(candidate)))
-        say_once(_merge_message(names, first.tolist()))
-        self.candidate_of = candidate
-        self.text = self.text[distinct]
-        self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate[self.target])
+        names = self.class_names or tuple(f"class {i}" for i in range(len(candidate_of)))
+        warn_once(_merge_message(names, first_class.tolist()))
+        self.candidate_of = candidate_of
+        self.text = self.text[class_of_candidate]
+        self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate_of[self.target])
         if ANSWER in self._columns:
-            self._columns = {**self._columns, ANSWER: candidate[self._columns[ANSWER]]}
+            self._columns = {**self._columns, ANSWER: candidate_of[self._columns[ANSWER]]}
         if self.class_names:
-            self.class_names = tuple(names[i] for i in distinct.tolist())
-        return distinct
+            self.class_names = tuple(names[i] for i in class_of_candidate.tolist())
+        return class_of_candidate
 
     def __len__(self) -> int:
         return len(self.target)
@@ -532,10 +539,10 @@ class EmbeddingSource(ABC):
         n_outside = int(self.outside.sum())
         if n_outside:
             facts["outside"] = n_outside
-        shown = [f"{name}={value}" for name, value in facts.items()]
+        parts = [f"{name}={value}" for name, value in facts.items()]
         if self.columns:
-            shown.append(f"columns={sorted(self.columns)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+            parts.append(f"columns={sorted(self.columns)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getitem__(
         self, rows: slice | Sequence[int] | Sequence[bool] | Tensor | NDArray[Any]
@@ -553,9 +560,9 @@ class EmbeddingSource(ABC):
             >>> image, text = np.eye(4), np.eye(4)[:2]
             >>> data = vilu.Embeddings(image, text, target=[0, 1, -1, -1])
             >>> data[:3]
-            Taken(n=3, K=2, D=4, labelled=2)
+            RowSubset(n=3, K=2, D=4, labelled=2)
             >>> data[data.target >= 0]  # the labelled rows
-            Taken(n=2, K=2, D=4, labelled=2)
+            RowSubset(n=2, K=2, D=4, labelled=2)
             >>> data[[2, 0]].target.tolist()
             [-1, 0]
         """
@@ -597,9 +604,9 @@ class EmbeddingSource(ABC):
     def column(self, name: str, index: Tensor) -> Tensor:
         """Return column ``name``: the entries of the rows ``index``, or all entries.
 
-        Only a column with one entry per row is indexed. A column of candidates, or of the model as
-        a whole, is returned with all its entries. If the source has pools, the candidates are rows.
-        Then a column of candidates has one entry per row, so it is indexed, too.
+        ``index`` selects entries only of a column with one entry per row. A column of candidates,
+        or of the model as a whole, is returned with all its entries. If the source has pools, the
+        candidates are rows. Then a column of candidates has one entry per row, too.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -610,9 +617,9 @@ class EmbeddingSource(ABC):
             [[[0.0, 1.0], [1.0, 0.0]]]
         """
         if name not in self._columns:
-            command = HOW.get(name, "vilu embed")
+            command = COLUMN_COMMANDS.get(name, "vilu embed")
             raise DataError(f"these embeddings have no column {name!r}. Make it with `{command}`.")
-        is_of_rows = name in OF_ROWS
+        is_of_rows = name in ROW_COLUMNS
         if self.pool_size is not None:  # the candidates are rows, too
             is_of_rows = is_of_rows or name in TEXT_COLUMNS
         if is_of_rows:
@@ -629,7 +636,7 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def outside(self) -> Tensor:
-        """Mask (N,): True where it is known that no candidate is right.
+        """Mask (N,) of the rows of which it is known that no candidate is right.
 
         The target of such a row is -1, and any answer is wrong. By default no row is outside.
         """
@@ -680,7 +687,7 @@ class EmbeddingSource(ABC):
             if rows is None:
                 return hash_names(self.ids)
             return hash_names(self.ids[row] for row in rows.tolist())
-        return hashed(self._positions(rows), self._content)
+        return hash_row_blocks(self._positions(rows), self._content)
 
     def _positions(self, rows: NDArray[np.int64] | None) -> Tensor:
         """The indices ``rows`` as a tensor (M,) int64, by default the indices of all rows."""
@@ -776,7 +783,7 @@ class EmbeddingSource(ABC):
                     "Leave out the repeats."
                 )
         row_index = check_indices(rows, len(self), "rows")
-        return Taken(self, row_index, classes=class_index, columns=column_names)
+        return RowSubset(self, row_index, classes=class_index, columns=column_names)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
         """The source without the rows of the mask ``rows`` (N,) bool.
@@ -790,10 +797,10 @@ class EmbeddingSource(ABC):
         return self.take(np.flatnonzero(~is_left_out))
 
     def inseparable(self) -> NDArray[np.int64]:
-        """Numbers (N,) of the rows: rows with one number belong into one part of a division.
+        """Numbers (N,) of groups of rows. A division must put all rows of a group into one part.
 
-        They are ``picture_identities``. Rows with clusters have one number if they are connected by
-        clusters and pictures.
+        Rows of one picture are a group. If the rows have clusters, rows that are connected by
+        clusters and pictures are a group.
 
         Examples:
             >>> import vilu
@@ -927,13 +934,13 @@ class EmbeddingSource(ABC):
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         """The rows ``index`` as a batch, with the named ``columns``."""
         candidates = self.candidates(index)
-        members = index  # the rows of the candidates, for which columns of candidates are read
-        if candidates.members is not None:
-            members = candidates.members
+        row_of_candidate = candidates.row_of_candidate
+        if row_of_candidate is None:  # then ``column`` returns a column of candidates as a whole
+            row_of_candidate = index
         tensors = {}
         for name in columns:
-            is_of_images = name in OF_ROWS
-            tensors[name] = self.column(name, index if is_of_images else members)
+            rows_of_column = index if name in ROW_COLUMNS else row_of_candidate
+            tensors[name] = self.column(name, rows_of_column)
         batch_type = Batch
         if not self.has_texts:
             batch_type = LogitBatch
@@ -951,36 +958,40 @@ class EmbeddingSource(ABC):
         )
 
 
-def hashed(index: Tensor, content: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
+def hash_row_blocks(index: Tensor, read_rows: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
     """Hashes (M,) of the rows ``index`` (M,).
 
-    ``content`` returns the numbers of some rows. It is called for one block of rows at a time.
+    ``read_rows`` returns the numbers of some rows. It is called for one block of rows at a time.
     """
-    return np.concatenate([hash_rows(content(block)) for block in index.split(HASHED_ROWS)])
+    return np.concatenate([hash_rows(read_rows(block)) for block in index.split(HASH_BLOCK_ROWS)])
 
 
 @cache
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Log a warning once per process, even if a store is opened many times."""
     logger.warning(message)
 
 
-def _merge_message(names: Sequence[str], first: Sequence[int]) -> str:
-    """Message that lists the merged classes; ``first`` has the first equal class of every class."""
-    merged = [i for i, first_of_class in enumerate(first) if first_of_class != i]
+def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
+    """Message that lists the merged classes.
+
+    ``first_class`` has, for every class, the number of the first class that is the same answer.
+    """
+    merged = [number for number, first in enumerate(first_class) if first != number]
     examples = []
-    for i in merged[:5]:
-        earlier = first[i]
-        examples.append(f"{names[i]!r} ({i}) is {names[earlier]!r} ({earlier})")
-    more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
-    listed = f"{', '.join(examples)}{more}"
+    for number in merged[:5]:
+        first = first_class[number]
+        examples.append(f"{names[number]!r} ({number}) is {names[first]!r} ({first})")
+    and_more = f" and {len(merged) - 5} more" if len(merged) > 5 else ""
+    n_candidates = len(first_class) - len(merged)
     return (
-        f"{len(merged)} of {len(first)} classes have the text of an earlier one: {listed}. Equal "
-        f"candidates are one answer, so there are {len(first) - len(merged)}, numbered anew."
+        f"{len(merged)} of {len(first_class)} classes have the text of an earlier one: "
+        f"{', '.join(examples)}{and_more}. Equal candidates are one answer, so there are "
+        f"{n_candidates}, numbered anew."
     )
 
 
-def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
+def first_same_answer(text: Tensor, names: Sequence[str] | None) -> Tensor:
     """For every text (K, D), the index (K,) int64 of the first candidate that is the same answer.
 
     Two candidates are the same answer if their texts are equal or if their names are equal.
@@ -997,22 +1008,22 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
     first_of_name = torch.tensor([first_index[name] for name in names])
     # cosine of every text with the first text that has the same name
     cosine = (text * text[first_of_name]).sum(dim=1)
-    differing = (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()
+    differing = (cosine < SAME_TEXT_COSINE).nonzero().squeeze(1).tolist()
     if differing:
-        listed = ", ".join(map(repr, sorted({names[i] for i in differing})))
+        quoted_names = ", ".join(repr(name) for name in sorted({names[i] for i in differing}))
         raise DataError(
-            f"classes of one name must have one text. Different texts: {listed:.200}. "
+            f"classes of one name must have one text. Different texts: {quoted_names:.200}. "
             "Rename them, or give both the same row of text."
         )
-    # A candidate may have the name of a second candidate, which has the text of a third candidate.
-    # Such chains are followed to their end.
+    # Candidate A may have the name of B, and B may have the text of C. Then all three are one
+    # answer. Such chains are followed to their end.
     first = first[first_of_name]
     while not torch.equal(first, first[first]):
         first = first[first]
     return first
 
 
-class Taken(EmbeddingSource):
+class RowSubset(EmbeddingSource):
     """The source that ``EmbeddingSource.take`` returns: a view of some rows of another source.
 
     The rows are read only on demand.
@@ -1034,7 +1045,7 @@ class Taken(EmbeddingSource):
         if isinstance(source.ids, RowNumbers):
             self.ids = RowNumbers(len(rows))
         else:
-            self.ids = TakenIds(source.ids, rows)
+            self.ids = SubsetIds(source.ids, rows)
         no_rows = rows[:0]  # the candidates are the same for all rows
         self.text = source.candidates(no_rows).text
         self.class_names = source.class_names
@@ -1046,11 +1057,10 @@ class Taken(EmbeddingSource):
 
         Rows of a class that is not kept get an unknown target.
         """
-        # There is one entry per candidate, and one more entry at the end, which stays unknown. An
-        # unknown target (-1) is an index of this last entry, so the target stays unknown.
-        new_target = classes.new_full((len(self.text) + 1,), UNKNOWN)
-        new_target[classes] = torch.arange(len(classes), device="cpu")
-        self.target = new_target[self.target]
+        # One entry per candidate, and a last entry for unknown targets: the index -1 selects it.
+        new_target_of = classes.new_full((len(self.text) + 1,), UNKNOWN)
+        new_target_of[classes] = torch.arange(len(classes), device="cpu")
+        self.target = new_target_of[self.target]
         self.text = self.text[classes]
         if self.class_names:
             self.class_names = tuple(self.class_names[i] for i in classes.tolist())
@@ -1082,7 +1092,7 @@ class Taken(EmbeddingSource):
         if name == LOGITS:
             logits = self._source.column(name, self._rows[index])
             return logits if self._classes is None else logits[:, self._classes]
-        if name in OF_ROWS:
+        if name in ROW_COLUMNS:
             return self._source.column(name, self._rows[index])
         all_entries = self._source.column(name, index)
         if self._classes is not None and name in TEXT_COLUMNS:
@@ -1090,7 +1100,7 @@ class Taken(EmbeddingSource):
         return all_entries
 
 
-class TakenIds(Identifiers):
+class SubsetIds(Identifiers):
     """Identifiers of some rows of a source."""
 
     def __init__(self, ids: Sequence[str], rows: Tensor) -> None:
@@ -1102,13 +1112,13 @@ class TakenIds(Identifiers):
         return self._ids[int(self._rows[row])]
 
     def __iter__(self) -> Iterator[str]:
-        chosen = np.zeros(len(self._ids), dtype=bool)
-        chosen[self._rows] = True
+        is_chosen = np.zeros(len(self._ids), dtype=bool)
+        is_chosen[self._rows] = True
         # one pass in stored order, because identifiers on disk are read part by part
-        in_stored_order = list(compress(self._ids, chosen))
-        # for every row, the position of its identifier in ``in_stored_order``
-        _, index_of_row = self._rows.unique(return_inverse=True)
-        return (in_stored_order[i] for i in index_of_row.tolist())
+        ids_in_stored_order = list(compress(self._ids, is_chosen))
+        # for every row, the position of its identifier in ``ids_in_stored_order``
+        _, position_of_row = self._rows.unique(return_inverse=True)
+        return (ids_in_stored_order[position] for position in position_of_row.tolist())
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
@@ -1126,6 +1136,6 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     logits = float64(batch.logits)
     answer_column = batch.zero_shot.prediction[:, None].to(logits.device)
     largest_logit = logits.gather(1, answer_column)
-    difference = (logits - largest_logit) / temperature
-    without_answer = difference.exp().scatter(1, answer_column, 0.0)
-    return difference - torch.log1p(without_answer.sum(dim=-1, keepdim=True))
+    difference = (logits - largest_logit) / temperature  # d_j
+    exp_of_rivals = difference.exp().scatter(1, answer_column, 0.0)  # 0 for the largest logit
+    return difference - torch.log1p(exp_of_rivals.sum(dim=-1, keepdim=True))

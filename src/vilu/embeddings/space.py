@@ -10,7 +10,7 @@ from vilu.artifacts.hashing import digest
 from vilu.errors import ProvenanceError, UsageError
 from vilu.validation import checked_fields, require_at_least
 
-LOGARITHMS = (4.0, 5.0)
+LOGARITHM_RANGE = (4.0, 5.0)
 """A logit scale between these numbers is refused, because it is probably a logarithm of a scale.
 
 Models have the logarithm as a parameter. Released models have scales of 50 to 150: CLIP 100
@@ -21,18 +21,18 @@ probabilities of 1,000 classes would be nearly equal.
 REDUCED_JPEGS: Final = "; JPEGs decoded at 1/2, 1/4 or 1/8, but no smaller than twice this size"
 """End of the description of a preprocessing whose JPEGs are decoded at a reduced size."""
 
-FULL_DECODE: Final = (
+FULL_DECODE_ADVICE: Final = (
     "Only one of them decodes JPEGs at a reduced size, which is the default now. Give "
     "--full-decode (in Python full_decode=True) to decode in full as before, or embed the other "
     "one again."
 )
-"""Advice where two spaces differ only by the size at which JPEGs are decoded."""
+"""Advice for two spaces that differ only by the size at which JPEGs are decoded."""
 
-PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer")
+PROVENANCE_FIELDS = ("backbone", "weights", "preprocess", "tokenizer")
 """Attributes that are compared only if something is known about both models.
 
-The precision is not compared. Where it is not float32, `vilu embed` has compared its embeddings
-with those in float32 (``vilu.store.precision``).
+The precision is not compared. If it is not float32, `vilu embed` has compared the embeddings with
+those in float32 (``vilu.store.precision``).
 """
 
 
@@ -79,11 +79,12 @@ class EmbeddingSpace:
 
     def __post_init__(self) -> None:
         require_at_least("embed_dim", self.embed_dim, 0)
-        if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
+        is_valid_scale = math.isfinite(self.logit_scale) and self.logit_scale > 0
+        if not is_valid_scale:
             raise UsageError(
                 f"logit_scale must be a positive finite number. Got {self.logit_scale} instead."
             )
-        smallest, largest = LOGARITHMS
+        smallest, largest = LOGARITHM_RANGE
         if smallest < self.logit_scale < largest:
             raise UsageError(
                 f"logit_scale must be the multiplier of the cosine. Got {self.logit_scale:g}, "
@@ -147,7 +148,7 @@ class EmbeddingSpace:
         """
         fields = ["embed_dim", "logit_scale", "logit_bias"]
         if not (self.anonymous or other.anonymous):
-            fields += PROVENANCE
+            fields += PROVENANCE_FIELDS
         differences = []
         for field in fields:
             own_value = getattr(self, field)
@@ -161,7 +162,7 @@ class EmbeddingSpace:
         if differences:
             advice = "Embed both with the same backbone, weights and preprocessing."
             if self.differs_by_decoding(other):
-                advice = FULL_DECODE
+                advice = FULL_DECODE_ADVICE
             raise ProvenanceError(
                 f"{name} and {other_name} come from different embedding spaces: "
                 f"{'; '.join(differences)}. {advice}"

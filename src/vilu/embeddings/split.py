@@ -12,7 +12,7 @@ from vilu.errors import UsageError
 
 Rows = TypeVar("Rows")
 
-ROUNDING = 1e-9
+ROUNDING_TOLERANCE = 1e-9
 """Tolerance of rounding errors: the sum of the shares may exceed 1 by this number."""
 
 
@@ -30,34 +30,36 @@ def require_shares(shares: Sequence[float]) -> None:
         if not 0 <= share <= 1:
             raise UsageError(f"the share of a part must be from 0 to 1. Got {share}.")
     total = sum(shares)
-    if total > 1 + ROUNDING:
+    if total > 1 + ROUNDING_TOLERANCE:
         raise UsageError(f"the shares of the parts must add up to at most 1. Got {total:g}.")
 
 
 def connected_rows(cluster: NDArray[np.int64], picture: NDArray[np.int64]) -> NDArray[np.int64]:
     """Numbers (N,) of groups of rows that are connected by a cluster or by a picture.
 
-    A group may have several clusters, because copies of one picture may lie in two of them. A
-    picture of -1 (N,) is in no other row.
+    A group may have several clusters, because copies of one picture may lie in two of them.
+
+    Args:
+        cluster: (N,) numbers of the clusters of the rows.
+        picture: (N,) identities of the pictures. -1: the picture is in no other row.
     """
     # imported here to keep `import vilu` fast
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     # every row is connected with the first row of its cluster, and with that of its picture
+    n_rows = len(cluster)
     has_picture = picture >= 0
-    ends = [_first_rows(cluster), _first_rows(picture)[has_picture]]
-    starts = [np.arange(len(cluster)), np.flatnonzero(has_picture)]
-    start = np.concatenate(starts)
-    shape = (len(cluster), len(cluster))
-    graph = coo_array((np.ones(len(start)), (start, np.concatenate(ends))), shape=shape)
-    number: NDArray[np.int32]
-    _, number = connected_components(graph, directed=False)
-    return number.astype(np.int64)
+    start = np.concatenate([np.arange(n_rows), np.flatnonzero(has_picture)])
+    end = np.concatenate([_first_rows(cluster), _first_rows(picture)[has_picture]])
+    graph = coo_array((np.ones(len(start)), (start, end)), shape=(n_rows, n_rows))
+    group: NDArray[np.int32]
+    _, group = connected_components(graph, directed=False)
+    return group.astype(np.int64)
 
 
 def _first_rows(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(N,) first row of the group of every row."""
+    """For every row, the first row (N,) of its group."""
     _, first_row, group_of_row = np.unique(group, return_index=True, return_inverse=True)
     return first_row[group_of_row]
 
@@ -83,21 +85,21 @@ def part_of_rows(
     rng = np.random.default_rng(seed)
     identity = picture.copy()
     is_alone = identity < 0
-    first_new = identity.max(initial=-1) + 1
     # a picture that is in no other row gets an identity that no other picture has
-    identity[is_alone] = first_new + np.arange(np.count_nonzero(is_alone))
+    first_unused = identity.max(initial=-1) + 1
+    identity[is_alone] = first_unused + np.arange(np.count_nonzero(is_alone))
     _, first_row, picture_of_row = np.unique(identity, return_index=True, return_inverse=True)
     stratum_of_picture = stratum[first_row]
     borders = np.cumsum(shares)
     part_of_picture = np.empty(len(first_row), np.int64)
-    for number in np.unique(stratum_of_picture):
-        members = rng.permutation(np.flatnonzero(stratum_of_picture == number))
-        quantile = (np.arange(len(members)) + rng.random()) / len(members)
+    for class_number in np.unique(stratum_of_picture):
+        pictures = rng.permutation(np.flatnonzero(stratum_of_picture == class_number))
+        quantile = (np.arange(len(pictures)) + rng.random()) / len(pictures)
         # A quantile at a border belongs to the part after the border, even if rounding made the
         # quantile a little smaller.
-        part = np.searchsorted(borders - ROUNDING, quantile, side="right")
-        part_of_picture[members] = part
-    parts_have_all_rows = sum(shares) >= 1 - ROUNDING
+        part = np.searchsorted(borders - ROUNDING_TOLERANCE, quantile, side="right")
+        part_of_picture[pictures] = part
+    parts_have_all_rows = sum(shares) >= 1 - ROUNDING_TOLERANCE
     if parts_have_all_rows:
         # Rounding may have put a quantile above the last border. Its picture is put into the last
         # part that is not empty.

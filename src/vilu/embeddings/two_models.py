@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import VALID, Identity
-from vilu.embeddings.columns import SECOND
-from vilu.embeddings.source import EmbeddingSource, Taken
+from vilu.embeddings.columns import SECOND_MODEL_COLUMNS
+from vilu.embeddings.source import EmbeddingSource, RowSubset
 from vilu.errors import DataError, UsageError
 from vilu.validation import checked
 
@@ -20,7 +20,7 @@ MODEL_INDEPENDENT: tuple[Identity, ...] = ("pictures", "names")
 """Kinds of identity that do not depend on the model that embedded a row, best first."""
 
 
-class TwoModels(Taken):
+class TwoModels(RowSubset):
     """The rows of one source, with embeddings of the same pictures by a second model.
 
     All data are those of the first source, except two additional columns:
@@ -80,8 +80,10 @@ class TwoModels(Taken):
             )
         _require_same_candidates(first, second)
         all_rows = torch.arange(len(first), device="cpu")
-        super().__init__(first, all_rows, classes=None, columns=first.columns | SECOND)
-        row_of_second = rows_of_second(first, second)
+        super().__init__(
+            first, all_rows, classes=None, columns=first.columns | SECOND_MODEL_COLUMNS
+        )
+        row_of_second = match_rows(first, second)
         self.first = first
         self.second = second
         self._row_of_second = torch.from_numpy(row_of_second)
@@ -100,43 +102,54 @@ class TwoModels(Taken):
         return super().column(name, index)
 
 
-def rows_of_second(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
+def match_rows(first: EmbeddingSource, second: EmbeddingSource) -> NDArray[np.int64]:
     """For every row of the first source, its index (N,) in the second source."""
-    by = _common_identity(first, second)
-    sought = first.identities(by)
-    identities = second.identities(by)
-    order = np.argsort(identities, kind="stable")
-    ordered = identities[order]
-    if by == "names":
-        equals_next = ordered[:-1] == ordered[1:]
-        repeated = np.flatnonzero(equals_next)
-        if repeated.size:
-            name = second.ids[int(order[repeated[0]])]
-            raise DataError(
-                f"rows are found by their names, and the second source has {name!r} twice. Give "
-                "every row a name of its own."
-            )
-    # The rank of an identity is its position in ``ordered``. If the identity is missing, the rank
-    # is the position where it would be inserted, which may be after the last entry.
-    rank = np.searchsorted(ordered, sought)
-    is_in_range = rank < len(ordered)
-    is_there = np.zeros(len(sought), dtype=bool)
-    is_there[is_in_range] = ordered[rank[is_in_range]] == sought[is_in_range]
-    if not is_there.all():
-        missing = np.flatnonzero(~is_there)
+    kind = _common_identity(first, second)
+    first_identities = first.identities(kind)
+    second_identities = second.identities(kind)
+    order = np.argsort(second_identities, kind="stable")
+    sorted_identities = second_identities[order]
+    if kind == "names":
+        _require_distinct_names(second, order, sorted_identities)
+    # The rank of an identity is its position in ``sorted_identities``. If the identity is missing,
+    # the rank is the position where it would be inserted, which may be after the last entry.
+    rank = np.searchsorted(sorted_identities, first_identities)
+    is_in_range = rank < len(sorted_identities)
+    is_present = np.zeros(len(first), dtype=bool)
+    identity_at_rank = sorted_identities[rank[is_in_range]]
+    is_present[is_in_range] = identity_at_rank == first_identities[is_in_range]
+    if not is_present.all():
+        missing = np.flatnonzero(~is_present)
         raise DataError(
             f"{len(missing)} of {len(first)} rows are not among the {len(second)} of the second "
-            f"source (compared by their {by}), for example {first.ids[int(missing[0])]!r}. "
+            f"source (compared by their {kind}), for example {first.ids[int(missing[0])]!r}. "
             "Embed the same images with the second model."
         )
     return np.asarray(order[rank], dtype=np.int64)
 
 
+def _require_distinct_names(
+    second: EmbeddingSource, order: NDArray[np.int64], sorted_identities: NDArray[np.uint64]
+) -> None:
+    """Raise DataError if two rows of the second source have the same name.
+
+    ``order`` are the row numbers that sort the identities, and ``sorted_identities`` are sorted.
+    """
+    equals_next = sorted_identities[:-1] == sorted_identities[1:]
+    repeated = np.flatnonzero(equals_next)
+    if repeated.size:
+        name = second.ids[int(order[repeated[0]])]
+        raise DataError(
+            f"rows are found by their names, and the second source has {name!r} twice. Give "
+            "every row a name of its own."
+        )
+
+
 def _common_identity(first: EmbeddingSource, second: EmbeddingSource) -> Identity:
     """The best kind of identity that both sources have; DataError if there is none."""
-    for by in MODEL_INDEPENDENT:
-        if by in first.identified_by and by in second.identified_by:
-            return by
+    for kind in MODEL_INDEPENDENT:
+        if kind in first.identified_by and kind in second.identified_by:
+            return kind
     raise DataError(
         "nothing tells which rows of the two sources are the same: both need pictures (`vilu "
         "embed`), or names (ids). Embed both with `vilu embed`, or give both the ids of their rows."

@@ -23,7 +23,7 @@ from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import read_file
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.device import torch_defaults
-from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.columns import ROW_COLUMNS
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.guard.first_photos import FirstPhotos
@@ -282,7 +282,7 @@ class Guard:
                 other_name="its candidates",
             )
         used = {*self.predictor.columns_to_score, *self.predictor.answer_columns}
-        used_of_rows = used & OF_ROWS  # without the columns of the candidates
+        used_of_rows = used & ROW_COLUMNS  # without the columns of the candidates
         not_of_one_image = sorted(used_of_rows - {FEATURES})
         if not_of_one_image:
             raise UsageError(

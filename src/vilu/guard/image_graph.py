@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vilu.artifacts.disk import write_bytes
 from vilu.artifacts.documents import plain_json
-from vilu.artifacts.paths import claim_file, inputs_of
-from vilu.backbones.base import ROUNDING, Backbone
+from vilu.artifacts.paths import claim_file, inputs_digest
+from vilu.backbones.base import PROJECTION_TOLERANCE, Backbone
 from vilu.calibration.rules import Rule
 from vilu.errors import DataError
 from vilu.extras import import_extra
@@ -137,7 +137,7 @@ def limits_of(guard: Guard) -> Tensor | None:
 
 def fingerprint_of(folder: str | Path) -> str:
     """Digest of the inputs of an export: predictor, rule and classes of a folder."""
-    return inputs_of(Path(folder), Path(folder) / VOCABULARY, graph=PIXELS)
+    return inputs_digest(Path(folder), Path(folder) / VOCABULARY, graph=PIXELS)
 
 
 def export_image_graph(
@@ -308,7 +308,7 @@ def _require_near(name: str, array: Tensor, expected: Tensor, step: float) -> No
     gap = (array - expected).abs()
     size = expected.abs()
     largest = size.amax(dim=1, keepdim=True)
-    is_near = gap <= step * size + ROUNDING * largest
+    is_near = gap <= step * size + PROJECTION_TOLERANCE * largest
     if not bool(is_near.all()):
         raise DataError(
             f"the {name} rows of the exported tower differ from torch's by {float(gap.max()):.2g}. "

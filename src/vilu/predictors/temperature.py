@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.callers import warn_caller
-from vilu.embeddings.columns import SECOND
+from vilu.embeddings.columns import SECOND_MODEL_COLUMNS
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import RivalWeights, float64
 from vilu.embeddings.source import Batch, EmbeddingSource
@@ -122,7 +122,7 @@ def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64: one minus the probability of the answer, with m = exp(``log_multiplier``)."""
     answer_column = batch.prediction[:, None].to(batch.logits.device)
     temperature = math.exp(-log_multiplier)
-    return RivalWeights.of(batch.logits, answer_column, temperature).doubt
+    return RivalWeights.from_logits(batch.logits, answer_column, temperature).doubt
 
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
@@ -271,7 +271,7 @@ class WithSecondModel(FailurePredictor):
 
     def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
         """Notes with the space of the second model; empty if the scores do not use this model."""
-        if source.second is None or SECOND.isdisjoint(self.columns_to_score):
+        if source.second is None or SECOND_MODEL_COLUMNS.isdisjoint(self.columns_to_score):
             return {}
         return {"second": dataclasses.asdict(source.second.space)}
 

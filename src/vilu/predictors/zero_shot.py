@@ -48,7 +48,7 @@ class MCM(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.beside_answer.doubt
+        return batch.judged_rivals.doubt
 
 
 @dataclass
@@ -146,7 +146,7 @@ class MaxLogit(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return -batch.beside_answer.answer_logit
+        return -batch.judged_rivals.answer_logit
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Margin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return batch.beside_answer.gap
+        return batch.judged_rivals.gap
 
 
 @dataclass
@@ -207,7 +207,7 @@ class ProbMargin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        rivals = batch.beside_answer
+        rivals = batch.judged_rivals
         ratio = rivals.gap.exp()  # p_(2) / p_(1)
         return (ratio + rivals.odds) / (1 + rivals.odds)
 
@@ -244,7 +244,7 @@ class Energy(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        rivals = RivalWeights.of(batch.logits, temperature=self.temperature)
+        rivals = RivalWeights.from_logits(batch.logits, temperature=self.temperature)
         return -(float64(rivals.answer_logit) + self.temperature * torch.log1p(rivals.odds))
 
 
@@ -337,7 +337,7 @@ def entropy(batch: Batch) -> Tensor:
     rivals = batch.rivals
     odds = rivals.odds  # sum_j e_j
     # l_j - l = (l_j - second) + gap, where ``second`` is the second-largest logit
-    below_second = (rivals.logits - rivals.second).mul_(rivals.weight).sum(dim=1)
+    below_second = (rivals.logits - rivals.max_rival_logit).mul_(rivals.weight).sum(dim=1)
     total = rivals.gap.exp() * float64(below_second) + rivals.gap * odds  # sum_j e_j (l_j - l)
     return torch.log1p(odds) - total / (1 + odds)
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.documents import identity
+from vilu.artifacts.documents import content_digest
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.callers import warn_caller
 from vilu.device import torch_defaults
@@ -625,7 +625,7 @@ def predictor_fingerprint(predictor: FailurePredictor) -> str:
     weights = {}
     for name, tensor in tensors.items():
         weights[name] = [str(tensor.dtype), list(tensor.shape), tensor_hash(tensor)]
-    return identity({**describe(predictor), "weights": weights})
+    return content_digest({**describe(predictor), "weights": weights})
 
 
 def source_fingerprint(source: EmbeddingSource) -> str:

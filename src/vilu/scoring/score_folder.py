@@ -41,7 +41,7 @@ AGAIN = "Run the same `vilu score` again"
 class ScoreDocument(Document):
     """A JSON file of a folder of scores."""
 
-    again = AGAIN  # advice in messages about a damaged file
+    remedy = AGAIN  # advice in messages about a damaged file
 
 
 class ScoreRun(ScoreDocument):
@@ -214,7 +214,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 
     what = "folder of scores"
     command = "vilu score"
-    doing = "scoring into"
+    activity = "scoring into"
     kind = "scores"
     folders = ("receipts", "histograms", "scores")
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vilu.artifacts.disk import make_folder, or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, make_folder, write_bytes
 from vilu.artifacts.documents import plain_json
 from vilu.datasets.images import sniff, stated_pixels
 from vilu.embeddings.columns import DataKind
@@ -457,7 +457,7 @@ def _keep_images(
 def _remove(paths: Sequence[Path]) -> None:
     """Remove files that were just written."""
     for path in paths:
-        with or_refuse(f"remove {path}"):
+        with convert_os_errors(f"cannot remove {path}"):
             path.unlink(missing_ok=True)
 
 

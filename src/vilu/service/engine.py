@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.embeddings.checks import STATUS, VALID, normalised
+from vilu.embeddings.checks import STATUS, VALID, normalise_rows
 from vilu.embeddings.columns import DataKind
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.guard.guard import (
@@ -430,7 +430,7 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
     """Embeddings (B, D) scaled to unit norm; DataError if an embedding has no direction."""
-    scaled, status, _ = normalised(embeddings)
+    scaled, status, _ = normalise_rows(embeddings)
     bad = np.flatnonzero(status != VALID)
     if bad.size:
         first_bad = int(bad[0])

@@ -19,7 +19,7 @@ from typing import Final
 
 import numpy as np
 
-from vilu.artifacts.disk import make_folder, or_refuse
+from vilu.artifacts.disk import convert_os_errors, make_folder
 from vilu.calibration.monitor.monitor import Monitor
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, UNKNOWN, DataError, StorageError, ViLUError
 from vilu.outcomes.outcomes import Outcomes
@@ -191,7 +191,7 @@ class Journal:
                 corrected[number] = code
             # A saved state counts the wrong labels. After a crash, all is read again without it.
             self._saving.result()
-            with or_refuse(f"remove {self.folder / STATE}"):
+            with convert_os_errors(f"cannot remove {self.folder / STATE}"):
                 (self.folder / STATE).unlink(missing_ok=True)
             self._rows.add_corrections(corrected)
             logger.warning("%d labels of %s were corrected.", len(corrected), self.folder)

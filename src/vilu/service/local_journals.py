@@ -23,8 +23,8 @@ SERVING: Final = "serving.json"
 class AnsweringPredictor(Document):
     """The file ``serving.json``: the predictor that answers."""
 
-    again = "Serve with a new --state"
-    fault = DataError
+    remedy = "Serve with a new --state"
+    error_class = DataError
 
     kind: str = "serving"
     answers: str  # fingerprint of the predictor

@@ -189,7 +189,7 @@ def serve_ray(
     if port == 0:
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
-    with locked(setup.state, "serving with the state in"):
+    with locked(setup.state, activity="serving with the state in"):
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "local"),
             log_to_driver=False,

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.artifacts.documents import SCHEMA, SCHEMA_VERSION, require_schema
 from vilu.errors import StorageError
 
@@ -227,7 +227,7 @@ class RowFile:
         self._last = self.ends.n
         # The file of ends must exist before the first row, because a file of rows without it counts
         # as damaged.
-        with or_refuse(f"write {self._ends_path}"):
+        with convert_os_errors(f"cannot write {self._ends_path}"):
             self._ends_file = os.open(self._ends_path, os.O_RDWR | os.O_CREAT, 0o666)
         self._note_ends()
         os.fsync(self._ends_file)
@@ -361,7 +361,7 @@ class RowFile:
 
         A power cut may lose the line.
         """
-        with or_refuse(f"write {self._ends_path}"):
+        with convert_os_errors(f"cannot write {self._ends_path}"):
             os.pwrite(self._ends_file, self.ends.line(), 0)
 
     @contextmanager
@@ -396,7 +396,7 @@ class RowFile:
 
     def _noted_ends(self) -> Ends | None:
         """The ends in the file ``rows.ends``; None if it is missing or damaged."""
-        with or_refuse(f"read {self._ends_path}"):
+        with convert_os_errors(f"cannot read {self._ends_path}"):
             if not self._ends_path.exists():
                 return None
             return Ends.parse(self._ends_path.read_bytes())
@@ -466,11 +466,11 @@ class RowFile:
     def _repaired(self, noted: Ends | None) -> Ends:
         """Set the old files aside, and replace them by a copy of the unbroken chains."""
         new = self.path.with_name(f"{ROWS}.new")
-        with or_refuse(f"write {new}"):
+        with convert_os_errors(f"cannot write {new}"):
             new.unlink(missing_ok=True)
         ends, n_rows = self._copied_to(new)
         aside = set_aside(self.path.parent, (WAL, f"{ROWS}-shm", ROWS, ENDS))
-        with or_refuse(f"write {self.path}"):
+        with convert_os_errors(f"cannot write {self.path}"):
             new.replace(self.path)
         expected = "an unknown number of" if noted is None else f"{noted.n:,}"
         logger.warning(
@@ -519,7 +519,7 @@ def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
         renamed = [f"{name}.aside-{number}" for name in present]
         if not any((folder / name).exists() for name in renamed):
             break
-    with or_refuse(f"rename files in {folder}"):
+    with convert_os_errors(f"cannot rename files in {folder}"):
         for name, aside in zip(present, renamed, strict=True):
             (folder / name).rename(folder / aside)
     return renamed

@@ -174,7 +174,7 @@ class Hosted:
         with ExitStack() as stack:
             stack.enter_context(self.socket)
             make_folder(self.setup.state)
-            stack.enter_context(locked(self.setup.state, "serving with the state in"))
+            stack.enter_context(locked(self.setup.state, activity="serving with the state in"))
             loader = threading.Thread(target=self._load, name="vilu-load")
             loader.start()
             try:

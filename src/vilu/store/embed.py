@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from vilu.artifacts.disk import RUN
-from vilu.artifacts.documents import explain, read_document
+from vilu.artifacts.documents import first_error, read_document
 from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.callers import warn_caller
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
-from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
+from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, ShardErrorKind
 from vilu.device import torch_defaults
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
@@ -263,13 +263,13 @@ def _drive_shared(
     The lock is held at the beginning and at the end, but not while parts are done. So the processes
     do parts at the same time, but only one of them begins the store, and only one seals it.
     """
-    with StoreLedger.claim(job.root, PATIENCE):
+    with StoreLedger.claim(job.root, wait_seconds=PATIENCE):
         job = _begin_job(job, model, overwrite=False)
         # Only sizes are checked. With ``deep=True``, each of many processes would read all parts.
         missing, receipts = job.ledger.survey(deep=False)
         _prepare(job, missing, model)
     _do_parts(job, executor, missing, receipts)
-    with StoreLedger.claim(job.root, PATIENCE):
+    with StoreLedger.claim(job.root, wait_seconds=PATIENCE):
         missing, _ = job.ledger.survey(deep=False)
         if missing:
             logger.info(
@@ -408,7 +408,9 @@ def describe_run(settings: Mapping[str, object], dataset: str) -> Run:
     try:
         inputs = Inputs.model_validate(settings)
     except ValidationError as error:
-        raise UsageError(f"cannot make a store with these settings: {explain(error)}.") from error
+        raise UsageError(
+            f"cannot make a store with these settings: {first_error(error)}."
+        ) from error
     further_fields = {
         "fingerprint": digest(inputs.identity()),
         "dataset": dataset,
@@ -469,7 +471,7 @@ def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
         )
 
 
-BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that concern a whole shard
+BAD_SHARD = frozenset(get_args(ShardErrorKind))  # kinds of errors that concern a whole shard
 MAX_NAMED = 5  # maximum number of bad shards that a message names
 
 

@@ -76,16 +76,16 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
     The column of captions is the first of ``names`` that the file has. StorageError if the file
     does not have ``n_rows`` rows.
     """
-    again = "Restore the file, or embed the images again."
+    remedy = "Restore the file, or embed the images again."
     n_read = 0
-    with or_damaged(path, again), pq.ParquetFile(path) as file:
+    with or_damaged(path, remedy), pq.ParquetFile(path) as file:
         column = _caption_column(path, file.schema_arrow, names)
         for batch in file.iter_batches(READ_ROWS, columns=[column]):
             batch.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
             n_read += len(batch)
             yield batch.column(0).to_pylist()
     if n_read != n_rows:
-        raise StorageError(f"{path} has {n_read} rows, expected {n_rows}. {again}")
+        raise StorageError(f"{path} has {n_read} rows, expected {n_rows}. {remedy}")
 
 
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:

@@ -26,13 +26,25 @@ from vilu.embeddings.checks import (
     check_class_names,
     check_targets,
     hash_names,
-    normalised,
+    normalise_rows,
     require_usable,
 )
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import ANSWER, ANY_NORM, COLUMNS, IMAGE_COLUMNS, LOGITS, TEXT_COLUMNS
-from vilu.embeddings.logits import float32_logits, logit_space, no_texts, require_different
-from vilu.embeddings.source import first_same
+from vilu.embeddings.columns import (
+    ANSWER,
+    COLUMNS,
+    IMAGE_COLUMNS,
+    LOGITS,
+    TEXT_COLUMNS,
+    UNNORMALISED_COLUMNS,
+)
+from vilu.embeddings.logits import (
+    logit_space,
+    logits_to_float32,
+    require_distinct_names,
+    zero_texts,
+)
+from vilu.embeddings.source import first_same_answer
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
@@ -286,14 +298,14 @@ class SourceArrays:
 
     def fingerprint(self) -> str:
         """Return a hash of all arrays except scale and bias, which the space contains."""
-        hashed = {name: array for name, array in self.arrays.items() if name not in OF_SPACE}
-        n_bytes = sum(array.n_bytes for array in hashed.values())
+        hashed_arrays = {name: array for name, array in self.arrays.items() if name not in OF_SPACE}
+        n_bytes = sum(array.n_bytes for array in hashed_arrays.values())
         with track("Reading arrays", n_bytes / MIB, "MiB") as task:
 
             def advance(n_read: int) -> None:
                 task.advance(n_read / MIB)
 
-            return digest({name: array.hash(advance) for name, array in hashed.items()})
+            return digest({name: array.hash(advance) for name, array in hashed_arrays.items()})
 
     def rows(self, part: Part) -> PartRows:
         """Read the rows of a part, and return the usable rows and the errors."""
@@ -359,17 +371,19 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
     Columns that may have any norm are not normalised, and their norms are not returned. The status
     code of an image with several views is the highest status code of its views.
     """
-    may_have_any_norm = name in ANY_NORM
+    may_have_any_norm = name in UNNORMALISED_COLUMNS
     if name == LOGITS:
-        rows = float32_logits(block)
+        rows = logits_to_float32(block)
     else:
-        rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=not may_have_any_norm)
+        rows = as_matrix(
+            block.reshape(-1, block.shape[-1]), name, keep_direction=not may_have_any_norm
+        )
     if may_have_any_norm:
         is_finite = torch.isfinite(rows).all(dim=1).numpy()
         status = np.where(is_finite, VALID, NONFINITE).astype(np.uint8)
         return rows, status, Norms()
     # in ``rows``, every view of an image is a row
-    rows, status, norms = normalised(rows)
+    rows, status, norms = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
     # VALID is the smallest code, so an image is valid only if all its views are.
     status_of_images = status_of_views.max(axis=1, initial=VALID)
@@ -403,7 +417,7 @@ def _read(
     targets = _read_targets(opened.get("target"), n_rows)
     if LOGITS in opened:
         target, text_rows, classes = _classes_of_logits(targets, names, outside, opened[LOGITS])
-        text = no_texts(len(classes), logit_space(_width(opened)))
+        text = zero_texts(len(classes), logit_space(_width(opened)))
     else:
         target, text_rows, classes = _leave_out(outside, names, targets, opened["text"])
         text = _texts(opened, text_rows, classes)
@@ -443,7 +457,7 @@ def _texts(opened: Mapping[str, StoredArray], text_rows: Tensor, classes: Sequen
             f"image and text must share one width. Got {_width(opened)} ({opened['image'].where}) "
             f"and {text.shape[1]} ({opened['text'].where})."
         )
-    first_same(text, classes)  # raises DataError if classes of one name have different texts
+    first_same_answer(text, classes)  # raises DataError if classes of one name have different texts
     return text
 
 
@@ -490,7 +504,7 @@ def _classes_of_logits(
             "classes with logits can be answers, so they cannot be outside. Leave their logits "
             "out, or use --outside for labels beyond the classes only."
         )
-    require_different(names)
+    require_distinct_names(names)
     target = _index_targets(targets, names, outside)
     # ``check_class_names`` returns a tuple, and None only for None. ``or ()`` is for type checkers.
     classes = check_class_names(names, n_candidates=len(names)) or ()

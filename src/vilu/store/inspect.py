@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import read_document
 from vilu.embeddings.checks import NORM_TOLERANCE
-from vilu.embeddings.columns import ANY_NORM
+from vilu.embeddings.columns import UNNORMALISED_COLUMNS
 from vilu.errors import OUTSIDE, UNKNOWN, ViLUError
 from vilu.store.ledger import require_hash
 from vilu.store.manifest import CAPTION, IMAGE, Receipt, Run
@@ -197,7 +197,7 @@ def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
         for name, info in receipt.files.items():
             # every file is checked, even if another file is damaged
             with report.noting():
-                require_hash(ledger.root / name, info.sha256, receipt.again)
+                require_hash(ledger.root / name, info.sha256, receipt.remedy)
         report.problems += list(_part_problems(ledger, part, receipt))
     if not ledger.run.captions:
         report.labels.update(_label_counts(ledger, part, receipt))
@@ -255,10 +255,10 @@ def _label_problems(labels: NDArray[np.int64], n_classes: int, where: str) -> It
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
     """Yield a sentence for each block with rows that are not finite or not of unit norm."""
     rows = map_rows(path, shape, dtype)
-    expected = "finite" if name in ANY_NORM else "of unit norm"
+    expected = "finite" if name in UNNORMALISED_COLUMNS else "of unit norm"
     for start in range(0, len(rows), CHUNK):
         block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
-        if name in ANY_NORM:
+        if name in UNNORMALISED_COLUMNS:
             is_good = torch.isfinite(block)
         else:
             norms = torch.linalg.vector_norm(block, dim=-1)

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vilu.artifacts.disk import RUN, or_refuse
-from vilu.artifacts.documents import log
+from vilu.artifacts.disk import RUN, convert_os_errors
+from vilu.artifacts.documents import append_to_log
 from vilu.backbones.base import Backbone, jpeg_side_of
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
@@ -42,7 +42,7 @@ def attempts(root: Path, part: Part) -> int:
     A process that ends the part, or fails with an exception, removes its mark.
     """
     path = root / part.attempts
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         try:
             # A mark is one byte of the file. Appending one byte is atomic, so no mark is lost if
             # two processes append at the same time.
@@ -54,7 +54,7 @@ def attempts(root: Path, part: Part) -> int:
 def forget_attempts(root: Path) -> None:
     """Remove the marks of all parts. To be called only if no other process works on the store."""
     folder = root / "attempts"
-    with or_refuse(f"clean {folder}"):
+    with convert_os_errors(f"cannot clean {folder}"):
         if not folder.is_dir():
             return
         for path in folder.iterdir():
@@ -85,7 +85,7 @@ class Marks:
     def begin(self, part: Part) -> None:
         """Leave a mark on a part, before the work on it begins."""
         path = self._root / part.attempts
-        with or_refuse(f"write to {path.parent}"):
+        with convert_os_errors(f"cannot write to {path.parent}"):
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as handle:
                 handle.write(b"x")
@@ -94,7 +94,7 @@ class Marks:
     def end(self, part: Part) -> None:
         """Remove all marks on a part, also those of processes that died in it before."""
         path = self._root / part.attempts
-        with or_refuse(f"write to {path.parent}"):
+        with convert_os_errors(f"cannot write to {path.parent}"):
             path.unlink(missing_ok=True)
         self._begun.discard(part)
 
@@ -302,7 +302,7 @@ class EmbedJob:
 
         check = check_precision(backbone, self.run, pixels(), self.batch_size)
         if check is not None:
-            log(self.root, checked=asdict(check))
+            append_to_log(self.root, checked=asdict(check))
 
     def _load_backbone(self) -> Backbone:
         """Return the model; ProvenanceError if it is not the model that the run began with."""
@@ -317,7 +317,7 @@ class EmbedJob:
     def _log(self, part: Part, receipt: Receipt, content: PartRows) -> None:
         """Log a finished part, to the log of the store and to the log of the process."""
         seconds = round(time.monotonic() - content.started, 3)
-        log(
+        append_to_log(
             self.root,
             part=part.number,
             rows=receipt.n_ok,

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.callers import warn_caller
-from vilu.datasets.files import MISSING, ListingHash
+from vilu.datasets.files import NO_VALUE, ListingHash
 from vilu.device import torch_defaults
-from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalised, row_status
+from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalise_rows, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
@@ -217,7 +217,7 @@ def _entries(folder: Path) -> list[Path]:
     """Return the entries of a folder, sorted; DataError if it is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
-    with or_refuse(f"read {folder}"):
+    with convert_os_errors(f"cannot read {folder}"):
         return sorted(folder.iterdir())
 
 
@@ -311,7 +311,7 @@ class LaionPairs(Reopened, MappedPairs):
         rows = super()._take(name, index)
         if self._all_unit:
             return rows
-        unit_rows, _, _ = normalised(rows)
+        unit_rows, _, _ = normalise_rows(rows)
         return unit_rows
 
     @cached_property
@@ -401,8 +401,8 @@ def _hash_of_files(root: Path, shards: list[Shard]) -> str:
         for path in (shard.image, shard.text, shard.metadata):
             if path is None:
                 continue
-            with or_refuse(f"read {path}"):
-                listing.add(path.relative_to(root).as_posix(), MISSING, path.stat())
+            with convert_os_errors(f"cannot read {path}"):
+                listing.add(path.relative_to(root).as_posix(), NO_VALUE, path.stat())
     return listing.hexdigest()
 
 

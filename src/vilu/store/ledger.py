@@ -31,10 +31,10 @@ from vilu.artifacts.disk import (
     MANIFEST,
     RUN,
     TEMPORARY,
+    convert_os_errors,
     file_hash,
     is_leftover,
     locked,
-    or_refuse,
     write_bytes,
 )
 from vilu.artifacts.documents import (
@@ -46,7 +46,7 @@ from vilu.artifacts.documents import (
     write_document,
 )
 from vilu.artifacts.hashing import bytes_hash, digest
-from vilu.artifacts.paths import claim_folder, entries, require_no_others
+from vilu.artifacts.paths import claim_folder, folder_entries, refuse_foreign_files
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.progress import Silence, Task, track
 
@@ -109,7 +109,7 @@ class Ledger(ABC, Generic[P, R]):
 
     what: ClassVar[str]  # name of this kind of folder, for messages
     command: ClassVar[str]  # command that makes the folder, for messages
-    doing: ClassVar[str]  # what the process that holds the lock is doing, for messages
+    activity: ClassVar[str]  # "scoring into": in messages, what the holder of the lock does
     kind: ClassVar[str | None] = None  # value of "kind" in run.json; None if there is no such field
     documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)  # files directly in the folder
     folders: ClassVar[tuple[str, ...]]  # all sub-folders that a run can have
@@ -124,20 +124,20 @@ class Ledger(ABC, Generic[P, R]):
 
     @classmethod
     @contextmanager
-    def claim(cls, root: Path, patience: float = 0.0) -> Iterator[None]:
+    def claim(cls, root: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         """Make the folder, and hold its lock in the block.
 
-        If another process holds the lock, wait for at most ``patience`` seconds. The system
+        If another process holds the lock, wait for at most ``wait_seconds``. The system
         releases the lock if this process dies.
         """
         # The check comes first, so that a refusal does not leave a new folder behind.
         cls.check_place(root)
-        with or_refuse(f"write to {root}"):
+        with convert_os_errors(f"cannot write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
         # A driver is a process that begins and seals the folder. The lock keeps a second driver
         # from sealing, unsealing or clearing it at the same time. Parts need no lock, since every
         # process would write the same bytes.
-        with locked(root, cls.doing, patience):
+        with locked(root, activity=cls.activity, wait_seconds=wait_seconds):
             yield
 
     @classmethod
@@ -148,7 +148,7 @@ class Ledger(ABC, Generic[P, R]):
         """
         # The folder is searched for any file before it is searched for run.json. In the other
         # order, another process could begin a run in between, and its files would count as foreign.
-        is_empty = not root.is_dir() or not entries(root)
+        is_empty = not root.is_dir() or not folder_entries(root)
         may_be_used = is_empty or cls.has_begun(root)
         if not may_be_used and (root / RUN).is_file():
             raise UsageError(
@@ -156,10 +156,10 @@ class Ledger(ABC, Generic[P, R]):
             )
         # ``may_be_used`` has already decided whether the folder is ours. So ``claim_folder`` need
         # not recognise single files, and refuses every file in a folder that may not be used.
-        claim_folder(root, cls.what, ours=lambda _: False, same=may_be_used)
+        claim_folder(root, cls.what, is_ours=lambda _: False, has_same_inputs=may_be_used)
         if overwrite and root.is_dir():
             # without this check, clear() would also remove the user's files in the sub-folders
-            require_no_others(root, cls.what, cls._foreign_files(root))
+            refuse_foreign_files(root, cls.what, cls._foreign_files(root))
 
     @classmethod
     def has_begun(cls, root: Path) -> bool:
@@ -178,9 +178,9 @@ class Ledger(ABC, Generic[P, R]):
     def _foreign_files(cls, root: Path) -> Iterator[Path]:
         """Yield the files and folders in ``root`` that no run writes."""
         run_folders = {RECEIPTS, *cls.folders}
-        for path in entries(root):
+        for path in folder_entries(root):
             if path.name in run_folders and path.is_dir():
-                for file in entries(path):
+                for file in folder_entries(path):
                     if not OURS.fullmatch(file.name):
                         yield file
             elif path.name not in cls.documents:
@@ -216,7 +216,7 @@ class Ledger(ABC, Generic[P, R]):
         # An existing run.json is never replaced, because it describes the parts in the folder.
         if not (self.root / RUN).is_file():
             write_document(self.root / RUN, run)
-        with or_refuse(f"prepare {self.root}"):
+        with convert_os_errors(f"cannot prepare {self.root}"):
             for name in folders:
                 (self.root / name).mkdir(exist_ok=True)
         self.clean()
@@ -224,7 +224,7 @@ class Ledger(ABC, Generic[P, R]):
     def clean(self) -> None:
         """Remove the temporary files of dead processes."""
         folders = [self.root / name for name in self.folders]
-        with or_refuse(f"clean {self.root}"):
+        with convert_os_errors(f"cannot clean {self.root}"):
             for folder in [self.root, *folders]:
                 if folder.is_dir():
                     _remove_leftovers(folder)
@@ -238,7 +238,7 @@ class Ledger(ABC, Generic[P, R]):
         """Mark the folder as not complete."""
         # Call this before the first part is replaced. Otherwise, a kill between two parts would
         # leave a manifest that does not fit the parts.
-        with or_refuse(f"change {self.root}"):
+        with convert_os_errors(f"cannot change {self.root}"):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -246,7 +246,7 @@ class Ledger(ABC, Generic[P, R]):
         self.check_place(self.root, overwrite=True)
         # The manifest is removed first, so that no reader opens a folder that is partly removed.
         self.unseal()
-        with or_refuse(f"remove the old {self.what} in {self.root}"):
+        with convert_os_errors(f"cannot remove the old {self.what} in {self.root}"):
             for name in (RECEIPTS, *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
@@ -278,7 +278,7 @@ class Ledger(ABC, Generic[P, R]):
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run "
-                f"{self.fingerprint}. {self._receipt_type.again} to redo the part."
+                f"{self.fingerprint}. {self._receipt_type.remedy} to redo the part."
             )
         self._require_same_part(part, receipt)
         for name, info in receipt.files.items():
@@ -294,7 +294,7 @@ class Ledger(ABC, Generic[P, R]):
         if described != expected:
             raise StorageError(
                 f"{self.root / part.receipt} is damaged: it describes {described}, expected "
-                f"{expected}. {self._receipt_type.again}."
+                f"{expected}. {self._receipt_type.remedy}."
             )
 
     def _require_size(self, name: str, n_bytes: int) -> None:
@@ -311,7 +311,7 @@ class Ledger(ABC, Generic[P, R]):
             state = f"has {n_there} bytes"
         raise StorageError(
             f"{path} {state}, its receipt says {n_bytes} bytes. "
-            f"{self._receipt_type.again} to redo the part."
+            f"{self._receipt_type.remedy} to redo the part."
         )
 
     def look_up(self, part: P, *, deep: bool = True) -> R | str:
@@ -360,7 +360,7 @@ class Ledger(ABC, Generic[P, R]):
         """Read all files of all parts, and compare them with the hashes in the receipts."""
         for receipt in self.receipts():
             for name, info in receipt.files.items():
-                require_hash(self.root / name, info.sha256, self._receipt_type.again)
+                require_hash(self.root / name, info.sha256, self._receipt_type.remedy)
 
     def receipts(self) -> list[R]:
         """Return the receipts of all parts; raises the errors of ``receipt``."""
@@ -440,7 +440,7 @@ def require_hash_once(path: Path, sha256: str, again: str, document: str = "its 
     The file is read again only if its device, inode, size or times have changed. A change of the
     file after it was opened is not noticed. Threads may call this function at the same time.
     """
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         state = path.stat()
     # The file is identified by its inode. Its path is not enough, because another file can have
     # taken its place at this path.
@@ -461,7 +461,7 @@ class CheckedFiles:
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
-        self._again = receipts[0].again if receipts else ""
+        self._remedy = receipts[0].remedy if receipts else ""
         self._sha256: dict[str, str] = {}  # hashes by name of the file
         for receipt in receipts:
             for name, info in receipt.files.items():
@@ -469,7 +469,7 @@ class CheckedFiles:
 
     def __call__(self, name: str) -> Path:
         """Return the path of the file ``name``; StorageError if the file is damaged."""
-        return require_hash_once(self._root / name, self._sha256[name], self._again)
+        return require_hash_once(self._root / name, self._sha256[name], self._remedy)
 
 
 class Reopened:
@@ -493,13 +493,14 @@ class Reopened:
         # The path is absolute, because the process that unpickles it may have another working
         # folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.seal)
-        # Rows can be left out by the method ``without``, which sets ``_left``. No file tells which
-        # rows are left, so attributes with the rows that are left are pickled.
+        # The method ``without`` leaves rows out and sets ``_remaining``. No file says which rows
+        # remain, so the attributes that depend on them are pickled.
         attributes = vars(self)
-        if "_left" not in attributes:
+        if "_remaining" not in attributes:
             return reopen, arguments, None
-        of_chosen_rows = {name: attributes[name] for name in ("_left", "usable_rows", "status")}
-        return reopen, arguments, of_chosen_rows
+        names = ("_remaining", "usable_rows", "status")
+        row_attributes = {name: attributes[name] for name in names}
+        return reopen, arguments, row_attributes
 
 
 def reopen(

@@ -20,7 +20,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import ANSWER, LOGITS
-from vilu.embeddings.space import FULL_DECODE, EmbeddingSpace
+from vilu.embeddings.space import FULL_DECODE_ADVICE, EmbeddingSpace
 from vilu.errors import ProvenanceError
 from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
@@ -28,7 +28,7 @@ from vilu.store.ledger import AnyReceipt, Count, FileInfo
 class StoreDocument(Document):
     """Base class of the JSON files of a store."""
 
-    again = "Run `vilu embed` (or `vilu import`) again"
+    remedy = "Run `vilu embed` (or `vilu import`) again"
 
 
 MIN_AREA = 0.5  # smallest share of the area of an image that a view shows
@@ -252,7 +252,7 @@ class Inputs(StoreDocument):
         if differences:
             advice = "Give another output folder, or --overwrite to replace this one."
             if self.space.differs_by_decoding(inputs.space):
-                advice = f"{FULL_DECODE} {advice}"
+                advice = f"{FULL_DECODE_ADVICE} {advice}"
             raise ProvenanceError(
                 f"{store} was made from other inputs: {'; '.join(differences)}. "
                 f"Nothing was changed. {advice}"

@@ -280,8 +280,8 @@ class MappedPairs(PairSource, MappedSource):
     def usable_rows(self) -> Tensor:
         """(M,) indices of the usable rows in full pools, in the order of the pools."""
         usable = self.pair_rows
-        require_full_pools(len(usable), self.pools.size, str(self.path))
-        return self._order(usable)
+        require_full_pools(len(usable), self.pools.size, subject=str(self.path))
+        return self._scoring_order(usable)
 
     def _take(self, name: str, index: Tensor) -> Tensor:
         stored = index if self._chosen is None else self._chosen[index]

@@ -138,7 +138,7 @@ class StoreLedger(Ledger[Part, Receipt]):
 
     what = "embedding store"
     command = "vilu embed` or `vilu import"
-    doing = "embedding into"
+    activity = "embedding into"
     documents = (*Ledger.documents, CLASSES)
     # sub-folders that every store has
     always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
@@ -368,7 +368,7 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
         hashes[column_path(root, column)] = info.sha256
     # Hashing reads all bytes. So hashes are compared last, after the quick checks of all shapes.
     for path, sha256 in hashes.items():
-        require_hash_once(path, sha256, table.again, CLASSES)
+        require_hash_once(path, sha256, table.remedy, CLASSES)
     text = torch.from_numpy(np.array(rows))
     if not run.has_texts:  # with logits the text embeddings are zeros, which are not usable
         return table, text

@@ -17,7 +17,7 @@ from vilu.artifacts.disk import MANIFEST, RUN
 from vilu.artifacts.documents import read_document
 from vilu.artifacts.hashing import digest
 from vilu.device import torch_defaults
-from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
+from vilu.embeddings.checks import HASH_BYTES, Identity, hash_items, hash_names
 from vilu.embeddings.column_checks import check_columns
 from vilu.embeddings.columns import ANSWER, TEXT_COLUMNS
 from vilu.embeddings.pairs import Pools
@@ -191,7 +191,7 @@ class Sealed(Reopened):
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
         texts: list[str] = self.metadata("caption", number).take(index).to_pylist()
-        return hash_of_each(
+        return hash_items(
             picture + text.encode() for picture, text in zip(pictures, texts, strict=True)
         )
 
@@ -321,7 +321,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
             self.columns |= {ANSWER}
         self._kept_classes = None
         if self.has_texts:
-            self._kept_classes = self._merge_same()
+            self._kept_classes = self._merge_equal_classes()
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Return the (B, D) float32 image embeddings of the rows ``index``."""

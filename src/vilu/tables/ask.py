@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
+from vilu.artifacts.disk import atomic_write, convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
 from vilu.calibration.clusters import cluster_indices
 from vilu.errors import UNKNOWN
@@ -133,6 +133,9 @@ def write_questions(path: Path, table: AnswerTable, purposes: Sequence[Purpose])
     columns["correct"] = pa.nulls(len(table), pa.int8())
     if table.features is not None:
         features_file = path.with_suffix(FEATURES_BESIDE)
-        with or_refuse(f"write {features_file}"), atomic_write(features_file) as file:
+        with (
+            convert_os_errors(f"cannot write {features_file}"),
+            atomic_write(features_file) as file,
+        ):
             np.save(file, table.features, allow_pickle=False)
     write_bytes(path, csv_bytes(columns))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
 import numpy as np
 
-from vilu.artifacts.tables import csv_names, read_table, require_distinct, table_suffix
+from vilu.artifacts.tables import csv_names, read_table, require_distinct_columns, table_suffix
 from vilu.errors import UNKNOWN, DataError, StorageError, UsageError, nearest
 from vilu.metrics.counts import Floats, Ints
 from vilu.tables.table import SCORE, UNCERTAINTY, AnswerTable, Features, Purpose, sign_of
@@ -259,7 +259,7 @@ def _of_frame(source: Any) -> dict[str, pa.ChunkedArray]:  # noqa: ANN401 - fram
             f"table of pyarrow, or a dictionary of columns. Got {describe_value(source)} instead."
         )
     names = getattr(source, "column_names", source.columns)
-    require_distinct("the table", [str(name) for name in names])
+    require_distinct_columns("the table", [str(name) for name in names])
     try:
         return _by_name(pa.table(source))
     except (pa.ArrowException, TypeError, ValueError) as error:

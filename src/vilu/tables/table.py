@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.artifacts.hashing import digest
-from vilu.embeddings.checks import Identity, check_indices, hash_of_each, normalised
+from vilu.embeddings.checks import Identity, check_indices, hash_items, normalise_rows
 from vilu.embeddings.columns import ANSWER, LOGITS, NUMBERS, DataKind
-from vilu.embeddings.logits import logit_space, no_texts
-from vilu.embeddings.similarity import rows_at
+from vilu.embeddings.logits import logit_space, zero_texts
+from vilu.embeddings.similarity import select_rows
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
@@ -158,7 +158,7 @@ class AnswerTable(EmbeddingSource):
         self.name = name
         self.image = _directions(features, len(ids), image)
         self.space = logit_space(self.image.shape[1])
-        self.text = no_texts(len(CANDIDATES), self.space)
+        self.text = zero_texts(len(CANDIDATES), self.space)
         self.class_names = None
         self.target = torch.from_numpy(self.failure)  # 0 is the answer itself, 1 another one
         self._columns = self._tensors()
@@ -300,7 +300,7 @@ class AnswerTable(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """Directions (B, F) of the features, by which near copies are known; (B, 0) without."""
-        return rows_at(self.image, index)
+        return select_rows(self.image, index)
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
@@ -317,7 +317,7 @@ class AnswerTable(EmbeddingSource):
         content = self._columns[NUMBERS].numpy()[chosen]
         if self.features is not None:
             content = np.hstack([content, self.features[chosen]])
-        return hash_of_each(row.tobytes() for row in content)
+        return hash_items(row.tobytes() for row in content)
 
     def picture_identities(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """Identities (M,) int64 of the ``rows`` (M,): rows with equal ones count as one answer.
@@ -392,5 +392,5 @@ def _directions(features: Features | None, n_rows: int, known: Tensor | None) ->
     centred = features - features.mean(axis=0, dtype=np.float64)
     deviation = centred.std(axis=0)
     deviation[deviation == 0] = 1.0
-    vectors, _, _ = normalised(torch.from_numpy((centred / deviation).astype(np.float32)))
+    vectors, _, _ = normalise_rows(torch.from_numpy((centred / deviation).astype(np.float32)))
     return vectors

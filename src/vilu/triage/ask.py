@@ -318,7 +318,7 @@ def calibrate_by_labels(
             calibration is removed if its labels have changed.
     """
     # The lock lets only one process at a time compare the folder's calibration with a new one.
-    with locked(folder, "calibrating", who="calibration"):
+    with locked(folder, activity="calibrating", holder_kind="calibration"):
         predictor = load_predictor(folder)
         predictor.calibrator_ = None
         require_probability(predictor)

@@ -61,8 +61,8 @@ class DrawRecord(Document):
         paths: The drawn rows, in the random order.
     """
 
-    again = "Run `vilu next --for-guarantee` again, with --overwrite,"
-    fault = DataError
+    remedy = "Run `vilu next --for-guarantee` again, with --overwrite,"
+    error_class = DataError
 
     kind: Literal["draw"] = "draw"
     vilu: str = Field(default_factory=partial(version, "vilu"))

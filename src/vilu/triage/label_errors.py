@@ -19,7 +19,7 @@ from vilu.artifacts.tables import write_table
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import torch_defaults
-from vilu.embeddings.source import EmbeddingSource, TakenIds
+from vilu.embeddings.source import EmbeddingSource, SubsetIds
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra
 from vilu.metrics.counts import Floats
@@ -123,7 +123,7 @@ def find_label_errors(
     # Classes without names are called "class 0", "class 1", and so on.
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
     suggested = classes[probability.argmax(axis=1)]
-    keys = TakenIds(source.ids, torch.from_numpy(rows[order]))  # read from a store block by block
+    keys = SubsetIds(source.ids, torch.from_numpy(rows[order]))  # read from a store block by block
     return LabelErrors(
         keys=list(keys),
         label=[names[i] for i in target[order].tolist()],

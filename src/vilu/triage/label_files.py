@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.files import text_among
+from vilu.datasets.files import matching_text
 from vilu.errors import OUTSIDE, OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.text import plural
@@ -76,7 +76,7 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
     known = set(outcomes.ids)
     by_key: dict[str, str] = {}
     for path, label in labels.items():
-        key = text_among(path, known) or path  # a path that no row has stays as it is
+        key = matching_text(path, known) or path  # a path that no row has stays as it is
         add_label(by_key, scores, key, label)
     target_of = {name: index for index, name in enumerate(outcomes.class_names)}
     target_of.setdefault(OUTSIDE_NAME, OUTSIDE)  # unless a class has this name
@@ -123,7 +123,7 @@ def write_new(path: Path, content: bytes) -> None:
     Raises:
         UsageError: If a file with other content exists, since it may be somebody's work.
     """
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         if path.exists() and (not path.is_file() or path.read_bytes() != bytes(content)):
             raise UsageError(
                 f"{path} is there and holds something else, so it is left alone. Give another file."

@@ -34,8 +34,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vilu.artifacts.tables import csv_rows, read_table, write_table
-from vilu.datasets.files import path_of, portable_name, text_among
-from vilu.embeddings.source import say_once
+from vilu.datasets.files import matching_text, original_path, portable_name
+from vilu.embeddings.source import warn_once
 from vilu.errors import NO_NAME, DataError, UsageError, nearest
 from vilu.text import plural
 
@@ -366,15 +366,15 @@ class PhotoNames:
             UsageError: If several photos have this file name.
         """
         relative = name.removeprefix("./")
-        photo = text_among(relative, self.paths)
+        photo = matching_text(relative, self.paths)
         if photo is not None:
             return photo
         path = Path(name)
         # The folder may be a link, and the path may start with the link or with its target.
         for root in (self.root.absolute(), self.root.resolve()):
             if path.is_relative_to(root):
-                return text_among(path.relative_to(root).as_posix(), self.paths)
-        file_name = text_among(relative, self.by_name)
+                return matching_text(path.relative_to(root).as_posix(), self.paths)
+        file_name = matching_text(relative, self.by_name)
         if file_name is None:
             return None
         photos_of_name = self.by_name[file_name]
@@ -392,7 +392,7 @@ class PhotoNames:
         """
         literal = portable_name(name)
         if literal != name and {name, literal} <= self.paths:
-            say_once(
+            warn_once(
                 f"{source}: {name!r} is taken for the photo with this text in decisions.csv. The "
                 f"photo whose file name has this backslash is {literal!r} in decisions.csv"
             )
@@ -408,7 +408,7 @@ class PhotoNames:
                 "folder of photos."
             )
         more = f" and {len(missing) - PATHS_SHOWN} more" if len(missing) > PATHS_SHOWN else ""
-        say_once(
+        warn_once(
             f"{source}: {plural(len(missing), 'label')} left out, since no photo in {self.root} "
             f"has the name: {', '.join(missing[:PATHS_SHOWN])}{more}"
         )
@@ -460,7 +460,7 @@ def name_of(label: str, names: Collection[str]) -> str | None:
 
     The label is the name itself, or the text that tables write for the name (``portable_name``).
     """
-    without_escapes = path_of(label)
+    without_escapes = original_path(label)
     for candidate in (label, without_escapes):
         if candidate in names:
             return candidate

@@ -145,7 +145,7 @@ def triage_photos(
     labels_by_path, streams = _labels_by_path(files, listing)
     if not overwrite:
         _require_no_lost_answers(output, files, labels_by_path)
-    with locked(make_folder(output), "sorting into", who="triage"):
+    with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
         # ``run_triage`` reads the state again, because another run may have changed it before the
         # lock was taken.
         result = run_triage(output, settings, listing, labels_by_path, streams, overwrite=overwrite)

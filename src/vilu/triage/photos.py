@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.artifacts.disk import MANIFEST, make_folder, or_refuse
+from vilu.artifacts.disk import MANIFEST, convert_os_errors, make_folder
 from vilu.artifacts.tables import read_table, write_table
 from vilu.datasets.files import portable_name
-from vilu.datasets.folder import Listed, PhotoFiles
+from vilu.datasets.folder import ListedPhoto, PhotoFiles
 from vilu.datasets.images import NEEDS_PILLOW_HEIF
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import EmbeddingSource
@@ -56,7 +56,7 @@ def version_of(status: os.stat_result | OSError) -> Version:
     return (status.st_size, status.st_mtime_ns)
 
 
-def versions_of(photos: Sequence[Listed]) -> dict[str, Version]:
+def versions_of(photos: Sequence[ListedPhoto]) -> dict[str, Version]:
     """Version of every listed photo, by the path that tables use for the photo."""
     return {portable_name(path): version_of(status) for path, status in photos}
 
@@ -94,7 +94,7 @@ class PhotoFolder:
     """
 
     root: Path
-    listing: Sequence[Listed]
+    listing: Sequence[ListedPhoto]
     moved: Mapping[str, Path] = field(default_factory=dict)
     follow_links: bool = False
 
@@ -275,12 +275,12 @@ class PhotoStores:
 
     def _remove(self, number: int) -> None:
         """Remove a store and its list."""
-        with or_refuse(f"remove {self.store(number)}"):
+        with convert_os_errors(f"cannot remove {self.store(number)}"):
             if self.store(number).exists():
                 shutil.rmtree(self.store(number))
             self._list_file(number).unlink()
 
-    def open(self, photos: Sequence[Listed]) -> Photos:
+    def open(self, photos: Sequence[ListedPhoto]) -> Photos:
         """The listed photos, each from the newest store that holds its present version."""
         present_versions = versions_of(photos)
         numbers = self.numbers()

@@ -200,19 +200,19 @@ def _list_setting(settings: Mapping[str, object], name: str) -> list[str]:
 def _read_table_of_triage(path: Path, required_columns: Sequence[str]) -> list[CsvRow]:
     """Read the rows of a table that a triage has written; DataError if the table is damaged."""
     columns, rows = csv_rows(path)
-    again = "Run `vilu triage` again, which writes it."
+    remedy = "Run `vilu triage` again, which writes it."
     missing = [name for name in required_columns if name not in columns]
     if missing:
-        raise DataError(f"{path} has no column {missing[0]!r}. {again}")
+        raise DataError(f"{path} has no column {missing[0]!r}. {remedy}")
     for number, row in enumerate(rows, start=2):  # row 1 is the heading
         if row.ends_early:
-            raise DataError(f"{path}: row {number} is not complete. {again}")
+            raise DataError(f"{path}: row {number} is not complete. {remedy}")
         for name in ("failure_probability", "quantile"):
             cell = row.get(name, "")
             if not _is_probability(cell):
                 raise DataError(
                     f"{path}: row {number} has no number from 0 to 1 in the column {name}, but "
-                    f"{cell!r:.40}. {again}"
+                    f"{cell!r:.40}. {remedy}"
                 )
     return rows
 

@@ -20,10 +20,10 @@ from xml.etree import ElementTree
 
 import pyarrow as pa
 
-from vilu.artifacts.disk import make_folder, or_refuse
+from vilu.artifacts.disk import convert_os_errors, make_folder
 from vilu.artifacts.documents import plain_json
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.files import path_of, portable_name
+from vilu.datasets.files import original_path, portable_name
 from vilu.errors import DataError
 from vilu.triage.carrying import all_labels
 from vilu.triage.label_files import add_label, require_suffix, write_new
@@ -87,7 +87,7 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
 
 def _label_studio_task(task: ReviewTask, model: str, prefix: str) -> dict[str, Any]:
     data = {
-        IMAGE: prefix + quote(os.fsencode(path_of(task.path))),
+        IMAGE: prefix + quote(os.fsencode(original_path(task.path))),
         "path": task.path,
         "vilu_uncertainty": task.failure_probability,
         "vilu_runner_up": task.runner_up,
@@ -213,7 +213,7 @@ def _fiftyone_sample(task: ReviewTask) -> dict[str, Any]:
 
 def _text_of_path(portable: str) -> str:
     """The path of a file for JSON: the real path, or ``portable`` if the path is no valid UTF-8."""
-    path = path_of(portable)
+    path = original_path(portable)
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -254,7 +254,7 @@ def read_done(path: Path) -> Labels:
 
 
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - any content
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         if path.stat().st_size > DATABASE_LIMIT:
             raise DataError(
                 f"{path} is larger than {DATABASE_LIMIT:,} bytes. Export fewer tasks at a time."

@@ -25,7 +25,7 @@ from vilu.calibration.calibration import Calibration
 from vilu.calibration.likely import LikelyRight
 from vilu.calibration.procedure import remove_outdated_calibration
 from vilu.calibration.rules import ALL, Rule
-from vilu.datasets.files import former_text
+from vilu.datasets.files import text_of_version_0_1
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -246,7 +246,9 @@ def note_labels(
 ) -> LabelBook:
     """Add the new labels to the book; remove a guarantee if one of its labels has changed."""
     book = LabelBook.load(root / BOOK)
-    book.rename(former_text, paths)  # books of version 0.1.0 write some paths in another way
+    book.rename(
+        text_of_version_0_1, paths
+    )  # books of version 0.1.0 write some paths in another way
     # The guarantee is removed before the book is saved. Otherwise a run that is killed in between
     # could leave a guarantee whose labels have changed.
     remove_outdated_calibration(root / PREDICTOR_FOLDER, _paths_to_relabel(book, labels))

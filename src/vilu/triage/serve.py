@@ -23,9 +23,9 @@ from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
-from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.tables import csv_bytes
-from vilu.datasets.files import Bounds, path_of
+from vilu.datasets.files import Bounds, original_path
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import BusyError, DataError, StorageError, UsageError
 from vilu.text import page_of
@@ -133,7 +133,7 @@ class ReviewSession:
 
     def _content_on_disk(self) -> bytes | None:
         """Present content of the file; None if there is no file."""
-        with or_refuse(f"read {self.output}"):
+        with convert_os_errors(f"cannot read {self.output}"):
             return self.output.read_bytes() if self.output.exists() else None
 
     def picture(self, index: int) -> bytes:
@@ -143,7 +143,7 @@ class ReviewSession:
             BadImage: If the file cannot be decoded as a picture.
             OSError: If the file cannot be read.
         """
-        path = path_of(self.review.tasks[index].path)
+        path = original_path(self.review.tasks[index].path)
         image = decode_image(self.bounds.read(path)).image
         image.thumbnail((SIDE, SIDE))
         content = BytesIO()

@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_IMODE
 from typing import Final
 
-from vilu.artifacts.disk import atomic_write, or_refuse, write_bytes
+from vilu.artifacts.disk import atomic_write, convert_os_errors, write_bytes
 from vilu.errors import DataError
 from vilu.text import plural
 from vilu.triage.xmp import BEGIN, read_xmp, with_subject, without_added_subject, xmp_with
@@ -40,7 +40,7 @@ def write_sidecars(labels: Mapping[Path, str | None]) -> int:
     for photo, label in labels.items():
         sidecar = sidecar_of(photo)
         try:
-            with or_refuse(f"write {sidecar}"):
+            with convert_os_errors(f"cannot write {sidecar}"):
                 _update_sidecar(sidecar, label)
         except DataError as error:
             refused[sidecar] = str(error)

@@ -12,11 +12,11 @@ from typing import Final
 
 import pyarrow as pa
 
-from vilu.artifacts.disk import atomic_write, make_folder, or_refuse
+from vilu.artifacts.disk import atomic_write, convert_os_errors, make_folder
 from vilu.artifacts.hashing import bytes_hash
 from vilu.artifacts.tables import read_table, write_table
-from vilu.datasets.files import path_of, portable_name
-from vilu.datasets.folder import Listed, list_photos
+from vilu.datasets.files import original_path, portable_name
+from vilu.datasets.folder import ListedPhoto, list_photos
 from vilu.errors import DataError
 from vilu.guard.guard import Answer
 from vilu.outcomes.decisions import ACCEPT, OUTSIDE_REASON
@@ -47,7 +47,7 @@ def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> Phot
     """
     moved = moved_photos(root)
     n_required = 0 if moved else 1  # if all photos were moved, the folder may have none
-    listing = list_photos(photos, least=n_required, follow_links=follow_links)
+    listing = list_photos(photos, min_photos=n_required, follow_links=follow_links)
     listed_names = {portable_name(path) for path, _ in listing}
     moved_and_new = sorted(listed_names & moved.keys())
     if moved_and_new:
@@ -57,12 +57,12 @@ def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> Phot
             "If both files are the same photo, remove the moved file instead."
         )
     for name, target in moved.items():
-        listing.append((path_of(name), target.stat()))
+        listing.append((original_path(name), target.stat()))
     listing = _without_output(listing, photos.resolve(), root.resolve())
     return PhotoFolder(photos, listing, moved, follow_links)
 
 
-def _without_output(listing: list[Listed], photos: Path, root: Path) -> list[Listed]:
+def _without_output(listing: list[ListedPhoto], photos: Path, root: Path) -> list[ListedPhoto]:
     """The listing without the files in the triage folder ``root``."""
     if not root.is_relative_to(photos):
         return listing
@@ -82,7 +82,7 @@ def moved_photos(root: Path) -> dict[str, Path]:
     for name, place in zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True):
         target = root / place
         if target.is_file() and not target.is_symlink():
-            moved[portable_name(path_of(name))] = target
+            moved[portable_name(original_path(name))] = target
     return moved
 
 
@@ -112,7 +112,7 @@ def sort_photos(
     sorted_folder = root / SORTED
     sources = _sources(listing)
     targets = _targets(sorted_folder, answers, settings)
-    with or_refuse(f"sort photos into {sorted_folder}"):
+    with convert_os_errors(f"cannot sort photos into {sorted_folder}"):
         _remove_links(sorted_folder)
         targets = {path: target for path, target in targets.items() if not target.exists()}
         if how == "link":

@@ -144,10 +144,10 @@ class TriageState(Document):
         guarantee: Text of the guarantee in force; "" without one.
     """
 
-    again = (
+    remedy = (
         "Run `vilu triage` into a new folder, with --labels and the labels.parquet of this folder"
     )
-    fault = DataError
+    error_class = DataError
 
     kind: Literal["triage"] = "triage"
     settings: dict[str, object]
@@ -202,7 +202,7 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
         root,
         "triage",
         lambda path: path.name in {*RESULT_FILES, SORTED, MOVED},
-        same=state is not None,
+        has_same_inputs=state is not None,
         overwrite=overwrite,
     )
     return state or TriageState(settings=settings.recorded)

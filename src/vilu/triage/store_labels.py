@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vilu.artifacts.tables import csv_rows
-from vilu.embeddings.source import EmbeddingSource, say_once
+from vilu.embeddings.source import EmbeddingSource, warn_once
 from vilu.errors import OUTSIDE_NAME, DataError, UsageError
 from vilu.store.reader import EmbeddingStore
 from vilu.text import plural
@@ -133,7 +133,7 @@ def rows_to_fit_on(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSou
     wanted_paths = book.labels.keys() - drawn_paths
     n_left_out = len(book.labels) - len(wanted_paths)
     if n_left_out:
-        say_once(
+        warn_once(
             f"{plural(n_left_out, 'label')} left out, because `vilu next` drew the rows for a "
             "guarantee. No predictor may be fitted on them"
         )
@@ -178,7 +178,7 @@ def picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingS
         )
     n_skipped = sum(entry.label == SKIPPED and entry.stream == "given" for entry in book)
     if n_skipped:
-        say_once(
+        warn_once(
             f"{n_skipped} of {n_skipped + len(rows)} picked rows have the label {SKIPPED} and are "
             "left out: the guarantee is about pictures that somebody can name. With "
             f"the label {OUTSIDE_NAME} they would count as wrong answers."

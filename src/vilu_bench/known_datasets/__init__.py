@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vilu.artifacts.documents import fill
+from vilu.artifacts.documents import fill_dataclass
 from vilu.datasets.known import KnownDataset, add_dataset, require_free
 from vilu.errors import UsageError
 from vilu.registry import toml_tables
@@ -44,7 +44,7 @@ def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
     """The data set that one table describes."""
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
-    entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
+    entry = fill_dataclass(KnownDataset, {"name": name, **facts, "reader": reader}, where)
     if entry.captioned != isinstance(reader, ShardReader):
         raise UsageError(
             f"{where} must have n_classes where it has classes; "

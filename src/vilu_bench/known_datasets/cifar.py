@@ -20,7 +20,7 @@ from PIL import Image
 from vilu.datasets.base import ImageRecord, Selection, parse_split
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import ListingHash
-from vilu.datasets.images import CORRUPT
+from vilu.datasets.images import DECODING_ERRORS
 from vilu.datasets.layouts import FolderLayout
 from vilu.errors import DataError
 
@@ -137,7 +137,7 @@ def read_pickle(file: Path) -> dict[str, object]:
     try:
         content = _unpickled(file)
     # UnpicklingError: a refused name or a misplaced opcode; the others: a damaged file
-    except (pickle.UnpicklingError, *CORRUPT) as error:
+    except (pickle.UnpicklingError, *DECODING_ERRORS) as error:
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
         ) from error
@@ -245,7 +245,7 @@ class CifarDataset:
         self.source = str(folder)
         self.captioned = False
         names = raw if raw_names else None
-        self.classes = class_table(raw, classes, by_position=True, names=names, outside=outside)
+        self.classes = class_table(raw, classes, numeric_labels=True, names=names, outside=outside)
         self.class_names: tuple[str, ...] | None = self.classes.names
         files: list[Path] = []
         for part in splits:

@@ -16,10 +16,10 @@ from os import stat_result
 from pathlib import Path
 from typing import Final
 
-from vilu.artifacts.documents import fill
+from vilu.artifacts.documents import fill_dataclass
 from vilu.datasets.files import portable_name, subfolders, walk_images
-from vilu.datasets.known.entry import SHOWN, Count, Place, Reader, Request, Survey
-from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
+from vilu.datasets.known.entry import MAX_MISSING_NAMES, Count, Place, Reader, Request, Survey
+from vilu.datasets.tar import CAPTION_EXTENSION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
 from vilu.progress import track
 from vilu_bench import asset
@@ -249,10 +249,11 @@ class ShardReader:
 
     def open(self, place: Place, request: Request) -> TarShards:
         """All pairs, which are divided into folds later, by a hash of the caption."""
-        unfit = request.unfit()
-        if unfit:
+        unfit_options = request.unfit_options()
+        if unfit_options:
             raise UsageError(
-                f"{place.entry.title} has captions, no classes and no splits. Leave {unfit[0]} out."
+                f"{place.entry.title} has captions, no classes and no splits. "
+                f"Leave {unfit_options[0]} out."
             )
         return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
 
@@ -289,7 +290,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
 
 def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
-    """Names of missing shards in sequences of numbered shards, at most ``SHOWN``."""
+    """Names of missing shards in sequences of numbered shards, at most ``MAX_MISSING_NAMES``."""
     # by sequence (folder, text before the number, number of digits), the numbers that are there
     numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for shard in shards:
@@ -299,10 +300,10 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
             numbers[shard.parent, prefix, len(digits)].add(int(digits))
     missing = []
     for (parent, prefix, width), present in numbers.items():
-        for number in islice(_gaps(present), SHOWN):
+        for number in islice(_gaps(present), MAX_MISSING_NAMES):
             path = parent / f"{prefix}{number:0{width}}.tar"
             missing.append(path.relative_to(folder).as_posix())
-    return tuple(missing[:SHOWN])
+    return tuple(missing[:MAX_MISSING_NAMES])
 
 
 def _gaps(numbers: set[int]) -> Iterator[int]:
@@ -318,8 +319,8 @@ def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
     problem = None
     with track(f"checking {place.entry.name}", len(shards), "shards") as task:
         for shard in shards:
-            samples, trouble = list_samples(shard, CAPTION)
-            n_pairs += sum(sample.is_whole(CAPTION) for sample in samples)
+            samples, trouble = list_samples(shard, CAPTION_EXTENSION)
+            n_pairs += sum(sample.is_complete(CAPTION_EXTENSION) for sample in samples)
             if trouble is not None and problem is None:
                 name = shard.relative_to(place.folder)
                 problem = f"{name}: {trouble}. Download this shard again."
@@ -354,7 +355,7 @@ def make_reader(layout: object, where: str) -> Reader:
         )
     reader = LAYOUTS[kind]
     if isinstance(reader, type):
-        return ListReader(fill(reader, options, f"{where}, layout {kind}"))
+        return ListReader(fill_dataclass(reader, options, f"{where}, layout {kind}"))
     if options:
         raise UsageError(f"{where}, layout {kind} has no options. Leave out {', '.join(options)}.")
     return reader

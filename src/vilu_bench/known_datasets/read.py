@@ -13,12 +13,12 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Final, NoReturn, TypeVar
 
-from vilu.artifacts.documents import each_once
+from vilu.artifacts.documents import object_of_distinct_keys
 from vilu.datasets.base import parse_split
 from vilu.datasets.classes import class_table, clean_name
 from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
 from vilu.datasets.folder import ListedFiles
-from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
+from vilu.datasets.known.entry import MAX_MISSING_NAMES, Count, Place, Request, Survey
 from vilu.errors import DataError
 from vilu.progress import Task, track
 
@@ -94,7 +94,11 @@ class ListedDataset(ListedFiles):
         if request.raw_names:
             names = listing.raw or listing.classes
         self.classes = class_table(
-            listing.classes, request.classes, by_position=True, names=names, outside=request.outside
+            listing.classes,
+            request.classes,
+            numeric_labels=True,
+            names=names,
+            outside=request.outside,
         )
         self.class_names: tuple[str, ...] | None = self.classes.names
         splits = tuple(listing.splits)
@@ -132,7 +136,7 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
             is_file = isinstance(status, stat_result) and S_ISREG(status.st_mode)
             if is_file:
                 n_existing += 1
-            elif len(missing) < SHOWN:
+            elif len(missing) < MAX_MISSING_NAMES:
                 missing.append(portable_name(path))
     except DataError as error:  # not raised, so that the next split is counted, too
         return Count(found=n_existing, listed=None, problem=str(error))
@@ -259,7 +263,7 @@ def is_usable(path: str) -> bool:
 def read_json_object(file: Path) -> dict[str, object]:
     """The object in a JSON file; a repeated key is an error."""
     try:
-        content = json.loads(read_file(file), object_pairs_hook=each_once)
+        content = json.loads(read_file(file), object_pairs_hook=object_of_distinct_keys)
     except (OSError, ValueError, RecursionError) as error:
         refuse(file, f"cannot be read as JSON: {error}")
     if not isinstance(content, dict):
@@ -372,7 +376,7 @@ class CoopListing:
             return own
         lists = shipped_list(place.entry.name)
         if lists is None:
-            raise place.lacks(self.file)
+            raise place.missing_error(self.file)
         return lists.listing(place.folder, self.images, "CoOp list shipped with vilu", binding=True)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from vilu.datasets.base import Chosen, ImageDataset, ImageRecord
+from vilu.datasets.base import ChosenImages, ImageDataset, ImageRecord
 from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
 
@@ -91,7 +91,7 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
 """Function and five strengths, one for each severity, of every kind of damage."""
 
 
-class ShiftedImages(Chosen):
+class ShiftedImages(ChosenImages):
     """A data set in which every picture is damaged; a hash of the picture's key chooses the kind.
 
     Damaged pictures are PNGs. A row is identified by its undamaged picture. So a picture and its

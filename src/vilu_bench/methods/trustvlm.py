@@ -91,7 +91,7 @@ class TrustVLM(ClosedSet):
                 "Embed both with the same second encoder."
             )
         similarity = (features * prototypes[answer]).sum(dim=1)
-        return batch.beside_answer.doubt + self.weight * (1 - float64(similarity))
+        return batch.judged_rivals.doubt + self.weight * (1 - float64(similarity))
 
 
 def few_per_class(label: Tensor, limit: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from vilu.artifacts.disk import atomic_write, file_hash, make_folder, write_bytes
-from vilu.artifacts.documents import explain, write_json
+from vilu.artifacts.documents import first_error, write_json
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import parquet_bytes, read_table
 from vilu.errors import DataError, UsageError
@@ -175,7 +175,7 @@ def restore(file: Path, run: Path) -> None:
         for row, text in enumerate(table["document"].to_pylist()):
             _restore_cell(text, draws[row, : n_metrics[row], : n_resamples[row]], run)
     except ValidationError as error:
-        raise DataError(f"{file} is damaged: {explain(error)}. {AGAIN}.") from error
+        raise DataError(f"{file} is damaged: {first_error(error)}. {AGAIN}.") from error
     except KeyError as error:  # of a column
         raise DataError(f"{file} is damaged: it has no column {error}. {AGAIN}.") from error
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_serializer
 
-from vilu.artifacts.disk import atomic_write, file_hash, make_folder, or_refuse
-from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, read_log, write_json
+from vilu.artifacts.disk import atomic_write, convert_os_errors, file_hash, make_folder
+from vilu.artifacts.documents import SCHEMA_VERSION, first_error, read_json, read_log, write_json
 from vilu.artifacts.tables import write_table
 from vilu.errors import DataError
 from vilu.metrics.bootstrap import SortedScores, resampled, resampled_across
@@ -113,7 +113,7 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     try:
         result = CellResult.model_validate(read_json(path, AGAIN))
     except ValidationError as error:
-        logger.warning("%s is damaged: %s. %s is run again.", path, explain(error), cell)
+        logger.warning("%s is damaged: %s. %s is run again.", path, first_error(error), cell)
         return None
     except DataError as error:
         logger.warning("%s %s is run again.", error, cell)
@@ -147,7 +147,7 @@ def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
     """Bootstrap values (M, B) of a finished cell."""
     path = (root / cell.path).with_suffix(BOOTSTRAP)
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         values: Floats = np.load(path, allow_pickle=False)
     return values
 

@@ -20,11 +20,11 @@ from typing import Literal, Self, cast
 
 import torch
 
-from vilu.artifacts.disk import LOCK, is_leftover, locked, make_folder, or_refuse
-from vilu.artifacts.documents import log
+from vilu.artifacts.disk import LOCK, convert_os_errors, is_leftover, locked, make_folder
+from vilu.artifacts.documents import append_to_log
 from vilu.artifacts.hashing import digest
-from vilu.embeddings.similarity import nearest
-from vilu.embeddings.source import SAME_TEXT
+from vilu.embeddings.similarity import nearest_rows
+from vilu.embeddings.source import SAME_TEXT_COSINE
 from vilu.errors import ProvenanceError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
@@ -99,8 +99,8 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
                 f"it is fitted on embeddings of width {train_width}, and these have {test_width}."
             )
         )
-    similarity, _ = nearest(test_texts, train_texts)
-    n_unknown = int((similarity < SAME_TEXT).sum())
+    similarity, _ = nearest_rows(test_texts, train_texts)
+    n_unknown = int((similarity < SAME_TEXT_COSINE).sum())
     if n_unknown == 0:
         return None
     return refusal(
@@ -131,7 +131,7 @@ def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
         "variant": fitted.predictor.label.removeprefix(fitted.predictor.name),
         "warnings": (*fitted.warnings, *score_warnings),
     }
-    log(root, cell=cell.path.as_posix(), **timing.model_dump())
+    append_to_log(root, cell=cell.path.as_posix(), **timing.model_dump())
     result.model_copy(update=measured).save(root, outcomes, bootstrap)
 
 
@@ -365,7 +365,8 @@ def run_all(
     if share is None:
         share = Share()
     is_whole = share.of == 1
-    with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
+    folder = make_folder(output)
+    with locked(folder, activity="at work in", lock_name=share.lock, holder_kind="benchmark"):
         remove_leftovers(output)
         works = [
             _Work.begin(config, data, output, models, make_missing=is_whole) for config in configs
@@ -462,7 +463,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Remove half-written files of killed processes, but no file that a process still writes."""
-    with or_refuse(f"clean {root / 'cells'}"):
+    with convert_os_errors(f"cannot clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
                 path.unlink(missing_ok=True)

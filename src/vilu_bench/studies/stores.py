@@ -17,7 +17,7 @@ from vilu.artifacts.hashing import digest
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import everyday_words, named_templates
-from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
+from vilu.datasets.base import ChosenImages, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import UsageError
 from vilu.store.embed import ExtraColumns, embed
@@ -37,12 +37,14 @@ def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> Imag
             )
         if shards is None or shards >= len(images):
             return images
-        return Chosen(images, range(shards), {"first_shards": shards})
+        return ChosenImages(images, range(shards), {"first_shards": shards})
     if limit is None or limit >= len(images):
         return images
     # Images are often sorted by class, so the first images have few classes. Evenly spaced images
     # have many.
-    return Chosen(images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit})
+    return ChosenImages(
+        images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit}
+    )
 
 
 def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from vilu.artifacts.disk import LOG, make_folder, or_refuse, write_bytes, write_text
-from vilu.artifacts.documents import SCHEMA_VERSION, explain, read_json, write_json
-from vilu.artifacts.paths import claim_file, claim_folder, inputs_of, kind_and_inputs, mark
+from vilu.artifacts.disk import LOG, convert_os_errors, make_folder, write_bytes, write_text
+from vilu.artifacts.documents import SCHEMA_VERSION, first_error, read_json, write_json
+from vilu.artifacts.paths import claim_file, claim_folder, inputs_digest, kind_and_inputs, text_mark
 from vilu.errors import DataError
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
@@ -99,7 +99,7 @@ def _load(path: Path, output: Path) -> Board:
         archive = Archive.model_validate(read_json(path, AGAIN))
     except ValidationError as error:
         raise DataError(
-            f"{path} is not the document of a study: {explain(error)}. {AGAIN}."
+            f"{path} is not the document of a study: {first_error(error)}. {AGAIN}."
         ) from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
@@ -324,7 +324,7 @@ def write_document(
         # a function from the name of a view to the path of its figure
         figure = f"{figures.name}/{name}-{{}}.svg".format
         parts.append(page(study.board.config, study.exhibits, study.verdicts, figure))
-    write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
+    write_text(document, "\n".join(parts) + "\n" + text_mark("study", inputs))
 
 
 def _write_results(board: Board, folder: Path) -> None:
@@ -385,13 +385,13 @@ def _claim_folders(configs: Iterable[Config], output: Path) -> None:
     is_begun = (output / "stores").is_dir() or (output / "cells").is_dir()
     if not is_begun:
         claim_folder(
-            output, "benchmark", ours=lambda path: path.name in {"smoke", LOG}, overwrite=True
+            output, "benchmark", is_ours=lambda path: path.name in {"smoke", LOG}, overwrite=True
         )
     for config in configs:
         folder = output / STUDIES / config.name
         # without the document of a study, every file in the folder counts as foreign
         has_document = (folder / DOCUMENT).is_file()
-        claim_folder(folder, "study", ours=lambda _: False, same=has_document)
+        claim_folder(folder, "study", is_ours=lambda _: False, has_same_inputs=has_document)
 
 
 def render_studies(
@@ -428,12 +428,12 @@ def render_studies(
     if first is not None:
         intro = f"{_written_part(first)}\n\n{intro}".strip()
     sources = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
-    inputs = inputs_of(*sources, *files, title=title, intro=intro)
+    inputs = inputs_digest(*sources, *files, title=title, intro=intro)
     is_ours = kind_and_inputs(document) is not None
     is_done = claim_file(document, "study", inputs, overwrite=overwrite)
     figures = document.with_suffix("")
     # if vilu did not write the document, every file in the folder of figures counts as foreign
-    claim_folder(figures, "document's figures", ours=lambda _: False, same=is_ours)
+    claim_folder(figures, "document's figures", is_ours=lambda _: False, has_same_inputs=is_ours)
     studies = [render(board, output) for board in boards]
     if is_done:
         logger.info("%s holds these studies already: there is nothing to do", document)
@@ -449,7 +449,7 @@ def _written_part(path: Path) -> str:
         DataError: If it is not UTF-8.
         StorageError: If it cannot be read.
     """
-    with or_refuse(f"read {path}"):
+    with convert_os_errors(f"cannot read {path}"):
         content = path.read_bytes()
     try:
         return content.decode("utf-8").strip()

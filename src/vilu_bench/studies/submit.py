@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from vilu.artifacts.disk import make_folder
-from vilu.artifacts.documents import explain
+from vilu.artifacts.documents import first_error
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.tables import read_table
 from vilu.errors import DataError, UsageError
@@ -160,7 +160,7 @@ def _read(path: Path) -> Guest:
         submission = Submission.model_validate(outcomes.provenance.get(KEY))
     except ValidationError as error:
         raise DataError(
-            f"{path} is no cell as `vilu submit` writes it: {explain(error)}"
+            f"{path} is no cell as `vilu submit` writes it: {first_error(error)}"
         ) from error
     except DataError as error:
         raise DataError(f"{path} is no cell as `vilu submit` writes it: {error}") from error

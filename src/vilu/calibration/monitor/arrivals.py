@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vilu.calibration.monitor.martingale import LONGEST_MERGED, is_grouped, is_in_blocks, is_rising
 from vilu.callers import warn_caller
-from vilu.embeddings.checks import hash_names, hash_of_each
+from vilu.embeddings.checks import hash_items, hash_names
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -81,7 +81,7 @@ class SeenRows:
     ) -> tuple[Ints, NDArray[np.bool_]]:
         """As ``find_new``, for rows with identifiers."""
         numbers = _identifying_numbers(outcomes)
-        hashes = hash_of_each(_rows_as_bytes(ids, numbers)).view(np.int64)
+        hashes = hash_items(_rows_as_bytes(ids, numbers)).view(np.int64)
         # equal rows of this batch count once
         _, first_of_equals = np.unique(hashes, return_index=True)
         is_first = np.isin(np.arange(len(outcomes)), first_of_equals)
@@ -104,7 +104,7 @@ class SeenRows:
         # The rows are sorted, because the same rows in another order are the same batch.
         in_order = numbers[np.lexsort(numbers.T)]
         content = np.ascontiguousarray(in_order).tobytes()
-        batch_hash = hash_of_each([content]).view(np.int64)  # (1,)
+        batch_hash = hash_items([content]).view(np.int64)  # (1,)
         is_new = not self._contains(batch_hash)[0]
         return batch_hash, np.full(n, is_new)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from vilu.artifacts.documents import explain
+from vilu.artifacts.documents import first_error
 from vilu.artifacts.hashing import digest
 from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import read_column, read_table, table_suffix, write_table
@@ -700,7 +700,7 @@ def _read_state(path: str | Path) -> tuple[pa.Table, State]:
         return table, State.model_validate(metadata)
     except ValidationError as error:
         raise DataError(
-            f"{path} is damaged: {explain(error)}. Restore it, or begin a new monitor."
+            f"{path} is damaged: {first_error(error)}. Restore it, or begin a new monitor."
         ) from error
 
 

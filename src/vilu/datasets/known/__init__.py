@@ -60,7 +60,10 @@ def open_known(
     classes: Path | None = None,
     outside: tuple[str, ...] = (),
 ) -> ImageDataset:
-    """Open a data set of the catalogue; ``source`` of the result names the list of splits used."""
+    """Open a data set of the catalogue.
+
+    The attribute ``source`` of the result names the list of splits that is used.
+    """
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError(
@@ -106,8 +109,8 @@ ADDERS["a vilu.datasets.known.KnownDataset"] = _add
 
 ArchiveState = Literal["present", "right", "wrong"]
 State = Literal["complete", "present", "incomplete", "absent"]
-PACKED: Final = (".tar", ".gz", ".tgz", ".zip")  # suffixes of files that must be unpacked
-CHUNK: Final = 2**22  # number of bytes hashed at a time
+PACKED_SUFFIXES: Final = (".tar", ".gz", ".tgz", ".zip")  # suffixes of files that must be unpacked
+CHUNK_BYTES: Final = 2**22  # number of bytes hashed at a time
 MEBIBYTE: Final = 2**20
 
 
@@ -167,9 +170,9 @@ def check(
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
     """Check one data set; ``named`` says whether the user has named it (``find_place``)."""
     place = find_place(entry, root, named=named)
-    paths = _archives(entry, root, place)
-    archives = {name: _verify(entry, path, deep) for name, path in paths.items()}
-    advice = _how_to_get(entry, archives)
+    archive_paths = _find_archives(entry, root, place)
+    archives = {name: _archive_state(entry, path, deep) for name, path in archive_paths.items()}
+    advice = _advice(entry, archives)
     presence = Presence(entry.name, entry.title, folder=None, archives=archives, advice=advice)
     if place is None:
         return presence
@@ -180,10 +183,10 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
         return replace(presence, problem=str(error))
     splits = _published_splits(entry, survey)
     presence = replace(presence, origin=survey.origin, splits=splits)
-    damaged = _damaged(archives, paths, place)
+    damaged = _damaged_archives(archives, archive_paths, place)
     if damaged:
         return replace(presence, problem=f"wrong checksum: {', '.join(damaged)}")
-    state = _state(splits.values(), survey)
+    state = _state_by_counts(splits.values(), survey)
     if state == "incomplete":
         return presence
     return replace(
@@ -200,21 +203,25 @@ def _published_splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
     expected = entry.expected(survey.counts)
     splits = {}
     # without published sizes, ``expected`` is empty, and each split has its own count
-    for names in expected or survey.counts:
-        counts = [survey.counts[name] for name in names.split("+")]
-        splits[names] = Count.sum(counts, expected=expected.get(names))
+    for joined_names in expected or survey.counts:
+        counts = [survey.counts[name] for name in joined_names.split("+")]
+        splits[joined_names] = Count.sum(counts, expected=expected.get(joined_names))
     return splits
 
 
-def _damaged(
-    archives: Mapping[str, ArchiveState], paths: Mapping[str, Path], place: Place
+def _damaged_archives(
+    archives: Mapping[str, ArchiveState], archive_paths: Mapping[str, Path], place: Place
 ) -> list[str]:
     """Return the archives with a wrong checksum in the data set's own folder."""
-    wrong = [name for name, state in archives.items() if state == "wrong"]
-    return [name for name in wrong if paths[name].parent == place.folder]
+    damaged: list[str] = []
+    for name, state in archives.items():
+        is_in_folder = archive_paths[name].parent == place.folder
+        if state == "wrong" and is_in_folder:
+            damaged.append(name)
+    return damaged
 
 
-def _state(splits: Collection[Count], survey: Survey) -> State:
+def _state_by_counts(splits: Collection[Count], survey: Survey) -> State:
     """Return the state of a data set without errors, from the counts of its splits."""
     for split in splits:
         if not split.is_complete(binding=survey.binding):
@@ -223,28 +230,29 @@ def _state(splits: Collection[Count], survey: Survey) -> State:
     return "complete" if is_listed else "present"
 
 
-def _archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
+def _find_archives(entry: KnownDataset, root: Path, place: Place | None) -> dict[str, Path]:
     """Return the paths, by name, of those files with published checksums that exist.
 
     They are looked for in the folder of the data set and in the folders where users usually put
     archives. The first file with a name counts.
     """
     folders = [root]
-    for folder in entry.folders:
-        top_folder, _, _ = folder.partition("/")
-        folders.append(root / top_folder)
+    for usual_folder in entry.folders:
+        top_name, _, _ = usual_folder.partition("/")
+        folders.append(root / top_name)
     if place is not None:
-        folders = [place.folder, *place.around, *folders]
-    archives = {}
+        folders = [place.folder, *place.outer_folders, *folders]
+    archive_paths = {}
     for name in entry.archives:
-        paths = [folder / name for folder in folders]
-        first = next((path for path in paths if path.is_file()), None)
-        if first is not None:
-            archives[name] = first
-    return archives
+        for folder in folders:
+            path = folder / name
+            if path.is_file():
+                archive_paths[name] = path
+                break
+    return archive_paths
 
 
-def _verify(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
+def _archive_state(entry: KnownDataset, path: Path, deep: bool) -> ArchiveState:
     """Return the state of an archive; if ``deep`` is False, without computing its checksum."""
     if not deep:
         return "present"
@@ -263,32 +271,32 @@ def _md5(path: Path) -> str:
     with path.open("rb") as file:
         size = path.stat().st_size
         with track(f"hashing {path.name}", size / MEBIBYTE, "MiB") as task:
-            chunk = file.read(CHUNK)
+            chunk = file.read(CHUNK_BYTES)
             while chunk:
                 digest.update(chunk)
                 task.advance(len(chunk) / MEBIBYTE)
-                chunk = file.read(CHUNK)
+                chunk = file.read(CHUNK_BYTES)
     return digest.hexdigest()
 
 
-def _how_to_get(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
+def _advice(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
     """Return advice on the existing archives, and how to get the data set."""
     packed = []
-    wrong = []
+    damaged = []
     for name, state in archives.items():
         if state == "wrong":
-            wrong.append(name)
-        elif name.endswith(PACKED):
+            damaged.append(name)
+        elif name.endswith(PACKED_SUFFIXES):
             packed.append(name)
     advice = ""
     if packed:
-        advice += f"{_with_verb(packed)} here: unpack. "
-    if wrong:
-        advice += f"{_with_verb(wrong)} damaged: download again. "
+        advice += f"{_names_and_verb(packed)} here: unpack. "
+    if damaged:
+        advice += f"{_names_and_verb(damaged)} damaged: download again. "
     return f"{advice}{entry.how} ({entry.url})"
 
 
-def _with_verb(names: Sequence[str]) -> str:
+def _names_and_verb(names: Sequence[str]) -> str:
     """Return the names, followed by "is" or "are"."""
     verb = "is" if len(names) == 1 else "are"
     return f"{', '.join(names)} {verb}"

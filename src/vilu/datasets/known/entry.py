@@ -9,11 +9,11 @@ from typing import Annotated, Final, Protocol, runtime_checkable
 
 from pydantic import Field, InstanceOf, PositiveInt
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, UsageError
 
-SHOWN: Final = 5  # maximum number of missing files that are named
+MAX_MISSING_NAMES: Final = 5  # maximum number of missing files that are named
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Count:
         missing: list[str] = []
         problem = None
         for count in counts:
-            n_existing = _sum(n_existing, count.found)
-            n_listed = _sum(n_listed, count.listed)
+            n_existing = _sum_if_known(n_existing, count.found)
+            n_listed = _sum_if_known(n_listed, count.listed)
             missing += count.missing
             if problem is None:
                 problem = count.problem
-        return cls(n_existing, n_listed, expected, tuple(missing[:SHOWN]), problem)
+        return cls(n_existing, n_listed, expected, tuple(missing[:MAX_MISSING_NAMES]), problem)
 
     def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files exist and, if ``binding``, at least ``expected`` are listed."""
+        """Whether all listed files exist. If ``binding``, at least ``expected`` must be listed."""
         if self.problem is not None or self.missing:
             return False
         is_listed = self.listed is not None
@@ -65,7 +65,7 @@ class Survey:
     binding: bool = True
 
 
-def _sum(first: int | None, second: int | None) -> int | None:
+def _sum_if_known(first: int | None, second: int | None) -> int | None:
     """Return the sum; None if a summand is unknown."""
     if first is None or second is None:
         return None
@@ -77,7 +77,7 @@ NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # pattern of the names of data se
 
 @dataclass(frozen=True)
 class Request:
-    """The options of opening a data set."""
+    """The options with which a data set is opened."""
 
     split: str | None = None  # names of splits joined by ``+``; None for all
     raw_names: bool = False  # whether to use the class names as they are in the data
@@ -85,8 +85,8 @@ class Request:
     # names of classes to leave out; the file ``classes`` need not list them
     outside: tuple[str, ...] = ()
 
-    def unfit(self) -> list[str]:
-        """Return the options in use that do not fit a data set without classes and splits."""
+    def unfit_options(self) -> list[str]:
+        """Return the options that are used but do not fit a data set without classes and splits."""
         is_used = {
             "--split": self.split is not None,
             "--raw-names": self.raw_names,
@@ -166,9 +166,9 @@ class KnownDataset:
     def expected(self, splits: Collection[str]) -> Mapping[str, int]:
         """Return the published sizes of these splits; empty if no such splits were published."""
         for sizes in (self.sizes, self.official_sizes):
-            # joins all keys and splits them again, because a key may be "train+val"
-            published = "+".join(sizes).split("+")
-            if set(published) == set(splits):
+            # the keys are joined and split again, because a key may itself be "train+val"
+            published_splits = "+".join(sizes).split("+")
+            if set(published_splits) == set(splits):
                 return sizes
         return {}
 
@@ -179,16 +179,16 @@ class Place:
 
     entry: KnownDataset  # the data set
     folder: Path  # folder of the data set; keys are paths below it
-    # Further folders that may have lists of the splits: all folders above ``folder``, up to and
-    # including the folder that the user gave.
-    around: tuple[Path, ...]
+    # folders that may also have lists of the splits: those above ``folder``, up to and including
+    # the folder that the user gave
+    outer_folders: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
-        """Return the first of these files that exists, in ``folder`` or ``around``.
+        """Return the first of these files that exists, in ``folder`` or ``outer_folders``.
 
         A link that leads nowhere counts as existing, so that reading it reports the error.
         """
-        for folder in (self.folder, *self.around):
+        for folder in (self.folder, *self.outer_folders):
             for name in names:
                 path = folder / name
                 if path.exists() or path.is_symlink():
@@ -199,10 +199,10 @@ class Place:
         """Return the first of these files that exists; DataError if there is none."""
         path = self.find(*names)
         if path is None:
-            raise self.lacks(*names)
+            raise self.missing_error(*names)
         return path
 
-    def lacks(self, *names: str) -> DataError:
+    def missing_error(self, *names: str) -> DataError:
         """Return the error that none of these files exists."""
         return DataError(
             f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, "
@@ -221,14 +221,14 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
         raise UsageError(
             f"{root} is no folder. Give the folder that holds the data sets, or a data set's own."
         )
-    with or_refuse(f"look into {root}", "Check its permissions."):
-        for parts in _candidates(entry, root, named):
+    with convert_os_errors(f"cannot look into {root}", hint="Check its permissions."):
+        for parts in _candidate_paths(entry, root, named):
             folder = root.joinpath(*parts)
             if folder.is_dir() and _has_mark(folder, entry.marks):
                 # from the folder above ``folder`` up to ``root``
                 depths = reversed(range(len(parts)))
-                around = tuple(root.joinpath(*parts[:depth]) for depth in depths)
-                return Place(entry, folder, around)
+                outer_folders = tuple(root.joinpath(*parts[:depth]) for depth in depths)
+                return Place(entry, folder, outer_folders)
     return None
 
 
@@ -253,19 +253,18 @@ def require_place(entry: KnownDataset, root: Path) -> Place:
     )
 
 
-def _candidates(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
-    """Yield the paths below ``root`` where a data set can be, as tuples of names.
+def _candidate_paths(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
+    """Yield the paths below ``root`` at which a data set can be, as tuples of names.
 
-    1. The folders of the entry.
-    2. If ``root`` is itself a folder on such a path, the rest of the path. If ``named`` is True,
-       ``root`` may be any folder on the path. Otherwise, ``root`` must end with the same names.
+    1. The folders of the entry, such as ("coop", "dtd", "images").
+    2. The rest of such a path, because ``root`` may itself be a folder on the path, such as
+       "coop/dtd". If ``named`` is False, ``root`` must then end with the same names.
     """
     paths = [PurePosixPath(folder).parts for folder in entry.folders]
     yield from paths
     root_parts = root.absolute().parts
     for parts in paths:
         for depth in range(1, len(parts) + 1):
-            # whether ``root`` ends with the first ``depth`` names of the path
-            agrees = root_parts[-depth:] == parts[:depth]
-            if named or agrees:
+            root_ends_with_path = root_parts[-depth:] == parts[:depth]
+            if named or root_ends_with_path:
                 yield parts[depth:]

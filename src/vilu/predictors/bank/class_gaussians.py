@@ -196,7 +196,7 @@ def mean_of_both(batch: Batch, log_odds: Tensor) -> Tensor:
     p is the zero-shot probability of the answer a. s_d = N_a / sum_c N_c is the share of the answer
     in the density. ``log_odds`` (B,) is log((1 - s_d) / s_d).
     """
-    doubt_of_zero_shot = batch.beside_answer.doubt.to(log_odds.device)
+    doubt_of_zero_shot = batch.judged_rivals.doubt.to(log_odds.device)
     doubt_of_density = torch.sigmoid(log_odds)
     return (doubt_of_zero_shot + doubt_of_density) / 2
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vilu.embeddings.similarity import nearest
-from vilu.embeddings.source import SAME_TEXT, Batch
+from vilu.embeddings.similarity import nearest_rows
+from vilu.embeddings.source import SAME_TEXT_COSINE, Batch
 from vilu.errors import ProvenanceError
 from vilu.predictors.contract.predictor import CLASSES, FailurePredictor
 
@@ -33,8 +33,8 @@ class ClosedSet(FailurePredictor):
         Raises:
             ProvenanceError: If a candidate is no learned class, or two candidates are one class.
         """
-        cosine, class_index = nearest(text, self.tensor(CLASSES, text.device))
-        n_unknown = int((cosine < SAME_TEXT).sum())
+        cosine, class_index = nearest_rows(text, self.tensor(CLASSES, text.device))
+        n_unknown = int((cosine < SAME_TEXT_COSINE).sum())
         if n_unknown:
             raise self._other_classes(len(text), f"{n_unknown} are not among them")
         n_repeated = int((class_index.sort().values.diff() == 0).sum())

@@ -15,7 +15,7 @@ from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
 from vilu.predictors.contract.labelled import failure_log_odds, with_outside
 from vilu.predictors.nn.head import FailureHead
-from vilu.predictors.nn.pooled import Pooled
+from vilu.predictors.nn.pooled import PooledLogits
 
 
 class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
@@ -192,7 +192,7 @@ def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
 
 
 class PoolCoalitions(Coalitions):
-    """Coalitions of the summands of the pooled logits of ViLU+ or ViLU0 (``Pooled``).
+    """Coalitions of the summands of the pooled logits of ViLU+ or ViLU0 (``PooledLogits``).
 
     The players are the summands: tempered zero-shot logits ("zero-shot score"), what was learned
     about the candidates for any image ("texts"), and what the image adds ("image"). f(S) is the
@@ -222,7 +222,9 @@ class PoolCoalitions(Coalitions):
     )
 
     def __init__(
-        self, parts: Callable[[Batch], Pooled], outside: Callable[[Batch], Tensor] | None = None
+        self,
+        parts: Callable[[Batch], PooledLogits],
+        outside: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.parts = parts
         self.outside = outside
@@ -246,7 +248,8 @@ class PoolCoalitions(Coalitions):
         """(2^G, B): f(S) of every coalition S."""
         with torch.no_grad():
             parts = self.parts(batch)
-            summands = [parts.zero_shot, parts.image, parts.texts]  # in the order of the players
+            # in the order of the players
+            summands = [parts.zero_shot, parts.image_effect, parts.class_offset]
             values = [torch.zeros(len(batch.image), dtype=torch.float64)]  # the empty coalition
             for coalition in range(1, 2 ** len(summands)):
                 logits = torch.zeros_like(parts.zero_shot)

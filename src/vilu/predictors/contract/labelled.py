@@ -16,7 +16,7 @@ from vilu.embeddings.columns import ANSWER
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.rows import SCORING_BATCH, Rows
 from vilu.embeddings.similarity import RivalWeights, float64
-from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
+from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.contract.seen import overlap
 from vilu.predictors.nn.processes import current_world
@@ -53,7 +53,7 @@ def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> N
     n_alike = 0
     if len(train_text) == len(unlabelled_text):
         cosine = (train_text * unlabelled_text).sum(dim=1)
-        n_alike = int((cosine >= SAME_TEXT).sum())
+        n_alike = int((cosine >= SAME_TEXT_COSINE).sum())
     # image-caption pairs have no shared texts, so they are never comparable
     are_comparable = n_alike > 0 and n_alike == len(train_text)
     if not are_comparable:
@@ -372,7 +372,9 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     round to zero or one.
     """
     if batch.matches is None:  # all candidates are different answers
-        return RivalWeights.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
+        return RivalWeights.from_logits(
+            logits, batch.prediction[:, None].to(logits.device)
+        ).log_odds
     logits = float64(logits)
     is_answer = batch.alike(batch.prediction).to(logits.device)
     log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=-1)

@@ -17,9 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vilu.device import each_with_torch_defaults, resolve_device, torch_defaults
-from vilu.embeddings.columns import ANSWER, HOW, SECOND, AnswerKind, DataKind
+from vilu.embeddings.columns import (
+    ANSWER,
+    COLUMN_COMMANDS,
+    SECOND_MODEL_COLUMNS,
+    AnswerKind,
+    DataKind,
+)
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import cached_rows, float64
+from vilu.embeddings.similarity import float64, rows_in_cache
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, UsageError
@@ -720,7 +726,7 @@ class FailurePredictor(ABC):
                 f"this {self.name} keeps no texts of classes. Give them too: "
                 "predict_uncertainty(image, text)."
             )
-        return NewImages.of_arrays(image, text, self.space_)
+        return NewImages.from_arrays(image, text, self.space_)
 
     @torch_defaults()
     def uncertainty_of(self, data: NewImages) -> Tensor:
@@ -788,7 +794,7 @@ class FailurePredictor(ABC):
         if self.looks_at == {"logits"}:
             # Such scores wait for memory, so blocks whose logits stay in the cache are faster.
             read = data.many
-            size = cached_rows(data.n_candidates)
+            size = rows_in_cache(data.n_candidates)
         columns = (*self.columns_to_score, *self.answer_columns)
         for block in read(size, rows=rows, columns=columns):
             batch = block.to(device)
@@ -907,11 +913,11 @@ class FailurePredictor(ABC):
             require_inputs(type(self), data)
         for column in columns:
             if column not in data.columns:
-                is_imported = column not in SECOND and column != ANSWER
+                is_imported = column not in SECOND_MODEL_COLUMNS and column != ANSWER
                 or_import = ", or give it to `vilu import`" if is_imported else ""
                 raise DataError(
                     f"{self.name} needs the column {column!r}. "
-                    f"Make it with `{HOW[column]}`{or_import}."
+                    f"Make it with `{COLUMN_COMMANDS[column]}`{or_import}."
                 )
 
     def check_answer(self) -> None:

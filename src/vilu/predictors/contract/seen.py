@@ -19,7 +19,7 @@ from torch import Tensor
 from vilu.artifacts.hashing import digest
 from vilu.callers import warn_caller
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
-from vilu.embeddings.source import EmbeddingSource, say_once
+from vilu.embeddings.source import EmbeddingSource, warn_once
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.validation import require_at_least
 
@@ -288,7 +288,7 @@ def common_identity(
     if not common:
         return None
     if common[0] == "names":
-        say_once(
+        warn_once(
             f"rows of {names[0]} and of {names[1]} are compared by their names, not by their "
             "pictures, as they have no other mark in common: another picture of the same name "
             "counts as the same row, and a renamed one does not. To mend it, embed both with this "

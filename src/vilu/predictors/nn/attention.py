@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import MAX_CELLS, nearest
-from vilu.embeddings.source import SAME_TEXT, Batch, LogitBatch
+from vilu.embeddings.similarity import MAX_CELLS, nearest_rows
+from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, LogitBatch
 
 TEMPERATURE_SD = 0.5
 """Standard deviation of the normal prior of log a, where a is the zero-shot temperature.
@@ -285,11 +285,11 @@ class SupervisedAttention(nn.Module):
                 known=torch.zeros_like(row, dtype=torch.bool),
                 reach=torch.ones_like(text[:, 0]),
             )
-        cosine, row = nearest(text, self.classes)
-        known = cosine >= SAME_TEXT
+        cosine, row = nearest_rows(text, self.classes)
+        known = cosine >= SAME_TEXT_COSINE
         candidates = functional.normalize(self.text(text), dim=1)
         classes = functional.normalize(self.text(self.classes), dim=1)
-        nearest_cosine, _ = nearest(candidates, classes)
+        nearest_cosine, _ = nearest_rows(candidates, classes)
         common_variance = nearest_cosine.clamp(0, 1).square()
         return Match(row=row, known=known, reach=torch.where(known, 1.0, common_variance))
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from vilu.artifacts.disk import (
     LOCK,
     TEMPORARY,
+    convert_os_errors,
     locked,
     make_folder,
-    or_refuse,
     write_bytes,
     write_text,
 )
@@ -148,7 +148,7 @@ class FolderKeeper(Keeper):
 
     def _prune(self, names_to_keep: set[str]) -> None:
         """Remove all checkpoints except those with ``names_to_keep``."""
-        with or_refuse(f"remove a checkpoint in {self.folder}"):
+        with convert_os_errors(f"cannot remove a checkpoint in {self.folder}"):
             # sorted, so that the record (.json) of a checkpoint is removed before its tensors
             for path in sorted(self.folder.iterdir()):
                 if is_ours(path.name) and path.stem not in names_to_keep:
@@ -213,7 +213,7 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     tensors_path = path.with_suffix(".safetensors")
     if not tensors_path.is_file():
         raise DataError(f"{tensors_path} is missing.")
-    with or_refuse(f"read {tensors_path}"):
+    with convert_os_errors(f"cannot read {tensors_path}"):
         weights = tensors_path.read_bytes()
     if bytes_hash(weights) != record.get("tensors_sha256"):
         raise DataError(f"{tensors_path} is not the file that {path.name} names.")
@@ -267,7 +267,7 @@ class FolderSession(Session):
     def named(self) -> str | None:
         """The digest that ``name_fit`` wrote; None if there is none."""
         path = self.folder / NAMED
-        with or_refuse(f"read {path}"):
+        with convert_os_errors(f"cannot read {path}"):
             if not path.is_file():
                 return None
             return path.read_text()
@@ -279,7 +279,7 @@ class FolderSession(Session):
     def remove(self) -> None:
         """Remove the checkpoints. This is called when the result of the training is saved."""
         if self.world.leads:
-            with or_refuse(f"remove the checkpoints in {self.folder}"):
+            with convert_os_errors(f"cannot remove the checkpoints in {self.folder}"):
                 for run in self.runs():
                     shutil.rmtree(run)
                 (self.folder / NAMED).unlink(missing_ok=True)
@@ -335,7 +335,7 @@ def _take_folder(session: FolderSession, held: ExitStack, *, resume: bool) -> No
         UsageError, BusyError, StorageError: As in ``checkpointing``.
     """
     folder = make_folder(session.folder)
-    held.enter_context(locked(folder, "training with the checkpoints in"))
+    held.enter_context(locked(folder, activity="training with the checkpoints in"))
     if session.runs() and not resume:
         raise UsageError(
             f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder."
@@ -344,7 +344,7 @@ def _take_folder(session: FolderSession, held: ExitStack, *, resume: bool) -> No
 
 def _remove_empty(folder: Path) -> None:
     """Remove the lock file, and then the folder if it is empty."""
-    with or_refuse(f"remove {folder}"):
+    with convert_os_errors(f"cannot remove {folder}"):
         (folder / LOCK).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.rows import Rows
-from vilu.embeddings.similarity import CACHED_CELLS, cached_rows, float64, row_blocks
+from vilu.embeddings.similarity import CACHED_CELLS, float64, row_blocks, rows_in_cache
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn.attention import (
     FEATURES,
@@ -27,7 +27,7 @@ from vilu.predictors.nn.attention import (
     plus,
 )
 from vilu.predictors.nn.layers import dropout_mask, linear
-from vilu.predictors.nn.pooled import Pooled
+from vilu.predictors.nn.pooled import PooledLogits
 
 RIDGE = 0.1
 """Ridge of the kernel regression of ``Memory``."""
@@ -206,7 +206,7 @@ class Experts(nn.Module):
             keys = attention.learned_keys(batch.text, match)
             companions = []
         n_candidates = len(batch.text)
-        for part in row_blocks(len(batch.image), n_candidates, cached_rows(n_candidates)):
+        for part in row_blocks(len(batch.image), n_candidates, rows_in_cache(n_candidates)):
             rows = batch.rows(part)
             logits = attention.queries(rows) @ keys.T
             if all_known:
@@ -284,7 +284,7 @@ class Experts(nn.Module):
                 logits.append(offset + companion(batch)[:, match.row])
         return torch.stack(logits, dim=1)
 
-    def pooled_parts(self, batch: Batch) -> Pooled:
+    def pooled_parts(self, batch: Batch) -> PooledLogits:
         """The pooled logits of a batch, split into three parts.
 
         Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, a is the
@@ -296,10 +296,10 @@ class Experts(nn.Module):
         """
         residual, offset, total_weight = self._pooled_residual(batch)
         residual_at_mean, _, _ = self._pooled_residual(self._mean_image(batch))
-        return Pooled(
+        return PooledLogits(
             zero_shot=total_weight * offset,
-            texts=residual_at_mean,
-            image=residual - residual_at_mean,
+            class_offset=residual_at_mean,
+            image_effect=residual - residual_at_mean,
         )
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.backbones.loading import UNREADABLE, why_refused
+from vilu.backbones.loading import READING_ERRORS, unpickling_problem
 from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, ViLUError
@@ -75,7 +75,7 @@ def convert_official(
 
 
 DAMAGE = (
-    *UNREADABLE,
+    *READING_ERRORS,
     ArithmeticError,
     AssertionError,
     ImportError,
@@ -186,7 +186,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
     except DAMAGE as error:
         raise DataError(
-            f"{path} is refused, nothing in it was executed: {why_refused(error)}."
+            f"{path} is refused, nothing in it was executed: {unpickling_problem(error)}."
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict):

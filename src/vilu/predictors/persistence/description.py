@@ -12,14 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vilu.artifacts.disk import make_folder, or_refuse, write_bytes, write_text
+from vilu.artifacts.disk import convert_os_errors, make_folder, write_bytes, write_text
 from vilu.artifacts.documents import (
-    MADE_WITH,
     MAX_DOCUMENT_BYTES,
     SCHEMA,
     SCHEMA_VERSION,
-    explain,
-    identity,
+    VERSION_KEY,
+    content_digest,
+    first_error,
     parse_json,
     plain_json,
     read_json,
@@ -131,7 +131,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
         _drop_calibration(path)
     write_bytes(path / WEIGHTS, weights)
     _write_sample(path, predictor.sample_, description["weights_sha256"])
-    fingerprint = identity(description)
+    fingerprint = content_digest(description)
     write_card(path, {**description, FINGERPRINT: fingerprint}, predictor, risk=None)
     write_json(path / PREDICTOR, description, seal=FINGERPRINT)
     return fingerprint
@@ -142,7 +142,7 @@ def _write_sample(path: Path, sample: SavedSample | None, weights_sha256: str) -
     if sample is not None:
         sample.save(path, weights_sha256)
         return
-    with or_refuse(f"remove the old sample in {path}"):
+    with convert_os_errors(f"cannot remove the old sample in {path}"):
         (path / SAMPLE).unlink(missing_ok=True)
 
 
@@ -164,7 +164,7 @@ def _drop_calibration(path: Path) -> None:
     """Remove the calibration of the predictor that is replaced, with a warning."""
     names = (RISK, ROWS, LOOKS, LIKELY, VOCABULARY)
     stale = [name for name in names if (path / name).exists()]
-    with or_refuse(f"remove the old calibration in {path}"):
+    with convert_os_errors(f"cannot remove the old calibration in {path}"):
         for name in stale:
             (path / name).unlink()
     had_calibration = RISK in stale or ROWS in stale
@@ -187,7 +187,7 @@ def fit_of(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        with or_refuse(f"read {path}"):
+        with convert_os_errors(f"cannot read {path}"):
             return _without_calibration(parse_json(path.read_bytes()))
     except (ValueError, RecursionError):
         return None
@@ -216,7 +216,7 @@ def is_ours(path: Path) -> bool:
 def _has_our_content(path: Path) -> bool:
     """Whether a file has the content that the file of this name has in a saved predictor."""
     try:
-        with or_refuse(f"read {path}"), path.open("rb") as handle:
+        with convert_os_errors(f"cannot read {path}"), path.open("rb") as handle:
             if path.name in {VOCABULARY, WEIGHTS, SAMPLE}:
                 header_size = int.from_bytes(handle.read(8), "little")
                 header = parse_json(handle.read(min(header_size, MAX_DOCUMENT_BYTES)))
@@ -259,7 +259,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
             parameter_values[name] = getattr(predictor, name)
     description = {
         SCHEMA: SCHEMA_VERSION,
-        MADE_WITH: metadata.version("vilu"),
+        VERSION_KEY: metadata.version("vilu"),
         "method": predictor.name,
         "parameters": parameter_values,
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
@@ -354,8 +354,8 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         _Description.model_validate(description)
     except ValidationError as error:
-        raise DataError(f"{path} is damaged: {explain(error)}. {REFIT}.") from error
-    return {**description, FINGERPRINT: identity(description, FINGERPRINT)}
+        raise DataError(f"{path} is damaged: {first_error(error)}. {REFIT}.") from error
+    return {**description, FINGERPRINT: content_digest(description, FINGERPRINT)}
 
 
 def home_of(cls: type) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.copies import picture_vectors
@@ -124,7 +124,7 @@ class FitSample:
                 f"{path} has {size:,} bytes, but a sample has at most {MAX_FILE_BYTES:,}. {remedy}."
             )
         try:
-            with or_refuse(f"read {path}"), safe_open(path, framework="pt") as file:
+            with convert_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
                 # a file without metadata is damaged, as the KeyError says
                 facts = parse_json((file.metadata() or {})[SAMPLE_KEY].encode())
                 image = file.get_tensor("image")

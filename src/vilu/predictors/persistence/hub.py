@@ -17,12 +17,12 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from vilu.artifacts.disk import (
+    convert_os_errors,
     file_hash,
     host_hash,
     is_leftover,
     make_folder,
-    or_refuse,
-    unfinished,
+    temporary_paths,
 )
 from vilu.artifacts.documents import MAX_DOCUMENT_BYTES, SEAL, read_json, without_version
 from vilu.artifacts.paths import claim_folder
@@ -90,7 +90,7 @@ def beside(target: Path) -> Iterator[Path]:
     try:
         yield folder
         # the folders that were made for this target, or none
-        temporary_folders = unfinished(target.parent.absolute()).pop(target.name, ())
+        temporary_folders = temporary_paths(target.parent.absolute()).pop(target.name, ())
         for leftover in filter(is_leftover, temporary_folders):
             shutil.rmtree(leftover, ignore_errors=True)
     finally:
@@ -118,7 +118,10 @@ def copy_files(
             f"{source} is a symbolic link, so it could be anything on this machine. Give the "
             "folder that it leads to."
         )
-    with or_refuse(f"copy {source} to {destination}"), _open_folder(source) as folder:
+    with (
+        convert_os_errors(f"cannot copy {source} to {destination}"),
+        _open_folder(source) as folder,
+    ):
         for name, limit in FILES.items():
             if name in without:
                 continue
@@ -276,7 +279,7 @@ def place(staged: Path, target: Path) -> None:
 
     Other processes see the old folder or the new one, and for a moment no folder.
     """
-    with or_refuse(f"put the predictor into {target}"), beside(target) as temporary:
+    with convert_os_errors(f"cannot put the predictor into {target}"), beside(target) as temporary:
         old = temporary / "old"
         try:
             if target.exists():
@@ -404,7 +407,7 @@ def _place_copy(
     with beside(resolved) as staged:
         copy_files(source, staged, cache=cache, without=without)
         same = all(_content(staged / name) == _content(resolved / name) for name in FILES)
-        if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
+        if claim_folder(target, "predictor", is_ours, has_same_inputs=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:
             place(staged, resolved)

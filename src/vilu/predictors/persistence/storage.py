@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.artifacts.documents import read_json
 from vilu.artifacts.hashing import bytes_hash
-from vilu.artifacts.paths import claim_folder, inputs_of
+from vilu.artifacts.paths import claim_folder, inputs_digest
 from vilu.device import torch_defaults
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
@@ -60,7 +60,7 @@ def load_predictor(folder: str | Path) -> FailurePredictor:
     content = read_description(path / PREDICTOR)
     if not (path / WEIGHTS).is_file():
         raise DataError(f"the predictor is not complete: {path / WEIGHTS} does not exist. {REFIT}.")
-    with or_refuse(f"read {path / WEIGHTS}"):
+    with convert_os_errors(f"cannot read {path / WEIGHTS}"):
         weights = (path / WEIGHTS).read_bytes()
     if bytes_hash(weights) != content["weights_sha256"]:
         raise DataError(
@@ -117,7 +117,9 @@ def inputs_of_fit(predictor: FailurePredictor, files: Sequence[Path], **flags: o
     by name.
     """
     content = description.describe(predictor)
-    return inputs_of(*files, method=content["method"], parameters=content["parameters"], **flags)
+    return inputs_digest(
+        *files, method=content["method"], parameters=content["parameters"], **flags
+    )
 
 
 def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
@@ -141,7 +143,11 @@ def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
     # interrupted.
     is_incomplete = not (folder / PREDICTOR).exists()
     return claim_folder(
-        folder, "predictor", description.is_ours, same=same, overwrite=overwrite or is_incomplete
+        folder,
+        "predictor",
+        description.is_ours,
+        has_same_inputs=same,
+        overwrite=overwrite or is_incomplete,
     )
 
 

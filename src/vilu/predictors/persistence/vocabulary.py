@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vilu.artifacts.disk import or_refuse, write_bytes
+from vilu.artifacts.disk import convert_os_errors, write_bytes
 from vilu.artifacts.documents import parse_json, plain_json
 from vilu.artifacts.hashing import digest, tensor_hash
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.column_checks import check_columns
-from vilu.embeddings.columns import OF_ROWS
+from vilu.embeddings.columns import ROW_COLUMNS
 from vilu.embeddings.new_images import NewImages, image_matrix
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -57,7 +57,7 @@ class Vocabulary:
         """
         dtype = dtype or source.stored_dtype or "float32"
         no_rows = torch.empty(0, dtype=torch.int64)
-        names = sorted(source.columns - OF_ROWS)
+        names = sorted(source.columns - ROW_COLUMNS)
         columns = {name: source.column(name, no_rows) for name in names}
         return cls(source.class_names, source.text, source.space, dtype, columns)
 
@@ -115,7 +115,7 @@ class Vocabulary:
                 "this writes it."
             )
         try:
-            with or_refuse(f"read {path}"), safe_open(path, framework="pt") as file:
+            with convert_os_errors(f"cannot read {path}"), safe_open(path, framework="pt") as file:
                 # a file without metadata is damaged, as the KeyError says
                 header = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
                 # the file is no dict

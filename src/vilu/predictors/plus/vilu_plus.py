@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.rows import SCORING_BATCH, Rows
-from vilu.embeddings.similarity import float64, nearest
-from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
+from vilu.embeddings.similarity import float64, nearest_rows
+from vilu.embeddings.source import SAME_TEXT_COSINE, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
@@ -456,8 +456,8 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
     n_unknown = validation.n_candidates
     if not validation.pool_size:
         text = validation.candidates(torch.arange(0)).text
-        similarity, _ = nearest(text, classes)
-        n_unknown = int((similarity < SAME_TEXT).sum())
+        similarity, _ = nearest_rows(text, classes)
+        n_unknown = int((similarity < SAME_TEXT_COSINE).sum())
     if n_unknown:
         raise DataError(
             "the pool is fitted on the validation rows, and some experts score only the "

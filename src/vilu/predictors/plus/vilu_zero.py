@@ -26,7 +26,7 @@ from vilu.predictors.contract.coalitions import Coalitions, PoolCoalitions
 from vilu.predictors.contract.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.contract.predictor import Learnt
 from vilu.predictors.nn.attention import Start
-from vilu.predictors.nn.pooled import Pooled
+from vilu.predictors.nn.pooled import PooledLogits
 from vilu.predictors.plus.ood import NEGATIVES, Outside, SeesOutside, from_words
 
 EM_ROWS = 20_000
@@ -198,16 +198,16 @@ class ViLUZero(SeesOutside, ClosedSet):
         learned = dict(zip(self.tensors, parts, strict=False))
         return Learnt(learned | outside.tensors(), {**learned_classes.notes, **outside.notes})
 
-    def parts(self, batch: Batch) -> Pooled:
+    def parts(self, batch: Batch) -> PooledLogits:
         """The three parts of the pooled logits l' of a batch."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
         # ``tensors`` has the names of the learned tensors; these are its first four
         scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
-        return Pooled(
+        return PooledLogits(
             zero_shot=scale * float64(batch.logits - batch.logit_bias),
-            texts=bias[classes][None],
-            image=(image - centre) @ weight[classes].T,
+            class_offset=bias[classes][None],
+            image_effect=(image - centre) @ weight[classes].T,
         )
 
     def _score(self, batch: Batch) -> Tensor:

@@ -179,7 +179,7 @@ class Names:
         if row not in self._pool:
             rank = int((self.data.usable_rows == row).nonzero())  # of the row among usable rows
             pool = _pool(self.data, rank // (self.data.pool_size or 1))
-            members = self.data.candidates(pool).members
+            members = self.data.candidates(pool).row_of_candidate
             if members is None:
                 raise DataError(
                     "these captions do not say which rows they belong to, so they have no names."

@@ -17,7 +17,7 @@ __all__ = ["EXECUTORS", "make_executor"]
 
 
 def make_executor(name: str, processes: int | None = None) -> Executor:
-    """Return the executor with a name.
+    """Make an executor.
 
     Args:
         name: "local" (processes on this machine), "ray", "spark", or "rank" (this process is one

@@ -31,7 +31,7 @@ from vilu.store.job import EmbedJob
 from vilu.store.manifest import Receipt
 from vilu.store.mapped import cores
 
-STORE_BYTES = 2**28
+SHARED_MEMORY_BYTES = 2**28
 """Size of the shared memory of a Ray that vilu starts.
 
 It holds only part numbers, receipts and the job. Ray writes to disk what does not fit.
@@ -63,9 +63,9 @@ class RayExecutor:
         if not parts:
             return
         with (
-            self._cluster() as actors,
-            self._settings(),
-            closing(self._rows(job, parts, actors)) as rows,
+            self._running_ray() as plan,
+            self._ray_data_settings(),
+            closing(self._outcome_rows(job, parts, plan)) as rows,
         ):
             while True:
                 with quiet():  # not around the yield, because messages of the caller must be shown
@@ -74,8 +74,8 @@ class RayExecutor:
                     return
                 yield receipt_of(row["outcome"])
 
-    def _rows(
-        self, job: EmbedJob, parts: Sequence[int], actors: _Actors
+    def _outcome_rows(
+        self, job: EmbedJob, parts: Sequence[int], plan: _ActorPlan
     ) -> Generator[dict[str, Any], None, None]:
         """Yield a row with the outcome of each part, in the order in which Ray returns them.
 
@@ -85,21 +85,21 @@ class RayExecutor:
         dataset = self._data.from_items(items, override_num_blocks=len(items))
         outcomes = dataset.map_batches(
             _Actor,
-            fn_constructor_args=(pack_job(job, actors.threads),),
+            fn_constructor_args=(pack_job(job, plan.threads_per_actor),),
             batch_size=1,
-            compute=self._data.ActorPoolStrategy(size=min(actors.number, len(items))),
-            num_cpus=actors.threads,
-            num_gpus=actors.gpus,
+            compute=self._data.ActorPoolStrategy(size=min(plan.n_actors, len(items))),
+            num_cpus=plan.threads_per_actor,
+            num_gpus=plan.gpus_per_actor,
             max_restarts=-1,  # no limit
             max_task_retries=-1,  # no limit
         )
         yield from outcomes.iter_rows()
 
     @contextmanager
-    def _cluster(self) -> Iterator[_Actors]:
-        """Yield the plan of the actors, in a running Ray or in one started for the block."""
+    def _running_ray(self) -> Iterator[_ActorPlan]:
+        """Yield the plan of the actors; if Ray is not running yet, it runs during the block."""
         if self._ray.is_initialized():
-            yield self._actors()
+            yield self._plan_for_running_ray()
             return
         address = os.environ.get("RAY_ADDRESS")
         processes = self.processes or cores()
@@ -110,23 +110,23 @@ class RayExecutor:
                 "address": "local",
                 "num_cpus": max(processes, cores()),
                 "include_dashboard": False,
-                "object_store_memory": STORE_BYTES,
+                "object_store_memory": SHARED_MEMORY_BYTES,
             }
         with quiet():
             self._ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
         try:
             if address:
-                yield self._actors()
+                yield self._plan_for_running_ray()
             else:
-                yield _Actors(
-                    number=processes,
-                    threads=threads_per_process(processes),
-                    gpus=self._gpus(processes),
+                yield _ActorPlan(
+                    n_actors=processes,
+                    threads_per_actor=threads_per_process(processes),
+                    gpus_per_actor=self._gpus_per_actor(processes),
                 )
         finally:
             self._ray.shutdown()
 
-    def _actors(self) -> _Actors:
+    def _plan_for_running_ray(self) -> _ActorPlan:
         """Return the plan of the actors in a running Ray: as many as fit, with equal shares.
 
         If some machines have GPUs, actors run only on these machines.
@@ -137,14 +137,18 @@ class RayExecutor:
         resource = "GPU" if with_gpu else "CPU"
         usable = with_gpu or with_cpu
         n_that_fit = int(sum(machine[resource] for machine in usable))
-        number = self.processes or max(1, n_that_fit)
-        per_machine = math.ceil(number / max(1, len(usable)))
+        n_actors = self.processes or max(1, n_that_fit)
+        actors_per_machine = math.ceil(n_actors / max(1, len(usable)))
         # the machine with the fewest cores decides, because an actor must fit on any machine
         fewest_cores = int(min((machine.get("CPU", 1) for machine in usable), default=1))
-        threads = max(1, fewest_cores // per_machine)
-        return _Actors(number=number, threads=threads, gpus=self._gpus(number))
+        threads = max(1, fewest_cores // actors_per_machine)
+        return _ActorPlan(
+            n_actors=n_actors,
+            threads_per_actor=threads,
+            gpus_per_actor=self._gpus_per_actor(n_actors),
+        )
 
-    def _gpus(self, n_actors: int) -> float | None:
+    def _gpus_per_actor(self, n_actors: int) -> float | None:
         """Return the GPUs per actor: 1, or 1/n if n actors share a GPU; None without GPUs."""
         n_gpus = int(self._ray.cluster_resources().get("GPU", 0))
         if n_gpus == 0:
@@ -152,7 +156,7 @@ class RayExecutor:
         return 1 / math.ceil(n_actors / n_gpus)
 
     @contextmanager
-    def _settings(self) -> Iterator[None]:
+    def _ray_data_settings(self) -> Iterator[None]:
         """Change settings of Ray Data in the block."""
         with quiet():
             context = self._data.DataContext.get_current()
@@ -165,12 +169,12 @@ class RayExecutor:
         }
         # some versions of Ray lack some of these settings
         available = {name: value for name, value in wanted.items() if hasattr(context, name)}
-        with temporarily_set(context, **available), _only_errors_of("ray.data"):
+        with temporarily_set(context, **available), _log_only_errors("ray.data"):
             yield
 
 
 @contextmanager
-def _only_errors_of(library: str) -> Iterator[None]:
+def _log_only_errors(library: str) -> Iterator[None]:
     """Drop the log lines of a library below ERROR in the block, also those of its own threads."""
     logger = logging.getLogger(library)
     level = logger.level
@@ -182,12 +186,12 @@ def _only_errors_of(library: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Actors:
-    """The plan of the actors: how many there are, and what each may use."""
+class _ActorPlan:
+    """How many actors there are, and what each may use."""
 
-    number: int  # number of actors
-    threads: int  # threads per actor
-    gpus: float | None  # GPUs per actor, 1/n if n actors share a GPU; None without GPUs
+    n_actors: int
+    threads_per_actor: int
+    gpus_per_actor: float | None  # 1/n if n actors share a GPU; None without GPUs
 
 
 class _Actor:
@@ -207,8 +211,8 @@ class _Actor:
 # is larger than the ``MAX_ATTEMPTS`` of a job, so that the job gives up a crashing part first.
 MAX_FAILURES = 6
 # environment variable that ``spark-submit`` sets; then Spark has the settings of ``spark-submit``
-SUBMITTED = "PYSPARK_GATEWAY_PORT"
-POLL = 0.05  # seconds between checks for new receipts
+SPARK_SUBMIT_VARIABLE = "PYSPARK_GATEWAY_PORT"
+POLL_SECONDS = 0.05  # time between checks for new receipts
 _workers: dict[str, Worker] = {}  # the only worker of this Python process, by the hash of its job
 
 
@@ -235,21 +239,23 @@ class SparkExecutor:
         with self._context() as (context, threads):
             payload = pack_job(job, threads)
             broadcast = context.broadcast(payload)
-            outcomes = context.accumulator([], _Outcomes())
+            outcomes = context.accumulator([], _OutcomeLists())
             task = partial(_run_task, broadcast, bytes_hash(payload), outcomes)
-            tasks = context.parallelize(list(parts), len(parts)).map(task)
-            action = _Action(self._spark, context, tasks)
+            # one part in each partition, so that each part is a task of its own
+            tasks = context.parallelize(list(parts), numSlices=len(parts)).map(task)
+            spark_job = _SparkJob(self._spark, context, tasks)
             try:
                 n_taken = 0
-                # The last receipts may arrive just before the action ends. So after the action has
-                # ended, the loop goes on until all receipts are taken.
-                while action.goes_on() or n_taken < len(outcomes.value):
-                    for packed in outcomes.value[n_taken:]:
+                # The last receipts may arrive just before the job ends. So after the job has ended,
+                # the loop goes on until all receipts are taken.
+                while spark_job.is_running_after_poll() or n_taken < len(outcomes.value):
+                    new_outcomes = outcomes.value[n_taken:]
+                    for packed in new_outcomes:
                         n_taken += 1
                         yield receipt_of(packed)
-                action.check(n_taken, len(parts))
+                spark_job.check(n_taken, len(parts))
             finally:
-                action.cancel()
+                spark_job.cancel()
                 broadcast.unpersist()
 
     @contextmanager
@@ -259,7 +265,7 @@ class SparkExecutor:
         The context is the active one, or a new one that is stopped at the end of the block.
         """
         active = self._spark.SparkContext._active_spark_context
-        if active is None and SUBMITTED in os.environ:
+        if active is None and SPARK_SUBMIT_VARIABLE in os.environ:
             active = self._spark.SparkContext.getOrCreate()
         if active is not None:
             yield active, int(active.getConf().get("spark.task.cpus", "1"))
@@ -292,8 +298,11 @@ class SparkExecutor:
         return context
 
 
-class _Action:
-    """The job of Spark in a separate thread, so that receipts can be read while it runs."""
+class _SparkJob:
+    """All tasks as one job of Spark, in a separate thread so that receipts can be read meanwhile.
+
+    ``tasks`` is the RDD with one task per part. The job starts at once.
+    """
 
     def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
         self._context = context
@@ -312,15 +321,15 @@ class _Action:
         except Exception as error:  # noqa: BLE001
             self._error = error
 
-    def goes_on(self) -> bool:
-        """Wait ``POLL`` seconds or until the end, and return whether the job is still running."""
-        self._thread.join(POLL)
+    def is_running_after_poll(self) -> bool:
+        """Wait for ``POLL_SECONDS`` or until the end; return whether the job is still running."""
+        self._thread.join(POLL_SECONDS)
         return bool(self._thread.is_alive())
 
     def check(self, n_receipts: int, n_parts: int) -> None:
-        """Raise StorageError where the job failed, or a receipt is missing."""
+        """Raise StorageError if the job failed, or if there are not ``n_parts`` receipts."""
         if self._error is not None:
-            reason = _reason(self._error)
+            reason = _spark_error_line(self._error)
             raise StorageError(f"Spark gave up: {reason} Finished parts are kept.") from self._error
         if n_receipts != n_parts:
             raise StorageError(
@@ -335,7 +344,7 @@ class _Action:
             self._thread.join()
 
 
-class _Outcomes:
+class _OutcomeLists:
     """The rule by which an accumulator joins lists of outcomes (PySpark's ``AccumulatorParam``)."""
 
     def zero(self, _: list[bytes]) -> list[bytes]:
@@ -348,12 +357,15 @@ class _Outcomes:
         return total
 
 
-def _reason(error: Exception) -> str:
+def _spark_error_line(error: Exception) -> str:
     """Return the line of a Java stack trace that names the error."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return next((line for line in lines if "SparkException" in line), lines[0])
+    for line in lines:
+        if "SparkException" in line:
+            return line
+    return lines[0]
 
 
 def _run_task(
@@ -362,15 +374,17 @@ def _run_task(
     outcomes: Any,  # noqa: ANN401 - PySpark's
     part: int,
 ) -> None:
-    """Do a part in a Python worker of Spark, and send its outcome."""
+    """Do a part in a Python worker of Spark, and add its outcome to the accumulator ``outcomes``.
+
+    ``broadcast`` holds the packed job, and ``job_hash`` is its hash.
+    """
     from pyspark import TaskContext
 
     if job_hash not in _workers:
         context = TaskContext.get()
         gpu = context.resources().get("gpu") if context else None
         if gpu:
-            (gpu_number, *_) = gpu.addresses
-            take_gpu(int(gpu_number))
+            take_gpu(int(gpu.addresses[0]))
         _workers.clear()
         _workers[job_hash] = Worker(broadcast.value)
         # PySpark collects garbage after every task. With torch imported, this would take 0.2 s, but

@@ -43,26 +43,26 @@ class Worker:
         """Do a part, and return its receipt or the exception that it raised, pickled."""
         try:
             if self._job is None:
-                self._job = self._begin()
+                self._job = self._unpack_job()
             return pickle.dumps(self._job.process(part))
-        # Any exception, because the model and the reader may be those of a plugin. It would end
-        # this process without a word. So the driver gets it as bytes, and raises it.
+        # Any exception, because the model and the reader may be those of a plugin. An exception
+        # would end this process without a message. So the driver gets it as bytes, and raises it.
         except Exception as error:  # noqa: BLE001
             return _pack_error(error)
 
-    def _begin(self) -> EmbedJob:
+    def _unpack_job(self) -> EmbedJob:
         """Unpickle the job, and set up the process: plugins, number of threads, use of memory."""
-        order: Order = pickle.loads(self._payload)  # noqa: S301 - from our own driver
-        for module in order.plugins:
+        packed: PackedJob = pickle.loads(self._payload)  # noqa: S301 - from our own driver
+        for module in packed.plugins:
             load_plugin(module)
-        torch.set_num_threads(order.threads)
+        torch.set_num_threads(packed.threads)
         keep_freed_memory()
         self._payload = b""
-        return order.job
+        return packed.job
 
 
 @dataclass(frozen=True)
-class Order:
+class PackedJob:
     """What the driver sends to a worker: plugins to load, number of threads, and the job."""
 
     plugins: Sequence[str]
@@ -81,13 +81,13 @@ def receipt_of(packed: bytes) -> Receipt:
 
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
-    """Return the pickled ``Order`` of a job for workers with ``threads`` threads for tensors.
+    """Return the pickled ``PackedJob`` of a job, for workers with ``threads`` threads for tensors.
 
     The number of decoding threads is the same, unless ``job.workers`` is set.
     """
     job_of_worker = replace(job, workers=job.workers or threads)
     try:
-        return pickle.dumps(Order(plugins=plugins(), threads=threads, job=job_of_worker))
+        return pickle.dumps(PackedJob(plugins=plugins(), threads=threads, job=job_of_worker))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name "
@@ -127,17 +127,21 @@ def threads_per_process(processes: int) -> int:
 
 
 def take_gpu(number: int) -> None:
-    """Let the device "cuda" be GPU ``number``, modulo the number of GPUs; nothing without GPUs."""
+    """Let the device "cuda" be the GPU ``number`` modulo the number of GPUs, if there are GPUs."""
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-# The run ends when so many workers have died in the same part. A job gives up a part after fewer
-# deaths (MAX_ATTEMPTS).
+# Number of workers that may die in the same part before the run ends. A job gives up a part after
+# fewer deaths (MAX_ATTEMPTS).
 MAX_DEATHS = 5
-# Message of a worker that has started. ``_receive`` also returns READY for a worker that has died.
-READY = b""
-GRACE = 5.0  # seconds that a worker may take to end before it is killed
+READY = b""  # message of a worker that has started and has no outcome yet
+GRACE_SECONDS = 5.0  # time that a worker may take to end before it is killed
+# advice if workers die before their first part, and if they die in a part
+HINT_MAIN = "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
+HINT_MEMORY = (
+    "Finished parts are kept. If memory ran out, take fewer processes or a smaller batch size."
+)
 
 logger = logging.getLogger(__name__)
 
@@ -175,21 +179,21 @@ class _Process:
         self.number = number
         self.part: int | None = None  # part that the process is doing; None if it is idle
         self.ready = False  # whether the process has started and got the job
-        self.pipe, far_end = context.Pipe()
+        self.pipe, worker_end = context.Pipe()
         self.process: SpawnProcess = context.Process(
-            target=_serve, args=(far_end, number), daemon=True
+            target=_run_worker, args=(worker_end, number), daemon=True
         )
         try:
             self.process.start()
         finally:
-            # The pipe signals the death of the worker only when all copies of the far end are
+            # The pipe signals the death of the worker only when all copies of the worker's end are
             # closed, so the driver's copy is closed here.
-            far_end.close()
+            worker_end.close()
 
-    def exit_code(self) -> int | None:
+    def end(self) -> int | None:
         """Close the pipe, wait for the end of the process or kill it, and return its exit code."""
         self.pipe.close()
-        self.process.join(GRACE)
+        self.process.join(GRACE_SECONDS)
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
@@ -220,12 +224,12 @@ class _Pool:
                 worker = self.workers.get(pipe)
                 if worker is None:  # the worker has died, and _assign has removed it meanwhile
                     continue
-                packed = self._receive(worker)
-                if packed != READY:
+                outcome = self._receive(worker)
+                if outcome is not None:
                     # The worker gets a new part before the yield, because the caller may take a
                     # while with the receipt.
                     self._assign()
-                    yield receipt_of(packed)
+                    yield receipt_of(outcome)
 
     def stop(self) -> None:
         """End all workers."""
@@ -235,7 +239,7 @@ class _Pool:
             else:
                 worker.process.terminate()  # lets the process remove its temporary files
         for worker in self.workers.values():
-            worker.exit_code()
+            worker.end()
         self.workers.clear()
 
     def _n_busy(self) -> int:
@@ -248,7 +252,7 @@ class _Pool:
         n_wanted = min(self.size, n_parts_left)
         n_missing = max(0, n_wanted - len(self.workers))
         used_numbers = {worker.number for worker in self.workers.values()}
-        # A new worker takes the number of a dead worker, which decides its GPU (``take_gpu``).
+        # A new worker takes the number of a dead worker, and so also its GPU (``take_gpu``).
         free_numbers = sorted(set(range(self.size)) - used_numbers)
         for number in free_numbers[:n_missing]:
             worker = _Process(number)
@@ -269,20 +273,20 @@ class _Pool:
             except OSError:
                 self._remove_dead(worker)
 
-    def _receive(self, worker: _Process) -> bytes:
-        """Return the outcome that a worker sends; ``READY`` if it has just started or died."""
+    def _receive(self, worker: _Process) -> bytes | None:
+        """Return the outcome that a worker sends; None if it has just started, or has died."""
         try:
-            packed = worker.pipe.recv_bytes()
-            if packed == READY:
+            message = worker.pipe.recv_bytes()
+            if message == READY:
                 # the job is sent once, and only after the worker has started
                 worker.pipe.send_bytes(self.payload)
                 worker.ready = True
+                return None
         except (EOFError, OSError):
             self._remove_dead(worker)
-            return READY
-        if packed != READY:
-            worker.part = None
-        return packed
+            return None
+        worker.part = None
+        return message
 
     def _remove_dead(self, worker: _Process) -> None:
         """Remove a dead worker and put its part back into the queue.
@@ -295,34 +299,30 @@ class _Pool:
         self.deaths[part] += 1
         if part is not None:
             self.waiting.appendleft(part)
-        where = "before its first part" if part is None else f"in part {part}"
-        how = _ending(worker.exit_code())
-        logger.warning("worker %d ended %s with %s; another one goes on", worker.number, where, how)
+        moment = "before its first part" if part is None else f"in part {part}"
+        cause = _name_exit_code(worker.end())
+        logger.warning(
+            "worker %d ended %s with %s; another one goes on", worker.number, moment, cause
+        )
         if self.deaths[part] < self.max_deaths:
             return
+        hint = HINT_MEMORY
         if part is None:
-            hint = (
-                "A script that embeds in processes needs its work under "
-                "`if __name__ == '__main__':`."
-            )
-        else:
-            hint = (
-                "Finished parts are kept. If memory ran out, take fewer processes or a smaller "
-                "batch size."
-            )
+            hint = HINT_MAIN
         raise StorageError(
-            f"workers ended {self.max_deaths} times {where}, last with {how}. {hint}"
+            f"workers ended {self.max_deaths} times {moment}, last with {cause}. {hint}"
         )
 
 
-def _ending(code: int | None) -> str:
-    """Return how a process ended, from its exit code, which is minus the number of a signal."""
-    if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"
+def _name_exit_code(exit_code: int | None) -> str:
+    """Return "exit code N", or the name of the signal by which the process was ended."""
+    # Python states a signal as minus its number
+    if exit_code is not None and exit_code < 0:
+        return f"signal {signal.Signals(-exit_code).name}"
+    return f"exit code {exit_code}"
 
 
-def _serve(pipe: Connection, number: int) -> None:
+def _run_worker(pipe: Connection, number: int) -> None:
     """Run a worker: receive part numbers and send outcomes until the driver closes the pipe."""
     # Ctrl-C reaches all processes of the terminal. A worker ignores it, because the driver ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -334,7 +334,8 @@ def _serve(pipe: Connection, number: int) -> None:
         pipe.send_bytes(READY)
         worker = Worker(pipe.recv_bytes())
         while True:
-            pipe.send_bytes(worker.outcome(pipe.recv()))
+            part = pipe.recv()
+            pipe.send_bytes(worker.outcome(part))
     except (EOFError, OSError):
         return
 
@@ -351,10 +352,10 @@ def end_with_driver() -> None:
 
 
 # environment variables that state the rank and the number of ranks
-TORCHRUN = ("RANK", "WORLD_SIZE")
-SLURM_TASK = ("SLURM_PROCID", "SLURM_NTASKS")
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE")
+SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_NTASKS")
 # environment variables of a Slurm job array: index of this job, number of jobs, smallest index
-ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
+ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
 
 
 @dataclass(frozen=True)
@@ -372,18 +373,18 @@ class Rank:
             )
 
     @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Rank:
+    def from_environment(cls, environment: Mapping[str, str]) -> Rank:
         """Return the rank that the environment variables state.
 
         ``RANK`` and ``WORLD_SIZE`` (torchrun) have precedence. In Slurm, the rank is
         ``array_index * SLURM_NTASKS + SLURM_PROCID``, where ``array_index`` is the index of the job
         in its job array (0 without an array).
         """
-        torchrun = _rank_in(environment, *TORCHRUN)
-        task = _rank_in(environment, *SLURM_TASK)
+        torchrun = _read_rank(environment, *TORCHRUN_VARIABLES)
+        task = _read_rank(environment, *SLURM_VARIABLES)
         if torchrun is not None:
             return torchrun
-        array = _rank_in_array(environment)
+        array = _read_array_rank(environment)
         if task is None and array is None:
             raise UsageError(
                 "the rank executor needs to know which process this is: start it with torchrun "
@@ -404,29 +405,31 @@ class Rank:
 class RankExecutor:
     """An executor that does the parts with ``number % world == rank`` in this process.
 
-    The rule uses the number of a part, not its index among the missing parts. So no part is left
-    out when processes begin at different times and see different parts missing.
+    The condition uses the number of a part, not its index among the missing parts. So no part is
+    left out when processes begin at different times and see different parts missing.
     """
 
     name = "rank"
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self.rank = Rank.of(environment)
+        own = Rank.from_environment(environment)
+        self.rank = own.rank
+        self.world = own.world
         # number of this process on its machine, from torchrun, or else from Slurm
         for name in ("LOCAL_RANK", "SLURM_LOCALID"):
             if name in environment:
-                take_gpu(_number(name, environment[name]))
+                take_gpu(_parse_number(name, environment[name]))
                 break
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipts of the parts of this rank."""
         for part in parts:
-            if part % self.rank.world == self.rank.rank:
+            if part % self.world == self.rank:
                 yield job.process(part)
 
 
-def _rank_in(environment: Mapping[str, str], rank_name: str, world_name: str) -> Rank | None:
-    """Return the rank that two variables state; None where neither is set."""
+def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) -> Rank | None:
+    """Return the rank that two environment variables state; None if neither is set."""
     present = [name for name in (rank_name, world_name) if name in environment]
     if not present:
         return None
@@ -434,20 +437,23 @@ def _rank_in(environment: Mapping[str, str], rank_name: str, world_name: str) ->
         raise UsageError(
             f"{rank_name} and {world_name} must be set together. Found {present[0]} alone."
         )
-    rank = _number(rank_name, environment[rank_name])
-    world = _number(world_name, environment[world_name])
+    rank = _parse_number(rank_name, environment[rank_name])
+    world = _parse_number(world_name, environment[world_name])
     return Rank(rank, world)
 
 
-def _rank_in_array(environment: Mapping[str, str]) -> Rank | None:
+def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
     """Return the index of this job in its Slurm job array as a rank; None without an array."""
-    missing = sorted(set(ARRAY) - environment.keys())
-    if len(missing) == len(ARRAY):
+    missing = sorted(set(ARRAY_VARIABLES) - environment.keys())
+    if len(missing) == len(ARRAY_VARIABLES):
         return None
     if missing:
-        raise UsageError(f"{', '.join(ARRAY)} must be set together. Missing: {', '.join(missing)}.")
-    index, count, smallest = (_number(name, environment[name]) for name in ARRAY)
-    step = _number("SLURM_ARRAY_TASK_STEP", environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+        raise UsageError(
+            f"{', '.join(ARRAY_VARIABLES)} must be set together. Missing: {', '.join(missing)}."
+        )
+    index, count, smallest = (_parse_number(name, environment[name]) for name in ARRAY_VARIABLES)
+    step_text = environment.get("SLURM_ARRAY_TASK_STEP", "1")
+    step = _parse_number("SLURM_ARRAY_TASK_STEP", step_text)
     offset = index - smallest
     if step < 1 or offset % step != 0:
         raise UsageError(
@@ -461,8 +467,8 @@ def _rank_in_array(environment: Mapping[str, str]) -> Rank | None:
         ) from error
 
 
-def _number(name: str, text: str) -> int:
-    """Return the whole number in an environment variable; UsageError where it is none."""
+def _parse_number(name: str, text: str) -> int:
+    """Return the whole number ``text`` of the environment variable ``name``, from 0 on."""
     if not text.isdecimal():
         raise UsageError(f"{name} must be a whole number from 0. Got {text!r} instead.")
     return int(text)

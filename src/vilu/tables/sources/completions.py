@@ -15,8 +15,8 @@ from typing import Annotated, Any, BinaryIO, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vilu.artifacts.disk import or_refuse
-from vilu.artifacts.documents import explain, parse_json
+from vilu.artifacts.disk import convert_os_errors
+from vilu.artifacts.documents import first_error, parse_json
 from vilu.errors import DataError
 from vilu.tables.sources.converted import Columns, Converted, judged, plain
 
@@ -172,7 +172,7 @@ def _rows(path: Path) -> dict[str, Row]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file that are not empty, with their numbers from 1."""
-    with or_refuse(f"read {path}"), path.open("rb") as file:
+    with convert_os_errors(f"cannot read {path}"), path.open("rb") as file:
         for number, line in enumerate(_bounded_lines(file, path), start=1):
             if line.strip():
                 yield number, line
@@ -211,7 +211,8 @@ def _completion(content: bytes, number: int, where: str) -> tuple[str, Completio
         completion = Completion.model_validate(record)
     except ValidationError as error:
         raise DataError(
-            f"{where} must hold a completion in OpenAI's format with logprobs: {explain(error)}."
+            f"{where} must hold a completion in OpenAI's format with logprobs: "
+            f"{first_error(error)}."
         ) from error
     return batch_id or completion.id or str(number), completion
 

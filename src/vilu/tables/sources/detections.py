@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from vilu.artifacts.documents import explain, read_bounded
+from vilu.artifacts.documents import first_error, read_bounded
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 from vilu.tables.sources.boxes import LARGEST_EDGE, areas, as_boxes, overlaps
@@ -229,7 +229,7 @@ def _parsed(path: Path, adapter: TypeAdapter[T]) -> T:
     try:
         return adapter.validate_json(content)
     except ValidationError as error:
-        raise DataError(f"{path} must be JSON in COCO's format: {explain(error)}.") from error
+        raise DataError(f"{path} must be JSON in COCO's format: {first_error(error)}.") from error
 
 
 def _require_known(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.artifacts.tables import CsvRow, csv_rows
 from vilu.errors import DataError
 from vilu.tables.sources.boxes import require_box
@@ -43,7 +43,7 @@ def read_words(path: Path) -> dict[str, list[Word]]:
 def read_dictionary(path: Path) -> frozenset[str]:
     """Read a text file with one word per line; the words are returned in small letters."""
     try:
-        with or_refuse(f"read {path}"):
+        with convert_os_errors(f"cannot read {path}"):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(

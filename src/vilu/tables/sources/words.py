@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Final
 
-from vilu.artifacts.disk import or_refuse
+from vilu.artifacts.disk import convert_os_errors
 from vilu.errors import DataError
 from vilu.tables.sources.boxes import Box, as_boxes, overlaps, require_box
 from vilu.tables.sources.converted import Columns, Converted
@@ -205,7 +205,7 @@ def _pages(file: Path) -> Pages:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the rows of a TSV file by column, with the numbers of their lines."""
-    with or_refuse(f"read {file}"), file.open(encoding="utf-8", newline="") as lines:
+    with convert_os_errors(f"cannot read {file}"), file.open(encoding="utf-8", newline="") as lines:
         # a quote is a character that was read, and opens nothing
         table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
