@@ -112,7 +112,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         rendered = run_studies(
             studies, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only
         )
-    _print(rendered)
+    _print_studies(rendered)
     if embed_only:
         next_step(f"the embeddings are in {output / 'stores'}")
     elif share is not None and share.of > 1:
@@ -198,12 +198,12 @@ def render(
                 f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
                 "folder of `vilu benchmark`."
             )
-        _print(render_file(run, document, title, intro, first=first, overwrite=overwrite))
+        _print_studies(render_file(run, document, title, intro, first=first, overwrite=overwrite))
         return
     studies = render_studies(
         run, document, title, intro, first=first, submitted=submitted, overwrite=overwrite
     )
-    _print(studies)
+    _print_studies(studies)
     message = f"tables and figures are in {run / 'studies'}"
     if document is not None:
         message += f", all of them in {document}"
@@ -234,7 +234,7 @@ def submit(
     )
 
 
-def _print(studies: list[Rendered]) -> None:
+def _print_studies(studies: list[Rendered]) -> None:
     """Print the tables of studies; with --json their summaries."""
     if wants_json():
         _print_summaries(studies)
@@ -257,7 +257,7 @@ def _print_summaries(studies: list[Rendered]) -> None:
     typer.echo(json.dumps(summaries, indent=2))
 
 
-PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
+PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
 
 
 @wants(store=STORE)
@@ -271,7 +271,7 @@ def pools(
             help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin)."
         ),
     ],
-    sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
+    sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED_SIZES,
     draws: Annotated[int, Option(min=1, help="Number of pool draws, which are averaged.")] = 1,
     *,
     reading: Reading,
@@ -288,7 +288,7 @@ def pools(
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
 
-    argument_of = _by_label(predictors)
+    argument_of = _arguments_by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
     pool_sizes = _parse_sizes(sizes)
     save_if_wanted = keeping(
@@ -307,7 +307,7 @@ def pools(
         return reading.open_in(pools, store)
 
     table = over_pool_sizes(
-        {label: _predictor(name) for label, name in argument_of.items()},
+        {label: _load_or_make_predictor(name) for label, name in argument_of.items()},
         open_pairs,
         pool_sizes,
         pools=reading.pools,
@@ -319,14 +319,18 @@ def pools(
     _print_sizes(table, draws)
 
 
-def _by_label(predictors: list[str]) -> dict[str, str]:
-    """The folders and methods, by the last part of their paths; the last parts must differ."""
-    by_label = {Path(name).name: name for name in predictors}
-    if len(by_label) < len(predictors):
+def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
+    """The arguments, folders or methods, by the last part of each path.
+
+    Raises:
+        UsageError: If two arguments have the same last part.
+    """
+    argument_of = {Path(name).name: name for name in predictors}
+    if len(argument_of) < len(predictors):
         raise UsageError(
             f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one."
         )
-    return by_label
+    return argument_of
 
 
 def _print_sizes(table: ResultTable, draws: int) -> None:
@@ -340,7 +344,7 @@ def _print_sizes(table: ResultTable, draws: int) -> None:
     next_step(legend)
 
 
-def _predictor(name: str) -> FailurePredictor:
+def _load_or_make_predictor(name: str) -> FailurePredictor:
     """The predictor saved in a folder, or a new predictor of a method that needs no fit."""
     from vilu.predictors.contract.catalogue import find_method
     from vilu.predictors.persistence.storage import load_predictor

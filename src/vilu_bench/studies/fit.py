@@ -29,9 +29,9 @@ REFUSALS = (UsageError, DataError, ProvenanceError)
 class Fitted:
     """The result of a fit: a predictor or a refusal, with the warnings."""
 
-    predictor: FailurePredictor  # ready to score, unless ``refused`` is set
-    refused: Refusal | None = None  # why the fit was refused; None if it was not
-    n_train: int | None = None  # rows in the training set; None if nothing is fitted
+    predictor: FailurePredictor  # fitted, unless ``refused`` is set
+    refused: Refusal | None = None  # why the fit was refused; None if it was not refused
+    n_train: int | None = None  # number of training rows; None if nothing was fitted
     seconds: float | None = None  # time of this fit, without the earlier fit that it starts from
     warnings: tuple[str, ...] = ()  # warnings of the fit
 
@@ -76,32 +76,38 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
             n_train = len(train)
             begun = time.perf_counter()  # the time to read the rows does not count
             if start is None:
-                predictor = _trained_for(bench.config, cell.method, predictor, train)
+                predictor = _with_epochs_for_steps(bench.config, cell.method, predictor, train)
             else:
-                predictor = _continued(start.predictor, origin, train)
+                predictor = _initialised_from(start.predictor, origin, train)
             predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
         except REFUSALS as error:
-            refused = refusal(error)
-    return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(fit_warnings))
+            refused = refusal_from(error)
+    return Fitted(
+        predictor,
+        refused=refused,
+        n_train=n_train,
+        seconds=time.perf_counter() - begun,
+        warnings=tuple(fit_warnings),
+    )
 
 
-def _continued(
+def _initialised_from(
     fitted: FailurePredictor, origin: Origin, train: EmbeddingSource
 ) -> FailurePredictor:
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
-    is_allowed = origin.across_preprocessing
-    if is_allowed and differs_in_preprocessing(fitted.space_, train.space):
-        # The earlier fit used another picture size. The copy gets the space of the new training
-        # rows, because rows of another space would be refused.
+    may_differ = origin.across_preprocessing
+    if may_differ and differs_in_preprocessing(fitted.space_, train.space):
+        # The earlier fit used, for example, another picture size. A copy of it gets the space of
+        # the new training rows, because it would refuse rows of another space.
         fitted = copy.copy(fitted)
         fitted.space_ = train.space
     return initialise(type(fitted), fitted)
 
 
-def _trained_for(
+def _with_epochs_for_steps(
     config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource
 ) -> FailurePredictor:
-    """The predictor; if its entry sets ``steps``, a copy with the number of epochs for them."""
+    """The predictor; if its entry sets ``steps``, a copy with the epochs that give these steps."""
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
@@ -111,14 +117,14 @@ def _trained_for(
     return type(predictor)(**values)
 
 
-def refusal(error: Exception) -> Refusal:
-    """The refusal that records an exception."""
+def refusal_from(error: Exception) -> Refusal:
+    """The refusal with the name and the message of an exception."""
     return Refusal(error=type(error).__name__, reason=str(error))
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """Collect the distinct warnings of a block in a list, instead of showing them.
+    """Collect the warnings of a block in a list instead of showing them, each text once.
 
     The list is filled when the block ends.
     """
