@@ -35,7 +35,7 @@ def cosine_margin(batch: Batch) -> Tensor:
     return (first - second) / batch.logit_scale
 
 
-SMALLEST = 1e-6  # added to squared distances before the logarithm, as in the released code
+LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in the released code
 
 
 @dataclasses.dataclass
@@ -94,11 +94,12 @@ class DeltaKNN(ClosedSet):
         failure: Tensor,
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        drawn, positions = draw_rows(train, self.max_bank, self.seed)
-        drawn_failure = failure[positions]
-        right_first = drawn_failure.argsort(stable=True)  # the bank of right answers, then wrong
-        bank = gather(dataclasses.replace(drawn, index=drawn.index[right_first]))
-        n_right = (drawn_failure == 0).sum()
+        bank_rows, positions = draw_rows(train, self.max_bank, self.seed)
+        bank_failure = failure[positions]
+        # the bank of rightly answered images comes first, then that of wrongly answered ones
+        right_first_order = bank_failure.argsort(stable=True)
+        bank = gather(dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order]))
+        n_right = (bank_failure == 0).sum()
         return Learnt(
             {"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)}
         )
@@ -121,7 +122,7 @@ class DeltaKNN(ClosedSet):
             return float64(image.new_zeros(len(image)))
         similarity, _ = nearest(image, bank, self.k)
         squares = squared_distance(float64(similarity))
-        return torch.log(squares + SMALLEST).mean(dim=1)
+        return torch.log(squares + LOG_OFFSET).mean(dim=1)
 
 
 @dataclasses.dataclass

@@ -152,9 +152,9 @@ class Mahalanobis(ClosedSet):
         global_mean = self.tensor("global_mean", image.device)
         return distance - self._distance(image, global_mean, "global_whitener")
 
-    def _distance(self, image: Tensor, mean: Tensor, whitener: str) -> Tensor:
+    def _distance(self, image: Tensor, mean: Tensor, whitener_name: str) -> Tensor:
         """Squared distances (B,) of images (B, D) from means, after whitening."""
-        whitened = (image - mean) @ self.tensor(whitener, image.device)
+        whitened = (image - mean) @ self.tensor(whitener_name, image.device)
         return whitened.square().sum(dim=1)
 
 

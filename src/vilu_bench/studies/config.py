@@ -312,8 +312,8 @@ class Config(Section):
             self._check_union(name)
         draws_by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
         if draws_by_class:
-            # The draw is from the tested data sets; but in a transfer or a union, where no fit is on
-            # the tested data set alone, it is from the sources.
+            # Draws are from the tested data sets. But in a transfer or a union they are from the
+            # sources, because no fit is on the tested data set alone.
             drawn_data: Sequence[str] = tested_data
             if setting.sources and not isinstance(setting, Adapt):
                 drawn_data = setting.sources
