@@ -14,26 +14,26 @@ from typer import Option
 from vilu.cli.console import (
     STORE,
     STUDIES,
-    goes_on,
-    keeping,
     next_step,
+    prepare_output,
     print_outputs,
     print_result,
+    resumable,
     shell,
-    wants,
+    wants_inputs,
     wants_json,
 )
 from vilu.cli.help import MORE, SPEED
 from vilu.cli.options import (
-    MOST_RESAMPLES,
-    MOST_WORKERS,
+    MAX_RESAMPLES,
+    MAX_WORKERS,
     Data,
     Overwrite,
     Reading,
     RowsFile,
-    existing,
     path_argument,
     path_option,
+    require_existing,
     with_reading_flags,
 )
 from vilu.errors import UsageError
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vilu_bench.studies.study import Rendered
 
 
-@goes_on
+@resumable
 def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
         list[str],
@@ -65,7 +65,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Path, Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
     ] = Path("benchmark-output"),
     jobs: Annotated[
-        int, Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")
+        int, Option(min=1, max=MAX_WORKERS, help="Processes; the number changes no result.")
     ] = 1,
     models: Annotated[
         Path | None, path_option("Folder of named backbones, in place of the hub's cache.")
@@ -133,7 +133,7 @@ def _print_plans(studies: list[Config], data: Path, output: Path) -> None:
     print_result(facts, describe(plans))
 
 
-@wants(train=STORE, test=STORE)
+@wants_inputs(train=STORE, test=STORE)
 def init(
     train: Annotated[Path, path_argument("Store with labels to fit on.")],
     output: Annotated[Path, Option("--output", "-o", help="The file to write, .toml.")],
@@ -159,7 +159,7 @@ def init(
     next_step(f"change it as you like; then: {run}")
 
 
-@wants(run=STUDIES)
+@wants_inputs(run=STUDIES)
 def render(
     run: Annotated[
         Path,
@@ -213,7 +213,7 @@ def render(
     next_step(message)
 
 
-@wants(run=STUDIES)
+@wants_inputs(run=STUDIES)
 def submit(
     run: Annotated[
         Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")
@@ -260,7 +260,7 @@ def _print_summaries(studies: list[Rendered]) -> None:
 PUBLISHED_SIZES = "128,512,1024,2048,4096,8192,16384,32768"  # pool sizes of ViLU's Table 6
 
 
-@wants(store=STORE)
+@wants_inputs(store=STORE)
 # ``reading`` stands for several flags
 @partial(with_reading_flags, without={"pool_size", "second"})
 def pools(
@@ -278,7 +278,7 @@ def pools(
     output: RowsFile = None,
     overwrite: Overwrite = False,
     resamples: Annotated[
-        int, Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")
+        int, Option(min=0, max=MAX_RESAMPLES, help="Bootstrap resamples of each interval.")
     ] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs by the number of captions: AUROC / FPR95.
@@ -291,7 +291,7 @@ def pools(
     argument_of = _arguments_by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
     pool_sizes = _parse_sizes(sizes)
-    save_if_wanted = keeping(
+    save_unless_done = prepare_output(
         output,
         "results",
         [store, *folders],
@@ -304,7 +304,7 @@ def pools(
     )
 
     def open_pairs(pools: Pools) -> EmbeddingSource:
-        return reading.open_in(pools, store)
+        return reading.open_with_pools(pools, store)
 
     table = over_pool_sizes(
         {label: _load_or_make_predictor(name) for label, name in argument_of.items()},
@@ -315,7 +315,7 @@ def pools(
         dataset=store.name,
         n_resamples=resamples,
     )
-    save_if_wanted(lambda path, inputs: table.save(path, inputs=inputs))
+    save_unless_done(lambda path, inputs: table.save(path, inputs=inputs))
     _print_sizes(table, draws)
 
 
@@ -350,7 +350,7 @@ def _load_or_make_predictor(name: str) -> FailurePredictor:
     from vilu.predictors.persistence.storage import load_predictor
 
     if _is_folder(name):
-        return load_predictor(existing(Path(name)))
+        return load_predictor(require_existing(Path(name)))
     cls = find_method(name)
     if cls.needs_fit:
         raise UsageError(

@@ -141,7 +141,7 @@ Timeout = Annotated[
 MODULES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline")
 """Modules of other packages that the service imports."""
 
-TLS: Final = "https://"
+TLS_PREFIX: Final = "https://"
 """Before a host name: clients reach it through a proxy with TLS."""
 
 
@@ -187,7 +187,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if state is None:
         state = predictor.with_name(f"{predictor.name}.serving")
     limits = replace(
-        _who_may_ask(host, allow_host or [], key_file),
+        _client_limits(host, allow_host or [], key_file),
         queue=queue,
         body=max_body * 2**20,
         json=max_json * 2**20,
@@ -244,13 +244,15 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
         )
 
 
-def _who_may_ask(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
+def _client_limits(host: str, names: list[str], key_file: Path | None) -> ClientLimits:
     """The limits on who may ask: host names, those of them with TLS, and keys."""
     from vilu.service.limits import LOOPBACK, ClientLimits, in_brackets, read_keys
 
-    lowered = [name.lower() for name in names]
-    tls_hosts = {name.removeprefix(TLS) for name in lowered if name.startswith(TLS)}
-    hosts = {name.removeprefix(TLS) for name in lowered}
+    lower_names = [name.lower() for name in names]
+    tls_hosts = {
+        name.removeprefix(TLS_PREFIX) for name in lower_names if name.startswith(TLS_PREFIX)
+    }
+    hosts = {name.removeprefix(TLS_PREFIX) for name in lower_names}
     keys: frozenset[ClientKey] = frozenset()
     if key_file is not None:
         keys = read_keys(key_file)

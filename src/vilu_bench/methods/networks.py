@@ -269,8 +269,8 @@ class LMN(NetworkPredictor):
         if len(failure.unique()) < 2:
             missing_kind = "successes" if failure.any() else "failures"
             warn_caller(
-                f"only 0 {missing_kind} among {len(failure)} training rows: one term of the loss is "
-                "unused."
+                f"only 0 {missing_kind} among {len(failure)} training rows: one term of the loss "
+                "is unused."
             )
         return super()._learn(train, failure, validation)
 
