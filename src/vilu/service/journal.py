@@ -70,7 +70,7 @@ class Journal:
         # the latest save; at first a call that does nothing
         self._saving: Future[None] = self._writer.submit(lambda: None)
         self._new_monitor = partial(Monitor.of_folder, predictor, false_alarm=false_alarm)
-        self.monitor = self._resumed()
+        self.monitor = self._load_monitor()
         self._rows = RowFile(folder, self.monitor.fingerprint)
         self._compare_sizes()
         self._last_seen = self.monitor.rows  # number of the last row that the monitor took in
@@ -163,11 +163,11 @@ class Journal:
         with self._lock:
             for key, code in codes.items():
                 number = self._rows.number(key)
-                present = None if number is None else self._rows.label_of(number)
-                if present is None or present == code:
+                present_code = None if number is None else self._rows.label_of(number)
+                if present_code is None or present_code == code:
                     continue
                 raise ContradictionError(
-                    f"the row {key:.60} has the label {names[present]!r:.60}, and "
+                    f"the row {key:.60} has the label {names[present_code]!r:.60}, and "
                     f"{labels[key]!r:.60} was sent. No label of this request is written. To "
                     "replace a wrong label, POST its present and its right value to "
                     "/v1/corrections."
@@ -273,7 +273,7 @@ class Journal:
         # A state takes many times the memory of its rows while it is written.
         return_freed_memory()
 
-    def _resumed(self) -> Monitor:
+    def _load_monitor(self) -> Monitor:
         """The monitor in its saved state; a new monitor if there is no state, or a damaged one.
 
         A damaged state is set aside.
