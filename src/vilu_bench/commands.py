@@ -227,10 +227,10 @@ def submit(
     from vilu_bench.studies.study import load_studies
     from vilu_bench.studies.submit import export
 
-    written = export(load_studies(run), run, method, output)
+    paths = export(load_studies(run), run, method, output)
     print_outputs(output)
     next_step(
-        f"{len(written)} cells; whoever has the same study: vilu render RUN --submitted {output}"
+        f"{len(paths)} cells; whoever has the same study: vilu render RUN --submitted {output}"
     )
 
 

@@ -436,19 +436,19 @@ def require_kinds(command: str, values: Mapping[str, Any], wanted_kinds: Mapping
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
-    wrong = []
+    wrong_paths = []
     kind_pairs = set()  # of every wrong path, the kind that is wanted and the kind that it is
     for parameter, wanted_kind in wanted_kinds.items():
         for path in _paths_in(values.get(parameter)):
             kind = kind_of(path)
             if kind not in {None, wanted_kind}:
-                wrong.append(f"{path} is {kind}, where {wanted_kind} should be")
+                wrong_paths.append(f"{path} is {kind}, where {wanted_kind} should be")
                 kind_pairs.add((wanted_kind, kind))
-    if wrong:
+    if wrong_paths:
         advice = ""
         if kind_pairs == {(PREDICTOR, STORE), (STORE, PREDICTOR)}:
             advice = " They are in the wrong order."
-        raise UsageError(f"{', and '.join(wrong)}.{advice} See vilu {command} --help.")
+        raise UsageError(f"{', and '.join(wrong_paths)}.{advice} See vilu {command} --help.")
 
 
 def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:

@@ -118,8 +118,8 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         stores = embed_splits(photos, cache)
         outcomes = [score_test_photos(label, stores, cache, seed) for label in METHODS]
         adapted = score_test_photos(ADAPTED_METHOD, stores, cache, seed, answer="adapted")
-        best, *_ = outcomes  # those of vilu_plus, the first method in METHODS
-        trusted, doubtful = pick_photos(best, photos)
+        vilu_plus_outcomes, *_ = outcomes  # those of vilu_plus, the first method in METHODS
+        trusted_photos, doubtful_photos = pick_photos(vilu_plus_outcomes, photos)
         write_folder(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
         page = report_page(
@@ -135,16 +135,16 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
             title="Clothes, by answers that ViLU+ has adapted to labels",
         )
     table.save(output / "results.json", inputs=key)
-    best.save(output / "scores.csv")
+    vilu_plus_outcomes.save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
     write_text(output / "report_adapted.html", page_of_adapted)
-    by_method = {str(scored.method): scored for scored in outcomes}
+    outcomes_of_method = {str(scored.method): scored for scored in outcomes}
     drawings = {
-        "histograms": figures.score_histograms(by_method),
+        "histograms": figures.score_histograms(outcomes_of_method),
         "roc": figures.roc_curves(outcomes),
         "risk_coverage": figures.risk_coverage_curves(outcomes),
-        "contact_sheet": figures.contact_sheet(trusted, doubtful),
+        "contact_sheet": figures.contact_sheet(trusted_photos, doubtful_photos),
     }
     files = []
     for name in FIGURES:
@@ -342,10 +342,14 @@ def photo_answers(outcomes: Outcomes, rows: Ints) -> list[PhotoAnswer]:
 def compare_answers(outcomes: Sequence[Outcomes]) -> list[str]:
     """Lines of a table with the accuracy and the coverage of every kind of answers."""
     rows = [["answers", "judged by", "right", f"accepted at {COMPARED_RISK:.0%} errors"]]
-    for judged in outcomes:
-        coverage = coverage_at_risk(judged.uncertainty, judged.failure, COMPARED_RISK)
-        right = 1 - judged.failure.mean()
-        rows.append([judged.answer, str(judged.method), f"{right:.1%}", f"{coverage:.1%}"])
+    for method_outcomes in outcomes:
+        coverage = coverage_at_risk(
+            method_outcomes.uncertainty, method_outcomes.failure, COMPARED_RISK
+        )
+        right = 1 - method_outcomes.failure.mean()
+        rows.append(
+            [method_outcomes.answer, str(method_outcomes.method), f"{right:.1%}", f"{coverage:.1%}"]
+        )
     return aligned(rows)
 
 
@@ -356,32 +360,32 @@ def describe(
     files: Sequence[Path],
 ) -> str:
     """Describe the result in sentences, then in tables and lists of photos and files."""
-    by_method = {scored.method: scored for scored in outcomes}
-    best = by_method["vilu_plus"]
-    published = by_method["vilu"]
-    without_fit = by_method["mcm"]
+    outcomes_of_method = {scored.method: scored for scored in outcomes}
+    vilu_plus = outcomes_of_method["vilu_plus"]
+    vilu = outcomes_of_method["vilu"]
+    mcm = outcomes_of_method["mcm"]
     risks = []
-    for scored in (best, published, without_fit):
+    for scored in (vilu_plus, vilu, mcm):
         risk = risk_at_coverage(scored.uncertainty, scored.failure, coverage=0.5)
         risks.append(f"{scored.method} {risk:.1%}")
     lines = [
-        f"The compact model, a small stand-in for CLIP, names {len(best.failure)} test photos it "
-        f"has never been trained on and is wrong on {best.failure.mean():.1%} of them.",
+        f"The compact model, a small stand-in for CLIP, names {len(vilu_plus.failure)} test photos "
+        f"it has never been trained on and is wrong on {vilu_plus.failure.mean():.1%} of them.",
         "Accepting only the half that a method trusts most, this share is still wrong: "
         f"{', '.join(risks)}.",
-        str(compare(best, published)),
-        str(compare(best, without_fit)),
+        str(compare(vilu_plus, vilu)),
+        str(compare(vilu_plus, mcm)),
         "",
         str(table),
         "",
         "Answers of the model alone (zero_shot), and answers that a method has adapted to the "
         "training labels:",
-        *compare_answers([best, adapted]),
+        *compare_answers([vilu_plus, adapted]),
         "",
-        f"Photos to distrust most, by {best.method} (all in scores.csv):",
+        f"Photos to distrust most, by {vilu_plus.method} (all in scores.csv):",
     ]
-    worst = np.argsort(-best.uncertainty, kind="stable")[:N_PHOTOS_SHOWN]
-    for answer in photo_answers(best, worst):
+    most_uncertain = np.argsort(-vilu_plus.uncertainty, kind="stable")[:N_PHOTOS_SHOWN]
+    for answer in photo_answers(vilu_plus, most_uncertain):
         lines.append(
             f"  {answer.uncertainty:.3f}  {answer.key}: the model says {answer.prediction!r}, it "
             f"is {answer.truth!r}"

@@ -66,7 +66,7 @@ def estimate(
     _refuse_labels_chosen_to_fit(source)
     model = _scoring_predictor(source, data, predictor)
     if labels is not None:
-        source = _with_labels(source, labels)
+        source = _label_rows(source, labels)
     outcomes = _score_unused_rows(model, source, data, with_classes=classes)
     estimates = estimate_outcomes(outcomes, confidence=confidence, of_classes=classes)
     facts = [asdict(share) for share in estimates]
@@ -113,7 +113,7 @@ def _scoring_predictor(
     )
 
 
-def _with_labels(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
+def _label_rows(source: EmbeddingSource, files: list[Path]) -> EmbeddingSource:
     """All rows of a store, with the labels of files."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.store_labels import all_rows_with_random_labels

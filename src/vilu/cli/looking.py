@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 ALARM_EXIT_CODE = 8  # exit code of `vilu monitor`: the guarantee should no longer be relied on
 
-FittedOn = Annotated[
+TrainingStore = Annotated[
     Path | None,
     path_option("Labelled store that the predictor was fitted on; its nearest rows are shown."),
 ]
@@ -67,11 +67,11 @@ SeedOfExplanation = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-Summary = Annotated[
+SummaryFlag = Annotated[
     bool,
     Option("--summary", help="All rows: which confusions cost the most, which texts to improve."),
 ]
-Coverage = Annotated[
+AcceptedShare = Annotated[
     float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")
 ]
 
@@ -80,13 +80,13 @@ Coverage = Annotated[
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
-    train: FittedOn = None,
+    train: TrainingStore = None,
     key: Keys = None,
     row: Rows = None,
     n: MostUncertain = 10,
     seed: SeedOfExplanation = 0,
-    summary: Summary = False,
-    coverage: Coverage = None,
+    summary: SummaryFlag = False,
+    coverage: AcceptedShare = None,
     *,
     reading: Reading,
     output: JsonFile = None,
@@ -252,14 +252,14 @@ FalseAlarm = Annotated[
     float,
     Option(min=0, max=1, help="Maximum probability of a false alarm over the whole monitoring."),
 ]
-Shuffle = Annotated[
+ShuffleFlag = Annotated[
     bool,
     Option(
         "--shuffle",
         help="Take the rows of each file in random order, because they have no order of arrival.",
     ),
 ]
-InOrder = Annotated[
+InOrderFlag = Annotated[
     bool,
     Option(
         "--in-order",
@@ -283,8 +283,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     late_labels: LateLabels = None,
     state: StateFile = None,
     false_alarm: FalseAlarm = 0.05,
-    shuffle: Shuffle = False,
-    in_order: InOrder = False,
+    shuffle: ShuffleFlag = False,
+    in_order: InOrderFlag = False,
     seed: SeedOfTies = 0,
     output: JsonFile = None,
     overwrite: Overwrite = False,
@@ -466,14 +466,14 @@ ScoresToShow = Annotated[
         "scored by --predictor or else by its own columns."
     ),
 ]
-Page = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
+PageFile = Annotated[Path, Option("--output", "-o", help="The page, .html.")]
 MainMethod = Annotated[
     str | None,
     Option(
         help="Main method of the page. [the calibrated one, else vilu_plus, vilu, or the first]"
     ),
 ]
-Calibrated = Annotated[
+CalibratedPredictor = Annotated[
     Path | None,
     path_option("Folder of a calibrated predictor, whose rule accepts answers."),
 ]
@@ -484,7 +484,7 @@ RiskShown = Annotated[
         "without a guarantee."
     ),
 ]
-Images = Annotated[
+ShownImages = Annotated[
     str | None,
     Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails."),
 ]
@@ -497,11 +497,11 @@ Title = Annotated[str | None, Option(help="Title of the page. [data set and spli
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     run: ScoresToShow,
-    output: Page,
+    output: PageFile,
     main: MainMethod = None,
-    predictor: Calibrated = None,
+    predictor: CalibratedPredictor = None,
     max_risk: RiskShown = 0.05,
-    images: Images = None,
+    images: ShownImages = None,
     split: ImagesSplit = None,
     root: ImagesRoot = None,
     store: ScoredStore = None,

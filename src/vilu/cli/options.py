@@ -303,7 +303,7 @@ class Reading:
                 f"--clusters names a column of a table of answers, and {store} is none. Leave it "
                 "out."
             )
-        fold = self.fold
+        fold = self.fold  # without --fold, all captions are read, whatever their role
         if fold is not None and role is not None:
             fold = role
         return open_source(store, pools=pools, fold=fold, logit_scale=self.logit_scale)

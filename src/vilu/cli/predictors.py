@@ -88,17 +88,17 @@ Unlabelled = Annotated[
         metavar="STORE",
     ),
 ]
-Init = Annotated[
+InitialPredictor = Annotated[
     Path | None,
     path_option(
         "Start from the weights of this predictor.", metavar="PREDICTOR", rich_help_panel=MORE
     ),
 ]
-Shots = Annotated[
+RowsPerClass = Annotated[
     int | None,
     Option(min=1, help="Use only this number of labelled rows per class.", rich_help_panel=MORE),
 ]
-Pseudo = Annotated[
+PseudoCaptionsFlag = Annotated[
     bool,
     Option(
         "--pseudo",
@@ -131,9 +131,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     reading: Reading,
     labels: LabelFiles = None,
     unlabelled: Unlabelled = None,
-    init: Init = None,
-    shots: Shots = None,
-    pseudo: Pseudo = False,
+    init: InitialPredictor = None,
+    shots: RowsPerClass = None,
+    pseudo: PseudoCaptionsFlag = False,
     no_sample: NoSample = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -274,8 +274,8 @@ def _new_predictor(
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.predictors.vilu.fine_tuning import initialise
 
-    known = parameters(cls)
-    values = {key: value for key, value in defaults.items() if key in known}
+    known_parameters = parameters(cls)
+    values = {key: value for key, value in defaults.items() if key in known_parameters}
     values |= parse_settings(settings)
     if init is None:
         return build(cls, values)
@@ -387,7 +387,7 @@ def _open_training_set(
             "--second is for classes, but --pseudo turns classes into captions. Leave one of the "
             "two flags out."
         )
-    # A store of classes has no pools. ``PseudoCaptions`` makes them below.
+    # With --pseudo, a store has classes and no pools. ``PseudoCaptions`` makes the pools below.
     pools_of_store = None if pseudo else pools
     sources = []
     for store in stores:
@@ -632,7 +632,7 @@ Labels = Annotated[
         metavar="FILE",
     ),
 ]
-DrawnBelow = Annotated[
+DrawFile = Annotated[
     Path | None,
     path_option(
         "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
@@ -704,7 +704,7 @@ OptionalData = Annotated[
         "Labelled store, or a table of answers, .csv or .parquet. [PREDICTOR, if it is a table]"
     ),
 ]
-AloneOutput = Annotated[
+OutputWithoutPredictor = Annotated[
     Path | None,
     Option("--output", "-o", help="Folder for the result, if a table is calibrated alone."),
 ]
@@ -735,7 +735,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     answer: Answer = None,
     method: RuleMethod = "ltt",
     labels: Labels = None,
-    drawn_below: DrawnBelow = None,
+    drawn_below: DrawFile = None,
     seed: DrawSeed = 0,
     per_class: PerClass = False,
     label_sets: LabelSets = None,
@@ -744,7 +744,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     class_shares: ClassShares = None,
     cluster_risk: ClusterRiskOption = None,
     largest_cluster: LargestCluster = None,
-    output: AloneOutput = None,
+    output: OutputWithoutPredictor = None,
     *,
     reading: Reading,
     overwrite: Overwrite = False,

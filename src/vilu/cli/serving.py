@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CalibratedPredictor = Annotated[
     Path, path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` wrote.")
 ]
-Second = Annotated[
+SecondPredictor = Annotated[
     Path | None,
     path_option(
         "Another predictor of the same model. It judges every image, too, and the service can "
@@ -39,7 +39,7 @@ Host = Annotated[
     str, Option(help="Address to listen at; any address except 127.0.0.1 needs --key-file.")
 ]
 Port = Annotated[int, Option(min=0, max=65535, help="Port to listen at; 0 for a free port.")]
-State = Annotated[
+StateFolder = Annotated[
     Path | None,
     Option(
         metavar="DIR",
@@ -64,19 +64,19 @@ AllowHost = Annotated[
         rich_help_panel=MORE,
     ),
 ]
-Keep = Annotated[
+ImagesFolder = Annotated[
     Path | None,
     Option(
         metavar="DIR", help="Store every answered image here. [store none]", rich_help_panel=MORE
     ),
 ]
-MostOfABatch = Annotated[
+MaxBatchSize = Annotated[
     int,
     Option(
         min=1, max=4096, help="Maximum number of images per forward pass.", rich_help_panel=SPEED
     ),
 ]
-Queue = Annotated[
+MaxQueue = Annotated[
     int | None,
     Option(
         min=1,
@@ -147,19 +147,19 @@ TLS_PREFIX: Final = "https://"
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: CalibratedPredictor,
-    second: Second = None,
+    second: SecondPredictor = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    state: State = None,
+    state: StateFolder = None,
     key_file: KeyFile = None,
     allow_host: AllowHost = None,
-    keep: Keep = None,
+    keep: ImagesFolder = None,
     models: Models = None,
     device: Device = "auto",
     precision: PrecisionOfService = None,
-    batch_size: MostOfABatch = 32,
+    batch_size: MaxBatchSize = 32,
     workers: DecodingThreads = None,
-    queue: Queue = None,
+    queue: MaxQueue = None,
     max_body: MaxBody = 32,
     max_json: MaxJson = 1,
     max_images: MaxImages = 256,

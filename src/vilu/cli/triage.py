@@ -50,7 +50,7 @@ Labels = Annotated[
         metavar="FILE",
     ),
 ]
-NotAClass = Annotated[
+OutsideLabels = Annotated[
     list[str] | None,
     Option(
         metavar="NAME",
@@ -68,7 +68,7 @@ Confidence = Annotated[
         rich_help_panel=GUARANTEE,
     ),
 ]
-AboutWhich = Annotated[
+GuaranteeScope = Annotated[
     Literal["new", "folder"],
     Option(
         help="Which photos the guarantee is about. new: photos that are drawn as these were. "
@@ -76,10 +76,10 @@ AboutWhich = Annotated[
         rich_help_panel=GUARANTEE,
     ),
 ]
-HowMany = Annotated[
+NumberOfLabels = Annotated[
     int, Option("-n", "--next", min=0, max=100_000, help="Number of labels to ask for.")
 ]
-Link = Annotated[
+LinkFlag = Annotated[
     bool,
     Option(
         "--link",
@@ -87,7 +87,7 @@ Link = Annotated[
         rich_help_panel=SORTING,
     ),
 ]
-Move = Annotated[
+MoveFlag = Annotated[
     bool,
     Option(
         "--move",
@@ -113,17 +113,17 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Path, Option("--output", "-o", help="Folder of all results, which the next run reads.")
     ],
     labels: Labels = None,
-    outside: NotAClass = None,
+    outside: OutsideLabels = None,
     max_risk: Risk = 0.05,
     confidence: Confidence = 0.95,
-    n_next: HowMany = 50,
+    n_next: NumberOfLabels = 50,
     answer: Answer = None,
-    about: AboutWhich = "new",
+    about: GuaranteeScope = "new",
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
-    link: Link = False,
-    move: Move = False,
+    link: LinkFlag = False,
+    move: MoveFlag = False,
     xmp: Sidecars = False,
     batch_size: BatchSize = 32,
     workers: DecodingThreads = None,
@@ -195,12 +195,12 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
         if text:
             next_step(text)
     if summary.n_asked:
-        to_fill_in = console.shell(output / "next_labels.csv")
-        on_a_page = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
+        table_to_fill_in = console.shell(output / "next_labels.csv")
+        page_command = console.shell("vilu", "review", output, "--serve", "-o", "labels.csv")
         next_step(
-            f"next: fill in the column label of {to_fill_in} ({plural(summary.n_asked, 'photo')}; "
-            f"or label them on a page: {on_a_page}), then the same command with --labels "
-            f"{to_fill_in}"
+            f"next: fill in the column label of {table_to_fill_in} "
+            f"({plural(summary.n_asked, 'photo')}; or label them on a page: {page_command}), then "
+            f"the same command with --labels {table_to_fill_in}"
         )
 
 
@@ -213,7 +213,7 @@ def _sorting_mode(*, link: bool, move: bool) -> Literal["move", "link"] | None:
     return "link" if link else None
 
 
-AskedBefore = Annotated[
+EarlierOutputs = Annotated[
     list[Path] | None,
     path_option(
         "Earlier output files of this command, filled in or not. May be repeated.", metavar="FILE"
@@ -240,7 +240,7 @@ SplitSeed = Annotated[
         "random order of the draw.",
     ),
 ]
-ForEachClass = Annotated[
+PerClassFlag = Annotated[
     bool,
     Option(
         "--per-class",
@@ -248,7 +248,7 @@ ForEachClass = Annotated[
         "their own.",
     ),
 ]
-ForGuarantee = Annotated[
+ForGuaranteeFlag = Annotated[
     bool,
     Option(
         "--for-guarantee",
@@ -268,12 +268,12 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ],
     output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
     predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
-    n_next: HowMany = 50,
-    labels: AskedBefore = None,
+    n_next: NumberOfLabels = 50,
+    labels: EarlierOutputs = None,
     max_risk: RiskOfDraw = None,
     seed: SplitSeed = 0,
-    per_class: ForEachClass = False,
-    for_guarantee: ForGuarantee = False,
+    per_class: PerClassFlag = False,
+    for_guarantee: ForGuaranteeFlag = False,
     clusters: ClusterColumn = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -336,17 +336,17 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
             overwrite=overwrite,
         )
         return
-    fitted = load_predictor(predictor)
+    loaded_predictor = load_predictor(predictor)
     rows_to_label, answers = next_of_store(
         EmbeddingStore(store),
-        fitted,
+        loaded_predictor,
         labels or (),
         n=n_next,
         max_risk=max_risk,
         seed=seed,
         per_class=per_class,
     )
-    write_next(output, rows_to_label, answers, fitted.answer)
+    write_next(output, rows_to_label, answers, loaded_predictor.answer)
     console.print_outputs(output)
     if rows_to_label:
         advice = "fill in the column label"
@@ -552,11 +552,11 @@ def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
         session = ReviewSession(review_tasks, output)
         serve_page(session, port, announce)
     n_open = sum(task.path not in session.answers for task in review_tasks.tasks)
-    parts = [f"{plural(len(session.answers), 'answer')} in {output}"]
+    texts = [f"{plural(len(session.answers), 'answer')} in {output}"]
     if n_open:
-        parts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
-    parts.append(f"next: {session.next_command()}")
-    next_step("; ".join(parts))
+        texts.append(f"the same command goes on with the rest ({plural(n_open, 'photo')})")
+    texts.append(f"next: {session.next_command()}")
+    next_step("; ".join(texts))
 
 
 def labels(
@@ -634,19 +634,19 @@ def audit_labels(  # noqa: PLR0913, PLR0917 - one parameter per flag
     pictures = None
     if images is not None:
         pictures = open_dataset(images, split=split, root=root)
-    judge = None
+    judging_predictor = None
     if predictor is not None:
-        judge = load_predictor(predictor)
+        judging_predictor = load_predictor(predictor)
     rows: EmbeddingSource = EmbeddingStore(store)
     if labels:
         rows = labelled_rows(EmbeddingStore(store), labels)
-    errors = find_label_errors(rows, judge, seed=seed)
+    errors = find_label_errors(rows, judging_predictor, seed=seed)
     errors.save(output)
-    written = [output]
+    written_files = [output]
     if pictures is not None and sheet is not None:
         contact_sheet(errors, pictures, sheet)
-        written.append(sheet)
-    console.print_outputs(*written)
+        written_files.append(sheet)
+    console.print_outputs(*written_files)
     n_wrong = int(errors.is_error.sum())
     next_step(f"{n_wrong:,} of {plural(len(errors.keys), 'label')} probably wrong")
 

@@ -108,13 +108,13 @@ def looks_of(labels: Iterable[str]) -> dict[str, Look]:
     have the same look only if other lines have taken all its possible looks.
     """
     looks: dict[str, Look] = {}
-    taken: set[Look] = set()
+    taken_looks: set[Look] = set()
     for label in sorted(set(labels)):
         candidates = _possible_looks(label)
-        free = (look for look in candidates if look not in taken)
-        look = next(free, candidates[0])
+        free_looks = (look for look in candidates if look not in taken_looks)
+        look = next(free_looks, candidates[0])
         looks[label] = look
-        taken.add(look)
+        taken_looks.add(look)
     return looks
 
 

@@ -320,8 +320,8 @@ class Engine:
         positions = [row.position for row in embedded.rows]
         if positions:
             readable_ids = [ids[position] for position in positions]
-            judged = self._judge_rows(arrays_of(embedded), readable_ids)
-            judgements.update(zip(positions, judged, strict=True))
+            new_judgements = self._judge_rows(arrays_of(embedded), readable_ids)
+            judgements.update(zip(positions, new_judgements, strict=True))
         return [judgements[waiting.position] for waiting in batch]
 
     def _judge_rows(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Judgement]:
@@ -431,9 +431,9 @@ def _require_shape(name: str, rows: list[list[float]], n_rows: int, width: int) 
 def _unit_rows(embeddings: Tensor) -> Tensor:
     """Embeddings (B, D) scaled to unit norm; DataError if an embedding has no direction."""
     scaled, status, _ = normalised(embeddings)
-    bad = np.flatnonzero(status != VALID)
-    if bad.size:
-        first_bad = int(bad[0])
+    bad_rows = np.flatnonzero(status != VALID)
+    if bad_rows.size:
+        first_bad = int(bad_rows[0])
         why = STATUS[status[first_bad]]
         raise DataError(f"embeddings.{first_bad} has no direction ({why}).")
     return scaled

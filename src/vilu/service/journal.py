@@ -215,11 +215,11 @@ class Journal:
         codes = self._codes
         unknown = sorted(set(labels.values()) - codes.keys())
         if unknown:
-            shown = f"{', '.join(unknown[:5])!r:.200}"
+            examples = f"{', '.join(unknown[:5])!r:.200}"
             allowed = f"no class and not {OUTSIDE_NAME}"
             if codes is CODES_OF_TABLE:
                 allowed = "neither 1 (right) nor 0 (wrong)"
-            raise DataError(f"{len(unknown)} labels are {allowed}: {shown}.")
+            raise DataError(f"{len(unknown)} labels are {allowed}: {examples}.")
         return {key: codes[label] for key, label in labels.items()}
 
     @property
@@ -254,11 +254,11 @@ class Journal:
         # The copy shares the calibration, because a calibration never changes. deepcopy does not
         # copy an object that is in ``memo``.
         snapshot = copy.deepcopy(self.monitor, memo={id(calibration): calibration})
-        previous = self._saving
+        previous_save = self._saving
         self._saving = self._writer.submit(self._save, snapshot)
         # result() raises the exception of the previous save, if there was one. This is no
         # ViLUError, which ``_save`` only logs.
-        previous.result()
+        previous_save.result()
 
     def _save(self, monitor: Monitor) -> None:
         """Write the state of the monitor; a failed save is logged, since the rows are on disk."""

@@ -51,10 +51,10 @@ def folds_of(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
     Raises:
         DataError: If all right answers, or all wrong ones, are in one fold.
     """
-    part = part_of_rows(cluster, failure, [1 / FOLDS] * FOLDS, seed)
+    fold_of_row = part_of_rows(cluster, failure, [1 / FOLDS] * FOLDS, seed)
     folds = []
     for fold_number in range(FOLDS):
-        held_out_mask = part == fold_number
+        held_out_mask = fold_of_row == fold_number
         has_right_and_wrong = len(np.unique(failure[~held_out_mask])) == 2
         if has_right_and_wrong and held_out_mask.any():
             folds.append(Fold(~held_out_mask, held_out_mask))
@@ -119,10 +119,10 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
 
     start = np.zeros(n_columns + 1)
     bounds = [(0.0, None)] * n_columns + [(None, None)]
-    best = minimize(
+    optimum = minimize(
         objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": STEPS}
     )
-    return Linear(best.x[:n_columns], float(best.x[n_columns]))
+    return Linear(optimum.x[:n_columns], float(optimum.x[n_columns]))
 
 
 def ridge_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
@@ -177,8 +177,10 @@ class RisingMaps:
 
     def take(self, columns: Sequence[int]) -> RisingMaps:
         """The functions of these columns."""
-        chosen = list(columns)
-        return RisingMaps(self.lower[chosen], self.width[chosen], self.rise[chosen])
+        chosen_columns = list(columns)
+        return RisingMaps(
+            self.lower[chosen_columns], self.width[chosen_columns], self.rise[chosen_columns]
+        )
 
 
 def straight_maps(numbers: Floats) -> RisingMaps:
@@ -282,10 +284,10 @@ def _fit_mapped(
     direction: Floats, maps: RisingMaps, mapped: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
     """The combination of a recipe, where the numbers (N, C) are mapped already."""
-    chosen = list(recipe.columns)
-    fit_of_chosen = rising_logistic(mapped[:, chosen], failure, recipe.ridge)
+    chosen_columns = list(recipe.columns)
+    fit_of_chosen = rising_logistic(mapped[:, chosen_columns], failure, recipe.ridge)
     weights = np.zeros(len(direction))
-    weights[chosen] = fit_of_chosen.weights
+    weights[chosen_columns] = fit_of_chosen.weights
     return Combination(direction, maps, Linear(weights, fit_of_chosen.intercept))
 
 

@@ -99,10 +99,12 @@ def explain_answers(
     contributions = predictor.contributions(table)
     if rows is None:
         rows = np.argsort(-uncertainty, kind="stable")[:n].tolist()
-    explained = []
+    explanations = []
     for row in rows:
-        explained.append(_explain_row(table, _position(table, row), uncertainty, contributions))
-    return ExplainedAnswers(predictor.label, predictor.notes_.get("shares", {}), tuple(explained))
+        explanations.append(_explain_row(table, _position(table, row), uncertainty, contributions))
+    return ExplainedAnswers(
+        predictor.label, predictor.notes_.get("shares", {}), tuple(explanations)
+    )
 
 
 def _explain_row(

@@ -437,18 +437,18 @@ def _row_in_words(row: int, ids: Sequence[str]) -> str:
 
 
 def _require_distinct_ids(where: str, ids: Sequence[str]) -> None:
-    """Refuse identifiers that stand in two rows."""
+    """Refuse identifiers that several rows have."""
     if len(set(ids)) == len(ids):
         return
     counts = Counter(ids)
     repeated = next(text for text in ids if counts[text] > 1)
-    first = ids.index(repeated)
-    second = ids.index(repeated, first + 1)
+    first_row = ids.index(repeated)
+    second_row = ids.index(repeated, first_row + 1)
     n_repeated = sum(count > 1 for count in counts.values())
     raise DataError(
         f"{where}: every row needs an id of its own. {repeated!r:.60} is the id of the rows "
-        f"{first + 1} and {second + 1}. Number of ids that repeat: {n_repeated}. Number the rows, "
-        "or remove the copies."
+        f"{first_row + 1} and {second_row + 1}. Number of ids that repeat: {n_repeated}. Number "
+        "the rows, or remove the copies."
     )
 
 
@@ -456,19 +456,25 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
     """Whether a column has numbers: its type is numeric, or all its texts are numbers."""
     import pyarrow as pa
 
-    kind = column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+    data_type = column.type
+    if (
+        pa.types.is_integer(data_type)
+        or pa.types.is_floating(data_type)
+        or pa.types.is_boolean(data_type)
+    ):
         return True
-    if not _is_text(kind) or column.null_count == len(column):
+    if not _is_text(data_type) or column.null_count == len(column):
         return False
     return all(_parse_number(cell) is not None for cell in column.to_pylist() if cell)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text(data_type: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        pa.types.is_string(data_type)
+        or pa.types.is_large_string(data_type)
+        or pa.types.is_string_view(data_type)
     )
 
 

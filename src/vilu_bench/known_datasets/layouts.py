@@ -115,8 +115,8 @@ class SplitFolders:
 
     def __call__(self, place: Place) -> Listing:
         """The images of all splits."""
-        parts = self.splits or {split: split for split in place.entry.sizes}
-        folders = [place.folder / part for part in parts.values()]
+        folder_of_split = self.splits or {split: split for split in place.entry.sizes}
+        folders = [place.folder / subfolder for subfolder in folder_of_split.values()]
         classes: set[str] = set()
         for folder in folders:
             if folder.is_dir():
@@ -128,7 +128,10 @@ class SplitFolders:
                 f"{place.folder} has no folder of a class in {searched}. {UNPACK_ADVICE}"
             )
         labels = {name: label for label, name in enumerate(names)}
-        splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
+        splits = {
+            split: ClassFolders(place.folder, subfolder, labels)
+            for split, subfolder in folder_of_split.items()
+        }
         return Listing(names, splits, "a folder per class")
 
 
@@ -301,8 +304,8 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
             prefix, digits = match.groups()
             numbers[shard.parent, prefix, len(digits)].add(int(digits))
     missing = []
-    for (parent, prefix, width), present in numbers.items():
-        for number in islice(_gaps(present), SHOWN):
+    for (parent, prefix, width), present_numbers in numbers.items():
+        for number in islice(_gaps(present_numbers), SHOWN):
             path = parent / f"{prefix}{number:0{width}}.tar"
             missing.append(path.relative_to(folder).as_posix())
     return tuple(missing[:SHOWN])

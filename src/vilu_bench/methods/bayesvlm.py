@@ -208,10 +208,10 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
 
     highest = math.log(len(a) * len(b) / squared_norm)
     bounds = (highest - 60, highest)
-    best = minimize_scalar(
+    optimum = minimize_scalar(
         negative_evidence, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
-    return math.exp(best.x)
+    return math.exp(optimum.x)
 
 
 def cosine_moments(
@@ -376,22 +376,22 @@ class BayesVLM(FailurePredictor):
         on_features = bool(train.columns)
         tensors = {"on_features": torch.tensor(on_features)}
         priors = {}
-        for side, layer in (("image", image), ("text", text)):
-            squared_norm = self._squared_norm(side, train)
+        for encoder, layer in (("image", image), ("text", text)):
+            squared_norm = self._squared_norm(encoder, train)
             learned, prior = posterior(layer, squared_norm, self.pseudo_count)
-            tensors[f"{side}_inputs"] = learned.inputs.cpu()
-            tensors[f"{side}_outputs"] = learned.outputs.cpu()
-            tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
-            priors[side] = prior
+            tensors[f"{encoder}_inputs"] = learned.inputs.cpu()
+            tensors[f"{encoder}_outputs"] = learned.outputs.cpu()
+            tensors[f"{encoder}_prior"] = torch.tensor(prior, dtype=torch.float64)
+            priors[encoder] = prior
         label = self._label(on_features=on_features)
         return Learnt(tensors, {"label": label, "prior_precision": priors})
 
-    def _squared_norm(self, side: str, train: Rows) -> float:
+    def _squared_norm(self, encoder: str, train: Rows) -> float:
         """Squared norm ‖P‖² of a last layer; D for the identity of an embeddings-only fit."""
         if not train.columns:
             return train.source.space.embed_dim
         # every row has the same projection, so the first row is enough
-        projection = train.source.column(f"{side}_projection", train.index[:1])
+        projection = train.source.column(f"{encoder}_projection", train.index[:1])
         return float(projection.double().square().sum())
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
@@ -420,10 +420,10 @@ class BayesVLM(FailurePredictor):
             factors(text, image.directions, scale, bias, self.loss),
         )
 
-    def _posterior(self, side: str, like: Tensor) -> Posterior:
+    def _posterior(self, encoder: str, like: Tensor) -> Posterior:
         """The posterior of a last layer, with the device and the dtype of ``like``."""
-        inputs = self.learned_[f"{side}_inputs"].to(like)
-        outputs = self.learned_[f"{side}_outputs"].to(like)
+        inputs = self.learned_[f"{encoder}_inputs"].to(like)
+        outputs = self.learned_[f"{encoder}_outputs"].to(like)
         return Posterior(inputs, outputs)
 
     def _score(self, batch: Batch) -> Tensor:

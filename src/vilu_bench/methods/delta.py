@@ -31,8 +31,8 @@ NO_CAPTIONS = (
 def cosine_margin(batch: Batch) -> Tensor:
     """Gap (B,) between the two largest cosines of an image with the candidates, float64."""
     two_largest_logits = float64(batch.logits.topk(2, dim=1).values)
-    first, second = two_largest_logits.unbind(dim=1)
-    return (first - second) / batch.logit_scale
+    largest, second_largest = two_largest_logits.unbind(dim=1)
+    return (largest - second_largest) / batch.logit_scale
 
 
 LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in the released code
@@ -109,9 +109,9 @@ class DeltaKNN(ClosedSet):
         self.classes_of(batch.text)
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
-        right = self._log_distance(batch.image, bank[:n_right])
-        wrong = self._log_distance(batch.image, bank[n_right:])
-        return right - wrong - self.margin_weight * cosine_margin(batch)
+        distance_to_right = self._log_distance(batch.image, bank[:n_right])
+        distance_to_wrong = self._log_distance(batch.image, bank[n_right:])
+        return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
     def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
         """Mean (B,) of the log squared distances to the nearest images of the bank, float64.
@@ -212,9 +212,9 @@ class DeltaMDS(ClosedSet):
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
         label = labels(train)
-        right = self._fit_bank("right", train, label, failure == 0)
-        wrong = self._fit_bank("wrong", train, label, failure == 1)
-        return Learnt(right | wrong | {CLASSES: class_texts(train)})
+        right_tensors = self._fit_bank("right", train, label, failure == 0)
+        wrong_tensors = self._fit_bank("wrong", train, label, failure == 1)
+        return Learnt(right_tensors | wrong_tensors | {CLASSES: class_texts(train)})
 
     def _fit_bank(
         self, bank: str, train: Rows, label: Tensor, is_member: Tensor
@@ -240,9 +240,9 @@ class DeltaMDS(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
         classes = self.classes_of(batch.text).to(image.device)
-        right = self._distance(image, classes, "right")
-        wrong = self._distance(image, classes, "wrong")
-        return right - wrong - self.margin_weight * cosine_margin(batch)
+        distance_to_right = self._distance(image, classes, "right")
+        distance_to_wrong = self._distance(image, classes, "wrong")
+        return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
 
     def _distance(self, image: Tensor, classes: Tensor, bank: str) -> Tensor:
         """Squared distance (B,) to the nearest class mean of a bank; zero if the bank is empty."""

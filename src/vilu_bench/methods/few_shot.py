@@ -87,7 +87,7 @@ def cross_fitted(
     count = torch.bincount(rows.label, minlength=rows.n_classes)
     is_only_label = count[rows.label] == 1
     fold = torch.from_numpy(class_folds(rows.label.numpy(), seed))
-    parts = []
+    posteriors_of_folds = []
     held_out_labels = []
     for number in range(FOLDS):
         is_held_out = (fold == number) & ~is_only_label
@@ -95,11 +95,11 @@ def cross_fitted(
             continue
         held_out = rows.take(is_held_out.nonzero().squeeze(1))
         fitted_on = rows.take((~is_held_out).nonzero().squeeze(1))
-        parts.append(log_posteriors(fitted_on, held_out))
+        posteriors_of_folds.append(log_posteriors(fitted_on, held_out))
         held_out_labels.append(held_out.label)
-    if not parts:
+    if not posteriors_of_folds:
         return None
-    return torch.cat(parts, dim=1), torch.cat(held_out_labels)
+    return torch.cat(posteriors_of_folds, dim=1), torch.cat(held_out_labels)
 
 
 def likeliest_value(
@@ -234,8 +234,8 @@ def pool_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
         return float(-log_q[rows, label].mean()), slope
 
     start = np.array([0.5, 0.5])
-    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
-    return np.asarray(best.x)
+    optimum = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
+    return np.asarray(optimum.x)
 
 
 @dataclasses.dataclass
@@ -333,8 +333,8 @@ class AddedToZeroShot(ClosedSet):
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """Log posterior (B, K) float64 of the sum of the logits."""
-        added = self._added_logits(batch)
-        return (float64(batch.logits).to(added.device) + added).log_softmax(dim=1)
+        added_logits = self._added_logits(batch)
+        return (float64(batch.logits).to(added_logits.device) + added_logits).log_softmax(dim=1)
 
     def _score(self, batch: Batch) -> Tensor:
         return torch.sigmoid(failure_log_odds(self.log_posterior(batch), batch))

@@ -289,9 +289,9 @@ class LMN(NetworkPredictor):
         psi = target_curve(log_s.exp(), self.steepness)
         n_candidates = log_p.shape[-1]
         divergence = -log_p.mean(dim=-1) - math.log(n_candidates)  # KL(uniform || p)
-        right = self.balance * (1 - psi - log_s)
-        wrong = (1 - self.balance) * (psi + divergence)
-        return torch.where(batch.failure == 1, wrong, right).mean()
+        loss_if_right = self.balance * (1 - psi - log_s)
+        loss_if_wrong = (1 - self.balance) * (psi + divergence)
+        return torch.where(batch.failure == 1, loss_if_wrong, loss_if_right).mean()
 
     graph = own_graph  # the score can be exported to ONNX
 

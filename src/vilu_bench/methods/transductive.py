@@ -43,8 +43,8 @@ class AdaptedToImages(ClosedSet):
 
     def _rows_to_learn_from(self, train: Rows) -> Rows:
         """The rows to learn from."""
-        drawn, _ = draw_rows(train, self.max_bank, self.seed)
-        return drawn
+        rows, _ = draw_rows(train, self.max_bank, self.seed)
+        return rows
 
 
 def zero_shot_logits(rows: Rows) -> Tensor:
@@ -153,8 +153,8 @@ class StatA(AdaptedToImages):
         max_bank: Maximum number of images to learn from; more are sampled with ``seed``.
 
     Source: Zanella et al., "Realistic Test-Time Adaptation of Vision-Language Models", CVPR 2025,
-    and its code (MaxZanella/StatA) with its defaults. Its initial covariance is divided again by N
-    for each block of 2,500 images; here it is divided once.
+    and its code (MaxZanella/StatA) with its defaults. One difference: the code divides the initial
+    covariance by N anew for each block of 2,500 images, and here it is divided once.
 
     Examples:
         >>> import numpy as np, vilu

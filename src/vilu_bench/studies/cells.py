@@ -208,12 +208,12 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
                 needed[data, "train"] = None
             if may_select(fit) and isinstance(config.data[fit.train[0]].validation, str):
                 needed[fit.train[0], "validation"] = None
-        scored = scored_set_of(config, cell)
-        validation = config.data[scored.data].validation
-        if scored.role == "validation" and isinstance(validation, float):
-            needed[scored.data, "train"] = None  # the validation rows are a share of these rows
+        scored_set = scored_set_of(config, cell)
+        validation = config.data[scored_set.data].validation
+        if scored_set.role == "validation" and isinstance(validation, float):
+            needed[scored_set.data, "train"] = None  # the validation rows are a share of these rows
         else:
-            needed[scored.data, scored.role] = None
+            needed[scored_set.data, scored_set.role] = None
     return needed
 
 

@@ -76,13 +76,13 @@ class Setting(Section):
             return f"{self.budget} labels per class"
         return f"{self.budget:.3g} of all labels"
 
-    def describe(self, fitted: str = "") -> str:
+    def describe(self, fitted_on: str = "") -> str:
         """Text that says what methods are fitted on, then what differs from the defaults.
 
         Args:
-            fitted: What methods are fitted on; "": the budget.
+            fitted_on: What methods are fitted on; "": the budget.
         """
-        text = fitted or self.amount
+        text = fitted_on or self.amount
         if self.test_on == "validation":
             text += ", tested on the validation rows"
         if self.pool_size:
@@ -414,10 +414,10 @@ class Config(Section):
         The data set must be among those that the setting chooses. Except in a union, the data set
         must not be a source of the setting.
         """
-        chosen = self.settings[setting]
-        if data in chosen.sources and not isinstance(chosen, Union):
+        chosen_setting = self.settings[setting]
+        if data in chosen_setting.sources and not isinstance(chosen_setting, Union):
             return False
-        return chosen.data is None or data in chosen.data
+        return chosen_setting.data is None or data in chosen_setting.data
 
     def class_of(self, label: str) -> type[FailurePredictor]:
         """The predictor class of a method's label."""
@@ -433,8 +433,8 @@ class Config(Section):
         needs_labels = cls.needs_fit and cls.needs_labels
         if needs_labels and self.settings[setting].budget == "none":
             return False
-        wanted = self.entries[label].settings
-        return wanted is None or setting in wanted
+        chosen_settings = self.entries[label].settings
+        return chosen_settings is None or setting in chosen_settings
 
     def depends_on_seed(self, label: str) -> bool:
         """Whether scores can differ between seeds on the same training rows."""

@@ -203,13 +203,13 @@ class Workbench:
         if not to_fit:
             return test
         fit = source.take(fit_rows)
-        common = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
-        if not common:
+        shared_rows = overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        if not shared_rows:
             return fit
         warn_caller(
-            f"{common.in_words('rows to fit on')} of {data} are left out: they are tested on.",
+            f"{shared_rows.in_words('rows to fit on')} of {data} are left out: they are tested on.",
         )
-        return fit.take(np.flatnonzero(~common.shared))
+        return fit.take(np.flatnonzero(~shared_rows.shared))
 
     def check(self) -> None:
         """Raise an error for data sets whose parts do not belong together."""
@@ -251,13 +251,13 @@ class Workbench:
             )
         if self.config.data[data].captions:
             return  # folds of one store have no common row: a hash puts every row into one fold
-        common = overlap(a, b, (name_a, name_b))
-        if common is None:
+        shared_rows = overlap(a, b, (name_a, name_b))
+        if shared_rows is None:
             return
         consequence = "they are scored all the same"
         if role_b == "validation":
             consequence = "a fit leaves them out"
-        common.unshared(
+        shared_rows.unshared(
             b,
             what=f"{role_b} rows of {data}",
             where=f"are in its {role_a} part, too",
@@ -321,54 +321,56 @@ class Workbench:
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
         """The rows that the method of a cell is tested on."""
-        scored = scored_set_of(self.config, cell)
-        source = self._test_rows(scored, columns)
-        if not scored.across_preprocessing:
+        scored_set = scored_set_of(self.config, cell)
+        source = self._test_rows(scored_set, columns)
+        if not scored_set.across_preprocessing:
             return source
         origin = origin_of(self.config, cell)
         fitted_on = self.source(origin.train[0], "train")
         return ignore_preprocessing(source, fitted_on.space)
 
-    def _test_rows(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
+    def _test_rows(self, scored_set: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
         """The rows of a test set, in the embedding space of their store."""
-        source = self.source(scored.data, scored.role, scored.pool_size)
-        source = self._fit_or_test_rows(scored.data, scored.division_seed, source, to_fit=False)
-        if scored.halves_seed is None:
+        source = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
+        source = self._fit_or_test_rows(
+            scored_set.data, scored_set.division_seed, source, to_fit=False
+        )
+        if scored_set.halves_seed is None:
             return source
-        _, classes = class_halves(source.n_candidates, scored.halves_seed)
+        _, classes = class_halves(source.n_candidates, scored_set.halves_seed)
         return source.take(rows_of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
         """Texts (K, D) of the candidates in training and in testing; None for captions."""
         origin = origin_of(self.config, cell)
-        scored = scored_set_of(self.config, cell)
+        scored_set = scored_set_of(self.config, cell)
         if origin.pool_size is not None:
             return None
         train = self.source(origin.train[0], "train")
-        test = self.source(scored.data, scored.role, scored.pool_size)
+        test = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
         has_captions = train.pool_size is not None or test.pool_size is not None
         if has_captions:
             return None
         no_rows = torch.arange(0)  # all rows have the same candidates, so none is needed
         train_texts = train.candidates(no_rows).text
         test_texts = test.candidates(no_rows).text
-        if scored.halves_seed is None:
+        if scored_set.halves_seed is None:
             return train_texts, test_texts
-        seen, unseen = class_halves(len(test_texts), scored.halves_seed)
-        return train_texts[seen], test_texts[unseen]
+        seen_classes, unseen_classes = class_halves(len(test_texts), scored_set.halves_seed)
+        return train_texts[seen_classes], test_texts[unseen_classes]
 
     def truth(self, cell: Cell) -> Truth:
         """The truth of a cell's test set; it is computed once per test set."""
         return self._truth(scored_set_of(self.config, cell))
 
-    def _compute_truth(self, scored: ScoredSet) -> Truth:
+    def _compute_truth(self, scored_set: ScoredSet) -> Truth:
         """The truth of a test set."""
-        content = self.fingerprint(scored.data, scored.role, scored.pool_size)
-        facts: list[object] = [content, scored.halves_seed]  # they decide which rows are tested
-        share = self.config.data[scored.data].fit_share
+        content = self.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size)
+        facts: list[object] = [content, scored_set.halves_seed]  # they decide which rows are tested
+        share = self.config.data[scored_set.data].fit_share
         if share is not None:
-            facts += [share, scored.division_seed]
-        return truth_of(self._test_rows(scored), digest(facts))
+            facts += [share, scored_set.division_seed]
+        return truth_of(self._test_rows(scored_set), digest(facts))
 
 
 def _open_vilu_store(
@@ -441,6 +443,6 @@ def ignore_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> Embe
     """
     if not differs_in_preprocessing(source.space, space):
         return source
-    with_space = copy.copy(source)
-    with_space.space = space
-    return with_space
+    changed_source = copy.copy(source)
+    changed_source.space = space
+    return changed_source

@@ -53,7 +53,7 @@ class Exhibit:
     draw: Draw | None = None  # draws the figure; None if the view has no figure
 
 
-def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
+def make_exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
     """The exhibit of a view; ``root`` is the run folder that holds the files of the cells."""
     match view:
         case TableView():
@@ -239,8 +239,8 @@ def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
 
 def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
     """The methods that set both parameters and have a result on a data set; None without any."""
-    best = view.metrics[0]
-    sign = 1 if METRICS[best].higher_is_better else -1
+    first_metric = view.metrics[0]
+    sign = 1 if METRICS[first_metric].higher_is_better else -1
     methods: dict[ValuePair, str] = {}
     merits: dict[ValuePair, float] = {}  # mean of the metric, negated if lower is better
     for label in view.entries_of(board.config, "method"):
@@ -248,7 +248,7 @@ def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
         pair = _pair_of(board, view, label)
         if entrant is not None and pair is not None:
             methods[pair] = label
-            merits[pair] = sign * entrant.quantity(best).value
+            merits[pair] = sign * entrant.quantity(first_metric).value
     if not merits:
         return None
     return _DataGrid(data, methods, max(merits, key=merits.__getitem__))
@@ -287,10 +287,10 @@ def _grid_sheet(
     column_titles = []
     for setting, metric in columns:
         column_titles.append((title_of(config, "setting", setting), METRICS[metric].title))
-    best = METRICS[view.metrics[0]].title
+    best_title = METRICS[view.metrics[0]].title
     selection_title = title_of(config, "setting", view.select_on)
     note_on_choice = (
-        f"Chosen: the best {best} in {selection_title!r}; the other columns had no say."
+        f"Chosen: the best {best_title} in {selection_title!r}; the other columns had no say."
     )
     return Sheet(
         name=view.name,
@@ -327,7 +327,7 @@ def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str
     """The panel of a data set in one setting: means by the values of the two parameters."""
     from vilu.report.figures import Grid
 
-    best = view.metrics[0]
+    first_metric = view.metrics[0]
     rows = list(dict.fromkeys(row_value for row_value, _ in data_grid.methods))
     columns = list(dict.fromkeys(column_value for _, column_value in data_grid.methods))
     means = {}
@@ -335,10 +335,10 @@ def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str
         entrant = board.find(method, data_grid.data, setting)
         if entrant is not None:
             row_and_column = rows.index(row_value), columns.index(column_value)
-            means[row_and_column] = entrant.quantity(best).value
+            means[row_and_column] = entrant.quantity(first_metric).value
     chosen_row, chosen_column = data_grid.best_pair
     chosen_cell = rows.index(chosen_row), columns.index(chosen_column)
     data_title = title_of(board.config, "data", data_grid.data)
     setting_title = title_of(board.config, "setting", setting)
-    title = f"{data_title}, {setting_title}: {METRICS[best].title}"
+    title = f"{data_title}, {setting_title}: {METRICS[first_metric].title}"
     return Grid(title, rows, columns, means, chosen_cell)

@@ -107,13 +107,13 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 def _source_file(module: str) -> Path | None:
     """The source file of a module of vilu or of a loaded module outside vilu; None if not found."""
-    top, *submodules = module.split(".")
-    if top not in {"vilu", "vilu_bench"}:
+    top_package, *submodules = module.split(".")
+    if top_package not in {"vilu", "vilu_bench"}:
         loaded_from = getattr(sys.modules.get(module), "__file__", None)
         if loaded_from is None:
             return None
         return Path(loaded_from)
-    stem = SOURCES.joinpath(top, *submodules)
+    stem = SOURCES.joinpath(top_package, *submodules)
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file():
             return path
@@ -125,7 +125,7 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
     config = bench.config
     origin = origin_of(config, cell)
     predictor = predictor_of(config, cell)
-    scored = scored_set_of(config, cell)
+    scored_set = scored_set_of(config, cell)
     return {
         "code": code_of(config, cell),
         "method": predictor.name,
@@ -133,10 +133,10 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
         "steps": config.entries[cell.method].steps,
         "max_epochs": MAX_EPOCHS,
         "train": _facts_of_rows(bench, origin) if origin.train else None,
-        "test": bench.fingerprint(scored.data, scored.role, scored.pool_size),
-        "halves_seed": scored.halves_seed,
-        **_division_facts(bench, scored.division_seed, (scored.data,)),
-        "across_preprocessing": scored.across_preprocessing,
+        "test": bench.fingerprint(scored_set.data, scored_set.role, scored_set.pool_size),
+        "halves_seed": scored_set.halves_seed,
+        **_division_facts(bench, scored_set.division_seed, (scored_set.data,)),
+        "across_preprocessing": scored_set.across_preprocessing,
         "metrics": list(config.metrics),
         "resamples": config.resamples,
     }

@@ -52,33 +52,36 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
     if not origin.train:
         return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
-        start = None
+        earlier_fit = None
         if origin.start is not None:
-            start = fit(bench, cell, origin.start, fits)
-        if start is not None and start.refused is not None:
-            fits[origin] = start  # this fit is refused for the same reason
+            earlier_fit = fit(bench, cell, origin.start, fits)
+        if earlier_fit is not None and earlier_fit.refused is not None:
+            fits[origin] = earlier_fit  # this fit is refused for the same reason
         else:
-            fits[origin] = _fit(bench, cell, origin, start)
+            fits[origin] = _fit(bench, cell, origin, earlier_fit)
     return fits[origin]
 
 
-def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
-    """Fit a predictor on the rows of ``origin``, from the weights of ``start`` if there are any."""
+def _fit(bench: Workbench, cell: Cell, origin: Origin, earlier_fit: Fitted | None) -> Fitted:
+    """Fit a predictor on the rows of ``origin``.
+
+    It starts from the weights of ``earlier_fit``, or from scratch if that is None.
+    """
     predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refused = None
     n_train = None
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with collected_warnings() as fit_warnings:
         try:
             train = bench.train_set(origin, columns)
             validation = bench.validation_set(origin)
             n_train = len(train)
-            begun = time.perf_counter()  # the time to read the rows does not count
-            if start is None:
+            start_time = time.perf_counter()  # the time to read the rows does not count
+            if earlier_fit is None:
                 predictor = _with_epochs_for_steps(bench.config, cell.method, predictor, train)
             else:
-                predictor = _initialised_from(start.predictor, origin, train)
+                predictor = _initialised_from(earlier_fit.predictor, origin, train)
             predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
         except REFUSALS as error:
             refused = refusal_from(error)
@@ -86,22 +89,22 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
         predictor,
         refused=refused,
         n_train=n_train,
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start_time,
         warnings=tuple(fit_warnings),
     )
 
 
 def _initialised_from(
-    fitted: FailurePredictor, origin: Origin, train: EmbeddingSource
+    fitted_predictor: FailurePredictor, origin: Origin, train: EmbeddingSource
 ) -> FailurePredictor:
     """An unfitted predictor whose training starts from the weights of a fitted predictor."""
     may_differ = origin.across_preprocessing
-    if may_differ and differs_in_preprocessing(fitted.space_, train.space):
+    if may_differ and differs_in_preprocessing(fitted_predictor.space_, train.space):
         # The earlier fit used, for example, another picture size. A copy of it gets the space of
         # the new training rows, because it would refuse rows of another space.
-        fitted = copy.copy(fitted)
-        fitted.space_ = train.space
-    return initialise(type(fitted), fitted)
+        fitted_predictor = copy.copy(fitted_predictor)
+        fitted_predictor.space_ = train.space
+    return initialise(type(fitted_predictor), fitted_predictor)
 
 
 def _with_epochs_for_steps(

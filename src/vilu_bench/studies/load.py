@@ -179,14 +179,14 @@ def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Con
 
 def _explain(name: str, error: ValidationError) -> str:
     """Message about the first error of pydantic: the file, the keys that lead to it, the reason."""
-    first, *_ = error.errors(include_url=False, include_context=False)
+    first_error, *_ = error.errors(include_url=False, include_context=False)
     # pydantic marks an invalid key by a step "[key]" after it
-    steps = [str(step) for step in first["loc"] if step != "[key]"]
+    steps = [str(step) for step in first_error["loc"] if step != "[key]"]
     if steps and steps[0] in {"settings", "views", "claims"}:
         # The third step, if there is one, is the kind of the setting, view or claim. The kind is
         # not a key in the file.
         del steps[2:3]
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = first_error["msg"].removeprefix("Value error, ")
     if not reason.endswith(("?", ".")):
         reason += "."
     if not steps:

@@ -92,8 +92,8 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
     At least one entrant must have a result.
     """
     entrants_of_count: dict[int, list[Entrant]] = {}
-    with_result = [entrant for entrant in entrants if entrant.results]
-    for entrant in with_result:
+    entrants_with_result = [entrant for entrant in entrants if entrant.results]
+    for entrant in entrants_with_result:
         entrants_of_count.setdefault(entrant.n_runs, []).append(entrant)
     # the most frequent number of results; of equally frequent numbers, the first
     usual_n_runs = max(entrants_of_count, key=lambda n_runs: len(entrants_of_count[n_runs]))
@@ -104,7 +104,7 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
     for n_runs in sorted(entrants_of_count):
         if n_runs != usual_n_runs:
             exceptions.append(
-                f"{n_runs} for {_methods_in_words(entrants_of_count[n_runs], with_result)}"
+                f"{n_runs} for {_methods_in_words(entrants_of_count[n_runs], entrants_with_result)}"
             )
     parts = "; ".join([*exceptions, f"{usual_n_runs} for the others"])
     return f"{intro} {parts}. Methods are compared on the seeds that both have."
@@ -214,11 +214,11 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
     entrants = entrants_by_key(board, view)
     measured = means_by_key(board, view)
     numbers = {key: shown_number(config, key, mean) for key, mean in measured.items()}
-    ranked = _with_ranks(numbers, measured, view.compete)
+    ranked_numbers = _with_ranks(numbers, measured, view.compete)
     rows: dict[tuple[str, ...], int] = {}  # indices of rows, by their labels
     columns: dict[tuple[str, ...], int] = {}  # indices of columns, by their labels
     cells = {}
-    for key, number in ranked.items():
+    for key, number in ranked_numbers.items():
         # new labels get the next index, and labels that occurred before keep their index
         row = rows.setdefault(key.of(view.rows), len(rows))
         column = columns.setdefault(key.of(view.columns), len(columns))
@@ -231,7 +231,7 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
         rows=tuple(_titles_of_labels(config, view.rows, labels) for labels in rows),
         columns=tuple(_titles_of_labels(config, view.columns, labels) for labels in columns),
         cells=cells,
-        notes=notes_of(board, view, ranked.values(), entrants.values()),
+        notes=notes_of(board, view, ranked_numbers.values(), entrants.values()),
     )
 
 
@@ -326,33 +326,33 @@ def _name_of_mean(config: Config, parts: Sequence[Entrant]) -> str | None:
 
 
 def _with_ranks(
-    shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
+    numbers: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]
 ) -> dict[Key, Shown]:
     """The numbers with their ranks.
 
     Numbers compete with each other if they differ only in the fields ``compete``.
     """
-    ranked = dict(shown)
-    for keys in _contests(shown, compete):
+    ranked_numbers = dict(numbers)
+    for keys in _contests(numbers, compete):
         metric = keys[0].metric  # the same for all keys
         sign = -1 if METRICS[metric].higher_is_better else 1
-        losses = {key: sign * (shown[key].value or 0.0) for key in keys}  # the smallest is best
+        losses = {key: sign * (numbers[key].value or 0.0) for key in keys}  # the smallest is best
         distinct_losses = sorted(set(losses.values()))
-        best = min(keys, key=losses.__getitem__)
+        best_key = min(keys, key=losses.__getitem__)
         for key in keys:
             n_better = distinct_losses.index(losses[key])
-            tied = n_better > 0 and _is_tied(measured[key], measured[best], metric)
-            ranked[key] = replace(shown[key], rank=_rank(n_better), tied=tied)
-    return ranked
+            tied = n_better > 0 and _is_tied(measured[key], measured[best_key], metric)
+            ranked_numbers[key] = replace(numbers[key], rank=_rank(n_better), tied=tied)
+    return ranked_numbers
 
 
-def _contests(shown: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
+def _contests(numbers: Mapping[Key, Shown], compete: Sequence[str]) -> Iterator[list[Key]]:
     """Yield groups of at least two keys that differ only in the fields ``compete``."""
-    fixed = [field for field in FIELDS if field not in compete]
+    fixed_fields = [field for field in FIELDS if field not in compete]
     groups: dict[tuple[str, ...], list[Key]] = {}
-    for key, number in shown.items():
+    for key, number in numbers.items():
         if number.value is not None:
-            groups.setdefault(key.of(fixed), []).append(key)
+            groups.setdefault(key.of(fixed_fields), []).append(key)
     for keys in groups.values():
         if len(keys) > 1:
             yield keys
@@ -367,11 +367,11 @@ def _rank(n_better: int) -> Literal["best", "second"] | None:
     return None
 
 
-def _is_tied(mean: Mean, best: Mean, metric: str) -> bool:
+def _is_tied(mean: Mean, best_mean: Mean, metric: str) -> bool:
     """Whether the paired bootstrap finds no significant difference between two results."""
     if any(metric not in part.ranked_by for part in mean.parts):  # no bootstrap values
         return False
-    gap = mean.difference_from(best, metric)
+    gap = mean.difference_from(best_mean, metric)
     if gap is None:
         return False
     return gap.p_value() >= ALPHA

@@ -155,12 +155,12 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
             wins.setdefault(method, 0.0)  # at its first contest, a method has no wins
             if n_better == 0:
                 wins[method] += 1 / n_equal
-    ordered = [
+    all_standings = [
         Standing(method, wins[method], fmean(method_ranks), len(method_ranks))
         for method, method_ranks in ranks.items()
     ]
-    ordered.sort(key=_most_wins_first)
-    return tuple(ordered)
+    all_standings.sort(key=_most_wins_first)
+    return tuple(all_standings)
 
 
 def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
@@ -170,51 +170,58 @@ def _most_wins_first(standing: Standing) -> tuple[float, float, str]:
 
 def _rank_methods(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
     """Rank the methods on one data set in one setting."""
-    with_result = []
+    entrants_with_result = []
     refused = {}
     for entrant in entrants:
         if entrant.results:
-            with_result.append(entrant)
+            entrants_with_result.append(entrant)
         else:
             refused[entrant.method] = str(entrant.reason)
-    with_result.sort(key=_best_first)
+    entrants_with_result.sort(key=_best_first)
     return Ranking(
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
-        n=distinct_row_counts("n", with_result),
-        n_failures=distinct_row_counts("n_failures", with_result),
-        lines=tuple(_ranked_method(board.config, entrant, with_result) for entrant in with_result),
+        n=distinct_row_counts("n", entrants_with_result),
+        n_failures=distinct_row_counts("n_failures", entrants_with_result),
+        lines=tuple(
+            _ranked_method(board.config, entrant, entrants_with_result)
+            for entrant in entrants_with_result
+        ),
         refused=refused,
-        contests=_contests(board, with_result),
-        n_outside=distinct_row_counts("n_outside", with_result),
+        contests=_contests(board, entrants_with_result),
+        n_outside=distinct_row_counts("n_outside", entrants_with_result),
     )
 
 
 def _best_first(entrant: Entrant) -> tuple[float, float, str]:
     """Sort key: the first metric descending, then the second ascending, then the name."""
-    _, second = entrant.ranked_by
-    return -entrant.merit, entrant.mean(second) or 0.0, entrant.method
+    _, second_metric = entrant.ranked_by
+    return -entrant.merit, entrant.mean(second_metric) or 0.0, entrant.method
 
 
-def _contests(board: Board, with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
-    """The ranking metric by seed and method, for the seeds planned for all of ``with_result``."""
-    if not with_result:
+def _contests(board: Board, entrants_with_result: Sequence[Entrant]) -> dict[int, dict[str, float]]:
+    """The ranking metric by seed and method, for the seeds that were planned for all entrants."""
+    if not entrants_with_result:
         return {}
-    seeds = frozenset.intersection(*(board.seeds[entrant.place] for entrant in with_result))
+    seeds = frozenset.intersection(
+        *(board.seeds[entrant.place] for entrant in entrants_with_result)
+    )
     contests: dict[int, dict[str, float]] = {}
     for seed in sorted(seeds):
         contests[seed] = {}
-        for entrant in with_result:
+        for entrant in entrants_with_result:
             if seed in entrant.results:
                 merit = entrant.results[seed].value(entrant.ranked_by[0]) or 0.0
                 contests[seed][entrant.method] = float(merit)
     return contests
 
 
-def _ranked_method(config: Config, entrant: Entrant, with_result: Sequence[Entrant]) -> Ranked:
-    """The rank and the numbers of a method among the methods ``with_result``, sorted best first."""
-    rivals = [rival for rival in with_result if rival is not entrant]
+def _ranked_method(
+    config: Config, entrant: Entrant, entrants_with_result: Sequence[Entrant]
+) -> Ranked:
+    """The rank and the numbers of a method; ``entrants_with_result`` are sorted best first."""
+    rivals = [rival for rival in entrants_with_result if rival is not entrant]
     against = None
     gap = None
     if rivals:
@@ -353,13 +360,13 @@ def _value_text(name: str, value: float | None, interval: Interval | None = None
     return f"{number} {metric.brackets(interval.ci_low, interval.ci_high)}"
 
 
-def _standings_table(summary: Summary, best: str) -> str:
-    """Table of wins and mean ranks, with the mean of ``best`` on every data set and setting."""
+def _standings_table(summary: Summary, metric: str) -> str:
+    """Table of wins and mean ranks, with the mean of ``metric`` on every data set and setting."""
     heading = ["method", "wins", "mean rank", "contests"]
     merits = []  # for every block, the ranking metric by method
     for block in summary.blocks:
         heading.append(f"{block.data}/{block.setting}")
-        merits.append({line.method: line.values[best] for line in block.lines})
+        merits.append({line.method: line.values[metric] for line in block.lines})
     rows = [heading]
     for standing in summary.standings:
         row = [
@@ -369,9 +376,9 @@ def _standings_table(summary: Summary, best: str) -> str:
             f"{standing.contests} of {summary.n_contests}",
         ]
         for merit in merits:
-            row.append(_value_text(best, merit.get(standing.method)))
+            row.append(_value_text(metric, merit.get(standing.method)))
         rows.append(row)
-    title = f"all contests (data set × setting × seed), and mean {METRICS[best].title}:"
+    title = f"all contests (data set × setting × seed), and mean {METRICS[metric].title}:"
     return "\n".join([title, *aligned(rows)])
 
 

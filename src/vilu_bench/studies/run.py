@@ -430,19 +430,21 @@ class _OpenBenchmark:
         config = self.bench.config
         groups = group_by_fit(config, cells_to_run(self.cells))
         # of N shares, share i has the groups i, i + N, i + 2 N, ...
-        cells = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
-        done = finished_results(self.bench, cells, output)
-        missing = [cell for cell in cells if cell not in done]
-        if not missing:
+        cells_of_share = list(itertools.chain.from_iterable(groups[share.number :: share.of]))
+        finished_cells = finished_results(self.bench, cells_of_share, output)
+        missing_cells = [cell for cell in cells_of_share if cell not in finished_cells]
+        if not missing_cells:
             logger.info("%s: all cells are there: there is nothing to do", config.name)
-        n_stale = sum((output / cell.path).is_file() for cell in missing)
+        n_stale = sum((output / cell.path).is_file() for cell in missing_cells)
         if n_stale:
             logger.info(
                 "%s: %d cells are of older code, other data or other parameters and are run again",
                 config.name,
                 n_stale,
             )
-        run_cells(crew, bench_index, group_by_fit(config, missing), output, len(done))
+        run_cells(
+            crew, bench_index, group_by_fit(config, missing_cells), output, len(finished_cells)
+        )
 
     def board(self, output: Path) -> Board:
         """The board with the results of all cells."""

@@ -140,10 +140,10 @@ def find_second_stores(config: Config, parts: Iterable[Part], data: Path) -> dic
     """Folders of the second model's stores, by part; parts without a second model are left out."""
     folders = {}
     for name, role in parts:
-        second = config.data[name].second
-        if second is not None:
+        second_paths = config.data[name].second
+        if second_paths is not None:
             folders[name, role] = _ready_made_folder(
-                name, "second", paths=second, role=role, data=data
+                name, "second", paths=second_paths, role=role, data=data
             )
     return folders
 
@@ -161,19 +161,19 @@ def _ready_made_folder(name: str, key: str, paths: StorePaths, role: Role, data:
     Raises:
         UsageError: If the data set names no store for the role, or if the folder does not exist.
     """
-    folder = getattr(paths, role)
-    if folder is None:
+    named_folder = getattr(paths, role)
+    if named_folder is None:
         raise UsageError(
             f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ...."
         )
-    place = data / str(folder)
-    is_relative = not Path(folder).is_absolute()
-    if is_relative and not place.is_dir():
+    path = data / str(named_folder)
+    is_relative = not Path(named_folder).is_absolute()
+    if is_relative and not path.is_dir():
         raise UsageError(
-            f"{place} is no folder, so no store is in it. Give the folder that the paths of the "
+            f"{path} is no folder, so no store is in it. Give the folder that the paths of the "
             "study are relative to: --data FOLDER."
         )
-    return place
+    return path
 
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:

@@ -23,7 +23,7 @@ from vilu_bench.studies.board import Board
 from vilu_bench.studies.cells import Cell, cells_to_run, plan
 from vilu_bench.studies.claims import Verdict, decide
 from vilu_bench.studies.config import Config
-from vilu_bench.studies.exhibits import Exhibit, exhibit
+from vilu_bench.studies.exhibits import Exhibit, make_exhibit
 from vilu_bench.studies.facts import code_of
 from vilu_bench.studies.load import parse_config
 from vilu_bench.studies.parts import Section
@@ -161,10 +161,10 @@ def study_page(
         if verdicts_on_claims:
             parts.append(f"What {speaker} says, and what is found here:")
             parts.append(claims_table(config, verdicts_on_claims))
-    for shown in exhibits:
-        if shown.draw is not None:
-            parts.append(f"![{in_markdown(shown.title)}]({figure_path(shown.name)})")
-        parts.append(_body_in_markdown(shown))
+    for exhibit in exhibits:
+        if exhibit.draw is not None:
+            parts.append(f"![{in_markdown(exhibit.title)}]({figure_path(exhibit.name)})")
+        parts.append(_body_in_markdown(exhibit))
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,10 +180,10 @@ def _about_paragraph(study: Study) -> list[str]:
     return [" ".join(sentences).strip()]
 
 
-def _body_in_markdown(shown: Exhibit) -> str:
-    if isinstance(shown.body, str):
-        return f"```\n{shown.body}\n```"
-    return to_markdown(shown.body).rstrip()
+def _body_in_markdown(exhibit: Exhibit) -> str:
+    if isinstance(exhibit.body, str):
+        return f"```\n{exhibit.body}\n```"
+    return to_markdown(exhibit.body).rstrip()
 
 
 def paper_verdicts(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -246,7 +246,7 @@ def _deciding_number(verdict: Verdict) -> str:
     if verdict.number is None or interval is None:
         return str(verdict.reason)
     return (
-        f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} "
+        f"{in_markdown(verdict.number_in_words)}: {100 * verdict.number:+.1f} "
         f"[{100 * interval.ci_low:+.1f}, {100 * interval.ci_high:+.1f}] points"
     )
 
@@ -282,13 +282,13 @@ def render(board: Board, output: Path) -> Rendered:
     """
     config = board.config
     folder = output / STUDIES / config.name
-    exhibits = tuple(exhibit(board, view, output) for view in config.views or [DEFAULT_VIEW])
+    exhibits = tuple(make_exhibit(board, view, output) for view in config.views or [DEFAULT_VIEW])
     verdicts = tuple(decide(board, claim) for claim in config.claims)
     text = _terminal_text(exhibits, verdicts)
     times = times_table(board, load_times(output, board.results))
     _write_results(board, folder)
-    for shown in exhibits:
-        _write_exhibit(shown, folder)
+    for exhibit in exhibits:
+        _write_exhibit(exhibit, folder)
     write_text(folder / "table.txt", text + "\n")
     if times:
         write_text(folder / "times.txt", times + "\n")
@@ -301,12 +301,14 @@ def render(board: Board, output: Path) -> Rendered:
 def _terminal_text(exhibits: Iterable[Exhibit], verdicts: Sequence[Verdict]) -> str:
     """Exhibits and claims as text for a terminal."""
     parts = []
-    for shown in exhibits:
-        parts.append(shown.body if isinstance(shown.body, str) else to_text(shown.body))
+    for exhibit in exhibits:
+        parts.append(exhibit.body if isinstance(exhibit.body, str) else to_text(exhibit.body))
     if verdicts:
         lines = ["claims:"]
         for verdict in verdicts:
-            lines.append(f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})")
+            lines.append(
+                f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.number_in_words})"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -327,9 +329,9 @@ def write_document(
     parts.append(claims_in_markdown([study.verdicts for study in studies]))
     for study in studies:
         name = study.board.config.name
-        for shown in study.exhibits:
-            if shown.draw is not None:
-                figure_file = output / STUDIES / name / "figures" / f"{shown.name}.svg"
+        for exhibit in study.exhibits:
+            if exhibit.draw is not None:
+                figure_file = output / STUDIES / name / "figures" / f"{exhibit.name}.svg"
                 write_bytes(figures / f"{name}-{figure_file.name}", figure_file.read_bytes())
         # the method ``format`` of this text makes the path of a figure from the name of its view
         figure_path = f"{figures.name}/{name}-{{}}.svg".format
@@ -345,17 +347,17 @@ def _write_results(board: Board, folder: Path) -> None:
     summary.results.write(folder / "results.parquet")
 
 
-def _write_exhibit(shown: Exhibit, folder: Path) -> None:
+def _write_exhibit(exhibit: Exhibit, folder: Path) -> None:
     """Write the tables and the figures of a view."""
-    if isinstance(shown.body, Sheet):
+    if isinstance(exhibit.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, write_table in FORMATS.items():
-            write_text(tables / f"{shown.name}{suffix}", write_table(shown.body))
-    if shown.draw is not None:
+            write_text(tables / f"{exhibit.name}{suffix}", write_table(exhibit.body))
+    if exhibit.draw is not None:
         figures = make_folder(folder / "figures")
-        drawing = shown.draw()
+        drawing = exhibit.draw()
         for suffix in FIGURE_SUFFIXES:
-            save(drawing, figures / f"{shown.name}{suffix}")
+            save(drawing, figures / f"{exhibit.name}{suffix}")
 
 
 DEFAULT_VIEW = RankingView(kind="ranking", name="ranking", title="Every method, best first")

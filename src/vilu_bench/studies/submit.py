@@ -183,14 +183,14 @@ def _matching_cells(board: Board, guest: Guest) -> list[Cell]:
     If the study has no result with a setting and seed, no cell is returned for them.
     """
     data = guest.submission.result.data
-    wanted = set(guest.submission.stands_for)
+    wanted_places = set(guest.submission.stands_for)
     cell_of_place: dict[tuple[str, int], Cell] = {}
     for cell in board.cells:
         if cell.data != data:
             continue
         place = (cell.setting, cell.seed)
         has_result = board.results[cell.result_cell].refused is None
-        if has_result and place in wanted:
+        if has_result and place in wanted_places:
             cell_of_place[place] = cell
     return list(cell_of_place.values())
 

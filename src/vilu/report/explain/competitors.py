@@ -34,7 +34,7 @@ class Weights(NamedTuple):
 
 
 def weights_of(predictor: FailurePredictor) -> Weights:
-    """Choose the weights of candidates that fit a method.
+    """Choose, for a method, the weights by which its candidates are compared.
 
     - A method with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)),
       averaged over the members of an ensemble.
@@ -173,9 +173,9 @@ class TrainingRows:
         answers = self._answers_and_truths({near.row for near in all_near})
         neighbours = []
         for near_failures, near_successes in zip(failures, successes, strict=True):
-            wrong = self._neighbours(near_failures, answers)
-            right = self._neighbours(near_successes, answers)
-            neighbours.append((wrong, right))
+            wrong_neighbours = self._neighbours(near_failures, answers)
+            right_neighbours = self._neighbours(near_successes, answers)
+            neighbours.append((wrong_neighbours, right_neighbours))
         return neighbours
 
     def _neighbours(
@@ -248,14 +248,16 @@ def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Cosines (B, k) float32 in descending order, and indices (B, k) int64 into ``rows``.
     """
-    best = torch.empty(len(image), 0, dtype=torch.float32)
+    best_cosine = torch.empty(len(image), 0, dtype=torch.float32)
     position = torch.empty(len(image), 0, dtype=torch.int64)
     query = image.cpu()
-    for part, block in image_blocks(rows):
+    for row_slice, block in image_blocks(rows):
         cosine, index = nearest(query, block, k)
         # a stable sort keeps tied rows of earlier blocks before tied rows of this block
-        ranked, order = torch.cat([best, cosine], dim=1).sort(dim=1, descending=True, stable=True)
-        positions = torch.cat([position, index + part.start], dim=1).gather(1, order)
-        best = ranked[:, :k]
+        sorted_cosine, order = torch.cat([best_cosine, cosine], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
+        positions = torch.cat([position, index + row_slice.start], dim=1).gather(1, order)
+        best_cosine = sorted_cosine[:, :k]
         position = positions[:, :k]
-    return best, position
+    return best_cosine, position

@@ -269,9 +269,9 @@ def explain(
         if predictor.answer != "zero_shot":
             neighbours += ", right or wrong by their zero-shot answers"
     attributor, attribution = _attributor(predictor, data, train, chosen_rows, depth)
-    explained = _explain_without_neighbours(predictor, data, chosen_rows, depth, attributor)
+    explained_rows = _explain_without_neighbours(predictor, data, chosen_rows, depth, attributor)
     return Explanations(
-        rows=tuple(_with_neighbours(explained, data, train, depth)),
+        rows=tuple(_with_neighbours(explained_rows, data, train, depth)),
         method=predictor.label,
         is_probability=predictor.is_probability,
         weights=weights_of(predictor).meaning,
@@ -336,24 +336,28 @@ def _explain_without_neighbours(
     attributor: Attributor | None,
 ) -> list[_Explained]:
     """Explain rows without neighbours, in the order of ``rows``."""
-    by_row: dict[int, _Explained] = {}
+    explained_of_row: dict[int, _Explained] = {}
     names = Names(data)
     weights = weights_of(predictor)
     with track("explain", len(rows), "rows") as task, torch.no_grad():
-        for scored in scored_rows(predictor, data, rows):
-            batch, _ = scored
-            explanations = _explain_batch(scored, names, weights, depth, attributor)
+        for scored_batch in scored_rows(predictor, data, rows):
+            batch, _ = scored_batch
+            explanations = _explain_batch(scored_batch, names, weights, depth, attributor)
             for explanation, image in zip(explanations, batch.image, strict=True):
-                by_row[explanation.row] = _Explained(explanation, image.cpu())
+                explained_of_row[explanation.row] = _Explained(explanation, image.cpu())
                 task.advance(1)
-    return [by_row[row] for row in rows.tolist()]
+    return [explained_of_row[row] for row in rows.tolist()]
 
 
 def _explain_batch(
-    scored: Scored, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
+    scored_batch: Scored,
+    names: Names,
+    weights: Weights,
+    depth: Depth,
+    attributor: Attributor | None,
 ) -> Iterator[Explanation]:
     """Yield the explanations of a batch's rows, in order."""
-    batch, scores = scored
+    batch, scores = scored_batch
     posterior = log_posterior(batch).exp().cpu()
     n_leaders = min(depth.candidates, len(batch.text))
     weight, leader = leaders(weights.compute(batch).cpu(), n_leaders)
@@ -362,7 +366,7 @@ def _explain_batch(
     failure = batch.failure.tolist()
     attributions: list[Attribution] | None = None
     if attributor is not None:
-        attributions = attributor.attribute(scored)
+        attributions = attributor.attribute(scored_batch)
     for i, row in enumerate(batch.index.tolist()):
         answer = int(batch.prediction[i])
         is_labelled = truth[i] != UNKNOWN
@@ -403,7 +407,7 @@ def _competitors(
 
 
 def _with_neighbours(
-    explained: list[_Explained],
+    explained_rows: list[_Explained],
     data: EmbeddingSource,
     train: EmbeddingSource | None,
     depth: Depth,
@@ -412,10 +416,10 @@ def _with_neighbours(
 
     One pass over the training rows finds the neighbours of all explained rows.
     """
-    explanations = [explanation for explanation, _ in explained]
-    if train is None or not explained:
+    explanations = [explanation for explanation, _ in explained_rows]
+    if train is None or not explained_rows:
         return explanations
-    images = torch.stack([image for _, image in explained])
+    images = torch.stack([image for _, image in explained_rows])
     rows = np.array([explanation.row for explanation in explanations])
     kind_of_identity = common_identity(
         train.identified_by, data.identified_by, ("the training set", "the explained rows")
@@ -434,10 +438,10 @@ def _with_neighbours(
 
 def _count_fitted_rows(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
     """Count the rows that were used to fit the predictor, and warn if there are any."""
-    seen = predictor.seen(data, rows.numpy())
-    if len(seen):
+    overlap = predictor.seen(data, rows.numpy())
+    if len(overlap):
         warn_caller(
-            f"{seen.in_words('explained rows')} were used to fit this {predictor.name}: "
+            f"{overlap.in_words('explained rows')} were used to fit this {predictor.name}: "
             "their scores say little about new images.",
         )
-    return len(seen)
+    return len(overlap)

@@ -152,9 +152,9 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
             measured_rows = rows[fold[rows] == measured_fold]
             changes.append(_changes(data, measured_rows, texts_without_fold, task))
     saved, lost = _at_best_mix(torch.stack(changes))
-    ranked = tuple(_gains_in_order(data, n, failures, saved, lost))
+    gains = tuple(_gains_in_order(data, n, failures, saved, lost))
     accuracy = 1 - float(failures.sum() / n.sum())
-    return PromptGains(rows=ranked, n=len(rows), accuracy=accuracy, folds=folds)
+    return PromptGains(rows=gains, n=len(rows), accuracy=accuracy, folds=folds)
 
 
 def _labelled_rows(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:

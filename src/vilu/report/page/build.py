@@ -242,20 +242,20 @@ def _page_numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[s
     failure = outcomes.failure[rows]
     accepted = choice.accepted[rows]
     target = max_risk if choice.max_risk is None else choice.max_risk
-    with_hindsight = choose_by_hindsight(outcomes, target)
+    hindsight_choice = choose_by_hindsight(outcomes, target)
     scores = outcomes.tally().scores
-    per_independent = scores.rows_per_independent
+    rows_per_independent = scores.rows_per_independent
     has_score = np.isfinite(outcomes.uncertainty)
     return {
         "n": len(failure),
         "n_pictures": scores.n_pictures,
         "n_rows": len(outcomes),
-        "failures": Rate(int(failure.sum()), len(failure), per_independent),
-        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), per_independent),
-        "accepted": Rate(int(accepted.sum()), len(failure), per_independent),
-        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), per_independent),
+        "failures": Rate(int(failure.sum()), len(failure), rows_per_independent),
+        "outside": Rate(int(outcomes.outside[rows].sum()), len(failure), rows_per_independent),
+        "accepted": Rate(int(accepted.sum()), len(failure), rows_per_independent),
+        "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum()), rows_per_independent),
         "target": target,
-        "reachable": float(with_hindsight.accepted[rows].mean()),
+        "reachable": float(hindsight_choice.accepted[rows].mean()),
         "n_unlabelled": int(np.count_nonzero(has_score & ~rows)),
         "n_unusable": int(np.count_nonzero(~has_score)),
     }
@@ -343,8 +343,8 @@ def competitors(
                     f"{names[scored_answer[row]]!r} ({ids[row]!r}). "
                     "Give the store that was scored."
                 )
-            best = np.argsort(-probabilities, kind="stable")[:COMPETITORS]
-            likeliest[row] = [(names[k], float(probabilities[k])) for k in best]
+            likeliest_classes = np.argsort(-probabilities, kind="stable")[:COMPETITORS]
+            likeliest[row] = [(names[k], float(probabilities[k])) for k in likeliest_classes]
     return likeliest
 
 
@@ -376,7 +376,7 @@ class Points:
 def operating_points(
     uncertainty: ArrayLike,
     failure: ArrayLike,
-    chosen: float | None,
+    chosen_threshold: float | None,
     n_accepted: int,
     limit: int = MAX_POINTS,
 ) -> Points:
@@ -385,27 +385,28 @@ def operating_points(
     Args:
         uncertainty: (N,) uncertainties.
         failure: (N,) 1 for a wrong answer, 0 for a right answer.
-        chosen: The chosen threshold, which is always included. None if no single threshold decides
+        chosen_threshold: Threshold that is always included. None if no single threshold decides
             which rows are accepted.
-        n_accepted: Number of accepted rows, for the start of the slider if ``chosen`` is None.
+        n_accepted: Number of accepted rows. If ``chosen_threshold`` is None, the slider starts at
+            the threshold that accepts about as many rows.
         limit: Maximum number of thresholds.
     """
     scores, wrong = check_pair(uncertainty, failure)
     order = np.argsort(scores, kind="stable")
     ascending = scores[order]
     wrong_below = np.concatenate([[0], np.cumsum(wrong[order])])
-    distinct = np.unique(ascending)
-    if len(distinct) > limit - 2:
+    thresholds = np.unique(ascending)
+    if len(thresholds) > limit - 2:
         rows = np.round(np.linspace(0, len(ascending) - 1, limit - 2)).astype(np.int64)
-        distinct = np.unique(ascending[rows])
-    if chosen is not None:
-        distinct = np.union1d(distinct, [chosen])
-    threshold = np.concatenate([[-np.inf], distinct])
+        thresholds = np.unique(ascending[rows])
+    if chosen_threshold is not None:
+        thresholds = np.union1d(thresholds, [chosen_threshold])
+    threshold = np.concatenate([[-np.inf], thresholds])
     accepted = np.searchsorted(ascending, threshold, side="right")
-    if chosen is None:
+    if chosen_threshold is None:
         start = int(np.argmin(np.abs(accepted - n_accepted)))
     else:
-        start = int(np.searchsorted(threshold, chosen))
+        start = int(np.searchsorted(threshold, chosen_threshold))
     return Points(threshold, accepted, wrong_below[accepted], start)
 
 

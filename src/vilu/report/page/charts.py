@@ -103,12 +103,12 @@ def _coordinate(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """About ``wanted`` multiples of a round step in [low, high].
+def round_ticks(low: float, high: float, n_wanted: int = 5) -> list[float]:
+    """About ``n_wanted`` multiples of a round step in [low, high].
 
     A round step is 1, 2 or 5 times a power of ten.
     """
-    exact_step = (high - low) / wanted
+    exact_step = (high - low) / n_wanted
     power = 10.0 ** math.floor(math.log10(exact_step))
     round_steps = [factor * power for factor in (1, 2, 5, 10)]
     step = next(step for step in round_steps if step >= 0.75 * exact_step)
@@ -198,24 +198,24 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
     n_wrong = per_class(wrong)
     n_accepted = per_class(choice.accepted)
     n_accepted_wrong = per_class(choice.accepted & wrong)
-    per_independent = outcomes.tally().scores.rows_per_independent
+    rows_per_independent = outcomes.tally().scores.rows_per_independent
 
     def wrong_then_all(c: int) -> tuple[int, int]:
         """The number of wrong answers of a class, then its number of answers."""
         return n_wrong[c], n[c]
 
-    answered = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
-    listed = answered[:MAX_CLASSES]
+    answered_classes = sorted(np.flatnonzero(n).tolist(), key=wrong_then_all, reverse=True)
+    listed_classes = answered_classes[:MAX_CLASSES]
     table = []
-    for c in listed:
+    for c in listed_classes:
         row = ClassRow(
             names[c],
-            failures=Rate(n_wrong[c], n[c], per_independent),
-            accepted=Rate(n_accepted[c], n[c], per_independent),
-            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], per_independent),
+            failures=Rate(n_wrong[c], n[c], rows_per_independent),
+            accepted=Rate(n_accepted[c], n[c], rows_per_independent),
+            accepted_failures=Rate(n_accepted_wrong[c], n_accepted[c], rows_per_independent),
         )
         table.append(row)
-    return table, len(answered) - len(listed)
+    return table, len(answered_classes) - len(listed_classes)
 
 
 HISTOGRAM_BINS = 30

@@ -273,14 +273,14 @@ def _row_of_samples(samples: list[CompletionSample]) -> Row:
     votes = Counter(comparable_text(sample.answer) for sample in samples)
     most_votes = max(votes.values())
     leaders = [sample for sample in samples if votes[comparable_text(sample.answer)] == most_votes]
-    best = max(leaders, key=CompletionSample.mean)
+    best_sample = max(leaders, key=CompletionSample.mean)
     return {
-        "answer": best.answer,
-        "score_mean_logprob": best.mean(),
-        "score_least_logprob": min(best.logprobs),
-        "score_first_logprob": best.logprobs[0],
+        "answer": best_sample.answer,
+        "score_mean_logprob": best_sample.mean(),
+        "score_least_logprob": min(best_sample.logprobs),
+        "score_first_logprob": best_sample.logprobs[0],
         "score_agreement": most_votes / len(samples),
         N_SAMPLES: len(samples),
-        "n_tokens": len(best.logprobs),
-        "cut_off": int(best.is_cut_off),
+        "n_tokens": len(best_sample.logprobs),
+        "cut_off": int(best_sample.is_cut_off),
     }

@@ -107,13 +107,13 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
         return labels
     texts = labels.tolist()
     number_of = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
-    unknown = [text for text in texts if text not in number_of]
-    if unknown and all(WHOLE_NUMBER.fullmatch(text) for text in texts):
+    unknown_texts = [text for text in texts if text not in number_of]
+    if unknown_texts and all(WHOLE_NUMBER.fullmatch(text) for text in texts):
         return labels.astype(np.int64)
-    if unknown:
+    if unknown_texts:
         raise DataError(
-            f'target must have names of classes, or "" if unknown. Got {unknown[0]!r:.80}.'
-            f"{nearest(unknown[0], names)}"
+            f'target must have names of classes, or "" if unknown. Got {unknown_texts[0]!r:.80}.'
+            f"{nearest(unknown_texts[0], names)}"
         )
     return np.array([number_of[text] for text in texts], dtype=np.int64)
 
