@@ -870,7 +870,7 @@ def _calibrate_by_draw(
     *,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate by all labels of a draw up to a limit."""
+    """Calibrate by a draw of `vilu next --for-guarantee`, whose file ``table`` is filled in."""
     from vilu.triage.drawn import calibrate_by_draw
 
     if labels is not None:

@@ -54,8 +54,7 @@ OTHERS: Final = 16
 """Maximum number of requests in progress with labels, corrections, or the choice of a predictor."""
 
 LARGEST_BODIES: Final = 4
-"""All bodies in progress have at most as many bytes as this number of bodies of the largest length.
-"""
+"""All bodies in progress together may be as long as this number of bodies of maximum length."""
 
 CONNECTIONS: Final = 512
 """Maximum number of open connections."""
@@ -67,7 +66,7 @@ KeyScope = Literal["ask", "label", "admin"]
 """What a key allows: ask about images and rows, give labels, or correct labels and switch."""
 
 KEY_SCOPES: Final = frozenset[KeyScope](get_args(KeyScope))
-"""All scopes, which a key has unless its line names some."""
+"""All scopes. A key has all of them, unless its line in the file of keys names some."""
 
 SCOPE_OF: Final[dict[str, KeyScope]] = {
     IMAGES: "ask",

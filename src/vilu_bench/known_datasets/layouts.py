@@ -282,7 +282,7 @@ def find_known_shards(folder: Path) -> list[Path]:
 
     If there are none, the tar files in its subfolders, such as train and validation.
     """
-    shards = find_shards(folder) or []  # a folder without tar files has None
+    shards = find_shards(folder) or []  # it returns None if the folder has no tar files
     if not shards:
         for name in subfolders(folder):
             shards += find_shards(folder / name) or []

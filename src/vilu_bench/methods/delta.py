@@ -1,4 +1,4 @@
-"""Delta methods: distance to rightly answered images less distance to wrongly answered ones."""
+"""Delta methods: distance to rightly answered images minus distance to wrongly answered ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in t
 
 @dataclasses.dataclass
 class DeltaKNN(ClosedSet):
-    """Delta-KNN: log-distance to rightly answered images, less that to wrongly answered images.
+    """Delta-KNN: log-distance to rightly answered images minus that to wrongly answered images.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6)
         - margin_weight * (cos_(1) - cos_(2))
@@ -137,7 +137,7 @@ class DeltaKNNMargin(DeltaKNN):
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
         >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # the scores of delta_knn, less 10 times the margin 0.96 - 0.28
+        >>> # the scores of delta_knn minus 10 times the margin 0.96 - 0.28
         >>> vilu.PREDICTORS["delta_knn_margin"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-7.27, -8.41])
     """
@@ -152,7 +152,7 @@ class DeltaKNNMargin(DeltaKNN):
 
 @dataclasses.dataclass
 class DeltaMDS(ClosedSet):
-    """Delta-MDS: distance to rightly answered images, less that to wrongly answered images.
+    """Delta-MDS: distance to rightly answered images minus that to wrongly answered images.
 
     The distances are squared Mahalanobis distances.
 
@@ -268,7 +268,7 @@ class DeltaMDSMargin(DeltaMDS):
         >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> method = vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0)
-        >>> # the scores of delta_mds, less 10 times the margin 0.96 - 0.28
+        >>> # the scores of delta_mds minus 10 times the margin 0.96 - 0.28
         >>> method.fit(train).predict_uncertainty(new).round(2)
         array([-6.15, -9.39])
     """

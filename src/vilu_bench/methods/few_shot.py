@@ -348,7 +348,7 @@ class GDAAndZeroShot(AddedToZeroShot):
         W = M S, b_c = -1/2 m_c S m_c
 
     M (K, D) has the class means m_c. The precision S of all classes together is D ((N - 1) C +
-    tr(C) I)^-1, with the covariance C (divisor N - 1) of N images less their class means (Kubokawa
+    tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around their class means (Kubokawa
     and Srivastava 2008). Class priors are equal.
 
     alpha is the value of ``grid`` with most right answers to held-out rows (five folds). With one

@@ -160,7 +160,7 @@ class Mahalanobis(ClosedSet):
 
 @dataclasses.dataclass
 class RelativeMahalanobis(Mahalanobis):
-    """``Mahalanobis`` distance less the distance to all images, as ``relative`` sets it.
+    """``Mahalanobis`` with ``relative``: the distance to all images is subtracted.
 
     The score is large if the distribution of all training images fits an image better than the
     distribution of the predicted class.

@@ -132,8 +132,8 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
             *_word_lists(entry),
         ]
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem
-    rows = "pairs" if entry.captions else role
-    return output / "stores" / f"{stem}-{rows}-{digest(recipe)[:8]}"
+    rows_in_name = "pairs" if entry.captions else role
+    return output / "stores" / f"{stem}-{rows_in_name}-{digest(recipe)[:8]}"
 
 
 def find_second_stores(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:

@@ -36,12 +36,12 @@ def scored_rows(
     1 only the wanted rows are scored, which is enough if the uncertainties are not used.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
-        for part, pool in batch.by_pool():
-            wanted = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
-            for indices in wanted.split(BATCH_ROWS):
-                if len(indices):
-                    chosen = select_rows(pool, indices.to(pool.index.device))
-                    yield chosen, scores[part][indices.numpy()]
+        for slice_of_pool, pool in batch.by_pool():
+            wanted_indices = torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1)
+            for block in wanted_indices.split(BATCH_ROWS):
+                if len(block):
+                    wanted_batch = select_rows(pool, block.to(pool.index.device))
+                    yield wanted_batch, scores[slice_of_pool][block.numpy()]
 
 
 def unscored_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:

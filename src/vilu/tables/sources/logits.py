@@ -30,7 +30,7 @@ def logit_answers(
 
     The answer is the class with the largest logit, of equal logits the first. With p = softmax of
     the logits, the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest p),
-    ``score_margin`` (largest p less the second largest), ``uncertainty_entropy`` (entropy of p in
+    ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy`` (entropy of p in
     nats) and ``score_logit`` (the largest logit).
 
     Args:
