@@ -169,7 +169,7 @@ def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer export
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Whether memory was missing, for a value, a library or a thread."""
+    """Whether the error says that memory was missing for a value, a library or a thread."""
     if isinstance(error, MemoryError):
         return True
     return any(words in str(error) for words in NO_MEMORY)

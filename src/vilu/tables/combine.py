@@ -248,13 +248,14 @@ class Recipe(NamedTuple):
 
 def recipes_to_compare(n_columns: int) -> list[Recipe]:
     """Each column alone, and all together with every strength of the penalty."""
+    weakest_ridge = min(RIDGES)  # a penalty on one column only shrinks its weight
     all_recipes = []
-    for maps in MAPS:
+    for map_name in MAPS:
         for column in range(n_columns):
-            all_recipes.append(Recipe(maps, (column,), RIDGES[0]))
+            all_recipes.append(Recipe(map_name, (column,), weakest_ridge))
         if n_columns > 1:
             every_column = tuple(range(n_columns))
-            all_recipes += [Recipe(maps, every_column, ridge) for ridge in RIDGES]
+            all_recipes += [Recipe(map_name, every_column, ridge) for ridge in RIDGES]
     return all_recipes
 
 

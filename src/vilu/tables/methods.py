@@ -356,11 +356,11 @@ class AnswerScores(AnswerMethod):
 class AnswerProbe(AnswerMethod):
     """Ridge logistic regression on the standardised columns of numbers and features.
 
-    P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row. Each has mean
-    0 and standard deviation 1 over the rows of the fit. The strength of the penalty is the one with the
-    least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds
-    (Platt). With hidden states as features it is P(I know) of Kadavath et al. (2022). Rows of one
-    cluster are in one fold.
+    P(failure) = sigmoid(w . z + b), where z are the numbers and the features of a row. Each has
+    mean 0 and standard deviation 1 over the rows of the fit. The strength of the penalty is the one
+    with the least log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out
+    folds (Platt). With hidden states as features it is P(I know) of Kadavath et al. (2022). Rows of
+    one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
